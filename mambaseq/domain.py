@@ -1,0 +1,159 @@
+"""Domain: the bundle that a modality supplies, and how domains are found.
+
+A package becomes a domain by an entry point of the group `mambaseq.domains` that names a `Domain` value; the
+module that holds it must import no torch. What a domain registers is visible as `DOMAIN/NAME` (`dna/species`),
+so two domains can never collide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from mambaseq.errors import did_you_mean
+from mambaseq.registry import Registry
+
+Entries = Mapping[str, tuple[str, str]]
+
+GROUP = "mambaseq.domains"
+KINDS = (
+    "tokenizers",
+    "encoders",
+    "datasets",
+    "readers",
+    "writers",
+    "mixers",
+    "backbones",
+    "heads",
+    "metrics",
+    "configs",
+    "reports",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """What a modality supplies: each field maps a short name to `("module:Attr", one-line summary)`.
+
+    tokenizers: raw units to ids and back (see `mambaseq.data.tokenizer.Tokenizer`).
+    encoders: modules from what is not a token (a continuous signal) to `(batch, length, d_model)`.
+    datasets: `mambaseq.data.module.SequenceData` subclasses: train, validation and test data of one kind.
+    readers: functions from a path to records for `predict`. writers: functions from tokens to a file for `generate`.
+    mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
+    configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
+    reports: functions that turn a finished run into sections of the demo's report.
+    """
+
+    name: str
+    summary: str
+    tokenizers: Entries = dataclasses.field(default_factory=dict)
+    encoders: Entries = dataclasses.field(default_factory=dict)
+    datasets: Entries = dataclasses.field(default_factory=dict)
+    readers: Entries = dataclasses.field(default_factory=dict)
+    writers: Entries = dataclasses.field(default_factory=dict)
+    mixers: Entries = dataclasses.field(default_factory=dict)
+    backbones: Entries = dataclasses.field(default_factory=dict)
+    heads: Entries = dataclasses.field(default_factory=dict)
+    metrics: Entries = dataclasses.field(default_factory=dict)
+    configs: Entries = dataclasses.field(default_factory=dict)
+    reports: Entries = dataclasses.field(default_factory=dict)
+
+
+CORE: dict[str, Entries] = {
+    "tokenizers": {},
+    "encoders": {
+        "tokens": ("mambaseq.models:TokenEncoder", "an embedding table, with an optional condition added"),
+        "signal": ("mambaseq.models:SignalEncoder", "a linear map of continuous channels"),
+    },
+    "datasets": {},
+    "readers": {},
+    "writers": {},
+    "mixers": {
+        "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
+        "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
+    },
+    "backbones": {
+        "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),
+    },
+    "heads": {
+        "lm": ("mambaseq.heads.lm:LMHead", "next-token prediction"),
+        "classification": ("mambaseq.heads.classification:ClassificationHead", "one label a sequence, pooled"),
+        "regression": ("mambaseq.heads.regression:RegressionHead", "real values for a sequence, pooled"),
+    },
+    "metrics": {
+        "bits_per_token": ("mambaseq.metrics.likelihood:BitsPerToken", "mean negative log2 likelihood of a target"),
+        "bits_per_byte": ("mambaseq.metrics.likelihood:BitsPerByte", "the same, per byte of the raw data"),
+        "perplexity": ("mambaseq.metrics.likelihood:Perplexity", "exp of the mean negative log likelihood"),
+        "token_accuracy": ("mambaseq.metrics.likelihood:TokenAccuracy", "share of targets ranked first"),
+        "accuracy": ("mambaseq.metrics.classification:Accuracy", "share of sequences labelled correctly"),
+        "macro_f1": ("mambaseq.metrics.classification:MacroF1", "mean of the classes' F1"),
+        "mcc": ("mambaseq.metrics.classification:MCC", "Matthews correlation coefficient"),
+        "confusion": ("mambaseq.metrics.classification:Confusion", "confusion matrix, rows are true classes"),
+    },
+    "configs": {},
+    "reports": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """Everything that can be named: a registry for each kind, the domains, and the plugins that failed to load.
+
+    broken: entry point (`"name = target (distribution)"`) to the reason. A broken plugin takes nothing else down.
+    """
+
+    domains: dict[str, tuple[Domain, str]]
+    registries: dict[str, Registry[Any]]
+    broken: dict[str, str]
+
+    def __getitem__(self, kind: str) -> Registry[Any]:
+        return self.registries[kind]
+
+
+def _load(point: importlib.metadata.EntryPoint) -> Domain:
+    loaded = point.load()
+    if not isinstance(loaded, Domain):
+        raise TypeError(f"{point.value} is a {type(loaded).__name__}, not a mambaseq.domain.Domain")
+    if loaded.name != point.name:
+        raise ValueError(f"the entry point is named {point.name!r} and its Domain {loaded.name!r}")
+    return loaded
+
+
+def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
+    """Collect the core's names and those of every domain behind the entry points."""
+    registries: dict[str, Registry[Any]] = {kind: Registry(kind.removesuffix("s"), CORE.get(kind)) for kind in KINDS}
+    domains: dict[str, tuple[Domain, str]] = {}
+    broken: dict[str, str] = {}
+    for point in points:
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
+        label = f"{point.name} = {point.value} ({origin})"
+        try:
+            domain = _load(point)
+            if domain.name in domains:
+                raise ValueError(f"the domain name is taken by {domains[domain.name][1]}")
+            for kind in KINDS:
+                for name, (target, summary) in getattr(domain, kind).items():
+                    registries[kind].add(f"{domain.name}/{name}", target, summary, origin)
+        except Exception as error:  # whatever a third party's module does, the others must work
+            broken[label] = f"{type(error).__name__}: {error}"
+            continue
+        domains[domain.name] = (domain, origin)
+    return Catalog(domains, registries, broken)
+
+
+@functools.lru_cache(maxsize=1)
+def catalog() -> Catalog:
+    """The catalog of this environment, built at first use."""
+    points = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        points.setdefault((point.name, point.value), point)  # an editable install can be listed twice
+    return build_catalog(list(points.values()))
+
+
+def unknown_domain(name: str) -> str:
+    """The message for a domain that does not exist."""
+    known = catalog().domains
+    return f"No domain is named {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known)) or 'none'}."
