@@ -1,0 +1,208 @@
+"""SequenceData: what a domain's dataset is. SequenceDataModule: what Lightning makes of it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from mambaseq.batch import Batch
+from mambaseq.data.sampler import PositionedBatchSampler
+from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.errors import ConfigError, DataError
+
+
+class ItemDataset(Protocol):
+    """A map-style dataset whose items are batches of one sequence.
+
+    `endless` (optional, default False): any index is valid and item i is a function of i alone (random crops);
+    `len` is then the number of items that make an epoch.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class SequenceData(abc.ABC):
+    """One kind of data of a domain: training, validation and test sets and what a model must know of them.
+
+    Subclasses take their settings as typed keyword arguments of `__init__` (they become keys of `data:` in YAML,
+    with the docstring's text as help), do no work there, and read files in `setup`, which may be called twice.
+
+    Known after `setup`:
+    vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
+    class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
+    condition_names: their names. length: length of the windows, what `predict` cuts long records into.
+    tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
+    reader, writer: registered names of what reads records for `predict` and writes for `generate`.
+    """
+
+    vocab_size: int | None = None
+    n_channels: int | None = None
+    class_names: Sequence[str] = ()
+    n_conditions: int = 0
+    condition_names: Sequence[str] = ()
+    length: int = 0
+    tokenizer: Tokenizer | None = None
+    tokenizer_name: str | None = None
+    reader: str | None = None
+    writer: str | None = None
+
+    @abc.abstractmethod
+    def setup(self) -> None:
+        """Read or build what the sets need. Raises DataError that names file, record and remedy."""
+
+    @abc.abstractmethod
+    def train(self) -> Any:
+        """The training set: an `ItemDataset`, or an iterable dataset of batches of one (see `StreamedWindows`)."""
+
+    def validation(self) -> Any | None:
+        """The validation set, the same at every call; None when there is none."""
+        return None
+
+    def test(self) -> Any | None:
+        """The test set, the same at every call; None when there is none."""
+        return None
+
+    def reader_options(self) -> dict[str, Any]:
+        """Plain options that are saved with a model and handed to the reader (sample rate, ...)."""
+        return {}
+
+    def collate(self, items: list[Batch]) -> Batch:
+        """Join batches of one; see `pad_collate`."""
+        return pad_collate(items)
+
+
+def _pad_stack(tensors: list[torch.Tensor], length: int, value: float) -> torch.Tensor:
+    out = tensors[0].new_full((len(tensors), length, *tensors[0].shape[2:]), value)
+    for row, tensor in enumerate(tensors):
+        out[row, : tensor.shape[1]] = tensor[0]
+    return out
+
+
+def pad_collate(items: list[Batch]) -> Batch:
+    """Join batches of one sequence, padding on the right (inputs 0, targets -100) and masking where lengths differ."""
+    lengths = [item.inputs.shape[1] for item in items]
+    longest = max(lengths)
+    ragged = min(lengths) != longest or any(item.mask is not None for item in items)
+    mask = None
+    if ragged:
+        mask = torch.zeros(len(items), longest, dtype=torch.bool)
+        for row, item in enumerate(items):
+            mask[row, : lengths[row]] = True if item.mask is None else item.mask[0]
+
+    def join(name: str, pad: float) -> torch.Tensor | None:
+        tensors = [getattr(item, name) for item in items]
+        if tensors[0] is None:
+            return None
+        if tensors[0].dim() > 1:
+            return _pad_stack(tensors, longest, pad)
+        return torch.cat(tensors)
+
+    inputs = join("inputs", 0)
+    assert inputs is not None
+    return Batch(
+        inputs=inputs,
+        targets=join("targets", -100),
+        mask=mask,
+        condition=join("condition", 0),
+        n_units=join("n_units", 0),
+    )
+
+
+def pack_collate(items: list[Batch]) -> Batch:
+    """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding."""
+    lengths = torch.tensor([0, *(item.inputs.shape[1] for item in items)], dtype=torch.int32)
+
+    def join(name: str) -> torch.Tensor | None:
+        tensors = [getattr(item, name) for item in items]
+        if tensors[0] is None:
+            return None
+        return torch.cat(tensors, dim=1 if tensors[0].dim() > 1 else 0)
+
+    inputs = join("inputs")
+    assert inputs is not None
+    return Batch(
+        inputs=inputs,
+        targets=join("targets"),
+        cu_seqlens=lengths.cumsum(0).to(torch.int32),
+        condition=join("condition"),
+        n_units=join("n_units"),
+    )
+
+
+class SequenceDataModule(lightning.LightningDataModule):
+    """Loaders over a `SequenceData`. The position in the data is saved with every checkpoint and restored."""
+
+    def __init__(
+        self, data: SequenceData, *, batch_size: int = 8, num_workers: int = 0, seed: int = 0, pack: bool = False
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ConfigError(f"batch_size must be at least 1 and num_workers at least 0, not {batch_size}, {num_workers}.")
+        self.data = data
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.collate = pack_collate if pack else data.collate
+        self._start = (0, 0)
+
+    def setup(self, stage: str) -> None:
+        self.data.setup()
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Let the next training loader begin at this batch of this epoch."""
+        self._start = (epoch, batch)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.data.train()
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        epoch, start = self._start
+        self._start = (0, 0)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return self._stream_loader(dataset, epoch, start, rank, world)
+        sampler = PositionedBatchSampler(
+            len(dataset),
+            self.batch_size,
+            seed=self.seed,
+            endless=getattr(dataset, "endless", False),
+            rank=rank,
+            world_size=world,
+        )
+        if len(sampler) == 0:
+            raise DataError(
+                f"The training set has {len(dataset)} sequences, fewer than one batch of {self.batch_size} for each of "
+                f"{world} process(es). Lower data.batch_size or add data."
+            )
+        sampler.epoch, sampler.start_batch = epoch, start
+        return DataLoader(dataset, batch_sampler=sampler, **self._common())
+
+    def _stream_loader(self, dataset: Any, epoch: int, start: int, rank: int, world: int) -> DataLoader:
+        dataset.place(batch_size=self.batch_size, epoch=epoch, start_batch=start, rank=rank, world_size=world)
+        return DataLoader(dataset, batch_size=self.batch_size, drop_last=True, **self._common())
+
+    def _common(self) -> Mapping[str, Any]:
+        # a generator of its own: worker seeds must not move the global generator, which a resumed run replays
+        return {
+            "collate_fn": self.collate,
+            "num_workers": self.num_workers,
+            "generator": torch.Generator().manual_seed(self.seed),
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _evaluation_loader(self, dataset: Any | None, what: str) -> DataLoader | list[Any]:
+        if dataset is None:
+            return []
+        if len(dataset) == 0:
+            raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
+        shard = torch.utils.data.SequentialSampler(dataset)
+        return DataLoader(dataset, sampler=shard, batch_size=self.batch_size, **self._common())
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        return self._evaluation_loader(self.data.validation(), "validation")
+
+    def test_dataloader(self) -> DataLoader | list[Any]:
+        return self._evaluation_loader(self.data.test(), "test")
