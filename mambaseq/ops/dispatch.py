@@ -1,0 +1,125 @@
+"""Which implementation of an op runs: a table of backends per op, fastest first.
+
+An op is a function of one `NamedTuple` of arguments that returns a tuple of tensors. Every backend implements
+all of its definition for the arguments that it accepts, and says why it does not accept the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Result = tuple[Tensor, Tensor]
+
+
+class Backend(NamedTuple):
+    """One implementation: `run(arguments)`, and why it would not run for some arguments (None: it would)."""
+
+    name: str
+    run: Callable[[Any], Result]
+    why_not: Callable[[Any], str | None]
+
+
+class Op(NamedTuple):
+    """An op: its backends, fastest first and the definition ("reference") last, and small inputs to try.
+
+    `samples(device)` yields `(label, arguments)` in float32.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    samples: Callable[[torch.device], Iterator[tuple[str, Any]]]
+
+
+def never(arguments: Any) -> str | None:
+    """`why_not` of a backend that runs whatever the arguments are."""
+    return None
+
+
+def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
+    """Run the named backend, or the fastest that accepts the arguments.
+
+    Raises:
+        ValueError: there is no backend of that name, or it does not accept these arguments; says why.
+    """
+    for candidate in op.backends:
+        if backend is not None and candidate.name != backend:
+            continue
+        reason = candidate.why_not(arguments)
+        if reason is None:
+            return candidate.run(arguments)
+        if backend is not None:
+            raise ValueError(f"{op.name}: backend {backend!r} cannot run these arguments: {reason}")
+    known = ", ".join(repr(candidate.name) for candidate in op.backends)
+    raise ValueError(f"{op.name}: no backend {backend!r}; there are {known}")
+
+
+def explain(op: Op, arguments: Any) -> list[tuple[str, str | None]]:
+    """Every backend in order of preference with the reason why it would not run (None: it would).
+
+    The first with None is the one that `backend=None` picks.
+    """
+    return [(backend.name, backend.why_not(arguments)) for backend in op.backends]
+
+
+def relative_rms_error(actual: Tensor, expected: Tensor) -> float:
+    """`rms(actual - expected) / rms(expected)` in double precision; NaN if `actual` holds one."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    actual, expected = actual.to(wide), expected.to(wide)
+    if expected.numel() == 0:
+        return 0.0
+    scale = torch.linalg.vector_norm(expected).item()
+    error = torch.linalg.vector_norm(actual - expected).item()
+    return error / scale if scale > 0 else error
+
+
+def check(op: Op, device: torch.device | str = "cpu") -> dict[str, float | str]:
+    """Hold every backend against the reference in float64 on this machine, on the op's small samples.
+
+    Returns:
+        name of the backend → the largest relative RMS error of any output or gradient over the samples that
+        it accepts, or, where it accepts none, the reason.
+    """
+    reference = op.backends[-1]
+    found: dict[str, float | str] = {}
+    for _, arguments in op.samples(torch.device(device)):
+        expected: list[Tensor] | None = None
+        for backend in op.backends:
+            reason = backend.why_not(arguments)
+            if reason is not None:
+                found.setdefault(backend.name, reason)
+                continue
+            if expected is None:
+                expected = outputs_and_gradients(reference, arguments, double=True)
+            actual = outputs_and_gradients(backend, arguments)
+            worst = max(relative_rms_error(a, e) for a, e in zip(actual, expected, strict=True))
+            before = found.get(backend.name)
+            found[backend.name] = max(worst, before) if isinstance(before, float) else worst
+    return found
+
+
+def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = False) -> list[Tensor]:
+    """The outputs, and the gradients of every floating-point argument for fixed pseudo-random cotangents."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        if double:
+            value = value.to(torch.complex128 if value.is_complex() else torch.float64)
+        return value.detach().requires_grad_()
+
+    leaves = type(arguments)(*(leaf(value) for value in arguments))
+    outputs = backend.run(leaves)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = []
+    for output in outputs:
+        shape = (*output.shape, 2) if output.is_complex() else output.shape
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = torch.view_as_complex(noise) if output.is_complex() else noise
+        cotangents.append(noise.to(output.device, output.dtype))
+    wanted = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, cotangents)
+    return [*(output.detach() for output in outputs), *gradients]

@@ -1,0 +1,46 @@
+"""Packed sequences: `cu_seqlens` (int32, `(sequences + 1,)`), where each begins in the one packed row."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def check(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError unless `cu_seqlens` packs one row of this length.
+
+    Its values are looked at where that costs nothing: not on a GPU, nor in a graph being compiled.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be (sequences + 1,), not {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {batch}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets(cu_seqlens, length)
+
+
+def offsets(cu_seqlens: Tensor, length: int) -> list[int]:
+    """The values of `cu_seqlens` on the host (a GPU waits), checked: from 0 to `length`, never falling."""
+    values: list[int] = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {_shortened(values)}")
+    return values
+
+
+def flipped(cu_seqlens: Tensor) -> Tensor:
+    """`cu_seqlens` of the row read backwards: the last sequence comes first."""
+    return (cu_seqlens[-1] - cu_seqlens).flip(0)
+
+
+def of_positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """`(length,)` int64: which sequence each position belongs to."""
+    positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"{values[:6]} … {values[-3:]}"
