@@ -1,0 +1,111 @@
+"""A stack of pre-norm residual layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer
+from mambaseq.mixers.norm import RMSNorm
+
+
+class ResidualLayer(nn.Module):
+    """x + mixer(norm(x)), the residual stream kept in fp32."""
+
+    def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(mixer.d_model, norm_eps)
+        self.mixer = mixer
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Any]:
+        y = self.mixer(self.norm(x), state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+        y, new = y if return_state else (y, None)
+        return x + self.dropout(y), new
+
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        return x + self.mixer.step_(self.norm(x), state)
+
+
+class ResidualStack(nn.Module):
+    """`n_layers` pre-norm residual layers of one mixer, and a last norm.
+
+    Called like a mixer over embeddings: a list of states in, a list out. The output has the parameters' dtype.
+
+    Args:
+        make_mixer: makes the mixer of layer i.
+        n_layers: number of layers.
+        norm_eps: epsilon of the RMSNorms.
+        dropout: probability with which a layer's contribution is dropped, element by element, in training.
+        checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        make_mixer: Callable[[int], Mixer],
+        n_layers: int,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ConfigError(f"n_layers must be at least 1, not {n_layers}.")
+        self.layers = nn.ModuleList(ResidualLayer(make_mixer(i), norm_eps, dropout) for i in range(n_layers))
+        for mixer in self.mixers():
+            mixer.scale_residual_(n_layers**-0.5)
+        self.d_model = self.mixers()[0].d_model
+        self.norm_f = RMSNorm(self.d_model, norm_eps)
+        self.checkpoint = checkpoint
+
+    def mixers(self) -> list[Mixer]:
+        return [layer.mixer for layer in self.layers]  # type: ignore[misc]
+
+    @property
+    def causal(self) -> bool:
+        return all(mixer.causal for mixer in self.mixers())
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"The backbone has {len(self.layers)} layers and was given {len(state)} states.")
+        x = x.float()
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            old = None if state is None else state[index]
+            if self.checkpoint and torch.is_grad_enabled():
+                x, new = torch.utils.checkpoint.checkpoint(
+                    layer, x, old, cu_seqlens, return_state, use_reentrant=False
+                )
+            else:
+                x, new = layer(x, old, cu_seqlens, return_state)
+            states.append(new)
+        x = self.norm_f(x)
+        return (x, states) if return_state else x
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Any]:
+        """States of an empty history, a list of one a layer."""
+        return [mixer.init_state(batch_size, max_length, dtype, device) for mixer in self.mixers()]
+
+    def step_(self, x: Tensor, state: list[Any]) -> Tensor:
+        """x `(batch, 1, d_model)`; changes the states in place."""
+        x = x.float()
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            x = layer.step_(x, layer_state)  # type: ignore[operator]
+        return self.norm_f(x)

@@ -1,0 +1,53 @@
+"""One label a sequence."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.heads.base import Pool, pool
+
+
+class ClassificationHead(nn.Module):
+    """Pooled linear classifier with cross-entropy.
+
+    Args:
+        d_model: width of the backbone's output.
+        n_classes: number of labels.
+        pooling: "mean" over positions, or the "last" one.
+        dropout: applied to the pooled vector in training.
+        label_smoothing: of the cross-entropy.
+    """
+
+    per_token = False
+
+    def __init__(
+        self,
+        d_model: int,
+        n_classes: int,
+        pooling: Pool = "mean",
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pooling: Pool = pooling
+        self.label_smoothing = label_smoothing
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(d_model, n_classes)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """hidden `(batch, length, d_model)`, labels `(sequences,)` int64. Returns (loss, logits), the loss a mean over
+        sequences, logits `(sequences, n_classes)` fp32."""
+        pooled = self.dropout(pool(hidden, self.pooling, mask, cu_seqlens))
+        logits = self.linear(pooled.to(self.linear.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
+        return loss, logits

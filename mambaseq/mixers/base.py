@@ -1,0 +1,98 @@
+"""The mixer contract: `(batch, length, d_model)` to `(batch, length, d_model)`, with a state that is a plain value."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class State:
+    """What a mixer remembers of the past: a value of tensors whose first dimension is the sequence.
+
+    Saved, copied, forked and resumed like any value; `forward` never changes the one that it was given.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state whose every tensor is `function(tensor)`."""
+        return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def clone(self) -> Self:
+        return self.map(torch.Tensor.clone)
+
+    def detach(self) -> Self:
+        return self.map(torch.Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device. The dtype stays: what accumulates must stay in fp32."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def select(self, sequences: Tensor) -> Self:
+        """The states of some sequences, `(n,)` int64 indices; repeats fork a sequence."""
+        return self.map(lambda tensor: tensor[sequences])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+class Mixer(nn.Module, abc.ABC):
+    """Mixes along the sequence.
+
+    causal: position t sees nothing after t. bounded_state: the state's size does not grow with the history.
+    The laws that a mixer is tested under follow from these two.
+    """
+
+    causal: ClassVar[bool] = True
+    bounded_state: ClassVar[bool] = True
+    d_model: int
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, return_state: bool = False
+    ) -> Any:
+        """x `(batch, length, d_model)` to y of the same shape, or `(y, state)` with `return_state`.
+
+        state: of `batch` sequences (of `cu_seqlens` sequences when packed), None for an empty history.
+        cu_seqlens: `(sequences + 1,)` int32; packs sequences into batch 1; nothing crosses a boundary.
+        """
+
+    @abc.abstractmethod
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """The state of an empty history. max_length matters only to mixers whose state grows."""
+
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """x `(batch, 1, d_model)` to y of the same shape; changes `state` in place. For decode loops."""
+        y, new = self.forward(x, state=state, return_state=True)
+        for name, tensor in state.tensors().items():
+            tensor.copy_(getattr(new, name))
+        return y
+
+    def scale_residual_(self, factor: float) -> None:
+        """Multiply the weights that write to the residual stream, once, at initialisation (GPT-2's rule)."""
+        with torch.no_grad():
+            self.out_proj.weight.mul_(factor)  # type: ignore[union-attr, operator]
+
+
+def check_state(
+    name: str, state: Any, kind: type[State], device: torch.device, **shapes: tuple[int, ...]
+) -> None:
+    """Raise ValueError when a given state is not of this kind, these shapes and this device."""
+    if type(state) is not kind:
+        raise ValueError(f"{name}: the state is a {type(state).__name__}; a {kind.__name__} is needed.")
+    for key, shape in shapes.items():
+        given = getattr(state, key)
+        if tuple(given.shape) != shape or given.device != device:
+            raise ValueError(
+                f"{name}: state.{key} is {tuple(given.shape)} on {given.device}; {shape} on {device} is needed."
+            )

@@ -1,0 +1,206 @@
+"""The Mamba-1 block (S6), and its time-invariant variant.
+
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, algorithm 2 and
+section 3.4. Parameter names and shapes are those of the published checkpoints (`state-spaces/mamba-*`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.s4d import DiagonalSSM
+from mambaseq.ops import causal_conv, selective_scan
+from mambaseq.ops.step import causal_conv_update_, selective_state_update_
+
+
+@dataclasses.dataclass
+class MambaState(State):
+    """conv `(batch, d_inner, d_conv - 1)`: the last inputs of the convolution, oldest first, in the model's dtype.
+    ssm `(batch, d_inner, d_state)`: fp32, or complex64 for a complex time-invariant block."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class BiaslessLinear(nn.Linear):
+    """A linear map whose bias is added elsewhere (in fp32, inside of the scan). Stays a module call, so that
+    adapters wrapped around it are not bypassed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+
+class Mamba(Mixer):
+    """Mamba block: in_proj, causal convolution, selective scan, gate, out_proj.
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: states a channel (N).
+        d_conv: width of the causal convolution.
+        expand: d_inner = expand * d_model.
+        dt_rank: rank of the projection to dt; "auto" is ceil(d_model / 16).
+        dt_min, dt_max: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_init_floor: no initial dt is below it.
+        conv_bias, bias: biases of the convolution and of in_proj and out_proj.
+        lti: make dt, B and C independent of the input (time-invariant: the paper's audio ablation, section 4.4.2).
+        lti_init, lti_complex: the S4D initialisation of the time-invariant variant, and whether A is complex.
+        backend: what runs the ops; None for the fastest that can (see `mambaseq doctor`).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        lti: bool = False,
+        lti_init: Literal["lin", "inv", "legs", "real"] = "lin",
+        lti_complex: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if min(d_model, d_state, d_conv, expand) < 1:
+            raise ConfigError(
+                f"mamba: d_model, d_state, d_conv and expand must be positive, not {d_model}, {d_state}, {d_conv}, {expand}."
+            )
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.lti = lti
+        self.backend = backend
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
+        )
+        if lti:
+            self.ssm = DiagonalSSM(
+                self.d_inner, d_state, init=lti_init, real=not lti_complex, dt_min=dt_min, dt_max=dt_max
+            )
+        else:
+            self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+            self.dt_proj = BiaslessLinear(self.dt_rank, self.d_inner, bias=True)
+            self._init_dt(dt_min, dt_max, dt_init_floor)
+            # S4D-real: A_n = -(n + 1)
+            self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.d_inner, 1))
+            self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        for module in (self.in_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _init_dt(self, dt_min: float, dt_max: float, floor: float) -> None:
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.exp(torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+        dt = dt.clamp(min=floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """See `Mixer.forward`."""
+        if state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            check_state(
+                "mamba",
+                state,
+                MambaState,
+                x.device,
+                conv=(sequences, self.d_inner, self.d_conv - 1),
+                ssm=(sequences, self.d_inner, self.d_state),
+            )
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        conv_state: Tensor | None = None
+        x = causal_conv(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        if return_state:
+            x, conv_state = x
+        initial = None if state is None else state.ssm
+        if self.lti:
+            y = self.ssm(x, z=z, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
+        else:
+            dt, B, C = self._selective(x)
+            y = selective_scan(
+                x,
+                dt,
+                self._A(),
+                B,
+                C,
+                D=self.D,
+                z=z,
+                dt_bias=self.dt_proj.bias,
+                dt_softplus=True,
+                initial_state=initial,
+                return_final_state=return_state,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+        if not return_state:
+            return self.out_proj(y)
+        y, ssm_state = y
+        assert conv_state is not None
+        return self.out_proj(y), MambaState(conv_state, ssm_state)
+
+    def _A(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _selective(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return self.dt_proj(dt), B, C
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MambaState:
+        """See `Mixer.init_state`."""
+        weight = self.in_proj.weight
+        device = weight.device if device is None else device
+        ssm_dtype = self.ssm.state_dtype() if self.lti else torch.float32
+        return MambaState(
+            torch.zeros(batch_size, self.d_inner, self.d_conv - 1, dtype=dtype or weight.dtype, device=device),
+            torch.zeros(batch_size, self.d_inner, self.d_state, dtype=ssm_dtype, device=device),
+        )
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: MambaState) -> Tensor:
+        """See `Mixer.step_`."""
+        x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
+        x = causal_conv_update_(
+            state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        if self.lti:
+            y = self.ssm.step_(x, z, state.ssm)
+        else:
+            dt, B, C = self._selective(x)
+            y = selective_state_update_(
+                state.ssm, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
+            )
+        return self.out_proj(y).unsqueeze(1)

@@ -1,0 +1,196 @@
+"""Models: an encoder, a backbone and a head."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError
+from mambaseq.heads.lm import LMHead
+
+
+class TokenEncoder(nn.Module):
+    """Token ids `(batch, length)` to embeddings, plus the embedding of a condition at every position.
+
+    Args:
+        d_model: width.
+        vocab_size: number of token ids.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, n_conditions: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.condition = nn.Embedding(n_conditions, d_model) if n_conditions else None
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.embedding(inputs)
+        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+class SignalEncoder(nn.Module):
+    """A continuous signal `(batch, length, n_channels)` to embeddings, without quantising it.
+
+    Args:
+        d_model: width.
+        n_channels: channels of the signal.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    def __init__(self, d_model: int, n_channels: int, n_conditions: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_channels, d_model)
+        self.condition = nn.Embedding(n_conditions, d_model) if n_conditions else None
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.linear(inputs.to(self.linear.weight.dtype))
+        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+def _condition(table: nn.Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if table is None:
+        raise ValueError("A condition was given to a model without conditions (encoder.n_conditions is 0).")
+    if cu_seqlens is None:
+        return table(condition)[:, None]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return table(torch.repeat_interleave(condition, lengths))[None]
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    """loss: scalar, when labels were given. logits: None where only the loss was needed. state: one a layer."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: list[Any] | None = None
+
+
+class SequenceModel(nn.Module):
+    """Encoder, backbone, head.
+
+    spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
+    """
+
+    def __init__(self, encoder: nn.Module, backbone: ResidualStack, head: nn.Module, tie_embeddings: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.backbone, self.head = encoder, backbone, head
+        self.tie_embeddings = tie_embeddings
+        self.spec: dict[str, Any] | None = None
+        if tie_embeddings:
+            if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
+                raise ConfigError("tie_embeddings needs a token encoder and an lm head.")
+            head.linear.weight = encoder.embedding.weight
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+        return_logits: bool | None = None,
+    ) -> ModelOutput:
+        """Run the model.
+
+        inputs: `(batch, length)` int64 ids or `(batch, length, channels)` float; right padding only.
+        labels: what the head learns: `(batch, length)` int64 (already shifted, -100 ignored) or `(sequences,)`.
+        mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64.
+        state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.
+        return_logits: None returns them unless labels are given to a head that predicts every token.
+        """
+        x = self.encoder(inputs, condition, cu_seqlens)
+        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+        x, new_state = x if return_state else (x, None)
+        if return_logits is None:
+            return_logits = labels is None or not self.head.per_token
+        loss, logits = self.head(x, labels, mask, cu_seqlens, return_logits)
+        return ModelOutput(loss, logits, new_state)
+
+    def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
+        return self.backbone.init_state(batch_size, max_length)
+
+    @torch.no_grad()
+    def step_(self, inputs: Tensor, state: list[Any], condition: Tensor | None = None) -> Tensor:
+        """One position: inputs `(batch,)` ids or `(batch, channels)`; changes the state in place.
+
+        Returns logits `(batch, vocab_size)` fp32.
+        """
+        x = self.encoder(inputs[:, None], condition)
+        x = self.backbone.step_(x, state)
+        _, logits = self.head(x)
+        assert logits is not None
+        return logits[:, -1]
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def causal_lm(
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    mixer: str = "mamba",
+    *,
+    n_conditions: int = 0,
+    tie_embeddings: bool = True,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    checkpoint: bool = False,
+    **mixer_options: Any,
+) -> SequenceModel:
+    """The usual language model over tokens: embedding, residual stack, tied head.
+
+    >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2)
+    >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
+    torch.Size([1, 8, 256])
+    """
+    return build_model(
+        {
+            "d_model": d_model,
+            "tie_embeddings": tie_embeddings,
+            "encoder": {"name": "tokens", "vocab_size": vocab_size, "n_conditions": n_conditions},
+            "backbone": {
+                "name": "residual",
+                "n_layers": n_layers,
+                "norm_eps": norm_eps,
+                "dropout": dropout,
+                "checkpoint": checkpoint,
+            },
+            "mixer": {"name": mixer, **mixer_options},
+            "head": {"name": "lm", "vocab_size": vocab_size},
+        }
+    )
+
+
+def build_model(spec: dict[str, Any]) -> SequenceModel:
+    """The model of a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
+    `{"name": ..., **options}` with names of the registry or full import paths.
+
+    Raises ConfigError for a name that does not exist or options that a part does not take.
+    """
+    names = catalog()
+    d_model = spec["d_model"]
+
+    def make(kind: str, *args: Any, **more: Any) -> Any:
+        options = {key: value for key, value in spec[kind].items() if key != "name"}
+        part = names[f"{kind}s"].get(spec[kind]["name"])
+        try:
+            return part(*args, **more, **options)
+        except TypeError as error:
+            raise ConfigError(f"The {kind} {spec[kind]['name']!r} cannot be made of {options}: {error}.") from error
+
+    backbone = make("backbone", lambda layer: make("mixer", d_model))
+    model = SequenceModel(
+        make("encoder", d_model), backbone, make("head", d_model), tie_embeddings=spec.get("tie_embeddings", False)
+    )
+    model.spec = spec
+    return model
