@@ -137,33 +137,42 @@ def pack_collate(items: list[Batch]) -> Batch:
 
 
 class SequenceDataModule(lightning.LightningDataModule):
-    """Loaders over a `SequenceData`. The position in the data is saved with every checkpoint and restored."""
+    """Loaders over a `SequenceData`.
+
+    batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint, and
+        all that the order of the data depends on beside the seed.
+    """
 
     def __init__(
         self, data: SequenceData, *, batch_size: int = 8, num_workers: int = 0, seed: int = 0, pack: bool = False
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise ConfigError(f"batch_size must be at least 1 and num_workers at least 0, not {batch_size}, {num_workers}.")
+            raise ConfigError(
+                f"batch_size must be at least 1 and num_workers at least 0, not {batch_size} and {num_workers}."
+            )
         self.data = data
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.collate = pack_collate if pack else data.collate
-        self._start = (0, 0)
+        self.batches_done = 0
 
     def setup(self, stage: str) -> None:
         self.data.setup()
 
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next training loader begin at this batch of this epoch."""
-        self._start = (epoch, batch)
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_done": self.batches_done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches_done = state_dict["batches_done"]
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.data.train()
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        epoch, start = self._start
-        self._start = (0, 0)
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            return self._stream_loader(dataset, epoch, start, rank, world)
+            dataset.place(  # type: ignore[attr-defined]
+                batch_size=self.batch_size, start_batch=self.batches_done, rank=rank, world_size=world
+            )
+            return DataLoader(dataset, batch_size=self.batch_size, drop_last=True, **self._common())
         sampler = PositionedBatchSampler(
             len(dataset),
             self.batch_size,
@@ -171,18 +180,14 @@ class SequenceDataModule(lightning.LightningDataModule):
             endless=getattr(dataset, "endless", False),
             rank=rank,
             world_size=world,
+            position=lambda: self.batches_done,
         )
         if len(sampler) == 0:
             raise DataError(
                 f"The training set has {len(dataset)} sequences, fewer than one batch of {self.batch_size} for each of "
                 f"{world} process(es). Lower data.batch_size or add data."
             )
-        sampler.epoch, sampler.start_batch = epoch, start
         return DataLoader(dataset, batch_sampler=sampler, **self._common())
-
-    def _stream_loader(self, dataset: Any, epoch: int, start: int, rank: int, world: int) -> DataLoader:
-        dataset.place(batch_size=self.batch_size, epoch=epoch, start_batch=start, rank=rank, world_size=world)
-        return DataLoader(dataset, batch_size=self.batch_size, drop_last=True, **self._common())
 
     def _common(self) -> Mapping[str, Any]:
         # a generator of its own: worker seeds must not move the global generator, which a resumed run replays

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
 class PositionedBatchSampler(Sampler[list[int]]):
-    """Batches of dataset indices; which indices batch k of epoch e holds depends on (seed, e, k) alone.
+    """Batches of dataset indices; which indices the k-th batch of a run holds depends on (seed, k) alone.
 
-    A finite dataset is permuted anew in every epoch. An endless one (`dataset.endless`, whose item i is drawn by
-    a generator seeded with i) gets consecutive indices, `epoch * size + i`, so that no epoch repeats another.
-    Each of `world_size` processes takes its own slice of every global batch of `batch_size * world_size` items;
-    what is left over at an epoch's end is dropped, so that all processes make the same number of steps.
+    A finite dataset is permuted anew in every epoch. An endless one (`dataset.endless`, whose item i is a function
+    of i alone) gets consecutive indices, so that no epoch repeats another. Each of `world_size` processes takes its
+    own slice of every global batch of `batch_size * world_size` items; what is left over at an epoch's end is
+    dropped, so that all processes make the same number of steps.
 
-    `epoch` and `start_batch` are set before iteration begins; `start_batch` is where a resumed epoch goes on and
-    falls back to 0 once that epoch has been handed out.
+    position: called when iteration begins; returns how many batches the run has trained on. Iteration goes on from
+        there to the end of that epoch.
     """
 
     def __init__(
@@ -26,30 +26,27 @@ class PositionedBatchSampler(Sampler[list[int]]):
         batch_size: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
         endless: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        position: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.shuffle, self.endless = shuffle, endless
+        self.size, self.batch_size, self.seed, self.endless = size, batch_size, seed, endless
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.start_batch = 0
+        self.position = position
 
     def __len__(self) -> int:
+        """Batches an epoch."""
         return self.size // (self.batch_size * self.world_size)
 
-    def _order(self) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
         if self.endless:
-            return np.arange(self.epoch * self.size, (self.epoch + 1) * self.size)
-        if self.shuffle:
-            return np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        return np.arange(self.size)
+            return np.arange(epoch * self.size, (epoch + 1) * self.size)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        start, self.start_batch = self.start_batch, 0
+        epoch, start = divmod(self.position(), len(self))
+        order = self._order(epoch)
         per_step = self.batch_size * self.world_size
         for k in range(start, len(self)):
             first = k * per_step + self.rank * self.batch_size
