@@ -203,8 +203,10 @@ class SequenceDataModule(lightning.LightningDataModule):
             return []
         if len(dataset) == 0:
             raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
-        shard = torch.utils.data.SequentialSampler(dataset)
-        return DataLoader(dataset, sampler=shard, batch_size=self.batch_size, **self._common())
+        if self.trainer is not None and self.trainer.world_size > 1:  # every item once, whatever the processes
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            dataset = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+        return DataLoader(dataset, batch_size=self.batch_size, **self._common())
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         return self._evaluation_loader(self.data.validation(), "validation")

@@ -1,0 +1,35 @@
+"""What a metric is to a task: a torchmetrics metric that is updated with a model's output and its batch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torchmetrics
+from torch import Tensor
+
+from mambaseq.batch import Batch
+from mambaseq.models import ModelOutput
+
+
+class Metric(torchmetrics.Metric, abc.ABC):
+    """Accumulates over batches, and over processes.
+
+    needs_logits: the model must return logits for it. scalar: False for what is saved as a table instead of logged.
+    higher_is_better: for choosing the best checkpoint.
+    """
+
+    full_state_update = False
+    needs_logits: ClassVar[bool] = True
+    scalar: ClassVar[bool] = True
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.class_names = tuple(class_names)
+
+    @abc.abstractmethod
+    def update(self, output: ModelOutput, batch: Batch) -> None: ...
+
+    @abc.abstractmethod
+    def compute(self) -> Tensor: ...

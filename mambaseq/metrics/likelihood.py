@@ -1,0 +1,87 @@
+"""How well a model predicts: from the mean loss alone, so that logits need not exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mambaseq.batch import Batch
+from mambaseq.metrics.base import Metric
+from mambaseq.models import ModelOutput
+
+
+class _Likelihood(Metric):
+    """Sums negative log likelihoods (nats) and what they are divided by, in float64."""
+
+    needs_logits = False
+    higher_is_better = False
+    nll: Tensor
+    units: Tensor
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        assert output.loss is not None
+        assert batch.targets is not None
+        n = (batch.targets != -100).sum()
+        self.nll += output.loss.double() * n
+        self.units += self._units(batch, n)
+
+    def _units(self, batch: Batch, n_targets: Tensor) -> Tensor:
+        return n_targets
+
+    def _mean(self) -> Tensor:
+        return self.nll / self.units
+
+
+class BitsPerToken(_Likelihood):
+    """Mean negative log2 likelihood of a target token (a base, a sample, a word piece)."""
+
+    def compute(self) -> Tensor:
+        return self._mean() / math.log(2)
+
+
+class BitsPerByte(_Likelihood):
+    """Negative log2 likelihood for each byte of the raw data (`Batch.n_units`, or the targets where None)."""
+
+    def _units(self, batch: Batch, n_targets: Tensor) -> Tensor:
+        return n_targets if batch.n_units is None else batch.n_units.sum()
+
+    def compute(self) -> Tensor:
+        return self._mean() / math.log(2)
+
+
+class Perplexity(_Likelihood):
+    """exp of the mean negative log likelihood of a target token."""
+
+    def compute(self) -> Tensor:
+        return self._mean().exp()
+
+
+class TokenAccuracy(Metric):
+    """Share of the targets that the model ranks first."""
+
+    higher_is_better = True
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        assert output.logits is not None
+        assert batch.targets is not None
+        valid = batch.targets != -100
+        self.correct += ((output.logits.argmax(-1) == batch.targets) & valid).sum()
+        self.total += valid.sum()
+
+    def compute(self) -> Tensor:
+        return self.correct / self.total

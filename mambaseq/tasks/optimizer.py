@@ -1,0 +1,70 @@
+"""AdamW with the groups that state-space parameters need, and warm-up with a decay."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+# dynamics are never pulled towards zero: decay of A_log, D or dt would change the memory that was learned
+NO_DECAY = {"A_log", "A_log_real", "A_imag", "log_dt", "D"}
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    lr: peak learning rate. weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the
+        state-space dynamics (A_log, D, dt_bias, ...) have none. beta1, beta2, eps: AdamW's.
+    warmup_steps: linear warm-up. schedule: what follows, to min_lr_ratio * lr at the last step ("constant": nothing).
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices with weight decay; vectors, biases and `NO_DECAY` without. Shared ones count once."""
+    decay: dict[int, nn.Parameter] = {}
+    rest: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                group = rest if parameter.ndim < 2 or name in NO_DECAY else decay
+                group[id(parameter)] = parameter
+    return [
+        {"params": list(decay.values()), "weight_decay": weight_decay},
+        {"params": list(rest.values()), "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer and its schedule over `total_steps` optimizer steps."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
