@@ -8,12 +8,15 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.selective_scan import arguments as _arguments
-from mambaseq.ops.selective_scan import reference
+from mambaseq.ops.selective_scan import chunked, reference
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = dispatch.Op(
     name="selective_scan",
-    backends=(dispatch.Backend("reference", reference.run, dispatch.never),),
+    backends=(
+        dispatch.Backend("torch", chunked.run, dispatch.never),
+        dispatch.Backend("reference", reference.run, dispatch.never),
+    ),
     samples=_arguments.samples,
 )
 
