@@ -1,0 +1,144 @@
+"""A model on disk with everything needed to use it again: `model.safetensors`, `model.json`, tokenizer files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.data.atomic import atomic_folder
+from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.domain import catalog
+from mambaseq.errors import UserError
+from mambaseq.models import SequenceModel, build_model
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class ModelCard:
+    """What a model's weights do not tell: how to build it, and what it was trained on.
+
+    spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
+    """
+
+    spec: dict[str, Any]
+    tokenizer: dict[str, Any] | None = None
+    class_names: list[str] = dataclasses.field(default_factory=list)
+    condition_names: list[str] = dataclasses.field(default_factory=list)
+    length: int = 0
+    reader: str | None = None
+    writer: str | None = None
+    reader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model in eval mode, its card and its tokenizer (None for continuous inputs)."""
+
+    model: SequenceModel
+    card: ModelCard
+    tokenizer: Tokenizer | None
+
+
+def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, contiguous, a tied head left out (the embedding has it)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.tie_embeddings:
+        del state["head.linear.weight"]
+    return state
+
+
+def save_model(folder: str | Path, model: SequenceModel, card: ModelCard, tokenizer: Tokenizer | None = None) -> None:
+    """Write the folder atomically; an older model in it stays until the new one is whole.
+
+    Raises UserError when the disk is full or not writable.
+    """
+    with atomic_folder(Path(folder)) as temporary:
+        if tokenizer is not None:
+            assert card.tokenizer is not None
+            card = dataclasses.replace(
+                card, tokenizer={"name": card.tokenizer["name"], "options": tokenizer.save_files(temporary)}
+            )
+        save_file(weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
+        (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit."""
+    own = model.state_dict()
+    if model.tie_embeddings and "head.linear.weight" not in tensors and "encoder.embedding.weight" in tensors:
+        tensors = {**tensors, "head.linear.weight": tensors["encoder.embedding.weight"]}
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    problems = wrong + [f"{name} is missing" for name in missing] + [f"{name} is not in the model" for name in extra]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration that "
+            f"they were trained with (d_model, n_layers, mixer, vocabulary), or start anew without them."
+        )
+    model.load_state_dict(tensors)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file. Raises UserError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.") from error
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.pop("format")
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}; this mambaseq reads format {FORMAT}. Install the matching one.")
+        return ModelCard(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a model description ({error}). Export the model again.") from error
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
+
+    A run that was interrupted before its export is read from its last training checkpoint.
+    Raises UserError when there is no model, it is damaged or its weights do not fit.
+    """
+    folder = Path(path)
+    if not (folder / "model.json").is_file():
+        folder = folder / "model"
+    if not (folder / "model.json").is_file():
+        raise UserError(f"There is no model at {path}: neither model.json nor model/model.json. Give the folder of a run.")
+    card = _read_card(folder / "model.json")
+    model = build_model(card.spec)
+    stored = folder / "model.safetensors"
+    if stored.is_file():
+        load_weights(model, read_safetensors(stored), stored)
+    else:
+        last = folder.parent / "checkpoints" / "last.ckpt"
+        load_weights(model, task_weights(read_checkpoint(last)), last)
+    tokenizer = None
+    if card.tokenizer is not None:
+        kind = catalog()["tokenizers"].get(card.tokenizer["name"])
+        tokenizer = kind.load_files(folder, card.tokenizer["options"])
+    return LoadedModel(model.to(device).eval(), card, tokenizer)
+
+
+def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's tensors in a training checkpoint of a `Task`."""
+    prefix = "model."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

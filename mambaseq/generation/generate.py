@@ -1,0 +1,80 @@
+"""The decode loop: one prefill over the prompt, then one step a token in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mambaseq.errors import ConfigError
+from mambaseq.generation.sampling import sample
+from mambaseq.models import SequenceModel
+
+
+@torch.no_grad()
+def generate(
+    model: SequenceModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    condition: Tensor | None = None,
+    stop_ids: Collection[int] = (),
+    progress: bool = False,
+) -> Tensor:
+    """Continue prompts.
+
+    Args:
+        prompt: `(batch, prompt_length)` int64, at least one token each.
+        max_new_tokens: tokens to add. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
+        seed: makes the result a function of model, prompt and settings.
+        condition: `(batch,)` int64 for conditional models.
+        stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
+        progress: show a bar.
+
+    Returns:
+        `(batch, prompt_length + n)` int64, n at most max_new_tokens.
+
+    Raises:
+        ConfigError: an empty prompt, settings out of range, or a model that is not causal or has no lm head.
+    """
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
+    if not model.backbone.causal or not model.head.per_token:
+        raise ConfigError("Only a causal model with an lm head can generate; this one cannot.")
+    was_training = model.training
+    model.eval()
+    generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)
+    out = [prompt]
+    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    state, logits = _prefill(model, prompt, condition)
+    bar = tqdm(total=max_new_tokens, unit="token", disable=not progress)
+    for i in range(max_new_tokens):
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if stop_ids:
+            token = torch.where(ended, out[-1][:, -1], token)
+        out.append(token[:, None])
+        bar.update()
+        if stop_ids:
+            for stop in stop_ids:
+                ended |= token == stop
+            if bool(ended.all()):
+                break
+        if i + 1 < max_new_tokens:
+            logits = model.step_(token, state, condition)
+    bar.close()
+    model.train(was_training)
+    return torch.cat(out, dim=1)
+
+
+def _prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
+    """State after the prompt and the logits of its last position (only those: a long prompt's would not fit)."""
+    x = model.encoder(prompt, condition)
+    hidden, state = model.backbone(x, return_state=True)
+    _, logits = model.head(hidden[:, -1:])
+    return state, logits[:, -1]
