@@ -47,7 +47,7 @@ class ResidualStack(nn.Module):
     def __init__(
         self,
         make_mixer: Callable[[int], Mixer],
-        n_layers: int,
+        n_layers: int = 4,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         checkpoint: bool = False,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mambaseq.generation.generate import generate
+from mambaseq.generation.decode import generate
 
 __all__ = ["generate"]

@@ -1,0 +1,258 @@
+"""A run's configuration: YAML and command-line overrides into checked, typed settings.
+
+The names in a configuration (`data.name`, `model.mixer.name`, ...) decide which classes there are; their typed
+`__init__` arguments are the keys beside the name. So the names are read first, and a parser is built for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.metrics.base import Metric
+from mambaseq.registry import Registry
+from mambaseq.resources import find
+from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq.tasks.task import LengthWarmup
+
+PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
+# arguments that a part gets from the model or the data, never from the configuration
+PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes"}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "trainer.max_steps": 1000,
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.log_every_n_steps": 10,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.enable_model_summary": False,
+    "trainer.use_distributed_sampler": False,
+}
+
+
+@dataclasses.dataclass
+class LoaderConfig:
+    """batch_size: sequences a process and step. num_workers: loader processes. pack: join sequences of different
+    lengths end to end instead of padding them."""
+
+    batch_size: int = 8
+    num_workers: int = 0
+    pack: bool = False
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """every_n_steps: a resumable checkpoint every so many optimizer steps. monitor: the validation metric by which the
+    best weights are chosen ("" keeps the last). mode: whether it should be min or max."""
+
+    every_n_steps: int = 100
+    monitor: str = ""
+    mode: str = "min"
+
+
+@dataclasses.dataclass
+class GenerationConfig:
+    """Defaults of `mambaseq generate` for this run. max_new_tokens 0: the data's length."""
+
+    max_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def resolve_config(name: str) -> Path:
+    """The file of a registered configuration, or the path itself. Raises ConfigError when there is neither."""
+    configs: Registry[Any] = catalog()["configs"]
+    if name in configs:
+        return find(configs.entry(name).target)
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = [entry.name for entry in configs]
+    raise ConfigError(
+        f"No configuration is named {name!r} and no file is there.{did_you_mean(name, known)} "
+        f"`mambaseq list configs` shows what there is."
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises ConfigError naming the file and line when it is none."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds no settings; a configuration is a YAML mapping with at least data.name.")
+    return loaded
+
+
+def _override(argv: list[str], key: str) -> str | None:
+    found = None
+    for index, argument in enumerate(argv):
+        if argument == f"--{key}" and index + 1 < len(argv):
+            found = argv[index + 1]
+        elif argument.startswith(f"--{key}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -> str:
+    value: Any = raw
+    for step in [*key.split("."), "name"]:
+        value = value.get(step) if isinstance(value, dict) else None
+    name = _override(argv, f"{key}.name") or value or default
+    if not isinstance(name, str):
+        raise ConfigError(f"The configuration needs {key}.name. `mambaseq list {key.split('.')[-1]}sets` shows names.")
+    return name
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """A checked configuration.
+
+    settings: everything as plain values, as it is saved with the run. trainer: arguments of `lightning.Trainer`, with
+    classes already instantiated. classes: the class behind each name ("data", "encoder", ...).
+    """
+
+    settings: dict[str, Any]
+    trainer: dict[str, Any]
+    classes: dict[str, Any]
+    yaml: str
+
+    def make_data(self) -> SequenceData:
+        """The dataset, not yet set up."""
+        options = {key: value for key, value in self.settings["data"].items() if key != "name"}
+        return self.classes["data"](**options)
+
+    def make_datamodule(self, data: SequenceData) -> SequenceDataModule:
+        return SequenceDataModule(data, seed=self.settings["seed"], **self.settings["loader"])
+
+    def model_spec(self, data: SequenceData) -> dict[str, Any]:
+        """The description for `build_model`, what the data tells filled in. Raises ConfigError when it does not tell
+        what a part needs."""
+        known = {
+            "vocab_size": data.vocab_size,
+            "n_channels": data.n_channels,
+            "n_conditions": data.n_conditions,
+            "n_classes": len(data.class_names) or None,
+        }
+        model = self.settings["model"]
+        spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
+        for part in PARTS:
+            spec[part] = dict(model[part])
+            for argument in PROVIDED & known.keys() & _arguments(self.classes[part]):
+                if known[argument] is None:
+                    raise ConfigError(
+                        f"The {part} {model[part]['name']!r} needs {argument}, which the dataset "
+                        f"{self.settings['data']['name']!r} does not have. Choose another {part} or dataset."
+                    )
+                spec[part][argument] = known[argument]
+        return spec
+
+    def make_metrics(self, data: SequenceData) -> dict[str, Metric]:
+        registry: Registry[type[Metric]] = catalog()["metrics"]
+        return {
+            name.rpartition("/")[2].rpartition(":")[2]: registry.get(name)(data.class_names)
+            for name in self.settings["metrics"]
+        }
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(**self.settings["optimizer"])
+
+    def length_warmup(self) -> LengthWarmup:
+        return LengthWarmup(**self.settings["length_warmup"])
+
+
+def _arguments(part: Any) -> set[str]:
+    return set(inspect.signature(part).parameters)
+
+
+def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
+    """The parser for the classes behind these names, and the classes."""
+    import lightning
+
+    registries = catalog()
+    classes = {"data": registries["datasets"].get(names["data"])}
+    parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a registered name or a YAML file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and dropout")
+    parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
+    parser.add_argument("--data.name", type=str, default=names["data"])
+    parser.add_class_arguments(classes["data"], "data", instantiate=False)
+    parser.add_class_arguments(LoaderConfig, "loader", instantiate=False)
+    parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
+    parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
+    for part in PARTS:
+        classes[part] = registries[f"{part}s"].get(names[part])
+        parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
+        skip = PROVIDED & _arguments(classes[part])
+        if len(skip) < len(_arguments(classes[part])):
+            parser.add_class_arguments(classes[part], f"model.{part}", instantiate=False, skip=set(skip))
+    parser.add_class_arguments(OptimizerConfig, "optimizer", instantiate=False)
+    parser.add_class_arguments(LengthWarmup, "length_warmup", instantiate=False)
+    parser.add_class_arguments(CheckpointConfig, "checkpoint", instantiate=False)
+    parser.add_class_arguments(GenerationConfig, "generation", instantiate=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the trainer's own docstrings and annotations
+        parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False, fail_untyped=False)
+    parser.set_defaults(TRAINER_DEFAULTS)
+    return parser, classes
+
+
+_UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Key ['\"](?P<key>[\w.]+)['\"] is not expected", re.IGNORECASE),
+    re.compile(r"Unrecognized arguments?: --(?P<key>[\w.]+)", re.IGNORECASE),
+    re.compile(r"No action for key ['\"](?P<key>[\w.]+)['\"]", re.IGNORECASE),
+)
+
+
+def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
+    text = " ".join(str(error).split()).rstrip(".")
+    for pattern in _UNKNOWN_KEY:
+        if (found := pattern.search(text)) is not None:
+            parts = found.groupdict()
+            key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
+            text = f"there is no key {key!r}"
+            hint = did_you_mean(key, vars(parser.get_defaults().as_flat()))
+            break
+    else:
+        hint = ""
+    return ConfigError(
+        f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source} --help` lists "
+        f"the keys."
+    )
+
+
+def parse_config(config: str, overrides: list[str]) -> RunConfig:
+    """Read a configuration (registered name or YAML file) and `--key value` overrides.
+
+    Raises ConfigError for unknown names and keys (with the nearest known one) and for values of a wrong type.
+    """
+    path = resolve_config(config)
+    raw = read_yaml(path)
+    names = {"data": _name(raw, overrides, "data", None)}
+    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
+    parser, classes = make_parser(names)
+    if "--help" in overrides or "-h" in overrides:
+        parser.print_help()
+        raise SystemExit(0)
+    try:
+        parsed = parser.parse_args(["--config", str(path), *overrides])
+        parsed.pop("config")
+        instantiated = parser.instantiate_classes(parsed)
+    except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
+        raise _explain(error, parser, config) from error
+    text = parser.dump(parsed, skip_none=False)
+    return RunConfig(
+        settings=yaml.safe_load(text), trainer=dict(vars(instantiated.trainer)), classes=classes, yaml=text
+    )

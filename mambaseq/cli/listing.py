@@ -1,0 +1,38 @@
+"""`mambaseq list`: what can be named, and who brought it. Imports neither torch nor lightning."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mambaseq.domain import KINDS, catalog
+from mambaseq.errors import UserError, did_you_mean
+
+SHOWN = ("domains", *KINDS)
+
+
+def run(argv: list[str], command: str) -> int:
+    parser = argparse.ArgumentParser(prog="mambaseq list", description="What can be named in a configuration.")
+    parser.add_argument("kind", nargs="?", help=f"one of {', '.join(SHOWN)}; all of them when left out")
+    kind = parser.parse_args(argv).kind
+    if kind is not None and kind not in SHOWN:
+        raise UserError(f"There is no kind {kind!r} to list.{did_you_mean(kind, SHOWN)} Kinds: {', '.join(SHOWN)}.")
+    names = catalog()
+    for shown in SHOWN if kind is None else (kind,):
+        if shown == "domains":
+            rows = [(domain.name, domain.summary, origin) for domain, origin in names.domains.values()]
+        else:
+            rows = [(entry.name, entry.summary, entry.origin) for entry in names[shown]]
+        if rows or kind is not None:
+            _print(shown, rows)
+    for point, reason in names.broken.items():
+        print(f"broken plugin: {point}\n    {reason}", file=sys.stderr)
+    return 0
+
+
+def _print(kind: str, rows: list[tuple[str, str, str]]) -> None:
+    print(f"{kind}:")
+    width = max((len(name) for name, _, _ in rows), default=0)
+    for name, summary, origin in sorted(rows):
+        print(f"  {name:<{width}}  {summary}  [{origin}]")
+    print()

@@ -1,0 +1,65 @@
+"""`mambaseq COMMAND ...`: finds the command's module, and turns the user's errors into one paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+
+from mambaseq import __version__
+from mambaseq.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "fit": ("mambaseq.cli.fit", "train a model: --config NAME_OR_FILE [--out RUN] [--key value ...]; --resume RUN"),
+    "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN"),
+    "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
+    "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE.csv"),
+    "generate": ("mambaseq.cli.generate", "continue a prompt: --checkpoint RUN [--prompt P] --out FILE"),
+    "list": ("mambaseq.cli.listing", "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs"),
+    "doctor": ("mambaseq.cli.doctor", "what runs on this machine, which backend each op would use, and whether it is right"),
+    "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
+    "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(
+        textwrap.fill(text, 100, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, (_, text) in COMMANDS.items()
+    )
+    return (
+        f"mambaseq {__version__}: one Mamba backbone for long sequences of any kind\n\n"
+        f"usage: mambaseq COMMAND [options]      mambaseq COMMAND --help\n\n{lines}\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"mambaseq: no command is named {command!r}.{did_you_mean(command, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[command][0])
+        return int(module.run(rest, command) or 0)
+    except UserError as error:
+        print(f"mambaseq {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe left (mambaseq list | head)
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
