@@ -26,6 +26,7 @@ class ModelCard:
     """What a model's weights do not tell: how to build it, and what it was trained on.
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
+    generation: the run's defaults for `mambaseq generate`.
     """
 
     spec: dict[str, Any]
@@ -33,9 +34,11 @@ class ModelCard:
     class_names: list[str] = dataclasses.field(default_factory=list)
     condition_names: list[str] = dataclasses.field(default_factory=list)
     length: int = 0
+    start_ids: list[int] = dataclasses.field(default_factory=lambda: [0])
     reader: str | None = None
     writer: str | None = None
     reader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -55,8 +58,15 @@ def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_model(folder: str | Path, model: SequenceModel, card: ModelCard, tokenizer: Tokenizer | None = None) -> None:
+def save_model(
+    folder: str | Path,
+    model: SequenceModel | None,
+    card: ModelCard,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write the folder atomically; an older model in it stays until the new one is whole.
+
+    model None writes the description without weights (a run that has just begun).
 
     Raises UserError when the disk is full or not writable.
     """
@@ -66,7 +76,8 @@ def save_model(folder: str | Path, model: SequenceModel, card: ModelCard, tokeni
             card = dataclasses.replace(
                 card, tokenizer={"name": card.tokenizer["name"], "options": tokenizer.save_files(temporary)}
             )
-        save_file(weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        if model is not None:
+            save_file(weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
         (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
 

@@ -39,6 +39,7 @@ class SequenceData(abc.ABC):
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
     condition_names: their names. length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
+    start_ids: what generation begins from when no prompt is given (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
     """
 
@@ -50,6 +51,7 @@ class SequenceData(abc.ABC):
     length: int = 0
     tokenizer: Tokenizer | None = None
     tokenizer_name: str | None = None
+    start_ids: Sequence[int] = (0,)
     reader: str | None = None
     writer: str | None = None
 

@@ -90,7 +90,6 @@ class Task(lightning.LightningModule):
         )
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
-        self.tokens_seen = 0
 
     def run_model(self, batch: Batch, return_logits: bool | None = None) -> ModelOutput:
         return self.model(
@@ -110,7 +109,6 @@ class Task(lightning.LightningModule):
         batch = shorten(batch, self.length_warmup.length(self.global_step, batch.inputs.shape[1]))
         output = self.run_model(batch)
         assert output.loss is not None
-        self.tokens_seen += batch.inputs.shape[0] * batch.inputs.shape[1]
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
         self.log("train/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0])
         return output.loss

@@ -1,0 +1,80 @@
+"""`mambaseq fit`: train a model from a configuration, or go on with a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mambaseq.cli.runs import RunFolder
+from mambaseq.errors import ConfigError, UserError
+
+
+def run(argv: list[str], command: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mambaseq fit",
+        description="Train a model. Everything else on the command line is --key value and overrides the configuration; "
+        "`mambaseq fit --config NAME --help` lists the keys.",
+        add_help="--config" not in argv,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")
+    parser.add_argument("--out", help="folder of the run; runs/NAME when left out")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is")
+    arguments, overrides = parser.parse_known_args(argv)
+    if (arguments.config is None) == (arguments.resume is None):
+        raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")
+    if arguments.resume is not None:
+        if arguments.out is not None:
+            raise ConfigError("--resume goes on in the run's own folder; leave --out away.")
+        folder = RunFolder(arguments.resume).require()
+        return fit(str(folder.config), folder, overrides, resume=True)
+    out = arguments.out or f"runs/{arguments.config.replace('/', '-').removesuffix('.yaml')}"
+    return fit(arguments.config, RunFolder(out), overrides)
+
+
+def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = False, progress: bool = True) -> int:
+    """Train; returns 0, or 130 when the run was interrupted and can be resumed.
+
+    Raises UserError for anything the user has to mend.
+    """
+    from mambaseq.cli.config import parse_config
+
+    main_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    settings = parse_config(config, overrides)
+    if main_process and not resume and folder.last.exists():
+        raise ConfigError(
+            f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give another "
+            f"--out, or remove it."
+        )
+    if resume and not folder.last.exists():
+        raise UserError(f"The run at {folder.path} has no checkpoint to resume from. Begin it anew with another --out.")
+
+    from mambaseq.cli.training import train
+
+    with warnings.catch_warnings():
+        _quiet()
+        return train(settings, folder, resume=resume, main_process=main_process, progress=progress)
+
+
+def _quiet() -> None:
+    """Lightning's advice that does not apply here."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is: see PositionedBatchSampler
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*treespec, LeafSpec.*",
+        ".*isinstance.treespec.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def interrupted(folder: Path, error: Any) -> int:
+    print(f"\nInterrupted after step {error.step}. Go on with: mambaseq fit --resume {folder}", file=sys.stderr)
+    return 130

@@ -1,0 +1,58 @@
+"""Pictures of a run: learning curves and confusion matrices."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mambaseq.cli.runs import RunFolder
+from mambaseq.data.atomic import atomic_file
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    with atomic_file(path) as file:
+        file.write(png(figure))
+
+
+def learning_curves(run: RunFolder, scale: float = 1.0, unit: str = "loss (nats)") -> Figure:
+    """Training and validation loss over steps. scale multiplies the losses (1/ln 2 for bits)."""
+    figure = Figure(figsize=(6, 3.2))
+    axes = figure.subplots()
+    for metric, style in (("train/loss", {"alpha": 0.7, "lw": 1}), ("val/loss", {"marker": "o", "ms": 3})):
+        points = run.curve(metric)
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, np.array(values) * scale, label=metric.split("/")[0], **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Rows are true classes; a cell shows the count, its colour the share of the row."""
+    table = np.asarray(counts)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(0.7 * len(names) + 2, 0.6 * len(names) + 1.6))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(table[row, column]), ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    return figure

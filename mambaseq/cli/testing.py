@@ -1,0 +1,33 @@
+"""The work of `mambaseq test` and `mambaseq validate`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mambaseq.checkpoints.export import load_model
+from mambaseq.cli.config import RunConfig
+from mambaseq.cli.pictures import confusion_matrix, save_png
+from mambaseq.cli.runs import RunFolder
+from mambaseq.cli.training import make_trainer
+from mambaseq.errors import UserError
+from mambaseq.tasks.task import Task
+
+
+def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
+    """See `mambaseq.cli.evaluate.evaluate`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    loaded = load_model(folder.path)
+    data = settings.make_data()
+    data.setup()
+    if (data.validation() if command == "validate" else data.test()) is None:
+        raise UserError(f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated.")
+    task = Task(loaded.model, metrics=settings.make_metrics(data))
+    trainer = make_trainer(settings, folder, [], [], enable_progress_bar=progress)
+    method = trainer.validate if command == "validate" else trainer.test
+    method(task, datamodule=settings.make_datamodule(data), verbose=False)
+    results: dict[str, Any] = {**task.results, **task.tables}
+    folder.update_results(**results)
+    for name, table in task.tables.items():
+        save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
+    return results
