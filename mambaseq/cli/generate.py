@@ -1,0 +1,31 @@
+"""`mambaseq generate`: continue a prompt and write what comes out in the domain's own format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def run(argv: list[str], command: str) -> int:
+    parser = argparse.ArgumentParser(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
+    parser.add_argument("--prompt", help="a file that the run's reader understands, or the prompt itself")
+    parser.add_argument("--condition", help="what to generate, for conditional models: a name, or several with commas")
+    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="tokens to add (bases, samples, bytes)")
+    parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each condition)")
+    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    given = vars(parser.parse_args(argv))
+    from mambaseq.cli.generating import generate_to
+
+    checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for path in generate_to(checkpoint, out, progress=True, **settings):
+        print(path)
+    return 0
