@@ -6,7 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
-from mambaseq.cli.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder
 
 
 def run(argv: list[str], command: str) -> int:

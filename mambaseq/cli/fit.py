@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mambaseq.cli.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.errors import ConfigError, UserError
 
 

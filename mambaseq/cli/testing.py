@@ -7,8 +7,8 @@ from typing import Any
 
 from mambaseq.checkpoints.export import load_model
 from mambaseq.cli.config import RunConfig
-from mambaseq.cli.pictures import confusion_matrix, save_png
-from mambaseq.cli.runs import RunFolder
+from mambaseq.reporting.pictures import confusion_matrix, save_png
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.cli.training import make_trainer
 from mambaseq.errors import UserError
 from mambaseq.tasks.task import Task

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
-from mambaseq.cli.pictures import learning_curves, save_png
-from mambaseq.cli.runs import RunFolder
+from mambaseq.reporting.pictures import learning_curves, save_png
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.data.atomic import atomic_file
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError

@@ -166,9 +166,9 @@ class GridWindows:
 
     groups, span, make_batch: as in `RandomWindows`. stride: distance of the tiles' starts, `span` if not
         given; span - 1 for next-token targets, so that every token but the first is a target exactly once.
-    per_group: take this many tiles of every group, spread by a seeded draw without replacement; `"equal"`
-        takes as many as the group with the fewest has; None takes all.
-    Raises DataError when a group has no tile, or fewer than `per_group`.
+    balanced: take as many of every group as the one with the fewest has. at_most: take at most this many of a
+        group. What is left out is decided by a seeded draw.
+    Raises DataError when a group has no tile.
     """
 
     def __init__(
@@ -178,7 +178,8 @@ class GridWindows:
         make_batch: MakeBatch,
         *,
         stride: int | None = None,
-        per_group: int | str | None = None,
+        balanced: bool = False,
+        at_most: int | None = None,
         seed: int = 0,
         what: str = "test set",
     ) -> None:
@@ -197,23 +198,12 @@ class GridWindows:
             if not rows:
                 raise _too_short(group, span, what)
             tiles.append(np.concatenate(rows))
-        wanted = min(map(len, tiles)) if per_group == "equal" else per_group
-        if wanted is not None:
-            tiles = [
-                self._choose(found, int(wanted), group, number, what)
-                for number, (group, found) in enumerate(zip(groups, tiles, strict=True))
-            ]
+        fewest = min(map(len, tiles)) if balanced else None
+        for number, found in enumerate(tiles):
+            wanted = min(n for n in (len(found), fewest, at_most) if n is not None)
+            chosen = np.random.default_rng((seed, number)).choice(len(found), size=wanted, replace=False)
+            tiles[number] = found[np.sort(chosen)]
         self._tiles = np.concatenate(tiles)
-
-    def _choose(self, tiles: np.ndarray, n: int, group: Group, number: int, what: str) -> np.ndarray:
-        if len(tiles) < n:
-            raise DataError(
-                f"{what}: {group.name!r} has {len(tiles)} windows of {self.span:,} tokens that do not "
-                f"overlap, fewer than the {n} asked for. Ask for fewer, lower data.length, or give more of "
-                f"the data to this split."
-            )
-        chosen = np.random.default_rng((self.seed, number)).choice(len(tiles), size=n, replace=False)
-        return tiles[np.sort(chosen)]
 
     def __len__(self) -> int:
         return len(self._tiles)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mambaseq.cli.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.data.atomic import atomic_file
 
 

@@ -1,0 +1,7 @@
+"""What a run leaves for people to look at."""
+
+from __future__ import annotations
+
+from mambaseq.reporting.sections import Report, Section, audio_player, picture, table
+
+__all__ = ["Report", "Section", "audio_player", "picture", "table"]
