@@ -1,0 +1,25 @@
+"""DNA: bases as tokens, FASTA files, classification by species and next-base modelling."""
+
+from mambaseq.domain import Domain
+
+domain = Domain(
+    name="dna",
+    summary="DNA sequences from FASTA files: which species, which base comes next",
+    tokenizers={
+        "base": (
+            "mambaseq_dna.tokenizer:BaseTokenizer",
+            "one token a base: A C G T N, lower case folded or kept",
+        ),
+    },
+    datasets={
+        "species": (
+            "mambaseq_dna.species:SpeciesData",
+            "which species a window comes from, regions held out",
+        ),
+        "genome": ("mambaseq_dna.genome:GenomeData", "next-base modelling of FASTA files"),
+    },
+    readers={"fasta": ("mambaseq_dna.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
+    writers={
+        "fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
+    },
+)

@@ -91,16 +91,16 @@ def test_tiles_cover_without_overlap(store: TokenStore) -> None:
 
 def test_chosen_tiles_are_seeded_distinct_and_equally_many(store: TokenStore) -> None:
     groups = [Group("long", [Interval(store, 0, 0, 1000)]), Group("short", [Interval(store, 1, 0, 100)])]
-    windows = GridWindows(groups, 10, group_label, per_group="equal", seed=3)
+    windows = GridWindows(groups, 10, group_label, balanced=True, seed=3)
     places = [windows.place(i)[1:] for i in range(len(windows))]
     assert Counter(group for _, group in places) == {0: 10, 1: 10}
     assert len(set(places)) == 20
-    again = GridWindows(groups, 10, group_label, per_group="equal", seed=3)
+    again = GridWindows(groups, 10, group_label, balanced=True, seed=3)
     assert [again.place(i)[1:] for i in range(20)] == places
-    other = GridWindows(groups, 10, group_label, per_group="equal", seed=4)
+    other = GridWindows(groups, 10, group_label, balanced=True, seed=4)
     assert [other.place(i)[1:] for i in range(20)] != places
-    with pytest.raises(DataError, match=r"'short' has 10 windows .* fewer than the 11"):
-        GridWindows(groups, 10, group_label, per_group=11)
+    few = GridWindows(groups, 10, group_label, at_most=20)
+    assert Counter(few.place(i)[2] for i in range(len(few))) == {0: 20, 1: 10}
 
 
 @pytest.mark.parametrize("kind", [RandomWindows, GridWindows])
