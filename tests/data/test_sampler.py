@@ -1,0 +1,77 @@
+"""The order of training data is a function of seed and position alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import pack_collate, pad_collate
+from mambaseq.data.sampler import PositionedBatchSampler
+
+
+def batches(position: int, epochs: int = 1, **options) -> list[list[int]]:
+    done = position
+    sampler = PositionedBatchSampler(10, 3, position=lambda: done, **options)
+    out = []
+    for _ in range(epochs):
+        for batch in sampler:
+            out.append(batch)
+        done = len(out) + position
+    return out
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_any_position_continues_the_same_order(endless: bool) -> None:
+    whole = batches(0, epochs=4, endless=endless)
+    assert len(whole) == 12
+    for position in range(9):
+        rest = batches(position, epochs=3, endless=endless)
+        assert rest == whole[position : position + len(rest)]
+        assert len(rest) > 6 - position % 3
+
+
+def test_epochs_are_permuted_anew_and_complete() -> None:
+    first, second = batches(0, epochs=2)[:3], batches(0, epochs=2)[3:]
+    assert first != second
+    for epoch in (first, second):
+        items = [i for batch in epoch for i in batch]
+        assert len(set(items)) == 9
+        assert set(items) <= set(range(10))
+    assert batches(0, seed=1) != batches(0, seed=2)
+
+
+def test_endless_indices_never_repeat() -> None:
+    items = [i for batch in batches(0, epochs=3, endless=True) for i in batch]
+    assert len(set(items)) == len(items)
+
+
+def test_two_processes_see_the_batches_of_one() -> None:
+    one = list(PositionedBatchSampler(16, 4, seed=3))
+    parts = [list(PositionedBatchSampler(16, 2, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == one
+
+
+def item(length: int, **more) -> Batch:
+    ids = torch.arange(1, length + 1)[None]
+    return Batch(inputs=ids, targets=ids + 1, **more)
+
+
+def test_padding_is_on_the_right_masked_and_ignored() -> None:
+    batch = pad_collate([item(2), item(4)])
+    assert batch.inputs.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
+    assert batch.targets is not None
+    assert batch.targets.tolist() == [[2, 3, -100, -100], [2, 3, 4, 5]]
+    assert batch.mask is not None
+    assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert pad_collate([item(3), item(3)]).mask is None
+
+
+def test_packing_joins_end_to_end() -> None:
+    batch = pack_collate([item(2, condition=torch.tensor([7])), item(3, condition=torch.tensor([9]))])
+    assert batch.inputs.tolist() == [[1, 2, 1, 2, 3]]
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.condition is not None
+    assert batch.condition.tolist() == [7, 9]

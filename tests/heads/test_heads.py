@@ -1,0 +1,62 @@
+"""Heads: pooling by hand, the chunked loss equal to the whole one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambaseq.heads import lm
+from mambaseq.heads.base import pool
+from mambaseq.heads.classification import ClassificationHead
+from mambaseq.heads.lm import LMHead
+from mambaseq.heads.regression import RegressionHead
+
+
+@pytest.mark.parametrize("how", ["mean", "last"])
+def test_pooling_masked_and_packed_agree(how) -> None:
+    a, b = torch.randn(3, 4), torch.randn(5, 4)
+    expected = torch.stack([t.mean(0) if how == "mean" else t[-1] for t in (a, b)])
+    padded = torch.full((2, 5, 4), 99.0)
+    padded[0, :3], padded[1] = a, b
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    torch.testing.assert_close(pool(padded, how, mask, None), expected)
+    packed = torch.cat([a, b])[None]
+    torch.testing.assert_close(pool(packed, how, None, torch.tensor([0, 3, 8], dtype=torch.int32)), expected)
+    empty = pool(packed, how, None, torch.tensor([0, 0, 3, 8], dtype=torch.int32))
+    torch.testing.assert_close(empty, torch.cat([torch.zeros(1, 4), expected]))
+
+
+def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = LMHead(6, 11)
+    hidden = torch.randn(3, 7, 6, requires_grad=True)
+    labels = torch.randint(0, 11, (3, 7))
+    labels[0, :4] = -100
+    whole, logits = head(hidden, labels)
+    assert logits is not None
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(whole, expected)
+    grads = torch.autograd.grad(whole, [hidden, head.linear.weight])
+    monkeypatch.setattr(lm, "CHUNK_ELEMENTS", 44)
+    chunked, none = head(hidden, labels, return_logits=False)
+    assert none is None
+    torch.testing.assert_close(chunked, whole)
+    for one, other in zip(grads, torch.autograd.grad(chunked, [hidden, head.linear.weight]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_label_at_all_gives_zero_not_nan() -> None:
+    head = LMHead(6, 11)
+    for return_logits in (True, False):
+        loss, _ = head(torch.randn(1, 3, 6), torch.full((1, 3), -100), return_logits=return_logits)
+        assert float(loss) == 0
+
+
+def test_classification_and_regression_losses() -> None:
+    hidden = torch.randn(2, 5, 4)
+    head = ClassificationHead(4, 3)
+    loss, logits = head(hidden, torch.tensor([2, 0]))
+    torch.testing.assert_close(logits, head.linear(hidden.mean(1)))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])))
+    regression = RegressionHead(4, 1)
+    loss, values = regression(hidden, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(loss, ((values[:, 0] - torch.tensor([1.0, 2.0])) ** 2).mean())

@@ -1,0 +1,95 @@
+"""Names: lazy, collisions named with both origins, suggestions, broken plugins apart."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from mambaseq.domain import CORE, KINDS, Domain, build_catalog, catalog
+from mambaseq.errors import ConfigError
+from mambaseq.registry import Registry, import_target
+
+
+def point(name: str, value: str) -> importlib.metadata.EntryPoint:
+    return importlib.metadata.EntryPoint(name=name, value=value, group="mambaseq.domains")
+
+
+def test_collision_names_both_origins() -> None:
+    registry: Registry = Registry("mixer", {"mamba": ("a.b:C", "first")}, origin="core")
+    with pytest.raises(ConfigError, match=r"mamba.*a\.b:C \(from core\).*x\.y:Z \(from plugin 1\.0\)"):
+        registry.add("mamba", "x.y:Z", "second", "plugin 1.0")
+
+
+def test_unknown_name_is_suggested() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'mamba'"):
+        catalog()["mixers"].entry("mambda")
+
+
+def test_full_import_path_works() -> None:
+    assert catalog()["mixers"].get("mambaseq.mixers.mamba:Mamba") is catalog()["mixers"].get("mamba")
+
+
+@pytest.mark.parametrize("target", ["nowhere.at.all:X", "mambaseq.batch:Nothing", "plain"])
+def test_bad_targets_are_explained(target: str) -> None:
+    with pytest.raises(ConfigError, match=target.split(":")[0].rpartition(".")[2]):
+        import_target(target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_entry_loads_and_has_a_summary(kind: str) -> None:
+    for entry in catalog()[kind]:
+        assert entry.summary
+        if kind != "configs":
+            assert callable(entry.load()), entry
+
+
+def test_shipped_domains_register_like_a_third_party() -> None:
+    points = {p.name for p in importlib.metadata.entry_points(group="mambaseq.domains")}
+    assert {"dna", "audio", "text"} <= points
+    assert {"dna", "audio", "text"} <= set(catalog().domains)
+    assert not any(name.split("/")[0] in points for kind in CORE.values() for name in kind)
+
+
+def test_broken_plugins_are_reported_and_take_nothing_down(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fine_plugin.py").write_text(
+        "from mambaseq.domain import Domain\ndomain = Domain('fine', 'works', heads={'h': ('m:H', 's')})\n"
+    )
+    (tmp_path / "raising_plugin.py").write_text("raise RuntimeError('boom')\n")
+    (tmp_path / "wrong_plugin.py").write_text("domain = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = build_catalog(
+        [
+            point("raising", "raising_plugin:domain"),
+            point("missing", "no_such_plugin:domain"),
+            point("wrong", "wrong_plugin:domain"),
+            point("fine", "fine_plugin:domain"),
+            point("other", "fine_plugin:domain"),
+        ]
+    )
+    assert set(made.domains) == {"fine"}
+    assert "fine/h" in made["heads"]
+    reasons = {label.split(" = ")[0]: reason for label, reason in made.broken.items()}
+    assert set(reasons) == {"raising", "missing", "wrong", "other"}
+    assert "boom" in reasons["raising"]
+    assert "no_such_plugin" in reasons["missing"]
+    assert "int" in reasons["wrong"]
+
+
+def test_domain_fields_are_the_kinds() -> None:
+    assert set(KINDS) == set(Domain("x", "y").__dict__) - {"name", "summary"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "mixers"]])
+def test_help_and_list_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from mambaseq.cli.main import main; "
+        f"main({arguments!r}); "
+        "heavy = {'torch', 'lightning', 'numba', 'datasets', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "mamba" in done.stdout
