@@ -8,12 +8,13 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.selective_scan import arguments as _arguments
-from mambaseq.ops.selective_scan import chunked, reference
+from mambaseq.ops.selective_scan import chunked, cpu, reference
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = dispatch.Op(
     name="selective_scan",
     backends=(
+        dispatch.Backend("cpu", cpu.run, cpu.why_not),
         dispatch.Backend("torch", chunked.run, dispatch.never),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),

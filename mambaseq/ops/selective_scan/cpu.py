@@ -1,0 +1,243 @@
+"""The selective scan on CPU: hands PyTorch's tensors to the Numba kernels, on several threads.
+
+The work is cut by channels and sequences alone, never by the number of threads, so results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambaseq.ops import sequences, threads
+from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.selective_scan import library
+from mambaseq.ops.selective_scan.arguments import ScanArguments
+
+# Tasks to aim at: enough for many threads, few enough that their partial sums stay small.
+_TASKS = 64
+# Updates of a state below which starting threads costs more than it saves.
+_LITTLE_WORK = 2**16
+
+
+def why_not(arguments: ScanArguments) -> str | None:
+    """The reason why the kernels cannot run these arguments, or None."""
+    x = arguments.x
+    if x.device.type != "cpu":
+        return f"the kernels run on the CPU, x is on {x.device}"
+    if arguments.A.is_complex():
+        return "A is complex"
+    if arguments.B.ndim == 2 or arguments.C.ndim == 2:
+        return "B or C is constant in time"
+    for name, value in arguments._asdict().items():
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    return None
+
+
+class _Blocks(NamedTuple):
+    """Channels cut into blocks of at most `WIDTH`, none across two groups."""
+
+    first: np.ndarray  # (blocks,) int64
+    width: np.ndarray  # (blocks,) int64
+    group: np.ndarray  # (blocks,) int64
+    channel: Tensor  # (blocks, WIDTH) int64, `channels` where there is none
+
+
+class _Inputs(NamedTuple):
+    """What both kernels receive first, in their order; see `kernels`."""
+
+    tasks: np.ndarray
+    bounds: np.ndarray
+    reverse: bool
+    x: np.ndarray
+    x_stride: int
+    dt: np.ndarray
+    dt_stride: int
+    z: np.ndarray
+    z_stride: int
+    B: np.ndarray
+    C: np.ndarray
+    groups: int
+    n_states: int
+    A2: np.ndarray
+    D: np.ndarray
+    bias: np.ndarray
+    use_softplus: bool
+    initial: np.ndarray
+    has_initial: bool
+    channels: int
+    d_state: int
+
+
+def _kernels() -> ModuleType:
+    """Imported when first needed: Numba takes a second to import."""
+    return importlib.import_module("mambaseq.ops.selective_scan.kernels")
+
+
+def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    kernels = _kernels()
+    x = arguments.x
+    _, inputs = _prepare(arguments, kernels.WIDTH)
+    y = torch.empty(x.shape)
+    final = torch.empty(arguments.n_sequences, *arguments.A.shape)
+    outputs = y.view(-1).numpy(), final.view(-1).numpy()
+
+    def make_worker() -> Any:
+        h = scratch(inputs.n_states * kernels.WIDTH)
+        local = scratch(kernels.CHUNK * kernels.SLOTS_FORWARD * kernels.WIDTH)
+        return lambda first, end: kernels.forward(first, end, *inputs, *outputs, h, local)
+
+    threads.share(len(inputs.tasks), make_worker, serial=_is_little(inputs, x))
+    return y.to(x.dtype), final
+
+
+def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradients:
+    kernels = _kernels()
+    width, chunk = kernels.WIDTH, kernels.CHUNK
+    x, A = arguments.x, arguments.A
+    channels, d_state = A.shape
+    blocks, inputs = _prepare(arguments, width)
+    n_states, n_tasks, n_blocks = inputs.n_states, len(inputs.tasks), len(blocks.first)
+    rows = x.shape[0] * x.shape[1]
+    dx, ddt = torch.empty(x.shape), torch.empty(x.shape)
+    dz = torch.empty(x.shape if arguments.z is not None else 0)
+    dB, dC = (torch.empty(n_blocks, rows, n_states) for _ in range(2))
+    dA = torch.empty(n_tasks, n_states, width)
+    dD, dbias = (torch.empty(n_tasks, width) for _ in range(2))
+    dinitial = torch.empty(arguments.n_sequences, channels, d_state)
+    given = *rows_of(dy), dfinal.float().contiguous().view(-1).numpy()
+    outputs = [value.view(-1).numpy() for value in (dx, ddt, dz, dB, dC, dA, dD, dbias, dinitial)]
+    longest = int(np.diff(inputs.bounds).max(initial=0))
+
+    def make_worker() -> Any:
+        h = scratch(n_states * width)
+        local = scratch(chunk * kernels.SLOTS_BACKWARD * width)
+        entering = scratch(-(-longest // chunk) * n_states * width)
+        history = scratch(chunk * n_states * 2 * width)
+        dstate = scratch(n_states * 2 * width)
+        return lambda first, end: kernels.backward(
+            first, end, *inputs, *given, *outputs, h, local, entering, history, dstate
+        )
+
+    threads.share(n_tasks, make_worker, serial=_is_little(inputs, x))
+
+    real = blocks.channel < channels
+    # Sums in a fixed order, over the tasks of a block and over the blocks of a group.
+    dA = dA.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)[real][:, :d_state]
+    dD, dbias = (value.view(-1, n_blocks, width).sum(0)[real] for value in (dD, dbias))
+    found = (
+        dx,
+        ddt,
+        dA,
+        _sum_of_blocks(dB, inputs.groups, arguments.B),
+        _sum_of_blocks(dC, inputs.groups, arguments.C),
+        dD,
+        dz,
+        dbias,
+        dinitial,
+    )
+    wanted = (*arguments[:8], arguments.initial_state)
+    return tuple(
+        None if value is None else gradient.to(value.dtype).contiguous()
+        for gradient, value in zip(found, wanted, strict=True)
+    )
+
+
+def _prepare(arguments: ScanArguments, width: int) -> tuple[_Blocks, _Inputs]:
+    x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
+    batch, length, channels = x.shape
+    d_state = A.shape[1]
+    n_states = -(-d_state // 4) * 4
+    groups = int(np.lcm(*(M.shape[2] if M.ndim == 4 else 1 for M in (B, C))))
+    blocks = _blocks(channels, groups, width)
+    if arguments.cu_seqlens is None:
+        bounds = np.arange(batch + 1, dtype=np.int64) * length
+    else:
+        bounds = np.array(sequences.offsets(arguments.cu_seqlens, length), dtype=np.int64)
+
+    def by_block(value: Tensor | None) -> Tensor:
+        """`(channels, …)` → `(blocks, WIDTH, …)`, zero where a block has no channel."""
+        if value is None:
+            return torch.zeros(blocks.channel.shape)
+        padded = torch.cat([value.float(), torch.zeros_like(value[:1], dtype=torch.float32)])
+        return padded[blocks.channel]
+
+    def in_groups(M: Tensor) -> np.ndarray:
+        """B or C as `(rows, groups, n_states)`, flat."""
+        M = M.reshape(batch * length, -1, d_state).float()
+        M = M.repeat_interleave(groups // M.shape[1], dim=1) if M.shape[1] != groups else M
+        M = torch.nn.functional.pad(M, (0, n_states - d_state)) if n_states != d_state else M
+        return flat(M)
+
+    log2_e = 1 / np.log(2)
+    A2 = by_block((A.double() * log2_e).float()).transpose(1, 2)
+    A2 = torch.nn.functional.pad(A2, (0, 0, 0, n_states - d_state))
+    initial = arguments.initial_state
+    inputs = _Inputs(
+        _tasks(blocks, bounds),
+        bounds,
+        arguments.reverse,
+        *rows_of(x),
+        *rows_of(arguments.dt),
+        *rows_of(arguments.z),
+        in_groups(B),
+        in_groups(C),
+        groups,
+        n_states,
+        flat(A2),
+        flat(by_block(arguments.D)),
+        flat(by_block(arguments.dt_bias)),
+        arguments.dt_softplus,
+        flat(initial),
+        initial is not None,
+        channels,
+        d_state,
+    )
+    return blocks, inputs
+
+
+@functools.cache
+def _blocks(channels: int, groups: int, width: int) -> _Blocks:
+    per_group = channels // groups
+    starts = np.arange(0, per_group, width)
+    first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)
+    group = np.repeat(np.arange(groups), len(starts))
+    widths = np.minimum(width, (group + 1) * per_group - first)
+    column = np.arange(width)
+    channel = np.where(column < widths[:, None], first[:, None] + column, channels)
+    return _Blocks(first, widths, group, torch.from_numpy(channel))
+
+
+def _tasks(blocks: _Blocks, bounds: np.ndarray) -> np.ndarray:
+    """`(tasks, 6)`: block, first channel, width, group, first sequence, end sequence; blocks run fastest."""
+    n_blocks, n_sequences, rows = len(blocks.first), len(bounds) - 1, bounds[-1]
+    n_parts = max(1, min(n_sequences, -(-_TASKS // max(1, n_blocks))))
+    cuts = np.searchsorted(bounds, np.linspace(0, rows, n_parts + 1))
+    cuts[0], cuts[-1] = 0, n_sequences
+    tasks = np.empty((n_parts, n_blocks, 6), dtype=np.int64)
+    tasks[..., 0] = np.arange(n_blocks)
+    tasks[..., 1], tasks[..., 2], tasks[..., 3] = blocks.first, blocks.width, blocks.group
+    tasks[..., 4], tasks[..., 5] = cuts[:-1, None], cuts[1:, None]
+    return tasks.reshape(-1, 6)
+
+
+def _sum_of_blocks(partial: Tensor, groups: int, M: Tensor) -> Tensor:
+    """The gradient of B or C `M` from those of the blocks `(blocks, rows, n_states)`."""
+    own_groups = M.shape[2] if M.ndim == 4 else 1
+    d_state = M.shape[-1]
+    per_group = partial.shape[0] // own_groups
+    total = partial.view(own_groups, per_group, -1, partial.shape[2]).sum(1)
+    return total[..., :d_state].transpose(0, 1).reshape(M.shape)
+
+
+def _is_little(inputs: _Inputs, x: Tensor) -> bool:
+    return x.numel() * inputs.n_states < _LITTLE_WORK
+
+
+run = library.register("selective_scan_cpu", _forward, _backward, device_types="cpu")
