@@ -1,0 +1,17 @@
+"""Sound: 8-bit mu-law samples, clips with a condition, long recordings, wav files and spectrograms."""
+
+from __future__ import annotations
+
+from mambaseq.domain import Domain
+
+domain = Domain(
+    name="audio",
+    summary="waveforms sample by sample: spoken digits on condition, long recordings",
+    tokenizers={"mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale")},
+    datasets={
+        "clips": ("mambaseq_audio.clips:ClipData", "short clips, conditioned on what their file names say"),
+        "waveform": ("mambaseq_audio.waveform:WaveformData", "windows of long recordings, split by time"),
+    },
+    readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and what else libsndfile reads")},
+    writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file a sequence")},
+)

@@ -1,0 +1,281 @@
+"""Short clips, each one sequence, on condition of what its file name says."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambaseq.batch import Batch
+from mambaseq.data.cache import fingerprint, locate
+from mambaseq.data.module import SequenceData
+from mambaseq.data.store import TokenStore
+from mambaseq.data.windows import Interval
+from mambaseq.errors import ConfigError, DataError, did_you_mean
+from mambaseq_audio.io import Channels, audio_files, read_signal
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.tiles import Tiles, next_sample
+
+DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
+
+
+def selector(selection: str) -> Callable[[str], bool]:
+    """Which values `"theo,lucas"` or `"0-4,9"` takes: names, numbers and ranges of numbers, joined by commas;
+    `""` none.
+
+    >>> [take for take in ("0", "03", "7", "9") if selector("0-4,9")(take)]
+    ['0', '03', '9']
+    """
+    names, ranges = set(), []
+    for part in filter(None, (part.strip() for part in selection.split(","))):
+        names.add(part)
+        if bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            ranges.append((int(bounds[1]), int(bounds[2] or bounds[1])))
+    return lambda value: (
+        value in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
+    )
+
+
+class RandomClips:
+    """Endless training set: index i is a function of (seed, i). Every clip comes once in `len(clips)`
+    indices, in an order drawn anew each time; a clip longer than `length` is cropped at a random place."""
+
+    endless = True
+
+    def __init__(
+        self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int
+    ) -> None:
+        self.clips, self.conditions, self.length, self.seed = clips, conditions, length, seed
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - the set lives as long as the run
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.clips))
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, position = divmod(index, len(self.clips))
+        which = int(self._order(epoch)[position])
+        clip = self.clips[which]
+        length = min(self.length, len(clip))
+        start = int(np.random.default_rng((self.seed, index, 1)).integers(len(clip) - length + 1))
+        previous = int(clip.read(start - 1, 1)[0]) if start else MuLaw.start_id
+        condition = None if self.conditions is None else self.conditions[which]
+        return next_sample(previous, clip.read(start, length), condition)
+
+
+class ClipData(SequenceData):
+    """Short clips, each one sequence of 8-bit samples to be predicted one by one.
+
+    The first sample is predicted from silence, so a model can begin from nothing but a condition. Clips of a
+    batch are padded on the right, masked and without targets there. Validation and test predict every sample
+    of every clip once.
+
+    files: a folder, a pattern, or a resource; the shipped spoken digits if not given.
+    pattern: regular expression with named groups that is searched in each file's name, without folder and
+        suffix.
+    condition: the groups that make the condition, such as `[digit]` or `[digit, speaker]`; none if empty.
+    split: the group that `validation` and `test` speak of. validation, test: its values there, such as `0-4`
+        or `theo,lucas`; all others are for training.
+    validation_list, test_list: text files that name one clip a line (the end of its path); they take the
+        place of `validation` and `test`.
+    length: longest sequence; in training a longer clip is cropped at random, in validation and test it is cut
+        up.
+    sample_rate, resample, channels: see `mambaseq_audio.io.read_signal`.
+    seed: of the order and the crops in training.
+    """
+
+    reader, writer = "audio/audio", "audio/wav"
+    tokenizer_name = "audio/mulaw"
+    vocab_size = MuLaw.vocab_size
+
+    def __init__(
+        self,
+        *,
+        files: str = DIGITS,
+        pattern: str = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$",
+        condition: Sequence[str] = ("digit",),
+        split: str = "take",
+        validation: str = "47-49",
+        test: str = "0-4",
+        validation_list: str | None = None,
+        test_list: str | None = None,
+        length: int = 8192,
+        sample_rate: int = 8000,
+        resample: bool = True,
+        channels: Channels = "mean",
+        seed: int = 0,
+    ) -> None:
+        self.files, self.pattern, self.condition = files, pattern, tuple(condition)
+        self.split, self.selections = split, {"validation": validation, "test": test}
+        self.lists = {"validation": validation_list, "test": test_list}
+        self.length, self.sample_rate, self.resample, self.channels = length, sample_rate, resample, channels
+        self.seed = seed
+        self.tokenizer = MuLaw()
+        self._splits: dict[str, list[int]] | None = None
+
+    def setup(self) -> None:
+        if self._splits is not None:
+            return
+        if self.length < 1:
+            raise ConfigError(f"data.length is {self.length}; a sequence has at least one sample.")
+        paths = audio_files(self.files)
+        groups = self._groups(paths)
+        splits = self._split(paths, groups)
+        self._label(paths, groups, splits)
+        sources = [fingerprint(path) for path in paths]
+        self._refuse_copies(paths, sources, splits)
+        meta = {
+            "codec": "mulaw",
+            "sample_rate": self.sample_rate,
+            "resample": self.resample,
+            "channels": self.channels,
+            "sources": sources,
+        }
+        store = TokenStore.cached("clips", lambda: self._encode(paths), "uint8", meta)
+        self._clips = [Interval(store, i, 0, int(store.lengths[i])) for i in range(len(store))]
+        self._splits = splits
+
+    def _encode(self, paths: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
+        for path in paths:
+            signal = read_signal(path, self.sample_rate, resample=self.resample, channels=self.channels)
+            yield path.name, MuLaw().encode(signal)
+
+    def _groups(self, paths: Sequence[Path]) -> list[dict[str, str]]:
+        """The named groups of each file's name."""
+        try:
+            pattern = re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"data.pattern is not a regular expression ({error}): {self.pattern!r}."
+            ) from error
+        wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
+        for name in sorted(wanted - set(pattern.groupindex)):
+            raise ConfigError(
+                f"data.pattern has no group named {name!r}.{did_you_mean(name, pattern.groupindex)} It has: "
+                f"{', '.join(pattern.groupindex) or 'none'}. Write (?P<{name}>...) in it, or change "
+                f"data.condition and data.split."
+            )
+        found = []
+        for path in paths:
+            match = pattern.search(path.stem)
+            if match is None:
+                raise DataError(
+                    f"The name of {path} does not match data.pattern, {self.pattern!r}. Change the pattern, "
+                    f"or narrow data.files so that it leaves this file out."
+                )
+            found.append(match.groupdict(default=""))
+        return found
+
+    def _split(self, paths: Sequence[Path], groups: Sequence[dict[str, str]]) -> dict[str, list[int]]:
+        """Indices of the clips of each split; every clip is in exactly one."""
+        splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+        chosen: dict[str, set[int]] = {}
+        for split, name in self.lists.items():
+            if name is None:
+                takes = selector(self.selections[split])
+                chosen[split] = {i for i, group in enumerate(groups) if takes(group.get(self.split, ""))}
+            else:
+                chosen[split] = self._listed(paths, name)
+        if both := chosen["validation"] & chosen["test"]:
+            raise ConfigError(
+                f"{paths[min(both)]} is chosen for validation and for test. Choose it for one of them only."
+            )
+        for i in range(len(paths)):
+            split = next((split for split, members in chosen.items() if i in members), "train")
+            splits[split].append(i)
+        if not splits["train"]:
+            raise DataError(
+                f"No clip of {self.files} is left for training: all are chosen for validation or test."
+            )
+        return splits
+
+    def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
+        by_name = defaultdict(list)
+        for i, path in enumerate(paths):
+            by_name[path.name].append(i)
+        (file,) = locate(name)
+        members = set()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if not (wanted := line.strip()):
+                continue
+            parts = Path(wanted).parts
+            hits = [i for i in by_name.get(parts[-1], ()) if paths[i].parts[-len(parts) :] == parts]
+            if not hits:
+                raise DataError(
+                    f"Line {number} of {file} names {wanted!r}, which is not among the clips of "
+                    f"{self.files}. Correct the line, or add the clip."
+                )
+            members.update(hits)
+        return members
+
+    def _label(
+        self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]
+    ) -> None:
+        """Number the conditions; a condition that training never sees means nothing to the model."""
+        self._conditions: list[int] | None = None
+        if not self.condition:
+            return
+        values = [tuple(group[name] for name in self.condition) for group in groups]
+        names = sorted(
+            {values[i] for i in splits["train"]},
+            key=lambda v: [(int(x) if x.isdecimal() else 0, x) for x in v],
+        )
+        for i in (*splits["validation"], *splits["test"]):
+            if values[i] not in names:
+                raise DataError(
+                    f"{paths[i]} has the condition {' '.join(values[i])!r}, which no training clip has. Add "
+                    f"such clips, or change data.condition or the split."
+                )
+        self._conditions = [names.index(value) if value in names else -1 for value in values]
+        self.condition_names = [" ".join(name) for name in names]
+        self.n_conditions = len(names)
+
+    def _refuse_copies(
+        self, paths: Sequence[Path], sources: Sequence[dict[str, Any]], splits: dict[str, list[int]]
+    ) -> None:
+        first: dict[str, tuple[str, Path]] = {}
+        for split, members in splits.items():
+            for i in members:
+                if (digest := sources[i].get("sha256")) is None:
+                    continue
+                other, path = first.setdefault(digest, (split, paths[i]))
+                if other != split:
+                    raise DataError(
+                        f"{paths[i]} ({split}) is a copy of {path} ({other}). Remove one, or put both into "
+                        f"one split."
+                    )
+
+    def clips(self, split: str) -> list[np.ndarray]:
+        """The whole clips of `"train"`, `"validation"` or `"test"`: `(length,)` uint8 levels."""
+        self.setup()
+        assert self._splits is not None
+        return [clip.read(clip.start, len(clip)) for clip in self._members(split)[0]]
+
+    def _members(self, split: str) -> tuple[list[Interval], list[int] | None]:
+        assert self._splits is not None, "setup comes first"
+        members = self._splits[split]
+        conditions = None if self._conditions is None else [self._conditions[i] for i in members]
+        return [self._clips[i] for i in members], conditions
+
+    def train(self) -> RandomClips:
+        return RandomClips(*self._members("train"), self.length, self.seed)
+
+    def _tiles(self, split: str) -> Tiles | None:
+        clips, conditions = self._members(split)
+        return Tiles(clips, self.length, first=MuLaw.start_id, conditions=conditions) if clips else None
+
+    def validation(self) -> Tiles | None:
+        return self._tiles("validation")
+
+    def test(self) -> Tiles | None:
+        return self._tiles("test")
+
+    def reader_options(self) -> dict[str, Any]:
+        return {"sample_rate": self.sample_rate, "resample": self.resample, "channels": self.channels}

@@ -1,0 +1,61 @@
+"""Every sample of a set as a target exactly once, and next-sample batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.data.windows import Interval
+
+
+def next_sample(previous: int, levels: np.ndarray, condition: int | None = None) -> Batch:
+    """Targets are `levels`, `(length,)`; inputs are the same one step later, `previous` standing first."""
+    targets = torch.from_numpy(levels.astype(np.int64))
+    inputs = torch.cat([torch.tensor([previous]), targets[:-1]])
+    return Batch(
+        inputs=inputs[None],
+        targets=targets[None],
+        condition=None if condition is None else torch.tensor([condition]),
+    )
+
+
+class Tiles:
+    """Intervals cut into pieces of at most `length` targets; what is left at an interval's end is a shorter
+    piece.
+
+    first: the input before an interval's first sample, which is then predicted too; None leaves that sample
+        as an input only, for intervals that begin in the middle of a recording.
+    conditions: one of each interval.
+    """
+
+    def __init__(
+        self,
+        intervals: Sequence[Interval],
+        length: int,
+        *,
+        first: int | None = None,
+        conditions: Sequence[int] | None = None,
+    ) -> None:
+        self.intervals, self.first, self.conditions = intervals, first, conditions
+        skipped = 1 if first is None else 0
+        self._pieces = [
+            (which, start, min(start + length, interval.stop))
+            for which, interval in enumerate(intervals)
+            for start in range(interval.start + skipped, interval.stop, length)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> Batch:
+        which, start, stop = self._pieces[index]
+        interval = self.intervals[which]
+        condition = None if self.conditions is None else self.conditions[which]
+        if start == interval.start:
+            assert self.first is not None
+            return next_sample(self.first, interval.read(start, stop - start), condition)
+        levels = interval.read(start - 1, stop - start + 1)
+        return next_sample(int(levels[0]), levels[1:], condition)

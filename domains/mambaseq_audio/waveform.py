@@ -1,0 +1,122 @@
+"""Long recordings, in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambaseq.data.cache import fingerprint
+from mambaseq.data.module import SequenceData
+from mambaseq.data.store import TokenStore
+from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
+from mambaseq.errors import ConfigError
+from mambaseq_audio.io import Channels, audio_files, read_signal
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.tiles import Tiles
+
+
+class WaveformData(SequenceData):
+    """Long recordings as 8-bit samples to be predicted one by one: random windows to train on; validation and
+    test cut up their part of every recording, so that each of its samples but the first is predicted once.
+
+    Every recording is split by time: training first, then validation, then test.
+
+    files: a folder, a pattern, a resource, or a list of them. length: samples a window.
+    validation_fraction, test_fraction: of every recording's time.
+    epoch_size: windows that count as one epoch of training.
+    sample_rate, resample, channels: see `mambaseq_audio.io.read_signal`.
+    seed: of the windows in training.
+    """
+
+    reader, writer = "audio/audio", "audio/wav"
+    tokenizer_name = "audio/mulaw"
+    vocab_size = MuLaw.vocab_size
+
+    def __init__(
+        self,
+        *,
+        files: str | Sequence[str],
+        length: int = 16384,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        epoch_size: int = 1000,
+        sample_rate: int = 16000,
+        resample: bool = True,
+        channels: Channels = "mean",
+        seed: int = 0,
+    ) -> None:
+        self.files = [files] if isinstance(files, str) else list(files)
+        self.length, self.epoch_size, self.seed = length, epoch_size, seed
+        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
+        self.tokenizer = MuLaw()
+        self._splits: dict[str, list[Interval]] | None = None
+
+    def setup(self) -> None:
+        if self._splits is not None:
+            return
+        if self.length < 1 or self.epoch_size < 1:
+            raise ConfigError("data.length and data.epoch_size are at least 1.")
+        if (
+            min(self.validation_fraction, self.test_fraction) < 0
+            or self.validation_fraction + self.test_fraction >= 1
+        ):
+            raise ConfigError(
+                f"data.validation_fraction ({self.validation_fraction}) and data.test_fraction "
+                f"({self.test_fraction}) are shares of every recording; together they must leave some of it "
+                f"for training."
+            )
+        paths = list(dict.fromkeys(path for name in self.files for path in audio_files(name)))
+        meta = {
+            "codec": "mulaw",
+            "sample_rate": self.sample_rate,
+            "resample": self.resample,
+            "channels": self.channels,
+            "sources": [fingerprint(path) for path in paths],
+        }
+        store = TokenStore.cached("waveform", lambda: self._encode(paths), "uint8", meta)
+        splits: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}
+        for record, n in enumerate(store.lengths.tolist()):
+            test = n - round(self.test_fraction * n)
+            validation = test - round(self.validation_fraction * n)
+            for split, start, stop in (
+                ("train", 0, validation),
+                ("validation", validation, test),
+                ("test", test, n),
+            ):
+                if stop - start > 1:
+                    splits[split].append(Interval(store, record, start, stop))
+        self._splits = splits
+
+    def _encode(self, paths: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
+        for path in paths:
+            signal = read_signal(path, self.sample_rate, resample=self.resample, channels=self.channels)
+            yield path.name, MuLaw().encode(signal)
+
+    def intervals(self, split: str) -> list[Interval]:
+        """What of the recordings is in `"train"`, `"validation"` or `"test"`."""
+        self.setup()
+        assert self._splits is not None
+        return self._splits[split]
+
+    def train(self) -> RandomWindows:
+        group = Group("recordings", self.intervals("train"))
+        return RandomWindows(
+            [group], self.length + 1, next_token, size=self.epoch_size, seed=self.seed, by_position=True
+        )
+
+    def _tiles(self, split: str) -> Tiles | None:
+        intervals = self.intervals(split)
+        return Tiles(intervals, self.length) if intervals else None
+
+    def validation(self) -> Tiles | None:
+        return self._tiles("validation")
+
+    def test(self) -> Tiles | None:
+        return self._tiles("test")
+
+    def reader_options(self) -> dict[str, Any]:
+        return {"sample_rate": self.sample_rate, "resample": self.resample, "channels": self.channels}
