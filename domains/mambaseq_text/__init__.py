@@ -1,0 +1,26 @@
+"""Text: bytes or a tokenizer.json, long corpora, packed documents, streams."""
+
+from __future__ import annotations
+
+from mambaseq.domain import Domain
+
+domain = Domain(
+    name="text",
+    summary="language modelling over bytes or word pieces: corpora, packed documents, streams",
+    tokenizers={
+        "bytes": (
+            "mambaseq_text.tokenization:ByteTokenizer",
+            "UTF-8 bytes; nothing to download, nothing unknown",
+        ),
+        "hf": ("mambaseq_text.tokenization:HFTokenizer", "a Hugging Face tokenizer.json"),
+    },
+    datasets={
+        "corpus": ("mambaseq_text.corpus:CorpusData", "windows of long texts, tokenised once"),
+        "documents": (
+            "mambaseq_text.documents:DocumentData",
+            "documents, packed without crossing, or streamed",
+        ),
+    },
+    readers={"text": ("mambaseq_text.reading:read_text", "plain text, jsonl, parquet")},
+    writers={"text": ("mambaseq_text.writing:write_text", "plain text or jsonl")},
+)

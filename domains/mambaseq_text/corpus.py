@@ -1,0 +1,219 @@
+"""Long texts, in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData
+from mambaseq.data.store import TokenStore
+from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
+from mambaseq.errors import ConfigError, DataError
+from mambaseq_text.reading import character_start, decoded, documents, is_plain, read_bytes
+from mambaseq_text.splits import SPLITS, check_fractions, split_files
+from mambaseq_text.tokenization import make_tokenizer
+
+SHAKESPEARE = "mambaseq:data/text/tinyshakespeare.txt"
+
+Part = tuple[str, Callable[[], Iterator[Iterator[str]]]]
+"""A file's name and what makes its documents, each in pieces of text."""
+
+
+class TextTiles:
+    """Texts cut into pieces of at most `length` targets, so that every token but a text's first is predicted
+    once; what is left at its end is a shorter piece.
+
+    texts: whole records. counts: the bytes behind the tokens of each (see `TextTokenizer.encode_counted`), or
+        None when every token is one byte.
+    """
+
+    def __init__(
+        self, texts: Sequence[Interval], length: int, counts: Sequence[np.ndarray] | None = None
+    ) -> None:
+        self.texts, self.counts = texts, counts
+        self._pieces = [
+            (which, start, min(start + length, text.stop))
+            for which, text in enumerate(texts)
+            for start in range(text.start + 1, text.stop, length)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> Batch:
+        which, start, stop = self._pieces[index]
+        ids = torch.from_numpy(self.texts[which].read(start - 1, stop - start + 1).astype(np.int64))
+        n_bytes = (
+            None
+            if self.counts is None
+            else torch.tensor([int(self.counts[which][start:stop].sum(dtype=np.int64))])
+        )
+        return Batch(inputs=ids[None, :-1], targets=ids[None, 1:], n_units=n_bytes)
+
+
+class CorpusData(SequenceData):
+    """Long texts as a language model's data: random windows to train on; validation and test predict every
+    token of their texts, but the first, once. Texts are split before they are tokenised, and tokenised once
+    into a cache.
+
+    files: what to train on: a file, a pattern, a resource, or a list; tinyshakespeare if not given. Plain
+        text is taken byte by byte; documents of jsonl and parquet files are laid end to end.
+    validation_files, test_files: of their own. A split that has none gets a share of every training file, the
+        end of it being for the test and what stands before for validation.
+    validation_fraction, test_fraction: those shares.
+    field: of jsonl and parquet rows. encoding: of the files.
+    tokenizer, tokenizer_options: a registered name and what it takes.
+    length: tokens a window. epoch_size: windows that count as one epoch of training.
+    seed: of the windows in training.
+    """
+
+    reader, writer = "text/text", "text/text"
+
+    def __init__(
+        self,
+        *,
+        files: str | Sequence[str] = SHAKESPEARE,
+        validation_files: str | Sequence[str] | None = None,
+        test_files: str | Sequence[str] | None = None,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        field: str = "text",
+        encoding: str = "utf-8",
+        tokenizer: str = "text/bytes",
+        tokenizer_options: dict[str, Any] | None = None,
+        length: int = 1024,
+        epoch_size: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.files, self.validation_files, self.test_files = files, validation_files, test_files
+        self.fractions = {
+            "validation": 0.0 if validation_files else validation_fraction,
+            "test": 0.0 if test_files else test_fraction,
+        }
+        self.field, self.encoding = field, encoding
+        self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
+        self.length, self.epoch_size, self.seed = length, epoch_size, seed
+        self._texts: dict[str, list[Interval]] | None = None
+
+    def setup(self) -> None:
+        if self._texts is not None:
+            return
+        if self.length < 1 or self.epoch_size < 1:
+            raise ConfigError("data.length and data.epoch_size are at least 1.")
+        check_fractions(self.fractions["validation"], self.fractions["test"])
+        tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
+        files, sources = split_files(self.files, self.validation_files, self.test_files)
+        self._parts = self._make_parts(files)
+        meta = {
+            "tokenizer": tokenizer.identity,
+            "field": self.field,
+            "encoding": self.encoding,
+            "fractions": self.fractions,
+            "files": [len(files[split]) for split in SPLITS],
+            "sources": list(sources.values()),
+        }
+
+        def tokenised(splits: Sequence[str], column: int) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+            # a generator of its own for each record: the store drains it before it asks for the next
+            def tokens(make: Callable[[], Iterator[Iterator[str]]]) -> Iterator[np.ndarray]:
+                for pieces in make():
+                    for both in tokenizer.document(pieces, joint="\n" if joined else ""):
+                        yield both[column]
+
+            for split in splits:
+                for name, make in self._parts[split]:
+                    joined = not is_plain(name)
+                    yield f"{split} {Path(name).name}", tokens(make)
+
+        store = TokenStore.cached("corpus", lambda: tokenised(SPLITS, 0), tokenizer.dtype, meta)
+        numbers = iter(range(len(store)))
+        records = {split: [next(numbers) for _ in self._parts[split]] for split in SPLITS}
+        self._counts: dict[str, list[np.ndarray] | None] = {split: None for split in SPLITS}
+        if not tokenizer.bytewise and records["validation"] + records["test"]:
+            counts = TokenStore.cached("corpus-bytes", lambda: tokenised(SPLITS[1:], 1), "uint32", meta)
+            first = len(records["train"])
+            for split in SPLITS[1:]:
+                self._counts[split] = [counts[number - first] for number in records[split]]
+        self._texts = {
+            split: [Interval(store, number, 0, int(store.lengths[number])) for number in numbers_of]
+            for split, numbers_of in records.items()
+        }
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+
+    def _make_parts(self, files: dict[str, list[str]]) -> dict[str, list[Part]]:
+        parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
+        for split in SPLITS:
+            for name in files[split]:
+                if is_plain(name):
+                    data = read_bytes(name, self.encoding)
+                    shares = self._cut(data) if split == "train" else {split: (0, len(data))}
+                    for share, (start, stop) in shares.items():
+                        if start < stop:
+                            parts[share].append((name, _stretch(name, data, start, stop)))
+                elif split == "train" and any(self.fractions.values()):
+                    raise ConfigError(
+                        f"{name} holds documents, which data.validation_fraction and data.test_fraction do "
+                        f"not split. Give data.validation_files and data.test_files, set the fractions to 0, "
+                        f"or use the dataset text/documents, which splits by document."
+                    )
+                else:
+                    parts[split].append((name, self._documents(name)))
+        return parts
+
+    def _documents(self, name: str) -> Callable[[], Iterator[Iterator[str]]]:
+        return lambda: (iter([text]) for _, text in documents(name, field=self.field, encoding=self.encoding))
+
+    def _cut(self, data: np.ndarray) -> dict[str, tuple[int, int]]:
+        """Where the splits of a training file begin and end, at whole characters."""
+        n = len(data)
+        test = character_start(data, int(n * (1 - self.fractions["test"])))
+        validation = character_start(
+            data, int(n * (1 - self.fractions["test"] - self.fractions["validation"]))
+        )
+        return {"train": (0, validation), "validation": (validation, test), "test": (test, n)}
+
+    def raw(self, split: str) -> list[np.ndarray]:
+        """The texts of `"train"`, `"validation"` or `"test"` as UTF-8 bytes: `(length,)` uint8 each."""
+        self.setup()
+        texts = ("".join(piece for pieces in make() for piece in pieces) for _, make in self._parts[split])
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def _members(self, split: str) -> list[Interval]:
+        assert self._texts is not None, "setup comes first"
+        return self._texts[split]
+
+    def train(self) -> RandomWindows:
+        group = Group("texts", self._members("train"))
+        return RandomWindows(
+            [group], self.length + 1, next_token, size=self.epoch_size, seed=self.seed, by_position=True
+        )
+
+    def _tiles(self, split: str) -> TextTiles | None:
+        texts = self._members(split)
+        if not texts:
+            return None
+        tiles = TextTiles(texts, self.length, self._counts[split])
+        if not len(tiles):
+            raise DataError(
+                f"The {split} part of {', '.join(name for name, _ in self._parts[split])} is too short to "
+                f"predict anything. Give it more of the data, or files of its own."
+            )
+        return tiles
+
+    def validation(self) -> TextTiles | None:
+        return self._tiles("validation")
+
+    def test(self) -> TextTiles | None:
+        return self._tiles("test")
+
+    def reader_options(self) -> dict[str, Any]:
+        return {"field": self.field, "encoding": self.encoding}
+
+
+def _stretch(name: str, data: np.ndarray, start: int, stop: int) -> Callable[[], Iterator[Iterator[str]]]:
+    return lambda: iter([decoded(name, data, start, stop)])

@@ -1,0 +1,245 @@
+"""Documents: packed end to end without touching each other, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData, pad_collate
+from mambaseq.data.store import TokenStore
+from mambaseq.errors import ConfigError, DataError
+from mambaseq_text.reading import Unit, documents
+from mambaseq_text.splits import SPLITS, check_fractions, split_files, split_of_text
+from mambaseq_text.streaming import StreamedWindows
+from mambaseq_text.tokenization import TextTokenizer, make_tokenizer
+
+
+class PackedDocuments:
+    """Items are packs: batches of one with `cu_seqlens`, of documents that no state crosses between.
+
+    A document with more than `length` targets is cut into pieces of that many (every token but its first is a
+    target once); whole pieces are put into a pack as long as they fit into `length` together.
+
+    store, records: the documents. counts: the bytes behind their tokens, or None where every token is one
+    byte or nobody asks. rng: draws which pieces meet in a pack; None keeps their order.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        records: Sequence[int],
+        length: int,
+        counts: Sequence[np.ndarray] | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.store, self.records, self.counts = store, records, counts
+        pieces = np.array(
+            [
+                (which, start, min(start + length, n))
+                for which, n in enumerate(store.lengths[list(records)].tolist())
+                for start in range(1, n, length)
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 3)
+        self._pieces = pieces if rng is None else rng.permutation(pieces)
+        self._bounds = [0]
+        filled = 0
+        for number, size in enumerate((self._pieces[:, 2] - self._pieces[:, 1]).tolist()):
+            if filled and filled + size > length:
+                self._bounds.append(number)
+                filled = 0
+            filled += size
+        if len(self._pieces):
+            self._bounds.append(len(self._pieces))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        pieces = self._pieces[self._bounds[index] : self._bounds[index + 1]].tolist()
+        tokens = [
+            self.store[self.records[which]][start - 1 : stop].astype(np.int64)
+            for which, start, stop in pieces
+        ]
+        n_bytes = None
+        if self.counts is not None:
+            n_bytes = torch.tensor(
+                [int(self.counts[which][start:stop].sum(dtype=np.int64)) for which, start, stop in pieces]
+            )
+        return Batch(
+            inputs=torch.from_numpy(np.concatenate([ids[:-1] for ids in tokens]))[None],
+            targets=torch.from_numpy(np.concatenate([ids[1:] for ids in tokens]))[None],
+            cu_seqlens=torch.tensor([0, *(len(ids) - 1 for ids in tokens)], dtype=torch.int32).cumsum(
+                0, dtype=torch.int32
+            ),
+            n_units=n_bytes,
+        )
+
+
+def join_packs(items: list[Batch]) -> Batch:
+    """Packs end to end as one pack."""
+    ends = [torch.zeros(1, dtype=torch.int32)]
+    for item in items:
+        assert item.cu_seqlens is not None
+        ends.append(item.cu_seqlens[1:] + ends[-1][-1])
+    units = [item.n_units for item in items if item.n_units is not None]
+    return Batch(
+        inputs=torch.cat([item.inputs for item in items], dim=1),
+        targets=torch.cat([item.targets for item in items if item.targets is not None], dim=1),
+        cu_seqlens=torch.cat(ends),
+        n_units=torch.cat(units) if units else None,
+    )
+
+
+class DocumentData(SequenceData):
+    """Documents as a language model's data. Packed: whole documents share a sequence of at most `length`
+    tokens, and no state crosses from one to the next. Streamed: windows of `length` tokens of a stream that
+    never ends.
+
+    files: jsonl or parquet (a document a row), or plain text; names, patterns, resources, or addresses with
+        `://`.
+    validation_files, test_files: of their own. Without streaming, a split that has none gets a share of the
+        documents, chosen by their content, so that copies of one are never on two sides.
+    validation_fraction, test_fraction: those shares.
+    field: of jsonl and parquet rows. encoding: of the files. unit: what a document is in plain text: file,
+        paragraph, line.
+    tokenizer, tokenizer_options: a registered name and what it takes; `bos` and `eos` mark where documents
+        begin and end.
+    length: tokens a pack or window; a batch has `data.batch_size` of them.
+    streaming: read the training files as the run goes, without a cache; set `trainer.max_steps`.
+    shuffle_windows: how many windows of the stream are mixed at a time.
+    seed: of the packing, or of the stream's order.
+    """
+
+    reader, writer = "text/text", "text/text"
+
+    def __init__(
+        self,
+        *,
+        files: str | Sequence[str],
+        validation_files: str | Sequence[str] | None = None,
+        test_files: str | Sequence[str] | None = None,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        field: str = "text",
+        encoding: str = "utf-8",
+        unit: Unit = "paragraph",
+        tokenizer: str = "text/bytes",
+        tokenizer_options: dict[str, Any] | None = None,
+        length: int = 2048,
+        streaming: bool = False,
+        shuffle_windows: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.files, self.validation_files, self.test_files = files, validation_files, test_files
+        self.fractions = {
+            "validation": 0.0 if validation_files or streaming else validation_fraction,
+            "test": 0.0 if test_files or streaming else test_fraction,
+        }
+        self.field, self.encoding, self.unit = field, encoding, unit
+        self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
+        self.length, self.streaming, self.shuffle_windows, self.seed = (
+            length,
+            streaming,
+            shuffle_windows,
+            seed,
+        )
+        self._records: dict[str, list[int]] | None = None
+
+    def setup(self) -> None:
+        if self._records is not None:
+            return
+        if self.length < 1 or self.shuffle_windows < 0:
+            raise ConfigError("data.length is at least 1 and data.shuffle_windows at least 0.")
+        check_fractions(self.fractions["validation"], self.fractions["test"])
+        tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
+        self._files, sources = split_files(self.files, self.validation_files, self.test_files)
+        stored = SPLITS[1:] if self.streaming else SPLITS
+        self._records = {split: [] for split in SPLITS}
+        self._counts: dict[str, list[np.ndarray]] = {}
+        if any(self._files[split] for split in stored):
+            self._store_documents(tokenizer, stored, sources)
+        for split in stored:
+            if (self._files[split] or self.fractions.get(split)) and not self._records[split]:
+                raise DataError(
+                    f"No document is in the {split} set of "
+                    f"{', '.join(self._files[split] or self._files['train'])}. Give the split more of the "
+                    f"documents, or files of its own."
+                )
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+
+    def read(self, name: str) -> Iterator[str]:
+        """The documents of a file."""
+        return (text for _, text in documents(name, field=self.field, encoding=self.encoding, unit=self.unit))
+
+    def _store_documents(
+        self, tokenizer: TextTokenizer, splits: Sequence[str], sources: dict[str, dict[str, Any]]
+    ) -> None:
+        files = {split: self._files[split] for split in splits}
+        meta = {
+            "tokenizer": tokenizer.identity,
+            "field": self.field,
+            "encoding": self.encoding,
+            "unit": self.unit,
+            "fractions": self.fractions,
+            "files": {split: len(names) for split, names in files.items()},
+            "sources": [sources[name] for names in files.values() for name in names],
+        }
+
+        def tokenised(column: int, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+            for split, names in files.items():
+                for text in (text for name in names for text in self.read(name)):
+                    target = split_of_text(text, self.fractions) if split == "train" else split
+                    if target in wanted:
+                        yield target, np.concatenate([both[column] for both in tokenizer.document([text])])
+
+        store = self._store = TokenStore.cached(
+            "documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta
+        )
+        assert self._records is not None
+        for number, split in enumerate(store.names):
+            self._records[split].append(number)
+        if not tokenizer.bytewise and self._records["validation"] + self._records["test"]:
+            counts = TokenStore.cached("documents-bytes", lambda: tokenised(1, SPLITS[1:]), "uint32", meta)
+            for number, split in enumerate(counts.names):
+                self._counts.setdefault(split, []).append(counts[number])
+
+    def train(self) -> PackedDocuments | StreamedWindows:
+        assert self._records is not None, "setup comes first"
+        if self.streaming:
+            assert isinstance(self.tokenizer, TextTokenizer)
+            return StreamedWindows(
+                self._files["train"],
+                self.read,
+                self.tokenizer,
+                self.length,
+                shuffle=self.shuffle_windows,
+                seed=self.seed,
+            )
+        rng = np.random.default_rng(self.seed)
+        return PackedDocuments(self._store, self._records["train"], self.length, rng=rng)
+
+    def _packs(self, split: str) -> PackedDocuments | None:
+        assert self._records is not None, "setup comes first"
+        if not self._records[split]:
+            return None
+        return PackedDocuments(self._store, self._records[split], self.length, self._counts.get(split))
+
+    def validation(self) -> PackedDocuments | None:
+        return self._packs("validation")
+
+    def test(self) -> PackedDocuments | None:
+        return self._packs("test")
+
+    def collate(self, items: list[Batch]) -> Batch:
+        """Packs are joined into one, windows of a stream are stacked."""
+        return pad_collate(items) if items[0].cu_seqlens is None else join_packs(items)
+
+    def reader_options(self) -> dict[str, Any]:
+        return {"field": self.field, "encoding": self.encoding}

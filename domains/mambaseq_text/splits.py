@@ -1,0 +1,60 @@
+"""Which files and which documents are for training, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mambaseq.errors import ConfigError, DataError
+from mambaseq_text.reading import source, text_files
+
+SPLITS = ("train", "validation", "test")
+Names = str | Sequence[str] | None
+
+
+def split_files(
+    train: Names, validation: Names, test: Names
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    """Files of each split, and what tells whether each file has changed.
+
+    Raises DataError when a file is missing, or is in two splits (also as a copy under another name).
+    """
+    files = {
+        split: text_files(names) if names else []
+        for split, names in zip(SPLITS, (train, validation, test), strict=True)
+    }
+    sources: dict[str, dict[str, Any]] = {}
+    seen: dict[str, tuple[str, str]] = {}
+    for split, members in files.items():
+        for name in members:
+            sources[name] = source(name)
+            other, earlier = seen.setdefault(sources[name].get("sha256", name), (split, name))
+            if other != split:
+                raise DataError(
+                    f"{name} ({split}) is {'' if name == earlier else f'a copy of {earlier}, which is '}in "
+                    f"{other} too. Give every file to one split only."
+                )
+    return files, sources
+
+
+def check_fractions(validation: float, test: float) -> None:
+    """Raise ConfigError unless both are shares that leave some data for training."""
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise ConfigError(
+            f"data.validation_fraction ({validation}) and data.test_fraction ({test}) are shares of the "
+            f"data; together they must leave some of it for training."
+        )
+
+
+def split_of_text(text: str, fractions: Mapping[str, float]) -> str:
+    """The split of a document, from its content: copies of a document stay together, and more data moves
+    none.
+
+    fractions: shares of `"validation"` and `"test"`.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    if place < fractions["test"]:
+        return "test"
+    return "validation" if place < fractions["test"] + fractions["validation"] else "train"

@@ -1,0 +1,213 @@
+"""Text to ids and back: bytes, or what a tokenizer.json says."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mambaseq.data.store import smallest_dtype
+from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, DataError, did_you_mean
+
+
+class TextTokenizer(Tokenizer):
+    """A tokenizer of text that also knows which bytes each token stands for.
+
+    bos_id, eos_id: ids put before and after a document; None for none. `encode` puts the first only, so that
+        what it returns is a prompt; `decode` leaves both out.
+    start_id: from which generation begins when there is no prompt; None when nothing serves.
+    bytewise: every token is exactly one byte, so that targets and bytes are the same number.
+    """
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    bytewise: bool = False
+
+    @property
+    def start_id(self) -> int | None:
+        return self.bos_id if self.bos_id is not None else self.eos_id
+
+    @abc.abstractmethod
+    def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text without bos and eos, and how many of its UTF-8 bytes each stands for, uint32;
+        `(length,)` each.
+
+        The counts sum to the bytes of the text; a character's bytes belong to the first of the tokens that
+        share it.
+        """
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Plain values that differ whenever the ids of some text differ."""
+
+    @property
+    def dtype(self) -> str:
+        return smallest_dtype(self.vocab_size)
+
+    def document(self, pieces: Iterable[str], *, joint: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and byte counts of a document, piece by piece, between bos and eos.
+
+        joint: text that ends the document where there is no eos to do so, for documents that are laid end to
+            end.
+        """
+        none = np.zeros(1, dtype=np.uint32)
+        if self.bos_id is not None:
+            yield np.array([self.bos_id], dtype=self.dtype), none
+        for piece in pieces:
+            yield self.encode_counted(piece)
+        if self.eos_id is not None:
+            yield np.array([self.eos_id], dtype=self.dtype), none
+        elif joint:
+            yield self.encode_counted(joint)
+
+    def encode(self, raw: str | bytes) -> np.ndarray:
+        """Ids of a text (or of its UTF-8 bytes), bos before them where there is one.
+
+        Raises DataError when bytes are not UTF-8.
+        """
+        ids, _ = self.encode_counted(_decoded(raw))
+        return ids if self.bos_id is None else np.concatenate([np.array([self.bos_id], ids.dtype), ids])
+
+
+def _decoded(raw: str | bytes) -> str:
+    if isinstance(raw, str):
+        return raw
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"The text is not UTF-8 at byte {error.start:,}. Convert it, for example with iconv."
+        ) from error
+
+
+class ByteTokenizer(TextTokenizer):
+    """UTF-8 bytes as ids 0 to 255.
+
+    bos, eos: mark where a document begins and ends, by the ids that follow 255.
+    """
+
+    def __init__(self, bos: bool = False, eos: bool = False) -> None:
+        self.bos_id = 256 if bos else None
+        self.eos_id = 256 + bos if eos else None
+        self.vocab_size = 256 + bos + eos
+        self.bytewise = self.vocab_size == 256
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bos": self.bos_id is not None, "eos": self.eos_id is not None}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"bytes": True, **self.options}
+
+    @property
+    def start_id(self) -> int:
+        marked = super().start_id
+        return ord("\n") if marked is None else marked
+
+    def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype)
+        return ids, np.ones(len(ids), dtype=np.uint32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `(length,)` ids; bytes that are not UTF-8 become U+FFFD."""
+        ids = np.asarray(ids)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class HFTokenizer(TextTokenizer):
+    """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`; the file is saved with a model.
+
+    path: the file. bos, eos: tokens of its vocabulary that mark where a document begins and ends, such as
+    `<|endoftext|>`; None for none.
+    """
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, path: str, bos: str | None = None, eos: str | None = None) -> None:
+        self.path, self.bos, self.eos = path, bos, eos
+        if not Path(path).expanduser().is_file():
+            raise DataError(f"There is no tokenizer file {path}. Give the path of a model's tokenizer.json.")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(Path(path).expanduser()))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"{path} cannot be read as a tokenizer.json: {error}. Give the file that `tokenizers` saves "
+                f"(one JSON object with a model and its vocabulary), not vocab.json or tokenizer_config.json."
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = self._special("bos", bos)
+        self.eos_id = self._special("eos", eos)
+
+    def _special(self, option: str, token: str | None) -> int | None:
+        if token is None:
+            return None
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
+            near = did_you_mean(token, self._tokenizer.get_vocab(with_added_tokens=True))
+            raise ConfigError(f"{self.path} has no token {token!r}, which is asked for as {option}.{near}")
+        return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"path": self.path, "bos": self.bos, "eos": self.eos}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+        return {"tokenizer_json": digest, "bos": self.bos_id, "eos": self.eos_id}
+
+    def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.asarray(encoding.ids, dtype=self.dtype)
+        if not len(ids):
+            return ids, np.zeros(0, dtype=np.uint32)
+        # offsets count characters; a token ends where it or an earlier one does, the last one where the text
+        # does
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+        behind = np.concatenate([[0], np.cumsum(sizes)])
+        ends = np.maximum.accumulate(behind[np.asarray(encoding.offsets, dtype=np.int64)[:, 1]])
+        ends[-1] = behind[-1]
+        return ids, np.diff(ends, prepend=0).astype(np.uint32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `(length,)` ids, special tokens left out."""
+        text: str = self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        return text
+
+    def save_files(self, folder: Path) -> dict[str, Any]:
+        self._tokenizer.save(str(folder / self.FILE))
+        return {**self.options, "path": self.FILE}
+
+    @classmethod
+    def load_files(cls, folder: Path, options: dict[str, Any]) -> HFTokenizer:
+        return cls(**{**options, "path": str(folder / options["path"])})
+
+
+def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:
+    """The tokenizer of a registered name (`text/bytes`) or import path.
+
+    Raises ConfigError when it does not exist, does not take the options, or cannot say which bytes a token
+    stands for.
+    """
+    kind = catalog()["tokenizers"].get(name)
+    try:
+        tokenizer = kind(**(options or {}))
+    except TypeError as error:
+        raise ConfigError(f"The tokenizer {name!r} cannot be made of {options or {}}: {error}.") from error
+    if not isinstance(tokenizer, TextTokenizer):
+        raise ConfigError(
+            f"{name!r} is no tokenizer of text; text needs a mambaseq_text.tokenization.TextTokenizer."
+        )
+    return tokenizer
