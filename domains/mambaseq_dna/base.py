@@ -20,8 +20,8 @@ class FastaData(SequenceData):
         test_records: patterns (`*`, `?`) for the names of the records or files that are test data, for
             instance `chr8`. The default for the data that ship with the project is their region ENm002.
         validation_records: the same for validation data.
-        validation_fraction: without `validation_records`, the part held out at the end of each training
-        record.
+        validation_fraction: without `validation_records`, the share of each training record held out at its
+            end.
         drop_n: leave out windows with N in them.
         reverse_complement: turn a training window into the other strand's with probability 1/2.
         samples_per_epoch: training windows that make an epoch.

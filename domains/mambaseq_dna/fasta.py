@@ -20,8 +20,8 @@ from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError
 from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
 
-# The empty block that ends every bgzip file (SAM specification, 4.1.2). Without it a file that was cut between
-# two blocks would look complete.
+# The empty block that ends every bgzip file (SAM specification, 4.1.2). Without it a file that was cut
+# between two blocks would look complete.
 _BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 _PROTEIN_ONLY = set("EFILPQXZJO*")
 _LINE = 80

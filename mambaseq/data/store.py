@@ -52,7 +52,7 @@ class TokenStore:
     touched.
 
     folder: holds `tokens.bin` (the records end to end) and `index.json` (names, starts, lengths, dtype,
-    meta).
+        meta).
     names, starts, lengths: of the records, in file order. meta: what the store was built from.
     A store pickles as its path, so loader workers map the same file.
     """

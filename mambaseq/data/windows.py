@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -212,6 +212,10 @@ class GridWindows:
         """Interval, start and group of window `index`."""
         which, start, group = (int(value) for value in self._tiles[index])
         return self._intervals[which], start, group
+
+    def places(self) -> Iterator[tuple[Interval, int, int]]:
+        """`place` of every window, in order."""
+        return (self.place(index) for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
         interval, start, group = self.place(index)
