@@ -119,8 +119,8 @@ def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -
 class RunConfig:
     """A checked configuration.
 
-    settings: everything as plain values, as it is saved with the run. trainer: arguments of `lightning.Trainer`, with
-    classes already instantiated. classes: the class behind each name ("data", "encoder", ...).
+    settings: everything but `trainer`, as plain values. trainer: arguments of `lightning.Trainer`, its classes made.
+    classes: the class behind each name ("data", "encoder", ...). yaml: all of it, as it is saved with the run.
     """
 
     settings: dict[str, Any]
@@ -195,7 +195,7 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
         classes[part] = registries[f"{part}s"].get(names[part])
         parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
         skip = PROVIDED & _arguments(classes[part])
-        if len(skip) < len(_arguments(classes[part])):
+        if skip != _arguments(classes[part]):
             parser.add_class_arguments(classes[part], f"model.{part}", instantiate=False, skip=set(skip))
     parser.add_class_arguments(OptimizerConfig, "optimizer", instantiate=False)
     parser.add_class_arguments(LengthWarmup, "length_warmup", instantiate=False)
@@ -249,10 +249,9 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     try:
         parsed = parser.parse_args(["--config", str(path), *overrides])
         parsed.pop("config")
-        instantiated = parser.instantiate_classes(parsed)
+        instantiated = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         raise _explain(error, parser, config) from error
-    text = parser.dump(parsed, skip_none=False)
-    return RunConfig(
-        settings=yaml.safe_load(text), trainer=dict(vars(instantiated.trainer)), classes=classes, yaml=text
-    )
+    settings = parsed.as_dict()
+    del settings["trainer"]
+    return RunConfig(settings, dict(vars(instantiated.trainer)), classes, parser.dump(parsed))

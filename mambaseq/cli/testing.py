@@ -23,7 +23,7 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
     if (data.validation() if command == "validate" else data.test()) is None:
         raise UserError(f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated.")
     task = Task(loaded.model, metrics=settings.make_metrics(data))
-    trainer = make_trainer(settings, folder, [], [], enable_progress_bar=progress)
+    trainer = make_trainer(settings, folder, [], [], progress)
     method = trainer.validate if command == "validate" else trainer.test
     method(task, datamodule=settings.make_datamodule(data), verbose=False)
     results: dict[str, Any] = {**task.results, **task.tables}

@@ -47,7 +47,11 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
 
 
 def make_trainer(
-    settings: RunConfig, folder: RunFolder, callbacks: list[lightning.Callback], loggers: list[Logger], **more: Any
+    settings: RunConfig,
+    folder: RunFolder,
+    callbacks: list[lightning.Callback],
+    loggers: list[Logger],
+    progress: bool,
 ) -> lightning.Trainer:
     """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added."""
     options = dict(settings.trainer)
@@ -57,8 +61,13 @@ def make_trainer(
     own = own if isinstance(own, list) else [own]
     plugins = options.pop("plugins", None) or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
+    if options.get("enable_progress_bar") is None:
+        options["enable_progress_bar"] = progress
+    if options["enable_progress_bar"]:
+        # a bar redrawn in place needs a terminal; in a log a line now and then is enough
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100)]
     options |= {"logger": [*loggers, *given] or False, "callbacks": [*callbacks, *own]}
-    options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path), **more}
+    options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
     return lightning.Trainer(**options)
 
 
@@ -112,12 +121,7 @@ def train(settings: RunConfig, folder: RunFolder, *, resume: bool, main_process:
         ]
     throughput = Throughput()
     callbacks = [*_checkpoints(settings, folder), throughput]
-    if progress and settings.trainer.get("enable_progress_bar") is not False:
-        # a bar redrawn in place needs a terminal; in a log a line now and then is enough
-        callbacks.append(TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100))
-    trainer = make_trainer(
-        settings, folder, callbacks, loggers, **({} if progress else {"enable_progress_bar": False})
-    )
+    trainer = make_trainer(settings, folder, callbacks, loggers, progress)
     print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
     try:
         trainer.fit(task, datamodule=settings.make_datamodule(data), ckpt_path=str(folder.last) if resume else None)

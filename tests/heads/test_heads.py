@@ -48,7 +48,7 @@ def test_no_label_at_all_gives_zero_not_nan() -> None:
     head = LMHead(6, 11)
     for return_logits in (True, False):
         loss, _ = head(torch.randn(1, 3, 6), torch.full((1, 3), -100), return_logits=return_logits)
-        assert float(loss) == 0
+        assert loss.item() == 0
 
 
 def test_classification_and_regression_losses() -> None:

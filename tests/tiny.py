@@ -1,0 +1,50 @@
+"""A data set of a few tokens, for tests of everything around it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData
+
+
+class Items:
+    def __init__(self, seed: int, size: int, length: int, vocab_size: int, endless: bool) -> None:
+        self.seed, self.size, self.length, self.vocab_size = seed, size, length, vocab_size
+        self.endless = endless
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng((self.seed, index))
+        start, step = rng.integers(self.vocab_size), rng.integers(1, 3)
+        tokens = torch.from_numpy((start + step * np.arange(self.length + 1)) % self.vocab_size)[None]
+        return Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:])
+
+
+class TinyTokens(SequenceData):
+    """Arithmetic sequences modulo the vocabulary.
+
+    Args:
+        length: tokens a sequence.
+        size: sequences an epoch.
+        endless: whether sequences are drawn anew for ever.
+    """
+
+    def __init__(self, length: int = 16, size: int = 20, endless: bool = False) -> None:
+        self.length, self.size, self.endless = length, size, endless
+        self.vocab_size = 7
+
+    def setup(self) -> None:
+        pass
+
+    def train(self) -> Items:
+        return Items(0, self.size, self.length, 7, self.endless)
+
+    def validation(self) -> Items:
+        return Items(1, 6, self.length, 7, False)
+
+    def test(self) -> Items:
+        return Items(2, 6, self.length, 7, False)
