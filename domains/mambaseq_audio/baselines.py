@@ -19,7 +19,7 @@ def unigram_bigram(
     """Bits a sample on `test` of the two count models made from `train`.
 
     train, test: clips, `(length,)` integer levels. first: what stands before a clip's first sample, which is
-    predicted too. smoothing: added to the count of every level.
+    predicted too. smoothing: added to the count of every level, above 0.
     """
     counts = _pair_counts(train, first) + 0.0
     pairs = _pair_counts(test, first)

@@ -26,9 +26,11 @@ SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff",
 # A float file may peak a little above full scale; one that holds integers as floats peaks thousands of times
 # above.
 _LOUDEST = 16.0
-_DECLARED = re.compile(r"^(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_DECLARED = re.compile(r"^ *(?:data|SSND|riff|Data Size) +: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = 0x7FFFF000  # writers that cannot seek back leave a size of about 2 or 4 GiB in the header
-_OGG_CUT = ("Ogg: Last page lacks an end-of-stream bit", "Ogg: Junk after the last page")
+_OGG_CUT = re.compile(
+    r"^Ogg ?: (?:Last page lacks an end-of-stream bit|Junk after the last page)", re.MULTILINE
+)
 
 
 def audio_files(name: str | Path) -> list[Path]:
@@ -65,6 +67,7 @@ def read_signal(
     try:
         with soundfile.SoundFile(path) as file:
             rate, frames = file.samplerate, file.frames
+            estimated = file.format == "MP3"  # frames are guessed from the bit rate
             _refuse_cut(path, file.extra_info)
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
@@ -75,7 +78,7 @@ def read_signal(
         ) from error
     if not frames:
         raise DataError(f"{path} is a sound file of zero length. Record or copy it again, or leave it out.")
-    if len(samples) < frames:
+    if len(samples) < frames and not estimated:
         raise _cut(path, f"it has {len(samples):,} of {frames:,} samples")
     _check_values(path, samples)
     if samples.shape[1] > 1 and channels == "refuse":
@@ -103,8 +106,8 @@ def _refuse_cut(path: Path, log: str) -> None:
     """libsndfile reads what is left of a truncated wav or ogg file without an error; its log tells."""
     for declared, present in ((int(a), int(b)) for a, b in _DECLARED.findall(log)):
         if present < declared < _STREAMED:
-            raise _cut(path, f"its header announces {declared:,} bytes of samples and {present:,} are there")
-    if any(mark in log for mark in _OGG_CUT):
+            raise _cut(path, f"its header announces {declared:,} bytes and {present:,} are there")
+    if _OGG_CUT.search(log):
         raise _cut(path, "its stream has no proper end")
 
 

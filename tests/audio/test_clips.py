@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mambaseq_audio.baselines import unigram_bigram
+from mambaseq_audio.clips import ClipData, selector
+from mambaseq_audio.mulaw import MuLaw
+
+from mambaseq.data.module import SequenceDataModule
+from mambaseq.errors import ConfigError, DataError
+
+LENGTHS = (300, 100, 250, 40)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two digits, two speakers and four takes each, of lengths from 40 to 300 samples."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "clips"
+    path.mkdir()
+    for digit in (3, 10):
+        for speaker in ("anna", "ben"):
+            for take, length in enumerate(LENGTHS):
+                signal = rng.uniform(-0.5, 0.5, length)
+                soundfile.write(path / f"{digit}_{speaker}_{take}.wav", signal, 8000)
+    return path
+
+
+def data(folder: Path, **options: object) -> ClipData:
+    defaults = {
+        "files": str(folder),
+        "pattern": r"^(?P<digit>\d+)_(?P<speaker>[a-z]+)_(?P<take>\d+)$",
+        "validation": "1",
+        "test": "0",
+        "length": 120,
+    }
+    made = ClipData(**{**defaults, **options})  # type: ignore[arg-type]
+    made.setup()
+    made.setup()
+    return made
+
+
+def test_selector() -> None:
+    takes = ("0", "3", "04", "10", "anna", "")
+    assert [t for t in takes if selector("0-4")(t)] == ["0", "3", "04"]
+    assert [t for t in takes if selector("10, anna")(t)] == ["10", "anna"]
+    assert [t for t in takes if selector("")(t)] == []
+
+
+def test_evaluation_predicts_every_sample_once(folder: Path) -> None:
+    clips = data(folder)
+    test = clips.test()
+    assert test is not None
+    assert len(test) == 4 * 3  # 300 samples: 120 + 120 + 60
+    items = [test[i] for i in range(len(test))]
+    targets = torch.cat([item.targets[0] for item in items if item.targets is not None])
+    assert targets.tolist() == np.concatenate(clips.clips("test")).tolist()
+    for k, item in enumerate(items):
+        assert item.targets is not None
+        before = MuLaw.start_id if k % 3 == 0 else items[k - 1].targets[0, -1].item()  # type: ignore[index]
+        assert item.inputs[0].tolist() == [before, *item.targets[0, :-1].tolist()]
+
+
+def test_splits_share_no_clip(folder: Path) -> None:
+    clips = data(folder)
+    parts = {
+        split: {clip.tobytes() for clip in clips.clips(split)} for split in ("train", "validation", "test")
+    }
+    assert [len(part) for part in parts.values()] == [8, 4, 4]
+    assert len(set.union(*parts.values())) == 16
+
+
+def test_training_item_is_a_function_of_seed_and_index(folder: Path) -> None:
+    one, two = data(folder).train(), data(folder).train()
+    order = [29, 3, 3, 100, 0]
+    for index in order:
+        a, b = one[index], two[index]
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.targets, b.targets)  # type: ignore[arg-type]
+    other = data(folder, seed=1).train()
+    assert any(not torch.equal(one[i].inputs[:, :9], other[i].inputs[:, :9]) for i in range(8))
+
+
+def test_training_passes_over_all_clips_in_new_orders(folder: Path) -> None:
+    clips = data(folder, length=1000)
+    train = clips.train()
+    wanted = sorted(clip.tobytes() for clip in clips.clips("train"))
+    epochs = []
+    for epoch in range(3):
+        items = [train[epoch * len(train) + i] for i in range(len(train))]
+        levels = [item.targets[0].numpy().astype(np.uint8).tobytes() for item in items]  # type: ignore[index]
+        assert sorted(levels) == wanted
+        epochs.append(tuple(levels))
+    assert len(set(epochs)) == 3
+
+
+def test_long_clips_are_cropped_at_random_and_short_ones_whole(folder: Path) -> None:
+    clips = data(folder, length=50)
+    train = clips.train()
+    starts = set()
+    by_content = {clip.tobytes(): clip for clip in clips.clips("train")}
+    for i in range(200):
+        item = train[i]
+        assert item.targets is not None
+        levels = item.targets[0].numpy().astype(np.uint8)
+        source = next(clip for content, clip in by_content.items() if levels.tobytes() in content)
+        start = source.tobytes().index(levels.tobytes())
+        assert len(levels) == min(50, len(source))
+        assert item.inputs[0, 0] == (source[start - 1] if start else MuLaw.start_id)
+        if len(source) == 250:
+            starts.add(start)
+    assert len(starts) > 50
+    assert min(starts) < 20
+    assert max(starts) > 180
+
+
+def test_conditions(folder: Path) -> None:
+    digits = data(folder)
+    assert list(digits.condition_names) == ["3", "10"]  # by number, not by letter
+    assert digits.n_conditions == 2
+    both = data(folder, condition=["digit", "speaker"])
+    assert list(both.condition_names) == ["3 anna", "3 ben", "10 anna", "10 ben"]
+    test = both.test()
+    assert test is not None
+    # files are in the order of their names: 10_anna_0, 10_ben_0, 3_anna_0, 3_ben_0
+    assert [test[i].condition.item() for i in range(0, 12, 3)] == [2, 3, 0, 1]  # type: ignore[union-attr]
+    none = data(folder, condition=())
+    assert none.n_conditions == 0
+    assert none.train()[0].condition is None
+
+
+def test_batches_are_padded_masked_and_without_targets_there(folder: Path) -> None:
+    clips = data(folder, length=1000)
+    batch = clips.collate([clips.train()[i] for i in range(8)])
+    assert batch.mask is not None
+    assert batch.targets is not None
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape
+    assert batch.mask.sum() == 4 * (250 + 40)
+    assert torch.equal(batch.targets == -100, ~batch.mask)
+    assert batch.condition is not None
+    assert batch.condition.shape == (8,)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader(folder: Path, num_workers: int) -> None:
+    module = SequenceDataModule(data(folder), batch_size=4, num_workers=num_workers)
+    module.setup("fit")
+    batches = list(module.train_dataloader())
+    assert len(batches) == 2
+    expected = module.data.collate([module.data.train()[i] for i in range(4)])
+    assert torch.equal(batches[0].inputs, expected.inputs)
+
+
+def test_split_by_speaker(folder: Path) -> None:
+    clips = data(folder, split="speaker", validation="", test="ben")
+    assert clips.validation() is None
+    assert len(clips.clips("test")) == len(clips.clips("train")) == 8
+
+
+def test_split_by_lists(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("clips/3_anna_0.wav\n\n10_ben_2.wav\n")
+    (tmp_path / "test.txt").write_text("3_anna_1.wav\n")
+    lists = {"validation_list": str(tmp_path / "val.txt"), "test_list": str(tmp_path / "test.txt")}
+    clips = data(folder, **lists)
+    assert [len(clips.clips(split)) for split in ("train", "validation", "test")] == [13, 2, 1]
+    (tmp_path / "test.txt").write_text("3_anna_1.wav\n3_carl_1.wav\n")
+    with pytest.raises(DataError, match=r"Line 2 of .*test\.txt names '3_carl_1\.wav'"):
+        data(folder, **lists)
+
+
+def test_bad_settings(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"3_anna_0\.wav does not match data\.pattern"):
+        data(folder, pattern=r"^(?P<digit>10)_.*_(?P<take>\d+)$")
+    with pytest.raises(ConfigError, match=r"no group named 'digits'. Did you mean 'digit'"):
+        data(folder, condition=["digits"])
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        data(folder, pattern="(")
+    with pytest.raises(ConfigError, match="for validation and for test"):
+        data(folder, validation="0-1", test="1-2")
+    with pytest.raises(DataError, match="left for training"):
+        data(folder, validation="0", test="1-9")
+    with pytest.raises(DataError, match=r"condition '3 ben', which no training clip has|condition '10 ben'"):
+        data(folder, split="speaker", test="ben", validation="", condition=["digit", "speaker"])
+    with pytest.raises(DataError, match="no data file"):
+        data(folder / "*.ogg")
+
+
+def test_copies_in_two_splits_are_refused(folder: Path) -> None:
+    (folder / "3_anna_2.wav").write_bytes((folder / "3_anna_0.wav").read_bytes())
+    with pytest.raises(DataError, match=r"3_anna_0\.wav \(test\) is a copy of .*3_anna_2\.wav \(train\)"):
+        data(folder)
+
+
+def test_a_bad_clip_is_named(folder: Path) -> None:
+    (folder / "3_anna_2.wav").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=r"3_anna_2\.wav cannot be read as audio"):
+        data(folder)
+
+
+def test_shipped_digits() -> None:
+    digits = ClipData()
+    digits.setup()
+    assert [len(digits.clips(split)) for split in ("train", "validation", "test")] == [1260, 90, 150]
+    assert list(digits.condition_names) == list("0123456789")
+    assert digits.vocab_size == 256
+
+
+def test_baselines_by_hand() -> None:
+    train = [np.array([0, 0, 1]), np.array([0, 1])]
+    test = [np.array([0, 1])]
+    # 0 comes three times and 1 twice; after 128 comes 0 (twice), after 0 comes 1 in two of three cases; every
+    # count is one higher, for each of 256 levels
+    found = unigram_bigram(train, test, smoothing=1)
+    assert found["unigram"] == pytest.approx(-(np.log2(4 / 261) + np.log2(3 / 261)) / 2)
+    assert found["bigram"] == pytest.approx(-(np.log2(3 / 258) + np.log2(3 / 259)) / 2)
+
+
+def test_baselines_of_the_shipped_digits() -> None:
+    digits = ClipData(validation="")
+    found = unigram_bigram(digits.clips("train"), digits.clips("test"))
+    assert found["unigram"] == pytest.approx(7.063, abs=1e-3)
+    assert found["bigram"] == pytest.approx(5.119, abs=1e-3)
