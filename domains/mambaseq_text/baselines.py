@@ -13,7 +13,7 @@ def unigram_bigram(
     """Bits a byte on `test` of the two count models made from `train`.
 
     train, test: texts, `(length,)` uint8. The first byte of a test text is not predicted, as for a model
-    without a mark of the beginning. smoothing: added to the count of every byte.
+    without a mark of the beginning. smoothing: added to the count of every byte, above 0.
     """
     counts = _pair_counts(train) + 0.0
     pairs = _pair_counts(test)

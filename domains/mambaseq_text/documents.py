@@ -161,18 +161,20 @@ class DocumentData(SequenceData):
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
         self._files, sources = split_files(self.files, self.validation_files, self.test_files)
         stored = SPLITS[1:] if self.streaming else SPLITS
-        self._records = {split: [] for split in SPLITS}
-        self._counts: dict[str, list[np.ndarray]] = {}
+        records: dict[str, list[int]] = {split: [] for split in SPLITS}
         if any(self._files[split] for split in stored):
             self._store_documents(tokenizer, stored, sources)
+            for number, split in enumerate(self._store.names):
+                records[split].append(number)
         for split in stored:
-            if (self._files[split] or self.fractions.get(split)) and not self._records[split]:
+            if (self._files[split] or self.fractions.get(split)) and not records[split]:
                 raise DataError(
                     f"No document is in the {split} set of "
                     f"{', '.join(self._files[split] or self._files['train'])}. Give the split more of the "
                     f"documents, or files of its own."
                 )
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self._records = records
 
     def read(self, name: str) -> Iterator[str]:
         """The documents of a file."""
@@ -199,13 +201,9 @@ class DocumentData(SequenceData):
                     if target in wanted:
                         yield target, np.concatenate([both[column] for both in tokenizer.document([text])])
 
-        store = self._store = TokenStore.cached(
-            "documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta
-        )
-        assert self._records is not None
-        for number, split in enumerate(store.names):
-            self._records[split].append(number)
-        if not tokenizer.bytewise and self._records["validation"] + self._records["test"]:
+        self._store = TokenStore.cached("documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta)
+        self._counts: dict[str, list[np.ndarray]] = {}
+        if not tokenizer.bytewise and set(self._store.names) - {"train"}:
             counts = TokenStore.cached("documents-bytes", lambda: tokenised(1, SPLITS[1:]), "uint32", meta)
             for number, split in enumerate(counts.names):
                 self._counts.setdefault(split, []).append(counts[number])
