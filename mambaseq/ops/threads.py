@@ -1,6 +1,6 @@
 """Runs a kernel that releases the GIL on several threads.
 
-Numba's own `parallel=True` is not used: its default threading layer must not be entered by two threads at once.
+Numba's own `parallel=True` is not used: two threads must not enter its default threading layer at once.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def share(
     """Do tasks `0 … n_tasks - 1`, by `torch.get_num_threads()` threads of which the caller is one.
 
     Args:
-        make_worker: called once on each thread; gives a function of `(first, end)` that does these tasks, with
-            scratch memory of its own. Which thread does a task must not change the result.
+        make_worker: called once on each thread; gives a function of `(first, end)` that does these tasks,
+            with scratch memory of its own. Which thread does a task must not change the result.
         serial: stay on the calling thread, for little work.
     """
     n_threads = 1 if serial else min(torch.get_num_threads(), n_tasks)

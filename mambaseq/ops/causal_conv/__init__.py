@@ -8,14 +8,17 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.causal_conv import arguments as _arguments
-from mambaseq.ops.causal_conv import reference
+from mambaseq.ops.causal_conv import cpu, reference
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 
 Activation = Literal["silu"]
 
 OP = dispatch.Op(
     name="causal_conv",
-    backends=(dispatch.Backend("reference", reference.run, dispatch.never),),
+    backends=(
+        dispatch.Backend("cpu", cpu.run, cpu.why_not),
+        dispatch.Backend("reference", reference.run, dispatch.never),
+    ),
     samples=_arguments.samples,
 )
 

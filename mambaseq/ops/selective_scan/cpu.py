@@ -1,12 +1,13 @@
 """The selective scan on CPU: hands PyTorch's tensors to the Numba kernels, on several threads.
 
-The work is cut by channels and sequences alone, never by the number of threads, so results do not depend on it.
+The work is cut by channels and sequences alone, never by the number of threads: results do not depend on it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -49,32 +50,6 @@ class _Blocks(NamedTuple):
     channel: Tensor  # (blocks, WIDTH) int64, `channels` where there is none
 
 
-class _Inputs(NamedTuple):
-    """What both kernels receive first, in their order; see `kernels`."""
-
-    tasks: np.ndarray
-    bounds: np.ndarray
-    reverse: bool
-    x: np.ndarray
-    x_stride: int
-    dt: np.ndarray
-    dt_stride: int
-    z: np.ndarray
-    z_stride: int
-    B: np.ndarray
-    C: np.ndarray
-    groups: int
-    n_states: int
-    A2: np.ndarray
-    D: np.ndarray
-    bias: np.ndarray
-    use_softplus: bool
-    initial: np.ndarray
-    has_initial: bool
-    channels: int
-    d_state: int
-
-
 def _kernels() -> ModuleType:
     """Imported when first needed: Numba takes a second to import."""
     return importlib.import_module("mambaseq.ops.selective_scan.kernels")
@@ -83,7 +58,7 @@ def _kernels() -> ModuleType:
 def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
     x = arguments.x
-    _, inputs = _prepare(arguments, kernels.WIDTH)
+    _, inputs = _prepare(arguments, kernels)
     y = torch.empty(x.shape)
     final = torch.empty(arguments.n_sequences, *arguments.A.shape)
     outputs = y.view(-1).numpy(), final.view(-1).numpy()
@@ -91,57 +66,53 @@ def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     def make_worker() -> Any:
         h = scratch(inputs.n_states * kernels.WIDTH)
         local = scratch(kernels.CHUNK * kernels.SLOTS_FORWARD * kernels.WIDTH)
-        return lambda first, end: kernels.forward(first, end, *inputs, *outputs, h, local)
+        return lambda first, end: kernels.forward(first, end, inputs, *outputs, h, local)
 
-    threads.share(len(inputs.tasks), make_worker, serial=_is_little(inputs, x))
+    threads.share(len(inputs.tasks), make_worker, serial=_is_little(x, inputs))
     return y.to(x.dtype), final
 
 
 def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradients:
     kernels = _kernels()
     width, chunk = kernels.WIDTH, kernels.CHUNK
-    x, A = arguments.x, arguments.A
+    x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
     channels, d_state = A.shape
-    blocks, inputs = _prepare(arguments, width)
+    blocks, inputs = _prepare(arguments, kernels)
     n_states, n_tasks, n_blocks = inputs.n_states, len(inputs.tasks), len(blocks.first)
     rows = x.shape[0] * x.shape[1]
-    dx, ddt = torch.empty(x.shape), torch.empty(x.shape)
-    dz = torch.empty(x.shape if arguments.z is not None else 0)
-    dB, dC = (torch.empty(n_blocks, rows, n_states) for _ in range(2))
-    dA = torch.empty(n_tasks, n_states, width)
-    dD, dbias = (torch.empty(n_tasks, width) for _ in range(2))
-    dinitial = torch.empty(arguments.n_sequences, channels, d_state)
-    given = *rows_of(dy), dfinal.float().contiguous().view(-1).numpy()
-    outputs = [value.view(-1).numpy() for value in (dx, ddt, dz, dB, dC, dA, dD, dbias, dinitial)]
+    gradients = kernels.Gradients(
+        x=torch.empty(x.shape),
+        dt=torch.empty(x.shape),
+        z=torch.empty(0 if arguments.z is None else x.shape),
+        B=torch.empty(n_blocks, rows, n_states),
+        C=torch.empty(n_blocks, rows, n_states),
+        A=torch.empty(n_tasks, n_states, width),
+        D=torch.empty(n_tasks, width),
+        bias=torch.empty(n_tasks, width),
+        initial=torch.empty(arguments.n_sequences, channels, d_state),
+    )
+    outputs = kernels.Gradients(*(value.view(-1).numpy() for value in gradients))
+    given = *rows_of(dy), flat(dfinal)
     longest = int(np.diff(inputs.bounds).max(initial=0))
 
     def make_worker() -> Any:
-        h = scratch(n_states * width)
-        local = scratch(chunk * kernels.SLOTS_BACKWARD * width)
-        entering = scratch(-(-longest // chunk) * n_states * width)
-        history = scratch(chunk * n_states * 2 * width)
-        dstate = scratch(n_states * 2 * width)
-        return lambda first, end: kernels.backward(
-            first, end, *inputs, *given, *outputs, h, local, entering, history, dstate
+        working = kernels.Scratch(
+            h=scratch(n_states * width),
+            local=scratch(chunk * kernels.SLOTS_BACKWARD * width),
+            entering=scratch(-(-longest // chunk) * n_states * width),
+            history=scratch(chunk * n_states * 2 * width),
+            dstate=scratch(n_states * 2 * width),
         )
+        return lambda first, end: kernels.backward(first, end, inputs, *given, outputs, working)
 
-    threads.share(n_tasks, make_worker, serial=_is_little(inputs, x))
+    threads.share(n_tasks, make_worker, serial=_is_little(x, inputs))
 
+    # Sums in a fixed order: over the tasks of a block, and over the blocks of a group.
     real = blocks.channel < channels
-    # Sums in a fixed order, over the tasks of a block and over the blocks of a group.
-    dA = dA.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)[real][:, :d_state]
-    dD, dbias = (value.view(-1, n_blocks, width).sum(0)[real] for value in (dD, dbias))
-    found = (
-        dx,
-        ddt,
-        dA,
-        _sum_of_blocks(dB, inputs.groups, arguments.B),
-        _sum_of_blocks(dC, inputs.groups, arguments.C),
-        dD,
-        dz,
-        dbias,
-        dinitial,
-    )
+    dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)[real][:, :d_state]
+    dD, dbias = (value.view(-1, n_blocks, width).sum(0)[real] for value in (gradients.D, gradients.bias))
+    dB, dC = (_sum_of_blocks(value, M) for value, M in ((gradients.B, B), (gradients.C, C)))
+    found = (gradients.x, gradients.dt, dA, dB, dC, dD, gradients.z, dbias, gradients.initial)
     wanted = (*arguments[:8], arguments.initial_state)
     return tuple(
         None if value is None else gradient.to(value.dtype).contiguous()
@@ -149,13 +120,14 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     )
 
 
-def _prepare(arguments: ScanArguments, width: int) -> tuple[_Blocks, _Inputs]:
+def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[_Blocks, Any]:
+    """The blocks of channels and the kernels' `Inputs`."""
     x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
     batch, length, channels = x.shape
     d_state = A.shape[1]
     n_states = -(-d_state // 4) * 4
-    groups = int(np.lcm(*(M.shape[2] if M.ndim == 4 else 1 for M in (B, C))))
-    blocks = _blocks(channels, groups, width)
+    groups = math.lcm(*(M.shape[2] if M.ndim == 4 else 1 for M in (B, C)))
+    blocks = _blocks(channels, groups, kernels.WIDTH)
     if arguments.cu_seqlens is None:
         bounds = np.arange(batch + 1, dtype=np.int64) * length
     else:
@@ -179,7 +151,7 @@ def _prepare(arguments: ScanArguments, width: int) -> tuple[_Blocks, _Inputs]:
     A2 = by_block((A.double() * log2_e).float()).transpose(1, 2)
     A2 = torch.nn.functional.pad(A2, (0, 0, 0, n_states - d_state))
     initial = arguments.initial_state
-    inputs = _Inputs(
+    inputs = kernels.Inputs(
         _tasks(blocks, bounds),
         bounds,
         arguments.reverse,
@@ -227,16 +199,14 @@ def _tasks(blocks: _Blocks, bounds: np.ndarray) -> np.ndarray:
     return tasks.reshape(-1, 6)
 
 
-def _sum_of_blocks(partial: Tensor, groups: int, M: Tensor) -> Tensor:
-    """The gradient of B or C `M` from those of the blocks `(blocks, rows, n_states)`."""
+def _sum_of_blocks(partial: Tensor, M: Tensor) -> Tensor:
+    """The gradient of `M`, B or C, from those of the blocks `(blocks, rows, n_states)`."""
     own_groups = M.shape[2] if M.ndim == 4 else 1
-    d_state = M.shape[-1]
-    per_group = partial.shape[0] // own_groups
-    total = partial.view(own_groups, per_group, -1, partial.shape[2]).sum(1)
-    return total[..., :d_state].transpose(0, 1).reshape(M.shape)
+    total = partial.unflatten(0, (own_groups, -1)).sum(1)
+    return total[..., : M.shape[-1]].transpose(0, 1).reshape(M.shape)
 
 
-def _is_little(inputs: _Inputs, x: Tensor) -> bool:
+def _is_little(x: Tensor, inputs: Any) -> bool:
     return x.numel() * inputs.n_states < _LITTLE_WORK
 
 

@@ -1,21 +1,20 @@
 # mypy: allow-untyped-defs
-"""Numba kernels of the selective scan: float32, real A.
+"""Numba kernels of the selective scan in float32 with real A.
 
-Channels are worked on in blocks of `WIDTH`, the innermost loop, which LLVM turns into vector instructions; blocks that are
-wider than their channels are filled with zeros. The rows of `CHUNK` time steps are first copied into a small array
-(their cache misses overlap), then the recurrence runs on it with the states of the block in the first-level cache.
+Channels are worked on in blocks of `WIDTH`: the innermost loops run over a block and become vector
+instructions. A block without so many channels is filled up with zeros. The rows of `CHUNK` steps are first
+copied into `local`, so that their cache misses overlap, and the recurrence then runs on it with the block's
+states in the first-level cache. Decays are kept as exp(delta A) - 1, which loses nothing where they are close
+to 1.
 
-Memory, flat float32 arrays all of them:
-
-- rows of x, dt, z, y and their gradients: channel `c` of row `i` at `i · stride + c`;
-- B, C: `(rows, groups, n_states)`, n_states padded to a multiple of 4 with zeros;
-- A2 = A · log2(e): `(blocks, n_states, WIDTH)`; D, bias: `(blocks, WIDTH)`;
-- states: `(sequences, channels, d_state)`;
-- `local`: for each step of a chunk a handful of rows ("slots") of WIDTH. Slots of one array lie at constant
-  distances, which spares LLVM most checks whether arrays overlap.
+For each step of a chunk, `local` holds a few rows of `WIDTH`, here called slots. Slots of one array lie at
+constant distances, which spares LLVM most of its checks whether arrays overlap; so does keeping the states of
+four indices n beside each other in `history` and `dstate`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -25,385 +24,237 @@ from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, exp2m1, sigmoid, so
 WIDTH = 64
 CHUNK = 32
 
-_W = np.uint64(WIDTH)
-_W2, _W3, _W4, _W5 = np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH), np.uint64(5 * WIDTH)
-_W6, _W7 = np.uint64(6 * WIDTH), np.uint64(7 * WIDTH)
+# Numba takes unsigned indices as they are; signed ones may be negative, which hinders vectorisation.
+_W, _W2, _W3 = np.uint64(WIDTH), np.uint64(2 * WIDTH), np.uint64(3 * WIDTH)
+_W4, _W5, _W6, _W7 = np.uint64(4 * WIDTH), np.uint64(5 * WIDTH), np.uint64(6 * WIDTH), np.uint64(7 * WIDTH)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-# Slots: step size, step size · x, output, gradient of the output before the gate, of step size · x, of A2's exponent.
-SLOTS_FORWARD = 3
-SLOTS_BACKWARD = 6
+# Slots of both kernels: the step size delta, delta · x, and the output; those of the backward kernel: the
+# gradients of the output before the gate, of delta · x, and of the exponent delta · A2.
+SLOTS_FORWARD, SLOTS_BACKWARD = 3, 6
 _OUT, _DOUT, _DINPUT, _DEXPONENT = _W2, _W3, _W4, _W5
 
 
+class Inputs(NamedTuple):
+    """What both kernels read: flat arrays, float32 but for the indices.
+
+    Channel c of row i of x, dt, z lies at `i · stride + c`; there is no z if its stride is 0. B and C are
+    filled up with zeros to `n_states`, the next multiple of 4.
+    """
+
+    tasks: np.ndarray  # (tasks, 6) int64: block, its first channel, width, group; first and end sequence
+    bounds: np.ndarray  # (sequences + 1,) int64: the rows of each sequence
+    reverse: bool
+    x: np.ndarray
+    x_stride: int
+    dt: np.ndarray
+    dt_stride: int
+    z: np.ndarray
+    z_stride: int
+    B: np.ndarray  # (rows, groups, n_states)
+    C: np.ndarray  # (rows, groups, n_states)
+    groups: int
+    n_states: int
+    A2: np.ndarray  # (blocks, n_states, WIDTH): A · log2(e)
+    D: np.ndarray  # (blocks, WIDTH)
+    bias: np.ndarray  # (blocks, WIDTH)
+    use_softplus: bool
+    initial: np.ndarray  # (sequences, channels, d_state)
+    has_initial: bool
+    channels: int
+    d_state: int
+
+
+class Gradients(NamedTuple):
+    """What the backward kernel writes, flat float32 arrays."""
+
+    x: np.ndarray  # (rows, channels)
+    dt: np.ndarray  # (rows, channels)
+    z: np.ndarray  # (rows, channels)
+    B: np.ndarray  # (blocks, rows, n_states)
+    C: np.ndarray  # (blocks, rows, n_states)
+    A: np.ndarray  # (tasks, n_states, WIDTH)
+    D: np.ndarray  # (tasks, WIDTH)
+    bias: np.ndarray  # (tasks, WIDTH)
+    initial: np.ndarray  # (sequences, channels, d_state)
+
+
+class Scratch(NamedTuple):
+    """Working memory of one thread in the backward pass; n4 counts groups of four states."""
+
+    h: np.ndarray  # (n_states, WIDTH)
+    local: np.ndarray  # (CHUNK, SLOTS_BACKWARD, WIDTH)
+    entering: np.ndarray  # (chunks of the longest sequence, n_states, WIDTH): states at their beginnings
+    history: np.ndarray  # (CHUNK, n4, 8, WIDTH): four states before a step, their decays minus 1
+    dstate: np.ndarray  # (n4, 8, WIDTH): gradients of four states, of A
+
+
 @njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-def forward(
-    first_task,
-    end_task,
-    tasks,
-    bounds,
-    reverse,
-    x,
-    x_stride,
-    dt,
-    dt_stride,
-    z,
-    z_stride,
-    B,
-    C,
-    groups,
-    n_states,
-    A2,
-    D,
-    bias,
-    use_softplus,
-    initial,
-    has_initial,
-    channels,
-    d_state,
-    y,
-    final,
-    h,
-    local,
-):
-    """Tasks are rows (block, first channel, width, group, first sequence, end sequence)."""
+def forward(first_task, end_task, i, y, final, h, local):
+    """y `(rows, channels)`; final `(sequences, channels, d_state)`."""
     for task in range(first_task, end_task):
-        block, c0, width, group, s0, s1 = tasks[task]
+        block, c0, width, group, s0, s1 = i.tasks[task]
         local[:] = _ZERO
         for s in range(s0, s1):
-            _load_state(h, initial, has_initial, s, channels, d_state, c0, width, n_states)
-            length = bounds[s + 1] - bounds[s]
+            _load_state(i, h, s, c0, width)
+            length = i.bounds[s + 1] - i.bounds[s]
             for t0 in range(0, length, CHUNK):
                 steps = min(CHUNK, length - t0)
-                row, go = _first_row(bounds, s, t0, reverse)
-                _load(
-                    local,
-                    SLOTS_FORWARD,
-                    x,
-                    x_stride,
-                    dt,
-                    dt_stride,
-                    bias,
-                    block,
-                    use_softplus,
-                    row,
-                    go,
-                    steps,
-                    c0,
-                    width,
-                )
-                _advance(
-                    local, h, A2, block * n_states * WIDTH, B, C, row, go, steps, groups, group, n_states
-                )
-                _store(local, x, x_stride, z, z_stride, D, block, y, channels, row, go, steps, c0, width)
-            _store_state(h, final, s, channels, d_state, c0, width)
+                row, go = _first_row(i, s, t0)
+                _load(i, local, SLOTS_FORWARD, block, c0, width, row, go, steps)
+                _advance(i, local, SLOTS_FORWARD, h, block, group, row, go, steps)
+                _store(i, local, y, block, c0, width, row, go, steps)
+            for c in range(width):
+                at = (s * i.channels + c0 + c) * i.d_state
+                for n in range(i.d_state):
+                    final[at + n] = h[n * WIDTH + c]
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch):
+    """dy as x in `Inputs`; dfinal `(sequences, channels, d_state)`."""
+    h, local, entering, history, dstate = scratch
+    size = i.n_states * WIDTH
+    for task in range(first_task, end_task):
+        block, c0, width, group, s0, s1 = i.tasks[task]
+        local[:] = _ZERO
+        dstate[:] = _ZERO
+        gradients.D[task * WIDTH : (task + 1) * WIDTH] = _ZERO
+        gradients.bias[task * WIDTH : (task + 1) * WIDTH] = _ZERO
+        for s in range(s0, s1):
+            _load_state(i, h, s, c0, width)
+            length = i.bounds[s + 1] - i.bounds[s]
+            n_chunks = (length + CHUNK - 1) // CHUNK
+            for k in range(n_chunks):
+                entering[k * size : (k + 1) * size] = h[:size]
+                if k + 1 < n_chunks:
+                    row, go = _first_row(i, s, k * CHUNK)
+                    _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, CHUNK)
+                    _advance(i, local, SLOTS_BACKWARD, h, block, group, row, go, CHUNK)
+
+            _load_dstate(i, dstate, dfinal, s, c0, width)
+            for k in range(n_chunks - 1, -1, -1):
+                steps = min(CHUNK, length - k * CHUNK)
+                row, go = _first_row(i, s, k * CHUNK)
+                h[:size] = entering[k * size : (k + 1) * size]
+                _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, steps)
+                _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps)
+                _advance_keeping(i, local, h, history, gradients.C, block, group, row, go, steps)
+                _walk_back(i, local, dstate, history, gradients.B, block, group, row, go, steps)
+                _store_gradients(i, local, dy, dy_stride, gradients, task, block, c0, width, row, go, steps)
+            _store_dstate(i, dstate, gradients.initial, s, c0, width)
+        for n in range(i.n_states):
+            for c in range(WIDTH):
+                gradients.A[(task * i.n_states + n) * WIDTH + c] = dstate[
+                    (n // 4 * 8 + 4 + n % 4) * WIDTH + c
+                ]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _first_row(bounds, s, t0, reverse):
+def _first_row(i, s, t0):
     """The row of step t0 of a sequence, and what to add for the next step."""
-    if reverse:
-        return bounds[s + 1] - 1 - t0, -1
-    return bounds[s] + t0, 1
+    if i.reverse:
+        return i.bounds[s + 1] - 1 - t0, -1
+    return i.bounds[s] + t0, 1
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _load_state(h, state, present, s, channels, d_state, c0, width, n_states):
-    h[: n_states * WIDTH] = _ZERO
-    if present:
+def _load_state(i, h, s, c0, width):
+    h[:] = _ZERO
+    if i.has_initial:
         for c in range(width):
-            at = (s * channels + c0 + c) * d_state
-            for n in range(d_state):
-                h[n * WIDTH + c] = state[at + n]
+            at = (s * i.channels + c0 + c) * i.d_state
+            for n in range(i.d_state):
+                h[n * WIDTH + c] = i.initial[at + n]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _store_state(h, state, s, channels, d_state, c0, width):
-    for c in range(width):
-        at = (s * channels + c0 + c) * d_state
-        for n in range(d_state):
-            state[at + n] = h[n * WIDTH + c]
-
-
-@njit(fastmath=FASTMATH, error_model="numpy")
-def _load(local, slots, x, x_stride, dt, dt_stride, bias, block, use_softplus, row, go, steps, c0, width):
+def _load(i, local, slots, block, c0, width, row, go, steps):
+    """Step sizes and inputs; clears the output."""
+    at_bias = np.uint64(block * WIDTH)
     for t in range(steps):
         at = np.uint64(t * slots * WIDTH)
-        at_x = np.uint64((row + t * go) * x_stride + c0)
-        at_dt = np.uint64((row + t * go) * dt_stride + c0)
-        at_bias = np.uint64(block * WIDTH)
-        if use_softplus:
+        at_x = np.uint64((row + t * go) * i.x_stride + c0)
+        at_dt = np.uint64((row + t * go) * i.dt_stride + c0)
+        for c in range(np.uint64(width)):
+            local[at + c] = i.dt[at_dt + c] + i.bias[at_bias + c]
+        if i.use_softplus:
             for c in range(np.uint64(width)):
-                delta = softplus(dt[at_dt + c] + bias[at_bias + c])
-                local[at + c] = delta
-                local[at + _W + c] = delta * x[at_x + c]
-        else:
-            for c in range(np.uint64(width)):
-                delta = dt[at_dt + c] + bias[at_bias + c]
-                local[at + c] = delta
-                local[at + _W + c] = delta * x[at_x + c]
+                local[at + c] = softplus(local[at + c])
+        for c in range(np.uint64(width)):
+            local[at + _W + c] = local[at + c] * i.x[at_x + c]
         for c in range(_W):
             local[at + _OUT + c] = _ZERO
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _advance(local, h, A2, at_A, B, C, row, go, steps, groups, group, n_states):
+def _advance(i, local, slots, h, block, group, row, go, steps):
+    """The recurrence over a chunk."""
+    A2, B, C = i.A2, i.B, i.C
     for t in range(steps):
-        at = np.uint64(t * SLOTS_FORWARD * WIDTH)
-        at_B = ((row + t * go) * groups + group) * n_states
-        for n in range(0, n_states, 4):
+        at = np.uint64(t * slots * WIDTH)
+        at_B = ((row + t * go) * i.groups + group) * i.n_states
+        for n in range(0, i.n_states, 4):
             B0, B1, B2, B3 = B[at_B + n], B[at_B + n + 1], B[at_B + n + 2], B[at_B + n + 3]
             C0, C1, C2, C3 = C[at_B + n], C[at_B + n + 1], C[at_B + n + 2], C[at_B + n + 3]
-            i = np.uint64(n * WIDTH)
-            a = np.uint64(at_A + n * WIDTH)
+            j = np.uint64(n * WIDTH)
+            a = np.uint64((block * i.n_states + n) * WIDTH)
             for c in range(_W):
                 delta, u = local[at + c], local[at + _W + c]
-                h0, h1, h2, h3 = h[i + c], h[i + _W + c], h[i + _W2 + c], h[i + _W3 + c]
+                h0, h1, h2, h3 = h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c]
                 h0 = exp2m1(delta * A2[a + c]) * h0 + (h0 + u * B0)
                 h1 = exp2m1(delta * A2[a + _W + c]) * h1 + (h1 + u * B1)
                 h2 = exp2m1(delta * A2[a + _W2 + c]) * h2 + (h2 + u * B2)
                 h3 = exp2m1(delta * A2[a + _W3 + c]) * h3 + (h3 + u * B3)
-                h[i + c], h[i + _W + c], h[i + _W2 + c], h[i + _W3 + c] = h0, h1, h2, h3
+                h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c] = h0, h1, h2, h3
                 local[at + _OUT + c] += (h0 * C0 + h1 * C1) + (h2 * C2 + h3 * C3)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _store(local, x, x_stride, z, z_stride, D, block, y, channels, row, go, steps, c0, width):
+def _store(i, local, y, block, c0, width, row, go, steps):
+    at_D = np.uint64(block * WIDTH)
     for t in range(steps):
         at = np.uint64(t * SLOTS_FORWARD * WIDTH) + _OUT
-        at_x = np.uint64((row + t * go) * x_stride + c0)
-        at_z = np.uint64((row + t * go) * z_stride + c0)
-        at_y = np.uint64((row + t * go) * channels + c0)
-        at_D = np.uint64(block * WIDTH)
-        if z_stride:
+        at_x = np.uint64((row + t * go) * i.x_stride + c0)
+        at_z = np.uint64((row + t * go) * i.z_stride + c0)
+        at_y = np.uint64((row + t * go) * i.channels + c0)
+        if i.z_stride:
             for c in range(np.uint64(width)):
-                gate = z[at_z + c]
-                y[at_y + c] = (local[at + c] + D[at_D + c] * x[at_x + c]) * gate * sigmoid(gate)
+                gate = i.z[at_z + c]
+                y[at_y + c] = (local[at + c] + i.D[at_D + c] * i.x[at_x + c]) * gate * sigmoid(gate)
         else:
             for c in range(np.uint64(width)):
-                y[at_y + c] = local[at + c] + D[at_D + c] * x[at_x + c]
-
-
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-def backward(
-    first_task,
-    end_task,
-    tasks,
-    bounds,
-    reverse,
-    x,
-    x_stride,
-    dt,
-    dt_stride,
-    z,
-    z_stride,
-    B,
-    C,
-    groups,
-    n_states,
-    A2,
-    D,
-    bias,
-    use_softplus,
-    initial,
-    has_initial,
-    channels,
-    d_state,
-    dy,
-    dy_stride,
-    dfinal,
-    dx,
-    ddt,
-    dz,
-    dB,
-    dC,
-    dA,
-    dD,
-    dbias,
-    dinitial,
-    h,
-    local,
-    entering,
-    history,
-    dstate,
-):
-    """Gradients; dA, dD and dbias are sums of a task, dB and dC of a block of channels.
-
-    `entering` takes the states at the beginnings of the chunks of one sequence; `history`, for each step of a
-    chunk and four states at a time, the state before the step and its decay minus 1; `dstate`, also four
-    states at a time, the gradients of the state and of A2 (but for the factor ln 2).
-    """
-    rows = bounds[-1]
-    for task in range(first_task, end_task):
-        block, c0, width, group, s0, s1 = tasks[task]
-        at_A = block * n_states * WIDTH
-        local[:] = _ZERO
-        dstate[:] = _ZERO
-        dD[task * WIDTH : (task + 1) * WIDTH] = _ZERO
-        dbias[task * WIDTH : (task + 1) * WIDTH] = _ZERO
-        for s in range(s0, s1):
-            _load_state(h, initial, has_initial, s, channels, d_state, c0, width, n_states)
-            length = bounds[s + 1] - bounds[s]
-            n_chunks = (length + CHUNK - 1) // CHUNK
-            size = n_states * WIDTH
-            for k in range(n_chunks):
-                entering[k * size : (k + 1) * size] = h[:size]
-                if k + 1 < n_chunks:
-                    row, go = _first_row(bounds, s, k * CHUNK, reverse)
-                    _load(
-                        local,
-                        SLOTS_BACKWARD,
-                        x,
-                        x_stride,
-                        dt,
-                        dt_stride,
-                        bias,
-                        block,
-                        use_softplus,
-                        row,
-                        go,
-                        CHUNK,
-                        c0,
-                        width,
-                    )
-                    _advance_only(local, h, A2, at_A, B, row, go, CHUNK, groups, group, n_states)
-
-            _load_dstate(dstate, dfinal, s, channels, d_state, c0, width, n_states)
-            for k in range(n_chunks - 1, -1, -1):
-                steps = min(CHUNK, length - k * CHUNK)
-                row, go = _first_row(bounds, s, k * CHUNK, reverse)
-                h[:size] = entering[k * size : (k + 1) * size]
-                _load(
-                    local,
-                    SLOTS_BACKWARD,
-                    x,
-                    x_stride,
-                    dt,
-                    dt_stride,
-                    bias,
-                    block,
-                    use_softplus,
-                    row,
-                    go,
-                    steps,
-                    c0,
-                    width,
-                )
-                _load_dout(local, z, z_stride, dy, dy_stride, row, go, steps, c0, width)
-                _recompute(
-                    local,
-                    h,
-                    history,
-                    A2,
-                    at_A,
-                    B,
-                    C,
-                    dC,
-                    block * rows,
-                    row,
-                    go,
-                    steps,
-                    groups,
-                    group,
-                    n_states,
-                )
-                _walk_back(
-                    local,
-                    dstate,
-                    history,
-                    A2,
-                    at_A,
-                    B,
-                    C,
-                    dB,
-                    block * rows,
-                    row,
-                    go,
-                    steps,
-                    groups,
-                    group,
-                    n_states,
-                )
-                _store_gradients(
-                    local,
-                    x,
-                    x_stride,
-                    z,
-                    z_stride,
-                    dy,
-                    dy_stride,
-                    D,
-                    block,
-                    use_softplus,
-                    dx,
-                    ddt,
-                    dz,
-                    dD,
-                    dbias,
-                    task,
-                    channels,
-                    row,
-                    go,
-                    steps,
-                    c0,
-                    width,
-                )
-            _store_dstate(dstate, dinitial, s, channels, d_state, c0, width)
-        _store_dA(dstate, dA, task, n_states)
+                y[at_y + c] = local[at + c] + i.D[at_D + c] * i.x[at_x + c]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _advance_only(local, h, A2, at_A, B, row, go, steps, groups, group, n_states):
-    for t in range(steps):
-        at = np.uint64(t * SLOTS_BACKWARD * WIDTH)
-        at_B = ((row + t * go) * groups + group) * n_states
-        for n in range(0, n_states, 4):
-            B0, B1, B2, B3 = B[at_B + n], B[at_B + n + 1], B[at_B + n + 2], B[at_B + n + 3]
-            i = np.uint64(n * WIDTH)
-            a = np.uint64(at_A + n * WIDTH)
-            for c in range(_W):
-                delta, u = local[at + c], local[at + _W + c]
-                h0, h1, h2, h3 = h[i + c], h[i + _W + c], h[i + _W2 + c], h[i + _W3 + c]
-                h[i + c] = exp2m1(delta * A2[a + c]) * h0 + (h0 + u * B0)
-                h[i + _W + c] = exp2m1(delta * A2[a + _W + c]) * h1 + (h1 + u * B1)
-                h[i + _W2 + c] = exp2m1(delta * A2[a + _W2 + c]) * h2 + (h2 + u * B2)
-                h[i + _W3 + c] = exp2m1(delta * A2[a + _W3 + c]) * h3 + (h3 + u * B3)
-
-
-@njit(fastmath=FASTMATH, error_model="numpy")
-def _load_dstate(dstate, dfinal, s, channels, d_state, c0, width, n_states):
-    for n in range(0, n_states, 4):
-        dstate[n * 2 * WIDTH : n * 2 * WIDTH + 4 * WIDTH] = _ZERO
+def _load_dstate(i, dstate, dfinal, s, c0, width):
+    for n in range(0, i.n_states, 4):
+        dstate[n * 2 * WIDTH : (n * 2 + 4) * WIDTH] = _ZERO
     for c in range(width):
-        at = (s * channels + c0 + c) * d_state
-        for n in range(d_state):
+        at = (s * i.channels + c0 + c) * i.d_state
+        for n in range(i.d_state):
             dstate[(n // 4 * 8 + n % 4) * WIDTH + c] = dfinal[at + n]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _store_dstate(dstate, dinitial, s, channels, d_state, c0, width):
+def _store_dstate(i, dstate, dinitial, s, c0, width):
     for c in range(width):
-        at = (s * channels + c0 + c) * d_state
-        for n in range(d_state):
+        at = (s * i.channels + c0 + c) * i.d_state
+        for n in range(i.d_state):
             dinitial[at + n] = dstate[(n // 4 * 8 + n % 4) * WIDTH + c]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _store_dA(dstate, dA, task, n_states):
-    for n in range(n_states):
-        for c in range(WIDTH):
-            dA[(task * n_states + n) * WIDTH + c] = dstate[(n // 4 * 8 + 4 + n % 4) * WIDTH + c]
-
-
-@njit(fastmath=FASTMATH, error_model="numpy")
-def _load_dout(local, z, z_stride, dy, dy_stride, row, go, steps, c0, width):
+def _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps):
+    """The gradient of the output before the gate; clears the other gradients."""
     for t in range(steps):
         at = np.uint64(t * SLOTS_BACKWARD * WIDTH)
-        at_z = np.uint64((row + t * go) * z_stride + c0)
+        at_z = np.uint64((row + t * go) * i.z_stride + c0)
         at_dy = np.uint64((row + t * go) * dy_stride + c0)
-        if z_stride:
+        if i.z_stride:
             for c in range(np.uint64(width)):
-                gate = z[at_z + c]
+                gate = i.z[at_z + c]
                 local[at + _DOUT + c] = dy[at_dy + c] * gate * sigmoid(gate)
         else:
             for c in range(np.uint64(width)):
@@ -414,34 +265,37 @@ def _load_dout(local, z, z_stride, dy, dy_stride, row, go, steps, c0, width):
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _recompute(local, h, history, A2, at_A, B, C, dC, row_dC, row, go, steps, groups, group, n_states):
+def _advance_keeping(i, local, h, history, dC, block, group, row, go, steps):
+    """The recurrence over a chunk, keeping states and decays; and the gradient of C."""
+    A2, B, C = i.A2, i.B, i.C
+    rows = i.bounds[-1]
     for t in range(steps):
         at = np.uint64(t * SLOTS_BACKWARD * WIDTH)
-        at_B = ((row + t * go) * groups + group) * n_states
-        at_dC = (row_dC + row + t * go) * n_states
-        for n in range(0, n_states, 4):
+        at_B = ((row + t * go) * i.groups + group) * i.n_states
+        at_dC = (block * rows + row + t * go) * i.n_states
+        for n in range(0, i.n_states, 4):
             B0, B1, B2, B3 = B[at_B + n], B[at_B + n + 1], B[at_B + n + 2], B[at_B + n + 3]
             C0, C1, C2, C3 = C[at_B + n], C[at_B + n + 1], C[at_B + n + 2], C[at_B + n + 3]
-            i = np.uint64(n * WIDTH)
-            a = np.uint64(at_A + n * WIDTH)
-            j = np.uint64((t * n_states + n) * 2 * WIDTH)
+            j = np.uint64(n * WIDTH)
+            a = np.uint64((block * i.n_states + n) * WIDTH)
+            k = np.uint64((t * i.n_states + n) * 2 * WIDTH)
             dC0 = dC1 = dC2 = dC3 = _ZERO
             for c in range(_W):
                 delta, u, dout = local[at + c], local[at + _W + c], local[at + _DOUT + c]
-                h0, h1, h2, h3 = h[i + c], h[i + _W + c], h[i + _W2 + c], h[i + _W3 + c]
+                h0, h1, h2, h3 = h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c]
                 e0 = exp2m1(delta * A2[a + c])
                 e1 = exp2m1(delta * A2[a + _W + c])
                 e2 = exp2m1(delta * A2[a + _W2 + c])
                 e3 = exp2m1(delta * A2[a + _W3 + c])
-                history[j + c], history[j + _W + c] = h0, h1
-                history[j + _W2 + c], history[j + _W3 + c] = h2, h3
-                history[j + _W4 + c], history[j + _W5 + c] = e0, e1
-                history[j + _W6 + c], history[j + _W7 + c] = e2, e3
+                history[k + c], history[k + _W + c] = h0, h1
+                history[k + _W2 + c], history[k + _W3 + c] = h2, h3
+                history[k + _W4 + c], history[k + _W5 + c] = e0, e1
+                history[k + _W6 + c], history[k + _W7 + c] = e2, e3
                 h0 = e0 * h0 + (h0 + u * B0)
                 h1 = e1 * h1 + (h1 + u * B1)
                 h2 = e2 * h2 + (h2 + u * B2)
                 h3 = e3 * h3 + (h3 + u * B3)
-                h[i + c], h[i + _W + c], h[i + _W2 + c], h[i + _W3 + c] = h0, h1, h2, h3
+                h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c] = h0, h1, h2, h3
                 local[at + _OUT + c] += (h0 * C0 + h1 * C1) + (h2 * C2 + h3 * C3)
                 dC0 += h0 * dout
                 dC1 += h1 * dout
@@ -451,101 +305,78 @@ def _recompute(local, h, history, A2, at_A, B, C, dC, row_dC, row, go, steps, gr
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _walk_back(local, dstate, history, A2, at_A, B, C, dB, row_dB, row, go, steps, groups, group, n_states):
+def _walk_back(i, local, dstate, history, dB, block, group, row, go, steps):
+    """The recurrence of the gradients over a chunk."""
+    A2, B, C = i.A2, i.B, i.C
+    rows = i.bounds[-1]
     for t in range(steps - 1, -1, -1):
         at = np.uint64(t * SLOTS_BACKWARD * WIDTH)
-        at_B = ((row + t * go) * groups + group) * n_states
-        at_dB = (row_dB + row + t * go) * n_states
-        for n in range(0, n_states, 4):
+        at_B = ((row + t * go) * i.groups + group) * i.n_states
+        at_dB = (block * rows + row + t * go) * i.n_states
+        for n in range(0, i.n_states, 4):
             B0, B1, B2, B3 = B[at_B + n], B[at_B + n + 1], B[at_B + n + 2], B[at_B + n + 3]
             C0, C1, C2, C3 = C[at_B + n], C[at_B + n + 1], C[at_B + n + 2], C[at_B + n + 3]
-            i = np.uint64(n * 2 * WIDTH)
-            a = np.uint64(at_A + n * WIDTH)
-            j = np.uint64((t * n_states + n) * 2 * WIDTH)
+            j = np.uint64(n * 2 * WIDTH)
+            a = np.uint64((block * i.n_states + n) * WIDTH)
+            k = np.uint64((t * i.n_states + n) * 2 * WIDTH)
             dB0 = dB1 = dB2 = dB3 = _ZERO
             for c in range(_W):
                 delta, u, dout = local[at + c], local[at + _W + c], local[at + _DOUT + c]
-                g0 = dstate[i + c] + dout * C0
-                g1 = dstate[i + _W + c] + dout * C1
-                g2 = dstate[i + _W2 + c] + dout * C2
-                g3 = dstate[i + _W3 + c] + dout * C3
+                # Of the states after the step,
+                g0 = dstate[j + c] + dout * C0
+                g1 = dstate[j + _W + c] + dout * C1
+                g2 = dstate[j + _W2 + c] + dout * C2
+                g3 = dstate[j + _W3 + c] + dout * C3
                 local[at + _DINPUT + c] += (g0 * B0 + g1 * B1) + (g2 * B2 + g3 * B3)
                 dB0 += g0 * u
                 dB1 += g1 * u
                 dB2 += g2 * u
                 dB3 += g3 * u
-                # Of the state before the step, then of the exponent delta · A2.
-                g0 += g0 * history[j + _W4 + c]
-                g1 += g1 * history[j + _W5 + c]
-                g2 += g2 * history[j + _W6 + c]
-                g3 += g3 * history[j + _W7 + c]
-                dstate[i + c], dstate[i + _W + c], dstate[i + _W2 + c], dstate[i + _W3 + c] = g0, g1, g2, g3
-                g0 *= history[j + c]
-                g1 *= history[j + _W + c]
-                g2 *= history[j + _W2 + c]
-                g3 *= history[j + _W3 + c]
+                # before the step,
+                g0 += g0 * history[k + _W4 + c]
+                g1 += g1 * history[k + _W5 + c]
+                g2 += g2 * history[k + _W6 + c]
+                g3 += g3 * history[k + _W7 + c]
+                dstate[j + c], dstate[j + _W + c], dstate[j + _W2 + c], dstate[j + _W3 + c] = g0, g1, g2, g3
+                # and of the exponents delta · A.
+                g0 *= history[k + c]
+                g1 *= history[k + _W + c]
+                g2 *= history[k + _W2 + c]
+                g3 *= history[k + _W3 + c]
                 local[at + _DEXPONENT + c] += (g0 * A2[a + c] + g1 * A2[a + _W + c]) + (
                     g2 * A2[a + _W2 + c] + g3 * A2[a + _W3 + c]
                 )
-                dstate[i + _W4 + c] += g0 * delta
-                dstate[i + _W5 + c] += g1 * delta
-                dstate[i + _W6 + c] += g2 * delta
-                dstate[i + _W7 + c] += g3 * delta
+                dstate[j + _W4 + c] += g0 * delta
+                dstate[j + _W5 + c] += g1 * delta
+                dstate[j + _W6 + c] += g2 * delta
+                dstate[j + _W7 + c] += g3 * delta
             dB[at_dB + n], dB[at_dB + n + 1], dB[at_dB + n + 2], dB[at_dB + n + 3] = dB0, dB1, dB2, dB3
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _store_gradients(
-    local,
-    x,
-    x_stride,
-    z,
-    z_stride,
-    dy,
-    dy_stride,
-    D,
-    block,
-    use_softplus,
-    dx,
-    ddt,
-    dz,
-    dD,
-    dbias,
-    task,
-    channels,
-    row,
-    go,
-    steps,
-    c0,
-    width,
-):
+def _store_gradients(i, local, dy, dy_stride, gradients, task, block, c0, width, row, go, steps):
     at_D = np.uint64(block * WIDTH)
     at_sum = np.uint64(task * WIDTH)
     for t in range(steps):
         at = np.uint64(t * SLOTS_BACKWARD * WIDTH)
-        at_x = np.uint64((row + t * go) * x_stride + c0)
-        at_z = np.uint64((row + t * go) * z_stride + c0)
+        at_x = np.uint64((row + t * go) * i.x_stride + c0)
+        at_z = np.uint64((row + t * go) * i.z_stride + c0)
         at_dy = np.uint64((row + t * go) * dy_stride + c0)
-        to = np.uint64((row + t * go) * channels + c0)
-        if z_stride:
+        to = np.uint64((row + t * go) * i.channels + c0)
+        if i.z_stride:
             for c in range(np.uint64(width)):
-                gate = z[at_z + c]
-                s = sigmoid(gate)
-                out = local[at + _OUT + c] + D[at_D + c] * x[at_x + c]
-                dz[to + c] = dy[at_dy + c] * out * s * (_ONE + gate * (_ONE - s))
+                gate = i.z[at_z + c]
+                open_ = sigmoid(gate)
+                out = local[at + _OUT + c] + i.D[at_D + c] * i.x[at_x + c]
+                gradients.z[to + c] = dy[at_dy + c] * out * open_ * (_ONE + gate * (_ONE - open_))
         for c in range(np.uint64(width)):
             dout = local[at + _DOUT + c]
-            dx[to + c] = local[at + _DINPUT + c] * local[at + c] + dout * D[at_D + c]
-            dD[at_sum + c] += dout * x[at_x + c]
-        if use_softplus:
-            for c in range(np.uint64(width)):
-                d = local[at + _DEXPONENT + c] * LN_2 + local[at + _DINPUT + c] * x[at_x + c]
-                # The derivative of softplus is 1 - exp(-delta).
-                d *= -exp2m1(-LOG2_E * local[at + c])
-                ddt[to + c] = d
-                dbias[at_sum + c] += d
-        else:
-            for c in range(np.uint64(width)):
-                d = local[at + _DEXPONENT + c] * LN_2 + local[at + _DINPUT + c] * x[at_x + c]
-                ddt[to + c] = d
-                dbias[at_sum + c] += d
+            gradients.x[to + c] = local[at + _DINPUT + c] * local[at + c] + dout * i.D[at_D + c]
+            gradients.D[at_sum + c] += dout * i.x[at_x + c]
+        for c in range(np.uint64(width)):
+            ddelta = local[at + _DEXPONENT + c] * LN_2 + local[at + _DINPUT + c] * i.x[at_x + c]
+            if i.use_softplus:
+                # Its derivative is 1 - exp(-delta).
+                ddelta *= -exp2m1(-LOG2_E * local[at + c])
+            gradients.dt[to + c] = ddelta
+            gradients.bias[at_sum + c] += ddelta

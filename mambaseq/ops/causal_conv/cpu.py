@@ -1,0 +1,178 @@
+"""The causal convolution on CPU: hands PyTorch's tensors to the Numba kernels, on several threads.
+
+The work is cut by lengths alone, never by the number of threads, so results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambaseq.ops import sequences, threads
+from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.flat import flat, rows_of, scratch
+
+_SEGMENT = 128
+_TASKS = 64
+# Elements of x below which starting threads costs more than it saves.
+_LITTLE_WORK = 2**16
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? initial_state, Tensor? cu_seqlens, "
+    "bool reverse"
+)
+
+
+def why_not(arguments: ConvArguments) -> str | None:
+    """The reason why the kernels cannot run these arguments, or None."""
+    if arguments.x.device.type != "cpu":
+        return f"the kernels run on the CPU, x is on {arguments.x.device}"
+    for name, value in arguments._asdict().items():
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    return None
+
+
+def run(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
+    return _forward_op(*arguments)
+
+
+def _kernels() -> ModuleType:
+    """Imported when first needed: Numba takes a second to import."""
+    return importlib.import_module("mambaseq.ops.causal_conv.kernels")
+
+
+def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
+    """The kernels' `Inputs`."""
+    x, weight, bias, activation, state, cu_seqlens, reverse = arguments
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    if cu_seqlens is None:
+        bounds = np.arange(batch + 1, dtype=np.int64) * length
+    else:
+        bounds = np.array(sequences.offsets(cu_seqlens, length), dtype=np.int64)
+    lengths = np.diff(bounds)
+    # An empty sequence has one empty segment, which hands its state on.
+    count = np.maximum(1, -(-lengths // _SEGMENT))
+    sequence = np.repeat(np.arange(len(lengths)), count)
+    begin = (np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count)) * _SEGMENT
+    end = np.minimum(begin + _SEGMENT, lengths[sequence])
+    n_tasks = min(_TASKS, len(sequence))
+    cuts = np.arange(n_tasks + 1) * len(sequence) // max(1, n_tasks)
+    if state is None:
+        history = np.zeros(len(lengths) * (width - 1) * channels, dtype=np.float32)
+    else:
+        history = flat(state.transpose(1, 2))
+    return kernels.Inputs(
+        cuts,
+        np.stack([sequence, begin, end], axis=1),
+        bounds,
+        reverse,
+        *rows_of(x),
+        history,
+        flat(weight.t()),
+        flat(x.new_zeros(channels) if bias is None else bias),
+        activation == "silu",
+        channels,
+        width,
+    )
+
+
+def _forward(*values: Any) -> tuple[Tensor, Tensor]:
+    arguments = ConvArguments(*values)
+    kernels = _kernels()
+    x, inputs = arguments.x, _prepare(arguments, kernels)
+    y = torch.empty(x.shape)
+    final = torch.empty(arguments.n_sequences, inputs.width - 1, inputs.channels)
+    outputs = y.view(-1).numpy(), final.view(-1).numpy()
+
+    def make_worker() -> Any:
+        out = scratch(inputs.channels)
+        return lambda first, end: kernels.forward(first, end, inputs, *outputs, out)
+
+    threads.share(len(inputs.cuts) - 1, make_worker, serial=x.numel() < _LITTLE_WORK)
+    return y.to(x.dtype), final.transpose(1, 2).contiguous()
+
+
+def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = ConvArguments(*values)
+    kernels = _kernels()
+    x, weight, bias, state = arguments.x, arguments.weight, arguments.bias, arguments.initial_state
+    inputs = _prepare(arguments, kernels)
+    channels, width, n_tasks = inputs.channels, inputs.width, len(inputs.cuts) - 1
+    dx = torch.empty(x.shape)
+    dhistory = torch.empty(arguments.n_sequences, width - 1, channels)
+    dweight, dbias = torch.empty(n_tasks, width, channels), torch.empty(n_tasks, channels)
+    given = *rows_of(dy), flat(dfinal.transpose(1, 2))
+    outputs = [value.view(-1).numpy() for value in (dx, dhistory, dweight, dbias)]
+
+    def make_worker() -> Any:
+        recent, out = scratch(width * channels), scratch(channels)
+        return lambda first, end: kernels.backward(first, end, inputs, *given, *outputs, recent, out)
+
+    threads.share(n_tasks, make_worker, serial=x.numel() < _LITTLE_WORK)
+    return (
+        dx.to(x.dtype),
+        dweight.sum(0).t().to(weight.dtype).contiguous(),
+        dy.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
+        dy.new_empty(0) if state is None else dhistory.transpose(1, 2).to(state.dtype).contiguous(),
+    )
+
+
+_forward_op = torch.library.custom_op(
+    "mambaseq::causal_conv_cpu",
+    _forward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mambaseq::causal_conv_cpu_backward",
+    _backward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(*values: Any) -> tuple[Tensor, Tensor]:
+    arguments = ConvArguments(*values)
+    channels, width = arguments.weight.shape
+    final = arguments.x.new_empty((arguments.n_sequences, channels, width - 1), dtype=torch.float32)
+    return arguments.x.new_empty(arguments.x.shape), final
+
+
+@_backward_op.register_fake
+def _(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    arguments = ConvArguments(*values)
+    wanted = (arguments.x, arguments.weight, arguments.bias, arguments.initial_state)
+    return tuple(dy.new_empty(0) if value is None else value.new_empty(value.shape) for value in wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.activation, initial_state, cu_seqlens, ctx.reverse = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
+    dx, dweight, dbias, dstate = _backward_op(
+        dy, dfinal, x, weight, bias, ctx.activation, state, cu_seqlens, ctx.reverse
+    )
+    return (
+        dx,
+        dweight,
+        None if bias is None else dbias,
+        None,
+        None if state is None else dstate,
+        None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
