@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mambaseq_text.baselines import unigram_bigram
+from mambaseq_text.corpus import CorpusData, TextTiles
+
+from mambaseq.data.module import SequenceDataModule
+from mambaseq.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def file(tmp_path: Path, sample: str) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes((sample * 40).encode())
+    return path
+
+
+def data(files: Any, **options: Any) -> CorpusData:
+    made = CorpusData(**{"files": files if isinstance(files, list) else str(files), "length": 50, **options})
+    made.setup()
+    made.setup()
+    return made
+
+
+def all_targets(tiles: TextTiles | None) -> torch.Tensor:
+    assert tiles is not None
+    return torch.cat([tiles[i].targets[0] for i in range(len(tiles))])  # type: ignore[index]
+
+
+def test_fractions_cut_the_file_at_whole_characters(file: Path) -> None:
+    corpus = data(file, validation_fraction=0.111, test_fraction=0.077)
+    parts = [corpus.raw(split)[0].tobytes() for split in ("train", "validation", "test")]
+    assert b"".join(parts) == file.read_bytes()
+    assert [part.decode() for part in parts]
+    n = file.stat().st_size
+    assert 0 <= n * (1 - 0.077) - len(parts[0] + parts[1]) < 4
+
+
+def test_every_byte_but_the_first_is_predicted_once(file: Path) -> None:
+    corpus = data(file)
+    for split, tiles in (("validation", corpus.validation()), ("test", corpus.test())):
+        assert all_targets(tiles).tolist() == corpus.raw(split)[0][1:].tolist()
+        assert tiles is not None
+        lengths = [tiles[i].inputs.shape[1] for i in range(len(tiles))]
+        assert set(lengths[:-1]) == {50}
+        assert 0 < lengths[-1] <= 50
+        assert tiles[0].n_units is None
+        assert tiles[1].inputs[0, 0] == tiles[0].targets[0, -1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "options"),
+    [("text/bytes", {"bos": True, "eos": True}), ("text/hf", {}), ("text/hf", {"bos": "<|endoftext|>"})],
+)
+def test_units_are_the_bytes_behind_the_targets(
+    file: Path, tokenizer_json: Path, tokenizer: str, options: dict[str, Any]
+) -> None:
+    if tokenizer == "text/hf":
+        options = {"path": str(tokenizer_json), **options}
+    corpus = data(file, tokenizer=tokenizer, tokenizer_options=options)
+    made = corpus.tokenizer
+    assert made is not None
+    for split, tiles in (("validation", corpus.validation()), ("test", corpus.test())):
+        text = corpus.raw(split)[0].tobytes()
+        assert tiles is not None
+        units = [tiles[i].n_units for i in range(len(tiles))]
+        total = sum(int(unit) for unit in units if unit is not None)
+        ids, counts = made.encode_counted(text.decode())  # type: ignore[attr-defined]
+        first = 0 if made.bos_id is not None else int(counts[0])  # type: ignore[attr-defined]
+        assert total == len(text) - first
+        targets = all_targets(tiles)
+        assert len(targets) == len(ids) - (first != 0) + (made.eos_id is not None)  # type: ignore[attr-defined]
+        assert made.decode(targets.numpy()) == text[first:].decode()
+        batch = corpus.collate([tiles[i] for i in range(len(tiles))])
+        assert batch.n_units is not None
+        assert batch.n_units.shape == (len(tiles),)
+
+
+def test_training_windows_stay_in_the_training_part(file: Path) -> None:
+    corpus = data(file)
+    text = corpus.raw("train")[0].tobytes()
+    one, two = corpus.train(), data(file).train()
+    for index in (0, 999, 5, 10_000):
+        item = one[index]
+        assert torch.equal(item.inputs, two[index].inputs)
+        assert item.targets is not None
+        assert bytes([int(item.inputs[0, 0]), *item.targets[0].tolist()]) in text
+    assert not torch.equal(one[0].inputs, data(file, seed=1).train()[0].inputs)
+
+
+def test_files_of_their_own(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "test.txt").write_text("a test of its own\n")
+    (tmp_path / "more.txt").write_text("more to train on\n" * 20)
+    corpus = data(
+        [str(file), str(tmp_path / "more.txt")], test_files=str(tmp_path / "test.txt"), validation_fraction=0
+    )
+    assert corpus.validation() is None
+    assert all_targets(corpus.test()).numpy().astype(np.uint8).tobytes() == b" test of its own\n"
+    assert [len(text) for text in corpus.raw("train")] == [file.stat().st_size, 340]
+
+
+def test_documents_laid_end_to_end(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "train.parquet")
+    (tmp_path / "test.jsonl").write_text('{"text": "three"}\n{"text": "four"}\n')
+    options = {"test_files": str(tmp_path / "test.jsonl"), "validation_fraction": 0.0, "length": 4}
+    corpus = data(tmp_path / "train.parquet", **options)
+    assert all_targets(corpus.test()).numpy().astype(np.uint8).tobytes() == b"hree\nfour\n"
+    marked = data(tmp_path / "train.parquet", tokenizer_options={"bos": True, "eos": True}, **options)
+    assert all_targets(marked.test()).tolist() == [*b"three", 257, 256, *b"four", 257]
+
+
+def test_a_file_in_two_splits_is_refused(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "copy.txt").write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match=r"copy\.txt \(test\) is a copy of .*text\.txt, which is in train"):
+        data(file, test_files=str(tmp_path / "copy.txt"))
+    with pytest.raises(DataError, match=r"text\.txt \(validation\) is in train too"):
+        data(file, validation_files=str(file))
+
+
+def test_bad_input(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(DataError, match=r"as long as a window, which reads 100,001 tokens.*text\.txt"):
+        data(file, length=100_000).train()
+    with pytest.raises(ConfigError, match="leave some of it for training"):
+        data(file, test_fraction=1.0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        data(file, length=0)
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl holds documents.*text/documents"):
+        data(tmp_path / "rows.jsonl")
+    (tmp_path / "latin.txt").write_bytes(b"abc\xe9def" * 99)
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 text: byte 0xe9 at offset 3 "):
+        data(tmp_path / "latin.txt")
+    (tmp_path / "short.txt").write_text("x" * 200)
+    with pytest.raises(DataError, match=r"test part of .*short\.txt is too short"):
+        data(tmp_path / "short.txt", test_fraction=0.005).test()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loaders(file: Path, num_workers: int) -> None:
+    module = SequenceDataModule(data(file), batch_size=4, num_workers=num_workers)
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    train = module.data.train()
+    assert torch.equal(batch.inputs, module.data.collate([train[i] for i in range(4)]).inputs)
+    loader = module.test_dataloader()
+    n_targets = sum(int((batch.targets != -100).sum()) for batch in loader)
+    assert n_targets == len(module.data.raw("test")[0]) - 1  # type: ignore[attr-defined]
+
+
+def test_shipped_shakespeare() -> None:
+    corpus = CorpusData()
+    corpus.setup()
+    sizes = [len(corpus.raw(split)[0]) for split in ("train", "validation", "test")]
+    assert sizes == [948_084, 55_770, 111_540]
+    assert corpus.vocab_size == 256
+    found = unigram_bigram(corpus.raw("train"), corpus.raw("test"))
+    assert found["unigram"] == pytest.approx(4.830, abs=1e-3)
+    assert found["bigram"] == pytest.approx(3.615, abs=1e-3)
+
+
+def test_baselines_by_hand() -> None:
+    train, test = [np.frombuffer(b"aab", np.uint8)], [np.frombuffer(b"ab", np.uint8)]
+    # pairs aa and ab; every count is one higher, for each of 256 bytes: b is 2 of 258, and so it is after a
+    found = unigram_bigram(train, test, smoothing=1)
+    assert found["unigram"] == pytest.approx(-np.log2(2 / 258))
+    assert found["bigram"] == pytest.approx(-np.log2(2 / 258))

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mambaseq_text.documents import DocumentData, PackedDocuments
+from mambaseq_text.splits import split_of_text
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceDataModule
+from mambaseq.errors import ConfigError, DataError
+
+LENGTH = 32
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    rng = np.random.default_rng(0)
+    return [f"{i}: " + "é" * int(rng.integers(0, 30)) for i in range(200)]
+
+
+@pytest.fixture
+def file(tmp_path: Path, texts: list[str]) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def data(files: Any, **options: Any) -> DocumentData:
+    defaults = {"length": LENGTH, "validation_fraction": 0.2, "test_fraction": 0.2}
+    made = DocumentData(**{"files": str(files), **defaults, **options})
+    made.setup()
+    made.setup()
+    return made
+
+
+def sequences(packs: PackedDocuments | None) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of every sequence of every pack."""
+    found = []
+    assert packs is not None
+    for pack in packs:
+        assert pack.cu_seqlens is not None
+        assert pack.targets is not None
+        bounds = pack.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == pack.inputs.shape[1] == pack.targets.shape[1] <= LENGTH
+        for a, b in itertools.pairwise(bounds):
+            found.append((pack.inputs[0, a:b].tolist(), pack.targets[0, a:b].tolist()))
+    return found
+
+
+def test_every_token_of_every_document_is_predicted_once(file: Path, texts: list[str]) -> None:
+    documents = data(file)
+    chains = []
+    for packs in (documents.train(), documents.validation(), documents.test()):
+        assert isinstance(packs, PackedDocuments)
+        pieces = sequences(packs)
+        for inputs, targets in pieces:
+            assert inputs[1:] == targets[:-1]
+            assert 0 < len(inputs) <= LENGTH
+        chains += [[inputs[0], *targets] for inputs, targets in pieces]
+    wanted = []
+    for text in texts:
+        ids = list(text.encode())
+        wanted += [ids[start - 1 : start + LENGTH] for start in range(1, len(ids), LENGTH)]
+    assert sorted(chains) == sorted(wanted)
+
+
+def test_splits_go_by_content(file: Path, texts: list[str], tmp_path: Path) -> None:
+    fractions = {"validation": 0.2, "test": 0.2}
+    splits = [split_of_text(text, fractions) for text in texts]
+    assert splits.count("test") + splits.count("validation") in range(50, 110)
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text(file.read_text() * 2)
+    documents = data(doubled)
+    train = documents.train()
+    assert isinstance(train, PackedDocuments)
+    begins = [
+        {bytes([*i, t[-1]]) for i, t in sequences(p)}
+        for p in (train, documents.validation(), documents.test())
+    ]
+    starts = [{piece for piece in part if b": " in piece[:5]} for part in begins]
+    assert all(starts)
+    assert not starts[0] & starts[1]
+    assert not starts[0] & starts[2]
+    assert not starts[1] & starts[2]
+    assert sum(map(len, starts)) == len(texts)
+
+
+def test_units(file: Path, texts: list[str], tokenizer_json: Path) -> None:
+    mark = "<|endoftext|>"
+    options = {"path": str(tokenizer_json), "bos": mark, "eos": mark}
+    documents = data(file, tokenizer="text/hf", tokenizer_options=options)
+    test = documents.test()
+    assert test is not None
+    total = 0
+    for pack in test:
+        assert pack.n_units is not None
+        assert pack.cu_seqlens is not None
+        assert len(pack.n_units) == len(pack.cu_seqlens) - 1
+        total += int(pack.n_units.sum())
+    fractions = {"validation": 0.2, "test": 0.2}
+    assert total == sum(len(text.encode()) for text in texts if split_of_text(text, fractions) == "test")
+
+
+def test_packing_is_a_function_of_the_seed(file: Path) -> None:
+    def packs(**options: Any) -> list[list[int]]:
+        train = data(file, **options).train()
+        assert isinstance(train, PackedDocuments)
+        return [pack.inputs[0].tolist() for pack in train]
+
+    assert packs() == packs()
+    assert packs() != packs(seed=1)
+
+
+def test_batches_join_packs(file: Path) -> None:
+    documents = data(file)
+    test = documents.test()
+    assert test is not None
+    batch = documents.collate([test[0], test[1]])
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.inputs.shape == (1, test[0].inputs.shape[1] + test[1].inputs.shape[1])
+    first = test[0].cu_seqlens
+    assert first is not None
+    assert batch.cu_seqlens[: len(first)].tolist() == first.tolist()
+    assert batch.cu_seqlens[-1] == batch.inputs.shape[1]
+    with pytest.raises(IndexError):
+        test[len(test)]
+
+
+def test_plain_paragraphs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n\nfour")
+    documents = data(tmp_path / "a.txt", validation_fraction=0, test_fraction=0)
+    train = documents.train()
+    assert isinstance(train, PackedDocuments)
+    assert sorted(bytes([i[0], *t]) for i, t in sequences(train)) == [b"four", b"one\ntwo", b"three"]
+    assert documents.validation() is None
+
+
+def test_bad_input(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(DataError, match=r"No document is in the (train|validation|test) set of .*one\.jsonl"):
+        data(tmp_path / "one.jsonl")
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"no tokens|No document"):
+        data(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"Line 1 of .*rows\.jsonl has no field 'body'"):
+        data(file, field="body")
+    with pytest.raises(ConfigError, match=r"data\.length"):
+        data(file, length=0)
+
+
+# streaming
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    rng = np.random.default_rng(1)
+    for shard in range(3):
+        rows = [{"text": f"{shard}/{i}:" + "." * int(rng.integers(0, 40))} for i in range(40)]
+        (tmp_path / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / f"{shard}.jsonl") for shard in range(3)]
+
+
+def stream(shards: list[str], **options: Any) -> DocumentData:
+    made = DocumentData(
+        **{"files": shards, "streaming": True, "length": LENGTH, "shuffle_windows": 20, **options}
+    )
+    made.setup()
+    return made
+
+
+def batches(
+    shards: list[str],
+    n: int,
+    *,
+    workers: int = 0,
+    batch_size: int = 4,
+    place: dict[str, int] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Inputs of the first n batches: `(n, batch_size, length)`."""
+    documents = stream(shards, **options)
+    train = documents.train()
+    train.place(batch_size=batch_size, **(place or {}))  # type: ignore[union-attr]
+    loader: Any = torch.utils.data.DataLoader(
+        train,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        drop_last=True,
+        num_workers=workers,
+        collate_fn=documents.collate,
+    )
+    return torch.stack([batch.inputs for _, batch in zip(range(n), loader, strict=False)])
+
+
+N = 60  # about two passes of 120 documents
+
+
+def test_stream_does_not_depend_on_the_workers(shards: list[str]) -> None:
+    wanted = batches(shards, N)
+    for workers in (1, 2):
+        assert torch.equal(batches(shards, N, workers=workers), wanted)
+
+
+@pytest.mark.parametrize("start", [1, 2, 25, 59])
+def test_stream_goes_on_anywhere(shards: list[str], start: int) -> None:
+    wanted = batches(shards, N)[start:]
+    assert torch.equal(batches(shards, N - start, place={"start_batch": start}), wanted)
+    assert torch.equal(batches(shards, N - start, workers=2, place={"start_batch": start}), wanted)
+
+
+def test_processes_share_the_batches_of_one(shards: list[str]) -> None:
+    wanted = batches(shards, 20)
+    parts = [batches(shards, 20, batch_size=2, place={"rank": rank, "world_size": 2}) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim=1), wanted)
+
+
+def test_a_pass_holds_every_window_once_and_the_next_is_mixed_anew(shards: list[str]) -> None:
+    plain = stream(shards, shuffle_windows=0).train()
+    text = b"".join(
+        json.loads(line)["text"].encode() + b"\n"
+        for shard in shards
+        for line in Path(shard).read_text().splitlines()
+    )
+    n = (len(text) - 1) // LENGTH
+    unmixed = [item for _, item in zip(range(n + 1), plain, strict=False)]
+    for k, item in enumerate([*unmixed[:n], unmixed[0]]):
+        at = k % n * LENGTH
+        assert bytes(item.inputs[0].tolist()) == text[at : at + LENGTH]
+        assert bytes(item.targets[0].tolist()) == text[at + 1 : at + LENGTH + 1]
+    assert torch.equal(unmixed[n].inputs, unmixed[0].inputs)
+
+    def windows(items: list[Batch]) -> list[bytes]:
+        return [bytes(item.inputs[0].tolist()) for item in items]
+
+    mixed = windows([item for _, item in zip(range(2 * n), stream(shards).train(), strict=False)])
+    assert mixed[:n] != mixed[n:]
+    one_file = windows([item for _, item in zip(range(2 * n), stream(shards[:1]).train(), strict=False)])
+    m = one_file.index(one_file[0], 1) if one_file[0] in one_file[1:] else 0
+    assert m > 0
+    only = stream(shards[:1], shuffle_windows=0).train()
+    ordered = windows([item for _, item in zip(range(n), only, strict=False)])
+    size = ordered.index(ordered[0], 1)
+    assert sorted(one_file[:size]) == sorted(ordered[:size])
+    assert one_file[:size] != ordered[:size]
+
+
+def test_stream_depends_on_the_seed(shards: list[str]) -> None:
+    assert not torch.equal(batches(shards, 5), batches(shards, 5, seed=1))
+
+
+def test_streamed_through_the_module(shards: list[str]) -> None:
+    module = SequenceDataModule(stream(shards, test_files=shards[2], files=shards[:2]), batch_size=4)
+    module.setup("fit")
+    module.batches_done = 3
+    batch = next(iter(module.train_dataloader()))
+    assert torch.equal(batch.inputs, batches(shards[:2], 4)[3])
+    assert module.val_dataloader() == []
+    for batch in module.test_dataloader():
+        assert batch.cu_seqlens is not None
+
+
+def test_a_stream_shorter_than_a_window(shards: list[str]) -> None:
+    with pytest.raises(DataError, match=r"shorter than one window of 1,000,000 tokens"):
+        next(iter(stream(shards, length=1_000_000).train()))
