@@ -144,11 +144,14 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
     return TokenStore.cached(path.name, records, "uint8", meta, cache=cache)
 
 
-def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> None:
+def write_fasta(
+    path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer
+) -> list[Path]:
     """Write sequences of ids, 80 letters a line; gzipped when the name ends in `.gz`; complete or not at all.
 
-    Records keep their names; bare ids are named `sequence_1`, `sequence_2`, ... Raises UserError when the
-    disk is full.
+    Records keep their names; bare ids are named `sequence_1`, `sequence_2`, ... Returns the files written:
+    `path`.
+    Raises UserError when the disk is full or the place is not writable.
     """
     path = Path(path)
     with atomic_file(path) as file:
@@ -160,6 +163,9 @@ def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], toke
                 record = sequence if isinstance(sequence, Record) else Record(f"sequence_{number}", sequence)
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
-                out.write(f">{record.name} {record.description}".rstrip().encode() + b"\n")
+                out.write(
+                    f">{record.name} {record.description}".rstrip().encode("latin-1", "replace") + b"\n"
+                )
                 for start in range(0, len(letters), _LINE):
                     out.write(letters[start : start + _LINE].encode() + b"\n")
+    return [path]

@@ -133,7 +133,8 @@ def test_a_bad_file_leaves_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["out.fa", "out.fa.gz"])
 def test_written_files_read_back(tmp_path: Path, name: str) -> None:
     ids = np.random.default_rng(0).integers(0, 5, 201).astype(np.uint8)
-    write_fasta(tmp_path / name, [Record("named", ids, description="by hand"), ids[:80]], TOKENIZER)
+    sequences = [Record("named", ids, description="by hand"), ids[:80]]
+    assert write_fasta(tmp_path / name, sequences, TOKENIZER) == [tmp_path / name]
     raw = (tmp_path / name).read_bytes()
     text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode().split("\n")
     assert (text[0], [len(line) for line in text[1:4]]) == (">named by hand", [80, 80, 41])
