@@ -34,6 +34,7 @@ class WaveformData(SequenceData):
     reader, writer = "audio/audio", "audio/wav"
     tokenizer_name = "audio/mulaw"
     vocab_size = MuLaw.vocab_size
+    start_ids = (MuLaw.start_id,)
 
     def __init__(
         self,
@@ -120,3 +121,6 @@ class WaveformData(SequenceData):
 
     def reader_options(self) -> dict[str, Any]:
         return {"sample_rate": self.sample_rate, "resample": self.resample, "channels": self.channels}
+
+    def writer_options(self) -> dict[str, Any]:
+        return {"sample_rate": self.sample_rate}

@@ -144,6 +144,7 @@ class CorpusData(SequenceData):
             for split, numbers_of in records.items()
         }
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.start_ids = tokenizer.start_ids
 
     def _make_parts(self, files: dict[str, list[str]]) -> dict[str, list[Part]]:
         parts: dict[str, list[Part]] = {split: [] for split in SPLITS}

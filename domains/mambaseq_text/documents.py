@@ -174,6 +174,7 @@ class DocumentData(SequenceData):
                     f"documents, or files of its own."
                 )
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.start_ids = tokenizer.start_ids
         self._records = records
 
     def read(self, name: str) -> Iterator[str]:

@@ -22,7 +22,8 @@ class TextTokenizer(Tokenizer):
 
     bos_id, eos_id: ids put before and after a document; None for none. `encode` puts the first only, so that
         what it returns is a prompt; `decode` leaves both out.
-    start_id: from which generation begins when there is no prompt; None when nothing serves.
+    start_ids: from which generation begins when there is no prompt: what stands before a document, else a
+        line's end.
     bytewise: every token is exactly one byte, so that targets and bytes are the same number.
     """
 
@@ -31,8 +32,11 @@ class TextTokenizer(Tokenizer):
     bytewise: bool = False
 
     @property
-    def start_id(self) -> int | None:
-        return self.bos_id if self.bos_id is not None else self.eos_id
+    def start_ids(self) -> list[int]:
+        for mark in (self.bos_id, self.eos_id):
+            if mark is not None:
+                return [mark]
+        return self.encode_counted("\n")[0].tolist() or [0]
 
     @abc.abstractmethod
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,11 +111,6 @@ class ByteTokenizer(TextTokenizer):
     @property
     def identity(self) -> dict[str, Any]:
         return {"bytes": True, **self.options}
-
-    @property
-    def start_id(self) -> int:
-        marked = super().start_id
-        return ord("\n") if marked is None else marked
 
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         ids = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype)

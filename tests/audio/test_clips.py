@@ -207,6 +207,8 @@ def test_shipped_digits() -> None:
     assert [len(digits.clips(split)) for split in ("train", "validation", "test")] == [1260, 90, 150]
     assert list(digits.condition_names) == list("0123456789")
     assert digits.vocab_size == 256
+    assert list(digits.start_ids) == [128]
+    assert digits.writer_options() == {"sample_rate": 8000}
 
 
 def test_baselines_by_hand() -> None:

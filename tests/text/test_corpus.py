@@ -160,6 +160,7 @@ def test_shipped_shakespeare() -> None:
     sizes = [len(corpus.raw(split)[0]) for split in ("train", "validation", "test")]
     assert sizes == [948_084, 55_770, 111_540]
     assert corpus.vocab_size == 256
+    assert list(corpus.start_ids) == [10]
     found = unigram_bigram(corpus.raw("train"), corpus.raw("test"))
     assert found["unigram"] == pytest.approx(4.830, abs=1e-3)
     assert found["bigram"] == pytest.approx(3.615, abs=1e-3)

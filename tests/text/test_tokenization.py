@@ -31,12 +31,13 @@ def test_bytes_are_the_ids() -> None:
 
 def test_special_bytes() -> None:
     both = ByteTokenizer(bos=True, eos=True)
-    assert (both.bos_id, both.eos_id, both.vocab_size, both.start_id) == (256, 257, 258, 256)
+    assert (both.bos_id, both.eos_id, both.vocab_size, both.start_ids) == (256, 257, 258, [256])
     assert both.encode("a").tolist() == [256, 97]
     assert both.encode("a").dtype == np.uint16
     assert [ids.tolist() for ids, _ in both.document(["a", "b"])] == [[256], [97], [98], [257]]
     assert ByteTokenizer(eos=True).eos_id == 256
-    assert ByteTokenizer().start_id == ord("\n")
+    assert ByteTokenizer(eos=True).start_ids == [256]
+    assert ByteTokenizer().start_ids == [10]
     assert [ids.tolist() for ids, _ in ByteTokenizer().document(["a"], joint="\n")] == [[97], [10]]
 
 
