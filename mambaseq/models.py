@@ -74,6 +74,7 @@ class ModelOutput:
 class SequenceModel(nn.Module):
     """Encoder, backbone, head.
 
+    An encoder may have a `stride`: its output then has a position for every `stride`-th input.
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
     """
 
@@ -107,6 +108,11 @@ class SequenceModel(nn.Module):
         state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.
         return_logits: None returns them unless labels are given to a head that predicts every token.
         """
+        stride = getattr(self.encoder, "stride", 1)
+        if stride != 1:
+            if cu_seqlens is not None:
+                raise ValueError("An encoder that shortens its input cannot take packed sequences; pad them instead.")
+            mask = None if mask is None else mask[:, ::stride]
         x = self.encoder(inputs, condition, cu_seqlens)
         x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
         x, new_state = x if return_state else (x, None)

@@ -11,6 +11,7 @@ domain = Domain(
             "one token a base: A C G T N, lower case folded or kept",
         ),
     },
+    encoders={"kmer": ("mambaseq_dna.encoders:KmerEncoder", "embeddings of k-mers, every few bases, for classifiers")},
     datasets={
         "species": (
             "mambaseq_dna.species:SpeciesData",
@@ -22,4 +23,8 @@ domain = Domain(
     writers={
         "fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
     },
+    configs={
+        "demo": ("mambaseq:configs/dna/demo.yaml", "species of 1 kb windows, minutes on a CPU"),
+    },
+    reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy beside k-mer logistic regression")},
 )

@@ -38,6 +38,7 @@ class ModelCard:
     reader: str | None = None
     writer: str | None = None
     reader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    writer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -57,7 +57,7 @@ def generate_to(
     )
     # what was made up to begin from is not part of the result; a prompt that was given is
     sequences = [row for row in tokens.cpu().numpy()[:, 0 if prompt is not None else len(ids) :]]
-    return catalog()["writers"].get(name)(out, sequences, loaded.tokenizer, **card.reader_options)
+    return catalog()["writers"].get(name)(out, sequences, loaded.tokenizer, **card.writer_options)
 
 
 def condition_ids(loaded: LoadedModel, condition: str | None) -> list[int]:

@@ -42,6 +42,7 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
         reader=data.reader,
         writer=data.writer,
         reader_options=data.reader_options(),
+        writer_options=data.writer_options(),
         generation=settings.settings["generation"],
     )
 

@@ -75,6 +75,10 @@ class SequenceData(abc.ABC):
         """Plain options that are saved with a model and handed to the reader (sample rate, ...)."""
         return {}
 
+    def writer_options(self) -> dict[str, Any]:
+        """Plain options that are saved with a model and handed to the writer."""
+        return {}
+
     def collate(self, items: list[Batch]) -> Batch:
         """Join batches of one; see `pad_collate`."""
         return pad_collate(items)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq.ops.linear import apply_linear
+
 # tokens x vocabulary above which the loss is taken in chunks: 2^24 fp32 logits are 64 MiB
 CHUNK_ELEMENTS = 1 << 24
 
@@ -44,7 +46,8 @@ class LMHead(nn.Module):
         vocab_size)` fp32 or None. Without `return_logits` large losses are taken in chunks, so that the logits of
         a whole batch never exist."""
         if return_logits:
-            logits = self.linear(hidden).float()
+            logits = apply_linear(self.linear, hidden[:, 0])[:, None] if hidden.shape[1] == 1 else self.linear(hidden)
+            logits = logits.float()
             if labels is None:
                 return None, logits
             total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")

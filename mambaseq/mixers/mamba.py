@@ -18,6 +18,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, selective_scan
+from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
 
@@ -170,7 +171,7 @@ class Mamba(Mixer):
         return -torch.exp(self.A_log.float())
 
     def _selective(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return self.dt_proj(dt), B, C
 
     def init_state(
@@ -192,7 +193,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
-        x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
+        x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
         x = causal_conv_update_(
             state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
         )
@@ -203,4 +204,4 @@ class Mamba(Mixer):
             y = selective_state_update_(
                 state.ssm, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
             )
-        return self.out_proj(y).unsqueeze(1)
+        return apply_linear(self.out_proj, y).unsqueeze(1)

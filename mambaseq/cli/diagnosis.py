@@ -1,0 +1,46 @@
+"""The work of `mambaseq doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from mambaseq.domain import catalog
+from mambaseq.ops import OPS
+from mambaseq.ops.dispatch import check, explain
+
+# float32 against float64: anything above is a broken backend, not rounding
+LIMIT = 1e-4
+
+
+def diagnose(device: str | None) -> int:
+    """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
+    print(f"mambaseq {importlib.metadata.version('mambaseq')}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")
+    wrong = 0
+    for op in OPS:
+        errors = check(op, place)
+        label, arguments = next(iter(op.samples(place)))
+        print(f"{op.name}  (for {label})")
+        picked = False
+        for name, reason in explain(op, arguments):
+            error = errors.get(name)
+            mark = "runs" if reason is None and not picked else "ready" if reason is None else "no"
+            picked |= reason is None
+            if reason is not None:
+                note = reason
+            elif isinstance(error, float):
+                verdict = "ok" if error <= LIMIT else "WRONG"
+                wrong += error > LIMIT or error != error
+                note = f"relative error {error:.1e} {verdict}"
+            else:
+                note = str(error)
+            print(f"  {mark:<6} {name:<12} {note}")
+        print()
+    for point, reason in catalog().broken.items():
+        print(f"broken plugin {point}: {reason}")
+    return 1 if wrong else 0

@@ -1,0 +1,18 @@
+"""`mambaseq doctor`: what runs on this machine, which backend each op would use, and whether each is right."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def run(argv: list[str], command: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mambaseq doctor",
+        description="List, for each op, its backends, which one would run here, why the others would not, and the "
+        "error of each against the reference in float64 (relative RMS, outputs and gradients).",
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    arguments = parser.parse_args(argv)
+    from mambaseq.cli.diagnosis import diagnose
+
+    return diagnose(arguments.device)
