@@ -99,6 +99,13 @@ def test_damage_is_seen_and_mended(tmp_path: Path, damage: object) -> None:
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_cut_store_is_seen_without_its_checksum(tmp_path: Path) -> None:
+    store = TokenStore.build(tmp_path / "s", some_records(), "uint8", META)
+    damage_length(store.folder)
+    with pytest.raises(StoreError, match=r"tokens\.bin has 4 bytes and should have 8"):
+        TokenStore(store.folder, check=False)
+
+
 def test_a_lost_stretch_of_a_large_store_is_seen(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 200, 8 * 2**20).astype(np.uint8)
     store = TokenStore.build(tmp_path / "s", [("r", ids)], "uint8", META)
