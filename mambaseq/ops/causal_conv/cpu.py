@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.ops import sequences, threads
+from mambaseq.ops import blocks, threads
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.flat import flat, rows_of, scratch
 
@@ -51,10 +51,7 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     x, weight, bias, activation, state, cu_seqlens, reverse = arguments
     batch, length, channels = x.shape
     width = weight.shape[1]
-    if cu_seqlens is None:
-        bounds = np.arange(batch + 1, dtype=np.int64) * length
-    else:
-        bounds = np.array(sequences.offsets(cu_seqlens, length), dtype=np.int64)
+    bounds = blocks.bounds_of(cu_seqlens, batch, length)
     lengths = np.diff(bounds)
     # An empty sequence has one empty segment, which hands its state on.
     count = np.maximum(1, -(-lengths // _SEGMENT))

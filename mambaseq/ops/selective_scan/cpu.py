@@ -5,23 +5,22 @@ The work is cut by channels and sequences alone, never by the number of threads:
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.ops import sequences, threads
+from mambaseq.ops import blocks as blocking
+from mambaseq.ops import threads
 from mambaseq.ops.flat import flat, rows_of, scratch
 from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
-# Tasks to aim at: enough for many threads, few enough that their partial sums stay small.
-_TASKS = 64
 # Updates of a state below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
 
@@ -39,15 +38,6 @@ def why_not(arguments: ScanArguments) -> str | None:
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             return f"{name} is float64, the kernels compute in float32"
     return None
-
-
-class _Blocks(NamedTuple):
-    """Channels cut into blocks of at most `WIDTH`, none across two groups."""
-
-    first: np.ndarray  # (blocks,) int64
-    width: np.ndarray  # (blocks,) int64
-    group: np.ndarray  # (blocks,) int64
-    channel: Tensor  # (blocks, WIDTH) int64, `channels` where there is none
 
 
 def _kernels() -> ModuleType:
@@ -108,9 +98,11 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     threads.share(n_tasks, make_worker, serial=_is_little(x, inputs))
 
     # Sums in a fixed order: over the tasks of a block, and over the blocks of a group.
-    real = blocks.channel < channels
-    dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)[real][:, :d_state]
-    dD, dbias = (value.view(-1, n_blocks, width).sum(0)[real] for value in (gradients.D, gradients.bias))
+    dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)
+    dA = blocks.gather(dA)[:, :d_state]
+    dD, dbias = (
+        blocks.gather(value.view(-1, n_blocks, width).sum(0)) for value in (gradients.D, gradients.bias)
+    )
     dB, dC = (_sum_of_blocks(value, M) for value, M in ((gradients.B, B), (gradients.C, C)))
     found = (gradients.x, gradients.dt, dA, dB, dC, dD, gradients.z, dbias, gradients.initial)
     wanted = (*arguments[:8], arguments.initial_state)
@@ -120,39 +112,30 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     )
 
 
-def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[_Blocks, Any]:
+def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[blocking.Blocks, Any]:
     """The blocks of channels and the kernels' `Inputs`."""
     x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
     batch, length, channels = x.shape
     d_state = A.shape[1]
     n_states = -(-d_state // 4) * 4
     groups = math.lcm(*(M.shape[2] if M.ndim == 4 else 1 for M in (B, C)))
-    blocks = _blocks(channels, groups, kernels.WIDTH)
-    if arguments.cu_seqlens is None:
-        bounds = np.arange(batch + 1, dtype=np.int64) * length
-    else:
-        bounds = np.array(sequences.offsets(arguments.cu_seqlens, length), dtype=np.int64)
+    blocks = blocking.of_channels(channels, groups, kernels.WIDTH)
+    bounds = blocking.bounds_of(arguments.cu_seqlens, batch, length)
 
-    def by_block(value: Tensor | None) -> Tensor:
-        """`(channels, …)` → `(blocks, WIDTH, …)`, zero where a block has no channel."""
-        if value is None:
-            return torch.zeros(blocks.channel.shape)
-        padded = torch.cat([value.float(), torch.zeros_like(value[:1], dtype=torch.float32)])
-        return padded[blocks.channel]
+    def by_block(value: Tensor | None) -> np.ndarray:
+        return flat(blocks.spread(A.new_zeros(channels) if value is None else value.float()))
 
     def in_groups(M: Tensor) -> np.ndarray:
         """B or C as `(rows, groups, n_states)`, flat."""
         M = M.reshape(batch * length, -1, d_state).float()
         M = M.repeat_interleave(groups // M.shape[1], dim=1) if M.shape[1] != groups else M
-        M = torch.nn.functional.pad(M, (0, n_states - d_state)) if n_states != d_state else M
+        M = F.pad(M, (0, n_states - d_state)) if n_states != d_state else M
         return flat(M)
 
-    log2_e = 1 / np.log(2)
-    A2 = by_block((A.double() * log2_e).float()).transpose(1, 2)
-    A2 = torch.nn.functional.pad(A2, (0, 0, 0, n_states - d_state))
+    A2 = F.pad((A.double() / math.log(2)).float(), (0, n_states - d_state))
     initial = arguments.initial_state
     inputs = kernels.Inputs(
-        _tasks(blocks, bounds),
+        blocking.tasks_of(blocks, bounds),
         bounds,
         arguments.reverse,
         *rows_of(x),
@@ -162,9 +145,9 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[_Blocks, An
         in_groups(C),
         groups,
         n_states,
-        flat(A2),
-        flat(by_block(arguments.D)),
-        flat(by_block(arguments.dt_bias)),
+        flat(blocks.spread(A2).transpose(1, 2)),
+        by_block(arguments.D),
+        by_block(arguments.dt_bias),
         arguments.dt_softplus,
         flat(initial),
         initial is not None,
@@ -172,31 +155,6 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[_Blocks, An
         d_state,
     )
     return blocks, inputs
-
-
-@functools.cache
-def _blocks(channels: int, groups: int, width: int) -> _Blocks:
-    per_group = channels // groups
-    starts = np.arange(0, per_group, width)
-    first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)
-    group = np.repeat(np.arange(groups), len(starts))
-    widths = np.minimum(width, (group + 1) * per_group - first)
-    column = np.arange(width)
-    channel = np.where(column < widths[:, None], first[:, None] + column, channels)
-    return _Blocks(first, widths, group, torch.from_numpy(channel))
-
-
-def _tasks(blocks: _Blocks, bounds: np.ndarray) -> np.ndarray:
-    """`(tasks, 6)`: block, first channel, width, group, first sequence, end sequence; blocks run fastest."""
-    n_blocks, n_sequences, rows = len(blocks.first), len(bounds) - 1, bounds[-1]
-    n_parts = max(1, min(n_sequences, -(-_TASKS // max(1, n_blocks))))
-    cuts = np.searchsorted(bounds, np.linspace(0, rows, n_parts + 1))
-    cuts[0], cuts[-1] = 0, n_sequences
-    tasks = np.empty((n_parts, n_blocks, 6), dtype=np.int64)
-    tasks[..., 0] = np.arange(n_blocks)
-    tasks[..., 1], tasks[..., 2], tasks[..., 3] = blocks.first, blocks.width, blocks.group
-    tasks[..., 4], tasks[..., 5] = cuts[:-1, None], cuts[1:, None]
-    return tasks.reshape(-1, 6)
 
 
 def _sum_of_blocks(partial: Tensor, M: Tensor) -> Tensor:

@@ -1,0 +1,260 @@
+"""Time-invariant state-space models: S4D (Gu et al. 2022, arXiv:2206.11893) and Mamba without selection."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambaseq.ops import dispatch, sequences
+from mambaseq.ops.lti import arguments as _arguments
+from mambaseq.ops.lti import cpu, fft, reference, scan
+from mambaseq.ops.lti.arguments import LtiArguments
+
+Discretization = Literal["zoh", "bilinear", "mamba"]
+Mode = Literal["fft", "scan"]
+
+OP = dispatch.Op(
+    name="lti_scan",
+    backends=(
+        dispatch.Backend("cpu", cpu.run, cpu.why_not),
+        dispatch.Backend("fft", fft.run, fft.why_not),
+        dispatch.Backend("torch", scan.run, scan.why_not),
+        dispatch.Backend("reference", reference.run, scan.why_not),
+    ),
+    samples=_arguments.samples,
+)
+
+
+def discretize(
+    dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization = "zoh"
+) -> tuple[Tensor, Tensor]:
+    """The logarithm of Abar, and Bbar, of h' = A h + B x sampled at steps of dt.
+
+        zoh       Abar = exp(dt A)                        Bbar = (exp(dt A) - 1) / A · B
+        bilinear  Abar = (1 + dt A / 2) / (1 - dt A / 2)  Bbar = dt / (1 - dt A / 2) · B
+        mamba     Abar = exp(dt A)                        Bbar = dt B
+
+    Args:
+        dt: `(channels,)`.
+        A, B: `(channels, d_state)`, real or complex.
+
+    Returns:
+        two tensors `(channels, d_state)`. The bilinear rule makes a real Abar negative where dt A < -2, so
+        its logarithm is complex, also for real A.
+    """
+    z = dt[:, None] * A
+    if discretization == "zoh":
+        # (exp(z) - 1) / z tends to 1 at 0, where the quotient itself is undefined.
+        near = z.abs() < 1e-6
+        safe = torch.where(near, torch.ones_like(z), z)
+        ratio = torch.where(near, 1 + z / 2, torch.expm1(safe) / safe)
+        return z, ratio * dt[:, None] * B
+    if discretization == "bilinear":
+        decay = (1 + z / 2) / (1 - z / 2)
+        return torch.log(decay.to(A.dtype.to_complex())), dt[:, None] / (1 - z / 2) * B
+    if discretization == "mamba":
+        return z, dt[:, None] * B
+    raise ValueError(f"discretization must be 'zoh', 'bilinear' or 'mamba', not {discretization!r}")
+
+
+@overload
+def lti_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    discretization: Discretization = "zoh",
+    mode: Mode | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def lti_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    discretization: Discretization = "zoh",
+    mode: Mode | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def lti_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    discretization: Discretization = "zoh",
+    mode: Mode | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run a diagonal linear system that does not change with time, on each channel its own.
+
+        h_t = Abar h_{t-1} + Bbar x_t
+        y_t = (h_t · C + D x_t) silu(z_t)
+
+    With complex A one half of each conjugate pair is kept: `h_t · C` becomes `2 Re(h_t · C)`. Abar and Bbar
+    are those of `discretize`.
+
+    Args:
+        x: `(batch, length, channels)`, float64, float32, bfloat16 or float16. Float64 is computed in float64,
+            all others in float32.
+        dt: `(channels,)`, the step sizes.
+        A, B, C: `(channels, d_state)`, real or complex; B and C may be complex only if A is.
+        D: `(channels,)`, the skip connection.
+        z: the gate, the shape of x.
+        initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;
+            zeros if None.
+        return_final_state: also return the state after the last position of each sequence.
+        cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
+            `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
+        reverse: time runs from the last position of each sequence to its first.
+        discretization: "zoh" (zero-order hold), "bilinear" or "mamba" (Abar exact, Bbar = dt B).
+        mode: "fft", a convolution with the kernel C · Abar^l Bbar, or "scan", the recurrence; they agree.
+            None takes the faster, as measured. Packed sequences are always scanned.
+        backend: the name of an implementation; None takes the fastest that can run these arguments.
+
+    Returns:
+        y, the shape and dtype of x; or `(y, final_state)`, the state in float32 (complex64 if A is complex;
+        float64 and complex128 if x is float64). Both carry gradients to every floating-point argument.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the mode or backend asked for cannot run these.
+    """
+    _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens, mode)
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = real.to_complex() if A.is_complex() else real
+    log_decay, B = discretize(dt.to(real), A.to(wide), B.to(wide), discretization)
+    becomes_complex = log_decay.is_complex() and not A.is_complex()
+    if becomes_complex:  # and the output 2 Re of what it should be
+        C = C / 2
+    arguments = LtiArguments(x, log_decay, B, C, initial_state, cu_seqlens, reverse, mode)
+    if mode is None and backend is None:
+        arguments = arguments._replace(mode=_faster_mode(arguments))
+    y, final_state = dispatch.run(OP, arguments, backend)
+    if D is not None:
+        y = y + D.to(real) * x
+    if z is not None:
+        y = y * F.silu(z.to(real))
+    y = y.to(x.dtype)
+    if not return_final_state:
+        return y
+    return y, final_state.real if becomes_complex else final_state
+
+
+def lti_step_(
+    state: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """One step of `lti_scan` for generation; changes `state` in place.
+
+    Args:
+        state: `(batch, channels, d_state)`, complex where log_decay is.
+        x, z: `(batch, channels)`.
+        log_decay, B: `(channels, d_state)`, from `discretize`, once for all steps.
+        C: `(channels, d_state)`; halved where `discretize` has made a real system complex.
+        D: `(channels,)`.
+
+    Returns:
+        y `(batch, channels)` in the dtype of x.
+    """
+    wide = state.dtype
+    u = x.to(wide)
+    state.mul_(torch.exp(log_decay.to(wide))).add_(B.to(wide) * u[..., None])
+    y = (state * C.to(wide)).sum(-1)
+    y = 2 * y.real if y.is_complex() else y
+    if D is not None:
+        y = y + D.to(y.dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def _faster_mode(arguments: LtiArguments) -> Mode:
+    if arguments.cu_seqlens is not None:
+        return "scan"
+    return "fft"
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str | None,
+) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, length, channels), not {tuple(x.shape)}")
+    batch, length, channels = x.shape
+    if A.ndim != 2 or A.shape[0] != channels:
+        raise ValueError(f"A must be (channels={channels}, d_state), not {tuple(A.shape)}")
+    named: dict[str, Tensor | None] = {
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "initial_state": state,
+    }
+    for name in ("B", "C"):
+        value = named[name]
+        if value is not None and value.shape != A.shape:
+            raise ValueError(f"{name} must have the shape of A {tuple(A.shape)}, not {tuple(value.shape)}")
+    for name in ("dt", "D"):
+        value = named[name]
+        if value is not None and value.shape != (channels,):
+            raise ValueError(f"{name} must be (channels={channels},), not {tuple(value.shape)}")
+    if z is not None and z.shape != x.shape:
+        raise ValueError(f"z must have the shape of x {tuple(x.shape)}, not {tuple(z.shape)}")
+    n_sequences = batch
+    if cu_seqlens is not None:
+        sequences.check(cu_seqlens, batch, length)
+        n_sequences = cu_seqlens.shape[0] - 1
+    if state is not None and state.shape != (n_sequences, *A.shape):
+        raise ValueError(f"initial_state must be {(n_sequences, *A.shape)}, not {tuple(state.shape)}")
+    if mode not in (None, "fft", "scan"):
+        raise ValueError(f"mode must be 'fft', 'scan' or None, not {mode!r}")
+    for name, value in named.items():
+        if value is None:
+            continue
+        if value.is_complex() and not A.is_complex():
+            raise ValueError(f"{name} is complex but A is real")
+        if value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")

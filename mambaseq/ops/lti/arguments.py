@@ -1,0 +1,54 @@
+"""The arguments of the time-invariant scan, once discretised, and inputs to try it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LtiArguments(NamedTuple):
+    """What every backend receives; D and z are dealt with outside."""
+
+    x: Tensor  # (batch, length, channels)
+    log_decay: Tensor  # (channels, d_state), the logarithm of Abar
+    B: Tensor  # (channels, d_state), Bbar
+    C: Tensor  # (channels, d_state)
+    initial_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    reverse: bool = False
+    mode: str | None = None
+
+    @property
+    def n_sequences(self) -> int:
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return self.real_dtype.to_complex() if self.log_decay.is_complex() else self.real_dtype
+
+
+def samples(device: torch.device) -> Iterator[tuple[str, LtiArguments]]:
+    """Small float32 inputs, real and complex."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+    batch, length, channels, d_state = 2, 67, 19, 5
+    x = normal(batch, length, channels)
+    decay = -torch.arange(1, d_state + 1, device=device, dtype=torch.float32).repeat(channels, 1) / 30
+    yield "real", LtiArguments(x, decay, normal(channels, d_state), normal(channels, d_state))
+    B, C = (normal(channels, d_state, dtype=torch.complex64) for _ in range(2))
+    oscillating = LtiArguments(x, torch.complex(decay, normal(channels, d_state)), B, C)
+    state = normal(batch, channels, d_state, dtype=torch.complex64)
+    yield "complex, initial state, reverse", oscillating._replace(initial_state=state, reverse=True)
+    cu_seqlens = torch.tensor([0, 10, 10, 41, length], dtype=torch.int32, device=device)
+    state = normal(4, channels, d_state, dtype=torch.complex64)
+    yield "packed", oscillating._replace(x=x[:1], initial_state=state, cu_seqlens=cu_seqlens)
