@@ -78,7 +78,9 @@ class SequenceModel(nn.Module):
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
     """
 
-    def __init__(self, encoder: nn.Module, backbone: ResidualStack, head: nn.Module, tie_embeddings: bool = False) -> None:
+    def __init__(
+        self, encoder: nn.Module, backbone: ResidualStack, head: nn.Module, tie_embeddings: bool = False
+    ) -> None:
         super().__init__()
         self.encoder, self.backbone, self.head = encoder, backbone, head
         self.tie_embeddings = tie_embeddings

@@ -36,9 +36,7 @@ def selector(selection: str) -> Callable[[str], bool]:
         names.add(part)
         if bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
             ranges.append((int(bounds[1]), int(bounds[2] or bounds[1])))
-    return lambda value: (
-        value in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
-    )
+    return lambda value: value in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
 
 
 class RandomClips:
@@ -47,9 +45,7 @@ class RandomClips:
 
     endless = True
 
-    def __init__(
-        self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int
-    ) -> None:
+    def __init__(self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int) -> None:
         self.clips, self.conditions, self.length, self.seed = clips, conditions, length, seed
 
     def __len__(self) -> int:
@@ -153,9 +149,7 @@ class ClipData(SequenceData):
         try:
             pattern = re.compile(self.pattern)
         except re.error as error:
-            raise ConfigError(
-                f"data.pattern is not a regular expression ({error}): {self.pattern!r}."
-            ) from error
+            raise ConfigError(f"data.pattern is not a regular expression ({error}): {self.pattern!r}.") from error
         wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
         for name in sorted(wanted - set(pattern.groupindex)):
             raise ConfigError(
@@ -192,9 +186,7 @@ class ClipData(SequenceData):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)
         if not splits["train"]:
-            raise DataError(
-                f"No clip of {self.files} is left for training: all are chosen for validation or test."
-            )
+            raise DataError(f"No clip of {self.files} is left for training: all are chosen for validation or test.")
         return splits
 
     def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
@@ -216,9 +208,7 @@ class ClipData(SequenceData):
             members.update(hits)
         return members
 
-    def _label(
-        self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]
-    ) -> None:
+    def _label(self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]) -> None:
         """Number the conditions; a condition that training never sees means nothing to the model."""
         self._conditions: list[int] | None = None
         if not self.condition:
@@ -249,8 +239,7 @@ class ClipData(SequenceData):
                 other, path = first.setdefault(digest, (split, paths[i]))
                 if other != split:
                     raise DataError(
-                        f"{paths[i]} ({split}) is a copy of {path} ({other}). Remove one, or put both into "
-                        f"one split."
+                        f"{paths[i]} ({split}) is a copy of {path} ({other}). Remove one, or put both into one split."
                     )
 
     def clips(self, split: str) -> list[np.ndarray]:

@@ -28,9 +28,7 @@ SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff",
 _LOUDEST = 16.0
 _DECLARED = re.compile(r"^ *(?:data|SSND|riff|Data Size) +: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = 0x7FFFF000  # writers that cannot seek back leave a size of about 2 or 4 GiB in the header
-_OGG_CUT = re.compile(
-    r"^Ogg ?: (?:Last page lacks an end-of-stream bit|Junk after the last page)", re.MULTILINE
-)
+_OGG_CUT = re.compile(r"^Ogg ?: (?:Last page lacks an end-of-stream bit|Junk after the last page)", re.MULTILINE)
 
 
 def audio_files(name: str | Path) -> list[Path]:
@@ -159,9 +157,7 @@ def write_wav(
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ("", ".wav", ".flac"):
-        raise ConfigError(
-            f"Sound is written as .wav or .flac, not as {path.name}. Give another name with --out."
-        )
+        raise ConfigError(f"Sound is written as .wav or .flac, not as {path.name}. Give another name with --out.")
     if not suffix:
         files = [path / f"{i:03d}.wav" for i in range(len(sequences))]
     elif len(sequences) == 1:
@@ -170,9 +166,7 @@ def write_wav(
         files = [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(len(sequences))]
     for file, ids in zip(files, sequences, strict=True):
         with atomic_file(file) as target:
-            target.write(
-                encode_wav(tokenizer.decode(np.asarray(ids)), sample_rate, suffix.removeprefix(".") or "wav")
-            )
+            target.write(encode_wav(tokenizer.decode(np.asarray(ids)), sample_rate, suffix.removeprefix(".") or "wav"))
     return files
 
 

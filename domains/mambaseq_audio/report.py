@@ -38,7 +38,8 @@ def report(run: Path) -> Section:
     for name in names[:SHOWN]:
         shown[f"{name}: real"], shown[f"{name}: generated"] = real[name], generated[name]
     players = "".join(
-        audio_player(real[name], data.sample_rate, f"{name}, real") + audio_player(generated[name], data.sample_rate, f"{name}, generated")
+        audio_player(real[name], data.sample_rate, f"{name}, real")
+        + audio_player(generated[name], data.sample_rate, f"{name}, generated")
         for name in names
     )
     body = (

@@ -61,10 +61,7 @@ class WaveformData(SequenceData):
             return
         if self.length < 1 or self.epoch_size < 1:
             raise ConfigError("data.length and data.epoch_size are at least 1.")
-        if (
-            min(self.validation_fraction, self.test_fraction) < 0
-            or self.validation_fraction + self.test_fraction >= 1
-        ):
+        if min(self.validation_fraction, self.test_fraction) < 0 or self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError(
                 f"data.validation_fraction ({self.validation_fraction}) and data.test_fraction "
                 f"({self.test_fraction}) are shares of every recording; together they must leave some of it "

@@ -20,9 +20,7 @@ domain = Domain(
         "genome": ("mambaseq_dna.genome:GenomeData", "next-base modelling of FASTA files"),
     },
     readers={"fasta": ("mambaseq_dna.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
-    writers={
-        "fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
-    },
+    writers={"fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")},
     configs={
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 1 kb windows, minutes on a CPU"),
     },

@@ -52,9 +52,7 @@ class FastaData(SequenceData):
         cache: str | None = None,
     ) -> None:
         if length < 1 or samples_per_epoch < 1:
-            raise ConfigError(
-                f"length and samples_per_epoch must be at least 1, not {length} and {samples_per_epoch}."
-            )
+            raise ConfigError(f"length and samples_per_epoch must be at least 1, not {length} and {samples_per_epoch}.")
         self.files, self.length, self.seed, self.cache = files, length, seed, cache
         self.rules = SplitRules(test_records or (), validation_records or (), validation_fraction, drop_n)
         self.reverse_complement, self.samples_per_epoch = reverse_complement, samples_per_epoch

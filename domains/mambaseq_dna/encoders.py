@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
+
 N = 4  # its id in mambaseq_dna.tokenizer
 
 

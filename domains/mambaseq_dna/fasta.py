@@ -34,9 +34,7 @@ def _opened(path: Path) -> Iterator[IO[str]]:
         with path.open("rb") as file:
             head = file.read(18)
             if not head:
-                raise DataError(
-                    f"{path} is empty (0 bytes). Check that it was copied or downloaded completely."
-                )
+                raise DataError(f"{path} is empty (0 bytes). Check that it was copied or downloaded completely.")
             zipped = head.startswith(b"\x1f\x8b")
             if zipped and head[3] & 4 and head[12:14] == b"BC":
                 file.seek(-min(len(_BGZF_END), path.stat().st_size), 2)
@@ -78,16 +76,12 @@ def iterate_fasta(path: str | Path) -> Iterator[tuple[str, str]]:
         if first is None:
             raise DataError(f"{path} has no sequence: only blank lines. Check that it is the file you mean.")
         if not first.startswith(">"):
-            kind = (
-                "it looks like FASTQ; convert it (seqtk seq -A)" if first.startswith("@") else "is it FASTA?"
-            )
+            kind = "it looks like FASTQ; convert it (seqtk seq -A)" if first.startswith("@") else "is it FASTA?"
             raise DataError(
                 f"{path} has no FASTA header: the first line that is not blank must start with '>' and a "
                 f"name, and is {first.strip()[:30]!r} ({kind})."
             )
-        for number, (header, sequence) in enumerate(
-            SimpleFastaParser(itertools.chain([first], lines)), start=1
-        ):
+        for number, (header, sequence) in enumerate(SimpleFastaParser(itertools.chain([first], lines)), start=1):
             name = (header.split() or [""])[0]
             if not name:
                 raise DataError(f"{path}: record {number} has no name. Write one after its '>'.")
@@ -97,9 +91,7 @@ def iterate_fasta(path: str | Path) -> Iterator[tuple[str, str]]:
                     f"the header's first word; make it unique."
                 )
             if not sequence:
-                raise DataError(
-                    f"{path}: record {name!r} has a header and no sequence. Remove it, or complete it."
-                )
+                raise DataError(f"{path}: record {name!r} has a header and no sequence. Remove it, or complete it.")
             seen.add(name)
             yield header, sequence
 
@@ -144,9 +136,7 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
     return TokenStore.cached(path.name, records, "uint8", meta, cache=cache)
 
 
-def write_fasta(
-    path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer
-) -> list[Path]:
+def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> list[Path]:
     """Write sequences of ids, 80 letters a line; gzipped when the name ends in `.gz`; complete or not at all.
 
     Records keep their names; bare ids are named `sequence_1`, `sequence_2`, ... Returns the files written:
@@ -155,17 +145,13 @@ def write_fasta(
     """
     path = Path(path)
     with atomic_file(path) as file:
-        zipped = (
-            gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else None
-        )
+        zipped = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else None
         with zipped or contextlib.nullcontext(file) as out:
             for number, sequence in enumerate(sequences, start=1):
                 record = sequence if isinstance(sequence, Record) else Record(f"sequence_{number}", sequence)
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
-                out.write(
-                    f">{record.name} {record.description}".rstrip().encode("latin-1", "replace") + b"\n"
-                )
+                out.write(f">{record.name} {record.description}".rstrip().encode("latin-1", "replace") + b"\n")
                 for start in range(0, len(letters), _LINE):
                     out.write(letters[start : start + _LINE].encode() + b"\n")
     return [path]

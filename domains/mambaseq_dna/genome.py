@@ -67,9 +67,7 @@ class GenomeData(FastaData):
         self.vocab_size = self.tokenizer.vocab_size
 
     def train(self) -> RandomWindows:
-        return self._random(
-            self.length + 1, _NextBase(self.lowercase, self.reverse_complement), by_position=True
-        )
+        return self._random(self.length + 1, _NextBase(self.lowercase, self.reverse_complement), by_position=True)
 
     def validation(self) -> GridWindows | None:
         return self._tiles("validation", self.length + 1, _NextBase(self.lowercase, augment=False))

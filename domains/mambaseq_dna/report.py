@@ -34,7 +34,9 @@ def report(run: Path) -> Section:
             found = {name: results[name] for name in results if name.startswith("test/")}
         else:
             found = evaluate(folder, "test", overrides, progress=False)
-            folder.update_results(**found_at(length, found), **{k: v for k, v in results.items() if k.startswith("test/")})
+            folder.update_results(
+                **found_at(length, found), **{k: v for k, v in results.items() if k.startswith("test/")}
+            )
         counts = found["test/confusion"]
         n = sum(map(sum, counts))
         correct = sum(counts[i][i] for i in range(len(counts)))

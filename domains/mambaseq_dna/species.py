@@ -13,9 +13,7 @@ from mambaseq.errors import ConfigError
 from mambaseq_dna.base import FastaData
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
-SHIPPED = {
-    name: [f"mambaseq:data/encode/{name}.*.fa.gz"] for name in ("human", "galago", "mouse", "cow", "dog")
-}
+SHIPPED = {name: [f"mambaseq:data/encode/{name}.*.fa.gz"] for name in ("human", "galago", "mouse", "cow", "dog")}
 SHIPPED_TEST = ["*.ENm002.fa.gz"]
 
 

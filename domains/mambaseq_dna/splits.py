@@ -80,17 +80,13 @@ class SplitRules:
         for pattern in (*self.test_records, *self.validation_records):
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(sorted(set(names))[:8])
-                raise DataError(
-                    f"The pattern {pattern!r} matches no record and no file. There are: {shown}, ..."
-                )
+                raise DataError(f"The pattern {pattern!r} matches no record and no file. There are: {shown}, ...")
         splits = {
             split: [Group(name, parts[split]) for name, parts in groups.items()]
             for split in ("train", "validation", "test")
         }
         check_disjoint(**splits)
-        return Splits(
-            **{split: found if any(g.intervals for g in found) else [] for split, found in splits.items()}
-        )
+        return Splits(**{split: found if any(g.intervals for g in found) else [] for split, found in splits.items()})
 
     def _parts(self, file: str, record: str, length: int) -> Iterator[tuple[str, int, int]]:
         def named(patterns: Sequence[str]) -> bool:

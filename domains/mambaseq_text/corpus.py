@@ -32,9 +32,7 @@ class TextTiles:
         None when every token is one byte.
     """
 
-    def __init__(
-        self, texts: Sequence[Interval], length: int, counts: Sequence[np.ndarray] | None = None
-    ) -> None:
+    def __init__(self, texts: Sequence[Interval], length: int, counts: Sequence[np.ndarray] | None = None) -> None:
         self.texts, self.counts = texts, counts
         self._pieces = [
             (which, start, min(start + length, text.stop))
@@ -49,9 +47,7 @@ class TextTiles:
         which, start, stop = self._pieces[index]
         ids = torch.from_numpy(self.texts[which].read(start - 1, stop - start + 1).astype(np.int64))
         n_bytes = (
-            None
-            if self.counts is None
-            else torch.tensor([int(self.counts[which][start:stop].sum(dtype=np.int64))])
+            None if self.counts is None else torch.tensor([int(self.counts[which][start:stop].sum(dtype=np.int64))])
         )
         return Batch(inputs=ids[None, :-1], targets=ids[None, 1:], n_units=n_bytes)
 
@@ -173,9 +169,7 @@ class CorpusData(SequenceData):
         """Where the splits of a training file begin and end, at whole characters."""
         n = len(data)
         test = character_start(data, int(n * (1 - self.fractions["test"])))
-        validation = character_start(
-            data, int(n * (1 - self.fractions["test"] - self.fractions["validation"]))
-        )
+        validation = character_start(data, int(n * (1 - self.fractions["test"] - self.fractions["validation"])))
         return {"train": (0, validation), "validation": (validation, test), "test": (test, n)}
 
     def raw(self, split: str) -> list[np.ndarray]:

@@ -63,10 +63,7 @@ class PackedDocuments:
         if not 0 <= index < len(self):
             raise IndexError(index)
         pieces = self._pieces[self._bounds[index] : self._bounds[index + 1]].tolist()
-        tokens = [
-            self.store[self.records[which]][start - 1 : stop].astype(np.int64)
-            for which, start, stop in pieces
-        ]
+        tokens = [self.store[self.records[which]][start - 1 : stop].astype(np.int64) for which, start, stop in pieces]
         n_bytes = None
         if self.counts is not None:
             n_bytes = torch.tensor(

@@ -62,11 +62,7 @@ def read_bytes(name: str, encoding: str = "utf-8") -> np.ndarray:
             with fsspec.open(name, "rb", compression="infer") as file:
                 data = np.frombuffer(file.read(), dtype=np.uint8)
         else:
-            data = (
-                np.memmap(name, dtype=np.uint8, mode="r")
-                if Path(name).stat().st_size
-                else np.zeros(0, np.uint8)
-            )
+            data = np.memmap(name, dtype=np.uint8, mode="r") if Path(name).stat().st_size else np.zeros(0, np.uint8)
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
     if not data.size:
@@ -121,8 +117,7 @@ def _not_encoded(name: str, offset: int, encoding: str, value: int) -> DataError
 def _unreadable(name: str, error: BaseException) -> DataError:
     if "://" in name:
         return DataError(
-            f"{name} cannot be read: {error}. Check the address and the network, or fetch the file and give "
-            f"its path."
+            f"{name} cannot be read: {error}. Check the address and the network, or fetch the file and give its path."
         )
     return DataError(
         f"{name} cannot be read: {error}. It is damaged, cut short or not what its name says; copy it again."
@@ -163,8 +158,7 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
         ) from error
     if not isinstance(row, dict):
         raise DataError(
-            f"Line {number} of {name} is not a JSON object but {type(row).__name__}. Write "
-            f"{{{field!r}: ...}}."
+            f"Line {number} of {name} is not a JSON object but {type(row).__name__}. Write {{{field!r}: ...}}."
         )
     if field not in row:
         raise DataError(

@@ -38,7 +38,5 @@ def report(run: Path) -> Section:
         + f"<p>What it writes after {html.escape(repr(PROMPT))}:</p><pre>{html.escape(text)}</pre>"
     )
     verdict = "below" if bits < floors["bigram"] else "above"
-    summary = (
-        f"{bits:.3f} bits a byte on held-out Shakespeare, {verdict} the byte bigram ({floors['bigram']:.3f})"
-    )
+    summary = f"{bits:.3f} bits a byte on held-out Shakespeare, {verdict} the byte bigram ({floors['bigram']:.3f})"
     return Section("Text: byte by byte", summary, body)

@@ -13,9 +13,7 @@ SPLITS = ("train", "validation", "test")
 Names = str | Sequence[str] | None
 
 
-def split_files(
-    train: Names, validation: Names, test: Names
-) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+def split_files(train: Names, validation: Names, test: Names) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     """Files of each split, and what tells whether each file has changed.
 
     Raises DataError when a file is missing, or is in two splits (also as a copy under another name).

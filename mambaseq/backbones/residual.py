@@ -84,9 +84,7 @@ class ResidualStack(nn.Module):
         for index, layer in enumerate(self.layers):
             old = None if state is None else state[index]
             if self.checkpoint and torch.is_grad_enabled():
-                x, new = torch.utils.checkpoint.checkpoint(
-                    layer, x, old, cu_seqlens, return_state, use_reentrant=False
-                )
+                x, new = torch.utils.checkpoint.checkpoint(layer, x, old, cu_seqlens, return_state, use_reentrant=False)
             else:
                 x, new = layer(x, old, cu_seqlens, return_state)
             states.append(new)

@@ -118,7 +118,9 @@ def _read_card(path: Path) -> ModelCard:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format")
         if version != FORMAT:
-            raise UserError(f"{path} has format {version}; this mambaseq reads format {FORMAT}. Install the matching one.")
+            raise UserError(
+                f"{path} has format {version}; this mambaseq reads format {FORMAT}. Install the matching one."
+            )
         return ModelCard(**fields)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not a model description ({error}). Export the model again.") from error
@@ -134,7 +136,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if not (folder / "model.json").is_file():
         folder = folder / "model"
     if not (folder / "model.json").is_file():
-        raise UserError(f"There is no model at {path}: neither model.json nor model/model.json. Give the folder of a run.")
+        raise UserError(
+            f"There is no model at {path}: neither model.json nor model/model.json. Give the folder of a run."
+        )
     card = _read_card(folder / "model.json")
     model = build_model(card.spec)
     stored = folder / "model.safetensors"

@@ -8,20 +8,31 @@ import argparse
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(prog="mambaseq data", description="Data sets that can be fetched and verified.")
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list", help="names, sizes, licences")
-    info = actions.add_parser("info", help="files, addresses, checksums of one")
-    info.add_argument("name")
-    fetch = actions.add_parser("fetch", help="download one (goes on where an earlier try stopped) and verify it")
-    fetch.add_argument("name")
-    fetch.add_argument("--cache", help="folder to keep it in; $MAMBASEQ_CACHE, or the user's cache folder, when left out")
+    for action, text in (
+        ("list", "names, licences, and which are here already"),
+        ("info", "files, addresses, checksums of one"),
+        ("fetch", "download one (goes on where an earlier try stopped) and verify it"),
+    ):
+        sub = actions.add_parser(action, help=text)
+        if action != "list":
+            sub.add_argument("name", help="a name from `mambaseq data list`, or a manifest of your own (.yaml)")
+        sub.add_argument(
+            "--cache", help="folder of fetched data; $MAMBASEQ_CACHE or the user's cache folder when left out"
+        )
     arguments = parser.parse_args(argv)
-    from mambaseq.data import fetch as fetching
+    from mambaseq.data.fetch import fetch, manifest, manifests
 
     if arguments.action == "list":
-        print(fetching.describe_all())
+        for found in manifests().values():
+            here = "  (fetched)" if found.is_fetched(arguments.cache) else ""
+            print(f"{found.name:<20} {found.summary}  [{found.licence}]{here}")
     elif arguments.action == "info":
-        print(fetching.describe(arguments.name))
+        found = manifest(arguments.name)
+        print(f"{found.name}: {found.summary}\nlicence: {found.licence}\nhomepage: {found.homepage}")
+        print(f"folder: {found.folder(arguments.cache)}")
+        for file in found.files:
+            size = "" if file.size is None else f"  {file.size:,} bytes"
+            print(f"  {file.name}{size}\n    {file.url}\n    {file.checksum or 'no checksum: ' + file.checksum_note}")
     else:
-        for path in fetching.fetch(arguments.name, arguments.cache):
-            print(path)
+        print(fetch(arguments.name, arguments.cache))
     return 0

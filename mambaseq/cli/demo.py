@@ -17,7 +17,9 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq demo",
         description="Train each domain's demo configuration on the shipped data, test it, and write report.html.",
     )
-    parser.add_argument("--out", default="runs/demo", help="folder of the runs and the report; an older one is replaced")
+    parser.add_argument(
+        "--out", default="runs/demo", help="folder of the runs and the report; an older one is replaced"
+    )
     parser.add_argument("--domains", nargs="*", help="only these domains")
     parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try it out")
     arguments = parser.parse_args(argv)
@@ -30,7 +32,9 @@ def demo_domains(chosen: list[str] | None) -> list[str]:
     able = [d for d in sorted(names.domains) if f"{d}/demo" in names["configs"] and f"{d}/demo" in names["reports"]]
     for domain in chosen or []:
         if domain not in able:
-            raise ConfigError(f"No domain with a demo is named {domain!r}.{did_you_mean(domain, able)} Known: {', '.join(able)}.")
+            raise ConfigError(
+                f"No domain with a demo is named {domain!r}.{did_you_mean(domain, able)} Known: {', '.join(able)}."
+            )
     return chosen or able
 
 
@@ -50,7 +54,9 @@ def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None) -
             shutil.rmtree(folder.path)
         print(f"[{number}/{len(domains)}] {domain}", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        overrides = [] if steps is None else ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+        overrides = (
+            [] if steps is None else ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+        )
         if (code := fit(f"{domain}/demo", folder, overrides)) != 0:
             return code
         evaluate(folder, "test", [])
@@ -58,10 +64,14 @@ def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None) -
         seconds = time.perf_counter() - started
         folder.update_results(demo_seconds=round(seconds, 1))
         results = folder.read_results()
-        rows.append((domain, results["parameters"], results["train_tokens"], results["tokens_per_second"], round(seconds)))
+        rows.append(
+            (domain, results["parameters"], results["train_tokens"], results["tokens_per_second"], round(seconds))
+        )
         sections.append(section)
     sections.append(_costs(rows))
-    lead = f"One Mamba backbone, {len(domains)} kinds of data, trained here in {time.perf_counter() - began:.0f} seconds."
+    lead = (
+        f"One Mamba backbone, {len(domains)} kinds of data, trained here in {time.perf_counter() - began:.0f} seconds."
+    )
     write_page(out / "report.html", "mambaseq demo", lead, sections)
     for section in sections:
         print(f"{section.title}: {section.summary}")

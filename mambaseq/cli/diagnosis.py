@@ -19,7 +19,9 @@ def diagnose(device: str | None) -> int:
     """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
-    print(f"mambaseq {importlib.metadata.version('mambaseq')}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"mambaseq {importlib.metadata.version('mambaseq')}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
     print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")
     wrong = 0
     for op in OPS:

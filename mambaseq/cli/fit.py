@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mambaseq.reporting.runs import RunFolder
 from mambaseq.errors import ConfigError, UserError
+from mambaseq.reporting.runs import RunFolder
 
 
 def run(argv: list[str], command: str) -> int:
@@ -23,7 +23,9 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")
     parser.add_argument("--out", help="folder of the run; runs/NAME when left out")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     if (arguments.config is None) == (arguments.resume is None):
         raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")

@@ -53,6 +53,7 @@ def generate_to(
         top_p=defaults.get("top_p", 1.0) if top_p is None else top_p,
         seed=seed,
         condition=chosen,
+        stop_ids=() if (end := getattr(loaded.tokenizer, "eos_id", None)) is None else (end,),
         progress=progress,
     )
     # what was made up to begin from is not part of the result; a prompt that was given is
@@ -82,10 +83,14 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> np.ndarray:
         return np.asarray(card.start_ids, dtype=np.int64)
     assert loaded.tokenizer is not None
     if card.reader is not None and Path(prompt).is_file():
-        record = next(iter(catalog()["readers"].get(card.reader)(Path(prompt), loaded.tokenizer, **card.reader_options)))
+        record = next(
+            iter(catalog()["readers"].get(card.reader)(Path(prompt), loaded.tokenizer, **card.reader_options))
+        )
         return record.ids.astype(np.int64)
     try:
         ids = loaded.tokenizer.encode(prompt)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"The prompt {prompt!r} is neither a file nor something this model's tokenizer reads.") from error
+        raise ConfigError(
+            f"The prompt {prompt!r} is neither a file nor something this model's tokenizer reads."
+        ) from error
     return ids.astype(np.int64)

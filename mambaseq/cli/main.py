@@ -15,8 +15,14 @@ COMMANDS = {
     "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
     "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE.csv"),
     "generate": ("mambaseq.cli.generate", "continue a prompt: --checkpoint RUN [--prompt P] --out FILE"),
-    "list": ("mambaseq.cli.listing", "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs"),
-    "doctor": ("mambaseq.cli.doctor", "what runs on this machine, which backend each op would use, and whether it is right"),
+    "list": (
+        "mambaseq.cli.listing",
+        "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs",
+    ),
+    "doctor": (
+        "mambaseq.cli.doctor",
+        "what runs on this machine, which backend each op would use, and whether it is right",
+    ),
     "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
     "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
 }
@@ -45,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"mambaseq: no command is named {command!r}.{did_you_mean(command, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        print(
+            f"mambaseq: no command is named {command!r}.{did_you_mean(command, COMMANDS)}\n\n{usage()}", file=sys.stderr
+        )
         return 2
     try:
         module = importlib.import_module(COMMANDS[command][0])

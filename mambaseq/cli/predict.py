@@ -16,7 +16,9 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")
     parser.add_argument("--out", required=True, metavar="FILE.csv")
     parser.add_argument("--reader", help="another reader (`mambaseq list readers`)")
-    parser.add_argument("--window", type=int, default=0, help="tokens a window of a classifier; as in training when left out")
+    parser.add_argument(
+        "--window", type=int, default=0, help="tokens a window of a classifier; as in training when left out"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     arguments = parser.parse_args(argv)

@@ -47,7 +47,9 @@ def predict(
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, *columns])
         for path in inputs:
-            for record in tqdm(read(path, loaded.tokenizer, **loaded.card.reader_options), desc=path.name, unit="record"):
+            for record in tqdm(
+                read(path, loaded.tokenizer, **loaded.card.reader_options), desc=path.name, unit="record"
+            ):
                 if per_token:
                     results = _likelihood(loaded, record)
                 else:
@@ -56,7 +58,9 @@ def predict(
                     writer.writerow([str(path), record.name, start, stop, *values])
                     rows += 1
         if rows == 0:
-            raise DataError(f"No record of {', '.join(map(str, inputs))} is long enough to predict on; nothing was written.")
+            raise DataError(
+                f"No record of {', '.join(map(str, inputs))} is long enough to predict on; nothing was written."
+            )
     return rows
 
 
@@ -65,7 +69,9 @@ def _tensor(record: Record, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
-def _labels(loaded: LoadedModel, record: Record, window: int, batch_size: int, path: Path) -> Iterator[tuple[int, int, list]]:
+def _labels(
+    loaded: LoadedModel, record: Record, window: int, batch_size: int, path: Path
+) -> Iterator[tuple[int, int, list]]:
     """Tiles of `window` tokens; a shorter record, or what is left of a longer one, is a window of its own length."""
     model, names = loaded.model, loaded.card.class_names
     sequence = _tensor(record, next(model.parameters()).device)

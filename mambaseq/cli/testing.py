@@ -7,10 +7,10 @@ from typing import Any
 
 from mambaseq.checkpoints.export import load_model
 from mambaseq.cli.config import RunConfig
-from mambaseq.reporting.pictures import confusion_matrix, save_png
-from mambaseq.reporting.runs import RunFolder
 from mambaseq.cli.training import make_trainer
 from mambaseq.errors import UserError
+from mambaseq.reporting.pictures import confusion_matrix, save_png
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks.task import Task
 
 
@@ -21,7 +21,9 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
     data = settings.make_data()
     data.setup()
     if (data.validation() if command == "validate" else data.test()) is None:
-        raise UserError(f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated.")
+        raise UserError(
+            f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated."
+        )
     task = Task(loaded.model, metrics=settings.make_metrics(data))
     trainer = make_trainer(settings, folder, [], [], progress)
     method = trainer.validate if command == "validate" else trainer.test

@@ -15,12 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
-from mambaseq.reporting.pictures import learning_curves, save_png
-from mambaseq.reporting.runs import RunFolder
 from mambaseq.data.atomic import atomic_file
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
 from mambaseq.models import build_model
+from mambaseq.reporting.pictures import learning_curves, save_png
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks.callbacks import Interrupted, StopAfterStep, Throughput
 from mambaseq.tasks.task import Task
 
@@ -30,7 +30,9 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
     tokenizer = None
     if data.tokenizer is not None:
         if data.tokenizer_name is None:
-            raise ConfigError(f"The dataset {settings.settings['data']['name']!r} has a tokenizer without tokenizer_name.")
+            raise ConfigError(
+                f"The dataset {settings.settings['data']['name']!r} has a tokenizer without tokenizer_name."
+            )
         tokenizer = {"name": data.tokenizer_name, "options": data.tokenizer.options}
     return ModelCard(
         spec=spec,

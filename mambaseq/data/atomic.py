@@ -45,9 +45,7 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
             f"permissions of {path.parent}."
         )
     if number == errno.EIO:
-        return UserError(
-            f"Writing {path} failed with an input/output error. Check the disk, or choose another place."
-        )
+        return UserError(f"Writing {path} failed with an input/output error. Check the disk, or choose another place.")
     return None
 
 

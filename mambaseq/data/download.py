@@ -30,9 +30,7 @@ class ResumingDownloader:
         between them.
     """
 
-    def __init__(
-        self, *, progress: bool = True, attempts: int = 3, wait: float = 2.0, timeout: float = 60.0
-    ) -> None:
+    def __init__(self, *, progress: bool = True, attempts: int = 3, wait: float = 2.0, timeout: float = 60.0) -> None:
         self.progress, self.attempts, self.wait, self.timeout = progress, attempts, wait, timeout
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:

@@ -79,9 +79,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ConfigError(f"The manifest {path} cannot be used: {error}.") from error
     for file in manifest.files:
         if file.checksum is not None and file.checksum.partition(":")[0] not in ("md5", "sha256"):
-            raise ConfigError(
-                f"The manifest {path}: the checksum of {file.name} must start with md5: or sha256:."
-            )
+            raise ConfigError(f"The manifest {path}: the checksum of {file.name} must start with md5: or sha256:.")
         if file.unpack and file.unpacked_name == file.name:
             raise ConfigError(f"The manifest {path}: {file.name} is no archive ({', '.join(_ARCHIVES)}).")
     return manifest
@@ -148,9 +146,7 @@ def fetch(
                 f"stays so, compare with {wanted.homepage}."
             ) from error
         except PermissionError as error:
-            raise UserError(
-                f"{folder} cannot be written. Choose another cache folder with --cache."
-            ) from error
+            raise UserError(f"{folder} cannot be written. Choose another cache folder with --cache.") from error
         if known is None:
             recorded[file.name] = f"sha256:{pooch.file_hash(str(folder / file.name), alg='sha256')}"
             with atomic_file(folder / _RECORDED, "w", encoding="utf-8") as out:

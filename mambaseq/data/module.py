@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -123,7 +124,10 @@ def pad_collate(items: list[Batch]) -> Batch:
 
 def pack_collate(items: list[Batch]) -> Batch:
     """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding."""
-    lengths = torch.tensor([0, *(item.inputs.shape[1] for item in items)], dtype=torch.int32)
+    bounds = [torch.zeros(1, dtype=torch.int32)]
+    for item in items:  # an item may be packed itself
+        length = torch.tensor([item.inputs.shape[1]], dtype=torch.int32)
+        bounds.append(bounds[-1][-1] + (length if item.cu_seqlens is None else item.cu_seqlens[1:]))
 
     def join(name: str) -> torch.Tensor | None:
         tensors = [getattr(item, name) for item in items]
@@ -136,10 +140,22 @@ def pack_collate(items: list[Batch]) -> Batch:
     return Batch(
         inputs=inputs,
         targets=join("targets"),
-        cu_seqlens=lengths.cumsum(0).to(torch.int32),
+        cu_seqlens=torch.cat(bounds),
         condition=join("condition"),
         n_units=join("n_units"),
     )
+
+
+class _StreamLoader(DataLoader):
+    """Loader of an iterable dataset that is put in its place whenever iteration begins."""
+
+    def __init__(self, dataset: Any, start: Callable[[], None], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self._start_stream = start
+
+    def __iter__(self) -> Any:
+        self._start_stream()
+        return super().__iter__()
 
 
 class SequenceDataModule(lightning.LightningDataModule):
@@ -175,10 +191,9 @@ class SequenceDataModule(lightning.LightningDataModule):
         dataset = self.data.train()
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset.place(  # type: ignore[attr-defined]
-                batch_size=self.batch_size, start_batch=self.batches_done, rank=rank, world_size=world
-            )
-            return DataLoader(dataset, batch_size=self.batch_size, drop_last=True, **self._common())
+            place = functools.partial(dataset.place, batch_size=self.batch_size, rank=rank, world_size=world)  # type: ignore[attr-defined]
+            start = lambda: place(start_batch=self.batches_done)  # noqa: E731
+            return _StreamLoader(dataset, start, batch_size=self.batch_size, drop_last=True, **self._common())
         sampler = PositionedBatchSampler(
             len(dataset),
             self.batch_size,

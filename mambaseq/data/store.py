@@ -64,9 +64,7 @@ class TokenStore:
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             if index["format"] != FORMAT:
-                raise StoreError(
-                    f"The token store {self.folder} has format {index['format']}, not {FORMAT}. {remedy}"
-                )
+                raise StoreError(f"The token store {self.folder} has format {index['format']}, not {FORMAT}. {remedy}")
             self.dtype = np.dtype(index["dtype"])
             self.names: list[str] = index["records"]["name"]
             self.starts = np.asarray(index["records"]["start"], dtype=np.int64)
@@ -75,20 +73,14 @@ class TokenStore:
             size = (self.folder / TOKENS).stat().st_size
             expected = int(self.lengths.sum()) * self.dtype.itemsize
             if size != expected:
-                raise StoreError(
-                    f"{self.folder / TOKENS} has {size} bytes and should have {expected}. {remedy}"
-                )
+                raise StoreError(f"{self.folder / TOKENS} has {size} bytes and should have {expected}. {remedy}")
             if check and _digest(self.folder / TOKENS) != index["digest"]:
                 raise StoreError(f"{self.folder / TOKENS} is damaged: its checksum differs. {remedy}")
             self._tokens = np.memmap(self.folder / TOKENS, dtype=self.dtype, mode="r")
         except FileNotFoundError as error:
-            raise StoreError(
-                f"There is no token store at {self.folder} ({error.filename} is missing)."
-            ) from error
+            raise StoreError(f"There is no token store at {self.folder} ({error.filename} is missing).") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"The index of the token store {self.folder} cannot be read: {error}. {remedy}"
-            ) from error
+            raise StoreError(f"The index of the token store {self.folder} cannot be read: {error}. {remedy}") from error
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenStore:
@@ -141,8 +133,7 @@ class TokenStore:
                     lengths.append(length)
             if not sum(lengths):
                 raise DataError(
-                    f"There are no tokens to store in {folder}: the source has no records, or only empty "
-                    "ones."
+                    f"There are no tokens to store in {folder}: the source has no records, or only empty ones."
                 )
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
             index = {

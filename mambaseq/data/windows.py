@@ -88,9 +88,7 @@ def group_label(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Bat
 
 def _too_short(group: Group, span: int, what: str) -> DataError:
     if not group.intervals:
-        return DataError(
-            f"{what}: {group.name!r} has no sequence at all. Check its files and the split settings."
-        )
+        return DataError(f"{what}: {group.name!r} has no sequence at all. Check its files and the split settings.")
     longest = max(group.intervals, key=len)
     return DataError(
         f"{what}: no stretch of {group.name!r} is as long as a window, which reads {span:,} tokens; the "
@@ -219,6 +217,4 @@ class GridWindows:
 
     def __getitem__(self, index: int) -> Batch:
         interval, start, group = self.place(index)
-        return self.make_batch(
-            interval.read(start, self.span), group, np.random.default_rng((self.seed, index))
-        )
+        return self.make_batch(interval.read(start, self.span), group, np.random.default_rng((self.seed, index)))

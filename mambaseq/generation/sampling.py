@@ -31,9 +31,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     return logits
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One token a row: `(batch,)` int64. temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)

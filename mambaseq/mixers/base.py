@@ -84,9 +84,7 @@ class Mixer(nn.Module, abc.ABC):
             self.out_proj.weight.mul_(factor)  # type: ignore[union-attr, operator]
 
 
-def check_state(
-    name: str, state: Any, kind: type[State], device: torch.device, **shapes: tuple[int, ...]
-) -> None:
+def check_state(name: str, state: Any, kind: type[State], device: torch.device, **shapes: tuple[int, ...]) -> None:
     """Raise ValueError when a given state is not of this kind, these shapes and this device."""
     if type(state) is not kind:
         raise ValueError(f"{name}: the state is a {type(state).__name__}; a {kind.__name__} is needed.")

@@ -194,9 +194,7 @@ class Mamba(Mixer):
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
         x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
-        x = causal_conv_update_(
-            state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
-        )
+        x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         if self.lti:
             y = self.ssm.step_(x, z, state.ssm)
         else:

@@ -74,9 +74,7 @@ class DiagonalSSM(nn.Module):
         self.discretization: Literal["zoh", "bilinear"] = discretization
         self.mode: Literal["fft", "scan"] | None = mode
         A = initial_A("real" if real else init, d_state, real)
-        self.log_dt = nn.Parameter(
-            torch.rand(channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
-        )
+        self.log_dt = nn.Parameter(torch.rand(channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
         self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))
         if not real:
             self.A_imag = nn.Parameter(A.imag.repeat(channels, 1))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mambaseq.reporting.runs import RunFolder
 from mambaseq.data.atomic import atomic_file
+from mambaseq.reporting.runs import RunFolder
 
 
 def png(figure: Figure) -> bytes:

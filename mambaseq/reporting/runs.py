@@ -1,7 +1,7 @@
 """A run's folder: what lies where, and what is read from it.
 
-    config.yaml   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)   logs/version_K/metrics.csv
-    tensorboard/  results.json   curves.png   confusion.png
+config.yaml   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)   logs/version_K/metrics.csv
+tensorboard/  results.json   curves.png   confusion.png
 """
 
 from __future__ import annotations

@@ -67,9 +67,7 @@ def test_evaluation_predicts_every_sample_once(folder: Path) -> None:
 
 def test_splits_share_no_clip(folder: Path) -> None:
     clips = data(folder)
-    parts = {
-        split: {clip.tobytes() for clip in clips.clips(split)} for split in ("train", "validation", "test")
-    }
+    parts = {split: {clip.tobytes() for clip in clips.clips(split)} for split in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [8, 4, 4]
     assert len(set.union(*parts.values())) == 16
 

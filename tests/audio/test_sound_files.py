@@ -135,9 +135,7 @@ def test_read_audio_makes_records_of_files_folders_and_patterns(tmp_path: Path, 
 
 
 def test_write_wav_round_trip(tmp_path: Path) -> None:
-    ids = np.random.default_rng(0).integers(
-        1, 255, 300
-    )  # 0 and 255 are ±1, which 16 bits reach on one side only
+    ids = np.random.default_rng(0).integers(1, 255, 300)  # 0 and 255 are ±1, which 16 bits reach on one side only
     assert write_wav(tmp_path / "x.wav", [ids], MuLaw(), sample_rate=8000) == [tmp_path / "x.wav"]
     info = soundfile.info(tmp_path / "x.wav")
     assert (info.samplerate, info.channels, info.frames, info.subtype) == (8000, 1, 300, "PCM_16")

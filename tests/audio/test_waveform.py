@@ -30,12 +30,7 @@ def data(folder: Path, **options: object) -> WaveformData:
 def test_splits_cover_every_recording_and_do_not_overlap(folder: Path) -> None:
     waves = data(folder)
     for record, n in enumerate((10_000, 5_003)):
-        parts = [
-            i
-            for split in ("train", "validation", "test")
-            for i in waves.intervals(split)
-            if i.record == record
-        ]
+        parts = [i for split in ("train", "validation", "test") for i in waves.intervals(split) if i.record == record]
         assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
         assert parts[-1].stop == n
         assert len(parts[2]) == round(0.1 * n)

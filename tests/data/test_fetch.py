@@ -86,9 +86,7 @@ def sha256(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def write_manifest(
-    folder: Path, url: str, checksum: str | None, name: str = "a.bin", unpack: bool = False
-) -> str:
+def write_manifest(folder: Path, url: str, checksum: str | None, name: str = "a.bin", unpack: bool = False) -> str:
     path = folder / "mine.yaml"
     path.write_text(
         f"name: mine\nsummary: s\nlicence: CC0\nhomepage: https://example.org\nfiles:\n  - name: {name}\n"
@@ -140,9 +138,7 @@ def test_a_killed_download_goes_on_in_the_next_run(site: Site, tmp_path: Path) -
     assert not list(folder.glob(".a.bin.part"))
 
 
-@pytest.mark.parametrize(
-    "what", ["complete part", "too long a part", "no ranges", "changed file", "no version"]
-)
+@pytest.mark.parametrize("what", ["complete part", "too long a part", "no ranges", "changed file", "no version"])
 def test_parts_that_cannot_simply_go_on(site: Site, tmp_path: Path, what: str) -> None:
     name = write_manifest(tmp_path, site.url, sha256(CONTENT))
     folder = tmp_path / "fetched" / "mine"
@@ -159,9 +155,7 @@ def test_parts_that_cannot_simply_go_on(site: Site, tmp_path: Path, what: str) -
 
 def test_wrong_checksum(site: Site, tmp_path: Path) -> None:
     name = write_manifest(tmp_path, site.url, sha256(b"something else"))
-    with pytest.raises(
-        DataError, match=r"a\.bin, downloaded from .* does not have the checksum sha256:.*deleted"
-    ):
+    with pytest.raises(DataError, match=r"a\.bin, downloaded from .* does not have the checksum sha256:.*deleted"):
         get(name, tmp_path)
     assert not (tmp_path / "fetched" / "mine" / "a.bin").exists()
 
@@ -209,9 +203,7 @@ def test_no_room(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     name = write_manifest(tmp_path, site.url, None)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(
-        UserError, match=r"no room for a\.bin .*300,000 bytes are missing and 1,000 are free.*--cache"
-    ):
+    with pytest.raises(UserError, match=r"no room for a\.bin .*300,000 bytes are missing and 1,000 are free.*--cache"):
         get(name, tmp_path)
 
 

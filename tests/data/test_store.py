@@ -35,9 +35,7 @@ def test_roundtrip(tmp_path: Path) -> None:
     assert isinstance(store[0], np.memmap)
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(5, "uint8"), (256, "uint8"), (257, "uint16"), (70_000, "uint32")]
-)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(5, "uint8"), (256, "uint8"), (257, "uint16"), (70_000, "uint32")])
 def test_smallest_dtype(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     assert smallest_dtype(vocab_size) == dtype
     store = TokenStore.build(tmp_path / "s", [("r", np.array([vocab_size - 1]))], dtype, META)

@@ -27,15 +27,11 @@ from mambaseq.errors import DataError
 def store(tmp_path: Path) -> TokenStore:
     """Two records whose tokens are their positions, so that a window shows where it was read."""
     records = [("long", np.arange(1000)), ("short", np.arange(100))]
-    return TokenStore.build(
-        tmp_path / "s", records, "uint16", {"sources": [{"name": "a.fa", "sha256": "00"}]}
-    )
+    return TokenStore.build(tmp_path / "s", records, "uint16", {"sources": [{"name": "a.fa", "sha256": "00"}]})
 
 
 def test_random_windows_stay_inside_and_reach_both_ends(store: TokenStore) -> None:
-    groups = [
-        Group("g", [Interval(store, 0, 10, 22), Interval(store, 0, 500, 512), Interval(store, 0, 900, 905)])
-    ]
+    groups = [Group("g", [Interval(store, 0, 10, 22), Interval(store, 0, 500, 512), Interval(store, 0, 900, 905)])]
     windows = RandomWindows(groups, 10, group_label, size=300)
     starts = Counter(int(windows[i].inputs[0, 0]) for i in range(300))
     assert set(starts) == {10, 11, 12, 500, 501, 502}
@@ -79,9 +75,7 @@ def test_targets(store: TokenStore) -> None:
 
 
 def test_tiles_cover_without_overlap(store: TokenStore) -> None:
-    groups = [
-        Group("g", [Interval(store, 0, 5, 37), Interval(store, 0, 100, 109), Interval(store, 1, 0, 10)])
-    ]
+    groups = [Group("g", [Interval(store, 0, 5, 37), Interval(store, 0, 100, 109), Interval(store, 1, 0, 10)])]
     windows = GridWindows(groups, 10, group_label)
     assert [windows.place(i)[1] for i in range(len(windows))] == [5, 15, 25, 0]
     chained = GridWindows([Group("g", [Interval(store, 0, 0, 41)])], 11, next_token, stride=10)
@@ -107,9 +101,7 @@ def test_chosen_tiles_are_seeded_distinct_and_equally_many(store: TokenStore) ->
 def test_data_shorter_than_the_window(store: TokenStore, kind: type) -> None:
     options = {"size": 4} if kind is RandomWindows else {}
     groups = [Group("dog", [Interval(store, 1, 0, 50), Interval(store, 1, 60, 100)])]
-    with pytest.raises(
-        DataError, match=r"'dog'.*reads 64 tokens.*has 50 \(record 'short' of a\.fa.*Lower data"
-    ):
+    with pytest.raises(DataError, match=r"'dog'.*reads 64 tokens.*has 50 \(record 'short' of a\.fa.*Lower data"):
         kind(groups, 64, group_label, **options)
     with pytest.raises(DataError, match="'cow' has no sequence"):
         kind([Group("cow", [])], 64, group_label, **options)

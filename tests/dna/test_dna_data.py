@@ -152,10 +152,7 @@ def test_n_splits_records_and_nothing_is_joined(tmp_path: Path) -> None:
     assert stretches_without_n(ids, 0, len(ids)).tolist() == [[5, 35], [36, 56], [59, 68]]
     assert stretches_without_n(ids, 10, 60).tolist() == [[10, 35], [36, 56], [59, 60]]
     assert stretches_without_n(ids, 0, 5).tolist() == []
-    files = {
-        name: [fasta(tmp_path, f"{name}.fa", a=letters, t=bases(40, k))]
-        for k, name in enumerate(("x", "y"), 5)
-    }
+    files = {name: [fasta(tmp_path, f"{name}.fa", a=letters, t=bases(40, k))] for k, name in enumerate(("x", "y"), 5)}
     train = SpeciesData(species=files, test_records=["t"], cache=str(tmp_path)).splits.train[0]
     # the last tenth of the 68 bases is for validation, so that the third stretch ends at 62
     assert [(found.start, found.stop) for found in train.intervals] == [(5, 35), (36, 56), (59, 62)]
@@ -177,9 +174,7 @@ def test_stretches_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_splitting_by_record_names(tmp_path: Path) -> None:
     files = {
-        name: [
-            fasta(tmp_path, f"{name}.fa", chr1=bases(400, k), chr2=bases(300, k + 1), chr3=bases(200, k + 2))
-        ]
+        name: [fasta(tmp_path, f"{name}.fa", chr1=bases(400, k), chr2=bases(300, k + 1), chr3=bases(200, k + 2))]
         for k, name in ((0, "x"), (10, "y"))
     }
     data = SpeciesData(
@@ -187,9 +182,7 @@ def test_splitting_by_record_names(tmp_path: Path) -> None:
     )
     for split, record in (("train", "chr1"), ("validation", "chr2"), ("test", "chr3")):
         groups = getattr(data.splits, split)
-        assert {
-            interval.store.names[interval.record] for group in groups for interval in group.intervals
-        } == {record}
+        assert {interval.store.names[interval.record] for group in groups for interval in group.intervals} == {record}
     whole = SpeciesData(species=files, length=20, validation_fraction=0, cache=str(tmp_path))
     assert whole.validation() is None
     assert whole.test() is None

@@ -30,9 +30,7 @@ def bgzip(path: Path, content: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", ["plain", "crlf", "gzip", "gzip without suffix", "bgzip", "two gzip members"]
-)
+@pytest.mark.parametrize("kind", ["plain", "crlf", "gzip", "gzip without suffix", "bgzip", "two gzip members"])
 def test_reading(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.fa.gz"
     if kind == "bgzip":

@@ -89,5 +89,14 @@ def test_class_metrics_refuse_unlabelled_data() -> None:
 
 
 def test_every_registered_metric_is_known_here() -> None:
-    known = {"accuracy", "macro_f1", "mcc", "confusion", "bits_per_token", "bits_per_byte", "perplexity", "token_accuracy"}
+    known = {
+        "accuracy",
+        "macro_f1",
+        "mcc",
+        "confusion",
+        "bits_per_token",
+        "bits_per_byte",
+        "perplexity",
+        "token_accuracy",
+    }
     assert {entry.name for entry in catalog()["metrics"] if "/" not in entry.name} == known

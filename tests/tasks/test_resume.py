@@ -129,7 +129,9 @@ def test_best_weights_are_exported_and_history_is_kept(config: Path, tmp_path: P
     fit(config, out)
     best = read_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
     loaded = load_model(out).model.state_dict()
-    assert_equal({f"model.{k}": v for k, v in loaded.items()}, {k: v for k, v in best.items() if k.startswith("model.")})
+    assert_equal(
+        {f"model.{k}": v for k, v in loaded.items()}, {k: v for k, v in best.items() if k.startswith("model.")}
+    )
     assert main(["fit", "--resume", str(out), "--trainer.max_steps", "15"]) == 0
     steps = [step for step, _ in RunFolder(out).curve("val/loss")]
     assert steps[0] < 10 < steps[-1]

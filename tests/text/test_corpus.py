@@ -98,9 +98,7 @@ def test_training_windows_stay_in_the_training_part(file: Path) -> None:
 def test_files_of_their_own(tmp_path: Path, file: Path) -> None:
     (tmp_path / "test.txt").write_text("a test of its own\n")
     (tmp_path / "more.txt").write_text("more to train on\n" * 20)
-    corpus = data(
-        [str(file), str(tmp_path / "more.txt")], test_files=str(tmp_path / "test.txt"), validation_fraction=0
-    )
+    corpus = data([str(file), str(tmp_path / "more.txt")], test_files=str(tmp_path / "test.txt"), validation_fraction=0)
     assert corpus.validation() is None
     assert all_targets(corpus.test()).numpy().astype(np.uint8).tobytes() == b" test of its own\n"
     assert [len(text) for text in corpus.raw("train")] == [file.stat().st_size, 340]

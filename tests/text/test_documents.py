@@ -80,10 +80,7 @@ def test_splits_go_by_content(file: Path, texts: list[str], tmp_path: Path) -> N
     documents = data(doubled)
     train = documents.train()
     assert isinstance(train, PackedDocuments)
-    begins = [
-        {bytes([*i, t[-1]]) for i, t in sequences(p)}
-        for p in (train, documents.validation(), documents.test())
-    ]
+    begins = [{bytes([*i, t[-1]]) for i, t in sequences(p)} for p in (train, documents.validation(), documents.test())]
     starts = [{piece for piece in part if b": " in piece[:5]} for part in begins]
     assert all(starts)
     assert not starts[0] & starts[1]
@@ -169,9 +166,7 @@ def shards(tmp_path: Path) -> list[str]:
 
 
 def stream(shards: list[str], **options: Any) -> DocumentData:
-    made = DocumentData(
-        **{"files": shards, "streaming": True, "length": LENGTH, "shuffle_windows": 20, **options}
-    )
+    made = DocumentData(**{"files": shards, "streaming": True, "length": LENGTH, "shuffle_windows": 20, **options})
     made.setup()
     return made
 
@@ -224,9 +219,7 @@ def test_processes_share_the_batches_of_one(shards: list[str]) -> None:
 def test_a_pass_holds_every_window_once_and_the_next_is_mixed_anew(shards: list[str]) -> None:
     plain = stream(shards, shuffle_windows=0).train()
     text = b"".join(
-        json.loads(line)["text"].encode() + b"\n"
-        for shard in shards
-        for line in Path(shard).read_text().splitlines()
+        json.loads(line)["text"].encode() + b"\n" for shard in shards for line in Path(shard).read_text().splitlines()
     )
     n = (len(text) - 1) // LENGTH
     unmixed = [item for _, item in zip(range(n + 1), plain, strict=False)]

@@ -54,9 +54,7 @@ def test_long_text_comes_in_whole_characters(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize("before", [3, CHUNK + 5])
 def test_not_utf8(tmp_path: Path, before: int) -> None:
     name = write(tmp_path / "latin.txt", b"x" * before + "é\n".encode("latin-1"))
-    with pytest.raises(
-        DataError, match=rf"latin\.txt is not UTF-8 text: byte 0xe9 at offset {before:,} .*encoding"
-    ):
+    with pytest.raises(DataError, match=rf"latin\.txt is not UTF-8 text: byte 0xe9 at offset {before:,} .*encoding"):
         whole(name)
     with pytest.raises(DataError, match=rf"latin\.txt is not UTF-8 text: byte 0xe9 at offset {before:,} "):
         texts(name)

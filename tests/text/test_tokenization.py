@@ -68,9 +68,7 @@ def test_counts_sum_to_the_bytes_of_every_prefix(sample: str, tokenizer_json: Pa
 
 
 def test_counts_of_a_tokenizer_that_drops_characters(tmp_path: Path) -> None:
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "end": 2}, unk_token="[UNK]")
-    )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "end": 2}, unk_token="[UNK]"))
     words.normalizer = tokenizers.normalizers.Lowercase()
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))

@@ -1,0 +1,129 @@
+"""Law 6: save, load, same output bit for bit; and what can go wrong with files."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambaseq.checkpoints import ModelCard, load_model, save_model
+from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
+from mambaseq.errors import UserError
+from mambaseq.models import SequenceModel, build_model, causal_lm
+
+
+def small(**options) -> SequenceModel:
+    return causal_lm(vocab_size=13, d_model=8, n_layers=2, **options)
+
+
+def card(model: SequenceModel) -> ModelCard:
+    assert model.spec is not None
+    return ModelCard(spec=model.spec, length=4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_embeddings": False}, {"mixer": "s4d"}, {"lti": True}, {"n_conditions": 3}]
+)
+def test_saved_and_loaded_gives_the_same_bits(tmp_path: Path, options: dict) -> None:
+    model = small(**options).eval()
+    save_model(tmp_path / "m", model, card(model))
+    loaded = load_model(tmp_path / "m")
+    ids = torch.randint(0, 13, (2, 9))
+    condition = torch.tensor([0, 2]) if "n_conditions" in options else None
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids, condition=condition).logits, model(ids, condition=condition).logits)
+    assert loaded.card.length == 4
+
+
+def test_another_shape_is_named(tmp_path: Path) -> None:
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    path = tmp_path / "m" / "model.json"
+    text = json.loads(path.read_text())
+    text["spec"]["d_model"] = 12
+    path.write_text(json.dumps(text))
+    with pytest.raises(UserError, match=r"model\.safetensors do not fit.*backbone.*\(.*the model has"):
+        load_model(tmp_path / "m")
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model at"):
+        load_model(tmp_path)
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "model.json").write_text("{")
+    with pytest.raises(UserError, match="not a model description"):
+        load_model(tmp_path / "m")
+
+
+def test_checkpoints_are_not_unpickled(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "evil": Path("x")}, tmp_path / "c.ckpt")
+    with pytest.raises(UserError, match=r"c\.ckpt cannot be read"):
+        read_checkpoint(tmp_path / "c.ckpt")
+    (tmp_path / "d.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(tmp_path / "d.ckpt")
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
+from mambaseq.errors import UserError
+io = AtomicCheckpointIO()
+io.save_checkpoint({"weights": torch.ones(10)}, sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk or quota does to a write
+try:
+    io.save_checkpoint({"weights": torch.ones(1_000_000)}, sys.argv[1])
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "last.ckpt" in done.stdout
+    assert "Free some space" in done.stdout
+    assert read_checkpoint(path)["weights"].shape == (10,)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_atomic_writer_replaces(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO()
+    for value in (1, 2):
+        io.save_checkpoint({"value": value}, tmp_path / "a" / "c.ckpt")
+    assert io.load_checkpoint(tmp_path / "a" / "c.ckpt") == {"value": 2}
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_unknown_parts_and_options_are_refused() -> None:
+    from mambaseq.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="Did you mean 'mamba'"):
+        small(mixer="mambo")
+    with pytest.raises(ConfigError, match="d_stat"):
+        small(d_stat=3)
+    with pytest.raises(ConfigError, match="tie_embeddings"):
+        build_model(
+            {
+                "d_model": 8,
+                "tie_embeddings": True,
+                "encoder": {"name": "signal", "n_channels": 1},
+                "backbone": {"name": "residual", "n_layers": 1},
+                "mixer": {"name": "mamba"},
+                "head": {"name": "classification", "n_classes": 2},
+            }
+        )

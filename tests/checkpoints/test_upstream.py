@@ -1,0 +1,81 @@
+"""The published Mamba: transformers' logits and names, both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambaseq.checkpoints import load_upstream
+from mambaseq.checkpoints.export import weights
+from mambaseq.checkpoints.upstream import from_upstream, options_from_config, to_upstream
+from mambaseq.errors import UserError
+from mambaseq.models import causal_lm
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def theirs():
+    config = transformers.MambaConfig(vocab_size=101, hidden_size=48, num_hidden_layers=3, state_size=16)
+    torch.manual_seed(3)
+    model = transformers.MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing may hide behind an initial value
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def test_logits_of_transformers(theirs) -> None:
+    ours = causal_lm(**options_from_config(theirs.config.to_dict()))
+    ours.load_state_dict(from_upstream(theirs.state_dict()))
+    ids = torch.randint(0, 101, (2, 70))
+    with torch.no_grad():
+        assert relative(ours(ids).logits, theirs(ids).logits) <= 1e-5
+
+
+def test_and_back(theirs) -> None:
+    ours = causal_lm(**options_from_config(theirs.config.to_dict()))
+    names = to_upstream(weights(ours), transformers=True)
+    assert names.keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(names)
+    ids = torch.randint(0, 101, (1, 33))
+    with torch.no_grad():
+        assert relative(theirs(ids).logits, ours(ids).logits) <= 1e-5
+
+
+def test_folders_of_both_houses(theirs, tmp_path: Path) -> None:
+    ids = torch.randint(0, 101, (1, 20))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    theirs.save_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert relative(load_upstream(tmp_path / "hf")(ids).logits, expected) <= 1e-5
+    folder = tmp_path / "state-spaces"
+    folder.mkdir()
+    config = {"d_model": 48, "n_layer": 3, "vocab_size": 101, "ssm_cfg": {}, "pad_vocab_size_multiple": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours = from_upstream(theirs.state_dict())
+    torch.save(to_upstream(ours), folder / "pytorch_model.bin")
+    with torch.no_grad():
+        assert relative(load_upstream(folder)(ids).logits, expected) <= 1e-5
+
+
+def test_padded_vocabulary_of_the_published_models() -> None:
+    config = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8}
+    assert options_from_config(config) == {"vocab_size": 50280, "d_model": 768, "n_layers": 24}
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mamba2"):
+        options_from_config({"hidden_size": 8, "model_type": "mamba2"})
+    with pytest.raises(UserError, match="pure Mamba-1"):
+        options_from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba2"}})
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_upstream(tmp_path)

@@ -1,0 +1,145 @@
+"""The commands, one after the other on one small run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambaseq.cli.main import main
+
+DNA = [
+    "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",
+    "--model.d_model=8", "--model.backbone.n_layers=1", "--loader.batch_size=4",
+    "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "dna"
+    assert main(["fit", "--config", "dna/demo", "--out", str(out), *DNA]) == 0
+    return out
+
+
+def test_a_run_leaves_everything_needed(run: Path) -> None:
+    for name in ("config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "model/model.safetensors",
+                 "model/model.json", "logs/version_0/metrics.csv", "curves.png", "results.json"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard").glob("events*"))
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 4
+    assert results["train_tokens"] == 4 * 4 * 64
+    assert results["tokens_per_second"] > 0
+
+
+def test_validate_and_test_agree_with_the_run(run: Path, capsys) -> None:
+    before = json.loads((run / "results.json").read_text())["val/accuracy"]
+    assert main(["validate", "--checkpoint", str(run)]) == 0
+    assert "val/accuracy" in capsys.readouterr().out
+    # the exported weights are the best ones, so they are at least as good as the last
+    assert json.loads((run / "results.json").read_text())["val/accuracy"] >= before - 1e-6
+    assert main(["test", "--checkpoint", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert sum(map(sum, results["test/confusion"])) == 6 * 5
+    assert (run / "test_confusion.png").exists()
+
+
+def test_predict_writes_a_row_a_window(run: Path, tmp_path: Path) -> None:
+    fasta = tmp_path / "in.fa"
+    fasta.write_text(">one two\n" + "ACGT" * 40 + "\n>short\nACGTACGTAA\n")
+    out = tmp_path / "out.csv"
+    assert main(["predict", "--checkpoint", str(run), str(fasta), "--out", str(out), "--device", "cpu"]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [(r["record"], r["start"], r["stop"]) for r in rows] == [
+        ("one", "0", "64"),
+        ("one", "64", "128"),
+        ("short", "0", "10"),
+    ]
+    for row in rows:
+        shares = [float(row[name]) for name in ("human", "galago", "mouse", "cow", "dog")]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert row["predicted"] == ("human", "galago", "mouse", "cow", "dog")[shares.index(max(shares))]
+
+
+def test_bad_input_writes_nothing_and_exits_with_2(run: Path, tmp_path: Path, capsys) -> None:
+    fasta = tmp_path / "protein.fa"
+    fasta.write_text(">p\nMKVLEEQ\n")
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    assert main(["predict", "--checkpoint", str(run), str(fasta), "--out", str(out), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "protein.fa" in error
+    assert out.read_text() == "precious"
+
+
+def test_a_window_longer_than_the_data_is_explained(tmp_path: Path, capsys) -> None:
+    arguments = [*DNA, "--data.length=100000000"]
+    assert main(["fit", "--config", "dna/demo", "--out", str(tmp_path / "r"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "data.length" in error
+    assert ".fa.gz" in error
+
+
+def test_a_classifier_does_not_generate(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["generate", "--checkpoint", str(run), "--out", str(tmp_path / "x.fa"), "--device", "cpu"]) == 2
+    assert "lm head" in capsys.readouterr().err
+
+
+def test_text_generates_after_a_prompt(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "text"
+    small = ["--data.length=32", "--model.d_model=8", "--model.backbone.n_layers=1", "--loader.batch_size=2",
+             "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
+             "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    assert main(["fit", "--config", "text/demo", "--out", str(out), *small]) == 0
+    written = []
+    for name in ("a.txt", "b.txt"):
+        arguments = ["--prompt", "To be", "-n", "40", "--seed", "5", "--device", "cpu", "--out", str(tmp_path / name)]
+        assert main(["generate", "--checkpoint", str(out), *arguments]) == 0
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    assert written[0].startswith(b"To be")
+    text = tmp_path / "in.txt"
+    text.write_text("To be or not to be")
+    assert (
+        main(["predict", "--checkpoint", str(out), str(text), "--out", str(tmp_path / "p.csv"), "--device", "cpu"]) == 0
+    )
+    (row,) = csv.DictReader((tmp_path / "p.csv").open())
+    assert int(row["tokens"]) == 17
+    assert 3 < float(row["bits_per_token"]) < 12
+    capsys.readouterr()
+    assert main(["generate", "--checkpoint", str(out), "--condition", "7", "--out", str(tmp_path / "c.txt")]) == 2
+    assert "not conditional" in capsys.readouterr().err
+
+
+def test_audio_generates_wavs_on_condition(tmp_path: Path, capsys) -> None:
+    import soundfile
+
+    out = tmp_path / "audio"
+    small = ["--data.length=200", "--model.d_model=8", "--model.backbone.n_layers=1", "--loader.batch_size=2",
+             "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
+             "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    assert main(["fit", "--config", "audio/demo", "--out", str(out), *small]) == 0
+    arguments = ["--condition", "3,7", "-n", "160", "--device", "cpu", "--out", str(tmp_path / "said.wav")]
+    assert main(["generate", "--checkpoint", str(out), *arguments]) == 0
+    files = sorted(tmp_path.glob("said*.wav"))
+    assert len(files) == 2
+    for file in files:
+        samples, rate = soundfile.read(file)
+        assert (len(samples), rate) == (160, 8000)
+    capsys.readouterr()
+    assert main(["generate", "--checkpoint", str(out), "--out", str(tmp_path / "x.wav")]) == 2
+    assert "--condition" in capsys.readouterr().err
+
+
+def test_doctor_finds_every_backend_right(capsys) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for op in ("selective_scan", "causal_conv", "lti_scan"):
+        assert op in printed
+    assert "WRONG" not in printed
+    assert torch.__version__ in printed

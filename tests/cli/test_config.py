@@ -1,0 +1,87 @@
+"""Configurations: checked, suggested, overridable, saved so that they read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mambaseq.cli.config import parse_config
+from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError
+
+BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_overrides_win_and_types_are_checked(config: Path) -> None:
+    run = parse_config(str(config), ["--model.mixer.d_state", "2", "--trainer.max_steps=7", "--seed", "3"])
+    assert run.settings["model"]["mixer"]["d_state"] == 2
+    assert run.settings["data"]["size"] == 8
+    assert run.settings["seed"] == 3
+    assert run.trainer["max_steps"] == 7
+    with pytest.raises(ConfigError, match=r"data\.size"):
+        parse_config(str(config), ["--data.size", "many"])
+
+
+def test_a_name_on_the_command_line_changes_the_class(config: Path) -> None:
+    config.write_text('data: {name: "tiny:TinyTokens"}\n')
+    run = parse_config(str(config), ["--model.mixer.name", "s4d", "--model.mixer.init", "inv"])
+    assert run.classes["mixer"].__name__ == "S4D"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (BASE.replace("size", "sise"), [], r"no key 'data.sise'\. Did you mean 'data\.size'"),
+        (BASE, ["--model.mixer.d_stat", "2"], r"no key 'model.mixer.d_stat'\. Did you mean 'model\.mixer\.d_state'"),
+        (BASE + "optimiser: {lr: 1}\n", [], r"no key 'optimiser.*'\. Did you mean 'optimizer"),
+        (BASE.replace("mamba,", "mambo,"), [], r"No mixer is named 'mambo'\. Did you mean 'mamba'"),
+        (BASE + "trainer: {max_step: 3}\n", [], r"no key 'trainer\.max_step'\. Did you mean 'trainer\.max_steps'"),
+        ("seed: 1\n", [], r"needs data\.name"),
+        ("just text\n", [], r"c\.yaml holds no settings"),
+        ("a: [1\n", [], r"c\.yaml is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_with_a_suggestion(config: Path, text: str, overrides: list[str], message: str) -> None:
+    config.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse_config(str(config), overrides)
+
+
+def test_unknown_configuration_is_suggested() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'dna/demo'"):
+        parse_config("dna/dem", [])
+
+
+def test_the_saved_configuration_reads_back_equal(config: Path, tmp_path: Path) -> None:
+    run = parse_config(str(config), ["--trainer.callbacks", "null"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(run.yaml)
+    again = parse_config(str(saved), [])
+    assert again.settings == run.settings
+    assert again.yaml == run.yaml
+
+
+def test_user_errors_exit_with_2_in_one_paragraph(config: Path, capsys) -> None:
+    config.write_text(BASE.replace("size", "sise"))
+    assert main(["fit", "--config", str(config), "--out", str(config.parent / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mambaseq fit: ")
+    assert "\n" not in error
+    assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fitt"], ["list", "mixer"], ["fit"], ["test", "--checkpoint", "nowhere"], ["data", "info", "nothing-like-it"]],
+)
+def test_wrong_commands_exit_with_2(arguments: list[str], capsys) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("mambaseq")

@@ -1,0 +1,80 @@
+"""Every shipped configuration is registered, parsed, built and stepped at tiny size; laws 2 and 3 for its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambaseq.cli.config import parse_config
+from mambaseq.cli.main import main
+from mambaseq.domain import catalog
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.resources import find, share
+
+NAMES = [entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:")]
+SMALL = {
+    "--model.d_model": "16",
+    "--model.backbone.n_layers": "2",
+    "--loader.batch_size": "2",
+    "--loader.num_workers": "0",
+    "--data.length": "96",
+    "--trainer.max_steps": "2",
+    "--trainer.accelerator": "cpu",
+    "--trainer.devices": "1",
+    "--trainer.precision": "32-true",
+    "--trainer.limit_val_batches": "2",
+    "--trainer.val_check_interval": "2",
+    "--trainer.enable_progress_bar": "false",
+    "--length_warmup.start": "0",
+}
+
+
+def small(name: str) -> list[str]:
+    return [f"{key}={value}" for key, value in SMALL.items()]
+
+
+def model_of(name: str) -> SequenceModel:
+    settings = parse_config(name, small(name))
+    data = settings.make_data()
+    data.setup()
+    torch.manual_seed(0)
+    return build_model(settings.model_spec(data)).eval()
+
+
+def test_every_file_is_registered() -> None:
+    registered = {find(entry.target).resolve() for entry in catalog()["configs"]}
+    assert {path.resolve() for path in (share() / "configs").rglob("*.yaml")} <= registered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_built_and_stepped(name: str, tmp_path: Path) -> None:
+    assert main(["fit", "--config", name, "--out", str(tmp_path / "run"), *small(name)]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_chunked_and_stepped_models_agree(name: str) -> None:
+    model = model_of(name)
+    if not model.head.per_token:
+        pytest.skip("a classifier has one output a sequence")
+    vocabulary = model.head.linear.out_features
+    ids = torch.randint(0, vocabulary, (2, 40))
+    condition = torch.tensor([0, 1]) if model.encoder.condition is not None else None
+    with torch.no_grad():
+        full = model(ids, condition=condition).logits
+        one = model(ids[:, :17], condition=condition, return_state=True)
+        two = model(ids[:, 17:], condition=condition, state=one.state)
+        torch.testing.assert_close(torch.cat([one.logits, two.logits], 1), full, atol=2e-5, rtol=1e-4)
+        state = model.init_state(2)
+        steps = [model.step_(ids[:, t], state, condition) for t in range(40)]
+        torch.testing.assert_close(torch.stack(steps, 1), full, atol=2e-5, rtol=1e-4)
+        bounds = torch.tensor([0, 40, 80], dtype=torch.int32)
+        packed = model(ids.reshape(1, -1), condition=condition, cu_seqlens=bounds).logits
+        torch.testing.assert_close(packed.reshape(full.shape), full, atol=2e-5, rtol=1e-4)
+        changed = ids.clone()
+        changed[:, 25] = (changed[:, 25] + 1) % vocabulary
+        other = model(changed, condition=condition).logits
+        torch.testing.assert_close(other[:, :25], full[:, :25], atol=2e-5, rtol=1e-4)
+        assert not torch.equal(other[:, 25:], full[:, 25:])
