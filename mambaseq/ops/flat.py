@@ -15,7 +15,7 @@ def flat(value: Tensor | None) -> np.ndarray:
     """All elements of a tensor in float32; a single zero for None. Shares memory where it can."""
     if value is None:
         return np.zeros(1, dtype=np.float32)
-    return value.detach().float().contiguous().view(-1).numpy()
+    return value.detach().to(torch.float32).contiguous().numpy().reshape(-1)
 
 
 def rows_of(x: Tensor | None) -> tuple[np.ndarray, int]:
@@ -28,6 +28,8 @@ def rows_of(x: Tensor | None) -> tuple[np.ndarray, int]:
     channels = x.shape[-1]
     if x.numel() == 0:
         return np.zeros(1, dtype=np.float32), channels
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x.detach().numpy().reshape(-1), channels
     rows = x.detach().float().reshape(-1, channels)
     if (rows.stride(1) != 1 and channels > 1) or rows.stride(0) < channels:
         rows = rows.contiguous()

@@ -34,9 +34,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def share(
-    n_tasks: int, make_worker: Callable[[], Callable[[int, int], None]], *, serial: bool = False
-) -> None:
+def share(n_tasks: int, make_worker: Callable[[], Callable[[int, int], None]], *, serial: bool = False) -> None:
     """Do tasks `0 … n_tasks - 1`, by `torch.get_num_threads()` threads of which the caller is one.
 
     Args:

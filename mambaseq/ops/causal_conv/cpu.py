@@ -22,8 +22,7 @@ _TASKS = 64
 # Elements of x below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
 _ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? initial_state, Tensor? cu_seqlens, "
-    "bool reverse"
+    "Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
 )
 
 

@@ -28,9 +28,7 @@ OP = dispatch.Op(
 )
 
 
-def discretize(
-    dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization = "zoh"
-) -> tuple[Tensor, Tensor]:
+def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization = "zoh") -> tuple[Tensor, Tensor]:
     """The logarithm of Abar, and Bbar, of h' = A h + B x sampled at steps of dt.
 
         zoh       Abar = exp(dt A)                        Bbar = (exp(dt A) - 1) / A · B
@@ -167,42 +165,10 @@ def lti_scan(
     return y, final_state.real if becomes_complex else final_state
 
 
-def lti_step_(
-    state: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-) -> Tensor:
-    """One step of `lti_scan` for generation; changes `state` in place.
-
-    Args:
-        state: `(batch, channels, d_state)`, complex where log_decay is.
-        x, z: `(batch, channels)`.
-        log_decay, B: `(channels, d_state)`, from `discretize`, once for all steps.
-        C: `(channels, d_state)`; halved where `discretize` has made a real system complex.
-        D: `(channels,)`.
-
-    Returns:
-        y `(batch, channels)` in the dtype of x.
-    """
-    wide = state.dtype
-    u = x.to(wide)
-    state.mul_(torch.exp(log_decay.to(wide))).add_(B.to(wide) * u[..., None])
-    y = (state * C.to(wide)).sum(-1)
-    y = 2 * y.real if y.is_complex() else y
-    if D is not None:
-        y = y + D.to(y.dtype) * x
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)
-
-
 def _faster_mode(arguments: LtiArguments) -> Mode:
-    if arguments.cu_seqlens is not None:
+    """On CPU the scan's kernels, whose work grows with the number of states, are the faster up to 64 of them at
+    the least, since the convolution has its kernel to compute; PyTorch's own scan is always the slower."""
+    if arguments.cu_seqlens is not None or cpu.why_not(arguments) is None:
         return "scan"
     return "fft"
 

@@ -18,9 +18,7 @@ from mambaseq.ops.lti.arguments import LtiArguments
 
 # Updates of a state below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
-_ARGUMENTS = (
-    "Tensor x, Tensor decay, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
-)
+_ARGUMENTS = "Tensor x, Tensor decay, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 

@@ -2,7 +2,7 @@
 """Numba kernels of the time-invariant scan: complex arithmetic on real and imaginary parts in float32.
 
 As in the selective scan, channels are worked on in blocks of `WIDTH`, which become vector instructions, and
-in chunks of time copied to `local`. States do not meet, so one n after the other goes through the whole chunk,
+in chunks of time copied to `local`. States do not meet, so one n after the other goes through a whole chunk,
 four steps at a time in registers.
 
 With C' = (factor Re C, -factor Im C), factor 2 for complex and 1 for real systems:
@@ -27,6 +27,8 @@ _W5, _W6, _W7 = np.uint64(5 * WIDTH), np.uint64(6 * WIDTH), np.uint64(7 * WIDTH)
 # `local` is (3, CHUNK, WIDTH): x; y, or the gradient of x; the gradient of y.
 _OUT, _DY = np.uint64(CHUNK * WIDTH), np.uint64(2 * CHUNK * WIDTH)
 _ZERO = np.float32(0)
+# LLVM does not vectorise loops over rows whose offsets it sees fall; it does if they are looked up.
+_LAST_FIRST = np.arange(CHUNK)[::-1].copy()
 
 
 class Inputs(NamedTuple):
@@ -233,7 +235,8 @@ def _walk_back(i, local, history, dstate, block, n, steps):
     system = i.system
     p = np.uint64((block * i.d_state + n) * 6 * WIDTH)
     g = np.uint64(n * 8 * WIDTH)
-    for t in range(steps - 1, -1, -1):
+    for r in range(CHUNK - steps, CHUNK):
+        t = _LAST_FIRST[r]
         at = np.uint64(t * WIDTH)
         k = np.uint64(t * 2 * WIDTH)
         for c in range(_W):

@@ -100,9 +100,7 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     # Sums in a fixed order: over the tasks of a block, and over the blocks of a group.
     dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)
     dA = blocks.gather(dA)[:, :d_state]
-    dD, dbias = (
-        blocks.gather(value.view(-1, n_blocks, width).sum(0)) for value in (gradients.D, gradients.bias)
-    )
+    dD, dbias = (blocks.gather(value.view(-1, n_blocks, width).sum(0)) for value in (gradients.D, gradients.bias))
     dB, dC = (_sum_of_blocks(value, M) for value, M in ((gradients.B, B), (gradients.C, C)))
     found = (gradients.x, gradients.dt, dA, dB, dC, dD, gradients.z, dbias, gradients.initial)
     wanted = (*arguments[:8], arguments.initial_state)

@@ -145,9 +145,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
             _store_dstate(i, dstate, gradients.initial, s, c0, width)
         for n in range(i.n_states):
             for c in range(WIDTH):
-                gradients.A[(task * i.n_states + n) * WIDTH + c] = dstate[
-                    (n // 4 * 8 + 4 + n % 4) * WIDTH + c
-                ]
+                gradients.A[(task * i.n_states + n) * WIDTH + c] = dstate[(n // 4 * 8 + 4 + n % 4) * WIDTH + c]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")

@@ -86,9 +86,7 @@ def register(
             x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, cu_seqlens, ctx.reverse
         )
         found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *arguments), strict=True))
-        return tuple(
-            None if value is None else found.get(name) for name, value in arguments._asdict().items()
-        )
+        return tuple(None if value is None else found.get(name) for name, value in arguments._asdict().items())
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     return lambda arguments: forward_op(*arguments)

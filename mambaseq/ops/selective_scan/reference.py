@@ -46,9 +46,7 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final_state
 
 
-def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     length, channels = x.shape[1], x.shape[2]
     ys: list[Tensor] = [x] * length
     for t in reversed(range(length)) if reverse else range(length):

@@ -1,0 +1,177 @@
+"""One step of the ops for decode loops: length 1, states changed in place.
+
+On CPU in float32 and without gradients they run as Numba kernels, which spare the many small operations of the
+same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambaseq.ops.causal_conv import Activation
+from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.lti import Discretization, discretize
+
+
+def selective_state_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One step of `mambaseq.ops.selective_scan`; changes `state` in place.
+
+    Args:
+        state: `(batch, channels, d_state)`, float32, or complex64 if A is complex.
+        x, dt, z: `(batch, channels)`.
+        A: `(channels, d_state)`.
+        B, C: `(batch, d_state)` or `(batch, groups, d_state)`.
+        D, dt_bias: `(channels,)`.
+
+    Returns:
+        y `(batch, channels)` in the dtype of x.
+    """
+    B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))
+    channels = x.shape[1]
+    if _can_run_kernels(state, x, dt, A, B, C, D, z, dt_bias) and B.shape == C.shape:
+        kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
+        y = torch.empty(x.shape)
+        kernels.selective_state_update(
+            state.view(-1).numpy(),
+            *rows_of(x),
+            *rows_of(dt),
+            flat(A),
+            flat(B),
+            flat(C),
+            B.shape[1],
+            flat(D),
+            D is not None,
+            *rows_of(z),
+            flat(dt_bias),
+            dt_bias is not None,
+            dt_softplus,
+            *state.shape,
+            y.view(-1).numpy(),
+            scratch(channels),
+        )
+        return y
+    delta = dt.to(state.real.dtype)
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(delta.dtype)
+    if dt_softplus:
+        delta = F.softplus(delta)
+    u = x.to(delta.dtype)
+    B, C = (M.to(state.dtype).repeat_interleave(channels // M.shape[1], dim=1) for M in (B, C))
+    state.mul_(torch.exp(delta[..., None] * A.to(state.dtype))).add_((delta * u)[..., None] * B)
+    return _read_out(state, C, x, D, z)
+
+
+def lti_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    discretization: Discretization = "zoh",
+) -> Tensor:
+    """One step of `mambaseq.ops.lti_scan`; changes `state` in place.
+
+    Args:
+        state: `(batch, channels, d_state)`, float32, or complex64 if A is complex.
+        x, z: `(batch, channels)`.
+        dt, D: `(channels,)`.
+        A, B, C: `(channels, d_state)`.
+
+    Returns:
+        y `(batch, channels)` in the dtype of x.
+    """
+    wide = state.dtype
+    log_decay, B = discretize(dt.to(state.real.dtype), A.to(wide), B.to(wide), discretization)
+    decay = torch.exp(log_decay)
+    decay = decay if wide.is_complex else decay.real if decay.is_complex() else decay
+    state.mul_(decay).add_(B * x.to(wide)[..., None])
+    return _read_out(state, C.to(wide), x, D, z)
+
+
+def causal_conv_update_(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+) -> Tensor:
+    """One step of `mambaseq.ops.causal_conv`; changes `state` in place.
+
+    Args:
+        state: `(batch, channels, width - 1)`, float32, the latest inputs, oldest first.
+        x: `(batch, channels)`.
+        weight: `(channels, width)`.
+        bias: `(channels,)`.
+        activation: "silu" or None.
+
+    Returns:
+        y `(batch, channels)` in the dtype of x.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', not {activation!r}")
+    if _can_run_kernels(state, x, weight, bias):
+        kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
+        y = torch.empty(x.shape)
+        kernels.causal_conv_update(
+            state.view(-1).numpy(),
+            *rows_of(x),
+            flat(weight),
+            flat(bias),
+            bias is not None,
+            activation == "silu",
+            *state.shape,
+            y.view(-1).numpy(),
+        )
+        return y
+    window = torch.cat([state, x.to(state.dtype)[..., None]], dim=-1)
+    state.copy_(window[..., 1:])
+    y = (window * weight.to(state.dtype)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _read_out(state: Tensor, C: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    y = (state * C).sum(-1)
+    y = 2 * y.real if y.is_complex() else y
+    if D is not None:
+        y = y + D.to(y.dtype) * x.to(y.dtype)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def _can_run_kernels(state: Tensor, *values: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not state.is_contiguous():
+        return False
+    needs_gradient = torch.is_grad_enabled()
+    for value in (state, *values):
+        if value is None:
+            continue
+        if value.device.type != "cpu" or value.dtype != torch.float32:
+            return False
+        if needs_gradient and value.requires_grad:
+            return False
+    return True
