@@ -1,4 +1,4 @@
-"""The wheel: installed (not editable) beside the installed torch, it lists, fits and finds its data from another folder."""
+"""The wheel: installed (not editable) beside the installed torch, it fits and finds its data from another folder."""
 
 from __future__ import annotations
 

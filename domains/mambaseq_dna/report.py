@@ -55,7 +55,7 @@ def report(run: Path) -> Section:
         if length is None:
             verdict = "ahead of" if correct / n > baseline.accuracy else "behind"
             summary = (
-                f"{correct / n:.3f} of {n} held-out windows of {where} labelled correctly (chance {1 / len(counts):.2f}), "
+                f"{correct / n:.3f} of {n} held-out windows of {where} labelled right (chance {1 / len(counts):.2f}), "
                 f"{verdict} {baseline.name} ({baseline.accuracy:.3f})"
             )
     assert data is not None

@@ -98,8 +98,8 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
-            f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration that "
-            f"they were trained with (d_model, n_layers, mixer, vocabulary), or start anew without them."
+            f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration "
+            f"that they were trained with (d_model, n_layers, mixer, vocabulary), or start anew without them."
         )
     model.load_state_dict(tensors)
 
@@ -137,7 +137,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         folder = folder / "model"
     if not (folder / "model.json").is_file():
         raise UserError(
-            f"There is no model at {path}: neither model.json nor model/model.json. Give the folder of a run."
+            f"There is no model at {path}: no model.json and no model/model.json. Give the folder of a run."
         )
     card = _read_card(folder / "model.json")
     model = build_model(card.spec)

@@ -34,6 +34,6 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). It is damaged "
-            f"or was not written by mambaseq; use another one, or start the run anew in another folder."
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). It is "
+            f"damaged or was not written by mambaseq; use another one, or start the run anew in another folder."
         ) from error

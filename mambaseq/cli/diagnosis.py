@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
 
+from mambaseq import __version__
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
 from mambaseq.ops.dispatch import check, explain
@@ -19,12 +19,10 @@ def diagnose(device: str | None) -> int:
     """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"mambaseq {importlib.metadata.version('mambaseq')}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    print(f"mambaseq {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")
     wrong = 0
-    for op in OPS:
+    for op in OPS.values():
         errors = check(op, place)
         label, arguments = next(iter(op.samples(place)))
         print(f"{op.name}  (for {label})")

@@ -16,7 +16,7 @@ from mambaseq.reporting.runs import RunFolder
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(
         prog="mambaseq fit",
-        description="Train a model. Everything else on the command line is --key value and overrides the configuration; "
+        description="Train a model. Everything else on the command line is --key value, over the configuration; "
         "`mambaseq fit --config NAME --help` lists the keys.",
         add_help="--config" not in argv,
         allow_abbrev=False,
@@ -49,8 +49,8 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
     settings = parse_config(config, overrides)
     if main_process and not resume and folder.last.exists():
         raise ConfigError(
-            f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give another "
-            f"--out, or remove it."
+            f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give "
+            f"another --out, or remove it."
         )
     if resume and not folder.last.exists():
         raise UserError(f"The run at {folder.path} has no checkpoint to resume from. Begin it anew with another --out.")

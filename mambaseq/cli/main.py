@@ -1,4 +1,4 @@
-"""`mambaseq COMMAND ...`: finds the command's module, and turns the user's errors into one paragraph and exit code 2."""
+"""`mambaseq COMMAND ...`: finds the command's module; the user's errors become one paragraph and exit code 2."""
 
 from __future__ import annotations
 

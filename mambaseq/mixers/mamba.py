@@ -76,7 +76,8 @@ class Mamba(Mixer):
         super().__init__()
         if min(d_model, d_state, d_conv, expand) < 1:
             raise ConfigError(
-                f"mamba: d_model, d_state, d_conv and expand must be positive, not {d_model}, {d_state}, {d_conv}, {expand}."
+                "mamba: d_model, d_state, d_conv and expand must be positive, "
+                f"not {d_model}, {d_state}, {d_conv}, {expand}."
             )
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = expand * d_model

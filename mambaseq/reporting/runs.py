@@ -31,7 +31,7 @@ class RunFolder:
         """Raise UserError unless a run was begun here."""
         if not self.config.is_file():
             raise UserError(
-                f"There is no run at {self.path}: config.yaml is missing. Give the folder that `mambaseq fit --out` made."
+                f"There is no run at {self.path}: config.yaml is missing. Give the folder that `mambaseq fit` made."
             )
         return self
 

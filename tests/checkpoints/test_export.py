@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert "last.ckpt" in done.stdout
     assert "Free some space" in done.stdout
     assert read_checkpoint(path)["weights"].shape == (10,)
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_atomic_writer_replaces(tmp_path: Path) -> None:

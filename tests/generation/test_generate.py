@@ -45,9 +45,10 @@ def test_stop_ids_end_sequences_one_by_one() -> None:
 
 def test_filters_known_answers() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    kept = lambda **o: torch.isfinite(filter_logits(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **o}))[
-        0
-    ].tolist()
+
+    def kept(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[bool]:
+        return torch.isfinite(filter_logits(logits, temperature, top_k, top_p))[0].tolist()
+
     assert kept() == [True] * 4
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_p=0.5) == [True, False, False, False]

@@ -1,5 +1,5 @@
-"""Law 6 and 7: a run that was stopped or killed and resumed ends bit-identical to one that was not; two runs of one seed
-are equal."""
+"""Laws 6 and 7: a run that was stopped or killed and resumed ends bit-identical to one that was not; two runs
+of one seed are equal."""
 
 from __future__ import annotations
 

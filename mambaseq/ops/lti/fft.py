@@ -28,6 +28,12 @@ def why_not(arguments: LtiArguments) -> str | None:
 
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y in the working precision, float64 if x is float64 and otherwise float32, and the final state."""
+    # Autocast would round the powers of Abar to half precision in the matrix products.
+    with torch.autocast(arguments.x.device.type, enabled=False):
+        return _convolve(arguments)
+
+
+def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     wide = arguments.state_dtype
     x = arguments.x.to(arguments.real_dtype)
     log_decay, B, C = (value.to(wide) for value in arguments[1:4])
