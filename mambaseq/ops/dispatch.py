@@ -53,6 +53,9 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
             return candidate.run(arguments)
         if backend is not None:
             raise ValueError(f"{op.name}: backend {backend!r} cannot run these arguments: {reason}")
+    if backend is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, arguments))
+        raise ValueError(f"{op.name}: no backend can run these arguments ({reasons})")
     known = ", ".join(repr(candidate.name) for candidate in op.backends)
     raise ValueError(f"{op.name}: no backend {backend!r}; there are {known}")
 

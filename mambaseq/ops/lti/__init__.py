@@ -11,7 +11,7 @@ from torch import Tensor
 from mambaseq.ops import dispatch, sequences
 from mambaseq.ops.lti import arguments as _arguments
 from mambaseq.ops.lti import cpu, fft, reference, scan
-from mambaseq.ops.lti.arguments import LtiArguments
+from mambaseq.ops.lti.arguments import LtiArguments, working_dtype
 
 Discretization = Literal["zoh", "bilinear", "mamba"]
 Mode = Literal["fft", "scan"]
@@ -52,7 +52,9 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
         return z, ratio * dt[:, None] * B
     if discretization == "bilinear":
         decay = (1 + z / 2) / (1 - z / 2)
-        return torch.log(decay.to(A.dtype.to_complex())), dt[:, None] / (1 - z / 2) * B
+        if not decay.is_complex():
+            decay = torch.complex(decay, torch.zeros_like(decay))
+        return torch.log(decay), dt[:, None] / (1 - z / 2) * B
     if discretization == "mamba":
         return z, dt[:, None] * B
     raise ValueError(f"discretization must be 'zoh', 'bilinear' or 'mamba', not {discretization!r}")
@@ -145,14 +147,13 @@ def lti_scan(
         ValueError: shapes, dtypes or devices do not fit, or the mode or backend asked for cannot run these.
     """
     _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens, mode)
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = real.to_complex() if A.is_complex() else real
+    real, wide = working_dtype(x, x), working_dtype(x, A)
     log_decay, B = discretize(dt.to(real), A.to(wide), B.to(wide), discretization)
     becomes_complex = log_decay.is_complex() and not A.is_complex()
     if becomes_complex:  # and the output 2 Re of what it should be
         C = C / 2
     arguments = LtiArguments(x, log_decay, B, C, initial_state, cu_seqlens, reverse, mode)
-    if mode is None and backend is None:
+    if backend is None and (mode is None or cu_seqlens is not None):
         arguments = arguments._replace(mode=_faster_mode(arguments))
     y, final_state = dispatch.run(OP, arguments, backend)
     if D is not None:

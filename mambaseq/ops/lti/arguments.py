@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def working_dtype(x: Tensor, like: Tensor) -> torch.dtype:
+    """float64 if x is float64 and float32 otherwise; complex if `like` is."""
+    if x.dtype == torch.float64:
+        return torch.complex128 if like.is_complex() else torch.float64
+    return torch.complex64 if like.is_complex() else torch.float32
+
+
 class LtiArguments(NamedTuple):
     """What every backend receives; D and z are dealt with outside."""
 
@@ -27,11 +34,11 @@ class LtiArguments(NamedTuple):
 
     @property
     def real_dtype(self) -> torch.dtype:
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return working_dtype(self.x, self.x)
 
     @property
     def state_dtype(self) -> torch.dtype:
-        return self.real_dtype.to_complex() if self.log_decay.is_complex() else self.real_dtype
+        return working_dtype(self.x, self.log_decay)
 
 
 def samples(device: torch.device) -> Iterator[tuple[str, LtiArguments]]:
