@@ -61,8 +61,11 @@ def _reported(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if (told := write_failed(path, error)) is not None:
-            raise told from error
+        cause: BaseException | None = error
+        while cause is not None:  # torch.save ends with another error on top of the one that matters
+            if (told := write_failed(path, cause)) is not None:
+                raise told from error
+            cause = cause.__cause__ or cause.__context__
         raise
 
 

@@ -45,7 +45,7 @@ def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x `(rows, in)`, weight `(out, in)`, both fp32 or both bf16; accumulates in fp32."""
     kernels: Any = importlib.import_module("mambaseq.ops.linear_kernels")
-    n_out, n_in = weight.shape
+    n_out = weight.shape[0]
     rows = x.float().contiguous().numpy()
     y = torch.empty(x.shape[0], n_out)
     out = y.numpy()
