@@ -8,13 +8,14 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.selective_scan import arguments as _arguments
-from mambaseq.ops.selective_scan import chunked, cpu, reference
+from mambaseq.ops.selective_scan import chunked, cpu, mamba_ssm, reference
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = dispatch.Op(
     name="selective_scan",
     backends=(
         dispatch.Backend("cpu", cpu.run, cpu.why_not),
+        dispatch.Backend("mamba_ssm", mamba_ssm.run, mamba_ssm.why_not),
         dispatch.Backend("torch", chunked.run, dispatch.never),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
@@ -110,7 +111,9 @@ def selective_scan(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend asked for cannot run these arguments.
     """
-    arguments = ScanArguments(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, reverse)
+    arguments = ScanArguments(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, reverse, return_final_state
+    )
     _arguments.check(arguments)
     y, final_state = dispatch.run(OP, arguments, backend)
     return (y, final_state) if return_final_state else y

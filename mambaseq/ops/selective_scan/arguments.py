@@ -26,6 +26,7 @@ class ScanArguments(NamedTuple):
     initial_state: Tensor | None = None
     cu_seqlens: Tensor | None = None
     reverse: bool = False
+    wants_final_state: bool = True
 
     @property
     def n_sequences(self) -> int:

@@ -15,6 +15,7 @@ Backward = Callable[[ScanArguments, Tensor, Tensor], "Gradients"]
 # For x, dt, A, B, C, D, z, dt_bias and initial_state, in this order, None where the argument is None.
 Gradients = tuple[Tensor | None, ...]
 
+# All of `ScanArguments` but the last, which changes nothing in what is computed.
 _ARGUMENTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
@@ -85,8 +86,12 @@ def register(
         arguments = ScanArguments(
             x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, cu_seqlens, ctx.reverse
         )
-        found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *arguments), strict=True))
-        return tuple(None if value is None else found.get(name) for name, value in arguments._asdict().items())
+        inputs = arguments[:-1]
+        found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *inputs), strict=True))
+        return tuple(
+            None if value is None else found.get(name)
+            for name, value in zip(ScanArguments._fields, inputs, strict=False)
+        )
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
-    return lambda arguments: forward_op(*arguments)
+    return lambda arguments: forward_op(*arguments[:-1])
