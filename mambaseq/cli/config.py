@@ -212,6 +212,7 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"Key ['\"](?P<key>[\w.]+)['\"] is not expected", re.IGNORECASE),
     re.compile(r"Unrecognized arguments?: --(?P<key>[\w.]+)", re.IGNORECASE),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"No action for key ['\"](?P<key>[\w.]+)['\"]", re.IGNORECASE),
 )
 

@@ -96,6 +96,7 @@ def _checkpoints(settings: RunConfig, folder: RunFolder) -> list[lightning.Callb
                 mode=chosen["mode"],
                 save_top_k=1,
                 enable_version_counter=False,
+                save_on_train_epoch_end=False,
             )
         )
     return callbacks

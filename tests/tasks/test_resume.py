@@ -106,7 +106,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    steps = ("--trainer.max_steps", "400")
+    steps = ("--trainer.max_steps", "200", "--checkpoint.every_n_steps", "20")
     whole = fit(config, tmp_path / "whole", *steps)
     out = tmp_path / "signalled"
     process = start(config, out, *steps)
@@ -116,7 +116,7 @@ def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, number: sig
     if number == signal.SIGINT:
         assert process.returncode == 130, errors
         assert f"mambaseq fit --resume {out}" in errors
-    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 400
+    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 200
     assert main(["fit", "--resume", str(out)]) == 0
     assert_equal(whole, weights(out))
 
