@@ -124,5 +124,5 @@ def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = Fa
         noise = torch.view_as_complex(noise) if output.is_complex() else noise
         cotangents.append(noise.to(output.device, output.dtype))
     wanted = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, cotangents)
+    gradients = torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)
     return [*(output.detach() for output in outputs), *gradients]

@@ -54,8 +54,10 @@ def _parts(value: Tensor) -> Tensor:
 
 
 def _joined(parts: Tensor, complex_: bool) -> Tensor:
-    """The reverse of `_parts`."""
-    return torch.view_as_complex(parts.contiguous()) if complex_ else parts[..., 0].contiguous()
+    """The reverse of `_parts`, in memory of its own."""
+    return (
+        torch.view_as_complex(parts.clone(memory_format=torch.contiguous_format)) if complex_ else parts[..., 0].clone()
+    )
 
 
 def _signs(decay: Tensor) -> Tensor:

@@ -125,8 +125,9 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[blocking.Bl
 
     def in_groups(M: Tensor) -> np.ndarray:
         """B or C as `(rows, groups, n_states)`, flat."""
-        M = M.reshape(batch * length, -1, d_state).float()
-        M = M.repeat_interleave(groups // M.shape[1], dim=1) if M.shape[1] != groups else M
+        own_groups = M.shape[2] if M.ndim == 4 else 1
+        M = M.reshape(batch * length, own_groups, d_state).float()
+        M = M.repeat_interleave(groups // own_groups, dim=1) if own_groups != groups else M
         M = F.pad(M, (0, n_states - d_state)) if n_states != d_state else M
         return flat(M)
 

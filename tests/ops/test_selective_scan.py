@@ -1,0 +1,300 @@
+"""The first law for the selective scan: every backend equals the reference, gradients included."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+
+from mambaseq.ops import OPS, selective_scan
+from mambaseq.ops.selective_scan import chunked
+from mambaseq.ops.selective_scan.arguments import ScanArguments
+
+OP = OPS["selective_scan"]
+BACKENDS = [backend.name for backend in OP.backends if backend.name != "reference"]
+
+
+def plain(label: str, batch: int, length: int, channels: int, d_state: int) -> ScanArguments:
+    """Step sizes as Mamba has them, from 1e-3 to 1e-1, and its A, -1 … -d_state."""
+    draw = Draw(label)
+    A = -torch.arange(1.0, d_state + 1).repeat(channels, 1)
+    return ScanArguments(
+        x=draw.normal(batch, length, channels),
+        dt=torch.exp(draw.uniform(np.log(1e-3), np.log(1e-1), batch, length, channels)),
+        A=A,
+        B=draw.normal(batch, length, d_state),
+        C=draw.normal(batch, length, d_state),
+    )
+
+
+def full(label: str, batch: int, length: int, channels: int, d_state: int) -> ScanArguments:
+    draw = Draw(label)
+    arguments = plain(label, batch, length, channels, d_state)
+    return arguments._replace(
+        dt=draw.normal(batch, length, channels),
+        D=draw.normal(channels),
+        z=draw.normal(batch, length, channels),
+        dt_bias=draw.uniform(-6, -2, channels),
+        dt_softplus=True,
+        initial_state=draw.normal(batch, channels, d_state),
+    )
+
+
+def packed(arguments: ScanArguments, *bounds: int) -> ScanArguments:
+    shape = (len(bounds) - 1, *arguments.A.shape)
+    return arguments._replace(
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32), initial_state=Draw("states").normal(*shape)
+    )
+
+
+def sliced(arguments: ScanArguments) -> ScanArguments:
+    """As a block makes them: x and z halves of one tensor, B and C parts of another."""
+    assert arguments.z is not None
+    x, z = torch.cat([arguments.x, arguments.z], -1).chunk(2, -1)
+    B, C = torch.cat([arguments.x[..., :7], arguments.B, arguments.C], -1)[..., 7:].chunk(2, -1)
+    return arguments._replace(x=x, z=z, B=B, C=C)
+
+
+def grouped(label: str) -> ScanArguments:
+    draw = Draw(label)
+    arguments = full(label, 2, 63, 66, 3)
+    return arguments._replace(B=draw.normal(2, 63, 2, 3), C=draw.normal(2, 63, 3, 3))
+
+
+def slow_decay(label: str, length: int) -> ScanArguments:
+    """Decays of 1 - 1e-5 … 1 - 1e-3: what enters first is still there at the end."""
+    draw = Draw(label)
+    arguments = plain(label, 1, length, 3, 4)
+    return arguments._replace(
+        dt=draw.uniform(0.5, 1.5, 1, length, 3),
+        A=-torch.tensor([1e-5, 1e-4, 3e-4, 1e-3]).repeat(3, 1),
+        initial_state=draw.normal(1, 3, 4),
+    )
+
+
+def fast_decay(label: str) -> ScanArguments:
+    """Decays down to exp(-500), which is 0 in float32."""
+    arguments = plain(label, 2, 63, 5, 4)
+    return arguments._replace(dt=Draw(label).uniform(0, 5, 2, 63, 5), A=arguments.A * 25)
+
+
+def complex_(label: str, length: int, *, slow: bool) -> ScanArguments:
+    draw = Draw(label)
+    arguments = full(label, 2, length, 5, 3)
+    real = -draw.uniform(1e-4, 1e-3, 5, 3) if slow else -draw.uniform(0.5, 5, 5, 3)
+    return arguments._replace(
+        A=torch.complex(real, draw.uniform(-3, 3, 5, 3)),
+        B=draw.normal(2, length, 3, dtype=torch.complex64),
+        C=draw.normal(5, 3, dtype=torch.complex64),
+        dt=draw.uniform(0.5, 1.5, 2, length, 5) if slow else arguments.dt,
+        dt_bias=None if slow else arguments.dt_bias,
+        dt_softplus=not slow,
+        initial_state=draw.normal(2, 5, 3, dtype=torch.complex64),
+    )
+
+
+def constant(label: str) -> ScanArguments:
+    draw = Draw(label)
+    return full(label, 2, 63, 5, 3)._replace(B=draw.normal(5, 3), C=draw.normal(5, 3))
+
+
+CASES: dict[str, Callable[[], ScanArguments]] = {
+    "length 1": lambda: plain("a", 3, 1, 65, 5),
+    "length 2": lambda: full("b", 2, 2, 130, 16),
+    "length 63": lambda: full("c", 2, 63, 65, 4),
+    "one channel, one state": lambda: full("d", 3, 63, 1, 1),
+    "length 1000": lambda: plain("e", 1, 1000, 65, 5),
+    "length 1000, reverse": lambda: full("f", 2, 1000, 3, 16)._replace(reverse=True),
+    "length 4097": lambda: full("g", 1, 4097, 3, 4),
+    "length 0": lambda: full("h", 2, 0, 3, 4),
+    "reverse": lambda: full("i", 2, 63, 130, 3)._replace(reverse=True),
+    "packed": lambda: packed(full("j", 1, 200, 65, 4), 0, 0, 1, 3, 66, 66, 98, 200),
+    "packed, last empty, reverse": lambda: packed(full("k", 1, 200, 65, 4), 0, 63, 64, 200, 200)._replace(reverse=True),
+    "packed, no state": lambda: packed(plain("l", 1, 70, 3, 2), 0, 30, 70)._replace(initial_state=None),
+    "packed, all empty": lambda: packed(full("m", 1, 0, 3, 2), 0, 0, 0),
+    "slices": lambda: sliced(full("n", 2, 63, 65, 5)),
+    "groups": lambda: grouped("o"),
+    "no gate": lambda: full("p", 2, 63, 65, 4)._replace(z=None),
+    "no softplus": lambda: plain("q", 2, 63, 65, 4)._replace(dt_bias=torch.full((65,), 0.01)),
+    "slow decay": lambda: slow_decay("r", 4097),
+    "slow decay, packed": lambda: packed(slow_decay("s", 1500), 0, 1000, 1500),
+    "fast decay": lambda: fast_decay("t"),
+    "complex": lambda: complex_("u", 63, slow=False),
+    "complex, slow decay, reverse": lambda: complex_("v", 1000, slow=True)._replace(reverse=True),
+    "constant B and C": lambda: constant("w"),
+}
+
+
+@functools.cache
+def build(case: str, dtype: torch.dtype) -> Callable[[], ScanArguments]:
+    """What depends on the input in `dtype`, parameters and states in float32."""
+
+    @functools.cache
+    def arguments() -> ScanArguments:
+        made = CASES[case]()
+        names = ("x", "dt", "B", "C", "z")
+        halves = {
+            name: value.to(dtype)
+            for name in names
+            if (value := getattr(made, name)) is not None and not value.is_complex()
+        }
+        return made._replace(**halves) if dtype != torch.float32 else made
+
+    return arguments
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_reference(backend: str, case: str, device: str) -> None:
+    assert_equals_reference(OP, backend, build(case, torch.float32), device_or_skip(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["length 63", "packed", "groups", "reverse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
+    assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)
+
+
+@pytest.mark.parametrize(
+    "case", ["length 1000", "packed", "complex, slow decay, reverse", "constant B and C", "groups"]
+)
+def test_chunks_of_16(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_ELEMENTS_OF_CHUNK", 0)
+    assert_equals_reference(OP, "torch", build(case, torch.float32), torch.device("cpu"))
+
+
+def test_reference_is_the_definition() -> None:
+    """Against the recurrence written out in NumPy, one number at a time."""
+    a = full("definition", 2, 5, 4, 3)._replace(
+        B=Draw("B").normal(2, 5, 2, 3), C=Draw("C").normal(4, 3), cu_seqlens=None
+    )
+    y, final = selective_scan(
+        *a[:5],
+        D=a.D,
+        z=a.z,
+        dt_bias=a.dt_bias,
+        dt_softplus=True,
+        initial_state=a.initial_state,
+        return_final_state=True,
+        backend="reference",
+    )
+    x, dt, A, B, C, D, z, bias, _, h = (v.double().numpy() if torch.is_tensor(v) else v for v in a[:10])
+    h = h.copy()
+    for b, t, c in np.ndindex(2, 5, 4):
+        delta = np.log1p(np.exp(dt[b, t, c] + bias[c]))
+        out = D[c] * x[b, t, c]
+        for n in range(3):
+            h[b, c, n] = np.exp(delta * A[c, n]) * h[b, c, n] + delta * x[b, t, c] * B[b, t, c // 2, n]
+            out += h[b, c, n] * C[c, n]
+        out *= z[b, t, c] / (1 + np.exp(-z[b, t, c]))
+        assert y[b, t, c].item() == pytest.approx(out, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(final, torch.from_numpy(h).float())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_gradcheck_of_reference(kind: str, reverse: bool) -> None:
+    made = full("gradcheck", 1, 3, 2, 2) if kind == "real" else complex_("gradcheck", 3, slow=False)
+    wide = [
+        v.to(torch.complex128 if v.is_complex() else torch.float64)[:1]
+        if v.ndim == 3
+        else v.double()
+        if not v.is_complex()
+        else v.to(torch.complex128)
+        for v in (made.x, made.dt, made.A, made.B, made.C, made.D, made.z, made.dt_bias, made.initial_state)
+        if v is not None
+    ]
+
+    def run(x, dt, A, B, C, D, z, dt_bias, state):  # type: ignore[no-untyped-def]
+        return OP.backends[-1].run(ScanArguments(x, dt, A, B, C, D, z, dt_bias, True, state, None, reverse))
+
+    assert torch.autograd.gradcheck(run, [v.requires_grad_() for v in wide])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_two_parts_are_the_whole(backend: str, reverse: bool) -> None:
+    """The final state of one part is the initial state of the other."""
+    whole = full("parts", 2, 70, 5, 4)._replace(reverse=reverse)
+    if next(b for b in OP.backends if b.name == backend).why_not(whole):
+        pytest.skip(f"{backend} does not run this here")
+
+    def run(start: int, end: int, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, dt, B, C, z = (v[:, start:end] for v in (whole.x, whole.dt, whole.B, whole.C, whole.z))
+        return selective_scan(
+            x,
+            dt,
+            whole.A,
+            B,
+            C,
+            D=whole.D,
+            z=z,
+            dt_bias=whole.dt_bias,
+            dt_softplus=True,
+            initial_state=state,
+            return_final_state=True,
+            reverse=reverse,
+            backend=backend,
+        )
+
+    y, final = run(0, 70, whole.initial_state)
+    spans = [(33, 70), (0, 33)] if reverse else [(0, 33), (33, 70)]
+    state, parts = whole.initial_state, []
+    for span in spans:
+        part, state = run(*span, state)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts[::-1] if reverse else parts, 1), y)
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_nan_stays_where_it_can_reach(backend: str) -> None:
+    a = plain("nan", 1, 40, 3, 4)
+    a.x[0, 20, 1] = float("nan")
+    y = selective_scan(*a[:5], backend=backend)
+    expected = torch.zeros(1, 40, 3, dtype=torch.bool)
+    expected[0, 20:, 1] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("name", ["dt", "A"])
+def test_nan_in_the_decay_shows(name: str) -> None:
+    a = plain("nan", 1, 40, 3, 4)
+    getattr(a, name)[0, 0] = float("nan")
+    assert selective_scan(*a[:5], backend="cpu").isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4)}, "x must be"),
+        ({"dt": torch.zeros(1, 4, 4)}, "dt must have the shape of x"),
+        ({"A": torch.zeros(4, 2)}, "A must be"),
+        ({"B": torch.zeros(1, 4, 3)}, "B must be"),
+        ({"B": torch.zeros(1, 4, 2, 2)}, "2 groups, which do not divide 3 channels"),
+        ({"C": torch.zeros(1, 4, 2, dtype=torch.complex64)}, "C is complex but A is real"),
+        ({"D": torch.zeros(2)}, "D must be"),
+        ({"initial_state": torch.zeros(1, 3, 3)}, "initial_state must be"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to the length 4"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "rise from 0 to the length 4"),
+        ({"backend": "fast"}, "there are 'cpu'"),
+        ({"backend": "mamba_ssm"}, "'mamba_ssm' cannot run these arguments: its kernels run on CUDA"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
+    given = {
+        "x": torch.zeros(1, 4, 3),
+        "dt": torch.zeros(1, 4, 3),
+        "A": torch.zeros(3, 2),
+        "B": torch.zeros(1, 4, 2),
+        "C": torch.zeros(1, 4, 2),
+    }
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(given | change))
