@@ -81,3 +81,10 @@ def softplus(v):
 def sigmoid(v):
     """1 / (1 + e^-v)."""
     return _ONE / (_TWO + exp2m1(-v * LOG2_E))
+
+
+@njit(fastmath=FASTMATH, error_model="numpy")
+def copy(to, at_to, source, at_source, size):
+    """Of elements; a slice assigned to a slice takes seconds more to compile, for the sake of its error message."""
+    for k in range(size):
+        to[np.uint64(at_to + k)] = source[np.uint64(at_source + k)]

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from mambaseq.ops.vector_math import FASTMATH
+from mambaseq.ops.vector_math import FASTMATH, copy
 
 WIDTH = 64
 CHUNK = 32
 
 _W, _W2, _W3, _W4 = np.uint64(WIDTH), np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH)
 _W5, _W6, _W7 = np.uint64(5 * WIDTH), np.uint64(6 * WIDTH), np.uint64(7 * WIDTH)
+_W8, _W9 = np.uint64(8 * WIDTH), np.uint64(9 * WIDTH)
 # `local` is (3, CHUNK, WIDTH): x; y, or the gradient of x; the gradient of y.
 _OUT, _DY = np.uint64(CHUNK * WIDTH), np.uint64(2 * CHUNK * WIDTH)
 _ZERO = np.float32(0)
@@ -102,7 +103,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
             length = i.bounds[s + 1] - i.bounds[s]
             n_chunks = (length + CHUNK - 1) // CHUNK
             for k in range(n_chunks):
-                entering[k * size : (k + 1) * size] = h[:size]
+                copy(entering, k * size, h, 0, size)
                 if k + 1 < n_chunks:
                     row, go = _first_row(i, s, k * CHUNK)
                     _load(local, np.uint64(0), i.x, i.x_stride, c0, width, row, go, CHUNK)
@@ -119,15 +120,14 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
                 _load(local, _DY, dy, dy_stride, c0, width, row, go, steps)
                 local[CHUNK * WIDTH : 2 * CHUNK * WIDTH] = _ZERO
                 for n in range(i.d_state):
-                    at = k * size + n * 2 * WIDTH
-                    history[: 2 * WIDTH] = entering[at : at + 2 * WIDTH]
+                    copy(history, 0, entering, k * size + n * 2 * WIDTH, 2 * WIDTH)
                     _advance_keeping(i, local, history, dstate, block, n, steps)
                     _walk_back(i, local, history, dstate, block, n, steps)
                 _store(local, gradients.x, i.channels, c0, width, row, go, steps)
             _store_state(i, dstate, 8, gradients.initial, s, c0, width)
         for n in range(i.d_state):
-            to, at = (task * i.d_state + n) * 6 * WIDTH, n * 8 * WIDTH
-            gradients.system[to : to + 6 * WIDTH] = dstate[at + 2 * WIDTH : at + 8 * WIDTH]
+            to, at = (task * i.d_state + n) * 6 * WIDTH, (n * 8 + 2) * WIDTH
+            copy(gradients.system, to, dstate, at, 6 * WIDTH)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
@@ -217,7 +217,30 @@ def _advance_keeping(i, local, history, dstate, block, n, steps):
     system = i.system
     p = np.uint64((block * i.d_state + n) * 6 * WIDTH)
     g = np.uint64(n * 8 * WIDTH)
-    for t in range(steps):
+    fours = steps // 4 * 4
+    for t in range(0, fours, 4):
+        at = np.uint64(t * WIDTH)
+        k = np.uint64(t * 2 * WIDTH)
+        for c in range(_W):
+            ar, ai, br, bi = system[p + c], system[p + _W + c], system[p + _W2 + c], system[p + _W3 + c]
+            re, im, x, dy = history[k + c], history[k + _W + c], local[at + c], local[at + _DY + c]
+            re, im = ar * re - ai * im + br * x, ar * im + ai * re + bi * x
+            history[k + _W2 + c], history[k + _W3 + c] = re, im
+            dcr, dci = dy * re, dy * im
+            x, dy = local[at + _W + c], local[at + _W + _DY + c]
+            re, im = ar * re - ai * im + br * x, ar * im + ai * re + bi * x
+            history[k + _W4 + c], history[k + _W5 + c] = re, im
+            dcr, dci = dcr + dy * re, dci + dy * im
+            x, dy = local[at + _W2 + c], local[at + _W2 + _DY + c]
+            re, im = ar * re - ai * im + br * x, ar * im + ai * re + bi * x
+            history[k + _W6 + c], history[k + _W7 + c] = re, im
+            dcr, dci = dcr + dy * re, dci + dy * im
+            x, dy = local[at + _W3 + c], local[at + _W3 + _DY + c]
+            re, im = ar * re - ai * im + br * x, ar * im + ai * re + bi * x
+            history[k + _W8 + c], history[k + _W9 + c] = re, im
+            dstate[g + _W6 + c] += dcr + dy * re
+            dstate[g + _W7 + c] += dci + dy * im
+    for t in range(fours, steps):
         at = np.uint64(t * WIDTH)
         k = np.uint64(t * 2 * WIDTH)
         for c in range(_W):
@@ -231,23 +254,43 @@ def _advance_keeping(i, local, history, dstate, block, n, steps):
 
 @njit(fastmath=FASTMATH, error_model="numpy")
 def _walk_back(i, local, history, dstate, block, n, steps):
-    """The gradient of one state back through a chunk."""
+    """The gradient of one state back through a chunk, two steps at a time."""
     system = i.system
     p = np.uint64((block * i.d_state + n) * 6 * WIDTH)
     g = np.uint64(n * 8 * WIDTH)
-    for r in range(CHUNK - steps, CHUNK):
-        t = _LAST_FIRST[r]
+    for r in range(CHUNK - steps, CHUNK - steps % 2, 2):
+        t = _LAST_FIRST[r + 1]
         at = np.uint64(t * WIDTH)
         k = np.uint64(t * 2 * WIDTH)
         for c in range(_W):
             ar, ai, br, bi = system[p + c], system[p + _W + c], system[p + _W2 + c], system[p + _W3 + c]
+            cr, ci = system[p + _W4 + c], system[p + _W5 + c]
+            # Step t + 1,
+            re, im = history[k + _W2 + c], history[k + _W3 + c]
+            x, dy = local[at + _W + c], local[at + _W + _DY + c]
+            dre, dim = dstate[g + c] + dy * cr, dstate[g + _W + c] + dy * ci
+            local[at + _W + _OUT + c] += dre * br + dim * bi
+            dar, dai = dre * re + dim * im, dim * re - dre * im
+            dbr, dbi = dre * x, dim * x
+            dre, dim = ar * dre + ai * dim, ar * dim - ai * dre
+            # then step t.
             re, im, x, dy = history[k + c], history[k + _W + c], local[at + c], local[at + _DY + c]
+            dre, dim = dre + dy * cr, dim + dy * ci
+            local[at + _OUT + c] += dre * br + dim * bi
+            dstate[g + _W2 + c] += dar + (dre * re + dim * im)
+            dstate[g + _W3 + c] += dai + (dim * re - dre * im)
+            dstate[g + _W4 + c] += dbr + dre * x
+            dstate[g + _W5 + c] += dbi + dim * x
+            dstate[g + c], dstate[g + _W + c] = ar * dre + ai * dim, ar * dim - ai * dre
+    if steps % 2:
+        for c in range(_W):
+            ar, ai, br, bi = system[p + c], system[p + _W + c], system[p + _W2 + c], system[p + _W3 + c]
+            re, im, x, dy = history[c], history[_W + c], local[c], local[_DY + c]
             dre = dstate[g + c] + dy * system[p + _W4 + c]
             dim = dstate[g + _W + c] + dy * system[p + _W5 + c]
-            local[at + _OUT + c] += dre * br + dim * bi
+            local[_OUT + c] += dre * br + dim * bi
             dstate[g + _W2 + c] += dre * re + dim * im
             dstate[g + _W3 + c] += dim * re - dre * im
             dstate[g + _W4 + c] += dre * x
             dstate[g + _W5 + c] += dim * x
-            dstate[g + c] = ar * dre + ai * dim
-            dstate[g + _W + c] = ar * dim - ai * dre
+            dstate[g + c], dstate[g + _W + c] = ar * dre + ai * dim, ar * dim - ai * dre

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, exp2m1, sigmoid, softplus
+from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, exp2m1, sigmoid, softplus
 
 WIDTH = 64
 CHUNK = 32
@@ -126,7 +126,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
             length = i.bounds[s + 1] - i.bounds[s]
             n_chunks = (length + CHUNK - 1) // CHUNK
             for k in range(n_chunks):
-                entering[k * size : (k + 1) * size] = h[:size]
+                copy(entering, k * size, h, 0, size)
                 if k + 1 < n_chunks:
                     row, go = _first_row(i, s, k * CHUNK)
                     _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, CHUNK)
@@ -136,7 +136,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
             for k in range(n_chunks - 1, -1, -1):
                 steps = min(CHUNK, length - k * CHUNK)
                 row, go = _first_row(i, s, k * CHUNK)
-                h[:size] = entering[k * size : (k + 1) * size]
+                copy(h, 0, entering, k * size, size)
                 _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, steps)
                 _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps)
                 _advance_keeping(i, local, h, history, gradients.C, block, group, row, go, steps)
