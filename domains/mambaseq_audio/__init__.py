@@ -15,6 +15,7 @@ domain = Domain(
     readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and what else libsndfile reads")},
     writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file a sequence")},
     configs={
+        "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits on condition, minutes on a CPU"),
     },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample beside counts, and sounds")},

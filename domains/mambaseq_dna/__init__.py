@@ -22,7 +22,9 @@ domain = Domain(
     readers={"fasta": ("mambaseq_dna.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
     writers={"fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")},
     configs={
-        "demo": ("mambaseq:configs/dna/demo.yaml", "species of 1 kb windows, minutes on a CPU"),
+        "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
+        "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
+        "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy beside k-mer logistic regression")},
 )

@@ -24,6 +24,7 @@ domain = Domain(
     readers={"text": ("mambaseq_text.reading:read_text", "plain text, jsonl, parquet")},
     writers={"text": ("mambaseq_text.writing:write_text", "plain text or jsonl")},
     configs={
+        "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
     reports={"demo": ("mambaseq_text.report:report", "bits a byte beside counts, and a sample")},
