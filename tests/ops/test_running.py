@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from agreement import Draw
+from agreement import Draw, poisoned_memory
 from torch import Tensor
 
-from mambaseq.ops import OPS, causal_conv, dispatch, lti_scan, selective_scan, threads
+from mambaseq.ops import OPS, causal_conv, dispatch, flat, lti_scan, selective_scan, threads
 from mambaseq.ops.dispatch import Backend, Op, outputs_and_gradients
 from mambaseq.ops.lti import cpu as lti_cpu
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -127,6 +128,32 @@ def test_compiled_equals_eager(case: str) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for eager, other in zip(run_with_gradients(call, given), run_with_gradients(compiled, given), strict=True):
         torch.testing.assert_close(other, eager)
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        x = causal_conv(x, A[:, :4], activation="silu")
+        return selective_scan(x, x * x, A, B, B) + lti_scan(x, A[:, 0].exp(), A, A, A)
+
+
+def test_export() -> None:
+    x, A, B = Draw("export").normal(2, 30, 5), -Draw("A").uniform(0, 1, 5, 6), Draw("B").normal(2, 30, 6)
+    program = torch.export.export(_Layer(), (x, A, B))
+    torch.testing.assert_close(program.module()(x, A, B), _Layer()(x, A, B))
+
+
+def test_inference_mode() -> None:
+    x, A, B = Draw("export").normal(2, 30, 5), -Draw("A").uniform(0, 1, 5, 6), Draw("B").normal(2, 30, 6)
+    expected = _Layer()(x, A, B)
+    with torch.inference_mode():
+        assert torch.equal(_Layer()(x.clone(), A, B), expected)
+
+
+def test_memory_is_poisoned_where_the_backends_ask_for_it() -> None:
+    with poisoned_memory():
+        asked = [torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(3)]
+        assert all(value.isnan().all() for value in asked)
+        assert np.isnan(flat.scratch(3)).all()
 
 
 @pytest.mark.parametrize(("op", "name"), REGISTERED)
