@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +32,14 @@ class Batch:
     condition: torch.Tensor | None = None
     n_units: torch.Tensor | None = None
 
-    def to(self, *args: object, **kwargs: object) -> Batch:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """A batch whose every tensor is `function(tensor)`."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items() if v is not None})
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
         """Move every tensor, as `torch.Tensor.to` does."""
-        moved = {
-            f.name: None if (value := getattr(self, f.name)) is None else value.to(*args, **kwargs)
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**moved)
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> Batch:
-        pinned = {
-            f.name: None if (value := getattr(self, f.name)) is None else value.pin_memory()
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**pinned)
+        return self.map(lambda tensor: tensor.pin_memory())

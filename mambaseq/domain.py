@@ -147,7 +147,7 @@ def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
 @functools.lru_cache(maxsize=1)
 def catalog() -> Catalog:
     """The catalog of this environment, built at first use."""
-    points = {}
+    points: dict[tuple[str, str], importlib.metadata.EntryPoint] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
         points.setdefault((point.name, point.value), point)  # an editable install can be listed twice
     return build_catalog(list(points.values()))

@@ -160,6 +160,6 @@ def _finish(
         device=str(torch.cuda.get_device_name()) if task.device.type == "cuda" else "cpu",
         **task.results,
     )
-    bits = task.model.head.per_token  # type: ignore[union-attr]
+    bits = task.model.head.per_token
     scale, unit = (1 / math.log(2), "bits a token") if bits else (1.0, "loss (nats)")
     save_png(folder.path / "curves.png", learning_curves(folder, scale, unit))

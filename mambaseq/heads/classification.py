@@ -15,7 +15,7 @@ class ClassificationHead(nn.Module):
         d_model: width of the backbone's output.
         n_classes: number of labels.
         pooling: "mean" over positions, or the "last" one.
-        scale: multiplies the pooled vector. A mean over many positions differs little from sequence to sequence; a scale
+        scale: multiplies the pooled vector. A mean over many positions differs little between sequences; a scale
             of about the square root of the length / 4 lets the classifier learn as fast as the rest.
         dropout: applied to the pooled vector in training.
         label_smoothing: of the cross-entropy.

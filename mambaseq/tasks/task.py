@@ -114,7 +114,7 @@ class Task(lightning.LightningModule):
         return output.loss
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        metrics: list[Metric] = list(self.stages[f"{stage}_"].values())  # type: ignore[union-attr, operator]
+        metrics: list[Metric] = list(self.stages[f"{stage}_"].values())  # type: ignore[operator]
         output = self.run_model(batch, return_logits=any(metric.needs_logits for metric in metrics) or None)
         assert output.loss is not None
         self.log(f"{stage}/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0], sync_dist=True)
@@ -122,7 +122,7 @@ class Task(lightning.LightningModule):
             metric.update(output, batch)
 
     def _finish(self, stage: str) -> None:
-        for name, metric in self.stages[f"{stage}_"].items():  # type: ignore[union-attr, operator]
+        for name, metric in self.stages[f"{stage}_"].items():  # type: ignore[operator]
             value = metric.compute()
             metric.reset()
             if metric.scalar:

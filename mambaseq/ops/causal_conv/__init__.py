@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -49,6 +49,21 @@ def causal_conv(
     reverse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Any: ...
 def causal_conv(
     x: Tensor,
     weight: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,26 @@ def lti_scan(
     mode: Mode | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def lti_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    discretization: Discretization = "zoh",
+    mode: Mode | None = None,
+    backend: str | None = None,
+) -> Any: ...
 def lti_scan(
     x: Tensor,
     dt: Tensor,

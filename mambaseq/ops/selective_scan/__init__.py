@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -59,6 +59,26 @@ def selective_scan(
     reverse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Any: ...
 def selective_scan(
     x: Tensor,
     dt: Tensor,
