@@ -233,7 +233,13 @@ def test_shares_work_in_a_forked_process() -> None:
 
     def share() -> None:
         done: list[int] = []
-        threads.share(100, lambda: lambda first, end: done.extend(range(first, end)))
+        both = threading.Barrier(2)
+
+        def make_worker() -> Callable[[int, int], None]:
+            both.wait(timeout=10)  # breaks unless two threads come
+            return lambda first, end: done.extend(range(first, end))
+
+        threads.share(100, make_worker)
         queue.put(sorted(done))
 
     torch.set_num_threads(2)
