@@ -31,6 +31,7 @@ def run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_installed_it_is_listed_trains_and_predicts(tmp_path: Path) -> None:
     target = tmp_path / "venv"
     venv.create(target, with_pip=False)
