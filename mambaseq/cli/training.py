@@ -124,7 +124,7 @@ def train(settings: RunConfig, folder: RunFolder, *, resume: bool, main_process:
             TensorBoardLogger(folder.path, name="tensorboard", version=""),
         ]
     throughput = Throughput()
-    callbacks = [*_checkpoints(settings, folder), throughput]
+    callbacks = [throughput, *_checkpoints(settings, folder)]  # stopping comes last, so that nothing is uncounted
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
     print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
     try:
