@@ -8,12 +8,13 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.dtypes import working_dtype
 
 
 def run(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state. Computed in float64 if x is float64, otherwise in float32."""
     x, weight, bias, activation, state, cu_seqlens, reverse = arguments
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    real = working_dtype(x)
     channels, width = weight.shape
     u, weight = x.to(real), weight.to(real)
     if state is None:

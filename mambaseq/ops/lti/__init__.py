@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import dispatch, sequences
+from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.lti import arguments as _arguments
 from mambaseq.ops.lti import cpu, fft, reference, scan
-from mambaseq.ops.lti.arguments import LtiArguments, working_dtype
+from mambaseq.ops.lti.arguments import LtiArguments
 
 Discretization = Literal["zoh", "bilinear", "mamba"]
 Mode = Literal["fft", "scan"]
@@ -167,7 +168,7 @@ def lti_scan(
         ValueError: shapes, dtypes or devices do not fit, or the mode or backend asked for cannot run these.
     """
     _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens, mode)
-    real, wide = working_dtype(x, x), working_dtype(x, A)
+    real, wide = working_dtype(x), working_dtype(x, A)
     log_decay, B = discretize(dt.to(real), A.to(wide), B.to(wide), discretization)
     becomes_complex = log_decay.is_complex() and not A.is_complex()
     if becomes_complex:  # and the output 2 Re of what it should be

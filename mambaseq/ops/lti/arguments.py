@@ -8,12 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def working_dtype(x: Tensor, like: Tensor) -> torch.dtype:
-    """float64 if x is float64 and float32 otherwise; complex if `like` is."""
-    if x.dtype == torch.float64:
-        return torch.complex128 if like.is_complex() else torch.float64
-    return torch.complex64 if like.is_complex() else torch.float32
+from mambaseq.ops.dtypes import working_dtype
 
 
 class LtiArguments(NamedTuple):
@@ -34,7 +29,7 @@ class LtiArguments(NamedTuple):
 
     @property
     def real_dtype(self) -> torch.dtype:
-        return working_dtype(self.x, self.x)
+        return working_dtype(self.x)
 
     @property
     def state_dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
@@ -51,7 +52,7 @@ class _Chunk(NamedTuple):
 def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     arguments = _forward_in_time(arguments)
     packing, initial = _packing(arguments), _initial_state(arguments)
-    x, D, z, real = arguments.x, arguments.D, arguments.z, library.real_dtype(arguments)
+    x, D, z, real = arguments.x, arguments.D, arguments.z, working_dtype(arguments.x)
     final = initial
     state = initial if packing is None else torch.zeros_like(initial[:1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -77,7 +78,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradi
     arguments = _forward_in_time(given)
     packing, initial = _packing(arguments), _initial_state(arguments)
     x, _, A, B, C, D, z, dt_bias, dt_softplus, *_ = arguments
-    real, wide = library.real_dtype(arguments), library.state_dtype(arguments)
+    real, wide = working_dtype(arguments.x), working_dtype(arguments.x, arguments.A)
     A = A.to(wide)
     if given.reverse:
         dy = dy.flip(1)
@@ -189,7 +190,7 @@ def _chunks(arguments: ScanArguments) -> list[tuple[int, int]]:
 
 
 def _initial_state(arguments: ScanArguments) -> Tensor:
-    state, dtype = arguments.initial_state, library.state_dtype(arguments)
+    state, dtype = arguments.initial_state, working_dtype(arguments.x, arguments.A)
     if state is not None:
         return state.to(dtype)
     return arguments.A.new_zeros((arguments.n_sequences, *arguments.A.shape), dtype=dtype)
@@ -204,7 +205,7 @@ def _states(
     end: int,
 ) -> _Chunk:
     """All states of positions `start:end`; `state` is that before them, `initial` those of the sequences."""
-    real, wide = library.real_dtype(arguments), library.state_dtype(arguments)
+    real, wide = working_dtype(arguments.x), working_dtype(arguments.x, arguments.A)
     channels = arguments.x.shape[2]
     u = arguments.x[:, start:end].to(real)
     raw = arguments.dt[:, start:end].to(real)

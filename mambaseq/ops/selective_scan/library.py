@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 Forward = Callable[[ScanArguments], tuple[Tensor, Tensor]]
@@ -21,17 +22,6 @@ _ARGUMENTS = (
     "bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
 )
 _DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
-
-
-def real_dtype(arguments: ScanArguments) -> torch.dtype:
-    """What is computed in: float64 if x is float64, otherwise float32."""
-    return torch.float64 if arguments.x.dtype == torch.float64 else torch.float32
-
-
-def state_dtype(arguments: ScanArguments) -> torch.dtype:
-    """Of the state: `real_dtype`, complex if A is."""
-    real = real_dtype(arguments)
-    return real.to_complex() if arguments.A.is_complex() else real
 
 
 def register(
@@ -51,7 +41,7 @@ def register(
         arguments = ScanArguments(*values)
         y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
         shape = (arguments.n_sequences, *arguments.A.shape)
-        return y, arguments.x.new_empty(shape, dtype=state_dtype(arguments))
+        return y, arguments.x.new_empty(shape, dtype=working_dtype(arguments.x, arguments.A))
 
     def fake_backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
         arguments = ScanArguments(*values)

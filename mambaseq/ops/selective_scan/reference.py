@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state. Computed in float64 if x is float64, otherwise in float32."""
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, cu_seqlens, reverse, _ = arguments
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = real.to_complex() if A.is_complex() else real
+    real, wide = working_dtype(x), working_dtype(x, A)
     u, dt, A, B, C = x.to(real), dt.to(real), A.to(wide), B.to(wide), C.to(wide)
 
     if dt_bias is not None:
