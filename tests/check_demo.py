@@ -12,7 +12,7 @@ MULAW_BIGRAM = 5.45
 
 
 def main(folder: Path) -> int:
-    results = {d: json.loads((folder / d / "results.json").read_text(encoding="utf-8")) for d in ("dna", "audio", "text")}
+    results = {d: json.loads((folder / d / "results.json").read_text()) for d in ("dna", "audio", "text")}
     dna, audio, text = results["dna"], results["audio"], results["text"]
     report = folder / "report.html"
     page = report.read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def main(folder: Path) -> int:
         f"at most {SECONDS} s": sum(r["demo_seconds"] for r in results.values()) <= SECONDS,
         "the report holds its pictures and sounds itself": page.count("data:image/png") >= 6
         and page.count("data:audio/wav") >= 20
-        and "src=\"http" not in page,
+        and 'src="http' not in page,
     }
     for domain, found in results.items():
         print(domain, {k: v for k, v in found.items() if isinstance(v, int | float)})
