@@ -128,14 +128,17 @@ def run_decode(peer: str, tokens: int, repeats: int) -> dict[str, float]:
     import torch
     import transformers
 
-    from mambaseq.checkpoints.upstream import from_upstream, options_from_config
+    from mambaseq.checkpoints.export import weights
+    from mambaseq.checkpoints.upstream import options_from_config, to_upstream
     from mambaseq.generation import generate
     from mambaseq.models import causal_lm
 
     transformers.logging.set_verbosity_error()
     config = transformers.MambaConfig(vocab_size=50280, hidden_size=D_MODEL, num_hidden_layers=24, eos_token_id=None)
     torch.manual_seed(0)
+    model = causal_lm(**options_from_config(config.to_dict())).eval()
     theirs = transformers.MambaForCausalLM(config).eval()
+    theirs.load_state_dict(to_upstream(weights(model), transformers=True))
     prompt = torch.randint(0, 50280, (1, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = theirs(prompt).logits[:, -1]
@@ -146,11 +149,7 @@ def run_decode(peer: str, tokens: int, repeats: int) -> dict[str, float]:
 
         error = 0.0
     else:
-        with torch.device("meta"):
-            model = causal_lm(**options_from_config(config.to_dict()))
-        model.load_state_dict(from_upstream(theirs.state_dict()), assign=True)
         del theirs
-        model.eval()
         if peer.endswith("bf16"):
             model = model.to(torch.bfloat16)
         with torch.no_grad():

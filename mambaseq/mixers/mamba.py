@@ -24,7 +24,7 @@ from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
 @dataclasses.dataclass
 class MambaState(State):
-    """conv `(batch, d_inner, d_conv - 1)`: the last inputs of the convolution, oldest first, in the model's dtype.
+    """conv `(batch, d_inner, d_conv - 1)`: the last inputs of the convolution, oldest first, fp32.
     ssm `(batch, d_inner, d_state)`: fp32, or complex64 for a complex time-invariant block."""
 
     conv: Tensor
@@ -34,6 +34,8 @@ class MambaState(State):
 class BiaslessLinear(nn.Linear):
     """A linear map whose bias is added elsewhere (in fp32, inside of the scan). Stays a module call, so that
     adapters wrapped around it are not bypassed."""
+
+    adds_bias = False
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
@@ -173,7 +175,7 @@ class Mamba(Mixer):
 
     def _selective(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return self.dt_proj(dt), B, C
+        return apply_linear(self.dt_proj, dt), B, C
 
     def init_state(
         self,
@@ -183,11 +185,10 @@ class Mamba(Mixer):
         device: torch.device | str | None = None,
     ) -> MambaState:
         """See `Mixer.init_state`."""
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
+        device = self.in_proj.weight.device if device is None else device
         ssm_dtype = self.ssm.state_dtype() if self.lti else torch.float32
         return MambaState(
-            torch.zeros(batch_size, self.d_inner, self.d_conv - 1, dtype=dtype or weight.dtype, device=device),
+            torch.zeros(batch_size, self.d_inner, self.d_conv - 1, dtype=dtype or torch.float32, device=device),
             torch.zeros(batch_size, self.d_inner, self.d_state, dtype=ssm_dtype, device=device),
         )
 

@@ -20,11 +20,16 @@ _LITTLE_WORK = 2**17
 
 
 def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """`module(x)`; for x `(rows, in_features)` by the fast kernel where it can run: plain `nn.Linear` on CPU, fp32 or
-    bf16 weights, few rows, no gradient. Anything else (an adapter around the layer, autocast) is called as a module."""
+    """`module(x)`, by the fast kernel where it can run: x `(rows, in_features)` of few rows on CPU, fp32 or bf16
+    weights, no gradient, and a plain `nn.Linear` (or a subclass that declares `adds_bias`, whether it adds its bias).
+
+    Anything else (an adapter around the layer, hooks, autocast) is called as a module.
+    """
     weight = module.weight
+    plain = type(module) is nn.Linear
+    adds_bias = getattr(type(module), "adds_bias", plain)  # a subclass that says so is known to be nothing but linear
     if (
-        type(module) is not nn.Linear
+        not (plain or hasattr(type(module), "adds_bias"))
         or x.device.type != "cpu"
         or x.dim() != 2
         or x.shape[0] > FEW_ROWS
@@ -39,7 +44,7 @@ def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
     ):
         return module(x)
     y = _few_rows(x, weight)
-    return y if module.bias is None else y + module.bias
+    return y + module.bias if adds_bias and module.bias is not None else y
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,5 +62,6 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
         n_out,
         lambda: lambda first, end: kernel(first, end, rows, table, out),
         serial=weight.numel() < _LITTLE_WORK,
+        portions=1,  # microseconds of work: a second portion's call would cost more than it evens out
     )
     return y.to(x.dtype)

@@ -1,7 +1,7 @@
 """One step of the ops for decode loops: length 1, states changed in place.
 
-On CPU in float32 and without gradients they run as Numba kernels, which spare the many small operations of the
-same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
+On CPU with a float32 state and without gradients they run as Numba kernels, which spare the many small
+operations of the same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.flat import flat, rows_of, scratch
 from mambaseq.ops.lti import Discretization, discretize
+
+_REAL = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read; they compute in float32
 
 
 def selective_state_update_(
@@ -66,7 +68,7 @@ def selective_state_update_(
             y.view(-1).numpy(),
             scratch(channels),
         )
-        return y
+        return y.to(x.dtype)
     delta = dt.to(state.real.dtype)
     if dt_bias is not None:
         delta = delta + dt_bias.to(delta.dtype)
@@ -144,7 +146,7 @@ def causal_conv_update_(
             *state.shape,
             y.view(-1).numpy(),
         )
-        return y
+        return y.to(x.dtype)
     window = torch.cat([state, x.to(state.dtype)[..., None]], dim=-1)
     state.copy_(window[..., 1:])
     y = (window * weight.to(state.dtype)).sum(-1)
@@ -164,13 +166,13 @@ def _read_out(state: Tensor, C: Tensor, x: Tensor, D: Tensor | None, z: Tensor |
 
 
 def _can_run_kernels(state: Tensor, *values: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not state.is_contiguous():
+    if torch.compiler.is_compiling() or not state.is_contiguous() or state.dtype != torch.float32:
         return False
     needs_gradient = torch.is_grad_enabled()
     for value in (state, *values):
         if value is None:
             continue
-        if value.device.type != "cpu" or value.dtype != torch.float32:
+        if value.device.type != "cpu" or value.dtype not in _REAL:
             return False
         if needs_gradient and value.requires_grad:
             return False

@@ -34,17 +34,23 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def share(n_tasks: int, make_worker: Callable[[], Callable[[int, int], None]], *, serial: bool = False) -> None:
+def share(
+    n_tasks: int,
+    make_worker: Callable[[], Callable[[int, int], None]],
+    *,
+    serial: bool = False,
+    portions: int = 8,
+) -> None:
     """Do tasks `0 … n_tasks - 1`, by `torch.get_num_threads()` threads of which the caller is one.
 
     Args:
         make_worker: called once on each thread; gives a function of `(first, end)` that does these tasks,
             with scratch memory of its own. Which thread does a task must not change the result.
+        portions: cuts for each thread; several, so that one that is held up leaves its share to the others.
         serial: stay on the calling thread, for little work.
     """
     n_threads = 1 if serial else min(torch.get_num_threads(), n_tasks)
-    # Several portions a thread, so that one that is held up leaves its share to the others.
-    portion = n_tasks if n_threads <= 1 else max(1, n_tasks // (8 * n_threads))
+    portion = n_tasks if n_threads <= 1 else max(1, -(-n_tasks // (portions * n_threads)))
     starts = itertools.count(0, portion)  # next() is atomic
 
     def work() -> None:
