@@ -10,6 +10,7 @@ import soundfile
 
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.generating import generate_to
+from mambaseq.data.atomic import atomic_file
 from mambaseq.reporting import Section, audio_player, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder
@@ -44,6 +45,9 @@ def report(run: Path) -> Section:
         + audio_player(generated[name], data.sample_rate, f"{name}, generated")
         for name in names
     )
+    drawn = draw(shown, data.sample_rate)
+    with atomic_file(folder.path / "digits.png") as file:
+        file.write(drawn)
     body = (
         table(
             ("method", "bits a sample on the test clips"),
@@ -55,7 +59,7 @@ def report(run: Path) -> Section:
             ],
         )
         + picture(learning_curves(folder, 1 / math.log(2), "bits a sample"), "Learning curves")
-        + picture(draw(shown, data.sample_rate), "Real and generated: waveform above log spectrogram")
+        + picture(drawn, "Real and generated: waveform above log spectrogram")
         + players
     )
     verdict = "below" if bits < floors["bigram"] else "above"
