@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -14,13 +15,18 @@ from mambaseq.data.atomic import atomic_file, atomic_folder, atomic_path
 from mambaseq.errors import UserError
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """The kernel refuses files of more than 4 KiB (EFBIG), as it refuses them on a full disk."""
+    """The kernel refuses files of more than 4 KiB (EFBIG), as it refuses them on a full disk.
+
+    Held for as short as can be: the process that runs the tests may itself be writing its output to a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def names(folder: Path) -> list[str]:
@@ -52,23 +58,22 @@ def test_error_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
     told = pytest.raises(UserError, match=r"disk is full.*a could not be written.*Free some space")
-    with told, atomic_file(path) as file:
+    with told, full_disk(), atomic_file(path) as file:
         file.write(b"x" * 100_000)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_full_disk_keeps_the_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     with atomic_folder(folder) as temporary:
         (temporary / "weights").write_bytes(b"old")
-    with pytest.raises(UserError, match="disk is full"), atomic_folder(folder) as temporary:
+    told = pytest.raises(UserError, match="disk is full")
+    with told, full_disk(), atomic_folder(folder) as temporary:
         (temporary / "weights").write_bytes(b"x" * 100_000)
     assert (folder / "weights").read_bytes() == b"old"
     assert names(tmp_path) == ["checkpoint"]
