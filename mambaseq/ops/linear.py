@@ -1,6 +1,6 @@
 """Linear maps of a few rows, for decoding on CPU: bound by reading the weights once, in fp32 or bf16.
 
-PyTorch's matrix-vector products reach about half of the memory's bandwidth on two cores, less in bf16.
+PyTorch's own were slower on two cores, bf16 weights most of all (docs/log.md).
 """
 
 from __future__ import annotations
