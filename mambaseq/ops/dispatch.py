@@ -91,7 +91,7 @@ def check(op: Op, device: torch.device | str = "cpu") -> dict[str, float | str]:
     for _, arguments in op.samples(torch.device(device)):
         expected: list[Tensor] | None = None
         for backend in op.backends:
-            reason = backend.why_not(arguments)
+            reason = backend.why_not(leaves(arguments))
             if reason is not None:
                 found.setdefault(backend.name, reason)
                 continue
@@ -104,8 +104,8 @@ def check(op: Op, device: torch.device | str = "cpu") -> dict[str, float | str]:
     return found
 
 
-def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = False) -> list[Tensor]:
-    """The outputs, and the gradients of every floating-point argument for fixed pseudo-random cotangents."""
+def leaves(arguments: Any, *, double: bool = False) -> Any:
+    """The same arguments, every floating-point one a leaf that asks for a gradient, in float64 if `double`."""
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
@@ -114,8 +114,18 @@ def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = Fa
             value = value.to(torch.complex128 if value.is_complex() else torch.float64)
         return value.detach().requires_grad_()
 
-    leaves = type(arguments)(*(leaf(value) for value in arguments))
-    outputs = backend.run(leaves)
+    return type(arguments)(*(leaf(value) for value in arguments))
+
+
+def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = False) -> list[Tensor]:
+    """The outputs, and the gradients of every floating-point argument for fixed pseudo-random cotangents.
+
+    Where the arguments say that the final state is not wanted, it is left out.
+    """
+    inputs = leaves(arguments, double=double)
+    outputs: tuple[Tensor, ...] = backend.run(inputs)
+    if not getattr(arguments, "wants_final_state", True):
+        outputs = outputs[:1]
     generator = torch.Generator().manual_seed(0)
     cotangents = []
     for output in outputs:
@@ -123,6 +133,6 @@ def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = Fa
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         noise = torch.view_as_complex(noise) if output.is_complex() else noise
         cotangents.append(noise.to(output.device, output.dtype))
-    wanted = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+    wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     gradients = torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)
     return [*(output.detach() for output in outputs), *gradients]

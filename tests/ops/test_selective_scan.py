@@ -102,6 +102,11 @@ def constant(label: str) -> ScanArguments:
     return full(label, 2, 63, 5, 3)._replace(B=draw.normal(5, 3), C=draw.normal(5, 3))
 
 
+def y_alone(arguments: ScanArguments) -> ScanArguments:
+    """What mamba-ssm can do: no state on either side."""
+    return arguments._replace(initial_state=None, wants_final_state=False)
+
+
 CASES: dict[str, Callable[[], ScanArguments]] = {
     "length 1": lambda: plain("a", 3, 1, 65, 5),
     "length 2": lambda: full("b", 2, 2, 130, 16),
@@ -126,6 +131,13 @@ CASES: dict[str, Callable[[], ScanArguments]] = {
     "complex": lambda: complex_("u", 63, slow=False),
     "complex, slow decay, reverse": lambda: complex_("v", 1000, slow=True)._replace(reverse=True),
     "constant B and C": lambda: constant("w"),
+    "y alone, length 1": lambda: y_alone(plain("x", 3, 1, 65, 5)),
+    "y alone": lambda: y_alone(full("y", 2, 1000, 65, 4)),
+    "y alone, length 4097": lambda: y_alone(full("z", 1, 4097, 3, 16)),
+    "y alone, no gate": lambda: y_alone(full("aa", 2, 63, 130, 5))._replace(z=None),
+    "y alone, groups": lambda: y_alone(grouped("ab")),
+    "y alone, slow decay": lambda: y_alone(slow_decay("ac", 1500)),
+    "y alone, constant B and C": lambda: y_alone(constant("ad")),
 }
 
 
@@ -156,7 +168,7 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["length 63", "packed", "groups", "reverse"])
+@pytest.mark.parametrize("case", ["length 63", "packed", "groups", "reverse", "y alone"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)

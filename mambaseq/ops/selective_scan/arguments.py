@@ -92,7 +92,8 @@ def samples(device: torch.device) -> Iterator[tuple[str, ScanArguments]]:
         B=normal(batch, length, d_state),
         C=normal(batch, length, d_state),
     )
-    yield "x, dt, A, B, C", plain._replace(dt=0.1 * plain.dt.abs())
+    yield "x, dt, A, B, C", plain._replace(dt=0.1 * plain.dt.abs(), wants_final_state=False)
+    yield "final state", plain._replace(dt=0.1 * plain.dt.abs())
     full = plain._replace(
         D=normal(channels),
         z=normal(batch, length, channels),
