@@ -18,7 +18,8 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, selective_scan
-from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
+from mambaseq.ops.linear import apply_linear, is_plain
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
 
@@ -195,6 +196,10 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
+        if not self.lti and all(map(is_plain, (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj))):
+            weights = self._weights()
+            if can_step(x[:, 0], state.conv, state.ssm, weights):
+                return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)
         x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
         x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         if self.lti:
@@ -205,3 +210,18 @@ class Mamba(Mixer):
                 state.ssm, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)
+
+    def _weights(self) -> BlockWeights:
+        return BlockWeights(
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )

@@ -1,0 +1,123 @@
+# mypy: allow-untyped-defs
+"""Helper threads for many short parallel kernels in a row, as in decoding, where a thread that must first be woken
+comes too late (a tenth of a millisecond on a virtual machine).
+
+A kernel hands out its portions by counters in memory and waits until all are done, so it is right with any number of
+helpers, none and late ones included. Between two kernels a helper keeps looking for the next for a moment before it
+goes to sleep.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Between the counters of a kernel, so that no two share a cache line.
+STRIDE = 16
+# How often a helper looks before it sleeps; about half a millisecond.
+_LOOKS = 1_000_000
+
+
+@intrinsic
+def _fetch_add(typingctx, array, index):
+    """Atomically `array[index] += 1`; returns what it was. int64."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        place = builder.gep(data, [args[1]])
+        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def _load(typingctx, array, index):
+    """Atomically `array[index]`, int64: read anew each time, and before whatever is read next."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "seq_cst", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+# Numba calls them with the arguments after the first.
+fetch_add: Any = _fetch_add
+load: Any = _load
+
+
+@njit(nogil=True, cache=True)
+def _look(posted, seen, looks):
+    for _ in range(looks):  # noqa: SIM110
+        if load(posted, 0) != seen:
+            return True
+    return False
+
+
+class _Helper(threading.Thread):
+    """Runs the latest job that was posted; one that is overtaken by the next is left out."""
+
+    def __init__(self) -> None:
+        super().__init__(name="mambaseq-helper", daemon=True)
+        self._posted = np.zeros(1, dtype=np.int64)
+        self._job: Callable[[], None] | None = None
+        self._asleep = False
+        self._wake = threading.Event()
+        self.start()
+
+    def post(self, job: Callable[[], None]) -> None:
+        self._job = job
+        self._posted[0] += 1
+        if self._asleep:
+            self._wake.set()
+
+    def run(self) -> None:
+        seen = 0
+        while True:
+            if not _look(self._posted, seen, _LOOKS):
+                self._asleep = True
+                # What is posted from here on sets the event; what was posted before is seen here.
+                if self._posted[0] == seen:
+                    self._wake.wait()
+                self._asleep = False
+                self._wake.clear()
+            seen, job = int(self._posted[0]), self._job
+            self._job = None
+            if job is not None:
+                job()
+                del job
+
+
+_helpers: list[_Helper] = []
+
+
+def _forget_helpers() -> None:
+    """Threads do not survive a fork."""
+    _helpers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
+def run(kernel: Callable[[], None], *, serial: bool = False) -> None:
+    """Run a kernel here, and on `torch.get_num_threads() - 1` helpers at the same time.
+
+    Args:
+        kernel: hands out its work by counters, returns when all of it is done, and raises nothing.
+        serial: stay on the calling thread, for little work.
+    """
+    if not serial:
+        n_helpers = torch.get_num_threads() - 1
+        while len(_helpers) < n_helpers:
+            _helpers.append(_Helper())
+        for helper in _helpers[:n_helpers]:
+            helper.post(kernel)
+    kernel()
