@@ -132,7 +132,7 @@ class Mamba(Mixer):
                 conv=(sequences, self.d_inner, self.d_conv - 1),
                 ssm=(sequences, self.d_inner, self.d_state),
             )
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
         conv_state: Tensor | None = None
         x = causal_conv(
             x,
@@ -166,10 +166,10 @@ class Mamba(Mixer):
                 backend=self.backend,
             )
         if not return_state:
-            return self.out_proj(y)
+            return apply_linear(self.out_proj, y)
         y, ssm_state = y
         assert conv_state is not None
-        return self.out_proj(y), MambaState(conv_state, ssm_state)
+        return apply_linear(self.out_proj, y), MambaState(conv_state, ssm_state)
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float())

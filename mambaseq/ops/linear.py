@@ -1,6 +1,5 @@
-"""Linear maps of a few rows, for decoding on CPU: bound by reading the weights once, in fp32 or bf16.
-
-PyTorch's own were slower on two cores, bf16 weights most of all (docs/log.md).
+"""Linear maps on CPU where PyTorch's own leave speed behind: of a few rows, for decoding, bound by reading the
+weights once; and large ones in fp32, which oneDNN does faster than MKL on some processors (docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,33 +10,46 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-# rows of x above which a matrix product of PyTorch's own is faster
+# rows of x above which a matrix product is faster
 FEW_ROWS = 4
 # weights below which starting threads costs more than it saves
 LITTLE_WORK = 2**17
 # outputs that a thread takes at a time
 _OUTPUTS = 64
+# multiply-adds from which oneDNN is worth its preparations, and features below which it was slower than MKL
+_MUCH_WORK, _MANY_FEATURES = 2**28, 256
 
 
 def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """`module(x)`, by the fast kernel where it can run: x `(rows, in_features)` of few rows on CPU, fp32 or bf16
-    weights, no gradient, and a plain `nn.Linear` (or a subclass that declares `adds_bias`, whether it adds its bias).
+    """`module(x)`, by the faster kernels where they can run: a plain `nn.Linear` (or a subclass that declares
+    `adds_bias`, whether it adds its bias), on CPU.
 
     Anything else (an adapter around the layer, hooks, autocast) is called as a module.
     """
-    if x.dim() != 2 or not is_plain(module) or not can_read_few_rows(x, module.weight):
+    if not is_plain(module):
         return module(x)
-    y = _few_rows(x, module.weight)
+    if x.dim() == 2 and can_read_few_rows(x, module.weight):
+        y = _few_rows(x, module.weight)
+    elif _can_run_onednn(x, module.weight):
+        y = _OneDNN.apply(x, module.weight)
+    else:
+        return module(x)
     adds_bias = getattr(type(module), "adds_bias", True)
     return y + module.bias if adds_bias and module.bias is not None else y
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling this linear or convolution layer does nothing but its arithmetic, which a kernel may do instead:
-    no subclass (unless it says so by `adds_bias`), no adapter around it, no hooks."""
+    no subclass (unless it says so by `adds_bias`), no adapter around it, no hooks, no quantised or sharded weight."""
     known = type(module) in (nn.Linear, nn.Conv1d) or hasattr(type(module), "adds_bias")
-    return known and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        known
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def can_read_few_rows(x: Tensor, *weights: Tensor | None) -> bool:
@@ -75,3 +87,38 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
         serial=weight.numel() < LITTLE_WORK,
     )
     return y.to(x.dtype)
+
+
+def _can_run_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and weight.dtype == x.dtype == torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and min(weight.shape) >= _MANY_FEATURES
+        and x.numel() * weight.shape[0] >= _MUCH_WORK
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return _product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = _product(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return dx, dweight

@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from mambaseq.ops.team import STRIDE, fetch_add, load
+from mambaseq.ops.intrinsics import fetch_add, load
+from mambaseq.ops.team import STRIDE
 from mambaseq.ops.vector_math import FASTMATH, LOG2_E, exp2, exp2m1, sigmoid, softplus
 
 _ZERO = np.float32(0)

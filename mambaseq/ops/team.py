@@ -12,45 +12,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from mambaseq.ops.intrinsics import load
 
 # Between the counters of a kernel, so that no two share a cache line.
 STRIDE = 16
 # How often a helper looks before it sleeps; about half a millisecond.
 _LOOKS = 1_000_000
-
-
-@intrinsic
-def _fetch_add(typingctx, array, index):
-    """Atomically `array[index] += 1`; returns what it was. int64."""
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        place = builder.gep(data, [args[1]])
-        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
-
-    return types.int64(array, types.intp), codegen
-
-
-@intrinsic
-def _load(typingctx, array, index):
-    """Atomically `array[index]`, int64: read anew each time, and before whatever is read next."""
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.load_atomic(builder.gep(data, [args[1]]), "seq_cst", 8)
-
-    return types.int64(array, types.intp), codegen
-
-
-# Numba calls them with the arguments after the first.
-fetch_add: Any = _fetch_add
-load: Any = _load
 
 
 @njit(nogil=True, cache=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from mambaseq.ops.intrinsics import prefetch
 from mambaseq.ops.vector_math import FASTMATH, copy
 
 WIDTH = 64
@@ -80,6 +81,7 @@ def forward(first_task, end_task, i, y, final, h, local):
                 steps = min(CHUNK, length - t0)
                 row, go = _first_row(i, s, t0)
                 _load(local, np.uint64(0), i.x, i.x_stride, c0, width, row, go, steps)
+                prefetch(i.x, i.x_stride, c0, width, row + steps * go, go, CHUNK)
                 local[CHUNK * WIDTH : 2 * CHUNK * WIDTH] = _ZERO
                 for n in range(i.d_state):
                     _advance(i, local, h, block, n, steps)
@@ -118,6 +120,9 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
                 row, go = _first_row(i, s, k * CHUNK)
                 _load(local, np.uint64(0), i.x, i.x_stride, c0, width, row, go, steps)
                 _load(local, _DY, dy, dy_stride, c0, width, row, go, steps)
+                if k:
+                    prefetch(i.x, i.x_stride, c0, width, row - CHUNK * go, go, CHUNK)
+                    prefetch(dy, dy_stride, c0, width, row - CHUNK * go, go, CHUNK)
                 local[CHUNK * WIDTH : 2 * CHUNK * WIDTH] = _ZERO
                 for n in range(i.d_state):
                     copy(history, 0, entering, k * size + n * 2 * WIDTH, 2 * WIDTH)

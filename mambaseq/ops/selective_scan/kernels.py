@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from mambaseq.ops.intrinsics import prefetch
 from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, exp2m1, sigmoid, softplus
 
 WIDTH = 64
@@ -102,6 +103,8 @@ def forward(first_task, end_task, i, y, final, h, local):
                 steps = min(CHUNK, length - t0)
                 row, go = _first_row(i, s, t0)
                 _load(i, local, SLOTS_FORWARD, block, c0, width, row, go, steps)
+                _prefetch(i, c0, width, row + steps * go, go, CHUNK)
+                prefetch(y, i.channels, c0, width, row + steps * go, go, CHUNK)
                 _advance(i, local, SLOTS_FORWARD, h, block, group, row, go, steps)
                 _store(i, local, y, block, c0, width, row, go, steps)
             for c in range(width):
@@ -130,6 +133,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
                 if k + 1 < n_chunks:
                     row, go = _first_row(i, s, k * CHUNK)
                     _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, CHUNK)
+                    _prefetch(i, c0, width, row + CHUNK * go, go, CHUNK)
                     _advance(i, local, SLOTS_BACKWARD, h, block, group, row, go, CHUNK)
 
             _load_dstate(i, dstate, dfinal, s, c0, width)
@@ -139,6 +143,9 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
                 copy(h, 0, entering, k * size, size)
                 _load(i, local, SLOTS_BACKWARD, block, c0, width, row, go, steps)
                 _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps)
+                if k:
+                    _prefetch(i, c0, width, row - CHUNK * go, go, CHUNK)
+                    prefetch(dy, dy_stride, c0, width, row - CHUNK * go, go, CHUNK)
                 _advance_keeping(i, local, h, history, gradients.C, block, group, row, go, steps)
                 _walk_back(i, local, dstate, history, gradients.B, block, group, row, go, steps)
                 _store_gradients(i, local, dy, dy_stride, gradients, task, block, c0, width, row, go, steps)
@@ -183,6 +190,15 @@ def _load(i, local, slots, block, c0, width, row, go, steps):
             local[at + _W + c] = local[at + c] * i.x[at_x + c]
         for c in range(_W):
             local[at + _OUT + c] = _ZERO
+
+
+@njit(fastmath=FASTMATH, error_model="numpy")
+def _prefetch(i, c0, width, row, go, steps):
+    """The rows that come next: they lie pages apart, which the processor does not foresee."""
+    prefetch(i.x, i.x_stride, c0, width, row, go, steps)
+    prefetch(i.dt, i.dt_stride, c0, width, row, go, steps)
+    if i.z_stride:
+        prefetch(i.z, i.z_stride, c0, width, row, go, steps)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")

@@ -1,0 +1,84 @@
+"""Linear maps by the faster kernels: equal to PyTorch's, with their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from agreement import relative_rms_error
+from torch import Tensor, nn
+
+from mambaseq.ops import linear
+from mambaseq.ops.linear import apply_linear
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for each product by oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch is built without oneDNN")
+    seen: list[None] = []
+    original = linear._product
+
+    def counted(*args: Any) -> Tensor:
+        seen.append(None)
+        return original(*args)
+
+    monkeypatch.setattr(linear, "_product", counted)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1031,), (2, 519), (1, 3, 401)])
+def test_large_maps(shape: tuple[int, ...], bias: bool, products: list) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(700, 903, bias=bias)
+    x = torch.randn(*shape, 700, requires_grad=True)
+    cotangent = torch.randn(*shape, 903)
+    wanted = [x, *module.parameters()]
+    y = apply_linear(module, x)
+    gradients = torch.autograd.grad(y, wanted, cotangent)
+    assert len(products) == 2
+    exact = nn.Linear(700, 903, bias=bias).double()
+    exact.load_state_dict(module.state_dict())
+    x64 = x.detach().double().requires_grad_()
+    expected = exact(x64)
+    expected_gradients = torch.autograd.grad(expected, [x64, *exact.parameters()], cotangent.double())
+    assert relative_rms_error(y, expected) < 1e-6
+    for gradient, e in zip(gradients, expected_gradients, strict=True):
+        assert relative_rms_error(gradient, e) < 1e-6
+
+
+def test_slices_and_frozen_parts(products: list) -> None:
+    module = nn.Linear(512, 600).requires_grad_(False)
+    x = torch.randn(900, 1024)[:, ::2].requires_grad_()
+    y = apply_linear(module, x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y, module(x))
+    torch.testing.assert_close(dx, module.weight.sum(0).expand(900, 512))
+    assert len(products) == 2
+
+
+class Quantised(nn.Parameter):
+    """A weight that is more than its numbers."""
+
+
+@pytest.mark.parametrize("change", ["hook", "weight", "autocast", "float64", "few", "compiled"])
+def test_left_to_the_module(change: str, products: list) -> None:
+    module, x = nn.Linear(600, 600), torch.randn(900, 600)
+    if change == "hook":
+        module.register_forward_hook(lambda *_: torch.zeros(900, 600))
+    elif change == "weight":
+        module.weight = Quantised(module.weight.data)
+    elif change == "float64":
+        module, x = module.double(), x.double()
+    elif change == "few":
+        x = x[:20]
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        expected = module(x)
+        function = (
+            torch.compile(apply_linear, backend="eager", fullgraph=True) if change == "compiled" else apply_linear
+        )
+        torch.testing.assert_close(function(module, x), expected)
+    assert not products
