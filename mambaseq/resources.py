@@ -1,8 +1,9 @@
-"""Files that ship with a package: found in a checkout and in an installed wheel alike."""
+"""Files that ship with a package, found in a checkout and in an installed wheel alike; and where files are cached."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from mambaseq.errors import ConfigError
@@ -35,3 +36,15 @@ def find(resource: str) -> Path:
     if not path.exists():
         raise ConfigError(f"The resource {resource!r} does not exist; it was looked for at {path}.")
     return path
+
+
+def cache_dir(override: str | Path | None = None) -> Path:
+    """The cache folder: `override`, else the variable MAMBASEQ_CACHE, else the platform's
+    (`~/.cache/mambaseq`)."""
+    if override is not None:
+        return Path(override).expanduser()
+    if variable := os.environ.get("MAMBASEQ_CACHE"):
+        return Path(variable).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("mambaseq"))

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from mambaseq import resources
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.resources import cache_dir
 
 HASHED_UP_TO = 64 * 2**20
-
-
-def cache_dir(override: str | Path | None = None) -> Path:
-    """The cache folder: `override`, else the variable MAMBASEQ_CACHE, else the platform's
-    (`~/.cache/mambaseq`)."""
-    if override is not None:
-        return Path(override).expanduser()
-    if variable := os.environ.get("MAMBASEQ_CACHE"):
-        return Path(variable).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("mambaseq"))
 
 
 def locate(name: str | Path) -> list[Path]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.data.atomic import atomic_file, atomic_folder
-from mambaseq.data.cache import cache_dir
 from mambaseq.data.download import ResumingDownloader, Unreachable
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean
+from mambaseq.resources import cache_dir
 
 MANIFESTS = Path(__file__).parent / "manifests"
 _RECORDED = "checksums.json"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mambaseq.data.atomic import atomic_folder
-from mambaseq.data.cache import cache_dir
 from mambaseq.errors import DataError
+from mambaseq.resources import cache_dir
 
 FORMAT = 1
 TOKENS, INDEX = "tokens.bin", "index.json"

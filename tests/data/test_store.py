@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mambaseq.data.cache import cache_dir, fingerprint, locate
+from mambaseq.data.cache import fingerprint, locate
 from mambaseq.data.store import Records, StoreError, TokenStore, smallest_dtype
 from mambaseq.errors import DataError
+from mambaseq.resources import cache_dir
 
 META = {"sources": [{"name": "a.txt", "size": 3}], "tokenizer": "bytes"}
 

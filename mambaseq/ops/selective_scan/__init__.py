@@ -8,13 +8,14 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.selective_scan import arguments as _arguments
-from mambaseq.ops.selective_scan import chunked, cpu, mamba_ssm, reference
+from mambaseq.ops.selective_scan import chunked, cpu, cuda, mamba_ssm, reference
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = dispatch.Op(
     name="selective_scan",
     backends=(
         dispatch.Backend("cpu", cpu.run, cpu.why_not),
+        dispatch.Backend("cuda", cuda.run, cuda.why_not),
         dispatch.Backend("mamba_ssm", mamba_ssm.run, mamba_ssm.why_not),
         dispatch.Backend("torch", chunked.run, dispatch.never),
         dispatch.Backend("reference", reference.run, dispatch.never),

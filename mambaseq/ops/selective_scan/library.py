@@ -11,8 +11,6 @@ from torch import Tensor
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
-Forward = Callable[[ScanArguments], tuple[Tensor, Tensor]]
-Backward = Callable[[ScanArguments, Tensor, Tensor], "Gradients"]
 # For x, dt, A, B, C, D, z, dt_bias and initial_state, in this order, None where the argument is None.
 Gradients = tuple[Tensor | None, ...]
 
@@ -25,26 +23,42 @@ _DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state
 
 
 def register(
-    name: str, forward: Forward, backward: Backward, device_types: str | None = None
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Gradients],
+    device_types: str | None = None,
+    shape_kept: Callable[[ScanArguments], tuple[int, ...]] | None = None,
 ) -> Callable[[ScanArguments], tuple[Tensor, Tensor]]:
-    """Make `mambaseq::{name}` and `mambaseq::{name}_backward`; only inputs are kept between the two."""
+    """Make `mambaseq::{name}` and `mambaseq::{name}_backward`.
 
-    def run_forward(*values: Any) -> tuple[Tensor, Tensor]:
-        return forward(ScanArguments(*values))
+    Args:
+        forward: `(arguments)` → (y, final state); with `shape_kept`, `(arguments, keep)` → (y, final state, kept).
+        backward: `(arguments, dy, dfinal)`; with `shape_kept`, `(arguments, dy, dfinal, kept)`.
+        shape_kept: the shape of a float32 tensor that the forward keeps for the backward, if there is to be one;
+            without it only inputs are kept.
+    """
+    keeps = shape_kept is not None
+
+    def run_forward(*values: Any) -> tuple[Tensor, ...]:
+        return forward(ScanArguments(*values[:12]), *values[12:])
 
     def run_backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        gradients = backward(ScanArguments(*values), dy, dfinal)
+        gradients = backward(ScanArguments(*values[:12]), dy, dfinal, *values[12:])
         # An operator cannot return None.
         return tuple(dy.new_empty(0) if g is None else g for g in gradients)
 
-    def fake_forward(*values: Any) -> tuple[Tensor, Tensor]:
-        arguments = ScanArguments(*values)
+    def fake_forward(*values: Any) -> tuple[Tensor, ...]:
+        arguments = ScanArguments(*values[:12])
         y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
         shape = (arguments.n_sequences, *arguments.A.shape)
-        return y, arguments.x.new_empty(shape, dtype=working_dtype(arguments.x, arguments.A))
+        final = arguments.x.new_empty(shape, dtype=working_dtype(arguments.x, arguments.A))
+        if shape_kept is None:
+            return y, final
+        kept = shape_kept(arguments) if values[12] else (0,)
+        return y, final, arguments.x.new_empty(kept, dtype=torch.float32)
 
     def fake_backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        arguments = ScanArguments(*values)
+        arguments = ScanArguments(*values[:12])
         wanted = [getattr(arguments, name) for name in _DIFFERENTIABLE]
         return tuple(dy.new_empty(0) if value is None else value.new_empty(value.shape) for value in wanted)
 
@@ -54,34 +68,43 @@ def register(
         run_forward,
         mutates_args=(),
         device_types=device_types,
-        schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+        schema=f"({_ARGUMENTS}{', bool keep' if keeps else ''}) -> (Tensor, Tensor{', Tensor' if keeps else ''})",
     )
     backward_op = torch.library.custom_op(
         f"mambaseq::{name}_backward",
         run_backward,
         mutates_args=(),
         device_types=device_types,
-        schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> ({outputs})",
+        schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}{', Tensor kept' if keeps else ''}) -> ({outputs})",
     )
     forward_op.register_fake(fake_forward)
     backward_op.register_fake(fake_backward)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        arguments = ScanArguments(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        arguments = ScanArguments(*inputs[:12])
         ctx.dt_softplus, ctx.reverse = arguments.dt_softplus, arguments.reverse
-        ctx.save_for_backward(*(v for v in arguments if not isinstance(v, bool)))
+        ctx.save_for_backward(*(v for v in arguments if not isinstance(v, bool)), *output[2:])
 
-    def differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens = ctx.saved_tensors
+    def differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, *kept = ctx.saved_tensors
         arguments = ScanArguments(
             x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, cu_seqlens, ctx.reverse
         )
         inputs = arguments[:-1]
-        found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *inputs), strict=True))
-        return tuple(
+        found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *inputs, *kept), strict=True))
+        gradients = [
             None if value is None else found.get(name)
             for name, value in zip(ScanArguments._fields, inputs, strict=False)
-        )
+        ]
+        return (*gradients, None) if keeps else tuple(gradients)
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
-    return lambda arguments: forward_op(*arguments[:-1])
+
+    def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+        if not keeps:
+            return forward_op(*arguments[:-1])
+        keep = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in arguments)
+        y, final, _ = forward_op(*arguments[:-1], keep)
+        return y, final
+
+    return run

@@ -35,6 +35,8 @@ def why_not(arguments: ScanArguments) -> str | None:
         return f"d_state is {arguments.A.shape[1]}, above {_MAX_STATES}"
     if arguments.x.shape[1] == 0:
         return "the length is 0"
+    if arguments.B.ndim == arguments.C.ndim == 4 and arguments.B.shape[2] != arguments.C.shape[2]:
+        return "B and C have different groups"
     if arguments.initial_state is not None:
         return "it takes no initial state"
     if arguments.cu_seqlens is not None:

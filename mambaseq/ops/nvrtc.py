@@ -1,0 +1,104 @@
+"""CUDA C++ compiled when it is first needed, by NVRTC through NVIDIA's `cuda-core`: no compiler on the user's machine.
+
+What was compiled is kept in the cache folder by source, macros, architecture and compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.resources import cache_dir
+
+
+@functools.cache
+def why_not() -> str | None:
+    """The reason why nothing can be compiled here, or None."""
+    if torch.version.hip is not None:
+        return "PyTorch is built for AMD GPUs"
+    for name, package in (("cuda.bindings", "cuda-bindings"), ("cuda.core", "cuda-core")):
+        try:
+            missing = importlib.util.find_spec(name) is None
+        except ModuleNotFoundError:
+            missing = True
+        if missing:
+            return f"{package} is not installed"
+    return None
+
+
+def compile_to_cubin(source: str, macros: dict[str, int], architecture: str) -> bytes:
+    """Machine code for an architecture ("90" is compute capability 9.0). Needs no GPU.
+
+    Raises cuda.core's error, with the compiler's messages, for a source that does not compile.
+    """
+    core: Any = importlib.import_module("cuda.core")
+    defined = [(name, str(value)) for name, value in macros.items()]
+    options = core.ProgramOptions(std="c++17", arch=f"sm_{architecture}", define_macro=defined or None)
+    return bytes(core.Program(source, "c++", options).compile("cubin").code)
+
+
+def _cubin(source: str, macros: dict[str, int], architecture: str) -> bytes:
+    """From the cache, or compiled and put there; a folder that cannot be written is done without."""
+    compiler = f"{importlib.metadata.version('cuda-core')} {importlib.metadata.version('cuda-bindings')}"
+    key = hashlib.sha256(repr((source, sorted(macros.items()), architecture, compiler)).encode()).hexdigest()
+    path = cache_dir() / "kernels" / f"{key[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    code = compile_to_cubin(source, macros, architecture)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)
+    return code
+
+
+class Kernel:
+    """A kernel on one device; call it with a grid and its arguments.
+
+    Tensors go as the addresses of their first elements, None as a null pointer, numbers as 64 bits (of which a kernel
+    may read the lower half as an int).
+    """
+
+    def __init__(self, code: bytes, name: str, threads: int, shared: int, device: int) -> None:
+        core: Any = importlib.import_module("cuda.core")
+        driver: Any = importlib.import_module("cuda.bindings.driver")
+        self._launch, self._config, self._stream = core.launch, core.LaunchConfig, core.Stream
+        core.Device(device).set_current()
+        self._module = core.ObjectCode.from_cubin(code)
+        self._kernel = self._module.get_kernel(name)
+        self._threads, self._shared = threads, shared
+        if shared > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, self._kernel.handle, device)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"{name} cannot have {shared} bytes of shared memory on this GPU: {error}")
+
+    def __call__(self, grid: int | tuple[int, int], *arguments: Any) -> None:
+        stream = self._stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        config = self._config(grid=grid, block=self._threads, shmem_size=self._shared)
+        self._launch(stream, config, self._kernel, *(_as_number(value) for value in arguments))
+
+
+def _as_number(value: Any) -> int:
+    return 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else int(value)
+
+
+@functools.cache
+def kernel(
+    source: tuple[Path, ...], name: str, macros: tuple[tuple[str, int], ...], threads: int, shared: int, device: int
+) -> Kernel:
+    """The kernel `name` of some files, one after the other, compiled for a device."""
+    text = "".join(path.read_text(encoding="utf-8") for path in source)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(_cubin(text, dict(macros), f"{major}{minor}"), name, threads, shared, device)

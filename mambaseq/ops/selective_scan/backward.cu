@@ -1,0 +1,332 @@
+// The gradients of the selective scan, channel-last. A block takes 64 channels back through one segment; a channel has
+// STATES / 8 threads of 8 states. A tile is the steps between two checkpoints: the states of 8 steps at a time are made
+// again from the checkpoint, kept in registers, and walked back. What B and C get is summed over the block's channels in
+// a fixed order and written for each block; a sum over the blocks follows outside. No atomics: runs do not differ.
+#define SPLIT (STATES / 8)  // threads of a channel
+#define KEPT 8              // steps whose states are kept
+#define STRIDE_Y (CHANNELS + 16)  // spreads two steps over the banks
+#define PART_G (TILE * CHANNELS + 16)  // and the two gradients
+#define VALUES (2 * STATES)
+#define WARPS (THREADS / 32)
+
+struct Shared {
+    in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
+    in_t B[2][TILE * STATES], C[2][TILE * STATES];
+    float2 du[TILE * CHANNELS];  // delta, delta x
+    float dout[TILE * CHANNELS];
+    float bc[TILE * 2 * STATES];
+    float y[TILE * STRIDE_Y];
+    float g[2 * PART_G];  // gradients of delta x, and of the exponent
+    float bc_sums[WARPS * TILE * 32];
+};
+static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    backward(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
+             i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
+             const in_t *dy, i64 dy_stride, const float *dstate, const i64 *row0s, const int *lengths,
+             const int *sequences, const int *flags, const i64 *checkpoint, int go, int channels, int d_state,
+             int per_group, const float *checkpoints, i64 rows, in_t *dx, in_t *ddt, in_t *dz, float *dBC, float *dA,
+             float *dD, float *dbias, float *dinitial) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &s = *reinterpret_cast<Shared *>(memory);
+    const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
+    const int segment = blockIdx.x / n_blocks, block = blockIdx.x % n_blocks, c0 = block * CHANNELS;
+    const int length = lengths[segment];
+    if (length == 0) return;
+    const i64 row0 = row0s[segment];
+    const int group_column = c0 / per_group * d_state;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
+    float A2[8], dh[8], sum_A[8];
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        bool exists = c < channels && sub * 8 + n < d_state;
+        A2[n] = exists ? A[(i64)c * d_state + sub * 8 + n] * LOG2E : 0.f;
+        dh[n] = exists && dstate ? dstate[((i64)segment * channels + c) * d_state + sub * 8 + n] : 0.f;
+        sum_A[n] = 0.f;
+    }
+    const int own = lane * 2, rank = warp;
+    const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
+    const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
+    float2 sum_D = make_float2(0.f, 0.f), sum_bias = make_float2(0.f, 0.f);
+
+    const int n_tiles = (length + TILE - 1) / TILE;
+    auto fetch_tile = [&](int k) {
+        if (k >= 0) {
+            int steps = min(TILE, length - k * TILE);
+            i64 row = row0 + (i64)k * TILE * go;
+            fetch<TILE, CHANNELS, VEC>(s.x[k & 1], x, x_stride, row, go, steps, c0, channels);
+            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt, dt_stride, row, go, steps, c0, channels);
+            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy, dy_stride, row, go, steps, c0, channels);
+            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z, z_stride, row, go, steps, c0, channels);
+            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + group_column, B_stride, row, go, steps, 0, d_state);
+            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + group_column, C_stride, row, go, steps, 0, d_state);
+        }
+        commit();
+    };
+    auto prepare = [&](int k) {
+        int steps = length - k * TILE, at = k & 1;
+#pragma unroll
+        for (int t = rank; t < TILE; t += WARPS) {
+            float2 d = pair(s.dt[at] + t * CHANNELS + own), u = pair(s.x[at] + t * CHANNELS + own);
+            float2 o = pair(s.dy[at] + t * CHANNELS + own);
+            d.x = t < steps ? step_size(d.x, own_bias.x) : 0.f;
+            d.y = t < steps ? step_size(d.y, own_bias.y) : 0.f;
+            if (HAS_Z) {
+                float2 v = pair(s.z[at] + t * CHANNELS + own);
+                o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
+            }
+            *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, d.x * u.x, d.y, d.y * u.y);
+            *(float2 *)&s.dout[t * CHANNELS + own] = o;
+        }
+        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) {
+            float *to = s.bc + i / STATES * 2 * STATES + i % STATES;
+            to[0] = widen(s.B[at][i]);
+            to[STATES] = widen(s.C[at][i]);
+        }
+    };
+    auto finish = [&](int k) {
+        int steps = min(TILE, length - k * TILE), at = k & 1;
+#pragma unroll
+        for (int t = rank; t < TILE; t += WARPS) {
+            if (t >= steps) break;
+            i64 row = row0 + ((i64)k * TILE + t) * go, to = row * channels + c0 + own;
+            float2 u = pair(s.x[at] + t * CHANNELS + own), v = pair(s.dt[at] + t * CHANNELS + own);
+            float4 d = *(const float4 *)&s.du[t * CHANNELS + own];
+            float2 o = *(const float2 *)&s.dout[t * CHANNELS + own];
+            float2 gu = *(const float2 *)&s.g[t * CHANNELS + own];
+            float2 ge = *(const float2 *)&s.g[PART_G + t * CHANNELS + own];
+            float2 r = make_float2(fmaf(gu.x, d.x, own_D.x * o.x), fmaf(gu.y, d.z, own_D.y * o.y));
+            put_pair(dx + to, r, c0 + own, channels);
+            if (HAS_Z) {
+                float2 gate = pair(s.z[at] + t * CHANNELS + own), out = *(const float2 *)&s.y[t * STRIDE_Y + own];
+                float2 up = pair(s.dy[at] + t * CHANNELS + own);
+                float a = sigmoid(gate.x), b = sigmoid(gate.y);
+                r.x = up.x * fmaf(own_D.x, u.x, out.x) * a * (1.f + gate.x * (1.f - a));
+                r.y = up.y * fmaf(own_D.y, u.y, out.y) * b * (1.f + gate.y * (1.f - b));
+                put_pair(dz + to, r, c0 + own, channels);
+            }
+            r = make_float2(fmaf(gu.x, u.x, ge.x * LN2), fmaf(gu.y, u.y, ge.y * LN2));
+            if (SOFTPLUS) r.x *= sigmoid(v.x + own_bias.x), r.y *= sigmoid(v.y + own_bias.y);
+            put_pair(ddt + to, r, c0 + own, channels);
+            sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
+            sum_bias.x += r.x, sum_bias.y += r.y;
+        }
+        for (int i = threadIdx.x; i < TILE * 32; i += THREADS) {
+            int t = i / 32, l = i % 32;
+            float total = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + l];
+            // the lane's bits: state, kind (B or C), half of the states
+            int column = (l >> 1 & 1) * STATES + (SPLIT == 2 ? (l & 1) * 8 : 0) + (l >> 2);
+            if (t < steps && (SPLIT == 2 || (l & 1) == 0))
+                dBC[((i64)block * rows + row0 + ((i64)k * TILE + t) * go) * VALUES + column] = total;
+        }
+    };
+    // Sums of 8 values over lanes that differ in bits 2 to 4: each lane ends with one of the values.
+    auto butterfly = [&](const float *v) {
+        bool b4 = lane & 16, b3 = lane & 8, b2 = lane & 4;
+        float w[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) w[n] = (b4 ? v[n + 4] : v[n]) + __shfl_xor_sync(~0u, b4 ? v[n] : v[n + 4], 16);
+        float p = (b3 ? w[2] : w[0]) + __shfl_xor_sync(~0u, b3 ? w[0] : w[2], 8);
+        float q = (b3 ? w[3] : w[1]) + __shfl_xor_sync(~0u, b3 ? w[1] : w[3], 8);
+        return (b2 ? q : p) + __shfl_xor_sync(~0u, b2 ? p : q, 4);
+    };
+
+    const i64 slot0 = checkpoint[segment];
+    fetch_tile(n_tiles - 1);
+    for (int k = n_tiles - 1; k >= 0; k--) {
+        float start[8];
+        {
+            const float *from = checkpoints + ((slot0 + k) * channels + c) * STATES + sub * 8;
+            float4 low = c < channels ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
+            float4 high = c < channels ? *(const float4 *)(from + 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+            start[0] = low.x, start[1] = low.y, start[2] = low.z, start[3] = low.w;
+            start[4] = high.x, start[5] = high.y, start[6] = high.z, start[7] = high.w;
+        }
+        wait<0>();
+        __syncthreads();
+        fetch_tile(k - 1);
+        prepare(k);
+        __syncthreads();
+#pragma unroll 1
+        for (int part = TILE / KEPT - 1; part >= 0; part--) {
+            const float2 *du = s.du + channel;
+            const float *bc = s.bc + sub * 8;
+            float h[8], before[KEPT][8];
+#pragma unroll
+            for (int n = 0; n < 8; n++) h[n] = start[n];
+#pragma unroll 1
+            for (int t = 0; t < part * KEPT; t++) {
+                float2 now = du[t * CHANNELS];
+                float b[8];
+                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
+#pragma unroll
+                for (int n = 0; n < 8; n++) h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
+            }
+            const int t0 = part * KEPT;
+            du += t0 * CHANNELS, bc += t0 * 2 * STATES;
+            float sum_C[KEPT], y_even = 0.f;
+#pragma unroll
+            for (int t = 0; t < KEPT; t++) {
+                float2 now = du[t * CHANNELS];
+                float o = s.dout[(t0 + t) * CHANNELS + channel], y = 0.f, v[8], b[8], w[8];
+                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
+                *(float4 *)w = *(const float4 *)(bc + t * 2 * STATES + STATES);
+                *(float4 *)(w + 4) = *(const float4 *)(bc + t * 2 * STATES + STATES + 4);
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    before[t][n] = h[n];
+                    h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
+                    v[n] = h[n] * o;
+                    if (HAS_Z) y = fmaf(h[n], w[n], y);
+                }
+                sum_C[t] = butterfly(v);
+                if (HAS_Z) {
+                    if constexpr (SPLIT == 2) {
+                        if (t % 2 == 0) {
+                            y_even = y;
+                        } else {
+                            float total = (sub ? y : y_even) + __shfl_xor_sync(~0u, sub ? y_even : y, 1);
+                            s.y[(t0 + t - 1 + sub) * STRIDE_Y + channel] = total;
+                        }
+                    } else {
+                        s.y[(t0 + t) * STRIDE_Y + channel] = y;
+                    }
+                }
+            }
+#pragma unroll
+            for (int t = KEPT - 1; t >= 0; t--) {
+                float2 now = du[t * CHANNELS];
+                float o = s.dout[(t0 + t) * CHANNELS + channel], gu = 0.f, ge = 0.f, v[8], b[8], w[8];
+                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
+                *(float4 *)w = *(const float4 *)(bc + t * 2 * STATES + STATES);
+                *(float4 *)(w + 4) = *(const float4 *)(bc + t * 2 * STATES + STATES + 4);
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    float g = fmaf(o, w[n], dh[n]);
+                    v[n] = g * now.y;
+                    gu = fmaf(g, b[n], gu);
+                    dh[n] = ex2(now.x * A2[n]) * g;
+                    float e = dh[n] * before[t][n];
+                    ge = fmaf(A2[n], e, ge);
+                    sum_A[n] = fmaf(now.x, e, sum_A[n]);
+                }
+                float sum_B = butterfly(v);
+                bool kind = lane & 2;
+                float total = (kind ? sum_C[t] : sum_B) + __shfl_xor_sync(~0u, kind ? sum_B : sum_C[t], 2);
+                if constexpr (SPLIT == 2) {
+                    s.g[sub * PART_G + (t0 + t) * CHANNELS + channel] =
+                        (sub ? ge : gu) + __shfl_xor_sync(~0u, sub ? gu : ge, 1);
+                } else {
+                    total += __shfl_xor_sync(~0u, total, 1);
+                    s.g[(t0 + t) * CHANNELS + channel] = gu;
+                    s.g[PART_G + (t0 + t) * CHANNELS + channel] = ge;
+                }
+                s.bc_sums[(warp * TILE + t0 + t) * 32 + lane] = total;
+            }
+        }
+        __syncthreads();
+        finish(k);
+    }
+    if (c < channels) {
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            if (sub * 8 + n >= d_state) break;
+            dA[((i64)segment * channels + c) * d_state + sub * 8 + n] = sum_A[n];
+            if (dinitial && (flags[segment] & 1))
+                dinitial[((i64)sequences[segment] * channels + c) * d_state + sub * 8 + n] = dh[n];
+        }
+    }
+    __syncthreads();
+    float2 *sums = (float2 *)s.g;
+    sums[rank * CHANNELS + own] = make_float2(sum_D.x, sum_bias.x);
+    sums[rank * CHANNELS + own + 1] = make_float2(sum_D.y, sum_bias.y);
+    __syncthreads();
+    if (threadIdx.x < CHANNELS && c0 + threadIdx.x < channels) {
+        float2 total = make_float2(0.f, 0.f);
+        for (int r = 0; r < WARPS; r++) {
+            float2 part = sums[r * CHANNELS + threadIdx.x];
+            total.x += part.x, total.y += part.y;
+        }
+        dD[(i64)segment * channels + c0 + threadIdx.x] = total.x;
+        dbias[(i64)segment * channels + c0 + threadIdx.x] = total.y;
+    }
+}
+
+// What a segment does to the gradient of the state after it: adds `local`, after decaying it by exp(A sum_dt).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    backward_summary(const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *C, i64 C_stride,
+                     const float *A, const float *bias, const in_t *dy, i64 dy_stride, const i64 *row0s,
+                     const int *lengths, const int *flags, int go, int channels, int d_state, int per_group,
+                     float *local, float *sum_dt) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &s = *reinterpret_cast<Shared *>(memory);
+    const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
+    const int segment = blockIdx.x / n_blocks, c0 = blockIdx.x % n_blocks * CHANNELS;
+    const int length = lengths[segment];
+    if (length == 0 || (flags[segment] & 1)) return;  // nothing comes before it
+    const i64 row0 = row0s[segment];
+    const int group_column = c0 / per_group * d_state;
+    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
+    float A2[8], dh[8], total = 0.f;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        A2[n] = c < channels && sub * 8 + n < d_state ? A[(i64)c * d_state + sub * 8 + n] * LOG2E : 0.f;
+        dh[n] = 0.f;
+    }
+    const int own = threadIdx.x % 32 * 2, rank = threadIdx.x / 32;
+    const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
+    const int n_tiles = (length + TILE - 1) / TILE;
+    auto fetch_tile = [&](int k) {
+        if (k >= 0) {
+            int steps = min(TILE, length - k * TILE);
+            i64 row = row0 + (i64)k * TILE * go;
+            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt, dt_stride, row, go, steps, c0, channels);
+            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy, dy_stride, row, go, steps, c0, channels);
+            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z, z_stride, row, go, steps, c0, channels);
+            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + group_column, C_stride, row, go, steps, 0, d_state);
+        }
+        commit();
+    };
+    fetch_tile(n_tiles - 1);
+    for (int k = n_tiles - 1; k >= 0; k--) {
+        wait<0>();
+        __syncthreads();
+        fetch_tile(k - 1);
+        int steps = length - k * TILE, at = k & 1;
+        for (int t = rank; t < TILE; t += WARPS) {
+            float2 d = pair(s.dt[at] + t * CHANNELS + own), o = pair(s.dy[at] + t * CHANNELS + own);
+            d.x = t < steps ? step_size(d.x, own_bias.x) : 0.f;
+            d.y = t < steps ? step_size(d.y, own_bias.y) : 0.f;
+            if (HAS_Z) {
+                float2 v = pair(s.z[at] + t * CHANNELS + own);
+                o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
+            }
+            *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, o.x, d.y, o.y);
+        }
+        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) s.bc[i] = widen(s.C[at][i]);
+        __syncthreads();
+#pragma unroll 8
+        for (int t = TILE - 1; t >= 0; t--) {
+            float2 now = s.du[t * CHANNELS + channel];
+            float w[8];
+            *(float4 *)w = *(const float4 *)(s.bc + t * STATES + sub * 8);
+            *(float4 *)(w + 4) = *(const float4 *)(s.bc + t * STATES + sub * 8 + 4);
+            total += now.x;
+#pragma unroll
+            for (int n = 0; n < 8; n++) dh[n] = ex2(now.x * A2[n]) * fmaf(now.y, w[n], dh[n]);
+        }
+    }
+    if (c < channels) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (sub * 8 + n < d_state) local[((i64)segment * channels + c) * d_state + sub * 8 + n] = dh[n];
+        if (sub == 0) sum_dt[(i64)segment * channels + c] = total;
+    }
+}
