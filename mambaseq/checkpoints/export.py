@@ -84,10 +84,19 @@ def save_model(
 
 
 def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit."""
+    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, or which differ
+    where the model has one tensor for both."""
     own = model.state_dict()
-    if model.tie_embeddings and "head.linear.weight" not in tensors and "encoder.embedding.weight" in tensors:
-        tensors = {**tensors, "head.linear.weight": tensors["encoder.embedding.weight"]}
+    if model.tie_embeddings and (embedding := tensors.get("encoder.embedding.weight")) is not None:
+        head = tensors.get("head.linear.weight", embedding)
+        if head.shape == embedding.shape and not torch.allclose(
+            head.to(embedding), embedding, rtol=0, atol=0, equal_nan=True
+        ):
+            raise UserError(
+                f"The weights in {source} have an embedding and an output layer that differ, and the model has one "
+                f"tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
+            )
+        tensors = {**tensors, "head.linear.weight": head}
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
         for name in sorted(own.keys() & tensors.keys())
@@ -122,7 +131,7 @@ def _read_card(path: Path) -> ModelCard:
                 f"{path} has format {version}; this mambaseq reads format {FORMAT}. Install the matching one."
             )
         return ModelCard(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a model description ({error}). Export the model again.") from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.checkpoints.export import load_weights, read_safetensors
-from mambaseq.errors import UserError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, causal_lm
 
 _FIXED = {
@@ -39,11 +39,13 @@ def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `causal_lm` from a `config.json` of either house.
 
-    Raises UserError for an architecture that is not Mamba-1.
+    Raises UserError for an architecture that is not Mamba-1, KeyError for a setting that is missing.
     """
     if "hidden_size" in config:  # transformers
         if config.get("model_type", "mamba") != "mamba":
             raise UserError(f"The checkpoint is a {config['model_type']!r} model; only 'mamba' can be loaded.")
+        if (activation := config.get("hidden_act", "silu")) != "silu":
+            raise UserError(f"The checkpoint's activation (hidden_act) is {activation!r}; only 'silu' can be loaded.")
         return {
             "vocab_size": config["vocab_size"],
             "d_model": config["hidden_size"],
@@ -55,6 +57,7 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
             "conv_bias": config["use_conv_bias"],
             "bias": config["use_bias"],
             "norm_eps": config["layer_norm_epsilon"],
+            "tie_embeddings": config.get("tie_word_embeddings", True),
         }
     ssm = dict(config.get("ssm_cfg") or {})
     if ssm.pop("layer", "Mamba1") != "Mamba1" or config.get("attn_layer_idx"):
@@ -64,6 +67,7 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
         "d_model": config["d_model"],
         "n_layers": config["n_layer"],
+        "tie_embeddings": config.get("tie_embeddings", True),
         **ssm,
     }
 
@@ -71,13 +75,13 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
 def load_upstream(folder: str | Path) -> SequenceModel:
     """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
-    The `.bin` is read without unpickling code. Raises UserError when files are missing or do not fit.
+    The `.bin` is read without unpickling code. Raises UserError when files are missing, damaged or do not fit.
     """
     folder = Path(folder)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
-    model = causal_lm(**options_from_config(json.loads(config_path.read_text(encoding="utf-8"))))
+    model = _from_config(config_path)
     source = folder / "model.safetensors"
     if source.is_file():
         tensors = read_safetensors(source)
@@ -85,6 +89,36 @@ def load_upstream(folder: str | Path) -> SequenceModel:
         source = folder / "pytorch_model.bin"
         if not source.is_file():
             raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
-        tensors = torch.load(source, map_location="cpu", weights_only=True)
+        tensors = _read_bin(source)
     load_weights(model, from_upstream(tensors), source)
     return model.eval()
+
+
+def _from_config(path: Path) -> SequenceModel:
+    remedy = "Download it again, from the same place as the weights."
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a model's configuration: it holds no settings. {remedy}")
+        return causal_lm(**options_from_config(config))
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {remedy}") from error
+    except ConfigError as error:
+        raise UserError(f"{path} describes no model that can be built. {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} is not a Mamba's configuration ({' '.join(str(error).split())}). {remedy}") from error
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    remedy = "Download it again, or take the checkpoint's model.safetensors."
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises depends on where the file was cut
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged or holds "
+            f"more than tensors. {remedy}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} holds no mapping of names to tensors. {remedy}")
+    return tensors
