@@ -255,4 +255,6 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         raise _explain(error, parser, config) from error
     settings = parsed.as_dict()
     del settings["trainer"]
-    return RunConfig(settings, dict(vars(instantiated.trainer)), classes, parser.dump(parsed))
+    # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
+    text = parser.dump(parsed, "parser_mode", False)
+    return RunConfig(settings, dict(vars(instantiated.trainer)), classes, text)

@@ -8,6 +8,7 @@ import pytest
 
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
+from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
@@ -66,6 +67,18 @@ def test_the_saved_configuration_reads_back_equal(config: Path, tmp_path: Path) 
     saved.write_text(run.yaml)
     again = parse_config(str(saved), [])
     assert again.settings == run.settings
+    assert again.yaml == run.yaml
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalog()["configs"]])
+def test_every_configuration_reads_back_as_it_was_run(name: str, tmp_path: Path) -> None:
+    run = parse_config(name, ["--trainer.gradient_clip_val=null", "--trainer.limit_val_batches=3"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(run.yaml)
+    again = parse_config(str(saved), [])
+    assert again.trainer == run.trainer
+    assert again.trainer["check_val_every_n_epoch"] is None
+    assert again.trainer["gradient_clip_val"] is None
     assert again.yaml == run.yaml
 
 
