@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mambaseq.ops.linear import LITTLE_WORK, bits, can_read_few_rows
 
@@ -36,18 +35,6 @@ class BlockWeights(NamedTuple):
     out_bias: Tensor | None
 
 
-class _Views(NamedTuple):
-    """Of parameters, as the kernel takes them; good as long as the parameters lie at these addresses."""
-
-    addresses: list[int]
-    arrays: tuple[Any, ...]
-    n_weights: int
-
-
-# Of each block, by its A_log: making them anew for every token would cost more than some blocks do.
-_views: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def can_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights) -> bool:
     """Whether `block_step_` can run: few rows, fp32 or bf16 parameters on CPU, fp32 states, no gradient."""
     states_fit = conv_state.dtype == ssm_state.dtype == torch.float32
@@ -66,48 +53,38 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
     """
     kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
     team: Any = importlib.import_module("mambaseq.ops.team")
-    views = _views_of(weights)
+    w = weights
     batch, d_inner, _ = ssm_state.shape
     n_blocks = -(-d_inner // _CHANNELS)
     y = torch.empty(x.shape)
-    shares = np.empty((n_blocks, batch, weights.x_proj.shape[0]), dtype=np.float32)
+    shares = np.empty((n_blocks, batch, w.x_proj.shape[0]), dtype=np.float32)
     out_shares = np.empty((n_blocks, batch, x.shape[1]), dtype=np.float32)
     inner = np.empty((batch, 2 * d_inner), dtype=np.float32)
     arguments = (
         np.zeros(4 * team.STRIDE, dtype=np.int64),
         _CHANNELS,
         x.float().contiguous().numpy(),
-        *views.arrays,
+        bits(w.in_proj),
+        bits(w.in_bias),
+        w.in_bias is not None,
+        bits(w.conv).reshape(-1),
+        bits(w.conv_bias),
+        w.conv_bias is not None,
+        bits(w.x_proj),
+        bits(w.dt_proj),
+        bits(w.dt_bias),
+        bits(w.A_log).reshape(-1),
+        bits(w.D),
+        bits(w.out_proj),
         conv_state.view(-1).numpy(),
         ssm_state.view(-1).numpy(),
         inner,
         shares,
         out_shares,
     )
-    team.run(lambda: kernels.mamba_block(*arguments), serial=views.n_weights < LITTLE_WORK)
+    little = w.in_proj.numel() + w.out_proj.numel() < LITTLE_WORK
+    team.run(lambda: kernels.mamba_block(*arguments), 1 if little else n_blocks)
     kernels.sum_of_blocks(out_shares, y.numpy())
-    if weights.out_bias is not None:
-        y += weights.out_bias
+    if w.out_bias is not None:
+        y += w.out_bias
     return y.to(x.dtype)
-
-
-def _views_of(w: BlockWeights) -> _Views:
-    addresses = [0 if value is None else value.data_ptr() for value in w]
-    views = _views.get(w.A_log)
-    if views is None or views.addresses != addresses:
-        arrays = (
-            bits(w.in_proj),
-            bits(w.in_bias),
-            w.in_bias is not None,
-            bits(w.conv).reshape(-1),
-            bits(w.conv_bias),
-            w.conv_bias is not None,
-            bits(w.x_proj),
-            bits(w.dt_proj),
-            bits(w.dt_bias),
-            bits(w.A_log).reshape(-1),
-            bits(w.D),
-            bits(w.out_proj),
-        )
-        views = _views[w.A_log] = _Views(addresses, arrays, w.in_proj.numel() + w.out_proj.numel())
-    return views

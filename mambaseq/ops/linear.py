@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 # rows of x above which a matrix product is faster
 FEW_ROWS = 4
@@ -42,13 +42,18 @@ def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling this linear or convolution layer does nothing but its arithmetic, which a kernel may do instead:
-    no subclass (unless it says so by `adds_bias`), no adapter around it, no hooks, no quantised or sharded weight."""
+    no subclass (unless it says so by `adds_bias`), no adapter in its place, no forward of its own, no hooks, no
+    quantised or sharded weight."""
     known = type(module) in (nn.Linear, nn.Conv1d) or hasattr(type(module), "adds_bias")
     return (
         known
         and type(module.weight) in (nn.Parameter, Tensor)
+        and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not _has_any_global_hook()
     )
 
 
@@ -84,7 +89,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     out, counters = y.numpy(), np.zeros(2 * team.STRIDE, dtype=np.int64)
     team.run(
         lambda: kernels.linear(counters, _OUTPUTS, rows, table, out),
-        serial=weight.numel() < LITTLE_WORK,
+        1 if weight.numel() < LITTLE_WORK else -(-weight.shape[0] // _OUTPUTS),
     )
     return y.to(x.dtype)
 
@@ -116,9 +121,8 @@ class _OneDNN(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = _product(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dx = _OneDNN.apply(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return dx, dweight

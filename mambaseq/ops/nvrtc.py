@@ -73,11 +73,15 @@ class Kernel:
     def __init__(self, code: bytes, name: str, threads: int, shared: int, device: int) -> None:
         core: Any = importlib.import_module("cuda.core")
         driver: Any = importlib.import_module("cuda.bindings.driver")
-        self._launch, self._config, self._stream = core.launch, core.LaunchConfig, core.Stream
+        self._launch = core.launch
         core.Device(device).set_current()
         self._module = core.ObjectCode.from_cubin(code)
         self._kernel = self._module.get_kernel(name)
-        self._threads, self._shared = threads, shared
+        # Made once: a launch should cost microseconds.
+        self._stream = functools.lru_cache(maxsize=64)(core.Stream.from_handle)
+        self._config = functools.lru_cache(maxsize=64)(
+            lambda grid: core.LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+        )
         if shared > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             (error,) = driver.cuKernelSetAttribute(attribute, shared, self._kernel.handle, device)
@@ -85,20 +89,18 @@ class Kernel:
                 raise RuntimeError(f"{name} cannot have {shared} bytes of shared memory on this GPU: {error}")
 
     def __call__(self, grid: int | tuple[int, int], *arguments: Any) -> None:
-        stream = self._stream.from_handle(torch.cuda.current_stream().cuda_stream)
-        config = self._config(grid=grid, block=self._threads, shmem_size=self._shared)
-        self._launch(stream, config, self._kernel, *(_as_number(value) for value in arguments))
+        stream = self._stream(torch.cuda.current_stream().cuda_stream)
+        self._launch(stream, self._config(grid), self._kernel, *map(_as_number, arguments))
 
 
 def _as_number(value: Any) -> int:
-    return 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else int(value)
+    return 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
 
 
-@functools.cache
 def kernel(
-    source: tuple[Path, ...], name: str, macros: tuple[tuple[str, int], ...], threads: int, shared: int, device: int
+    source: tuple[Path, ...], name: str, macros: dict[str, int], threads: int, shared: int, device: int
 ) -> Kernel:
     """The kernel `name` of some files, one after the other, compiled for a device."""
     text = "".join(path.read_text(encoding="utf-8") for path in source)
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(_cubin(text, dict(macros), f"{major}{minor}"), name, threads, shared, device)
+    return Kernel(_cubin(text, macros, f"{major}{minor}"), name, threads, shared, device)

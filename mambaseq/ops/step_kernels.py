@@ -13,7 +13,7 @@ from numba.extending import overload
 
 from mambaseq.ops.intrinsics import fetch_add, load
 from mambaseq.ops.team import STRIDE
-from mambaseq.ops.vector_math import FASTMATH, LOG2_E, exp2, exp2m1, sigmoid, softplus
+from mambaseq.ops.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
 
 _ZERO = np.float32(0)
 # The usual number of states: a loop of this constant length becomes vector instructions without a rest.
@@ -77,13 +77,11 @@ def _update_channel(state, at, exponent, A, at_A, drive, B, C, at_B, at_C, d_sta
     for start in range(0, d_state - 15, 16):
         first = np.uint64(start)
         for k in range(first, first + _LANES):
-            h = state[at + k]
-            h = exp2m1(exponent * A[at_A + k]) * h + (h + drive * B[at_B + k])
+            h = decayed(state[at + k], exponent * A[at_A + k], drive * B[at_B + k])
             state[at + k] = h
             out += h * C[at_C + k]
     for k in range(np.uint64(d_state // 16 * 16), np.uint64(d_state)):
-        h = state[at + k]
-        h = exp2m1(exponent * A[at_A + k]) * h + (h + drive * B[at_B + k])
+        h = decayed(state[at + k], exponent * A[at_A + k], drive * B[at_B + k])
         state[at + k] = h
         out += h * C[at_C + k]
     return out

@@ -79,17 +79,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
 
 
-def run(kernel: Callable[[], None], *, serial: bool = False) -> None:
-    """Run a kernel here, and on `torch.get_num_threads() - 1` helpers at the same time.
+def run(kernel: Callable[[], None], portions: int) -> None:
+    """Run a kernel here, and at the same time on helpers: `torch.get_num_threads()` threads at the most.
 
     Args:
         kernel: hands out its work by counters, returns when all of it is done, and raises nothing.
-        serial: stay on the calling thread, for little work.
+        portions: how many it hands out, and so how many threads can be of use; 1 for little work.
     """
-    if not serial:
-        n_helpers = torch.get_num_threads() - 1
-        while len(_helpers) < n_helpers:
-            _helpers.append(_Helper())
-        for helper in _helpers[:n_helpers]:
-            helper.post(kernel)
+    n_helpers = min(torch.get_num_threads(), portions) - 1
+    while len(_helpers) < n_helpers:
+        _helpers.append(_Helper())
+    for helper in _helpers[: max(0, n_helpers)]:
+        helper.post(kernel)
     kernel()

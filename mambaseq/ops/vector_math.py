@@ -43,27 +43,36 @@ _L4, _L5, _L6 = np.float32(1 / 9), np.float32(1 / 11), np.float32(1 / 13)
 
 
 @njit(fastmath=_EXACT_ORDER, error_model="numpy")
-def exp2m1(t):
-    """2^t - 1, with full relative accuracy near 0; t is held to [-126, 127]."""
+def _exp2_parts(t):
+    """A power of 2 next to 2^t, and what is missing to 2^t; t is held to [-126, 127]."""
     t = _LOWEST if t < _LOWEST else t
     t = _HIGHEST if t > _HIGHEST else t
     rounded = t + _ROUND
     scale = np.int32(np.float32(rounded).view(np.int32) << 23).view(np.float32)
     f = t - (rounded - _ROUND)
     p = ((((_P5 * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _P0
-    return scale * (p * f) + (scale - _ONE)
+    return scale, scale * (p * f)
+
+
+@njit(fastmath=_EXACT_ORDER, error_model="numpy")
+def exp2m1(t):
+    """2^t - 1, with full relative accuracy near 0."""
+    scale, rest = _exp2_parts(t)
+    return rest + (scale - _ONE)
 
 
 @njit(fastmath=_EXACT_ORDER, error_model="numpy")
 def exp2(t):
-    """2^t, with full relative accuracy where it is small; t is held to [-126, 127]."""
-    t = _LOWEST if t < _LOWEST else t
-    t = _HIGHEST if t > _HIGHEST else t
-    rounded = t + _ROUND
-    scale = np.int32(np.float32(rounded).view(np.int32) << 23).view(np.float32)
-    f = t - (rounded - _ROUND)
-    p = ((((_P5 * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _P0
-    return scale * (p * f) + scale
+    """2^t, with full relative accuracy where it is small."""
+    scale, rest = _exp2_parts(t)
+    return rest + scale
+
+
+@njit(fastmath=_EXACT_ORDER, error_model="numpy")
+def decayed(h, t, drive):
+    """2^t h + drive: loses nothing of the decay where it is close to 1, and nothing of `drive` where it is strong."""
+    scale, rest = _exp2_parts(t)
+    return rest * h + (scale * h + drive)
 
 
 @njit(fastmath=_EXACT_ORDER, error_model="numpy")

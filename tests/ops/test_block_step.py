@@ -171,13 +171,13 @@ def test_helpers_wake_and_help(threads: None) -> None:
             barrier.wait(timeout=20)
             seen.add(threading.get_ident())
 
-        team.run(kernel)
+        team.run(kernel, 3)
         deadline = time.monotonic() + 20
         while len(seen) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert here in seen
         assert len(seen) == 3
     alone: list[int] = []
-    team.run(lambda: alone.append(threading.get_ident()), serial=True)
+    team.run(lambda: alone.append(threading.get_ident()), 1)
     time.sleep(0.05)
     assert alone == [here]

@@ -17,8 +17,10 @@ if (reason := nvrtc.why_not()) is not None:
 
 def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> dict[str, int]:
     seen: list[Any] = []
-    monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(dict(macros)))
+    monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
+    cuda._compiled.cache_clear()
     cuda._kernel(file, file, *arguments)
+    cuda._compiled.cache_clear()
     return seen[0]
 
 

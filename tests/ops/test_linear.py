@@ -8,6 +8,7 @@ import pytest
 import torch
 from agreement import relative_rms_error
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from mambaseq.ops import linear
 from mambaseq.ops.linear import apply_linear
@@ -60,15 +61,35 @@ def test_slices_and_frozen_parts(products: list) -> None:
     assert len(products) == 2
 
 
+def test_second_derivatives(products: list) -> None:
+    module, x = nn.Linear(512, 600), torch.randn(900, 512, requires_grad=True)
+    for apply in (apply_linear, lambda m, x: m(x)):
+        (dx,) = torch.autograd.grad(apply(module, x).square().sum(), x, create_graph=True)
+        second = torch.autograd.grad(dx.square().sum(), [x, module.weight])
+        if apply is apply_linear:
+            ours = second
+    for a, b in zip(ours, second, strict=True):
+        assert relative_rms_error(a, b) < 1e-5
+    assert len(products) >= 2
+
+
 class Quantised(nn.Parameter):
     """A weight that is more than its numbers."""
 
 
-@pytest.mark.parametrize("change", ["hook", "weight", "autocast", "float64", "few", "compiled"])
-def test_left_to_the_module(change: str, products: list) -> None:
+@pytest.mark.parametrize(
+    "change", ["hook", "backward hook", "global hook", "forward", "weight", "autocast", "float64", "few", "compiled"]
+)
+def test_left_to_the_module(change: str, products: list, request: pytest.FixtureRequest) -> None:
     module, x = nn.Linear(600, 600), torch.randn(900, 600)
     if change == "hook":
         module.register_forward_hook(lambda *_: torch.zeros(900, 600))
+    elif change == "backward hook":
+        module.register_full_backward_hook(lambda *_: None)
+    elif change == "global hook":
+        request.addfinalizer(register_module_forward_hook(lambda *_: torch.zeros(900, 600)).remove)
+    elif change == "forward":
+        module.forward = lambda x: 0 * x  # type: ignore[method-assign]
     elif change == "weight":
         module.weight = Quantised(module.weight.data)
     elif change == "float64":

@@ -67,6 +67,17 @@ def test_check_sees_a_wrong_gradient() -> None:
     assert found["reference"] < 1e-6 < 1e-2 < found["wrong"]
 
 
+def test_check_sees_not_a_number() -> None:
+    op = OPS["causal_conv"]
+
+    def broken(arguments: Any) -> tuple[Tensor, Tensor]:
+        y, final = op.backends[-1].run(arguments)
+        return y, final * float("nan")
+
+    found = dispatch.check(op._replace(backends=(Backend("broken", broken, dispatch.never), op.backends[-1])))
+    assert found["broken"] == float("inf")
+
+
 def test_explain_names_the_one_that_runs() -> None:
     reasons = dict(dispatch.explain(OPS["selective_scan"], large()))
     assert next(name for name, reason in reasons.items() if reason is None) == "cpu"

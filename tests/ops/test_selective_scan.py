@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, device_or_skip, moved
 
 from mambaseq.ops import OPS, selective_scan
 from mambaseq.ops.selective_scan import chunked
@@ -172,6 +172,23 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_inputs_after_large_ones(backend: str, device: str) -> None:
+    """What a strong decay wipes out does not take the next inputs with it."""
+    place = device_or_skip(device)
+    for exponent in (12.0, 20.0, 50.0):
+        x = torch.tensor([1e5, 1e-3, 2e-3, -1e-3, 1e4, 3e-3, 1e-3]).view(1, 7, 1)
+        one = torch.ones(1, 7, 1)
+        arguments = ScanArguments(x, exponent * one, -one[0, :1], one, one, wants_final_state=False)
+        expected, _ = next(b for b in OP.backends if b.name == "reference").run(
+            ScanArguments(*(v.double() for v in arguments[:5]))
+        )
+        moved_there = moved(arguments, place)
+        y, _ = backend_or_skip(OP, backend, moved_there).run(moved_there)
+        torch.testing.assert_close(y.cpu(), expected.float(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from agreement import Draw, relative_rms_error
@@ -47,6 +49,14 @@ def test_selective_state_update(channels: int, d_state: int, groups: int | None,
     assert ys[0].dtype == dtype
     close(torch.stack(ys, 1), expected, dtype)
     close(state, expected_state, dtype)
+
+
+def test_a_small_input_after_a_large_one() -> None:
+    state, one = torch.zeros(1, 1, 1), torch.ones(1, 1)
+    ys = [
+        step.selective_state_update_(state, torch.full((1, 1), v), 20 * one, -one, one, one).item() for v in (1e5, 1e-3)
+    ]
+    assert ys[1] == pytest.approx(20e-3 + 20e5 * math.exp(-20), rel=1e-5)
 
 
 def test_selective_state_update_bare() -> None:

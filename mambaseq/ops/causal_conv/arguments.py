@@ -30,6 +30,8 @@ class ConvArguments(NamedTuple):
 def check(arguments: ConvArguments) -> None:
     """Raise ValueError where a shape, the activation or a device does not fit."""
     x, weight, bias = arguments.x, arguments.weight, arguments.bias
+    if not x.is_floating_point():
+        raise ValueError(f"x must be real floating-point numbers, not {x.dtype}")
     if x.ndim != 3:
         raise ValueError(f"x must be (batch, length, channels), not {tuple(x.shape)}")
     channels = x.shape[2]

@@ -207,6 +207,8 @@ def _check(
     cu_seqlens: Tensor | None,
     mode: str | None,
 ) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x must be real floating-point numbers, not {x.dtype}")
     if x.ndim != 3:
         raise ValueError(f"x must be (batch, length, channels), not {tuple(x.shape)}")
     batch, length, channels = x.shape

@@ -18,7 +18,7 @@ def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     x, decay, B, C = x.to(arguments.real_dtype), torch.exp(log_decay.to(wide)), B.to(wide), C.to(wide)
     if state is None:
         state = decay.new_zeros(arguments.n_sequences, *decay.shape)
-    state = state.to(wide)
+    state = state.to(wide, copy=True)  # of length 0, it is what is returned
     if cu_seqlens is None:
         return _scan(x, decay, B, C, state, reverse)
     ys, finals = [x[:, :0]], [state[:0]]

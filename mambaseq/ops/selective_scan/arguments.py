@@ -36,6 +36,8 @@ class ScanArguments(NamedTuple):
 def check(arguments: ScanArguments) -> None:
     """Raise ValueError where a shape, a dtype or a device does not fit."""
     x, A = arguments.x, arguments.A
+    if not x.is_floating_point():
+        raise ValueError(f"x must be real floating-point numbers, not {x.dtype}")
     if x.ndim != 3:
         raise ValueError(f"x must be (batch, length, channels), not {tuple(x.shape)}")
     batch, length, channels = x.shape

@@ -22,6 +22,7 @@ from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 _CHANNELS = 64  # of a block
 _STATES = 16  # the most that the kernels take at once
+_COMBINED = 128  # states that a block of the combine kernel takes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FOLDER = Path(__file__).parent
 _FILES = {
@@ -175,11 +176,40 @@ def _alignment(width: int, item: int, *values: _Rows) -> int:
 
 def _kernel(file: str, name: str, inputs: _Inputs, softplus: bool, dy: _Rows | None = None) -> nvrtc.Kernel:
     dtype = inputs.x.data.dtype
-    item = dtype.itemsize
-    states = 8 if inputs.d_state <= 8 else 16
     wide = [row for row in (inputs.x, inputs.dt, inputs.z, dy) if row is not None]
-    narrow = min(_alignment(inputs.d_state, item, inputs.B, inputs.C), states * item)
-    has_z = inputs.z is not None
+    states = 8 if inputs.d_state <= 8 else 16
+    return _compiled(
+        file,
+        name,
+        dtype,
+        states,
+        inputs.z is not None,
+        inputs.D is not None,
+        inputs.bias is not None,
+        softplus,
+        _alignment(inputs.channels, dtype.itemsize, *wide),
+        min(_alignment(inputs.d_state, dtype.itemsize, inputs.B, inputs.C), states * dtype.itemsize),
+        inputs.channels % 2 == 0,
+        inputs.A.device.index,
+    )
+
+
+@functools.cache
+def _compiled(
+    file: str,
+    name: str,
+    dtype: torch.dtype,
+    states: int,
+    has_z: bool,
+    has_D: bool,
+    has_bias: bool,
+    softplus: bool,
+    alignment: int,
+    alignment_of_states: int,
+    even: bool,
+    device: int,
+) -> nvrtc.Kernel:
+    item = dtype.itemsize
     if file == "forward":
         threads, tile = _CHANNELS * states // 4, 16 if item == 4 else 32
         raw = _CHANNELS * item * (10 if has_z else 6) + states * item * 4
@@ -193,18 +223,24 @@ def _kernel(file: str, name: str, inputs: _Inputs, softplus: bool, dy: _Rows | N
         "IN": _CODES[dtype],
         "STATES": states,
         "HAS_Z": int(has_z),
-        "HAS_D": int(inputs.D is not None),
-        "HAS_BIAS": int(inputs.bias is not None),
+        "HAS_D": int(has_D),
+        "HAS_BIAS": int(has_bias),
         "SOFTPLUS": int(softplus),
-        "VEC": _alignment(inputs.channels, item, *wide),
-        "VEC_BC": narrow,
-        "EVEN": int(inputs.channels % 2 == 0),
+        "VEC": alignment,
+        "VEC_BC": alignment_of_states,
+        "EVEN": int(even),
         "TILE": tile,
         "THREADS": threads,
         "EVERY": segments.EVERY,
         "SHARED": shared,
+        "UNROLL": 16,
     }
-    return nvrtc.kernel(_FILES[file], name, tuple(macros.items()), threads, shared, inputs.A.device.index)
+    return nvrtc.kernel(_FILES[file], name, macros, threads, shared, device)
+
+
+@functools.cache
+def _combiner(device: int) -> nvrtc.Kernel:
+    return nvrtc.kernel(_FILES["combine"], "combine", {}, _COMBINED, 0, device)
 
 
 @functools.cache
@@ -240,8 +276,7 @@ def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tens
         state = arguments.initial_state
         state = None if state is None else state.detach().float().contiguous()
         shape = (inputs.n_sequences, inputs.channels, inputs.d_state)
-        # What the kernel leaves: the state of sequences of length 0.
-        final = torch.zeros(shape, device=device) if state is None else state.clone()
+        final = _left_over(arguments, state, shape)
         y = torch.empty(inputs.rows, inputs.channels, dtype=inputs.x.data.dtype, device=device)
         kept = torch.empty(_shape_kept(arguments) if keep else (0,), device=device)
         rest = (*table[:5], inputs.go, inputs.channels, inputs.d_state, inputs.per_group)
@@ -295,9 +330,10 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor
         dx, ddt, dz = rows(), rows(), rows() if inputs.z is not None else None
         dBC = torch.empty(inputs.blocks, inputs.rows, 2, states, device=device)
         # Segments that are not used add nothing.
-        dA = torch.zeros(count, inputs.channels, inputs.d_state, device=device)
-        dD, dbias = (torch.zeros(count, inputs.channels, device=device) for _ in range(2))
-        dinitial = dstate.clone()  # that of sequences of length 0
+        new = torch.zeros if arguments.cu_seqlens is not None else torch.empty
+        dA = new(count, inputs.channels, inputs.d_state, device=device)
+        dD, dbias = (new(count, inputs.channels, device=device) for _ in range(2))
+        dinitial = _left_over(arguments, dstate, dstate.shape)
         main = _kernel("backward", "backward", inputs, softplus, upstream)
         main(
             grid,
@@ -327,6 +363,13 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor
         )
 
 
+def _left_over(arguments: ScanArguments, state: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Where a kernel writes states; what it leaves there is that of sequences of length 0, which keep theirs."""
+    if arguments.cu_seqlens is None:
+        return torch.empty(shape, device=arguments.x.device)
+    return torch.zeros(shape, device=arguments.x.device) if state is None else state.clone()
+
+
 def _gradient_of(sums: Tensor, M: Tensor) -> Tensor:
     """That of M, B or C, from the sums `(groups, rows, d_state)`."""
     own = M.shape[2] if M.ndim == 4 else 1
@@ -342,10 +385,9 @@ def _buffers(inputs: _Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def _combine(
     inputs: _Inputs, table: segments.Segments, local: Tensor, sum_dt: Tensor, first: Tensor | None, go: int, to: Tensor
 ) -> None:
-    threads = 128
-    kernel = nvrtc.kernel(_FILES["combine"], "combine", (), threads, 0, inputs.A.device.index)
-    grid = (-(-inputs.channels * inputs.d_state // threads), inputs.n_sequences)
-    kernel(grid, local, sum_dt, inputs.A, first, table.begin, table.pieces, go, inputs.channels, inputs.d_state, to)
+    grid = (-(-inputs.channels * inputs.d_state // _COMBINED), inputs.n_sequences)
+    sizes = (inputs.channels, inputs.d_state)
+    _combiner(inputs.A.device.index)(grid, local, sum_dt, inputs.A, first, table.begin, table.pieces, go, *sizes, to)
 
 
 _op = library.register("selective_scan_cuda", _forward, _backward, "cuda", _shape_kept)

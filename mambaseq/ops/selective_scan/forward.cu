@@ -111,7 +111,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
         const float2 *du = s.du[k & 1] + channel;
         const float *bc = s.bc[k & 1] + sub * 4;
         float *out = s.y[k & 1] + channel;
-#pragma unroll
+#pragma unroll UNROLL / SPLIT
         for (int t0 = 0; t0 < TILE; t0 += SPLIT) {
             if (!SUMMARY && t0 % EVERY == 0 && checkpoints && k * TILE + t0 < length) {
                 if (c < channels)

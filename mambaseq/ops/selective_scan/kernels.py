@@ -4,8 +4,8 @@
 Channels are worked on in blocks of `WIDTH`: the innermost loops run over a block and become vector
 instructions. A block without so many channels is filled up with zeros. The rows of `CHUNK` steps are first
 copied into `local`, so that their cache misses overlap, and the recurrence then runs on it with the block's
-states in the first-level cache. Decays are kept as exp(delta A) - 1, which loses nothing where they are close
-to 1.
+states in the first-level cache. The backward pass keeps decays as exp(delta A) - 1, which loses nothing where they
+are close to 1.
 
 For each step of a chunk, `local` holds a few rows of `WIDTH`, here called slots. Slots of one array lie at
 constant distances, which spares LLVM most of its checks whether arrays overlap; so does keeping the states of
@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from mambaseq.ops.intrinsics import prefetch
-from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, exp2m1, sigmoid, softplus
+from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
 
 WIDTH = 64
 CHUNK = 32
@@ -216,10 +216,10 @@ def _advance(i, local, slots, h, block, group, row, go, steps):
             for c in range(_W):
                 delta, u = local[at + c], local[at + _W + c]
                 h0, h1, h2, h3 = h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c]
-                h0 = exp2m1(delta * A2[a + c]) * h0 + (h0 + u * B0)
-                h1 = exp2m1(delta * A2[a + _W + c]) * h1 + (h1 + u * B1)
-                h2 = exp2m1(delta * A2[a + _W2 + c]) * h2 + (h2 + u * B2)
-                h3 = exp2m1(delta * A2[a + _W3 + c]) * h3 + (h3 + u * B3)
+                h0 = decayed(h0, delta * A2[a + c], u * B0)
+                h1 = decayed(h1, delta * A2[a + _W + c], u * B1)
+                h2 = decayed(h2, delta * A2[a + _W2 + c], u * B2)
+                h3 = decayed(h3, delta * A2[a + _W3 + c], u * B3)
                 h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c] = h0, h1, h2, h3
                 local[at + _OUT + c] += (h0 * C0 + h1 * C1) + (h2 * C2 + h3 * C3)
 
@@ -305,10 +305,10 @@ def _advance_keeping(i, local, h, history, dC, block, group, row, go, steps):
                 history[k + _W2 + c], history[k + _W3 + c] = h2, h3
                 history[k + _W4 + c], history[k + _W5 + c] = e0, e1
                 history[k + _W6 + c], history[k + _W7 + c] = e2, e3
-                h0 = e0 * h0 + (h0 + u * B0)
-                h1 = e1 * h1 + (h1 + u * B1)
-                h2 = e2 * h2 + (h2 + u * B2)
-                h3 = e3 * h3 + (h3 + u * B3)
+                h0 = decayed(h0, delta * A2[a + c], u * B0)
+                h1 = decayed(h1, delta * A2[a + _W + c], u * B1)
+                h2 = decayed(h2, delta * A2[a + _W2 + c], u * B2)
+                h3 = decayed(h3, delta * A2[a + _W3 + c], u * B3)
                 h[j + c], h[j + _W + c], h[j + _W2 + c], h[j + _W3 + c] = h0, h1, h2, h3
                 local[at + _OUT + c] += (h0 * C0 + h1 * C1) + (h2 * C2 + h3 * C3)
                 dC0 += h0 * dout

@@ -25,7 +25,7 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         dt = F.softplus(dt)
     if state is None:
         state = A.new_zeros(arguments.n_sequences, *A.shape)
-    state = state.to(wide)
+    state = state.to(wide, copy=True)  # of length 0, it is what is returned
 
     if cu_seqlens is None:
         y, final_state = _scan(u, dt, A, B, C, state, reverse)
