@@ -16,7 +16,8 @@ class Batch:
 
     inputs: `(batch, length)` int64 token ids, or `(batch, length, channels)` float32 for continuous signals.
     targets: `(batch, length)` int64 next tokens (already shifted: `targets[:, t]` is what position t predicts,
-        -100 where nothing is to be predicted), or `(batch,)` int64 class labels, or float32 for regression.
+        -100 where nothing is to be predicted), or `(batch,)` int64 class labels, or float32 for regression,
+        `(batch,)` or `(batch, n_outputs)`.
     mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the
         right only, so a causal model never sees padding before a real position.
     cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of classes are `(sequences,)`.
@@ -31,6 +32,14 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     condition: torch.Tensor | None = None
     n_units: torch.Tensor | None = None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the targets are one for each position, not labels or values of whole sequences."""
+        targets = self.targets
+        if targets is None or targets.dim() != 2 or targets.is_floating_point():
+            return False
+        return targets.shape[1] == self.inputs.shape[1]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """A batch whose every tensor is `function(tensor)`."""

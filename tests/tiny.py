@@ -7,6 +7,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
+from mambaseq.data.records import Record
 
 
 class Items:
@@ -48,3 +49,28 @@ class TinyTokens(SequenceData):
 
     def test(self) -> Items:
         return Items(2, 6, self.length, 7, False)
+
+
+class TinyValues(TinyTokens):
+    """Values to be regressed: first and last token and their sum, over the vocabulary."""
+
+    reader = "tiny:read_digits"
+
+    def _valued(self, items: Items) -> list[Batch]:
+        def valued(ids: torch.Tensor) -> Batch:
+            ends = ids[:, [0, -1]].float()
+            return Batch(inputs=ids, targets=torch.cat([ends, ends.sum(1, keepdim=True)], dim=1) / 7)
+
+        return [valued(items[index].inputs) for index in range(len(items))]
+
+    def train(self) -> list[Batch]:  # type: ignore[override]
+        return self._valued(super().train())
+
+    def validation(self) -> list[Batch]:  # type: ignore[override]
+        return self._valued(super().validation())
+
+
+def read_digits(path, tokenizer):
+    """A record of a line of digits."""
+    for number, line in enumerate(path.read_text().split()):
+        yield Record(f"line {number}", ids=np.array([int(digit) for digit in line], dtype=np.uint8))

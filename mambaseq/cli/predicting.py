@@ -12,12 +12,15 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.cli.loading import choose_device, condition_ids, fitting_options
 from mambaseq.data.atomic import atomic_file
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.heads.regression import RegressionHead
 
 COLUMNS = ("file", "record", "start", "stop")
+Row = tuple[int, int, list]  # start, stop, values
 
 
 def predict(
@@ -26,37 +29,39 @@ def predict(
     out: Path,
     *,
     reader: str | None = None,
-    window: int = 0,
+    condition: str | None = None,
+    window: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
 ) -> int:
     """Write predictions for every record of the inputs; returns the number of rows.
 
-    Raises UserError for a run, file or record that cannot be used; nothing is written then.
+    condition: name of the one condition that every record is taken under, for conditional models.
+    Raises UserError for a run, setting, file or record that cannot be used; nothing is written then.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(checkpoint, device)
-    name = reader or loaded.card.reader
-    if name is None:
-        raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")
-    read = catalog()["readers"].get(name)
-    per_token = loaded.model.head.per_token
-    columns = ["tokens", "bits_per_token"] if per_token else ["predicted", *loaded.card.class_names]
+    for option, value in (("--batch-size", batch_size), ("--window", window)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}.")
+    place = choose_device(device)
+    loaded = load_model(checkpoint, place)
+    given = condition_ids(loaded, condition)
+    if len(given) > 1:
+        raise ConfigError(f"Records are predicted under one condition, not under {condition!r}. Run once for each.")
+    chosen = torch.tensor(given, device=place) if given else None
+    span = window or loaded.card.length
     rows = 0
     with atomic_file(out, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS, *columns])
-        for path in inputs:
-            for record in tqdm(
-                read(path, loaded.tokenizer, **loaded.card.reader_options), desc=path.name, unit="record"
-            ):
-                if per_token:
-                    results = _likelihood(loaded, record)
-                else:
-                    results = _labels(loaded, record, window or loaded.card.length, batch_size, path)
-                for start, stop, values in results:
-                    writer.writerow([str(path), record.name, start, stop, *values])
-                    rows += 1
+        for path, record in _records(loaded, checkpoint, inputs, reader):
+            if loaded.model.head.per_token:
+                results = _likelihood(loaded, record, chosen)
+            else:
+                results = _windows(loaded, record, span or max(len(record), 1), batch_size, chosen, path)
+            for start, stop, values in results:
+                if rows == 0:
+                    writer.writerow([*COLUMNS, *_columns(loaded, len(values))])
+                writer.writerow([str(path), record.name, start, stop, *values])
+                rows += 1
         if rows == 0:
             raise DataError(
                 f"No record of {', '.join(map(str, inputs))} is long enough to predict on; nothing was written."
@@ -64,31 +69,75 @@ def predict(
     return rows
 
 
+def _records(
+    loaded: LoadedModel, checkpoint: str | Path, inputs: list[Path], reader: str | None
+) -> Iterator[tuple[Path, Record]]:
+    name = reader or loaded.card.reader
+    if name is None:
+        raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")
+    read = catalog()["readers"].get(name)
+    own = name == loaded.card.reader
+    options = fitting_options("reader", name, read, loaded.card.reader_options, own)
+    other = f"The reader {name!r} does not go with this model"
+    remedy = f"Use the model's own reader{f' ({loaded.card.reader!r})' if loaded.card.reader else ''}."
+    for path in inputs:
+        try:
+            for record in tqdm(read(path, loaded.tokenizer, **options), desc=path.name, unit="record"):
+                if record.ids is None and loaded.tokenizer is not None:
+                    raise ConfigError(f"{other}: its record {record.name!r} of {path} is a signal. {remedy}")
+                yield path, record
+        except (TypeError, ValueError, AttributeError) as error:
+            if own:
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
+
+
+def _names(loaded: LoadedModel) -> list[str]:
+    """The classes; empty for a regression."""
+    return [] if isinstance(loaded.model.head, RegressionHead) else loaded.card.class_names
+
+
+def _columns(loaded: LoadedModel, count: int) -> list[str]:
+    if loaded.model.head.per_token:
+        return ["tokens", "bits_per_token"]
+    if names := _names(loaded):
+        return ["predicted", *names]
+    return ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
+
+
 def _tensor(record: Record, device: torch.device) -> torch.Tensor:
     values = record.signal if record.ids is None else record.ids.astype(np.int64)
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
-def _labels(
-    loaded: LoadedModel, record: Record, window: int, batch_size: int, path: Path
-) -> Iterator[tuple[int, int, list]]:
+def _windows(
+    loaded: LoadedModel, record: Record, window: int, batch_size: int, condition: torch.Tensor | None, path: Path
+) -> Iterator[Row]:
     """Tiles of `window` tokens; a shorter record, or what is left of a longer one, is a window of its own length."""
-    model, names = loaded.model, loaded.card.class_names
+    model, names = loaded.model, _names(loaded)
     sequence = _tensor(record, next(model.parameters()).device)
     length = len(sequence)
     if length == 0:
         raise DataError(f"{path}: the record {record.name!r} is empty. Remove it.")
-    starts = list(range(0, max(length - window, 0) + 1, window))
-    for first in range(0, len(starts), batch_size):
-        chosen = starts[first : first + batch_size]
-        batch = torch.stack([sequence[start : start + window] for start in chosen])
+    full = length // window * window
+    batches = [
+        range(first, min(first + batch_size * window, full), window) for first in range(0, full, batch_size * window)
+    ]
+    if full < length:
+        batches.append(range(full, length, window))  # alone, so that it needs no padding
+    for starts in batches:
+        batch = torch.stack([sequence[start : start + window] for start in starts])
         with torch.no_grad():
-            probabilities = model(batch).logits.softmax(-1).cpu()
-        for start, row in zip(chosen, probabilities, strict=True):
-            yield start, min(start + window, length), [names[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())]
+            output = model(batch, condition=None if condition is None else condition.expand(len(batch))).logits
+        for start, row in zip(starts, (output.softmax(-1) if names else output).cpu(), strict=True):
+            values = [f"{value:.6f}" if names else f"{value:.6g}" for value in row.tolist()]
+            yield start, min(start + window, length), [names[int(row.argmax())], *values] if names else values
 
 
-def _likelihood(loaded: LoadedModel, record: Record, chunk: int = 8192) -> Iterator[tuple[int, int, list]]:
+def _likelihood(
+    loaded: LoadedModel, record: Record, condition: torch.Tensor | None, chunk: int = 8192
+) -> Iterator[Row]:
     """The whole record in chunks, the state passed on, so that memory does not grow with it."""
     model = loaded.model
     sequence = _tensor(record, next(model.parameters()).device)
@@ -100,7 +149,7 @@ def _likelihood(loaded: LoadedModel, record: Record, chunk: int = 8192) -> Itera
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
             inputs, targets = sequence[None, start:stop], sequence[None, start + 1 : stop + 1]
-            output = model(inputs, targets, state=state, return_state=True)
+            output = model(inputs, targets, condition=condition, state=state, return_state=True)
             state = output.state
             total += float(output.loss) * (stop - start)
     yield 0, n + 1, [n, f"{total / n / math.log(2):.6f}"]

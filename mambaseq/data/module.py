@@ -92,8 +92,14 @@ def _pad_stack(tensors: list[torch.Tensor], length: int, value: float) -> torch.
     return out
 
 
+def _join(items: list[Batch], name: str, dim: int = 0) -> torch.Tensor | None:
+    tensors = [getattr(item, name) for item in items]
+    return None if tensors[0] is None else torch.cat(tensors, dim)
+
+
 def pad_collate(items: list[Batch]) -> Batch:
-    """Join batches of one sequence, padding on the right (inputs 0, targets -100) and masking where lengths differ."""
+    """Join batches of one sequence, padding on the right (inputs 0, targets of tokens -100) and masking where lengths
+    differ. Labels and values of whole sequences are joined as they are."""
     lengths = [item.inputs.shape[1] for item in items]
     longest = max(lengths)
     ragged = min(lengths) != longest or any(item.mask is not None for item in items)
@@ -103,22 +109,14 @@ def pad_collate(items: list[Batch]) -> Batch:
         for row, item in enumerate(items):
             mask[row, : lengths[row]] = True if item.mask is None else item.mask[0]
 
-    def join(name: str, pad: float) -> torch.Tensor | None:
-        tensors = [getattr(item, name) for item in items]
-        if tensors[0] is None:
-            return None
-        if tensors[0].dim() > 1:
-            return _pad_stack(tensors, longest, pad)
-        return torch.cat(tensors)
-
-    inputs = join("inputs", 0)
-    assert inputs is not None
+    per_token = all(item.per_token for item in items)
+    targets = [item.targets for item in items if item.targets is not None]
     return Batch(
-        inputs=inputs,
-        targets=join("targets", -100),
+        inputs=_pad_stack([item.inputs for item in items], longest, 0),
+        targets=_pad_stack(targets, longest, -100) if per_token else _join(items, "targets"),
         mask=mask,
-        condition=join("condition", 0),
-        n_units=join("n_units", 0),
+        condition=_join(items, "condition"),
+        n_units=_join(items, "n_units"),
     )
 
 
@@ -129,20 +127,13 @@ def pack_collate(items: list[Batch]) -> Batch:
         length = torch.tensor([item.inputs.shape[1]], dtype=torch.int32)
         bounds.append(bounds[-1][-1] + (length if item.cu_seqlens is None else item.cu_seqlens[1:]))
 
-    def join(name: str) -> torch.Tensor | None:
-        tensors = [getattr(item, name) for item in items]
-        if tensors[0] is None:
-            return None
-        return torch.cat(tensors, dim=1 if tensors[0].dim() > 1 else 0)
-
-    inputs = join("inputs")
-    assert inputs is not None
+    per_token = all(item.per_token for item in items)
     return Batch(
-        inputs=inputs,
-        targets=join("targets"),
+        inputs=torch.cat([item.inputs for item in items], dim=1),
+        targets=_join(items, "targets", dim=1 if per_token else 0),
         cu_seqlens=torch.cat(bounds),
-        condition=join("condition"),
-        n_units=join("n_units"),
+        condition=_join(items, "condition"),
+        n_units=_join(items, "n_units"),
     )
 
 

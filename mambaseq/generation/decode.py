@@ -47,28 +47,31 @@ def generate(
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
     if not model.backbone.causal or not model.head.per_token:
         raise ConfigError("Only a causal model with an lm head can generate; this one cannot.")
-    was_training = model.training
-    model.eval()
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}.")
     generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)
     out = [prompt]
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    state, logits = _prefill(model, prompt, condition)
-    bar = tqdm(total=max_new_tokens, unit="token", disable=not progress)
-    for i in range(max_new_tokens):
-        token = sample(logits, temperature, top_k, top_p, generator)
-        if stop_ids:
-            token = torch.where(ended, out[-1][:, -1], token)
-        out.append(token[:, None])
-        bar.update()
-        if stop_ids:
-            for stop in stop_ids:
-                ended |= token == stop
-            if bool(ended.all()):
-                break
-        if i + 1 < max_new_tokens:
-            logits = model.step_(token, state, condition)
-    bar.close()
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        state, logits = _prefill(model, prompt, condition)
+        with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
+            for i in range(max_new_tokens):
+                token = sample(logits, temperature, top_k, top_p, generator)
+                if stop_ids:
+                    token = torch.where(ended, out[-1][:, -1], token)
+                out.append(token[:, None])
+                bar.update()
+                if stop_ids:
+                    for stop in stop_ids:
+                        ended |= token == stop
+                    if bool(ended.all()):
+                        break
+                if i + 1 < max_new_tokens:
+                    logits = model.step_(token, state, condition)
+    finally:
+        model.train(was_training)
     return torch.cat(out, dim=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Pool, pool
 
 
@@ -33,7 +34,13 @@ class RegressionHead(nn.Module):
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """hidden `(batch, length, d_model)`, labels `(sequences, n_outputs)` or `(sequences,)` float. Returns (loss,
-        values `(sequences, n_outputs)`)."""
+        values `(sequences, n_outputs)` fp32). Raises ConfigError when the labels are not `n_outputs` a sequence."""
         values = self.linear(pool(hidden, self.pooling, mask, cu_seqlens).to(self.linear.weight.dtype)).float()
-        loss = None if labels is None else F.mse_loss(values, labels.float().view_as(values))
-        return loss, values
+        if labels is None:
+            return None, values
+        if labels.numel() != values.numel() or labels.shape[0] != values.shape[0]:
+            raise ConfigError(
+                f"The regression head gives {values.shape[1]} value(s) a sequence (n_outputs), and the data's targets "
+                f"are {tuple(labels.shape[1:]) or 'one'} a sequence. Set model.head.n_outputs to fit the data."
+            )
+        return F.mse_loss(values, labels.float().view_as(values)), values

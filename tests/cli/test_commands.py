@@ -58,6 +58,7 @@ def test_predict_writes_a_row_a_window(run: Path, tmp_path: Path) -> None:
     assert [(r["record"], r["start"], r["stop"]) for r in rows] == [
         ("one", "0", "64"),
         ("one", "64", "128"),
+        ("one", "128", "160"),
         ("short", "0", "10"),
     ]
     for row in rows:

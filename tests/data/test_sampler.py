@@ -75,3 +75,16 @@ def test_packing_joins_end_to_end() -> None:
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.condition is not None
     assert batch.condition.tolist() == [7, 9]
+
+
+@pytest.mark.parametrize("collate", [pad_collate, pack_collate])
+@pytest.mark.parametrize("outputs", [1, 3, 4])  # 3 and 4 are the lengths of the sequences too
+def test_values_of_sequences_are_joined_as_they_are(collate, outputs: int) -> None:
+    targets = [torch.randn(1, outputs) for _ in range(2)]
+    items = [Batch(inputs=torch.ones(1, n, dtype=torch.long), targets=t) for n, t in zip((3, 4), targets, strict=True)]
+    batch = collate(items)
+    assert not batch.per_token
+    assert torch.equal(batch.targets, torch.cat(targets))
+    batch = collate([Batch(inputs=i.inputs, targets=torch.tensor([k])) for k, i in enumerate(items)])
+    assert batch.targets is not None
+    assert batch.targets.tolist() == [0, 1]

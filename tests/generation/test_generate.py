@@ -89,3 +89,16 @@ def test_what_cannot_generate_says_so() -> None:
     )
     with pytest.raises(ConfigError, match="lm head"):
         generate(classifier, torch.zeros(1, 1, dtype=torch.long), 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_after_an_error_too(training: bool) -> None:
+    model = causal_lm(vocab_size=3, d_model=8, n_layers=1).train(training)
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+    generate(model, prompt, 2)
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(ConfigError, match="top_p"):
+        generate(model, prompt, 2, top_p=2)
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        generate(model, prompt, -1)

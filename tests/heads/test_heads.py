@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambaseq.errors import ConfigError
 from mambaseq.heads import lm
 from mambaseq.heads.base import pool
 from mambaseq.heads.classification import ClassificationHead
@@ -60,3 +61,10 @@ def test_classification_and_regression_losses() -> None:
     regression = RegressionHead(4, 1)
     loss, values = regression(hidden, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(loss, ((values[:, 0] - torch.tensor([1.0, 2.0])) ** 2).mean())
+    regression = RegressionHead(4, 3)
+    labels = torch.randn(2, 3)
+    loss, values = regression(hidden, labels)
+    torch.testing.assert_close(loss, ((values - labels) ** 2).mean())
+    for wrong in (torch.randn(2), torch.randn(2, 2), torch.randn(3, 2)):
+        with pytest.raises(ConfigError, match="n_outputs"):
+            regression(hidden, wrong)
