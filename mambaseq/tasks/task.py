@@ -45,7 +45,7 @@ def shorten(batch: Batch, length: int) -> Batch:
         return batch
     if batch.cu_seqlens is not None:
         raise ConfigError("length_warmup works on windows, not on packed batches; set length_warmup.start to 0.")
-    per_token = batch.targets is not None and batch.targets.dim() == 2
+    per_token = batch.per_token
     folds = full // length if per_token else 1
 
     def cut(tensor: Tensor | None) -> Tensor | None:
