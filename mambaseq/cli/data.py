@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def run(argv: list[str], command: str) -> int:
@@ -17,10 +18,14 @@ def run(argv: list[str], command: str) -> int:
         if action != "list":
             sub.add_argument("name", help="a name from `mambaseq data list`, or a manifest of your own (.yaml)")
         sub.add_argument(
-            "--cache", help="folder of fetched data; $MAMBASEQ_CACHE or the user's cache folder when left out"
+            "--cache",
+            metavar="FOLDER",
+            help="folder of fetched data; $MAMBASEQ_CACHE or the user's cache folder when left out. Runs look in those "
+            "two only: set MAMBASEQ_CACHE to this folder when you train",
         )
     arguments = parser.parse_args(argv)
     from mambaseq.data.fetch import fetch, manifest, manifests
+    from mambaseq.resources import cache_dir
 
     if arguments.action == "list":
         for found in manifests().values():
@@ -35,4 +40,7 @@ def run(argv: list[str], command: str) -> int:
             print(f"  {file.name}{size}\n    {file.url}\n    {file.checksum or 'no checksum: ' + file.checksum_note}")
     else:
         print(fetch(arguments.name, arguments.cache))
+        folder = cache_dir(arguments.cache).resolve()
+        if folder != cache_dir().resolve():
+            print(f"Set MAMBASEQ_CACHE={folder} when you train: runs look for fetched data there.", file=sys.stderr)
     return 0

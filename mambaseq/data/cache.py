@@ -18,7 +18,8 @@ def locate(name: str | Path) -> list[Path]:
     """The files that a name in a configuration stands for, sorted.
 
     name: a path, which may hold `*` and `?`; `mambaseq:data/...` for a file that ships with the project (or
-        `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data fetch NAME` brought.
+        `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data fetch NAME` brought, in the
+        folder of the variable MAMBASEQ_CACHE or else the platform's cache folder.
     Raises DataError when there is no such file.
     """
     text = str(name)
@@ -26,7 +27,10 @@ def locate(name: str | Path) -> list[Path]:
     remedy = "Check the path; it is relative to the folder that the command runs in."
     if separator and scheme == "fetched":
         pattern = cache_dir() / "fetched" / relative
-        remedy = f"Run `mambaseq data fetch {relative.partition('/')[0]}` first."
+        remedy = (
+            f"Run `mambaseq data fetch {relative.partition('/')[0]}` first; if that was done with --cache FOLDER, set "
+            f"the variable MAMBASEQ_CACHE to that folder."
+        )
     elif separator and scheme.isidentifier() and not Path(text).exists():
         folder, _, last = relative.rpartition("/")
         try:
