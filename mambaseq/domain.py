@@ -13,7 +13,6 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from mambaseq.errors import did_you_mean
 from mambaseq.registry import Registry
 
 Entries = Mapping[str, tuple[str, str]]
@@ -151,9 +150,3 @@ def catalog() -> Catalog:
     for point in importlib.metadata.entry_points(group=GROUP):
         points.setdefault((point.name, point.value), point)  # an editable install can be listed twice
     return build_catalog(list(points.values()))
-
-
-def unknown_domain(name: str) -> str:
-    """The message for a domain that does not exist."""
-    known = catalog().domains
-    return f"No domain is named {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known)) or 'none'}."

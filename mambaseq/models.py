@@ -124,6 +124,7 @@ class SequenceModel(nn.Module):
         return ModelOutput(loss, logits, new_state)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
+        """The state before the first position: one a layer; see `Mixer.init_state`."""
         return self.backbone.init_state(batch_size, max_length)
 
     @torch.no_grad()
@@ -139,6 +140,7 @@ class SequenceModel(nn.Module):
         return logits[:, -1]
 
     def n_parameters(self) -> int:
+        """Number of parameters, a tied weight counted once."""
         return sum(p.numel() for p in self.parameters())
 
 

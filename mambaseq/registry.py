@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from mambaseq.errors import ConfigError, did_you_mean
@@ -77,6 +77,7 @@ class Registry(Generic[T]):
         self._entries[name] = Entry(name, target, summary, origin)
 
     def add_all(self, entries: Mapping[str, tuple[str, str]], origin: str) -> None:
+        """Register names, each with its target and summary. Raises ConfigError when one is taken."""
         for name, (target, summary) in entries.items():
             self.add(name, target, summary, origin)
 
@@ -105,6 +106,3 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def names(self) -> Iterable[str]:
-        return sorted(self._entries)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceData, pad_collate
+from mambaseq.data.module import SequenceData, pack_collate, pad_collate
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError
 from mambaseq_text.reading import Unit, documents
@@ -77,21 +77,6 @@ class PackedDocuments:
             ),
             n_units=n_bytes,
         )
-
-
-def join_packs(items: list[Batch]) -> Batch:
-    """Packs end to end as one pack."""
-    ends = [torch.zeros(1, dtype=torch.int32)]
-    for item in items:
-        assert item.cu_seqlens is not None
-        ends.append(item.cu_seqlens[1:] + ends[-1][-1])
-    units = [item.n_units for item in items if item.n_units is not None]
-    return Batch(
-        inputs=torch.cat([item.inputs for item in items], dim=1),
-        targets=torch.cat([item.targets for item in items if item.targets is not None], dim=1),
-        cu_seqlens=torch.cat(ends),
-        n_units=torch.cat(units) if units else None,
-    )
 
 
 class DocumentData(SequenceData):
@@ -235,7 +220,7 @@ class DocumentData(SequenceData):
 
     def collate(self, items: list[Batch]) -> Batch:
         """Packs are joined into one, windows of a stream are stacked."""
-        return pad_collate(items) if items[0].cu_seqlens is None else join_packs(items)
+        return pad_collate(items) if items[0].cu_seqlens is None else pack_collate(items)
 
     def reader_options(self) -> dict[str, Any]:
         return {"field": self.field, "encoding": self.encoding}

@@ -63,6 +63,7 @@ class ResidualStack(nn.Module):
         self.checkpoint = checkpoint
 
     def mixers(self) -> list[Mixer]:
+        """The mixer of each layer, the first layer's first."""
         return [layer.mixer for layer in self.layers]  # type: ignore[misc]
 
     @property

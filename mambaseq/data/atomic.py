@@ -121,7 +121,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; when the block ends well it takes its place.
 
-    replace: an existing folder is moved aside, and removed once the new one is in place. With False an
+    replace: an existing folder is moved aside, and removed once the new one is in place. No portable call exchanges
+        two folders, so for an instant nothing stands at `path`; a process killed in that instant leaves both beside
+        it, as `.NAME.*.tmp`, and a reader that finds nothing should look again. With False an
         existing one stays and FileExistsError is raised, which is how the loser of a race learns that another
         was first.
     Raises UserError as `atomic_file` does; on any error the temporary folder is removed and what stood at

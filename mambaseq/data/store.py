@@ -82,11 +82,6 @@ class TokenStore:
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"The index of the token store {self.folder} cannot be read: {error}. {remedy}") from error
 
-    @classmethod
-    def open(cls, folder: str | Path) -> TokenStore:
-        """The store in a folder, checked. Raises StoreError."""
-        return cls(folder)
-
     def __len__(self) -> int:
         return len(self.names)
 

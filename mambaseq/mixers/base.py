@@ -23,9 +23,11 @@ class State:
         return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def clone(self) -> Self:
+        """A copy that shares no memory with this one."""
         return self.map(torch.Tensor.clone)
 
     def detach(self) -> Self:
+        """The same values, cut off from the graph of what made them: for truncated backpropagation through time."""
         return self.map(torch.Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -37,6 +39,7 @@ class State:
         return self.map(lambda tensor: tensor[sequences])
 
     def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 

@@ -38,6 +38,8 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def of_channels(channels: int, groups: int, width: int) -> Blocks:
+    """`channels` in blocks of at most `width`, none of which reaches over the border of a group (`channels / groups`
+    each). Made once for the same arguments."""
     per_group = channels // groups
     starts = np.arange(0, per_group, width)
     first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)

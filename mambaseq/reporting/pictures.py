@@ -14,12 +14,14 @@ from mambaseq.reporting.runs import RunFolder
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return buffer.getvalue()
 
 
 def save_png(path: Path, figure: Figure) -> None:
+    """Write the figure as a PNG file, whole or not at all. Raises UserError when the disk is full or not writable."""
     with atomic_file(path) as file:
         file.write(png(figure))
 

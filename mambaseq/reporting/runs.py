@@ -40,10 +40,22 @@ class RunFolder:
         return sum(1 for _ in self.logs.glob("version_*"))
 
     def read_results(self) -> dict[str, Any]:
-        return json.loads(self.results.read_text(encoding="utf-8")) if self.results.is_file() else {}
+        """What results.json holds; nothing when there is none yet. Raises UserError when it is damaged."""
+        if not self.results.is_file():
+            return {}
+        try:
+            results = json.loads(self.results.read_text(encoding="utf-8"))
+            if not isinstance(results, dict):
+                raise TypeError("it holds no results")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.results} is damaged ({error}). Delete it; `mambaseq validate` and `mambaseq test` write their "
+                f"results again."
+            ) from error
+        return results
 
     def update_results(self, **values: Any) -> None:
-        """Merge values into results.json."""
+        """Merge values into results.json. Raises UserError when the file that is there is damaged."""
         merged = {**self.read_results(), **values}
         with atomic_file(self.results, "w", encoding="utf-8") as file:
             json.dump(merged, file, indent=2)
@@ -58,11 +70,3 @@ class RunFolder:
                     if row.get(metric):
                         points[int(row["step"])] = float(row[metric])
         return sorted(points.items())
-
-    def logged(self) -> list[str]:
-        """Names of the metrics that were logged."""
-        names: set[str] = set()
-        for path in self.logs.glob("version_*/metrics.csv"):
-            with path.open(newline="", encoding="utf-8") as file:
-                names |= set(next(csv.reader(file), []))
-        return sorted(names - {"step", "epoch"})

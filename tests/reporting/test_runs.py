@@ -1,0 +1,28 @@
+"""A run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mambaseq.errors import UserError
+from mambaseq.reporting.runs import RunFolder
+
+
+def test_results_are_merged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_results() == {}
+    folder.update_results(a=1, b=2)
+    folder.update_results(b=3)
+    assert folder.read_results() == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+def test_damaged_results_are_named(tmp_path: Path, content: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.results.write_bytes(content)
+    for touch in (folder.read_results, lambda: folder.update_results(a=1)):
+        with pytest.raises(UserError, match=r"results\.json is damaged.*Delete it"):
+            touch()
+    assert folder.results.read_bytes() == content
