@@ -7,6 +7,7 @@
 #define STRIDE_Y (CHANNELS + 16)  // spreads two steps over the banks
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
+#define STRIDE_BC (2 * STATES + 4)
 #define WARPS (THREADS / 32)
 
 struct Shared {
@@ -14,7 +15,7 @@ struct Shared {
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
     float dout[TILE * CHANNELS];
-    float bc[TILE * 2 * STATES];
+    float bc[4][TILE * STRIDE_BC];  // B and C in four orders
     float y[TILE * STRIDE_Y];
     float g[2 * PART_G];  // gradients of delta x, and of the exponent
     float bc_sums[WARPS * TILE * 32];
@@ -38,12 +39,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const int group_column = c0 / per_group * d_state;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
+    // Register n of a lane holds state n ^ order: what a lane keeps in a sum over lanes then always lies in the lower half
+    // of its registers, which spares the sums their selections.
+    const int order = lane >> 4 << 2 | (lane >> 3 & 1) << 1 | (lane >> 2 & 1), first = sub * 8;
     float A2[8], dh[8], sum_A[8];
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-        bool exists = c < channels && sub * 8 + n < d_state;
-        A2[n] = exists ? A[(i64)c * d_state + sub * 8 + n] * LOG2E : 0.f;
-        dh[n] = exists && dstate ? dstate[((i64)segment * channels + c) * d_state + sub * 8 + n] : 0.f;
+        const int state = first + (n ^ order);
+        bool exists = c < channels && state < d_state;
+        A2[n] = exists ? A[(i64)c * d_state + state] * LOG2E : 0.f;
+        dh[n] = exists && dstate ? dstate[((i64)segment * channels + c) * d_state + state] : 0.f;
         sum_A[n] = 0.f;
     }
     const int own = lane * 2, rank = warp;
@@ -51,17 +56,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
     float2 sum_D = make_float2(0.f, 0.f), sum_bias = make_float2(0.f, 0.f);
 
+    const i64 ranks = (i64)WARPS * go * channels;
     const int n_tiles = (length + TILE - 1) / TILE;
     auto fetch_tile = [&](int k) {
         if (k >= 0) {
-            int steps = min(TILE, length - k * TILE);
+            int steps = min(TILE, length - k * TILE), left = channels - c0;
             i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.x[k & 1], x, x_stride, row, go, steps, c0, channels);
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt, dt_stride, row, go, steps, c0, channels);
-            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy, dy_stride, row, go, steps, c0, channels);
-            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z, z_stride, row, go, steps, c0, channels);
-            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + group_column, B_stride, row, go, steps, 0, d_state);
-            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + group_column, C_stride, row, go, steps, 0, d_state);
+            fetch<TILE, CHANNELS, VEC>(s.x[k & 1], x + row * x_stride + c0, x_stride * go, steps, left);
+            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
+            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy + row * dy_stride + c0, dy_stride * go, steps, left);
+            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z + row * z_stride + c0, z_stride * go, steps, left);
+            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + row * B_stride + group_column, B_stride * go, steps, d_state);
+            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
         }
         commit();
     };
@@ -81,17 +87,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             *(float2 *)&s.dout[t * CHANNELS + own] = o;
         }
         for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) {
-            float *to = s.bc + i / STATES * 2 * STATES + i % STATES;
-            to[0] = widen(s.B[at][i]);
-            to[STATES] = widen(s.C[at][i]);
+            const int to = i / STATES * STRIDE_BC, n = i % STATES;
+            const float b = widen(s.B[at][i]), w = widen(s.C[at][i]);
+#pragma unroll
+            for (int v = 0; v < 4; v++) s.bc[v][to + (n ^ v)] = b, s.bc[v][to + STATES + (n ^ v)] = w;
         }
     };
     auto finish = [&](int k) {
         int steps = min(TILE, length - k * TILE), at = k & 1;
+        i64 to = (row0 + ((i64)k * TILE + rank) * go) * channels + c0 + own;
 #pragma unroll
-        for (int t = rank; t < TILE; t += WARPS) {
+        for (int t = rank; t < TILE; t += WARPS, to += ranks) {
             if (t >= steps) break;
-            i64 row = row0 + ((i64)k * TILE + t) * go, to = row * channels + c0 + own;
             float2 u = pair(s.x[at] + t * CHANNELS + own), v = pair(s.dt[at] + t * CHANNELS + own);
             float4 d = *(const float4 *)&s.du[t * CHANNELS + own];
             float2 o = *(const float2 *)&s.dout[t * CHANNELS + own];
@@ -113,38 +120,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
             sum_bias.x += r.x, sum_bias.y += r.y;
         }
-        for (int i = threadIdx.x; i < TILE * 32; i += THREADS) {
-            int t = i / 32, l = i % 32;
+        // the lane's bits: state, kind (B or C), half of the states
+        const int column = (lane >> 1 & 1) * STATES + (SPLIT == 2 ? (lane & 1) * 8 : 0) + (lane >> 2);
+        float *sums = dBC + ((i64)block * rows + row0 + ((i64)k * TILE + rank) * go) * VALUES + column;
+#pragma unroll
+        for (int t = rank; t < TILE; t += WARPS, sums += WARPS * VALUES * go) {
             float total = 0.f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + l];
-            // the lane's bits: state, kind (B or C), half of the states
-            int column = (l >> 1 & 1) * STATES + (SPLIT == 2 ? (l & 1) * 8 : 0) + (l >> 2);
-            if (t < steps && (SPLIT == 2 || (l & 1) == 0))
-                dBC[((i64)block * rows + row0 + ((i64)k * TILE + t) * go) * VALUES + column] = total;
+            for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + lane];
+            if (t < steps && (SPLIT == 2 || (lane & 1) == 0)) *sums = total;
         }
     };
-    // Sums of 8 values over lanes that differ in bits 2 to 4: each lane ends with one of the values.
+    // Sums of 8 states' values over lanes that differ in bits 2 to 4: each lane ends with the one of its register 0.
     auto butterfly = [&](const float *v) {
-        bool b4 = lane & 16, b3 = lane & 8, b2 = lane & 4;
         float w[4];
 #pragma unroll
-        for (int n = 0; n < 4; n++) w[n] = (b4 ? v[n + 4] : v[n]) + __shfl_xor_sync(~0u, b4 ? v[n] : v[n + 4], 16);
-        float p = (b3 ? w[2] : w[0]) + __shfl_xor_sync(~0u, b3 ? w[0] : w[2], 8);
-        float q = (b3 ? w[3] : w[1]) + __shfl_xor_sync(~0u, b3 ? w[1] : w[3], 8);
-        return (b2 ? q : p) + __shfl_xor_sync(~0u, b2 ? p : q, 4);
+        for (int n = 0; n < 4; n++) w[n] = v[n] + __shfl_xor_sync(~0u, v[n + 4], 16);
+        float p = w[0] + __shfl_xor_sync(~0u, w[2], 8), q = w[1] + __shfl_xor_sync(~0u, w[3], 8);
+        return p + __shfl_xor_sync(~0u, q, 4);
     };
+    const int low = first + (order & 4), high = first + (~order & 4);
 
     const i64 slot0 = checkpoint[segment];
     fetch_tile(n_tiles - 1);
     for (int k = n_tiles - 1; k >= 0; k--) {
         float start[8];
         {
-            const float *from = checkpoints + ((slot0 + k) * channels + c) * STATES + sub * 8;
-            float4 low = c < channels ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
-            float4 high = c < channels ? *(const float4 *)(from + 4) : make_float4(0.f, 0.f, 0.f, 0.f);
-            start[0] = low.x, start[1] = low.y, start[2] = low.z, start[3] = low.w;
-            start[4] = high.x, start[5] = high.y, start[6] = high.z, start[7] = high.w;
+            const float *from = checkpoints + ((slot0 + k) * channels + c) * STATES + first;
+#pragma unroll
+            for (int n = 0; n < 8; n++) start[n] = c < channels ? from[n ^ order] : 0.f;
         }
         wait<0>();
         __syncthreads();
@@ -154,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll 1
         for (int part = TILE / KEPT - 1; part >= 0; part--) {
             const float2 *du = s.du + channel;
-            const float *bc = s.bc + sub * 8;
+            const float *bc = s.bc[order & 3];
             float h[8], before[KEPT][8];
 #pragma unroll
             for (int n = 0; n < 8; n++) h[n] = start[n];
@@ -162,22 +166,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             for (int t = 0; t < part * KEPT; t++) {
                 float2 now = du[t * CHANNELS];
                 float b[8];
-                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
+                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
 #pragma unroll
                 for (int n = 0; n < 8; n++) h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
             }
             const int t0 = part * KEPT;
-            du += t0 * CHANNELS, bc += t0 * 2 * STATES;
+            du += t0 * CHANNELS, bc += t0 * STRIDE_BC;
             float sum_C[KEPT], y_even = 0.f;
 #pragma unroll
             for (int t = 0; t < KEPT; t++) {
                 float2 now = du[t * CHANNELS];
                 float o = s.dout[(t0 + t) * CHANNELS + channel], y = 0.f, v[8], b[8], w[8];
-                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
-                *(float4 *)w = *(const float4 *)(bc + t * 2 * STATES + STATES);
-                *(float4 *)(w + 4) = *(const float4 *)(bc + t * 2 * STATES + STATES + 4);
+                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
+                *(float4 *)w = *(const float4 *)(bc + t * STRIDE_BC + STATES + low);
+                *(float4 *)(w + 4) = *(const float4 *)(bc + t * STRIDE_BC + STATES + high);
 #pragma unroll
                 for (int n = 0; n < 8; n++) {
                     before[t][n] = h[n];
@@ -203,10 +207,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             for (int t = KEPT - 1; t >= 0; t--) {
                 float2 now = du[t * CHANNELS];
                 float o = s.dout[(t0 + t) * CHANNELS + channel], gu = 0.f, ge = 0.f, v[8], b[8], w[8];
-                *(float4 *)b = *(const float4 *)(bc + t * 2 * STATES);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * 2 * STATES + 4);
-                *(float4 *)w = *(const float4 *)(bc + t * 2 * STATES + STATES);
-                *(float4 *)(w + 4) = *(const float4 *)(bc + t * 2 * STATES + STATES + 4);
+                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
+                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
+                *(float4 *)w = *(const float4 *)(bc + t * STRIDE_BC + STATES + low);
+                *(float4 *)(w + 4) = *(const float4 *)(bc + t * STRIDE_BC + STATES + high);
 #pragma unroll
                 for (int n = 0; n < 8; n++) {
                     float g = fmaf(o, w[n], dh[n]);
@@ -237,10 +241,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (c < channels) {
 #pragma unroll
         for (int n = 0; n < 8; n++) {
-            if (sub * 8 + n >= d_state) break;
-            dA[((i64)segment * channels + c) * d_state + sub * 8 + n] = sum_A[n];
-            if (dinitial && (flags[segment] & 1))
-                dinitial[((i64)sequences[segment] * channels + c) * d_state + sub * 8 + n] = dh[n];
+            const int state = first + (n ^ order);
+            if (state >= d_state) continue;
+            dA[((i64)segment * channels + c) * d_state + state] = sum_A[n];
+            if (flags[segment] & 1) dinitial[((i64)sequences[segment] * channels + c) * d_state + state] = dh[n];
         }
     }
     __syncthreads();
@@ -285,12 +289,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int n_tiles = (length + TILE - 1) / TILE;
     auto fetch_tile = [&](int k) {
         if (k >= 0) {
-            int steps = min(TILE, length - k * TILE);
+            int steps = min(TILE, length - k * TILE), left = channels - c0;
             i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt, dt_stride, row, go, steps, c0, channels);
-            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy, dy_stride, row, go, steps, c0, channels);
-            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z, z_stride, row, go, steps, c0, channels);
-            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + group_column, C_stride, row, go, steps, 0, d_state);
+            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
+            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy + row * dy_stride + c0, dy_stride * go, steps, left);
+            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z + row * z_stride + c0, z_stride * go, steps, left);
+            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
         }
         commit();
     };
@@ -310,14 +314,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
             *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, o.x, d.y, o.y);
         }
-        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) s.bc[i] = widen(s.C[at][i]);
+        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) s.bc[0][i] = widen(s.C[at][i]);
         __syncthreads();
 #pragma unroll 8
         for (int t = TILE - 1; t >= 0; t--) {
             float2 now = s.du[t * CHANNELS + channel];
             float w[8];
-            *(float4 *)w = *(const float4 *)(s.bc + t * STATES + sub * 8);
-            *(float4 *)(w + 4) = *(const float4 *)(s.bc + t * STATES + sub * 8 + 4);
+            *(float4 *)w = *(const float4 *)(s.bc[0] + t * STATES + sub * 8);
+            *(float4 *)(w + 4) = *(const float4 *)(s.bc[0] + t * STATES + sub * 8 + 4);
             total += now.x;
 #pragma unroll
             for (int n = 0; n < 8; n++) dh[n] = ex2(now.x * A2[n]) * fmaf(now.y, w[n], dh[n]);

@@ -70,23 +70,19 @@ struct Segments {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
-// Copies `steps` rows of WIDTH columns from column c0 into a tile of ROWS rows, BYTES at a time (0: one number at a
-// time, at once); what lies beyond `columns` or `steps` becomes zero.
+// Copies `steps` rows of WIDTH columns into a tile of ROWS rows, BYTES at a time (0: one number at a time, at once);
+// what lies beyond `columns` or `steps` becomes zero. Row t begins at from + t * stride.
 template <int ROWS, int WIDTH, int BYTES>
-__device__ __forceinline__ void fetch(in_t *tile, const in_t *from, i64 stride, i64 row, int go, int steps, int c0,
-                                      int columns) {
-    if constexpr (BYTES == 0) {
-        for (int i = threadIdx.x; i < ROWS * WIDTH; i += THREADS) {
-            int t = i / WIDTH, c = i % WIDTH;
-            bool exists = t < steps && c0 + c < columns;
-            tile[i] = exists ? from[(row + (i64)t * go) * stride + c0 + c] : (in_t)0;
-        }
-    } else {
-        constexpr int PER = BYTES / (int)sizeof(in_t), PIECES = WIDTH / PER;
-        for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
-            int t = i / PIECES, c = i % PIECES * PER;
-            bool exists = t < steps && c0 + c < columns;
-            const in_t *source = exists ? from + (row + (i64)t * go) * stride + c0 + c : from;
+__device__ __forceinline__ void fetch(in_t *tile, const in_t *from, i64 stride, int steps, int columns) {
+    constexpr int PER = BYTES ? BYTES / (int)sizeof(in_t) : 1, PIECES = WIDTH / PER;
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+        int t = i / PIECES, c = i % PIECES * PER;
+        bool exists = t < steps && c < columns;
+        const in_t *source = exists ? from + t * stride + c : from;
+        if constexpr (BYTES == 0) {
+            tile[i] = exists ? *source : (in_t)0;
+        } else {
             u32 target = (u32)__cvta_generic_to_shared(tile + t * WIDTH + c);
             int size = exists ? BYTES : 0;
             if constexpr (BYTES == 16)

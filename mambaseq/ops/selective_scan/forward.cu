@@ -2,6 +2,7 @@
 // threads of 4 states. While the recurrence runs over one tile of steps, the output of the tile before is gated and
 // written, the step sizes of the next are made, and the one after that is on its way from memory: one barrier a tile.
 #define SPLIT (STATES / 4)  // threads of a channel
+constexpr int UNROLLED = UNROLL / SPLIT;
 #define STRIDE_Y (CHANNELS + 8)  // spreads the steps over the banks
 
 struct Shared {
@@ -44,17 +45,19 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
     float total_dt[2] = {0.f, 0.f};
 
+    in_t *const own_y = y + (row0 + rank * go) * channels + c0 + own;
+    const i64 ranks = (i64)(THREADS / 32) * go * channels;
     const int n_tiles = (length + TILE - 1) / TILE;
     auto fetch_tile = [&](int k) {
         if (k < n_tiles) {
-            int steps = min(TILE, length - k * TILE);
+            int steps = min(TILE, length - k * TILE), left = channels - c0;
             i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.x[k & 3], x, x_stride, row, go, steps, c0, channels);
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt, dt_stride, row, go, steps, c0, channels);
-            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + group_column, B_stride, row, go, steps, 0, d_state);
+            fetch<TILE, CHANNELS, VEC>(s.x[k & 3], x + row * x_stride + c0, x_stride * go, steps, left);
+            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
+            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + row * B_stride + group_column, B_stride * go, steps, d_state);
             if (!SUMMARY) {
-                if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 3], z, z_stride, row, go, steps, c0, channels);
-                fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + group_column, C_stride, row, go, steps, 0, d_state);
+                if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 3], z + row * z_stride + c0, z_stride * go, steps, left);
+                fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
             }
         }
         commit();
@@ -80,8 +83,9 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
         int steps = min(TILE, length - k * TILE);
         const in_t *raw_x = s.x[k & 3], *raw_z = s.z[k & 3];
         const float *out = s.y[k & 1];
+        in_t *to = own_y + (i64)k * TILE * go * channels;
 #pragma unroll
-        for (int t = rank; t < TILE; t += THREADS / 32) {
+        for (int t = rank; t < TILE; t += THREADS / 32, to += ranks) {
             if (t >= steps) break;
             float2 v = *(const float2 *)(out + t * STRIDE_Y + own);
             if (HAS_D) {
@@ -92,7 +96,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
                 float2 g = pair(raw_z + t * CHANNELS + own);
                 v.x *= g.x * sigmoid(g.x), v.y *= g.y * sigmoid(g.y);
             }
-            put_pair(y + (row0 + ((i64)k * TILE + t) * go) * channels + c0 + own, v, c0 + own, channels);
+            put_pair(to, v, c0 + own, channels);
         }
     };
 
@@ -101,7 +105,8 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     wait<1>();
     __syncthreads();
     prepare(0);
-    i64 slot = checkpoints ? segments.checkpoint[segment] : 0;
+    const i64 slot_size = (i64)channels * STATES;
+    float *slot = checkpoints + segments.checkpoint[segment] * slot_size + (i64)c * STATES + sub * 4;
     for (int k = 0; k < n_tiles; k++) {
         wait<0>();
         __syncthreads();
@@ -111,12 +116,11 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
         const float2 *du = s.du[k & 1] + channel;
         const float *bc = s.bc[k & 1] + sub * 4;
         float *out = s.y[k & 1] + channel;
-#pragma unroll UNROLL / SPLIT
+#pragma unroll UNROLLED
         for (int t0 = 0; t0 < TILE; t0 += SPLIT) {
             if (!SUMMARY && t0 % EVERY == 0 && checkpoints && k * TILE + t0 < length) {
-                if (c < channels)
-                    *(float4 *)(checkpoints + (slot * channels + c) * STATES + sub * 4) = make_float4(h[0], h[1], h[2], h[3]);
-                slot++;
+                if (c < channels) *(float4 *)slot = make_float4(h[0], h[1], h[2], h[3]);
+                slot += slot_size;
             }
             float v[SPLIT];
 #pragma unroll

@@ -10,7 +10,8 @@ from torch import Tensor
 
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
-# Blocks a multiprocessor that are worth cutting sequences for, and the shortest segment that is worth its two passes.
+# Blocks a multiprocessor that sequences are cut for where there would be less than one, and the shortest segment that is
+# worth its two passes.
 _BLOCKS, _SHORTEST = 4, 128
 
 
@@ -35,7 +36,7 @@ def steps_of(n_sequences: int, length: int, channel_blocks: int, processors: int
         # A sequence takes at least one segment, however short: segments must not be much longer than sequences.
         longest = max(_SHORTEST, -(-length // max(1, n_sequences)) * 2)
         steps = min(longest, max(_SHORTEST, length * channel_blocks // wanted))
-    elif blocks * 2 >= wanted or length <= 2 * _SHORTEST:
+    elif blocks >= processors or length <= 2 * _SHORTEST:
         steps = length
     else:
         steps = max(_SHORTEST, length * blocks // wanted)
