@@ -149,7 +149,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
             f"There is no model at {path}: no model.json and no model/model.json. Give the folder of a run."
         )
     card = _read_card(folder / "model.json")
-    model = build_model(card.spec)
+    try:
+        model = build_model(card.spec)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'model.json'} does not describe a whole model ({error} in its spec). Export the model again."
+        ) from error
     stored = folder / "model.safetensors"
     if stored.is_file():
         load_weights(model, read_safetensors(stored), stored)

@@ -60,9 +60,15 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         load_model(tmp_path / "m")
-    (tmp_path / "m" / "model.json").write_text("{")
-    with pytest.raises(UserError, match="not a model description"):
-        load_model(tmp_path / "m")
+    description = tmp_path / "m" / "model.json"
+    for spec in ({}, {"d_model": 8}, [], {**(model.spec or {}), "head": None}):
+        description.write_text(json.dumps({"format": 1, "spec": spec}))
+        with pytest.raises(UserError, match=r"model\.json does not describe a whole model"):
+            load_model(tmp_path / "m")
+    for text in ("{", "3", "[]", '{"format": 1}'):
+        description.write_text(text)
+        with pytest.raises(UserError, match=r"model\.json is not a model description"):
+            load_model(tmp_path / "m")
 
 
 def test_checkpoints_are_not_unpickled(tmp_path: Path) -> None:
