@@ -15,7 +15,7 @@ struct Shared {
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
     float dout[TILE * CHANNELS];
-    float bc[4][TILE * STRIDE_BC];  // B and C in four orders
+    float bc[4][TILE * STRIDE_BC + 16];  // B and C in four orders, which lie in different banks
     float y[TILE * STRIDE_Y];
     float g[2 * PART_G];  // gradients of delta x, and of the exponent
     float bc_sums[WARPS * TILE * 32];

@@ -218,7 +218,7 @@ def _compiled(
         threads, tile = _CHANNELS * states // 8, segments.EVERY
         raw = _CHANNELS * item * (8 if has_z else 6) + states * item * 4
         made = _CHANNELS * (8 + 4 + 8) + 4 * (states * 8 + 16) + 4 * (_CHANNELS + 16) + threads * 4
-    shared = tile * (raw + made) + 256  # of `struct Shared`; the sources check that it is enough
+    shared = tile * (raw + made) + 512  # of `struct Shared`; the sources check that it is enough
     macros = {
         "IN": _CODES[dtype],
         "STATES": states,
