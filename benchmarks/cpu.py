@@ -2,7 +2,8 @@
 
 Everything in one run: `python benchmarks/cpu.py [--quick] [--json FILE]`. Each contender runs in a process of its own
 (so that peak memory is its own), with 2 threads, fp32, batch 1, d_model 768, d_state 16. The same random weights go
-into all of them, and no time is printed for one whose output differs. Peers come with `pip install 'mambaseq[eval]'`.
+into all of them, and no time is printed for one whose outputs, gradients or decoded logits differ. Peers come with
+`pip install 'mambaseq[eval]'`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 THREADS = 2
 D_MODEL, D_STATE = 768, 16
 TOLERANCE = 1e-4
+# positions of the longest sequence on which outputs and gradients are checked
+CHECKED = 4096
 
 
 def timed(function: Callable[[], Any], repeats: int) -> float:
@@ -104,12 +107,6 @@ def run_block(peer: str, length: int, backward: bool, repeats: int) -> dict[str,
     block = peer_block(peer)
     torch.manual_seed(1)
     x = torch.randn(1, length, D_MODEL)
-    error = 0.0
-    if peer != "mambaseq":
-        short = x[:, :64]
-        with torch.no_grad():
-            expected = our_block()(short)
-            error = float((block(short) - expected).norm() / expected.norm())
     base = peak_mib()
     leaf = x.clone().requires_grad_(backward)
 
@@ -120,7 +117,31 @@ def run_block(peer: str, length: int, backward: bool, repeats: int) -> dict[str,
 
     with torch.set_grad_enabled(backward):
         seconds = timed(once, repeats)
-    return {"seconds": seconds, "error": error, "peak_mib": peak_mib(), "added_mib": peak_mib() - base}
+    result = {"seconds": seconds, "peak_mib": peak_mib(), "added_mib": peak_mib() - base}
+    # after the peak was read: what was timed, against the definition in float64
+    return result | {"error": block_error(block, x if length <= CHECKED else x[:, :CHECKED], backward)}
+
+
+def block_error(block: Any, x: Any, backward: bool) -> float:
+    """The largest relative RMS error of the output, and of the gradients of x and of the parameters."""
+    import copy
+
+    import torch
+
+    exact = copy.deepcopy(our_block()).double()
+    exact.backend = "torch"
+
+    def results(module: Any, x: Any) -> list[Any]:
+        leaf = x.clone().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            y = module(leaf)
+            if not backward:
+                return [y]
+            weights = dict(module.named_parameters())
+            return [y, *torch.autograd.grad(y.square().sum(), [leaf, *(weights[name] for name in sorted(weights))])]
+
+    pairs = zip(results(block, x), results(exact, x.double()), strict=True)
+    return max(float((a.double() - e).norm() / e.norm()) for a, e in pairs)
 
 
 def run_decode(peer: str, tokens: int, repeats: int) -> dict[str, float]:
@@ -140,8 +161,9 @@ def run_decode(peer: str, tokens: int, repeats: int) -> dict[str, float]:
     theirs = transformers.MambaForCausalLM(config).eval()
     theirs.load_state_dict(to_upstream(weights(model), transformers=True))
     prompt = torch.randint(0, 50280, (1, 16), generator=torch.Generator().manual_seed(2))
+    tokens_to_check = torch.randint(0, 50280, (1, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        expected = theirs(prompt).logits[:, -1]
+        expected = theirs(tokens_to_check).logits
     if peer == "transformers":
 
         def run(n: int) -> Any:
@@ -152,8 +174,11 @@ def run_decode(peer: str, tokens: int, repeats: int) -> dict[str, float]:
         del theirs
         if peer.endswith("bf16"):
             model = model.to(torch.bfloat16)
+        # every logit, one step at a time, as it is timed below
+        state = model.init_state(1)
         with torch.no_grad():
-            got = model(prompt).logits[:, -1].float()
+            steps = [model.step_(tokens_to_check[:, t], state).float() for t in range(tokens_to_check.shape[1])]
+        got = torch.stack(steps, dim=1)
         error = float((got - expected).norm() / expected.norm())
 
         def run(n: int) -> Any:
@@ -223,7 +248,7 @@ def main() -> None:
             if peer == "transformers" and backward and not arguments.quick:
                 continue  # its backward grows with the square of the length: minutes
             result = measure(kind="block", peer=peer, length=length, backward=backward, repeats=repeats)
-            check(peer, result)
+            check(f"{peer}, {what}", result)
             times[peer] = add(what, peer, result)
         ratios |= {f"{what}: {peer} / mambaseq": seconds / times["mambaseq"] for peer, seconds in times.items()}
     if not arguments.quick:
