@@ -7,6 +7,7 @@ import platform
 import torch
 
 from mambaseq import __version__
+from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
 from mambaseq.ops.dispatch import check, explain
@@ -17,7 +18,7 @@ LIMIT = 1e-4
 
 def diagnose(device: str | None) -> int:
     """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
     print(f"mambaseq {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.loading import choose_device, condition_ids, fitting_options
+from mambaseq.cli.devices import choose_device
+from mambaseq.cli.loading import condition_ids, fitting_options
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.generation import generate

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.loading import choose_device, condition_ids, fitting_options
+from mambaseq.cli.devices import choose_device
+from mambaseq.cli.loading import condition_ids, fitting_options
 from mambaseq.data.atomic import atomic_file
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog

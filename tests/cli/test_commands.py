@@ -137,6 +137,11 @@ def test_audio_generates_wavs_on_condition(tmp_path: Path, capsys) -> None:
     assert "--condition" in capsys.readouterr().err
 
 
+def test_doctor_refuses_an_unknown_device(capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main(["doctor", "--device", "nope"]) == 2
+    assert "'nope' cannot be used" in capsys.readouterr().err
+
+
 def test_doctor_finds_every_backend_right(capsys) -> None:
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -10,8 +10,8 @@ from torch import Tensor
 
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
-# Blocks a multiprocessor that sequences are cut for where there would be less than one, and the shortest segment that is
-# worth its two passes.
+# Blocks a multiprocessor that sequences are cut for where there would be less than one, and the shortest segment that
+# is worth its two passes.
 _BLOCKS, _SHORTEST = 4, 128
 
 
