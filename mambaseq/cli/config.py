@@ -10,8 +10,9 @@ import dataclasses
 import inspect
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -48,15 +49,27 @@ class LoaderConfig:
     num_workers: int = 0
     pack: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(
+                f"loader.batch_size must be at least 1 and loader.num_workers at least 0, not {self.batch_size} and "
+                f"{self.num_workers}."
+            )
+
 
 @dataclasses.dataclass
 class CheckpointConfig:
     """every_n_steps: a resumable checkpoint every so many optimizer steps. monitor: the validation metric by which the
-    best weights are chosen ("" keeps the last). mode: whether it should be min or max."""
+    best weights are chosen ("" keeps the last). mode: whether its smallest or its largest value is the best; left out,
+    what the metric says of itself."""
 
     every_n_steps: int = 100
     monitor: str = ""
-    mode: str = "min"
+    mode: Literal["min", "max"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ConfigError(f"checkpoint.every_n_steps must be at least 1; it is {self.every_n_steps}.")
 
 
 @dataclasses.dataclass
@@ -67,6 +80,15 @@ class GenerationConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+SECTIONS = {
+    "loader": LoaderConfig,
+    "optimizer": OptimizerConfig,
+    "length_warmup": LengthWarmup,
+    "checkpoint": CheckpointConfig,
+    "generation": GenerationConfig,
+}
 
 
 def resolve_config(name: str) -> Path:
@@ -165,6 +187,26 @@ class RunConfig:
             for name in self.settings["metrics"]
         }
 
+    def best(self, metrics: Mapping[str, Metric]) -> tuple[str, str]:
+        """By which logged metric the best weights are chosen, and whether "min" or "max" of it ("" and "min" when the
+        last are kept). Raises ConfigError when it is not logged, or does not say which of the two."""
+        chosen = CheckpointConfig(**self.settings["checkpoint"])
+        if not chosen.monitor:
+            return "", "min"
+        higher: dict[str, bool | None] = {"val/loss": False}
+        higher |= {f"val/{name}": metric.higher_is_better for name, metric in metrics.items() if metric.scalar}
+        if chosen.monitor not in higher:
+            raise ConfigError(
+                f"checkpoint.monitor is {chosen.monitor!r}, which this run does not log."
+                f"{did_you_mean(chosen.monitor, higher)} Known: {', '.join(sorted(higher))}; `metrics` adds others."
+            )
+        if chosen.mode is None and higher[chosen.monitor] is None:
+            raise ConfigError(
+                f"The metric {chosen.monitor!r} does not say whether higher is better. Set checkpoint.mode to min or "
+                f"max."
+            )
+        return chosen.monitor, chosen.mode or ("max" if higher[chosen.monitor] else "min")
+
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(**self.settings["optimizer"])
 
@@ -188,7 +230,6 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
     parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
     parser.add_argument("--data.name", type=str, default=names["data"])
     parser.add_class_arguments(classes["data"], "data", instantiate=False)
-    parser.add_class_arguments(LoaderConfig, "loader", instantiate=False)
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
     for part in PARTS:
@@ -197,10 +238,8 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
         skip = PROVIDED & _arguments(classes[part])
         if skip != _arguments(classes[part]):
             parser.add_class_arguments(classes[part], f"model.{part}", instantiate=False, skip=set(skip))
-    parser.add_class_arguments(OptimizerConfig, "optimizer", instantiate=False)
-    parser.add_class_arguments(LengthWarmup, "length_warmup", instantiate=False)
-    parser.add_class_arguments(CheckpointConfig, "checkpoint", instantiate=False)
-    parser.add_class_arguments(GenerationConfig, "generation", instantiate=False)
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section, instantiate=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer's own docstrings and annotations
         parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False, fail_untyped=False)
@@ -237,7 +276,8 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
 def parse_config(config: str, overrides: list[str]) -> RunConfig:
     """Read a configuration (registered name or YAML file) and `--key value` overrides.
 
-    Raises ConfigError for unknown names and keys (with the nearest known one) and for values of a wrong type.
+    Raises ConfigError for unknown names and keys (with the nearest known one) and for values of a wrong type or out of
+    range.
     """
     path = resolve_config(config)
     raw = read_yaml(path)
@@ -255,6 +295,10 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         raise _explain(error, parser, config) from error
     settings = parsed.as_dict()
     del settings["trainer"]
+    if not 0 <= settings["seed"] < 2**32:
+        raise ConfigError(f"seed must be at least 0 and below 2**32; it is {settings['seed']}.")
+    for section, kind in SECTIONS.items():
+        kind(**settings[section])  # each checks its values
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
     text = parser.dump(parsed, "parser_mode", False)
     return RunConfig(settings, dict(vars(instantiated.trainer)), classes, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -45,9 +44,8 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
     """
     from mambaseq.cli.config import parse_config
 
-    main_process = os.environ.get("LOCAL_RANK", "0") == "0"
     settings = parse_config(config, overrides)
-    if main_process and not resume and folder.last.exists():
+    if not resume and folder.last.exists():
         raise ConfigError(
             f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give "
             f"another --out, or remove it."
@@ -59,7 +57,7 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
 
     with warnings.catch_warnings():
         _quiet()
-        return train(settings, folder, resume=resume, main_process=main_process, progress=progress)
+        return train(settings, folder, resume=resume, progress=progress)
 
 
 def _quiet() -> None:

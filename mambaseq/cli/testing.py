@@ -29,6 +29,8 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
     method = trainer.validate if command == "validate" else trainer.test
     method(task, datamodule=settings.make_datamodule(data), verbose=False)
     results: dict[str, Any] = {**task.results, **task.tables}
+    if not trainer.is_global_zero:
+        return results
     folder.update_results(**results)
     for name, table in task.tables.items():
         save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))

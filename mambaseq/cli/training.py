@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
 from mambaseq.data.atomic import atomic_file
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError
-from mambaseq.models import build_model
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.pictures import learning_curves, save_png
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.tasks.callbacks import Interrupted, StopAfterStep, Throughput
+from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, Throughput
 from mambaseq.tasks.task import Task
 
 
@@ -56,7 +60,10 @@ def make_trainer(
     loggers: list[Logger],
     progress: bool,
 ) -> lightning.Trainer:
-    """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added."""
+    """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added.
+
+    Raises ConfigError when Lightning refuses the settings.
+    """
     options = dict(settings.trainer)
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
@@ -69,97 +76,124 @@ def make_trainer(
     if options["enable_progress_bar"]:
         # a bar redrawn in place needs a terminal; in a log a line now and then is enough
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100)]
-    options |= {"logger": [*loggers, *given] or False, "callbacks": [*callbacks, *own]}
+    # the user's come first, so that a checkpoint holds what they have counted
+    options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
     options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
-    return lightning.Trainer(**options)
+    with _explained("The settings under trainer cannot be used here"):
+        return lightning.Trainer(**options)
 
 
-def _checkpoints(settings: RunConfig, folder: RunFolder) -> list[lightning.Callback]:
-    chosen = settings.settings["checkpoint"]
-    where = str(folder.last.parent)
-    callbacks: list[lightning.Callback] = [
-        ModelCheckpoint(
-            dirpath=where,
-            filename="last",
-            every_n_train_steps=chosen["every_n_steps"],
-            save_top_k=1,
-            enable_version_counter=False,
-        ),
-        StopAfterStep(folder.last),
-    ]
-    if chosen["monitor"]:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=where,
-                filename="best",
-                monitor=chosen["monitor"],
-                mode=chosen["mode"],
-                save_top_k=1,
-                enable_version_counter=False,
-                save_on_train_epoch_end=False,
-            )
-        )
-    return callbacks
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
 
 
-def train(settings: RunConfig, folder: RunFolder, *, resume: bool, main_process: bool, progress: bool) -> int:
-    """Train, export the best weights, write results and pictures. Returns the exit code."""
+def train(settings: RunConfig, folder: RunFolder, *, resume: bool, progress: bool) -> int:
+    """Train, export the best weights, write results and pictures. Returns the exit code.
+
+    Raises UserError for anything the user has to mend, before the first step where that can be told.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed = settings.settings["seed"]
     lightning.seed_everything(seed, workers=False, verbose=False)
     data = settings.make_data()
     data.setup()
-    spec = settings.model_spec(data)
-    model = build_model(spec)
-    card = model_card(settings, data, spec)
-    task = Task(model, settings.optimizer(), settings.make_metrics(data), settings.length_warmup(), seed)
-    loggers: list[Logger] = []
-    if main_process:
-        if not resume:
-            with atomic_file(folder.config, "w", encoding="utf-8") as file:
-                file.write(settings.yaml)
-            save_model(folder.model, None, card, data.tokenizer)
-        loggers = [
-            CSVLogger(folder.path, name="logs", version=folder.next_version()),
-            TensorBoardLogger(folder.path, name="tensorboard", version=""),
-        ]
+    datamodule = settings.make_datamodule(data)
+    metrics = settings.make_metrics(data)
+    monitor, mode = settings.best(metrics)
+    model = _make_model(settings, data)
+    card = model_card(settings, data, model.spec or {})
+    task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed)
+    # made in every process; those of the first alone write
+    loggers: list[Logger] = [
+        CSVLogger(folder.path, name="logs", version=folder.next_version()),
+        TensorBoardLogger(folder.path, name="tensorboard", version=""),
+    ]
     throughput = Throughput()
-    callbacks = [throughput, *_checkpoints(settings, folder)]  # stopping comes last, so that nothing is uncounted
-    trainer = make_trainer(settings, folder, callbacks, loggers, progress)
-    print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
+    every = settings.settings["checkpoint"]["every_n_steps"]
+    checkpoints = RunCheckpoints(folder.last, folder.best, every, monitor, mode)
+    trainer = make_trainer(settings, folder, [throughput, checkpoints], loggers, progress)
+    if trainer.is_global_zero:
+        if not resume:
+            _begin(settings, folder, data, card)
+        print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
     try:
-        trainer.fit(task, datamodule=settings.make_datamodule(data), ckpt_path=str(folder.last) if resume else None)
+        trainer.fit(task, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None)
     except Interrupted as error:
         from mambaseq.cli.fit import interrupted
 
-        return interrupted(folder.path, error)
+        return interrupted(folder.path, error) if trainer.is_global_zero else 130
+    except (MisconfigurationException, ValueError) as error:
+        asked = settings.settings["model"]["mixer"].get("backend")
+        refused = asked is not None and f"backend {asked!r}" in str(error)
+        if checkpoints.began and not refused:
+            raise  # nobody's setting
+        with _explained("The run cannot begin with these settings"):
+            raise
     trainer.save_checkpoint(folder.last)
-    if main_process:
-        _finish(settings, folder, data, card, task, throughput, trainer.global_step)
+    if checkpoints.score is not None:
+        exported, results = folder.best, checkpoints.results
+    else:
+        exported = folder.last
+        if checkpoints.validated_step != trainer.global_step and _validates(trainer, data):
+            trainer.validate(task, datamodule=datamodule, verbose=False)
+        results = task.results
+    if trainer.is_global_zero:
+        device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
+        _finish(folder, data, card, exported, throughput, steps=trainer.global_step, device=device, **results)
     return 0
 
 
+def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
+    spec = settings.model_spec(data)
+    with _explained("The settings under model cannot be used"):
+        model = build_model(spec)
+    if settings.settings["loader"]["pack"] and getattr(model.encoder, "stride", 1) != 1:
+        raise ConfigError(
+            f"The encoder {spec['encoder']['name']!r} shortens its input and cannot take packed sequences. Set "
+            f"loader.pack to false, or choose another encoder."
+        )
+    return model
+
+
+def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:
+    return trainer.limit_val_batches != 0 and data.validation() is not None
+
+
+def _begin(settings: RunConfig, folder: RunFolder, data: SequenceData, card: ModelCard) -> None:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder.path} cannot be made: {error.strerror}. Choose another --out.") from error
+    folder.best.unlink(missing_ok=True)  # of a run that ended before there was anything to resume
+    with atomic_file(folder.config, "w", encoding="utf-8") as file:
+        file.write(settings.yaml)
+    save_model(folder.model, None, card, data.tokenizer)
+
+
 def _finish(
-    settings: RunConfig,
-    folder: RunFolder,
-    data: SequenceData,
-    card: ModelCard,
-    task: Task,
-    throughput: Throughput,
-    steps: int,
+    folder: RunFolder, data: SequenceData, card: ModelCard, exported: Path, throughput: Throughput, **results: Any
 ) -> None:
-    if folder.best.exists():
-        load_weights(task.model, task_weights(read_checkpoint(folder.best)), folder.best)
-    save_model(folder.model, task.model, card, data.tokenizer)
+    """Export the weights of a checkpoint, with the results of these weights and no others.
+
+    They are read from the file: strategies that shard a model leave no process with all of it.
+    """
+    checkpoint = read_checkpoint(exported)
+    model = build_model(card.spec)
+    load_weights(model, task_weights(checkpoint), exported)
+    save_model(folder.model, model, card, data.tokenizer)
+    folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
     folder.update_results(
-        parameters=task.model.n_parameters(),
-        steps=steps,
+        parameters=model.n_parameters(),
+        exported_step=checkpoint["global_step"],
         train_tokens=throughput.tokens,
         train_seconds=round(throughput.seconds, 2),
         tokens_per_second=round(throughput.tokens / max(throughput.seconds, 1e-9)),
-        device=str(torch.cuda.get_device_name()) if task.device.type == "cuda" else "cpu",
-        **task.results,
+        **results,
     )
-    bits = task.model.head.per_token
-    scale, unit = (1 / math.log(2), "bits a token") if bits else (1.0, "loss (nats)")
+    scale, unit = (1 / math.log(2), "bits a token") if model.head.per_token else (1.0, "loss (nats)")
     save_png(folder.path / "curves.png", learning_curves(folder, scale, unit))

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from mambaseq.errors import ConfigError
+
 # dynamics are never pulled towards zero: decay of A_log, D or dt would change the memory that was learned
 NO_DECAY = {"A_log", "A_log_real", "A_imag", "log_dt", "D"}
 
@@ -31,6 +33,16 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "eps", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name} must not be negative; it is {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} must be at least 0 and below 1; it is {getattr(self, name)}.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"optimizer.min_lr_ratio must be between 0 and 1; it is {self.min_lr_ratio}.")
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices with weight decay; vectors, biases and `NO_DECAY` without. Shared ones count once."""
@@ -48,9 +60,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, total_steps: int
+    model: nn.Module, config: OptimizerConfig, total_steps: float
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer and its schedule over `total_steps` optimizer steps."""
+    """The optimizer and its schedule over `total_steps` optimizer steps.
+
+    Raises ConfigError when there is no last step (`inf`) for the schedule to end at.
+    """
+    if math.isinf(total_steps) and config.schedule != "constant":
+        raise ConfigError(
+            f"The schedule {config.schedule!r} ends at the last step, and this run has none. Set trainer.max_steps or "
+            f"trainer.max_epochs, or optimizer.schedule to constant."
+        )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,

@@ -28,9 +28,16 @@ class LengthWarmup:
     start: int = 0
     steps_per_stage: int = 100
 
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.steps_per_stage < 1:
+            raise ConfigError(
+                f"length_warmup.start must be at least 0 and length_warmup.steps_per_stage at least 1, not "
+                f"{self.start} and {self.steps_per_stage}."
+            )
+
     def length(self, step: int, full: int) -> int:
         """The length at an optimizer step."""
-        if self.start <= 0:
+        if self.start == 0:
             return full
         return min(full, self.start << min(step // self.steps_per_stage, 62))
 
@@ -144,6 +151,6 @@ class Task(lightning.LightningModule):
         self._finish("test")
 
     def configure_optimizers(self) -> Any:
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
         optimizer, schedule = make_optimizer(self.model, self.optimizer_config, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -13,9 +13,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
+from mambaseq.reporting.runs import RunFolder
 
 CONFIG = """
 seed: 1
@@ -32,14 +34,29 @@ trainer: {max_steps: 13, accelerator: cpu, enable_progress_bar: false}
 """
 
 
-class Killer(lightning.Callback):
-    """Dies in the middle of a step, as a crash does: nothing is saved then."""
+class Signaller(lightning.Callback):
+    """Ctrl-C in the middle of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_after_backward(self, trainer, pl_module) -> None:
         if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+class Killer(lightning.Callback):
+    """Dies in the middle of a step, or of the validation after it, as a crash does: nothing is saved then."""
+
+    def __init__(self, step: int, validating: bool = False) -> None:
+        self.step, self.validating = step, validating
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.global_step == self.step and not self.validating:
+            raise ZeroDivisionError
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        if trainer.global_step == self.step and self.validating:
             raise ZeroDivisionError
 
 
@@ -65,9 +82,32 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(tensor, other[name]), name
 
 
+def assert_same_end(one: Path, other: Path, *, curves: bool = False) -> None:
+    """The runs end with the same weights, best ones, exported ones, their results, and what was logged on the way."""
+    assert_equal(weights(one), weights(other))
+    best, same = (read_checkpoint(out / "checkpoints" / "best.ckpt") for out in (one, other))
+    assert best["global_step"] == same["global_step"]
+    assert_equal(best["state_dict"], same["state_dict"])
+    assert_equal(*(load_file(out / "model" / "model.safetensors") for out in (one, other)))
+    timed = {"train_seconds", "tokens_per_second", "train_tokens"}  # a killed run trained some steps twice
+    found, again = ({k: v for k, v in RunFolder(out).read_results().items() if k not in timed} for out in (one, other))
+    assert found == again
+    assert found["exported_step"] == best["global_step"]
+    if curves:
+        for name in ("train/loss", "val/bits_per_token"):
+            points = RunFolder(one).curve(name)
+            assert len(points) > 2
+            assert points == RunFolder(other).curve(name)
+
+
+# validation and checkpoint after the same steps; the loss falls, so "max" keeps the first weights
+SPARSE = ("--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=null", "--checkpoint.every_n_steps=4")
 VARIANTS = [
     pytest.param(("--data.endless", "true"), (3, 6, 11), id="endless"),
     pytest.param((), (3, 5, 8), id="epochs"),
+    pytest.param((*SPARSE, "--checkpoint.mode=min"), (9,), id="validated-when-saved"),
+    pytest.param((*SPARSE, "--checkpoint.mode=max"), (5, 9), id="early-best"),
+    pytest.param(("--checkpoint.every_n_steps=5",), (6, 11), id="saved-at-epoch-end"),
     pytest.param(("--loader.num_workers", "2"), (7,), id="two-workers"),
     pytest.param(("--trainer.accumulate_grad_batches", "2"), (5,), id="accumulated"),
 ]
@@ -87,10 +127,40 @@ def test_killed_and_resumed_is_bit_identical(config: Path, tmp_path: Path, optio
         assert 0 < saved <= step
         assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
         assert_equal(whole, weights(out))
+        assert_same_end(tmp_path / "whole", out)
+
+
+def test_killed_in_a_validation_and_resumed_validates_again(config: Path, tmp_path: Path) -> None:
+    options = (*SPARSE, "--checkpoint.every_n_steps=2", "--checkpoint.mode=max")
+    fit(config, tmp_path / "whole", *options)
+    out = tmp_path / "killed"
+    killer = '[{"class_path": "tasks.test_resume.Killer", "init_args": {"step": 4, "validating": true}}]'
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", "--config", str(config), "--out", str(out), *options, f"--trainer.callbacks={killer}"])
+    assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
+    assert_same_end(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("step", [3, 5, 12], ids=["validation due", "not due", "last step"])
+def test_ctrl_c_drops_nothing(config: Path, tmp_path: Path, step: int) -> None:
+    options = (*SPARSE, "--checkpoint.mode=max", "--trainer.log_every_n_steps=1")
+    fit(config, tmp_path / "whole", *options)
+    out = tmp_path / "stopped"
+    callback = f'[{{"class_path": "tasks.test_resume.Signaller", "init_args": {{"step": {step}}}}}]'
+    code = main(["fit", "--config", str(config), "--out", str(out), *options, f"--trainer.callbacks={callback}"])
+    if step == 12:
+        assert code == 0  # there was nothing left to stop
+    else:
+        assert code == 130
+        assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] == step + 1
+        assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
+    assert_same_end(tmp_path / "whole", out, curves=True)
 
 
 def start(config: Path, out: Path, *more: str) -> subprocess.Popen:
+    # as many threads as here: sums are cut into as many parts, and rounded accordingly
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-m", "mambaseq", "fit", "--config", str(config), "--out", str(out), *more]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -123,7 +193,6 @@ def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, number: sig
 
 def test_best_weights_are_exported_and_history_is_kept(config: Path, tmp_path: Path) -> None:
     from mambaseq.checkpoints import load_model
-    from mambaseq.reporting.runs import RunFolder
 
     out = tmp_path / "run"
     fit(config, out)
@@ -132,9 +201,41 @@ def test_best_weights_are_exported_and_history_is_kept(config: Path, tmp_path: P
     assert_equal(
         {f"model.{k}": v for k, v in loaded.items()}, {k: v for k, v in best.items() if k.startswith("model.")}
     )
+    before = RunFolder(out).read_results()
+    assert main(["validate", "--checkpoint", str(out)]) == 0
+    assert RunFolder(out).read_results() == before
     assert main(["fit", "--resume", str(out), "--trainer.max_steps", "15"]) == 0
     steps = [step for step, _ in RunFolder(out).curve("val/loss")]
     assert steps[0] < 10 < steps[-1]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_results_are_those_of_the_exported_weights(config: Path, tmp_path: Path, mode: str) -> None:
+    out = tmp_path / "run"
+    fit(config, out, *SPARSE, "--checkpoint.mode", mode)
+    results = RunFolder(out).read_results()
+    assert results["steps"] == 13
+    assert results["exported_step"] == (4 if mode == "max" else 12)
+    curve = dict(RunFolder(out).curve("val/bits_per_token"))
+    assert results["val/bits_per_token"] == pytest.approx(curve[results["exported_step"] - 1], rel=1e-6)
+    assert main(["validate", "--checkpoint", str(out)]) == 0
+    assert RunFolder(out).read_results() == results
+
+
+def test_without_a_monitor_the_last_weights_are_exported_and_validated(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(config, out, *SPARSE, "--checkpoint.monitor=")
+    results = RunFolder(out).read_results()
+    assert results["exported_step"] == 13
+    assert main(["validate", "--checkpoint", str(out)]) == 0
+    assert RunFolder(out).read_results() == results
+
+
+def test_a_moved_run_knows_its_best_weights(config: Path, tmp_path: Path) -> None:
+    fit(config, tmp_path / "run", *SPARSE, "--checkpoint.mode=max")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(["fit", "--resume", str(moved), "--trainer.max_steps", "17"]) == 0
+    assert RunFolder(moved).read_results()["exported_step"] == 4
 
 
 def test_an_existing_run_is_not_overwritten(config: Path, tmp_path: Path, capsys) -> None:
