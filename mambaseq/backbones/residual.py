@@ -55,6 +55,8 @@ class ResidualStack(nn.Module):
         super().__init__()
         if n_layers < 1:
             raise ConfigError(f"n_layers must be at least 1, not {n_layers}.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
         self.layers = nn.ModuleList(ResidualLayer(make_mixer(i), norm_eps, dropout) for i in range(n_layers))
         for mixer in self.mixers():
             mixer.scale_residual_(n_layers**-0.5)

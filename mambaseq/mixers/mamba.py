@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
-from mambaseq.ops import causal_conv, selective_scan
+from mambaseq.ops import OPS, causal_conv, selective_scan
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.linear import apply_linear, is_plain
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
@@ -81,6 +81,18 @@ class Mamba(Mixer):
             raise ConfigError(
                 "mamba: d_model, d_state, d_conv and expand must be positive, "
                 f"not {d_model}, {d_state}, {d_conv}, {expand}."
+            )
+        if dt_rank != "auto" and dt_rank < 1:
+            raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
+        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
+            raise ConfigError(
+                "mamba: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
+                f"not {dt_min}, {dt_max}, {dt_init_floor}."
+            )
+        known = [candidate.name for candidate in OPS["selective_scan"].backends]
+        if backend is not None and backend not in known:
+            raise ConfigError(
+                f"mamba: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
             )
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = expand * d_model

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
+from mambaseq.metrics.likelihood import TokenAccuracy
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
 
@@ -89,6 +92,69 @@ def test_user_errors_exit_with_2_in_one_paragraph(config: Path, capsys) -> None:
     assert error.startswith("mambaseq fit: ")
     assert "\n" not in error
     assert not (config.parent / "run").exists()
+
+
+REFUSED = {
+    "--checkpoint.monitor=val/acuracy": r"Did you mean 'val/token_accuracy'",
+    "--checkpoint.monitor=val/Undecided": r"does not say whether higher is better.*checkpoint\.mode",
+    "--checkpoint.mode=most": r"checkpoint\.mode",
+    "--checkpoint.every_n_steps=0": r"checkpoint\.every_n_steps must be",
+    "--model.mixer.backend=refrence": r"no backend 'refrence'\. Did you mean 'reference'",
+    "--model.mixer.backend=cuda": r"backend 'cuda' cannot run",
+    "--model.mixer.dt_rank=0": r"dt_rank must be positive",
+    "--model.mixer.dt_min=0": r"dt_min, dt_max and dt_init_floor must be positive",
+    "--model.backbone.dropout=2": r"dropout must be",
+    "--trainer.val_check_interval=100": r"less than or equal to the number of the training batches",
+    "--trainer.accelerator=gpu": r"under trainer cannot be used here",
+    "--trainer.accelerator=quantum": r"under trainer cannot be used here: .*quantum",
+    "--trainer.strategy=nothing": r"under trainer cannot be used here: .*nothing",
+    "--trainer.strategy=deepspeed": r"under trainer cannot be used here",
+    "--trainer.devices=0": r"under trainer cannot be used here",
+    "--trainer.devices=many": r"under trainer cannot be used here",
+    "--trainer.precision=7": r"trainer\.precision",
+    "--trainer.max_steps=-2": r"under trainer cannot be used here: .*max_steps",
+    "--trainer.enable_checkpointing=false": r"under trainer cannot be used here: .*enable_checkpointing",
+    "--trainer.max_steps=-1 --trainer.max_time=00:00:01:00": r"'cosine' ends at the last step.*constant",
+    "--optimizer.lr=-1": r"optimizer\.lr must not be negative",
+    "--optimizer.beta2=1": r"optimizer\.beta2 must be",
+    "--optimizer.min_lr_ratio=2": r"optimizer\.min_lr_ratio must be",
+    "--optimizer.schedule=stairs": r"optimizer\.schedule",
+    "--length_warmup.steps_per_stage=0": r"length_warmup\.steps_per_stage at least 1",
+    "--loader.batch_size=0": r"loader\.batch_size must be at least 1",
+    "--seed=-1": r"seed must be at least 0",
+    "--model.encoder.name=dna/kmer --loader.pack=true": r"shortens its input and cannot take packed",
+    "--out=/proc/run": r"/proc/run cannot be made.*--out",
+}
+
+
+class Undecided(TokenAccuracy):
+    higher_is_better = None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU refuses")
+@pytest.mark.parametrize("options", REFUSED)
+def test_settings_that_cannot_be_used_exit_with_2(config: Path, options: str, capsys) -> None:
+    trainer = "trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false}"
+    config.write_text(f'{BASE}{trainer}\nmetrics: [token_accuracy, "cli.test_config:Undecided"]\n')
+    out = [] if options.startswith("--out") else ["--out", str(config.parent / "run")]
+    assert main(["fit", "--config", str(config), *out, *options.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mambaseq fit: ")
+    assert "\n" not in error
+    assert re.search(REFUSED[options], error), error
+    assert not (config.parent / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "expected"),
+    [("loss", None, "min"), ("perplexity", None, "min"), ("token_accuracy", None, "max"), ("loss", "max", "max")],
+)
+def test_the_metric_says_which_weights_are_the_best(config: Path, metric: str, mode: str | None, expected: str) -> None:
+    config.write_text(BASE + "metrics: [perplexity, token_accuracy]\n")
+    chosen = [] if mode is None else [f"--checkpoint.mode={mode}"]
+    run = parse_config(str(config), [f"--checkpoint.monitor=val/{metric}", *chosen])
+    data = run.make_data()
+    assert run.best(run.make_metrics(data)) == (f"val/{metric}", expected)
 
 
 @pytest.mark.parametrize(
