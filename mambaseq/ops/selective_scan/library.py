@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -80,31 +82,57 @@ def register(
     forward_op.register_fake(fake_forward)
     backward_op.register_fake(fake_backward)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         arguments = ScanArguments(*inputs[:12])
         ctx.dt_softplus, ctx.reverse = arguments.dt_softplus, arguments.reverse
         ctx.save_for_backward(*(v for v in arguments if not isinstance(v, bool)), *output[2:])
 
-    def differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, dy: Tensor, dfinal: Tensor, find: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
         x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, *kept = ctx.saved_tensors
         arguments = ScanArguments(
             x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, cu_seqlens, ctx.reverse
         )
         inputs = arguments[:-1]
-        found = dict(zip(_DIFFERENTIABLE, backward_op(dy, dfinal, *inputs, *kept), strict=True))
-        gradients = [
+        found = dict(zip(_DIFFERENTIABLE, find(dy, dfinal, *inputs, *kept), strict=True))
+        values = [
             None if value is None else found.get(name)
             for name, value in zip(ScanArguments._fields, inputs, strict=False)
         ]
-        return (*gradients, None) if keeps else tuple(gradients)
+        return (*values, None) if keeps else tuple(values)
 
-    forward_op.register_autograd(differentiate, setup_context=setup_context)
+    forward_op.register_autograd(
+        lambda ctx, dy, dfinal, *_: gradients(ctx, dy, dfinal, backward_op), setup_context=remember
+    )
+
+    class Eager(torch.autograd.Function):
+        """The same without the operators' wrappers, which cost more than the kernels of a short sequence."""
+
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
+            outputs = run_forward(*values)
+            remember(ctx, values, outputs)
+            ctx.mark_non_differentiable(*outputs[2:])
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Any, ...]:
+            return gradients(ctx, dy, dfinal, run_backward)
 
     def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
-        if not keeps:
-            return forward_op(*arguments[:-1])
-        keep = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in arguments)
-        y, final, _ = forward_op(*arguments[:-1], keep)
+        values: list[Any] = list(arguments[:-1])
+        if keeps:
+            tensors = [v for v in arguments if isinstance(v, Tensor)]
+            values.append(torch.is_grad_enabled() and any(v.requires_grad for v in tensors))
+        call = Eager.apply if _is_eager(arguments) else forward_op
+        y, final = call(*values)[:2]
         return y, final
 
     return run
+
+
+def _is_eager(arguments: ScanArguments) -> bool:
+    """Whether plain tensors are computed with, which nobody watches: no compiler, no tensors without numbers."""
+    return not torch.compiler.is_compiling() and all(
+        type(value) in (Tensor, Parameter) for value in arguments if isinstance(value, Tensor)
+    )
