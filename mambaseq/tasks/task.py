@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from mambaseq.batch import Batch
@@ -134,7 +135,8 @@ class Task(lightning.LightningModule):
             metric.reset()
             if metric.scalar:
                 self.results[f"{stage}/{name}"] = float(value)
-                self.log(f"{stage}/{name}", value.float(), prog_bar=True)
+                # the same on every process: the metric has gathered itself
+                self.log(f"{stage}/{name}", value.float(), prog_bar=True, sync_dist=True)
             else:
                 self.tables[f"{stage}/{name}"] = value.tolist()
 
@@ -149,6 +151,20 @@ class Task(lightning.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._finish("test")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning leaves the norm of sharded gradients to FSDP itself."""
+        model = self.trainer.strategy.model
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
+            model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
