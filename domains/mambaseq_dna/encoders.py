@@ -29,6 +29,7 @@ class KmerEncoder(nn.Module):
         if not 1 <= k <= 12 or not 1 <= stride <= k:
             raise ConfigError(f"The k-mer encoder needs 1 <= stride <= k <= 12, not k {k} and stride {stride}.")
         self.k, self.stride = k, stride
+        self.min_length = k  # a shorter window has no word
         self.embedding = nn.Embedding(4**k + 1, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
 

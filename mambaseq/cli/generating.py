@@ -40,6 +40,8 @@ def generate_to(
             raise ConfigError(f"{option} must be at least 1, not {value}.")
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed must be at least 0 and below 2^63, not {seed}.")
+    if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
+        raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     card = loaded.card

@@ -15,6 +15,7 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.devices import choose_device
 from mambaseq.cli.loading import condition_ids, fitting_options
 from mambaseq.data.atomic import atomic_file
+from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError
@@ -43,12 +44,21 @@ def predict(
     for option, value in (("--batch-size", batch_size), ("--window", window)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}.")
+    for path in inputs:  # before the first is worked on
+        files = [path] if path.exists() else locate(path)
+        if out.exists() and any(file.samefile(out) for file in files):
+            raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     given = condition_ids(loaded, condition)
     if len(given) > 1:
         raise ConfigError(f"Records are predicted under one condition, not under {condition!r}. Run once for each.")
     chosen = torch.tensor(given, device=place) if given else None
+    least = getattr(loaded.model.encoder, "min_length", 1)
+    if window is not None and window < least:
+        raise ConfigError(
+            f"--window must be at least {least} for this model, not {window}: it reads that many at once."
+        )
     span = window or loaded.card.length
     rows = 0
     with atomic_file(out, "w", encoding="utf-8", newline="") as file:

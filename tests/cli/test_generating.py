@@ -27,6 +27,15 @@ def test_the_datas_length_where_nothing_is_said(tmp_path: Path, capsys: pytest.C
     assert "give --max-new-tokens" in capsys.readouterr().err
 
 
+def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, prompt = language_model(tmp_path / "m"), tmp_path / "prompt.txt"
+    prompt.write_text("To be")
+    arguments = ["--prompt", str(prompt), "-n", "3", "--out", str(tmp_path / "m" / ".." / "prompt.txt")]
+    assert main(["generate", "--checkpoint", str(model), *arguments, "--device", "cpu"]) == 2
+    assert "is the prompt's file and would be overwritten" in capsys.readouterr().err
+    assert prompt.read_text() == "To be"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

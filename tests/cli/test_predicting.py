@@ -27,10 +27,12 @@ TEXT: dict[str, Any] = {
 }
 
 
-def saved(folder: Path, head: dict, coding: Tokenizer, n_conditions: int = 0, **card: Any) -> Path:
+def saved(
+    folder: Path, head: dict, coding: Tokenizer, n_conditions: int = 0, encoder: dict | None = None, **card: Any
+) -> Path:
     spec = {
         "d_model": 8,
-        "encoder": {"name": "tokens", "vocab_size": coding.vocab_size, "n_conditions": n_conditions},
+        "encoder": encoder or {"name": "tokens", "vocab_size": coding.vocab_size, "n_conditions": n_conditions},
         "backbone": {"name": "residual", "n_layers": 1},
         "mixer": {"name": "mamba"},
         "head": head,
@@ -218,3 +220,35 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) 
     out = str(tmp_path / "out.csv")
     assert main(["predict", "--checkpoint", str(model), str(source), "--out", out, "--device", "cuda"]) == 2
     assert "Give --device cpu" in capsys.readouterr().err
+
+
+def test_inputs_are_looked_at_before_the_first_is_worked_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, source = classifier(tmp_path / "m"), fasta(tmp_path, 100)
+    before, out = source.read_bytes(), tmp_path / "out.csv"
+    (tmp_path / "link.csv").symlink_to(source)
+    command = ["predict", "--checkpoint", str(model), "--device", "cpu"]
+    for given in (
+        [str(source), "--out", str(source)],
+        [str(source), "--out", str(tmp_path / "link.csv")],
+        [str(tmp_path / "*.fa"), "--out", str(source)],
+    ):
+        assert main([*command, *given]) == 2
+        assert "is one of the inputs and would be overwritten" in capsys.readouterr().err
+        assert source.read_bytes() == before
+    assert main([*command, str(source), str(tmp_path / "nothere.fa"), "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "There is no data file" in told
+    assert "in.fa" not in told  # no progress of the first
+    assert not out.exists()
+
+
+def test_a_window_that_the_encoder_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    head = {"name": "classification", "n_classes": 3}
+    encoder = {"name": "dna/kmer", "k": 6, "stride": 3}
+    model = saved(tmp_path / "m", head, BaseTokenizer(), encoder=encoder, class_names=["a", "b", "c"], length=64, **DNA)
+    source, out = fasta(tmp_path, 20), tmp_path / "o.csv"
+    command = ["predict", "--checkpoint", str(model), str(source), "--out", str(out), "--device", "cpu", "--window"]
+    assert main([*command, "5"]) == 2
+    assert "--window must be at least 6 for this model, not 5" in capsys.readouterr().err
+    assert not out.exists()
+    assert spans(predict(model, source, "--window", "6"))[0] == ("r0", 0, 6)
