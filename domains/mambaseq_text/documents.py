@@ -93,7 +93,7 @@ class DocumentData(SequenceData):
         paragraph, line.
     tokenizer, tokenizer_options: a registered name and what it takes; `bos` and `eos` mark where documents
         begin and end.
-    length: tokens a pack or window; a batch has `data.batch_size` of them.
+    length: tokens a pack or window; a batch has `loader.batch_size` of them.
     streaming: read the training files as the run goes, without a cache; set `trainer.max_steps`.
     shuffle_windows: how many windows of the stream are mixed at a time.
     seed: of the packing, or of the stream's order.

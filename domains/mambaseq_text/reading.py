@@ -30,9 +30,12 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # pya
 def text_files(names: str | Sequence[str]) -> list[str]:
     """The files that names stand for, in their order, each once: paths, patterns and resources (see
     `mambaseq.data.cache.locate`); an address with `://` stays as it is. Raises DataError when there is
-    none."""
+    none, and for a folder."""
     found: list[str] = []
     for name in [names] if isinstance(names, str) else names:
+        if Path(name).is_dir():
+            pattern = Path(name) / "*.txt"
+            raise DataError(f"{name!r} is a folder. Name the files in it, with a pattern: {str(pattern)!r}.")
         found += [name] if "://" in name else [str(path) for path in locate(name)]
     return list(dict.fromkeys(found))
 

@@ -197,7 +197,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         if len(sampler) == 0:
             raise DataError(
                 f"The training set has {len(dataset)} sequences, fewer than one batch of {self.batch_size} for each of "
-                f"{world} process(es). Lower data.batch_size or add data."
+                f"{world} process(es). Lower loader.batch_size or add data."
             )
         return DataLoader(dataset, batch_sampler=sampler, **self._common())
 

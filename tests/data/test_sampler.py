@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import TinyTokens
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import pack_collate, pad_collate
+from mambaseq.data.module import SequenceDataModule, pack_collate, pad_collate
 from mambaseq.data.sampler import PositionedBatchSampler
+from mambaseq.errors import DataError
 
 
 def batches(position: int, epochs: int = 1, **options) -> list[list[int]]:
@@ -88,3 +90,9 @@ def test_values_of_sequences_are_joined_as_they_are(collate, outputs: int) -> No
     batch = collate([Batch(inputs=i.inputs, targets=torch.tensor([k])) for k, i in enumerate(items)])
     assert batch.targets is not None
     assert batch.targets.tolist() == [0, 1]
+
+
+def test_less_than_a_batch_names_the_key_to_lower() -> None:
+    module = SequenceDataModule(TinyTokens(size=3), batch_size=4)
+    with pytest.raises(DataError, match=r"3 sequences, fewer than one batch of 4 .* Lower loader\.batch_size"):
+        module.train_dataloader()

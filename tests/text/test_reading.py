@@ -78,6 +78,9 @@ def test_empty_and_missing(tmp_path: Path) -> None:
         list(read_text(write(tmp_path / "empty.jsonl", "\n"), ByteTokenizer()))
     with pytest.raises(DataError, match=r"no data file .*gone\.txt"):
         text_files(str(tmp_path / "gone.txt"))
+    (tmp_path / "books").mkdir()
+    with pytest.raises(DataError, match=r"is a folder\. Name the files in it, with a pattern: .*books/\*\.txt"):
+        text_files(str(tmp_path / "books"))
 
 
 def test_plain_units(tmp_path: Path) -> None:
