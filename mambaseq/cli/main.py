@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import textwrap
 
@@ -42,7 +43,17 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:  # also when argparse exits: what is buffered may find the pipe closed only now
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe left (mambaseq list | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -64,9 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe left (mambaseq list | head)
-        sys.stderr.close()
-        return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,13 @@ def test_doctor_finds_every_backend_right(capsys) -> None:
         assert op in printed
     assert "WRONG" not in printed
     assert torch.__version__ in printed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["list"]])
+def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
+    code = (
+        "import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1); "
+        f"from mambaseq.cli.main import main; sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
