@@ -38,7 +38,8 @@ def learning_curves(run: RunFolder, scale: float = 1.0, unit: str = "loss (nats)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_lines():
+        axes.legend()
     return figure
 
 
