@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from mambaseq import causal_lm
+from mambaseq.checkpoints import load_upstream
+from mambaseq.checkpoints.export import weights
+from mambaseq.checkpoints.upstream import to_upstream
 from mambaseq.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 # make demo and make test are run by the CI script itself; the others set up environments or need a GPU
-NOT_HERE = ("make ", "git ", "cd ", "pip ", "python benchmarks/")
+NOT_HERE = ("make ", "git ", "cd ", "pip ", "python3 -m venv ", ". .venv/", "python benchmarks/")
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(sh|python)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def published(folder: Path) -> None:
+    """A folder like those of state-spaces/mamba-*, of a small random model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"d_model": 16, "n_layer": 2, "vocab_size": 40}))
+    torch.save(to_upstream(weights(causal_lm(vocab_size=40, d_model=16, n_layers=2))), folder / "pytorch_model.bin")
+
+
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
+    published(tmp_path / "mamba-130m")
     names: dict = {}
     ran = 0
     for language, text in blocks(ROOT / "README.md"):
@@ -37,6 +51,9 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert main(command[1:]) == 0, line
             ran += 1
     assert ran >= 8
+    first, second = load_upstream("mamba-130m").state_dict(), load_upstream("mine").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert Path("mine/model.safetensors").is_file()
 
 
 def test_readme_pictures_and_links_exist() -> None:
