@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_every_file_is_registered() -> None:
 def test_it_is_built_and_stepped(name: str, tmp_path: Path) -> None:
     assert main(["fit", "--config", name, "--out", str(tmp_path / "run"), *small(name)]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_the_configuration_in_the_readme_of_dna(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "domains" / "mambaseq_dna" / "README.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "apes.yaml"
+    path.write_text(written, encoding="utf-8")
+    settings = parse_config(str(path), ["--model.d_model=8"])
+    data = settings.make_data()  # its genomes are not here, so it is not set up
+    settings.make_metrics(data)
+    inputs = torch.randint(0, 4, (1, 50))
+    assert build_model(settings.model_spec(data))(inputs).logits.shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
