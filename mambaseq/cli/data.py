@@ -35,9 +35,12 @@ def run(argv: list[str], command: str) -> int:
         found = manifest(arguments.name)
         print(f"{found.name}: {found.summary}\nlicence: {found.licence}\nhomepage: {found.homepage}")
         print(f"folder: {found.folder(arguments.cache)}")
+        print("once fetched, a configuration names a file by what follows `use`; * and ? work in it")
         for file in found.files:
             size = "" if file.size is None else f"  {file.size:,} bytes"
             print(f"  {file.name}{size}\n    {file.url}\n    {file.checksum or 'no checksum: ' + file.checksum_note}")
+            inside = f"{file.unpacked_name}/PATH, PATH being inside of the archive" if file.unpack else file.name
+            print(f"    use fetched:{found.name}/{inside}")
     else:
         print(fetch(arguments.name, arguments.cache))
         folder = cache_dir(arguments.cache).resolve()

@@ -26,6 +26,17 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
+def test_what_to_write_in_a_configuration_is_told(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path / "mine"))
+    assert main(["data", "info", str(manifest)]) == 0
+    (told,) = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("    use ")]
+    assert locate(told)[0].read_bytes() == b"abc"
+    assert main(["data", "info", "text8"]) == 0
+    assert "use fetched:text8/text8/PATH" in capsys.readouterr().out
+
+
 def test_a_cache_of_ones_own(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
