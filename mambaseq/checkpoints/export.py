@@ -26,7 +26,7 @@ class ModelCard:
     """What a model's weights do not tell: how to build it, and what it was trained on.
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
-    generation: the run's defaults for `mambaseq generate`.
+    generation: the run's defaults for `mambaseq generate`. step: optimizer steps behind the weights, None if unknown.
     """
 
     spec: dict[str, Any]
@@ -40,15 +40,17 @@ class ModelCard:
     reader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     writer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step: int | None = None
 
 
 @dataclasses.dataclass
 class LoadedModel:
-    """A model in eval mode, its card and its tokenizer (None for continuous inputs)."""
+    """A model in eval mode, its card, its tokenizer (None for continuous inputs) and the file of its weights."""
 
     model: SequenceModel
     card: ModelCard
     tokenizer: Tokenizer | None
+    source: Path
 
 
 def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
@@ -138,7 +140,8 @@ def _read_card(path: Path) -> ModelCard:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
 
-    A run that was interrupted before its export is read from its last training checkpoint.
+    A run that has not exported the weights of its end (it was interrupted, or goes on) is read from its checkpoints:
+    the best one where there is one, else the last.
     Raises UserError when there is no model, it is damaged or its weights do not fit.
     """
     folder = Path(path)
@@ -155,17 +158,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         raise UserError(
             f"{folder / 'model.json'} does not describe a whole model ({error} in its spec). Export the model again."
         ) from error
-    stored = folder / "model.safetensors"
-    if stored.is_file():
-        load_weights(model, read_safetensors(stored), stored)
+    source = folder / "model.safetensors"
+    if source.is_file():
+        load_weights(model, read_safetensors(source), source)
     else:
-        last = folder.parent / "checkpoints" / "last.ckpt"
-        load_weights(model, task_weights(read_checkpoint(last)), last)
+        checkpoints = folder.parent / "checkpoints"
+        source = checkpoints / ("best.ckpt" if (checkpoints / "best.ckpt").is_file() else "last.ckpt")
+        checkpoint = read_checkpoint(source)
+        load_weights(model, task_weights(checkpoint), source)
+        card = dataclasses.replace(card, step=checkpoint["global_step"])
     tokenizer = None
     if card.tokenizer is not None:
         kind = catalog()["tokenizers"].get(card.tokenizer["name"])
         tokenizer = kind.load_files(folder, card.tokenizer["options"])
-    return LoadedModel(model.to(device).eval(), card, tokenizer)
+    return LoadedModel(model.to(device).eval(), card, tokenizer, source)
 
 
 def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,9 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
         )
     task = Task(loaded.model, metrics=settings.make_metrics(data))
     trainer = make_trainer(settings, folder, [], [], progress)
+    if trainer.is_global_zero:
+        step = "an unknown step" if loaded.card.step is None else f"step {loaded.card.step}"
+        print(f"{folder.path}: the weights of {step} ({loaded.source.relative_to(folder.path)})", flush=True)
     method = trainer.validate if command == "validate" else trainer.test
     method(task, datamodule=settings.make_datamodule(data), verbose=False)
     results: dict[str, Any] = {**task.results, **task.tables}

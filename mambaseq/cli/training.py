@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -116,7 +117,16 @@ def train(settings: RunConfig, folder: RunFolder, *, resume: bool, progress: boo
     throughput = Throughput()
     every = settings.settings["checkpoint"]["every_n_steps"]
     checkpoints = RunCheckpoints(folder.last, folder.best, every, monitor, mode)
-    trainer = make_trainer(settings, folder, [throughput, checkpoints], loggers, progress)
+    callbacks: list[lightning.Callback] = [throughput, checkpoints]
+    if resume:
+        callbacks.append(
+            LambdaCallback(on_train_start=lambda trainer, _: _go_on(trainer, settings, folder, data, card))
+        )
+    trainer = make_trainer(settings, folder, callbacks, loggers, progress)
+    if resume and (reason := _nothing_to_do(folder, model, trainer)):
+        if trainer.is_global_zero:
+            print(reason)
+        return 0
     if trainer.is_global_zero:
         if not resume:
             _begin(settings, folder, data, card)
@@ -175,6 +185,38 @@ def _begin(settings: RunConfig, folder: RunFolder, data: SequenceData, card: Mod
     save_model(folder.model, None, card, data.tokenizer)
 
 
+def _go_on(
+    trainer: lightning.Trainer, settings: RunConfig, folder: RunFolder, data: SequenceData, card: ModelCard
+) -> None:
+    """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
+    was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
+    if not trainer.is_global_zero:
+        return
+    with atomic_file(folder.config, "w", encoding="utf-8") as file:
+        file.write(settings.yaml)
+    if not settings.settings["checkpoint"]["monitor"]:
+        folder.best.unlink(missing_ok=True)  # from now on the last weights are kept
+    save_model(folder.model, None, card, data.tokenizer)
+    folder.results.unlink(missing_ok=True)
+
+
+def _nothing_to_do(folder: RunFolder, model: SequenceModel, trainer: lightning.Trainer) -> str:
+    """Why a run need not go on; empty when it has to train, or to export.
+
+    Raises UserError when its checkpoint is not of this model.
+    """
+    checkpoint = read_checkpoint(folder.last)
+    load_weights(model, task_weights(checkpoint), folder.last)
+    step, epochs = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    for key, limit, done in (("max_steps", trainer.max_steps, step), ("max_epochs", trainer.max_epochs, epochs)):
+        if limit is not None and 0 <= limit <= done and folder.weights.is_file():
+            return (
+                f"{folder.path}: nothing to do, the run is at step {step} and trainer.{key} is {limit}. To train it "
+                f"further: mambaseq fit --resume {folder.path} --trainer.{key} MORE"
+            )
+    return ""
+
+
 def _finish(
     folder: RunFolder, data: SequenceData, card: ModelCard, exported: Path, throughput: Throughput, **results: Any
 ) -> None:
@@ -185,7 +227,7 @@ def _finish(
     checkpoint = read_checkpoint(exported)
     model = build_model(card.spec)
     load_weights(model, task_weights(checkpoint), exported)
-    save_model(folder.model, model, card, data.tokenizer)
+    save_model(folder.model, model, dataclasses.replace(card, step=checkpoint["global_step"]), data.tokenizer)
     folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
     folder.update_results(
         parameters=model.n_parameters(),

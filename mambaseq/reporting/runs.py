@@ -24,6 +24,7 @@ class RunFolder:
         self.last = self.path / "checkpoints" / "last.ckpt"
         self.best = self.path / "checkpoints" / "best.ckpt"
         self.model = self.path / "model"
+        self.weights = self.model / "model.safetensors"
         self.logs = self.path / "logs"
         self.results = self.path / "results.json"
 
