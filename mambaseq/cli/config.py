@@ -247,6 +247,35 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
     return parser, classes
 
 
+def _without_former_parts(raw: dict[str, Any], path: Path, names: dict[str, str], classes: dict[str, Any]) -> str:
+    """What the parser is to read: the file, or, where the command line names another class for a part, the file's
+    settings without those of the former class that the new one does not take."""
+    model, pruned = raw.get("model"), False
+    for part, default in {"data": None, **PARTS}.items():
+        holder = raw if part == "data" else model
+        settings = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(settings, dict) and settings.get("name", default) != names[part]:
+            for key in settings.keys() - {"name"} - _arguments(classes[part]):
+                del settings[key]
+                pruned = True
+    return yaml.safe_dump(raw) if pruned else str(path)
+
+
+def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
+    """Keys under `model` whose values are not those of a configuration.
+
+    Raises ConfigError when the configuration cannot be used.
+    """
+
+    def flat(value: Any, key: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {key: value}
+        return {name: leaf for step, inner in value.items() for name, leaf in flat(inner, f"{key}.{step}").items()}
+
+    former, new = flat(parse_config(config, []).settings["model"], "model"), flat(settings["model"], "model")
+    return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
+
+
 _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"Key ['\"](?P<key>[\w.]+)['\"] is not expected", re.IGNORECASE),
@@ -288,10 +317,12 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         parser.print_help()
         raise SystemExit(0)
     try:
-        parsed = parser.parse_args(["--config", str(path), *overrides])
+        parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes), *overrides])
         parsed.pop("config")
         instantiated = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise  # it was asked to print something (--print_config)
         raise _explain(error, parser, config) from error
     settings = parsed.as_dict()
     del settings["trainer"]

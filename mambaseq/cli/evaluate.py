@@ -6,6 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
+from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder
 
 
@@ -27,13 +28,18 @@ def run(argv: list[str], command: str) -> int:
 def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress: bool = True) -> dict[str, Any]:
     """Metrics of the run's exported weights on its "validate" or "test" set; merged into results.json.
 
-    Raises UserError when there is no such set, run or model.
+    Raises UserError when there is no such set, run or model, or when the overrides ask for another model.
     """
-    from mambaseq.cli.config import parse_config
+    from mambaseq.cli.config import changed_model_settings, parse_config
     from mambaseq.cli.fit import _quiet
 
     folder.require()
     settings = parse_config(str(folder.config), overrides)
+    if overrides and (changed := changed_model_settings(str(folder.config), settings.settings)):
+        raise ConfigError(
+            f"{', '.join(changed)} cannot be set here: {command} evaluates the model that was trained. Leave it away, "
+            f"or train another model with `mambaseq fit`."
+        )
     from mambaseq.cli.testing import evaluate_run
 
     with warnings.catch_warnings():

@@ -11,6 +11,9 @@ from typing import Any
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.reporting.runs import RunFolder
 
+# settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
+CHANGEABLE = {"backend", "checkpoint", "dropout", "label_smoothing"}
+
 
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(
@@ -42,7 +45,7 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
 
     Raises UserError for anything the user has to mend.
     """
-    from mambaseq.cli.config import parse_config
+    from mambaseq.cli.config import changed_model_settings, parse_config
 
     settings = parse_config(config, overrides)
     if not resume and folder.last.exists():
@@ -52,6 +55,13 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
         )
     if resume and not folder.last.exists():
         raise UserError(f"The run at {folder.path} has no checkpoint to resume from. Begin it anew with another --out.")
+
+    changed = changed_model_settings(config, settings.settings) if resume and overrides else []
+    if changed := [key for key in changed if key.rpartition(".")[2] not in CHANGEABLE]:
+        raise ConfigError(
+            f"The model of a run cannot change, and {', '.join(changed)} would change that of {folder.path}. Leave it "
+            f"away, or begin another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
+        )
 
     from mambaseq.cli.training import train
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
@@ -38,6 +39,27 @@ def test_a_name_on_the_command_line_changes_the_class(config: Path) -> None:
     config.write_text('data: {name: "tiny:TinyTokens"}\n')
     run = parse_config(str(config), ["--model.mixer.name", "s4d", "--model.mixer.init", "inv"])
     assert run.classes["mixer"].__name__ == "S4D"
+
+
+def test_another_name_drops_the_settings_of_the_former_class(config: Path) -> None:
+    run = parse_config("dna/demo", ["--model.encoder.name", "tokens"])
+    assert run.settings["model"]["encoder"] == {"name": "tokens"}
+    assert parse_config("dna/demo", []).settings["model"]["encoder"]["k"] == 6
+    config.write_text(BASE.replace("d_state: 4", "d_state: 4, d_conv: 3"))
+    run = parse_config(str(config), ["--model.mixer.name=s4d", "--data.name=tiny:TinyValues"])
+    assert run.settings["model"]["mixer"]["d_state"] == 4
+    assert run.settings["data"]["size"] == 8
+    with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.d_conv'"):
+        parse_config(str(config), ["--model.mixer.name=s4d", "--model.mixer.d_conv=3"])
+
+
+def test_printing_the_configuration_is_no_error(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "text/demo", "--print_config"])
+    assert not ended.value.code
+    printed = capsys.readouterr()
+    assert "text" in yaml.safe_load(printed.out)["data"]["name"]
+    assert printed.err == ""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import lightning
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TinyTokens
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
@@ -58,6 +59,12 @@ class Killer(lightning.Callback):
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         if trainer.global_step == self.step and self.validating:
             raise ZeroDivisionError
+
+
+class OtherTokens(TinyTokens):
+    def __init__(self, length: int = 16, size: int = 20, endless: bool = False) -> None:
+        super().__init__(length, size, endless)
+        self.vocab_size = 9
 
 
 @pytest.fixture
@@ -244,3 +251,95 @@ def test_an_existing_run_is_not_overwritten(config: Path, tmp_path: Path, capsys
     assert main(["fit", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
     assert "--resume" in capsys.readouterr().err
     assert_equal(before, weights(tmp_path / "run"))
+
+
+def test_a_resumed_run_forgets_its_former_end(config: Path, tmp_path: Path, capsys) -> None:
+    """Stopped after a resume, its weights, results and settings are those of the resume."""
+    from mambaseq.checkpoints import load_model
+
+    out = tmp_path / "run"
+    fit(config, out, "--checkpoint.monitor=", "--trainer.max_steps=5")
+    assert load_model(out).card.step == 5
+    callback = '[{"class_path": "tasks.test_resume.Signaller", "init_args": {"step": 8}}]'
+    more = ["--trainer.max_steps=13", f"--trainer.callbacks={callback}"]
+    assert main(["fit", "--resume", str(out), *more]) == 130
+    loaded = load_model(out)
+    assert loaded.card.step == 9
+    assert loaded.source == out / "checkpoints" / "last.ckpt"
+    assert_equal({f"model.{k}": v for k, v in loaded.model.state_dict().items()}, weights(out))
+    assert RunFolder(out).read_results() == {}
+    capsys.readouterr()
+    assert main(["test", "--checkpoint", str(out)]) == 0
+    assert "the weights of step 9 (checkpoints/last.ckpt)" in capsys.readouterr().out
+    assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0  # as far as the first resume wanted
+    assert load_model(out).card.step == RunFolder(out).read_results()["steps"] == 13
+
+
+def test_a_run_that_goes_on_is_read_from_its_best_checkpoint(config: Path, tmp_path: Path) -> None:
+    from mambaseq.checkpoints import load_model
+
+    out = tmp_path / "run"
+    fit(config, out, *SPARSE, "--checkpoint.mode=max")
+    callback = '[{"class_path": "tasks.test_resume.Signaller", "init_args": {"step": 14}}]'
+    more = ["--trainer.max_steps=20", f"--trainer.callbacks={callback}"]
+    assert main(["fit", "--resume", str(out), *more]) == 130
+    assert load_model(out).card.step == 4
+    assert main(["fit", "--resume", str(out), "--trainer.callbacks=null", "--checkpoint.monitor="]) == 0
+    assert load_model(out).card.step == 20
+    assert not RunFolder(out).best.exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.max_steps=3"], ["--trainer.max_epochs=1"]])
+def test_a_finished_run_has_nothing_to_do(config: Path, tmp_path: Path, capsys, options: list[str]) -> None:
+    out = tmp_path / "run"
+    fit(config, out)
+    before = contents(out)
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(out), *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1
+    assert "nothing to do, the run is at step 13" in printed.out
+    assert contents(out) == before
+
+
+def test_a_resume_that_is_refused_changes_nothing(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(config, out)
+    before = contents(out)
+    assert main(["fit", "--resume", str(out), "--trainer.max_steps=20", "--trainer.val_check_interval=100"]) == 2
+    after = contents(out)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "validate"])
+def test_the_model_of_a_run_cannot_change(config: Path, tmp_path: Path, capsys, command: str) -> None:
+    out = tmp_path / "run"
+    fit(config, out)
+    before = contents(out)
+    run = ["--resume", str(out), "--trainer.max_steps=15"] if command == "fit" else ["--checkpoint", str(out)]
+    capsys.readouterr()
+    assert main([command, *run, "--model.d_model=16", "--model.mixer.name=s4d"]) == 2
+    assert "model.d_model, model.mixer." in capsys.readouterr().err
+    assert contents(out) == before
+    assert main([command, *run, "--model.d_model=8", "--loader.batch_size=2"]) == 0  # as it is
+
+
+def test_data_of_another_vocabulary_are_refused_on_resume(config: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    fit(config, out)
+    before = contents(out)
+    assert main(["fit", "--resume", str(out), "--data.name=tasks.test_resume:OtherTokens"]) == 2
+    assert "do not fit the model" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_what_computes_and_regularizes_a_model_may_change(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(config, out)
+    more = ["--trainer.max_steps=15", "--model.backbone.dropout=0", "--model.mixer.backend=reference"]
+    assert main(["fit", "--resume", str(out), *more]) == 0
+    assert RunFolder(out).read_results()["steps"] == 15
