@@ -46,7 +46,9 @@ def predict(
             raise ConfigError(f"{option} must be at least 1, not {value}.")
     for path in inputs:  # before the first is worked on
         files = [path] if path.exists() else locate(path)
-        if out.exists() and any(file.samefile(out) for file in files):
+        # of a folder only the reader knows which files it takes; an older table in it is none
+        inside = path.is_dir() and path.resolve() in out.resolve().parents and out.suffix.lower() != ".csv"
+        if out.exists() and (inside or any(file.samefile(out) for file in files)):
             raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)

@@ -231,6 +231,7 @@ def test_inputs_are_looked_at_before_the_first_is_worked_on(tmp_path: Path, caps
         [str(source), "--out", str(source)],
         [str(source), "--out", str(tmp_path / "link.csv")],
         [str(tmp_path / "*.fa"), "--out", str(source)],
+        [str(tmp_path), "--out", str(source)],
     ):
         assert main([*command, *given]) == 2
         assert "is one of the inputs and would be overwritten" in capsys.readouterr().err
