@@ -6,8 +6,11 @@ The names in a configuration (`data.name`, `model.mixer.name`, ...) decide which
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -29,6 +32,8 @@ from mambaseq.tasks.task import LengthWarmup
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes"}
+# ends of the names of a dataset's arguments that are paths
+PATHS = ("files", "file", "list", "folder", "fasta")
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_steps": 1000,
@@ -226,7 +231,7 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
     classes = {"data": registries["datasets"].get(names["data"])}
     parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a registered name or a YAML file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and dropout")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
     parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
     parser.add_argument("--data.name", type=str, default=names["data"])
     parser.add_class_arguments(classes["data"], "data", instantiate=False)
@@ -259,6 +264,20 @@ def _without_former_parts(raw: dict[str, Any], path: Path, names: dict[str, str]
                 del settings[key]
                 pruned = True
     return yaml.safe_dump(raw) if pruned else str(path)
+
+
+def _absolute(value: Any, key: str) -> Any:
+    """A setting of the data, relative paths and patterns of files that are there made absolute, so that a run can be
+    gone on with from another folder. Only those of `PATHS` and of mappings: others may look like a file's name
+    (patterns for the names of records)."""
+    if isinstance(value, dict):
+        return {name: _absolute(inner, PATHS[0]) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_absolute(inner, key) for inner in value)
+    if not isinstance(value, str) or not value or not key.endswith(PATHS) or re.match(r"\w[\w.-]*:", value):
+        return value
+    there = os.path.lexists(value) or glob.glob(value)  # noqa: PTH207 - takes patterns that Path.glob refuses
+    return str(Path.cwd() / value) if there else value
 
 
 def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
@@ -316,9 +335,15 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     if "--help" in overrides or "-h" in overrides:
         parser.print_help()
         raise SystemExit(0)
+    if "seed" in _arguments(classes["data"]) and (seed := _override(overrides, "seed") or raw.get("seed")):
+        with contextlib.suppress(ValueError, TypeError):  # the parser will tell
+            parser.set_defaults({"data.seed": int(seed)})
     try:
         parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes), *overrides])
         parsed.pop("config")
+        for key, value in vars(parsed["data"]).items():
+            if key != "name":
+                parsed["data"][key] = _absolute(value, key)
         instantiated = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:

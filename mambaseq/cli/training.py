@@ -167,7 +167,30 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
             f"The encoder {spec['encoder']['name']!r} shortens its input and cannot take packed sequences. Set "
             f"loader.pack to false, or choose another encoder."
         )
+    _check_head(settings, data, model)
     return model
+
+
+def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -> None:
+    """Raise ConfigError when the data's targets are not of the head's kind: one a token, or one a sequence."""
+    per_token, values, train = not data.class_names, False, data.train()
+    if isinstance(train, torch.utils.data.IterableDataset):
+        if per_token:
+            return  # tokens or values: it cannot be asked for an example before it is placed
+    elif len(train) > 0:
+        first = train[0]
+        if first.targets is None:
+            return
+        per_token, values = first.per_token, first.targets.is_floating_point()
+    if per_token != model.head.per_token:
+        given, fitting = (
+            ("a token", "lm") if per_token else ("a sequence", "regression" if values else "classification")
+        )
+        raise ConfigError(
+            f"model.head.name is {settings.settings['model']['head']['name']!r}, but the dataset "
+            f"{settings.settings['data']['name']!r} gives one target {given}. Choose a head for those, such as "
+            f"{fitting!r} (`mambaseq list heads`), or another dataset."
+        )
 
 
 def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:

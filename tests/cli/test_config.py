@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny import TinyTokens
 
+from mambaseq.batch import Batch
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
@@ -51,6 +53,34 @@ def test_another_name_drops_the_settings_of_the_former_class(config: Path) -> No
     assert run.settings["data"]["size"] == 8
     with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.d_conv'"):
         parse_config(str(config), ["--model.mixer.name=s4d", "--model.mixer.d_conv=3"])
+
+
+def test_the_seed_is_the_datas_too_unless_it_has_its_own(tmp_path: Path) -> None:
+    assert parse_config("text/demo", []).settings["data"]["seed"] == 0
+    run = parse_config("text/demo", ["--seed", "3"])
+    assert run.settings["data"]["seed"] == 3
+    assert parse_config("text/demo", ["--seed=3", "--data.seed=0"]).settings["data"]["seed"] == 0
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(run.yaml)
+    assert parse_config(str(saved), ["--seed=5"]).settings["data"]["seed"] == 3
+    with pytest.raises(ConfigError, match="seed"):
+        parse_config("text/demo", ["--seed=many"])
+
+
+def test_paths_are_saved_so_that_they_hold_from_another_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "corpus", "utf-8"):
+        (tmp_path / name).write_text("words")
+    files = ["a.txt", "corpus", "*.txt", "none.txt", "mambaseq:data/a.txt", "/elsewhere.txt"]
+    run = parse_config("text/demo", [f"--data.files={files}", "--data.encoding=utf-8"])
+    here = str(tmp_path)
+    expected = [f"{here}/a.txt", f"{here}/corpus", f"{here}/*.txt", "none.txt", "mambaseq:data/a.txt", "/elsewhere.txt"]
+    assert run.settings["data"]["files"] == expected == yaml.safe_load(run.yaml)["data"]["files"]
+    assert run.settings["data"]["encoding"] == "utf-8"
+    species = "{one: [a.txt], two: ['fetched:genome/a.fa']}"
+    run = parse_config("dna/demo", [f"--data.species={species}", "--data.test_records=[a.txt]"])
+    assert list(run.settings["data"]["test_records"]) == ["a.txt"]  # a name
+    assert run.settings["data"]["species"] == {"one": [f"{here}/a.txt"], "two": ["fetched:genome/a.fa"]}
 
 
 def test_printing_the_configuration_is_no_error(capsys) -> None:
@@ -145,8 +175,19 @@ REFUSED = {
     "--loader.batch_size=0": r"loader\.batch_size must be at least 1",
     "--seed=-1": r"seed must be at least 0",
     "--model.encoder.name=dna/kmer --loader.pack=true": r"shortens its input and cannot take packed",
+    "--data.name=cli.test_config:Labelled --model.head.name=lm": r"model\.head\.name is 'lm'.*'classification'",
+    "--data.name=tiny:TinyValues --model.head.name=lm": r"model\.head\.name is 'lm'.*'regression'",
+    "--model.head.name=regression": r"model\.head\.name is 'regression', but .* one target a token.*'lm'",
     "--out=/proc/run": r"/proc/run cannot be made.*--out",
 }
+
+
+class Labelled(TinyTokens):
+    class_names = ("even", "odd")
+
+    def train(self) -> list[Batch]:  # type: ignore[override]
+        items = super().train()
+        return [Batch(items[index].inputs, items[index].inputs[:, 0] % 2) for index in range(len(items))]
 
 
 class Undecided(TokenAccuracy):
