@@ -11,6 +11,7 @@ import torch
 from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, device_or_skip, moved
 
 from mambaseq.ops import OPS, selective_scan
+from mambaseq.ops.dispatch import outputs_and_gradients
 from mambaseq.ops.selective_scan import chunked
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
@@ -172,6 +173,16 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["length 1000", "packed", "length 4097"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "mamba_ssm"])  # it sums by atomics
+def test_two_runs_give_the_same_numbers(backend: str, case: str, device: str) -> None:
+    arguments = moved(build(case, torch.bfloat16)(), device_or_skip(device))
+    chosen = backend_or_skip(OP, backend, arguments)
+    for a, b in zip(outputs_and_gradients(chosen, arguments), outputs_and_gradients(chosen, arguments), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("device", DEVICES)
