@@ -18,7 +18,7 @@ from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import OPS, causal_conv, selective_scan
-from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
+from mambaseq.ops.block_step import BlockWeights, block_step_, can_step, forget
 from mambaseq.ops.linear import apply_linear, is_plain
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
@@ -30,6 +30,9 @@ class MambaState(State):
 
     conv: Tensor
     ssm: Tensor
+
+
+_LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
 class BiaslessLinear(nn.Linear):
@@ -208,7 +211,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
-        if not self.lti and all(map(is_plain, (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj))):
+        if not self.lti and all(is_plain(self._modules[name]) for name in _LAYERS):  # type: ignore[arg-type]
             weights = self._weights()
             if can_step(x[:, 0], state.conv, state.ssm, weights):
                 return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)
@@ -223,17 +226,26 @@ class Mamba(Mixer):
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Mamba:
+        if not self.lti:
+            forget(self.A_log)  # so that what .to() replaces is not kept alive
+        return super()._apply(fn, recurse)
+
     def _weights(self) -> BlockWeights:
+        # by nn.Module's own tables: a token asks for all of them in every layer
+        modules: Any = self._modules
+        own: Any = self._parameters
+        in_proj, conv, x_proj, dt_proj, out_proj = (modules[name]._parameters for name in _LAYERS)
         return BlockWeights(
-            self.in_proj.weight,
-            self.in_proj.bias,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self.dt_proj.bias,
-            self.A_log,
-            self.D,
-            self.out_proj.weight,
-            self.out_proj.bias,
+            in_proj["weight"],
+            in_proj["bias"],
+            conv["weight"],
+            conv["bias"],
+            x_proj["weight"],
+            dt_proj["weight"],
+            dt_proj["bias"],
+            own["A_log"],
+            own["D"],
+            out_proj["weight"],
+            out_proj["bias"],
         )

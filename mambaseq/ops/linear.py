@@ -44,15 +44,15 @@ def is_plain(module: nn.Module) -> bool:
     """Whether calling this linear or convolution layer does nothing but its arithmetic, which a kernel may do instead:
     no subclass (unless it says so by `adds_bias`), no adapter in its place, no forward of its own, no hooks, no
     quantised or sharded weight."""
-    known = type(module) in (nn.Linear, nn.Conv1d) or hasattr(type(module), "adds_bias")
+    kind, state = type(module), module.__dict__  # looked up without nn.Module's detours: decoding asks for every layer
     return (
-        known
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+        (kind is nn.Linear or kind is nn.Conv1d or hasattr(kind, "adds_bias"))
+        and type(state["_parameters"]["weight"]) is nn.Parameter
+        and "forward" not in state
+        and not state["_forward_hooks"]
+        and not state["_forward_pre_hooks"]
+        and not state["_backward_hooks"]
+        and not state["_backward_pre_hooks"]
         and not _has_any_global_hook()
     )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -121,6 +123,16 @@ def test_changed_parameters_are_seen(runs: list) -> None:
     assert steps(clone, x)[0].abs().max() == 0
     assert torch.equal(steps(mixer, x)[0], expected)
     assert len(runs) == 7 * 4
+
+
+def test_replaced_parameters_are_not_kept(runs: list) -> None:
+    mixer = Mamba(40)
+    steps(mixer, torch.randn(1, 2, 40))
+    storage = weakref.ref(mixer.out_proj.weight.untyped_storage())
+    mixer.to(torch.bfloat16)
+    gc.collect()
+    assert storage() is None
+    assert len(runs) == 2
 
 
 class Adapter(nn.Module):
