@@ -13,7 +13,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from mambaseq.atomic import atomic_file
 from mambaseq.cli.config import parse_config
 from mambaseq.cli.generating import generate_to
-from mambaseq.data.atomic import atomic_file
 from mambaseq.reporting import Section, audio_player, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder

@@ -12,7 +12,7 @@ import torchaudio.transforms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 
 WINDOW_SECONDS = 0.032
 FLOOR_DB = 80.0

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.data.cache import HASHED_UP_TO, fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.data.tokenizer import Tokenizer
 
 

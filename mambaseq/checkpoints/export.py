@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mambaseq.atomic import atomic_folder
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.data.atomic import atomic_folder
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError

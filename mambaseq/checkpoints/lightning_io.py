@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mambaseq.atomic import atomic_file
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.devices import choose_device
 from mambaseq.cli.loading import condition_ids, fitting_options
-from mambaseq.data.atomic import atomic_file
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog

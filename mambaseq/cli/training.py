@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mambaseq.atomic import atomic_file
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
-from mambaseq.data.atomic import atomic_file
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, build_model

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mambaseq.data.atomic import atomic_file, atomic_folder
+from mambaseq.atomic import atomic_file, atomic_folder
 from mambaseq.data.download import ResumingDownloader, Unreachable
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean
 from mambaseq.resources import cache_dir

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mambaseq.data.atomic import atomic_folder
+from mambaseq.atomic import atomic_folder
 from mambaseq.errors import DataError
 from mambaseq.resources import cache_dir
 

@@ -232,9 +232,8 @@ class Mamba(Mixer):
         return super()._apply(fn, recurse)
 
     def _weights(self) -> BlockWeights:
-        # by nn.Module's own tables: a token asks for all of them in every layer
+        # by nn.Module's own tables: a token asks for all of them in every layer, which `is_plain` has looked at
         modules: Any = self._modules
-        own: Any = self._parameters
         in_proj, conv, x_proj, dt_proj, out_proj = (modules[name]._parameters for name in _LAYERS)
         return BlockWeights(
             in_proj["weight"],
@@ -244,8 +243,8 @@ class Mamba(Mixer):
             x_proj["weight"],
             dt_proj["weight"],
             dt_proj["bias"],
-            own["A_log"],
-            own["D"],
+            self.A_log,
+            self.D,
             out_proj["weight"],
             out_proj["bias"],
         )

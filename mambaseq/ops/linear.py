@@ -47,7 +47,7 @@ def is_plain(module: nn.Module) -> bool:
     kind, state = type(module), module.__dict__  # looked up without nn.Module's detours: decoding asks for every layer
     return (
         (kind is nn.Linear or kind is nn.Conv1d or hasattr(kind, "adds_bias"))
-        and type(state["_parameters"]["weight"]) is nn.Parameter
+        and type(state["_parameters"].get("weight")) in (nn.Parameter, Tensor)
         and "forward" not in state
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]

@@ -11,13 +11,14 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambaseq.atomic import atomic_file
+from mambaseq.errors import UserError
 from mambaseq.resources import cache_dir
 
 
@@ -55,11 +56,8 @@ def _cubin(source: str, macros: dict[str, int], architecture: str) -> bytes:
     with contextlib.suppress(OSError):
         return path.read_bytes()
     code = compile_to_cubin(source, macros, architecture)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(path)
+    with contextlib.suppress(OSError, UserError), atomic_file(path) as file:
+        file.write(code)
     return code
 
 

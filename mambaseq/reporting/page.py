@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.reporting.sections import Section
 
 _PAGE = """<!doctype html>

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mambaseq.data.atomic import atomic_file
+from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError
 
 

@@ -109,3 +109,17 @@ def poisoned_memory() -> Iterator[None]:
         patch.setattr(Tensor, "new_empty", poison_tensor(Tensor.new_empty))
         patch.setattr(np, "empty", poison_array)
         yield
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """A list that grows by an entry with every call of `module.name`."""
+    seen: list[None] = []
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return seen

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import relative_rms_error
+from agreement import calls_of, relative_rms_error
 from torch import Tensor, nn
 
 from mambaseq.mixers import mamba
@@ -32,15 +32,7 @@ def _no_grad() -> Iterator[None]:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """An entry for each step that the kernel did."""
-    seen: list[None] = []
-    original = mamba.block_step_
-
-    def counted(*args: Any) -> Tensor:
-        seen.append(None)
-        return original(*args)
-
-    monkeypatch.setattr(mamba, "block_step_", counted)
-    return seen
+    return calls_of(monkeypatch, mamba, "block_step_")
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from agreement import calls_of
 
 from mambaseq.ops import nvrtc
 from mambaseq.ops.selective_scan import cuda, segments
@@ -45,6 +47,20 @@ def test_compile(
     macros = macros_of(monkeypatch, file, cuda._prepare(arguments), gated)
     source = "".join(path.read_text() for path in cuda._FILES[file])
     assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000
+
+
+def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path))
+    compiled = calls_of(monkeypatch, nvrtc, "compile_to_cubin")
+    source = cuda._FILES["combine"][0].read_text()
+    code = nvrtc._cubin(source, {}, "80")
+    assert nvrtc._cubin(source, {}, "80") == code
+    assert len(compiled) == 1
+    nvrtc._cubin(source, {}, "90")
+    nvrtc._cubin(source + "// changed", {}, "80")
+    assert len(compiled) == 3
+    monkeypatch.setenv("MAMBASEQ_CACHE", "/dev/null/not-a-folder")
+    assert nvrtc._cubin(source, {}, "80") == code
 
 
 @pytest.mark.parametrize("reverse", [False, True])

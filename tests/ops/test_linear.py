@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from agreement import relative_rms_error
-from torch import Tensor, nn
+from agreement import calls_of, relative_rms_error
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from mambaseq.ops import linear
@@ -19,15 +17,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """An entry for each product by oneDNN."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch is built without oneDNN")
-    seen: list[None] = []
-    original = linear._product
-
-    def counted(*args: Any) -> Tensor:
-        seen.append(None)
-        return original(*args)
-
-    monkeypatch.setattr(linear, "_product", counted)
-    return seen
+    return calls_of(monkeypatch, linear, "_product")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -78,7 +68,19 @@ class Quantised(nn.Parameter):
 
 
 @pytest.mark.parametrize(
-    "change", ["hook", "backward hook", "global hook", "forward", "weight", "autocast", "float64", "few", "compiled"]
+    "change",
+    [
+        "hook",
+        "backward hook",
+        "global hook",
+        "forward",
+        "weight",
+        "weight norm",
+        "autocast",
+        "float64",
+        "few",
+        "compiled",
+    ],
 )
 def test_left_to_the_module(change: str, products: list, request: pytest.FixtureRequest) -> None:
     module, x = nn.Linear(600, 600), torch.randn(900, 600)
@@ -92,6 +94,10 @@ def test_left_to_the_module(change: str, products: list, request: pytest.Fixture
         module.forward = lambda x: 0 * x  # type: ignore[method-assign]
     elif change == "weight":
         module.weight = Quantised(module.weight.data)
+    elif change == "weight norm":
+        with pytest.warns(FutureWarning):
+            module = nn.utils.weight_norm(module)
+        module.weight_g.data.mul_(2)
     elif change == "float64":
         module, x = module.double(), x.double()
     elif change == "few":

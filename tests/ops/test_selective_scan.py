@@ -66,6 +66,13 @@ def grouped(label: str) -> ScanArguments:
     return arguments._replace(B=draw.normal(2, 63, 2, 3), C=draw.normal(2, 63, 3, 3))
 
 
+def in_two_groups(label: str) -> ScanArguments:
+    """B in two groups of 64 channels, C in one."""
+    draw = Draw(label)
+    arguments = full(label, 2, 63, 128, 5)
+    return arguments._replace(B=draw.normal(2, 63, 2, 5), C=draw.normal(2, 63, 1, 5))
+
+
 def slow_decay(label: str, length: int) -> ScanArguments:
     """Decays of 1 - 1e-5 … 1 - 1e-3: what enters first is still there at the end."""
     draw = Draw(label)
@@ -132,6 +139,9 @@ CASES: dict[str, Callable[[], ScanArguments]] = {
     "complex": lambda: complex_("u", 63, slow=False),
     "complex, slow decay, reverse": lambda: complex_("v", 1000, slow=True)._replace(reverse=True),
     "constant B and C": lambda: constant("w"),
+    "17 states": lambda: full("ae", 2, 63, 65, 17),
+    "40 states, packed, reverse": lambda: packed(full("af", 1, 200, 66, 40), 0, 1, 1, 90, 200)._replace(reverse=True),
+    "groups of 64 channels": lambda: in_two_groups("ag"),
     "y alone, length 1": lambda: y_alone(plain("x", 3, 1, 65, 5)),
     "y alone": lambda: y_alone(full("y", 2, 1000, 65, 4)),
     "y alone, length 4097": lambda: y_alone(full("z", 1, 4097, 3, 16)),
@@ -167,9 +177,15 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, torch.float32), device_or_skip(device))
 
 
+HALF = ["length 63", "packed", "groups", "groups of 64 channels", "40 states, packed, reverse", "reverse", "y alone"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["length 63", "packed", "groups", "reverse", "y alone"])
+@pytest.mark.parametrize(
+    "case",
+    ["length 63", "packed", "groups", "groups of 64 channels", "40 states, packed, reverse", "reverse", "y alone"],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)

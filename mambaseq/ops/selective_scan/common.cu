@@ -8,7 +8,6 @@
 //   THREADS     of a block
 //   EVERY       steps between two checkpoints of the state
 //   SHARED      bytes of shared memory
-//   UNROLL      steps of the forward recurrence that are written out
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;

@@ -37,10 +37,8 @@ def why_not(arguments: ScanArguments) -> str | None:
     x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
     if x.device.type != "cuda":
         return f"the kernels run on CUDA, x is on {x.device}"
-    if (reason := nvrtc.why_not()) is not None:
+    if (reason := _why_not_on(x.device)) is not None:
         return reason
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     if A.is_complex():
         return "A is complex"
     if B.ndim == 2 or C.ndim == 2:
@@ -58,13 +56,24 @@ def why_not(arguments: ScanArguments) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    if (reason := nvrtc.why_not()) is not None:
+        return reason
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """y and the final state."""
     d_state = arguments.A.shape[1]
     if d_state <= _STATES:
         return _op(arguments)
     # More states than a thread block holds: a scan for each few of them, in fp32, and the rest of the block after it.
-    x, z = arguments.x, arguments.z
+    x, z = arguments.x.float(), arguments.z
+    dt = arguments.dt.float()
     total: Tensor | None = None
     finals = []
     for n in range(0, d_state, _STATES):
@@ -72,7 +81,8 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         state = arguments.initial_state
         y, final = _op(
             arguments._replace(
-                x=x.float(),
+                x=x,
+                dt=dt,
                 A=arguments.A[:, part],
                 B=arguments.B[..., part],
                 C=arguments.C[..., part],
@@ -85,10 +95,10 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         finals.append(final)
     assert total is not None
     if arguments.D is not None:
-        total = total + arguments.D.float() * x.float()
+        total = total + arguments.D.float() * x
     if z is not None:
         total = total * F.silu(z.float())
-    return total.to(x.dtype), torch.cat(finals, dim=-1)
+    return total.to(arguments.x.dtype), torch.cat(finals, dim=-1)
 
 
 class _Rows(NamedTuple):
@@ -233,7 +243,6 @@ def _compiled(
         "THREADS": threads,
         "EVERY": segments.EVERY,
         "SHARED": shared,
-        "UNROLL": 16,
     }
     return nvrtc.kernel(_FILES[file], name, macros, threads, shared, device)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mambaseq.data.atomic import atomic_file, atomic_folder, atomic_path
+from mambaseq.atomic import atomic_file, atomic_folder, atomic_path
 from mambaseq.errors import UserError
 
 
