@@ -56,14 +56,19 @@ def why_not(arguments: ScanArguments) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _why_not_on(device: torch.device) -> str | None:
+def _missing_on(device: torch.device) -> str | None:
     if (reason := nvrtc.why_not()) is not None:
         return reason
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_on(device: torch.device) -> str | None:
+    """What a compiler takes as it is: it would trace the looking up of packages, and does not see a cache."""
+    return _missing_on(device)
 
 
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
