@@ -18,7 +18,7 @@ from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import OPS, causal_conv, selective_scan
-from mambaseq.ops.block_step import BlockWeights, block_step_, can_step, forget
+from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.linear import apply_linear, is_plain
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
@@ -225,11 +225,6 @@ class Mamba(Mixer):
                 state.ssm, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Mamba:
-        if not self.lti:
-            forget(self.A_log)  # so that what .to() replaces is not kept alive
-        return super()._apply(fn, recurse)
 
     def _weights(self) -> BlockWeights:
         # by nn.Module's own tables: a token asks for all of them in every layer, which `is_plain` has looked at

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mambaseq.ops.linear import LITTLE_WORK, bits, can_read_few_rows
 
@@ -34,11 +33,6 @@ class BlockWeights(NamedTuple):
     D: Tensor
     out_proj: Tensor
     out_bias: Tensor | None
-
-
-# What the kernel takes of each block, by its A_log, with the addresses for which it is good: making it anew for every
-# token costs milliseconds.
-_views: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def can_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights) -> bool:
@@ -70,32 +64,6 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
         np.zeros(4 * team.STRIDE, dtype=np.int64),
         _CHANNELS,
         x.float().contiguous().numpy(),
-        *_views_of(w),
-        conv_state.view(-1).numpy(),
-        ssm_state.view(-1).numpy(),
-        inner,
-        shares,
-        out_shares,
-    )
-    little = w.in_proj.numel() + w.out_proj.numel() < LITTLE_WORK
-    team.run(lambda: kernels.mamba_block(*arguments), 1 if little else n_blocks)
-    kernels.sum_of_blocks(out_shares, y.numpy())
-    if w.out_bias is not None:
-        y += w.out_bias
-    return y.to(x.dtype)
-
-
-def forget(A_log: Tensor) -> None:
-    """Keep no view of the parameters of the block with this A_log, which are about to be replaced."""
-    _views.pop(A_log, None)
-
-
-def _views_of(w: BlockWeights) -> tuple[Any, ...]:
-    addresses = [0 if value is None else value.data_ptr() for value in w]
-    known = _views.get(w.A_log)
-    if known is not None and known[0] == addresses:
-        return known[1]
-    views = (
         bits(w.in_proj),
         bits(w.in_bias),
         w.in_bias is not None,
@@ -108,6 +76,15 @@ def _views_of(w: BlockWeights) -> tuple[Any, ...]:
         bits(w.A_log).reshape(-1),
         bits(w.D),
         bits(w.out_proj),
+        conv_state.view(-1).numpy(),
+        ssm_state.view(-1).numpy(),
+        inner,
+        shares,
+        out_shares,
     )
-    _views[w.A_log] = (addresses, views)
-    return views
+    little = w.in_proj.numel() + w.out_proj.numel() < LITTLE_WORK
+    team.run(lambda: kernels.mamba_block(*arguments), 1 if little else n_blocks)
+    kernels.sum_of_blocks(out_shares, y.numpy())
+    if w.out_bias is not None:
+        y += w.out_bias
+    return y.to(x.dtype)
