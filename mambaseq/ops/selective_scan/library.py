@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.eager import is_eager
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 # For x, dt, A, B, C, D, z, dt_bias and initial_state, in this order, None where the argument is None.
@@ -124,15 +124,8 @@ def register(
         if keeps:
             tensors = [v for v in arguments if isinstance(v, Tensor)]
             values.append(torch.is_grad_enabled() and any(v.requires_grad for v in tensors))
-        call = Eager.apply if _is_eager(arguments) else forward_op
+        call = Eager.apply if is_eager(*arguments) else forward_op
         y, final = call(*values)[:2]
         return y, final
 
     return run
-
-
-def _is_eager(arguments: ScanArguments) -> bool:
-    """Whether plain tensors are computed with, which nobody watches: no compiler, no tensors without numbers."""
-    return not torch.compiler.is_compiling() and all(
-        type(value) in (Tensor, Parameter) for value in arguments if isinstance(value, Tensor)
-    )

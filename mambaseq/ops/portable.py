@@ -1,0 +1,25 @@
+"""Triton, the portable half of the GPU kernels: NVIDIA and AMD, and a CPU under its interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+@functools.cache
+def _missing() -> str | None:
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+@torch.compiler.assume_constant_result
+def why_not(device_type: str) -> str | None:
+    """The reason why Triton kernels cannot run on tensors of this kind of device, or None.
+
+    The answer is a constant to `torch.compile`, which need not trace the looking up of packages.
+    """
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels run on a GPU, x is on {device_type}"
+    return _missing()
