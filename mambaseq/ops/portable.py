@@ -1,4 +1,4 @@
-"""Triton, the portable half of the GPU kernels: NVIDIA and AMD, and a CPU under its interpreter (TRITON_INTERPRET=1)."""
+"""Triton, the portable half of the GPU kernels: NVIDIA, AMD, and a CPU under its interpreter (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
