@@ -1,0 +1,376 @@
+"""Training over sequences whose activations do not fit: a chunk of time after another, gradients exact.
+
+Forward, the layers run over one chunk at a time and hand their states on; nothing is kept but the input, the output
+and the states between chunks. Backward, the chunks are run again from the last to the first, each from the state
+that entered it, and the gradient of the state that left it comes from the chunk behind. That is checkpointing
+(Chen et al., arXiv:1604.06174) along time. Memory a token is that of input, output and their gradients, `batch x
+length x d_model` each, however many layers there are; activations are those of one chunk. The time of one more
+forward pass is paid for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from mambaseq.ops import sequences
+
+# (x, states or None, cu_seqlens, return_state) → (y, states)
+Run = Callable[[Tensor, list[Any] | None, Tensor | None, bool], tuple[Tensor, list[Any]]]
+
+
+class Chunk(NamedTuple):
+    """Positions `begin` to `end`, in which sequences `first` to `stop` lie. The first `carried_in` of them began in
+    an earlier chunk, the last `carried_out` go on in the next."""
+
+    begin: int
+    end: int
+    first: int
+    stop: int
+    carried_in: int
+    carried_out: int
+
+    @property
+    def entering(self) -> slice:
+        """The sequences that begin here."""
+        return slice(self.first + self.carried_in, self.stop)
+
+    @property
+    def finished(self) -> int:
+        """How many of its sequences end here: the first ones."""
+        return self.stop - self.first - self.carried_out
+
+
+def plan(length: int, chunk_length: int, batch: int, bounds: list[int] | None = None) -> list[Chunk]:
+    """The chunks of `batch` rows of this length, or of one row of packed sequences.
+
+    bounds: where the packed sequences begin, and the length. Every sequence begins in one chunk and ends in one,
+    empty ones included.
+    """
+    chunks: list[Chunk] = []
+    first = carried = 0
+    for begin in range(0, length, chunk_length):
+        end = min(begin + chunk_length, length)
+        last = end == length
+        if bounds is None:
+            stop, cut = batch, 0 if last else batch
+        else:
+            stop = first
+            while stop < len(bounds) - 1 and (last or bounds[stop] < end):
+                stop += 1
+            cut = int(bounds[stop] > end)
+        chunks.append(Chunk(begin, end, first, stop, carried, cut))
+        first, carried = stop - cut, cut
+    return chunks
+
+
+class _Layout(NamedTuple):
+    """What the tensors of a list of states are called, to make states of tensors again."""
+
+    kinds: list[tuple[type, list[str]]]
+
+    @classmethod
+    def of(cls, states: list[Any]) -> _Layout:
+        return cls([(type(state), list(state.tensors())) for state in states])
+
+    def states(self, tensors: Sequence[Tensor]) -> list[Any]:
+        remaining = iter(tensors)
+        return [kind(**{name: next(remaining) for name in names}) for kind, names in self.kinds]
+
+
+def _tensors(states: list[Any]) -> list[Tensor]:
+    return [tensor for state in states for tensor in state.tensors().values()]
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+class _Surroundings:
+    """Autocast and random state as they are now, to run a chunk again just as it ran.
+
+    Autocast's cache is off: weights cast without gradients must not be found there by a later call that needs
+    them, and weights cast once would gather the gradients of all chunks in half precision.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.device_type = x.device.type
+        self.autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys([self.device_type, "cpu"])
+            if torch.amp.is_autocast_available(kind)
+        ]
+
+    @contextlib.contextmanager
+    def casting(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def with_random(self, random: Any) -> Iterator[None]:
+        cpu, devices, states = random
+        with torch.random.fork_rng(devices, device_type=self.device_type if devices else "cuda"):
+            torch.set_rng_state(cpu)
+            set_device_states(devices, states, device_type=self.device_type)
+            yield
+
+
+def _random_state(x: Tensor) -> Any:
+    return torch.get_rng_state(), *get_device_states(x)
+
+
+@dataclasses.dataclass
+class _Job:
+    """One call: what is run, where the chunks are, and what a backward pass needs beside tensors."""
+
+    run: Run
+    init_state: Callable[[int], list[Any]]
+    # where each parameter is: the module that has it, its name there, its number
+    places: list[tuple[nn.Module, str, int]]
+    chunks: list[Chunk]
+    return_state: bool
+    surroundings: _Surroundings
+    layout: _Layout | None = None
+    random: list[Any] = dataclasses.field(default_factory=list)
+
+    def entering(self, chunk: Chunk, given: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor] | None:
+        """The states that a chunk starts from, None for empty histories only."""
+        new = [tensor[chunk.entering] for tensor in given]
+        if not chunk.carried_in:
+            return new or None
+        begun = chunk.stop - chunk.first - chunk.carried_in
+        if not begun:
+            return list(carried)
+        if not new:
+            new = _tensors(self.init_state(begun))
+        return [torch.cat([old, more.to(old)]) for old, more in zip(carried, new, strict=True)]
+
+    def run_chunk(
+        self, chunk: Chunk, x: Tensor, states: list[Tensor] | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """y of a chunk and the states of all its sequences, which are left out where nobody needs them."""
+        wanted = self.return_state or bool(chunk.carried_out)
+        if cu_seqlens is not None:
+            inside = cu_seqlens[chunk.first : chunk.stop + 1] - chunk.begin
+            cu_seqlens = inside.clamp(0, chunk.end - chunk.begin)
+        old = None if states is None or self.layout is None else self.layout.states(states)
+        with self.surroundings.casting():
+            y, new = self.run(x, old, cu_seqlens, wanted)
+        if not wanted:
+            return y, []
+        if self.layout is None:
+            self.layout = _Layout.of(new)
+        return y, _tensors(new)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None, given: Sequence[Tensor], keep: bool
+    ) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
+        """y, the final states if they are returned, and with `keep` the states handed to each chunk by the last."""
+        y: Tensor | None = None
+        carried: list[Tensor] = []
+        kept: list[list[Tensor]] = []
+        finished: list[list[Tensor]] = []
+        for chunk in self.chunks:
+            if keep:
+                kept.append(carried)
+                self.random.append(_random_state(x))
+            part, states = self.run_chunk(
+                chunk, x[:, chunk.begin : chunk.end], self.entering(chunk, given, carried), cu_seqlens
+            )
+            if y is None:
+                y = part.new_empty(*x.shape[:2], *part.shape[2:])
+            y[:, chunk.begin : chunk.end] = part
+            if self.return_state and chunk.finished:
+                finished.append([tensor[: chunk.finished] for tensor in states])
+            # a copy where this is a part of a larger one, which would be kept alive
+            carried = [tensor[chunk.finished :] for tensor in states] if chunk.carried_out else []
+            if chunk.finished:
+                carried = [tensor.clone() for tensor in carried]
+        assert y is not None
+        return y, [torch.cat(parts) for parts in zip(*finished, strict=True)], kept
+
+    @contextlib.contextmanager
+    def with_parameters(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """The module with other tensors in place of its parameters: hooks of the parameters themselves must see the
+        sum over all chunks only."""
+        found = [module._parameters[name] for module, name, _ in self.places]
+        try:
+            for module, name, index in self.places:
+                module._parameters[name] = leaves[index]  # type: ignore[assignment]
+            yield
+        finally:
+            for (module, name, _), parameter in zip(self.places, found, strict=True):
+                module._parameters[name] = parameter
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, job: _Job, x: Tensor, cu_seqlens: Tensor | None, n_given: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        given, parameters = tensors[:n_given], tensors[n_given:]
+        y, final, kept = job.forward(x, cu_seqlens, given, keep=True)
+        ctx.job, ctx.n_given, ctx.sizes = job, n_given, [len(states) for states in kept]
+        ctx.save_for_backward(x, cu_seqlens, *given, *parameters, *(t for states in kept for t in states))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(tensor for tensor in final if not _differentiable(tensor)))
+        return y, *final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        job: _Job = ctx.job
+        x, cu_seqlens, *others = ctx.saved_tensors
+        n_given, n_parameters = ctx.n_given, len(ctx.needs_input_grad) - 4 - ctx.n_given
+        given, parameters = others[:n_given], others[n_given : n_given + n_parameters]
+        kept = iter(others[n_given + n_parameters :])
+        carried = [[next(kept) for _ in range(size)] for size in ctx.sizes]
+        leaves = [p.detach().requires_grad_() for p in parameters]
+        wants_x, wants_given = ctx.needs_input_grad[1], ctx.needs_input_grad[4 : 4 + n_given]
+
+        dx = torch.zeros_like(x) if wants_x else None
+        dparameters: list[Tensor | None] = [None] * n_parameters
+        dgiven: list[list[Tensor]] = [[] for _ in given]
+        dcarried: list[Tensor | None] = []
+        for index in range(len(job.chunks) - 1, -1, -1):
+            chunk = job.chunks[index]
+            x_chunk = x[:, chunk.begin : chunk.end].detach().requires_grad_(wants_x)
+            entering = job.entering(chunk, given, carried[index])
+            states = None if entering is None else [t.detach().requires_grad_(_differentiable(t)) for t in entering]
+            with (
+                torch.enable_grad(),
+                job.with_parameters(leaves),
+                job.surroundings.with_random(job.random[index]),
+            ):
+                y, left = job.run_chunk(chunk, x_chunk, states, cu_seqlens)
+                doutputs = [None if dy is None else dy[:, chunk.begin : chunk.end]]
+                for tensor, d, rest in itertools.zip_longest(left, dfinal, dcarried):
+                    doutputs.append(_joined(tensor, chunk, d, rest))
+                found = _gradients([y, *left], doutputs, [x_chunk, *leaves, *(states or [])])
+            del y, left
+            if dx is not None and found[0] is not None:
+                dx[:, chunk.begin : chunk.end] = found[0]
+            _accumulate(dparameters, found[1 : 1 + n_parameters])
+            dstates = found[1 + n_parameters :]
+            dcarried = [None if d is None else d[: chunk.carried_in] for d in dstates] if chunk.carried_in else []
+            for parts, wanted, tensor, d in zip(dgiven, wants_given, given, dstates, strict=False):
+                if wanted:
+                    new = tensor[chunk.entering]
+                    parts.append(torch.zeros_like(new) if d is None else d[chunk.carried_in :])
+        return (
+            None,
+            dx,
+            None,
+            None,
+            *(torch.cat(parts[::-1]) if parts else None for parts in dgiven),
+            *(None if d is None else d.to(p.dtype) for d, p in zip(dparameters, parameters, strict=True)),
+        )
+
+
+def _joined(state: Tensor, chunk: Chunk, dfinal: Tensor | None, rest: Tensor | None) -> Tensor | None:
+    """The gradient of a chunk's states: of the sequences that ended in it, and of those that go on."""
+    if dfinal is None and rest is None:
+        return None
+    ended, going = state[: chunk.finished], state[chunk.finished :]
+    return torch.cat(
+        [
+            torch.zeros_like(ended) if dfinal is None else dfinal[chunk.first :][: chunk.finished],
+            torch.zeros_like(going) if rest is None else rest,
+        ]
+    )
+
+
+def _gradients(
+    outputs: list[Tensor], doutputs: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` that leaves out what has no gradient, on both sides."""
+    known = [(y, d) for y, d in zip(outputs, doutputs, strict=True) if d is not None and y.requires_grad]
+    wanted = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if known and wanted:
+        ys, ds = zip(*known, strict=True)
+        for index, d in zip(
+            wanted, torch.autograd.grad(ys, [inputs[i] for i in wanted], ds, allow_unused=True), strict=True
+        ):
+            found[index] = d
+    return found
+
+
+def _accumulate(totals: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
+    """Add in place, in fp32 at least."""
+    for index, d in enumerate(more):
+        if d is not None:
+            total = totals[index]
+            if total is None:
+                totals[index] = d.to(torch.promote_types(d.dtype, torch.float32), copy=True)
+            else:
+                total.add_(d)
+
+
+@torch.compiler.disable
+def run_in_chunks(
+    module: nn.Module,
+    run: Run,
+    init_state: Callable[[int], list[Any]],
+    x: Tensor,
+    state: list[Any] | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+    chunk_length: int,
+) -> tuple[Tensor, list[Any]]:
+    """`run(x, state, cu_seqlens, return_state)`, over `chunk_length` positions at a time.
+
+    Outputs, states and gradients are those of the one call, up to rounding. `run` must be causal, with states
+    (`State`) that have the sequence first and are all that it remembers; it is called again in the backward pass,
+    under the same autocast and with the same random numbers. Everything learned must be an input of it or a
+    parameter of `module`. There are no gradients of gradients. `torch.compile` leaves the graph here.
+
+    module: what `run` computes with. init_state: n → states of n empty histories.
+    x `(batch, length, d_model)`, any float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once
+    (a GPU waits), since they decide how sequences are cut. Raises ValueError for states of another number of
+    sequences.
+    """
+    batch, length = x.shape[:2]
+    bounds = None
+    if cu_seqlens is not None:
+        sequences.check(cu_seqlens, batch, length)
+        bounds = sequences.offsets(cu_seqlens, length)
+    n_sequences = batch if bounds is None else len(bounds) - 1
+    given = [] if state is None else _tensors(state)
+    for tensor in given:
+        if tensor.shape[:1] != (n_sequences,):
+            raise ValueError(f"A state is {tuple(tensor.shape)}; {n_sequences} sequences need one a sequence.")
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    numbers = {id(p): index for index, p in enumerate(parameters)}
+    job = _Job(
+        run,
+        init_state,
+        [
+            (owner, name, numbers[id(p)])
+            for owner in module.modules()
+            for name, p in owner._parameters.items()
+            if id(p) in numbers
+        ],
+        plan(length, chunk_length, batch, bounds),
+        return_state,
+        _Surroundings(x),
+        None if state is None else _Layout.of(state),
+    )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given, *parameters)):
+        y, *final = _InChunks.apply(job, x, cu_seqlens, len(given), *given, *parameters)
+    else:
+        y, final, _ = job.forward(x, cu_seqlens, given, keep=False)
+    if not return_state:
+        return y, []
+    assert job.layout is not None
+    return y, job.layout.states(final)
