@@ -222,7 +222,17 @@ class Mamba(Mixer):
         else:
             dt, B, C = self._selective(x)
             y = selective_state_update_(
-                state.ssm, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
+                state.ssm,
+                x,
+                dt,
+                self.A_log,
+                B,
+                C,
+                D=self.D,
+                z=z,
+                dt_bias=self.dt_proj.bias,
+                dt_softplus=True,
+                A_is_log=True,
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)
 

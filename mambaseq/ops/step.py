@@ -1,7 +1,7 @@
 """One step of the ops for decode loops: length 1, states changed in place.
 
-On CPU with a float32 state and without gradients they run as Numba kernels, which spare the many small
-operations of the same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
+With a float32 state and without gradients they run as one kernel, Numba on CPU and Triton on GPU, which spares the
+many small operations of the same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops import step_gpu
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.flat import flat, rows_of, scratch
 from mambaseq.ops.lti import Discretization, discretize
@@ -32,6 +33,7 @@ def selective_state_update_(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One step of `mambaseq.ops.selective_scan`; changes `state` in place.
 
@@ -41,11 +43,16 @@ def selective_state_update_(
         A: `(channels, d_state)`.
         B, C: `(batch, d_state)` or `(batch, groups, d_state)`.
         D, dt_bias: `(channels,)`.
+        A_is_log: A holds log(-A), as `Mamba.A_log` does; spares the operations that make A of it.
 
     Returns:
         y `(batch, channels)` in the dtype of x.
     """
     B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))
+    if step_gpu.can_run(state, x, dt, A, B, C, D, z, dt_bias) and step_gpu.can_update(state):
+        return step_gpu.selective_state_update_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
+    if A_is_log:
+        A = -torch.exp(A.to(state.dtype))
     channels = x.shape[1]
     if _can_run_kernels(state, x, dt, A, B, C, D, z, dt_bias) and B.shape == C.shape:
         kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
@@ -133,6 +140,8 @@ def causal_conv_update_(
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {activation!r}")
+    if step_gpu.can_run(state, x, weight, bias):
+        return step_gpu.causal_conv_update_(state, x, weight, bias, activation == "silu")
     if _can_run_kernels(state, x, weight, bias):
         kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
         y = torch.empty(x.shape)

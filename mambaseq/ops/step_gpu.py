@@ -1,0 +1,157 @@
+"""One decode step of the convolution and of the scan on a GPU: a kernel each, bound by reading and writing the state.
+
+`mambaseq.ops.step` hands over GPU tensors; under Triton's interpreter the functions here also take CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops import portable
+from mambaseq.ops.eager import is_eager
+
+_REAL = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_STATE = 256
+# Channels a program of the convolution.
+_CONV_CHANNELS = 128
+# Elements of the state that a program holds, and sequences that it goes through with one piece of A: small pieces
+# where there is little to do, so that all multiprocessors take part.
+_LITTLE, _MUCH = (512, 1), (1024, 4)
+_MANY_PROGRAMS = 1024
+_WARPS = 4
+
+
+def can_run(state: Tensor, *values: Tensor | None) -> bool:
+    """Whether the kernels can run: real values and a contiguous fp32 state on one GPU, which nobody differentiates."""
+    device = state.device
+    if device.type != "cuda" or not is_eager(state, *values) or portable.why_not("cuda") is not None:
+        return False
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        return False
+    needs_gradient = torch.is_grad_enabled()
+    if needs_gradient and state.requires_grad:
+        return False
+    return all(
+        value is None
+        or (value.dtype in _REAL and value.device == device and not (needs_gradient and value.requires_grad))
+        for value in values
+    )
+
+
+def can_update(state: Tensor) -> bool:
+    """Whether a state `(batch, channels, d_state)` is of a size that `selective_state_update_` takes."""
+    return 1 <= state.shape[-1] <= _LARGEST_STATE
+
+
+def causal_conv_update_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """See `mambaseq.ops.step.causal_conv_update_`."""
+    batch, channels = x.shape
+    x, width = _rows(x), weight.shape[1]
+    y = x.new_empty((batch, channels))
+    if y.numel() == 0:
+        return y
+    with _on(x):
+        _kernels().causal_conv_update[(batch * -(-channels // _CONV_CHANNELS),)](
+            state,
+            x,
+            x.stride(0),
+            weight.contiguous(),
+            None if bias is None else _rows(bias),
+            y,
+            channels,
+            WIDTH=width,
+            HAS_BIAS=bias is not None,
+            SILU=silu,
+            BEFORE=_power_of_two(max(width - 1, 1)),
+            CHANNELS=_CONV_CHANNELS,
+            num_warps=_WARPS,
+        )
+    return y
+
+
+def selective_state_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool,
+) -> Tensor:
+    """See `mambaseq.ops.step.selective_state_update_`; B, C `(batch, groups, d_state)`, groups of their own each."""
+    batch, channels, d_state = state.shape
+    x, dt, B, C = _rows(x), _rows(dt), _rows(B), _rows(C)
+    z = None if z is None else _rows(z)
+    y = x.new_empty((batch, channels))
+    if y.numel() == 0:
+        return y
+    states = _power_of_two(d_state)
+    elements, rows = _MUCH
+    if batch * channels * states < elements * rows * _MANY_PROGRAMS:
+        elements, rows = _LITTLE
+    per_program = max(elements // states, 1)
+    with _on(x):
+        _kernels().selective_state_update[(-(-channels // per_program) * -(-batch // rows),)](
+            state,
+            x,
+            x.stride(0),
+            dt,
+            dt.stride(0),
+            A.contiguous(),
+            B,
+            B.stride(0),
+            B.stride(1),
+            channels // B.shape[1],
+            C,
+            C.stride(0),
+            C.stride(1),
+            channels // C.shape[1],
+            None if D is None else _rows(D),
+            z,
+            0 if z is None else z.stride(0),
+            None if dt_bias is None else _rows(dt_bias),
+            y,
+            batch,
+            channels,
+            D_STATE=d_state,
+            A_IS_LOG=A_is_log,
+            ONE_GROUP=B.shape[1] == C.shape[1] == 1,
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None,
+            SOFTPLUS=dt_softplus,
+            STATES=states,
+            CHANNELS=per_program,
+            ROWS=rows,
+            num_warps=_WARPS,
+        )
+    return y
+
+
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module("mambaseq.ops.step_triton")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager:
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
