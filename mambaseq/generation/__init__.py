@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from mambaseq.generation.decode import generate
+from mambaseq.generation.decoder import Decoder
 
-__all__ = ["generate"]
+__all__ = ["Decoder", "generate"]

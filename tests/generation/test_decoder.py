@@ -1,0 +1,209 @@
+"""Steps of a model with its state: as they are, and replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mambaseq.domain import catalog
+from mambaseq.generation import Decoder, decode, generate
+from mambaseq.models import SequenceModel, causal_lm
+
+VOCABULARY = 29
+MIXERS = [("mamba", {}), ("mamba", {"d_state": 20, "d_conv": 2}), ("mamba", {"lti": True}), ("s4d", {})]
+
+
+def make(mixer: str = "mamba", d_model: int = 16, **options: Any) -> SequenceModel:
+    """A model whose logits are far enough apart for rounding to change no token."""
+    torch.manual_seed(0)
+    model = causal_lm(vocab_size=VOCABULARY, d_model=d_model, n_layers=2, mixer=mixer, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def on_gpu(device: torch.device, mixer: str = "mamba", **options: Any) -> tuple[SequenceModel, Tensor]:
+    model = make(mixer, d_model=64, **options).to(device)
+    return model, torch.randint(0, VOCABULARY, (3, 7)).to(device)
+
+
+def run(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Logits `(batch, length, vocab_size)` of tokens `(batch, length)`."""
+    return torch.stack([decoder.step(token).clone() for token in tokens.unbind(1)], 1)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "s4d"])
+def test_steps_equal_the_whole(mixer: str) -> None:
+    model, tokens = make(mixer), torch.randint(0, VOCABULARY, (2, 9))
+    decoder = Decoder(model, model.init_state(2))
+    torch.testing.assert_close(run(decoder, tokens), model(tokens).logits.detach())
+    assert not decoder.captured
+    last = model(tokens, return_state=True).state
+    for layer, expected in zip(decoder.state, last, strict=True):
+        for tensor, whole in zip(layer.tensors().values(), expected.tensors().values(), strict=True):
+            torch.testing.assert_close(tensor, whole.detach())
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 8, 11, 60])
+def test_looking_rarely_whether_all_have_ended_changes_nothing(
+    max_new_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = make(), torch.zeros(3, 1, dtype=torch.long)
+    results = []
+    for tokens_a_look in (1, 8):
+        monkeypatch.setitem(decode._TOKENS_A_LOOK, "cpu", tokens_a_look)
+        results.append([generate(model, prompt, max_new_tokens, seed=s, stop_ids={2, 5}) for s in range(2)])
+    for every, rare in zip(*results, strict=True):
+        assert torch.equal(every, rare)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mixer", "options"), MIXERS)
+def test_replayed_steps_equal_the_whole(cuda: torch.device, mixer: str, options: dict) -> None:
+    model, _ = on_gpu(cuda, mixer, **options)
+    tokens = torch.randint(0, VOCABULARY, (3, 12)).to(cuda)
+    decoder = Decoder(model, model.init_state(3))
+    with torch.no_grad():
+        torch.testing.assert_close(run(decoder, tokens), model(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert decoder.captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mixer", "options"), MIXERS)
+def test_a_graph_gives_the_tokens_of_the_loop(
+    cuda: torch.device, mixer: str, options: dict, dtype: torch.dtype
+) -> None:
+    model, prompt = on_gpu(cuda, mixer, n_conditions=2, **options)
+    model, condition = model.to(dtype), torch.tensor([0, 1, 1]).to(cuda)
+    for settings in (
+        {"temperature": 0.0},
+        {"seed": 3},
+        {"seed": 3, "temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        {"seed": 4, "stop_ids": {2}},
+    ):
+        graph, loop = (
+            generate(model, prompt, 40, condition=condition, cuda_graph=wanted, **settings) for wanted in (True, False)
+        )
+        assert torch.equal(graph, loop)
+
+
+@pytest.mark.gpu
+def test_a_graph_sees_weights_that_change_in_place(cuda: torch.device) -> None:
+    model, prompt = on_gpu(cuda)
+    decoder, plain = Decoder(model, model.init_state(3)), Decoder(model, model.init_state(3), cuda_graph=False)
+    for _ in range(3):
+        torch.testing.assert_close(run(decoder, prompt), run(plain, prompt))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+    assert decoder.captured
+    assert not plain.captured
+
+
+@pytest.mark.gpu
+def test_hooks_are_called_for_every_token(cuda: torch.device) -> None:
+    model, prompt = on_gpu(cuda)
+    calls: list[int] = []
+    model.backbone.norm_f.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, prompt, 20, temperature=0)
+    assert len(calls) == 20
+
+
+def spoil(model: SequenceModel, kind: str) -> None:
+    """Make the first layer's step one that cannot be captured."""
+    mixer: Any = model.backbone.mixers()[0]
+    step_ = mixer.step_
+
+    def waits(x: Tensor, state: Any) -> Tensor:
+        return step_(x, state) * float(x.isfinite().all())
+
+    def waits_unseen(x: Tensor, state: Any) -> Tensor:
+        torch.cuda.synchronize()
+        return step_(x, state)
+
+    def replaces_the_state(x: Tensor, state: Any) -> Tensor:
+        state.ssm = state.ssm.clone()
+        return step_(x, state)
+
+    mixer.step_ = {"waits": waits, "waits unseen": waits_unseen, "replaces the state": replaces_the_state}[kind]
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_is_not_captured(cuda: torch.device) -> None:
+    model, prompt = on_gpu(cuda)
+    expected = generate(model, prompt, 20, temperature=0, cuda_graph=False)
+    spoil(model, "waits")
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph: a step of the model waits"):
+        assert torch.equal(generate(model, prompt, 20, temperature=0), expected)
+
+
+@pytest.mark.gpu
+def test_a_state_that_is_replaced_is_not_captured(cuda: torch.device) -> None:
+    model, prompt = on_gpu(cuda)
+    expected = generate(model, prompt, 20, temperature=0, cuda_graph=False)
+    spoil(model, "replaces the state")
+    assert torch.equal(generate(model, prompt, 20, temperature=0), expected)
+
+
+def check_a_failed_capture() -> None:
+    model, prompt = on_gpu(torch.device("cuda"))
+    expected = generate(model, prompt, 20, seed=1, cuda_graph=False)
+    spoil(model, "waits unseen")
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        assert torch.equal(generate(model, prompt, 20, seed=1), expected)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_decoding_goes_on(cuda: torch.device) -> None:
+    """In a process of its own: PyTorch does not clean up after a failed capture."""
+    code = f"import sys; sys.path = {sys.path!r}; import test_decoder; test_decoder.check_a_failed_capture()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket.__name__ not in ("new_empty", "empty"):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_step_is_its_products_and_two_kernels(cuda: torch.device, dtype: torch.dtype) -> None:
+    mixer = catalog()["mixers"].get("mamba")(64).to(cuda, dtype)
+    state, x = mixer.init_state(4), torch.randn(4, 1, 64, device=cuda, dtype=dtype)
+    with _Operations() as operations:
+        mixer.step_(x, state)
+    assert operations.names == ["mm"] * 4  # in_proj, x_proj, dt_proj, out_proj: nothing is cast or copied
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mixer", "options"), MIXERS)
+def test_a_given_state_is_not_changed_and_forks_are_apart(cuda: torch.device, mixer: str, options: dict) -> None:
+    model, prompt = on_gpu(cuda, mixer, **options)
+    with torch.no_grad():
+        state = model(prompt, return_state=True).state
+        before = [layer.clone() for layer in state]
+        fork = [layer.clone() for layer in state]
+        model(prompt[:, :1], state=state, return_state=True)
+        run(Decoder(model, fork), prompt)
+    for now, then, forked in zip(state, before, fork, strict=True):
+        for a, b, c in zip(*(layer.tensors().values() for layer in (now, then, forked)), strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
