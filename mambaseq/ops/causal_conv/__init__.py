@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.causal_conv import arguments as _arguments
-from mambaseq.ops.causal_conv import cpu, reference
+from mambaseq.ops.causal_conv import cpu, gpu, reference
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 
 Activation = Literal["silu"]
@@ -17,6 +17,7 @@ OP = dispatch.Op(
     name="causal_conv",
     backends=(
         dispatch.Backend("cpu", cpu.run, cpu.why_not),
+        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
@@ -101,7 +102,7 @@ def causal_conv(
     Raises:
         ValueError: shapes or devices do not fit, or the backend asked for cannot run these arguments.
     """
-    arguments = ConvArguments(x, weight, bias, activation, initial_state, cu_seqlens, reverse)
+    arguments = ConvArguments(x, weight, bias, activation, initial_state, cu_seqlens, reverse, return_final_state)
     _arguments.check(arguments)
     y, final_state = dispatch.run(OP, arguments, backend)
     return (y, final_state) if return_final_state else y

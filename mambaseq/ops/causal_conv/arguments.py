@@ -21,6 +21,7 @@ class ConvArguments(NamedTuple):
     initial_state: Tensor | None = None
     cu_seqlens: Tensor | None = None
     reverse: bool = False
+    wants_final_state: bool = True  # a backend may return an empty final state if not
 
     @property
     def n_sequences(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops import blocks, threads
+from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.flat import flat, rows_of, scratch
 
@@ -21,9 +22,6 @@ _SEGMENT = 128
 _TASKS = 64
 # Elements of x below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
-_ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
-)
 
 
 def why_not(arguments: ConvArguments) -> str | None:
@@ -36,10 +34,6 @@ def why_not(arguments: ConvArguments) -> str | None:
     return None
 
 
-def run(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
-    return _forward_op(*arguments)
-
-
 def _kernels() -> ModuleType:
     """Imported when first needed: Numba takes a second to import."""
     return importlib.import_module("mambaseq.ops.causal_conv.kernels")
@@ -47,7 +41,7 @@ def _kernels() -> ModuleType:
 
 def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     """The kernels' `Inputs`."""
-    x, weight, bias, activation, state, cu_seqlens, reverse = arguments
+    x, weight, bias, activation, state, cu_seqlens, reverse, _ = arguments
     batch, length, channels = x.shape
     width = weight.shape[1]
     bounds = blocks.bounds_of(cu_seqlens, batch, length)
@@ -78,8 +72,7 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     )
 
 
-def _forward(*values: Any) -> tuple[Tensor, Tensor]:
-    arguments = ConvArguments(*values)
+def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
     x, inputs = arguments.x, _prepare(arguments, kernels)
     y = torch.empty(x.shape)
@@ -94,8 +87,7 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final.transpose(1, 2).contiguous()
 
 
-def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = ConvArguments(*values)
+def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> library.Gradients:
     kernels = _kernels()
     x, weight, bias, state = arguments.x, arguments.weight, arguments.bias, arguments.initial_state
     inputs = _prepare(arguments, kernels)
@@ -103,6 +95,8 @@ def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, Tensor,
     dx = torch.empty(x.shape)
     dhistory = torch.empty(arguments.n_sequences, width - 1, channels)
     dweight, dbias = torch.empty(n_tasks, width, channels), torch.empty(n_tasks, channels)
+    if dfinal is None:
+        dfinal = x.new_zeros(arguments.n_sequences, channels, width - 1, dtype=torch.float32)
     given = *rows_of(dy), flat(dfinal.transpose(1, 2))
     outputs = [value.view(-1).numpy() for value in (dx, dhistory, dweight, dbias)]
 
@@ -114,61 +108,9 @@ def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, Tensor,
     return (
         dx.to(x.dtype),
         dweight.sum(0).t().to(weight.dtype).contiguous(),
-        dy.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
-        dy.new_empty(0) if state is None else dhistory.transpose(1, 2).to(state.dtype).contiguous(),
+        None if bias is None else dbias.sum(0).to(bias.dtype),
+        None if state is None else dhistory.transpose(1, 2).to(state.dtype).contiguous(),
     )
 
 
-_forward_op = torch.library.custom_op(
-    "mambaseq::causal_conv_cpu",
-    _forward,
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mambaseq::causal_conv_cpu_backward",
-    _backward,
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(*values: Any) -> tuple[Tensor, Tensor]:
-    arguments = ConvArguments(*values)
-    channels, width = arguments.weight.shape
-    final = arguments.x.new_empty((arguments.n_sequences, channels, width - 1), dtype=torch.float32)
-    return arguments.x.new_empty(arguments.x.shape), final
-
-
-@_backward_op.register_fake
-def _(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
-    arguments = ConvArguments(*values)
-    wanted = (arguments.x, arguments.weight, arguments.bias, arguments.initial_state)
-    return tuple(dy.new_empty(0) if value is None else value.new_empty(value.shape) for value in wanted)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.activation, initial_state, cu_seqlens, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dstate = _backward_op(
-        dy, dfinal, x, weight, bias, ctx.activation, state, cu_seqlens, ctx.reverse
-    )
-    return (
-        dx,
-        dweight,
-        None if bias is None else dbias,
-        None,
-        None if state is None else dstate,
-        None,
-        None,
-    )
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+run = library.register("causal_conv_cpu", _forward, _backward, "cpu")

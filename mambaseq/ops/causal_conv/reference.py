@@ -13,7 +13,7 @@ from mambaseq.ops.dtypes import working_dtype
 
 def run(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state. Computed in float64 if x is float64, otherwise in float32."""
-    x, weight, bias, activation, state, cu_seqlens, reverse = arguments
+    x, weight, bias, activation, state, cu_seqlens, reverse, _ = arguments
     real = working_dtype(x)
     channels, width = weight.shape
     u, weight = x.to(real), weight.to(real)
