@@ -1,13 +1,12 @@
 // The gradients of the selective scan, channel-last. A block takes 64 channels back through one segment; a channel has
-// STATES / 8 threads of 8 states. A tile is the steps between two checkpoints: the states of 8 steps at a time are made
-// again from the checkpoint, kept in registers, and walked back. What B and C get is summed over the block's channels in
+// STATES / 8 threads of 8 states. A tile is the steps between two checkpoints: its states are made again from the first
+// and kept, those of its first half in shared memory and those of its second in registers, and walked back. What B and C get is summed over the block's channels in
 // a fixed order and written for each block; a sum over the blocks follows outside. No atomics: runs do not differ.
 #define SPLIT (STATES / 8)  // threads of a channel
-#define KEPT 8              // steps whose states are kept
+#define KEPT (TILE / 2)     // steps whose states are kept in shared memory, and in registers
 #define STRIDE_Y (CHANNELS + 16)  // spreads two steps over the banks
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
-#define STRIDE_BC (2 * STATES + 4)
 #define WARPS (THREADS / 32)
 
 struct Shared {
@@ -15,19 +14,21 @@ struct Shared {
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
     float dout[TILE * CHANNELS];
-    float bc[4][TILE * STRIDE_BC + 16];  // B and C in four orders, which lie in different banks
+    float bc[4][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
+    float4 states[KEPT][2][THREADS];
     float y[TILE * STRIDE_Y];
     float g[2 * PART_G];  // gradients of delta x, and of the exponent
     float bc_sums[WARPS * TILE * 32];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
              i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
              const in_t *dy, i64 dy_stride, const float *dstate, const i64 *row0s, const int *lengths,
              const int *sequences, const int *flags, const i64 *checkpoint, int go, int channels, int d_state,
-             int per_group, const float *checkpoints, i64 rows, in_t *dx, in_t *ddt, in_t *dz, float *dBC, float *dA,
+             int per_group, const float *checkpoints, i64 rows, in_t *dx, i64 dx_stride, in_t *ddt, in_t *dz, i64 dz_stride,
+             float *dBC, float *dA,
              float *dD, float *dbias, float *dinitial) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
@@ -56,18 +57,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
     float2 sum_D = make_float2(0.f, 0.f), sum_bias = make_float2(0.f, 0.f);
 
-    const i64 ranks = (i64)WARPS * go * channels;
     const int n_tiles = (length + TILE - 1) / TILE;
+    const int present = channels - c0;
+    const i64 last = row0 + (i64)(n_tiles - 1) * TILE * go;
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_x(x + last * x_stride + c0, x_stride * go, present, -1);
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dt(dt + last * dt_stride + c0, dt_stride * go, present, -1);
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_z(z + last * z_stride + c0, z_stride * go, present, -1);
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dy(dy + last * dy_stride + c0, dy_stride * go, present, -1);
+    Reader<TILE, STATES, STATES, VEC_BC> read_B(B + last * B_stride + group_column, B_stride * go, d_state, -1);
+    Reader<TILE, STATES, STATES, VEC_BC> read_C(C + last * C_stride + group_column, C_stride * go, d_state, -1);
     auto fetch_tile = [&](int k) {
+        const int steps = length - k * TILE, at = k & 1;
         if (k >= 0) {
-            int steps = min(TILE, length - k * TILE), left = channels - c0;
-            i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.x[k & 1], x + row * x_stride + c0, x_stride * go, steps, left);
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
-            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy + row * dy_stride + c0, dy_stride * go, steps, left);
-            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z + row * z_stride + c0, z_stride * go, steps, left);
-            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + row * B_stride + group_column, B_stride * go, steps, d_state);
-            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
+            read_x.fetch(s.x[at], steps);
+            read_dt.fetch(s.dt[at], steps);
+            read_dy.fetch(s.dy[at], steps);
+            if (HAS_Z) read_z.fetch(s.z[at], steps);
+            read_B.fetch(s.B[at], steps);
+            read_C.fetch(s.C[at], steps);
         }
         commit();
     };
@@ -77,8 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int t = rank; t < TILE; t += WARPS) {
             float2 d = pair(s.dt[at] + t * CHANNELS + own), u = pair(s.x[at] + t * CHANNELS + own);
             float2 o = pair(s.dy[at] + t * CHANNELS + own);
-            d.x = t < steps ? step_size(d.x, own_bias.x) : 0.f;
-            d.y = t < steps ? step_size(d.y, own_bias.y) : 0.f;
+            d.x = only_if(t < steps, step_size(d.x, own_bias.x)), d.y = only_if(t < steps, step_size(d.y, own_bias.y));
             if (HAS_Z) {
                 float2 v = pair(s.z[at] + t * CHANNELS + own);
                 o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
@@ -86,39 +92,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, d.x * u.x, d.y, d.y * u.y);
             *(float2 *)&s.dout[t * CHANNELS + own] = o;
         }
-        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) {
-            const int to = i / STATES * STRIDE_BC, n = i % STATES;
-            const float b = widen(s.B[at][i]), w = widen(s.C[at][i]);
 #pragma unroll
-            for (int v = 0; v < 4; v++) s.bc[v][to + (n ^ v)] = b, s.bc[v][to + STATES + (n ^ v)] = w;
+        for (int r = 0; r < TILE * VALUES / 4 / THREADS; r++) {
+            const int i = threadIdx.x + r * THREADS, t = i / (VALUES / 4), kind = i / (STATES / 4) % 2, n = i % (STATES / 4) * 4;
+            const in_t *from = (kind ? s.C[at] : s.B[at]) + t * STATES + n;
+            const float2 a = pair(from), b = pair(from + 2);
+            float *to = s.bc[0] + t * VALUES + kind * STATES + n;
+            *(float4 *)to = make_float4(a.x, a.y, b.x, b.y);
+            *(float4 *)(to + (s.bc[1] - s.bc[0])) = make_float4(a.y, a.x, b.y, b.x);
+            *(float4 *)(to + (s.bc[2] - s.bc[0])) = make_float4(b.x, b.y, a.x, a.y);
+            *(float4 *)(to + (s.bc[3] - s.bc[0])) = make_float4(b.y, b.x, a.y, a.x);
         }
     };
     auto finish = [&](int k) {
         int steps = min(TILE, length - k * TILE), at = k & 1;
-        i64 to = (row0 + ((i64)k * TILE + rank) * go) * channels + c0 + own;
+        const i64 row = row0 + ((i64)k * TILE + rank) * go;
+        in_t *to_dx = dx + row * dx_stride + c0 + own, *to_ddt = ddt + row * channels + c0 + own;
+        in_t *to_dz = dz + row * dz_stride + c0 + own;
 #pragma unroll
-        for (int t = rank; t < TILE; t += WARPS, to += ranks) {
-            if (t >= steps) break;
+        for (int t = rank; t < TILE; t += WARPS) {
+            const bool exists = t < steps;
             float2 u = pair(s.x[at] + t * CHANNELS + own), v = pair(s.dt[at] + t * CHANNELS + own);
             float4 d = *(const float4 *)&s.du[t * CHANNELS + own];
             float2 o = *(const float2 *)&s.dout[t * CHANNELS + own];
             float2 gu = *(const float2 *)&s.g[t * CHANNELS + own];
             float2 ge = *(const float2 *)&s.g[PART_G + t * CHANNELS + own];
             float2 r = make_float2(fmaf(gu.x, d.x, own_D.x * o.x), fmaf(gu.y, d.z, own_D.y * o.y));
-            put_pair(dx + to, r, c0 + own, channels);
+            put_pair(to_dx, r, c0 + own, channels, exists);
             if (HAS_Z) {
                 float2 gate = pair(s.z[at] + t * CHANNELS + own), out = *(const float2 *)&s.y[t * STRIDE_Y + own];
                 float2 up = pair(s.dy[at] + t * CHANNELS + own);
                 float a = sigmoid(gate.x), b = sigmoid(gate.y);
                 r.x = up.x * fmaf(own_D.x, u.x, out.x) * a * (1.f + gate.x * (1.f - a));
                 r.y = up.y * fmaf(own_D.y, u.y, out.y) * b * (1.f + gate.y * (1.f - b));
-                put_pair(dz + to, r, c0 + own, channels);
+                put_pair(to_dz, r, c0 + own, channels, exists);
             }
             r = make_float2(fmaf(gu.x, u.x, ge.x * LN2), fmaf(gu.y, u.y, ge.y * LN2));
             if (SOFTPLUS) r.x *= sigmoid(v.x + own_bias.x), r.y *= sigmoid(v.y + own_bias.y);
-            put_pair(ddt + to, r, c0 + own, channels);
+            put_pair(to_ddt, r, c0 + own, channels, exists);
             sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
-            sum_bias.x += r.x, sum_bias.y += r.y;
+            sum_bias.x += only_if(exists, r.x), sum_bias.y += only_if(exists, r.y);
+            to_dx += WARPS * go * dx_stride, to_ddt += (i64)WARPS * go * channels, to_dz += WARPS * go * dz_stride;
         }
         // the lane's bits: state, kind (B or C), half of the states
         const int column = (lane >> 1 & 1) * STATES + (SPLIT == 2 ? (lane & 1) * 8 : 0) + (lane >> 2);
@@ -139,7 +153,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         float p = w[0] + __shfl_xor_sync(~0u, w[2], 8), q = w[1] + __shfl_xor_sync(~0u, w[3], 8);
         return p + __shfl_xor_sync(~0u, q, 4);
     };
-    const int low = first + (order & 4), high = first + (~order & 4);
+    const float *const bc_low = s.bc[order & 3] + first + (order & 4), *const bc_high = s.bc[order & 3] + first + (~order & 4);
+    auto states_of = [&](int at, float *v) {
+        *(float4 *)v = *(const float4 *)(bc_low + at);
+        *(float4 *)(v + 4) = *(const float4 *)(bc_high + at);
+    };
+    const float2 *const own_du = s.du + channel;
+    const float *const own_dout = s.dout + channel;
+    float *const own_sums = s.bc_sums + warp * TILE * 32 + lane;
+    float y_even;
+    // Takes the states over step t; returns this lane's part of what C gets.
+    auto ahead = [&](int t, float *h) {
+        const float2 now = own_du[t * CHANNELS];
+        const float o = own_dout[t * CHANNELS];
+        float y = 0.f, v[8], b[8], w[8];
+        states_of(t * VALUES, b);
+        if (HAS_Z) states_of(t * VALUES + STATES, w);
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
+            v[n] = h[n] * o;
+            if (HAS_Z) y = fmaf(h[n], w[n], y);
+        }
+        if (HAS_Z) {
+            if constexpr (SPLIT == 2) {
+                if (t % 2 == 0) {
+                    y_even = y;
+                } else {
+                    float total = (sub ? y : y_even) + __shfl_xor_sync(~0u, sub ? y_even : y, 1);
+                    s.y[(t - 1 + sub) * STRIDE_Y + channel] = total;
+                }
+            } else {
+                s.y[t * STRIDE_Y + channel] = y;
+            }
+        }
+        return butterfly(v);
+    };
+    // Takes the gradient of the states back over step t, before which they were `before`.
+    auto back = [&](int t, const float *before, float sum_C) {
+        const float2 now = own_du[t * CHANNELS];
+        const float o = own_dout[t * CHANNELS];
+        float gu = 0.f, ge = 0.f, v[8], b[8], w[8];
+        states_of(t * VALUES, b);
+        states_of(t * VALUES + STATES, w);
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            float g = fmaf(o, w[n], dh[n]);
+            v[n] = g * now.y;
+            gu = fmaf(g, b[n], gu);
+            dh[n] = ex2(now.x * A2[n]) * g;
+            float e = dh[n] * before[n];
+            ge = fmaf(A2[n], e, ge);
+            sum_A[n] = fmaf(now.x, e, sum_A[n]);
+        }
+        const float sum_B = butterfly(v);
+        const bool kind = lane & 2;
+        float total = (kind ? sum_C : sum_B) + __shfl_xor_sync(~0u, kind ? sum_B : sum_C, 2);
+        if constexpr (SPLIT == 2) {
+            s.g[sub * PART_G + t * CHANNELS + channel] = (sub ? ge : gu) + __shfl_xor_sync(~0u, sub ? gu : ge, 1);
+        } else {
+            total += __shfl_xor_sync(~0u, total, 1);
+            s.g[t * CHANNELS + channel] = gu;
+            s.g[PART_G + t * CHANNELS + channel] = ge;
+        }
+        own_sums[t * 32] = total;
+    };
 
     const i64 slot0 = checkpoint[segment];
     fetch_tile(n_tiles - 1);
@@ -155,85 +233,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         fetch_tile(k - 1);
         prepare(k);
         __syncthreads();
-#pragma unroll 1
-        for (int part = TILE / KEPT - 1; part >= 0; part--) {
-            const float2 *du = s.du + channel;
-            const float *bc = s.bc[order & 3];
-            float h[8], before[KEPT][8];
+        float h[8];
 #pragma unroll
-            for (int n = 0; n < 8; n++) h[n] = start[n];
-#pragma unroll 1
-            for (int t = 0; t < part * KEPT; t++) {
-                float2 now = du[t * CHANNELS];
-                float b[8];
-                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
+        for (int n = 0; n < 8; n++) h[n] = start[n];
+#pragma unroll 2
+        for (int t = 0; t < KEPT; t++) {
+            s.states[t][0][threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
+            s.states[t][1][threadIdx.x] = make_float4(h[4], h[5], h[6], h[7]);
+            own_sums[t * 32] = ahead(t, h);
+        }
+        float before[KEPT][8], sum_C[KEPT];
 #pragma unroll
-                for (int n = 0; n < 8; n++) h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
-            }
-            const int t0 = part * KEPT;
-            du += t0 * CHANNELS, bc += t0 * STRIDE_BC;
-            float sum_C[KEPT], y_even = 0.f;
+        for (int t = 0; t < KEPT; t++) {
 #pragma unroll
-            for (int t = 0; t < KEPT; t++) {
-                float2 now = du[t * CHANNELS];
-                float o = s.dout[(t0 + t) * CHANNELS + channel], y = 0.f, v[8], b[8], w[8];
-                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
-                *(float4 *)w = *(const float4 *)(bc + t * STRIDE_BC + STATES + low);
-                *(float4 *)(w + 4) = *(const float4 *)(bc + t * STRIDE_BC + STATES + high);
+            for (int n = 0; n < 8; n++) before[t][n] = h[n];
+            sum_C[t] = ahead(KEPT + t, h);
+        }
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    before[t][n] = h[n];
-                    h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
-                    v[n] = h[n] * o;
-                    if (HAS_Z) y = fmaf(h[n], w[n], y);
-                }
-                sum_C[t] = butterfly(v);
-                if (HAS_Z) {
-                    if constexpr (SPLIT == 2) {
-                        if (t % 2 == 0) {
-                            y_even = y;
-                        } else {
-                            float total = (sub ? y : y_even) + __shfl_xor_sync(~0u, sub ? y_even : y, 1);
-                            s.y[(t0 + t - 1 + sub) * STRIDE_Y + channel] = total;
-                        }
-                    } else {
-                        s.y[(t0 + t) * STRIDE_Y + channel] = y;
-                    }
-                }
-            }
-#pragma unroll
-            for (int t = KEPT - 1; t >= 0; t--) {
-                float2 now = du[t * CHANNELS];
-                float o = s.dout[(t0 + t) * CHANNELS + channel], gu = 0.f, ge = 0.f, v[8], b[8], w[8];
-                *(float4 *)b = *(const float4 *)(bc + t * STRIDE_BC + low);
-                *(float4 *)(b + 4) = *(const float4 *)(bc + t * STRIDE_BC + high);
-                *(float4 *)w = *(const float4 *)(bc + t * STRIDE_BC + STATES + low);
-                *(float4 *)(w + 4) = *(const float4 *)(bc + t * STRIDE_BC + STATES + high);
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    float g = fmaf(o, w[n], dh[n]);
-                    v[n] = g * now.y;
-                    gu = fmaf(g, b[n], gu);
-                    dh[n] = ex2(now.x * A2[n]) * g;
-                    float e = dh[n] * before[t][n];
-                    ge = fmaf(A2[n], e, ge);
-                    sum_A[n] = fmaf(now.x, e, sum_A[n]);
-                }
-                float sum_B = butterfly(v);
-                bool kind = lane & 2;
-                float total = (kind ? sum_C[t] : sum_B) + __shfl_xor_sync(~0u, kind ? sum_B : sum_C[t], 2);
-                if constexpr (SPLIT == 2) {
-                    s.g[sub * PART_G + (t0 + t) * CHANNELS + channel] =
-                        (sub ? ge : gu) + __shfl_xor_sync(~0u, sub ? gu : ge, 1);
-                } else {
-                    total += __shfl_xor_sync(~0u, total, 1);
-                    s.g[(t0 + t) * CHANNELS + channel] = gu;
-                    s.g[PART_G + (t0 + t) * CHANNELS + channel] = ge;
-                }
-                s.bc_sums[(warp * TILE + t0 + t) * 32 + lane] = total;
-            }
+        for (int t = KEPT - 1; t >= 0; t--) back(KEPT + t, before[t], sum_C[t]);
+#pragma unroll 2
+        for (int t = KEPT - 1; t >= 0; t--) {
+            float was[8];
+            *(float4 *)was = s.states[t][0][threadIdx.x];
+            *(float4 *)(was + 4) = s.states[t][1][threadIdx.x];
+            back(t, was, own_sums[t * 32]);
         }
         __syncthreads();
         finish(k);
@@ -287,14 +310,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int own = threadIdx.x % 32 * 2, rank = threadIdx.x / 32;
     const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
     const int n_tiles = (length + TILE - 1) / TILE;
+    const int present = channels - c0;
+    const i64 last = row0 + (i64)(n_tiles - 1) * TILE * go;
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dt(dt + last * dt_stride + c0, dt_stride * go, present, -1);
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_z(z + last * z_stride + c0, z_stride * go, present, -1);
+    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dy(dy + last * dy_stride + c0, dy_stride * go, present, -1);
+    Reader<TILE, STATES, STATES, VEC_BC> read_C(C + last * C_stride + group_column, C_stride * go, d_state, -1);
     auto fetch_tile = [&](int k) {
+        const int steps = length - k * TILE, at = k & 1;
         if (k >= 0) {
-            int steps = min(TILE, length - k * TILE), left = channels - c0;
-            i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
-            fetch<TILE, CHANNELS, VEC>(s.dy[k & 1], dy + row * dy_stride + c0, dy_stride * go, steps, left);
-            if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 1], z + row * z_stride + c0, z_stride * go, steps, left);
-            fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
+            read_dt.fetch(s.dt[at], steps);
+            read_dy.fetch(s.dy[at], steps);
+            if (HAS_Z) read_z.fetch(s.z[at], steps);
+            read_C.fetch(s.C[at], steps);
         }
         commit();
     };
@@ -304,17 +332,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
         fetch_tile(k - 1);
         int steps = length - k * TILE, at = k & 1;
+#pragma unroll
         for (int t = rank; t < TILE; t += WARPS) {
             float2 d = pair(s.dt[at] + t * CHANNELS + own), o = pair(s.dy[at] + t * CHANNELS + own);
-            d.x = t < steps ? step_size(d.x, own_bias.x) : 0.f;
-            d.y = t < steps ? step_size(d.y, own_bias.y) : 0.f;
+            d.x = only_if(t < steps, step_size(d.x, own_bias.x)), d.y = only_if(t < steps, step_size(d.y, own_bias.y));
             if (HAS_Z) {
                 float2 v = pair(s.z[at] + t * CHANNELS + own);
                 o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
             }
             *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, o.x, d.y, o.y);
         }
-        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) s.bc[0][i] = widen(s.C[at][i]);
+#pragma unroll
+        for (int r = 0; r < TILE * STATES / THREADS; r++) {
+            const int i = threadIdx.x + r * THREADS;
+            s.bc[0][i] = widen(s.C[at][i]);
+        }
         __syncthreads();
 #pragma unroll 8
         for (int t = TILE - 1; t >= 0; t--) {

@@ -7,6 +7,8 @@
 //   TILE        steps that are fetched together
 //   THREADS     of a block
 //   EVERY       steps between two checkpoints of the state
+//   OWN         states of a thread (forward)
+//   BLOCKS      that a multiprocessor should have room for
 //   SHARED      bytes of shared memory
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -34,17 +36,20 @@ __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float sigmoid(float v) { return rcp(1.f + ex2(-v * LOG2E)); }
 
-// log(1 + e^v) with full relative accuracy where it is small: log1p(w) = 2 artanh(w / (2 + w)).
+// log(1 + e^v) with full relative accuracy where it is small: log1p(w) = w P(w), P a minimax polynomial on [0, 1] of
+// relative error 3e-8, which spares a reciprocal.
 __device__ __forceinline__ float softplus(float v) {
-    float w = ex2(-fabsf(v) * LOG2E), s = w * rcp(2.f + w), q = s * s;
-    float p = 1.f / 13;
-    p = fmaf(p, q, 1.f / 11);
-    p = fmaf(p, q, 1.f / 9);
-    p = fmaf(p, q, 1.f / 7);
-    p = fmaf(p, q, 1.f / 5);
-    p = fmaf(p, q, 1.f / 3);
-    p = fmaf(p, q, 1.f);
-    return fmaxf(v, 0.f) + 2.f * s * p;
+    float w = ex2(-fabsf(v) * LOG2E);
+    float p = 5.2326880395412445e-3f;
+    p = fmaf(p, w, -2.9505213722586632e-2f);
+    p = fmaf(p, w, 7.822591066360474e-2f);
+    p = fmaf(p, w, -1.3663242757320404e-1f);
+    p = fmaf(p, w, 1.9106005132198334e-1f);
+    p = fmaf(p, w, -2.4842981994152069e-1f);
+    p = fmaf(p, w, 3.331909775733948e-1f);
+    p = fmaf(p, w, -4.999949336051941e-1f);
+    p = fmaf(p, w, 9.999999403953552e-1f);
+    return fmaf(w, p, fmaxf(v, 0.f));
 }
 
 __device__ __forceinline__ float step_size(float dt, float bias) {
@@ -55,6 +60,13 @@ __device__ __forceinline__ float step_size(float dt, float bias) {
     dt = softplus(dt);
 #endif
     return dt;
+}
+
+// The value where it is wanted, else 0; never a branch around its making, which would part what the compiler may interleave.
+__device__ __forceinline__ float only_if(bool wanted, float value) {
+    float r;
+    asm("{.reg .pred p; setp.ne.s32 p, %1, 0; selp.f32 %0, %2, 0f00000000, p;}" : "=f"(r) : "r"((int)wanted), "f"(value));
+    return r;
 }
 
 // A sequence is cut into segments that run side by side. Row t of segment s is row0[s] + t * go.
@@ -69,28 +81,45 @@ struct Segments {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
-// Copies `steps` rows of WIDTH columns into a tile of ROWS rows, BYTES at a time (0: one number at a time, at once);
-// what lies beyond `columns` or `steps` becomes zero. Row t begins at from + t * stride.
-template <int ROWS, int WIDTH, int BYTES>
-__device__ __forceinline__ void fetch(in_t *tile, const in_t *from, i64 stride, int steps, int columns) {
-    constexpr int PER = BYTES ? BYTES / (int)sizeof(in_t) : 1, PIECES = WIDTH / PER;
+// Copies tiles of ROWS rows of WIDTH columns to shared memory, where rows lie ROW apart, BYTES at a time (0: one number at
+// a time, at once); what lies beyond the columns and steps that exist becomes zero. A thread keeps the address of its
+// first piece, and counts are known when compiling, else a tile costs hundreds of instructions.
+template <int ROWS, int WIDTH, int ROW, int BYTES> struct Reader {
+    static constexpr int PER = BYTES ? BYTES / (int)sizeof(in_t) : 1, PIECES = WIDTH / PER;
+    static constexpr int APART = THREADS / PIECES;  // rows from one piece of a thread to its next
+    const in_t *from;
+    i64 step, next;
+    int row, column;
+    bool exists;
+
+    // rows begin at first + t * stride; `order` tiles on (-1: back) lies the next one
+    __device__ __forceinline__ Reader(const in_t *first, i64 stride, int columns, int order) {
+        row = threadIdx.x / PIECES, column = threadIdx.x % PIECES * PER;
+        exists = column < columns;
+        from = first + row * stride + column;
+        step = APART * stride, next = order * ROWS * stride;
+    }
+    __device__ __forceinline__ void fetch(in_t *tile, int steps) {
+        const in_t *source = from;
+        from += next;
+        in_t *to = tile + row * ROW + column;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
-        int t = i / PIECES, c = i % PIECES * PER;
-        bool exists = t < steps && c < columns;
-        const in_t *source = exists ? from + t * stride + c : from;
-        if constexpr (BYTES == 0) {
-            tile[i] = exists ? *source : (in_t)0;
-        } else {
-            u32 target = (u32)__cvta_generic_to_shared(tile + t * WIDTH + c);
-            int size = exists ? BYTES : 0;
-            if constexpr (BYTES == 16)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(size));
-            else
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(target), "l"(source), "r"(size), "n"(BYTES));
+        for (int t = 0; t < ROWS; t += APART, source += step, to += APART * ROW) {
+            if (ROWS % APART && row + t >= ROWS) break;
+            const bool here = exists && row + t < steps;
+            if constexpr (BYTES == 0) {
+                *to = here ? *source : (in_t)0;
+            } else {
+                const u32 target = (u32)__cvta_generic_to_shared(to), size = here ? BYTES : 0;
+                if constexpr (BYTES == 16)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(size));
+                else
+                    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(target), "l"(source), "r"(size),
+                                 "n"(BYTES));
+            }
         }
     }
-}
+};
 
 // Two neighbours of a tile.
 __device__ __forceinline__ float2 pair(const in_t *tile) {
@@ -105,19 +134,30 @@ __device__ __forceinline__ float2 pair(const in_t *tile) {
 #endif
 }
 
-// Writes two neighbouring channels of a row, as far as they exist.
-__device__ __forceinline__ void put_pair(in_t *to, float2 v, int c, int channels) {
-#if EVEN
-    if (c < channels) {
+// Writes one number where `exists`, without a branch, which would part what the compiler may interleave.
+__device__ __forceinline__ void put(in_t *to, float value, bool exists) {
 #if IN == 0
-        *(float2 *)to = v;
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2;}" ::"r"((int)exists), "l"(to), "f"(value)
+                 : "memory");
 #else
-        *(u32 *)to = (u32)narrow(v.x) | (u32)narrow(v.y) << 16;
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u16 [%1], %2;}" ::"r"((int)exists), "l"(to),
+                 "h"(narrow(value))
+                 : "memory");
 #endif
-    }
+}
+
+// Writes two neighbouring channels of a row that `exists`, as far as they do.
+__device__ __forceinline__ void put_pair(in_t *to, float2 v, int c, int channels, bool exists) {
+#if !EVEN
+    put(to, v.x, exists && c < channels), put(to + 1, v.y, exists && c + 1 < channels);
+#elif IN == 0
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3};}" ::"r"((int)(exists && c < channels)),
+                 "l"(to), "f"(v.x), "f"(v.y)
+                 : "memory");
 #else
-    if (c < channels) to[0] = narrow(v.x);
-    if (c + 1 < channels) to[1] = narrow(v.y);
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"((int)(exists && c < channels)), "l"(to),
+                 "r"((u32)narrow(v.x) | (u32)narrow(v.y) << 16)
+                 : "memory");
 #endif
 }
 

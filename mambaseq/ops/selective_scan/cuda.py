@@ -22,6 +22,7 @@ from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 _CHANNELS = 64  # of a block
 _STATES = 16  # the most that the kernels take at once
+_STATES_OF_A_THREAD = 8  # in the forward kernel
 _COMBINED = 128  # states that a block of the combine kernel takes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FOLDER = Path(__file__).parent
@@ -226,13 +227,16 @@ def _compiled(
 ) -> nvrtc.Kernel:
     item = dtype.itemsize
     if file == "forward":
-        threads, tile = _CHANNELS * states // 4, 16 if item == 4 else 32
-        raw = _CHANNELS * item * (10 if has_z else 6) + states * item * 4
-        made = _CHANNELS * 16 + states * 16 + 8 * (_CHANNELS + 8)
+        own = _STATES_OF_A_THREAD
+        threads, tile, blocks = _CHANNELS * states // own, 16 if item == 4 else 32, own // 2
+        row = _CHANNELS + 32 * own // states
+        raw = row * item * (9 if has_z else 6) + states * item * 4
+        made = states * 16
     else:
-        threads, tile = _CHANNELS * states // 8, segments.EVERY
+        own = 8
+        threads, tile, blocks = _CHANNELS * states // own, segments.EVERY, 2
         raw = _CHANNELS * item * (8 if has_z else 6) + states * item * 4
-        made = _CHANNELS * (8 + 4 + 8) + 4 * (states * 8 + 16) + 4 * (_CHANNELS + 16) + threads * 4
+        made = _CHANNELS * (8 + 4 + 8) + 4 * states * 8 + 4 * (_CHANNELS + 16) + threads * (4 + 16)
     shared = tile * (raw + made) + 512  # of `struct Shared`; the sources check that it is enough
     macros = {
         "IN": _CODES[dtype],
@@ -247,6 +251,8 @@ def _compiled(
         "TILE": tile,
         "THREADS": threads,
         "EVERY": segments.EVERY,
+        "OWN": own,
+        "BLOCKS": blocks,
         "SHARED": shared,
     }
     return nvrtc.kernel(_FILES[file], name, macros, threads, shared, device)
@@ -299,10 +305,10 @@ def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tens
         if table.cut:
             local, sum_dt, entering = _buffers(inputs, len(table.row0))
             summary = _kernel("forward", "forward_summary", inputs, arguments.dt_softplus)
-            summary(grid, *inputs.scan_arguments(), None, *rest, None, local, None, sum_dt)
+            summary(grid, *inputs.scan_arguments(), None, *rest, None, 0, local, None, sum_dt)
             _combine(inputs, table, local, sum_dt, state, 1, entering)
         main = _kernel("forward", "forward", inputs, arguments.dt_softplus)
-        main(grid, *inputs.scan_arguments(), entering, *rest, y, final, kept if keep else None, None)
+        main(grid, *inputs.scan_arguments(), entering, *rest, y, y.stride(0), final, kept if keep else None, None)
         return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept
 
 
@@ -358,8 +364,10 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor
             kept,
             inputs.rows,
             dx,
+            dx.stride(0),
             ddt,
             dz,
+            0 if dz is None else dz.stride(0),
             dBC,
             dA,
             dD,

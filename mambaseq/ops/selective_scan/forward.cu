@@ -1,16 +1,15 @@
-// The selective scan forward, channel-last. A block takes 64 channels through one segment; a channel has STATES / 4
-// threads of 4 states. While the recurrence runs over one tile of steps, the output of the tile before is gated and
-// written, the step sizes of the next are made, and the one after that is on its way from memory: one barrier a tile.
-#define SPLIT (STATES / 4)  // threads of a channel
-constexpr int UNROLLED = 16 / SPLIT;  // 16 steps are written out; 4 to 32 took the same time
-#define STRIDE_Y (CHANNELS + 8)  // spreads the steps over the banks
+// The selective scan forward, channel-last. A block takes 64 channels through one segment; a channel has STATES / OWN
+// threads of OWN states, each of which also makes the step size of every so-manieth step, hands it to the others, and
+// gates and writes that step's output. While the recurrence runs over one tile of steps, B and C of the next are widened
+// and the tile after that is on its way from memory: one barrier a tile.
+#define SPLIT (STATES / OWN)       // threads of a channel
+#define LANES (32 / SPLIT)         // channels of a warp
+#define ROW (CHANNELS + LANES)     // spreads the steps that a warp reads over the banks
 
 struct Shared {
-    in_t x[4][TILE * CHANNELS], z[4][HAS_Z ? TILE * CHANNELS : 8];
-    in_t dt[2][TILE * CHANNELS], B[2][TILE * STATES], C[2][TILE * STATES];
-    float2 du[2][TILE * CHANNELS];  // delta, delta x
+    in_t x[3][TILE * ROW], dt[3][TILE * ROW], z[3][HAS_Z ? TILE * ROW : 8];
+    in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float bc[2][TILE * 2 * STATES];
-    float y[2][TILE * STRIDE_Y];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
@@ -20,7 +19,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
                                      i64 z_stride, const in_t *B, i64 B_stride, const in_t *C, i64 C_stride,
                                      const float *A, const float *D, const float *bias, const float *initial,
                                      Segments segments, int go, int channels, int d_state, int per_group, in_t *y,
-                                     float *final_state, float *checkpoints, float *sum_dt) {
+                                     i64 y_stride, float *final_state, float *checkpoints, float *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
@@ -31,147 +30,145 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     const i64 row0 = segments.row0[segment];
     const int group_column = c0 / per_group * d_state;
 
-    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
-    float A2[4], h[4];
+    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
+    const bool is_channel = c < channels;
+    float A2[OWN], h[OWN];
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        bool exists = c < channels && sub * 4 + n < d_state;
-        A2[n] = exists ? A[(i64)c * d_state + sub * 4 + n] * LOG2E : 0.f;
-        h[n] = exists && initial ? initial[((i64)segment * channels + c) * d_state + sub * 4 + n] : 0.f;
+    for (int n = 0; n < OWN; n++) {
+        bool exists = is_channel && first + n < d_state;
+        A2[n] = exists ? A[(i64)c * d_state + first + n] * LOG2E : 0.f;
+        h[n] = exists && initial ? initial[((i64)segment * channels + c) * d_state + first + n] : 0.f;
     }
-    const int own = threadIdx.x % 32 * 2;  // the pair of channels whose outputs and step sizes this thread makes
-    const int rank = threadIdx.x / 32;
-    const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
-    const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
-    float total_dt[2] = {0.f, 0.f};
+    const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f, own_D = HAS_D && is_channel ? D[c] : 0.f;
+    float total_dt = 0.f;
 
-    in_t *const own_y = y + (row0 + rank * go) * channels + c0 + own;
-    const i64 ranks = (i64)(THREADS / 32) * go * channels;
     const int n_tiles = (length + TILE - 1) / TILE;
-    auto fetch_tile = [&](int k) {
-        if (k < n_tiles) {
-            int steps = min(TILE, length - k * TILE), left = channels - c0;
-            i64 row = row0 + (i64)k * TILE * go;
-            fetch<TILE, CHANNELS, VEC>(s.x[k & 3], x + row * x_stride + c0, x_stride * go, steps, left);
-            fetch<TILE, CHANNELS, VEC>(s.dt[k & 1], dt + row * dt_stride + c0, dt_stride * go, steps, left);
-            fetch<TILE, STATES, VEC_BC>(s.B[k & 1], B + row * B_stride + group_column, B_stride * go, steps, d_state);
-            if (!SUMMARY) {
-                if (HAS_Z) fetch<TILE, CHANNELS, VEC>(s.z[k & 3], z + row * z_stride + c0, z_stride * go, steps, left);
-                fetch<TILE, STATES, VEC_BC>(s.C[k & 1], C + row * C_stride + group_column, C_stride * go, steps, d_state);
-            }
+    const int present = channels - c0;
+    Reader<TILE, CHANNELS, ROW, VEC> read_x(x + row0 * x_stride + c0, x_stride * go, present, 1);
+    Reader<TILE, CHANNELS, ROW, VEC> read_dt(dt + row0 * dt_stride + c0, dt_stride * go, present, 1);
+    Reader<TILE, CHANNELS, ROW, VEC> read_z(z + row0 * z_stride + c0, z_stride * go, present, 1);
+    Reader<TILE, STATES, STATES, VEC_BC> read_B(B + row0 * B_stride + group_column, B_stride * go, d_state, 1);
+    Reader<TILE, STATES, STATES, VEC_BC> read_C(C + row0 * C_stride + group_column, C_stride * go, d_state, 1);
+    auto fetch_tile = [&](int k, int at) {
+        const int steps = length - k * TILE;
+        if (steps > 0) {
+            read_x.fetch(s.x[at], steps);
+            read_dt.fetch(s.dt[at], steps);
+            if (HAS_Z && !SUMMARY) read_z.fetch(s.z[at], steps);
+            read_B.fetch(s.B[k & 1], steps);
+            if (!SUMMARY) read_C.fetch(s.C[k & 1], steps);
         }
         commit();
     };
-    auto prepare = [&](int k) {
-        int steps = length - k * TILE;
-        const in_t *raw_dt = s.dt[k & 1], *raw_x = s.x[k & 3];
+    auto widen_tile = [&](int k) {
 #pragma unroll
-        for (int t = rank; t < TILE; t += THREADS / 32) {
-            float2 d = pair(raw_dt + t * CHANNELS + own), u = pair(raw_x + t * CHANNELS + own);
-            d.x = t < steps ? step_size(d.x, own_bias.x) : 0.f;
-            d.y = t < steps ? step_size(d.y, own_bias.y) : 0.f;
-            if (SUMMARY) total_dt[0] += d.x, total_dt[1] += d.y;
-            *(float4 *)&s.du[k & 1][t * CHANNELS + own] = make_float4(d.x, d.x * u.x, d.y, d.y * u.y);
-        }
-        for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) {
+        for (int r = 0; r < (TILE * STATES + THREADS - 1) / THREADS; r++) {
+            const int i = threadIdx.x + r * THREADS;
+            if (TILE * STATES % THREADS && i >= TILE * STATES) break;
             float *to = s.bc[k & 1] + i / STATES * 2 * STATES + i % STATES;
             to[0] = widen(s.B[k & 1][i]);
             if (!SUMMARY) to[STATES] = widen(s.C[k & 1][i]);
         }
     };
-    auto finish = [&](int k) {
-        int steps = min(TILE, length - k * TILE);
-        const in_t *raw_x = s.x[k & 3], *raw_z = s.z[k & 3];
-        const float *out = s.y[k & 1];
-        in_t *to = own_y + (i64)k * TILE * go * channels;
-#pragma unroll
-        for (int t = rank; t < TILE; t += THREADS / 32, to += ranks) {
-            if (t >= steps) break;
-            float2 v = *(const float2 *)(out + t * STRIDE_Y + own);
-            if (HAS_D) {
-                float2 u = pair(raw_x + t * CHANNELS + own);
-                v.x = fmaf(own_D.x, u.x, v.x), v.y = fmaf(own_D.y, u.y, v.y);
-            }
-            if (HAS_Z) {
-                float2 g = pair(raw_z + t * CHANNELS + own);
-                v.x *= g.x * sigmoid(g.x), v.y *= g.y * sigmoid(g.y);
-            }
-            put_pair(to, v, c0 + own, channels);
-        }
+    const int own = sub * ROW + channel;  // of a thread's first step in a tile
+    float u, delta;                       // of its next
+    auto prepare = [&](int i, bool exists) {
+        u = widen(s.x[0][i]);
+        delta = only_if(exists, step_size(widen(s.dt[0][i]), own_bias));
+        if (SUMMARY) total_dt += delta;
     };
 
-    fetch_tile(0);
-    fetch_tile(1);
+    fetch_tile(0, 0);
+    fetch_tile(1, 1);
     wait<1>();
     __syncthreads();
-    prepare(0);
-    const i64 slot_size = (i64)channels * STATES;
-    float *slot = checkpoints + segments.checkpoint[segment] * slot_size + (i64)c * STATES + sub * 4;
+    widen_tile(0);
+    prepare(own, sub < length);
+    const i64 slot_size = (i64)channels * STATES, y_go = y_stride * go * SPLIT;
+    float *slot = checkpoints + segments.checkpoint[segment] * slot_size + (i64)c * STATES + first;
+    in_t *to = y + (row0 + sub * go) * y_stride + c;
+    int at = 0;
     for (int k = 0; k < n_tiles; k++) {
         wait<0>();
         __syncthreads();
-        fetch_tile(k + 2);
-        if (!SUMMARY && k > 0) finish(k - 1);
-        if (k + 1 < n_tiles) prepare(k + 1);
-        const float2 *du = s.du[k & 1] + channel;
-        const float *bc = s.bc[k & 1] + sub * 4;
-        float *out = s.y[k & 1] + channel;
-#pragma unroll UNROLLED
-        for (int t0 = 0; t0 < TILE; t0 += SPLIT) {
-            if (!SUMMARY && t0 % EVERY == 0 && checkpoints && k * TILE + t0 < length) {
-                if (c < channels) *(float4 *)slot = make_float4(h[0], h[1], h[2], h[3]);
+        const int next = at == 2 ? 0 : at + 1;
+        fetch_tile(k + 2, next == 2 ? 0 : next + 1);
+        if (k + 1 < n_tiles) widen_tile(k + 1);
+        const float *bc = s.bc[k & 1] + first;
+        int left = length - k * TILE - sub, now = at * TILE * ROW + own;
+#pragma unroll 1
+        for (int part = 0; part < TILE / EVERY; part++, left -= EVERY, bc += EVERY * 2 * STATES) {
+            if (!SUMMARY && checkpoints && left + sub > 0) {
+                if (is_channel) {
+#pragma unroll
+                    for (int n = 0; n < OWN; n += 4) *(float4 *)(slot + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
+                }
                 slot += slot_size;
             }
+            const int after = part + 1 < TILE / EVERY ? now + EVERY * ROW : next * TILE * ROW + own;
+#pragma unroll
+            for (int t = 0; t < EVERY; t += SPLIT) {
+            const float own_u = u, own_delta = delta, own_du = delta * u;
+            prepare(t + SPLIT < EVERY ? now + (t + SPLIT) * ROW : after, t + SPLIT < left);
             float v[SPLIT];
 #pragma unroll
             for (int j = 0; j < SPLIT; j++) {
-                float2 now = du[(t0 + j) * CHANNELS];
-                float4 b = *(const float4 *)(bc + (t0 + j) * 2 * STATES);
-                h[0] = fmaf(ex2(now.x * A2[0]), h[0], now.y * b.x);
-                h[1] = fmaf(ex2(now.x * A2[1]), h[1], now.y * b.y);
-                h[2] = fmaf(ex2(now.x * A2[2]), h[2], now.y * b.z);
-                h[3] = fmaf(ex2(now.x * A2[3]), h[3], now.y * b.w);
-                if (!SUMMARY) {
-                    float4 w = *(const float4 *)(bc + (t0 + j) * 2 * STATES + STATES);
-                    v[j] = fmaf(h[3], w.w, fmaf(h[2], w.z, fmaf(h[1], w.y, h[0] * w.x)));
+                const float d = SPLIT == 1 ? own_delta : __shfl_sync(~0u, own_delta, j, SPLIT);
+                const float du = SPLIT == 1 ? own_du : __shfl_sync(~0u, own_du, j, SPLIT);
+                const float *row = bc + (t + j) * 2 * STATES;
+                v[j] = 0.f;
+#pragma unroll
+                for (int n = 0; n < OWN; n += 4) {
+                    const float4 b = *(const float4 *)(row + n);
+                    h[n] = fmaf(ex2(d * A2[n]), h[n], du * b.x);
+                    h[n + 1] = fmaf(ex2(d * A2[n + 1]), h[n + 1], du * b.y);
+                    h[n + 2] = fmaf(ex2(d * A2[n + 2]), h[n + 2], du * b.z);
+                    h[n + 3] = fmaf(ex2(d * A2[n + 3]), h[n + 3], du * b.w);
+                    if (!SUMMARY) {
+                        const float4 w = *(const float4 *)(row + STATES + n);
+                        v[j] = fmaf(h[n], w.x, v[j]);
+                        v[j] = fmaf(h[n + 1], w.y, v[j]);
+                        v[j] = fmaf(h[n + 2], w.z, v[j]);
+                        v[j] = fmaf(h[n + 3], w.w, v[j]);
+                    }
                 }
             }
             if (!SUMMARY) {
-                // sums over the threads of a channel, each of which ends with the sum of one step
+                // sums over the threads of a channel, each of which ends with that of its own step
+                float out = v[0];
                 if constexpr (SPLIT == 4) {
-                    bool high = sub & 2, odd = sub & 1;
+                    const bool high = sub & 2, odd = sub & 1;
                     float keep0 = high ? v[2] : v[0], keep1 = high ? v[3] : v[1];
                     keep0 += __shfl_xor_sync(~0u, high ? v[0] : v[2], 2);
                     keep1 += __shfl_xor_sync(~0u, high ? v[1] : v[3], 2);
-                    v[0] = (odd ? keep1 : keep0) + __shfl_xor_sync(~0u, odd ? keep0 : keep1, 1);
+                    out = (odd ? keep1 : keep0) + __shfl_xor_sync(~0u, odd ? keep0 : keep1, 1);
                 } else if constexpr (SPLIT == 2) {
-                    v[0] = (sub ? v[1] : v[0]) + __shfl_xor_sync(~0u, sub ? v[0] : v[1], 1);
+                    out = (sub ? v[1] : v[0]) + __shfl_xor_sync(~0u, sub ? v[0] : v[1], 1);
                 }
-                out[(t0 + sub) * STRIDE_Y] = v[0];
+                if (HAS_D) out = fmaf(own_D, own_u, out);
+                if (HAS_Z) {
+                    const float gate = widen(s.z[0][now + t * ROW]);
+                    out *= gate * sigmoid(gate);
+                }
+                put(to, out, t < left && is_channel);
+                to += y_go;
             }
+            }
+            now = after;
         }
+        at = next;
     }
     if (SUMMARY) {
-        // the sums over the rows that the threads of a pair of channels made
-        __syncthreads();
-        float *sums = (float *)s.y[0];
-        *(float2 *)(sums + rank * CHANNELS + own) = make_float2(total_dt[0], total_dt[1]);
-        __syncthreads();
-        if (threadIdx.x < CHANNELS && c0 + threadIdx.x < channels) {
-            float total = 0.f;
-            for (int r = 0; r < THREADS / 32; r++) total += sums[r * CHANNELS + threadIdx.x];
-            sum_dt[(i64)segment * channels + c0 + threadIdx.x] = total;
-        }
-    } else {
-        __syncthreads();
-        finish(n_tiles - 1);
-    }
-    bool last = SUMMARY || (segments.flags[segment] & 2);
-    if (final_state && last && c < channels) {
-        i64 to = SUMMARY ? segment : segments.sequence[segment];
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-            if (sub * 4 + n < d_state) final_state[(to * channels + c) * d_state + sub * 4 + n] = h[n];
+        for (int far = SPLIT / 2; far > 0; far /= 2) total_dt += __shfl_xor_sync(~0u, total_dt, far);
+        if (sub == 0 && is_channel) sum_dt[(i64)segment * channels + c] = total_dt;
+    }
+    const bool last = SUMMARY || (segments.flags[segment] & 2);
+    if (final_state && last && is_channel) {
+        const i64 number = SUMMARY ? segment : segments.sequence[segment];
+#pragma unroll
+        for (int n = 0; n < OWN; n++)
+            if (first + n < d_state) final_state[(number * channels + c) * d_state + first + n] = h[n];
     }
 }
 
@@ -179,12 +176,12 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,           \
         i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,                 \
         const float *initial, const i64 *row0, const int *lengths, const int *sequence, const int *flags,             \
-        const i64 *checkpoint, int go, int channels, int d_state, int per_group, in_t *y, float *final_state,         \
-        float *checkpoints, float *sum_dt
+        const i64 *checkpoint, int go, int channels, int d_state, int per_group, in_t *y, i64 y_stride,               \
+        float *final_state, float *checkpoints, float *sum_dt
 #define ARGUMENTS                                                                                                      \
     x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial,                           \
-        Segments{row0, lengths, sequence, flags, checkpoint}, go, channels, d_state, per_group, y, final_state,       \
-        checkpoints, sum_dt
+        Segments{row0, lengths, sequence, flags, checkpoint}, go, channels, d_state, per_group, y, y_stride,          \
+        final_state, checkpoints, sum_dt
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) forward(PARAMETERS) { scan<false>(ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) forward_summary(PARAMETERS) { scan<true>(ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(PARAMETERS) { scan<false>(ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_summary(PARAMETERS) { scan<true>(ARGUMENTS); }
