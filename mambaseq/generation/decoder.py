@@ -3,6 +3,7 @@ kernels one by one takes longer than they run."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
@@ -18,6 +19,7 @@ from mambaseq.ops.eager import is_eager
 
 _SYNCHRONIZING = "called a synchronizing CUDA operation"
 _capturing = threading.Lock()  # PyTorch captures one graph at a time, and its watch for synchronisation is global
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 class Decoder:
@@ -89,29 +91,42 @@ class Decoder:
         if any(one is not other for one, other in itertools.zip_longest(before, _tensors(self.state))):
             self._may_capture = False
         elif any(_SYNCHRONIZING in str(warning.message) for warning in seen):
-            # a capture would fail, and what a failed one leaves behind is beyond repair
+            # a capture would fail, and PyTorch does not clean up after those
             self._give_up("a step of the model waits for the GPU")
         return logits
 
     def _capture(self) -> None:
         assert self._token is not None
         graph = torch.cuda.CUDAGraph()
-        try:
-            with (
-                torch.cuda.device(self._token.device),
-                _capturing,
-                torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
-                self._logits = self._run(self._token)
-        except RuntimeError as error:
-            self._give_up(str(error).partition("\n")[0])
-        else:
-            self._graph = graph
+        with torch.cuda.device(self._token.device), _capturing:
+            try:
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                ):
+                    self._logits = self._run(self._token)
+                self._graph = graph
+                return
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                _clean_up(graph)
+        self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
         self._may_capture = False
         warnings.warn(f"Decoding without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph) -> None:
+    """After a failed capture the allocator keeps a reference to its graph, and the random generator believes that it is
+    being captured until a capture succeeds."""
+    _failed.append(graph)
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
+    ):
+        torch.zeros(1, device="cuda")
 
 
 def _tensors(state: list[Any]) -> list[Tensor]:

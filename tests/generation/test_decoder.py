@@ -112,7 +112,7 @@ def test_a_graph_sees_weights_that_change_in_place(cuda: torch.device) -> None:
 def test_hooks_are_called_for_every_token(cuda: torch.device) -> None:
     model, prompt = on_gpu(cuda)
     calls: list[int] = []
-    model.backbone.norm_f.register_forward_hook(lambda *_: calls.append(1))
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
     generate(model, prompt, 20, temperature=0)
     assert len(calls) == 20
 
@@ -160,6 +160,11 @@ def check_a_failed_capture() -> None:
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         assert torch.equal(generate(model, prompt, 20, seed=1), expected)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    generate(model, prompt, 2)  # by PyTorch's own generator
+    sound, _ = on_gpu(torch.device("cuda"))
+    decoder = Decoder(sound, sound.init_state(3))
+    run(decoder, prompt)
+    assert decoder.captured
 
 
 @pytest.mark.gpu

