@@ -127,3 +127,14 @@ def test_kernels_are_left_where_gradients_are_wanted() -> None:
     values = [torch.rand(2, 5), torch.rand(2, 5), A, torch.rand(2, 3), torch.rand(2, 3)]
     y = step.selective_state_update_(torch.rand(2, 5, 3), *values)
     assert torch.autograd.grad(y.sum(), A)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_logarithm_of_A(dtype: torch.dtype) -> None:
+    draw = Draw("log")
+    x, dt, B, C = draw.normal(2, 5), draw.uniform(0, 1, 2, 5), draw.normal(2, 3), draw.normal(2, 3)
+    A_log, state = draw.normal(5, 3).to(dtype), draw.normal(2, 5, 3)
+    expected_state = state.clone()
+    expected = step.selective_state_update_(expected_state, x, dt, -torch.exp(A_log.float()), B, C)
+    assert torch.equal(step.selective_state_update_(state, x, dt, A_log, B, C, A_is_log=True), expected)
+    assert torch.equal(state, expected_state)
