@@ -253,11 +253,12 @@ class _InChunks(torch.autograd.Function):
                 job.surroundings.with_random(job.random[index]),
             ):
                 y, left = job.run_chunk(chunk, x_chunk, states, cu_seqlens)
-                doutputs = [None if dy is None else dy[:, chunk.begin : chunk.end]]
-                for tensor, d, rest in itertools.zip_longest(left, dfinal, dcarried):
-                    doutputs.append(_joined(tensor, chunk, d, rest))
+                doutputs = [
+                    None if dy is None else dy[:, chunk.begin : chunk.end],
+                    *(_joined(*three, chunk) for three in itertools.zip_longest(left, dfinal, dcarried)),
+                ]
                 found = _gradients([y, *left], doutputs, [x_chunk, *leaves, *(states or [])])
-            del y, left
+            del y, left, x_chunk, states, doutputs
             if dx is not None and found[0] is not None:
                 dx[:, chunk.begin : chunk.end] = found[0]
             _accumulate(dparameters, found[1 : 1 + n_parameters])
@@ -267,6 +268,7 @@ class _InChunks(torch.autograd.Function):
                 if wanted:
                     new = tensor[chunk.entering]
                     parts.append(torch.zeros_like(new) if d is None else d[chunk.carried_in :])
+            del found, dstates  # before another chunk is run
         return (
             None,
             dx,
@@ -277,7 +279,7 @@ class _InChunks(torch.autograd.Function):
         )
 
 
-def _joined(state: Tensor, chunk: Chunk, dfinal: Tensor | None, rest: Tensor | None) -> Tensor | None:
+def _joined(state: Tensor, dfinal: Tensor | None, rest: Tensor | None, chunk: Chunk) -> Tensor | None:
     """The gradient of a chunk's states: of the sequences that ended in it, and of those that go on."""
     if dfinal is None and rest is None:
         return None
