@@ -24,6 +24,7 @@ COMMANDS = {
         "mambaseq.cli.doctor",
         "what runs on this machine, which backend each op would use, and whether it is right",
     ),
+    "bench": ("mambaseq.cli.bench", "speed beside the peers that are installed: ops, block, train, decode"),
     "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
     "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
 }

@@ -1,0 +1,28 @@
+"""Runs one benchmark and writes what was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mambaseq.benchmarking import block, decode, ops, train
+from mambaseq.benchmarking.pictures import draw
+from mambaseq.reporting.pictures import save_png
+
+_BENCHES = {"ops": ops.run, "block": block.run, "train": train.run, "decode": decode.run}
+
+
+def run(
+    bench: str, device: torch.device, scale: str, repeats: int, json: Path | None = None, picture: Path | None = None
+) -> int:
+    """Run the benchmark of this name; 1 where a result was wrong or ours did not run, else 0."""
+    report = _BENCHES[bench](device, scale, repeats)
+    report.summary()
+    if json is not None:
+        report.write(json)
+        print(f"\n{json}")
+    if picture is not None:
+        save_png(picture, draw(report))
+        print(picture)
+    return 1 if report.failed else 0

@@ -1,0 +1,128 @@
+"""How long a call takes and how much memory, and what to do when it cannot be run at all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+# back to back, as in training; longer calls one by one
+CALLS = 5
+SHORT_MS = 5.0
+# how much work comes before anything is timed: the clocks of a GPU that was idle have to rise
+WARM_UP_S = 0.05
+# spinning of a GPU, cycles a second: not below what its clock can reach, or the queue would run dry
+CYCLES = 2e9
+LONGEST_HOLD_S = 0.02
+
+
+class Timing(NamedTuple):
+    """Median milliseconds of a call, and what the host takes to ask for it."""
+
+    ms: float
+    host_ms: float
+
+
+def measure(
+    function: Callable[[], Any],
+    device: torch.device,
+    repeats: int,
+    *,
+    budget_s: float = 0.6,
+    warm_up_s: float | None = WARM_UP_S,
+    hold: bool = False,
+) -> Timing:
+    """Time a function by CUDA events, on a CPU by the clock: the median of at most `repeats` samples.
+
+    Args:
+        budget_s: samples stop once they took this long together; one is always taken.
+        warm_up_s: calls that are not counted go on for this long; the very first, which may compile, comes before. None
+            if the function is long and has been called already: there are no such calls.
+        hold: keep the GPU busy while the host queues a sample's calls, so that what is timed is the GPU's work
+            alone. Without it a call shorter than its launches lasts as long as they do.
+    """
+    on_gpu = device.type == "cuda"
+
+    def synchronize() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    def once() -> tuple[float, float]:
+        start = time.perf_counter()
+        function()
+        asked = time.perf_counter() - start
+        synchronize()
+        return time.perf_counter() - start, asked
+
+    last, host = math.inf, 0.0
+    if warm_up_s is not None:
+        last, host = once()
+        began = time.perf_counter()
+        while time.perf_counter() - began < warm_up_s:
+            last, host = once()
+    synchronize()
+    calls = CALLS if on_gpu and last * 1e3 < SHORT_MS else 1
+    samples: list[float] = []
+    hosts: list[float] = []
+    spent = 0.0
+    while len(samples) < max(repeats, 1) and (not samples or spent < budget_s):
+        start = time.perf_counter()
+        if on_gpu:
+            if hold:
+                torch.cuda._sleep(int(min(1.5 * host * calls, LONGEST_HOLD_S) * CYCLES))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        asked = time.perf_counter()
+        for _ in range(calls):
+            function()
+        hosts.append((time.perf_counter() - asked) / calls)
+        if on_gpu:
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end) / calls)
+        else:
+            samples.append(hosts[-1] * 1e3)
+        spent += time.perf_counter() - start
+    return Timing(statistics.median(samples), statistics.median(hosts) * 1e3)
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory that a call allocates beyond what was there before; None where nobody counts it."""
+    if device.type != "cuda":
+        function()
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def attempt(function: Callable[[], Any]) -> tuple[str, str, Any]:
+    """Run it: `(status, note, result)` with status "ok", "oom" or "failed" and the reason, and memory given back."""
+    status, note, result = "ok", "", None
+    try:
+        result = function()
+    except torch.OutOfMemoryError:
+        status, note = "oom", "out of memory"
+    except Exception as error:  # a peer that breaks must not take the other rows with it
+        first = (str(error).strip().splitlines() or [""])[0]
+        status, note = "failed", f"{type(error).__name__}: {first}"
+        if "ALLOC_FAILED" in first:  # of cuBLAS and cuFFT
+            status, note = "oom", "out of memory"
+    if status != "ok":
+        release()
+    return status, note, result
+
+
+def release() -> None:
+    """Give freed memory back, so that the next contender begins as the first did."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
