@@ -14,7 +14,8 @@ from mambaseq.mixers.norm import RMSNorm
 
 
 class ResidualLayer(nn.Module):
-    """x + mixer(norm(x)), the residual stream kept in fp32."""
+    """mixer(norm(residual + x)) and residual + x: the addition of what a layer writes to the residual stream, which is
+    kept in fp32, is left to the next norm, which reads both anyway. x is None where there is nothing to add yet."""
 
     def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
         super().__init__()
@@ -22,19 +23,25 @@ class ResidualLayer(nn.Module):
         self.mixer = mixer
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Any]:
-        y = self.mixer(self.norm(x), state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+    def forward(
+        self, x: Tensor | None, residual: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(what the next norm adds, the residual stream, the state or None)."""
+        y, residual = self.norm(x, residual)
+        y = self.mixer(y, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
         y, new = y if return_state else (y, None)
-        return x + self.dropout(y), new
+        return self.dropout(y), residual, new
 
-    def step_(self, x: Tensor, state: Any) -> Tensor:
-        return x + self.mixer.step_(self.norm(x), state)
+    def step_(self, x: Tensor | None, residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        y, residual = self.norm(x, residual)
+        return self.mixer.step_(y, state), residual
 
 
 class ResidualStack(nn.Module):
     """`n_layers` pre-norm residual layers of one mixer, and a last norm.
 
-    Called like a mixer over embeddings: a list of states in, a list out. The output has the parameters' dtype.
+    Called like a mixer over embeddings: a list of states in, a list out. The output has the parameters' dtype, or
+    autocast's where it is on (see `RMSNorm`).
 
     Args:
         make_mixer: makes the mixer of layer i.
@@ -82,17 +89,19 @@ class ResidualStack(nn.Module):
         """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"The backbone has {len(self.layers)} layers and was given {len(state)} states.")
-        x = x.float()
+        residual, branch = x.float(), None
         states: list[Any] = []
         for index, layer in enumerate(self.layers):
             old = None if state is None else state[index]
             if self.checkpoint and torch.is_grad_enabled():
-                x, new = torch.utils.checkpoint.checkpoint(layer, x, old, cu_seqlens, return_state, use_reentrant=False)
+                branch, residual, new = torch.utils.checkpoint.checkpoint(
+                    layer, branch, residual, old, cu_seqlens, return_state, use_reentrant=False
+                )
             else:
-                x, new = layer(x, old, cu_seqlens, return_state)
+                branch, residual, new = layer(branch, residual, old, cu_seqlens, return_state)
             states.append(new)
-        x = self.norm_f(x)
-        return (x, states) if return_state else x
+        y, _ = self.norm_f(branch, residual)
+        return (y, states) if return_state else y
 
     def init_state(
         self,
@@ -106,7 +115,8 @@ class ResidualStack(nn.Module):
 
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:
         """x `(batch, 1, d_model)`; changes the states in place."""
-        x = x.float()
+        residual, branch = x.float(), None
         for layer, layer_state in zip(self.layers, state, strict=True):
-            x = layer.step_(x, layer_state)  # type: ignore[operator]
-        return self.norm_f(x)
+            branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]
+        y, _ = self.norm_f(branch, residual)
+        return y

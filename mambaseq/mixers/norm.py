@@ -1,19 +1,40 @@
-"""RMSNorm in fp32."""
+"""RMSNorm in fp32, alone or joined with the residual addition before it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mambaseq.ops import add_rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension (arXiv:1910.07467), computed in fp32 whatever comes in.
 
-    The output has the weight's dtype: the residual stream that comes in is fp32, what the mixer gets is not.
+    The residual stream that comes in is fp32, what the mixer gets is not: the output has the weight's dtype, or
+    autocast's where it is on for the device. The linear map that follows would cast it to that anyway, at the cost of
+    reading and writing it once more.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__(d_model, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor | None, residual: Tensor | None = None) -> Any:
+        """The norm of x `(..., d_model)`; given a residual of its shape, `(norm of residual + x, residual + x)`, the
+        sum in fp32. x may then be None, which adds nothing."""
+        stream = x if residual is None else residual
+        assert stream is not None
+        kind, weight = stream.device.type, self.weight
+        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        if kind != "cuda":  # decoding on CPU calls this often: no detours
+            total = stream.float()
+            if residual is not None and x is not None:
+                total = total + x
+            y = F.rms_norm(total, self.normalized_shape, weight.float(), self.eps).to(out_dtype)
+        else:
+            assert self.eps is not None
+            y, total = add_rms_norm(None if residual is None else x, stream, weight, eps=self.eps, out_dtype=out_dtype)
+        return y if residual is None else (y, total)

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from mambaseq.ops import causal_conv as _causal_conv
+from mambaseq.ops import linear_cross_entropy as _linear_cross_entropy
 from mambaseq.ops import lti as _lti
+from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
 from mambaseq.ops.dispatch import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (_selective_scan.OP, _causal_conv.OP, _lti.OP)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        _selective_scan.OP,
+        _causal_conv.OP,
+        _lti.OP,
+        _norm.ADD_OP,
+        _norm.GATED_OP,
+        _linear_cross_entropy.OP,
+    )
+}
 
+add_rms_norm = _norm.add_rms_norm
 causal_conv = _causal_conv.causal_conv
+gated_rms_norm = _norm.gated_rms_norm
+linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
 
-__all__ = ["OPS", "causal_conv", "lti_scan", "selective_scan"]
+__all__ = [
+    "OPS",
+    "add_rms_norm",
+    "causal_conv",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "lti_scan",
+    "selective_scan",
+]

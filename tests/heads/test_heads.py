@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mambaseq.errors import ConfigError
-from mambaseq.heads import lm
 from mambaseq.heads.base import pool
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
+from mambaseq.ops.linear_cross_entropy import chunked as chunks
 
 
 @pytest.mark.parametrize("how", ["mean", "last"])
@@ -37,7 +37,7 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     torch.testing.assert_close(whole, expected)
     grads = torch.autograd.grad(whole, [hidden, head.linear.weight])
-    monkeypatch.setattr(lm, "CHUNK_ELEMENTS", 44)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 44)
     chunked, none = head(hidden, labels, return_logits=False)
     assert none is None
     torch.testing.assert_close(chunked, whole)
@@ -68,3 +68,28 @@ def test_classification_and_regression_losses() -> None:
     for wrong in (torch.randn(2), torch.randn(2, 2), torch.randn(3, 2)):
         with pytest.raises(ConfigError, match="n_outputs"):
             regression(hidden, wrong)
+
+
+def test_the_loss_alone_calls_what_stands_around_the_linear_map() -> None:
+    head = LMHead(6, 11)
+    hidden, labels = torch.randn(1, 3, 6), torch.tensor([[1, -100, 4]])
+    plain, _ = head(hidden, labels, return_logits=False)
+    handle = head.linear.register_forward_hook(lambda module, given, logits: logits + torch.arange(11.0))
+    expected, _ = head(hidden, labels)
+    hooked, none = head(hidden, labels, return_logits=False)
+    handle.remove()
+    assert none is None
+    torch.testing.assert_close(hooked, expected)
+    assert not torch.allclose(hooked, plain)
+
+
+def test_loss_of_tied_weights_reaches_the_embedding() -> None:
+    """One weight, two uses: both add to its gradient."""
+    head, ids, labels = LMHead(6, 11), torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, -100]])
+    weight = head.linear.weight
+    loss, _ = head(torch.nn.functional.embedding(ids, weight), labels, return_logits=False)
+    (grad,) = torch.autograd.grad(loss, weight)
+    leaf = weight.detach().clone().requires_grad_()
+    logits = torch.nn.functional.embedding(ids, leaf) @ leaf.t()
+    torch.nn.functional.cross_entropy(logits[0], labels[0], ignore_index=-100).backward()
+    torch.testing.assert_close(grad, leaf.grad)
