@@ -49,6 +49,8 @@ class ResidualStack(nn.Module):
         norm_eps: epsilon of the RMSNorms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
+        chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
+            the backward pass: the memory of a token no longer grows with the layers (see `backbones/chunks.py`).
     """
 
     def __init__(
@@ -58,18 +60,27 @@ class ResidualStack(nn.Module):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         checkpoint: bool = False,
+        chunk_length: int | None = None,
     ) -> None:
         super().__init__()
         if n_layers < 1:
             raise ConfigError(f"n_layers must be at least 1, not {n_layers}.")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
+        if chunk_length is not None and chunk_length < 1:
+            raise ConfigError(f"chunk_length must be at least 1, not {chunk_length}.")
         self.layers = nn.ModuleList(ResidualLayer(make_mixer(i), norm_eps, dropout) for i in range(n_layers))
         for mixer in self.mixers():
             mixer.scale_residual_(n_layers**-0.5)
         self.d_model = self.mixers()[0].d_model
         self.norm_f = RMSNorm(self.d_model, norm_eps)
         self.checkpoint = checkpoint
+        self.chunk_length = chunk_length
+        for mixer in self.mixers() if chunk_length else []:
+            if not (mixer.causal and mixer.bounded_state):
+                raise ConfigError(
+                    f"chunk_length needs causal mixers whose state is bounded, which {type(mixer).__name__} is not."
+                )
 
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer, the first layer's first."""
@@ -89,6 +100,19 @@ class ResidualStack(nn.Module):
         """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"The backbone has {len(self.layers)} layers and was given {len(state)} states.")
+        if self.chunk_length is None or x.shape[1] <= self.chunk_length:
+            y, states = self._run(x, state, cu_seqlens, return_state)
+        else:
+            from mambaseq.backbones.chunks import run_in_chunks  # loads the compiler, which most runs do without
+
+            y, states = run_in_chunks(
+                self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
+            )
+        return (y, states) if return_state else y
+
+    def _run(
+        self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
         residual, branch = x.float(), None
         states: list[Any] = []
         for index, layer in enumerate(self.layers):
@@ -101,7 +125,7 @@ class ResidualStack(nn.Module):
                 branch, residual, new = layer(branch, residual, old, cu_seqlens, return_state)
             states.append(new)
         y, _ = self.norm_f(branch, residual)
-        return (y, states) if return_state else y
+        return y, states
 
     def init_state(
         self,
