@@ -21,12 +21,12 @@ def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> di
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
     cuda._compiled.cache_clear()
-    cuda._kernel(file, file, *arguments)
+    cuda._kernel(file, *arguments)
     cuda._compiled.cache_clear()
     return seen[0]
 
 
-@pytest.mark.parametrize("file", ["forward", "backward"])
+@pytest.mark.parametrize("file", ["forward", "backward", "backward_summary"])
 @pytest.mark.parametrize(
     ("dtype", "d_state", "channels", "gated"),
     [
@@ -46,7 +46,22 @@ def test_compile(
     )
     macros = macros_of(monkeypatch, file, cuda._prepare(arguments), gated)
     source = "".join(path.read_text() for path in cuda._FILES[file])
-    assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000
+    for architecture in ("80", "90", "100") if gated and d_state == 16 else ("80",):
+        assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
+
+
+@pytest.mark.parametrize("name", ["combine", "gather_states", "gather_channels"])
+def test_sums_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append((files, macros)))
+    cuda._summer.cache_clear()
+    cuda._summer(name, torch.bfloat16, 16, 0)
+    cuda._summer.cache_clear()
+    ((files, macros),) = seen
+    source = "".join(path.read_text() for path in files)
+    assert name in source
+    for architecture in ("80", "90", "100"):
+        assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
 
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +84,7 @@ def test_packed_segments_cover_each_row_once(lengths: list[int], reverse: bool) 
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     total = int(cu_seqlens[-1])
     table = segments.of_packed(cu_seqlens, total, 128, reverse)
-    assert len(table.row0) == segments.n_segments(len(lengths), total, 128, True)
+    assert len(table.row0) == segments.n_segments(len(lengths), total, 128, 128, True)
     go = -1 if reverse else 1
     seen: dict[int, list[int]] = {s: [] for s in range(len(lengths))}
     for row, length, sequence, flags in zip(*(v.tolist() for v in table[:4]), strict=True):
@@ -86,13 +101,37 @@ def test_packed_segments_cover_each_row_once(lengths: list[int], reverse: bool) 
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_segments_of_a_batch_are_those_of_equal_packed_sequences(reverse: bool) -> None:
-    batch = segments.of_batch(3, 300, 128, reverse, torch.device("cpu"))
-    packed = segments.of_packed(torch.tensor([0, 300, 600, 900]), 900, 128, reverse)
-    for a, b in zip(batch[:5], packed[:5], strict=True):
-        assert torch.equal(a, b[: len(a)])
-    assert torch.equal(batch.begin, packed.begin)
-    assert torch.equal(batch.pieces, packed.pieces)
+@pytest.mark.parametrize("first", [96, 128])
+def test_segments_of_a_batch_cover_each_row_once(first: int, reverse: bool) -> None:
+    table = segments.of_batch(3, 300, first, 128, reverse, torch.device("cpu"))
+    assert table.begin.tolist() == [0, 3, 6]
+    assert table.pieces.tolist() == [3, 3, 3]
+    seen = [
+        [row + t * (-1 if reverse else 1) for t in range(length)]
+        for row, length in zip(table.row0.tolist(), table.length.tolist(), strict=True)
+    ]
+    for s in range(3):
+        rows = [row for segment in seen[3 * s : 3 * s + 3] for row in segment]
+        expected = list(range(300 * s, 300 * s + 300))
+        assert rows == (expected[::-1] if reverse else expected)
+        assert table.flags[3 * s : 3 * s + 3].tolist() == [1, 0, 2]
+        own = segments.n_checkpoints(1, 300, False)
+        starts = [0, first // segments.EVERY, (first + 128) // segments.EVERY]
+        assert table.checkpoint[3 * s : 3 * s + 3].tolist() == [s * own + n for n in starts]
+
+
+@pytest.mark.parametrize("lengths", [[5], [0, 3, 0, 700, 16, 1, 0], [128, 129, 127], [15, 17, 31, 33]])
+def test_checkpoints_of_packed_sequences_do_not_share_places(lengths: list[int]) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    total = int(cu_seqlens[-1])
+    table = segments.of_packed(cu_seqlens, total, 128, False)
+    taken = [
+        start + n
+        for start, length in zip(table.checkpoint.tolist(), table.length.tolist(), strict=True)
+        for n in range(-(-length // segments.EVERY))
+    ]
+    assert len(set(taken)) == len(taken)
+    assert max(taken) < segments.n_checkpoints(len(lengths), total, True)
 
 
 @pytest.mark.parametrize("channel_blocks", [1, 24, 32])
@@ -100,11 +139,12 @@ def test_segments_of_a_batch_are_those_of_equal_packed_sequences(reverse: bool) 
 @pytest.mark.parametrize("n_sequences", [1, 8, 1000])
 @pytest.mark.parametrize("packed", [False, True])
 def test_steps_of_segments(n_sequences: int, length: int, channel_blocks: int, packed: bool) -> None:
-    steps = segments.steps_of(n_sequences, length, channel_blocks, 132, packed)
-    assert steps % segments.EVERY == 0
-    count = segments.n_segments(n_sequences, length, steps, packed)
-    # what is kept for the backward pass does not grow beyond what the rows themselves need
-    rows = length if packed else n_sequences * length
-    assert count * steps <= 4 * rows + 3 * 128 * n_sequences
-    if not packed and n_sequences * channel_blocks >= 2 * 132:
-        assert count == n_sequences
+    for leads in (False, True):
+        first, steps = segments.steps_of(n_sequences, length, channel_blocks, 132, packed, leads)
+        assert first % segments.EVERY == steps % segments.EVERY == 0
+        assert first <= steps
+        count = segments.n_segments(n_sequences, length, first, steps, packed)
+        if not packed and n_sequences * channel_blocks >= 132:
+            assert count == n_sequences
+        elif not packed:  # they all run at once, those of the leading ones' pass and those of the others'
+            assert (count - n_sequences * (leads and count > n_sequences)) * channel_blocks <= 2 * 132

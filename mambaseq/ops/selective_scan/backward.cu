@@ -1,13 +1,15 @@
-// The gradients of the selective scan, channel-last. A block takes 64 channels back through one segment; a channel has
-// STATES / 8 threads of 8 states. A tile is the steps between two checkpoints: its states are made again from the first
-// and kept, those of its first half in shared memory and those of its second in registers, and walked back. What B and C get is summed over the block's channels in
-// a fixed order and written for each block; a sum over the blocks follows outside. No atomics: runs do not differ.
-#define SPLIT (STATES / 8)  // threads of a channel
+// The gradients of the selective scan, channel-last. A block takes 64 channels back through one segment; two channels have
+// STATES / 4 threads of 4 states of each. A tile is the steps between two checkpoints: its states are made again from the
+// first and kept, those of its first half in shared memory and those of its second in registers, and walked back. What B
+// and C get is summed over the block's channels in a fixed order and written for each block; gather.cu sums over the
+// blocks. No atomics: runs do not differ.
+#define SPLIT (STATES / 4)  // threads of a pair of channels
 #define KEPT (TILE / 2)     // steps whose states are kept in shared memory, and in registers
 #define STRIDE_Y (CHANNELS + 16)  // spreads two steps over the banks
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
 #define WARPS (THREADS / 32)
+constexpr int UNROLLED = 4;  // steps of the first half that are written out
 
 struct Shared {
     in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
@@ -39,17 +41,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const i64 row0 = row0s[segment];
     const int group_column = c0 / per_group * d_state;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
-    // Register n of a lane holds state n ^ order: what a lane keeps in a sum over lanes then always lies in the lower half
+    const int channel = threadIdx.x / SPLIT * 2, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * 4;
+    // Register n of a channel holds state n ^ order: what a lane keeps in a sum over lanes then always lies in the lower half
     // of its registers, which spares the sums their selections.
-    const int order = lane >> 4 << 2 | (lane >> 3 & 1) << 1 | (lane >> 2 & 1), first = sub * 8;
+    const int order = (lane >> 4 & 1) << 1 | (lane >> 3 & 1);
+    auto number = [&](int n) { return first + (n % 4 ^ order); };  // of the state in register n
     float A2[8], dh[8], sum_A[8];
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-        const int state = first + (n ^ order);
-        bool exists = c < channels && state < d_state;
-        A2[n] = exists ? A[(i64)c * d_state + state] * LOG2E : 0.f;
-        dh[n] = exists && dstate ? dstate[((i64)segment * channels + c) * d_state + state] : 0.f;
+        const i64 own_c = c + n / 4;
+        bool exists = own_c < channels && number(n) < d_state;
+        A2[n] = exists ? A[own_c * d_state + number(n)] * LOG2E : 0.f;
+        dh[n] = exists && dstate ? dstate[((i64)segment * channels + own_c) * d_state + number(n)] : 0.f;
         sum_A[n] = 0.f;
     }
     const int own = lane * 2, rank = warp;
@@ -134,87 +137,87 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             sum_bias.x += only_if(exists, r.x), sum_bias.y += only_if(exists, r.y);
             to_dx += WARPS * go * dx_stride, to_ddt += (i64)WARPS * go * channels, to_dz += WARPS * go * dz_stride;
         }
-        // the lane's bits: state, kind (B or C), half of the states
-        const int column = (lane >> 1 & 1) * STATES + (SPLIT == 2 ? (lane & 1) * 8 : 0) + (lane >> 2);
+        const int kind = lane >> 2 & 1, column = kind * STATES + first + order;
         float *sums = dBC + ((i64)block * rows + row0 + ((i64)k * TILE + rank) * go) * VALUES + column;
 #pragma unroll
         for (int t = rank; t < TILE; t += WARPS, sums += WARPS * VALUES * go) {
+            const bool exists = t < steps;
             float total = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + lane];
-            if (t < steps && (SPLIT == 2 || (lane & 1) == 0)) *sums = total;
+            if (exists && (SPLIT == 4 || (lane & 2) == 0)) *sums = total;
         }
     };
-    // Sums of 8 states' values over lanes that differ in bits 2 to 4: each lane ends with the one of its register 0.
+    // Sums of 4 states' values over lanes that differ in bits 3 and 4: each lane ends with the one of its register 0.
     auto butterfly = [&](const float *v) {
-        float w[4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) w[n] = v[n] + __shfl_xor_sync(~0u, v[n + 4], 16);
-        float p = w[0] + __shfl_xor_sync(~0u, w[2], 8), q = w[1] + __shfl_xor_sync(~0u, w[3], 8);
-        return p + __shfl_xor_sync(~0u, q, 4);
+        const float p = v[0] + __shfl_xor_sync(~0u, v[2], 16), q = v[1] + __shfl_xor_sync(~0u, v[3], 16);
+        return p + __shfl_xor_sync(~0u, q, 8);
     };
-    const float *const bc_low = s.bc[order & 3] + first + (order & 4), *const bc_high = s.bc[order & 3] + first + (~order & 4);
-    auto states_of = [&](int at, float *v) {
-        *(float4 *)v = *(const float4 *)(bc_low + at);
-        *(float4 *)(v + 4) = *(const float4 *)(bc_high + at);
+    // Sums over lanes that differ in a bit: the lane keeps the one of two values that the bit chooses.
+    auto halve = [&](int bit, float a, float b) {
+        const bool high = lane & bit;
+        return (high ? b : a) + __shfl_xor_sync(~0u, high ? a : b, bit);
     };
+    const float *const own_bc = s.bc[order] + first;
     const float2 *const own_du = s.du + channel;
     const float *const own_dout = s.dout + channel;
     float *const own_sums = s.bc_sums + warp * TILE * 32 + lane;
-    float y_even;
+    float y_even[2];
     // Takes the states over step t; returns this lane's part of what C gets.
     auto ahead = [&](int t, float *h) {
-        const float2 now = own_du[t * CHANNELS];
-        const float o = own_dout[t * CHANNELS];
-        float y = 0.f, v[8], b[8], w[8];
-        states_of(t * VALUES, b);
-        if (HAS_Z) states_of(t * VALUES + STATES, w);
+        const float4 now = *(const float4 *)(own_du + t * CHANNELS);  // delta, delta x of both channels
+        const float2 o = *(const float2 *)(own_dout + t * CHANNELS);
+        float y[2] = {0.f, 0.f}, v[4], b[4], w[4];
+        *(float4 *)b = *(const float4 *)(own_bc + t * VALUES);
+        if (HAS_Z) *(float4 *)w = *(const float4 *)(own_bc + t * VALUES + STATES);
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
+        for (int n = 0; n < 4; n++) {
             h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
-            v[n] = h[n] * o;
-            if (HAS_Z) y = fmaf(h[n], w[n], y);
+            h[n + 4] = fmaf(ex2(now.z * A2[n + 4]), h[n + 4], now.w * b[n]);
+            v[n] = fmaf(h[n], o.x, h[n + 4] * o.y);
+            if (HAS_Z) y[0] = fmaf(h[n], w[n], y[0]), y[1] = fmaf(h[n + 4], w[n], y[1]);
         }
         if (HAS_Z) {
-            if constexpr (SPLIT == 2) {
+            if constexpr (SPLIT == 4) {
                 if (t % 2 == 0) {
-                    y_even = y;
+                    y_even[0] = y[0], y_even[1] = y[1];
                 } else {
-                    float total = (sub ? y : y_even) + __shfl_xor_sync(~0u, sub ? y_even : y, 1);
-                    s.y[(t - 1 + sub) * STRIDE_Y + channel] = total;
+                    const float a = halve(2, y_even[0], y[0]), b = halve(2, y_even[1], y[1]);
+                    s.y[(t - 1 + (sub >> 1)) * STRIDE_Y + channel + (sub & 1)] = halve(1, a, b);
                 }
             } else {
-                s.y[t * STRIDE_Y + channel] = y;
+                s.y[t * STRIDE_Y + channel + sub] = halve(1, y[0], y[1]);
             }
         }
         return butterfly(v);
     };
     // Takes the gradient of the states back over step t, before which they were `before`.
     auto back = [&](int t, const float *before, float sum_C) {
-        const float2 now = own_du[t * CHANNELS];
-        const float o = own_dout[t * CHANNELS];
-        float gu = 0.f, ge = 0.f, v[8], b[8], w[8];
-        states_of(t * VALUES, b);
-        states_of(t * VALUES + STATES, w);
+        const float4 now = *(const float4 *)(own_du + t * CHANNELS);
+        const float2 o = *(const float2 *)(own_dout + t * CHANNELS);
+        float gu[2] = {0.f, 0.f}, ge[2] = {0.f, 0.f}, v[4], b[4], w[4];
+        *(float4 *)b = *(const float4 *)(own_bc + t * VALUES);
+        *(float4 *)w = *(const float4 *)(own_bc + t * VALUES + STATES);
 #pragma unroll
         for (int n = 0; n < 8; n++) {
-            float g = fmaf(o, w[n], dh[n]);
-            v[n] = g * now.y;
-            gu = fmaf(g, b[n], gu);
-            dh[n] = ex2(now.x * A2[n]) * g;
-            float e = dh[n] * before[n];
-            ge = fmaf(A2[n], e, ge);
-            sum_A[n] = fmaf(now.x, e, sum_A[n]);
+            const int i = n / 4;
+            const float d = i ? now.z : now.x, u = i ? now.w : now.y;
+            const float g = fmaf(i ? o.y : o.x, w[n % 4], dh[n]);
+            v[n % 4] = i ? fmaf(g, u, v[n % 4]) : g * u;
+            gu[i] = fmaf(g, b[n % 4], gu[i]);
+            dh[n] = ex2(d * A2[n]) * g;
+            const float e = dh[n] * before[n];
+            ge[i] = fmaf(A2[n], e, ge[i]);
+            sum_A[n] = fmaf(d, e, sum_A[n]);
         }
-        const float sum_B = butterfly(v);
-        const bool kind = lane & 2;
-        float total = (kind ? sum_C : sum_B) + __shfl_xor_sync(~0u, kind ? sum_B : sum_C, 2);
-        if constexpr (SPLIT == 2) {
-            s.g[sub * PART_G + t * CHANNELS + channel] = (sub ? ge : gu) + __shfl_xor_sync(~0u, sub ? gu : ge, 1);
+        float total = halve(4, butterfly(v), sum_C);
+        if constexpr (SPLIT == 4) {
+            const float a = halve(2, gu[0], ge[0]), b = halve(2, gu[1], ge[1]);
+            s.g[(sub >> 1) * PART_G + t * CHANNELS + channel + (sub & 1)] = halve(1, a, b);
         } else {
-            total += __shfl_xor_sync(~0u, total, 1);
-            s.g[t * CHANNELS + channel] = gu;
-            s.g[PART_G + t * CHANNELS + channel] = ge;
+            total += __shfl_xor_sync(~0u, total, 2);
+            s.g[t * CHANNELS + channel + sub] = halve(1, gu[0], gu[1]);
+            s.g[PART_G + t * CHANNELS + channel + sub] = halve(1, ge[0], ge[1]);
         }
         own_sums[t * 32] = total;
     };
@@ -224,9 +227,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int k = n_tiles - 1; k >= 0; k--) {
         float start[8];
         {
-            const float *from = checkpoints + ((slot0 + k) * channels + c) * STATES + first;
+            const float *from = checkpoints + ((slot0 + k) * channels + c) * STATES;
 #pragma unroll
-            for (int n = 0; n < 8; n++) start[n] = c < channels ? from[n ^ order] : 0.f;
+            for (int n = 0; n < 8; n++) start[n] = c + n / 4 < channels ? from[n / 4 * STATES + number(n)] : 0.f;
         }
         wait<0>();
         __syncthreads();
@@ -236,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float h[8];
 #pragma unroll
         for (int n = 0; n < 8; n++) h[n] = start[n];
-#pragma unroll 2
+#pragma unroll UNROLLED
         for (int t = 0; t < KEPT; t++) {
             s.states[t][0][threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
             s.states[t][1][threadIdx.x] = make_float4(h[4], h[5], h[6], h[7]);
@@ -251,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
 #pragma unroll
         for (int t = KEPT - 1; t >= 0; t--) back(KEPT + t, before[t], sum_C[t]);
-#pragma unroll 2
+#pragma unroll UNROLLED
         for (int t = KEPT - 1; t >= 0; t--) {
             float was[8];
             *(float4 *)was = s.states[t][0][threadIdx.x];
@@ -261,14 +264,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         __syncthreads();
         finish(k);
     }
-    if (c < channels) {
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const int state = first + (n ^ order);
-            if (state >= d_state) continue;
-            dA[((i64)segment * channels + c) * d_state + state] = sum_A[n];
-            if (flags[segment] & 1) dinitial[((i64)sequences[segment] * channels + c) * d_state + state] = dh[n];
-        }
+    for (int n = 0; n < 8; n++) {
+        const i64 own_c = c + n / 4;
+        if (own_c >= channels || number(n) >= d_state) continue;
+        dA[((i64)segment * channels + own_c) * d_state + number(n)] = sum_A[n];
+        if (flags[segment] & 1) dinitial[((i64)sequences[segment] * channels + own_c) * d_state + number(n)] = dh[n];
     }
     __syncthreads();
     float2 *sums = (float2 *)s.g;
@@ -283,86 +284,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         dD[(i64)segment * channels + c0 + threadIdx.x] = total.x;
         dbias[(i64)segment * channels + c0 + threadIdx.x] = total.y;
-    }
-}
-
-// What a segment does to the gradient of the state after it: adds `local`, after decaying it by exp(A sum_dt).
-extern "C" __global__ void __launch_bounds__(THREADS)
-    backward_summary(const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *C, i64 C_stride,
-                     const float *A, const float *bias, const in_t *dy, i64 dy_stride, const i64 *row0s,
-                     const int *lengths, const int *flags, int go, int channels, int d_state, int per_group,
-                     float *local, float *sum_dt) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    Shared &s = *reinterpret_cast<Shared *>(memory);
-    const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
-    const int segment = blockIdx.x / n_blocks, c0 = blockIdx.x % n_blocks * CHANNELS;
-    const int length = lengths[segment];
-    if (length == 0 || (flags[segment] & 1)) return;  // nothing comes before it
-    const i64 row0 = row0s[segment];
-    const int group_column = c0 / per_group * d_state;
-    const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel;
-    float A2[8], dh[8], total = 0.f;
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-        A2[n] = c < channels && sub * 8 + n < d_state ? A[(i64)c * d_state + sub * 8 + n] * LOG2E : 0.f;
-        dh[n] = 0.f;
-    }
-    const int own = threadIdx.x % 32 * 2, rank = threadIdx.x / 32;
-    const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
-    const int n_tiles = (length + TILE - 1) / TILE;
-    const int present = channels - c0;
-    const i64 last = row0 + (i64)(n_tiles - 1) * TILE * go;
-    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dt(dt + last * dt_stride + c0, dt_stride * go, present, -1);
-    Reader<TILE, CHANNELS, CHANNELS, VEC> read_z(z + last * z_stride + c0, z_stride * go, present, -1);
-    Reader<TILE, CHANNELS, CHANNELS, VEC> read_dy(dy + last * dy_stride + c0, dy_stride * go, present, -1);
-    Reader<TILE, STATES, STATES, VEC_BC> read_C(C + last * C_stride + group_column, C_stride * go, d_state, -1);
-    auto fetch_tile = [&](int k) {
-        const int steps = length - k * TILE, at = k & 1;
-        if (k >= 0) {
-            read_dt.fetch(s.dt[at], steps);
-            read_dy.fetch(s.dy[at], steps);
-            if (HAS_Z) read_z.fetch(s.z[at], steps);
-            read_C.fetch(s.C[at], steps);
-        }
-        commit();
-    };
-    fetch_tile(n_tiles - 1);
-    for (int k = n_tiles - 1; k >= 0; k--) {
-        wait<0>();
-        __syncthreads();
-        fetch_tile(k - 1);
-        int steps = length - k * TILE, at = k & 1;
-#pragma unroll
-        for (int t = rank; t < TILE; t += WARPS) {
-            float2 d = pair(s.dt[at] + t * CHANNELS + own), o = pair(s.dy[at] + t * CHANNELS + own);
-            d.x = only_if(t < steps, step_size(d.x, own_bias.x)), d.y = only_if(t < steps, step_size(d.y, own_bias.y));
-            if (HAS_Z) {
-                float2 v = pair(s.z[at] + t * CHANNELS + own);
-                o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
-            }
-            *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, o.x, d.y, o.y);
-        }
-#pragma unroll
-        for (int r = 0; r < TILE * STATES / THREADS; r++) {
-            const int i = threadIdx.x + r * THREADS;
-            s.bc[0][i] = widen(s.C[at][i]);
-        }
-        __syncthreads();
-#pragma unroll 8
-        for (int t = TILE - 1; t >= 0; t--) {
-            float2 now = s.du[t * CHANNELS + channel];
-            float w[8];
-            *(float4 *)w = *(const float4 *)(s.bc[0] + t * STATES + sub * 8);
-            *(float4 *)(w + 4) = *(const float4 *)(s.bc[0] + t * STATES + sub * 8 + 4);
-            total += now.x;
-#pragma unroll
-            for (int n = 0; n < 8; n++) dh[n] = ex2(now.x * A2[n]) * fmaf(now.y, w[n], dh[n]);
-        }
-    }
-    if (c < channels) {
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-            if (sub * 8 + n < d_state) local[((i64)segment * channels + c) * d_state + sub * 8 + n] = dh[n];
-        if (sub == 0) sum_dt[(i64)segment * channels + c] = total;
     }
 }

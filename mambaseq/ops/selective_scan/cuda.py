@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs: hands tensors to the kernels of forward.cu, backward.cu and combine.cu.
+"""The selective scan on NVIDIA GPUs: hands tensors to the kernels of the .cu files beside this one.
 
 Sequences are cut into segments where there are too few channels to fill the GPU (see segments.py): what each segment
 does to a state is found first, then taken across the segments, and then all run side by side. Nothing is summed by
@@ -22,13 +22,16 @@ from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 _CHANNELS = 64  # of a block
 _STATES = 16  # the most that the kernels take at once
-_STATES_OF_A_THREAD = 8  # in the forward kernel
-_COMBINED = 128  # states that a block of the combine kernel takes
+_OWN = 8  # the states of a thread, two channels' in the backward kernel
+_SUMS = 128  # that a block of a kernel which sums takes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FOLDER = Path(__file__).parent
+_COMMON = _FOLDER / "common.cu"
 _FILES = {
-    "forward": (_FOLDER / "common.cu", _FOLDER / "forward.cu"),
-    "backward": (_FOLDER / "common.cu", _FOLDER / "backward.cu"),
+    "forward": (_COMMON, _FOLDER / "forward.cu"),
+    "backward": (_COMMON, _FOLDER / "backward.cu"),
+    "backward_summary": (_COMMON, _FOLDER / "backward_summary.cu"),
+    "gather": (_COMMON, _FOLDER / "gather.cu"),
     "combine": (_FOLDER / "combine.cu",),
 }
 
@@ -190,13 +193,12 @@ def _alignment(width: int, item: int, *values: _Rows) -> int:
     return common if common >= 4 else 0
 
 
-def _kernel(file: str, name: str, inputs: _Inputs, softplus: bool, dy: _Rows | None = None) -> nvrtc.Kernel:
+def _kernel(file: str, inputs: _Inputs, softplus: bool, dy: _Rows | None = None) -> nvrtc.Kernel:
     dtype = inputs.x.data.dtype
     wide = [row for row in (inputs.x, inputs.dt, inputs.z, dy) if row is not None]
-    states = 8 if inputs.d_state <= 8 else 16
+    states = _states(inputs.d_state)
     return _compiled(
         file,
-        name,
         dtype,
         states,
         inputs.z is not None,
@@ -213,7 +215,6 @@ def _kernel(file: str, name: str, inputs: _Inputs, softplus: bool, dy: _Rows | N
 @functools.cache
 def _compiled(
     file: str,
-    name: str,
     dtype: torch.dtype,
     states: int,
     has_z: bool,
@@ -226,17 +227,15 @@ def _compiled(
     device: int,
 ) -> nvrtc.Kernel:
     item = dtype.itemsize
-    if file == "forward":
-        own = _STATES_OF_A_THREAD
-        threads, tile, blocks = _CHANNELS * states // own, 16 if item == 4 else 32, own // 2
-        row = _CHANNELS + 32 * own // states
-        raw = row * item * (9 if has_z else 6) + states * item * 4
-        made = states * 16
-    else:
-        own = 8
-        threads, tile, blocks = _CHANNELS * states // own, segments.EVERY, 2
+    threads = _CHANNELS * states // _OWN
+    if file == "backward":
+        tile, blocks = segments.EVERY, 2
         raw = _CHANNELS * item * (8 if has_z else 6) + states * item * 4
         made = _CHANNELS * (8 + 4 + 8) + 4 * states * 8 + 4 * (_CHANNELS + 16) + threads * (4 + 16)
+    else:
+        tile, blocks = 16 if item == 4 else 32, 3
+        raw = (_CHANNELS + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
+        made = states * 16
     shared = tile * (raw + made) + 512  # of `struct Shared`; the sources check that it is enough
     macros = {
         "IN": _CODES[dtype],
@@ -251,16 +250,18 @@ def _compiled(
         "TILE": tile,
         "THREADS": threads,
         "EVERY": segments.EVERY,
-        "OWN": own,
+        "OWN": _OWN,
         "BLOCKS": blocks,
         "SHARED": shared,
     }
-    return nvrtc.kernel(_FILES[file], name, macros, threads, shared, device)
+    return nvrtc.kernel(_FILES[file], file, macros, threads, shared, device)
 
 
 @functools.cache
-def _combiner(device: int) -> nvrtc.Kernel:
-    return nvrtc.kernel(_FILES["combine"], "combine", {}, _COMBINED, 0, device)
+def _summer(name: str, dtype: torch.dtype, states: int, device: int) -> nvrtc.Kernel:
+    """A kernel of combine.cu or gather.cu, a thread a sum."""
+    macros = {"IN": _CODES[dtype], "STATES": states, "EVEN": 0, "HAS_BIAS": 0, "SOFTPLUS": 0, "THREADS": _SUMS}
+    return nvrtc.kernel(_FILES[name.split("_")[0]], name, macros, _SUMS, 0, device)
 
 
 @functools.cache
@@ -268,30 +269,32 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _steps(arguments: ScanArguments) -> int:
-    x, packed = arguments.x, arguments.cu_seqlens is not None
-    blocks = -(-x.shape[2] // _CHANNELS)
-    return segments.steps_of(arguments.n_sequences, x.shape[1], blocks, _processors(x.device.index), packed)
+def _states(d_state: int) -> int:
+    return 8 if d_state <= 8 else 16
 
 
 def _shape_kept(arguments: ScanArguments) -> tuple[int, ...]:
-    steps, packed = _steps(arguments), arguments.cu_seqlens is not None
-    count = segments.n_segments(arguments.n_sequences, arguments.x.shape[1], steps, packed)
+    packed = arguments.cu_seqlens is not None
+    count = segments.n_checkpoints(arguments.n_sequences, arguments.x.shape[1], packed)
     channels, d_state = arguments.A.shape
-    return count * (steps // segments.EVERY), channels, 8 if d_state <= 8 else 16
+    return count, channels, _states(d_state)
 
 
-def _segments(arguments: ScanArguments) -> segments.Segments:
-    batch, length, _ = arguments.x.shape
-    steps = _steps(arguments)
+def _segments(arguments: ScanArguments, leads: bool) -> segments.Segments:
+    x, packed = arguments.x, arguments.cu_seqlens is not None
+    batch, length, channels = x.shape
+    blocks = -(-channels // _CHANNELS)
+    processors = _processors(x.device.index)
+    first, steps = segments.steps_of(arguments.n_sequences, length, blocks, processors, packed, leads)
     if arguments.cu_seqlens is not None:
         return segments.of_packed(arguments.cu_seqlens, length, steps, arguments.reverse)
-    return segments.of_batch(batch, length, steps, arguments.reverse, arguments.x.device)
+    return segments.of_batch(batch, length, first, steps, arguments.reverse, x.device)
 
 
-def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and what `backward` wants if `keep`: the states before every 16th step."""
     with torch.cuda.device(arguments.x.device):
-        inputs, table = _prepare(arguments), _segments(arguments)
+        inputs, table = _prepare(arguments), _segments(arguments, leads=True)
         device = arguments.x.device
         state = arguments.initial_state
         state = None if state is None else state.detach().float().contiguous()
@@ -299,33 +302,51 @@ def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tens
         final = _left_over(arguments, state, shape)
         y = torch.empty(inputs.rows, inputs.channels, dtype=inputs.x.data.dtype, device=device)
         kept = torch.empty(_shape_kept(arguments) if keep else (0,), device=device)
-        rest = (*table[:5], inputs.go, inputs.channels, inputs.d_state, inputs.per_group)
+        sizes = (inputs.go, inputs.channels, inputs.d_state, inputs.per_group)
         grid = len(table.row0) * inputs.blocks
-        entering = state
+        kernel = _kernel("forward", inputs, arguments.dt_softplus)
+        local = sum_dt = entering = None
         if table.cut:
             local, sum_dt, entering = _buffers(inputs, len(table.row0))
-            summary = _kernel("forward", "forward_summary", inputs, arguments.dt_softplus)
-            summary(grid, *inputs.scan_arguments(), None, *rest, None, 0, local, None, sum_dt)
-            _combine(inputs, table, local, sum_dt, state, 1, entering)
-        main = _kernel("forward", "forward", inputs, arguments.dt_softplus)
-        main(grid, *inputs.scan_arguments(), entering, *rest, y, y.stride(0), final, kept if keep else None, None)
+
+        def run(part: int, entering: Tensor | None) -> None:
+            outputs = (y, y.stride(0), final, kept if keep else None, local, sum_dt)
+            kernel(grid, part, *inputs.scan_arguments(), state, entering, *table[:5], *sizes, *outputs)
+
+        if table.cut:
+            run(1, None)
+            _combine(inputs, table, local, sum_dt, None, 1, entering)
+            run(2, entering)
+        else:
+            run(0, None)
         return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept
 
 
-def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor) -> library.Gradients:
+def backward(
+    arguments: ScanArguments,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    kept: Tensor,
+    dz: Tensor | None = None,
+) -> library.Gradients:
+    """The gradients of `arguments`.
+
+    Args:
+        dz: where that of z goes, of the dtype that x, dt, z, B and C share, rows of numbers beside each other.
+    """
     with torch.cuda.device(arguments.x.device):
-        inputs, table = _prepare(arguments), _segments(arguments)
+        inputs, table = _prepare(arguments), _segments(arguments, leads=False)
         device, count = arguments.x.device, len(table.row0)
         dtype = inputs.x.data.dtype
         upstream = _rows(dy, dtype)
-        dstate = dfinal.detach().float().contiguous()
+        dstate = None if dfinal is None else dfinal.detach().float().contiguous()
         rest = (*table[:5], inputs.go, inputs.channels, inputs.d_state, inputs.per_group)
         grid = count * inputs.blocks
         entering = dstate
         softplus = arguments.dt_softplus
         if table.cut:
             local, sum_dt, entering = _buffers(inputs, count)
-            summary = _kernel("backward", "backward_summary", inputs, softplus, upstream)
+            summary = _kernel("backward_summary", inputs, softplus, upstream)
             summary(
                 grid,
                 *inputs.dt,
@@ -342,20 +363,15 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor
                 sum_dt,
             )
             _combine(inputs, table, local, sum_dt, dstate, -1, entering)
-        states = kept.shape[-1]
-
-        def rows() -> Tensor:
-            return torch.empty(inputs.rows, inputs.channels, dtype=dtype, device=device)
-
-        dx, ddt, dz = rows(), rows(), rows() if inputs.z is not None else None
+        shape, states = (inputs.rows, inputs.channels), _states(inputs.d_state)
+        dx, ddt = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if inputs.z is not None and dz is None:
+            dz = torch.empty(shape, dtype=dtype, device=device)
         dBC = torch.empty(inputs.blocks, inputs.rows, 2, states, device=device)
-        # Segments that are not used add nothing.
-        new = torch.zeros if arguments.cu_seqlens is not None else torch.empty
-        dA = new(count, inputs.channels, inputs.d_state, device=device)
-        dD, dbias = (new(count, inputs.channels, device=device) for _ in range(2))
-        dinitial = _left_over(arguments, dstate, dstate.shape)
-        main = _kernel("backward", "backward", inputs, softplus, upstream)
-        main(
+        parts = torch.empty(count * inputs.channels * (inputs.d_state + 2), device=device)
+        dA, dD, dbias = parts.split([count * inputs.channels * n for n in (inputs.d_state, 1, 1)])
+        dinitial = _left_over(arguments, dstate, (inputs.n_sequences, inputs.channels, inputs.d_state))
+        _kernel("backward", inputs, softplus, upstream)(
             grid,
             *inputs.scan_arguments(),
             *upstream,
@@ -364,25 +380,43 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor, kept: Tensor
             kept,
             inputs.rows,
             dx,
-            dx.stride(0),
+            inputs.channels,
             ddt,
             dz,
-            0 if dz is None else dz.stride(0),
+            0 if dz is None else dz.stride(-2),
             dBC,
             dA,
             dD,
             dbias,
             dinitial,
         )
-        groups = inputs.channels // inputs.per_group
-        sums = dBC.unflatten(0, (groups, -1)).sum(1)[..., : inputs.d_state]
-        dB, dC = (_gradient_of(sums[:, :, kind], M) for kind, M in ((0, arguments.B), (1, arguments.C)))
-        found = (dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial)
+        sums = torch.empty(inputs.channels * (inputs.d_state + 2), device=device)
+        sums_A, sums_D, sums_bias = sums.split([inputs.channels * n for n in (inputs.d_state, 1, 1)])
+        sizes = (count, inputs.channels, inputs.d_state)
+        over_channels = _summer("gather_channels", dtype, states, device.index)
+        over_channels(-(-len(sums) // _SUMS), dA, dD, dbias, table.length, *sizes, sums_A, sums_D, sums_bias)
+        dB, dC = _gradients_of_states(arguments, inputs, dBC)
+        found = (dx, ddt, sums_A, dB, dC, sums_D, dz, sums_bias, dinitial)
         wanted = (*arguments[:8], arguments.initial_state)
         return tuple(
             None if value is None or gradient is None else gradient.view(value.shape).to(value.dtype)
             for gradient, value in zip(found, wanted, strict=True)
         )
+
+
+def _gradients_of_states(arguments: ScanArguments, inputs: _Inputs, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of B and C from the sums of each block, `(blocks, rows, 2, states)`."""
+    groups, device = inputs.channels // inputs.per_group, sums.device
+    own = [M.shape[2] if M.ndim == 4 else 1 for M in (arguments.B, arguments.C)]
+    dtype = inputs.x.data.dtype if own == [groups, groups] else torch.float32
+    found = torch.empty(2, inputs.rows, groups, inputs.d_state, dtype=dtype, device=device)
+    states = sums.shape[-1]
+    over_blocks = _summer("gather_states", dtype, states, device.index)
+    grid = (-(-inputs.rows * 2 * states // _SUMS), groups)
+    over_blocks(grid, sums, inputs.rows, groups, inputs.blocks // groups, inputs.d_state, found[0], found[1])
+    # groups of one that the other has more of are summed
+    dB, dC = (g if n == groups else g.unflatten(1, (n, -1)).sum(2) for g, n in zip(found, own, strict=True))
+    return dB, dC
 
 
 def _left_over(arguments: ScanArguments, state: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -392,12 +426,6 @@ def _left_over(arguments: ScanArguments, state: Tensor | None, shape: tuple[int,
     return torch.zeros(shape, device=arguments.x.device) if state is None else state.clone()
 
 
-def _gradient_of(sums: Tensor, M: Tensor) -> Tensor:
-    """That of M, B or C, from the sums `(groups, rows, d_state)`."""
-    own = M.shape[2] if M.ndim == 4 else 1
-    return sums.unflatten(0, (own, -1)).sum(1).transpose(0, 1).reshape(M.shape)
-
-
 def _buffers(inputs: _Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of `count` segments: what they make of no state, the sums of their step sizes, what enters them."""
     device, shape = inputs.A.device, (count, inputs.channels, inputs.d_state)
@@ -405,11 +433,19 @@ def _buffers(inputs: _Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _combine(
-    inputs: _Inputs, table: segments.Segments, local: Tensor, sum_dt: Tensor, first: Tensor | None, go: int, to: Tensor
+    inputs: _Inputs,
+    table: segments.Segments,
+    local: Tensor | None,
+    sum_dt: Tensor | None,
+    first: Tensor | None,
+    go: int,
+    to: Tensor | None,
 ) -> None:
-    grid = (-(-inputs.channels * inputs.d_state // _COMBINED), inputs.n_sequences)
+    grid = (-(-inputs.channels * inputs.d_state // _SUMS), inputs.n_sequences)
     sizes = (inputs.channels, inputs.d_state)
-    _combiner(inputs.A.device.index)(grid, local, sum_dt, inputs.A, first, table.begin, table.pieces, go, *sizes, to)
+    _summer("combine", torch.float32, 16, inputs.A.device.index)(
+        grid, local, sum_dt, inputs.A, first, table.begin, table.pieces, go, *sizes, to
+    )
 
 
-_op = library.register("selective_scan_cuda", _forward, _backward, "cuda", _shape_kept)
+_op = library.register("selective_scan_cuda", forward, backward, "cuda", _shape_kept)

@@ -13,13 +13,15 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
-// SUMMARY: instead of outputs, what a segment does to a state: adds `local`, after decaying it by exp(A sum_dt).
+// Segments begin with the states `initial` of their sequences, or `entering` of their own. SUMMARY: instead of outputs, what
+// a segment does to a state: adds `local`, after decaying it by exp(A sum_dt).
 template <bool SUMMARY>
 __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z,
                                      i64 z_stride, const in_t *B, i64 B_stride, const in_t *C, i64 C_stride,
                                      const float *A, const float *D, const float *bias, const float *initial,
-                                     Segments segments, int go, int channels, int d_state, int per_group, in_t *y,
-                                     i64 y_stride, float *final_state, float *checkpoints, float *sum_dt) {
+                                     const float *entering, Segments segments, int go, int channels, int d_state, int per_group, in_t *y,
+                                     i64 y_stride, float *final_state, float *checkpoints, float *local,
+                                     float *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
@@ -33,11 +35,13 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
     const bool is_channel = c < channels;
     float A2[OWN], h[OWN];
+    const float *const before = SUMMARY ? nullptr : entering ? entering : initial;
+    const i64 from = entering ? segment : segments.sequence[segment];
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         bool exists = is_channel && first + n < d_state;
         A2[n] = exists ? A[(i64)c * d_state + first + n] * LOG2E : 0.f;
-        h[n] = exists && initial ? initial[((i64)segment * channels + c) * d_state + first + n] : 0.f;
+        h[n] = exists && before ? before[(from * channels + c) * d_state + first + n] : 0.f;
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f, own_D = HAS_D && is_channel ? D[c] : 0.f;
     float total_dt = 0.f;
@@ -163,25 +167,31 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
         for (int far = SPLIT / 2; far > 0; far /= 2) total_dt += __shfl_xor_sync(~0u, total_dt, far);
         if (sub == 0 && is_channel) sum_dt[(i64)segment * channels + c] = total_dt;
     }
-    const bool last = SUMMARY || (segments.flags[segment] & 2);
-    if (final_state && last && is_channel) {
-        const i64 number = SUMMARY ? segment : segments.sequence[segment];
+    const bool last = segments.flags[segment] & 2;
+    float *const left_over = last ? final_state : local;
+    if (left_over && is_channel) {
+        const i64 number = last ? segments.sequence[segment] : segment;
 #pragma unroll
         for (int n = 0; n < OWN; n++)
-            if (first + n < d_state) final_state[(number * channels + c) * d_state + first + n] = h[n];
+            if (first + n < d_state) left_over[(number * channels + c) * d_state + first + n] = h[n];
     }
 }
 
-#define PARAMETERS                                                                                                     \
-    const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,           \
-        i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,                 \
-        const float *initial, const i64 *row0, const int *lengths, const int *sequence, const int *flags,             \
-        const i64 *checkpoint, int go, int channels, int d_state, int per_group, in_t *y, i64 y_stride,               \
-        float *final_state, float *checkpoints, float *sum_dt
-#define ARGUMENTS                                                                                                      \
-    x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial,                           \
-        Segments{row0, lengths, sequence, flags, checkpoint}, go, channels, d_state, per_group, y, y_stride,          \
-        final_state, checkpoints, sum_dt
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(PARAMETERS) { scan<false>(ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_summary(PARAMETERS) { scan<true>(ARGUMENTS); }
+// part 0: outputs of all segments. Where sequences are cut, part 1: outputs of each sequence's first segment, whose state is
+// known, and summaries of the others; part 2: outputs of the others.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    forward(int part, const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
+            i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
+            const float *initial, const float *entering, const i64 *row0, const int *lengths, const int *sequence,
+            const int *flags, const i64 *checkpoint, int go, int channels, int d_state, int per_group, in_t *y, i64 y_stride,
+            float *final_state, float *checkpoints, float *local, float *sum_dt) {
+    const bool is_first = flags[blockIdx.x / ((channels + CHANNELS - 1) / CHANNELS)] & 1;
+    const Segments segments = {row0, lengths, sequence, flags, checkpoint};
+    if (part == 2 && is_first) return;
+    if (part == 1 && !is_first)
+        scan<true>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, segments, go,
+                   channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
+    else
+        scan<false>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, segments,
+                    go, channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
+}

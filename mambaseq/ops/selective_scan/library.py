@@ -35,7 +35,8 @@ def register(
 
     Args:
         forward: `(arguments)` → (y, final state); with `shape_kept`, `(arguments, keep)` → (y, final state, kept).
-        backward: `(arguments, dy, dfinal)`; with `shape_kept`, `(arguments, dy, dfinal, kept)`.
+        backward: `(arguments, dy, dfinal)`; with `shape_kept`, `(arguments, dy, dfinal, kept)`, dfinal None where the
+            final state was not used.
         shape_kept: the shape of a float32 tensor that the forward keeps for the backward, if there is to be one;
             without it only inputs are kept.
     """
@@ -44,7 +45,7 @@ def register(
     def run_forward(*values: Any) -> tuple[Tensor, ...]:
         return forward(ScanArguments(*values[:12]), *values[12:])
 
-    def run_backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    def run_backward(dy: Tensor, dfinal: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
         gradients = backward(ScanArguments(*values[:12]), dy, dfinal, *values[12:])
         # An operator cannot return None.
         return tuple(dy.new_empty(0) if g is None else g for g in gradients)
@@ -87,7 +88,9 @@ def register(
         ctx.dt_softplus, ctx.reverse = arguments.dt_softplus, arguments.reverse
         ctx.save_for_backward(*(v for v in arguments if not isinstance(v, bool)), *output[2:])
 
-    def gradients(ctx: Any, dy: Tensor, dfinal: Tensor, find: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    def gradients(
+        ctx: Any, dy: Tensor, dfinal: Tensor | None, find: Callable[..., tuple[Tensor, ...]]
+    ) -> tuple[Any, ...]:
         x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, *kept = ctx.saved_tensors
         arguments = ScanArguments(
             x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, cu_seqlens, ctx.reverse
@@ -112,11 +115,14 @@ def register(
             outputs = run_forward(*values)
             remember(ctx, values, outputs)
             ctx.mark_non_differentiable(*outputs[2:])
+            ctx.set_materialize_grads(not keeps)
             return outputs
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor) -> tuple[Any, ...]:
+            if dy is None:
+                dy = torch.zeros_like(ctx.saved_tensors[0])
             return gradients(ctx, dy, dfinal, run_backward)
 
     def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:

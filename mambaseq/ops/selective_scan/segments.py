@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
-# Blocks a multiprocessor that sequences are cut for where there would be less than one, and the shortest segment that
-# is worth its two passes.
-_BLOCKS, _SHORTEST = 4, 128
+# Blocks that a multiprocessor takes side by side, and the shortest segment that is worth its two passes.
+_BLOCKS, _SHORTEST = 2, 128
+# What a summary of a segment takes of the time of its outputs: the first segment, whose outputs are made beside the
+# summaries of the others, is so much shorter.
+_SUMMARY = 0.75
 
 
 class Segments(NamedTuple):
@@ -22,48 +25,66 @@ class Segments(NamedTuple):
     length: Tensor  # (segments,) int32; 0 for one that is not used
     sequence: Tensor  # (segments,) int32
     flags: Tensor  # (segments,) int32: 1 for the first of its sequence, 2 for the last
-    checkpoint: Tensor  # (segments,) int64: number of its first checkpoint
+    checkpoint: Tensor  # (segments,) int64: number of its first checkpoint, wherever sequences are cut
     begin: Tensor  # (sequences,) int64: first segment
     pieces: Tensor  # (sequences,) int64: how many of them
     cut: bool  # whether a sequence may have several
 
 
-def steps_of(n_sequences: int, length: int, channel_blocks: int, processors: int, packed: bool) -> int:
-    """Steps of a segment, for sequences of `length` (or packed into one row of it)."""
+def steps_of(
+    n_sequences: int, length: int, channel_blocks: int, processors: int, packed: bool, leads: bool = False
+) -> tuple[int, int]:
+    """Steps of a sequence's first segment and of its others, for sequences of `length` (or packed into one row of it).
+
+    leads: whether the outputs of the first are made in another pass than those of the others.
+    """
     blocks = n_sequences * channel_blocks
     wanted = _BLOCKS * processors
     if packed:
         # A sequence takes at least one segment, however short: segments must not be much longer than sequences.
         longest = max(_SHORTEST, -(-length // max(1, n_sequences)) * 2)
-        steps = min(longest, max(_SHORTEST, length * channel_blocks // wanted))
+        steps = first = min(longest, max(_SHORTEST, length * channel_blocks // (2 * wanted)))
     elif blocks >= processors or length <= 2 * _SHORTEST:
-        steps = length
+        steps = first = length
     else:
-        steps = max(_SHORTEST, length * blocks // wanted)
+        count = max(1, wanted // blocks)  # that run side by side
+        steps = max(_SHORTEST, math.ceil(length / (count + _SUMMARY if leads else count)))
+        first = math.ceil(_SUMMARY * steps) if leads else steps
+    return _whole(first), _whole(steps)
+
+
+def _whole(steps: int) -> int:
     return max(EVERY, -(-steps // EVERY) * EVERY)
 
 
-def n_segments(n_sequences: int, length: int, steps: int, packed: bool) -> int:
+def n_segments(n_sequences: int, length: int, first: int, steps: int, packed: bool) -> int:
     """Rows of the tables; enough for any packing."""
-    return length // steps + n_sequences if packed else n_sequences * -(-length // steps)
+    if packed:
+        return length // steps + n_sequences
+    return n_sequences * (1 + -(-max(0, length - first) // steps))
+
+
+def n_checkpoints(n_sequences: int, length: int, packed: bool) -> int:
+    """Of all sequences: one before every `EVERY`-th step of each, wherever it is cut."""
+    return length // EVERY + n_sequences if packed else n_sequences * -(-length // EVERY)
 
 
 @functools.lru_cache(maxsize=64)
-def of_batch(batch: int, length: int, steps: int, reverse: bool, device: torch.device) -> Segments:
+def of_batch(batch: int, length: int, first: int, steps: int, reverse: bool, device: torch.device) -> Segments:
     """For `batch` sequences of one length, whose rows follow each other."""
-    count = -(-length // steps)
+    count = n_segments(1, length, first, steps, False)
     k = torch.arange(count, device=device).repeat(batch)
     sequence = torch.arange(batch, device=device).repeat_interleave(count)
-    first = k * steps
-    row0 = sequence * length + (length - 1 - first if reverse else first)
+    begin = torch.where(k == 0, 0, first + (k - 1) * steps)
+    end = (first + k * steps).clamp(max=length)
+    row0 = sequence * length + (length - 1 - begin if reverse else begin)
     flags = (k == 0).int() + 2 * (k == count - 1).int()
-    numbers = torch.arange(batch * count, device=device)
     return Segments(
         row0,
-        (length - first).clamp(max=steps).int(),
+        (end - begin).int(),
         sequence.int(),
         flags.int(),
-        numbers * (steps // EVERY),
+        sequence * -(-length // EVERY) + begin // EVERY,
         torch.arange(batch, device=device) * count,
         torch.full((batch,), count, device=device, dtype=torch.int64),
         count > 1,
@@ -78,7 +99,7 @@ def of_packed(cu_seqlens: Tensor, length: int, steps: int, reverse: bool) -> Seg
     count = (lengths + steps - 1) // steps
     ends = count.cumsum(0)
     begin = ends - count
-    numbers = torch.arange(n_segments(n_sequences, length, steps, True), device=bounds.device)
+    numbers = torch.arange(n_segments(n_sequences, length, steps, steps, True), device=bounds.device)
     sequence = torch.searchsorted(ends, numbers, right=True)
     used = sequence < n_sequences
     sequence = sequence.clamp(max=n_sequences - 1)
@@ -87,12 +108,14 @@ def of_packed(cu_seqlens: Tensor, length: int, steps: int, reverse: bool) -> Seg
     row0 = bounds[sequence + 1] - 1 - first if reverse else bounds[sequence] + first
     left = (lengths[sequence] - first).clamp(min=0, max=steps)
     flags = (k == 0).int() + 2 * (k == count[sequence] - 1).int()
+    # sequence s begins at checkpoint cu_seqlens[s] // EVERY + s: room for each one's, started ones included
+    checkpoint = bounds[sequence] // EVERY + sequence + first // EVERY
     return Segments(
         row0,
         torch.where(used, left, 0).int(),
         sequence.int(),
         flags.int(),
-        numbers * (steps // EVERY),
+        checkpoint,
         begin,
         count,
         True,
