@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
-from mambaseq.benchmarking.timing import measure, peak_bytes, release
+from mambaseq.benchmarking.timing import attempt, measure, peak_bytes, release
 from mambaseq.benchmarking.transformer import Transformer
 from mambaseq.generation import generate
 from mambaseq.models import causal_lm
@@ -71,20 +71,21 @@ def _contend(contender: str, make: Callable[..., Any], sizes: Sizes, report: Rep
     """The rows of a contender: one model, batch after batch, until one does not fit."""
     device = report.device
     model, generator_of = make(sizes, device)
-    wrong = _wrong(model, generator_of(*_check_sizes(sizes)), sizes, device)
+    status, note, wrong = attempt(lambda: _wrong(model, generator_of(*_check_sizes(sizes)), sizes, device))
+    if wrong:
+        status, note = "wrong", wrong
     release()
-    full = False
     for batch in sizes.batches:
         shape = {"batch": batch, "prompt": sizes.prompt}
-        if wrong or full:
-            status, note = ("wrong", wrong) if wrong else ("oom", "a smaller batch did not fit")
+        if status != "ok":
             report.add(Row(OP, shape, contender, status=status, note=note))
             continue
 
         def run(batch: int = batch) -> Row:
             return _row(contender, generator_of, sizes, batch, device, repeats)
 
-        full = report.attempted(OP, shape, contender, run).status == "oom"
+        if report.attempted(OP, shape, contender, run).status == "oom":
+            status, note = "oom", "a smaller batch did not fit"
         release()
 
 
@@ -176,17 +177,24 @@ class CachedGeneration:
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if device.type == "cuda":
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self._advance(prompt)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            pool = torch.cuda.graph_pool_handle()
-            for index in range(new_tokens - 1):
+            self._capture(range(prompt, prompt + new_tokens - 1), device)
+
+    def _capture(self, positions: range, device: torch.device) -> None:
+        # not by `torch.cuda.graph`, which collects garbage and empties the cache before each of the many graphs
+        pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            self._advance(positions.start)  # what is made once must not be made while capturing
+            torch.cuda.synchronize(device)
+            for position in positions:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._advance(prompt + index)
+                graph.capture_begin(pool=pool)
+                try:
+                    self._advance(position)
+                finally:
+                    graph.capture_end()
                 self.graphs.append(graph)
+        torch.cuda.synchronize(device)
 
     def _advance(self, position: int) -> None:
         self.token.copy_(self.model.extend_(self.token[:, None], self.cache, position).argmax(-1))

@@ -55,19 +55,19 @@ def _title(report: Report) -> str:
 
 
 def _ratios(axes: Any, report: Report) -> None:
-    """How far ahead of each peer, forward and backward, a pair of bars a shape."""
-    shown = {"forward_ms": "forward", "backward_ms": "backward"}
+    """How far ahead of each peer: forward, backward, and both."""
+    shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
     ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
     groups = list(dict.fromkeys((r.op, tuple(r.shape.values()), r.peer) for r in ratios if r.shape is not None))
-    for offset, (value, name) in zip((-0.2, 0.2), shown.items(), strict=True):
+    for offset, (value, name) in zip((-0.27, 0, 0.27), shown.items(), strict=True):
         points = [
             (groups.index((r.op, tuple(r.shape.values()), r.peer)) + offset, r.ratio)
             for r in ratios
             if r.value == value and r.shape is not None
         ]
         if points:
-            bars = axes.bar(*zip(*points, strict=True), width=0.38, label=name)
-            axes.bar_label(bars, fmt="%.2g", fontsize=8)
+            bars = axes.bar(*zip(*points, strict=True), width=0.25, label=name)
+            axes.bar_label(bars, fmt="%.2g", fontsize=7)
     axes.axhline(1, color="black", lw=0.8)
     names = [f"{op}\n{' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
     axes.set_xticks(range(len(groups)), names, fontsize=7)

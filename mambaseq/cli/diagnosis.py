@@ -7,6 +7,7 @@ import platform
 import torch
 
 from mambaseq import __version__
+from mambaseq.benchmarking.backends import speeds
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
@@ -26,7 +27,8 @@ def diagnose(device: str | None) -> int:
     for op in OPS.values():
         errors = check(op, place)
         label, arguments = next(iter(op.samples(place)))
-        print(f"{op.name}  (for {label})")
+        what, times = speeds(op, place)
+        print(f"{op.name}  (for {label}; forward + backward of {what} in fp32)")
         picked = False
         for name, reason in explain(op, arguments):
             error = errors.get(name)
@@ -37,7 +39,8 @@ def diagnose(device: str | None) -> int:
             elif isinstance(error, float):
                 verdict = "ok" if error <= LIMIT else "WRONG"
                 wrong += error > LIMIT or error != error
-                note = f"relative error {error:.1e} {verdict}"
+                speed = f"{times[name]:10.3f} ms" if name in times and verdict == "ok" else ""
+                note = f"relative error {error:.1e} {verdict:<6}{speed}".rstrip()
             else:
                 note = str(error)
             print(f"  {mark:<6} {name:<12} {note}")

@@ -1,4 +1,4 @@
-"""`mambaseq doctor`: what runs on this machine, which backend each op would use, and whether each is right."""
+"""`mambaseq doctor`: which backend each op would use on this machine, whether each is right, and how fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(
         prog="mambaseq doctor",
         description="List, for each op, its backends, which one would run here, why the others would not, and the "
-        "error of each against the reference in float64 (relative RMS, outputs and gradients).",
+        "error of each against the reference in float64 (relative RMS, outputs and gradients), and its speed.",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     arguments = parser.parse_args(argv)

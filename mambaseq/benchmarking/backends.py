@@ -1,0 +1,106 @@
+"""How fast each backend of each op is on inputs of a moderate size: the column of `mambaseq doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.benchmarking.timing import measure
+from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.dispatch import Op, leaves
+from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
+from mambaseq.ops.lti.arguments import LtiArguments
+from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
+from mambaseq.ops.selective_scan.arguments import ScanArguments
+
+# batch, length, channels: definitions loop over the length, so it is not long
+SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
+VOCABULARY = {"cuda": 16384, "cpu": 1000}
+D_STATE = 16
+
+Normal = Callable[..., Tensor]
+
+
+def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, float]]:
+    """What was run, as it is printed, and median milliseconds of forward and backward for every backend that can."""
+    what, arguments = moderate(op, device)
+    found = {}
+    for backend in op.backends:
+        inputs = leaves(arguments)
+        if backend.why_not(inputs) is not None:
+            continue
+        wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+
+        def both(run: Callable[[Any], Any] = backend.run, inputs: Any = inputs, wanted: list[Tensor] = wanted) -> None:
+            y = run(inputs)[0]
+            torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+
+        found[backend.name] = measure(both, device, 5, budget_s=0.2, warm_up_s=0.01).ms
+    return what, found
+
+
+def moderate(op: Op, device: torch.device) -> tuple[str, Any]:
+    """Arguments that take about a millisecond, in float32; the op's own small sample where none are known here."""
+    batch, length, channels = SIZES.get(device.type, SIZES["cpu"])
+    make = _MAKERS.get(op.name)
+    if make is None:
+        return next(iter(op.samples(device)))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    return f"{batch} x {length} x {channels}", make(normal, batch, length, channels)
+
+
+def _scan(normal: Normal, batch: int, length: int, channels: int) -> ScanArguments:
+    return ScanArguments(
+        x=normal(batch, length, channels),
+        dt=normal(batch, length, channels),
+        A=-normal(channels, D_STATE).abs(),
+        B=normal(batch, length, D_STATE),
+        C=normal(batch, length, D_STATE),
+        D=normal(channels),
+        z=normal(batch, length, channels),
+        dt_bias=normal(channels) - 4,
+        dt_softplus=True,
+        wants_final_state=False,
+    )
+
+
+def _conv(normal: Normal, batch: int, length: int, channels: int) -> ConvArguments:
+    return ConvArguments(normal(batch, length, channels), normal(channels, 4), normal(channels), "silu")
+
+
+def _lti(normal: Normal, batch: int, length: int, channels: int) -> LtiArguments:
+    decay = -0.1 * normal(channels, D_STATE).abs()
+    return LtiArguments(normal(batch, length, channels), decay, normal(channels, D_STATE), normal(channels, D_STATE))
+
+
+def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
+    x, residual = normal(batch, length, channels), normal(batch, length, channels)
+    return AddNormArguments(x, residual, normal(channels))
+
+
+def _gated_norm(normal: Normal, batch: int, length: int, channels: int) -> GatedNormArguments:
+    return GatedNormArguments(normal(batch, length, channels), normal(batch, length, channels), normal(channels))
+
+
+def _loss(normal: Normal, batch: int, length: int, channels: int) -> LossArguments:
+    hidden = normal(batch * length, channels)
+    vocabulary = VOCABULARY.get(hidden.device.type, VOCABULARY["cpu"])
+    labels = torch.arange(batch * length, device=hidden.device) % vocabulary
+    return LossArguments(hidden, normal(vocabulary, channels), labels)
+
+
+_MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
+    "selective_scan": _scan,
+    "causal_conv": _conv,
+    "lti_scan": _lti,
+    "add_rms_norm": _add_norm,
+    "gated_rms_norm": _gated_norm,
+    "linear_cross_entropy": _loss,
+}

@@ -1,0 +1,269 @@
+"""`mambaseq bench` and doctor's speeds, at sizes that take no time, with and without peers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mambaseq.benchmarking import by_length, decode, peers, train
+from mambaseq.checkpoints.upstream import from_upstream
+from mambaseq.cli.main import main
+from mambaseq.mixers.mamba import Mamba
+from mambaseq.models import causal_lm
+from mambaseq.ops import OPS, causal_conv, norm, selective_scan
+from mambaseq.ops import selective_scan as scan_op
+
+BENCHES = {
+    "ops": {
+        "selective_scan",
+        "causal_conv",
+        "add_rms_norm",
+        "gated_rms_norm",
+        "linear_cross_entropy",
+        "scan, attention, convolution",
+    },
+    "block": {"block"},
+    "train": {"train step"},
+    "decode": {"generation"},
+}
+MEASURED = re.compile(r"_(ms|mib|gib|per_s)$")
+
+
+def bench(name: str, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    file = folder / f"{name}.json"
+    code = main(["bench", name, "--device", "cpu", "--scale", "tiny", "--repeats", "2", "--json", str(file), *options])
+    return code, json.loads(file.read_text())
+
+
+@pytest.fixture
+def without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out of `bench ops` what other tests run."""
+    monkeypatch.setattr(by_length, "run", lambda report, repeats: None)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_measures_us_and_says_which_peers_are_absent(name: str, tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "picture.png"
+    code, found = bench(name, tmp_path, "--picture", str(picture))
+    assert code == 0
+    assert set(found) == {"bench", "scale", "device", "gpu", "torch", "mambaseq", "date", "rows", "ratios"}
+    assert (found["bench"], found["scale"], found["device"], found["torch"]) == (name, "tiny", "cpu", torch.__version__)
+    assert {row["op"] for row in found["rows"]} == BENCHES[name]
+    for row in found["rows"]:
+        measured = {key: value for key, value in row.items() if MEASURED.search(key)}
+        assert all(size > 0 for size in row["shape"].values())
+        if row["contender"] in ("mamba-ssm", "causal-conv1d"):
+            assert (row["status"], bool(row["note"]), measured) == ("absent", True, {})
+        else:
+            assert row["status"] == "ok"
+            assert measured
+            assert all(value > 0 for value in measured.values())
+    assert {row["op"] for row in found["rows"] if row["contender"] == "mambaseq"} == BENCHES[name]
+    assert bool(found["ratios"]) == (name != "block")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed
+    assert "absent" in printed or name == "decode"
+
+
+def off_by_a_hundredth(op: Any, name: str) -> Any:
+    """The op with a backend whose first output is 1 % too large."""
+
+    def wrong(backend: Any) -> Any:
+        def run(arguments: Any) -> Any:
+            y, *rest = backend.run(arguments)
+            return 1.01 * y, *rest
+
+        return backend._replace(run=run) if backend.name == name else backend
+
+    return op._replace(backends=tuple(wrong(backend) for backend in op.backends))
+
+
+@pytest.mark.usefixtures("without_lengths")
+def test_what_is_wrong_gets_no_time(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[scan_op.__module__]
+    monkeypatch.setattr(module, "OP", off_by_a_hundredth(module.OP, "cpu"))  # type: ignore[attr-defined]
+    code, found = bench("ops", tmp_path)
+    assert code == 1
+    rows = [row for row in found["rows"] if row["backend"] == "cpu" and row["op"] == "selective_scan"]
+    assert rows
+    for row in rows:
+        assert row["status"] == "wrong"
+        assert row["error"] == pytest.approx(0.01, rel=0.05)
+        assert not any(MEASURED.search(key) for key in row)
+    assert not [ratio for ratio in found["ratios"] if ratio["op"] == "selective_scan"]
+    assert any(row["status"] == "ok" for row in found["rows"] if row["op"] == "causal_conv")
+    assert "WRONG: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_lengths")
+def test_a_wrong_gradient_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any) -> Any:
+        y, total = norm.reference.run_add(arguments)
+        return y, total.detach() + 0.9 * (total - total.detach())
+
+    op = norm.ADD_OP._replace(backends=(norm.ADD_OP.backends[0]._replace(run=run), *norm.ADD_OP.backends[1:]))
+    monkeypatch.setattr(norm, "ADD_OP", op)
+    code, found = bench("ops", tmp_path)
+    (row,) = (row for row in found["rows"] if row["op"] == "add_rms_norm" and row["contender"] == "mambaseq")
+    assert (code, row["status"]) == (1, "wrong")
+    assert row["note"].startswith("dx is off by")
+
+
+def test_a_loss_that_does_not_fall_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_our_loss", lambda model, inputs, labels: model(inputs, labels).loss * float("nan"))
+    code, found = bench("train", tmp_path)
+    assert code == 1
+    assert all(row["status"] == "wrong" for row in found["rows"] if row["contender"] == "mambaseq")
+    assert all(row["status"] == "ok" for row in found["rows"] if row["contender"] == "Transformer")
+
+
+def test_tokens_of_another_model_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(model: Any, prompt: Tensor, n: int, **_: Any) -> Tensor:
+        least = model(prompt).logits[:, -1].argmin(-1, keepdim=True)
+        return torch.cat([prompt, least.repeat(1, n)], dim=1)
+
+    monkeypatch.setattr(decode, "generate", other)
+    code, found = bench("decode", tmp_path)
+    assert code == 1
+    assert {row["contender"]: row["status"] for row in found["rows"]} == {"mambaseq": "wrong", "Transformer": "ok"}
+
+
+class FakeLanguageModel(nn.Module):
+    """As `mamba_ssm.MambaLMHeadModel` is called, around our model."""
+
+    def __init__(self, config: SimpleNamespace, device: torch.device) -> None:
+        super().__init__()
+        with device:
+            self.model = causal_lm(config.vocab_size, config.d_model, config.n_layer)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(from_upstream(tensors))
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(ids)
+
+
+def fake_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor,
+              softplus: bool) -> Tensor:  # fmt: skip
+    assert u.is_contiguous()
+    u, delta, B, C, z = (value.transpose(1, 2) for value in (u, delta, B, C, z))
+    return selective_scan(u, delta, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=softplus).transpose(1, 2)
+
+
+def fake_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    assert activation == "silu"
+    return causal_conv(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+
+
+def fake_block(d_model: int, device: torch.device) -> Mamba:
+    return Mamba(d_model).to(device)
+
+
+FAKES = {
+    "mamba_ssm": SimpleNamespace(Mamba=fake_block, MambaLMHeadModel=FakeLanguageModel),
+    "mamba_ssm.models.config_mamba": SimpleNamespace(MambaConfig=SimpleNamespace),
+    "mamba_ssm.ops.selective_scan_interface": SimpleNamespace(selective_scan_fn=fake_scan),
+    "causal_conv1d": SimpleNamespace(causal_conv1d_fn=fake_conv),
+}
+
+
+@pytest.mark.usefixtures("without_lengths")
+@pytest.mark.parametrize("name", ["ops", "block", "train"])
+def test_peers_take_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find", lambda module, device: (FAKES[module], ""))
+    code, found = bench(name, tmp_path)
+    assert code == 0
+    theirs = [row for row in found["rows"] if row["contender"] in ("mamba-ssm", "causal-conv1d")]
+    assert [row["status"] for row in theirs] == ["ok"] * (3 if name == "ops" else 2)
+    assert all(row["error"] < 1e-4 for row in theirs)
+    compared = {ratio["peer"] for ratio in found["ratios"]}
+    assert "mamba-ssm" in compared
+
+
+def test_a_peer_with_another_loss_or_output_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherHead(FakeLanguageModel):
+        def forward(self, ids: Tensor) -> Any:
+            output = super().forward(ids)
+            output.logits = 3 * output.logits + torch.arange(output.logits.shape[-1]) / 10
+            return output
+
+    class Twice(Mamba):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().forward(*args, **kwargs)
+
+    package = SimpleNamespace(Mamba=lambda d_model, device: Twice(d_model), MambaLMHeadModel=OtherHead)
+    fakes = FAKES | {"mamba_ssm": package}
+    monkeypatch.setattr(peers, "find", lambda module, device: (fakes[module], ""))
+    for name in ("block", "train"):
+        code, found = bench(name, tmp_path)
+        assert code == 1
+        statuses = {(row["contender"], row["status"]) for row in found["rows"]}
+        assert {("mambaseq", "ok"), ("mamba-ssm", "wrong")} <= statuses
+
+
+@pytest.mark.usefixtures("without_lengths")
+def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no kernel image\nand more")
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("too much")
+
+    fakes = FAKES | {
+        "mamba_ssm.ops.selective_scan_interface": SimpleNamespace(selective_scan_fn=broken),
+        "causal_conv1d": SimpleNamespace(causal_conv1d_fn=full),
+    }
+    monkeypatch.setattr(peers, "find", lambda module, device: (fakes[module], ""))
+    code, found = bench("ops", tmp_path)
+    assert code == 0
+    notes = {row["contender"]: (row["status"], row["note"]) for row in found["rows"]}
+    assert notes["mamba-ssm"] == ("failed", "RuntimeError: no kernel image")
+    assert notes["causal-conv1d"] == ("oom", "out of memory")
+    assert notes["mambaseq"] == notes["PyTorch"] == ("ok", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bench", "trian"], "Did you mean 'train'?"),
+        (["bnech"], "Did you mean 'bench'?"),
+        (["bench", "ops", "--repeats", "0"], "--repeats"),
+        (["bench", "ops", "--picture", "a.jpg"], "a.jpg"),
+        (["bench", "ops", "--device", "nope"], "'nope' cannot be used"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], told: str, capsys) -> None:
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_parser_imports_nothing_heavy() -> None:
+    code = "import sys, mambaseq.cli.bench; assert not {'torch', 'matplotlib', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_doctor_times_what_is_right(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "causal_conv", off_by_a_hundredth(OPS["causal_conv"], "cpu"))
+    for name in [name for name in OPS if name not in ("causal_conv", "lti_scan")]:
+        monkeypatch.delitem(OPS, name)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  r")]
+    assert len(lines) >= 5
+    for line in lines:
+        if "WRONG" in line:
+            assert line[1] == "cpu"
+            assert line[-1] != "ms"
+        else:
+            assert line[-1] == "ms"
+            assert float(line[-2]) > 0
+    assert any("WRONG" in line for line in lines)
