@@ -112,7 +112,7 @@ def _forward(
     stride = -(-vocab // _ALIGNED) * _ALIGNED
     chunk = _chunk_rows(rows, stride * h.element_size())
     memory = torch.empty(chunk, stride, dtype=dtype, device=device)
-    block = min(_BLOCK, 1 << (vocab - 1).bit_length())
+    block = min(_BLOCK, 1 << (stride - 1).bit_length())
     kernel = _kernels().cross_entropy
     with _on(hidden), torch.autocast(device.type, enabled=False):
         for begin in range(0, rows, chunk):
@@ -121,8 +121,8 @@ def _forward(
             logits = memory[: len(h_part), :vocab]
             torch.mm(h_part, w.t(), out=logits)
             kernel[(len(h_part),)](
-                logits, labels[part], losses[part], ignore_index, stride,
-                VOCAB=vocab, BLOCK=block, STORE_GRADIENT=wants_hidden or wants_weight, num_warps=8,
+                logits, labels[part], losses[part], ignore_index,
+                VOCAB=vocab, STRIDE=stride, BLOCK=block, STORE_GRADIENT=wants_hidden or wants_weight, num_warps=8,
             )  # fmt: skip
             if wants_hidden:
                 dhidden[part] = _product(logits, w)

@@ -84,7 +84,7 @@ def _tile(width: int, elements: int) -> dict[str, int]:
     """How a row of this width is cut: constants of the kernels."""
     columns = 1 << (width - 1).bit_length()
     rows = min(_MOST_ROWS, max(1, elements // columns))
-    return {"WIDTH": width, "COLUMNS": columns, "ROWS": rows, "num_warps": 8 if rows * columns > 4096 else 4}
+    return {"WIDTH": width, "COLUMNS": columns, "ROWS": rows, "num_warps": 16 if rows * columns > 4096 else 4}
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager:
