@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.benchmarking.cases import working_dtype
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import attempt, measure, peak_bytes, release
 from mambaseq.benchmarking.transformer import Transformer
@@ -142,14 +143,10 @@ def _wrong(model: Any, tokens: Generate, sizes: Sizes, device: torch.device) -> 
     return "" if margin <= MARGIN else f"a token's logit is {margin:.1f} deviations below the greatest"
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _mamba(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int, int, int], Generate]]:
     torch.manual_seed(0)
     with device:
-        model = causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers).to(_dtype(device)).eval()
+        model = causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers).to(working_dtype(device)).eval()
     return model, lambda batch, length, new: lambda prompt, n: generate(model, prompt, n, temperature=0)
 
 
@@ -164,7 +161,7 @@ def _transformer(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int
             sizes.d_hidden,
             sizes.prompt + sizes.new_tokens,
         )
-    model = model.to(_dtype(device)).eval()
+    model = model.to(working_dtype(device)).eval()
     return model, lambda batch, length, new: CachedGeneration(model, batch, length, new, device)
 
 

@@ -1,0 +1,183 @@
+"""What the benchmarks stand on: clocks, comparisons, the Transformer that is compared with, and the checks' reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambaseq.benchmarking import backends, by_length, ops
+from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, reference_results
+from mambaseq.benchmarking.decode import CachedGeneration
+from mambaseq.benchmarking.report import OURS, Column, Report, Row
+from mambaseq.benchmarking.timing import attempt, measure, peak_bytes
+from mambaseq.benchmarking.transformer import Transformer
+from mambaseq.ops import OPS
+
+CPU = torch.device("cpu")
+
+
+def test_a_median_of_calls() -> None:
+    calls = []
+
+    def sleep() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.1 if len(calls) == 3 else 0.004)  # one of the counted calls is disturbed
+
+    timing = measure(sleep, CPU, 5, budget_s=10, warm_up_s=0)
+    assert len(calls) == 6
+    assert 4 <= timing.ms < 40
+
+
+def test_the_budget_ends_sampling() -> None:
+    calls: list[int] = []
+
+    def sleep() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    measure(sleep, CPU, 100, budget_s=0.05, warm_up_s=None)
+    assert 1 <= len(calls) <= 4
+
+
+@pytest.mark.gpu
+def test_the_time_of_the_gpu_alone(cuda: torch.device) -> None:
+    x = torch.randn(4096, 4096, device=cuda)
+
+    def slow_to_ask() -> Tensor:
+        time.sleep(2e-3)
+        return x @ x
+
+    held = measure(slow_to_ask, cuda, 5, hold=True)
+    assert held.host_ms >= 2
+    assert measure(lambda: x @ x, cuda, 5, hold=True).ms == pytest.approx(held.ms, rel=0.5)
+
+
+@pytest.mark.gpu
+def test_the_peak_is_what_a_call_adds(cuda: torch.device) -> None:
+    kept = torch.zeros(2**20, device=cuda)
+    peak = peak_bytes(lambda: kept + 1, cuda)
+    assert peak is not None
+    assert 2**22 <= peak < 2**23
+
+
+def test_what_goes_wrong_is_told() -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def broken() -> None:
+        raise ValueError("first line\nsecond line")
+
+    assert attempt(lambda: 7) == ("ok", "", 7)
+    assert attempt(full) == ("oom", "out of memory", None)
+    assert attempt(broken) == ("failed", "ValueError: first line", None)
+
+
+def test_ratios_and_their_means() -> None:
+    report = Report("ops", CPU, "tiny", (Column("ms", "ms"), Column("rate", "rate", more_is_better=True)))
+    for batch, ours, theirs in ((1, 2.0, 4.0), (1, 1.0, 8.0), (4, 3.0, 3.0)):
+        shape = {"batch": batch, "length": int(ours)}
+        report.add(Row("op", shape, OURS, values={"ms": ours, "rate": 6.0}))
+        report.add(Row("op", shape, "peer", values={"ms": theirs, "rate": 3.0}))
+    report.add(Row("op", {"batch": 9, "length": 9}, OURS, status="wrong", note="y is off"))
+    report.add(Row("op", {"batch": 9, "length": 9}, "peer", values={"ms": 1.0}))
+    found = {(r.value, r.over or r.shape["length"] if r.shape else r.over): r.ratio for r in report.ratios()}
+    assert {key: value for key, value in found.items() if key[0] == "ms"} == pytest.approx(
+        {
+            ("ms", 2): 2.0,
+            ("ms", 1): 8.0,
+            ("ms", 3): 1.0,
+            ("ms", "all"): 16 ** (1 / 3),
+            ("ms", "batch 1"): 4.0,
+        }
+    )
+    assert found["rate", "all"] == pytest.approx(2.0)
+    assert report.failed
+
+
+def test_the_transformer_steps_as_it_reads() -> None:
+    torch.manual_seed(0)
+    model = Transformer(vocab_size=31, d_model=16, n_layers=3, n_heads=2, d_hidden=24, max_length=20).double()
+    ids = torch.randint(31, (2, 20))
+    whole = model(ids)
+    cache = model.init_cache(2, 20)
+    torch.testing.assert_close(model.extend_(ids[:, :7], cache, 0), whole[:, 6])
+    for position in range(7, 20):
+        torch.testing.assert_close(model.extend_(ids[:, position : position + 1], cache, position), whole[:, position])
+    changed = ids.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 31
+    torch.testing.assert_close(model(changed)[:, :12], whole[:, :12])
+    assert not torch.allclose(model(changed)[:, 12:], whole[:, 12:])
+    loss = torch.nn.functional.cross_entropy(whole.flatten(0, 1), ids.flatten())
+    assert model(ids, ids).item() == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_generation_with_a_cache_is_greedy(place: str, request: pytest.FixtureRequest) -> None:
+    device = request.getfixturevalue("cuda") if place == "cuda" else CPU
+    torch.manual_seed(0)
+    model = Transformer(vocab_size=31, d_model=16, n_layers=2, n_heads=2, d_hidden=24, max_length=20).to(device)
+    prompt = torch.randint(31, (2, 9), device=device)
+    generate = CachedGeneration(model, 2, 9, 8, device)
+    out = generate(prompt, 8)
+    assert torch.equal(out[:, :9], prompt)
+    assert torch.equal(out[:, 9:], model(out[:, :-1])[:, 8:].argmax(-1))
+    assert torch.equal(generate(prompt, 8), out)  # nothing of the first call is left in the cache
+    assert len(generate.graphs) == (7 if place == "cuda" else 0)
+
+
+def some_of_it(tensor: Tensor) -> Tensor:
+    """Nine steps of four channels; B and C have no channels."""
+    if tensor.ndim == 3:
+        return tensor[:1, :9] if tensor.shape[-1] == ops.D_STATE else tensor[:1, :9, :4]
+    return tensor[:4]
+
+
+@pytest.mark.parametrize("make", [ops.scans, ops.convs])
+def test_a_part_is_checked_as_the_whole_would_be(make) -> None:  # type: ignore[no-untyped-def]
+    case = next(iter(make(CPU, "tiny")))()
+    mine = case.contenders[0]
+    part = dataclasses.replace(case, part=some_of_it)
+    for some in (case, part):
+        found = errors(some, mine, reference_results(some))
+        assert set(found) == {"y", *(f"d{name}" for name in case.inputs)}
+        assert 0 < max(found.values()) < 1e-5
+
+    # a contender in a layout of its own gets its inputs in it, and its results are taken back
+    def swapped(**inputs: Tensor) -> Tensor:
+        assert inputs["x"].shape[1] == case.shape["channels"]
+        return channels_first(mine.run(**{name: channels_first(value) for name, value in inputs.items()}))
+
+    found = errors(part, Contender("peer", swapped, layout=channels_first), reference_results(part))
+    assert max(found.values()) < 1e-5
+
+
+def test_a_leak_into_the_checked_part_is_seen() -> None:
+    case = next(iter(ops.scans(CPU, "tiny")))()
+    part = dataclasses.replace(case, part=some_of_it)
+    mine = case.contenders[0]
+
+    def leaking(**inputs: Tensor) -> Tensor:
+        return mine.run(**inputs) + 0.01 * inputs["x"].roll(-20, dims=1)
+
+    found = errors(part, Contender("leaking", leaking), reference_results(part))
+    assert found["y"] > 1e-3
+
+
+@pytest.mark.parametrize("make", [by_length.scan, by_length.attention, by_length.convolution])
+def test_what_the_scan_is_compared_with_is_right(make) -> None:  # type: ignore[no-untyped-def]
+    case: Case = make(80, "tiny", CPU)
+    found = errors(case, case.contenders[0], reference_results(case))
+    assert max(found.values()) < 1e-5
+
+
+def test_doctor_has_a_moderate_sample_of_every_op() -> None:
+    for op in OPS.values():
+        what, arguments = backends.moderate(op, CPU)
+        assert what == "1 x 128 x 128"
+        assert any(backend.why_not(arguments) is None for backend in op.backends)
+    unknown = OPS["causal_conv"]._replace(name="another")
+    assert backends.moderate(unknown, CPU)[0] == "x, weight"
