@@ -267,3 +267,23 @@ def test_doctor_times_what_is_right(capsys, monkeypatch: pytest.MonkeyPatch) -> 
             assert line[-1] == "ms"
             assert float(line[-2]) > 0
     assert any("WRONG" in line for line in lines)
+
+
+def test_after_a_batch_that_does_not_fit_no_larger_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(model: Any, batch: int, *args: Any) -> Any:
+        if batch == 1:  # not the check's
+            tried.append(batch)
+            raise torch.OutOfMemoryError("too much")
+        return decode_generation(model, batch, *args)
+
+    decode_generation = decode.CachedGeneration
+    monkeypatch.setattr(decode, "CachedGeneration", full)
+    code, found = bench("decode", tmp_path)
+    assert (code, tried) == (0, [1])
+    notes = [(row["status"], row["note"]) for row in found["rows"] if row["contender"] == "Transformer"]
+    assert notes == [("oom", "out of memory"), ("oom", "a smaller batch did not fit")]
+    assert all(row["status"] == "ok" for row in found["rows"] if row["contender"] == "mambaseq")
