@@ -20,6 +20,8 @@ from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import OPS, causal_conv, selective_scan
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.linear import apply_linear, is_plain
+from mambaseq.ops.mamba_block import BlockArguments, mamba_block
+from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
 
@@ -147,7 +149,13 @@ class Mamba(Mixer):
                 conv=(sequences, self.d_inner, self.d_conv - 1),
                 ssm=(sequences, self.d_inner, self.d_state),
             )
-        x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
+        xz = apply_linear(self.in_proj, x)
+        if xz.is_cuda and self._is_plain() and self.backend in (None, "cuda"):
+            whole = self._block_arguments(xz, state, cu_seqlens, return_state)
+            if why_not_whole(whole) is None:
+                y, *new = mamba_block(whole)
+                return (y, MambaState(*new)) if return_state else y
+        x, z = xz.chunk(2, dim=-1)
         conv_state: Tensor | None = None
         x = causal_conv(
             x,
@@ -186,6 +194,30 @@ class Mamba(Mixer):
         assert conv_state is not None
         return apply_linear(self.out_proj, y), MambaState(conv_state, ssm_state)
 
+    def _is_plain(self) -> bool:
+        """Whether kernels may do what the layers would: none is wrapped, hooked or quantised."""
+        return not self.lti and all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
+
+    def _block_arguments(
+        self, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
+    ) -> BlockArguments:
+        return BlockArguments(
+            xz,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            None if state is None else state.conv,
+            None if state is None else state.ssm,
+            cu_seqlens,
+            wants_state,
+        )
+
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float())
 
@@ -211,7 +243,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
-        if not self.lti and all(is_plain(self._modules[name]) for name in _LAYERS):  # type: ignore[arg-type]
+        if self._is_plain():
             weights = self._weights()
             if can_step(x[:, 0], state.conv, state.ssm, weights):
                 return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from mambaseq.domain import catalog
+from mambaseq.mixers import mamba
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +60,72 @@ def test_compiled_equals_eager(name: str, options: dict, backend: str) -> None:
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
     for compiled, eager in zip(results[1], results[0], strict=True):
         close(compiled, eager)
+
+
+PACKED = [0, 1, 1, 200, 300]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("options", [{}, {"d_state": 5, "bias": True}, {"d_conv": 2, "conv_bias": False}])
+def test_the_block_as_one_equals_its_ops(
+    options: dict, stateful: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = mamba.Mamba(40, **options).cuda()
+    x = torch.randn(1 if packed else 2, 300, 40, device="cuda", requires_grad=True)
+    bounds = torch.tensor(PACKED, dtype=torch.int32, device="cuda") if packed else None
+    state = mixer.init_state(4 if packed else 2).map(lambda t: torch.randn_like(t).requires_grad_())
+    cotangents = [torch.randn_like(x), torch.randn_like(state.conv), torch.randn_like(state.ssm)]
+    inputs = [x, *mixer.parameters(), *([state.conv, state.ssm] if stateful else [])]
+
+    def run() -> list[Tensor]:
+        if not stateful:
+            y = mixer(x, cu_seqlens=bounds)
+            return [y, *torch.autograd.grad(y, inputs, cotangents[0])]
+        y, new = mixer(x, state=state, cu_seqlens=bounds, return_state=True)
+        outputs = [y, new.conv, new.ssm]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents)]
+
+    called = []
+    whole = mamba.mamba_block
+    monkeypatch.setattr(mamba, "mamba_block", lambda arguments: called.append(1) or whole(arguments))
+    fused = run()
+    assert called
+    monkeypatch.setattr(mamba, "why_not_whole", lambda arguments: "not in this test")
+    for one, ops in zip(fused, run(), strict=True):
+        close(one, ops)
+    assert len(called) == 1
+
+
+def test_the_block_as_one_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = mamba.Mamba(64).cuda()
+    x = torch.randn(2, 500, 64, device="cuda", requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def run(dtype: torch.dtype | None) -> list[Tensor]:
+        with torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            y = mixer(x)
+        assert y.dtype == (dtype or torch.float32)
+        return [y, *torch.autograd.grad(y, [x, *mixer.parameters()], dy.to(y.dtype))]
+
+    exact = run(None)
+    for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        for half, full in zip(run(dtype), exact, strict=True):
+            assert (half.float() - full).norm() <= limit * full.norm()
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in mixer.parameters())
+
+
+def test_the_block_twice_gives_the_same_bits() -> None:
+    mixer = mamba.Mamba(64).cuda()
+    x = torch.randn(2, 700, 64, device="cuda", requires_grad=True)
+    runs = [torch.autograd.grad(mixer(x).sum(), [x, *mixer.parameters()]) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_wrapped_layer_is_not_passed_by() -> None:
+    mixer = mamba.Mamba(64).cuda()
+    x = torch.randn(1, 50, 64, device="cuda")
+    before = mixer(x)
+    mixer.x_proj.register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert not torch.equal(mixer(x), before)

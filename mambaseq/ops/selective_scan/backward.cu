@@ -9,6 +9,7 @@
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
 #define WARPS (THREADS / 32)
+#define ROWS (TILE / WARPS)  // of a tile that a warp prepares
 constexpr int UNROLLED = 4;  // steps of the first half that are written out
 
 struct Shared {
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
              const in_t *dy, i64 dy_stride, const float *dstate, const i64 *row0s, const int *lengths,
              const int *sequences, const int *flags, const i64 *checkpoint, int go, int channels, int d_state,
              int per_group, const float *checkpoints, i64 rows, in_t *dx, i64 dx_stride, in_t *ddt, in_t *dz, i64 dz_stride,
-             float *dBC, float *dA,
+             in_t *gated, i64 gated_stride, float *dBC, float *dA,
              float *dD, float *dbias, float *dinitial) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
@@ -83,17 +84,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     };
     auto prepare = [&](int k) {
         int steps = length - k * TILE, at = k & 1;
+        // all are read before any is written: the compiler does not know that the places differ
+        float2 d[ROWS], u[ROWS], o[ROWS], v[ROWS];
 #pragma unroll
-        for (int t = rank; t < TILE; t += WARPS) {
-            float2 d = pair(s.dt[at] + t * CHANNELS + own), u = pair(s.x[at] + t * CHANNELS + own);
-            float2 o = pair(s.dy[at] + t * CHANNELS + own);
-            d.x = only_if(t < steps, step_size(d.x, own_bias.x)), d.y = only_if(t < steps, step_size(d.y, own_bias.y));
-            if (HAS_Z) {
-                float2 v = pair(s.z[at] + t * CHANNELS + own);
-                o.x *= v.x * sigmoid(v.x), o.y *= v.y * sigmoid(v.y);
-            }
-            *(float4 *)&s.du[t * CHANNELS + own] = make_float4(d.x, d.x * u.x, d.y, d.y * u.y);
-            *(float2 *)&s.dout[t * CHANNELS + own] = o;
+        for (int r = 0; r < ROWS; r++) {
+            const int place = (rank + r * WARPS) * CHANNELS + own;
+            d[r] = pair(s.dt[at] + place), u[r] = pair(s.x[at] + place), o[r] = pair(s.dy[at] + place);
+            if (HAS_Z) v[r] = pair(s.z[at] + place);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const int t = rank + r * WARPS, place = t * CHANNELS + own;
+            const float a = only_if(t < steps, step_size(d[r].x, own_bias.x));
+            const float b = only_if(t < steps, step_size(d[r].y, own_bias.y));
+            if (HAS_Z) o[r].x *= v[r].x * sigmoid(v[r].x), o[r].y *= v[r].y * sigmoid(v[r].y);
+            *(float4 *)&s.du[place] = make_float4(a, a * u[r].x, b, b * u[r].y);
+            *(float2 *)&s.dout[place] = o[r];
         }
 #pragma unroll
         for (int r = 0; r < TILE * VALUES / 4 / THREADS; r++) {
@@ -111,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         int steps = min(TILE, length - k * TILE), at = k & 1;
         const i64 row = row0 + ((i64)k * TILE + rank) * go;
         in_t *to_dx = dx + row * dx_stride + c0 + own, *to_ddt = ddt + row * channels + c0 + own;
-        in_t *to_dz = dz + row * dz_stride + c0 + own;
+        in_t *to_dz = dz + row * dz_stride + c0 + own, *to_gated = gated + row * gated_stride + c0 + own;
 #pragma unroll
         for (int t = rank; t < TILE; t += WARPS) {
             const bool exists = t < steps;
@@ -126,8 +132,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 float2 gate = pair(s.z[at] + t * CHANNELS + own), out = *(const float2 *)&s.y[t * STRIDE_Y + own];
                 float2 up = pair(s.dy[at] + t * CHANNELS + own);
                 float a = sigmoid(gate.x), b = sigmoid(gate.y);
-                r.x = up.x * fmaf(own_D.x, u.x, out.x) * a * (1.f + gate.x * (1.f - a));
-                r.y = up.y * fmaf(own_D.y, u.y, out.y) * b * (1.f + gate.y * (1.f - b));
+                out.x = fmaf(own_D.x, u.x, out.x), out.y = fmaf(own_D.y, u.y, out.y);
+                if (gated) {
+                    r = make_float2(out.x * gate.x * a, out.y * gate.y * b);
+                    put_pair(to_gated, r, c0 + own, channels, exists);
+                }
+                r.x = up.x * out.x * a * (1.f + gate.x * (1.f - a));
+                r.y = up.y * out.y * b * (1.f + gate.y * (1.f - b));
                 put_pair(to_dz, r, c0 + own, channels, exists);
             }
             r = make_float2(fmaf(gu.x, u.x, ge.x * LN2), fmaf(gu.y, u.y, ge.y * LN2));
@@ -136,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
             sum_bias.x += only_if(exists, r.x), sum_bias.y += only_if(exists, r.y);
             to_dx += WARPS * go * dx_stride, to_ddt += (i64)WARPS * go * channels, to_dz += WARPS * go * dz_stride;
+            to_gated += WARPS * go * gated_stride;
         }
         const int kind = lane >> 2 & 1, column = kind * STATES + first + order;
         float *sums = dBC + ((i64)block * rows + row0 + ((i64)k * TILE + rank) * go) * VALUES + column;
@@ -163,18 +175,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const float *const own_dout = s.dout + channel;
     float *const own_sums = s.bc_sums + warp * TILE * 32 + lane;
     float y_even[2];
+    // What a step takes from shared memory; read one step ahead, before the step in between writes there.
+    struct Step {
+        float4 now;  // delta, delta x of both channels
+        float2 o;
+        float4 b, w;
+    };
+    auto look = [&](int t) {
+        return Step{*(const float4 *)(own_du + t * CHANNELS), *(const float2 *)(own_dout + t * CHANNELS),
+                    *(const float4 *)(own_bc + t * VALUES), *(const float4 *)(own_bc + t * VALUES + STATES)};
+    };
     // Takes the states over step t; returns this lane's part of what C gets.
-    auto ahead = [&](int t, float *h) {
-        const float4 now = *(const float4 *)(own_du + t * CHANNELS);  // delta, delta x of both channels
-        const float2 o = *(const float2 *)(own_dout + t * CHANNELS);
-        float y[2] = {0.f, 0.f}, v[4], b[4], w[4];
-        *(float4 *)b = *(const float4 *)(own_bc + t * VALUES);
-        if (HAS_Z) *(float4 *)w = *(const float4 *)(own_bc + t * VALUES + STATES);
+    auto ahead = [&](int t, const Step &step, float *h) {
+        const float4 now = step.now;
+        const float b[4] = {step.b.x, step.b.y, step.b.z, step.b.w}, w[4] = {step.w.x, step.w.y, step.w.z, step.w.w};
+        float y[2] = {0.f, 0.f}, v[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
             h[n + 4] = fmaf(ex2(now.z * A2[n + 4]), h[n + 4], now.w * b[n]);
-            v[n] = fmaf(h[n], o.x, h[n + 4] * o.y);
+            v[n] = fmaf(h[n], step.o.x, h[n + 4] * step.o.y);
             if (HAS_Z) y[0] = fmaf(h[n], w[n], y[0]), y[1] = fmaf(h[n + 4], w[n], y[1]);
         }
         if (HAS_Z) {
@@ -192,17 +212,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         return butterfly(v);
     };
     // Takes the gradient of the states back over step t, before which they were `before`.
-    auto back = [&](int t, const float *before, float sum_C) {
-        const float4 now = *(const float4 *)(own_du + t * CHANNELS);
-        const float2 o = *(const float2 *)(own_dout + t * CHANNELS);
-        float gu[2] = {0.f, 0.f}, ge[2] = {0.f, 0.f}, v[4], b[4], w[4];
-        *(float4 *)b = *(const float4 *)(own_bc + t * VALUES);
-        *(float4 *)w = *(const float4 *)(own_bc + t * VALUES + STATES);
+    auto back = [&](int t, const Step &step, const float *before, float sum_C) {
+        const float b[4] = {step.b.x, step.b.y, step.b.z, step.b.w}, w[4] = {step.w.x, step.w.y, step.w.z, step.w.w};
+        float gu[2] = {0.f, 0.f}, ge[2] = {0.f, 0.f}, v[4];
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             const int i = n / 4;
-            const float d = i ? now.z : now.x, u = i ? now.w : now.y;
-            const float g = fmaf(i ? o.y : o.x, w[n % 4], dh[n]);
+            const float d = i ? step.now.z : step.now.x, u = i ? step.now.w : step.now.y;
+            const float g = fmaf(i ? step.o.y : step.o.x, w[n % 4], dh[n]);
             v[n % 4] = i ? fmaf(g, u, v[n % 4]) : g * u;
             gu[i] = fmaf(g, b[n % 4], gu[i]);
             dh[n] = ex2(d * A2[n]) * g;
@@ -239,27 +256,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float h[8];
 #pragma unroll
         for (int n = 0; n < 8; n++) h[n] = start[n];
+        Step step = look(0), next;
 #pragma unroll UNROLLED
         for (int t = 0; t < KEPT; t++) {
+            next = look(t + 1);
             s.states[t][0][threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
             s.states[t][1][threadIdx.x] = make_float4(h[4], h[5], h[6], h[7]);
-            own_sums[t * 32] = ahead(t, h);
+            own_sums[t * 32] = ahead(t, step, h);
+            step = next;
         }
         float before[KEPT][8], sum_C[KEPT];
 #pragma unroll
         for (int t = 0; t < KEPT; t++) {
+            if (t + 1 < KEPT) next = look(KEPT + t + 1);
 #pragma unroll
             for (int n = 0; n < 8; n++) before[t][n] = h[n];
-            sum_C[t] = ahead(KEPT + t, h);
+            sum_C[t] = ahead(KEPT + t, step, h);
+            if (t + 1 < KEPT) step = next;
         }
 #pragma unroll
-        for (int t = KEPT - 1; t >= 0; t--) back(KEPT + t, before[t], sum_C[t]);
-#pragma unroll UNROLLED
         for (int t = KEPT - 1; t >= 0; t--) {
-            float was[8];
+            next = look(KEPT + t - 1);
+            back(KEPT + t, step, before[t], sum_C[t]);
+            step = next;
+        }
+        auto remember = [&](int t, float *was) {
             *(float4 *)was = s.states[t][0][threadIdx.x];
             *(float4 *)(was + 4) = s.states[t][1][threadIdx.x];
-            back(t, was, own_sums[t * 32]);
+            was[8] = own_sums[t * 32];
+        };
+        float was[9], was_before[9];
+        remember(KEPT - 1, was);
+#pragma unroll UNROLLED
+        for (int t = KEPT - 1; t >= 0; t--) {
+            const int earlier = max(t - 1, 0);
+            next = look(earlier);
+            remember(earlier, was_before);
+            back(t, step, was, was[8]);
+            step = next;
+#pragma unroll
+            for (int n = 0; n < 9; n++) was[n] = was_before[n];
         }
         __syncthreads();
         finish(k);

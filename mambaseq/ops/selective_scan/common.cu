@@ -134,15 +134,14 @@ __device__ __forceinline__ float2 pair(const in_t *tile) {
 #endif
 }
 
-// Writes one number where `exists`, without a branch, which would part what the compiler may interleave.
+// Writes one number, which nothing here reads again, where `exists`: without a branch and without a word about memory, either
+// of which would keep the compiler from interleaving what comes before with what comes after.
 __device__ __forceinline__ void put(in_t *to, float value, bool exists) {
 #if IN == 0
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2;}" ::"r"((int)exists), "l"(to), "f"(value)
-                 : "memory");
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2;}" ::"r"((int)exists), "l"(to), "f"(value));
 #else
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u16 [%1], %2;}" ::"r"((int)exists), "l"(to),
-                 "h"(narrow(value))
-                 : "memory");
+                 "h"(narrow(value)));
 #endif
 }
 
@@ -152,12 +151,10 @@ __device__ __forceinline__ void put_pair(in_t *to, float2 v, int c, int channels
     put(to, v.x, exists && c < channels), put(to + 1, v.y, exists && c + 1 < channels);
 #elif IN == 0
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3};}" ::"r"((int)(exists && c < channels)),
-                 "l"(to), "f"(v.x), "f"(v.y)
-                 : "memory");
+                 "l"(to), "f"(v.x), "f"(v.y));
 #else
     asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"((int)(exists && c < channels)), "l"(to),
-                 "r"((u32)narrow(v.x) | (u32)narrow(v.y) << 16)
-                 : "memory");
+                 "r"((u32)narrow(v.x) | (u32)narrow(v.y) << 16));
 #endif
 }
 

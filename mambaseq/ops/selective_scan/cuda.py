@@ -21,7 +21,7 @@ from mambaseq.ops.selective_scan import library, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 _CHANNELS = 64  # of a block
-_STATES = 16  # the most that the kernels take at once
+STATES = 16  # the most that the kernels take at once
 _OWN = 8  # the states of a thread, two channels' in the backward kernel
 _SUMS = 128  # that a block of a kernel which sums takes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -78,15 +78,15 @@ def _why_not_on(device: torch.device) -> str | None:
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """y and the final state."""
     d_state = arguments.A.shape[1]
-    if d_state <= _STATES:
+    if d_state <= STATES:
         return _op(arguments)
     # More states than a thread block holds: a scan for each few of them, in fp32, and the rest of the block after it.
     x, z = arguments.x.float(), arguments.z
     dt = arguments.dt.float()
     total: Tensor | None = None
     finals = []
-    for n in range(0, d_state, _STATES):
-        part = slice(n, n + _STATES)
+    for n in range(0, d_state, STATES):
+        part = slice(n, n + STATES)
         state = arguments.initial_state
         y, final = _op(
             arguments._replace(
@@ -273,7 +273,7 @@ def _states(d_state: int) -> int:
     return 8 if d_state <= 8 else 16
 
 
-def _shape_kept(arguments: ScanArguments) -> tuple[int, ...]:
+def shape_kept(arguments: ScanArguments) -> tuple[int, ...]:
     packed = arguments.cu_seqlens is not None
     count = segments.n_checkpoints(arguments.n_sequences, arguments.x.shape[1], packed)
     channels, d_state = arguments.A.shape
@@ -301,7 +301,7 @@ def forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tenso
         shape = (inputs.n_sequences, inputs.channels, inputs.d_state)
         final = _left_over(arguments, state, shape)
         y = torch.empty(inputs.rows, inputs.channels, dtype=inputs.x.data.dtype, device=device)
-        kept = torch.empty(_shape_kept(arguments) if keep else (0,), device=device)
+        kept = torch.empty(shape_kept(arguments) if keep else (0,), device=device)
         sizes = (inputs.go, inputs.channels, inputs.d_state, inputs.per_group)
         grid = len(table.row0) * inputs.blocks
         kernel = _kernel("forward", inputs, arguments.dt_softplus)
@@ -322,18 +322,20 @@ def forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tenso
         return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept
 
 
-def backward(
-    arguments: ScanArguments,
-    dy: Tensor,
-    dfinal: Tensor | None,
-    kept: Tensor,
-    dz: Tensor | None = None,
-) -> library.Gradients:
-    """The gradients of `arguments`.
+class Into(NamedTuple):
+    """Where `backward` writes what is not to have tensors of its own: rows of numbers that lie beside each other, of
+    the dtype that x, dt, z, B and C share. Only for one group of B and C."""
 
-    Args:
-        dz: where that of z goes, of the dtype that x, dt, z, B and C share, rows of numbers beside each other.
-    """
+    dz: Tensor  # (batch, length, channels)
+    gated: Tensor  # (batch, length, channels): y once more, which need not be kept until now
+    dB: Tensor  # (batch, length, d_state), rows as far apart as those of dC
+    dC: Tensor
+
+
+def backward(
+    arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept: Tensor, into: Into | None = None
+) -> library.Gradients:
+    """The gradients of `arguments`, some of them written `into` other tensors."""
     with torch.cuda.device(arguments.x.device):
         inputs, table = _prepare(arguments), _segments(arguments, leads=False)
         device, count = arguments.x.device, len(table.row0)
@@ -365,6 +367,7 @@ def backward(
             _combine(inputs, table, local, sum_dt, dstate, -1, entering)
         shape, states = (inputs.rows, inputs.channels), _states(inputs.d_state)
         dx, ddt = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        dz = None if into is None else into.dz
         if inputs.z is not None and dz is None:
             dz = torch.empty(shape, dtype=dtype, device=device)
         dBC = torch.empty(inputs.blocks, inputs.rows, 2, states, device=device)
@@ -384,18 +387,29 @@ def backward(
             ddt,
             dz,
             0 if dz is None else dz.stride(-2),
+            *((None, 0) if into is None else (into.gated, into.gated.stride(-2))),
             dBC,
             dA,
             dD,
             dbias,
             dinitial,
         )
-        sums = torch.empty(inputs.channels * (inputs.d_state + 2), device=device)
-        sums_A, sums_D, sums_bias = sums.split([inputs.channels * n for n in (inputs.d_state, 1, 1)])
+        # tensors of their own: what an operator returns may not share memory
+        sums_A, sums_D, sums_bias = (torch.empty(inputs.channels * n, device=device) for n in (inputs.d_state, 1, 1))
         sizes = (count, inputs.channels, inputs.d_state)
         over_channels = _summer("gather_channels", dtype, states, device.index)
-        over_channels(-(-len(sums) // _SUMS), dA, dD, dbias, table.length, *sizes, sums_A, sums_D, sums_bias)
-        dB, dC = _gradients_of_states(arguments, inputs, dBC)
+        over_channels(
+            -(-inputs.channels * (inputs.d_state + 2) // _SUMS),
+            dA,
+            dD,
+            dbias,
+            table.length,
+            *sizes,
+            sums_A,
+            sums_D,
+            sums_bias,
+        )
+        dB, dC = _gradients_of_states(arguments, inputs, dBC, into)
         found = (dx, ddt, sums_A, dB, dC, sums_D, dz, sums_bias, dinitial)
         wanted = (*arguments[:8], arguments.initial_state)
         return tuple(
@@ -404,16 +418,19 @@ def backward(
         )
 
 
-def _gradients_of_states(arguments: ScanArguments, inputs: _Inputs, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_of_states(
+    arguments: ScanArguments, inputs: _Inputs, sums: Tensor, into: Into | None
+) -> tuple[Tensor, Tensor]:
     """Those of B and C from the sums of each block, `(blocks, rows, 2, states)`."""
     groups, device = inputs.channels // inputs.per_group, sums.device
     own = [M.shape[2] if M.ndim == 4 else 1 for M in (arguments.B, arguments.C)]
     dtype = inputs.x.data.dtype if own == [groups, groups] else torch.float32
-    found = torch.empty(2, inputs.rows, groups, inputs.d_state, dtype=dtype, device=device)
-    states = sums.shape[-1]
+    shape, states = (inputs.rows, groups, inputs.d_state), sums.shape[-1]
+    found = [torch.empty(shape, dtype=dtype, device=device) for _ in own] if into is None else [into.dB, into.dC]
+    stride = groups * inputs.d_state if into is None else into.dB.stride(-2)
     over_blocks = _summer("gather_states", dtype, states, device.index)
     grid = (-(-inputs.rows * 2 * states // _SUMS), groups)
-    over_blocks(grid, sums, inputs.rows, groups, inputs.blocks // groups, inputs.d_state, found[0], found[1])
+    over_blocks(grid, sums, inputs.rows, groups, inputs.blocks // groups, inputs.d_state, stride, *found)
     # groups of one that the other has more of are summed
     dB, dC = (g if n == groups else g.unflatten(1, (n, -1)).sum(2) for g, n in zip(found, own, strict=True))
     return dB, dC
@@ -448,4 +465,4 @@ def _combine(
     )
 
 
-_op = library.register("selective_scan_cuda", forward, backward, "cuda", _shape_kept)
+_op = library.register("selective_scan_cuda", forward, backward, "cuda", shape_kept)

@@ -1,8 +1,8 @@
 // Sums what the blocks of backward.cu left, in a fixed order.
 
-// Those of B and C: `sums` (groups, blocks of a group, rows, 2, STATES) to (rows, groups, d_state) each.
-extern "C" __global__ void gather_states(const float *sums, i64 rows, int groups, int blocks, int d_state, in_t *dB,
-                                         in_t *dC) {
+// Those of B and C: `sums` (groups, blocks of a group, rows, 2, STATES) to (rows, groups, d_state) each, rows `stride` apart.
+extern "C" __global__ void gather_states(const float *sums, i64 rows, int groups, int blocks, int d_state, i64 stride,
+                                         in_t *dB, in_t *dC) {
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, size = rows * 2 * STATES;
     if (i >= size) return;
     const int group = blockIdx.y, n = i % STATES, kind = i / STATES % 2;
@@ -10,7 +10,7 @@ extern "C" __global__ void gather_states(const float *sums, i64 rows, int groups
     float total = 0.f;
 #pragma unroll 8
     for (int b = 0; b < blocks; b++) total += from[b * size];
-    if (n < d_state) (kind ? dC : dB)[(i / (2 * STATES) * groups + group) * d_state + n] = narrow(total);
+    if (n < d_state) (kind ? dC : dB)[i / (2 * STATES) * stride + group * d_state + n] = narrow(total);
 }
 
 // Those of A, D and the bias, over the segments: (segments, channels, d_state) and (segments, channels) to their sums.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
-# Blocks that a multiprocessor takes side by side, and the shortest segment that is worth its two passes.
-_BLOCKS, _SHORTEST = 2, 128
+# Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
+_FORWARD, _BACKWARD, _SHORTEST = 3, 2, 128
 # What a summary of a segment takes of the time of its outputs: the first segment, whose outputs are made beside the
 # summaries of the others, is so much shorter.
 _SUMMARY = 0.75
@@ -36,14 +36,14 @@ def steps_of(
 ) -> tuple[int, int]:
     """Steps of a sequence's first segment and of its others, for sequences of `length` (or packed into one row of it).
 
-    leads: whether the outputs of the first are made in another pass than those of the others.
+    leads: forward, where the outputs of the first are made in another pass than those of the others.
     """
     blocks = n_sequences * channel_blocks
-    wanted = _BLOCKS * processors
+    wanted = (_FORWARD if leads else _BACKWARD) * processors
     if packed:
         # A sequence takes at least one segment, however short: segments must not be much longer than sequences.
         longest = max(_SHORTEST, -(-length // max(1, n_sequences)) * 2)
-        steps = first = min(longest, max(_SHORTEST, length * channel_blocks // (2 * wanted)))
+        steps = first = min(longest, max(_SHORTEST, length * channel_blocks // (4 * processors)))
     elif blocks >= processors or length <= 2 * _SHORTEST:
         steps = first = length
     else:
