@@ -54,6 +54,10 @@ CHECKED = (64, 20)
 # standard deviations of the logits: bf16 gives some hundredths, a token chosen from a wrong state some units
 MARGIN = 0.5
 
+# of random embeddings' usual size: with larger ones, tied, a token would be its own likeliest successor whatever the state
+# is, and the check would see nothing
+EMBEDDING_SCALE = 0.1
+
 Generate = Callable[[Tensor, int], Tensor]
 
 
@@ -147,6 +151,7 @@ def _mamba(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int, int,
     torch.manual_seed(0)
     with device:
         model = causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers).to(working_dtype(device)).eval()
+    _shrink(model.get_parameter("encoder.embedding.weight"))
     return model, lambda batch, length, new: lambda prompt, n: generate(model, prompt, n, temperature=0)
 
 
@@ -162,7 +167,13 @@ def _transformer(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int
             sizes.prompt + sizes.new_tokens,
         )
     model = model.to(working_dtype(device)).eval()
+    _shrink(model.get_parameter("embedding.weight"))
     return model, lambda batch, length, new: CachedGeneration(model, batch, length, new, device)
+
+
+def _shrink(embedding: Tensor) -> None:
+    with torch.no_grad():
+        embedding.mul_(EMBEDDING_SCALE)
 
 
 class CachedGeneration:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mambaseq.benchmarking import by_length, decode, peers, train
 from mambaseq.checkpoints.upstream import from_upstream
 from mambaseq.cli.main import main
+from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import causal_lm
 from mambaseq.ops import OPS, causal_conv, norm, selective_scan
@@ -127,10 +128,10 @@ def test_a_loss_that_does_not_fall_gets_no_time(tmp_path: Path, monkeypatch: pyt
     assert all(row["status"] == "ok" for row in found["rows"] if row["contender"] == "Transformer")
 
 
-def test_tokens_of_another_model_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(model: Any, prompt: Tensor, n: int, **_: Any) -> Tensor:
-        least = model(prompt).logits[:, -1].argmin(-1, keepdim=True)
-        return torch.cat([prompt, least.repeat(1, n)], dim=1)
+def test_tokens_from_a_wrong_state_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(model: Any, prompt: Tensor, n: int, **options: Any) -> Tensor:
+        out = generate(model, prompt.flip(1), n, **options)
+        return torch.cat([prompt, out[:, prompt.shape[1] :]], dim=1)
 
     monkeypatch.setattr(decode, "generate", other)
     code, found = bench("decode", tmp_path)
