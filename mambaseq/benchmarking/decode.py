@@ -54,8 +54,8 @@ CHECKED = (64, 20)
 # standard deviations of the logits: bf16 gives some hundredths, a token chosen from a wrong state some units
 MARGIN = 0.5
 
-# of random embeddings' usual size: with larger ones, tied, a token would be its own likeliest successor whatever the state
-# is, and the check would see nothing
+# of random embeddings' usual size: with larger ones, tied, a token would be its own likeliest successor whatever the
+# state is, and the check would see nothing
 EMBEDDING_SCALE = 0.1
 
 Generate = Callable[[Tensor, int], Tensor]
