@@ -71,7 +71,7 @@ class Kernel:
     def __init__(self, code: bytes, name: str, threads: int, shared: int, device: int) -> None:
         core: Any = importlib.import_module("cuda.core")
         driver: Any = importlib.import_module("cuda.bindings.driver")
-        self._launch = core.launch
+        self._launch, self._device = core.launch, device
         core.Device(device).set_current()
         self._module = core.ObjectCode.from_cubin(code)
         self._kernel = self._module.get_kernel(name)
@@ -87,12 +87,13 @@ class Kernel:
                 raise RuntimeError(f"{name} cannot have {shared} bytes of shared memory on this GPU: {error}")
 
     def __call__(self, grid: int | tuple[int, int], *arguments: Any) -> None:
-        stream = self._stream(torch.cuda.current_stream().cuda_stream)
-        self._launch(stream, self._config(grid), self._kernel, *map(_as_number, arguments))
-
-
-def _as_number(value: Any) -> int:
-    return 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
+        # what torch.cuda.current_stream() looks up, without making objects of it: 5 microseconds less
+        stream = self._stream(torch._C._cuda_getCurrentRawStream(self._device))
+        numbers = [
+            v if type(v) is int else 0 if v is None else v.data_ptr() if isinstance(v, Tensor) else int(v)
+            for v in arguments
+        ]
+        self._launch(stream, self._config(grid), self._kernel, *numbers)
 
 
 def kernel(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -23,3 +26,10 @@ def why_not(device_type: str) -> str | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the kernels run on a GPU, x is on {device_type}"
     return _missing()
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the GPU of x the current one, on which kernels are launched, if it is not."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

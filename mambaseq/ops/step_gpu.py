@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from typing import Any
@@ -56,7 +55,7 @@ def causal_conv_update_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
     y = x.new_empty((batch, channels))
     if y.numel() == 0:
         return y
-    with _on(x):
+    with portable.on(x):
         _kernels().causal_conv_update[(batch * -(-channels // _CONV_CHANNELS),)](
             state,
             x,
@@ -100,7 +99,7 @@ def selective_state_update_(
     if batch * channels * states < elements * rows * _MANY_PROGRAMS:
         elements, rows = _LITTLE
     per_program = max(elements // states, 1)
-    with _on(x):
+    with portable.on(x):
         _kernels().selective_state_update[(-(-channels // per_program) * -(-batch // rows),)](
             state,
             x,
@@ -149,9 +148,3 @@ def _rows(x: Tensor) -> Tensor:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()

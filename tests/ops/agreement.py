@@ -92,7 +92,8 @@ def poisoned_memory() -> Iterator[None]:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
             value = allocate(*args, **kwargs)
             floating = value.is_floating_point() or value.is_complex()
-            return value.fill_(float("nan")) if floating else value
+            with torch.no_grad():  # PyTorch's own may be leaves that ask for gradients
+                return value.fill_(float("nan")) if floating else value
 
         return poisoned
 

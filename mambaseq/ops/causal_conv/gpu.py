@@ -6,7 +6,6 @@ convolution at once.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import Any
 
@@ -67,7 +66,7 @@ def forward_into(arguments: ConvArguments, y: Tensor | None = None) -> tuple[Ten
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = None
     blocks = -(-channels // _BLOCK)
-    with _on(x):
+    with portable.on(x):
         history = _history(state, width, cu_seqlens is not None)
         if x.numel():
             steps = _steps(batch, length, blocks, _FORWARD_PROGRAMS)
@@ -144,7 +143,7 @@ def backward_into(
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = -(-channels // _BLOCK)
-    with _on(x):
+    with portable.on(x):
         history = _history(state, width, cu_seqlens is not None)
         filters = weight.contiguous(), None if bias is None else bias.contiguous()
         # The kernels read the gradient of the state as they read x: channels beside each other.
@@ -221,13 +220,6 @@ def backward_into(
 def _kernels() -> Any:
     """Imported when first needed: there is no Triton everywhere."""
     return importlib.import_module("mambaseq.ops.causal_conv.triton_kernels")
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current GPU."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _rows(value: Tensor) -> Tensor:

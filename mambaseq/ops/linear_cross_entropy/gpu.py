@@ -6,7 +6,6 @@ comes after a sum; the backward pass scales them. So the logits are computed onc
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from typing import Any
@@ -66,12 +65,6 @@ def _kernels() -> Any:
     return importlib.import_module("mambaseq.ops.linear_cross_entropy.kernels")
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def _chunk_rows(rows: int, bytes_a_row: int) -> int:
     """Rows of a chunk: even shares of all, within `CHUNK_BYTES`."""
     most = max(1, CHUNK_BYTES // bytes_a_row)
@@ -114,7 +107,7 @@ def _forward(
     memory = torch.empty(chunk, stride, dtype=dtype, device=device)
     block = min(_BLOCK, 1 << (stride - 1).bit_length())
     kernel = _kernels().cross_entropy
-    with _on(hidden), torch.autocast(device.type, enabled=False):
+    with portable.on(hidden), torch.autocast(device.type, enabled=False):
         for begin in range(0, rows, chunk):
             part = slice(begin, min(begin + chunk, rows))
             h_part = h[part]

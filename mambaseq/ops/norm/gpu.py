@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from typing import Any
@@ -87,12 +86,6 @@ def _tile(width: int, elements: int) -> dict[str, int]:
     return {"WIDTH": width, "COLUMNS": columns, "ROWS": rows, "num_warps": 16 if rows * columns > 4096 else 4}
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def _add_forward(
     x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +99,7 @@ def _add_forward(
     total = torch.empty(shape if stores else (0,), dtype=torch.float32, device=device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=device)
     tile = _tile(width, _TILE)
-    with _on(residual):
+    with portable.on(residual):
         _kernels().add_forward[(-(-n_rows // tile["ROWS"]),)](
             residual if x is None else x.contiguous(), residual, weight.contiguous(), y, total, rstd, n_rows, eps,
             HAS_X=x is not None, STORE_TOTAL=stores, **tile,
@@ -134,7 +127,7 @@ def _add_backward(
     n_tiles = -(-n_rows // tile["ROWS"])
     programs = min(n_tiles, _programs(device))
     shares = torch.empty(programs, width, dtype=torch.float32, device=device)
-    with _on(total):
+    with portable.on(total):
         _kernels().add_backward[(programs,)](
             dy.contiguous(), dy if dtotal is None else dtotal.contiguous(), total.contiguous(), rstd,
             weight.contiguous(), dresidual, dx, shares, n_rows, n_tiles,
@@ -156,7 +149,7 @@ def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int,
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, channels // width, dtype=torch.float32, device=x.device)
     tile = _tile(width, _TILE)
-    with _on(x):
+    with portable.on(x):
         _kernels().gated_forward[(-(-n_rows // tile["ROWS"]), channels // width)](
             xs, zs, weight.contiguous(), y, rstd, n_rows, xs.stride(0), zs.stride(0), channels // width, eps,
             BEFORE=before, **tile,
@@ -176,7 +169,7 @@ def _gated_backward(
     n_tiles = -(-n_rows // tile["ROWS"])
     programs = min(n_tiles, max(1, _programs(x.device) // groups))
     shares = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
-    with _on(x):
+    with portable.on(x):
         _kernels().gated_backward[(programs, groups)](
             dy.contiguous(), xs, zs, weight.contiguous(), rstd, dx, dz, shares,
             n_rows, n_tiles, xs.stride(0), zs.stride(0), groups, BEFORE=before, **tile,
