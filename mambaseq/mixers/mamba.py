@@ -149,13 +149,12 @@ class Mamba(Mixer):
                 conv=(sequences, self.d_inner, self.d_conv - 1),
                 ssm=(sequences, self.d_inner, self.d_state),
             )
-        xz = apply_linear(self.in_proj, x)
-        if xz.is_cuda and self._is_plain() and self.backend in (None, "cuda"):
-            whole = self._block_arguments(xz, state, cu_seqlens, return_state)
+        if x.is_cuda and self._is_plain() and self.backend in (None, "cuda"):
+            whole = self._block_arguments(x, state, cu_seqlens, return_state)
             if why_not_whole(whole) is None:
                 y, *new = mamba_block(whole)
                 return (y, MambaState(*new)) if return_state else y
-        x, z = xz.chunk(2, dim=-1)
+        x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
         conv_state: Tensor | None = None
         x = causal_conv(
             x,
@@ -199,11 +198,14 @@ class Mamba(Mixer):
         return not self.lti and all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
 
     def _block_arguments(
-        self, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
+        self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
     ) -> BlockArguments:
+        """Computed in autocast's dtype where it is on, as the linear layers by themselves would be."""
         return BlockArguments(
-            xz,
-            self.conv1d.weight.squeeze(1),
+            x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight,
             self.conv1d.bias,
             self.x_proj.weight,
             self.dt_proj.weight,

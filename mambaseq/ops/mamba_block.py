@@ -1,7 +1,7 @@
-"""A Mamba-1 block on a GPU from in_proj's output on, differentiated as one: what is quick to make again (the output of
-the convolution, dt, the gated output) is not kept for the backward pass, and nothing is written twice.
+"""A Mamba-1 block on a GPU as one operator: what is quick to make again (the convolution's output, dt, the gated
+output) is not kept for the backward pass, and nothing is written twice.
 
-Kept are the input, the products with x_proj and the scan's states before every 16th step.
+Kept are the input, in_proj's and x_proj's products and the scan's states before every 16th step.
 """
 
 from __future__ import annotations
@@ -9,31 +9,35 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops import sequences
+from mambaseq.ops import portable, sequences
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.eager import is_eager
-from mambaseq.ops.selective_scan import cuda as scan
-from mambaseq.ops.selective_scan.arguments import ScanArguments
+from mambaseq.ops.selective_scan import launches as scan
+from mambaseq.ops.selective_scan.cuda import why_not_on
 
 _ARGUMENTS = (
-    "Tensor xz, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log, Tensor D, "
-    "Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, Tensor? cu_seqlens, bool wants_state"
+    "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
+    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
+    "Tensor? cu_seqlens, bool wants_state"
 )
-_DIFFERENTIABLE = 12  # of them, the first
+_DIFFERENTIABLE = 14  # of them, the first
 
 
 class BlockArguments(NamedTuple):
     """Parameters have the names and shapes of the published checkpoints.
 
-    xz: `(batch, length, 2 d_inner)`. conv `(d_inner, d_conv)`. conv_state `(sequences, d_inner, d_conv - 1)`,
+    x: `(batch, length, d_model)`. conv `(d_inner, 1, d_conv)`. conv_state `(sequences, d_inner, d_conv - 1)`,
     ssm_state `(sequences, d_inner, d_state)`, both float32. cu_seqlens as in `selective_scan`.
     """
 
-    xz: Tensor
+    x: Tensor
+    in_proj: Tensor
+    in_bias: Tensor | None
     conv: Tensor
     conv_bias: Tensor | None
     x_proj: Tensor
@@ -48,120 +52,171 @@ class BlockArguments(NamedTuple):
     cu_seqlens: Tensor | None = None
     wants_state: bool = True
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """batch, length, d_inner."""
+        return self.x.shape[0], self.x.shape[1], self.conv.shape[0]
+
 
 def why_not(arguments: BlockArguments) -> str | None:
     """The reason why the block cannot run as one, or None."""
-    xz, d_state = arguments.xz, arguments.A_log.shape[1]
-    if xz.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the input is {xz.dtype}"
-    if d_state > scan.STATES:
+    x = arguments.x
+    if not x.is_cuda:
+        return f"the kernels run on CUDA, x is on {x.device}"
+    if (reason := portable.why_not("cuda") or why_not_on(x.device)) is not None:
+        return reason
+    if x.dtype not in scan.CODES:
+        return f"x is {x.dtype}"
+    if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
+        return f"x is {tuple(x.shape)}"
+    if arguments.A_log.shape[1] > scan.STATES:
         return f"there are more than {scan.STATES} states a channel"
-    x = xz[..., : arguments.conv.shape[0]]
-    reason = conv.why_not(_conv_arguments(arguments, x))
-    if reason is None:
-        states = xz[..., :d_state]
-        reason = scan.why_not(_scan_arguments(arguments, x, x, states, states))
-    return reason
+    if arguments.conv.shape[-1] > conv.WIDEST:
+        return f"the filter is wider than {conv.WIDEST}"
+    for name, value in arguments._asdict().items():
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    return None
 
 
 def mamba_block(arguments: BlockArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's output `(batch, length, d_model)` in the dtype of xz and, if wanted, what `MambaState` holds after
-    the last position; all carry gradients. Parameters are used in the dtype of xz, A, D and dt's bias in float32.
+    """The block's output `(batch, length, d_model)` in the dtype of x and, if wanted, what `MambaState` holds after the
+    last position; all carry gradients. Matrices are used in the dtype of x, all else in float32.
 
     Raises:
-        ValueError: the block cannot run as one (see `why_not`), or shapes do not fit.
+        ValueError: the block cannot run as one (see `why_not`), or cu_seqlens does not fit.
     """
     if (reason := why_not(arguments)) is not None:
         raise ValueError(f"mamba_block: cannot run these arguments: {reason}")
     if arguments.cu_seqlens is not None:
-        sequences.check(arguments.cu_seqlens, *arguments.xz.shape[:2])
+        sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in arguments if isinstance(v, Tensor))
     call = _Eager.apply if is_eager(*arguments) else _forward_op
     out, conv_state, ssm_state = call(*arguments, keep)[:3]
     return out, conv_state, ssm_state
 
 
-def _conv_arguments(a: BlockArguments, x: Tensor) -> ConvArguments:
-    return ConvArguments(x, a.conv, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state)
+def _vector(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float32 and value.is_contiguous() else value.float().contiguous()
 
 
-def _scan_arguments(a: BlockArguments, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor | None = None) -> Any:
-    A = a.A_log if A is None else A
-    z = a.xz[..., a.conv.shape[0] :]
-    return ScanArguments(u, dt, A, B, C, a.D, z, a.dt_bias, True, a.ssm_state, a.cu_seqlens, False, a.wants_state)
+def _conv_arguments(a: BlockArguments, xz: Tensor) -> ConvArguments:
+    batch, length, d_inner = a.sizes
+    x = xz.view(batch, length, -1)[..., :d_inner]
+    weight = a.conv.view(d_inner, -1)
+    return ConvArguments(x, weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state)
+
+
+def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products: Tensor) -> scan.Inputs:
+    batch, length, d_inner = a.sizes
+    _, B, C = _split(a, products)
+    width = products.shape[1]
+    return scan.Inputs(
+        scan.Rows(u, d_inner),
+        scan.Rows(dt, d_inner),
+        scan.Rows(xz[:, d_inner:], 2 * d_inner),
+        scan.Rows(B, width),
+        scan.Rows(C, width),
+        _vector(a.A_log),
+        True,
+        _vector(a.D),
+        _vector(a.dt_bias),
+        True,
+        None if a.ssm_state is None else _vector(a.ssm_state),
+        a.cu_seqlens,
+        batch,
+        length,
+        d_inner,
+        d_inner,
+        False,
+    )
 
 
 def _split(a: BlockArguments, products: Tensor) -> tuple[Tensor, ...]:
     """dt before dt_proj, B and C: views of the products with x_proj or of their gradients."""
     d_state = a.A_log.shape[1]
-    return products.split([products.shape[-1] - 2 * d_state, d_state, d_state], dim=-1)
+    rank = products.shape[1] - 2 * d_state
+    return products[:, :rank], products[:, rank : rank + d_state], products[:, rank + d_state :]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _forward(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
-    dtype = a.xz.dtype
-    u, conv_state = conv.forward_into(_conv_arguments(a, a.xz[..., : a.conv.shape[0]]))
-    products = u @ a.x_proj.to(dtype).t()
-    low, B, C = _split(a, products)
-    dt = low @ a.dt_proj.to(dtype).t()
-    A = -torch.exp(a.A_log.float())
-    y, ssm_state, kept = scan.forward(_scan_arguments(a, u, dt, B, C, A), keep)
-    out = torch.nn.functional.linear(y, a.out_proj.to(dtype), None if a.out_bias is None else a.out_bias.to(dtype))
+    batch, length, d_inner = a.sizes
+    with portable.on(a.x), torch.autocast("cuda", enabled=False):
+        xz = _linear(a.x.reshape(batch * length, -1), a.in_proj, a.in_bias)
+        u, conv_state = conv.forward_into(_conv_arguments(a, xz))
+        u = u.view(-1, d_inner)
+        products = _linear(u, a.x_proj)
+        dt = _linear(_split(a, products)[0], a.dt_proj)
+        y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
+        out = _linear(y, a.out_proj, a.out_bias).view(batch, length, -1)
     if conv_state is None or not a.wants_state:
         conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return out, conv_state, ssm_state, products, kept
+    return out, conv_state, ssm_state, xz, products, kept
 
 
 def _backward(
-    dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, a: BlockArguments, products: Tensor, kept: Tensor
+    dout: Tensor,
+    dconv: Tensor | None,
+    dssm: Tensor | None,
+    a: BlockArguments,
+    xz: Tensor,
+    products: Tensor,
+    kept: Tensor,
 ) -> tuple[Tensor, ...]:
-    dtype, d_inner = a.xz.dtype, a.conv.shape[0]
-    x_proj, dt_proj, out_proj = (w.to(dtype) for w in (a.x_proj, a.dt_proj, a.out_proj))
-    A = -torch.exp(a.A_log.float())
-    dout = dout.to(dtype)
-    conv_arguments = _conv_arguments(a, a.xz[..., :d_inner])._replace(wants_final_state=False)
-    u, _ = conv.forward_into(conv_arguments)
-    low, B, C = _split(a, products)
-    dt = low @ dt_proj.t()
-    dxz, dproducts, gated = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (a.xz, products, u))
-    dlow, dB, dC = _split(a, dproducts)
-    into = scan.Into(dxz[..., d_inner:], gated, dB, dC)
-    arguments = _scan_arguments(a, u, dt, B, C, A)
-    du, ddt, dA, _, _, dD, _, ddt_bias, dinitial = scan.backward(arguments, dout @ out_proj, dssm, kept, into)
-    assert du is not None
-    assert ddt is not None
-    assert dA is not None
+    batch, length, d_inner = a.sizes
+    dtype = xz.dtype
+    with portable.on(a.x), torch.autocast("cuda", enabled=False):
+        hidden = a.x.reshape(batch * length, -1)
+        dout = dout.to(dtype).reshape(batch * length, -1)
+        conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
+        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)
+        low, dt_proj = _split(a, products)[0], a.dt_proj.to(dtype)
+        dt = low @ dt_proj.t()
+        dxz, dproducts, gated = torch.empty_like(xz), torch.empty_like(products), torch.empty_like(u)
+        dlow, dB, dC = _split(a, dproducts)
+        inputs = _scan_inputs(a, xz, u, dt, products)
+        dy = scan.Rows(dout @ a.out_proj.to(dtype), d_inner)
+        dstate = None if dssm is None else _vector(dssm)
+        found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
+        del dy, inputs, dt
 
-    dout_proj = _product(dout, gated, a.out_proj)
-    del gated
-    rows = ddt.flatten(0, 1)
-    torch.mm(rows, dt_proj, out=dlow.flatten(0, 1))
-    ddt_proj = _product(ddt, low, a.dt_proj)
-    dx_proj = _product(dproducts, u, a.x_proj)
-    du.flatten(0, 1).addmm_(dproducts.flatten(0, 1), x_proj)
-    dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dxz[..., :d_inner])[1:]
-    found = (
-        dxz,
-        dconv_weight,
-        dconv_bias,
-        dx_proj,
-        ddt_proj,
-        ddt_bias,
-        (dA * A).to(a.A_log.dtype),
-        dD,
-        dout_proj,
-        None if a.out_bias is None else dout.sum((0, 1)).to(a.out_bias.dtype),
-        dconv_state,
-        None if a.ssm_state is None else dinitial,
-    )
-    return tuple(dout.new_empty(0) if g is None else g for g in found)
+        dout_proj = _weight_gradient(dout, gated, a.out_proj)
+        del gated
+        torch.mm(found.ddt, dt_proj, out=dlow)
+        ddt_proj = _weight_gradient(found.ddt, low, a.dt_proj)
+        dx_proj = _weight_gradient(dproducts, u, a.x_proj)
+        du = found.dx.addmm_(dproducts, a.x_proj.to(dtype)).view(batch, length, d_inner)
+        dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
+        _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
+        dx = dxz @ a.in_proj.to(dtype)
+        gradients = (
+            dx.view(a.x.shape),
+            _weight_gradient(dxz, hidden, a.in_proj),
+            None if a.in_bias is None else dxz.sum(0).to(a.in_bias.dtype),
+            dconv_weight.view(a.conv.shape),
+            dconv_bias,
+            dx_proj,
+            ddt_proj,
+            found.dbias.to(a.dt_bias.dtype),
+            found.dA.to(a.A_log.dtype),
+            found.dD.to(a.D.dtype),
+            dout_proj,
+            None if a.out_bias is None else dout.sum(0).to(a.out_bias.dtype),
+            dconv_state,
+            None if a.ssm_state is None else found.dinitial.to(a.ssm_state.dtype),
+        )
+    return tuple(dout.new_empty(0) if g is None else g for g in gradients)
 
 
-def _product(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a weight, left^T right, in the weight's dtype."""
-    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
-    if weight.dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(weight.dtype)
+def _weight_gradient(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """left^T right in the weight's dtype."""
+    if weight.dtype == torch.float32 and left.dtype != torch.float32 and torch.version.hip is None:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return (left.t() @ right).to(weight.dtype)
 
 
 def _run_forward(*values: Any) -> tuple[Tensor, ...]:
@@ -170,8 +225,8 @@ def _run_forward(*values: Any) -> tuple[Tensor, ...]:
 
 
 def _run_backward(dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
-    *arguments, products, kept = values
-    return _backward(dout, dconv, dssm, BlockArguments(*arguments), products, kept)
+    *arguments, xz, products, kept = values
+    return _backward(dout, dconv, dssm, BlockArguments(*arguments), xz, products, kept)
 
 
 _forward_op = torch.library.custom_op(
@@ -179,14 +234,14 @@ _forward_op = torch.library.custom_op(
     _run_forward,
     mutates_args=(),
     device_types="cuda",
-    schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, bool keep) -> ({', '.join(['Tensor'] * 6)})",
 )
 _backward_op = torch.library.custom_op(
     "mambaseq::mamba_block_backward",
     _run_backward,
     mutates_args=(),
     device_types="cuda",
-    schema=f"(Tensor dout, Tensor? dconv, Tensor? dssm, {_ARGUMENTS}, Tensor products, Tensor kept) -> "
+    schema=f"(Tensor dout, Tensor? dconv, Tensor? dssm, {_ARGUMENTS}, Tensor xz, Tensor products, Tensor kept) -> "
     f"({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
 )
 
@@ -195,39 +250,39 @@ _backward_op = torch.library.custom_op(
 def _(*values: Any) -> tuple[Tensor, ...]:
     *arguments, keep = values
     a = BlockArguments(*arguments)
-    batch, length, _ = a.xz.shape
-    d_inner, d_conv = a.conv.shape
+    batch, length, d_inner = a.sizes
+    packed, d_state = a.cu_seqlens is not None, a.A_log.shape[1]
     n_sequences = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    out = a.xz.new_empty(batch, length, a.out_proj.shape[0])
-    d_state = a.A_log.shape[1]
-    shapes = [(n_sequences, d_inner, d_conv - 1), (n_sequences, d_inner, d_state)] if a.wants_state else [(0,), (0,)]
-    states = [out.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    products = a.xz.new_empty(batch, length, a.x_proj.shape[0])
-    x, B = a.xz[..., :d_inner], products[..., :d_state]
-    shape = scan.shape_kept(_scan_arguments(a, x, x, B, B)) if keep else (0,)
-    return out, *states, products, out.new_empty(shape, dtype=torch.float32)
+    states = [(n_sequences, d_inner, a.conv.shape[-1] - 1), (n_sequences, d_inner, d_state)]
+    kept = scan.shape_kept(n_sequences, length, packed, d_inner, d_state) if keep else (0,)
+    return (
+        a.x.new_empty(batch, length, a.out_proj.shape[0]),
+        *(a.x.new_empty(shape if a.wants_state else (0,), dtype=torch.float32) for shape in states),
+        a.x.new_empty(batch * length, 2 * d_inner),
+        a.x.new_empty(batch * length, a.x_proj.shape[0]),
+        a.x.new_empty(kept, dtype=torch.float32),
+    )
 
 
 @_backward_op.register_fake
 def _(dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
     wanted = values[:_DIFFERENTIABLE]
-    return tuple(dout.new_empty(0) if v is None else torch.empty_like(v).contiguous() for v in wanted)
+    return tuple(dout.new_empty(0) if v is None else v.new_empty(v.shape) for v in wanted)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wants_state = inputs[13]
-    ctx.save_for_backward(*inputs[:13], *output[3:])
+    *tensors, ctx.wants_state, _ = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dconv: Any, dssm: Any, find: Any) -> tuple[Any, ...]:
-    *inputs, products, kept = ctx.saved_tensors
+    *inputs, xz, products, kept = ctx.saved_tensors
     if dout is None:
-        xz, out_proj = inputs[0], inputs[8]
-        dout = xz.new_zeros(*xz.shape[:2], out_proj.shape[0])
+        dout = torch.zeros_like(inputs[0])
     if not ctx.wants_state:
         dconv = dssm = None
-    found = find(dout, dconv, dssm, *inputs, ctx.wants_state, products, kept)
+    found = find(dout, dconv, dssm, *inputs, ctx.wants_state, xz, products, kept)
     gradients = [None if v is None else g for v, g in zip(inputs[:_DIFFERENTIABLE], found, strict=True)]
     return (*gradients, None, None, None)
 

@@ -10,7 +10,7 @@ import torch
 from agreement import calls_of
 
 from mambaseq.ops import nvrtc
-from mambaseq.ops.selective_scan import cuda, segments
+from mambaseq.ops.selective_scan import cuda, launches, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 if (reason := nvrtc.why_not()) is not None:
@@ -20,9 +20,9 @@ if (reason := nvrtc.why_not()) is not None:
 def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> dict[str, int]:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
-    cuda._compiled.cache_clear()
-    cuda._kernel(file, *arguments)
-    cuda._compiled.cache_clear()
+    launches.compiled.cache_clear()
+    launches.kernel_of(file, *arguments)
+    launches.compiled.cache_clear()
     return seen[0]
 
 
@@ -42,10 +42,10 @@ def test_compile(
     x, B = torch.zeros(1, 8, channels, dtype=dtype), torch.zeros(1, 8, d_state, dtype=dtype)
     vector = torch.zeros(channels) if gated else None
     arguments = ScanArguments(
-        x, x, torch.zeros(channels, d_state), B, B, D=vector, z=x if gated else None, dt_bias=vector
+        x, x, torch.zeros(channels, d_state), B, B, D=vector, z=x if gated else None, dt_bias=vector, dt_softplus=gated
     )
-    macros = macros_of(monkeypatch, file, cuda._prepare(arguments), gated)
-    source = "".join(path.read_text() for path in cuda._FILES[file])
+    macros = macros_of(monkeypatch, file, cuda.prepare(arguments))
+    source = "".join(path.read_text() for path in launches.FILES[file])
     for architecture in ("80", "90", "100") if gated and d_state == 16 else ("80",):
         assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
 
@@ -54,9 +54,9 @@ def test_compile(
 def test_sums_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append((files, macros)))
-    cuda._summer.cache_clear()
-    cuda._summer(name, torch.bfloat16, 16, 0)
-    cuda._summer.cache_clear()
+    launches.summer.cache_clear()
+    launches.summer(name, torch.bfloat16, 16, True, 0)
+    launches.summer.cache_clear()
     ((files, macros),) = seen
     source = "".join(path.read_text() for path in files)
     assert name in source
@@ -67,15 +67,15 @@ def test_sums_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path))
     compiled = calls_of(monkeypatch, nvrtc, "compile_to_cubin")
-    source = cuda._FILES["combine"][0].read_text()
-    code = nvrtc._cubin(source, {}, "80")
-    assert nvrtc._cubin(source, {}, "80") == code
+    source, macros = launches.FILES["combine"][0].read_text(), {"LOG_A": 0}
+    code = nvrtc._cubin(source, macros, "80")
+    assert nvrtc._cubin(source, macros, "80") == code
     assert len(compiled) == 1
-    nvrtc._cubin(source, {}, "90")
-    nvrtc._cubin(source + "// changed", {}, "80")
+    nvrtc._cubin(source, macros, "90")
+    nvrtc._cubin(source + "// changed", macros, "80")
     assert len(compiled) == 3
     monkeypatch.setenv("MAMBASEQ_CACHE", "/dev/null/not-a-folder")
-    assert nvrtc._cubin(source, {}, "80") == code
+    assert nvrtc._cubin(source, macros, "80") == code
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -17,7 +17,8 @@ from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDEST = 8
+WIDEST = 8  # filter
+LONGEST = 2**29  # row: steps are counted in 32 bits
 _BLOCK = 128  # channels of a program: 4 a thread
 _LANES = 4  # runs of a program, each walked by one warp
 # Steps that are read at a time, so that there is enough of memory's work under way; programs that a GPU wants.
@@ -38,9 +39,9 @@ def why_not(arguments: ConvArguments) -> str | None:
         value = getattr(arguments, name)
         if value is not None and value.dtype == torch.float64:
             return f"{name} is float64, the kernels compute in float32"
-    if arguments.weight.shape[1] > _WIDEST:
-        return f"the filter is wider than {_WIDEST}"
-    if x.shape[1] >= 2**29:
+    if arguments.weight.shape[1] > WIDEST:
+        return f"the filter is wider than {WIDEST}"
+    if x.shape[1] >= LONGEST:
         return "a row is longer than 2^29"
     return None
 

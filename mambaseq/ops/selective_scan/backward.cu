@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int n = 0; n < 8; n++) {
         const i64 own_c = c + n / 4;
         bool exists = own_c < channels && number(n) < d_state;
-        A2[n] = exists ? A[own_c * d_state + number(n)] * LOG2E : 0.f;
+        A2[n] = exists ? decay_rate(A[own_c * d_state + number(n)]) * LOG2E : 0.f;
         dh[n] = exists && dstate ? dstate[((i64)segment * channels + own_c) * d_state + number(n)] : 0.f;
         sum_A[n] = 0.f;
     }

@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float A2[OWN], dh[OWN], total = 0.f;
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
-        A2[n] = is_channel && first + n < d_state ? A[(i64)c * d_state + first + n] * LOG2E : 0.f;
+        A2[n] = is_channel && first + n < d_state ? decay_rate(A[(i64)c * d_state + first + n]) * LOG2E : 0.f;
         dh[n] = 0.f;
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f;

@@ -10,7 +10,7 @@ extern "C" __global__ void combine(const float *local, const float *sum_dt, cons
                                    float *entering) {
     const i64 size = (i64)channels * d_state, i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = blockIdx.y;
     if (i >= size) return;
-    const float A2 = A[i] * 1.4426950408889634f;
+    const float A2 = (LOG_A ? -expf(A[i]) : A[i]) * 1.4426950408889634f;
     const i64 n = count[sequence], from = go > 0 ? begin[sequence] : begin[sequence] + n - 1, c = i / d_state;
     if (n == 0) return;
     float h = go > 0 ? local[from * size + i] : first ? first[sequence * size + i] : 0.f;

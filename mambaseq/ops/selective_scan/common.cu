@@ -2,6 +2,7 @@
 //   IN          0: float32, 1: bfloat16, 2: float16 - the type of x, dt, B, C, z, y and their gradients
 //   STATES      4, 8 or 16: d_state, filled up with states that stay zero
 //   HAS_Z, HAS_D, HAS_BIAS, SOFTPLUS   0 or 1
+//   LOG_A       whether A is given as log(-A)
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
 //   EVEN        whether pairs of channels are aligned to themselves in rows of y and of gradients
 //   TILE        steps that are fetched together
@@ -51,6 +52,8 @@ __device__ __forceinline__ float softplus(float v) {
     p = fmaf(p, w, 9.999999403953552e-1f);
     return fmaf(w, p, fmaxf(v, 0.f));
 }
+
+__device__ __forceinline__ float decay_rate(float A) { return LOG_A ? -expf(A) : A; }
 
 __device__ __forceinline__ float step_size(float dt, float bias) {
 #if HAS_BIAS

@@ -40,7 +40,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         bool exists = is_channel && first + n < d_state;
-        A2[n] = exists ? A[(i64)c * d_state + first + n] * LOG2E : 0.f;
+        A2[n] = exists ? decay_rate(A[(i64)c * d_state + first + n]) * LOG2E : 0.f;
         h[n] = exists && before ? before[(from * channels + c) * d_state + first + n] : 0.f;
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f, own_D = HAS_D && is_channel ? D[c] : 0.f;

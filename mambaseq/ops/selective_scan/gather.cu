@@ -14,10 +14,10 @@ extern "C" __global__ void gather_states(const float *sums, i64 rows, int groups
 }
 
 // Those of A, D and the bias, over the segments: (segments, channels, d_state) and (segments, channels) to their sums.
-// Segments of length 0 have left nothing.
+// Segments of length 0 have left nothing. What A gets becomes what log(-A) gets where that was given.
 extern "C" __global__ void gather_channels(const float *part_A, const float *part_D, const float *part_bias,
-                                           const int *lengths, int segments, int channels, int d_state, float *dA,
-                                           float *dD, float *dbias) {
+                                           const int *lengths, int segments, int channels, int d_state,
+                                           const float *A, float *dA, float *dD, float *dbias) {
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, size = (i64)channels * d_state;
     if (i >= size + 2 * channels) return;
     const bool is_A = i < size, is_D = !is_A && i < size + channels;
@@ -27,5 +27,6 @@ extern "C" __global__ void gather_channels(const float *part_A, const float *par
 #pragma unroll 8
     for (int s = 0; s < segments; s++)
         if (lengths[s]) total += from[s * apart];
+    if (LOG_A && is_A) total *= decay_rate(A[i]);
     *(is_A ? dA + i : is_D ? dD + (i - size) : dbias + (i - size - channels)) = total;
 }
