@@ -20,6 +20,7 @@ if (reason := nvrtc.why_not()) is not None:
 def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> dict[str, int]:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
+    monkeypatch.setattr(launches, "_processors", lambda device: 132)
     launches.compiled.cache_clear()
     launches.kernel_of(file, *arguments)
     launches.compiled.cache_clear()
@@ -147,4 +148,12 @@ def test_steps_of_segments(n_sequences: int, length: int, channel_blocks: int, p
         if not packed and n_sequences * channel_blocks >= 132:
             assert count == n_sequences
         elif not packed:  # they all run at once, those of the leading ones' pass and those of the others'
-            assert (count - n_sequences * (leads and count > n_sequences)) * channel_blocks <= (3 if leads else 2) * 132
+            assert (count - n_sequences * (leads and count > n_sequences)) * channel_blocks <= (4 if leads else 2) * 132
+
+
+def test_width_of_blocks() -> None:
+    """192 blocks of 64 channels leave a multiprocessor with two and others with one; 384 of 32 with three and two."""
+    assert launches._width(8, 1536, 16, 132) == 32
+    for n_sequences, channels in ((8, 2048), (32, 1536), (64, 512), (1, 2048)):
+        assert launches._width(n_sequences, channels, 16, 132) == 64
+    assert launches._width(8, 1536, 8, 132) == 64

@@ -22,8 +22,8 @@ LONGEST = 2**29  # row: steps are counted in 32 bits
 _BLOCK = 128  # channels of a program: 4 a thread
 _LANES = 4  # runs of a program, each walked by one warp
 # Steps that are read at a time, so that there is enough of memory's work under way; programs that a GPU wants.
-_FORWARD_UNROLL, _FORWARD_PROGRAMS = 8, 3200
-_BACKWARD_UNROLL, _BACKWARD_PROGRAMS = 4, 1600
+_FORWARD_UNROLL, _FORWARD_PROGRAMS = 8, 1600
+_BACKWARD_UNROLL, _BACKWARD_PROGRAMS = 8, 800
 _LEAST_STEPS = 8
 _LOCATED = 256
 

@@ -1,4 +1,4 @@
-// The gradients of the selective scan, channel-last. A block takes 64 channels back through one segment; two channels have
+// The gradients of the selective scan, channel-last. A block takes CHANNELS channels back through one segment; two channels have
 // STATES / 4 threads of 4 states of each. A tile is the steps between two checkpoints: its states are made again from the
 // first and kept, those of its first half in shared memory and those of its second in registers, and walked back. What B
 // and C get is summed over the block's channels in a fixed order and written for each block; gather.cu sums over the
@@ -9,14 +9,16 @@
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
 #define WARPS (THREADS / 32)
-#define ROWS (TILE / WARPS)  // of a tile that a warp prepares
+#define RANKS (THREADS / (CHANNELS / 2))  // rows that the block prepares at a time, two channels a thread
+#define ROWS (TILE / RANKS)               // of a tile that a thread prepares
 constexpr int UNROLLED = 4;  // steps of the first half that are written out
 
 struct Shared {
     in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
-    float dout[TILE * CHANNELS];
+    float dout[TILE * CHANNELS], slope[TILE * CHANNELS];  // of y before its gate; of delta by dt
+    float gate_slope[HAS_Z ? TILE * CHANNELS : 2];        // dy times the derivative of the gate
     float bc[4][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
     float4 states[KEPT][2][THREADS];
     float y[TILE * STRIDE_Y];
@@ -56,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         dh[n] = exists && dstate ? dstate[((i64)segment * channels + own_c) * d_state + number(n)] : 0.f;
         sum_A[n] = 0.f;
     }
-    const int own = lane * 2, rank = warp;
+    const int own = threadIdx.x % (CHANNELS / 2) * 2, rank = threadIdx.x / (CHANNELS / 2);
     const float2 own_bias = HAS_BIAS ? channel_pair(bias, c0 + own, channels) : make_float2(0.f, 0.f);
     const float2 own_D = HAS_D ? channel_pair(D, c0 + own, channels) : make_float2(0.f, 0.f);
     float2 sum_D = make_float2(0.f, 0.f), sum_bias = make_float2(0.f, 0.f);
@@ -88,16 +90,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float2 d[ROWS], u[ROWS], o[ROWS], v[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int place = (rank + r * WARPS) * CHANNELS + own;
+            const int place = (rank + r * RANKS) * CHANNELS + own;
             d[r] = pair(s.dt[at] + place), u[r] = pair(s.x[at] + place), o[r] = pair(s.dy[at] + place);
             if (HAS_Z) v[r] = pair(s.z[at] + place);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int t = rank + r * WARPS, place = t * CHANNELS + own;
-            const float a = only_if(t < steps, step_size(d[r].x, own_bias.x));
-            const float b = only_if(t < steps, step_size(d[r].y, own_bias.y));
-            if (HAS_Z) o[r].x *= v[r].x * sigmoid(v[r].x), o[r].y *= v[r].y * sigmoid(v[r].y);
+            const int t = rank + r * RANKS, place = t * CHANNELS + own;
+            const float2 p = step_size_and_slope(d[r].x, own_bias.x), q = step_size_and_slope(d[r].y, own_bias.y);
+            const float a = only_if(t < steps, p.x), b = only_if(t < steps, q.x);
+            *(float2 *)&s.slope[place] = make_float2(p.y, q.y);
+            if (HAS_Z) {
+                const float m = sigmoid(v[r].x), n = sigmoid(v[r].y);
+                const float2 slope = make_float2(m * (1.f + v[r].x * (1.f - m)), n * (1.f + v[r].y * (1.f - n)));
+                *(float2 *)&s.gate_slope[place] = make_float2(o[r].x * slope.x, o[r].y * slope.y);
+                o[r].x *= v[r].x * m, o[r].y *= v[r].y * n;
+            }
             *(float4 *)&s.du[place] = make_float4(a, a * u[r].x, b, b * u[r].y);
             *(float2 *)&s.dout[place] = o[r];
         }
@@ -114,50 +122,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
     };
     auto finish = [&](int k) {
-        int steps = min(TILE, length - k * TILE), at = k & 1;
-        const i64 row = row0 + ((i64)k * TILE + rank) * go;
+        const int steps = min(TILE, length - k * TILE), at = k & 1;
+        const i64 tile_row = row0 + (i64)k * TILE * go, row = tile_row + rank * go;
         in_t *to_dx = dx + row * dx_stride + c0 + own, *to_ddt = ddt + row * channels + c0 + own;
         in_t *to_dz = dz + row * dz_stride + c0 + own, *to_gated = gated + row * gated_stride + c0 + own;
 #pragma unroll
-        for (int t = rank; t < TILE; t += WARPS) {
+        for (int t = rank; t < TILE; t += RANKS) {
+            const int place = t * CHANNELS + own;
             const bool exists = t < steps;
-            float2 u = pair(s.x[at] + t * CHANNELS + own), v = pair(s.dt[at] + t * CHANNELS + own);
-            float4 d = *(const float4 *)&s.du[t * CHANNELS + own];
-            float2 o = *(const float2 *)&s.dout[t * CHANNELS + own];
-            float2 gu = *(const float2 *)&s.g[t * CHANNELS + own];
-            float2 ge = *(const float2 *)&s.g[PART_G + t * CHANNELS + own];
+            const float2 u = pair(s.x[at] + place), o = *(const float2 *)&s.dout[place];
+            const float4 d = *(const float4 *)&s.du[place];
+            const float2 gu = *(const float2 *)&s.g[place], ge = *(const float2 *)&s.g[PART_G + place];
+            const float2 slope = *(const float2 *)&s.slope[place];
             float2 r = make_float2(fmaf(gu.x, d.x, own_D.x * o.x), fmaf(gu.y, d.z, own_D.y * o.y));
             put_pair(to_dx, r, c0 + own, channels, exists);
             if (HAS_Z) {
-                float2 gate = pair(s.z[at] + t * CHANNELS + own), out = *(const float2 *)&s.y[t * STRIDE_Y + own];
-                float2 up = pair(s.dy[at] + t * CHANNELS + own);
-                float a = sigmoid(gate.x), b = sigmoid(gate.y);
+                float2 out = *(const float2 *)&s.y[t * STRIDE_Y + own], by_gate = *(const float2 *)&s.gate_slope[place];
                 out.x = fmaf(own_D.x, u.x, out.x), out.y = fmaf(own_D.y, u.y, out.y);
+                put_pair(to_dz, make_float2(by_gate.x * out.x, by_gate.y * out.y), c0 + own, channels, exists);
                 if (gated) {
-                    r = make_float2(out.x * gate.x * a, out.y * gate.y * b);
-                    put_pair(to_gated, r, c0 + own, channels, exists);
+                    const float2 gate = pair(s.z[at] + place);
+                    out.x *= gate.x * sigmoid(gate.x), out.y *= gate.y * sigmoid(gate.y);
+                    put_pair(to_gated, out, c0 + own, channels, exists);
                 }
-                r.x = up.x * out.x * a * (1.f + gate.x * (1.f - a));
-                r.y = up.y * out.y * b * (1.f + gate.y * (1.f - b));
-                put_pair(to_dz, r, c0 + own, channels, exists);
             }
-            r = make_float2(fmaf(gu.x, u.x, ge.x * LN2), fmaf(gu.y, u.y, ge.y * LN2));
-            if (SOFTPLUS) r.x *= sigmoid(v.x + own_bias.x), r.y *= sigmoid(v.y + own_bias.y);
+            r = make_float2(fmaf(gu.x, u.x, ge.x * LN2) * slope.x, fmaf(gu.y, u.y, ge.y * LN2) * slope.y);
             put_pair(to_ddt, r, c0 + own, channels, exists);
             sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
             sum_bias.x += only_if(exists, r.x), sum_bias.y += only_if(exists, r.y);
-            to_dx += WARPS * go * dx_stride, to_ddt += (i64)WARPS * go * channels, to_dz += WARPS * go * dz_stride;
-            to_gated += WARPS * go * gated_stride;
+            to_dx += RANKS * go * dx_stride, to_ddt += (i64)RANKS * go * channels, to_dz += RANKS * go * dz_stride;
+            to_gated += RANKS * go * gated_stride;
         }
         const int kind = lane >> 2 & 1, column = kind * STATES + first + order;
-        float *sums = dBC + ((i64)block * rows + row0 + ((i64)k * TILE + rank) * go) * VALUES + column;
+        float *sums = dBC + ((i64)block * rows + tile_row + warp * go) * VALUES + column;
 #pragma unroll
-        for (int t = rank; t < TILE; t += WARPS, sums += WARPS * VALUES * go) {
-            const bool exists = t < steps;
+        for (int t = warp; t < TILE; t += WARPS, sums += WARPS * VALUES * go) {
             float total = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + lane];
-            if (exists && (SPLIT == 4 || (lane & 2) == 0)) *sums = total;
+            if (t < steps && (SPLIT == 4 || (lane & 2) == 0)) *sums = total;
         }
     };
     // Sums of 4 states' values over lanes that differ in bits 3 and 4: each lane ends with the one of its register 0.
@@ -314,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
     if (threadIdx.x < CHANNELS && c0 + threadIdx.x < channels) {
         float2 total = make_float2(0.f, 0.f);
-        for (int r = 0; r < WARPS; r++) {
+        for (int r = 0; r < RANKS; r++) {
             float2 part = sums[r * CHANNELS + threadIdx.x];
             total.x += part.x, total.y += part.y;
         }

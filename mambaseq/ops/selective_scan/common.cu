@@ -5,6 +5,7 @@
 //   LOG_A       whether A is given as log(-A)
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
 //   EVEN        whether pairs of channels are aligned to themselves in rows of y and of gradients
+//   CHANNELS    of a block
 //   TILE        steps that are fetched together
 //   THREADS     of a block
 //   EVERY       steps between two checkpoints of the state
@@ -31,16 +32,14 @@ __device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.f16.f32 %0,
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-#define CHANNELS 64  // channels of a block
 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float sigmoid(float v) { return rcp(1.f + ex2(-v * LOG2E)); }
 
-// log(1 + e^v) with full relative accuracy where it is small: log1p(w) = w P(w), P a minimax polynomial on [0, 1] of
+// log(1 + e^v), w = e^-|v|, with full relative accuracy where it is small: log1p(w) = w P(w), P a minimax polynomial on [0, 1] of
 // relative error 3e-8, which spares a reciprocal.
-__device__ __forceinline__ float softplus(float v) {
-    float w = ex2(-fabsf(v) * LOG2E);
+__device__ __forceinline__ float softplus_of(float v, float w) {
     float p = 5.2326880395412445e-3f;
     p = fmaf(p, w, -2.9505213722586632e-2f);
     p = fmaf(p, w, 7.822591066360474e-2f);
@@ -52,8 +51,27 @@ __device__ __forceinline__ float softplus(float v) {
     p = fmaf(p, w, 9.999999403953552e-1f);
     return fmaf(w, p, fmaxf(v, 0.f));
 }
+__device__ __forceinline__ float softplus(float v) { return softplus_of(v, ex2(-fabsf(v) * LOG2E)); }
+
+// And its derivative, sigmoid(v), which shares the exponential.
+__device__ __forceinline__ float2 softplus_and_slope(float v) {
+    const float w = ex2(-fabsf(v) * LOG2E), r = rcp(1.f + w);
+    return make_float2(softplus_of(v, w), v >= 0.f ? r : w * r);
+}
 
 __device__ __forceinline__ float decay_rate(float A) { return LOG_A ? -expf(A) : A; }
+
+// delta, and its derivative by dt
+__device__ __forceinline__ float2 step_size_and_slope(float dt, float bias) {
+#if HAS_BIAS
+    dt += bias;
+#endif
+#if SOFTPLUS
+    return softplus_and_slope(dt);
+#else
+    return make_float2(dt, 1.f);
+#endif
+}
 
 __device__ __forceinline__ float step_size(float dt, float bias) {
 #if HAS_BIAS

@@ -1,4 +1,4 @@
-// The selective scan forward, channel-last. A block takes 64 channels through one segment; a channel has STATES / OWN
+// The selective scan forward, channel-last. A block takes CHANNELS channels through one segment; a channel has STATES / OWN
 // threads of OWN states, each of which also makes the step size of every so-manieth step, hands it to the others, and
 // gates and writes that step's output. While the recurrence runs over one tile of steps, B and C of the next are widened
 // and the tile after that is on its way from memory: one barrier a tile.

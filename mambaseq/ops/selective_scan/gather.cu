@@ -24,7 +24,7 @@ extern "C" __global__ void gather_channels(const float *part_A, const float *par
     const float *from = is_A ? part_A + i : is_D ? part_D + (i - size) : part_bias + (i - size - channels);
     const i64 apart = is_A ? size : channels;
     float total = 0.f;
-#pragma unroll 8
+#pragma unroll 16
     for (int s = 0; s < segments; s++)
         if (lengths[s]) total += from[s * apart];
     if (LOG_A && is_A) total *= decay_rate(A[i]);

@@ -12,10 +12,10 @@ from torch import Tensor
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
 # Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
-_FORWARD, _BACKWARD, _SHORTEST = 3, 2, 128
+_FORWARD, _BACKWARD, _SHORTEST = 4, 2, 128
 # What a summary of a segment takes of the time of its outputs: the first segment, whose outputs are made beside the
 # summaries of the others, is so much shorter.
-_SUMMARY = 0.75
+_SUMMARY = 0.8
 
 
 class Segments(NamedTuple):
