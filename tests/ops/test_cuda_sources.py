@@ -20,7 +20,6 @@ if (reason := nvrtc.why_not()) is not None:
 def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> dict[str, int]:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
-    monkeypatch.setattr(launches, "_processors", lambda device: 132)
     launches.compiled.cache_clear()
     launches.kernel_of(file, *arguments)
     launches.compiled.cache_clear()
@@ -145,15 +144,17 @@ def test_steps_of_segments(n_sequences: int, length: int, channel_blocks: int, p
         assert first % segments.EVERY == steps % segments.EVERY == 0
         assert first <= steps
         count = segments.n_segments(n_sequences, length, first, steps, packed)
-        if not packed and n_sequences * channel_blocks >= 132:
+        if not packed and leads and n_sequences * channel_blocks >= 132:
             assert count == n_sequences
-        elif not packed:  # they all run at once, those of the leading ones' pass and those of the others'
+        elif (
+            not packed and n_sequences * channel_blocks < 132
+        ):  # they all run at once, those of the leading ones' pass and those of the others'
             assert (count - n_sequences * (leads and count > n_sequences)) * channel_blocks <= (4 if leads else 2) * 132
 
 
-def test_width_of_blocks() -> None:
-    """192 blocks of 64 channels leave a multiprocessor with two and others with one; 384 of 32 with three and two."""
-    assert launches._width(8, 1536, 16, 132) == 32
-    for n_sequences, channels in ((8, 2048), (32, 1536), (64, 512), (1, 2048)):
-        assert launches._width(n_sequences, channels, 16, 132) == 64
-    assert launches._width(8, 1536, 8, 132) == 64
+def test_uneven_batches_are_cut_backward() -> None:
+    """192 blocks leave some multiprocessors with two and others with one; 4 x 192 spread evenly."""
+    assert segments.steps_of(8, 2048, 24, 132, False) == (512, 512)
+    assert segments.steps_of(8, 2048, 24, 132, False, leads=True) == (2048, 2048)
+    for n_sequences, channel_blocks in ((8, 32), (32, 24), (64, 8)):
+        assert segments.steps_of(n_sequences, 2048, channel_blocks, 132, False) == (2048, 2048)

@@ -18,7 +18,7 @@ struct Shared {
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
     float dout[TILE * CHANNELS], slope[TILE * CHANNELS];  // of y before its gate; of delta by dt
-    float gate_slope[HAS_Z ? TILE * CHANNELS : 2];        // dy times the derivative of the gate
+    float gate_slope[HAS_Z ? TILE * CHANNELS : 4];        // dy times the derivative of the gate
     float bc[4][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
     float4 states[KEPT][2][THREADS];
     float y[TILE * STRIDE_Y];

@@ -5,7 +5,6 @@
 //   LOG_A       whether A is given as log(-A)
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
 //   EVEN        whether pairs of channels are aligned to themselves in rows of y and of gradients
-//   CHANNELS    of a block
 //   TILE        steps that are fetched together
 //   THREADS     of a block
 //   EVERY       steps between two checkpoints of the state
@@ -32,6 +31,7 @@ __device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.f16.f32 %0,
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+#define CHANNELS 64  // of a block
 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }

@@ -18,7 +18,7 @@ from torch import Tensor
 from mambaseq.ops import nvrtc
 from mambaseq.ops.selective_scan import segments
 
-CHANNELS = 64  # of a block, or half as many
+CHANNELS = 64  # of a block
 STATES = 16  # the most that the kernels take at once
 _OWN = 8  # the states of a thread, two channels' in the backward kernel
 _SUMS = 128  # that a block of a kernel which sums takes
@@ -66,13 +66,8 @@ class Inputs(NamedTuple):
     reverse: bool
 
     @property
-    def width(self) -> int:
-        """Channels of a thread block: fewer where that spreads the blocks more evenly over the GPU."""
-        return _width(self.n_sequences, self.channels, self.d_state, _processors(self.A.device.index))
-
-    @property
     def blocks(self) -> int:
-        return -(-self.channels // self.width)
+        return -(-self.channels // CHANNELS)
 
     @property
     def n_sequences(self) -> int:
@@ -130,7 +125,6 @@ def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None) -> nvrtc.Kernel
     states = padded(d_state)
     return compiled(
         file,
-        inputs.width,
         dtype,
         states,
         inputs.z is not None,
@@ -148,7 +142,6 @@ def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None) -> nvrtc.Kernel
 @functools.cache
 def compiled(
     file: str,
-    width: int,
     dtype: torch.dtype,
     states: int,
     has_z: bool,
@@ -163,14 +156,14 @@ def compiled(
 ) -> nvrtc.Kernel:
     """One for each of these; none of the lengths and widths is among them."""
     item = dtype.itemsize
-    threads = width * states // _OWN
+    threads = CHANNELS * states // _OWN
     if file == "backward":
         tile, blocks = segments.EVERY, 256 // threads
-        raw = width * item * (8 if has_z else 6) + states * item * 4
-        made = width * (8 + 8 + 8 + 4 * has_z) + 4 * states * 8 + 4 * (width + 16) + threads * (4 + 16)
+        raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
+        made = CHANNELS * (8 + 8 + 8 + 4 * has_z) + 4 * states * 8 + 4 * (CHANNELS + 16) + threads * (4 + 16)
     else:
         tile, blocks = 16 if item == 4 else 32, 512 // threads
-        raw = (width + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
+        raw = (CHANNELS + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
         made = states * 16
     shared = tile * (raw + made) + 512  # of `struct Shared`; the sources check that it is enough
     macros = {
@@ -184,7 +177,6 @@ def compiled(
         "VEC": alignment,
         "VEC_BC": alignment_of_states,
         "EVEN": int(even),
-        "CHANNELS": width,
         "TILE": tile,
         "THREADS": threads,
         "EVERY": segments.EVERY,
@@ -208,15 +200,6 @@ def summer(name: str, dtype: torch.dtype, states: int, is_log: bool, device: int
         "THREADS": _SUMS,
     }
     return nvrtc.kernel(FILES[name.split("_")[0]], name, macros, _SUMS, 0, device)
-
-
-@functools.cache
-def _width(n_sequences: int, channels: int, d_state: int, processors: int) -> int:
-    wide = n_sequences * -(-channels // CHANNELS)
-    narrow = n_sequences * -(-channels // (CHANNELS // 2))
-    # the multiprocessor with most to do decides; two narrow blocks cost a little more than a wide one
-    is_uneven = -(-narrow // processors) < 2 * -(-wide // processors)
-    return CHANNELS // 2 if is_uneven and wide >= processors and d_state > 8 else CHANNELS
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from torch import Tensor
 EVERY = 16
 # Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
 _FORWARD, _BACKWARD, _SHORTEST = 4, 2, 128
-# What a summary of a segment takes of the time of its outputs: the first segment, whose outputs are made beside the
-# summaries of the others, is so much shorter.
-_SUMMARY = 0.8
+# What a summary of a segment takes of the time of its outputs, where the first segment, whose outputs are made beside the
+# summaries of the others, is so much shorter; and of its gradients.
+_SUMMARY, _SUMMARY_BACKWARD = 0.8, 0.27
 
 
 class Segments(NamedTuple):
@@ -44,13 +44,26 @@ def steps_of(
         # A sequence takes at least one segment, however short: segments must not be much longer than sequences.
         longest = max(_SHORTEST, -(-length // max(1, n_sequences)) * 2)
         steps = first = min(longest, max(_SHORTEST, length * channel_blocks // (4 * processors)))
-    elif blocks >= processors or length <= 2 * _SHORTEST:
+    elif length <= 2 * _SHORTEST or (leads and blocks >= processors):
         steps = first = length
+    elif leads:
+        steps = max(_SHORTEST, math.ceil(length / (wanted // blocks + _SUMMARY)))
+        first = math.ceil(_SUMMARY * steps)
     else:
-        count = max(1, wanted // blocks)  # that run side by side
-        steps = max(_SHORTEST, math.ceil(length / (count + _SUMMARY if leads else count)))
-        first = math.ceil(_SUMMARY * steps) if leads else steps
+        steps = first = math.ceil(length / _pieces(blocks, wanted, length // _SHORTEST))
     return _whole(first), _whole(steps)
+
+
+@functools.cache
+def _pieces(blocks: int, places: int, most: int) -> int:
+    """Into how many pieces to cut sequences, backward, so that blocks fill the places of the GPU evenly; a piece costs
+    its summary too."""
+
+    def time(count: int) -> float:
+        return -(-blocks * count // places) / count * (1 + _SUMMARY_BACKWARD * (count - 1) / count)
+
+    best = min(range(1, max(1, min(most, 2 * places // blocks + 1)) + 1), key=time)
+    return best if time(best) < 0.95 * time(1) else 1
 
 
 def _whole(steps: int) -> int:
