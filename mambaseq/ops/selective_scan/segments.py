@@ -13,8 +13,8 @@ from torch import Tensor
 EVERY = 16
 # Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
 _FORWARD, _BACKWARD, _SHORTEST = 4, 2, 128
-# What a summary of a segment takes of the time of its outputs, where the first segment, whose outputs are made beside the
-# summaries of the others, is so much shorter; and of its gradients.
+# What a summary of a segment takes of the time of its outputs (the first segment, whose outputs are made beside the
+# summaries of the others, is so much shorter) and of its gradients.
 _SUMMARY, _SUMMARY_BACKWARD = 0.8, 0.27
 
 
@@ -62,7 +62,7 @@ def _pieces(blocks: int, places: int, most: int) -> int:
     def time(count: int) -> float:
         return -(-blocks * count // places) / count * (1 + _SUMMARY_BACKWARD * (count - 1) / count)
 
-    best = min(range(1, max(1, min(most, 2 * places // blocks + 1)) + 1), key=time)
+    best = min(range(1, max(1, min(most, 4 * places // blocks + 1)) + 1), key=time)
     return best if time(best) < 0.95 * time(1) else 1
 
 
