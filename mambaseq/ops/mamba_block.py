@@ -139,20 +139,33 @@ def _split(a: BlockArguments, products: Tensor) -> tuple[Tensor, ...]:
     return products[:, :rank], products[:, rank : rank + d_state], products[:, rank + d_state :]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+class _Matrices(NamedTuple):
+    """In the dtype that is computed in."""
+
+    in_proj: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    out_proj: Tensor
 
 
-def _forward(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
+def _matrices(a: BlockArguments) -> _Matrices:
+    return _Matrices(*(w.to(a.x.dtype) for w in (a.in_proj, a.x_proj, a.dt_proj, a.out_proj)))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
     batch, length, d_inner = a.sizes
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        xz = _linear(a.x.reshape(batch * length, -1), a.in_proj, a.in_bias)
+        xz = _linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)
         u, conv_state = conv.forward_into(_conv_arguments(a, xz))
         u = u.view(-1, d_inner)
-        products = _linear(u, a.x_proj)
-        dt = _linear(_split(a, products)[0], a.dt_proj)
+        products = u @ m.x_proj.t()
+        dt = _split(a, products)[0] @ m.dt_proj.t()
         y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
-        out = _linear(y, a.out_proj, a.out_bias).view(batch, length, -1)
+        out = _linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
     if conv_state is None or not a.wants_state:
         conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
     return out, conv_state, ssm_state, xz, products, kept
@@ -174,25 +187,25 @@ def _backward(
         dout = dout.to(dtype).reshape(batch * length, -1)
         conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
         u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)
-        low, dt_proj = _split(a, products)[0], a.dt_proj.to(dtype)
-        dt = low @ dt_proj.t()
+        low = _split(a, products)[0]
+        dt = low @ m.dt_proj.t()
         dxz, dproducts, gated = torch.empty_like(xz), torch.empty_like(products), torch.empty_like(u)
         dlow, dB, dC = _split(a, dproducts)
         inputs = _scan_inputs(a, xz, u, dt, products)
-        dy = scan.Rows(dout @ a.out_proj.to(dtype), d_inner)
+        dy = scan.Rows(dout @ m.out_proj, d_inner)
         dstate = None if dssm is None else _vector(dssm)
         found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
         del dy, inputs, dt
 
         dout_proj = _weight_gradient(dout, gated, a.out_proj)
         del gated
-        torch.mm(found.ddt, dt_proj, out=dlow)
+        torch.mm(found.ddt, m.dt_proj, out=dlow)
         ddt_proj = _weight_gradient(found.ddt, low, a.dt_proj)
         dx_proj = _weight_gradient(dproducts, u, a.x_proj)
-        du = found.dx.addmm_(dproducts, a.x_proj.to(dtype)).view(batch, length, d_inner)
+        du = found.dx.addmm_(dproducts, m.x_proj).view(batch, length, d_inner)
         dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
-        dx = dxz @ a.in_proj.to(dtype)
+        dx = dxz @ m.in_proj
         gradients = (
             dx.view(a.x.shape),
             _weight_gradient(dxz, hidden, a.in_proj),
@@ -221,12 +234,14 @@ def _weight_gradient(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
 
 def _run_forward(*values: Any) -> tuple[Tensor, ...]:
     *arguments, keep = values
-    return _forward(BlockArguments(*arguments), keep)
+    a = BlockArguments(*arguments)
+    return _forward(a, _matrices(a), keep)
 
 
 def _run_backward(dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
     *arguments, xz, products, kept = values
-    return _backward(dout, dconv, dssm, BlockArguments(*arguments), xz, products, kept)
+    a = BlockArguments(*arguments)
+    return _backward(dout, dconv, dssm, a, _matrices(a), xz, products, kept)
 
 
 _forward_op = torch.library.custom_op(
@@ -293,16 +308,26 @@ _forward_op.register_autograd(
 
 
 class _Eager(torch.autograd.Function):
-    """The same without the operators' wrappers."""
+    """The same without the operators' wrappers; it keeps the matrices that it has cast."""
 
     @staticmethod
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
-        outputs = _run_forward(*values)
+        *arguments, keep = values
+        a = BlockArguments(*arguments)
+        ctx.matrices = _matrices(a)
+        outputs = _forward(a, ctx.matrices, keep)
         _remember(ctx, values, outputs)
+        if a.in_proj.dtype == a.x.dtype:
+            ctx.matrices = None  # they are the parameters, which are saved
         ctx.mark_non_differentiable(*outputs[3:])
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dconv: Any, dssm: Any, *_: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, dout, dconv, dssm, _run_backward)
+        def find(dout: Tensor, dconv: Any, dssm: Any, *values: Any) -> tuple[Tensor, ...]:
+            *arguments, xz, products, kept = values
+            a = BlockArguments(*arguments)
+            return _backward(dout, dconv, dssm, a, ctx.matrices or _matrices(a), xz, products, kept)
+
+        return _gradients(ctx, dout, dconv, dssm, find)

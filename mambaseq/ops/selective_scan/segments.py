@@ -62,8 +62,9 @@ def _pieces(blocks: int, places: int, most: int) -> int:
     def time(count: int) -> float:
         return -(-blocks * count // places) / count * (1 + _SUMMARY_BACKWARD * (count - 1) / count)
 
-    best = min(range(1, max(1, min(most, 4 * places // blocks + 1)) + 1), key=time)
-    return best if time(best) < 0.95 * time(1) else 1
+    counts = range(1, max(1, min(most, 4 * places // blocks + 1)) + 1)
+    best = min(time(count) for count in counts)
+    return next(count for count in counts if time(count) <= 1.04 * best)
 
 
 def _whole(steps: int) -> int:
