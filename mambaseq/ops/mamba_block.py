@@ -176,6 +176,7 @@ def _backward(
     dconv: Tensor | None,
     dssm: Tensor | None,
     a: BlockArguments,
+    m: _Matrices,
     xz: Tensor,
     products: Tensor,
     kept: Tensor,
