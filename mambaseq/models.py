@@ -155,6 +155,8 @@ def causal_lm(
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
     checkpoint: bool = False,
+    chunk_length: int | None = None,
+    cuda_graph: bool = False,
     **mixer_options: Any,
 ) -> SequenceModel:
     """The usual language model over tokens: embedding, residual stack, tied head.
@@ -174,6 +176,8 @@ def causal_lm(
                 "norm_eps": norm_eps,
                 "dropout": dropout,
                 "checkpoint": checkpoint,
+                "chunk_length": chunk_length,
+                "cuda_graph": cuda_graph,
             },
             "mixer": {"name": mixer, **mixer_options},
             "head": {"name": "lm", "vocab_size": vocab_size},

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambaseq.backbones.graphed import StepGraphs
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
@@ -51,6 +52,9 @@ class ResidualStack(nn.Module):
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
             the backward pass: the memory of a token no longer grows with the layers (see `backbones/chunks.py`).
+        cuda_graph: replay the forward and backward of training steps as CUDA graphs, one pair for each shape of input
+            (see `backbones/graphed.py`); for models whose kernels are shorter than their launches. Calls with states,
+            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ResidualStack(nn.Module):
         dropout: float = 0.0,
         checkpoint: bool = False,
         chunk_length: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         if n_layers < 1:
@@ -76,6 +81,8 @@ class ResidualStack(nn.Module):
         self.norm_f = RMSNorm(self.d_model, norm_eps)
         self.checkpoint = checkpoint
         self.chunk_length = chunk_length
+        self.cuda_graph = cuda_graph
+        self.graphs = StepGraphs()
         for mixer in self.mixers() if chunk_length else []:
             if not (mixer.causal and mixer.bounded_state):
                 raise ConfigError(
@@ -101,6 +108,11 @@ class ResidualStack(nn.Module):
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"The backbone has {len(self.layers)} layers and was given {len(state)} states.")
         if self.chunk_length is None or x.shape[1] <= self.chunk_length:
+            may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
+            if may_replay and state is None and cu_seqlens is None:
+                replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x)
+                if replayed is not None:
+                    return replayed
             y, states = self._run(x, state, cu_seqlens, return_state)
         else:
             from mambaseq.backbones.chunks import run_in_chunks  # loads the compiler, which most runs do without

@@ -48,6 +48,7 @@ SIZES = {
 }
 # steps before anything is timed, on one batch: the loss must be finite and fall
 STEPS = 5
+GRAPHED = f"{OURS}, graphs"  # the same model with `cuda_graph`
 # nats between our loss and mamba-ssm's with the same weights
 LOSS_TOLERANCE = 1e-2
 
@@ -73,6 +74,16 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
             lambda t=tokens: _row(OURS, t, lambda: _mamba(sizes, device), _our_loss, repeats),  # type: ignore[misc]
         )
         release()
+        if device.type == "cuda":
+            report.attempted(
+                OP,
+                shape,
+                GRAPHED,
+                lambda t=tokens, like=ours: _row(  # type: ignore[misc]
+                    GRAPHED, t, lambda: _mamba(sizes, device, cuda_graph=True), _our_loss, repeats, like
+                ),
+            )
+            release()
         if module is None:
             report.add(Row(OP, shape, "mamba-ssm", status="absent", note=absent))
         else:
@@ -142,10 +153,10 @@ def _row(
     return row
 
 
-def _mamba(sizes: Sizes, device: torch.device) -> nn.Module:
+def _mamba(sizes: Sizes, device: torch.device, cuda_graph: bool = False) -> nn.Module:
     torch.manual_seed(0)
     with device:
-        return causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers)
+        return causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers, cuda_graph=cuda_graph)
 
 
 def _mamba_ssm(module: Any, sizes: Sizes, device: torch.device) -> nn.Module:

@@ -3,9 +3,7 @@ kernels one by one takes longer than they run."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
 import warnings
 from typing import Any
 
@@ -15,11 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel
+from mambaseq.ops import capture
 from mambaseq.ops.eager import is_eager
-
-_SYNCHRONIZING = "called a synchronizing CUDA operation"
-_capturing = threading.Lock()  # PyTorch captures one graph at a time, and its watch for synchronisation is global
-_failed: list[torch.cuda.CUDAGraph] = []
 
 
 class Decoder:
@@ -44,6 +39,7 @@ class Decoder:
         self._token: Tensor | None = None
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._held: list[Any] = []
 
     @property
     def captured(self) -> bool:
@@ -74,59 +70,30 @@ class Decoder:
     def _first(self, token: Tensor) -> Tensor:
         """Takes the step on a side stream, as PyTorch asks for before a capture, and looks whether there can be one."""
         before = _tensors(self.state)
-        with torch.cuda.device(token.device), _capturing, warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                with torch.cuda.stream(side):
-                    logits = self._run(token)
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-                current.wait_stream(side)
-            logits.record_stream(current)
+        with torch.cuda.device(token.device), capture.capturing:
+            logits, waits = capture.warm_up(lambda: self._run(token), torch.cuda.Stream())
+            logits.record_stream(torch.cuda.current_stream())
         self._token = token.clone()
         if any(one is not other for one, other in itertools.zip_longest(before, _tensors(self.state))):
             self._may_capture = False
-        elif any(_SYNCHRONIZING in str(warning.message) for warning in seen):
-            # a capture would fail, and PyTorch does not clean up after those
+        elif waits:
             self._give_up("a step of the model waits for the GPU")
         return logits
 
     def _capture(self) -> None:
-        assert self._token is not None
+        token = self._token
+        assert token is not None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._token.device), _capturing:
-            try:
-                with (
-                    torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
-                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
-                ):
-                    self._logits = self._run(self._token)
-                self._graph = graph
-                return
-            except RuntimeError as error:
-                reason = str(error).partition("\n")[0]
-                _clean_up(graph)
-        self._give_up(reason)
+        try:
+            with torch.cuda.device(token.device), capture.capturing:
+                self._logits, self._held = capture.capture(graph, lambda: self._run(token))
+            self._graph = graph
+        except RuntimeError as error:
+            self._give_up(str(error).partition("\n")[0])
 
     def _give_up(self, reason: str) -> None:
         self._may_capture = False
         warnings.warn(f"Decoding without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
-
-
-def _clean_up(graph: torch.cuda.CUDAGraph) -> None:
-    """After a failed capture the allocator keeps a reference to its graph, and the random generator believes that it is
-    being captured until a capture succeeds."""
-    _failed.append(graph)
-    with (
-        contextlib.suppress(RuntimeError),
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
-    ):
-        torch.zeros(1, device="cuda")
 
 
 def _tensors(state: list[Any]) -> list[Tensor]:

@@ -139,6 +139,26 @@ def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None) -> nvrtc.Kernel
     )
 
 
+def _block(file: str, item: int, states: int, has_z: bool) -> tuple[int, int, int, int]:
+    """Of a thread block: steps of a tile, threads, how many a multiprocessor should have registers for, and bytes of
+    shared memory: `struct Shared`, which the sources hold against it."""
+    threads = CHANNELS * states // _OWN
+    if file == "backward":
+        tile, blocks = segments.EVERY, 256 // threads
+        raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
+        made = CHANNELS * (8 + 4 + 8) + 4 * states * 8 + 4 * (CHANNELS + 16) + threads * (4 + 16)
+    else:
+        tile, blocks = 16 if item == 4 else 32, 512 // threads
+        raw = (CHANNELS + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
+        made = states * 16
+    return tile, threads, blocks, tile * (raw + made) + 512
+
+
+def shared_memory(dtype: torch.dtype, d_state: int, has_z: bool) -> int:
+    """Bytes of it that a thread block needs at most, backward."""
+    return _block("backward", dtype.itemsize, padded(d_state), has_z)[3]
+
+
 @functools.cache
 def compiled(
     file: str,
@@ -155,17 +175,7 @@ def compiled(
     device: int,
 ) -> nvrtc.Kernel:
     """One for each of these; none of the lengths and widths is among them."""
-    item = dtype.itemsize
-    threads = CHANNELS * states // _OWN
-    if file == "backward":
-        tile, blocks = segments.EVERY, 256 // threads
-        raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
-        made = CHANNELS * (8 + 8 + 8 + 4 * has_z) + 4 * states * 8 + 4 * (CHANNELS + 16) + threads * (4 + 16)
-    else:
-        tile, blocks = 16 if item == 4 else 32, 512 // threads
-        raw = (CHANNELS + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
-        made = states * 16
-    shared = tile * (raw + made) + 512  # of `struct Shared`; the sources check that it is enough
+    tile, threads, blocks, shared = _block(file, dtype.itemsize, states, has_z)
     macros = {
         "IN": CODES[dtype],
         "STATES": states,
@@ -194,6 +204,7 @@ def summer(name: str, dtype: torch.dtype, states: int, is_log: bool, device: int
         "IN": CODES[dtype],
         "STATES": states,
         "LOG_A": int(is_log),
+        "EVERY": segments.EVERY,
         "EVEN": 0,
         "HAS_BIAS": 0,
         "SOFTPLUS": 0,
@@ -217,21 +228,41 @@ def shape_kept(n_sequences: int, length: int, packed: bool, channels: int, d_sta
     return segments.n_checkpoints(n_sequences, length, packed), channels, padded(d_state)
 
 
-def _segments(inputs: Inputs, leads: bool) -> segments.Segments:
-    device = inputs.A.device
+class _Cut(NamedTuple):
+    """How sequences are cut: tables of segments where they are packed, else four numbers."""
+
+    table: segments.Segments | None
+    whole: int
+    first: int
+    steps: int
+    pieces: int  # of a sequence
+    total: int  # of all sequences
+
+    @property
+    def is_cut(self) -> bool:
+        return self.table is not None or self.pieces > 1
+
+    def arguments(self) -> tuple[Any, ...]:
+        tables = (None,) * 5 if self.table is None else self.table[:5]
+        return (*tables, self.whole, self.first, self.steps, self.pieces)
+
+
+def _cut(inputs: Inputs, leads: bool) -> _Cut:
+    n_sequences, length = inputs.n_sequences, inputs.length
     packed = inputs.cu_seqlens is not None
-    first, steps = segments.steps_of(
-        inputs.n_sequences, inputs.length, inputs.blocks, _processors(device.index), packed, leads
-    )
+    processors = _processors(inputs.A.device.index)
+    first, steps = segments.steps_of(n_sequences, length, inputs.blocks, processors, packed, leads)
+    count = segments.n_segments(n_sequences, length, first, steps, packed)
+    table = None
     if inputs.cu_seqlens is not None:
-        return segments.of_packed(inputs.cu_seqlens, inputs.length, steps, inputs.reverse)
-    return segments.of_batch(inputs.batch, inputs.length, first, steps, inputs.reverse, device)
+        table = segments.of_packed(inputs.cu_seqlens, length, steps, inputs.reverse)
+    return _Cut(table, length, first, steps, count // n_sequences if n_sequences else 0, count)
 
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y `(rows, channels)` of the dtype of x, the final state, and what `backward` wants if `keep`: the states before
     every 16th step."""
-    table, device = _segments(inputs, leads=True), inputs.A.device
+    cut, device = _cut(inputs, leads=True), inputs.A.device
     n_sequences, channels, d_state = inputs.n_sequences, inputs.channels, inputs.d_state
     final = _left_over(inputs, inputs.state)
     y = torch.empty(inputs.batch * inputs.length, channels, dtype=inputs.x.data.dtype, device=device)
@@ -239,28 +270,26 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = shape_kept(n_sequences, inputs.length, packed, channels, d_state) if keep else (0,)
     kept = torch.empty(shape, device=device)
     kernel = kernel_of("forward", inputs)
-    local = sum_dt = entering = None
-    if table.cut:
-        local, sum_dt, entering = _buffers(inputs, len(table.row0))
-    grid = len(table.row0) * inputs.blocks
-    outputs = (*table[:5], *inputs.sizes(), y, channels, final, kept if keep else None, local, sum_dt)
-    if table.cut:
-        kernel(grid, 1, *inputs.addresses(), inputs.state, None, *outputs)
-        _combine(inputs, table, local, sum_dt, None, 1, entering)
-        kernel(grid, 2, *inputs.addresses(), inputs.state, entering, *outputs)
+    grid = cut.total * inputs.blocks
+    outputs = (*cut.arguments(), *inputs.sizes(), y, channels, final, kept if keep else None)
+    if cut.is_cut:
+        local, sum_dt, entering = _buffers(inputs, cut.total)
+        kernel(grid, 1, *inputs.addresses(), inputs.state, None, *outputs, local, sum_dt)
+        _combine(inputs, cut, local, sum_dt, None, 1, entering)
+        kernel(grid, 2, *inputs.addresses(), inputs.state, entering, *outputs, None, None)
     else:
-        kernel(grid, 0, *inputs.addresses(), inputs.state, None, *outputs)
+        kernel(grid, 0, *inputs.addresses(), inputs.state, None, *outputs, None, None)
     return y, final, kept
 
 
 def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into: Into | None = None) -> Gradients:
     """The gradients, some of them written `into` other tensors. dstate: float32, contiguous, or None for zeros."""
-    table, device, dtype = _segments(inputs, leads=False), inputs.A.device, inputs.x.data.dtype
-    count, channels, d_state = len(table.row0), inputs.channels, inputs.d_state
+    cut, device, dtype = _cut(inputs, leads=False), inputs.A.device, inputs.x.data.dtype
+    count, channels, d_state = cut.total, inputs.channels, inputs.d_state
     rows, states = inputs.batch * inputs.length, padded(inputs.d_state)
     grid = count * inputs.blocks
     entering = dstate
-    if table.cut:
+    if cut.is_cut:
         local, sum_dt, entering = _buffers(inputs, count)
         kernel_of("backward_summary", inputs, dy)(
             grid,
@@ -270,14 +299,12 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
             inputs.A,
             inputs.bias,
             *dy,
-            table.row0,
-            table.length,
-            table.flags,
+            *cut.arguments(),
             *inputs.sizes(),
             local,
             sum_dt,
         )
-        _combine(inputs, table, local, sum_dt, dstate, -1, entering)
+        _combine(inputs, cut, local, sum_dt, dstate, -1, entering)
     dx, ddt = (torch.empty(rows, channels, dtype=dtype, device=device) for _ in range(2))
     dz = None if into is None else into.dz
     if inputs.z is not None and dz is None:
@@ -291,7 +318,7 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
         *inputs.addresses(),
         *dy,
         entering,
-        *table[:5],
+        *cut.arguments(),
         *inputs.sizes(),
         kept,
         rows,
@@ -311,7 +338,8 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
     dA = torch.empty(channels, d_state, device=device)
     dD, dbias = (torch.empty(channels, device=device) for _ in range(2))
     over_channels = summer("gather_channels", dtype, states, inputs.is_log, device.index)
-    parts_of = (parts_A, parts_D, parts_bias, table.length, count, channels, d_state)
+    lengths = None if cut.table is None else cut.table.length
+    parts_of = (parts_A, parts_D, parts_bias, lengths, count, channels, d_state)
     over_channels(-(-channels * (d_state + 2) // _SUMS), *parts_of, inputs.A, dA, dD, dbias)
     groups = channels // inputs.per_group
     if into is None:
@@ -340,15 +368,9 @@ def _buffers(inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _combine(
-    inputs: Inputs,
-    table: segments.Segments,
-    local: Tensor | None,
-    sum_dt: Tensor | None,
-    first: Tensor | None,
-    go: int,
-    to: Tensor | None,
+    inputs: Inputs, cut: _Cut, local: Tensor, sum_dt: Tensor, first: Tensor | None, go: int, to: Tensor
 ) -> None:
-    sizes = (inputs.channels, inputs.d_state)
-    grid = (-(-inputs.channels * inputs.d_state // _SUMS), inputs.n_sequences)
+    tables = (None, None) if cut.table is None else cut.table[5:]
+    grid = (inputs.n_sequences, -(-inputs.channels * inputs.d_state // _SUMS))
     kernel = summer("combine", torch.float32, STATES, inputs.is_log, inputs.A.device.index)
-    kernel(grid, local, sum_dt, inputs.A, first, table.begin, table.pieces, go, *sizes, to)
+    kernel(grid, local, sum_dt, inputs.A, first, *tables, cut.pieces, go, inputs.channels, inputs.d_state, to)

@@ -1,0 +1,319 @@
+"""Training steps replayed from CUDA graphs, a pair of them (forward, backward) for each shape of input: the kernels of
+small models are shorter than their launches.
+
+A pair's activations are in its own memory. They are those of one forward pass at a time: the next one before its
+backward is run as usual. All that leaves a pair (the output, gradients) is copied out of that memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from mambaseq.ops import capture
+from mambaseq.ops.eager import is_eager
+
+Run = Callable[[Tensor], Tensor]
+
+MOST_GRAPHS = 4  # pairs of a module: each holds the activations of a step
+EAGER_CALLS = 2  # with a key before its capture: kernels are compiled by then, and odd batches never get there
+_WARM_UPS = 2
+_MOST_KEYS = 64  # that are counted
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Key(NamedTuple):
+    """What a replay takes for granted, beside the addresses of the parameters and buffers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+    autocast: torch.dtype | None
+    switches: tuple[Any, ...]
+
+
+class StepGraphs:
+    """The graphs of a module's training steps. A copy, or one read from a file, has none.
+
+    What `run` does on the host is not repeated by a replay, and all that it learns must be a parameter of the module.
+    Replays read and write parameters and buffers where they are: they may change in place; moved or replaced ones are
+    captured anew. There are no gradients of gradients, and one backward pass for each forward. Under
+    DistributedDataParallel the gradients come all at once, so that their reduction does not overlap the module's
+    backward; sharded parameters (DTensor, FSDP) are never captured.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[Key, _Pair] = {}
+        self._calls: dict[Key, int] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._may_capture = True
+        self.replays = 0
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    @property
+    def captured(self) -> int:
+        """How many pairs there are."""
+        return len(self._pairs)
+
+    def __call__(self, module: nn.Module, run: Run, x: Tensor) -> Tensor | None:
+        """`run(x)` with its gradients, or None where it must be run as usual. x `(batch, length, d_model)`."""
+        if not self._may_capture or not _is_training_step(module, x):
+            return None
+        found = inspect(module, x.device)
+        if found is None:
+            return None
+        addresses, switches, learned = found
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = Key(x.shape, x.dtype, x.requires_grad, autocast, switches)
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._pairs.clear()
+            self._calls.clear()
+        pair = self._pairs.get(key)
+        if pair is None:
+            if not self.is_due(key):
+                return None
+            pair = self._capture(module, run, x, key, learned)
+            if pair is None:
+                return None
+        if pair.is_busy():
+            return None
+        self.replays += 1
+        return _Replay.apply(pair, x, *learned)
+
+    def is_due(self, key: Key) -> bool:
+        """Count a call; whether it is the one to capture."""
+        if len(self._pairs) >= MOST_GRAPHS:
+            return False
+        if key not in self._calls and len(self._calls) >= _MOST_KEYS:
+            self._calls.clear()
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        return calls > EAGER_CALLS
+
+    def _capture(self, module: nn.Module, run: Run, x: Tensor, key: Key, learned: list[nn.Parameter]) -> _Pair | None:
+        try:
+            with torch.cuda.device(x.device), capture.capturing:
+                pair = _Pair(module, run, x, learned, key.autocast)
+        except RuntimeError as error:
+            self._may_capture = False
+            self._pairs.clear()
+            reason = str(error).partition("\n")[0].rstrip(".")
+            warnings.warn(f"Training without CUDA graphs: {reason}.", RuntimeWarning, stacklevel=4)
+            return None
+        self._pairs[key] = pair
+        del self._calls[key]
+        return pair
+
+
+def _is_training_step(module: nn.Module, x: Tensor) -> bool:
+    return (
+        module.training
+        and x.is_cuda
+        and x.numel() > 0
+        and torch.is_grad_enabled()
+        and is_eager(x)
+        and not getattr(module, "_is_replica", False)  # of DataParallel: its parameters are no parameters
+        and not torch.is_anomaly_enabled()
+        and not _has_any_global_hook()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+class Inspection(NamedTuple):
+    """addresses: of parameters and buffers. switches: what training may switch: modes, what is learned, dropout.
+    learned: the parameters that have gradients."""
+
+    addresses: tuple[int, ...]
+    switches: tuple[Any, ...]
+    learned: list[nn.Parameter]
+
+
+def inspect(root: nn.Module, device: torch.device) -> Inspection | None:
+    """A module as it is now. None where replays may not stand for calls: modules inside have hooks, tensors are
+    elsewhere, sharded or of other kinds, or nothing is learned."""
+    addresses: list[int] = []
+    switches: list[Any] = []
+    learned: dict[nn.Parameter, None] = {}  # once, however many layers share it
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        inside = module.__dict__  # without nn.Module's detours: every step asks all modules
+        if "_parameters" not in inside or (module is not root and any(inside[name] for name in _HOOKS)):
+            return None
+        switches.append(inside["training"])
+        if isinstance(module, nn.Dropout):
+            switches.append(module.p)
+        for parameter in inside["_parameters"].values():
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter or parameter.device != device:
+                return None
+            addresses.append(parameter.data_ptr())
+            switches.append(parameter.requires_grad)
+            if parameter.requires_grad:
+                learned[parameter] = None
+        for buffer in inside["_buffers"].values():
+            if buffer is None:
+                continue
+            if type(buffer) is not Tensor or buffer.device != device or buffer.requires_grad:
+                return None
+            addresses.append(buffer.data_ptr())
+        waiting.extend(child for child in inside["_modules"].values() if child is not None)
+    return Inspection(tuple(addresses), tuple(switches), list(learned)) if learned else None
+
+
+class _Turn:
+    """A forward pass whose activations are in a pair's memory; it ends with its backward or with its graph."""
+
+    __slots__ = ("__weakref__", "over")
+
+    def __init__(self) -> None:
+        self.over = False
+
+
+class _Pair:
+    """The graphs of a forward pass and of its backward.
+
+    Raises RuntimeError where they cannot be captured.
+    """
+
+    def __init__(
+        self, module: nn.Module, run: Run, x: Tensor, learned: list[nn.Parameter], autocast: torch.dtype | None
+    ) -> None:
+        self._turn: weakref.ref[_Turn] | None = None
+        self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+        # leaves of their own: autograd would add to those of the model on the stream that first used them
+        leaves = {p: p.detach().requires_grad_() for p in learned}
+        inputs = [*([self._x] if x.requires_grad else []), *leaves.values()]
+
+        def forward() -> Tensor:
+            casting = torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+            with casting, torch.enable_grad(), _in_place_of(module, leaves):
+                return run(self._x)
+
+        stream = torch.cuda.Stream()
+        dy = self._warm_up(module, forward, inputs, stream)
+        pool = torch.cuda.graph_pool_handle()
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        y, held = capture.capture(self._forward, forward, stream, pool)
+        found, more = capture.capture(self._backward, lambda: _gradients(y, inputs, dy), stream, pool)
+        self._held = [held, more]
+        self._y, self._dy = y.detach(), dy
+        gradients = [None if d is None else d.detach() for d in found]
+        self._dx = gradients.pop(0) if x.requires_grad else None
+        self._gradients = [d for d in gradients if d is not None]
+        self._has_gradient = [d is not None for d in gradients]
+
+    def _warm_up(
+        self, module: nn.Module, forward: Callable[[], Tensor], inputs: Sequence[Tensor], stream: torch.cuda.Stream
+    ) -> Tensor:
+        """Leaves buffers and random numbers as they were. Returns the memory for the output's gradient."""
+
+        def steps() -> Tensor:
+            for _ in range(_WARM_UPS):
+                y = forward()
+                _check_leaves(y, inputs)
+                _gradients(y, inputs, torch.zeros_like(y))
+            return y.detach()
+
+        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        with torch.random.fork_rng([self._x.device.index]):
+            y, waits = capture.warm_up(steps, stream)
+        for buffer, value in before:
+            buffer.copy_(value)
+        if waits:
+            raise RuntimeError("a layer waits for the GPU")
+        return torch.zeros_like(y)
+
+    def is_busy(self) -> bool:
+        """Whether the activations of a forward pass are still waiting for its backward."""
+        turn = None if self._turn is None else self._turn()
+        return turn is not None and not turn.over
+
+    def forward(self, x: Tensor) -> tuple[Tensor, _Turn]:
+        turn = _Turn()
+        self._turn = weakref.ref(turn)
+        self._x.detach().copy_(x)
+        self._forward.replay()
+        return self._y.clone(), turn
+
+    def backward(self, dy: Tensor, turn: _Turn) -> tuple[Tensor | None, list[Tensor | None]]:
+        if turn.over or self._turn is None or self._turn() is not turn:
+            raise RuntimeError(
+                "A training step replayed from CUDA graphs has one backward pass; its activations are gone. "
+                "For several (retain_graph=True), make the backbone with cuda_graph=False."
+            )
+        turn.over = True
+        self._dy.copy_(dy)
+        self._backward.replay()
+        # copies, by few launches (a product with 1 is exact): `.grad` would else be overwritten by the next replay
+        copies = iter(torch._foreach_mul(self._gradients, 1.0) if self._gradients else ())
+        dx = None if self._dx is None else self._dx.clone()
+        return dx, [next(copies) if has else None for has in self._has_gradient]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pair: _Pair, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters)  # the backward reads them: autograd sees to it that they are the same
+        ctx.pair = pair
+        y, ctx.turn = pair.forward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors
+        if dy is None:
+            return (None, None, *(None for _ in parameters))
+        dx, found = ctx.pair.backward(dy, ctx.turn)
+        return (None, dx, *found)
+
+
+@contextlib.contextmanager
+def _in_place_of(module: nn.Module, leaves: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """The module with these tensors in place of its parameters."""
+    places = [
+        (owner._parameters, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter in leaves
+    ]
+    try:
+        for table, name, parameter in places:
+            table[name] = leaves[parameter]  # type: ignore[assignment]
+        yield
+    finally:
+        for table, name, parameter in places:
+            table[name] = parameter
+
+
+def _gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.autocast("cuda", enabled=False):  # on in the forward only, as usual
+        return torch.autograd.grad(y, inputs, dy, allow_unused=True)
+
+
+def _check_leaves(y: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where something is learned that is no parameter of the module: its gradient would be lost."""
+    known = {id(tensor) for tensor in inputs}
+    seen: set[Any] = set()
+    waiting: list[Any] = [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:
+            raise RuntimeError("a layer learns a tensor that is not among its parameters")
+        waiting.extend(following for following, _ in node.next_functions)

@@ -1,0 +1,80 @@
+"""What everything that captures CUDA graphs shares: one capture at a time, cleaned up after if it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+
+_SYNCHRONIZING = "called a synchronizing CUDA operation"
+# held around warm_up and capture: PyTorch captures one graph at a time, and its watch for synchronisation is global
+capturing = threading.Lock()
+_failed: list[torch.cuda.CUDAGraph] = []
+_held: list[Any] | None = None
+
+
+def warm_up(run: Callable[[], _T], stream: torch.cuda.Stream) -> tuple[_T, bool]:
+    """What `run` returns, run on a side stream as PyTorch asks for before a capture, and whether it waits for the GPU:
+    a capture would fail then, and PyTorch does not clean up after those."""
+    current = torch.cuda.current_stream()
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        stream.wait_stream(current)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with torch.cuda.stream(stream):
+                result = run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(stream)
+    return result, any(_SYNCHRONIZING in str(warning.message) for warning in seen)
+
+
+def capture(
+    graph: torch.cuda.CUDAGraph, run: Callable[[], _T], stream: torch.cuda.Stream | None = None, pool: Any = None
+) -> tuple[_T, list[Any]]:
+    """What `run` returns, whose work on the GPU goes into the graph, and what must live as long as the graph does.
+
+    Raises what `run` or the end of the capture does (RuntimeError for what cannot be captured), cleaned up after.
+    """
+    global _held
+    held: list[Any] = []
+    _held = held
+    try:
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            result = run()
+    except BaseException:
+        _clean_up(graph)
+        raise
+    finally:
+        _held = None
+    return result, held
+
+
+def hold(value: _T) -> _T:
+    """The value, kept as long as the graph that is being captured, if one is: for tensors of a cache that forgets."""
+    if _held is not None:
+        _held.append(value)
+    return value
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph) -> None:
+    """After a failed capture the allocator keeps a reference to its graph, and the random generator believes that it is
+    being captured until a capture succeeds."""
+    _failed.append(graph)
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
+    ):
+        torch.zeros(1, device="cuda")
