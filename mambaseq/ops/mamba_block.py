@@ -18,7 +18,7 @@ from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.selective_scan import launches as scan
-from mambaseq.ops.selective_scan.cuda import why_not_on
+from mambaseq.ops.selective_scan.cuda import too_large_for, why_not_on
 
 _ARGUMENTS = (
     "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
@@ -71,6 +71,8 @@ def why_not(arguments: BlockArguments) -> str | None:
         return f"x is {tuple(x.shape)}"
     if arguments.A_log.shape[1] > scan.STATES:
         return f"there are more than {scan.STATES} states a channel"
+    if (reason := too_large_for(x.device, x.dtype, scan.STATES, True)) is not None:
+        return reason
     if arguments.conv.shape[-1] > conv.WIDEST:
         return f"the filter is wider than {conv.WIDEST}"
     for name, value in arguments._asdict().items():
@@ -326,9 +328,11 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dconv: Any, dssm: Any, *_: Tensor) -> tuple[Any, ...]:
+        matrices, ctx.matrices = ctx.matrices, None  # unlike saved tensors they would stay as long as the loss
+
         def find(dout: Tensor, dconv: Any, dssm: Any, *values: Any) -> tuple[Tensor, ...]:
             *arguments, xz, products, kept = values
             a = BlockArguments(*arguments)
-            return _backward(dout, dconv, dssm, a, ctx.matrices or _matrices(a), xz, products, kept)
+            return _backward(dout, dconv, dssm, a, matrices or _matrices(a), xz, products, kept)
 
         return _gradients(ctx, dout, dconv, dssm, find)

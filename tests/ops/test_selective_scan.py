@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, device_or_skip, moved
 
-from mambaseq.ops import OPS, selective_scan
+from mambaseq.ops import OPS, nvrtc, selective_scan
 from mambaseq.ops.dispatch import outputs_and_gradients
 from mambaseq.ops.selective_scan import chunked
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -354,3 +355,89 @@ def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         selective_scan(**(given | change))
+
+
+DIRTY = """
+extern "C" __global__ void dirty(int numbers) {
+    extern __shared__ volatile int memory[];
+    for (int i = threadIdx.x; i < numbers; i += blockDim.x) memory[i] = -1;
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_read_from_shared_memory_that_was_not_written(packed: bool, tmp_path: Path) -> None:
+    """Left full of NaN before each pass; the last segments are shorter than a tile."""
+    device = device_or_skip("cuda")
+    backend_or_skip(OP, "cuda", device)
+    source = tmp_path / "dirty.cu"
+    source.write_text(DIRTY)
+    size = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    dirty = nvrtc.kernel((source,), "dirty", {}, 256, size, 0)
+    draw = Draw(f"dirty {packed}")
+    length = 4097 if not packed else 1000
+    leaves = [
+        tensor.to(device).requires_grad_()
+        for tensor in (
+            draw.normal(1, length, 64),
+            draw.normal(1, length, 64),
+            -torch.rand(64, 16) - 0.1,
+            draw.normal(1, length, 16),
+            draw.normal(1, length, 16),
+        )
+    ]
+    bounds = torch.tensor([0, 140, 300, 310, 1000], dtype=torch.int32, device=device) if packed else None
+
+    def run(backend: str, clean: bool) -> list[torch.Tensor]:
+        if not clean:
+            dirty(1024, size // 4)
+        y, final = selective_scan(
+            *leaves, dt_softplus=True, cu_seqlens=bounds, return_final_state=True, backend=backend
+        )
+        if not clean:
+            dirty(1024, size // 4)
+        return [y, final, *torch.autograd.grad([y.sum() + final.sum()], leaves)]
+
+    for actual, expected in zip(run("cuda", False), run("torch", True), strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_beyond_two_to_the_31_elements() -> None:
+    device = device_or_skip("cuda")
+    backend_or_skip(OP, "cuda", device)
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    generator = torch.Generator(device).manual_seed(0)
+    length, channels, d_state, tail = 2**21 + 64, 1024, 16, 1500
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    rows = {name: normal(1, length, channels) for name in ("x", "dt", "z")}
+    rows |= {name: normal(1, length, d_state) for name in ("B", "C")}
+    assert rows["x"].numel() > 2**31
+    others = {
+        "A": -torch.arange(1, d_state + 1, device=device).float().repeat(channels, 1),
+        "D": torch.ones(channels, device=device),
+        "dt_bias": torch.full((channels,), -4.0, device=device),
+        "dt_softplus": True,
+    }
+    end = {name: value[:, -tail:].clone().requires_grad_() for name, value in rows.items()}
+    with torch.no_grad():  # the state forgets within the steps before
+        before = {name: value[:, -tail - 5000 : -tail] for name, value in rows.items()}
+        _, state = selective_scan(**before, **others, return_final_state=True, backend="torch")
+    expected = selective_scan(**end, **others, initial_state=state, backend="torch")
+    dy = normal(1, tail, channels)
+    dy[:, :500] = 0
+    gradients = torch.autograd.grad(expected, list(end.values()), dy)
+
+    leaves = {name: value.requires_grad_() for name, value in rows.items()}
+    y = selective_scan(**leaves, **others, backend="cuda")
+    whole = torch.zeros_like(y)
+    whole[:, -tail:] = dy
+    found = torch.autograd.grad(y, list(leaves.values()), whole)
+    for a, b in ((y, expected), *zip(found, gradients, strict=True)):
+        assert (a[:, -tail:].float() - b.float()).norm() <= 5e-3 * b.float().norm()

@@ -17,8 +17,7 @@ struct Shared {
     in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
     in_t B[2][TILE * STATES], C[2][TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
-    float dout[TILE * CHANNELS], slope[TILE * CHANNELS];  // of y before its gate; of delta by dt
-    float gate_slope[HAS_Z ? TILE * CHANNELS : 4];        // dy times the derivative of the gate
+    float dout[TILE * CHANNELS];
     float bc[4][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
     float4 states[KEPT][2][THREADS];
     float y[TILE * STRIDE_Y];
@@ -30,8 +29,7 @@ static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for")
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
              i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
-             const in_t *dy, i64 dy_stride, const float *dstate, const i64 *row0s, const int *lengths,
-             const int *sequences, const int *flags, const i64 *checkpoint, int go, int channels, int d_state,
+             const in_t *dy, i64 dy_stride, const float *dstate, SEGMENTS, int go, int channels, int d_state,
              int per_group, const float *checkpoints, i64 rows, in_t *dx, i64 dx_stride, in_t *ddt, in_t *dz, i64 dz_stride,
              in_t *gated, i64 gated_stride, float *dBC, float *dA,
              float *dD, float *dbias, float *dinitial) {
@@ -39,9 +37,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
     const int segment = blockIdx.x / n_blocks, block = blockIdx.x % n_blocks, c0 = block * CHANNELS;
-    const int length = lengths[segment];
+    const Segment here = segment_of(GIVEN_SEGMENTS, segment, go);
+    const int length = here.length;
     if (length == 0) return;
-    const i64 row0 = row0s[segment];
+    const i64 row0 = here.row0;
     const int group_column = c0 / per_group * d_state;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int channel = threadIdx.x / SPLIT * 2, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * 4;
@@ -97,15 +96,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int t = rank + r * RANKS, place = t * CHANNELS + own;
-            const float2 p = step_size_and_slope(d[r].x, own_bias.x), q = step_size_and_slope(d[r].y, own_bias.y);
-            const float a = only_if(t < steps, p.x), b = only_if(t < steps, q.x);
-            *(float2 *)&s.slope[place] = make_float2(p.y, q.y);
-            if (HAS_Z) {
-                const float m = sigmoid(v[r].x), n = sigmoid(v[r].y);
-                const float2 slope = make_float2(m * (1.f + v[r].x * (1.f - m)), n * (1.f + v[r].y * (1.f - n)));
-                *(float2 *)&s.gate_slope[place] = make_float2(o[r].x * slope.x, o[r].y * slope.y);
-                o[r].x *= v[r].x * m, o[r].y *= v[r].y * n;
-            }
+            const float a = only_if(t < steps, step_size(d[r].x, own_bias.x));
+            const float b = only_if(t < steps, step_size(d[r].y, own_bias.y));
+            if (HAS_Z) o[r].x *= v[r].x * sigmoid(v[r].x), o[r].y *= v[r].y * sigmoid(v[r].y);
             *(float4 *)&s.du[place] = make_float4(a, a * u[r].x, b, b * u[r].y);
             *(float2 *)&s.dout[place] = o[r];
         }
@@ -133,20 +126,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float2 u = pair(s.x[at] + place), o = *(const float2 *)&s.dout[place];
             const float4 d = *(const float4 *)&s.du[place];
             const float2 gu = *(const float2 *)&s.g[place], ge = *(const float2 *)&s.g[PART_G + place];
-            const float2 slope = *(const float2 *)&s.slope[place];
+            const float2 v = pair(s.dt[at] + place);
             float2 r = make_float2(fmaf(gu.x, d.x, own_D.x * o.x), fmaf(gu.y, d.z, own_D.y * o.y));
             put_pair(to_dx, r, c0 + own, channels, exists);
             if (HAS_Z) {
-                float2 out = *(const float2 *)&s.y[t * STRIDE_Y + own], by_gate = *(const float2 *)&s.gate_slope[place];
+                const float2 gate = pair(s.z[at] + place), up = pair(s.dy[at] + place);
+                const float m = sigmoid(gate.x), n = sigmoid(gate.y);
+                float2 out = *(const float2 *)&s.y[t * STRIDE_Y + own];
                 out.x = fmaf(own_D.x, u.x, out.x), out.y = fmaf(own_D.y, u.y, out.y);
-                put_pair(to_dz, make_float2(by_gate.x * out.x, by_gate.y * out.y), c0 + own, channels, exists);
-                if (gated) {
-                    const float2 gate = pair(s.z[at] + place);
-                    out.x *= gate.x * sigmoid(gate.x), out.y *= gate.y * sigmoid(gate.y);
-                    put_pair(to_gated, out, c0 + own, channels, exists);
-                }
+                if (gated) put_pair(to_gated, make_float2(out.x * gate.x * m, out.y * gate.y * n), c0 + own, channels, exists);
+                r.x = up.x * out.x * m * (1.f + gate.x * (1.f - m));
+                r.y = up.y * out.y * n * (1.f + gate.y * (1.f - n));
+                put_pair(to_dz, r, c0 + own, channels, exists);
             }
-            r = make_float2(fmaf(gu.x, u.x, ge.x * LN2) * slope.x, fmaf(gu.y, u.y, ge.y * LN2) * slope.y);
+            r = make_float2(fmaf(gu.x, u.x, ge.x * LN2), fmaf(gu.y, u.y, ge.y * LN2));
+            if (SOFTPLUS) r.x *= sigmoid(v.x + own_bias.x), r.y *= sigmoid(v.y + own_bias.y);
             put_pair(to_ddt, r, c0 + own, channels, exists);
             sum_D.x = fmaf(o.x, u.x, sum_D.x), sum_D.y = fmaf(o.y, u.y, sum_D.y);
             sum_bias.x += only_if(exists, r.x), sum_bias.y += only_if(exists, r.y);
@@ -242,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         own_sums[t * 32] = total;
     };
 
-    const i64 slot0 = checkpoint[segment];
+    const i64 slot0 = here.checkpoint;
     fetch_tile(n_tiles - 1);
     for (int k = n_tiles - 1; k >= 0; k--) {
         float start[8];
@@ -308,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const i64 own_c = c + n / 4;
         if (own_c >= channels || number(n) >= d_state) continue;
         dA[((i64)segment * channels + own_c) * d_state + number(n)] = sum_A[n];
-        if (flags[segment] & 1) dinitial[((i64)sequences[segment] * channels + own_c) * d_state + number(n)] = dh[n];
+        if (here.flags & 1) dinitial[((i64)here.sequence * channels + own_c) * d_state + number(n)] = dh[n];
     }
     __syncthreads();
     float2 *sums = (float2 *)s.g;

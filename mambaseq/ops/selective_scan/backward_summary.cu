@@ -12,15 +12,15 @@ static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for")
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward_summary(const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *C, i64 C_stride,
-                     const float *A, const float *bias, const in_t *dy, i64 dy_stride, const i64 *row0s,
-                     const int *lengths, const int *flags, int go, int channels, int d_state, int per_group,
-                     float *local, float *sum_dt) {
+                     const float *A, const float *bias, const in_t *dy, i64 dy_stride, SEGMENTS, int go,
+                     int channels, int d_state, int per_group, float *local, float *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
     const int segment = blockIdx.x / n_blocks, c0 = blockIdx.x % n_blocks * CHANNELS;
-    const int length = lengths[segment];
-    if (length == 0 || (flags[segment] & 1)) return;  // nothing comes before it
+    const Segment here = segment_of(GIVEN_SEGMENTS, segment, go);
+    const int length = here.length;
+    if (length == 0 || (here.flags & 1)) return;  // nothing comes before it
     const int group_column = c0 / per_group * d_state, present = channels - c0;
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
     const bool is_channel = c < channels;
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f;
     const int n_tiles = (length + TILE - 1) / TILE;
-    const i64 last = row0s[segment] + (i64)(n_tiles - 1) * TILE * go;
+    const i64 last = here.row0 + (i64)(n_tiles - 1) * TILE * go;
     Reader<TILE, CHANNELS, ROW, VEC> read_dt(dt + last * dt_stride + c0, dt_stride * go, present, -1);
     Reader<TILE, CHANNELS, ROW, VEC> read_z(z + last * z_stride + c0, z_stride * go, present, -1);
     Reader<TILE, CHANNELS, ROW, VEC> read_dy(dy + last * dy_stride + c0, dy_stride * go, present, -1);
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int t = LAST; t >= 0; t -= SPLIT) {
             const float own_delta = delta, own_out = out;
             const bool stays = t > 0;
-            prepare((stays ? at * TILE + t - SPLIT : next * TILE + LAST) * ROW + own, !stays || t - SPLIT < left);
+            prepare((stays ? at * TILE + t - SPLIT : next * TILE + LAST) * ROW + own, stays ? t - SPLIT < left : k > 0);
 #pragma unroll
             for (int j = SPLIT - 1; j >= 0; j--) {
                 const float d = SPLIT == 1 ? own_delta : __shfl_sync(~0u, own_delta, j, SPLIT);
@@ -99,7 +99,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 }
             }
         }
-        if (k == 0) total -= delta;  // of a tile that is not there
         at = next;
     }
 #pragma unroll

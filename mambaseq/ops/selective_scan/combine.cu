@@ -6,12 +6,13 @@ typedef long long i64;
 #define AHEAD 8  // segments whose numbers are asked for together: they come from memory one by one otherwise
 
 extern "C" __global__ void combine(const float *local, const float *sum_dt, const float *A, const float *first,
-                                   const i64 *begin, const i64 *count, int go, int channels, int d_state,
+                                   const i64 *begins, const i64 *counts, int count, int go, int channels, int d_state,
                                    float *entering) {
-    const i64 size = (i64)channels * d_state, i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = blockIdx.y;
+    const i64 size = (i64)channels * d_state, i = (i64)blockIdx.y * blockDim.x + threadIdx.x, sequence = blockIdx.x;
     if (i >= size) return;
     const float A2 = (LOG_A ? -expf(A[i]) : A[i]) * 1.4426950408889634f;
-    const i64 n = count[sequence], from = go > 0 ? begin[sequence] : begin[sequence] + n - 1, c = i / d_state;
+    const i64 n = begins ? counts[sequence] : count, begin = begins ? begins[sequence] : sequence * count;
+    const i64 from = go > 0 ? begin : begin + n - 1, c = i / d_state;
     if (n == 0) return;
     float h = go > 0 ? local[from * size + i] : first ? first[sequence * size + i] : 0.f;
     for (i64 k = go > 0 ? 1 : 0; k < n; k += AHEAD) {

@@ -1,6 +1,6 @@
 // Shared by forward.cu and backward.cu. Compiled at run time (NVRTC) with, as macros:
 //   IN          0: float32, 1: bfloat16, 2: float16 - the type of x, dt, B, C, z, y and their gradients
-//   STATES      4, 8 or 16: d_state, filled up with states that stay zero
+//   STATES      8 or 16: d_state, filled up with states that stay zero
 //   HAS_Z, HAS_D, HAS_BIAS, SOFTPLUS   0 or 1
 //   LOG_A       whether A is given as log(-A)
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
@@ -37,9 +37,10 @@ __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float sigmoid(float v) { return rcp(1.f + ex2(-v * LOG2E)); }
 
-// log(1 + e^v), w = e^-|v|, with full relative accuracy where it is small: log1p(w) = w P(w), P a minimax polynomial on [0, 1] of
+// log(1 + e^v) with full relative accuracy where it is small: log1p(w) = w P(w), P a minimax polynomial on [0, 1] of
 // relative error 3e-8, which spares a reciprocal.
-__device__ __forceinline__ float softplus_of(float v, float w) {
+__device__ __forceinline__ float softplus(float v) {
+    const float w = ex2(-fabsf(v) * LOG2E);
     float p = 5.2326880395412445e-3f;
     p = fmaf(p, w, -2.9505213722586632e-2f);
     p = fmaf(p, w, 7.822591066360474e-2f);
@@ -51,27 +52,8 @@ __device__ __forceinline__ float softplus_of(float v, float w) {
     p = fmaf(p, w, 9.999999403953552e-1f);
     return fmaf(w, p, fmaxf(v, 0.f));
 }
-__device__ __forceinline__ float softplus(float v) { return softplus_of(v, ex2(-fabsf(v) * LOG2E)); }
-
-// And its derivative, sigmoid(v), which shares the exponential.
-__device__ __forceinline__ float2 softplus_and_slope(float v) {
-    const float w = ex2(-fabsf(v) * LOG2E), r = rcp(1.f + w);
-    return make_float2(softplus_of(v, w), v >= 0.f ? r : w * r);
-}
 
 __device__ __forceinline__ float decay_rate(float A) { return LOG_A ? -expf(A) : A; }
-
-// delta, and its derivative by dt
-__device__ __forceinline__ float2 step_size_and_slope(float dt, float bias) {
-#if HAS_BIAS
-    dt += bias;
-#endif
-#if SOFTPLUS
-    return softplus_and_slope(dt);
-#else
-    return make_float2(dt, 1.f);
-#endif
-}
 
 __device__ __forceinline__ float step_size(float dt, float bias) {
 #if HAS_BIAS
@@ -90,14 +72,35 @@ __device__ __forceinline__ float only_if(bool wanted, float value) {
     return r;
 }
 
-// A sequence is cut into segments that run side by side. Row t of segment s is row0[s] + t * go.
-struct Segments {
-    const i64 *row0;        // first row in the order of processing
-    const int *length;      // 0: nothing to do
-    const int *sequence;    // which sequence it is of
-    const int *flags;       // 1: the first of its sequence; 2: the last
-    const i64 *checkpoint;  // where its checkpoints begin
+// A sequence is cut into segments that run side by side. Row t of segment s is row0 + t * go.
+struct Segment {
+    i64 row0;        // first row in the order of processing
+    int length;      // 0: nothing to do
+    int sequence;    // which sequence it is of
+    int flags;       // 1: the first of its sequence; 2: the last
+    i64 checkpoint;  // where its checkpoints begin
 };
+// Tables of them for packed sequences; null for sequences of one length, which are cut alike: after `first` steps and then
+// every `steps`, into `count`.
+struct Segments {
+    const i64 *row0;
+    const int *length, *sequence, *flags;
+    const i64 *checkpoint;
+    int whole, first, steps, count;
+};
+#define SEGMENTS                                                                                                       \
+    const i64 *seg_row0, const int *seg_length, const int *seg_sequence, const int *seg_flags, const i64 *seg_checkpoint, \
+        int whole, int first_steps, int steps_of_others, int count
+#define GIVEN_SEGMENTS                                                                                                 \
+    Segments { seg_row0, seg_length, seg_sequence, seg_flags, seg_checkpoint, whole, first_steps, steps_of_others, count }
+
+__device__ __forceinline__ Segment segment_of(const Segments &s, int i, int go) {
+    if (s.row0) return Segment{s.row0[i], s.length[i], s.sequence[i], s.flags[i], s.checkpoint[i]};
+    const int sequence = i / s.count, k = i % s.count, begin = k ? s.first + (k - 1) * s.steps : 0;
+    const int end = min(s.first + k * s.steps, s.whole);
+    return Segment{(i64)sequence * s.whole + (go < 0 ? s.whole - 1 - begin : begin), end - begin, sequence,
+                   (k == 0) + 2 * (k == s.count - 1), (i64)sequence * ((s.whole + EVERY - 1) / EVERY) + begin / EVERY};
+}
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,6 @@ from mambaseq.ops import nvrtc, portable
 from mambaseq.ops.selective_scan import launches, library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.selective_scan.launches import CHANNELS, CODES, STATES, Inputs, Rows
-
-_CHANNELS = 64  # of a block
 
 
 def why_not(arguments: ScanArguments) -> str | None:
@@ -35,6 +34,8 @@ def why_not(arguments: ScanArguments) -> str | None:
             return f"{name} is float64, the kernels compute in float32"
     if x.dtype not in CODES:
         return f"x is {x.dtype}"
+    if (reason := too_large_for(x.device, x.dtype, A.shape[1], arguments.z is not None)) is not None:
+        return reason
     for M in (B, C):
         if M.ndim == 4 and M.shape[2] > 1 and (x.shape[2] // M.shape[2]) % CHANNELS:
             return f"the channels of a group are not a multiple of {CHANNELS}"
@@ -48,6 +49,19 @@ def _missing_on(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@torch.compiler.assume_constant_result
+def too_large_for(device: torch.device, dtype: torch.dtype, d_state: int, has_z: bool) -> str | None:
+    """The reason why the gradients do not fit into a thread block's shared memory of this GPU, or None."""
+    needed, room = launches.shared_memory(dtype, min(d_state, STATES), has_z), _room(device)
+    return None if needed <= room else f"a block needs {needed} bytes of shared memory, the GPU gives it {room}"
 
 
 @torch.compiler.assume_constant_result

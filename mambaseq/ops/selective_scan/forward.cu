@@ -19,24 +19,23 @@ template <bool SUMMARY>
 __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z,
                                      i64 z_stride, const in_t *B, i64 B_stride, const in_t *C, i64 C_stride,
                                      const float *A, const float *D, const float *bias, const float *initial,
-                                     const float *entering, Segments segments, int go, int channels, int d_state, int per_group, in_t *y,
+                                     const float *entering, const Segment &here, int segment, int go, int channels, int d_state, int per_group, in_t *y,
                                      i64 y_stride, float *final_state, float *checkpoints, float *local,
                                      float *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
-    const int segment = blockIdx.x / n_blocks, c0 = blockIdx.x % n_blocks * CHANNELS;
-    const int length = segments.length[segment];
+    const int c0 = blockIdx.x % n_blocks * CHANNELS, length = here.length;
     if (length == 0) return;
-    if (SUMMARY && (segments.flags[segment] & 2)) return;  // nothing follows it
-    const i64 row0 = segments.row0[segment];
+    if (SUMMARY && (here.flags & 2)) return;  // nothing follows it
+    const i64 row0 = here.row0;
     const int group_column = c0 / per_group * d_state;
 
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
     const bool is_channel = c < channels;
     float A2[OWN], h[OWN];
     const float *const before = SUMMARY ? nullptr : entering ? entering : initial;
-    const i64 from = entering ? segment : segments.sequence[segment];
+    const i64 from = entering ? segment : here.sequence;
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         bool exists = is_channel && first + n < d_state;
@@ -89,7 +88,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
     widen_tile(0);
     prepare(own, sub < length);
     const i64 slot_size = (i64)channels * STATES, y_go = y_stride * go * SPLIT;
-    float *slot = checkpoints + segments.checkpoint[segment] * slot_size + (i64)c * STATES + first;
+    float *slot = checkpoints + here.checkpoint * slot_size + (i64)c * STATES + first;
     in_t *to = y + (row0 + sub * go) * y_stride + c;
     int at = 0;
     for (int k = 0; k < n_tiles; k++) {
@@ -167,10 +166,10 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
         for (int far = SPLIT / 2; far > 0; far /= 2) total_dt += __shfl_xor_sync(~0u, total_dt, far);
         if (sub == 0 && is_channel) sum_dt[(i64)segment * channels + c] = total_dt;
     }
-    const bool last = segments.flags[segment] & 2;
+    const bool last = here.flags & 2;
     float *const left_over = last ? final_state : local;
     if (left_over && is_channel) {
-        const i64 number = last ? segments.sequence[segment] : segment;
+        const i64 number = last ? here.sequence : segment;
 #pragma unroll
         for (int n = 0; n < OWN; n++)
             if (first + n < d_state) left_over[(number * channels + c) * d_state + first + n] = h[n];
@@ -182,16 +181,16 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(int part, const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
             i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
-            const float *initial, const float *entering, const i64 *row0, const int *lengths, const int *sequence,
-            const int *flags, const i64 *checkpoint, int go, int channels, int d_state, int per_group, in_t *y, i64 y_stride,
-            float *final_state, float *checkpoints, float *local, float *sum_dt) {
-    const bool is_first = flags[blockIdx.x / ((channels + CHANNELS - 1) / CHANNELS)] & 1;
-    const Segments segments = {row0, lengths, sequence, flags, checkpoint};
+            const float *initial, const float *entering, SEGMENTS, int go, int channels, int d_state, int per_group, in_t *y,
+            i64 y_stride, float *final_state, float *checkpoints, float *local, float *sum_dt) {
+    const int segment = blockIdx.x / ((channels + CHANNELS - 1) / CHANNELS);
+    const Segment here = segment_of(GIVEN_SEGMENTS, segment, go);
+    const bool is_first = here.flags & 1;
     if (part == 2 && is_first) return;
     if (part == 1 && !is_first)
-        scan<true>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, segments, go,
-                   channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
+        scan<true>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, here,
+                   segment, go, channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
     else
-        scan<false>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, segments,
-                    go, channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
+        scan<false>(x, x_stride, dt, dt_stride, z, z_stride, B, B_stride, C, C_stride, A, D, bias, initial, entering, here,
+                    segment, go, channels, d_state, per_group, y, y_stride, final_state, checkpoints, local, sum_dt);
 }

@@ -26,7 +26,7 @@ extern "C" __global__ void gather_channels(const float *part_A, const float *par
     float total = 0.f;
 #pragma unroll 16
     for (int s = 0; s < segments; s++)
-        if (lengths[s]) total += from[s * apart];
+        if (!lengths || lengths[s]) total += from[s * apart];
     if (LOG_A && is_A) total *= decay_rate(A[i]);
     *(is_A ? dA + i : is_D ? dD + (i - size) : dbias + (i - size - channels)) = total;
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
 # Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
-_FORWARD, _BACKWARD, _SHORTEST = 4, 2, 128
+_FORWARD, _BACKWARD, _SHORTEST = 3, 2, 128
 # What a summary of a segment takes of the time of its outputs (the first segment, whose outputs are made beside the
 # summaries of the others, is so much shorter) and of its gradients.
 _SUMMARY, _SUMMARY_BACKWARD = 0.8, 0.27
@@ -28,7 +28,6 @@ class Segments(NamedTuple):
     checkpoint: Tensor  # (segments,) int64: number of its first checkpoint, wherever sequences are cut
     begin: Tensor  # (sequences,) int64: first segment
     pieces: Tensor  # (sequences,) int64: how many of them
-    cut: bool  # whether a sequence may have several
 
 
 def steps_of(
@@ -62,7 +61,7 @@ def _pieces(blocks: int, places: int, most: int) -> int:
     def time(count: int) -> float:
         return -(-blocks * count // places) / count * (1 + _SUMMARY_BACKWARD * (count - 1) / count)
 
-    counts = range(1, max(1, min(most, 4 * places // blocks + 1)) + 1)
+    counts = range(1, max(1, min(most, 4 * places // blocks + 1, 64)) + 1)
     best = min(time(count) for count in counts)
     return next(count for count in counts if time(count) <= 1.04 * best)
 
@@ -81,28 +80,6 @@ def n_segments(n_sequences: int, length: int, first: int, steps: int, packed: bo
 def n_checkpoints(n_sequences: int, length: int, packed: bool) -> int:
     """Of all sequences: one before every `EVERY`-th step of each, wherever it is cut."""
     return length // EVERY + n_sequences if packed else n_sequences * -(-length // EVERY)
-
-
-@functools.lru_cache(maxsize=64)
-def of_batch(batch: int, length: int, first: int, steps: int, reverse: bool, device: torch.device) -> Segments:
-    """For `batch` sequences of one length, whose rows follow each other."""
-    count = n_segments(1, length, first, steps, False)
-    k = torch.arange(count, device=device).repeat(batch)
-    sequence = torch.arange(batch, device=device).repeat_interleave(count)
-    begin = torch.where(k == 0, 0, first + (k - 1) * steps)
-    end = (first + k * steps).clamp(max=length)
-    row0 = sequence * length + (length - 1 - begin if reverse else begin)
-    flags = (k == 0).int() + 2 * (k == count - 1).int()
-    return Segments(
-        row0,
-        (end - begin).int(),
-        sequence.int(),
-        flags.int(),
-        sequence * -(-length // EVERY) + begin // EVERY,
-        torch.arange(batch, device=device) * count,
-        torch.full((batch,), count, device=device, dtype=torch.int64),
-        count > 1,
-    )
 
 
 def of_packed(cu_seqlens: Tensor, length: int, steps: int, reverse: bool) -> Segments:
@@ -132,5 +109,4 @@ def of_packed(cu_seqlens: Tensor, length: int, steps: int, reverse: bool) -> Seg
         checkpoint,
         begin,
         count,
-        True,
     )
