@@ -13,7 +13,7 @@ from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, d
 
 from mambaseq.ops import OPS, nvrtc, selective_scan
 from mambaseq.ops.dispatch import outputs_and_gradients
-from mambaseq.ops.selective_scan import chunked
+from mambaseq.ops.selective_scan import chunked, cuda
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = OPS["selective_scan"]
@@ -370,7 +370,8 @@ extern "C" __global__ void dirty(int numbers) {
 def test_nothing_is_read_from_shared_memory_that_was_not_written(packed: bool, tmp_path: Path) -> None:
     """Left full of NaN before each pass; the last segments are shorter than a tile."""
     device = device_or_skip("cuda")
-    backend_or_skip(OP, "cuda", device)
+    if (reason := cuda.why_not_on(device)) is not None:
+        pytest.skip(reason)
     source = tmp_path / "dirty.cu"
     source.write_text(DIRTY)
     size = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -407,7 +408,8 @@ def test_nothing_is_read_from_shared_memory_that_was_not_written(packed: bool, t
 @pytest.mark.slow
 def test_beyond_two_to_the_31_elements() -> None:
     device = device_or_skip("cuda")
-    backend_or_skip(OP, "cuda", device)
+    if (reason := cuda.why_not_on(device)) is not None:
+        pytest.skip(reason)
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
     generator = torch.Generator(device).manual_seed(0)
