@@ -8,6 +8,7 @@ import torch
 
 from mambaseq.benchmarking import block, decode, ops, train
 from mambaseq.benchmarking.pictures import draw
+from mambaseq.benchmarking.timing import on
 from mambaseq.reporting.pictures import save_png
 
 _BENCHES = {"ops": ops.run, "block": block.run, "train": train.run, "decode": decode.run}
@@ -17,7 +18,8 @@ def run(
     bench: str, device: torch.device, scale: str, repeats: int, json: Path | None = None, picture: Path | None = None
 ) -> int:
     """Run the benchmark of this name; 1 where a result was wrong or ours did not run, else 0."""
-    report = _BENCHES[bench](device, scale, repeats)
+    with on(device):
+        report = _BENCHES[bench](device, scale, repeats)
     report.summary()
     if json is not None:
         report.write(json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -38,6 +39,8 @@ def measure(
     hold: bool = False,
 ) -> Timing:
     """Time a function by CUDA events, on a CPU by the clock: the median of at most `repeats` samples.
+
+    A GPU must be the current one (see `on`).
 
     Args:
         budget_s: samples stop once they took this long together; one is always taken.
@@ -89,6 +92,11 @@ def measure(
             samples.append(hosts[-1] * 1e3)
         spent += time.perf_counter() - start
     return Timing(statistics.median(samples), statistics.median(hosts) * 1e3)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one: events, and what a stream waits for, are of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:

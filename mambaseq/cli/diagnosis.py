@@ -8,6 +8,7 @@ import torch
 
 from mambaseq import __version__
 from mambaseq.benchmarking.backends import speeds
+from mambaseq.benchmarking.timing import on
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
@@ -20,6 +21,11 @@ LIMIT = 1e-4
 def diagnose(device: str | None) -> int:
     """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
     place = choose_device(device)
+    with on(place):
+        return _diagnose(place)
+
+
+def _diagnose(place: torch.device) -> int:
     what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
     print(f"mambaseq {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.benchmarking import by_length, decode, peers, train
+from mambaseq.benchmarking import by_length, decode, peers, running, train
 from mambaseq.checkpoints.upstream import from_upstream
+from mambaseq.cli import diagnosis
 from mambaseq.cli.main import main
 from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
@@ -288,3 +290,37 @@ def test_after_a_batch_that_does_not_fit_no_larger_one_is_tried(
     notes = [(row["status"], row["note"]) for row in found["rows"] if row["contender"] == "Transformer"]
     assert notes == [("oom", "out of memory"), ("oom", "a smaller batch did not fit")]
     assert all(row["status"] == "ok" for row in found["rows"] if row["contender"] == "mambaseq")
+
+
+@pytest.mark.parametrize("command", ["bench", "doctor"])
+def test_the_gpu_that_was_named_is_the_current_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded on the current device's stream: on another GPU's they would time nothing."""
+    current: list[torch.device] = []
+
+    class Chosen:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *args: object) -> None:
+            current.pop()
+
+    class Seen(Exception):
+        pass
+
+    def seen(*args: Any) -> None:
+        assert current == [torch.device("cuda:1")]
+        raise Seen
+
+    monkeypatch.setattr(torch.cuda, "device", Chosen)
+    monkeypatch.setattr(diagnosis, "choose_device", torch.device)
+    monkeypatch.setattr(diagnosis, "_diagnose", seen)
+    monkeypatch.setitem(running._BENCHES, "block", seen)
+    runs: dict[str, Callable[[], int]] = {
+        "bench": lambda: running.run("block", torch.device("cuda:1"), "tiny", 2),
+        "doctor": lambda: diagnosis.diagnose("cuda:1"),
+    }
+    with pytest.raises(Seen):
+        runs[command]()
