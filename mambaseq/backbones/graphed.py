@@ -205,9 +205,8 @@ class _Pair:
         dy = self._warm_up(module, forward, inputs, stream)
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        y, held = capture.capture(self._forward, forward, stream, pool)
-        found, more = capture.capture(self._backward, lambda: _gradients(y, inputs, dy), stream, pool)
-        self._held = [held, more]
+        y = capture.capture(self._forward, forward, stream, pool)
+        found = capture.capture(self._backward, lambda: _gradients(y, inputs, dy), stream, pool)
         self._y, self._dy = y.detach(), dy
         gradients = [None if d is None else d.detach() for d in found]
         self._dx = gradients.pop(0) if x.requires_grad else None

@@ -39,7 +39,6 @@ class Decoder:
         self._token: Tensor | None = None
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._held: list[Any] = []
 
     @property
     def captured(self) -> bool:
@@ -86,7 +85,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(token.device), capture.capturing:
-                self._logits, self._held = capture.capture(graph, lambda: self._run(token))
+                self._logits = capture.capture(graph, lambda: self._run(token))
             self._graph = graph
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])

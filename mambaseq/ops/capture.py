@@ -16,7 +16,6 @@ _SYNCHRONIZING = "called a synchronizing CUDA operation"
 # held around warm_up and capture: PyTorch captures one graph at a time, and its watch for synchronisation is global
 capturing = threading.Lock()
 _failed: list[torch.cuda.CUDAGraph] = []
-_held: list[Any] | None = None
 
 
 def warm_up(run: Callable[[], _T], stream: torch.cuda.Stream) -> tuple[_T, bool]:
@@ -39,33 +38,20 @@ def warm_up(run: Callable[[], _T], stream: torch.cuda.Stream) -> tuple[_T, bool]
 
 def capture(
     graph: torch.cuda.CUDAGraph, run: Callable[[], _T], stream: torch.cuda.Stream | None = None, pool: Any = None
-) -> tuple[_T, list[Any]]:
-    """What `run` returns, whose work on the GPU goes into the graph, and what must live as long as the graph does.
+) -> _T:
+    """What `run` returns, whose work on the GPU goes into the graph; tensors of its own are then the graph's memory.
 
     Raises what `run` or the end of the capture does (RuntimeError for what cannot be captured), cleaned up after.
     """
-    global _held
-    held: list[Any] = []
-    _held = held
     try:
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            result = run()
+            return run()
     except BaseException:
         _clean_up(graph)
         raise
-    finally:
-        _held = None
-    return result, held
-
-
-def hold(value: _T) -> _T:
-    """The value, kept as long as the graph that is being captured, if one is: for tensors of a cache that forgets."""
-    if _held is not None:
-        _held.append(value)
-    return value
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph) -> None:

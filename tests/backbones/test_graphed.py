@@ -207,7 +207,7 @@ def test_long_sequences_cut_along_time(cuda: torch.device) -> None:
     graphs, usual = make_both(cuda)
     train(graphs, usual, batches(cuda, 5, (1, 5000)))
     assert graphs.backbone.graphs.replays == 3
-    # tables of other lengths drive those of the graph out of their cache
+    # what was made for other lengths drives what the graph reads out of no cache
     for length in range(300, 480):
         with torch.no_grad():
             graphs(torch.zeros(1, length, dtype=torch.long, device=cuda))
