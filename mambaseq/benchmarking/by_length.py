@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.benchmarking.cases import Case, Contender, Pass, compare, our_backend, tolerance, working_dtype
+from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report, Row
 from mambaseq.ops import selective_scan
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -24,7 +25,7 @@ LENGTHS = {"full": [2**n for n in range(9, 20)], "small": [2**n for n in range(8
 WIDTH = {"full": 1024, "small": 128, "tiny": 8}
 D_STATE = 16
 HEAD = {"full": 64, "small": 64, "tiny": 4}
-# positions that are checked against float64
+# positions of attention and convolution that are checked against float64
 CHECKED = 64
 # attention's time grows with the square of the length: no call longer than this is begun
 LONGEST_MS = 2000.0
@@ -67,9 +68,9 @@ def scan(length: int, scale: str, device: torch.device) -> Case:
     return _case(
         length,
         inputs,
-        functools.partial(selective_scan, dt_softplus=True, backend="reference"),
+        long_scan,
         Contender(OURS, functools.partial(selective_scan, dt_softplus=True, backend=backend), backend),
-        lambda tensor: tensor[:, :CHECKED] if tensor.ndim == 3 else tensor,
+        first_channels(length, D_STATE),
         tolerance(device),
     )
 

@@ -24,6 +24,7 @@ from mambaseq.benchmarking.cases import (
     tolerance,
     working_dtype,
 )
+from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report
 from mambaseq.ops import add_rms_norm, causal_conv, gated_rms_norm, linear_cross_entropy, selective_scan
 from mambaseq.ops.causal_conv.arguments import ConvArguments
@@ -91,7 +92,7 @@ def scan_inputs(batch: int, channels: int, length: int, device: torch.device) ->
 
 
 def corner(tensor: Tensor) -> Tensor:
-    """What a scan or a convolution is checked on: 64 channels of two sequences, and as long as a loop may take."""
+    """What a batched scan or a convolution is checked on: 64 channels of two sequences, as long as a loop may take."""
     return tensor[:2, :1000, :64] if tensor.ndim == 3 else tensor[:64]
 
 
@@ -107,17 +108,18 @@ def scans(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
         inputs = scan_inputs(batch, channels, length, device)
         backend = our_backend("selective_scan", ScanArguments(**inputs, dt_softplus=True, wants_final_state=False))
         ours = functools.partial(selective_scan, dt_softplus=True, backend=backend)
+        loop = functools.partial(selective_scan, dt_softplus=True, backend="reference")
         return Case(
             op="selective_scan",
             shape={"batch": batch, "channels": channels, "length": length},
             inputs=inputs,
-            reference=functools.partial(selective_scan, dt_softplus=True, backend="reference"),
+            reference=long_scan if batch == 1 else loop,
             contenders=(
                 Contender(OURS, ours, backend),
                 Contender("mamba-ssm", theirs, layout=channels_first, absent=absent),
             ),
             tolerance=tolerance(device),
-            part=corner,
+            part=first_channels(length, D_STATE) if batch == 1 else corner,
         )
 
     for shape in SCANS[scale]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from mambaseq.benchmarking import backends, by_length, ops
 from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, reference_results
 from mambaseq.benchmarking.decode import CachedGeneration
+from mambaseq.benchmarking.long_scan import long_scan
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import attempt, measure, peak_bytes
 from mambaseq.benchmarking.transformer import Transformer
-from mambaseq.ops import OPS
+from mambaseq.ops import OPS, selective_scan
 
 CPU = torch.device("cpu")
 
@@ -165,6 +167,42 @@ def test_a_leak_into_the_checked_part_is_seen() -> None:
 
     found = errors(part, Contender("leaking", leaking), reference_results(part))
     assert found["y"] > 1e-3
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_long_scan_is_checked_whole(gated: bool) -> None:
+    """In segments side by side, as by a loop over time."""
+    inputs = {name: value.double() for name, value in ops.scan_inputs(1, 6, 24 * 5, CPU).items()}
+    if not gated:
+        del inputs["z"]
+    results = []
+    for run in (long_scan, functools.partial(selective_scan, dt_softplus=True, backend="reference")):
+        leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+        y = run(**leaves)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+        results.append([y.detach(), *torch.autograd.grad(y, list(leaves.values()), noise)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("late", ["y", "dB"])
+def test_what_goes_wrong_late_in_a_long_scan_is_seen(late: str) -> None:
+    *_, make = ops.scans(CPU, "small")
+    case = make()
+    assert case.shape["batch"] == 1
+    mine = case.contenders[0]
+
+    def wrong(**inputs: Tensor) -> Tensor:
+        if late == "dB":  # its last tenth
+            B, cut = inputs["B"], 9 * inputs["B"].shape[1] // 10
+            return mine.run(**(inputs | {"B": torch.cat([B[:, :cut], B[:, cut:].detach()], dim=1)}))
+        y = mine.run(**inputs)
+        return torch.cat([y[:, :-100], 1.01 * y[:, -100:]], dim=1)
+
+    expected = reference_results(case)
+    assert expected.values["dx"].shape == (1, case.shape["length"], 64)
+    assert max(errors(case, mine, expected).values()) < 1e-5
+    assert errors(case, Contender("late", wrong), expected)[late] > 1e-3
 
 
 @pytest.mark.parametrize("make", [by_length.scan, by_length.attention, by_length.convolution])
