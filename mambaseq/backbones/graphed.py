@@ -55,6 +55,7 @@ class StepGraphs:
         self._calls: dict[Key, int] = {}
         self._addresses: tuple[int, ...] = ()
         self._may_capture = True
+        self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS keeps a workspace for each
         self.replays = 0
 
     def __reduce__(self) -> Any:
@@ -103,7 +104,9 @@ class StepGraphs:
     def _capture(self, module: nn.Module, run: Run, x: Tensor, key: Key, learned: list[nn.Parameter]) -> _Pair | None:
         try:
             with torch.cuda.device(x.device), capture.capturing:
-                pair = _Pair(module, run, x, learned, key.autocast)
+                if self._stream is None or self._stream.device != x.device:
+                    self._stream = torch.cuda.Stream()
+                pair = _Pair(module, run, x, learned, key.autocast, self._stream)
         except RuntimeError as error:
             self._may_capture = False
             self._pairs.clear()
@@ -188,7 +191,13 @@ class _Pair:
     """
 
     def __init__(
-        self, module: nn.Module, run: Run, x: Tensor, learned: list[nn.Parameter], autocast: torch.dtype | None
+        self,
+        module: nn.Module,
+        run: Run,
+        x: Tensor,
+        learned: list[nn.Parameter],
+        autocast: torch.dtype | None,
+        stream: torch.cuda.Stream,
     ) -> None:
         self._turn: weakref.ref[_Turn] | None = None
         self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
@@ -201,7 +210,6 @@ class _Pair:
             with casting, torch.enable_grad(), _in_place_of(module, leaves):
                 return run(self._x)
 
-        stream = torch.cuda.Stream()
         dy = self._warm_up(module, forward, inputs, stream)
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

@@ -98,6 +98,11 @@ def test_on_a_cpu_nothing_changes() -> None:
     assert graphs.backbone.graphs.captured == graphs.backbone.graphs.replays == 0
 
 
+def test_a_compiler_sees_the_usual_way() -> None:
+    stack, x = make(d_model=16).backbone, torch.randn(1, 5, 16)
+    torch.testing.assert_close(torch.compile(stack, backend="eager", fullgraph=True)(x), stack(x))
+
+
 def test_copies_have_no_graphs_of_the_original() -> None:
     model = make(d_model=16)
     file = io.BytesIO()
