@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambaseq.benchmarking.timing import measure
+from mambaseq.benchmarking.timing import Attempt, attempt, measure
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.dispatch import Op, leaves
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
@@ -24,9 +24,13 @@ D_STATE = 16
 Normal = Callable[..., Tensor]
 
 
-def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, float]]:
-    """What was run, as it is printed, and median milliseconds of forward and backward for every backend that can."""
-    what, arguments = moderate(op, device)
+def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, Attempt]]:
+    """What was run, as it is printed, and for every backend that can run it the attempt to find the median milliseconds
+    of forward and backward."""
+    status, note, made = attempt(lambda: moderate(op, device))
+    if made is None:
+        return "nothing", {backend.name: (status, note, None) for backend in op.backends}
+    what, arguments = made
     found = {}
     for backend in op.backends:
         inputs = leaves(arguments)
@@ -38,7 +42,7 @@ def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, float]]:
             y = run(inputs)[0]
             torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
 
-        found[backend.name] = measure(both, device, 5, budget_s=0.2, warm_up_s=0.01).ms
+        found[backend.name] = attempt(lambda both=both: measure(both, device, 5, budget_s=0.2, warm_up_s=0.01).ms)  # type: ignore[misc]
     return what, found
 
 

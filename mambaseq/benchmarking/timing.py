@@ -112,7 +112,11 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def attempt(function: Callable[[], Any]) -> tuple[str, str, Any]:
+# status, note, result
+Attempt = tuple[str, str, Any]
+
+
+def attempt(function: Callable[[], Any]) -> Attempt:
     """Run it: `(status, note, result)` with status "ok", "oom" or "failed" and the reason, and memory given back."""
     status, note, result = "ok", "", None
     try:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 
 import torch
 
 from mambaseq import __version__
 from mambaseq.benchmarking.backends import speeds
-from mambaseq.benchmarking.timing import on
+from mambaseq.benchmarking.timing import Attempt, attempt, on
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
-from mambaseq.ops.dispatch import check, explain
+from mambaseq.ops.dispatch import Backend, Op, check, explain
 
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4
+# backends that other people's packages bring: they may be broken
+NOT_OURS = {"mamba_ssm"}
 
 
 def diagnose(device: str | None) -> int:
-    """Print the findings; returns 1 when a backend that would run is wrong, else 0."""
+    """Print the findings; returns 1 when a backend that would run is wrong, or one of ours raises, else 0."""
     place = choose_device(device)
     with on(place):
         return _diagnose(place)
@@ -29,28 +32,45 @@ def _diagnose(place: torch.device) -> int:
     what = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
     print(f"mambaseq {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"device {place} ({what}), {torch.get_num_threads()} threads\n")
-    wrong = 0
+    failed = False
     for op in OPS.values():
-        errors = check(op, place)
-        label, arguments = next(iter(op.samples(place)))
-        what, times = speeds(op, place)
-        print(f"{op.name}  (for {label}; forward + backward of {what} in fp32)")
-        picked = False
-        for name, reason in explain(op, arguments):
-            error = errors.get(name)
-            mark = "runs" if reason is None and not picked else "ready" if reason is None else "no"
-            picked |= reason is None
-            if reason is not None:
-                note = reason
-            elif isinstance(error, float):
-                verdict = "ok" if error <= LIMIT else "WRONG"
-                wrong += error > LIMIT or error != error
-                speed = f"{times[name]:10.3f} ms" if name in times and verdict == "ok" else ""
-                note = f"relative error {error:.1e} {verdict:<6}{speed}".rstrip()
-            else:
-                note = str(error)
-            print(f"  {mark:<6} {name:<12} {note}")
-        print()
+        failed |= _op_failed(op, place)
     for point, reason in catalog().broken.items():
         print(f"broken plugin {point}: {reason}")
-    return 1 if wrong else 0
+    return 1 if failed else 0
+
+
+def _op_failed(op: Op, place: torch.device) -> bool:
+    """Print what there is to say of an op; whether a backend that would run is wrong, or one of ours raises."""
+    label, arguments = next(iter(op.samples(place)))
+    what, times = speeds(op, place)
+    print(f"{op.name}  (for {label}; forward + backward of {what} in fp32)")
+    picked = failed = False
+    for backend, (name, reason) in zip(op.backends, explain(op, arguments), strict=True):
+        mark = "runs" if reason is None and not picked else "ready" if reason is None else "no"
+        picked |= reason is None
+        if reason is None:
+            checked = attempt(functools.partial(_error, op, backend, place))
+            status, reason = _verdict(checked, times.get(name))
+            failed |= status == "wrong" or (status == "failed" and name not in NOT_OURS)
+        print(f"  {mark:<6} {name:<12} {reason}")
+    print()
+    return failed
+
+
+def _error(op: Op, backend: Backend, place: torch.device) -> float | str:
+    return check(op._replace(backends=(backend, op.backends[-1])), place)[backend.name]
+
+
+def _verdict(checked: Attempt, timed: Attempt | None) -> tuple[str, str]:
+    """What came of attempts to check and to time something: "ok", "wrong", or how it failed; and what to print."""
+    status, note, error = checked
+    if status != "ok":
+        return status, note
+    if isinstance(error, str):  # gradients are more than it can do
+        return "ok", error
+    if not error <= LIMIT:
+        return "wrong", f"relative error {error:.1e} WRONG"
+    status, note, ms = timed or ("ok", "", None)
+    right = f"relative error {error:.1e} ok    "
+    return status, (right + (note if ms is None else f"{ms:10.3f} ms")).rstrip()

@@ -324,3 +324,26 @@ def test_the_gpu_that_was_named_is_the_current_one(command: str, monkeypatch: py
     }
     with pytest.raises(Seen):
         runs[command]()
+
+
+@pytest.mark.parametrize("raising", ["check", "time"])
+@pytest.mark.parametrize("name", ["cpu", "mamba_ssm"])
+def test_doctor_goes_on_after_a_backend_that_raises(
+    name: str, raising: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = OPS["causal_conv"]
+
+    def run(arguments: Any) -> Any:
+        if raising == "check" or arguments.x.shape[1] > 100:  # only speeds are of such a length
+            raise RuntimeError("no image\nand more")
+        return op.backends[0].run(arguments)
+
+    broken = op.backends[0]._replace(name=name, run=run)
+    monkeypatch.setitem(OPS, "causal_conv", op._replace(backends=(broken, op.backends[-1])))
+    for other in [other for other in OPS if other != "causal_conv"]:
+        monkeypatch.delitem(OPS, other)
+    assert main(["doctor", "--device", "cpu"]) == (name == "cpu")
+    printed = capsys.readouterr().out
+    told = "" if raising == "check" else r"relative error \S+ ok +"
+    assert re.search(rf"  runs +{name} +{told}RuntimeError: no image$", printed, re.MULTILINE)
+    assert re.search("ready  reference .* ms", printed)
