@@ -104,21 +104,25 @@ class Report:
     @property
     def failed(self) -> bool:
         """Whether a result was wrong, or something of ours did not run."""
-        return any(row.status == "wrong" or (row.contender == OURS and row.status == "failed") for row in self.rows)
+        return any(row.status == "wrong" or (_is_ours(row.contender) and row.status == "failed") for row in self.rows)
 
     def ratios(self) -> list[Ratio]:
-        """Of every peer that ran where we did, and their geometric means over the shapes of an op."""
-        ours = {(row.op, label(row.shape)): row for row in self.rows if row.contender == OURS and row.status == "ok"}
+        """Of every peer that ran where we did, and their geometric means over the shapes of an op; ours that are run in
+        another way ("mambaseq, graphs") are an op of their own."""
         found = []
-        for row in self.rows:
-            mine = ours.get((row.op, label(row.shape)))
-            if row.contender == OURS or row.status != "ok" or mine is None:
-                continue
-            for column in self.columns:
-                a, b = mine.values.get(column.key), row.values.get(column.key)
-                if column.compared and a and b:
-                    ratio = a / b if column.more_is_better else b / a
-                    found.append(Ratio(row.op, row.shape, row.contender, column.key, ratio))
+        for variant in dict.fromkeys(row.contender for row in self.rows if _is_ours(row.contender)):
+            rows = [row for row in self.rows if row.contender == variant and row.status == "ok"]
+            ours = {(row.op, label(row.shape)): row for row in rows}
+            for row in self.rows:
+                mine = ours.get((row.op, label(row.shape)))
+                if _is_ours(row.contender) or row.status != "ok" or mine is None:
+                    continue
+                op = row.op + variant.removeprefix(OURS)
+                for column in self.columns:
+                    a, b = mine.values.get(column.key), row.values.get(column.key)
+                    if column.compared and a and b:
+                        ratio = a / b if column.more_is_better else b / a
+                        found.append(Ratio(op, row.shape, row.contender, column.key, ratio))
         return found + _means(found)
 
     def summary(self) -> None:
@@ -174,3 +178,7 @@ def _means(ratios: list[Ratio]) -> list[Ratio]:
         for (op, peer, value, kind), values in groups.items()
         if len(values) > 1 and (kind == "all" or len(values) < sizes[op, peer, value])
     ]
+
+
+def _is_ours(contender: str) -> bool:
+    return contender.startswith(OURS)
