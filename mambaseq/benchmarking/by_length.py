@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.benchmarking.cases import Case, Contender, Pass, compare, our_backend, tolerance, working_dtype
+from mambaseq.benchmarking.cases import Case, Contender, Pass, Plan, compare, our_backend, tolerance, working_dtype
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report, Row
 from mambaseq.ops import selective_scan
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = "scan, attention, convolution"
+ATTENTION, CONVOLUTION = "attention (SDPA)", "convolution (FFT)"
 LENGTHS = {"full": [2**n for n in range(9, 20)], "small": [2**n for n in range(8, 12)], "tiny": [16, 64]}
 WIDTH = {"full": 1024, "small": 128, "tiny": 8}
 D_STATE = 16
@@ -38,17 +39,15 @@ def run(report: Report, repeats: int) -> None:
     report.head(f"scan, attention and convolution by length (batch 1, width {WIDTH[scale]})")
     attention_ms = 0.0
     for length in LENGTHS[scale]:
-        for make in (scan, attention, convolution):
+        for contender, make in ((OURS, scan), (ATTENTION, attention), (CONVOLUTION, convolution)):
+            shape = {"batch": 1, "length": length}
             if make is attention and 4 * attention_ms > LONGEST_MS:
                 note = f"a call would exceed {LONGEST_MS / 1e3:.0f} s"
-                report.add(Row(OP, {"batch": 1, "length": length}, ATTENTION, status="skipped", note=note))
+                report.add(Row(OP, shape, ATTENTION, status="skipped", note=note))
                 continue
-            compare(make(length, scale, report.device), report, repeats)
+            compare(Plan(OP, shape, functools.partial(make, length, scale, report.device), contender), report, repeats)
             if make is attention:
                 attention_ms = report.rows[-1].values.get("both_ms", 0.0)
-
-
-ATTENTION, CONVOLUTION = "attention (SDPA)", "convolution (FFT)"
 
 
 def scan(length: int, scale: str, device: torch.device) -> Case:

@@ -75,8 +75,16 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
 def _contend(contender: str, make: Callable[..., Any], sizes: Sizes, report: Report, repeats: int) -> None:
     """The rows of a contender: one model, batch after batch, until one does not fit."""
     device = report.device
-    model, generator_of = make(sizes, device)
-    status, note, wrong = attempt(lambda: _wrong(model, generator_of(*_check_sizes(sizes)), sizes, device))
+
+    def checked() -> tuple[Any, str]:
+        model, generator_of = make(sizes, device)
+        return generator_of, _wrong(model, generator_of(*_check_sizes(sizes)), sizes, device)
+
+    status, note, found = attempt(checked)
+    generator_of: Any = None
+    wrong = ""
+    if found is not None:
+        generator_of, wrong = found
     if wrong:
         status, note = "wrong", wrong
     release()

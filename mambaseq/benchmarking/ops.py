@@ -6,7 +6,7 @@ bf16 on a GPU, fp32 on a CPU; each contender in the layout that it likes best.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mambaseq.benchmarking.cases import (
     COLUMNS,
     Case,
     Contender,
+    Plan,
     channels_first,
     compare,
     our_backend,
@@ -65,8 +66,8 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
         ("linear_cross_entropy", losses(device, scale)),
     ):
         report.head(title)
-        for make in cases:
-            compare(make(), report, repeats)
+        for plan in cases:
+            compare(plan, report, repeats)
     by_length.run(report, repeats)
     return report
 
@@ -96,7 +97,7 @@ def corner(tensor: Tensor) -> Tensor:
     return tensor[:2, :1000, :64] if tensor.ndim == 3 else tensor[:64]
 
 
-def scans(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
+def scans(device: torch.device, scale: str) -> Iterator[Plan]:
     """The selective scan at the sizes of models, beside mamba-ssm's kernel."""
     interface, absent = peers.find("mamba_ssm.ops.selective_scan_interface", device)
 
@@ -104,14 +105,15 @@ def scans(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
         assert interface is not None
         return interface.selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, True)
 
-    def case(batch: int, channels: int, length: int) -> Case:
+    def case(shape: dict[str, int]) -> Case:
+        batch, channels, length = shape.values()
         inputs = scan_inputs(batch, channels, length, device)
         backend = our_backend("selective_scan", ScanArguments(**inputs, dt_softplus=True, wants_final_state=False))
         ours = functools.partial(selective_scan, dt_softplus=True, backend=backend)
         loop = functools.partial(selective_scan, dt_softplus=True, backend="reference")
         return Case(
             op="selective_scan",
-            shape={"batch": batch, "channels": channels, "length": length},
+            shape=shape,
             inputs=inputs,
             reference=long_scan if batch == 1 else loop,
             contenders=(
@@ -122,14 +124,16 @@ def scans(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
             part=first_channels(length, D_STATE) if batch == 1 else corner,
         )
 
-    for shape in SCANS[scale]:
-        yield functools.partial(case, *shape)
+    for sizes in SCANS[scale]:
+        shape = dict(zip(("batch", "channels", "length"), sizes, strict=True))
+        yield Plan("selective_scan", shape, functools.partial(case, shape))
 
 
-def convs(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
+def convs(device: torch.device, scale: str) -> Iterator[Plan]:
     """The short convolution beside causal-conv1d's kernel and PyTorch's grouped convolution."""
     package, absent = peers.find("causal_conv1d", device)
     batch, channels, length = CONVS[scale]
+    shape = {"batch": batch, "channels": channels, "length": length}
 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         assert package is not None
@@ -149,7 +153,7 @@ def convs(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
         backend = our_backend("causal_conv", ConvArguments(**inputs, activation="silu"))
         return Case(
             op="causal_conv",
-            shape={"batch": batch, "channels": channels, "length": length},
+            shape=shape,
             inputs=inputs,
             reference=functools.partial(causal_conv, activation="silu", backend="reference"),
             contenders=(
@@ -161,10 +165,10 @@ def convs(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
             part=corner,
         )
 
-    yield case
+    yield Plan("causal_conv", shape, case)
 
 
-def norms(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
+def norms(device: torch.device, scale: str) -> Iterator[Plan]:
     """The norms beside the same in PyTorch."""
     batch, length, d_model = NORMS[scale]
     dtype = working_dtype(device)
@@ -217,13 +221,14 @@ def norms(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
             part=rows,
         )
 
-    yield add
-    yield gated
+    yield Plan("add_rms_norm", shape, add)
+    yield Plan("gated_rms_norm", shape, gated)
 
 
-def losses(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
+def losses(device: torch.device, scale: str) -> Iterator[Plan]:
     """The head and its loss beside PyTorch's, which makes the logits."""
     rows, d_model, vocabulary = LOSSES[scale]
+    shape = {"rows": rows, "d_model": d_model, "vocabulary": vocabulary}
 
     def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
@@ -240,7 +245,7 @@ def losses(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
         backend = our_backend("linear_cross_entropy", LossArguments(**inputs))
         return Case(
             op="linear_cross_entropy",
-            shape={"rows": rows, "d_model": d_model, "vocabulary": vocabulary},
+            shape=shape,
             inputs=inputs,
             reference=functools.partial(linear_cross_entropy, backend="torch"),  # in chunks: the logits are 6 GiB
             contenders=(
@@ -251,4 +256,4 @@ def losses(device: torch.device, scale: str) -> Iterator[Callable[[], Case]]:
             passes=("forward", "both"),  # ours finds gradients on the way forward
         )
 
-    yield case
+    yield Plan("linear_cross_entropy", shape, case)

@@ -140,7 +140,7 @@ def some_of_it(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("make", [ops.scans, ops.convs])
 def test_a_part_is_checked_as_the_whole_would_be(make) -> None:  # type: ignore[no-untyped-def]
-    case = next(iter(make(CPU, "tiny")))()
+    case = next(iter(make(CPU, "tiny"))).make()
     mine = case.contenders[0]
     part = dataclasses.replace(case, part=some_of_it)
     for some in (case, part):
@@ -158,7 +158,7 @@ def test_a_part_is_checked_as_the_whole_would_be(make) -> None:  # type: ignore[
 
 
 def test_a_leak_into_the_checked_part_is_seen() -> None:
-    case = next(iter(ops.scans(CPU, "tiny")))()
+    case = next(iter(ops.scans(CPU, "tiny"))).make()
     part = dataclasses.replace(case, part=some_of_it)
     mine = case.contenders[0]
 
@@ -187,8 +187,8 @@ def test_a_long_scan_is_checked_whole(gated: bool) -> None:
 
 @pytest.mark.parametrize("late", ["y", "dB"])
 def test_what_goes_wrong_late_in_a_long_scan_is_seen(late: str) -> None:
-    *_, make = ops.scans(CPU, "small")
-    case = make()
+    *_, plan = ops.scans(CPU, "small")
+    case = plan.make()
     assert case.shape["batch"] == 1
     mine = case.contenders[0]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.benchmarking import by_length, decode, peers, running, train
+from mambaseq.benchmarking import by_length, decode, ops, peers, running, train
 from mambaseq.checkpoints.upstream import from_upstream
 from mambaseq.cli import diagnosis
 from mambaseq.cli.main import main
@@ -347,3 +347,26 @@ def test_doctor_goes_on_after_a_backend_that_raises(
     told = "" if raising == "check" else r"relative error \S+ ok +"
     assert re.search(rf"  runs +{name} +{told}RuntimeError: no image$", printed, re.MULTILINE)
     assert re.search("ready  reference .* ms", printed)
+
+
+def test_inputs_that_do_not_fit_take_no_other_rows_with_them(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(ops, "scan_inputs", full)
+    monkeypatch.setattr(by_length, "attention", full)
+    code, found = bench("ops", tmp_path)
+    assert code == 0
+    status = {row["op"]: row["status"] for row in found["rows"] if row["contender"] == "mambaseq"}
+    assert status.pop("selective_scan") == "oom"
+    assert set(status) == BENCHES["ops"] - {"selective_scan"}
+    assert set(status.values()) == {"ok"}
+    (first, *_) = (row for row in found["rows"] if row["contender"] == by_length.ATTENTION)
+    assert (first["status"], first["note"], first["shape"]["length"]) == ("oom", "out of memory", 16)
+
+    monkeypatch.setattr(decode, "_transformer", full)
+    code, found = bench("decode", tmp_path)
+    assert code == 0
+    assert {(row["contender"], row["status"]) for row in found["rows"]} == {("mambaseq", "ok"), ("Transformer", "oom")}
