@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking.timing import Attempt, attempt, measure
+from mambaseq.mixers.mamba import Mamba
 from mambaseq.ops.causal_conv.arguments import ConvArguments
-from mambaseq.ops.dispatch import Op, leaves
+from mambaseq.ops.dispatch import Op, leaves, relative_rms_error
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 from mambaseq.ops.lti.arguments import LtiArguments
+from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
@@ -44,6 +48,47 @@ def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, Attempt]]:
 
         found[backend.name] = attempt(lambda both=both: measure(both, device, 5, budget_s=0.2, warm_up_s=0.01).ms)  # type: ignore[misc]
     return what, found
+
+
+class WholeBlock:
+    """A Mamba block that runs as one operator where `why_not` is None, in float32, and its input."""
+
+    def __init__(self, device: torch.device) -> None:
+        batch, length, channels = SIZES.get(device.type, SIZES["cpu"])
+        generator = torch.Generator(device).manual_seed(0)
+        self.x = torch.randn(batch, length, channels // 2, generator=generator, device=device)
+        self.block = Mamba(channels // 2).to(device)
+        self.what = f"{batch} x {length} x {channels // 2}"
+
+    def why_not(self) -> str | None:
+        """The reason why the block would not run as one."""
+        return why_not_whole(self.block._block_arguments(self.x, None, None, False))
+
+    def error(self) -> float:
+        """Largest relative RMS error of its output and gradients against its ops one by one in float64."""
+        exact = copy.deepcopy(self.block).double()
+        exact.backend = "torch"
+        x = self.x[:2, :300].contiguous()
+        cotangent = torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(1), device=x.device)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            pairs = zip(_run(self.block, x, cotangent), _run(exact, x.double(), cotangent.double()), strict=True)
+            errors = [relative_rms_error(a, e) for a, e in pairs]
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+        return max(e if math.isfinite(e) else math.inf for e in errors)
+
+    def ms(self) -> float:
+        """Median milliseconds of forward and backward."""
+        ones = torch.ones_like(self.x)
+        return measure(lambda: _run(self.block, self.x, ones), self.x.device, 5, budget_s=0.2, warm_up_s=0.01).ms
+
+
+def _run(block: Mamba, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = block(leaf)
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *block.parameters()], cotangent)]
 
 
 def moderate(op: Op, device: torch.device) -> tuple[str, Any]:

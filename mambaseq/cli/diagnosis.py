@@ -8,7 +8,7 @@ import platform
 import torch
 
 from mambaseq import __version__
-from mambaseq.benchmarking.backends import speeds
+from mambaseq.benchmarking.backends import WholeBlock, speeds
 from mambaseq.benchmarking.timing import Attempt, attempt, on
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
@@ -35,6 +35,7 @@ def _diagnose(place: torch.device) -> int:
     failed = False
     for op in OPS.values():
         failed |= _op_failed(op, place)
+    failed |= _block_failed(place)
     for point, reason in catalog().broken.items():
         print(f"broken plugin {point}: {reason}")
     return 1 if failed else 0
@@ -56,6 +57,19 @@ def _op_failed(op: Op, place: torch.device) -> bool:
         print(f"  {mark:<6} {name:<12} {reason}")
     print()
     return failed
+
+
+def _block_failed(place: torch.device) -> bool:
+    """Print whether a Mamba block would run as one operator; whether it would and is wrong or raises."""
+    whole, status = WholeBlock(place), "ok"
+    reason = whole.why_not()
+    mark = "no"
+    if reason is None:
+        mark = "runs"
+        status, reason = _verdict(attempt(whole.error), attempt(whole.ms))
+    print(f"mamba_block  (a whole block; forward + backward of {whole.what} in fp32)")
+    print(f"  {mark:<6} {'as one':<12} {reason}\n")
+    return status in ("wrong", "failed")
 
 
 def _error(op: Op, backend: Backend, place: torch.device) -> float | str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.benchmarking import by_length, decode, ops, peers, running, train
+from mambaseq.benchmarking import backends, by_length, decode, ops, peers, running, train
 from mambaseq.checkpoints.upstream import from_upstream
 from mambaseq.cli import diagnosis
 from mambaseq.cli.main import main
@@ -256,9 +256,8 @@ def test_the_parser_imports_nothing_heavy() -> None:
 
 
 def test_doctor_times_what_is_right(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPS, "causal_conv", off_by_a_hundredth(OPS["causal_conv"], "cpu"))
-    for name in [name for name in OPS if name not in ("causal_conv", "lti_scan")]:
-        monkeypatch.delitem(OPS, name)
+    wrong = off_by_a_hundredth(OPS["causal_conv"], "cpu")
+    monkeypatch.setattr(diagnosis, "OPS", {"causal_conv": wrong, "lti_scan": OPS["lti_scan"]})
     assert main(["doctor", "--device", "cpu"]) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  r")]
     assert len(lines) >= 5
@@ -339,9 +338,7 @@ def test_doctor_goes_on_after_a_backend_that_raises(
         return op.backends[0].run(arguments)
 
     broken = op.backends[0]._replace(name=name, run=run)
-    monkeypatch.setitem(OPS, "causal_conv", op._replace(backends=(broken, op.backends[-1])))
-    for other in [other for other in OPS if other != "causal_conv"]:
-        monkeypatch.delitem(OPS, other)
+    monkeypatch.setattr(diagnosis, "OPS", {"causal_conv": op._replace(backends=(broken, op.backends[-1]))})
     assert main(["doctor", "--device", "cpu"]) == (name == "cpu")
     printed = capsys.readouterr().out
     told = "" if raising == "check" else r"relative error \S+ ok +"
@@ -370,3 +367,21 @@ def test_inputs_that_do_not_fit_take_no_other_rows_with_them(
     code, found = bench("decode", tmp_path)
     assert code == 0
     assert {(row["contender"], row["status"]) for row in found["rows"]} == {("mambaseq", "ok"), ("Transformer", "oom")}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_doctor_tells_of_the_block_as_one(wrong: bool, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "OPS", {})
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert re.search(
+        "^  no     as one       the kernels run on CUDA, x is on cpu$", capsys.readouterr().out, re.MULTILINE
+    )
+    # were it so, its ops one by one would be right, and others would not
+    monkeypatch.setattr(backends, "why_not_whole", lambda arguments: None)
+    if wrong:
+        monkeypatch.setattr(
+            Mamba, "_A", lambda block: -torch.exp(block.A_log.float()) * (1 + 1e-3 * (block.backend is None))
+        )
+    assert main(["doctor", "--device", "cpu"]) == wrong
+    told = "WRONG" if wrong else r"ok +\S+ ms"
+    assert re.search(rf"^  runs   as one       relative error \S+ {told}$", capsys.readouterr().out, re.MULTILINE)
