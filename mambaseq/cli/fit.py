@@ -12,7 +12,7 @@ from mambaseq.errors import ConfigError, UserError
 from mambaseq.reporting.runs import RunFolder
 
 # settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
-CHANGEABLE = {"backend", "checkpoint", "dropout", "label_smoothing"}
+CHANGEABLE = {"backend", "checkpoint", "chunk_length", "cuda_graph", "dropout", "label_smoothing"}
 
 
 def run(argv: list[str], command: str) -> int:

@@ -11,7 +11,7 @@
 #define WARPS (THREADS / 32)
 #define RANKS (THREADS / (CHANNELS / 2))  // rows that the block prepares at a time, two channels a thread
 #define ROWS (TILE / RANKS)               // of a tile that a thread prepares
-constexpr int UNROLLED = 4;  // steps of the first half that are written out
+constexpr int UNROLLED = 2;  // steps of the first half that are written out
 
 struct Shared {
     in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
