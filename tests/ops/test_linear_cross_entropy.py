@@ -205,10 +205,16 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("label", [-1, 11, 2**40])
-def test_a_label_outside_the_vocabulary_makes_the_loss_not_a_number(label: int, device: str) -> None:
+def test_a_label_outside_the_vocabulary_makes_loss_and_gradients_not_a_number(label: int, device: str) -> None:
+    """A step with finite gradients would go on in silence where nobody looks at the loss."""
     hidden, weight, labels, _ = moved(loss("outside", 9, 5, 11), place_or_skip(device))
     labels[4] = label
-    assert linear_cross_entropy(hidden, weight, labels, backend="triton").isnan()
+    total = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, backend="triton")
+    assert total.isnan()
+    dhidden, dweight = torch.autograd.grad(total, [hidden, weight])
+    assert dhidden.isnan().all(-1).nonzero().tolist() == [[4]]
+    assert dhidden.isnan().any(-1).sum() == 1
+    assert dweight.isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 127, 4096, 16384, 1_000_003])

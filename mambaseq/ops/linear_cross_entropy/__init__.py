@@ -33,7 +33,7 @@ def linear_cross_entropy(
         hidden: `(rows, d_model)`.
         weight: `(vocab, d_model)`.
         labels: `(rows,)` int64, from 0 to vocab - 1, or `ignore_index`. Any other is an error on CPU; a GPU, which
-            nobody waits for, gives a loss that is NaN.
+            nobody waits for, gives a loss and gradients that are NaN.
         ignore_index: the label of a row that does not count.
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 

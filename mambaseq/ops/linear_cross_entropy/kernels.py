@@ -11,7 +11,7 @@ def cross_entropy(
     VOCAB: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, STORE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A program a row. logits `(rows, VOCAB)`, rows STRIDE elements apart: become softmax(logits) - onehot(label),
-    zeros where the label is ignored. A label outside the vocabulary makes the loss NaN.
+    zeros where the label is ignored. A label outside the vocabulary makes the loss and the row NaN.
 
     Loads and stores reach into the room between rows, whatever is there, since a bound that is a multiple of a wide
     load lets the compiler use wide loads.
@@ -27,7 +27,8 @@ def cross_entropy(
                 at = begin + columns
                 tl.store(logits + at, tl.zeros((BLOCK,), dtype=logits.dtype.element_ty), mask=at < STRIDE)
     else:
-        of_label = tl.load(logits + label, mask=(label >= 0) & (label < VOCAB), other=float("nan")).to(tl.float32)
+        known = (label >= 0) & (label < VOCAB)
+        of_label = tl.load(logits + label, mask=known, other=0.0).to(tl.float32)
         # relative to the greatest so far
         greatest = tl.full((), float("-inf"), tl.float32)
         total = tl.full((), 0.0, tl.float32)
@@ -38,7 +39,7 @@ def cross_entropy(
             new = tl.maximum(greatest, tl.max(v, axis=0))
             total = total * tl.exp(greatest - new) + tl.sum(tl.exp(v - new), axis=0)
             greatest = new
-        normaliser = greatest + tl.log(total)
+        normaliser = tl.where(known, greatest + tl.log(total), float("nan"))
         tl.store(losses + row, normaliser - of_label)
         if STORE_GRADIENT:
             for begin in range(0, VOCAB, BLOCK):
