@@ -32,7 +32,7 @@ class RMSNorm(nn.RMSNorm):
         if kind != "cuda":  # decoding on CPU calls this often: no detours
             total = stream.float()
             if residual is not None and x is not None:
-                total = total + x
+                total = total + x.float()
             y = F.rms_norm(total, self.normalized_shape, weight.float(), self.eps).to(out_dtype)
         else:
             assert self.eps is not None

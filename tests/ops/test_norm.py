@@ -245,6 +245,13 @@ def test_norm_gives_what_the_next_linear_map_would_cast_to(device: str) -> None:
     assert norm.bfloat16()(x).dtype == torch.bfloat16
 
 
+def test_the_stream_is_fp32_whatever_a_branch_is() -> None:
+    norm, x, branch = RMSNorm(9), torch.randn(2, 9), torch.randn(2, 9, dtype=torch.float64)
+    y, total = norm(branch, x)
+    assert (y.dtype, total.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(total, x + branch.float())
+
+
 def _unfused(stack: ResidualStack, x: Tensor, states: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, list[Any]]:
     """The definition: x + mixer(norm(x)), the norm of PyTorch."""
 
