@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,8 @@ import torch
 _T = TypeVar("_T")
 
 _SYNCHRONIZING = "called a synchronizing CUDA operation"
+# what PyTorch warns of because of how `warm_up` runs something
+_OWN = (_SYNCHRONIZING, "Synchronization debug mode is a prototype", "AccumulateGrad node's stream does not match")
 # held around warm_up and capture: PyTorch captures one graph at a time, and its watch for synchronisation is global
 capturing = threading.Lock()
 _failed: list[torch.cuda.CUDAGraph] = []
@@ -33,7 +35,19 @@ def warm_up(run: Callable[[], _T], stream: torch.cuda.Stream) -> tuple[_T, bool]
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             current.wait_stream(stream)
+    pass_on(seen)
     return result, any(_SYNCHRONIZING in str(warning.message) for warning in seen)
+
+
+def pass_on(seen: Iterable[warnings.WarningMessage]) -> None:
+    """Warn of what `run` warned of while it was watched, each once: the warnings that the watch brings left out."""
+    others = {
+        (str(warning.message), warning.category, warning.filename, warning.lineno): warning
+        for warning in seen
+        if not any(own in str(warning.message) for own in _OWN)
+    }
+    for warning in others.values():
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def capture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ def test_steps_equal_the_whole(mixer: str) -> None:
     for layer, expected in zip(decoder.state, last, strict=True):
         for tensor, whole in zip(layer.tensors().values(), expected.tensors().values(), strict=True):
             torch.testing.assert_close(tensor, whole.detach())
+
+
+@pytest.mark.gpu
+def test_the_model_may_warn(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = on_gpu(cuda)
+    step = SequenceModel.step_
+
+    def warning(*args: Any) -> Tensor:
+        warnings.warn("from the model", UserWarning, stacklevel=1)
+        return step(*args)
+
+    monkeypatch.setattr(SequenceModel, "step_", warning)
+    decoder = Decoder(model, model.init_state(3))
+    with pytest.warns(UserWarning, match="from the model"):
+        decoder.step(tokens[:, 0])
+    with pytest.warns(UserWarning, match="from the model"):
+        decoder.step(tokens[:, 1])
+    assert decoder.captured
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 8, 11, 60])
