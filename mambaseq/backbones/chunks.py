@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from mambaseq.errors import ConfigError
 from mambaseq.ops import sequences
 
 # (x, states or None, cu_seqlens, return_state) → (y, states)
@@ -319,6 +320,16 @@ def _accumulate(totals: list[Tensor | None], more: Sequence[Tensor | None]) -> N
                 total.add_(d)
 
 
+def _check_whole(parameters: Sequence[Tensor]) -> None:
+    """Leaves stand in for the parameters; where a wrapper gathers a layer's shards they would stay shards."""
+    for parameter in parameters:
+        if type(parameter) not in (Tensor, nn.Parameter):
+            raise ConfigError(
+                f"chunk_length cannot train layers that are sharded one by one (a parameter is a "
+                f"{type(parameter).__name__}): shard the model as a whole, or train without chunk_length."
+            )
+
+
 @torch.compiler.disable
 def run_in_chunks(
     module: nn.Module,
@@ -340,7 +351,7 @@ def run_in_chunks(
     module: what `run` computes with. init_state: n → states of n empty histories.
     x `(batch, length, d_model)`, any float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once
     (a GPU waits), since they decide how sequences are cut. Raises ValueError for states of another number of
-    sequences.
+    sequences, and ConfigError for gradients of parameters that are shards, as FSDP's of single layers are.
     """
     batch, length = x.shape[:2]
     bounds = None
@@ -369,6 +380,7 @@ def run_in_chunks(
         None if state is None else _Layout.of(state),
     )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given, *parameters)):
+        _check_whole(parameters)
         y, *final = _InChunks.apply(job, x, cu_seqlens, len(given), *given, *parameters)
     else:
         y, final, _ = job.forward(x, cu_seqlens, given, keep=False)

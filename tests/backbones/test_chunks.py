@@ -434,3 +434,17 @@ def test_what_cannot_be_cut() -> None:
         backbone(torch.randn(3, 12, D_MODEL), state=some_state(backbone, 4))
     with pytest.raises(ValueError, match="cu_seqlens"):
         backbone(torch.randn(1, 12, D_MODEL), cu_seqlens=torch.tensor([0, 5]))
+
+
+class Shard(Tensor):
+    """As FSDP's parameters are: no plain tensors."""
+
+
+def test_layers_sharded_one_by_one_are_refused() -> None:
+    backbone, x = stack(chunk_length=4), torch.randn(1, 9, D_MODEL)
+    projection = backbone.mixers()[1].out_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Shard))
+    with pytest.raises(ConfigError, match=r"chunk_length cannot train layers that are sharded .*Shard"):
+        backbone(x)
+    with torch.no_grad():
+        assert backbone(x).shape == x.shape
