@@ -326,7 +326,7 @@ def _check_whole(parameters: Sequence[Tensor]) -> None:
         if type(parameter) not in (Tensor, nn.Parameter):
             raise ConfigError(
                 f"chunk_length cannot train layers that are sharded one by one (a parameter is a "
-                f"{type(parameter).__name__}): shard the model as a whole, or train without chunk_length."
+                f"{type(parameter).__name__}): train with whole copies (ddp), or without chunk_length."
             )
 
 
