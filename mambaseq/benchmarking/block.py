@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking import peers
-from mambaseq.benchmarking.cases import working_dtype
+from mambaseq.benchmarking.cases import training_dtype
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import measure, peak_bytes, release
 from mambaseq.mixers.mamba import Mamba
@@ -41,7 +41,7 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
     for batch, length in SHAPES[scale]:
         shape = {"batch": batch, "length": length}
         generator = torch.Generator(device).manual_seed(1)
-        x = torch.randn(batch, length, D_MODEL[scale], generator=generator, device=device, dtype=working_dtype(device))
+        x = torch.randn(batch, length, D_MODEL[scale], generator=generator, device=device, dtype=training_dtype(device))
         exact = reference(ours, x[:2, :CHECKED])
         report.attempted("block", shape, OURS, lambda x=x, exact=exact: _row(OURS, ours, x, exact, repeats))  # type: ignore[misc]
         release()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.benchmarking.cases import Case, Contender, Pass, Plan, compare, our_backend, tolerance, working_dtype
+from mambaseq.benchmarking.cases import Case, Contender, Pass, Plan, compare, our_backend, tolerance, training_dtype
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report, Row
 from mambaseq.ops import selective_scan
@@ -132,5 +132,5 @@ def _case(
 
 def _normal(device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    dtype = dtype or working_dtype(device)
+    dtype = dtype or training_dtype(device)
     return lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)

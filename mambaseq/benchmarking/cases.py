@@ -26,13 +26,13 @@ COLUMNS = (
 )
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
+def training_dtype(device: torch.device) -> torch.dtype:
     """What models are trained in on this device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def tolerance(device: torch.device) -> float:
-    """Of a relative RMS error against float64: the rounding of results in `working_dtype`, and of fp32 sums."""
+    """Of a relative RMS error against float64: the rounding of results in `training_dtype`, and of fp32 sums."""
     return 4e-3 if device.type == "cuda" else 1e-4
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.benchmarking.cases import working_dtype
+from mambaseq.benchmarking.cases import training_dtype
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import attempt, measure, peak_bytes, release
 from mambaseq.benchmarking.transformer import Transformer
@@ -158,7 +158,7 @@ def _wrong(model: Any, tokens: Generate, sizes: Sizes, device: torch.device) -> 
 def _mamba(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int, int, int], Generate]]:
     torch.manual_seed(0)
     with device:
-        model = causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers).to(working_dtype(device)).eval()
+        model = causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers).to(training_dtype(device)).eval()
     _shrink(model.get_parameter("encoder.embedding.weight"))
     return model, lambda batch, length, new: lambda prompt, n: generate(model, prompt, n, temperature=0)
 
@@ -174,7 +174,7 @@ def _transformer(sizes: Sizes, device: torch.device) -> tuple[Any, Callable[[int
             sizes.d_hidden,
             sizes.prompt + sizes.new_tokens,
         )
-    model = model.to(working_dtype(device)).eval()
+    model = model.to(training_dtype(device)).eval()
     _shrink(model.get_parameter("embedding.weight"))
     return model, lambda batch, length, new: CachedGeneration(model, batch, length, new, device)
 

@@ -23,7 +23,7 @@ from mambaseq.benchmarking.cases import (
     compare,
     our_backend,
     tolerance,
-    working_dtype,
+    training_dtype,
 )
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report
@@ -75,7 +75,7 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
 def scan_inputs(batch: int, channels: int, length: int, device: torch.device) -> dict[str, Any]:
     """As a Mamba block has them, with step sizes of 1e-3 … 1e-1."""
     generator = torch.Generator(device).manual_seed(0)
-    dtype = working_dtype(device)
+    dtype = training_dtype(device)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -147,7 +147,7 @@ def convs(device: torch.device, scale: str) -> Iterator[Plan]:
         generator = torch.Generator(device).manual_seed(0)
         shapes = {"x": (batch, length, channels), "weight": (channels, 4), "bias": (channels,)}
         inputs: dict[str, Any] = {
-            name: torch.randn(shape, generator=generator, device=device, dtype=working_dtype(device))
+            name: torch.randn(shape, generator=generator, device=device, dtype=training_dtype(device))
             for name, shape in shapes.items()
         }
         backend = our_backend("causal_conv", ConvArguments(**inputs, activation="silu"))
@@ -171,7 +171,7 @@ def convs(device: torch.device, scale: str) -> Iterator[Plan]:
 def norms(device: torch.device, scale: str) -> Iterator[Plan]:
     """The norms beside the same in PyTorch."""
     batch, length, d_model = NORMS[scale]
-    dtype = working_dtype(device)
+    dtype = training_dtype(device)
     shape = {"batch": batch, "length": length, "channels": d_model}
 
     def inputs(second: str, kind: torch.dtype) -> dict[str, Any]:
@@ -238,8 +238,8 @@ def losses(device: torch.device, scale: str) -> Iterator[Plan]:
         hidden = torch.randn(rows, d_model, generator=generator, device=device)
         weight = 0.02 * torch.randn(vocabulary, d_model, generator=generator, device=device)
         inputs: dict[str, Any] = {
-            "hidden": hidden.to(working_dtype(device)),
-            "weight": weight.to(working_dtype(device)),
+            "hidden": hidden.to(training_dtype(device)),
+            "weight": weight.to(training_dtype(device)),
             "labels": torch.randint(vocabulary, (rows,), generator=generator, device=device),
         }
         backend = our_backend("linear_cross_entropy", LossArguments(**inputs))
