@@ -69,8 +69,8 @@ def _ratios(axes: Any, report: Report) -> None:
             bars = axes.bar(*zip(*points, strict=True), width=0.25, label=name)
             axes.bar_label(bars, fmt="%.2g", fontsize=7)
     axes.axhline(1, color="black", lw=0.8)
-    names = [f"{op}\n{' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
-    axes.set_xticks(range(len(groups)), names, fontsize=7)
+    names = [f"{op}, {' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
+    axes.set_xticks(range(len(groups)), names, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")
     axes.set_ylabel("times as fast")
     if groups:
         axes.legend()
