@@ -47,6 +47,12 @@ def bench(name: str, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(file.read_text())
 
 
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's takes seconds an op, and its kernels have tests of their own."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out of `bench ops` what other tests run."""
