@@ -19,7 +19,8 @@ template <bool SUMMARY>
 __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z,
                                      i64 z_stride, const in_t *B, i64 B_stride, const in_t *C, i64 C_stride,
                                      const float *A, const float *D, const float *bias, const float *initial,
-                                     const float *entering, const Segment &here, int segment, int go, int channels, int d_state, int per_group, in_t *y,
+                                     const float *entering, const Segment &here, int segment, int go, int channels,
+                                     int d_state, int per_group, in_t *y,
                                      i64 y_stride, float *final_state, float *checkpoints, float *local,
                                      float *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
