@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
+from mixers.variants import CASES
 
 from mambaseq.domain import catalog
 from mambaseq.mixers.base import Mixer
-
-from mixers.variants import CASES
 
 D_MODEL = 12
 
