@@ -17,16 +17,17 @@ if (reason := nvrtc.why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 
-def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, *arguments: Any) -> dict[str, int]:
+def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, inputs: launches.Inputs) -> dict[str, int]:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
     launches.compiled.cache_clear()
-    launches.kernel_of(file, *arguments)
+    narrow = launches.NARROW // launches.padded(inputs.d_state)
+    launches.kernel_of(file, inputs, channels=narrow if file == "forward_narrow" else launches.CHANNELS)
     launches.compiled.cache_clear()
     return seen[0]
 
 
-@pytest.mark.parametrize("file", ["forward", "backward", "backward_summary"])
+@pytest.mark.parametrize("file", ["forward", "forward_narrow", "backward", "backward_summary"])
 @pytest.mark.parametrize(
     ("dtype", "d_state", "channels", "gated"),
     [
@@ -138,6 +139,14 @@ def test_uneven_batches_are_cut_backward() -> None:
     assert segments.steps_of(8, 2048, 24, 132, False, leads=True) == (2048, 2048)
     for n_sequences, channel_blocks in ((8, 32), (32, 24), (64, 8)):
         assert segments.steps_of(n_sequences, 2048, channel_blocks, 132, False) == (2048, 2048)
+
+
+def test_few_channels_are_taken_whole() -> None:
+    """Where cutting them would cost more than leaving multiprocessors to themselves, of which there are 132 here."""
+    narrow = {(1, 2048, 65536), (2, 2048, 8192), (1, 4096, 8192), (1, 2048, 1024), (1, 1536, 256), (4, 1536, 2048)}
+    for batch, channels, length in narrow | {(1, 1024, 16384), (1, 1536, 8192), (8, 2048, 2048), (32, 1536, 2048)}:
+        chosen = segments.is_narrow(batch * channels // 16, batch * channels // 64, length, 132)
+        assert chosen == ((batch, channels, length) in narrow), (batch, channels, length)
 
 
 def test_gradients_in_bf16_fit_into_smaller_gpus() -> None:

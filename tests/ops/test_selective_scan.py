@@ -13,7 +13,7 @@ from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, d
 
 from mambaseq.ops import OPS, nvrtc, selective_scan
 from mambaseq.ops.dispatch import outputs_and_gradients
-from mambaseq.ops.selective_scan import chunked, cuda
+from mambaseq.ops.selective_scan import chunked, cuda, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
 OP = OPS["selective_scan"]
@@ -183,13 +183,27 @@ HALF = ["length 63", "packed", "groups", "groups of 64 channels", "40 states, pa
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "case",
-    ["length 63", "packed", "groups", "groups of 64 channels", "40 states, packed, reverse", "reverse", "y alone"],
-)
+@pytest.mark.parametrize("case", HALF)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, dtype), device_or_skip(device), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (case, dtype)
+        for case in CASES
+        if "complex" not in case and "packed" not in case
+        for dtype in ([torch.float32, torch.bfloat16] if case in HALF else [torch.float32])
+    ],
+)
+def test_either_forward_kernel(case: str, dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few channels through whole sequences, and many through pieces of them, whatever the shape."""
+    monkeypatch.setattr(segments, "is_narrow", lambda *shape: narrow)
+    assert_equals_reference(OP, "cuda", build(case, dtype), device_or_skip("cuda"), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

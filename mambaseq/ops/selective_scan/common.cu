@@ -105,12 +105,16 @@ __device__ __forceinline__ Segment segment_of(const Segments &s, int i, int go) 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
+// Where a row of a tile lies whose TURNS are set: two rows four apart are then in other banks.
+__device__ __forceinline__ int turned(int row) { return row ^ (row >> 2 & 1); }
+
 // Copies tiles of ROWS rows of WIDTH columns to shared memory, where rows lie ROW apart, BYTES at a time (0: one number at
 // a time, at once); what lies beyond the columns and steps that exist becomes zero. A thread keeps the address of its
 // first piece, and counts are known when compiling, else a tile costs hundreds of instructions.
-template <int ROWS, int WIDTH, int ROW, int BYTES> struct Reader {
+template <int ROWS, int WIDTH, int ROW, int BYTES, int COUNT = THREADS, bool TURNS = false> struct Reader {
     static constexpr int PER = BYTES ? BYTES / (int)sizeof(in_t) : 1, PIECES = WIDTH / PER;
-    static constexpr int APART = THREADS / PIECES;  // rows from one piece of a thread to its next
+    static constexpr int APART = COUNT / PIECES;  // rows from one piece of a thread to its next
+    static constexpr bool turns = TURNS;
     const in_t *from;
     i64 step, next;
     int row, column;
@@ -118,7 +122,7 @@ template <int ROWS, int WIDTH, int ROW, int BYTES> struct Reader {
 
     // rows begin at first + t * stride; `order` tiles on (-1: back) lies the next one
     __device__ __forceinline__ Reader(const in_t *first, i64 stride, int columns, int order) {
-        row = threadIdx.x / PIECES, column = threadIdx.x % PIECES * PER;
+        row = threadIdx.x % COUNT / PIECES, column = threadIdx.x % PIECES * PER;
         exists = column < columns;
         from = first + row * stride + column;
         step = APART * stride, next = order * ROWS * stride;
@@ -126,10 +130,11 @@ template <int ROWS, int WIDTH, int ROW, int BYTES> struct Reader {
     __device__ __forceinline__ void fetch(in_t *tile, int steps) {
         const in_t *source = from;
         from += next;
-        in_t *to = tile + row * ROW + column;
+        in_t *to = tile + (TURNS && APART % 8 == 0 ? turned(row) : row) * ROW + column;
 #pragma unroll
         for (int t = 0; t < ROWS; t += APART, source += step, to += APART * ROW) {
             if (ROWS % APART && row + t >= ROWS) break;
+            if (TURNS && APART % 8) to = tile + turned(row + t) * ROW + column;
             const bool here = exists && row + t < steps;
             if constexpr (BYTES == 0) {
                 *to = here ? *source : (in_t)0;

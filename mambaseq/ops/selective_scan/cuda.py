@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +50,10 @@ def _missing_on(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _room(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
-
-
 @torch.compiler.assume_constant_result
 def too_large_for(device: torch.device, dtype: torch.dtype, d_state: int, has_z: bool) -> str | None:
     """The reason why the gradients do not fit into a thread block's shared memory of this GPU, or None."""
-    needed, room = launches.shared_memory(dtype, min(d_state, STATES), has_z), _room(device)
+    needed, room = launches.shared_memory(dtype, min(d_state, STATES), has_z), launches.room(device.index)
     return None if needed <= room else f"a block needs {needed} bytes of shared memory, the GPU gives it {room}"
 
 

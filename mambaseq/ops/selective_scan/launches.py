@@ -21,12 +21,15 @@ from mambaseq.ops.selective_scan import segments
 CHANNELS = 64  # of a block
 STATES = 16  # the most that the kernels take at once
 _OWN = 8  # the states of a thread, two channels' in the backward kernel
+NARROW = 256  # states of all channels of a block of the kernel for few channels
+_AHEAD = 4  # tiles that the kernel for few channels has on their way from memory
 _SUMS = 128  # that a block of a kernel which sums takes
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FOLDER = Path(__file__).parent
 _COMMON = _FOLDER / "common.cu"
 FILES = {
     "forward": (_COMMON, _FOLDER / "forward.cu"),
+    "forward_narrow": (_COMMON, _FOLDER / "forward_narrow.cu"),
     "backward": (_COMMON, _FOLDER / "backward.cu"),
     "backward_summary": (_COMMON, _FOLDER / "backward_summary.cu"),
     "gather": (_COMMON, _FOLDER / "gather.cu"),
@@ -118,8 +121,8 @@ def alignment(width: int, item: int, *values: Rows) -> int:
     return common if common >= 4 else 0
 
 
-def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None) -> nvrtc.Kernel:
-    """The kernel of a file for these inputs, compiled if it has not been."""
+def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None, channels: int = CHANNELS) -> nvrtc.Kernel:
+    """The kernel of a file for these inputs, which takes so many channels a block; compiled if it has not been."""
     dtype, d_state = inputs.x.data.dtype, inputs.d_state
     wide = [row for row in (inputs.x, inputs.dt, inputs.z, dy) if row is not None]
     states = padded(d_state)
@@ -132,17 +135,28 @@ def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None) -> nvrtc.Kernel
         inputs.bias is not None,
         inputs.dt_softplus,
         inputs.is_log,
-        alignment(inputs.channels, dtype.itemsize, *wide),
+        alignment(math.gcd(channels, inputs.channels), dtype.itemsize, *wide),
         min(alignment(d_state, dtype.itemsize, inputs.B, inputs.C), states * dtype.itemsize),
         inputs.channels % 2 == 0,
+        channels,
         inputs.A.device.index,
     )
 
 
-def _block(file: str, item: int, states: int, has_z: bool) -> tuple[int, int, int, int]:
+def _block(file: str, item: int, states: int, has_z: bool, channels: int = CHANNELS) -> tuple[int, int, int, int]:
     """Of a thread block: steps of a tile, threads, how many a multiprocessor should have registers for, and bytes of
     shared memory: `struct Shared`, which the sources hold against it."""
     threads = CHANNELS * states // _OWN
+    if file == "forward_narrow":
+        ring = _AHEAD + 2
+        raw = channels * item * (3 if has_z else 2) + 2 * states * item
+        made = channels * (8 + 2 * states) + states * 8
+        return (
+            32,
+            channels * states // 2,
+            2,
+            32 * (ring * raw + 2 * made) + 2 * channels * (16 + states // 2 * 32 + 16) + 1024,
+        )
     if file == "backward":
         tile, blocks = segments.EVERY, 256 // threads
         raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
@@ -172,10 +186,11 @@ def compiled(
     alignment: int,
     alignment_of_states: int,
     even: bool,
+    channels: int,
     device: int,
 ) -> nvrtc.Kernel:
     """One for each of these; none of the lengths and widths is among them."""
-    tile, threads, blocks, shared = _block(file, dtype.itemsize, states, has_z)
+    tile, threads, blocks, shared = _block(file, dtype.itemsize, states, has_z, channels)
     macros = {
         "IN": CODES[dtype],
         "STATES": states,
@@ -191,10 +206,12 @@ def compiled(
         "THREADS": threads,
         "EVERY": segments.EVERY,
         "OWN": _OWN,
+        "AHEAD": _AHEAD,
         "BLOCKS": blocks,
         "SHARED": shared,
     }
-    return nvrtc.kernel(FILES[file], file, macros, threads, shared, device)
+    roles = 3 if file == "forward_narrow" else 1  # THREADS is that of each
+    return nvrtc.kernel(FILES[file], file, macros, roles * threads, shared, device)
 
 
 @functools.cache
@@ -216,6 +233,24 @@ def summer(name: str, dtype: torch.dtype, states: int, is_log: bool, device: int
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def room(device: int) -> int:
+    """Bytes of shared memory that a thread block can have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _is_narrow(inputs: Inputs) -> bool:
+    """Whether the kernel for few channels runs these forward."""
+    states, item, device = padded(inputs.d_state), inputs.x.data.dtype.itemsize, inputs.A.device.index
+    if inputs.cu_seqlens is not None:
+        return False
+    blocks = inputs.batch * -(-inputs.channels * states // NARROW)
+    if not segments.is_narrow(blocks, inputs.batch * inputs.blocks, inputs.length, _processors(device)):
+        return False
+    return _block("forward_narrow", item, states, inputs.z is not None, NARROW // states)[3] <= room(device)
 
 
 def padded(d_state: int) -> int:
@@ -262,13 +297,29 @@ def _cut(inputs: Inputs, leads: bool) -> _Cut:
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y `(rows, channels)` of the dtype of x, the final state, and what `backward` wants if `keep`: the states before
     every 16th step."""
-    cut, device = _cut(inputs, leads=True), inputs.A.device
+    device = inputs.A.device
     n_sequences, channels, d_state = inputs.n_sequences, inputs.channels, inputs.d_state
     final = _left_over(inputs, inputs.state)
     y = torch.empty(inputs.batch * inputs.length, channels, dtype=inputs.x.data.dtype, device=device)
     packed = inputs.cu_seqlens is not None
     shape = shape_kept(n_sequences, inputs.length, packed, channels, d_state) if keep else (0,)
     kept = torch.empty(shape, device=device)
+    if _is_narrow(inputs):
+        narrow = NARROW // padded(d_state)
+        whole = (*(None,) * 5, inputs.length, inputs.length, inputs.length, 1)
+        kernel_of("forward_narrow", inputs, channels=narrow)(
+            n_sequences * -(-channels // narrow),
+            *inputs.addresses(),
+            inputs.state,
+            *whole,
+            *inputs.sizes(),
+            y,
+            channels,
+            final,
+            kept if keep else None,
+        )
+        return y, final, kept
+    cut = _cut(inputs, leads=True)
     kernel = kernel_of("forward", inputs)
     grid = cut.total * inputs.blocks
     outputs = (*cut.arguments(), *inputs.sizes(), y, channels, final, kept if keep else None)

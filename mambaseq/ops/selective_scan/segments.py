@@ -53,6 +53,17 @@ def steps_of(
     return _whole(first), _whole(steps)
 
 
+def is_narrow(narrow_blocks: int, blocks: int, length: int, processors: int) -> bool:
+    """Whether whole sequences in blocks of few channels take less time, forward, than what `steps_of` cuts them into.
+
+    Measured on an H100, in nanoseconds a step: 17 for each block that a multiprocessor has and 2.5, against 23 for as
+    many channels in every one of them, the passes over summaries included, and 12 microseconds.
+    """
+    if blocks >= processors:  # not cut
+        return False
+    return 17 * -(-narrow_blocks // processors) + 2.5 < 23 * narrow_blocks / processors + 12_000 / max(1, length)
+
+
 @functools.cache
 def _pieces(blocks: int, places: int, most: int) -> int:
     """Into how many pieces to cut sequences, backward, so that blocks fill the places of the GPU evenly; a piece costs
