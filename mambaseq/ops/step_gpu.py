@@ -17,13 +17,13 @@ from mambaseq.ops.eager import is_eager
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_STATE = 256
-# Channels a program of the convolution.
-_CONV_CHANNELS = 128
 # Elements of the state that a program holds, and sequences that it goes through with one piece of A: small pieces
 # where there is little to do, so that all multiprocessors take part.
 _LITTLE, _MUCH = (512, 1), (1024, 4)
 _MANY_PROGRAMS = 1024
 _WARPS = 4
+# Channels a program of the convolution: one a thread, which alone reads and moves what its channel remembers.
+_CONV_CHANNELS = 32 * _WARPS
 
 
 def can_run(state: Tensor, *values: Tensor | None) -> bool:
@@ -67,7 +67,6 @@ def causal_conv_update_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
             WIDTH=width,
             HAS_BIAS=bias is not None,
             SILU=silu,
-            BEFORE=_power_of_two(max(width - 1, 1)),
             CHANNELS=_CONV_CHANNELS,
             num_warps=_WARPS,
         )
@@ -133,6 +132,8 @@ def selective_state_update_(
             CHANNELS=per_program,
             ROWS=rows,
             num_warps=_WARPS,
+            # threads that hold the same sum would each round it in their own way, and any of them may write it
+            enable_fp_fusion=False,
         )
     return y
 

@@ -17,32 +17,26 @@ def causal_conv_update(
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
-    BEFORE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """CHANNELS channels of one sequence. BEFORE: a power of two, at least WIDTH - 1 inputs that are remembered."""
+    """CHANNELS channels of one sequence, one a thread. No sums over threads: they would be rounded as it happens."""
     blocks = tl.cdiv(channels, CHANNELS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     real = c < channels
     now = tl.load(x + row * x_stride + c, mask=real, other=0.0).to(tl.float32)
+    place = state + (row * channels + c) * (WIDTH - 1)
     out = tl.zeros([CHANNELS], tl.float32)
     if HAS_BIAS:
         out = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
-    if WIDTH == 1:
-        out += now * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
-    else:
-        oldest = tl.load(state + (row * channels + c) * (WIDTH - 1), mask=real, other=0.0)
-        w = tl.load(weight + c.to(tl.int64) * WIDTH, mask=real, other=0.0).to(tl.float32)
-        k = tl.arange(0, BEFORE)[None, :]
-        place = state + (row * channels + c)[:, None] * (WIDTH - 1) + k
-        later = tl.load(place + 1, mask=real[:, None] & (k < WIDTH - 2), other=0.0)
-        later = tl.where(k == WIDTH - 2, now[:, None], later)
-        remembered = real[:, None] & (k < WIDTH - 1)
-        ws = tl.load(weight + c.to(tl.int64)[:, None] * WIDTH + k + 1, mask=remembered, other=0.0).to(tl.float32)
-        out += oldest * w + tl.sum(later * ws, axis=1)
-        tl.debug_barrier()  # what one thread loads, another stores
-        tl.store(place, later, mask=remembered)
+    for k in tl.static_range(WIDTH):
+        tap = tl.load(weight + c.to(tl.int64) * WIDTH + k, mask=real, other=0.0).to(tl.float32)
+        if k == WIDTH - 1:
+            out += now * tap
+        else:
+            out += tl.load(place + k, mask=real, other=0.0) * tap
+    for k in tl.static_range(WIDTH - 1):  # oldest first: each place is read before it is written
+        tl.store(place + k, now if k == WIDTH - 2 else tl.load(place + k + 1, mask=real, other=0.0), mask=real)
     if SILU:
         out *= tl.sigmoid(out)
     tl.store(y + row * channels + c, out, mask=real)
