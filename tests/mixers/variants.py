@@ -22,6 +22,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"init": "legs", "mode": "fft"},
         {"real": True, "init": "real", "mode": "scan"},
     ],
+    "h3": [
+        {},
+        {"d_state": 5, "head_dim": 3, "shift_width": 7, "bias": False},
+    ],
+    "rwkv4": [{}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")
