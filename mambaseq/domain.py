@@ -71,8 +71,13 @@ CORE: dict[str, Entries] = {
     "readers": {},
     "writers": {},
     "mixers": {
-        "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
+        "mamba": (
+            "mambaseq.mixers.mamba:Mamba",
+            "Mamba-1 (S6), selective; its ablations; `lti: true` makes it time-invariant",
+        ),
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
+        "h3": ("mambaseq.mixers.h3:H3", "H3: shift and diagonal state spaces between multiplicative gates"),
+        "rwkv4": ("mambaseq.mixers.rwkv4:RWKV4", "RWKV-4 time mixing: token shift, WKV with decay and bonus a channel"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

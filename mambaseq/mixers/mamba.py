@@ -1,7 +1,8 @@
-"""The Mamba-1 block (S6), and its time-invariant variant.
+"""The Mamba-1 block (S6), its ablations and its time-invariant variant.
 
-Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, algorithm 2 and
-section 3.4. Parameter names and shapes are those of the published checkpoints (`state-spaces/mamba-*`).
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, algorithm 2, section
+3.4 and, for the ablations, 4.6. Parameter names and shapes are those of the published checkpoints
+(`state-spaces/mamba-*`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import OPS, causal_conv, selective_scan
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
+from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
 from mambaseq.ops.mamba_block import BlockArguments, mamba_block
 from mambaseq.ops.mamba_block import why_not as why_not_whole
@@ -28,7 +31,7 @@ from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 @dataclasses.dataclass
 class MambaState(State):
     """conv `(batch, d_inner, d_conv - 1)`: the last inputs of the convolution, oldest first, fp32.
-    ssm `(batch, d_inner, d_state)`: fp32, or complex64 for a complex time-invariant block."""
+    ssm `(batch, d_inner, d_state)`: fp32, or complex64 where A is complex."""
 
     conv: Tensor
     ssm: Tensor
@@ -59,6 +62,13 @@ class Mamba(Mixer):
         dt_min, dt_max: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
         dt_init_floor: no initial dt is below it.
         conv_bias, bias: biases of the convolution and of in_proj and out_proj.
+        selective_dt, selective_B, selective_C: whether each depends on the input (Table 7). If not, dt is
+            softplus(dt_bias), a constant a channel, and B or C a learned `(d_inner, d_state)`, as in S4D (algorithm 1):
+            B is 1 and C standard normal at initialisation.
+        complex: complex A, and B and C read as pairs of real and imaginary part (Table 8). The d_state states a
+            channel are one half of conjugate pairs, so twice as many real numbers.
+        A_init: initial A: s4d-real -(n + 1), constant -1/2, random -exp(N(0, 1)), or s4d-lin -1/2 + n i, which goes
+            with `complex: true`. None takes s4d-real, or s4d-lin for a complex A.
         lti: make dt, B and C independent of the input (time-invariant: the paper's audio ablation, section 4.4.2).
         lti_init, lti_complex: the S4D initialisation of the time-invariant variant, and whether A is complex.
         backend: what runs the ops; None for the fastest that can (see `mambaseq doctor`).
@@ -76,6 +86,11 @@ class Mamba(Mixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        selective_dt: bool = True,
+        selective_B: bool = True,
+        selective_C: bool = True,
+        complex: bool = False,
+        A_init: AInit | None = None,
         lti: bool = False,
         lti_init: Literal["lin", "inv", "legs", "real"] = "lin",
         lti_complex: bool = True,
@@ -99,11 +114,21 @@ class Mamba(Mixer):
             raise ConfigError(
                 f"mamba: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
             )
+        all_selective = selective_dt and selective_B and selective_C
+        if lti and not (all_selective and not complex and A_init is None):
+            raise ConfigError(
+                "mamba: lti: true makes all of dt, B and C constant and has lti_init and lti_complex; leave out "
+                "selective_dt, selective_B, selective_C, complex and A_init."
+            )
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        self.lti = lti
-        self.backend = backend
+        self.lti, self.complex, self.backend = lti, complex, backend
+        # what the kernels of a whole block compute
+        self._is_published = all_selective and not complex and not lti
+        numbers = 2 * d_state if complex else d_state
+        widths = {"dt": (selective_dt, self.dt_rank), "B": (selective_B, numbers), "C": (selective_C, numbers)}
+        self._widths = {name: width for name, (selective, width) in widths.items() if selective}  # of x_proj's output
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
@@ -113,23 +138,31 @@ class Mamba(Mixer):
                 self.d_inner, d_state, init=lti_init, real=not lti_complex, dt_min=dt_min, dt_max=dt_max
             )
         else:
-            self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-            self.dt_proj = BiaslessLinear(self.dt_rank, self.d_inner, bias=True)
-            self._init_dt(dt_min, dt_max, dt_init_floor)
-            # S4D-real: A_n = -(n + 1)
-            self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.d_inner, 1))
-            self.D = nn.Parameter(torch.ones(self.d_inner))
+            self._make_selective(A_init, (dt_min, dt_max, dt_init_floor))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         for module in (self.in_proj, self.out_proj):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _init_dt(self, dt_min: float, dt_max: float, floor: float) -> None:
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt = torch.exp(torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
-        dt = dt.clamp(min=floor)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    def _make_selective(self, A_init: AInit | None, dt_range: tuple[float, float, float]) -> None:
+        if self._widths:
+            self.x_proj = nn.Linear(self.d_inner, sum(self._widths.values()), bias=False)
+        if "dt" in self._widths:
+            self.dt_proj = BiaslessLinear(self.dt_rank, self.d_inner, bias=True)
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            with torch.no_grad():
+                self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner, *dt_range))
+        else:
+            self.dt_bias = nn.Parameter(initial_dt_bias(self.d_inner, *dt_range))
+        A_log, A_imag = initial_A_parts(A_init, self.d_inner, self.d_state, self.complex)
+        self.A_log = nn.Parameter(A_log)
+        if A_imag is not None:
+            self.A_imag = nn.Parameter(A_imag)
+        if "B" not in self._widths:
+            self.B = nn.Parameter(constant_B(self.d_inner, self.d_state, self.complex))
+        if "C" not in self._widths:
+            self.C = nn.Parameter(constant_C(self.d_inner, self.d_state, self.complex))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
 
     def forward(
         self,
@@ -180,7 +213,7 @@ class Mamba(Mixer):
                 C,
                 D=self.D,
                 z=z,
-                dt_bias=self.dt_proj.bias,
+                dt_bias=self._dt_bias(),
                 dt_softplus=True,
                 initial_state=initial,
                 return_final_state=return_state,
@@ -195,7 +228,7 @@ class Mamba(Mixer):
 
     def _is_plain(self) -> bool:
         """Whether kernels may do what the layers would: none is wrapped, hooked or quantised."""
-        return not self.lti and all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
+        return self._is_published and all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
 
     def _block_arguments(
         self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
@@ -221,11 +254,24 @@ class Mamba(Mixer):
         )
 
     def _A(self) -> Tensor:
-        return -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.float())
+        return torch.complex(A, self.A_imag.float()) if self.complex else A
+
+    def _dt_bias(self) -> Tensor:
+        return self.dt_proj.bias if "dt" in self._widths else self.dt_bias
 
     def _selective(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return apply_linear(self.dt_proj, dt), B, C
+        """dt, the shape of x; B and C `(..., d_state)`, or `(d_inner, d_state)` where they do not depend on x."""
+        made: dict[str, Tensor] = {}
+        if self._widths:
+            products = apply_linear(self.x_proj, x).split(list(self._widths.values()), dim=-1)
+            made = dict(zip(self._widths, products, strict=True))
+        dt = apply_linear(self.dt_proj, made["dt"]) if "dt" in made else torch.zeros_like(x)
+        B, C = (made[name] if name in made else getattr(self, name) for name in ("B", "C"))
+        if self.complex:  # neighbours are the real and imaginary part of a state
+            real = working_dtype(x)
+            B, C = (torch.complex(M[..., ::2].to(real), M[..., 1::2].to(real)) for M in (B, C))
+        return dt, B, C
 
     def init_state(
         self,
@@ -236,7 +282,7 @@ class Mamba(Mixer):
     ) -> MambaState:
         """See `Mixer.init_state`."""
         device = self.in_proj.weight.device if device is None else device
-        ssm_dtype = self.ssm.state_dtype() if self.lti else torch.float32
+        ssm_dtype = self.ssm.state_dtype() if self.lti else torch.complex64 if self.complex else torch.float32
         return MambaState(
             torch.zeros(batch_size, self.d_inner, self.d_conv - 1, dtype=dtype or torch.float32, device=device),
             torch.zeros(batch_size, self.d_inner, self.d_state, dtype=ssm_dtype, device=device),
@@ -255,18 +301,20 @@ class Mamba(Mixer):
             y = self.ssm.step_(x, z, state.ssm)
         else:
             dt, B, C = self._selective(x)
+            # a constant matrix has a row for each channel, as if it were a group of its own
+            constant = (len(x), self.d_inner, self.d_state)
             y = selective_state_update_(
                 state.ssm,
                 x,
                 dt,
-                self.A_log,
-                B,
-                C,
+                self._A() if self.complex else self.A_log,
+                B if "B" in self._widths else B.expand(constant),
+                C if "C" in self._widths else C.expand(constant),
                 D=self.D,
                 z=z,
-                dt_bias=self.dt_proj.bias,
+                dt_bias=self._dt_bias(),
                 dt_softplus=True,
-                A_is_log=True,
+                A_is_log=not self.complex,
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)
 

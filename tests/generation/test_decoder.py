@@ -17,7 +17,15 @@ from mambaseq.generation import Decoder, decode, generate
 from mambaseq.models import SequenceModel, causal_lm
 
 VOCABULARY = 29
-MIXERS = [("mamba", {}), ("mamba", {"d_state": 20, "d_conv": 2}), ("mamba", {"lti": True}), ("s4d", {})]
+MIXERS = [
+    ("mamba", {}),
+    ("mamba", {"d_state": 20, "d_conv": 2}),
+    ("mamba", {"lti": True}),
+    ("mamba", {"selective_B": False, "complex": True}),
+    ("s4d", {}),
+    ("h3", {}),
+    ("rwkv4", {}),
+]
 
 
 def make(mixer: str = "mamba", d_model: int = 16, **options: Any) -> SequenceModel:

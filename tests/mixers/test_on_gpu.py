@@ -13,7 +13,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
 ]
-CASES = [("mamba", {}), ("mamba", {"d_state": 20}), ("mamba", {"lti": True}), ("s4d", {})]
+CASES = [
+    ("mamba", {}),
+    ("mamba", {"d_state": 20}),
+    ("mamba", {"lti": True}),
+    ("mamba", {"complex": True, "selective_dt": False}),
+    ("mamba", {"selective_B": False}),
+    ("s4d", {}),
+    ("h3", {"head_dim": 2}),
+    ("rwkv4", {}),
+]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -12,6 +12,9 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 3, "d_conv": 2, "expand": 1, "conv_bias": False, "bias": True, "dt_rank": 2},
         {"lti": True},
         {"lti": True, "lti_complex": False, "lti_init": "real"},
+        {"selective_dt": False, "selective_C": False, "A_init": "random"},
+        {"selective_B": False, "complex": True, "dt_rank": 3},
+        {"selective_dt": False, "selective_B": False, "selective_C": False, "A_init": "constant"},
     ],
     "s4d": [
         {},
@@ -19,6 +22,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"init": "legs", "mode": "fft"},
         {"real": True, "init": "real", "mode": "scan"},
     ],
+    "h3": [
+        {},
+        {"d_state": 5, "head_dim": 3, "shift_width": 7, "bias": False},
+    ],
+    "rwkv4": [{}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")

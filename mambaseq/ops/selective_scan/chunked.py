@@ -1,12 +1,8 @@
 """The selective scan in PyTorch alone: any device, any dtype, real or complex.
 
-Time is cut into chunks. In a chunk all states are found at once by the associative scan of
-
-    (a2, b2) ∘ (a1, b1) = (a1 a2, a2 b1 + b2)
-
-with Brent and Kung's tree (1982): twice the work of a loop in a logarithmic number of steps. It multiplies
-decays and never divides by them, so neither fast nor slow decay loses digits. The backward pass recomputes
-chunk by chunk from the states at the chunks' beginnings, so memory grows with `length / chunk` states.
+Time is cut into chunks. In a chunk all states are found at once by an associative scan (`mambaseq.ops.recurrence`).
+The backward pass recomputes chunk by chunk from the states at the chunks' beginnings, so memory grows with
+`length / chunk` states.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.recurrence import linear_scan_
 from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
@@ -118,7 +115,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradi
             ending, index = _inside(packing, packing.ends - 1, start, end)
             dh[0].index_add_(0, index, torch.where(ending, dfinal, 0))
         back = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, 1:].flip(1)], dim=1)
-        dh = _scan_(back, dh.flip(1)).flip(1)
+        dh = linear_scan_(back, dh.flip(1)).flip(1)
         carry = kept[:, 0] * dh[:, 0]
         if packing is not None:
             starting, index = _inside(packing, packing.starts, start, end)
@@ -224,27 +221,11 @@ def _states(
         h += torch.where(first, decay[0] * begin, 0)
         kept = decay.masked_fill(first, 0)
     h[:, 0] += kept[:, 0] * state
-    h = _scan_(kept, h)
+    h = linear_scan_(kept, h)
     entering = torch.cat([state[:, None], h[:, :-1]], dim=1)
     if first is not None:
         entering = torch.where(first, begin, entering)
     return _Chunk(u, raw, delta, B, C, decay, first, entering, h)
-
-
-def _scan_(decay: Tensor, h: Tensor) -> Tensor:
-    """h_t ← decay_t h_{t-1} + h_t along axis 1, in place; `decay` is overwritten."""
-    length = h.shape[1]
-    stride = 1
-    while stride < length:
-        to, by = slice(2 * stride - 1, None, 2 * stride), slice(stride - 1, length - stride, 2 * stride)
-        h[:, to] += decay[:, to] * h[:, by]
-        decay[:, to] *= decay[:, by]
-        stride *= 2
-    while stride > 1:
-        stride //= 2
-        to, by = slice(3 * stride - 1, None, 2 * stride), slice(2 * stride - 1, length - stride, 2 * stride)
-        h[:, to] += decay[:, to] * h[:, by]
-    return h
 
 
 def _read_out(chunk: _Chunk, D: Tensor | None) -> Tensor:
