@@ -73,6 +73,9 @@ CORE: dict[str, Entries] = {
     "mixers": {
         "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
+        "attention": ("mambaseq.mixers.attention:Attention", "causal multi-head self-attention, RoPE, grouped KV"),
+        "mlp": ("mambaseq.mixers.mlp:MLP", "position-wise SwiGLU or GELU layer, to stand between other mixers"),
+        "hyena": ("mambaseq.mixers.hyena:Hyena", "gated long convolutions with implicit filters"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),
