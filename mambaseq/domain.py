@@ -78,6 +78,9 @@ CORE: dict[str, Entries] = {
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
         "h3": ("mambaseq.mixers.h3:H3", "H3: shift and diagonal state spaces between multiplicative gates"),
         "rwkv4": ("mambaseq.mixers.rwkv4:RWKV4", "RWKV-4 time mixing: token shift, WKV with decay and bonus a channel"),
+        "attention": ("mambaseq.mixers.attention:Attention", "causal multi-head self-attention, RoPE, grouped KV"),
+        "mlp": ("mambaseq.mixers.mlp:MLP", "position-wise SwiGLU or GELU layer, to stand between other mixers"),
+        "hyena": ("mambaseq.mixers.hyena:Hyena", "gated long convolutions with implicit filters"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 class State:
     """What a mixer remembers of the past: a value of tensors whose first dimension is the sequence.
 
-    Saved, copied, forked and resumed like any value; `forward` never changes the one that it was given.
+    Saved, copied, forked and resumed like any value; `forward` never changes the one that it was given. A field that
+    is no tensor (a bound on lengths, say) holds for all sequences alike and is handed on as it is.
     """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A state whose every tensor is `function(tensor)`."""
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(**{n: function(value) if isinstance(value, Tensor) else value for n, value in values.items()})
 
     def clone(self) -> Self:
         """A copy that shares no memory with this one."""
@@ -40,7 +42,8 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 class Mixer(nn.Module, abc.ABC):

@@ -45,13 +45,15 @@ class OptimizerConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices with weight decay; vectors, biases and `NO_DECAY` without. Shared ones count once."""
+    """Two groups: matrices with weight decay; vectors, biases, `NO_DECAY` and the parameters of modules that declare
+    `has_weight_decay = False` without. Shared ones count once."""
     decay: dict[int, nn.Parameter] = {}
     rest: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        decays = getattr(module, "has_weight_decay", True)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                group = rest if parameter.ndim < 2 or name in NO_DECAY else decay
+                group = decay if decays and parameter.ndim >= 2 and name not in NO_DECAY else rest
                 group[id(parameter)] = parameter
     return [
         {"params": list(decay.values()), "weight_decay": weight_decay},

@@ -27,6 +27,14 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 5, "head_dim": 3, "shift_width": 7, "bias": False},
     ],
     "rwkv4": [{}],
+    "attention": [
+        {},
+        {"n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "bias": True},
+        {"n_heads": 3, "rope": False, "window": 5},
+        {"n_heads": 3, "n_kv_heads": 1, "head_dim": 8, "rope_theta": 100.0, "window": 16},
+    ],
+    "mlp": [{}, {"activation": "gelu", "hidden": 20, "bias": True}],
+    "hyena": [{}, {"order": 3, "short_conv": 2, "l_max": 40, "emb_dim": 3, "bias": False}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")
