@@ -73,6 +73,7 @@ CORE: dict[str, Entries] = {
     "mixers": {
         "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
+        "s4": ("mambaseq.mixers.s4:S4", "S4: diagonal plus low-rank systems from HiPPO-LegS"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -19,6 +19,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"init": "legs", "mode": "fft"},
         {"real": True, "init": "real", "mode": "scan"},
     ],
+    "s4": [{}, {"d_state": 3, "n_ssm": 2, "mode": "fft"}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")

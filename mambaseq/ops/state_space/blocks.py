@@ -124,11 +124,11 @@ def _layout(arguments: StateSpaceArguments) -> _Layout:
     while steps < min(typical, _LONGEST):
         steps *= 2
     if arguments.cu_seqlens is None:
-        each = -(-length // steps)
-        numbers, one = torch.arange(batch * each, device=device), torch.arange(batch, device=device)
-        first = (numbers % each == 0)[:, None]
-        rest = torch.full((batch, 1), length - (each - 1) * steps, device=device)
-        return _Layout(steps, batch * each, None, first, numbers // each, (one + 1) * each - 1, rest)
+        per_row = -(-length // steps)
+        numbers = torch.arange(batch * per_row, device=device)
+        first = (numbers % per_row == 0)[:, None]
+        rest = torch.full((batch, 1), length - (per_row - 1) * steps, device=device)
+        return _Layout(steps, batch * per_row, None, first, numbers // per_row, numbers[per_row - 1 :: per_row], rest)
     # room for any packing, so that nothing waits for the device
     blocks = length // steps + count
     bounds = arguments.cu_seqlens.long()
