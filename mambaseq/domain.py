@@ -74,6 +74,9 @@ CORE: dict[str, Entries] = {
         "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
         "s4": ("mambaseq.mixers.s4:S4", "S4: diagonal plus low-rank systems from HiPPO-LegS"),
+        "s5": ("mambaseq.mixers.s5:S5", "S5: one diagonal system of many inputs and outputs"),
+        "lssl": ("mambaseq.mixers.lssl:LSSL", "LSSL: full HiPPO matrices, LegS or LegT, fixed or trained"),
+        "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -18,14 +18,14 @@ from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.state_space.generating import dplr_kernel
 
-Mode = Literal["fft", "blocks"]
+Mode = Literal["blocks", "fft"]
 
 
 class DPLRSystem:
     """h' = A h + B x, y = 2 Re(C h) with A = diag(diagonal) - P P^*, discretised by the bilinear rule with steps of dt.
 
-    One half of the conjugate pairs is kept, so that P^* h is 2 Re of its half. All `(channels, d_state)` and complex;
-    dt `(channels, 1)`. Steps cost d_state each (Woodbury's identity; arXiv:2111.00396, appendix C.2).
+    One half of the conjugate pairs is kept, so that P^* h is 2 Re of its half. All `(channels, d_state)` and
+    complex128; dt `(channels, 1)`. A step costs d_state (Woodbury's identity; arXiv:2111.00396, appendix C.2).
     """
 
     def __init__(self, dt: Tensor, diagonal: Tensor, P: Tensor, B: Tensor, C: Tensor) -> None:
@@ -37,7 +37,7 @@ class DPLRSystem:
     def increment(self, h: Tensor, x: Tensor) -> Tensor:
         """h_t - h_{t-1} for h_{t-1} `(…, channels, d_state)` and x_t `(…, channels)`.
 
-        (1 - dt/2 A)^-1 dt (A h + B x): added to h, it keeps the digits that a small dt A has, and Abar near 1 has not.
+        It is (1 - dt/2 A)^-1 dt (A h + B x).
         """
         change = self.diagonal * h - self.P * (2 * (self.P.conj() * h).sum(-1, keepdim=True).real)
         change = self.inverse * self.dt * (change + self.B * x[..., None])
@@ -61,9 +61,7 @@ class DPLRSSM(nn.Module):
     """A bank of single-input single-output systems, one a channel, `n_ssm` of them with a diagonal, P and B of their
     own; see `S4`."""
 
-    def __init__(
-        self, channels: int, d_state: int, n_ssm: int, dt_min: float, dt_max: float, mode: Mode | None
-    ) -> None:
+    def __init__(self, channels: int, d_state: int, n_ssm: int, dt_min: float, dt_max: float, mode: Mode) -> None:
         super().__init__()
         self.channels, self.d_state, self.n_ssm, self.mode = channels, d_state, n_ssm, mode
         order = 2 * d_state
@@ -78,17 +76,17 @@ class DPLRSSM(nn.Module):
         self.C = nn.Parameter(torch.randn(channels, d_state, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.ones(channels))
 
-    def system(self, dtype: torch.dtype) -> DPLRSystem:
-        """Computed in `dtype`, float64 or float32."""
+    def system(self) -> DPLRSystem:
+        """Computed in float64."""
 
         def of_channels(value: Tensor) -> Tensor:
             copies = self.channels // self.n_ssm
-            return value.to(dtype)[:, None].expand(-1, copies, *value.shape[1:]).flatten(0, 1)
+            return value.double()[:, None].expand(-1, copies, *value.shape[1:]).flatten(0, 1)
 
         diagonal = torch.complex(-torch.exp(of_channels(self.A_log_real)), of_channels(self.A_imag))
         P, B = (torch.view_as_complex(of_channels(value).contiguous()) for value in (self.P, self.B))
-        C = torch.view_as_complex(self.C.to(dtype).contiguous())
-        return DPLRSystem(self.log_dt.to(dtype).exp()[:, None], diagonal, P, B, C)
+        C = torch.view_as_complex(self.C.double())
+        return DPLRSystem(self.log_dt.double().exp()[:, None], diagonal, P, B, C)
 
     def forward(
         self,
@@ -98,7 +96,7 @@ class DPLRSSM(nn.Module):
         return_state: bool = False,
     ) -> Any:
         """x `(batch, length, channels)` to y, or `(y, state)` with state `(sequences, channels, d_state)`."""
-        system = self.system(torch.float64)
+        system = self.system()
         real = working_dtype(x)
         skip = self.D.to(real) * x
         if self.mode == "fft" and state is None and cu_seqlens is None and not return_state:
@@ -125,10 +123,11 @@ class DPLRSSM(nn.Module):
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """x `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""
-        system = self.system(state.real.dtype)
-        u = x.to(state.real.dtype)
-        state.add_(system.increment(state, u))
-        return (2 * (state * system.C).sum(-1).real + self.D.to(u.dtype) * u).to(x.dtype)
+        # in float64, since A h is a difference of two that are larger where states are many
+        system, h = self.system(), state.to(torch.complex128)
+        h = h + system.increment(h, x.double())
+        state.copy_(h)
+        return (2 * (h * system.C).sum(-1).real + self.D.double() * x).to(x.dtype)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -146,8 +145,8 @@ class S4(LTILayer):
         d_state: states a channel, one half of the conjugate pairs.
         n_ssm: how many A and B there are; each is shared by d_model / n_ssm channels, whose dt and C are their own.
         dt_min, dt_max: range of the initial step size.
-        mode: "fft", a convolution whose kernel comes from the generating function, as published; "blocks", the
-            recurrence over blocks of time, which packed sequences and states always take; None for the faster.
+        mode: "blocks", the recurrence over blocks of time; "fft", as published a convolution with a kernel from the
+            generating function, except for packed sequences and states: the slower, by far where sequences are long.
     """
 
     def __init__(
@@ -157,11 +156,11 @@ class S4(LTILayer):
         n_ssm: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
-        mode: Mode | None = None,
+        mode: Mode = "blocks",
     ) -> None:
         check_sizes("s4", d_model=d_model, d_state=d_state, n_ssm=n_ssm)
         if d_model % n_ssm:
             raise ConfigError(f"s4: n_ssm must divide d_model, and {n_ssm} does not divide {d_model}.")
-        if mode not in (None, "fft", "blocks"):
-            raise ConfigError(f"s4: mode is fft, blocks or null, not {mode!r}.")
+        if mode not in ("blocks", "fft"):
+            raise ConfigError(f"s4: mode is blocks or fft, not {mode!r}.")
         super().__init__("s4", d_model, DPLRSSM(d_model, d_state, n_ssm, dt_min, dt_max, mode))

@@ -20,6 +20,9 @@ VARIANTS: dict[str, list[dict]] = {
         {"real": True, "init": "real", "mode": "scan"},
     ],
     "s4": [{}, {"d_state": 3, "n_ssm": 2, "mode": "fft"}],
+    "s5": [{}, {"d_state": 6, "blocks": 1}],
+    "lssl": [{}, {"d_state": 5, "outputs": 2, "measure": "legt", "trainable_A": True, "alpha": 1.0}],
+    "lmu": [{}, {"d_state": 6, "d_memory": 1, "theta": 20.0, "d_hidden": 7, "activation": "tanh"}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")
