@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
 ]
 CASES = [("mamba", {}), ("mamba", {"d_state": 20}), ("mamba", {"lti": True}), ("s4d", {})]
+CASES += [("s4", {}), ("s4", {"mode": "fft"}), ("s5", {}), ("lssl", {}), ("lmu", {})]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
