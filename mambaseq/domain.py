@@ -81,6 +81,10 @@ CORE: dict[str, Entries] = {
         "attention": ("mambaseq.mixers.attention:Attention", "causal multi-head self-attention, RoPE, grouped KV"),
         "mlp": ("mambaseq.mixers.mlp:MLP", "position-wise SwiGLU or GELU layer, to stand between other mixers"),
         "hyena": ("mambaseq.mixers.hyena:Hyena", "gated long convolutions with implicit filters"),
+        "s4": ("mambaseq.mixers.s4:S4", "S4: diagonal plus low-rank systems from HiPPO-LegS"),
+        "s5": ("mambaseq.mixers.s5:S5", "S5: one diagonal system of many inputs and outputs"),
+        "lssl": ("mambaseq.mixers.lssl:LSSL", "LSSL: full HiPPO matrices, LegS or LegT, fixed or trained"),
+        "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -19,6 +19,7 @@ from mambaseq.ops.lti.arguments import LtiArguments
 from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
+from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
 SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
@@ -129,6 +130,12 @@ def _lti(normal: Normal, batch: int, length: int, channels: int) -> LtiArguments
     return LtiArguments(normal(batch, length, channels), decay, normal(channels, D_STATE), normal(channels, D_STATE))
 
 
+def _state_space(normal: Normal, batch: int, length: int, channels: int) -> StateSpaceArguments:
+    A = 0.4 * D_STATE**-0.5 * normal(channels, D_STATE, D_STATE)
+    C = normal(channels, 1, D_STATE)
+    return StateSpaceArguments(normal(batch, length, channels), A, normal(channels, D_STATE), C)
+
+
 def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
     x, residual = normal(batch, length, channels), normal(batch, length, channels)
     return AddNormArguments(x, residual, normal(channels))
@@ -149,6 +156,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "selective_scan": _scan,
     "causal_conv": _conv,
     "lti_scan": _lti,
+    "state_space_scan": _state_space,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
     "linear_cross_entropy": _loss,

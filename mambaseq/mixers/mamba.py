@@ -298,7 +298,7 @@ class Mamba(Mixer):
         x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
         x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         if self.lti:
-            y = self.ssm.step_(x, z, state.ssm)
+            y = self.ssm.step_(x, state.ssm, z)
         else:
             dt, B, C = self._selective(x)
             # a constant matrix has a row for each channel, as if it were a group of its own

@@ -6,16 +6,15 @@ arXiv:2206.11893. Trained as a convolution by FFT, generated as a recurrence; th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
-from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.hippo import legs_normal
+from mambaseq.mixers.lti_layer import LTILayer, check_sizes, log_uniform_dt
 from mambaseq.ops import lti_scan
 from mambaseq.ops.step import lti_update_
 
@@ -40,11 +39,7 @@ def initial_A(init: Init, d_state: int, real: bool) -> Tensor:
     elif init == "inv":
         imag = order / math.pi * (order / (2 * n + 1) - 1)
     elif init == "legs":
-        k = torch.arange(order, dtype=torch.float64)
-        scale = torch.sqrt((2 * k[:, None] + 1) * (2 * k[None, :] + 1)) / 2
-        skew = torch.where(k[:, None] > k[None, :], -scale, torch.where(k[:, None] < k[None, :], scale, 0.0))
-        # eigenvalues of a real skew-symmetric matrix come in conjugate pairs +-i w
-        imag = torch.linalg.eigvalsh(skew * -1j).sort().values[d_state:]
+        imag = legs_normal(order)[0].imag
     else:
         raise ConfigError(f"init 'real' needs a real A (real: true), and {init!r} is not one of lin, inv, legs.")
     return torch.complex(torch.full((d_state,), -0.5), imag.float())
@@ -74,7 +69,7 @@ class DiagonalSSM(nn.Module):
         self.discretization: Literal["zoh", "bilinear"] = discretization
         self.mode: Literal["fft", "scan"] | None = mode
         A = initial_A("real" if real else init, d_state, real)
-        self.log_dt = nn.Parameter(torch.rand(channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+        self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
         self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))
         if not real:
             self.A_imag = nn.Parameter(A.imag.repeat(channels, 1))
@@ -116,23 +111,20 @@ class DiagonalSSM(nn.Module):
             mode=self.mode,
         )
 
-    def step_(self, x: Tensor, z: Tensor | None, state: Tensor) -> Tensor:
+    def step_(self, x: Tensor, state: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""
         dt, A, B, C = self.system()
         return lti_update_(state, x, dt, A, B, C, D=self.D, z=z, discretization=self.discretization)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.channels, self.d_state
 
     def state_dtype(self) -> torch.dtype:
         return torch.float32 if self.real else torch.complex64
 
 
-@dataclasses.dataclass
-class S4DState(State):
-    """ssm `(batch, channels, d_state)`: complex64, or fp32 where A is real."""
-
-    ssm: Tensor
-
-
-class S4D(Mixer):
+class S4D(LTILayer):
     """S4D layer: diagonal systems, GELU, and a gated linear output that mixes channels.
 
     Args:
@@ -156,9 +148,8 @@ class S4D(Mixer):
         dt_max: float = 0.1,
         mode: Literal["fft", "scan"] | None = None,
     ) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.ssm = DiagonalSSM(
+        check_sizes("s4d", d_model=d_model, d_state=d_state)
+        ssm = DiagonalSSM(
             d_model,
             d_state,
             init=init,
@@ -168,39 +159,4 @@ class S4D(Mixer):
             dt_max=dt_max,
             mode=mode,
         )
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self, x: Tensor, state: S4DState | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
-    ) -> Any:
-        """See `Mixer.forward`."""
-        if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state("s4d", state, S4DState, x.device, ssm=(sequences, self.d_model, self.ssm.d_state))
-        initial = None if state is None else state.ssm
-        y = self.ssm(x, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
-        if not return_state:
-            return self._output(y)
-        y, ssm_state = y
-        return self._output(y), S4DState(ssm_state)
-
-    def _output(self, y: Tensor) -> Tensor:
-        return F.glu(self.out_proj(F.gelu(y)), dim=-1)
-
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> S4DState:
-        """See `Mixer.init_state`."""
-        device = self.ssm.D.device if device is None else device
-        shape = (batch_size, self.d_model, self.ssm.d_state)
-        return S4DState(torch.zeros(shape, dtype=self.ssm.state_dtype(), device=device))
-
-    @torch.no_grad()
-    def step_(self, x: Tensor, state: S4DState) -> Tensor:
-        """See `Mixer.step_`."""
-        return self._output(self.ssm.step_(x[:, 0], None, state.ssm)).unsqueeze(1)
+        super().__init__("s4d", d_model, ssm)

@@ -8,6 +8,7 @@ from mambaseq.ops import lti as _lti
 from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
 from mambaseq.ops import wkv as _wkv
+from mambaseq.ops import state_space as _state_space
 from mambaseq.ops.dispatch import Op
 
 OPS: dict[str, Op] = {
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
         _wkv.OP,
+        _state_space.OP,
     )
 }
 
@@ -30,6 +32,7 @@ linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
 wkv = _wkv.wkv
+state_space_scan = _state_space.state_space_scan
 
 __all__ = [
     "OPS",
@@ -40,4 +43,5 @@ __all__ = [
     "lti_scan",
     "selective_scan",
     "wkv",
+    "state_space_scan",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from mambaseq.errors import ConfigError
 
 # dynamics are never pulled towards zero: decay of A_log, D or dt would change the memory that was learned
-NO_DECAY = {"A_log", "A_log_real", "A_imag", "log_dt", "D"}
+NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "P", "log_dt", "D"}
 
 
 @dataclasses.dataclass

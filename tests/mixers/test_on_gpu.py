@@ -26,6 +26,7 @@ CASES = [
 CASES = [("mamba", {}), ("mamba", {"d_state": 20}), ("mamba", {"lti": True}), ("s4d", {})]
 CASES += [("attention", {}), ("attention", {"n_heads": 6, "n_kv_heads": 2, "window": 50})]
 CASES += [("mlp", {}), ("hyena", {"l_max": 300})]
+CASES += [("s4", {}), ("s4", {"mode": "fft"}), ("s5", {}), ("lssl", {}), ("lmu", {})]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

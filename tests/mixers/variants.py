@@ -35,6 +35,10 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "mlp": [{}, {"activation": "gelu", "hidden": 20, "bias": True}],
     "hyena": [{}, {"order": 3, "short_conv": 2, "l_max": 40, "emb_dim": 3, "bias": False}],
+    "s4": [{}, {"d_state": 3, "n_ssm": 2, "mode": "fft"}],
+    "s5": [{}, {"d_state": 6, "blocks": 1}],
+    "lssl": [{}, {"d_state": 5, "outputs": 2, "measure": "legt", "trainable_A": True, "alpha": 1.0}],
+    "lmu": [{}, {"d_state": 6, "d_memory": 1, "theta": 20.0, "d_hidden": 7, "activation": "tanh"}],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")

@@ -1,0 +1,91 @@
+"""What the layers around a time-invariant system share: their state, GELU, and a gated linear output."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer, State, check_state
+
+
+@dataclasses.dataclass
+class LTIState(State):
+    """ssm `(batch, …)`: the system's state, fp32 or complex64."""
+
+    ssm: Tensor
+
+
+class LTILayer(Mixer):
+    """A linear system, GELU, and a linear output that is gated by its other half and mixes channels (GLU).
+
+    ssm has `state_shape`, `state_dtype()`; `forward(x, state=, cu_seqlens=, return_state=)` of x `(batch, length,
+    d_model)` and the state's tensor `(sequences, *state_shape)`; `step_(x, state)` of x `(batch, d_model)`, which
+    changes the state in place.
+    """
+
+    def __init__(self, name: str, d_model: int, ssm: nn.Module) -> None:
+        super().__init__()
+        self.name, self.d_model = name, d_model
+        self.ssm: Any = ssm
+        self.out_proj = self._make_output()
+        nn.init.zeros_(self.out_proj.bias)
+
+    def _make_output(self) -> nn.Linear:
+        return nn.Linear(self.d_model, 2 * self.d_model)
+
+    def _output(self, y: Tensor) -> Tensor:
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1)
+
+    def forward(
+        self, x: Tensor, state: LTIState | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
+    ) -> Any:
+        """See `Mixer.forward`."""
+        if state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            check_state(self.name, state, LTIState, x.device, ssm=(sequences, *self.ssm.state_shape))
+        initial = None if state is None else state.ssm
+        y = self.ssm(x, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
+        if not return_state:
+            return self._output(y)
+        y, ssm_state = y
+        return self._output(y), LTIState(ssm_state)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LTIState:
+        """See `Mixer.init_state`."""
+        device = self.out_proj.weight.device if device is None else device
+        shape = (batch_size, *self.ssm.state_shape)
+        return LTIState(torch.zeros(shape, dtype=self.ssm.state_dtype(), device=device))
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: LTIState) -> Tensor:
+        """See `Mixer.step_`."""
+        return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)
+
+
+def log_uniform_dt(size: int, dt_min: float, dt_max: float) -> Tensor:
+    """`(size,)` logarithms of step sizes, uniform between those of dt_min and dt_max.
+
+    Raises ConfigError unless 0 < dt_min <= dt_max.
+    """
+    if not 0 < dt_min <= dt_max:
+        raise ConfigError(f"dt_min must be above 0 and at most dt_max, not {dt_min} and {dt_max}.")
+    return torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    """Raise ConfigError unless all are positive."""
+    for key, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name}: {key} must be positive, not {value}.")
