@@ -7,6 +7,7 @@ from mambaseq.ops import linear_cross_entropy as _linear_cross_entropy
 from mambaseq.ops import lti as _lti
 from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
+from mambaseq.ops import ssd as _ssd
 from mambaseq.ops.dispatch import Op
 
 OPS: dict[str, Op] = {
@@ -15,6 +16,7 @@ OPS: dict[str, Op] = {
         _selective_scan.OP,
         _causal_conv.OP,
         _lti.OP,
+        _ssd.OP,
         _norm.ADD_OP,
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
@@ -27,6 +29,7 @@ gated_rms_norm = _norm.gated_rms_norm
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
+ssd = _ssd.ssd
 
 __all__ = [
     "OPS",
@@ -36,4 +39,5 @@ __all__ = [
     "linear_cross_entropy",
     "lti_scan",
     "selective_scan",
+    "ssd",
 ]
