@@ -73,6 +73,9 @@ CORE: dict[str, Entries] = {
     "mixers": {
         "mamba": ("mambaseq.mixers.mamba:Mamba", "Mamba-1 (S6), selective; `lti: true` makes it time-invariant"),
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
+        "mamba2": ("mambaseq.mixers.mamba2:Mamba2", "Mamba-2 (SSD): a decay a head, larger states"),
+        "retention": ("mambaseq.mixers.retention:Retention", "RetNet's retention: fixed decays, rotated keys"),
+        "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "causal linear attention, elu + 1"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -37,6 +37,13 @@ class MambaState(State):
 _LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
+def initial_dt_bias(channels: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
+    """`(channels,)`, whose softplus is log-uniform in [dt_min, dt_max] and not below the floor."""
+    dt = torch.exp(torch.rand(channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+    dt = dt.clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
+
+
 class BiaslessLinear(nn.Linear):
     """A linear map whose bias is added elsewhere (in fp32, inside of the scan). Stays a module call, so that
     adapters wrapped around it are not bypassed."""
@@ -126,10 +133,8 @@ class Mamba(Mixer):
 
     def _init_dt(self, dt_min: float, dt_max: float, floor: float) -> None:
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt = torch.exp(torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
-        dt = dt.clamp(min=floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner, dt_min, dt_max, floor))
 
     def forward(
         self,

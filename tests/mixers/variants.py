@@ -19,6 +19,20 @@ VARIANTS: dict[str, list[dict]] = {
         {"init": "legs", "mode": "fft"},
         {"real": True, "init": "real", "mode": "scan"},
     ],
+    "mamba2": [
+        {},
+        {"d_state": 5, "d_conv": 2, "expand": 1, "head_dim": 2, "n_groups": 3, "conv_bias": False, "bias": True},
+        {"d_state": 8, "head_dim": 4, "norm_before_gate": True, "chunk_size": 16},
+    ],
+    "retention": [
+        {},
+        {"n_heads": 2, "expand_v": 1, "chunk_size": 16},
+        {"n_heads": 6, "expand_v": 4, "rotary_base": 100.0, "bias": True},
+    ],
+    "linear_attention": [
+        {},
+        {"n_heads": 3, "chunk_size": 16, "bias": True},
+    ],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")
