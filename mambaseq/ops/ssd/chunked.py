@@ -6,7 +6,8 @@ Section 6 of Dao & Gu 2024 (arXiv:2405.21060). Of a chunk, the outputs that its 
 `length / chunk_size` states.
 
 Decays are summed in float64 and exponentiated as differences inside of a chunk, so neither strong decay nor a long
-sequence costs digits. Everything else is in the working precision, under autocast too.
+sequence costs digits. Everything else is in the working precision, under autocast too (matrix products of float32
+on a GPU as `torch.set_float32_matmul_precision` says).
 
 Packed sequences are padded to whole chunks; how many chunks there might be follows from the shapes alone, so that
 nothing waits for the device.
@@ -71,7 +72,8 @@ def _run(given: SsdArguments) -> tuple[Tensor, Tensor]:
     u = in_chunks(dt[..., None] * x.to(wide)).unflatten(3, (groups, -1))  # b c q g r p
     B_in, C_in = (in_chunks(M.to(wide)).transpose(2, 3) for M in (B, C))  # b c g q n
     log_decay = in_chunks(dt * A.to(wide)).double().unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # b c g r q
-    decay = _segment_decay(log_decay, wide)  # b c g r q k
+    sums = _sums(log_decay)  # b c g r q
+    decay = _segment_decay(sums, wide)  # b c g r q k
     scores = (C_in @ B_in.mT).unsqueeze(3) * decay
     y = (scores @ u.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)  # b c q g r p
 
@@ -79,19 +81,20 @@ def _run(given: SsdArguments) -> tuple[Tensor, Tensor]:
     states = B_in.mT @ (u * to_end[..., None]).transpose(2, 3).flatten(4)  # b c g n rp
     states = states.unflatten(4, (-1, head_dim)).permute(0, 2, 4, 1, 3, 5).flatten(4)  # b g r c np
     if initial is not None:
-        initial = initial.to(wide).reshape(batch, -1, groups, heads // groups, head_dim, d_state)
+        initial = initial.to(wide).reshape(batch, len(layout.begin), groups, heads // groups, head_dim, d_state)
         initial = initial.permute(0, 2, 3, 1, 5, 4).flatten(4)  # b g r sequences np
-    entering, final = _pass_on(log_decay.sum(-1).permute(0, 2, 3, 1), states, initial, layout)
+    entering, final = _pass_on(sums[..., -1].permute(0, 2, 3, 1), states, initial, layout)
 
     entering = entering.unflatten(4, (d_state, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4)  # b c g n rp
-    from_start = log_decay.cumsum(-1).to(wide).exp().transpose(3, 4)  # b c g q r
+    from_start = sums.to(wide).exp().transpose(3, 4)  # b c g q r
     y_entered = (C_in @ entering).unflatten(4, (-1, head_dim)) * from_start[..., None]  # b c g q r p
     y = (y + y_entered.transpose(2, 3)).flatten(3, 4).flatten(1, 2)  # b, length and padding, heads, head_dim
     y = y[:, :length] if layout.place is None else y.index_select(1, layout.place)
     if D is not None:
         y = y + D.to(wide)[:, None] * x.to(wide)
 
-    final = final.unflatten(4, (d_state, -1)).permute(0, 3, 1, 2, 5, 4).reshape(-1, heads, head_dim, d_state)
+    final = final.unflatten(4, (d_state, -1)).permute(0, 3, 1, 2, 5, 4)
+    final = final.reshape(arguments.n_sequences, heads, head_dim, d_state)
     if given.reverse:
         y, final = y.flip(1), final if given.cu_seqlens is None else final.flip(0)
     return y.to(x.dtype), final.contiguous()
@@ -130,31 +133,38 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
     """
     n = v.shape[-2]
     if n <= _WIDTH:
-        return _segment_decay(log_decay, v.dtype, sequence) @ v
+        return _segment_decay(_sums(log_decay), v.dtype, sequence) @ v
     # `_WIDTH` at a time as if nothing came before, then what does come before each of those, by the same scan
     padding = -n % _WIDTH
     log_decay = F.pad(log_decay, (0, padding)).unflatten(-1, (-1, _WIDTH))
     v = F.pad(v, (0, 0, 0, padding)).unflatten(-2, (-1, _WIDTH))
     if sequence is not None:
         sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))
-    own = _segment_decay(log_decay, v.dtype, sequence) @ v
+    sums = _sums(log_decay)
+    own = _segment_decay(sums, v.dtype, sequence) @ v
     last = None if sequence is None else sequence[:, -1]
-    before = F.pad(_scan(log_decay.sum(-1), own[..., -1, :], last), (0, 0, 1, 0))[..., :-1, :]
-    reaching = log_decay.cumsum(-1).to(v.dtype).exp()
+    before = F.pad(_scan(sums[..., -1], own[..., -1, :], last), (0, 0, 1, 0))[..., :-1, :]
+    reaching = sums.to(v.dtype).exp()
     if sequence is not None and last is not None:
         reaching = torch.where(sequence == F.pad(last, (1, 0), value=-1)[:-1, None], reaching, 0)
     h = own + reaching[..., None] * before[..., None, :]
     return h.flatten(-3, -2)[..., :n, :]
 
 
-def _segment_decay(log_decay: Tensor, dtype: torch.dtype, sequence: Tensor | None = None) -> Tensor:
-    """exp of the sum of log_decay over k + 1 ... q at `(..., q, k)`; 0 where k > q or the two sequences differ.
+def _sums(log_decay: Tensor) -> Tensor:
+    """Those up to each one of the last axis, float64. (`cumsum` on a GPU is refused where results must repeat.)"""
+    n = log_decay.shape[-1]
+    return log_decay @ torch.ones(n, n, dtype=log_decay.dtype, device=log_decay.device).triu()
 
-    log_decay `(..., n)`, float64: the difference of its sums is exact to what `dtype` holds. sequence `(..., n)`.
+
+def _segment_decay(sums: Tensor, dtype: torch.dtype, sequence: Tensor | None = None) -> Tensor:
+    """exp of the sum of log-decays over k + 1 ... q at `(..., q, k)`; 0 where k > q or the two sequences differ.
+
+    sums `(..., n)`, float64: their difference is exact to what `dtype` holds. sequence `(..., n)`.
     """
-    sums, n = log_decay.cumsum(-1), log_decay.shape[-1]
+    n = sums.shape[-1]
     exponent = (sums[..., :, None] - sums[..., None, :]).to(dtype)
-    hidden = torch.ones(n, n, dtype=torch.bool, device=log_decay.device).triu(1)
+    hidden = torch.ones(n, n, dtype=torch.bool, device=sums.device).triu(1)
     if sequence is not None:
         hidden = hidden | (sequence[..., :, None] != sequence[..., None, :])
     return exponent.masked_fill(hidden, -torch.inf).exp()

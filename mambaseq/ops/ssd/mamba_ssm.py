@@ -1,6 +1,7 @@
 """The state-space dual of the `mamba-ssm` package (Dao & Gu's Triton kernels), where it can do what is asked.
 
 Taken only when asked for by name: Triton 3.4 to 3.7.0 miscompiles some backward kernels of this kind on Hopper GPUs.
+Where dt is negative, which without the softplus it may be, the package takes it for 0.
 The package is imported when it runs for the first time, never before.
 """
 
