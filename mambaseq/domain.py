@@ -85,6 +85,9 @@ CORE: dict[str, Entries] = {
         "s5": ("mambaseq.mixers.s5:S5", "S5: one diagonal system of many inputs and outputs"),
         "lssl": ("mambaseq.mixers.lssl:LSSL", "LSSL: full HiPPO matrices, LegS or LegT, fixed or trained"),
         "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
+        "mamba2": ("mambaseq.mixers.mamba2:Mamba2", "Mamba-2 (SSD): a decay a head, larger states"),
+        "retention": ("mambaseq.mixers.retention:Retention", "RetNet's retention: fixed decays, rotated keys"),
+        "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "causal linear attention, elu + 1"),
     },
     "backbones": {
         "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),

@@ -20,11 +20,13 @@ from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
+from mambaseq.ops.ssd.arguments import SsdArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
 SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
 VOCABULARY = {"cuda": 16384, "cpu": 1000}
 D_STATE = 16
+HEAD_DIM = 64
 
 Normal = Callable[..., Tensor]
 
@@ -134,6 +136,19 @@ def _state_space(normal: Normal, batch: int, length: int, channels: int) -> Stat
     A = 0.4 * D_STATE**-0.5 * normal(channels, D_STATE, D_STATE)
     C = normal(channels, 1, D_STATE)
     return StateSpaceArguments(normal(batch, length, channels), A, normal(channels, D_STATE), C)
+def _ssd(normal: Normal, batch: int, length: int, channels: int) -> SsdArguments:
+    heads = channels // HEAD_DIM
+    return SsdArguments(
+        x=normal(batch, length, heads, HEAD_DIM),
+        dt=normal(batch, length, heads),
+        A=-normal(heads).abs(),
+        B=normal(batch, length, 1, HEAD_DIM),
+        C=normal(batch, length, 1, HEAD_DIM),
+        D=normal(heads),
+        dt_bias=normal(heads) - 4,
+        dt_softplus=True,
+        wants_final_state=False,
+    )
 
 
 def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
@@ -157,6 +172,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "causal_conv": _conv,
     "lti_scan": _lti,
     "state_space_scan": _state_space,
+    "ssd": _ssd,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
     "linear_cross_entropy": _loss,

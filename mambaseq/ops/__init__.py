@@ -9,6 +9,7 @@ from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
 from mambaseq.ops import wkv as _wkv
 from mambaseq.ops import state_space as _state_space
+from mambaseq.ops import ssd as _ssd
 from mambaseq.ops.dispatch import Op
 
 OPS: dict[str, Op] = {
@@ -17,6 +18,7 @@ OPS: dict[str, Op] = {
         _selective_scan.OP,
         _causal_conv.OP,
         _lti.OP,
+        _ssd.OP,
         _norm.ADD_OP,
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
@@ -33,6 +35,7 @@ lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
 wkv = _wkv.wkv
 state_space_scan = _state_space.state_space_scan
+ssd = _ssd.ssd
 
 __all__ = [
     "OPS",
@@ -44,4 +47,5 @@ __all__ = [
     "selective_scan",
     "wkv",
     "state_space_scan",
+    "ssd",
 ]

@@ -147,11 +147,12 @@ def test_padded_vocabulary_of_the_published_models() -> None:
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="mamba2"):
-        options_from_config({"hidden_size": 8, "model_type": "mamba2"})
+    with pytest.raises(UserError, match="falcon_mamba"):
+        options_from_config({"hidden_size": 8, "model_type": "falcon_mamba"})
     with pytest.raises(UserError, match="hidden_act"):
         options_from_config({"hidden_size": 8, "hidden_act": "gelu"})
-    with pytest.raises(UserError, match="pure Mamba-1"):
-        options_from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba2"}})
+    for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 16}):
+        with pytest.raises(UserError, match="pure Mamba-1 or Mamba-2"):
+            options_from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, **other})
     with pytest.raises(UserError, match=r"config\.json"):
         load_upstream(tmp_path)

@@ -39,6 +39,20 @@ VARIANTS: dict[str, list[dict]] = {
     "s5": [{}, {"d_state": 6, "blocks": 1}],
     "lssl": [{}, {"d_state": 5, "outputs": 2, "measure": "legt", "trainable_A": True, "alpha": 1.0}],
     "lmu": [{}, {"d_state": 6, "d_memory": 1, "theta": 20.0, "d_hidden": 7, "activation": "tanh"}],
+    "mamba2": [
+        {},
+        {"d_state": 5, "d_conv": 2, "expand": 1, "head_dim": 2, "n_groups": 3, "conv_bias": False, "bias": True},
+        {"d_state": 8, "head_dim": 4, "norm_before_gate": True, "chunk_size": 16},
+    ],
+    "retention": [
+        {},
+        {"n_heads": 2, "expand_v": 1, "chunk_size": 16},
+        {"n_heads": 6, "expand_v": 4, "rotary_base": 100.0, "bias": True},
+    ],
+    "linear_attention": [
+        {},
+        {"n_heads": 3, "chunk_size": 16, "bias": True},
+    ],
 }
 CASES = [
     pytest.param(entry.name, options, id=f"{entry.name}-{i}")

@@ -1,0 +1,238 @@
+"""The Mamba-2 block.
+
+Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
+Duality", arXiv:2405.21060, section 7.1 and figure 6 (the parallel block). Parameter names and shapes are those of the
+published checkpoints (`state-spaces/mamba2-*`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.initialisation import initial_dt_bias
+from mambaseq.ops import OPS, causal_conv, gated_rms_norm, ssd
+from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.ssd.step import ssd_update_
+from mambaseq.ops.step import causal_conv_update_
+
+
+@dataclasses.dataclass
+class Mamba2State(State):
+    """conv `(batch, d_inner + 2 * n_groups * d_state, d_conv - 1)`: the last inputs of the convolution, oldest first.
+    ssm `(batch, n_heads, head_dim, d_state)`. Both fp32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class GatedRMSNorm(nn.Module):
+    """`gated_rms_norm` over groups of channels, and its weight."""
+
+    def __init__(self, channels: int, eps: float, group_size: int, norm_before_gate: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x and its gate z, `(..., channels)`, to the same."""
+        return gated_rms_norm(
+            x, z, self.weight, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
+        )
+
+
+class Mamba2(Mixer):
+    """Mamba-2 block: in_proj to (z, x, B, C, dt), causal convolution of (x, B, C), state-space dual, gated norm,
+    out_proj.
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: states a head channel (N); 128 as in the published models, eight times Mamba-1's, at about its cost.
+        d_conv: width of the causal convolution.
+        expand: d_inner = expand * d_model.
+        head_dim: channels a head (P), which share their decay; must divide d_inner. None for d_inner's largest divisor
+            of at most 64, which is 64 for all usual widths.
+        n_groups: groups of heads with B and C of their own; must divide the number of heads, d_inner / head_dim.
+        A_init_range: -A is uniform in it at initialisation.
+        dt_min, dt_max: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_init_floor: no initial dt is below it.
+        norm_before_gate: gate what is normed instead of norming what is gated.
+        eps: epsilon of the gated norm.
+        conv_bias, bias: biases of the convolution and of in_proj and out_proj.
+        chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
+        backend: what runs the state-space dual; None for the fastest that can (see `mambaseq doctor`).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int | None = None,
+        n_groups: int = 1,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        norm_before_gate: bool = False,
+        eps: float = 1e-5,
+        conv_bias: bool = True,
+        bias: bool = False,
+        chunk_size: int = 64,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "d_model": d_model,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "n_groups": n_groups,
+            "chunk_size": chunk_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"mamba2: {name} must be positive, not {size}.")
+        d_inner = expand * d_model
+        if head_dim is None:
+            head_dim = next(size for size in range(min(64, d_inner), 0, -1) if d_inner % size == 0)
+        if head_dim < 1 or d_inner % head_dim:
+            raise ConfigError(
+                f"mamba2: head_dim {head_dim} does not divide expand * d_model = {d_inner}. Set head_dim to a divisor "
+                f"of {d_inner}, leave it out for the largest up to 64, or make d_model or expand larger."
+            )
+        if (d_inner // head_dim) % n_groups:
+            raise ConfigError(
+                f"mamba2: n_groups {n_groups} does not divide the {d_inner // head_dim} heads (expand * d_model / "
+                "head_dim). Set n_groups to a divisor of it, or head_dim to a smaller one."
+            )
+        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
+            raise ConfigError(
+                "mamba2: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
+                f"not {dt_min}, {dt_max}, {dt_init_floor}."
+            )
+        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
+            raise ConfigError(
+                f"mamba2: A_init_range must be two positive numbers, the smaller first, not {A_init_range}."
+            )
+        known = [candidate.name for candidate in OPS["ssd"].backends]
+        if backend is not None and backend not in known:
+            raise ConfigError(
+                f"mamba2: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
+            )
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner, self.head_dim, self.n_groups = d_inner, head_dim, n_groups
+        self.n_heads = d_inner // head_dim
+        self.conv_channels = d_inner + 2 * n_groups * d_state
+        self.chunk_size, self.backend = chunk_size, backend
+        self.in_proj = nn.Linear(d_model, d_inner + self.conv_channels + self.n_heads, bias=bias)
+        self.conv1d = nn.Conv1d(
+            self.conv_channels,
+            self.conv_channels,
+            d_conv,
+            groups=self.conv_channels,
+            padding=d_conv - 1,
+            bias=conv_bias,
+        )
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.n_heads, dt_min, dt_max, dt_init_floor))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(*A_init_range).log())
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = GatedRMSNorm(d_inner, eps, d_inner // n_groups, norm_before_gate)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+        for module in (self.in_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba2State | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """See `Mixer.forward`."""
+        if state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            check_state(
+                "mamba2",
+                state,
+                Mamba2State,
+                x.device,
+                conv=(sequences, self.conv_channels, self.d_conv - 1),
+                ssm=(sequences, self.n_heads, self.head_dim, self.d_state),
+            )
+        z, xBC, dt = self._project(x)
+        xBC = causal_conv(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        xBC, *conv_state = xBC if return_state else (xBC,)
+        x, B, C = self._heads(xBC)
+        y = ssd(
+            x,
+            dt,
+            self._A(x),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+        y, *ssm_state = y if return_state else (y,)
+        y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
+        return (y, Mamba2State(*conv_state, *ssm_state)) if return_state else y
+
+    def _project(self, x: Tensor) -> Any:
+        """The gate, what is convolved, and dt."""
+        return apply_linear(self.in_proj, x).split([self.d_inner, self.conv_channels, self.n_heads], dim=-1)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `(..., heads, head_dim)`, B and C `(..., groups, d_state)`."""
+        width = self.n_groups * self.d_state
+        x, B, C = xBC.split([self.d_inner, width, width], dim=-1)
+        B, C = (M.unflatten(-1, (self.n_groups, self.d_state)) for M in (B, C))
+        return x.unflatten(-1, (self.n_heads, self.head_dim)), B, C
+
+    def _A(self, x: Tensor) -> Tensor:
+        return -torch.exp(self.A_log.to(working_dtype(x)))
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Mamba2State:
+        """See `Mixer.init_state`."""
+        device = self.in_proj.weight.device if device is None else device
+        conv, ssm = (batch_size, self.conv_channels, self.d_conv - 1), (self.n_heads, self.head_dim, self.d_state)
+        return Mamba2State(
+            torch.zeros(conv, dtype=dtype or torch.float32, device=device),
+            torch.zeros(batch_size, *ssm, dtype=torch.float32, device=device),
+        )
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """See `Mixer.step_`."""
+        z, xBC, dt = self._project(x[:, 0])
+        xBC = causal_conv_update_(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        x, B, C = self._heads(xBC)
+        y = ssd_update_(state.ssm, x, dt, self._A(x), B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
+        return apply_linear(self.out_proj, self.norm(y.flatten(-2), z)).unsqueeze(1)

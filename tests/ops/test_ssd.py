@@ -1,0 +1,232 @@
+"""The state-space dual: every backend equals the reference, the reference its matrix, one step the whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+
+from mambaseq.ops import OPS, selective_scan, ssd
+from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
+from mambaseq.ops.ssd import chunked
+from mambaseq.ops.ssd.arguments import SsdArguments
+from mambaseq.ops.ssd.step import ssd_update_
+
+OP = OPS["ssd"]
+BACKENDS = [backend.name for backend in OP.backends if backend.name != "reference"]
+
+
+def drawn(
+    label: str, batch: int, length: int, *, heads: int = 4, groups: int = 2, rate: float = 1.0, chunk_size: int = 32
+) -> SsdArguments:
+    """rate: of the decay; a step is about 0.05 to 0.5."""
+    draw = Draw(label)
+    return SsdArguments(
+        x=draw.normal(batch, length, heads, 5),
+        dt=draw.normal(batch, length, heads),
+        A=-rate * draw.uniform(0.5, 2, heads),
+        B=draw.normal(batch, length, groups, 6),
+        C=draw.normal(batch, length, groups, 6),
+        D=draw.normal(heads),
+        dt_bias=draw.normal(heads) - 1.5,
+        dt_softplus=True,
+        initial_state=draw.normal(batch, heads, 5, 6),
+        chunk_size=chunk_size,
+    )
+
+
+def packed(arguments: SsdArguments, *bounds: int) -> SsdArguments:
+    heads, head_dim = arguments.x.shape[2:]
+    state = Draw("states").normal(len(bounds) - 1, heads, head_dim, arguments.B.shape[3])
+    return arguments._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32), initial_state=state)
+
+
+CASES: dict[str, Callable[[], SsdArguments]] = {
+    "length 0": lambda: drawn("a", 2, 0),
+    "length 1": lambda: drawn("b", 3, 1),
+    "length 2, reverse": lambda: drawn("c", 2, 2)._replace(reverse=True),
+    "length 63": lambda: drawn("d", 2, 63),
+    "length 1000": lambda: drawn("e", 1, 1000),
+    "a group a head, reverse": lambda: drawn("f", 2, 130, groups=4)._replace(reverse=True),
+    "chunks of 1, more than one product passes on": lambda: drawn("g", 1, 150, chunk_size=1),
+    "slow decay": lambda: drawn("h", 1, 700, rate=1e-4, chunk_size=8),
+    "strong decay": lambda: drawn("i", 2, 200, rate=300.0),
+    "no decay": lambda: drawn("j", 2, 200, groups=1)._replace(A=torch.zeros(4)),
+    "bare": lambda: drawn("k", 2, 100)._replace(
+        D=None, dt_bias=None, initial_state=None, dt=Draw("dt").uniform(0, 1, 2, 100, 4), dt_softplus=False
+    ),
+    "packed": lambda: packed(drawn("l", 1, 200), 0, 0, 1, 3, 66, 66, 98, 200, 200),
+    "packed, slow decay, reverse": lambda: packed(drawn("m", 1, 200, rate=1e-3), 0, 63, 64, 200)._replace(reverse=True),
+    "packed, no states": lambda: packed(drawn("n", 1, 100), 0, 40, 40, 100)._replace(initial_state=None),
+    "packed, a whole number of chunks": lambda: packed(drawn("o", 1, 96), 0, 32, 96),
+    "packed, more than one product passes on": lambda: packed(drawn("p", 1, 300, chunk_size=2), 0, 150, 150, 161, 300),
+}
+
+
+@functools.cache
+def build(case: str) -> Callable[[], SsdArguments]:
+    return functools.cache(CASES[case])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_reference(backend: str, case: str, device: str) -> None:
+    assert_equals_reference(OP, backend, build(case), device_or_skip(device))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_float64_nothing_but_rounding_differs(case: str) -> None:
+    expected = outputs_and_gradients(OP.backends[-1], build(case)(), double=True)
+    actual = outputs_and_gradients(OP.backends[0], build(case)(), double=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_rms_error(a, e) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    def half() -> SsdArguments:
+        made = drawn("half", 2, 100)
+        return made._replace(**{name: getattr(made, name).to(dtype) for name in ("x", "dt", "B", "C")})
+
+    assert_equals_reference(OP, "torch", half, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1.0, 30.0])
+def test_strong_and_slow_decay_to_float32s_last_digits(rate: float) -> None:
+    """Sums of log-decays in float32, whose difference is exponentiated, would lose a hundred times as much."""
+    made = drawn("digits", 1, 600, rate=rate, chunk_size=256)._replace(initial_state=None, D=None)
+    expected = outputs_and_gradients(OP.backends[-1], made, double=True)
+    actual = outputs_and_gradients(OP.backends[0], made)
+    assert max(relative_rms_error(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-6
+
+
+def test_the_reference_is_the_matrix_of_the_paper() -> None:
+    """Equation 3 of arXiv:2405.21060: y = M x with M_ji = C_jᵀ A_j ... A_{i+1} B_i, Δ folded into A and B."""
+    made = drawn("matrix", 1, 9, heads=2, groups=1)._replace(
+        dt=Draw("dt").uniform(0, 1, 1, 9, 2), dt_bias=None, dt_softplus=False, initial_state=None, D=None
+    )
+    x, dt, A, B, C = (value[0].double() if value.ndim > 1 else value.double() for value in made[:5])
+    y = torch.zeros(9, 2, 5, dtype=torch.float64)
+    for head in range(2):
+        for j in range(9):
+            for i in range(j + 1):
+                decay = torch.exp((dt[i + 1 : j + 1, head] * A[head]).sum())
+                y[j, head] += (C[j, 0] @ B[i, 0]) * decay * dt[i, head] * x[i, head]
+    double = {name: getattr(made, name).double() for name in ("x", "dt", "A", "B", "C")}
+    for backend in ("reference", "torch"):
+        torch.testing.assert_close(ssd(**double, backend=backend)[0], y)
+
+
+def test_it_is_a_selective_scan_whose_channels_share_their_decay() -> None:
+    made = drawn("scan", 2, 70)
+    assert made.D is not None
+    assert made.dt_bias is not None
+    heads, head_dim, d_state = 4, 5, 6
+    wide = {"dt": made.dt, "A": made.A, "D": made.D, "dt_bias": made.dt_bias}
+    wide = {name: value.repeat_interleave(head_dim, -1) for name, value in wide.items()}
+    wide["A"] = wide["A"][:, None].repeat(1, d_state)
+    expected, last = selective_scan(
+        made.x.flatten(2), B=made.B, C=made.C, **wide, dt_softplus=True, return_final_state=True
+    )
+    y, final = ssd(
+        made.x,
+        made.dt,
+        made.A,
+        made.B,
+        made.C,
+        D=made.D,
+        dt_bias=made.dt_bias,
+        dt_softplus=True,
+        return_final_state=True,
+    )
+    torch.testing.assert_close(y.flatten(2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, last.unflatten(1, (heads, head_dim)), rtol=1e-4, atol=1e-5)
+
+
+def test_steps_equal_the_whole() -> None:
+    made = drawn("steps", 2, 40)
+    assert made.initial_state is not None
+    options = {"D": made.D, "dt_bias": made.dt_bias, "dt_softplus": True}
+    expected, last = ssd(*made[:5], **options, initial_state=made.initial_state, return_final_state=True)
+    state = made.initial_state.clone()
+    for t in range(40):
+        y = ssd_update_(state, made.x[:, t], made.dt[:, t], made.A, made.B[:, t], made.C[:, t], **options)
+        torch.testing.assert_close(y, expected[:, t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_grows_with_chunks_and_not_with_states() -> None:
+    """No tensor of a state a position, nor of a pair of chunks, is made: the largest is counted."""
+    made = drawn("memory", 1, 8192, heads=2, groups=1, chunk_size=16)
+    largest = 0
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.untyped_storage().nbytes():
+                largest = max(largest, made.untyped_storage().nbytes() // made.element_size())
+            return made
+
+    with Counted():
+        chunked.run(made)
+    # 512 chunks of 2 heads: pairs of positions are 8192 x 2 x 16, states 8192 x 2 x 5 x 6, pairs of chunks 512² x 2
+    assert largest <= 8192 * 2 * 16
+
+
+def test_compiles_in_one_graph() -> None:
+    made = packed(drawn("compiled", 1, 100), 0, 30, 30, 100)
+
+    def run(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        state = made.initial_state if cu_seqlens is not None else None
+        y, final = ssd(x, *made[1:5], initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True)
+        return y.sum() + final.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for bounds in (None, made.cu_seqlens):
+        x = made.x.clone().requires_grad_()
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(x, bounds), x), torch.autograd.grad(run(x, bounds), x), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_autocast_does_not_reach_the_states() -> None:
+    made = drawn("autocast", 1, 100)
+    expected = ssd(*made[:5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ssd(*made[:5]), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 6)}, "x must be"),
+        ({"x": torch.zeros(1, 4, 2, 3, dtype=torch.int64)}, "x must be real"),
+        ({"dt": torch.zeros(1, 4)}, "dt must be"),
+        ({"A": torch.zeros(3)}, "A must be"),
+        ({"B": torch.zeros(1, 4, 5)}, "B must be"),
+        ({"C": torch.zeros(1, 4, 1, 6)}, "C must have the shape of B"),
+        ({"B": torch.zeros(1, 4, 3, 5), "C": torch.zeros(1, 4, 3, 5)}, "3 groups, which do not divide 2 heads"),
+        ({"initial_state": torch.zeros(1, 2, 5, 3)}, "initial_state must be"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"backend": "mamba_ssm"}, "'mamba_ssm' cannot run these arguments: its kernels run on CUDA"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
+    given = {"x": torch.zeros(1, 4, 2, 3), "dt": torch.ones(1, 4, 2), "A": torch.zeros(2)}
+    given |= {"B": torch.zeros(1, 4, 1, 5), "C": torch.zeros(1, 4, 1, 5)}
+    with pytest.raises(ValueError, match=message):
+        ssd(**(given | change))
+
+
+def test_the_package_is_taken_by_name_only() -> None:
+    """Its kernels may be miscompiled: something that always runs stands before them."""
+    names = [backend.name for backend in OP.backends]
+    assert names.index("torch") < names.index("mamba_ssm")
+    assert OP.backends[0].why_not(drawn("any", 1, 3)) is None
