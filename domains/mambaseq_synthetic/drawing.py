@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
@@ -60,7 +61,7 @@ def distinct(words: Tensor, bound: int) -> Tensor:
     return torch.stack(chosen, 1).sort(1).values
 
 
-class DrawnSet:
+class DrawnSet(Dataset[Batch]):
     """Sequences drawn by a function of (seed, items).
 
     draw: seed and `(items,)` int64 → inputs `(items, length)` and targets, of tokens `(items, length)` or of sequences

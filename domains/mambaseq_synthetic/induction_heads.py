@@ -36,14 +36,11 @@ def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -
     return inputs, labels
 
 
-def test_batch(
+def evaluation_batch(
     length: int, n: int, *, vocab_size: int = 16, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The first n sequences of the test set at a length: inputs and labels as from `draw`."""
     return draw(TEST, torch.arange(n, device=device), length=length, vocab_size=vocab_size)
-
-
-test_batch.__test__ = False  # type: ignore[attr-defined] # its name does not make it a test
 
 
 class InductionHeadsData(SequenceData):
@@ -84,13 +81,13 @@ class InductionHeadsData(SequenceData):
         self.length, self.vocab_size = length, vocab_size
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed
+        self._draw = functools.partial(draw, vocab_size=vocab_size)
 
     def setup(self) -> None:
         """Nothing is read."""
 
     def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
-        make = functools.partial(draw, length=length, vocab_size=self.vocab_size)
-        return DrawnSet(make, seed, size, endless=endless)
+        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
 
     def train(self) -> DrawnSet:
         return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
@@ -100,4 +97,4 @@ class InductionHeadsData(SequenceData):
 
     def test(self) -> ConcatDataset:
         """Length after length, in the order in which they are named."""
-        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])  # type: ignore[list-item]
+        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])

@@ -95,13 +95,13 @@ def _grow(rng: np.random.Generator, out: np.ndarray, max_depth: int, max_args: i
         missing[depth] -= 1
         # the root is an expression, since a single digit is too short
         if depth == 0 or (depth + 1 < max_depth and rng.random() < OPERATOR_SHARE):
-            arguments = rng.integers(2, max_args + 1)
+            arguments = int(rng.integers(2, max_args + 1))
             needed += arguments + 1
             depth += 1
             missing[depth] = arguments
             out[length] = rng.integers(MIN, END)
         else:
-            out[length] = rng.integers(0, 10)
+            out[length] = rng.integers(0, MIN)
         length += 1
         needed -= 1
         if length + needed > len(out):

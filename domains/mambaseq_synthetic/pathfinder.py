@@ -46,7 +46,7 @@ def path_length(size: int) -> int:
 def _grow(rng: np.random.Generator, owner: np.ndarray, path: np.ndarray) -> bool:
     """Draw a path of neighbouring pixels that keeps clear of itself and of what is near other paths (owner > 0)."""
     size = len(owner)
-    y, x = rng.integers(0, size), rng.integers(0, size)
+    y, x = int(rng.integers(0, size)), int(rng.integers(0, size))
     row, column = float(y), float(x)
     heading = rng.random() * 2 * np.pi
     for t in range(len(path)):
@@ -97,7 +97,7 @@ def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, 
         for _ in range(_LONG_ATTEMPTS):
             if not _grow(rng, owner, paths[1]):
                 continue
-            one, pair = rng.integers(0, 2), rng.integers(0, 4)
+            one, pair = int(rng.integers(0, 2)), int(rng.integers(0, 4))
             wanted = _offset(paths[one, 0], paths[one, -1])
             for k in range(4):
                 ends[0], ends[1] = (pair + k) % 4 // 2 - 1, (pair + k) % 2 - 1
@@ -248,8 +248,8 @@ class PathfinderData(SequenceData):
     ) -> None:
         if size < 12 or n_distractors < 0:
             raise ConfigError(
-                f"data.size must be at least 12 (smaller pictures have no room for two paths) and data.n_distractors at "
-                f"least 0; they are {size} and {n_distractors}."
+                f"data.size must be at least 12 (smaller pictures have no room for two paths) and data.n_distractors "
+                f"at least 0; they are {size} and {n_distractors}."
             )
         check_sets(seed, samples_per_epoch, n_validation, n_test)
         self.size, self.n_distractors, self.continuous = size, n_distractors, continuous

@@ -75,16 +75,16 @@ class SelectiveCopyingData(SequenceData):
         if vocab_size < 4:
             raise ConfigError(f"data.vocab_size must be at least 4 (noise, two data tokens, marker), not {vocab_size}.")
         check_sets(seed, samples_per_epoch, n_validation, n_test)
-        self.length, self.n_data, self.vocab_size = length, n_data, vocab_size
+        self.length, self.vocab_size = length, vocab_size
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed
+        self._draw = functools.partial(draw, length=length, n_data=n_data, vocab_size=vocab_size)
 
     def setup(self) -> None:
         """Nothing is read."""
 
     def _set(self, seed: int, size: int, endless: bool = False) -> DrawnSet:
-        make = functools.partial(draw, length=self.length, n_data=self.n_data, vocab_size=self.vocab_size)
-        return DrawnSet(make, seed, size, endless=endless)
+        return DrawnSet(self._draw, seed, size, endless=endless)
 
     def train(self) -> DrawnSet:
         return self._set(self.seed, self.samples_per_epoch, endless=True)
