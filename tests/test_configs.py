@@ -20,7 +20,6 @@ SMALL = {
     "--model.backbone.n_layers": "2",
     "--loader.batch_size": "2",
     "--loader.num_workers": "0",
-    "--data.length": "96",
     "--trainer.max_steps": "2",
     "--trainer.accelerator": "cpu",
     "--trainer.devices": "1",
@@ -32,8 +31,15 @@ SMALL = {
 }
 
 
+OTHERWISE = {  # data whose length is not a setting of its own
+    "synthetic/digits": {},
+    "synthetic/pathfinder": {"--data.size": "12"},
+}
+
+
 def small(name: str) -> list[str]:
-    return [f"{key}={value}" for key, value in SMALL.items()]
+    settings = SMALL | OTHERWISE.get(name, {"--data.length": "96"})
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def model_of(name: str) -> SequenceModel:

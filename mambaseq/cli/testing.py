@@ -36,5 +36,7 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
         return results
     folder.update_results(**results)
     for name, table in task.tables.items():
+        if len(table) != len(data.class_names):
+            continue  # not a table of classes
         save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
     return results

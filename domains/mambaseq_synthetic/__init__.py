@@ -1,0 +1,43 @@
+"""Synthetic tasks: what a mixer can remember, pick out, and work out over distance."""
+
+from __future__ import annotations
+
+from mambaseq.domain import Domain
+
+domain = Domain(
+    name="synthetic",
+    summary="tasks made to measure: selective copying, induction heads, ListOps, Pathfinder, pixels of digits",
+    datasets={
+        "selective_copying": (
+            "mambaseq_synthetic.selective_copying:SelectiveCopyingData",
+            "repeat the tokens that stood among noise, in order",
+        ),
+        "induction_heads": (
+            "mambaseq_synthetic.induction_heads:InductionHeadsData",
+            "what followed the special token when it was seen before; tested at other lengths",
+        ),
+        "digits": ("mambaseq_synthetic.digits:DigitsData", "handwritten digits pixel by pixel, in order or permuted"),
+        "listops": ("mambaseq_synthetic.listops:ListOpsData", "the value of nested MIN, MAX, MED, SM expressions"),
+        "pathfinder": ("mambaseq_synthetic.pathfinder:PathfinderData", "whether a dashed path joins two dots"),
+    },
+    metrics={
+        "sequence_accuracy": (
+            "mambaseq_synthetic.metrics:SequenceAccuracy",
+            "share of sequences whose every target is ranked first",
+        ),
+        "accuracy_by_length": (
+            "mambaseq_synthetic.metrics:AccuracyByLength",
+            "token accuracy for each power of two of the length",
+        ),
+    },
+    configs={
+        "selective_copying": ("mambaseq:configs/synthetic/selective_copying.yaml", "as in the Mamba paper, on a GPU"),
+        "induction_heads": (
+            "mambaseq:configs/synthetic/induction_heads.yaml",
+            "as in the Mamba paper, tested up to 2^20, on a GPU",
+        ),
+        "digits": ("mambaseq:configs/synthetic/digits.yaml", "digits pixel by pixel, minutes on a CPU"),
+        "listops": ("mambaseq:configs/synthetic/listops.yaml", "ListOps of 50 to 200 tokens, on a GPU"),
+        "pathfinder": ("mambaseq:configs/synthetic/pathfinder.yaml", "Pathfinder of 16 by 16 pixels, on a GPU"),
+    },
+)

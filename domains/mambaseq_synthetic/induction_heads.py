@@ -1,0 +1,100 @@
+"""Induction heads (arXiv:2312.00752, section 4.1.2 and appendix E.1; the task is that of arXiv:2212.14052)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
+from mambaseq.data.module import SequenceData
+from mambaseq.errors import ConfigError
+from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, below, check_sets, words
+
+
+def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -> tuple[Tensor, Tensor]:
+    """Random tokens in which the special token (id vocab_size - 1) stands twice: once at a random place, and at the
+    end, where the token that followed it is to be given.
+
+    items: `(items,)` int64 on any device, the numbers of the sequences; sequence i depends on (seed, i) alone.
+    Returns inputs and labels, `(items, length)` int64 each, labels -100 but at the last position.
+
+    >>> inputs, labels = draw(0, torch.tensor([0, 1]), length=10, vocab_size=8)
+    >>> inputs.tolist()
+    [[6, 3, 0, 7, 0, 2, 1, 5, 1, 7], [4, 4, 2, 7, 5, 1, 5, 1, 2, 7]]
+    >>> labels[:, -1].tolist(), labels[:, :-1].unique().tolist()
+    ([0, 5], [-100])
+    """
+    random = words(seed, items, length + 1)
+    place = below(random[:, -1:], length - 2)
+    inputs = below(random[:, :-1], vocab_size - 1)
+    inputs.scatter_(1, place, vocab_size - 1)
+    inputs[:, -1] = vocab_size - 1
+    labels = torch.full_like(inputs, -100)
+    labels[:, -1:] = inputs.gather(1, place + 1)
+    return inputs, labels
+
+
+def evaluation_batch(
+    length: int, n: int, *, vocab_size: int = 16, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first n sequences of the test set at a length: inputs and labels as from `draw`."""
+    return draw(TEST, torch.arange(n, device=device), length=length, vocab_size=vocab_size)
+
+
+class InductionHeadsData(SequenceData):
+    """Induction heads: which token followed the special one when it was seen before?
+
+    The loss is that of the last token only. Trained at one length and tested at many, to see whether what was learned
+    holds at lengths that were never seen; the metric `synthetic/accuracy_by_length` tells them apart.
+
+    Args:
+        length: tokens of a training and validation sequence.
+        vocab_size: token ids, the special one among them.
+        test_lengths: lengths of the test sequences; `length` alone if not given.
+        samples_per_epoch: training sequences that make an epoch.
+        n_validation: validation sequences.
+        n_test: test sequences of each length. A multiple of the batch size keeps lengths apart, so that none is padded.
+        seed: of the training sequences; validation and test sequences are the same for any seed.
+    """
+
+    def __init__(
+        self,
+        length: int = 256,
+        vocab_size: int = 16,
+        test_lengths: list[int] | None = None,
+        samples_per_epoch: int = 65536,
+        n_validation: int = 512,
+        n_test: int = 512,
+        seed: int = 0,
+    ) -> None:
+        self.test_lengths = [length] if test_lengths is None else test_lengths
+        if not self.test_lengths or min(length, *self.test_lengths) < 3:
+            raise ConfigError(
+                f"data.length and data.test_lengths must be at least 3 (special token, answer, special token), not "
+                f"{length} and {self.test_lengths}."
+            )
+        if vocab_size < 3:
+            raise ConfigError(f"data.vocab_size must be at least 3 (two tokens and the special one), not {vocab_size}.")
+        check_sets(seed, samples_per_epoch, n_validation, n_test)
+        self.length, self.vocab_size = length, vocab_size
+        self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
+        self.seed = seed
+        self._draw = functools.partial(draw, vocab_size=vocab_size)
+
+    def setup(self) -> None:
+        """Nothing is read."""
+
+    def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
+        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
+
+    def train(self) -> DrawnSet:
+        return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
+
+    def validation(self) -> DrawnSet:
+        return self._set(VALIDATION, self.n_validation, self.length)
+
+    def test(self) -> ConcatDataset:
+        """Length after length, in the order in which they are named."""
+        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])
