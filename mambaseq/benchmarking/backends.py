@@ -19,8 +19,8 @@ from mambaseq.ops.lti.arguments import LtiArguments
 from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
-from mambaseq.ops.state_space.arguments import StateSpaceArguments
 from mambaseq.ops.ssd.arguments import SsdArguments
+from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
 SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
@@ -136,6 +136,8 @@ def _state_space(normal: Normal, batch: int, length: int, channels: int) -> Stat
     A = 0.4 * D_STATE**-0.5 * normal(channels, D_STATE, D_STATE)
     C = normal(channels, 1, D_STATE)
     return StateSpaceArguments(normal(batch, length, channels), A, normal(channels, D_STATE), C)
+
+
 def _ssd(normal: Normal, batch: int, length: int, channels: int) -> SsdArguments:
     heads = channels // HEAD_DIM
     return SsdArguments(

@@ -7,9 +7,9 @@ from mambaseq.ops import linear_cross_entropy as _linear_cross_entropy
 from mambaseq.ops import lti as _lti
 from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
-from mambaseq.ops import wkv as _wkv
-from mambaseq.ops import state_space as _state_space
 from mambaseq.ops import ssd as _ssd
+from mambaseq.ops import state_space as _state_space
+from mambaseq.ops import wkv as _wkv
 from mambaseq.ops.dispatch import Op
 
 OPS: dict[str, Op] = {
@@ -18,12 +18,12 @@ OPS: dict[str, Op] = {
         _selective_scan.OP,
         _causal_conv.OP,
         _lti.OP,
+        _state_space.OP,
         _ssd.OP,
+        _wkv.OP,
         _norm.ADD_OP,
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
-        _wkv.OP,
-        _state_space.OP,
     )
 }
 
@@ -33,9 +33,9 @@ gated_rms_norm = _norm.gated_rms_norm
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
-wkv = _wkv.wkv
-state_space_scan = _state_space.state_space_scan
 ssd = _ssd.ssd
+state_space_scan = _state_space.state_space_scan
+wkv = _wkv.wkv
 
 __all__ = [
     "OPS",
@@ -45,7 +45,7 @@ __all__ = [
     "linear_cross_entropy",
     "lti_scan",
     "selective_scan",
-    "wkv",
-    "state_space_scan",
     "ssd",
+    "state_space_scan",
+    "wkv",
 ]
