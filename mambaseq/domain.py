@@ -75,7 +75,11 @@ CORE: dict[str, Entries] = {
         "s4d": ("mambaseq.mixers.s4d:S4D", "diagonal S4: complex or real, ZOH or bilinear, Lin/Inv/Legs"),
     },
     "backbones": {
-        "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),
+        "residual": (
+            "mambaseq.backbones.residual:ResidualStack",
+            "pre-norm residual stack of one mixer, or of a pattern",
+        ),
+        "bidirectional": ("mambaseq.backbones.bidirectional:BidirectionalStack", "the same, reading both ways"),
     },
     "heads": {
         "lm": ("mambaseq.heads.lm:LMHead", "next-token prediction"),

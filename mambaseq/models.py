@@ -117,7 +117,8 @@ class SequenceModel(nn.Module):
                 raise ValueError("An encoder that shortens its input cannot take packed sequences; pad them instead.")
             mask = None if mask is None else mask[:, ::stride]
         x = self.encoder(inputs, condition, cu_seqlens)
-        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+        more = {} if mask is None or not getattr(self.backbone, "takes_mask", False) else {"mask": mask}
+        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state, **more)
         x, new_state = x if return_state else (x, None)
         if return_logits is None:
             return_logits = labels is None or not self.head.per_token

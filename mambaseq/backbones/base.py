@@ -21,8 +21,6 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
         self.norm = RMSNorm(mixer.d_model, norm_eps)
         self.mixer = mixer
         self.dropout = nn.Dropout(dropout)
@@ -44,7 +42,7 @@ class ResidualLayer(nn.Module):
 class Backbone(nn.Module, abc.ABC):
     """Embeddings `(batch, length, d_model)` to the same, called like a mixer: a list of states in, a list out.
 
-    A subclass makes its modules, then calls `check_chunks`; it has `_run`, `init_state` and `step_`.
+    A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
     takes_mask: whether `forward` takes a `mask=` of the positions that are real, because they are not independent of
         the padding behind them. strands: how many vectors of d_model a position has.
     """
@@ -53,8 +51,16 @@ class Backbone(nn.Module, abc.ABC):
     strands: ClassVar[int] = 1
     d_model: int
 
-    def __init__(self, checkpoint: bool = False, chunk_length: int | None = None, cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        chunk_length: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
         if chunk_length is not None and chunk_length < 1:
             raise ConfigError(f"chunk_length must be at least 1, not {chunk_length}.")
         self.checkpoint = checkpoint
@@ -108,11 +114,11 @@ class Backbone(nn.Module, abc.ABC):
             )
         return (y, states) if return_state else y
 
-    @abc.abstractmethod
     def _run(
         self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
         """y and the states, whatever these are where they are not returned."""
+        raise NotImplementedError
 
     def _through(
         self,

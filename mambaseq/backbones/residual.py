@@ -49,7 +49,7 @@ class ResidualStack(Backbone):
         pattern: list[str] | None = None,
         mlp: bool | None = None,
     ) -> None:
-        super().__init__(checkpoint, chunk_length, cuda_graph)
+        super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         mixers = make_mixers(make_mixer, n_layers, pattern, mlp)
         self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout) for mixer in mixers)
         scale_residual_(mixers)

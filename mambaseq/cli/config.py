@@ -164,6 +164,7 @@ def _other_mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -
     Raises ConfigError for names that do not exist, and for a pattern that is none.
     """
     takes = _arguments(catalog()["backbones"].get(names["backbone"]))
+    pattern: Any
     pattern, mlp = (
         _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
         for key, default in (("pattern", None), ("mlp", False))
