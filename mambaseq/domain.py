@@ -80,6 +80,7 @@ CORE: dict[str, Entries] = {
             "pre-norm residual stack of one mixer, or of a pattern",
         ),
         "bidirectional": ("mambaseq.backbones.bidirectional:BidirectionalStack", "the same, reading both ways"),
+        "unet": ("mambaseq.backbones.unet:UNet", "layers at several resolutions of time, causal (SaShiMi)"),
     },
     "heads": {
         "lm": ("mambaseq.heads.lm:LMHead", "next-token prediction"),
