@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.heads.lm import LMHead
+from mambaseq.heads.reverse_complement import complement_table
 from mambaseq.mixers.base import Mixer
 
 
@@ -35,6 +36,29 @@ class TokenEncoder(nn.Module):
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.embedding(inputs)
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+class RCTokenEncoder(TokenEncoder):
+    """Tokens of both strands of DNA: the embedding of each base beside that of the base paired with it, `(batch,
+    length, 2 * d_model)` (see `backbones/reverse_complement.py`).
+
+    Args:
+        d_model: width of one strand.
+        vocab_size: number of token ids.
+        complement: the id paired with each id.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    strands: ClassVar[int] = 2
+
+    def __init__(self, d_model: int, vocab_size: int, complement: list[int], n_conditions: int = 0) -> None:
+        super().__init__(d_model, vocab_size, n_conditions)
+        self.complement: Tensor
+        self.register_buffer("complement", complement_table(complement, vocab_size), persistent=False)
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        strands = (inputs, self.complement[inputs])
+        return torch.cat([super(RCTokenEncoder, self).forward(s, condition, cu_seqlens) for s in strands], dim=-1)
 
 
 class SignalEncoder(nn.Module):
@@ -86,6 +110,13 @@ class SequenceModel(nn.Module):
         self.encoder, self.backbone, self.head = encoder, backbone, head
         self.tie_embeddings = tie_embeddings
         self.spec: dict[str, Any] | None = None
+        strands = [getattr(part, "strands", 1) for part in (encoder, backbone, head)]
+        if len(set(strands)) > 1:
+            raise ConfigError(
+                f"Encoder, backbone and head have {strands[0]}, {strands[1]} and {strands[2]} strands. The backbone "
+                f"reverse_complement goes with the encoder rc_tokens and a head rc_lm or rc_classification, and they "
+                f"with it."
+            )
         if tie_embeddings:
             if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
                 raise ConfigError("tie_embeddings needs a token encoder and an lm head.")

@@ -33,7 +33,7 @@ from mambaseq.tasks.task import LengthWarmup
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 # arguments that a part gets from the model or the data, never from the configuration
-PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes"}
+PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
 # ends of the names of a dataset's arguments that are paths
 PATHS = ("files", "file", "list", "folder", "fasta")
 
@@ -202,6 +202,7 @@ class RunConfig:
             "n_channels": data.n_channels,
             "n_conditions": data.n_conditions,
             "n_classes": len(data.class_names) or None,
+            "complement": None if data.complement is None else [int(i) for i in data.complement],
         }
         model = self.settings["model"]
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
