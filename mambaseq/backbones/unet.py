@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ResidualLayer
@@ -39,7 +41,8 @@ class UNet(Backbone):
     place in its windows, so any may be selected, packed or gone on with together.
 
     Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole:
-    nothing waits for the GPU and a CUDA graph can hold the step. On a CPU, tiers with nothing to do are left out.
+    nothing waits for the GPU and a CUDA graph can hold the step (but for mixers whose state grows). On a CPU, tiers with
+    nothing to do are left out.
 
     Args:
         make_mixer: makes the mixer of layer i at a width (see `MakeMixer`); tiers count on from each other.
@@ -244,16 +247,16 @@ def _step_some(mixer: Mixer, x: Tensor, state: Any, active: Tensor) -> Tensor:
         for name, tensor in state.tensors().items():
             tensor.copy_(torch.where(active.view(-1, *[1] * (tensor.dim() - 1)), tensor, getattr(before, name)))
         return y
-    # a state that grows: one packed row, in which the active come first, one position each
+    # A state that grows: one packed row of sequences of one position or none, first those of the active, then the
+    # others' steps from copies of their states, which nobody reads.
     n = len(x)
     order = torch.argsort(active.logical_not().int(), stable=True)
-    cu_seqlens = torch.cat(
-        [active.new_zeros(1).long(), active.long().cumsum(0), active.new_full((1,), n, dtype=torch.long)]
-    )
-    old = state.select(torch.arange(n + 1, device=x.device) % n)
-    row, new = mixer(x[order].transpose(0, 1), state=old, cu_seqlens=cu_seqlens.int(), return_state=True)
-    for name, tensor in new.select(torch.arange(n, device=x.device)).tensors().items():
-        setattr(state, name, tensor)
+    cu_seqlens = F.pad(torch.cat([active, ~active]).cumsum(0), (1, 0)).int()
+    sequences = torch.arange(n, device=x.device)
+    row, new = mixer(x[order].transpose(0, 1), state.select(sequences.repeat(2)), cu_seqlens, return_state=True)
+    new = new.select(sequences)
+    for field in dataclasses.fields(new):
+        setattr(state, field.name, getattr(new, field.name))
     y = torch.empty_like(x, dtype=row.dtype)
     y[order] = row.transpose(0, 1)
     return y
