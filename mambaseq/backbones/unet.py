@@ -41,7 +41,7 @@ class UNet(Backbone):
     place in its windows, so any may be selected, packed or gone on with together.
 
     Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole:
-    nothing waits for the GPU and a CUDA graph can hold the step (but for mixers whose state grows). On a CPU, tiers with
+    nothing waits for the GPU and a CUDA graph can hold the step, but for mixers whose state grows. On a CPU, tiers with
     nothing to do are left out.
 
     Args:

@@ -68,7 +68,7 @@ def select(state: list[Any], sequences: list[int]) -> list[Any]:
 
 def same_states(backbone: Backbone, one: list[Any], other: list[Any]) -> None:
     """Equal outputs of what follows; equal tensors too where none grows."""
-    sequences = len(next(iter(one[0].tensors().values())))
+    sequences = next(len(tensor) for state in one for tensor in state.tensors().values())
     more = torch.randn(sequences, 13, D_MODEL, generator=torch.Generator().manual_seed(1))
     close(backbone(more, state=one), backbone(more, state=other))
     if all(mixer.bounded_state for mixer in backbone.mixers()):
