@@ -65,6 +65,7 @@ CORE: dict[str, Entries] = {
     "tokenizers": {},
     "encoders": {
         "tokens": ("mambaseq.models:TokenEncoder", "an embedding table, with an optional condition added"),
+        "rc_tokens": ("mambaseq.models:RCTokenEncoder", "tokens of both strands of DNA, for reverse_complement"),
         "signal": ("mambaseq.models:SignalEncoder", "a linear map of continuous channels"),
     },
     "datasets": {},
@@ -90,12 +91,26 @@ CORE: dict[str, Entries] = {
         "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "causal linear attention, elu + 1"),
     },
     "backbones": {
-        "residual": ("mambaseq.backbones.residual:ResidualStack", "pre-norm residual stack of one mixer"),
+        "residual": (
+            "mambaseq.backbones.residual:ResidualStack",
+            "pre-norm residual stack of one mixer, or of a pattern",
+        ),
+        "bidirectional": ("mambaseq.backbones.bidirectional:BidirectionalStack", "the same, reading both ways"),
+        "reverse_complement": (
+            "mambaseq.backbones.reverse_complement:ReverseComplementStack",
+            "both strands of DNA alike, to rounding (Caduceus-PS)",
+        ),
+        "unet": ("mambaseq.backbones.unet:UNet", "layers at several resolutions of time, causal (SaShiMi)"),
     },
     "heads": {
         "lm": ("mambaseq.heads.lm:LMHead", "next-token prediction"),
         "classification": ("mambaseq.heads.classification:ClassificationHead", "one label a sequence, pooled"),
         "regression": ("mambaseq.heads.regression:RegressionHead", "real values for a sequence, pooled"),
+        "rc_lm": ("mambaseq.heads.reverse_complement:RCLMHead", "a token each, the same on either strand"),
+        "rc_classification": (
+            "mambaseq.heads.reverse_complement:RCClassificationHead",
+            "one label a sequence, the same on either strand",
+        ),
     },
     "metrics": {
         "bits_per_token": ("mambaseq.metrics.likelihood:BitsPerToken", "mean negative log2 likelihood of a target"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.residual import ResidualStack
+from mambaseq.backbones.base import Backbone
+from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.heads.lm import LMHead
+from mambaseq.heads.reverse_complement import complement_table
+from mambaseq.mixers.base import Mixer
 
 
 class TokenEncoder(nn.Module):
@@ -32,6 +36,29 @@ class TokenEncoder(nn.Module):
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.embedding(inputs)
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+class RCTokenEncoder(TokenEncoder):
+    """Tokens of both strands of DNA: the embedding of each base beside that of the base paired with it, `(batch,
+    length, 2 * d_model)` (see `backbones/reverse_complement.py`).
+
+    Args:
+        d_model: width of one strand.
+        vocab_size: number of token ids.
+        complement: the id paired with each id.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    strands: ClassVar[int] = 2
+
+    def __init__(self, d_model: int, vocab_size: int, complement: list[int], n_conditions: int = 0) -> None:
+        super().__init__(d_model, vocab_size, n_conditions)
+        self.complement: Tensor
+        self.register_buffer("complement", complement_table(complement, vocab_size), persistent=False)
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        strands = (inputs, self.complement[inputs])
+        return torch.cat([super(RCTokenEncoder, self).forward(s, condition, cu_seqlens) for s in strands], dim=-1)
 
 
 class SignalEncoder(nn.Module):
@@ -78,13 +105,18 @@ class SequenceModel(nn.Module):
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
     """
 
-    def __init__(
-        self, encoder: nn.Module, backbone: ResidualStack, head: nn.Module, tie_embeddings: bool = False
-    ) -> None:
+    def __init__(self, encoder: nn.Module, backbone: Backbone, head: nn.Module, tie_embeddings: bool = False) -> None:
         super().__init__()
         self.encoder, self.backbone, self.head = encoder, backbone, head
         self.tie_embeddings = tie_embeddings
         self.spec: dict[str, Any] | None = None
+        strands = [getattr(part, "strands", 1) for part in (encoder, backbone, head)]
+        if len(set(strands)) > 1:
+            raise ConfigError(
+                f"Encoder, backbone and head have {strands[0]}, {strands[1]} and {strands[2]} strands. The backbone "
+                f"reverse_complement goes with the encoder rc_tokens and a head rc_lm or rc_classification, and they "
+                f"with it."
+            )
         if tie_embeddings:
             if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
                 raise ConfigError("tie_embeddings needs a token encoder and an lm head.")
@@ -116,7 +148,8 @@ class SequenceModel(nn.Module):
                 raise ValueError("An encoder that shortens its input cannot take packed sequences; pad them instead.")
             mask = None if mask is None else mask[:, ::stride]
         x = self.encoder(inputs, condition, cu_seqlens)
-        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+        more = {} if mask is None or not getattr(self.backbone, "takes_mask", False) else {"mask": mask}
+        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state, **more)
         x, new_state = x if return_state else (x, None)
         if return_logits is None:
             return_logits = labels is None or not self.head.per_token
@@ -157,9 +190,14 @@ def causal_lm(
     checkpoint: bool = False,
     chunk_length: int | None = None,
     cuda_graph: bool = False,
+    pattern: list[str] | None = None,
+    mlp: bool | None = None,
+    mixers: dict[str, dict[str, Any]] | None = None,
     **mixer_options: Any,
 ) -> SequenceModel:
-    """The usual language model over tokens: embedding, residual stack, tied head.
+    """The usual language model over tokens: embedding, residual stack (see `ResidualStack`), tied head.
+
+    mixer_options: of `mixer`; mixers: those of the other mixers in the pattern, and of the MLP.
 
     >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2)
     >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
@@ -178,8 +216,11 @@ def causal_lm(
                 "checkpoint": checkpoint,
                 "chunk_length": chunk_length,
                 "cuda_graph": cuda_graph,
+                "pattern": pattern,
+                "mlp": mlp,
             },
             "mixer": {"name": mixer, **mixer_options},
+            "mixers": mixers or {},
             "head": {"name": "lm", "vocab_size": vocab_size},
         }
     )
@@ -187,24 +228,54 @@ def causal_lm(
 
 def build_model(spec: dict[str, Any]) -> SequenceModel:
     """The model of a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
-    `{"name": ..., **options}` with names of the registry or full import paths.
+    `{"name": ..., **options}` with names of the registry or full import paths; where the backbone has more mixers than
+    one, `mixers`, `{name: options}` of the others.
 
-    Raises ConfigError for a name that does not exist or options that a part does not take.
+    Raises ConfigError for a name that does not exist, options that a part does not take, and options of mixers that
+    the backbone does not have.
     """
-    names = catalog()
     d_model = spec["d_model"]
+    _check_mixers(spec)
 
-    def make(kind: str, *args: Any, **more: Any) -> Any:
-        options = {key: value for key, value in spec[kind].items() if key != "name"}
-        part = names[f"{kind}s"].get(spec[kind]["name"])
-        try:
-            return part(*args, **more, **options)
-        except TypeError as error:
-            raise ConfigError(f"The {kind} {spec[kind]['name']!r} cannot be made of {options}: {error}.") from error
+    def make_mixer(layer: int, name: str | None = None, d_model: int = d_model) -> Mixer:
+        own: str = spec["mixer"]["name"]
+        name = own if name is None else name
+        options = spec["mixer"] if name == own else spec.get("mixers", {}).get(name, {})
+        return _make("mixer", {**options, "name": name}, d_model)
 
-    backbone = make("backbone", lambda layer: make("mixer", d_model))
-    model = SequenceModel(
-        make("encoder", d_model), backbone, make("head", d_model), tie_embeddings=spec.get("tie_embeddings", False)
-    )
+    backbone = _make("backbone", spec["backbone"], make_mixer)
+    encoder, head = (_make(kind, spec[kind], d_model) for kind in ("encoder", "head"))
+    model = SequenceModel(encoder, backbone, head, tie_embeddings=spec.get("tie_embeddings", False))
     model.spec = spec
     return model
+
+
+def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
+    """A part of a model: settings are its name and options."""
+    options = {key: value for key, value in settings.items() if key != "name"}
+    part = catalog()[f"{kind}s"].get(settings["name"])
+    try:
+        return part(*args, **options)
+    except TypeError as error:
+        raise ConfigError(f"The {kind} {settings['name']!r} cannot be made of {options}: {error}.") from error
+
+
+def _check_mixers(spec: dict[str, Any]) -> None:
+    """Raise ConfigError for options of mixers that the backbone does not have, and for those of the model's own mixer
+    in the wrong place."""
+    given, backbone = spec.get("mixers") or {}, spec["backbone"]
+    names = mixer_names(backbone.get("pattern"), spec["mixer"]["name"], backbone.get("mlp"), catalog()["mixers"].get)
+    check_mixer_options(given, spec["mixer"]["name"], names)
+
+
+def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> None:
+    """Raise ConfigError for names in `model.mixers` that are not among those of the backbone's mixers, `names`, or are
+    that of the model's own, `mixer`."""
+    for name in given:
+        if name == mixer:
+            raise ConfigError(f"The options of {name!r} are under model.mixer and model.mixers. Keep model.mixer's.")
+        if name not in names:
+            raise ConfigError(
+                f"model.mixers has options for {name!r}, which is no mixer of this backbone."
+                f"{did_you_mean(name, names)} Its mixers: {', '.join(names)}; model.backbone.pattern names others."
+            )

@@ -16,6 +16,7 @@ domain = Domain(
     writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file a sequence")},
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
+        "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same over three resolutions of time, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits on condition, minutes on a CPU"),
     },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample beside counts, and sounds")},

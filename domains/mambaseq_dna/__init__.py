@@ -23,6 +23,7 @@ domain = Domain(
     writers={"fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")},
     configs={
         "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
+        "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },

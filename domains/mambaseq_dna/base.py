@@ -59,6 +59,11 @@ class FastaData(SequenceData):
         self.n_validation, self.n_test = n_validation, n_test
         self._splits: Splits | None = None
 
+    @property
+    def complement(self) -> list[int]:  # type: ignore[override]
+        """The id of each base's partner."""
+        return self.tokenizer.complement.tolist()
+
     def setup(self) -> None:
         """Read the FASTA files, or their token stores. Raises DataError (see `SplitRules.apply`)."""
         if self._splits is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,24 @@ class LoadedModel:
     source: Path
 
 
+def _copies(model: SequenceModel) -> dict[str, str]:
+    """Names of tensors that the model has under an earlier name too (a tied head's, those of a shared mixer), each with
+    the earlier one."""
+    first: dict[int, str] = {}
+    tensors = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
 def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, contiguous, a tied head left out (the embedding has it)."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.tie_embeddings:
-        del state["head.linear.weight"]
-    return state
+    """The model's tensors by name, contiguous, each once: a tied head is left out (the embedding has it), and so are
+    all places of a shared mixer but the first."""
+    copies = _copies(model)
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in copies
+    }
 
 
 def save_model(
@@ -89,16 +102,19 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
     """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, or which differ
     where the model has one tensor for both."""
     own = model.state_dict()
-    if model.tie_embeddings and (embedding := tensors.get("encoder.embedding.weight")) is not None:
-        head = tensors.get("head.linear.weight", embedding)
-        if head.shape == embedding.shape and not torch.allclose(
-            head.to(embedding), embedding, rtol=0, atol=0, equal_nan=True
-        ):
+    for name, earlier in _copies(model).items():
+        if (one := tensors.get(earlier)) is None:
+            continue
+        other = tensors.get(name, one)
+        if other.shape == one.shape and not torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True):
             raise UserError(
                 f"The weights in {source} have an embedding and an output layer that differ, and the model has one "
                 f"tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
+                if name == "head.linear.weight"
+                else f"The weights in {source} have a {name} that differs from {earlier}, and the model has one tensor "
+                f"for both. Use a pattern whose mixers are not shared."
             )
-        tensors = {**tensors, "head.linear.weight": head}
+        tensors = {**tensors, name: other}
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
         for name in sorted(own.keys() & tensors.keys())

@@ -20,10 +20,12 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from mambaseq.backbones.patterns import mixer_names
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.metrics.base import Metric
+from mambaseq.models import check_mixer_options
 from mambaseq.registry import Registry
 from mambaseq.resources import find
 from mambaseq.tasks.optimizer import OptimizerConfig
@@ -31,7 +33,7 @@ from mambaseq.tasks.task import LengthWarmup
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 # arguments that a part gets from the model or the data, never from the configuration
-PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes"}
+PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
 # ends of the names of a dataset's arguments that are paths
 PATHS = ("files", "file", "list", "folder", "fasta")
 
@@ -132,14 +134,43 @@ def _override(argv: list[str], key: str) -> str | None:
     return found
 
 
-def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -> str:
+def _written(raw: dict[str, Any], key: str) -> Any:
     value: Any = raw
-    for step in [*key.split("."), "name"]:
+    for step in key.split("."):
         value = value.get(step) if isinstance(value, dict) else None
-    name = _override(argv, f"{key}.name") or value or default
+    return value
+
+
+def _setting(raw: dict[str, Any], argv: list[str], key: str) -> Any:
+    text = _override(argv, key)
+    if text is None:
+        return _written(raw, key)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None  # the parser will tell
+
+
+def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -> str:
+    name = _override(argv, f"{key}.name") or _written(raw, f"{key}.name") or default
     if not isinstance(name, str):
         raise ConfigError(f"The configuration needs {key}.name. `mambaseq list {key.split('.')[-1]}sets` shows names.")
     return name
+
+
+def _other_mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
+    """The names of the mixers that the backbone has beside the model's own: those of its pattern, and MLPs.
+
+    Raises ConfigError for names that do not exist, and for a pattern that is none.
+    """
+    takes = _arguments(catalog()["backbones"].get(names["backbone"]))
+    pattern: Any
+    pattern, mlp = (
+        _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
+        for key, default in (("pattern", None), ("mlp", False))
+    )
+    found = mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get)
+    return [name for name in found if name != names["mixer"]]
 
 
 @dataclasses.dataclass
@@ -171,6 +202,7 @@ class RunConfig:
             "n_channels": data.n_channels,
             "n_conditions": data.n_conditions,
             "n_classes": len(data.class_names) or None,
+            "complement": None if data.complement is None else [int(i) for i in data.complement],
         }
         model = self.settings["model"]
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
@@ -183,6 +215,8 @@ class RunConfig:
                         f"{self.settings['data']['name']!r} does not have. Choose another {part} or dataset."
                     )
                 spec[part][argument] = known[argument]
+        if "mixers" in model:
+            spec["mixers"] = {name: dict(options) for name, options in model["mixers"].items()}
         return spec
 
     def make_metrics(self, data: SequenceData) -> dict[str, Metric]:
@@ -223,8 +257,11 @@ def _arguments(part: Any) -> set[str]:
     return set(inspect.signature(part).parameters)
 
 
-def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
-    """The parser for the classes behind these names, and the classes."""
+def make_parser(
+    names: dict[str, str], mixers: list[str] | None = None
+) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
+    """The parser for the classes behind these names, and the classes. mixers: names of those that the backbone has
+    beside the model's own; an import path's dots would be steps of a key, so that it is made with its defaults."""
     import lightning
 
     registries = catalog()
@@ -243,6 +280,11 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
         skip = PROVIDED & _arguments(classes[part])
         if skip != _arguments(classes[part]):
             parser.add_class_arguments(classes[part], f"model.{part}", instantiate=False, skip=set(skip))
+    for name in mixers or []:
+        kind = registries["mixers"].get(name)
+        skip = PROVIDED & _arguments(kind)
+        if "." not in name and skip != _arguments(kind):
+            parser.add_class_arguments(kind, f"model.mixers.{name}", instantiate=False, skip=set(skip))
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section, instantiate=False)
     with warnings.catch_warnings():
@@ -252,10 +294,20 @@ def make_parser(names: dict[str, str]) -> tuple[jsonargparse.ArgumentParser, dic
     return parser, classes
 
 
-def _without_former_parts(raw: dict[str, Any], path: Path, names: dict[str, str], classes: dict[str, Any]) -> str:
+def _without_former_parts(
+    raw: dict[str, Any], path: Path, names: dict[str, str], classes: dict[str, Any], mixers: list[str]
+) -> str:
     """What the parser is to read: the file, or, where the command line names another class for a part, the file's
-    settings without those of the former class that the new one does not take."""
+    settings without those of the former class that the new one does not take, and without those of mixers that the
+    backbone had."""
     model, pruned = raw.get("model"), False
+    options = _written(raw, "model.mixers")
+    if isinstance(options, dict):
+        former = {part: _name(raw, [], f"model.{part}", default) for part, default in PARTS.items()}
+        for name in options.keys() & set(_other_mixers(raw, [], former)) - set(mixers):
+            del options[name]
+            pruned = True
+        check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
     for part, default in {"data": None, **PARTS}.items():
         holder = raw if part == "data" else model
         settings = holder.get(part) if isinstance(holder, dict) else None
@@ -331,7 +383,8 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     raw = read_yaml(path)
     names = {"data": _name(raw, overrides, "data", None)}
     names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    parser, classes = make_parser(names)
+    mixers = _other_mixers(raw, overrides, names)
+    parser, classes = make_parser(names, mixers)
     if "--help" in overrides or "-h" in overrides:
         parser.print_help()
         raise SystemExit(0)
@@ -339,7 +392,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         with contextlib.suppress(ValueError, TypeError):  # the parser will tell
             parser.set_defaults({"data.seed": int(seed)})
     try:
-        parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes), *overrides])
+        parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes, mixers), *overrides])
         parsed.pop("config")
         for key, value in vars(parsed["data"]).items():
             if key != "name":

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file
+from mambaseq.batch import Batch
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
@@ -182,6 +183,12 @@ def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -
         if first.targets is None:
             return
         per_token, values = first.per_token, first.targets.is_floating_point()
+        if per_token and not model.backbone.causal and _is_next_token(first):
+            raise ConfigError(
+                f"The dataset {settings.settings['data']['name']!r} asks for the next token, which the backbone "
+                f"{settings.settings['model']['backbone']['name']!r} sees. Choose a causal backbone, such as "
+                f"'residual', or a dataset of labels or of masked tokens."
+            )
     if per_token != model.head.per_token:
         given, fitting = (
             ("a token", "lm") if per_token else ("a sequence", "regression" if values else "classification")
@@ -191,6 +198,14 @@ def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -
             f"{settings.settings['data']['name']!r} gives one target {given}. Choose a head for those, such as "
             f"{fitting!r} (`mambaseq list heads`), or another dataset."
         )
+
+
+def _is_next_token(batch: Batch) -> bool:
+    """Whether every target is the input behind it."""
+    assert batch.targets is not None
+    targets, following = batch.targets[:, :-1], batch.inputs[:, 1:]
+    scored = targets != -100
+    return bool(scored.any()) and torch.equal(targets[scored], following[scored])
 
 
 def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:

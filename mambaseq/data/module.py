@@ -38,6 +38,7 @@ class SequenceData(abc.ABC):
     Known after `setup`:
     vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
+    complement: of DNA, the id paired with each id; None for what has no other strand.
     condition_names: their names. length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
     start_ids: what generation begins from when no prompt is given (silence, a line break).
@@ -48,6 +49,7 @@ class SequenceData(abc.ABC):
     n_channels: int | None = None
     class_names: Sequence[str] = ()
     n_conditions: int = 0
+    complement: Sequence[int] | None = None
     condition_names: Sequence[str] = ()
     length: int = 0
     tokenizer: Tokenizer | None = None

@@ -14,7 +14,7 @@ class ClassificationHead(nn.Module):
     Args:
         d_model: width of the backbone's output.
         n_classes: number of labels.
-        pooling: "mean" over positions, or the "last" one.
+        pooling: "mean" over positions, or the "last" or "first" one.
         scale: multiplies the pooled vector. A mean over many positions differs little between sequences; a scale
             of about the square root of the length / 4 lets the classifier learn as fast as the rest.
         dropout: applied to the pooled vector in training.
@@ -49,9 +49,12 @@ class ClassificationHead(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """hidden `(batch, length, d_model)`, labels `(sequences,)` int64. Returns (loss, logits), the loss a mean over
         sequences, logits `(sequences, n_classes)` fp32."""
-        pooled = self.dropout(self.scale * pool(hidden, self.pooling, mask, cu_seqlens))
+        pooled = self.dropout(self.scale * self._pool(hidden, mask, cu_seqlens))
         logits = self.linear(pooled.to(self.linear.weight.dtype)).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
         return loss, logits
+
+    def _pool(self, hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return pool(hidden, self.pooling, mask, cu_seqlens)

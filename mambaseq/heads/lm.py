@@ -43,9 +43,14 @@ class LMHead(nn.Module):
             logits = logits.float()
             if labels is None:
                 return None, logits
-            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-            return total / (labels != -100).sum().clamp(min=1), logits if return_logits else None
+            return token_loss(logits, labels), logits if return_logits else None
         if labels is None:
             return None, None
         total = linear_cross_entropy(hidden.flatten(0, 1), self.linear.weight, labels.flatten())
         return total / (labels != -100).sum().clamp(min=1), None
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss in nats a label: logits `(batch, length, vocab_size)` fp32, labels `(batch, length)`, -100 ignored."""
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)

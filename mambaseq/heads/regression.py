@@ -15,7 +15,7 @@ class RegressionHead(nn.Module):
     Args:
         d_model: width of the backbone's output.
         n_outputs: values a sequence.
-        pooling: "mean" over positions, or the "last" one.
+        pooling: "mean" over positions, or the "last" or "first" one.
     """
 
     per_token = False

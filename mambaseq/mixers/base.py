@@ -51,10 +51,14 @@ class Mixer(nn.Module, abc.ABC):
 
     causal: position t sees nothing after t. bounded_state: the state's size does not grow with the history.
     The laws that a mixer is tested under follow from these two.
+    companion: the name of the mixer that follows it in a stack unless the stack is told otherwise ("mlp" for those
+        whose published block has a channel MLP). position_wise: position t sees t alone.
     """
 
     causal: ClassVar[bool] = True
     bounded_state: ClassVar[bool] = True
+    companion: ClassVar[str | None] = None
+    position_wise: ClassVar[bool] = False
     d_model: int
 
     @abc.abstractmethod

@@ -42,5 +42,24 @@ def of_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
+def reversal(batch: int, length: int, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+    """`(batch * length,)` int64: which position of the rows, laid end to end, stands where once every sequence is
+    reversed; its own inverse. None where that is each row from its end to its beginning.
+
+    Packed sequences are reversed within their bounds; with a mask `(batch, length)` of real positions, those of a row
+    (which come first) change places and the padding stays.
+    """
+    if cu_seqlens is not None:
+        check(cu_seqlens, batch, length)
+        bounds, owner = cu_seqlens.long(), of_positions(cu_seqlens, length)
+        return bounds[owner] + bounds[owner + 1] - 1 - torch.arange(length, device=cu_seqlens.device)
+    if mask is None:
+        return None
+    positions = torch.arange(length, device=mask.device)
+    real = mask.sum(1, keepdim=True)
+    order = torch.where(positions < real, real - 1 - positions, positions)
+    return (order + length * torch.arange(batch, device=mask.device)[:, None]).flatten()
+
+
 def _shortened(values: list[int]) -> str:
     return str(values) if len(values) <= 12 else f"{values[:6]} … {values[-3:]}"

@@ -1,0 +1,157 @@
+"""What backbones have in common: residual layers, and how a call is run (over chunks of time, by CUDA graphs)."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.backbones.graphed import StepGraphs
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer
+from mambaseq.mixers.norm import RMSNorm
+
+
+class ResidualLayer(nn.Module):
+    """mixer(norm(residual + x)) and residual + x: the addition of what a layer writes to the residual stream, which is
+    kept in fp32, is left to the next norm, which reads both anyway. x is None where there is nothing to add yet."""
+
+    def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(mixer.d_model, norm_eps)
+        self.mixer = mixer
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor | None, residual: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(what the next norm adds, the residual stream, the state or None)."""
+        y, residual = self.norm(x, residual)
+        y = self.mixer(y, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
+        y, new = y if return_state else (y, None)
+        return self.dropout(y), residual, new
+
+    def step_(self, x: Tensor | None, residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        y, residual = self.norm(x, residual)
+        return self.mixer.step_(y, state), residual
+
+
+class Backbone(nn.Module, abc.ABC):
+    """Embeddings `(batch, length, d_model)` to the same, called like a mixer: a list of states in, a list out.
+
+    A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
+    takes_mask: whether `forward` takes a `mask=` of the positions that are real, because they are not independent of
+        the padding behind them. strands: how many vectors of d_model a position has.
+    """
+
+    takes_mask: ClassVar[bool] = False
+    strands: ClassVar[int] = 1
+    d_model: int
+
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        chunk_length: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
+        if chunk_length is not None and chunk_length < 1:
+            raise ConfigError(f"chunk_length must be at least 1, not {chunk_length}.")
+        self.checkpoint = checkpoint
+        self.chunk_length = chunk_length
+        self.cuda_graph = cuda_graph
+        self.graphs = StepGraphs()
+
+    def check_chunks(self) -> None:
+        """Raise ConfigError where there is a chunk_length and a mixer that cannot be run over chunks."""
+        for mixer in self.mixers() if self.chunk_length else []:
+            if not (mixer.causal and mixer.bounded_state):
+                raise ConfigError(
+                    f"chunk_length needs causal mixers whose state is bounded, which {type(mixer).__name__} is not."
+                )
+
+    @abc.abstractmethod
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each residual layer, the first layer's first; a shared one at each of its layers."""
+
+    @property
+    def causal(self) -> bool:
+        return all(mixer.causal for mixer in self.mixers())
+
+    @property
+    def n_states(self) -> int:
+        """How many states its list has."""
+        return len(self.mixers())
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
+        if state is not None and len(state) != self.n_states:
+            raise ValueError(f"The backbone has {self.n_states} states and was given {len(state)}.")
+        if self.chunk_length is None or x.shape[1] <= self.chunk_length:
+            may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
+            if may_replay and state is None and cu_seqlens is None:
+                replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x)
+                if replayed is not None:
+                    return replayed
+            y, states = self._run(x, state, cu_seqlens, return_state)
+        else:
+            from mambaseq.backbones.chunks import run_in_chunks  # loads the compiler, which most runs do without
+
+            y, states = run_in_chunks(
+                self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
+            )
+        return (y, states) if return_state else y
+
+    def _run(
+        self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
+        """y and the states, whatever these are where they are not returned."""
+        raise NotImplementedError
+
+    def _through(
+        self,
+        layers: Iterable[nn.Module],
+        residual: Tensor,
+        state: list[Any] | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor | None, Tensor, list[Any]]:
+        """Residual layers, from the residual stream: (what is still to be added, the stream, the states)."""
+        branch: Tensor | None = None
+        states: list[Any] = []
+        for index, layer in enumerate(layers):
+            old = None if state is None else state[index]
+            if self.checkpoint and torch.is_grad_enabled():
+                branch, residual, new = torch.utils.checkpoint.checkpoint(
+                    layer, branch, residual, old, cu_seqlens, return_state, use_reentrant=False
+                )
+            else:
+                branch, residual, new = layer(branch, residual, old, cu_seqlens, return_state)
+            states.append(new)
+        return branch, residual, states
+
+    @abc.abstractmethod
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Any]:
+        """States of an empty history, each of which has the sequence first."""
+
+    @abc.abstractmethod
+    def step_(self, x: Tensor, state: list[Any]) -> Tensor:
+        """x `(batch, 1, d_model)`; changes the states in place."""

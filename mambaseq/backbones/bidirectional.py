@@ -1,0 +1,147 @@
+"""A stack whose every layer reads the sequence both ways: for classifying sequences and for masked modelling."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.backbones.base import Backbone
+from mambaseq.backbones.patterns import MakeMixer, make_mixers
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer
+from mambaseq.mixers.norm import RMSNorm
+from mambaseq.ops import sequences
+
+
+class BidirectionalLayer(nn.Module):
+    """ahead(x) + reversed(back(reversed(x))) of the normed residual stream; see `ResidualLayer` for who adds what.
+
+    back None is `ahead` itself; a mixer to which a position is all there is (an MLP) has one direction.
+    """
+
+    def __init__(self, ahead: Mixer, back: Mixer | None, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(ahead.d_model, norm_eps)
+        self.ahead, self.back = ahead, back
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor | None, residual: Tensor, order: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, residual = self.norm(x, residual)
+        both = self.ahead(y, cu_seqlens=cu_seqlens)
+        if not self.ahead.position_wise:
+            back = self.ahead if self.back is None else self.back
+            both = both + reverse(back(reverse(y, order), cu_seqlens=cu_seqlens), order)
+        return self.dropout(both), residual
+
+
+def reverse(x: Tensor, order: Tensor | None) -> Tensor:
+    """x `(batch, length, ...)` backwards; order as `sequences.reversal` gives it."""
+    return x.flip(1) if order is None else x.flatten(0, 1).index_select(0, order).view_as(x)
+
+
+class BidirectionalStack(Backbone):
+    """Pre-norm residual layers that run their mixer over the sequence and over the sequence reversed, and add the two
+    (as BiMamba, arXiv:2403.03234, section 3.1, and Vision Mamba, arXiv:2401.09417, do).
+
+    A packed sequence is reversed within its own bounds, a padded one within its mask. There is no state: nothing can be
+    generated, and no sequence be gone on with.
+
+    Args:
+        make_mixer: makes the mixer of layer i (see `MakeMixer`).
+        n_layers: number of layers; MLPs come on top.
+        shared: both directions have one mixer; otherwise each has its own.
+        pattern, mlp: see `ResidualStack`. A mixer with a star is shared among layers, within each direction.
+        norm_eps: epsilon of the RMSNorms.
+        dropout: probability with which a layer's contribution is dropped, element by element, in training.
+        checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
+        cuda_graph: replay training steps as CUDA graphs, but for packed and padded batches (see `ResidualStack`).
+    """
+
+    takes_mask: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        make_mixer: MakeMixer,
+        n_layers: int = 4,
+        shared: bool = False,
+        pattern: list[str] | None = None,
+        mlp: bool | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__(checkpoint=checkpoint, cuda_graph=cuda_graph, dropout=dropout)
+        ahead: list[Mixer] = make_mixers(make_mixer, n_layers, pattern, mlp)
+        back = [None] * len(ahead) if shared else make_mixers(make_mixer, n_layers, pattern, mlp)
+        self.layers = nn.ModuleList(
+            BidirectionalLayer(one, None if one.position_wise else other, norm_eps, dropout)
+            for one, other in zip(ahead, back, strict=True)
+        )
+        for mixer in dict.fromkeys(self.mixers()):
+            directions = 1 if mixer.position_wise else 2  # what a layer writes is the sum of as many
+            mixer.scale_residual_((len(self.layers) * directions) ** -0.5)
+        self.d_model = ahead[0].d_model
+        self.norm_f = RMSNorm(self.d_model, norm_eps)
+
+    def mixers(self) -> list[Mixer]:
+        """The mixers of each layer, that of the reversed sequence behind the other where it has its own."""
+        pairs = [(layer.ahead, layer.back) for layer in self.layers]
+        return [mixer for pair in pairs for mixer in pair if mixer is not None]  # type: ignore[misc]
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x `(batch, length, d_model)` to the same. mask: `(batch, length)` bool, of positions that are real; what is
+        padded on the right is seen by no other position.
+
+        Raises ConfigError where a state is given or wanted.
+        """
+        if state is not None or return_state:
+            refuse_states("bidirectional")
+        order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
+        if self.cuda_graph and order is None and not (self.checkpoint or torch.compiler.is_compiling()):
+            replayed = self.graphs(self, lambda x: self._both(x, None, None), x)
+            if replayed is not None:
+                return replayed
+        return self._both(x, order, cu_seqlens)
+
+    def _both(self, x: Tensor, order: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        branch: Tensor | None = None
+        residual = x.float()
+        for layer in self.layers:
+            if self.checkpoint and torch.is_grad_enabled():
+                branch, residual = torch.utils.checkpoint.checkpoint(
+                    layer, branch, residual, order, cu_seqlens, use_reentrant=False
+                )
+            else:
+                branch, residual = layer(branch, residual, order, cu_seqlens)
+        y, _ = self.norm_f(branch, residual)
+        return y
+
+    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
+        refuse_states("bidirectional")
+
+    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
+        refuse_states("bidirectional")
+
+
+def refuse_states(backbone: str) -> NoReturn:
+    """Raise ConfigError: what a backbone sees of the future cannot be gone on with."""
+    raise ConfigError(
+        f"A {backbone} backbone sees whole sequences and keeps no state: it can neither generate nor read a sequence "
+        f"part by part. Use a causal backbone (residual) for that."
+    )

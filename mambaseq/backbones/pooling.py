@@ -1,0 +1,179 @@
+"""From one resolution of time to a coarser one and back, causally, with a state.
+
+Goel et al., "It's Raw! Audio Generation with State-Space Models" (SaShiMi), arXiv:2202.09729, section 4.2: `pool`
+neighbouring positions become one by a linear map; on the way up a linear map makes `pool` positions of one, shifted by
+one coarse position, so that a window's result serves the window behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.mixers.base import State
+from mambaseq.ops import sequences
+
+
+@dataclasses.dataclass
+class PoolState(State):
+    """Where a sequence is in its window, a value for each: sequences of a batch need not be at the same position.
+
+    begun `(batch, pool - 1, d_model)` fp32: the positions of the window that is not whole yet, zeros behind them.
+    held `(batch, d_coarse)` fp32: the coarse output that serves this window, zeros in the first.
+    count `(batch,)` int64: how many positions of the window there are.
+    """
+
+    begun: Tensor
+    held: Tensor
+    count: Tensor
+
+
+class Windows(NamedTuple):
+    """Where the windows of packed sequences lie, in tensors alone: nothing is read on the host.
+
+    How many windows a sequence completes depends on where it was in its window, so the coarse row has the length that
+    is enough wherever they were; what is not used of it is one more sequence at its end.
+
+    cu_seqlens: int32, of the coarse row, the filler included. length: of the coarse row.
+    completed `(sequences,)`: windows that each completes. sources `(length * pool,)`, kept `(sequences * (pool - 1),)`:
+        rows of [x, begun], of which the windows and the new `begun` are made. is_kept `(sequences, pool - 1)`.
+    targets `(positions,)`: rows of [coarse, held] times pool, of which each fine position has its part.
+    left: the new count.
+    """
+
+    cu_seqlens: Tensor
+    length: int
+    completed: Tensor
+    sources: Tensor
+    kept: Tensor
+    is_kept: Tensor
+    targets: Tensor
+    left: Tensor
+
+
+def windows(cu_seqlens: Tensor, positions: int, count: Tensor, pool: int) -> Windows:
+    """cu_seqlens `(sequences + 1,)` of a row of `positions`; count: `PoolState.count` before it."""
+    n, device = count.shape[0], count.device
+    bounds = cu_seqlens.long()
+    lengths = bounds[1:] - bounds[:-1]
+    total = count + lengths
+    completed = total // pool
+    length = (positions + n * (pool - 1)) // pool
+    begins = F.pad(completed.cumsum(0), (1, 0))
+    coarse = F.pad(begins, (0, 1), value=length).to(torch.int32)
+
+    owner = sequences.of_positions(coarse, length)
+    filler = owner == n
+    owner = owner.clamp(max=n - 1)
+    window = torch.arange(length, device=device) - begins[owner]
+    place = (window * pool - count[owner])[:, None] + torch.arange(pool, device=device)
+
+    def row(place: Tensor, owner: Tensor) -> Tensor:
+        """Of [x, begun], for a place counted from the sequence's first position here; those before it are in begun."""
+        before = positions + owner * (pool - 1) + place + count[owner]
+        return torch.where(place >= 0, bounds[owner] + place, before)
+
+    sources = torch.where(filler[:, None], 0, row(place, owner[:, None]))
+    left = total % pool
+    slot = torch.arange(pool - 1, device=device)
+    is_kept = slot < left[:, None]
+    everyone = torch.arange(n, device=device)[:, None]
+    kept = torch.where(is_kept, row((lengths - left)[:, None] + slot, everyone), 0)
+
+    fine = sequences.of_positions(cu_seqlens, positions)
+    since = count[fine] + torch.arange(positions, device=device) - bounds[fine]
+    serves = since // pool - 1
+    targets = torch.where(serves >= 0, begins[fine] + serves, length + fine) * pool + since % pool
+    return Windows(coarse, length, completed, sources.flatten(), kept.flatten(), is_kept, targets, left)
+
+
+class Pool(nn.Module):
+    """The linear maps between a resolution and the next, without biases: an empty past then gives zeros.
+
+    Args:
+        d_model: width of the finer resolution.
+        d_coarse: width of the coarser one.
+        pool: positions that become one.
+    """
+
+    def __init__(self, d_model: int, d_coarse: int, pool: int) -> None:
+        super().__init__()
+        self.d_model, self.d_coarse, self.pool = d_model, d_coarse, pool
+        self.down = nn.Linear(pool * d_model, d_coarse, bias=False)
+        self.up = nn.Linear(d_coarse, pool * d_model, bias=False)
+
+    def shorten(self, x: Tensor) -> Tensor:
+        """x `(batch, length, d_model)` fp32 to `(batch, length // pool, d_coarse)` fp32."""
+        whole = x.shape[1] // self.pool
+        return self._apply_linear(self.down, x[:, : whole * self.pool].reshape(len(x), whole, self.pool * self.d_model))
+
+    def lengthen(self, y: Tensor, length: int) -> Tensor:
+        """y `(batch, length // pool, d_coarse)` fp32 to `(batch, length, d_model)` fp32."""
+        fine = self._apply_linear(self.up, y).reshape(len(y), y.shape[1] * self.pool, self.d_model)
+        return F.pad(fine, (0, 0, self.pool, 0))[:, :length]
+
+    def shorten_packed(self, x: Tensor, state: PoolState, at: Windows) -> Tensor:
+        """x `(positions, d_model)` fp32 to `(at.length, d_coarse)` fp32."""
+        rows = torch.cat([x, state.begun.flatten(0, 1)])
+        return self._apply_linear(self.down, rows.index_select(0, at.sources).view(at.length, -1))
+
+    def lengthen_packed(self, y: Tensor, state: PoolState, at: Windows) -> Tensor:
+        """y `(at.length, d_coarse)` fp32 to `(positions, d_model)` fp32."""
+        fine = self._apply_linear(self.up, torch.cat([y, state.held])).view(-1, self.d_model)
+        return fine.index_select(0, at.targets)
+
+    def next_state(self, x: Tensor, y: Tensor, state: PoolState, at: Windows) -> PoolState:
+        """The state behind positions x `(positions, d_model)`, whose coarse outputs are y `(at.length, d_coarse)`."""
+        rows = torch.cat([x, state.begun.flatten(0, 1)])
+        begun = rows.index_select(0, at.kept).view_as(state.begun)
+        last = (at.cu_seqlens[1:-1].long() - 1).clamp(min=0)
+        held = torch.where(at.completed[:, None] > 0, y.index_select(0, last), state.held)
+        return PoolState(torch.where(at.is_kept[..., None], begun, 0.0), held, at.left)
+
+    def final_state(self, x: Tensor, y: Tensor) -> PoolState:
+        """The same for whole sequences, x `(batch, length, d_model)` and y `(batch, length // pool, d_coarse)`."""
+        whole = x.shape[1] // self.pool * self.pool
+        left = x.shape[1] - whole
+        return PoolState(
+            F.pad(x[:, whole:], (0, 0, 0, self.pool - 1 - left)),
+            y[:, -1] if whole else y.new_zeros(len(x), self.d_coarse),
+            torch.full((len(x),), left, device=x.device),
+        )
+
+    def init_state(self, batch_size: int, device: torch.device | str | None = None) -> PoolState:
+        device = self.down.weight.device if device is None else device
+        return PoolState(
+            torch.zeros(batch_size, self.pool - 1, self.d_model, device=device),
+            torch.zeros(batch_size, self.d_coarse, device=device),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def step_(self, x: Tensor, state: PoolState, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x `(batch, 1, d_model)` fp32, and who takes a step, `(batch,)` bool (None: all); changes begun and count.
+
+        Returns what the coarser resolution gives to this position `(batch, 1, d_model)`, the window's coarse input
+        `(batch, 1, d_coarse)`, both fp32, and whose windows are whole, `(batch,)` bool; the others' input is not one.
+        """
+        everyone = torch.arange(len(x), device=x.device)
+        parts = self._apply_linear(self.up, state.held).view(len(x), self.pool, self.d_model)
+        given = parts[everyone, state.count][:, None]
+        coarse = self._apply_linear(self.down, torch.cat([state.begun, x], 1).flatten(1))[:, None]
+        whole = state.count == self.pool - 1
+        if active is not None:
+            whole = whole & active
+        here = torch.arange(self.pool - 1, device=x.device) == state.count[:, None]
+        if active is not None:
+            here = here & active[:, None]
+        begun = torch.where(here[..., None], x, state.begun)
+        state.begun.copy_(torch.where(whole[:, None, None], 0.0, begun))
+        steps = torch.ones_like(state.count) if active is None else active.long()
+        state.count.copy_((state.count + steps) % self.pool)
+        return given, coarse, whole
+
+    @staticmethod
+    def _apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+        return linear(x.to(linear.weight.dtype)).float()

@@ -1,0 +1,112 @@
+"""DNA has two strands and either may be read: a backbone that treats them alike.
+
+Schiff et al., "Caduceus: Bi-Directional Equivariant Long-Range DNA Sequence Modeling", arXiv:2403.03234, section 3.2,
+the parameter-sharing model (Caduceus-PS): one half of the channels reads the sequence, the other its reverse
+complement, with the same weights, and nothing passes between them. What the model says of the other strand is then what
+it says of this one, reversed, whatever the weights are. Encoder and head take part in it (`rc_tokens`, `rc_lm`,
+`rc_classification`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from mambaseq.backbones.base import Backbone
+from mambaseq.backbones.bidirectional import BidirectionalStack, refuse_states, reverse
+from mambaseq.backbones.patterns import MakeMixer
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.mixers.base import Mixer
+from mambaseq.ops import sequences
+
+
+class ReverseComplementStack(Backbone):
+    """One stack over both strands, `(batch, length, 2 * d_model)` to the same.
+
+    The first d_model channels of a position are of its base, the others of the base paired with it. The second strand
+    is read backwards, as strands run, and given back at the positions of the first. A packed sequence is reversed
+    within its own bounds, a padded one within its mask. The model as a whole is not causal, whatever its layers are:
+    there is no state.
+
+    Args:
+        make_mixer: makes the mixer of layer i (see `MakeMixer`).
+        n_layers: number of layers; MLPs come on top.
+        bidirectional: layers that read each strand both ways (see `BidirectionalStack`), or its own way only.
+        shared: both directions of a bidirectional layer have one mixer.
+        pattern, mlp, norm_eps, dropout, checkpoint: see `ResidualStack`.
+        cuda_graph: replay training steps as CUDA graphs, but for packed and padded batches (see `ResidualStack`).
+    """
+
+    takes_mask: ClassVar[bool] = True
+    strands: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        make_mixer: MakeMixer,
+        n_layers: int = 4,
+        bidirectional: bool = True,
+        shared: bool = False,
+        pattern: list[str] | None = None,
+        mlp: bool | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {
+            "n_layers": n_layers,
+            "pattern": pattern,
+            "mlp": mlp,
+            "norm_eps": norm_eps,
+            "dropout": dropout,
+            "checkpoint": checkpoint,
+            "cuda_graph": cuda_graph,
+        }
+        self.stack: Backbone
+        if bidirectional:
+            self.stack = BidirectionalStack(make_mixer, shared=shared, **options)
+        else:
+            self.stack = ResidualStack(make_mixer, **options)
+        self.d_model = self.stack.d_model
+
+    def mixers(self) -> list[Mixer]:
+        """The mixers of the one stack."""
+        return self.stack.mixers()
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x `(batch, length, 2 * d_model)` to the same. mask: `(batch, length)` bool, of positions that are real.
+
+        Raises ConfigError where a state is given or wanted.
+        """
+        if state is not None or return_state:
+            refuse_states("reverse_complement")
+        order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
+        this, other = x.chunk(2, dim=-1)
+        # the strands are sequences of their own: more rows of a batch, or more of a packed row
+        dim = 0 if cu_seqlens is None else 1
+        both = torch.cat([this, reverse(other, order)], dim)
+        if cu_seqlens is not None:
+            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])
+        options = {"mask": torch.cat([mask, mask])} if mask is not None and self.stack.takes_mask else {}
+        this, other = self.stack(both, cu_seqlens=cu_seqlens, **options).chunk(2, dim)
+        return torch.cat([this, reverse(other, order)], dim=-1)
+
+    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
+        refuse_states("reverse_complement")
+
+    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
+        refuse_states("reverse_complement")

@@ -1,0 +1,262 @@
+"""A stack over several resolutions of time, causal and with a state, as SaShiMi is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.backbones.base import Backbone, ResidualLayer
+from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
+from mambaseq.backbones.pooling import Pool, PoolState, windows
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer, check_state
+from mambaseq.mixers.norm import RMSNorm
+
+
+class Tier(nn.Module):
+    """One resolution: layers on the way down, the coarser tier behind a pooling, layers on the way up. The coarsest has
+    only the first."""
+
+    def __init__(self, down: nn.ModuleList, pool: Pool | None, inner: Tier | None, up: nn.ModuleList) -> None:
+        super().__init__()
+        self.down, self.pool, self.inner, self.up = down, pool, inner, up
+
+    def states(self, state: list[Any]) -> tuple[list[Any], PoolState, list[Any], list[Any]]:
+        """The states of its layers down, of its pooling, of the tiers below, of its layers up."""
+        down, up = len(self.down), len(state) - len(self.up)
+        return state[:down], state[down], state[down + 1 : up], state[up:]
+
+
+class UNet(Backbone):
+    """Pre-norm residual layers at several resolutions: at the top every position, one tier down every `pool[0]`
+    positions as one, and so on; what a tier gives is added to what entered the pooling before it (Goel et al.,
+    arXiv:2202.09729).
+
+    Causal: what a window of positions gives serves the positions behind the window (see `backbones/pooling.py`). The
+    states are one list: a tier's layers down, its pooling, all tiers below, its layers up. Each sequence has its own
+    place in its windows, so any may be selected, packed or gone on with together.
+
+    Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole:
+    nothing waits for the GPU and a CUDA graph can hold the step, but for mixers whose state grows. On a CPU, tiers with
+    nothing to do are left out.
+
+    Args:
+        make_mixer: makes the mixer of layer i at a width (see `MakeMixer`); tiers count on from each other.
+        n_layers: layers of each tier on the way down, and again on the way up; of the coarsest tier once. MLPs on top.
+        pool: how many positions become one from each tier to the next; [4, 4] if not given.
+        expand: each tier is so many times as wide as the one above it.
+        pattern, mlp, norm_eps, dropout, checkpoint, chunk_length, cuda_graph: see `ResidualStack`; the pattern goes on
+            through a tier's layers. A mixer with a star is shared within a tier's way down or up.
+    """
+
+    def __init__(
+        self,
+        make_mixer: MakeMixer,
+        n_layers: int = 2,
+        pool: list[int] | None = None,
+        expand: int = 2,
+        pattern: list[str] | None = None,
+        mlp: bool | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        chunk_length: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
+        pool = [4, 4] if pool is None else pool
+        if not pool or min(pool) < 2:
+            raise ConfigError(f"pool must name at least one factor, each at least 2, not {pool}.")
+        if expand < 1:
+            raise ConfigError(f"expand must be at least 1, not {expand}.")
+        made = 0
+
+        def layers(d_model: int | None) -> nn.ModuleList:
+            nonlocal made
+            mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made)
+            made += n_layers
+            return nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout) for mixer in mixers)
+
+        def tier(level: int, d_model: int | None) -> Tier:
+            down = layers(d_model)
+            if level == len(pool):
+                return Tier(down, None, None, nn.ModuleList())
+            width: int = down[0].mixer.d_model  # type: ignore[union-attr, assignment]
+            inner = tier(level + 1, expand * width)
+            return Tier(down, Pool(width, expand * width, pool[level]), inner, layers(d_model))
+
+        self.top = tier(0, None)
+        self.d_model = self.mixers()[0].d_model
+        self.norm_f = RMSNorm(self.d_model, norm_eps)
+        scale_residual_(self.mixers())
+        self.check_chunks()
+
+    def _tiers(self) -> list[Tier]:
+        tiers = [self.top]
+        while tiers[-1].inner is not None:
+            tiers.append(tiers[-1].inner)
+        return tiers
+
+    def mixers(self) -> list[Mixer]:
+        """The mixers of all layers, in the order in which they are run."""
+        tiers = self._tiers()
+        layers = [layer for tier in tiers for layer in tier.down]
+        layers += [layer for tier in reversed(tiers) for layer in tier.up]
+        return [layer.mixer for layer in layers]  # type: ignore[misc]
+
+    @property
+    def n_states(self) -> int:
+        return len(self.mixers()) + len(self._tiers()) - 1
+
+    def _run(
+        self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
+        y, states = self._tier(self.top, x.float(), state, cu_seqlens, return_state)
+        y, _ = self.norm_f(None, y)
+        return y, states
+
+    def _tier(
+        self, tier: Tier, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
+        """x `(batch, length, d_model)` fp32 to the residual stream behind the tier, and its states."""
+        if tier.pool is None:
+            return self._stream(tier.down, x, state, cu_seqlens, return_state)
+        assert tier.inner is not None
+        old_down, old_pool, old_inner, old_up = (None,) * 4 if state is None else tier.states(state)
+        x, down = self._stream(tier.down, x, old_down, cu_seqlens, return_state)
+        if state is None and cu_seqlens is None:
+            inner: list[Any] = []
+            coarse = tier.pool.shorten(x)
+            if coarse.shape[1]:
+                coarse, inner = self._tier(tier.inner, coarse, None, None, return_state)
+            elif return_state:
+                inner = self._states(tier.inner, len(x), None, None, x.device)
+            given = tier.pool.lengthen(coarse, x.shape[1])
+            pooled = tier.pool.final_state(x, coarse) if return_state else None
+        else:
+            given, pooled, inner = self._packed(tier, x, old_pool, old_inner, cu_seqlens, return_state)
+        y, up = self._stream(tier.up, x + given, old_up, cu_seqlens, return_state)
+        return y, [*down, pooled, *inner, *up]
+
+    def _stream(
+        self, layers: nn.ModuleList, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
+        branch, residual, states = self._through(layers, x, state, cu_seqlens, return_state)
+        return residual if branch is None else residual + branch.float(), states
+
+    def _packed(
+        self,
+        tier: Tier,
+        x: Tensor,
+        pooled: PoolState | None,
+        inner: list[Any] | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, PoolState | None, list[Any]]:
+        """What the tiers below give to each position, where sequences may be anywhere in their windows: one packed row
+        of them all. The filler at the row's end goes on from a copy of the first sequence's states."""
+        pool, batch, length = tier.pool, x.shape[0], x.shape[1]
+        assert pool is not None
+        assert tier.inner is not None
+        if cu_seqlens is None:
+            cu_seqlens = length * torch.arange(batch + 1, device=x.device, dtype=torch.int32)
+        n = cu_seqlens.shape[0] - 1
+        if pooled is None:
+            pooled = pool.init_state(n, x.device)
+        shapes = {"begun": (n, pool.pool - 1, pool.d_model), "held": (n, pool.d_coarse), "count": (n,)}
+        check_state("unet", pooled, PoolState, x.device, **shapes)
+        row = x.flatten(0, 1)
+        at = windows(cu_seqlens, len(row), pooled.count, pool.pool)
+        if inner is not None:
+            with_filler = torch.arange(n + 1, device=x.device) % n
+            inner = [state.select(with_filler) for state in inner]
+        coarse = pool.shorten_packed(row, pooled, at)
+        coarse, states = self._tier(tier.inner, coarse[None], inner, at.cu_seqlens, return_state)
+        given = pool.lengthen_packed(coarse[0], pooled, at).view_as(x)
+        if not return_state:
+            return given, None, []
+        everyone = torch.arange(n, device=x.device)
+        new = pool.next_state(row, coarse[0], pooled, at)
+        return given, new, [state.select(everyone) for state in states]
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Any]:
+        """States of an empty history, a list of one for each layer and each pooling."""
+        return self._states(self.top, batch_size, max_length, dtype, device)
+
+    def _states(
+        self, tier: Tier, batch_size: int, max_length: int | None, dtype: torch.dtype | None, device: Any
+    ) -> list[Any]:
+        def of(layers: nn.ModuleList) -> list[Any]:
+            return [layer.mixer.init_state(batch_size, max_length, dtype, device) for layer in layers]  # type: ignore[union-attr, operator]
+
+        if tier.pool is None or tier.inner is None:
+            return of(tier.down)
+        coarse = None if max_length is None else -(-max_length // tier.pool.pool)
+        inner = self._states(tier.inner, batch_size, coarse, dtype, device)
+        return [*of(tier.down), tier.pool.init_state(batch_size, device), *inner, *of(tier.up)]
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: list[Any]) -> Tensor:
+        """x `(batch, 1, d_model)`; changes the states in place."""
+        y, _ = self.norm_f(None, self._step(self.top, x.float(), state, None))
+        return y
+
+    def _step(self, tier: Tier, x: Tensor, state: list[Any], active: Tensor | None) -> Tensor:
+        """x `(batch, 1, d_model)` fp32, a position of the sequences that are active (None: all) to the stream behind
+        the tier; what comes of the others has no meaning, and their states stay."""
+        if tier.pool is None:
+            return _step_layers(tier.down, x, state, active)
+        assert tier.inner is not None
+        down, pooled, inner, up = tier.states(state)
+        x = _step_layers(tier.down, x, down, active)
+        given, coarse, whole = tier.pool.step_(x, pooled, active)
+        # a look that costs nothing on a CPU
+        some, every = (bool(whole.any()), bool(whole.all())) if x.device.type == "cpu" else (True, False)
+        if some:
+            held = self._step(tier.inner, coarse, inner, None if every else whole)[:, 0]
+            pooled.held.copy_(torch.where(whole[:, None], held, pooled.held))
+        return _step_layers(tier.up, x + given, up, active)
+
+
+def _step_layers(layers: nn.ModuleList, x: Tensor, state: list[Any], active: Tensor | None) -> Tensor:
+    branch, residual = None, x
+    for layer, layer_state in zip(layers, state, strict=True):
+        if active is None:
+            branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]
+        else:
+            y, residual = layer.norm(branch, residual)  # type: ignore[operator]
+            branch = _step_some(layer.mixer, y, layer_state, active)  # type: ignore[arg-type]
+    return residual if branch is None else residual + branch.float()
+
+
+def _step_some(mixer: Mixer, x: Tensor, state: Any, active: Tensor) -> Tensor:
+    """A step of the active sequences only: x `(batch, 1, d_model)`, active `(batch,)` bool."""
+    if mixer.bounded_state:
+        before = state.clone()
+        y = mixer.step_(x, state)
+        for name, tensor in state.tensors().items():
+            tensor.copy_(torch.where(active.view(-1, *[1] * (tensor.dim() - 1)), tensor, getattr(before, name)))
+        return y
+    # A state that grows: one packed row of sequences of one position or none, first those of the active, then the
+    # others' steps from copies of their states, which nobody reads.
+    n = len(x)
+    order = torch.argsort(active.logical_not().int(), stable=True)
+    cu_seqlens = F.pad(torch.cat([active, ~active]).cumsum(0), (1, 0)).int()
+    sequences = torch.arange(n, device=x.device)
+    row, new = mixer(x[order].transpose(0, 1), state.select(sequences.repeat(2)), cu_seqlens, return_state=True)
+    new = new.select(sequences)
+    for field in dataclasses.fields(new):
+        setattr(state, field.name, getattr(new, field.name))
+    y = torch.empty_like(x, dtype=row.dtype)
+    y[order] = row.transpose(0, 1)
+    return y
