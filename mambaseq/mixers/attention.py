@@ -73,6 +73,7 @@ class Attention(Mixer):
     """
 
     bounded_state = False
+    companion = "mlp"
 
     def __init__(
         self,

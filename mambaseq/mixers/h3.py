@@ -47,6 +47,8 @@ class H3(Mixer):
         mode: "fft" (convolution), "scan" (recurrence), or None for the faster of the two where both can run.
     """
 
+    companion = "mlp"
+
     def __init__(
         self,
         d_model: int,

@@ -135,6 +135,7 @@ class Hyena(Mixer):
     """
 
     bounded_state = False
+    companion = "mlp"
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class LinearAttention(Mixer):
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
     """
 
+    companion = "mlp"
     eps = 1e-6  # sums of weights are not divided by below it
 
     def __init__(self, d_model: int, n_heads: int = 4, bias: bool = False, chunk_size: int = 64) -> None:

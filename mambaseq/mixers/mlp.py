@@ -33,6 +33,8 @@ class MLP(Mixer):
         bias: biases of both linear maps.
     """
 
+    position_wise = True
+
     def __init__(
         self,
         d_model: int,

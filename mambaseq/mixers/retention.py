@@ -46,6 +46,8 @@ class Retention(Mixer):
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
     """
 
+    companion = "mlp"
+
     def __init__(
         self,
         d_model: int,

@@ -41,6 +41,8 @@ class RWKV4(Mixer):
         d_model: width of the residual stream.
     """
 
+    companion = "mlp"
+
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.d_model = d_model

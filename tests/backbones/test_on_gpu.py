@@ -13,6 +13,7 @@ from mambaseq.models import SequenceModel, build_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("full_precision"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
 ]
 CAUSAL = [
@@ -25,12 +26,6 @@ WHOLE = [
     {"name": "reverse_complement", "n_layers": 2},
     {"name": "reverse_complement", "n_layers": 2, "bidirectional": False},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def make(backbone: dict[str, Any]) -> SequenceModel:

@@ -12,6 +12,7 @@ from mambaseq.mixers import mamba
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("full_precision"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
 ]
 # beside what holds everywhere: states in two pieces, the other implementations, widths that kernels like
@@ -32,12 +33,6 @@ DEFAULTS = [case for case in CASES if case.values[1] == {}]
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual.detach() - expected.detach()).norm() <= 1e-4 * expected.detach().norm()
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

@@ -86,13 +86,15 @@ def test_in_float64_nothing_but_rounding_differs(case: str) -> None:
         assert relative_rms_error(a, e) < 1e-11
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(backend: str, dtype: torch.dtype, device: str) -> None:
     def half() -> SsdArguments:
         made = drawn("half", 2, 100)
         return made._replace(**{name: getattr(made, name).to(dtype) for name in ("x", "dt", "B", "C")})
 
-    assert_equals_reference(OP, "torch", half, torch.device("cpu"), dtype)
+    assert_equals_reference(OP, backend, half, device_or_skip(device), dtype)
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1.0, 30.0])

@@ -18,7 +18,7 @@ from mambaseq.ops.ssd.arguments import SsdArguments
 
 _INSTALLED = importlib.util.find_spec("mamba_ssm") is not None
 _MODULE = "mamba_ssm.ops.triton.ssd_combined"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16)
 _SIZES = (16, 32, 64, 128, 256)
 
 
@@ -32,7 +32,7 @@ def why_not(arguments: SsdArguments) -> str | None:
     if torch.compiler.is_compiling():
         return "it is not registered with torch.library"
     if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}"
+        return f"x is {x.dtype}, its products round float32 to TF32"
     if arguments.chunk_size not in _SIZES:
         return f"chunk_size is {arguments.chunk_size}, not one of {', '.join(map(str, _SIZES))}"
     if 0 in x.shape:
