@@ -30,6 +30,7 @@ KINDS = (
     "metrics",
     "configs",
     "reports",
+    "recipes",
 )
 
 
@@ -44,6 +45,7 @@ class Domain:
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
     configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
     reports: functions that turn a finished run into sections of the demo's report.
+    recipes: `mambaseq.reproduction.Recipe` values: what `mambaseq reproduce` runs.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Domain:
     metrics: Entries = dataclasses.field(default_factory=dict)
     configs: Entries = dataclasses.field(default_factory=dict)
     reports: Entries = dataclasses.field(default_factory=dict)
+    recipes: Entries = dataclasses.field(default_factory=dict)
 
 
 CORE: dict[str, Entries] = {
@@ -124,6 +127,7 @@ CORE: dict[str, Entries] = {
     },
     "configs": {},
     "reports": {},
+    "recipes": {},
 }
 
 

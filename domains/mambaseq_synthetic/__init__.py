@@ -30,6 +30,16 @@ domain = Domain(
             "token accuracy for each power of two of the length",
         ),
     },
+    recipes={
+        "induction_heads": (
+            "mambaseq_synthetic.recipes.induction_heads:recipe",
+            "Mamba paper, section 4.1.2: trained at 256, tested up to 2^20",
+        ),
+        "selective_copying": (
+            "mambaseq_synthetic.recipes.selective_copying:recipe",
+            "Mamba paper, Table 1: what a time-invariant model cannot do",
+        ),
+    },
     configs={
         "selective_copying": ("mambaseq:configs/synthetic/selective_copying.yaml", "as in the Mamba paper, on a GPU"),
         "induction_heads": (

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from mambaseq.data.drawing import below, words
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
-from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, below, check_sets, words
+from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
 
 
 def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -> tuple[Tensor, Tensor]:
@@ -34,13 +35,6 @@ def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -
     labels = torch.full_like(inputs, -100)
     labels[:, -1:] = inputs.gather(1, place + 1)
     return inputs, labels
-
-
-def evaluation_batch(
-    length: int, n: int, *, vocab_size: int = 16, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The first n sequences of the test set at a length: inputs and labels as from `draw`."""
-    return draw(TEST, torch.arange(n, device=device), length=length, vocab_size=vocab_size)
 
 
 class InductionHeadsData(SequenceData):

@@ -7,9 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from mambaseq.data.drawing import below, distinct, words
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
-from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, below, check_sets, distinct, words
+from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
 
 NOISE = 0
 

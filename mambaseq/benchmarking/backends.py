@@ -21,6 +21,7 @@ from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.ssd.arguments import SsdArguments
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
+from mambaseq.ops.wkv.arguments import WkvArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
 SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
@@ -153,6 +154,11 @@ def _ssd(normal: Normal, batch: int, length: int, channels: int) -> SsdArguments
     )
 
 
+def _wkv(normal: Normal, batch: int, length: int, channels: int) -> WkvArguments:
+    k, v = normal(batch, length, channels), normal(batch, length, channels)
+    return WkvArguments(k, v, normal(channels).abs(), normal(channels))
+
+
 def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
     x, residual = normal(batch, length, channels), normal(batch, length, channels)
     return AddNormArguments(x, residual, normal(channels))
@@ -175,6 +181,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "lti_scan": _lti,
     "state_space_scan": _state_space,
     "ssd": _ssd,
+    "wkv": _wkv,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
     "linear_cross_entropy": _loss,

@@ -25,6 +25,7 @@ COMMANDS = {
         "what runs on this machine, which backend each op would use, and whether it is right",
     ),
     "bench": ("mambaseq.cli.bench", "speed beside the peers that are installed: ops, block, train, decode"),
+    "reproduce": ("mambaseq.cli.reproduce", "repeat a published result and set the paper's figures beside ours"),
     "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
     "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
 }

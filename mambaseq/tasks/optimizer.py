@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -61,24 +62,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, total_steps: float
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer and its schedule over `total_steps` optimizer steps.
-
-    Raises ConfigError when there is no last step (`inf`) for the schedule to end at.
-    """
-    if math.isinf(total_steps) and config.schedule != "constant":
-        raise ConfigError(
-            f"The schedule {config.schedule!r} ends at the last step, and this run has none. Set trainer.max_steps or "
-            f"trainer.max_epochs, or optimizer.schedule to constant."
-        )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-    )
+def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
+    """Of the peak learning rate, at each of `total_steps` optimizer steps."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -89,4 +74,28 @@ def make_optimizer(
         shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
+    return factor
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, total_steps: float, *, capturable: bool = False
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer and its schedule over `total_steps` optimizer steps.
+
+    capturable: its step can be captured in a CUDA graph; its learning rates are tensors then.
+    Raises ConfigError when there is no last step (`inf`) for the schedule to end at.
+    """
+    if math.isinf(total_steps) and config.schedule != "constant":
+        raise ConfigError(
+            f"The schedule {config.schedule!r} ends at the last step, and this run has none. Set trainer.max_steps or "
+            f"trainer.max_epochs, or optimizer.schedule to constant."
+        )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=torch.tensor(config.lr, device=next(model.parameters()).device) if capturable else config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        capturable=capturable,
+    )
+    factor = learning_rate_factor(config, total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

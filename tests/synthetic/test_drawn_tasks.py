@@ -12,12 +12,13 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from mambaseq_synthetic import domain, induction_heads, selective_copying
-from mambaseq_synthetic.drawing import below, distinct, splitmix64, words
+from mambaseq_synthetic.drawing import TEST
 from mambaseq_synthetic.induction_heads import InductionHeadsData
 from mambaseq_synthetic.listops import ListOpsData
 from mambaseq_synthetic.pathfinder import PathfinderData
 from mambaseq_synthetic.selective_copying import SelectiveCopyingData
 
+from mambaseq.data.drawing import below, distinct, splitmix64, words
 from mambaseq.data.module import SequenceDataModule, pad_collate
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
@@ -136,7 +137,7 @@ def test_induction_is_tested_at_many_lengths() -> None:
     data = InductionHeadsData(test_lengths=[64, 16], n_test=4)
     test = data.test()
     assert [item.inputs.shape[1] for item in test] == [64] * 4 + [16] * 4
-    inputs, labels = induction_heads.evaluation_batch(16, 4)
+    inputs, labels = induction_heads.draw(TEST, torch.arange(4), length=16)
     for k in range(4):
         assert torch.equal(test[4 + k].inputs[0], inputs[k])
         assert torch.equal(test[4 + k].targets[0], labels[k])

@@ -1,0 +1,1 @@
+"""Published results on synthetic tasks, for `mambaseq reproduce`."""

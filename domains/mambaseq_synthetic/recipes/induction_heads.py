@@ -1,0 +1,133 @@
+"""Induction heads (Gu and Dao, arXiv:2312.00752, section 4.1.2): trained at length 256, tested up to a million."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from mambaseq.mixers.base import Mixer
+from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
+from mambaseq.reproduction.batches import drawn
+from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq_synthetic.drawing import TEST, VALIDATION
+from mambaseq_synthetic.induction_heads import draw
+
+VOCABULARY = 16
+# Mixer and options. The fewest heads that keep attention's width, as in the paper's transformers.
+MODELS: dict[str, tuple[str, dict]] = {
+    "mamba": ("mamba", {}),
+    "s4d": ("s4d", {}),
+    "attention": ("attention", {}),
+}
+PAPER = {
+    "mamba": "100 % at every length up to 2^20",
+    "attention": "none but Mamba goes beyond twice the training length",
+}
+# Positions a chunk; of each length as many sequences are tested as have so many tokens, within these numbers.
+_CHUNK, _TOKENS, _FEWEST, _MOST = 2**16, 2**22, 64, 512
+_LONGEST_WHOLE = 2**17  # of mixers whose state grows: longer ones take hours and show nothing new
+
+
+def run(context: Context) -> list[Table]:
+    length = context.at(full=256, small=64, tiny=16)
+    longest = context.at(full=20, small=12, tiny=5)
+    lengths = [2**k for k in range(context.at(full=6, small=6, tiny=4), longest + 1)]
+    steps = context.at(full=60_000, small=3_000, tiny=2)
+    batch_size = context.at(full=32, small=16, tiny=2)
+    lines = []
+    for name in context.wanted(MODELS):
+        values = context.over_seeds(
+            f"{name} steps={steps}",
+            lambda seed, checkpoint, name=name: _trial(  # type: ignore[misc]
+                context, name, seed, checkpoint, length, lengths, steps, batch_size
+            ),
+        )
+        lines.append(Line(name, values, PAPER.get(name, ""), _wanted(name, length, lengths)))
+    columns = [Column(_key(n), f"2^{n.bit_length() - 1}", 0, percent=True) for n in lengths]
+    more = [
+        Column("parameters", "parameters", 0),
+        Column("steps", "steps", 0),
+        Column("minutes", "minutes", 1),
+        Column("steps_per_s", "steps/s", 0),
+        Column("eager_steps_per_s", "steps/s, not captured", 0),
+    ]
+    about = (
+        "Share of test sequences whose last token is right, by length. Two layers, d_model 64, trained at length "
+        f"{length} with batches of {batch_size}, AdamW, learning rate 1e-3 with warm-up and cosine, until the "
+        f"validation set is right ten times in a row or {steps:,} steps are done. Long sequences are run in chunks of "
+        f"{_CHUNK:,}, the state handed on. On a GPU the whole training step is replayed from a CUDA graph."
+    )
+    return [Table("Induction heads", about, [*columns, *more], lines)]
+
+
+def _key(length: int) -> str:
+    return f"accuracy at {length}"
+
+
+def _wanted(name: str, length: int, lengths: list[int]) -> tuple[Bound, ...]:
+    if name == "mamba":
+        return tuple(Bound(_key(n), ">=", 1.0) for n in lengths)
+    return tuple(Bound(_key(n), "<=", 0.9) for n in lengths if n >= 4 * length)
+
+
+def _trial(
+    context: Context,
+    name: str,
+    seed: int,
+    checkpoint: Path,
+    length: int,
+    lengths: list[int],
+    steps: int,
+    batch_size: int,
+) -> dict[str, float]:
+    torch.manual_seed(seed)
+    mixer, options = MODELS[name]
+
+    def make() -> SequenceModel:
+        return causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
+
+    batches = drawn(functools.partial(draw, length=length, vocab_size=VOCABULARY), batch_size, seed)
+    config = OptimizerConfig(lr=1e-3, weight_decay=0.0, beta2=0.999, warmup_steps=min(1000, steps // 2))
+    eager = train(make(), batches, min(steps, 50), config, cuda_graph=False) if context.device.type == "cuda" else None
+    model = make()
+    right_in_a_row = 0
+
+    def finished() -> bool:
+        nonlocal right_in_a_row
+        right_in_a_row = right_in_a_row + 1 if accuracy(model, VALIDATION, length, _MOST) == 1 else 0
+        return right_in_a_row >= 10
+
+    trained = train(model, batches, steps, config, checkpoint=checkpoint, finished=finished, label=name)
+    bounded = all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
+    found = {
+        _key(n): accuracy(model, TEST, n, max(_FEWEST, min(_MOST, _TOKENS // n)))
+        for n in lengths
+        if bounded or n <= _LONGEST_WHOLE
+    }
+    found |= {"parameters": model.n_parameters(), "steps": trained.steps, "minutes": trained.seconds / 60}
+    found |= {"steps_per_s": trained.steps_per_second}
+    return found | ({"eager_steps_per_s": eager.steps_per_second} if eager is not None else {})
+
+
+@torch.no_grad()
+def accuracy(model: SequenceModel, seed: int, length: int, n: int) -> float:
+    """Of the last token of the first n sequences of a set: in chunks where the state is bounded, else whole."""
+    device = next(model.parameters()).device
+    bounded = all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
+    right = 0
+    inputs, labels = draw(seed, torch.arange(n, device=device), length=length, vocab_size=VOCABULARY)
+    together = max(1, 2**20 // min(length, _CHUNK if bounded else length))
+    for some, targets in zip(inputs.split(together), labels[:, -1].split(together), strict=True):
+        state = None
+        for part in some.split(_CHUNK if bounded else length, dim=1):
+            x = model.backbone(model.encoder(part), state=state, return_state=bounded)
+            x, state = x if bounded else (x, None)
+        logits = model.head(x[:, -1:])[1]
+        right += int((logits[:, -1].argmax(-1) == targets).sum())
+    return right / n
+
+
+recipe = Recipe(run, seeds=3)

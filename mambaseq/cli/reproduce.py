@@ -1,0 +1,54 @@
+"""`mambaseq reproduce NAME`: repeat a published result and set the paper's figures beside ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, did_you_mean
+
+
+def resolve(name: str) -> str:
+    """The full name of a recipe that is given by its full name or by the part after the slash, if only one has it."""
+    names = [entry.name for entry in catalog()["recipes"]]
+    found = [full for full in names if name in (full, full.rpartition("/")[2])]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"Several recipes are named {name!r}: {', '.join(found)}. Give the full name.")
+    short = [full.rpartition("/")[2] for full in names]
+    raise ConfigError(
+        f"No recipe is named {name!r}.{did_you_mean(name, [*names, *short])} Known: {', '.join(names) or 'none'}."
+    )
+
+
+def run(argv: list[str], command: str) -> int:
+    recipes = catalog()["recipes"]
+    width = max((len(entry.name) for entry in recipes), default=0)
+    parser = argparse.ArgumentParser(
+        prog="mambaseq reproduce",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Repeat a published result: train, print the paper's figures beside ours, and write report.json\n"
+        "and report.md. An interrupted run goes on when it is started again.\n\n"
+        + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
+    )
+    parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
+    parser.add_argument("--scale", choices=("full", "small", "tiny"), default=None, help="full on a GPU, else small")
+    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="how many; the recipe's own number else")
+    parser.add_argument("--only", nargs="+", default=[], metavar="LINE", help="only these lines of the table")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="runs/reproduce/NAME-SCALE else")
+    arguments = parser.parse_args(argv)
+    if arguments.seeds is not None and arguments.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
+    name = resolve(arguments.recipe)
+
+    from mambaseq.cli.devices import choose_device
+    from mambaseq.cli.reproducing import reproduce
+
+    device = choose_device(arguments.device)
+    scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
+    folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
+    return reproduce(name, device, scale, arguments.seeds, arguments.only, folder)

@@ -1,0 +1,76 @@
+"""Runs a recipe and writes its report; the half of `mambaseq reproduce` that needs torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from mambaseq import __version__
+from mambaseq.domain import catalog
+from mambaseq.errors import UserError
+from mambaseq.reproduction.context import Context, Recipe, Scale
+from mambaseq.reproduction.tables import Report
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def _own(folder: Path, name: str, scale: Scale, hardware: str) -> float:
+    """Claim the folder for this recipe; seconds that were spent in it before.
+
+    Raises UserError where it holds what another recipe, scale or machine found.
+    """
+    path, mine = folder / "run.json", {"recipe": name, "scale": scale, "hardware": hardware}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**mine, "seconds": 0.0}), encoding="utf-8")
+        return 0.0
+    found = json.loads(path.read_text(encoding="utf-8"))
+    different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value]
+    if different:
+        raise UserError(f"{folder} holds another run: {'; '.join(different)}. Choose another --out, or remove it.")
+    return float(found["seconds"])
+
+
+def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, only: list[str], folder: Path) -> int:
+    """Run a recipe, all of its trials that have not been run before. Returns 0."""
+    recipe: Recipe = catalog()["recipes"].get(name)
+    hardware = _hardware(device)
+    before = _own(folder, name, scale, hardware)
+    numbers = list(range(seeds or (1 if scale == "tiny" else recipe.seeds)))
+    context = Context(device, scale, numbers, folder, only)
+    began = time.perf_counter()
+    try:
+        tables = recipe.run(context)
+        for line in (line for table in tables for line in table.lines if scale != "full"):
+            line.wanted = ()  # smaller ones prove nothing
+    finally:
+        spent = before + time.perf_counter() - began
+        record = {"recipe": name, "scale": scale, "hardware": hardware, "seconds": spent}
+        (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    short = name.rpartition("/")[2]
+    command = f"mambaseq reproduce {short}" + (f" --scale {scale}" if scale != "full" else "")
+    command += (f" --seeds {seeds}" if seeds else "") + (f" --only {' '.join(only)}" if only else "")
+    report = Report(
+        name,
+        scale,
+        numbers,
+        command,
+        hardware,
+        f"mambaseq {__version__}, torch {torch.__version__}",
+        datetime.date.today().isoformat(),
+        spent,
+        tables,
+    )
+    print(report.markdown())
+    print(report.write(folder))
+    return 0

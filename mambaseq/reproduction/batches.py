@@ -1,0 +1,49 @@
+"""Batches of training steps from what lies on the device: drawn anew, from arrays of examples, from one long text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mambaseq.batch import Batch
+from mambaseq.data.drawing import below, words
+from mambaseq.reproduction.training import BatchOf
+
+
+def numbers(step: Tensor, batch_size: int) -> Tensor:
+    """Of the items of a step, `(batch_size,)` int64: those after the items of the step before."""
+    return step * batch_size + torch.arange(batch_size, device=step.device)
+
+
+def drawn(draw: Callable[[int, Tensor], tuple[Tensor, Tensor]], batch_size: int, seed: int) -> BatchOf:
+    """From a function of seed and item numbers to inputs and targets; no item comes twice."""
+
+    def batch_of(step: Tensor) -> Batch:
+        inputs, targets = draw(seed, numbers(step, batch_size))
+        return Batch(inputs=inputs, targets=targets)
+
+    return batch_of
+
+
+def of_arrays(inputs: Tensor, targets: Tensor, mask: Tensor | None, batch_size: int, seed: int) -> BatchOf:
+    """From arrays of examples, whose first dimension is the example: any of them, each time anew."""
+
+    def batch_of(step: Tensor) -> Batch:
+        chosen = below(words(seed, numbers(step, batch_size), 1)[:, 0], len(inputs))
+        return Batch(inputs=inputs[chosen], targets=targets[chosen], mask=None if mask is None else mask[chosen])
+
+    return batch_of
+
+
+def of_text(tokens: Tensor, length: int, batch_size: int, seed: int) -> BatchOf:
+    """Windows of `length` tokens and the token after each, from anywhere in `(tokens,)` of any integer dtype."""
+    within = torch.arange(length + 1, device=tokens.device)
+
+    def batch_of(step: Tensor) -> Batch:
+        first = below(words(seed, numbers(step, batch_size), 1), len(tokens) - length)
+        window = tokens[first + within].long()
+        return Batch(inputs=window[:, :-1], targets=window[:, 1:])
+
+    return batch_of

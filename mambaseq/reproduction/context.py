@@ -1,0 +1,91 @@
+"""What a recipe is run with, and what it has found already: a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from mambaseq.atomic import atomic_file
+from mambaseq.errors import UserError
+from mambaseq.reproduction.tables import Table
+
+Scale = Literal["full", "small", "tiny"]
+SCALES: tuple[Scale, ...] = ("full", "small", "tiny")
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass
+class Context:
+    """Device, sizes, seeds, and the folder in which finished trials are kept.
+
+    scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
+    only: names of lines; empty for all of them.
+    """
+
+    device: torch.device
+    scale: Scale
+    seeds: list[int]
+    folder: Path
+    only: list[str] = dataclasses.field(default_factory=list)
+
+    def at(self, *, full: _T, small: _T, tiny: _T) -> _T:
+        """The one of three values that belongs to the scale."""
+        return {"full": full, "small": small, "tiny": tiny}[self.scale]
+
+    def wanted(self, names: Iterable[str]) -> list[str]:
+        """Those of a recipe's lines that were asked for.
+
+        Raises UserError where one that was asked for is not among them.
+        """
+        known = list(names)
+        unknown = [name for name in self.only if name not in known]
+        if unknown:
+            raise UserError(
+                f"--only names {', '.join(unknown)}, which this recipe has not. It has: {', '.join(known)}."
+            )
+        return [name for name in known if not self.only or name in self.only]
+
+    def trial(self, name: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, float]:
+        """What `run` found, given the file for its checkpoint; or what it found when it ran before.
+
+        name: tells the trial from all others of the recipe, its seed included.
+        """
+        stem = re.sub(r"[^\w.=-]+", "_", name)
+        result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
+        if result.exists():
+            found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
+            return found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = dict(run(checkpoint))
+        with atomic_file(result) as file:
+            file.write(json.dumps(found, indent=1).encode())
+        checkpoint.unlink(missing_ok=True)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+        tqdm.write(f"{name}: {shown}")
+        return found
+
+    def over_seeds(self, name: str, run: Callable[[int, Path], Mapping[str, float]]) -> dict[str, list[float]]:
+        """A trial for each seed: what each of their values was, a list in the order of the seeds."""
+        found = [
+            self.trial(f"{name} seed={seed}", lambda checkpoint, seed=seed: run(seed, checkpoint))  # type: ignore[misc]
+            for seed in self.seeds
+        ]
+        return {
+            key: [one[key] for one in found if key in one] for key in dict.fromkeys(k for one in found for k in one)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told."""
+
+    run: Callable[[Context], list[Table]]
+    seeds: int = 3
