@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM, Init
-from mambaseq.ops import causal_conv, lti_scan
+from mambaseq.ops import causal_conv, lti_scan, sequences
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.step import causal_conv_update_, lti_update_
 
@@ -88,9 +88,7 @@ class H3(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shapes = {name: (sequences, *shape) for name, shape in self._shapes().items()}
-            check_state("h3", state, H3State, x.device, **shapes)
+            self._check(state, x, cu_seqlens)
         q, k, v = (apply_linear(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         conv_state: Any = None
         ssm_state: Any = None
@@ -117,6 +115,10 @@ class H3(Mixer):
             y, ssm_state = y
         y = apply_linear(self.out_proj, self._read(q, y))
         return (y, H3State(conv_state, ssm_state)) if return_state else y
+
+    def _check(self, state: H3State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("h3", state, H3State, x.device, **{name: (n, *shape) for name, shape in self._shapes().items()})
 
     def _system(self) -> tuple[Tensor, ...]:
         """dt, A, B, C and D of each product of a head."""
@@ -160,6 +162,7 @@ class H3(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: H3State) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         q, k, v = (apply_linear(layer, x[:, 0]) for layer in (self.q_proj, self.k_proj, self.v_proj))
         k = causal_conv_update_(state.conv, k, self.shift)
         dt, A, B, C, D = self._system()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
-from mambaseq.ops import causal_conv
+from mambaseq.ops import causal_conv, sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.step import causal_conv_update_
@@ -189,11 +189,7 @@ class Hyena(Mixer):
         """See `Mixer.forward`."""
         conv_state: Any = None
         if state is not None:
-            n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state("hyena", state, HyenaState, x.device, length=(n,))
-            conv = (n, (self.order + 1) * self.d_model, self.short_conv - 1)
-            history = (n, state.capacity, self.order - 1, self.d_model)
-            check_state("hyena", state, HyenaState, x.device, conv=conv, history=history)
+            self._check(state, x, cu_seqlens)
         places = Places.of(x, state, cu_seqlens)
         longest = longest_new(x, cu_seqlens) + (0 if state is None else state.longest)
         x = causal_conv(
@@ -227,6 +223,13 @@ class Hyena(Mixer):
         length = places.new if state is None else state.length + places.new
         return y, HyenaState(length, longest, conv_state, signals, None if state is None else state.taps)
 
+    def _check(self, state: HyenaState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("hyena", state, HyenaState, x.device, length=(n,))
+        conv = (n, (self.order + 1) * self.d_model, self.short_conv - 1)
+        history = (n, state.capacity, self.order - 1, self.d_model)
+        check_state("hyena", state, HyenaState, x.device, conv=conv, history=history)
+
     def init_state(
         self,
         batch_size: int,
@@ -245,6 +248,7 @@ class Hyena(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: HyenaState) -> Tensor:
         """See `Mixer.step_`. Filters are made once for as many lags as there is room for, and kept with the state."""
+        self._check(state, x)
         state.make_room_()
         state.taps = self.filter.at_least(state.capacity, state.taps)
         state.longest += 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
-from mambaseq.ops import OPS, causal_conv, gated_rms_norm, ssd
+from mambaseq.ops import OPS, causal_conv, gated_rms_norm, sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.ssd.step import ssd_update_
@@ -159,15 +159,7 @@ class Mamba2(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state(
-                "mamba2",
-                state,
-                Mamba2State,
-                x.device,
-                conv=(sequences, self.conv_channels, self.d_conv - 1),
-                ssm=(sequences, self.n_heads, self.head_dim, self.d_state),
-            )
+            self._check(state, x, cu_seqlens)
         z, xBC, dt = self._project(x)
         xBC = causal_conv(
             xBC,
@@ -198,6 +190,11 @@ class Mamba2(Mixer):
         y, *ssm_state = y if return_state else (y,)
         y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
         return (y, Mamba2State(*conv_state, *ssm_state)) if return_state else y
+
+    def _check(self, state: Mamba2State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        conv, ssm = (n, self.conv_channels, self.d_conv - 1), (n, self.n_heads, self.head_dim, self.d_state)
+        check_state("mamba2", state, Mamba2State, x.device, conv=conv, ssm=ssm)
 
     def _project(self, x: Tensor) -> Any:
         """The gate, what is convolved, and dt."""
@@ -231,6 +228,7 @@ class Mamba2(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: Mamba2State) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         z, xBC, dt = self._project(x[:, 0])
         xBC = causal_conv_update_(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         x, B, C = self._heads(xBC)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences x `(batch, ...)` holds."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def check(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Raise ValueError unless `cu_seqlens` packs one row of this length.
 

@@ -148,11 +148,13 @@ def test_selected_states_are_those_of_their_sequences(name: str, options: dict) 
 def test_a_wrong_state_is_refused(name: str, options: dict) -> None:
     mixer = make(name, options)
     x = torch.randn(2, 5, D_MODEL)
-    with pytest.raises(ValueError, match="is needed"):
-        mixer(x, state=State())
-    if tensors(mixer.init_state(3)):
+    for run in (mixer, lambda x, state: mixer.step_(x[:, :1], state)):
         with pytest.raises(ValueError, match="is needed"):
-            mixer(x, state=mixer.init_state(3))
+            run(x, state=State())
+        if tensors(mixer.init_state(3)):
+            for wrong in (mixer.init_state(3), mixer.init_state(2, device="meta")):
+                with pytest.raises(ValueError, match="is needed"):
+                    run(x, state=wrong)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
