@@ -21,6 +21,7 @@ from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new,
 from mambaseq.ops import causal_conv, sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.lti.fft import convolution
 from mambaseq.ops.step import causal_conv_update_
 
 # the window of a channel falls to this share within its decay length
@@ -161,8 +162,10 @@ class Hyena(Mixer):
             raise ConfigError(f"hyena: order and l_max must be at least 2, not {order} and {l_max}.")
         if emb_dim < 3 or emb_dim % 2 == 0:
             raise ConfigError(f"hyena: emb_dim must be odd and at least 3 (the lag, cosines and sines), not {emb_dim}.")
-        if not (fast_decay > 0 and slow_decay > 0):
-            raise ConfigError(f"hyena: fast_decay and slow_decay must be positive, not {fast_decay} and {slow_decay}.")
+        positive = {"sine_frequency": sine_frequency, "fast_decay": fast_decay, "slow_decay": slow_decay}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"hyena: {name} must be positive, not {value}.")
         self.d_model, self.order, self.short_conv = d_model, order, short_conv
         channels = (order + 1) * d_model
         self.in_proj = nn.Linear(d_model, channels, bias=bias)
@@ -272,13 +275,8 @@ class Hyena(Mixer):
 
 def _convolution(x: Tensor, taps: Tensor) -> Tensor:
     """x `(batch, length, d_model)` with the taps `(length, d_model)` of each channel, in the taps' dtype."""
-    length = x.shape[1]
-    if not length:
-        return x.to(taps.dtype)
-    size = 2 * length
-    signal = torch.fft.rfft(x.to(taps.dtype).transpose(1, 2).contiguous(), size)
-    y = torch.fft.irfft(signal * torch.fft.rfft(taps.t().contiguous(), size), size)
-    return y[..., :length].transpose(1, 2)
+    signal = x.to(taps.dtype).transpose(1, 2).contiguous()
+    return convolution(signal, taps.t().contiguous()).transpose(1, 2)
 
 
 def _identity(parameter: Tensor) -> tuple[Any, ...]:

@@ -49,6 +49,9 @@ class LinearAttention(Mixer):
         self.d_model, self.n_heads, self.head_dim, self.chunk_size = d_model, n_heads, d_model // n_heads, chunk_size
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        for module in (self.qkv_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,

@@ -77,6 +77,7 @@ class LMU(Mixer):
         self.memory_proj = nn.Linear(d_memory * d_state, d_hidden, bias=False)
         self.x_proj = nn.Linear(d_model, d_hidden)
         self.out_proj = nn.Linear(d_hidden, d_model)
+        nn.init.zeros_(self.out_proj.bias)
         # a window of a signal of variance 1 has coefficients whose squares add up to 1
         nn.init.normal_(self.memory_proj.weight, std=d_memory**-0.5)
 

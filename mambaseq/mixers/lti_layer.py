@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -77,16 +76,6 @@ class LTILayer(Mixer):
         """See `Mixer.step_`."""
         self._check(state, x)
         return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)
-
-
-def log_uniform_dt(size: int, dt_min: float, dt_max: float) -> Tensor:
-    """`(size,)` logarithms of step sizes, uniform between those of dt_min and dt_max.
-
-    Raises ConfigError unless 0 < dt_min <= dt_max.
-    """
-    if not 0 < dt_min <= dt_max:
-        raise ConfigError(f"dt_min must be above 0 and at most dt_max, not {dt_min} and {dt_max}.")
-    return torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
 
 
 def check_sizes(name: str, **sizes: int) -> None:

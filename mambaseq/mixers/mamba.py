@@ -104,11 +104,6 @@ class Mamba(Mixer):
             )
         if dt_rank != "auto" and dt_rank < 1:
             raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
-        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
-            raise ConfigError(
-                "mamba: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
-                f"not {dt_min}, {dt_max}, {dt_init_floor}."
-            )
         known = [candidate.name for candidate in OPS["selective_scan"].backends]
         if backend is not None and backend not in known:
             raise ConfigError(

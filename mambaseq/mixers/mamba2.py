@@ -100,6 +100,8 @@ class Mamba2(Mixer):
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"mamba2: {name} must be positive, not {size}.")
+        if not eps >= 0:
+            raise ConfigError(f"mamba2: eps must not be negative; it is {eps}.")
         d_inner = expand * d_model
         if head_dim is None:
             head_dim = next(size for size in range(min(64, d_inner), 0, -1) if d_inner % size == 0)
@@ -112,11 +114,6 @@ class Mamba2(Mixer):
             raise ConfigError(
                 f"mamba2: n_groups {n_groups} does not divide the {d_inner // head_dim} heads (expand * d_model / "
                 "head_dim). Set n_groups to a divisor of it, or head_dim to a smaller one."
-            )
-        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
-            raise ConfigError(
-                "mamba2: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
-                f"not {dt_min}, {dt_max}, {dt_init_floor}."
             )
         if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
             raise ConfigError(

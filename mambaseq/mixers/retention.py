@@ -64,6 +64,8 @@ class Retention(Mixer):
             raise ConfigError(
                 f"retention: expand_v and rotary_base must be positive, not {expand_v} and {rotary_base}."
             )
+        if not eps >= 0:
+            raise ConfigError(f"retention: eps must not be negative; it is {eps}.")
         if expand_v * d_model == n_heads:
             raise ConfigError(
                 f"retention: {n_heads} heads have one value each, of which the norm leaves nothing. "
@@ -75,6 +77,9 @@ class Retention(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * d_model + 2 * self.d_inner, bias=bias)
         self.norm = nn.GroupNorm(n_heads, self.d_inner, eps=eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        for module in (self.in_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,

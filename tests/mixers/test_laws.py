@@ -86,6 +86,16 @@ def test_packed_sequences_go_on_from_their_states(name: str, options: dict) -> N
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+def test_nothing_in_gives_nothing_out(name: str, options: dict) -> None:
+    mixer = make(name, options)
+    with torch.no_grad():
+        for shape, bounds in (((0, 5), None), ((2, 0), None), ((1, 0), torch.zeros(3, dtype=torch.int32))):
+            y, state = mixer(torch.randn(*shape, D_MODEL), cu_seqlens=bounds, return_state=True)
+            assert y.shape == (*shape, D_MODEL)
+            assert all(len(tensor) == (shape[0] if bounds is None else 2) for tensor in tensors(state))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_causal_mixers_do_not_see_the_future(name: str, options: dict) -> None:
     mixer = make(name, options)
     assert mixer.causal
