@@ -153,6 +153,7 @@ REFUSED = {
     "--checkpoint.every_n_steps=0": r"checkpoint\.every_n_steps must be",
     "--model.mixer.backend=refrence": r"no backend 'refrence'\. Did you mean 'reference'",
     "--model.mixer.backend=cuda": r"backend 'cuda' cannot run",
+    "--model.mixers.attention.n_heads=2": r"'attention', which is no mixer of this backbone.*model\.backbone\.pattern",
     "--model.mixer.dt_rank=0": r"dt_rank must be positive",
     "--model.mixer.dt_min=0": r"dt_min must be above 0",
     "--model.backbone.dropout=2": r"dropout must be",

@@ -182,7 +182,7 @@ def _layout(arguments: SsdArguments) -> tuple[int, int, _Layout]:
     size = min(arguments.chunk_size, _whole(-(-length // max(1, arguments.n_sequences))))
     # those left over go on with the last sequence, where they change nothing
     chunks = sequences.in_chunks(cu_seqlens, length, size)
-    return size, chunks.n, _Layout(chunks.place, chunks.owner, chunks.begin, chunks.last, (chunks.count > 0)[:, None])
+    return size, chunks.n, _Layout(chunks.place, chunks.owner, chunks.begin, chunks.last, (chunks.counts > 0)[:, None])
 
 
 def _whole(steps: int) -> int:

@@ -132,7 +132,7 @@ def _layout(arguments: StateSpaceArguments) -> _Layout:
     # blocks that are left over go on from the last sequence, where nobody reads them
     blocks = sequences.in_chunks(arguments.cu_seqlens, length, steps)
     first = (torch.arange(blocks.n, device=device) == blocks.begin[blocks.owner])[:, None]
-    rest = arguments.cu_seqlens.diff().long() - (blocks.count - 1).clamp(min=0) * steps
+    rest = arguments.cu_seqlens.diff().long() - (blocks.counts - 1).clamp(min=0) * steps
     return _Layout(steps, blocks.n, blocks.place, first, blocks.owner, blocks.last, rest[:, None])
 
 
