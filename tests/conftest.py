@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# OpenMP's threads sleep soon: on a machine that is busy, those that wait and spin keep the others from working
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch

@@ -97,8 +97,8 @@ class Backbone(nn.Module, abc.ABC):
         return_state: bool = False,
     ) -> Any:
         """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
-        if state is not None and len(state) != self.n_states:
-            raise ValueError(f"The backbone has {self.n_states} states and was given {len(state)}.")
+        if state is not None:
+            self._check_states(state)
         if self.chunk_length is None or x.shape[1] <= self.chunk_length:
             may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
             if may_replay and state is None and cu_seqlens is None:
@@ -113,6 +113,10 @@ class Backbone(nn.Module, abc.ABC):
                 self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
             )
         return (y, states) if return_state else y
+
+    def _check_states(self, state: list[Any]) -> None:
+        if len(state) != self.n_states:
+            raise ValueError(f"The backbone has {self.n_states} states and was given {len(state)}.")
 
     def _run(
         self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool

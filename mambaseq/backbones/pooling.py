@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.mixers.base import State
+from mambaseq.mixers.base import State, check_state
 from mambaseq.ops import sequences
 
 
@@ -151,6 +151,11 @@ class Pool(nn.Module):
             torch.zeros(batch_size, self.d_coarse, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
+
+    def check(self, state: PoolState, n: int, device: torch.device) -> None:
+        """Raise ValueError unless the state is one of n sequences, on this device."""
+        shapes = {"begun": (n, self.pool - 1, self.d_model), "held": (n, self.d_coarse), "count": (n,)}
+        check_state("unet", state, PoolState, device, **shapes)
 
     def step_(self, x: Tensor, state: PoolState, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x `(batch, 1, d_model)` fp32, and who takes a step, `(batch,)` bool (None: all); changes begun and count.

@@ -80,6 +80,7 @@ class ResidualStack(Backbone):
 
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:
         """x `(batch, 1, d_model)`; changes the states in place."""
+        self._check_states(state)
         residual, branch = x.float(), None
         for layer, layer_state in zip(self.layers, state, strict=True):
             branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
 from mambaseq.errors import ConfigError
-from mambaseq.mixers.base import Mixer, check_state
+from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
 
 
@@ -167,8 +167,7 @@ class UNet(Backbone):
         n = cu_seqlens.shape[0] - 1
         if pooled is None:
             pooled = pool.init_state(n, x.device)
-        shapes = {"begun": (n, pool.pool - 1, pool.d_model), "held": (n, pool.d_coarse), "count": (n,)}
-        check_state("unet", pooled, PoolState, x.device, **shapes)
+        pool.check(pooled, n, x.device)
         row = x.flatten(0, 1)
         at = windows(cu_seqlens, len(row), pooled.count, pool.pool)
         if inner is not None:
@@ -208,6 +207,7 @@ class UNet(Backbone):
     @torch.no_grad()
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:
         """x `(batch, 1, d_model)`; changes the states in place."""
+        self._check_states(state)
         y, _ = self.norm_f(None, self._step(self.top, x.float(), state, None))
         return y
 
@@ -218,6 +218,7 @@ class UNet(Backbone):
             return _step_layers(tier.down, x, state, active)
         assert tier.inner is not None
         down, pooled, inner, up = tier.states(state)
+        tier.pool.check(pooled, len(x), x.device)
         x = _step_layers(tier.down, x, down, active)
         given, coarse, whole = tier.pool.step_(x, pooled, active)
         # a look that costs nothing on a CPU

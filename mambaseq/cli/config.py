@@ -384,6 +384,10 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     names = {"data": _name(raw, overrides, "data", None)}
     names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
     mixers = _other_mixers(raw, overrides, names)
+    named = [
+        argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
+    ]
+    check_mixer_options(named, names["mixer"], [names["mixer"], *mixers])
     parser, classes = make_parser(names, mixers)
     if "--help" in overrides or "-h" in overrides:
         parser.print_help()

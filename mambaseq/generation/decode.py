@@ -55,7 +55,10 @@ def generate(
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
     if not model.backbone.causal or not model.head.per_token:
-        raise ConfigError("Only a causal model with an lm head can generate; this one cannot.")
+        raise ConfigError(
+            "Only a causal model with an lm head can generate; this one cannot. Train one with the head lm and a "
+            "causal backbone, such as residual or unet."
+        )
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}.")
     generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)

@@ -18,6 +18,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.mixers.norm import RMSNorm
+from mambaseq.ops import sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 
@@ -121,10 +122,7 @@ class Attention(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state("attention", state, KVCache, x.device, length=(n,))
-            shape = (n, state.k.shape[1], self.n_kv_heads, self.head_dim)
-            check_state("attention", state, KVCache, x.device, k=shape, v=shape)
+            self._check(state, x, cu_seqlens)
         places = Places.of(x, state, cu_seqlens)
         q, k, v = self._project(x, places.position)
         new: KVCache | None = None
@@ -137,6 +135,12 @@ class Attention(Mixer):
             y = self._from_nothing(q, k, v, places, cu_seqlens)
         y = apply_linear(self.out_proj, y.flatten(-2))
         return (y, new) if return_state else y
+
+    def _check(self, state: KVCache, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("attention", state, KVCache, x.device, length=(n,))
+        shape = (n, state.capacity, self.n_kv_heads, self.head_dim)
+        check_state("attention", state, KVCache, x.device, k=shape, v=shape)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `(..., n_heads, head_dim)`, k, v `(..., n_kv_heads, head_dim)` of x `(..., d_model)`."""
@@ -222,6 +226,7 @@ class Attention(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: KVCache) -> Tensor:
         """See `Mixer.step_`. Where there is room, nothing is allocated for the state and no GPU waited for."""
+        self._check(state, x)
         state.make_room_()
         q, k, v = self._project(x, state.length[:, None])
         at = (torch.arange(x.shape[0], device=x.device), state.length)

@@ -82,7 +82,10 @@ class Mixer(nn.Module, abc.ABC):
         """The state of an empty history. max_length matters only to mixers whose state grows."""
 
     def step_(self, x: Tensor, state: Any) -> Tensor:
-        """x `(batch, 1, d_model)` to y of the same shape; changes `state` in place. For decode loops."""
+        """x `(batch, 1, d_model)` to y of the same shape; changes `state` in place. For decode loops.
+
+        Wrong states are refused here too: kernels would write past the end of what is smaller.
+        """
         y, new = self.forward(x, state=state, return_state=True)
         for name, tensor in state.tensors().items():
             tensor.copy_(getattr(new, name))
@@ -100,7 +103,7 @@ def check_state(name: str, state: Any, kind: type[State], device: torch.device, 
         raise ValueError(f"{name}: the state is a {type(state).__name__}; a {kind.__name__} is needed.")
     for key, shape in shapes.items():
         given = getattr(state, key)
-        if tuple(given.shape) != shape or given.device != device:
+        if given.shape != shape or given.device != device:
             raise ValueError(
                 f"{name}: state.{key} is {tuple(given.shape)} on {given.device}; {shape} on {device} is needed."
             )

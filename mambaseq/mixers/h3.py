@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
-from mambaseq.mixers.s4d import DiagonalSSM, Init
-from mambaseq.ops import causal_conv, lti_scan
+from mambaseq.mixers.s4d import DiagonalSSM
+from mambaseq.ops import causal_conv, lti_scan, sequences
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.step import causal_conv_update_, lti_update_
 
@@ -55,7 +55,7 @@ class H3(Mixer):
         d_state: int = 64,
         head_dim: int = 1,
         shift_width: int = 4,
-        init: Init = "lin",
+        init: Literal["lin", "inv", "legs"] = "lin",
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         bias: bool = True,
@@ -71,8 +71,8 @@ class H3(Mixer):
             raise ConfigError(
                 f"h3: d_model {d_model} is not a multiple of head_dim {head_dim}; choose one that divides."
             )
-        if not 0 < dt_min <= dt_max:
-            raise ConfigError(f"h3: dt_min must be positive and at most dt_max, not {dt_min} and {dt_max}.")
+        if init not in ("lin", "inv", "legs"):
+            raise ConfigError(f"h3: init is one of lin, inv, legs, not {init!r}.")
         self.d_model, self.head_dim, self.shift_width = d_model, head_dim, shift_width
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
         self.k_proj = nn.Linear(d_model, d_model, bias=bias)
@@ -82,15 +82,16 @@ class H3(Mixer):
         self.shift = nn.Parameter(torch.empty(d_model, shift_width).uniform_(-bound, bound))
         self.ssm = DiagonalSSM(d_model // head_dim, d_state, init=init, dt_min=dt_min, dt_max=dt_max, mode=mode)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self, x: Tensor, state: H3State | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shapes = {name: (sequences, *shape) for name, shape in self._shapes().items()}
-            check_state("h3", state, H3State, x.device, **shapes)
+            self._check(state, x, cu_seqlens)
         q, k, v = (apply_linear(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         conv_state: Any = None
         ssm_state: Any = None
@@ -117,6 +118,10 @@ class H3(Mixer):
             y, ssm_state = y
         y = apply_linear(self.out_proj, self._read(q, y))
         return (y, H3State(conv_state, ssm_state)) if return_state else y
+
+    def _check(self, state: H3State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("h3", state, H3State, x.device, **{name: (n, *shape) for name, shape in self._shapes().items()})
 
     def _system(self) -> tuple[Tensor, ...]:
         """dt, A, B, C and D of each product of a head."""
@@ -160,6 +165,7 @@ class H3(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: H3State) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         q, k, v = (apply_linear(layer, x[:, 0]) for layer in (self.q_proj, self.k_proj, self.v_proj))
         k = causal_conv_update_(state.conv, k, self.shift)
         dt, A, B, C, D = self._system()

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
-from mambaseq.ops import causal_conv
+from mambaseq.ops import causal_conv, sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.lti.fft import convolution
 from mambaseq.ops.step import causal_conv_update_
 
 # the window of a channel falls to this share within its decay length
@@ -161,8 +162,10 @@ class Hyena(Mixer):
             raise ConfigError(f"hyena: order and l_max must be at least 2, not {order} and {l_max}.")
         if emb_dim < 3 or emb_dim % 2 == 0:
             raise ConfigError(f"hyena: emb_dim must be odd and at least 3 (the lag, cosines and sines), not {emb_dim}.")
-        if not (fast_decay > 0 and slow_decay > 0):
-            raise ConfigError(f"hyena: fast_decay and slow_decay must be positive, not {fast_decay} and {slow_decay}.")
+        positive = {"sine_frequency": sine_frequency, "fast_decay": fast_decay, "slow_decay": slow_decay}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"hyena: {name} must be positive, not {value}.")
         self.d_model, self.order, self.short_conv = d_model, order, short_conv
         channels = (order + 1) * d_model
         self.in_proj = nn.Linear(d_model, channels, bias=bias)
@@ -189,11 +192,7 @@ class Hyena(Mixer):
         """See `Mixer.forward`."""
         conv_state: Any = None
         if state is not None:
-            n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state("hyena", state, HyenaState, x.device, length=(n,))
-            conv = (n, (self.order + 1) * self.d_model, self.short_conv - 1)
-            history = (n, state.capacity, self.order - 1, self.d_model)
-            check_state("hyena", state, HyenaState, x.device, conv=conv, history=history)
+            self._check(state, x, cu_seqlens)
         places = Places.of(x, state, cu_seqlens)
         longest = longest_new(x, cu_seqlens) + (0 if state is None else state.longest)
         x = causal_conv(
@@ -227,6 +226,13 @@ class Hyena(Mixer):
         length = places.new if state is None else state.length + places.new
         return y, HyenaState(length, longest, conv_state, signals, None if state is None else state.taps)
 
+    def _check(self, state: HyenaState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("hyena", state, HyenaState, x.device, length=(n,))
+        conv = (n, (self.order + 1) * self.d_model, self.short_conv - 1)
+        history = (n, state.capacity, self.order - 1, self.d_model)
+        check_state("hyena", state, HyenaState, x.device, conv=conv, history=history)
+
     def init_state(
         self,
         batch_size: int,
@@ -245,6 +251,7 @@ class Hyena(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: HyenaState) -> Tensor:
         """See `Mixer.step_`. Filters are made once for as many lags as there is room for, and kept with the state."""
+        self._check(state, x)
         state.make_room_()
         state.taps = self.filter.at_least(state.capacity, state.taps)
         state.longest += 1
@@ -268,13 +275,8 @@ class Hyena(Mixer):
 
 def _convolution(x: Tensor, taps: Tensor) -> Tensor:
     """x `(batch, length, d_model)` with the taps `(length, d_model)` of each channel, in the taps' dtype."""
-    length = x.shape[1]
-    if not length:
-        return x.to(taps.dtype)
-    size = 2 * length
-    signal = torch.fft.rfft(x.to(taps.dtype).transpose(1, 2).contiguous(), size)
-    y = torch.fft.irfft(signal * torch.fft.rfft(taps.t().contiguous(), size), size)
-    return y[..., :length].transpose(1, 2)
+    signal = x.to(taps.dtype).transpose(1, 2).contiguous()
+    return convolution(signal, taps.t().contiguous()).transpose(1, 2)
 
 
 def _identity(parameter: Tensor) -> tuple[Any, ...]:

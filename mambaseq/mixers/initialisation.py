@@ -1,4 +1,5 @@
-"""Initial values of a selective block's dynamics (Gu and Dao, arXiv:2312.00752, sections 3.6 and 4.6.2)."""
+"""Initial values of dynamics: step sizes, and those of a selective block (Gu and Dao, arXiv:2312.00752, sections 3.6
+and 4.6.2)."""
 
 from __future__ import annotations
 
@@ -13,10 +14,24 @@ from mambaseq.errors import ConfigError
 AInit = Literal["s4d-real", "s4d-lin", "constant", "random"]
 
 
+def log_uniform_dt(size: int, dt_min: float, dt_max: float) -> Tensor:
+    """`(size,)` logarithms of step sizes, uniform between those of dt_min and dt_max.
+
+    Raises ConfigError unless 0 < dt_min <= dt_max.
+    """
+    if not 0 < dt_min <= dt_max:
+        raise ConfigError(f"dt_min must be above 0 and at most dt_max, not {dt_min} and {dt_max}.")
+    return torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+
+
 def initial_dt_bias(channels: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
-    """`(channels,)`: its softplus is log-uniform in [dt_min, dt_max], and nowhere below the floor."""
-    dt = torch.exp(torch.rand(channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
-    dt = dt.clamp(min=floor)
+    """`(channels,)`: its softplus is log-uniform in [dt_min, dt_max], and nowhere below the floor.
+
+    Raises ConfigError unless all are above 0 and dt_min <= dt_max.
+    """
+    if not floor > 0:
+        raise ConfigError(f"dt_init_floor must be above 0, not {floor}.")
+    dt = log_uniform_dt(channels, dt_min, dt_max).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
-from mambaseq.ops import ssd
+from mambaseq.ops import sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 
@@ -49,6 +49,9 @@ class LinearAttention(Mixer):
         self.d_model, self.n_heads, self.head_dim, self.chunk_size = d_model, n_heads, d_model // n_heads, chunk_size
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        for module in (self.qkv_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -59,9 +62,7 @@ class LinearAttention(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shape = (sequences, self.n_heads, self.head_dim + 1, self.head_dim)
-            check_state("linear_attention", state, LinearAttentionState, x.device, kv=shape)
+            self._check(state, x, cu_seqlens)
         q, k, v = self._project(x)
         y, kv = ssd(
             v,
@@ -76,6 +77,10 @@ class LinearAttention(Mixer):
         )
         y = self._output(y, x)
         return (y, LinearAttentionState(kv)) if return_state else y
+
+    def _check(self, state: LinearAttentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        shape = (sequences.count(x, cu_seqlens), self.n_heads, self.head_dim + 1, self.head_dim)
+        check_state("linear_attention", state, LinearAttentionState, x.device, kv=shape)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """φ(q), φ(k), and v with a column of ones, `(..., heads, head_dim)`, in full precision."""
@@ -103,6 +108,7 @@ class LinearAttention(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: LinearAttentionState) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         q, k, v = self._project(x[:, 0])
         state.kv.add_(v[..., None] * k[:, :, None])
         return self._output((state.kv * q[:, :, None]).sum(-1), x).unsqueeze(1)

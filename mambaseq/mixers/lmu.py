@@ -18,7 +18,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.hippo import constant, keep_constant, transition
 from mambaseq.mixers.lti_layer import check_sizes
-from mambaseq.ops import state_space_scan
+from mambaseq.ops import sequences, state_space_scan
 from mambaseq.ops.dtypes import working_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
@@ -77,6 +77,7 @@ class LMU(Mixer):
         self.memory_proj = nn.Linear(d_memory * d_state, d_hidden, bias=False)
         self.x_proj = nn.Linear(d_model, d_hidden)
         self.out_proj = nn.Linear(d_hidden, d_model)
+        nn.init.zeros_(self.out_proj.bias)
         # a window of a signal of variance 1 has coefficients whose squares add up to 1
         nn.init.normal_(self.memory_proj.weight, std=d_memory**-0.5)
 
@@ -85,8 +86,7 @@ class LMU(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state("lmu", state, LMUState, x.device, memory=(sequences, self.d_memory, self.d_state))
+            self._check(state, x, cu_seqlens)
         u = self.in_proj(x)
         change = constant(self, "Abar_less_one")
         result = state_space_scan(
@@ -100,6 +100,10 @@ class LMU(Mixer):
         memory, final = result if return_state else (result, None)
         y = self._output(memory, x)
         return y if final is None else (y, LMUState(final))
+
+    def _check(self, state: LMUState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        shape = (sequences.count(x, cu_seqlens), self.d_memory, self.d_state)
+        check_state("lmu", state, LMUState, x.device, memory=shape)
 
     def _output(self, memory: Tensor, x: Tensor) -> Tensor:
         """memory `(…, d_memory, d_state)` and x `(…, d_model)` to y."""
@@ -120,6 +124,7 @@ class LMU(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: LMUState) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         x, dtype = x[:, 0], state.memory.dtype
         u = self.in_proj(x).to(dtype)[..., None]
         change, B = (constant(self, name).to(dtype) for name in ("Abar_less_one", "Bbar"))

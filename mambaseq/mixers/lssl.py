@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.hippo import Measure, constant, keep_constant, transition
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes, log_uniform_dt
+from mambaseq.mixers.initialisation import log_uniform_dt
+from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import working_dtype
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.ops import sequences
 
 
 @dataclasses.dataclass
@@ -47,14 +47,17 @@ class LTILayer(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state(self.name, state, LTIState, x.device, ssm=(sequences, *self.ssm.state_shape))
+            self._check(state, x, cu_seqlens)
         initial = None if state is None else state.ssm
         y = self.ssm(x, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
         if not return_state:
             return self._output(y)
         y, ssm_state = y
         return self._output(y), LTIState(ssm_state)
+
+    def _check(self, state: LTIState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        shape = (sequences.count(x, cu_seqlens), *self.ssm.state_shape)
+        check_state(self.name, state, LTIState, x.device, ssm=shape)
 
     def init_state(
         self,
@@ -71,17 +74,8 @@ class LTILayer(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: LTIState) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)
-
-
-def log_uniform_dt(size: int, dt_min: float, dt_max: float) -> Tensor:
-    """`(size,)` logarithms of step sizes, uniform between those of dt_min and dt_max.
-
-    Raises ConfigError unless 0 < dt_min <= dt_max.
-    """
-    if not 0 < dt_min <= dt_max:
-        raise ConfigError(f"dt_min must be above 0 and at most dt_max, not {dt_min} and {dt_max}.")
-    return torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
 
 
 def check_sizes(name: str, **sizes: int) -> None:

@@ -19,7 +19,7 @@ from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.s4d import DiagonalSSM
-from mambaseq.ops import OPS, causal_conv, selective_scan
+from mambaseq.ops import OPS, causal_conv, selective_scan, sequences
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
@@ -104,11 +104,6 @@ class Mamba(Mixer):
             )
         if dt_rank != "auto" and dt_rank < 1:
             raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
-        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
-            raise ConfigError(
-                "mamba: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
-                f"not {dt_min}, {dt_max}, {dt_init_floor}."
-            )
         known = [candidate.name for candidate in OPS["selective_scan"].backends]
         if backend is not None and backend not in known:
             raise ConfigError(
@@ -173,15 +168,7 @@ class Mamba(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state(
-                "mamba",
-                state,
-                MambaState,
-                x.device,
-                conv=(sequences, self.d_inner, self.d_conv - 1),
-                ssm=(sequences, self.d_inner, self.d_state),
-            )
+            self._check(state, x, cu_seqlens)
         if x.is_cuda and self._is_plain() and self.backend in (None, "cuda"):
             whole = self._block_arguments(x, state, cu_seqlens, return_state)
             if why_not_whole(whole) is None:
@@ -225,6 +212,11 @@ class Mamba(Mixer):
         y, ssm_state = y
         assert conv_state is not None
         return apply_linear(self.out_proj, y), MambaState(conv_state, ssm_state)
+
+    def _check(self, state: MambaState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        shapes = {"conv": (n, self.d_inner, self.d_conv - 1), "ssm": (n, self.d_inner, self.d_state)}
+        check_state("mamba", state, MambaState, x.device, **shapes)
 
     def _is_plain(self) -> bool:
         """Whether kernels may do what the layers would: none is wrapped, hooked or quantised."""
@@ -291,6 +283,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         if self._is_plain():
             weights = self._weights()
             if can_step(x[:, 0], state.conv, state.ssm, weights):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
-from mambaseq.ops import OPS, causal_conv, gated_rms_norm, ssd
+from mambaseq.ops import OPS, causal_conv, gated_rms_norm, sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.ssd.step import ssd_update_
@@ -100,6 +100,8 @@ class Mamba2(Mixer):
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"mamba2: {name} must be positive, not {size}.")
+        if not eps >= 0:
+            raise ConfigError(f"mamba2: eps must not be negative; it is {eps}.")
         d_inner = expand * d_model
         if head_dim is None:
             head_dim = next(size for size in range(min(64, d_inner), 0, -1) if d_inner % size == 0)
@@ -112,11 +114,6 @@ class Mamba2(Mixer):
             raise ConfigError(
                 f"mamba2: n_groups {n_groups} does not divide the {d_inner // head_dim} heads (expand * d_model / "
                 "head_dim). Set n_groups to a divisor of it, or head_dim to a smaller one."
-            )
-        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
-            raise ConfigError(
-                "mamba2: dt_min, dt_max and dt_init_floor must be positive, and dt_min at most dt_max, "
-                f"not {dt_min}, {dt_max}, {dt_init_floor}."
             )
         if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
             raise ConfigError(
@@ -159,15 +156,7 @@ class Mamba2(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            check_state(
-                "mamba2",
-                state,
-                Mamba2State,
-                x.device,
-                conv=(sequences, self.conv_channels, self.d_conv - 1),
-                ssm=(sequences, self.n_heads, self.head_dim, self.d_state),
-            )
+            self._check(state, x, cu_seqlens)
         z, xBC, dt = self._project(x)
         xBC = causal_conv(
             xBC,
@@ -198,6 +187,11 @@ class Mamba2(Mixer):
         y, *ssm_state = y if return_state else (y,)
         y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
         return (y, Mamba2State(*conv_state, *ssm_state)) if return_state else y
+
+    def _check(self, state: Mamba2State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        conv, ssm = (n, self.conv_channels, self.d_conv - 1), (n, self.n_heads, self.head_dim, self.d_state)
+        check_state("mamba2", state, Mamba2State, x.device, conv=conv, ssm=ssm)
 
     def _project(self, x: Tensor) -> Any:
         """The gate, what is convolved, and dt."""
@@ -231,6 +225,7 @@ class Mamba2(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: Mamba2State) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         z, xBC, dt = self._project(x[:, 0])
         xBC = causal_conv_update_(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         x, B, C = self._heads(xBC)

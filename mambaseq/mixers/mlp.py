@@ -87,4 +87,5 @@ class MLP(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MLPState) -> Tensor:
         """See `Mixer.step_`."""
+        check_state("mlp", state, MLPState, x.device)
         return self._layer(x[:, 0]).unsqueeze(1)

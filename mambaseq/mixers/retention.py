@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.linear_attention import check_heads
-from mambaseq.ops import ssd
+from mambaseq.ops import sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 
@@ -64,6 +64,8 @@ class Retention(Mixer):
             raise ConfigError(
                 f"retention: expand_v and rotary_base must be positive, not {expand_v} and {rotary_base}."
             )
+        if not eps >= 0:
+            raise ConfigError(f"retention: eps must not be negative; it is {eps}.")
         if expand_v * d_model == n_heads:
             raise ConfigError(
                 f"retention: {n_heads} heads have one value each, of which the norm leaves nothing. "
@@ -75,6 +77,9 @@ class Retention(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * d_model + 2 * self.d_inner, bias=bias)
         self.norm = nn.GroupNorm(n_heads, self.d_inner, eps=eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        for module in (self.in_proj, self.out_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -85,9 +90,7 @@ class Retention(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shape = (sequences, self.n_heads, self.v_dim, self.head_dim)
-            check_state("retention", state, RetentionState, x.device, kv=shape)
+            self._check(state, x, cu_seqlens)
         q, k, v, gate = self._project(x)
         # positions count from 1 along the row, packed or not; states are seen from before a sequence and from its end
         length = x.shape[1]
@@ -107,6 +110,10 @@ class Retention(Mixer):
         )
         y = self._output(y, gate, x)
         return (y, RetentionState(_turn(kv, self._turns(-bounds[1:])))) if return_state else y
+
+    def _check(self, state: RetentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        shape = (sequences.count(x, cu_seqlens), self.n_heads, self.v_dim, self.head_dim)
+        check_state("retention", state, RetentionState, x.device, kv=shape)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k `(..., heads, head_dim)` and v `(..., heads, v_dim)` in full precision; the gate `(..., d_inner)`."""
@@ -150,6 +157,7 @@ class Retention(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: RetentionState) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         q, k, v, gate = self._project(x[:, 0])
         back = self._turns(torch.full((1,), -1, device=x.device))
         gamma = (1 - self._forgotten(x.device)).to(state.kv.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.mixers.base import Mixer, State, check_state
-from mambaseq.ops import causal_conv, wkv
+from mambaseq.ops import causal_conv, sequences, wkv
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.wkv import empty_state, wkv_update_
 
@@ -66,9 +66,7 @@ class RWKV4(Mixer):
     ) -> Any:
         """See `Mixer.forward`."""
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shapes = {"shift": (sequences, self.d_model, 1), "wkv": (sequences, 3, self.d_model)}
-            check_state("rwkv4", state, RWKV4State, x.device, **shapes)
+            self._check(state, x, cu_seqlens)
         last = None if state is None else state.shift
         shift_state: Any = None
         wkv_state: Any = None
@@ -97,6 +95,10 @@ class RWKV4(Mixer):
         y = self.out_proj(gate * y)
         return (y, RWKV4State(shift_state, wkv_state)) if return_state else y
 
+    def _check(self, state: RWKV4State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        check_state("rwkv4", state, RWKV4State, x.device, shift=(n, self.d_model, 1), wkv=(n, 3, self.d_model))
+
     def _dynamics(self) -> tuple[Tensor, Tensor]:
         """w and u in fp32: the past fades by exp(-w) a position, the present counts exp(u) times."""
         return torch.exp(self.time_decay.float()), self.time_first.float()
@@ -116,6 +118,7 @@ class RWKV4(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: RWKV4State) -> Tensor:
         """See `Mixer.step_`."""
+        self._check(state, x)
         x = x[:, 0]
         real = working_dtype(x)
         last, now = state.shift[..., 0].to(real), x.to(real)

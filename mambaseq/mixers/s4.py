@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.hippo import legs_normal
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes, log_uniform_dt
+from mambaseq.mixers.initialisation import log_uniform_dt
+from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.lti.fft import convolution
 from mambaseq.ops.state_space.generating import dplr_kernel
 
 Mode = Literal["blocks", "fft"]
@@ -114,12 +116,8 @@ class DPLRSSM(nn.Module):
         return (y[..., 0] + skip).to(x.dtype), torch.view_as_complex(final.unflatten(2, (-1, 2)))
 
     def _convolve(self, x: Tensor, system: DPLRSystem) -> Tensor:
-        size = 2 * x.shape[1]
-        if not size:
-            return x
-        kernel = dplr_kernel(system.dt[:, 0], system.diagonal, system.P, system.B, system.C, x.shape[1]).to(x.dtype)
-        spectrum = torch.fft.rfft(x.transpose(1, 2), size) * torch.fft.rfft(kernel, size)
-        return torch.fft.irfft(spectrum, size)[..., : x.shape[1]].transpose(1, 2)
+        kernel = dplr_kernel(system.dt[:, 0], system.diagonal, system.P, system.B, system.C, x.shape[1])
+        return convolution(x.transpose(1, 2).contiguous(), kernel.to(x.dtype)).transpose(1, 2)
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """x `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""

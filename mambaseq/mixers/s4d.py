@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.hippo import legs_normal
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes, log_uniform_dt
+from mambaseq.mixers.initialisation import log_uniform_dt
+from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import lti_scan
 from mambaseq.ops.step import lti_update_
 
@@ -68,6 +69,12 @@ class DiagonalSSM(nn.Module):
         self.channels, self.d_state, self.real = channels, d_state, real
         self.discretization: Literal["zoh", "bilinear"] = discretization
         self.mode: Literal["fft", "scan"] | None = mode
+        for name, value, known in (
+            ("discretization", discretization, ("zoh", "bilinear")),
+            ("mode", mode, ("fft", "scan", None)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} is one of {', '.join(map(str, known))}, not {value!r}.")
         A = initial_A("real" if real else init, d_state, real)
         self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
         self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))

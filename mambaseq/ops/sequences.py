@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences x `(batch, ...)` holds."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def check(cu_seqlens: Tensor, batch: int, length: int) -> None:
@@ -40,6 +46,29 @@ def of_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     """`(length,)` int64: which sequence each position belongs to."""
     positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+class Chunks(NamedTuple):
+    """Packed sequences laid out in chunks of `size` positions, each of one sequence, whose last one is padded."""
+
+    n: int  # as many as any packing may take, so that nothing waits for the device
+    counts: Tensor  # (sequences,) chunks of each
+    begin: Tensor  # (sequences,) the first of them
+    last: Tensor  # (sequences,) and the last; of an empty sequence some other's, or 0
+    owner: Tensor  # (n,) the sequence of each chunk; chunks that are left over are the last sequence's
+    place: Tensor  # (length,) where each position is among the n * size
+
+
+def in_chunks(cu_seqlens: Tensor, length: int, size: int) -> Chunks:
+    """Where packed sequences go that are cut into chunks of `size` positions."""
+    n_sequences, bounds, device = cu_seqlens.shape[0] - 1, cu_seqlens.long(), cu_seqlens.device
+    n = length // size + n_sequences  # each sequence fills all but its last
+    counts = (bounds.diff() + size - 1) // size
+    end = counts.cumsum(0)
+    begin = end - counts
+    owner = torch.searchsorted(end, torch.arange(n, device=device), right=True).clamp(max=max(0, n_sequences - 1))
+    place = torch.arange(length, device=device) + (begin * size - bounds[:-1])[of_positions(bounds, length)]
+    return Chunks(n, counts, begin, (end - 1).clamp(min=0), owner, place)
 
 
 def reversal(batch: int, length: int, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:

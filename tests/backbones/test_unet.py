@@ -115,7 +115,7 @@ def lm(**backbone: Any) -> SequenceModel:
     )
 
 
-@pytest.mark.parametrize("backbone", [{}, {"pattern": ["mamba", "s4d*"], "n_layers": 3, "chunk_length": 5}])
+@pytest.mark.parametrize("backbone", [{}, {"pattern": ["mamba", "s4d*"], "n_layers": 3, "chunk_length": 11}])
 def test_a_language_model_learns_generates_and_is_saved(tmp_path: Path, backbone: dict[str, Any]) -> None:
     model = lm(**backbone)
     ids = torch.randint(0, 11, (2, 21))

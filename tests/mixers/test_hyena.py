@@ -124,7 +124,8 @@ def test_filters_have_no_weight_decay() -> None:
         ({"order": 1}, "order and l_max must be at least 2, not 1 and 1024"),
         ({"emb_dim": 4}, "emb_dim must be odd"),
         ({"short_conv": 0}, "must be positive, not 6, 0, 64"),
-        ({"slow_decay": 0.0}, "must be positive, not 0.3 and 0.0"),
+        ({"sine_frequency": 0.0}, "sine_frequency must be positive"),
+        ({"slow_decay": 0.0}, "slow_decay must be positive, not 0.0"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:

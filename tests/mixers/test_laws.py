@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from mixers.variants import CASES
+from mixers.variants import CASES, COMPILED
 
 from mambaseq.domain import catalog
 from mambaseq.mixers.base import Mixer, State
@@ -86,6 +86,16 @@ def test_packed_sequences_go_on_from_their_states(name: str, options: dict) -> N
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+def test_nothing_in_gives_nothing_out(name: str, options: dict) -> None:
+    mixer = make(name, options)
+    with torch.no_grad():
+        for shape, bounds in (((0, 5), None), ((2, 0), None), ((1, 0), torch.zeros(3, dtype=torch.int32))):
+            y, state = mixer(torch.randn(*shape, D_MODEL), cu_seqlens=bounds, return_state=True)
+            assert y.shape == (*shape, D_MODEL)
+            assert all(len(tensor) == (shape[0] if bounds is None else 2) for tensor in tensors(state))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_causal_mixers_do_not_see_the_future(name: str, options: dict) -> None:
     mixer = make(name, options)
     assert mixer.causal
@@ -148,14 +158,16 @@ def test_selected_states_are_those_of_their_sequences(name: str, options: dict) 
 def test_a_wrong_state_is_refused(name: str, options: dict) -> None:
     mixer = make(name, options)
     x = torch.randn(2, 5, D_MODEL)
-    with pytest.raises(ValueError, match="is needed"):
-        mixer(x, state=State())
-    if tensors(mixer.init_state(3)):
+    for run in (mixer, lambda x, state: mixer.step_(x[:, :1], state)):
         with pytest.raises(ValueError, match="is needed"):
-            mixer(x, state=mixer.init_state(3))
+            run(x, state=State())
+        if tensors(mixer.init_state(3)):
+            for wrong in (mixer.init_state(3), mixer.init_state(2, device="meta")):
+                with pytest.raises(ValueError, match="is needed"):
+                    run(x, state=wrong)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), COMPILED)
 def test_compiled_equals_eager(name: str, options: dict) -> None:
     mixer = make(name, options)
     x = torch.randn(2, 19, D_MODEL, requires_grad=True)

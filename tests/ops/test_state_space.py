@@ -52,6 +52,7 @@ def packed(arguments: StateSpaceArguments, *bounds: int) -> StateSpaceArguments:
 
 CASES: dict[str, Callable[[], StateSpaceArguments]] = {
     "length 0": lambda: systems("a", 2, 0, 3),
+    "batch 0": lambda: systems("n", 0, 70, 3, outputs=2),
     "length 1": lambda: systems("b", 3, 1, 5),
     "length 2": lambda: systems("c", 2, 2, 3, outputs=2),
     "length 63": lambda: systems("d", 2, 63, 3),
@@ -130,6 +131,8 @@ def test_autocast_does_not_reach_the_states() -> None:
         ({"C": torch.zeros(3, 2)}, "C must be"),
         ({"x": torch.zeros(1, 4, 3, dtype=torch.complex64)}, "x is complex but A is real"),
         ({"initial_state": torch.zeros(2, 3, 2)}, "initial_state must be"),
+        ({"x": torch.zeros(1, 4, 3, dtype=torch.int64)}, "x must be floating-point"),
+        ({"A": torch.ones(3, 2, 2, device="meta")}, "A is on meta"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict, message: str) -> None:

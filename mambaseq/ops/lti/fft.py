@@ -17,6 +17,15 @@ from torch import Tensor
 from mambaseq.ops.lti.arguments import LtiArguments
 
 
+def convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """y_t = sum of kernel_l x_{t-l}, l from 0 to t: both `(…, length)`, float32 or float64, and contiguous."""
+    if not x.numel():
+        return x
+    size = 2 * x.shape[-1]  # so that nothing comes round
+    spectrum = torch.fft.rfft(x, size) * torch.fft.rfft(kernel, size)
+    return torch.fft.irfft(spectrum, size)[..., : x.shape[-1]]
+
+
 def why_not(arguments: LtiArguments) -> str | None:
     """The reason why a convolution cannot run these arguments, or None."""
     if arguments.mode == "scan":
@@ -59,9 +68,7 @@ def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
             left, right = 2 * torch.cat([left.real, -left.imag], -1), torch.cat([right.real, right.imag], -1)
         return (left @ right.transpose(-1, -2)).flatten(-2)[..., :length]
 
-    size = 2 * length
-    kernel = torch.fft.rfft(sum_of_decays(C * B), size)
-    y = torch.fft.irfft(torch.fft.rfft(signal, size) * kernel, size)[..., :length]
+    y = convolution(signal, sum_of_decays(C * B))
 
     # sum_t Abar^(length - 1 - t) x_t, with time running backwards so that powers grow.
     ages = F.pad(signal.flip(-1), (0, step * n_steps - length)).unflatten(-1, (n_steps, step))

@@ -179,19 +179,10 @@ def _layout(arguments: SsdArguments) -> tuple[int, int, _Layout]:
         size = min(size, _whole(-(-length // n_chunks)))  # no more padding than it takes
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         return size, n_chunks, _Layout(None, None, zero, zero + (n_chunks - 1), None)
-    n_sequences, bounds = arguments.n_sequences, cu_seqlens.long()
-    size = min(arguments.chunk_size, _whole(-(-length // max(1, n_sequences))))
-    n_chunks = length // size + n_sequences  # each sequence fills all but its last
-    lengths = bounds[1:] - bounds[:-1]
-    count = (lengths + size - 1) // size
-    end = count.cumsum(0)
-    begin = end - count
-    numbers = torch.arange(n_chunks, device=device)
-    # chunks that are left over go on with the last sequence, where they change nothing
-    of_chunk = torch.searchsorted(end, numbers, right=True).clamp(max=max(0, n_sequences - 1))
-    of_position = sequences.of_positions(bounds, length)
-    place = torch.arange(length, device=device) + (begin * size - bounds[:-1])[of_position]
-    return size, n_chunks, _Layout(place, of_chunk, begin, (end - 1).clamp(min=0), (count > 0)[:, None])
+    size = min(arguments.chunk_size, _whole(-(-length // max(1, arguments.n_sequences))))
+    # those left over go on with the last sequence, where they change nothing
+    chunks = sequences.in_chunks(cu_seqlens, length, size)
+    return size, chunks.n, _Layout(chunks.place, chunks.owner, chunks.begin, chunks.last, (chunks.counts > 0)[:, None])
 
 
 def _whole(steps: int) -> int:

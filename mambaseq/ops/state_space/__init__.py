@@ -125,10 +125,14 @@ def _check(x: Tensor, A: Tensor, B: Tensor, C: Tensor | None, state: Tensor | No
         n_sequences = cu_seqlens.shape[0] - 1
     if state is not None and state.shape != (n_sequences, channels, d_state):
         raise ValueError(f"initial_state must be {(n_sequences, channels, d_state)}, not {tuple(state.shape)}")
-    for name, value in {"x": x, "B": B, "C": C, "initial_state": state}.items():
+    given = {"x": x, "A": A, "B": B, "C": C, "initial_state": state}
+    for name, value in given.items():
         if value is None:
             continue
+        if not (value.is_floating_point() or value.is_complex()):
+            raise ValueError(f"{name} must be floating-point or complex numbers, not {value.dtype}")
         if value.is_complex() and not A.is_complex():
             raise ValueError(f"{name} is complex but A is real")
-        if value.device != x.device:
+    for name, value in {**given, "cu_seqlens": cu_seqlens}.items():
+        if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")

@@ -61,7 +61,7 @@ def _run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     if initial is not None:
         # a row for every sequence of each channel
         initial = initial.to(x.dtype).permute(1, 0, 2).unflatten(0, (systems, channels // systems))
-    if length == 0:
+    if batch == 0 or length == 0:
         empty = x[..., None].expand(-1, -1, -1, outputs)
         if initial is None:
             initial = x.new_zeros(systems, channels // systems, arguments.n_sequences, d_state)
@@ -129,21 +129,11 @@ def _layout(arguments: StateSpaceArguments) -> _Layout:
         first = (numbers % per_row == 0)[:, None]
         rest = torch.full((batch, 1), length - (per_row - 1) * steps, device=device)
         return _Layout(steps, batch * per_row, None, first, numbers // per_row, numbers[per_row - 1 :: per_row], rest)
-    # room for any packing, so that nothing waits for the device
-    blocks = length // steps + count
-    bounds = arguments.cu_seqlens.long()
-    lengths = bounds[1:] - bounds[:-1]
-    each = (lengths + steps - 1) // steps
-    ends = each.cumsum(0)
-    begins = ends - each
-    numbers = torch.arange(blocks, device=device)
-    sequence = torch.searchsorted(ends, numbers, right=True).clamp(max=count - 1)
-    of_position = sequences.of_positions(bounds, length)
-    place = begins[of_position] * steps + torch.arange(length, device=device) - bounds[of_position]
-    # blocks past the last sequence's go on from it, where nobody reads them
-    first = (numbers == begins[sequence])[:, None]
-    last = (ends - 1).clamp(min=0)
-    return _Layout(steps, blocks, place, first, sequence, last, (lengths - (each - 1) * steps * (each > 0))[:, None])
+    # blocks that are left over go on from the last sequence, where nobody reads them
+    blocks = sequences.in_chunks(arguments.cu_seqlens, length, steps)
+    first = (torch.arange(blocks.n, device=device) == blocks.begin[blocks.owner])[:, None]
+    rest = arguments.cu_seqlens.diff().long() - (blocks.counts - 1).clamp(min=0) * steps
+    return _Layout(steps, blocks.n, blocks.place, first, blocks.owner, blocks.last, rest[:, None])
 
 
 def _split(x: Tensor, layout: _Layout) -> Tensor:
