@@ -98,7 +98,6 @@ def make_optimizer(
         capturable=capturable,
         fused=True if capturable else None,
     )
-    # PyTorch would warn of the steps before a capture
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+    optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
     factor = learning_rate_factor(config, total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
