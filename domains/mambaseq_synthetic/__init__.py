@@ -31,6 +31,10 @@ domain = Domain(
         ),
     },
     recipes={
+        "lra": (
+            "mambaseq_synthetic.recipes.lra:recipe",
+            "Long Range Arena in small: ListOps, Pathfinder and digits by five mixers",
+        ),
         "induction_heads": (
             "mambaseq_synthetic.recipes.induction_heads:recipe",
             "Mamba paper, section 4.1.2: trained at 256, tested up to 2^20",

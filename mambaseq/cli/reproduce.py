@@ -37,7 +37,13 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
     parser.add_argument("--scale", choices=("full", "small", "tiny"), default=None, help="full on a GPU, else small")
     parser.add_argument("--seeds", type=int, default=None, metavar="N", help="how many; the recipe's own number else")
-    parser.add_argument("--only", nargs="+", default=[], metavar="LINE", help="only these lines of the table")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="LINE",
+        help="only these lines of the table, or columns where a recipe lets choose",
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="runs/reproduce/NAME-SCALE else")
     arguments = parser.parse_args(argv)

@@ -6,12 +6,15 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mambaseq import __version__
+from mambaseq.atomic import atomic_file
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
 from mambaseq.reproduction.context import Context, Recipe, Scale
@@ -24,6 +27,11 @@ def _hardware(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
+def _record(path: Path, record: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(record).encode())
+
+
 def _own(folder: Path, name: str, scale: Scale, hardware: str) -> float:
     """Claim the folder for this recipe; seconds that were spent in it before.
 
@@ -31,8 +39,7 @@ def _own(folder: Path, name: str, scale: Scale, hardware: str) -> float:
     """
     path, mine = folder / "run.json", {"recipe": name, "scale": scale, "hardware": hardware}
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**mine, "seconds": 0.0}), encoding="utf-8")
+        _record(path, {**mine, "seconds": 0.0})
         return 0.0
     found = json.loads(path.read_text(encoding="utf-8"))
     different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value]
@@ -55,11 +62,10 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
             line.wanted = ()  # smaller ones prove nothing
     finally:
         spent = before + time.perf_counter() - began
-        record = {"recipe": name, "scale": scale, "hardware": hardware, "seconds": spent}
-        (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        _record(folder / "run.json", {"recipe": name, "scale": scale, "hardware": hardware, "seconds": spent})
     short = name.rpartition("/")[2]
     command = f"mambaseq reproduce {short}" + (f" --scale {scale}" if scale != "full" else "")
-    command += (f" --seeds {seeds}" if seeds else "") + (f" --only {' '.join(only)}" if only else "")
+    command += (f" --seeds {seeds}" if seeds else "") + (f" --only {shlex.join(only)}" if only else "")
     report = Report(
         name,
         scale,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambaseq.batch import Batch
 from mambaseq.data.drawing import below, words
+from mambaseq.errors import DataError
 from mambaseq.reproduction.training import BatchOf
 
 
@@ -38,7 +39,12 @@ def of_arrays(inputs: Tensor, targets: Tensor, mask: Tensor | None, batch_size: 
 
 
 def of_text(tokens: Tensor, length: int, batch_size: int, seed: int) -> BatchOf:
-    """Windows of `length` tokens and the token after each, from anywhere in `(tokens,)` of any integer dtype."""
+    """Windows of `length` tokens and the token after each, from anywhere in `(tokens,)` of any integer dtype.
+
+    Raises DataError for a text that has no such window.
+    """
+    if len(tokens) <= length:
+        raise DataError(f"A text of {len(tokens)} tokens has no window of {length} and the token after it.")
     within = torch.arange(length + 1, device=tokens.device)
 
     def batch_of(step: Tensor) -> Batch:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, did_you_mean
 from mambaseq.reproduction.tables import Table
 
 Scale = Literal["full", "small", "tiny"]
@@ -27,7 +27,7 @@ class Context:
     """Device, sizes, seeds, and the folder in which finished trials are kept.
 
     scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
-    only: names of lines; empty for all of them.
+    only: names of lines, or of what else a recipe lets choose; empty for all of them.
     """
 
     device: torch.device
@@ -40,18 +40,21 @@ class Context:
         """The one of three values that belongs to the scale."""
         return {"full": full, "small": small, "tiny": tiny}[self.scale]
 
-    def wanted(self, names: Iterable[str]) -> list[str]:
-        """Those of a recipe's lines that were asked for.
+    def wanted(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+        """Those of a recipe's lines that were asked for; all where none was.
 
-        Raises UserError where one that was asked for is not among them.
+        others: what else can be asked for, by a call of its own: columns, say.
+        Raises UserError where what was asked for is in neither.
         """
-        known = list(names)
-        unknown = [name for name in self.only if name not in known]
-        if unknown:
-            raise UserError(
-                f"--only names {', '.join(unknown)}, which this recipe has not. It has: {', '.join(known)}."
-            )
-        return [name for name in known if not self.only or name in self.only]
+        own = list(names)
+        known = [*own, *others]
+        for name in self.only:
+            if name not in known:
+                raise UserError(
+                    f"--only names {name!r}, which this recipe has not.{did_you_mean(name, known)} "
+                    f"It has: {', '.join(map(repr, known))}."
+                )
+        return [name for name in own if name in self.only] or own
 
     def trial(self, name: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, float]:
         """What `run` found, given the file for its checkpoint; or what it found when it ran before.

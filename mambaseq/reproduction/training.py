@@ -4,9 +4,10 @@ the optimizer included, is captured in a CUDA graph and replayed."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ BatchOf = Callable[[Tensor], Batch]
 
 _SAVE_EVERY_S = 60.0
 _SHOW_EVERY_S = 1.0
-_EAGER_STEPS = 3  # before a capture, as PyTorch asks for
+_EAGER_STEPS = 3  # before a capture, as PyTorch asks for; kernels are compiled by then
 
 
-@dataclass
+@dataclasses.dataclass
 class Trained:
     """How a training went. steps: taken in all. seconds: those before an interruption included. steps_per_second: of
-    the steps after the capture. loss: mean of the last hundred. captured: whether a graph was replayed."""
+    the steps after the first three, which compile kernels, without checks and checkpoints. loss: mean of the last
+    hundred. captured: whether a graph was replayed."""
 
     steps: int
     seconds: float
@@ -55,7 +57,7 @@ def train(
     cuda_graph: bool = True,
     label: str = "",
 ) -> Trained:
-    """Train a `SequenceModel` in place.
+    """Train a `SequenceModel` in place; it is in evaluation mode then.
 
     Args:
         clip: norm that gradients are cut to; 0 leaves them.
@@ -63,41 +65,52 @@ def train(
         checkpoint: a file that is written every minute and at the end, and gone on from if it is there: the rest of the
             run then takes the steps that it would have taken.
         finished: asked every `check_every` steps, with the model in evaluation mode, whether to stop early.
-        cuda_graph: on a CUDA device, capture the step.
+        cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
         label: of the progress bar.
+
+    Raises UserError for a checkpoint of another run.
     """
-    run = _Run(model, batch_of, steps, optimizer, clip, autocast)
-    done, spent = run.load(checkpoint) if checkpoint is not None else (0, 0.0)
-    finish = False
+    run = _Run(model, batch_of, steps, optimizer, clip, autocast, cuda_graph)
+    done, spent, finish = run.load(checkpoint) if checkpoint is not None else (0, 0.0, False)
+    first, measured_from = done, done
     model.train()
-    began = saved = shown = time.perf_counter()
-    captured_at, captured_from = began, done
+    began = saved = shown = measured = time.perf_counter()
+    aside = 0.0  # seconds of checks and checkpoints since `measured`
     with tqdm(total=steps, initial=done, unit="step", desc=label or None, leave=False, disable=None) as bar:
         while done < steps and not finish:
-            if run.may_capture and cuda_graph and done - bar.initial == _EAGER_STEPS:
+            if done - first == _EAGER_STEPS:
                 run.capture()
                 run.wait()
-                captured_at, captured_from = time.perf_counter(), done
+                measured, measured_from, aside = time.perf_counter(), done, 0.0
             run.step(done)
             done += 1
-            if finished is not None and done % check_every == 0:
-                finish = _asked(model, finished)
             now = time.perf_counter()
             if now - shown > _SHOW_EVERY_S:
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{run.mean_loss():.3f}")  # waits for the GPU, so that steps do not pile up
                 shown = now
-            if checkpoint is not None and now - saved > _SAVE_EVERY_S:
-                run.save(checkpoint, done, spent + now - began)
+            due = checkpoint is not None and now - saved > _SAVE_EVERY_S
+            ask = finished is not None and done % check_every == 0
+            if not (due or ask):
+                continue
+            run.wait()
+            paused = time.perf_counter()
+            if finished is not None and ask:
+                finish = _asked(model, finished)
+            if checkpoint is not None and due:
+                run.save(checkpoint, done, spent + time.perf_counter() - began, finish)
                 saved = time.perf_counter()
+            aside += time.perf_counter() - paused
     run.wait()
     now = time.perf_counter()
     spent += now - began
     if checkpoint is not None:
-        run.save(checkpoint, done, spent)
+        run.save(checkpoint, done, spent, finish)
+    run.close()
     model.eval()
-    rate = (done - captured_from) / (now - captured_at) if done > captured_from else float("nan")
-    return Trained(done, spent, rate, run.mean_loss(), run.graph is not None)
+    # a run that only began or ended here has no steps to measure: those of all its time then
+    rate = (done - measured_from) / (now - measured - aside) if done > measured_from else done / spent
+    return Trained(done, spent, rate, run.mean_loss(), run.captured)
 
 
 def _asked(model: SequenceModel, question: Callable[[], bool]) -> bool:
@@ -119,34 +132,44 @@ class _Run:
         config: OptimizerConfig,
         clip: float,
         autocast: torch.dtype | None,
+        cuda_graph: bool,
     ) -> None:
         self.model, self.batch_of, self.clip, self.autocast = model, batch_of, clip, autocast
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type == "cuda"
-        self.may_capture = self.on_gpu
+        self.may_capture = self.on_gpu and cuda_graph and not model.backbone.cuda_graph
+        self.stream = torch.cuda.Stream(self.device) if self.may_capture else None
+        self.waits = False  # whether the last step waited for the GPU
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured = False
         self.config, self.factor = config, learning_rate_factor(config, steps)
         self.optimizer, _ = make_optimizer(model, config, steps, capturable=self.on_gpu)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses = torch.zeros(100, device=self.device)
         self.rate: float | None = None
+        self.identity = {
+            "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+            "optimizer": dataclasses.asdict(config),
+            "steps": steps,
+            "clip": clip,
+            "autocast": str(autocast),
+        }
 
     def step(self, number: int) -> None:
         rate = self.config.lr * self.factor(number)
         if rate != self.rate:
             for group in self.optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
+                    group["lr"].fill_(rate)  # where the graph reads it
                 else:
                     group["lr"] = rate
             self.rate = rate
         if self.graph is not None:
             self.graph.replay()
-        elif self.may_capture:
+        elif self.stream is not None and self.may_capture:
             with torch.cuda.device(self.device), capture.capturing:
-                _, waits = capture.warm_up(self._step, torch.cuda.Stream())
-            self.may_capture = not waits
+                _, self.waits = capture.warm_up(self._step, self.stream)
         else:
             self._step()
 
@@ -166,16 +189,28 @@ class _Run:
         self.number.add_(1)
 
     def capture(self) -> None:
-        """Capture the step; where that fails, steps go on as they are."""
+        """Capture the step, if it may be; where that fails, steps go on as they are."""
+        if not self.may_capture:
+            return
+        self.may_capture = False
+        if self.waits:
+            tqdm.write("Training without a CUDA graph: a step waits for the GPU.")
+            return
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)  # the graph's gradients are memory of its own
         try:
             with torch.cuda.device(self.device), capture.capturing:
-                capture.capture(graph, self._step)
-            self.graph = graph
+                capture.capture(graph, self._step, self.stream)
         except RuntimeError as error:
+            self.optimizer.zero_grad(set_to_none=True)
             tqdm.write(f"Training without a CUDA graph: {str(error).partition(chr(10))[0]}")
-        self.may_capture = False
+            return
+        self.graph, self.captured = graph, True
+
+    def close(self) -> None:
+        """Give the graph's memory back, the gradients' in it too."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = None
 
     def mean_loss(self) -> float:
         """Of the last steps, a hundred at most."""
@@ -186,30 +221,42 @@ class _Run:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def save(self, path: Path, done: int, seconds: float) -> None:
+    def save(self, path: Path, done: int, seconds: float, finished: bool) -> None:
         state = {
+            "run": self.identity,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "losses": self.losses,
+            "random": [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.on_gpu else [])],
             "done": done,
             "seconds": seconds,
+            "finished": finished,
         }
         with atomic_file(path) as file:
             torch.save(state, file)
 
-    def load(self, path: Path) -> tuple[int, float]:
-        """Steps done and seconds spent by what is in the file; none if there is no file.
+    def load(self, path: Path) -> tuple[int, float, bool]:
+        """Steps done and seconds spent by what is in the file, and whether it stopped early; none if there is no file.
 
-        Raises UserError for a file of another model.
+        Raises UserError for a file of another run, and changes nothing then.
         """
         if not path.exists():
-            return 0, 0.0
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            return 0, 0.0, False
+        remedy = "Remove it, or choose another --out."
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is a checkpoint of another model. Remove it, or choose another --out.") from error
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} cannot be read as a checkpoint. {remedy}") from error
+        found = state.get("run", {}) if isinstance(state, dict) else {}
+        different = [key for key, value in self.identity.items() if found.get(key) != value]
+        if different:
+            raise UserError(f"{path} is a checkpoint of another run: {', '.join(different)} differ. {remedy}")
+        self.model.load_state_dict(state["model"])
+        # the groups stay ours: their learning rates are where a graph will read them
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         self.losses.copy_(state["losses"])
         self.number.fill_(state["done"])
-        return state["done"], state["seconds"]
+        torch.set_rng_state(state["random"][0])
+        if self.on_gpu and len(state["random"]) > 1:
+            torch.cuda.set_rng_state(state["random"][1], self.device)
+        return state["done"], state["seconds"], state["finished"]

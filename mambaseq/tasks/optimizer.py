@@ -82,7 +82,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """The optimizer and its schedule over `total_steps` optimizer steps.
 
-    capturable: its step can be captured in a CUDA graph; its learning rates are tensors then.
+    capturable: on CUDA, its step is one kernel that can be captured in a CUDA graph; learning rates are tensors then.
     Raises ConfigError when there is no last step (`inf`) for the schedule to end at.
     """
     if math.isinf(total_steps) and config.schedule != "constant":
@@ -96,6 +96,8 @@ def make_optimizer(
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         capturable=capturable,
+        fused=True if capturable else None,
     )
+    optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
     factor = learning_rate_factor(config, total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,94 @@
+"""What a recipe is run with: trials that are run once, and the lines that were asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambaseq.errors import UserError
+from mambaseq.models import causal_lm
+from mambaseq.reproduction import Context, train, training
+from mambaseq.reproduction.batches import of_text
+from mambaseq.tasks.optimizer import OptimizerConfig
+
+
+def context(folder: Path, **more) -> Context:
+    return Context(torch.device("cpu"), "tiny", [0, 1], folder, **more)
+
+
+def test_a_trial_is_run_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def run(checkpoint: Path) -> dict[str, float]:
+        calls.append(checkpoint)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text("half way")
+        return {"accuracy": 0.5, "loss": math.nan}
+
+    for _ in range(2):  # a context of its own each, as a command started again has
+        found = context(tmp_path).trial("mamba, lti seed=0", run)
+        assert found["accuracy"] == 0.5
+        assert math.isnan(found["loss"])
+    assert len(calls) == 1
+    assert not calls[0].exists()
+    context(tmp_path).trial("mamba, lti seed=1", run)
+    assert len(set(calls)) == 2
+
+
+def test_a_trial_that_fails_is_run_again(tmp_path: Path) -> None:
+    def fail(checkpoint: Path) -> dict[str, float]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        context(tmp_path).trial("one", fail)
+    assert context(tmp_path).trial("one", lambda checkpoint: {"a": 1.0}) == {"a": 1.0}
+
+
+def test_values_are_lists_over_the_seeds(tmp_path: Path) -> None:
+    found = context(tmp_path).over_seeds(
+        "x", lambda seed, checkpoint: {"a": float(seed), **({"b": 5.0} if seed == 1 else {})}
+    )
+    assert found == {"a": [0.0, 1.0], "b": [5.0]}
+    assert context(tmp_path).trial("x seed=1", lambda checkpoint: {}) == {"a": 1.0, "b": 5.0}
+
+
+def test_an_interrupted_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial is stopped in the middle; the one that is started again takes only the steps that are left."""
+    monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)  # after each step
+    seen: list[int] = []
+    batches = of_text(torch.arange(50) % 5, 8, 2, seed=0)
+
+    def run(checkpoint: Path, stop: int) -> dict[str, float]:
+        def batch_of(step):
+            if int(step) == stop:
+                raise KeyboardInterrupt
+            seen.append(int(step))
+            return batches(step)
+
+        trained = train(causal_lm(5, 8, 1), batch_of, 6, OptimizerConfig(), checkpoint=checkpoint)
+        return {"steps": trained.steps}
+
+    with pytest.raises(KeyboardInterrupt):
+        context(tmp_path).trial("x", lambda checkpoint: run(checkpoint, 4))
+    assert context(tmp_path).trial("x", lambda checkpoint: run(checkpoint, -1)) == {"steps": 6}
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "trials" / "x.json").read_text()) == {"steps": 6}
+
+
+def test_only_what_was_asked_for(tmp_path: Path) -> None:
+    lines, columns = ["mamba", "s4d"], ["digits", "listops"]
+    assert context(tmp_path).wanted(lines) == lines
+    assert context(tmp_path, only=["s4d"]).wanted(lines) == ["s4d"]
+    both = context(tmp_path, only=["digits", "s4d"])
+    assert both.wanted(lines, columns) == ["s4d"]
+    assert both.wanted(columns, lines) == ["digits"]
+    assert context(tmp_path, only=["digits"]).wanted(lines, columns) == lines
+    with pytest.raises(UserError, match=r"'mambda'.*Did you mean 'mamba'\?.*'mamba', 's4d'"):
+        context(tmp_path, only=["s4d", "mambda"]).wanted(lines)
+    with pytest.raises(UserError, match="digits"):
+        context(tmp_path, only=["digits"]).wanted(lines)

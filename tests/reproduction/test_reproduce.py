@@ -1,0 +1,83 @@
+"""`mambaseq reproduce`: every registered recipe at its tiny scale, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mambaseq.cli.main import main
+from mambaseq.domain import catalog
+from mambaseq.reproduction import Recipe
+from mambaseq.reproduction.tables import Report
+
+NAMES = [entry.name for entry in catalog()["recipes"]]
+
+
+def reproduce(name: str, out: Path, *more: str) -> int:
+    return main(["reproduce", name, "--scale", "tiny", "--device", "cpu", "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_and_is_reported(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert reproduce(name, out) == 0
+    printed = capsys.readouterr().out
+    report = Report.read(out / "report.json")
+    assert report.markdown() in printed
+    assert report.recipe == name
+    assert report.seeds == [0]
+    assert report.seconds > 0
+    assert isinstance(catalog()["recipes"].get(name), Recipe)
+    assert report.tables
+    for table in report.tables:
+        assert table.lines
+        assert table.about
+        keys = {column.key for column in table.columns}
+        for line in table.lines:
+            assert line.verdict == ""  # tiny ones prove nothing
+            assert line.note or any(line.values.get(key) for key in keys), line.name
+            assert "\n" not in line.name + line.paper + line.note
+
+
+def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert reproduce("lra", out, "--only", "s4d", "digits") == 0
+    before = {path: path.read_bytes() for path in (out / "trials").iterdir()}
+    assert len(before) == 1
+    assert reproduce("synthetic/lra", out, "--only", "s4d", "digits", "--seeds", "2") == 0
+    assert len(list((out / "trials").iterdir())) == 2
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    report = Report.read(out / "report.json")
+    assert [(line.name, len(line.values["digits"])) for line in report.tables[0].lines] == [("s4d", 2)]
+    assert [column.key for column in report.tables[0].columns] == ["digits", "parameters", "minutes"]
+    assert report.command == "mambaseq reproduce lra --scale tiny --seeds 2 --only s4d digits"
+    assert report.seconds > json.loads((out / "run.json").read_text())["seconds"] * 0.99
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert reproduce("selectve_copying", out) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean 'selective_copying'?" in error
+    assert "synthetic/selective_copying" in error
+    assert not out.exists()
+    assert reproduce("lra", out, "--only", "s4d", "digit") == 2
+    assert "'digit', which this recipe has not. Did you mean 'digits'?" in capsys.readouterr().err
+    assert reproduce("lra", out, "--seeds", "0") == 2
+    assert "--seeds" in capsys.readouterr().err
+    assert reproduce("selective_copying", out) == 2
+    assert "holds another run: recipe 'synthetic/lra', not 'synthetic/selective_copying'" in capsys.readouterr().err
+    assert main(["reproduce", "lra", "--scale", "small", "--device", "cpu", "--out", str(out)]) == 2
+    assert "scale 'tiny', not 'small'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        reproduce("lra", out, "--scale", "huge")
+
+
+def test_the_help_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["reproduce", "--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)

@@ -1,0 +1,216 @@
+"""Training of a recipe's models: what is learned, that it goes on where it was interrupted, and captured steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambaseq.batch import Batch
+from mambaseq.errors import UserError
+from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.reproduction import train, training
+from mambaseq.reproduction.batches import of_text
+from mambaseq.tasks.optimizer import OptimizerConfig
+
+VOCABULARY = 7
+CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_steps=3)
+
+
+def make(mixer: str = "s4d", device: str | torch.device = "cpu", dropout: float = 0.1) -> SequenceModel:
+    torch.manual_seed(1)
+    return causal_lm(VOCABULARY, 16, 1, mixer, dropout=dropout).to(device)
+
+
+def batches(device: str | torch.device = "cpu") -> Callable[[Tensor], Batch]:
+    """The next token is the one before plus one."""
+    return of_text(torch.arange(300, device=device) % VOCABULARY, 12, 4, seed=0)
+
+
+def weights(model: SequenceModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def until(step: int, batch_of: Callable[[Tensor], Batch]) -> Callable[[Tensor], Batch]:
+    """Batches up to this step, at which the run dies."""
+
+    def batch_of_earlier(number: Tensor) -> Batch:
+        if int(number) == step:
+            raise Interrupted
+        return batch_of(number)
+
+    return batch_of_earlier
+
+
+def test_the_loss_falls() -> None:
+    model = make(dropout=0.0)
+    trained = train(model, batches(), 60, OptimizerConfig(lr=5e-2, warmup_steps=5))
+    assert trained.loss < 0.5 < math.log(VOCABULARY)  # the mean of all 60
+    assert trained.steps == 60
+    assert trained.seconds > 0
+    assert trained.steps_per_second > 1
+    assert not trained.captured
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """With dropout, so that random numbers go on as well."""
+    whole = make()
+    train(whole, batches(), 12, CONFIG)
+    monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)  # after each step
+    path = tmp_path / "run.pt"
+    with pytest.raises(Interrupted):
+        train(make(), until(at, batches()), 12, CONFIG, checkpoint=path)
+    resumed = make()
+    torch.manual_seed(99)
+    trained = train(resumed, batches(), 12, CONFIG, checkpoint=path)
+    assert trained.steps == 12
+    assert same(weights(whole), weights(resumed))
+    again = make()  # a finished run has nothing left to do
+    trained = train(again, until(0, batches()), 12, CONFIG, checkpoint=path)
+    assert trained.steps == 12
+    assert math.isfinite(trained.steps_per_second)
+    assert same(weights(whole), weights(again))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    train(make(), batches(), 2, CONFIG, checkpoint=path)
+    other = make("mamba")
+    before = weights(other)
+    with pytest.raises(UserError, match=r"run.pt is a checkpoint of another run: parameters differ"):
+        train(other, batches(), 2, CONFIG, checkpoint=path)
+    assert same(before, weights(other))
+    with pytest.raises(UserError, match="optimizer, steps, clip"):
+        train(make(), batches(), 3, OptimizerConfig(lr=1e-3), clip=0.5, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        train(make(), batches(), 2, CONFIG, checkpoint=path)
+    torch.save({"model": 1}, path)
+    with pytest.raises(UserError, match="another run"):
+        train(make(), batches(), 2, CONFIG, checkpoint=path)
+
+
+def test_a_run_that_has_learned_enough_stops(tmp_path: Path) -> None:
+    model, asked = make(), []
+
+    def finished() -> bool:
+        asked.append(model.training)
+        return len(asked) == 2
+
+    path = tmp_path / "run.pt"
+    trained = train(model, batches(), 20, CONFIG, finished=finished, check_every=3, checkpoint=path)
+    assert trained.steps == 6
+    assert asked == [False, False]
+    stopped = make()  # what was interrupted after its end does not begin again
+    trained = train(stopped, batches(), 20, CONFIG, finished=finished, check_every=3, checkpoint=path)
+    assert trained.steps == 6
+    assert len(asked) == 2
+    assert same(weights(model), weights(stopped))
+
+
+def test_the_learning_rate_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        used.append({float(group["lr"]) for group in self.param_groups}.pop())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = OptimizerConfig(lr=0.5, warmup_steps=2, schedule="linear", min_lr_ratio=0.1)
+    train(make(), batches(), 6, config)
+    assert used == pytest.approx([0.25, 0.5, 0.5, 0.3875, 0.275, 0.1625])
+
+
+def test_gradients_are_cut() -> None:
+    """AdamW's first moment after one step is (1 - beta1) times the gradient."""
+    seen = []
+    for clip in (0.0, 1e-3):
+        model = make()
+        run = training._Run(model, batches(), 1, CONFIG, clip, None, False)
+        run.step(0)
+        moments = [state["exp_avg"].flatten() for state in run.optimizer.state.values()]
+        seen.append(torch.cat(moments).norm().item() / (1 - CONFIG.beta1))
+    assert seen[0] > 0.01
+    assert seen[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("mixer", ["mamba", "s4d", "attention"])
+def test_captured_steps_are_eager_steps(cuda: torch.device, mixer: str) -> None:
+    found = []
+    for cuda_graph in (True, False):
+        model = make(mixer, cuda, dropout=0.0)
+        trained = train(model, batches(cuda), 20, CONFIG, cuda_graph=cuda_graph)
+        assert trained.captured == cuda_graph
+        found.append((weights(model), trained.loss))
+    (one, loss), (other, same_loss) = found
+    assert loss == pytest.approx(same_loss, rel=1e-3)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_learns_under_autocast_and_stops(cuda: torch.device) -> None:
+    model = make("mamba", cuda, dropout=0.0)
+    asked: list[int] = []
+    trained = train(
+        model,
+        batches(cuda),
+        400,
+        CONFIG,
+        autocast=torch.bfloat16,
+        finished=lambda: bool(asked.append(1)) or len(asked) == 3,  # type: ignore[func-returns-value]
+        check_every=100,
+    )
+    assert trained.captured
+    assert trained.steps == 300
+    assert trained.loss < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_precision")
+def test_a_captured_run_resumes(cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout: a graph's random numbers go on as well. It is interrupted in a check, of which replays know
+    nothing."""
+    whole = make(device=cuda)
+    train(whole, batches(cuda), 20, CONFIG)
+    monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)
+
+    def interrupt() -> bool:
+        raise Interrupted
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(Interrupted):
+        train(make(device=cuda), batches(cuda), 20, CONFIG, checkpoint=path, finished=interrupt, check_every=10)
+    resumed = make(device=cuda)
+    torch.manual_seed(99)
+    trained = train(resumed, batches(cuda), 20, CONFIG, checkpoint=path)
+    assert trained.captured
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(value, weights(resumed)[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_backbone_with_graphs_of_its_own_keeps_them(cuda: torch.device) -> None:
+    torch.manual_seed(1)
+    model = causal_lm(VOCABULARY, 16, 1, cuda_graph=True).to(cuda)
+    trained = train(model, batches(cuda), 8, CONFIG)
+    assert not trained.captured
+    assert model.backbone.graphs.replays > 0
