@@ -67,6 +67,7 @@ def train(
         label: of the progress bar.
     """
     run = _Run(model, batch_of, steps, optimizer, clip, autocast)
+    run.may_capture &= cuda_graph
     done, spent = run.load(checkpoint) if checkpoint is not None else (0, 0.0)
     finish = False
     model.train()
@@ -74,7 +75,7 @@ def train(
     captured_at, captured_from = began, done
     with tqdm(total=steps, initial=done, unit="step", desc=label or None, leave=False, disable=None) as bar:
         while done < steps and not finish:
-            if run.may_capture and cuda_graph and done - bar.initial == _EAGER_STEPS:
+            if run.may_capture and done - bar.initial == _EAGER_STEPS:
                 run.capture()
                 run.wait()
                 captured_at, captured_from = time.perf_counter(), done
