@@ -121,6 +121,8 @@ def _losses(context: Context, contender: Contender, text: Text, sizes: Sizes) ->
 
     label = f"{contender.name} steps={sizes.steps}"
     found, note = _tried(label, lambda: context.over_seeds(label, learned))
+    if found:
+        found["parameters"] = found["parameters"][:1]  # the same for all seeds
     return Line(contender.name, {**found, "d_model": [contender.d_model]}, note=note)
 
 
