@@ -23,6 +23,16 @@ domain = Domain(
     },
     readers={"text": ("mambaseq_text.reading:read_text", "plain text, jsonl, parquet")},
     writers={"text": ("mambaseq_text.writing:write_text", "plain text or jsonl")},
+    recipes={
+        "mixers": (
+            "mambaseq_text.recipes.mixers:recipe",
+            "every mixer at a million parameters: loss, speed, memory, state",
+        ),
+        "ablations": (
+            "mambaseq_text.recipes.ablations:recipe",
+            "Mamba paper, Tables 6 to 10: what selection is made of",
+        ),
+    },
     configs={
         "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),

@@ -1,0 +1,1 @@
+"""Comparisons on text, for `mambaseq reproduce`."""
