@@ -23,7 +23,8 @@ from mambaseq.ops.step import causal_conv_update_, lti_update_
 @dataclasses.dataclass
 class H3State(State):
     """conv `(batch, d_model, shift_width - 1)` fp32: the last keys, which is the state of the shift SSM.
-    ssm `(batch, d_model * head_dim, d_state)` complex64: of the diagonal SSM, heads first, then k, then v."""
+    ssm `(batch, d_model * head_dim, d_state)`: of the diagonal SSM, heads first, then k, then v; complex64, or
+    fp32 where A is real."""
 
     conv: Tensor
     ssm: Tensor
@@ -41,7 +42,8 @@ class H3(Mixer):
         head_dim: size of a head. 1 multiplies channel by channel; the scan's work and state grow with it.
         shift_width: taps of the shift SSM's filter, the present among them. The paper takes as many as it has states;
             a few are enough to compare a token with those before it.
-        init: initialisation of the diagonal SSM's A: lin, inv or legs.
+        init: initialisation of the diagonal SSM's A: lin, inv or legs, or, for a real A, real. None takes lin or real.
+        real: a real A in the diagonal SSM instead of a complex one.
         dt_min, dt_max: range of its initial step size.
         bias: biases of the linear maps.
         mode: "fft" (convolution), "scan" (recurrence), or None for the faster of the two where both can run.
@@ -55,7 +57,8 @@ class H3(Mixer):
         d_state: int = 64,
         head_dim: int = 1,
         shift_width: int = 4,
-        init: Literal["lin", "inv", "legs"] = "lin",
+        init: Literal["lin", "inv", "legs", "real"] | None = None,
+        real: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         bias: bool = True,
@@ -71,8 +74,6 @@ class H3(Mixer):
             raise ConfigError(
                 f"h3: d_model {d_model} is not a multiple of head_dim {head_dim}; choose one that divides."
             )
-        if init not in ("lin", "inv", "legs"):
-            raise ConfigError(f"h3: init is one of lin, inv, legs, not {init!r}.")
         self.d_model, self.head_dim, self.shift_width = d_model, head_dim, shift_width
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
         self.k_proj = nn.Linear(d_model, d_model, bias=bias)
@@ -80,7 +81,9 @@ class H3(Mixer):
         # initial taps as PyTorch's depthwise convolutions have them
         bound = shift_width**-0.5
         self.shift = nn.Parameter(torch.empty(d_model, shift_width).uniform_(-bound, bound))
-        self.ssm = DiagonalSSM(d_model // head_dim, d_state, init=init, dt_min=dt_min, dt_max=dt_max, mode=mode)
+        self.ssm = DiagonalSSM(
+            d_model // head_dim, d_state, init=init, real=real, dt_min=dt_min, dt_max=dt_max, mode=mode
+        )
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
         for module in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             if module.bias is not None:

@@ -92,7 +92,7 @@ class Mamba(Mixer):
         complex: bool = False,
         A_init: AInit | None = None,
         lti: bool = False,
-        lti_init: Literal["lin", "inv", "legs", "real"] = "lin",
+        lti_init: Literal["lin", "inv", "legs", "real"] | None = None,
         lti_complex: bool = True,
         backend: str | None = None,
     ) -> None:

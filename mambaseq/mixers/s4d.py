@@ -58,7 +58,7 @@ class DiagonalSSM(nn.Module):
         channels: int,
         d_state: int,
         *,
-        init: Init = "lin",
+        init: Init | None = None,
         real: bool = False,
         discretization: Literal["zoh", "bilinear"] = "zoh",
         dt_min: float = 1e-3,
@@ -75,7 +75,7 @@ class DiagonalSSM(nn.Module):
         ):
             if value not in known:
                 raise ConfigError(f"{name} is one of {', '.join(map(str, known))}, not {value!r}.")
-        A = initial_A("real" if real else init, d_state, real)
+        A = initial_A(init or ("real" if real else "lin"), d_state, real)
         self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
         self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))
         if not real:
@@ -137,7 +137,7 @@ class S4D(LTILayer):
     Args:
         d_model: width of the residual stream; one system a channel.
         d_state: states a channel (for a complex A one half of the conjugate pairs).
-        init: initialisation of A: lin, inv, legs; real goes with `real: true`.
+        init: initialisation of A: lin, inv or legs, or, for a real A, real. None takes lin or real.
         real: real A instead of complex.
         discretization: zoh or bilinear.
         dt_min, dt_max: range of the initial step size.
@@ -148,7 +148,7 @@ class S4D(LTILayer):
         self,
         d_model: int,
         d_state: int = 32,
-        init: Init = "lin",
+        init: Init | None = None,
         real: bool = False,
         discretization: Literal["zoh", "bilinear"] = "zoh",
         dt_min: float = 1e-3,

@@ -12,8 +12,8 @@ from torch import nn
 
 from mambaseq.errors import ConfigError
 
-# dynamics are never pulled towards zero: decay of A_log, D or dt would change the memory that was learned
-NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "P", "log_dt", "D"}
+# dynamics are never pulled towards zero: decay of A_log, B, D or dt would change the memory that was learned
+NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
 
 
 @dataclasses.dataclass

@@ -64,7 +64,8 @@ def test_equals_algorithm_1_in_a_loop(options: dict) -> None:
         ({"head_dim": 5}, "multiple of head_dim 5"),
         ({"shift_width": 0}, "positive"),
         ({"dt_min": 1.0}, "dt_min"),
-        ({"init": "real"}, "init is one of lin, inv, legs, not 'real'"),
+        ({"init": "real"}, "init 'real' needs a real A"),
+        ({"init": "legs", "real": True}, "A real A needs init 'real', not 'legs'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict, reason: str) -> None:

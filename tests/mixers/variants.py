@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[dict]] = {
     "h3": [
         {},
         {"d_state": 5, "head_dim": 3, "shift_width": 7, "bias": False},
+        {"real": True},
     ],
     "rwkv4": [{}],
     "attention": [
