@@ -45,7 +45,13 @@ def run(argv: list[str], command: str) -> int:
         help="only these lines of the table, or columns where a recipe lets choose",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
-    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="runs/reproduce/NAME-SCALE else")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="runs/reproduce/NAME-SCALE else; processes with different --only can share one, and a last one collects",
+    )
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
