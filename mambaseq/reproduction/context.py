@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -60,6 +61,7 @@ class Context:
         """What `run` found, given the file for its checkpoint; or what it found when it ran before.
 
         name: tells the trial from all others of the recipe, its seed included.
+        run: may write more checkpoints, with another part before the suffix: `checkpoint.with_suffix(".1.pt")`.
         """
         stem = re.sub(r"[^\w.=-]+", "_", name)
         result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
@@ -70,7 +72,8 @@ class Context:
         found = dict(run(checkpoint))
         with atomic_file(result) as file:
             file.write(json.dumps(found, indent=1).encode())
-        checkpoint.unlink(missing_ok=True)
+        for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt")):
+            path.unlink(missing_ok=True)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
         tqdm.write(f"{name}: {shown}")
         return found

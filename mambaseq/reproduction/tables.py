@@ -24,13 +24,13 @@ class Column:
     percent: bool = False
 
     def show(self, values: list[float]) -> str:
-        """The mean of the seeds' values and, of more than one, the standard deviation."""
+        """The mean of the seeds' values and, where they differ, the standard deviation."""
         scale, unit = (100, " %") if self.percent else (1, "")
         finite = [scale * value for value in values if math.isfinite(value)]
         if not finite:
             return "diverged" if values else "-"
         text = f"{statistics.mean(finite):,.{self.digits}f}"
-        if len(finite) > 1:
+        if len(set(finite)) > 1:
             text += f" ± {statistics.stdev(finite):,.{self.digits}f}"
         return text + unit + (f" ({len(values) - len(finite)} diverged)" if len(finite) < len(values) else "")
 

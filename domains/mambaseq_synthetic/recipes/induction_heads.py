@@ -12,15 +12,15 @@ from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import drawn
 from mambaseq.tasks.optimizer import OptimizerConfig
-from mambaseq_synthetic.drawing import TEST, VALIDATION
+from mambaseq_synthetic.drawing import TEST
 from mambaseq_synthetic.induction_heads import draw
 
 VOCABULARY = 16
-# Mixer and options. The fewest heads that keep attention's width, as in the paper's transformers.
+# Mixer and options. Without norms of queries and keys, attention learns nothing at this learning rate.
 MODELS: dict[str, tuple[str, dict]] = {
     "mamba": ("mamba", {}),
     "s4d": ("s4d", {}),
-    "attention": ("attention", {}),
+    "attention": ("attention", {"qk_norm": True}),
 }
 PAPER = {
     "mamba": "100 % at every length up to 2^20",
@@ -56,9 +56,10 @@ def run(context: Context) -> list[Table]:
     ]
     about = (
         "Share of test sequences whose last token is right, by length. Two layers, d_model 64, trained at length "
-        f"{length} with batches of {batch_size}, AdamW, learning rate 1e-3 with warm-up and cosine, until the "
-        f"validation set is right ten times in a row or {steps:,} steps are done. Long sequences are run in chunks of "
-        f"{_CHUNK:,}, the state handed on. On a GPU the whole training step is replayed from a CUDA graph."
+        f"{length} with batches of {batch_size}, {steps:,} steps of AdamW, learning rate 1e-3 after a warm-up. It does "
+        "not fall: that is what makes Mamba forget less and less (with a cosine, 91 % at 2^20 after 200,000 steps). "
+        f"Long sequences are run in chunks of {_CHUNK:,}, the state handed on. On a GPU the whole training step is "
+        "replayed from a CUDA graph."
     )
     return [Table("Induction heads", about, [*columns, *more], lines)]
 
@@ -90,17 +91,12 @@ def _trial(
         return causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
 
     batches = drawn(functools.partial(draw, length=length, vocab_size=VOCABULARY), batch_size, seed)
-    config = OptimizerConfig(lr=1e-3, weight_decay=0.0, beta2=0.999, warmup_steps=min(1000, steps // 2))
+    config = OptimizerConfig(
+        lr=1e-3, weight_decay=0.0, beta2=0.999, warmup_steps=min(1000, steps // 2), schedule="constant"
+    )
     eager = train(make(), batches, min(steps, 50), config, cuda_graph=False) if context.device.type == "cuda" else None
     model = make()
-    right_in_a_row = 0
-
-    def finished() -> bool:
-        nonlocal right_in_a_row
-        right_in_a_row = right_in_a_row + 1 if accuracy(model, VALIDATION, length, _MOST) == 1 else 0
-        return right_in_a_row >= 10
-
-    trained = train(model, batches, steps, config, checkpoint=checkpoint, finished=finished, label=name)
+    trained = train(model, batches, steps, config, checkpoint=checkpoint, label=name)
     bounded = all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
     found = {
         _key(n): accuracy(model, TEST, n, max(_FEWEST, min(_MOST, _TOKENS // n)))

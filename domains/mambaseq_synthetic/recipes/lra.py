@@ -97,11 +97,10 @@ def run(context: Context) -> list[Table]:
                 ),
             )
             line.values[name] = found["accuracy"]
-            for key, together in (("parameters", max), ("minutes", sum)):
-                before = line.values.get(key, [0.0] * len(found[key]))
-                line.values[key] = [together(pair) for pair in zip(before, found[key], strict=True)]
+            before = line.values.get("parameters", found["parameters"])
+            line.values["parameters"] = [max(pair) for pair in zip(before, found["parameters"], strict=True)]
     columns = [Column(name, TASKS[name], 1, percent=True) for name in names]
-    columns += [Column("parameters", "parameters", 0), Column("minutes", "minutes", 1)]
+    columns.append(Column("parameters", "parameters", 0))
     return [Table("Long Range Arena, in small", _about(context, names), columns, list(lines.values()))]
 
 
@@ -124,8 +123,7 @@ def _about(context: Context, names: list[str]) -> str:
         f"of {n_layers} layers, d_model {d_model}, a classifier of the mean over positions; attention has its MLPs. "
         f"{said}. Batches of {batch_size}, AdamW with warm-up and cosine: {trained}. "
         "The papers' figures, in percent, are those at the Arena's sizes (in brackets), with larger models trained for "
-        "longer: to compare mixers with each other, not with ours. Parameters are those of the largest task's model, "
-        "minutes those of all tasks together."
+        "longer: to compare mixers with each other, not with ours. Parameters are those of the largest task's model."
     )
 
 
@@ -206,7 +204,6 @@ def _trial(
         "accuracy": accuracy(model, pools("test")),
         "loss": trained.loss,
         "parameters": model.n_parameters(),
-        "minutes": trained.seconds / 60,
         "steps_per_s": trained.steps_per_second,
     }
 

@@ -66,7 +66,7 @@ def run(context: Context) -> list[Table]:
     sizes = Sizes(
         length=context.at(full=1024, small=128, tiny=16),
         batch_size=context.at(full=16, small=8, tiny=2),
-        steps=context.at(full=800, small=200, tiny=2),
+        steps=context.at(full=400, small=200, tiny=2),
         tested=context.at(full=len(text.test), small=16_384, tiny=256),
     )
     lengths = context.at(full=(2048, 16384), small=(256, 1024), tiny=(16, 32))
@@ -121,8 +121,6 @@ def _losses(context: Context, contender: Contender, text: Text, sizes: Sizes) ->
 
     label = f"{contender.name} steps={sizes.steps}"
     found, note = _tried(label, lambda: context.over_seeds(label, learned))
-    if found:
-        found["parameters"] = found["parameters"][:1]  # the same for all seeds
     return Line(contender.name, {**found, "d_model": [contender.d_model]}, note=note)
 
 

@@ -1,7 +1,8 @@
 // The selective scan forward for few channels: a block takes a few channels through a whole sequence, so that time need not
 // be cut, and the exponentials of each step are made once. A third of its threads (THREADS of them) run the recurrence, two
 // states each, and nothing else; a third bring rows from memory, make step sizes and widen B and C for the tile after; a
-// third sum, gate and write the outputs of the tile before. One barrier a tile.
+// third sum, gate and write the outputs of the tile before. One barrier of all
+// threads a tile, and one before the first: a barrier of some threads only is one that race checkers do not follow.
 #define SUBS (STATES / 2)                    // threads of a channel
 #define NARROW (THREADS / SUBS)              // channels of a block
 #define QUADS (TILE * NARROW / 4 / THREADS)  // times that a thread prepares or writes four steps of a channel
@@ -44,6 +45,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
         float h0 = has0 && initial ? initial[state] : 0.f, h1 = has1 && initial ? initial[state + 1] : 0.f;
         const i64 slot_size = (i64)channels * STATES;
         float *slot = checkpoints + here.checkpoint * slot_size + (i64)c * STATES + 2 * sub;
+        __syncthreads();
         for (int k = 0; k <= n_tiles; k++) {
             __syncthreads();
             if (k == n_tiles) break;
@@ -145,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
         };
         for (int k = 0; k < AHEAD; k++) fetch_tile(k);
         wait<AHEAD - 1>();
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");  // of these threads: all of the first tile is here
+        __syncthreads();  // all of the first tile is here
         prepare(0);
         wait<AHEAD - 2>();
         for (int k = 0; k <= n_tiles; k++) {
@@ -162,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
     const i64 y_go = y_stride * go;
     in_t *to = y + (here.row0 + (i64)first * go) * y_stride + c;
     int at = 0;
+    __syncthreads();
     __syncthreads();
     for (int k = 0; k < n_tiles; k++, to += TILE * y_go) {
         __syncthreads();

@@ -1,10 +1,11 @@
 """The selective scan of the `mamba-ssm` package (Gu & Dao's CUDA kernels), where it can do what is asked.
 
-The package is imported when it runs for the first time, never before.
+The package is imported when it runs for the first time, or is asked for float16, which some builds of it lack.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 
@@ -45,7 +46,19 @@ def why_not(arguments: ScanArguments) -> str | None:
         return "it does not run in reverse"
     if arguments.wants_final_state and torch.is_grad_enabled() and _needs_gradient(arguments):
         return "its final state carries no gradient"
+    if arguments.x.dtype is torch.float16 and not _has_float16():
+        return "this build of mamba-ssm has no float16"
     return None
+
+
+@functools.cache
+def _has_float16() -> bool:
+    one = torch.ones(1, 1, 1, device="cuda", dtype=torch.float16)
+    try:
+        importlib.import_module(_MODULE).selective_scan_fn(one, one, -torch.ones(1, 1, device="cuda"), one, one)
+    except RuntimeError:
+        return False
+    return True
 
 
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
