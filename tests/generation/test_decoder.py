@@ -236,9 +236,9 @@ def test_a_given_state_is_not_changed_and_forks_are_apart(cuda: torch.device, mi
         model(prompt[:, :1], state=state, return_state=True)
         run(Decoder(model, fork), prompt)
     for now, then, forked in zip(state, before, fork, strict=True):
-        # some of the tensors of a state may stay as they are, running maxima say, but not all
+        # some of the tensors of a state may stay as they are, running maxima say, but not all; an MLP has none
         unchanged = []
         for a, b, c in zip(*(layer.tensors().values() for layer in (now, then, forked)), strict=True):
             assert torch.equal(a, b)
             unchanged.append(torch.equal(a, c))
-        assert not all(unchanged)
+        assert not unchanged or not all(unchanged)

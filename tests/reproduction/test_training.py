@@ -21,9 +21,11 @@ VOCABULARY = 7
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_steps=3)
 
 
-def make(mixer: str = "s4d", device: str | torch.device = "cpu", dropout: float = 0.1) -> SequenceModel:
+def make(
+    mixer: str = "s4d", device: str | torch.device = "cpu", dropout: float = 0.1, **options: object
+) -> SequenceModel:
     torch.manual_seed(1)
-    return causal_lm(VOCABULARY, 16, 1, mixer, dropout=dropout).to(device)
+    return causal_lm(VOCABULARY, 16, 1, mixer, dropout=dropout, **options).to(device)
 
 
 def batches(device: str | torch.device = "cpu") -> Callable[[Tensor], Batch]:
@@ -152,11 +154,11 @@ def test_gradients_are_cut() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("full_precision")
-@pytest.mark.parametrize("mixer", ["mamba", "s4d", "attention"])
-def test_captured_steps_are_eager_steps(cuda: torch.device, mixer: str) -> None:
+@pytest.mark.parametrize(("mixer", "options"), [("mamba", {}), ("s4d", {}), ("s4", {"mode": "fft"}), ("attention", {})])
+def test_captured_steps_are_eager_steps(cuda: torch.device, mixer: str, options: dict) -> None:
     found = []
     for cuda_graph in (True, False):
-        model = make(mixer, cuda, dropout=0.0)
+        model = make(mixer, cuda, dropout=0.0, **options)
         trained = train(model, batches(cuda), 20, CONFIG, cuda_graph=cuda_graph)
         assert trained.captured == cuda_graph
         found.append((weights(model), trained.loss))

@@ -23,7 +23,7 @@ from mambaseq_synthetic.pathfinder import PathfinderData
 
 # Mixer's options, and what is published at the Arena's sizes, which are not ours.
 MIXERS: dict[str, tuple[dict, str]] = {
-    "s4": ({}, "ListOps 59.60, Pathfinder 94.20 (arXiv:2111.00396)"),
+    "s4": ({"mode": "fft"}, "ListOps 59.60, Pathfinder 94.20 (arXiv:2111.00396)"),
     "s4d": ({"init": "legs"}, "ListOps 60.47, Pathfinder 93.06 (S4D-LegS, arXiv:2206.11893)"),
     "s5": ({}, "ListOps 62.15, Pathfinder 95.33 (arXiv:2208.04933)"),
     "mamba": ({}, ""),

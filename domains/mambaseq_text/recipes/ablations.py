@@ -90,10 +90,10 @@ GROUPS = [
         "In the paper real values are better than complex ones, and random ones as good as -(n + 1). The complex A has "
         "half as many states here, so that the state has as many numbers.",
         [
-            Entry("-1/2 + n i (complex)", "9.16", {"complex": True, "A_init": "s4d-lin", "d_state": 8}),
-            Entry("-1/2", "8.85", {"A_init": "constant"}),
-            Entry("-(n + 1)", "8.71", {}),
-            Entry("-exp(N(0, 1))", "8.71", {"A_init": "random"}),
+            Entry("A = -1/2 + n i (complex)", "9.16", {"complex": True, "A_init": "s4d-lin", "d_state": 8}),
+            Entry("A = -1/2", "8.85", {"A_init": "constant"}),
+            Entry("A = -(n + 1)", "8.71", {}),
+            Entry("A = -exp(N(0, 1))", "8.71", {"A_init": "random"}),
         ],
     ),
     Group(

@@ -27,5 +27,7 @@ def run(arguments: LossArguments) -> Any:
         return (loss_of(*arguments),)
     total = hidden.new_zeros((), dtype=working_dtype(hidden))
     for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(loss_of, h, weight, y, ignore_index, use_reentrant=False)
+        total = total + torch.utils.checkpoint.checkpoint(
+            loss_of, h, weight, y, ignore_index, use_reentrant=False, preserve_rng_state=False
+        )
     return (total,)

@@ -40,9 +40,10 @@ def dplr_kernel(dt: Tensor, diagonal: Tensor, P: Tensor, B: Tensor, C: Tensor, l
     angle = torch.arange(length + 1, device=dt.device, dtype=torch.float64) * (-2 * math.pi / size)
     nodes = torch.polar(torch.full_like(angle, radius), angle)
     room = max(1, _ELEMENTS // (channels * d_state))
-    # a piece's sums over states are made again in the backward pass, rather than kept
+    # a piece's sums over states are made again in the backward pass, rather than kept. No random numbers: their state
+    # could not be read while a CUDA graph is captured.
     pieces = [
-        checkpoint(_values, part, dt, diagonal, weights, use_reentrant=False)
+        checkpoint(_values, part, dt, diagonal, weights, use_reentrant=False, preserve_rng_state=False)
         for part in (nodes.split(room) if length else ())
     ]
     if not pieces:
