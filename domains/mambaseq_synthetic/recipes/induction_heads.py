@@ -6,7 +6,9 @@ import functools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from mambaseq.benchmarking.timing import peak_bytes
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
@@ -53,6 +55,8 @@ def run(context: Context) -> list[Table]:
         Column("minutes", "minutes", 1),
         Column("steps_per_s", "steps/s", 0),
         Column("eager_steps_per_s", "steps/s, not captured", 0),
+        Column("mib_at_chunk", f"MiB to read 2^{_CHUNK.bit_length() - 1}", 0),
+        Column("mib_at_longest", "MiB to read the longest", 0),
     ]
     about = (
         "Share of test sequences whose last token is right, by length. Two layers, d_model 64, trained at length "
@@ -97,33 +101,49 @@ def _trial(
     eager = train(make(), batches, min(steps, 50), config, cuda_graph=False) if context.device.type == "cuda" else None
     model = make()
     trained = train(model, batches, steps, config, checkpoint=checkpoint, label=name)
-    bounded = all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
-    found = {
-        _key(n): accuracy(model, TEST, n, max(_FEWEST, min(_MOST, _TOKENS // n)))
-        for n in lengths
-        if bounded or n <= _LONGEST_WHOLE
-    }
+    readable = [n for n in lengths if _bounded(model) or n <= _LONGEST_WHOLE]
+    found = {_key(n): accuracy(model, TEST, n, max(_FEWEST, min(_MOST, _TOKENS // n))) for n in readable}
     found |= {"parameters": model.n_parameters(), "steps": trained.steps, "minutes": trained.seconds / 60}
     found |= {"steps_per_s": trained.steps_per_second}
-    return found | ({"eager_steps_per_s": eager.steps_per_second} if eager is not None else {})
+    if eager is not None:
+        found["eager_steps_per_s"] = eager.steps_per_second
+        for key, n in (("mib_at_chunk", _CHUNK), ("mib_at_longest", readable[-1])):
+            found[key] = _memory(model, n)
+    return found
+
+
+def _bounded(model: SequenceModel) -> bool:
+    return all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
 
 
 @torch.no_grad()
 def accuracy(model: SequenceModel, seed: int, length: int, n: int) -> float:
-    """Of the last token of the first n sequences of a set: in chunks where the state is bounded, else whole."""
+    """Of the last token of the first n sequences of a set."""
     device = next(model.parameters()).device
-    bounded = all(mixer.bounded_state for mixer in model.modules() if isinstance(mixer, Mixer))
     right = 0
     inputs, labels = draw(seed, torch.arange(n, device=device), length=length, vocab_size=VOCABULARY)
-    together = max(1, 2**20 // min(length, _CHUNK if bounded else length))
+    together = max(1, 2**20 // min(length, _CHUNK if _bounded(model) else length))
     for some, targets in zip(inputs.split(together), labels[:, -1].split(together), strict=True):
-        state = None
-        for part in some.split(_CHUNK if bounded else length, dim=1):
-            x = model.backbone(model.encoder(part), state=state, return_state=bounded)
-            x, state = x if bounded else (x, None)
-        logits = model.head(x[:, -1:])[1]
-        right += int((logits[:, -1].argmax(-1) == targets).sum())
+        right += int((_last_logits(model, some).argmax(-1) == targets).sum())
     return right / n
+
+
+def _last_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
+    """`(batch, vocab_size)` after tokens `(batch, length)`: read in chunks where the state is bounded, else whole."""
+    bounded = _bounded(model)
+    state = None
+    for part in tokens.split(_CHUNK if bounded else tokens.shape[1], dim=1):
+        x = model.backbone(model.encoder(part), state=state, return_state=bounded)
+        x, state = x if bounded else (x, None)
+    return model.head(x[:, -1:])[1][:, -1]
+
+
+@torch.no_grad()
+def _memory(model: SequenceModel, length: int) -> float:
+    """MiB that reading one sequence allocates on the GPU at most, besides the model and the sequence."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
+    return (peak_bytes(lambda: _last_logits(model, tokens), device) or 0) / 2**20
 
 
 recipe = Recipe(run, seeds=3)
