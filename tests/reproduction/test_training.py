@@ -154,7 +154,9 @@ def test_gradients_are_cut() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("full_precision")
-@pytest.mark.parametrize(("mixer", "options"), [("mamba", {}), ("s4d", {}), ("s4", {"mode": "fft"}), ("attention", {})])
+@pytest.mark.parametrize(
+    ("mixer", "options"), [("mamba", {}), ("s4d", {}), ("s4", {"mode": "fft"}), ("lssl", {}), ("attention", {})]
+)
 def test_captured_steps_are_eager_steps(cuda: torch.device, mixer: str, options: dict) -> None:
     found = []
     for cuda_graph in (True, False):
