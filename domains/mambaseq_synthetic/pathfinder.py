@@ -77,15 +77,35 @@ def _claim(owner: np.ndarray, path: np.ndarray) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _offset(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
-    """How far apart two pixels are along the one axis and along the other, the larger first."""
-    y, x = abs(a[0] - b[0]), abs(a[1] - b[1])
-    return max(x, y), min(x, y)
+def _view(a: np.ndarray, b: np.ndarray) -> int:
+    """What is to be seen at two ends of paths, each its last pixel and the one before: how the one lies from the other,
+    and where each path comes from. A number, the same for views that a turn or a mirror makes the same."""
+    least = 1 << 62
+    for way in range(16):
+        first, second = (a, b) if way < 8 else (b, a)
+        seen = 0
+        for end, pixel in ((first[0], second[0]), (first[0], first[1]), (second[0], second[1])):
+            y, x = pixel[0] - end[0], pixel[1] - end[1]
+            if way & 1:
+                y = -y
+            if way & 2:
+                x = -x
+            if way & 4:
+                y, x = x, y
+            seen = (seen * 1024 + y + 512) * 1024 + x + 512
+        least = min(least, seen)
+    return least
+
+
+@njit(nogil=True, cache=True)
+def _end(path: np.ndarray, which: int) -> np.ndarray:
+    """The pixel at an end, 0 or -1, and the one before it."""
+    return path[:2] if which == 0 else path[:-3:-1]
 
 
 @njit(nogil=True, cache=True)
 def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, ends: np.ndarray) -> int:
-    """Draw the two long paths, such that two ends of different paths are as far apart as both ends of one of them.
+    """Draw the two long paths, such that two ends of different paths look as both ends of one of them do.
 
     ends: gets which ends those are, 0 or -1 of the first and of the second path. Returns the number of that one path.
     """
@@ -98,10 +118,10 @@ def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, 
             if not _grow(rng, owner, paths[1]):
                 continue
             one, pair = int(rng.integers(0, 2)), int(rng.integers(0, 4))
-            wanted = _offset(paths[one, 0], paths[one, -1])
+            wanted = _view(_end(paths[one], 0), _end(paths[one], -1))
             for k in range(4):
                 ends[0], ends[1] = (pair + k) % 4 // 2 - 1, (pair + k) % 2 - 1
-                if _offset(paths[0, ends[0]], paths[1, ends[1]]) == wanted:
+                if _view(_end(paths[0], ends[0]), _end(paths[1], ends[1])) == wanted:
                     _claim(owner, paths[1])
                     return one
 
@@ -148,42 +168,43 @@ def draw(rng: np.random.Generator, connected: bool, *, size: int = 16, n_distrac
     Two long paths, both of `path_length(size)` pixels, and up to `n_distractors` short ones, as many as find room, are
     drawn before the dots, all dashed: two pixels, a gap of one. Then the dots take the place of two ends: of one long
     path, or of both. So the numbers of bright and of grey pixels have the same distribution in both classes; and since
-    paths are chosen such that the same picture can have either pair of dots, equally far apart, so has their distance.
+    paths are chosen such that the same picture can have either pair of dots, equally far apart and with the dashes
+    beside them in the same directions, so has what is seen at the dots.
 
-    >>> print(draw(np.random.default_rng(0), True).text())
-    .@..............
-    ..o.............
+    >>> print(draw(np.random.default_rng(35), True).text())
+    ..@........o@...
+    ...o.oo.oo......
     ................
-    ...oo...........
-    ......o......o..
-    .......o.o@...o.
     ................
-    ...............o
-    ...............o
     ................
-    ......o........o
-    ...o..o........o
-    ...o............
-    ......o........o
-    ...o..o........o
-    ...o............
-    >>> print(draw(np.random.default_rng(0), False).text())
-    .o..............
-    ..o.............
+    ........o.oo....
+    .....o.o........
+    ....o...........
     ................
-    ...oo...........
-    ......o......o..
-    .......o.o@...o.
+    ..o..........o..
+    ..o...........o.
+    ..........o.....
+    .........o.....o
+    ....oo.........o
+    ..o.....o.......
+    .o......o.......
+    >>> print(draw(np.random.default_rng(35), False).text())
+    ..@........oo...
+    ...o.oo.oo......
     ................
-    ...............o
-    ...............o
     ................
-    ......o........o
-    ...o..o........o
-    ...o............
-    ......o........o
-    ...o..o........@
-    ...o............
+    ................
+    ........o.oo....
+    .....o.o........
+    ....o...........
+    ................
+    ..o..........o..
+    ..@...........o.
+    ..........o.....
+    .........o.....o
+    ....oo.........o
+    ..o.....o.......
+    .o......o.......
     """
     pixels = np.zeros((size, size), dtype=np.uint8)
     paths = np.zeros((2, path_length(size), 2), dtype=np.int64)
@@ -222,7 +243,8 @@ class PathfinderData(SequenceData):
     """Pathfinder: does a dashed path join the two dots, or are they on two paths?
 
     Pictures of `size` by `size` pixels, read row by row: background 0, dashes 1, dots 2. To tell, a path has to be
-    followed across its gaps; neither the numbers of pixels nor the place of the dots says much.
+    followed across its gaps: neither the numbers of pixels, nor the place of the dots, nor the dashes beside them say
+    anything.
 
     Args:
         size: pixels of a side.

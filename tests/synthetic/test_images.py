@@ -58,13 +58,24 @@ def test_both_classes_are_the_same_pictures_with_other_dots() -> None:
         assert offsets[0] == offsets[1]
 
 
-def test_counts_of_pixels_and_the_place_of_the_dots_do_not_tell(pictures: list[Picture]) -> None:
+def beside_dots(picture: Picture) -> list[float]:
+    """Whether the dashes beside the dots point at the other dot: two cosines, the larger first, and their signs."""
+    cosines = []
+    for dot, other in (picture.dots, picture.dots[::-1]):
+        (dash,) = (p for path in picture.paths for p in (path[1], path[-2]) if np.abs(p - dot).max() == 1)
+        there, to = dash - dot, other - dot
+        cosines.append(float(there @ to / np.linalg.norm(there) / np.linalg.norm(to)))
+    larger, smaller = sorted(cosines, reverse=True)
+    return [larger, smaller, larger > 0, smaller > 0]
+
+
+def test_counts_of_pixels_and_what_is_at_the_dots_do_not_tell(pictures: list[Picture]) -> None:
     labels = np.array([picture.connected for picture in pictures])
     assert labels.mean() == 0.5
     pixels = np.array([picture.pixels.ravel() for picture in pictures])
     counts = np.stack([(pixels == DASH).sum(1), (pixels == DOT).sum(1)], 1)
     dots = np.array([np.r_[p.dots.ravel(), np.abs(p.dots[0] - p.dots[1])] for p in pictures])
-    for features in (counts, dots, pixels == DASH):
+    for features in (counts, dots, pixels == DASH, np.array([beside_dots(p) for p in pictures])):
         fit = LogisticRegression(max_iter=1000).fit(features[:1000], labels[:1000])
         assert fit.score(features[1000:], labels[1000:]) == pytest.approx(0.5, abs=5 * (0.25 / 1000) ** 0.5)
 

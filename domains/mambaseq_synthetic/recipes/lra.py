@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file
-from mambaseq.data.module import ItemDataset, SequenceData, pad_collate
+from mambaseq.batch import Batch
+from mambaseq.data.module import ItemDataset, SequenceData
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import of_arrays
@@ -35,6 +38,7 @@ TASKS = {
     "digits": "digits",
     "permuted_digits": "permuted digits",
 }
+_ENOUGH_FOR_A_WORKER = 1000  # examples: below, a process takes longer to start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,18 +154,26 @@ class _Pools:
         return self._found[split]
 
 
+def _as_arrays(items: list[Batch]) -> list[tuple[np.ndarray, int]]:
+    """Tokens and class of each, as what a process hands over cheaply."""
+    return [(item.inputs[0].numpy().astype(np.uint8), int(item.targets)) for item in items if item.targets is not None]
+
+
 def _read(path: Path, items: ItemDataset, n: int, device: torch.device) -> Examples:
     """The first n items, from the file if it is there, else drawn and written to it."""
     if not path.exists():
-        drawn = [items[i] for i in tqdm(range(n), desc=path.stem, unit="example", leave=False, disable=None)]
-        together = pad_collate(drawn)
-        assert together.targets is not None
+        workers = min(os.cpu_count() or 1, n // _ENOUGH_FOR_A_WORKER)
+        loader: DataLoader = DataLoader(Subset(items, range(n)), 256, num_workers=workers, collate_fn=_as_arrays)  # type: ignore[arg-type]
+        drawn = [one for some in tqdm(loader, desc=path.stem, leave=False, disable=None) for one in some]
+        padded = np.zeros((n, max(len(tokens) for tokens, _ in drawn)), dtype=np.uint8)
+        for row, (tokens, _) in zip(padded, drawn, strict=True):
+            row[: len(tokens)] = tokens
         with atomic_file(path) as file:
             np.savez(
                 file,
-                inputs=together.inputs.numpy().astype(np.uint8),
-                targets=together.targets.numpy().astype(np.uint8),
-                lengths=np.array([item.inputs.shape[1] for item in drawn]),
+                inputs=padded,
+                targets=np.array([target for _, target in drawn], dtype=np.uint8),
+                lengths=np.array([len(tokens) for tokens, _ in drawn]),
             )
     with np.load(path) as found:
         inputs, targets, lengths = (torch.from_numpy(found[key]) for key in ("inputs", "targets", "lengths"))
