@@ -69,16 +69,23 @@ def make_mixers(
     mlp: bool | None = None,
     d_model: int | None = None,
     first: int = 0,
+    total: int | None = None,
 ) -> list[Mixer]:
     """The mixers of the layers `first` to `first + n_layers - 1` in order, and behind each its MLP where it has one. A
     shared mixer is in the list as often as it has layers.
 
-    d_model: their width, None for the model's own. Raises ConfigError for a pattern that cannot be read, and for fewer
-    layers than one.
+    d_model: their width, None for the model's own. total: layers of the whole backbone, None for n_layers. Raises
+    ConfigError for a pattern that cannot be read or that has more layers than there are, and for fewer layers than one.
     """
     if n_layers < 1:
         raise ConfigError(f"n_layers must be at least 1, not {n_layers}.")
     entries = [] if pattern is None else read_pattern(pattern)
+    total = n_layers if total is None else total
+    if len(entries) > total:
+        raise ConfigError(
+            f"pattern names {len(entries)} layers, the backbone has {total}, so that the last would be left out. Raise "
+            f"n_layers, or shorten the pattern."
+        )
     width = {} if d_model is None else {"d_model": d_model}
     mixers: list[Mixer] = []
     shared: dict[str, list[Mixer]] = {}

@@ -69,15 +69,17 @@ class UNet(Backbone):
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         pool = [4, 4] if pool is None else pool
-        if not pool or min(pool) < 2:
-            raise ConfigError(f"pool must name at least one factor, each at least 2, not {pool}.")
-        if expand < 1:
-            raise ConfigError(f"expand must be at least 1, not {expand}.")
-        made = 0
+        if not isinstance(pool, list) or not pool or not all(isinstance(n, int) and n >= 2 for n in pool):
+            raise ConfigError(
+                f"pool must be a list of at least one integer, each at least 2, like [4, 4], not {pool!r}."
+            )
+        if not isinstance(expand, int) or expand < 1:
+            raise ConfigError(f"expand must be an integer of at least 1, not {expand!r}.")
+        made, total = 0, n_layers * (2 * len(pool) + 1)
 
         def layers(d_model: int | None) -> nn.ModuleList:
             nonlocal made
-            mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made)
+            mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made, total=total)
             made += n_layers
             return nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout) for mixer in mixers)
 

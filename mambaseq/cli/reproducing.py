@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import inspect
 import json
 import os
 import platform
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,21 @@ def _record(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record).encode())
 
 
-def _own(folder: Path, name: str, scale: Scale, hardware: str) -> float:
+def _source(recipe: Recipe) -> str:
+    """A digest of the module that a recipe is in: its trials are those of these settings."""
+    try:
+        text = inspect.getsource(sys.modules[recipe.run.__module__])
+    except (OSError, TypeError):  # there are no sources
+        text = ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _own(folder: Path, mine: dict[str, str]) -> float:
     """Claim the folder for this recipe; seconds that were spent in it before.
 
-    Raises UserError where it holds what another recipe, scale or machine found.
+    Raises UserError where it holds what another recipe, scale, machine or version found.
     """
-    path, mine = folder / "run.json", {"recipe": name, "scale": scale, "hardware": hardware}
+    path = folder / "run.json"
     if not path.exists():
         _record(path, {**mine, "seconds": 0.0})
         return 0.0
@@ -52,7 +64,8 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
     """Run a recipe, all of its trials that have not been run before. Returns 0."""
     recipe: Recipe = catalog()["recipes"].get(name)
     hardware = _hardware(device)
-    _own(folder, name, scale, hardware)
+    mine = {"recipe": name, "scale": scale, "hardware": hardware, "version": __version__, "source": _source(recipe)}
+    _own(folder, mine)
     numbers = list(range(seeds or (1 if scale == "tiny" else recipe.seeds)))
     context = Context(device, scale, numbers, folder, only)
     began = time.perf_counter()
@@ -62,10 +75,13 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
             line.wanted = ()  # smaller ones prove nothing
     finally:
         # what others spent here in the meantime included
-        spent = _own(folder, name, scale, hardware) + time.perf_counter() - began
-        _record(folder / "run.json", {"recipe": name, "scale": scale, "hardware": hardware, "seconds": spent})
+        spent = _own(folder, mine) + time.perf_counter() - began
+        _record(folder / "run.json", {**mine, "seconds": spent})
+        if not any(path.name != "run.json" for path in folder.iterdir()):
+            (folder / "run.json").unlink()  # nothing was run: the folder is anybody's
     short = name.rpartition("/")[2]
-    command = f"mambaseq reproduce {short}" + (f" --scale {scale}" if scale != "full" else "")
+    command = f"mambaseq reproduce {short}"
+    command += f" --scale {scale}" if scale != "full" or device.type != "cuda" else ""
     command += (f" --seeds {seeds}" if seeds else "") + (f" --only {shlex.join(only)}" if only else "")
     report = Report(
         name,

@@ -65,15 +65,19 @@ class Context:
         """
         stem = re.sub(r"[^\w.=-]+", "_", name)
         result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
-        if result.exists():
-            found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
-            return found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = dict(run(checkpoint))
-        with atomic_file(result) as file:
-            file.write(json.dumps(found, indent=1).encode())
+        found: dict[str, float]
+        known = result.exists()
+        if known:
+            found = json.loads(result.read_text(encoding="utf-8"))
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = dict(run(checkpoint))
+            with atomic_file(result) as file:
+                file.write(json.dumps(found, indent=1).encode())
         for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt")):
             path.unlink(missing_ok=True)
+        if known:
+            return found
         shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
         tqdm.write(f"{name}: {shown}")
         return found

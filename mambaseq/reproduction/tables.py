@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mambaseq.atomic import atomic_file
 
+_MOST_DIGITS = 4
 HOLDS, FAILS, NONE = "holds", "does not hold", ""
 
 
@@ -29,9 +30,12 @@ class Column:
         finite = [scale * value for value in values if math.isfinite(value)]
         if not finite:
             return "diverged" if values else "-"
-        text = f"{statistics.mean(finite):,.{self.digits}f}"
+        mean, digits = statistics.mean(finite), self.digits
+        while self.percent and digits < _MOST_DIGITS and float(f"{mean:.{digits}f}") == scale > mean:
+            digits += 1  # what is not all is not shown as all
+        text = f"{mean:,.{digits}f}"
         if len(set(finite)) > 1:
-            text += f" ± {statistics.stdev(finite):,.{self.digits}f}"
+            text += f" ± {statistics.stdev(finite):,.{digits}f}"
         return text + unit + (f" ({len(values) - len(finite)} diverged)" if len(finite) < len(values) else "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import pickle
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file
+from mambaseq.backbones.base import Backbone
 from mambaseq.batch import Batch
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel
@@ -121,6 +123,13 @@ def _asked(model: SequenceModel, question: Callable[[], bool]) -> bool:
         model.train()
 
 
+def _digest(tensors: list[Any]) -> str:
+    found = hashlib.sha256()
+    for value in tensors:
+        found.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 class _Run:
     """A model and its optimizer on a device, and the step over and over."""
 
@@ -137,7 +146,8 @@ class _Run:
         self.model, self.batch_of, self.clip, self.autocast = model, batch_of, clip, autocast
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type == "cuda"
-        self.may_capture = self.on_gpu and cuda_graph and not model.backbone.cuda_graph
+        has_graphs = any(isinstance(module, Backbone) and module.cuda_graph for module in model.modules())
+        self.may_capture = self.on_gpu and cuda_graph and not has_graphs
         self.stream = torch.cuda.Stream(self.device) if self.may_capture else None
         self.waits = False  # whether the last step waited for the GPU
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -154,6 +164,7 @@ class _Run:
             "steps": steps,
             "clip": clip,
             "autocast": str(autocast),
+            "initial weights": _digest(self.parameters),  # which tell seeds and a model's options apart
         }
 
     def step(self, number: int) -> None:

@@ -154,6 +154,7 @@ def test_it_generates() -> None:
         ({"pattern": ["mamba"], "mixers": {"mamba": {}}}, r"under model\.mixer and model\.mixers"),
         ({"pattern": ["attention"], "mixers": {"attention": {"heads": 2}}}, r"'attention' cannot be made of.*heads"),
         ({"n_layers": 0, "pattern": ["mamba"]}, "n_layers must be at least 1"),
+        ({"n_layers": 2, "pattern": ["mamba", "mamba", "attention"]}, "names 3 layers, the backbone has 2"),
     ],
 )
 def test_mistakes(options: dict, message: str) -> None:

@@ -139,9 +139,9 @@ def test_a_language_model_learns_generates_and_is_saved(tmp_path: Path, backbone
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": []}, "pool must name at least one factor"),
+        ({"pool": []}, "pool must be a list of at least one integer"),
         ({"pool": [4, 1]}, "each at least 2"),
-        ({"expand": 0}, "expand must be at least 1"),
+        ({"expand": 0}, "expand must be an integer of at least 1"),
         ({"n_layers": 0}, "n_layers must be at least 1"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"chunk_length": 0}, "chunk_length must be"),

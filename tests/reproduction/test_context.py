@@ -69,6 +69,7 @@ def test_an_interrupted_trial_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             seen.append(int(step))
             return batches(step)
 
+        torch.manual_seed(0)
         trained = train(causal_lm(5, 8, 1), batch_of, 6, OptimizerConfig(), checkpoint=checkpoint)
         return {"steps": trained.steps}
 

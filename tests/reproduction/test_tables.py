@@ -19,6 +19,9 @@ NAN = math.nan
         (Column("a", "A"), [1.0, 2.0, 3.0], "2.00 ± 1.00"),
         (Column("a", "A", 1, percent=True), [0.5, 0.6], "55.0 ± 7.1 %"),  # 10 / sqrt(2)
         (Column("a", "A", 0), [12345.6], "12,346"),
+        (Column("a", "A", 0, percent=True), [511 / 512], "99.8 %"),  # not 100
+        (Column("a", "A", 0, percent=True), [1.0, 1.0], "100 %"),
+        (Column("a", "A", 1), [3.0, 3.0], "3.0"),
         (Column("a", "A"), [], "-"),
         (Column("a", "A"), [NAN, math.inf], "diverged"),
         (Column("a", "A"), [1.0, NAN, 3.0], "2.00 ± 1.41 (1 diverged)"),

@@ -94,11 +94,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(make(), batches(), 2, CONFIG, checkpoint=path)
     other = make("mamba")
     before = weights(other)
-    with pytest.raises(UserError, match=r"run.pt is a checkpoint of another run: parameters differ"):
+    with pytest.raises(UserError, match=r"run.pt is a checkpoint of another run: parameters, initial weights differ"):
         train(other, batches(), 2, CONFIG, checkpoint=path)
     assert same(before, weights(other))
     with pytest.raises(UserError, match="optimizer, steps, clip"):
         train(make(), batches(), 3, OptimizerConfig(lr=1e-3), clip=0.5, checkpoint=path)
+    torch.manual_seed(2)
+    with pytest.raises(UserError, match="another run: initial weights differ"):
+        train(causal_lm(VOCABULARY, 16, 1, "s4d", dropout=0.1), batches(), 2, CONFIG, checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
         train(make(), batches(), 2, CONFIG, checkpoint=path)

@@ -74,11 +74,11 @@ def _trial(
     model = causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
     config = OptimizerConfig(lr=LR, weight_decay=0.0, beta2=0.999, warmup_steps=min(200, steps // 2))
     taken, seconds = 0, 0.0
-    for length in lengths:
+    for phase, length in enumerate(lengths):
         draw_these = functools.partial(draw, length=length, n_data=n_data, vocab_size=VOCABULARY)
         trained = train(
             model,
-            drawn(draw_these, batch_size, seed),
+            drawn(draw_these, batch_size, seed * len(lengths) + phase),  # answers of its own at each length
             steps,
             config,
             checkpoint=checkpoint.with_suffix(f".{length}.pt"),

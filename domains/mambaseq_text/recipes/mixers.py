@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mambaseq.benchmarking.block import autocast
-from mambaseq.benchmarking.timing import attempt, on, peak_bytes, release
+from mambaseq.benchmarking.timing import on, peak_bytes, release
 from mambaseq.models import SequenceModel
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import of_text
@@ -152,12 +152,14 @@ def _costs(context: Context, contender: Contender, text: Text, lengths: tuple[in
 
 
 def _tried(label: str, function: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """What it found; or nothing, and why it could not be run: the others go on."""
-    _, note, found = attempt(function)
-    release()
-    if note:
-        tqdm.write(f"{label}: {note}")
-    return found or {}, note
+    """What it found; or nothing, and a note, where there is not enough memory: the others go on."""
+    try:
+        return function(), ""
+    except torch.OutOfMemoryError:
+        tqdm.write(f"{label}: out of memory")
+        return {}, "out of memory"
+    finally:
+        release()
 
 
 def cost(contender: Contender, text: Text, length: int, batch_size: int, steps: int) -> dict[str, float]:
