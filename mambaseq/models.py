@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -254,6 +255,14 @@ def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
     """A part of a model: settings are its name and options."""
     options = {key: value for key, value in settings.items() if key != "name"}
     part = catalog()[f"{kind}s"].get(settings["name"])
+    parameters = inspect.signature(part).parameters
+    takes = list(parameters)[len(args) :]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in () if open_ended else options.keys() - set(takes):
+        raise ConfigError(
+            f"The {kind} {settings['name']!r} has no option {key!r}.{did_you_mean(key, takes)} "
+            f"It has: {', '.join(takes) or 'none'}."
+        )
     try:
         return part(*args, **options)
     except TypeError as error:

@@ -12,6 +12,7 @@ import glob
 import inspect
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,8 +159,8 @@ def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -
     return name
 
 
-def _other_mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
-    """The names of the mixers that the backbone has beside the model's own: those of its pattern, and MLPs.
+def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
+    """The names of the mixers that the backbone has: the model's own, or those of its pattern, and MLPs.
 
     Raises ConfigError for names that do not exist, and for a pattern that is none.
     """
@@ -169,8 +170,7 @@ def _other_mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -
         _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
         for key, default in (("pattern", None), ("mlp", False))
     )
-    found = mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get)
-    return [name for name in found if name != names["mixer"]]
+    return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get)
 
 
 @dataclasses.dataclass
@@ -299,20 +299,27 @@ def _without_former_parts(
 ) -> str:
     """What the parser is to read: the file, or, where the command line names another class for a part, the file's
     settings without those of the former class that the new one does not take, and without those of mixers that the
-    backbone had."""
+    backbone had. Of another mixer all, since options of one name are not one thing (d_state), so that mixers are
+    compared as they are by default."""
     model, pruned = raw.get("model"), False
     options = _written(raw, "model.mixers")
     if isinstance(options, dict):
         former = {part: _name(raw, [], f"model.{part}", default) for part, default in PARTS.items()}
-        for name in options.keys() & set(_other_mixers(raw, [], former)) - set(mixers):
+        for name in options.keys() & set(_mixers(raw, [], former)) - {former["mixer"], *mixers}:
             del options[name]
             pruned = True
         check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
     for part, default in {"data": None, **PARTS}.items():
         holder = raw if part == "data" else model
         settings = holder.get(part) if isinstance(holder, dict) else None
-        if isinstance(settings, dict) and settings.get("name", default) != names[part]:
-            for key in settings.keys() - {"name"} - _arguments(classes[part]):
+        if isinstance(settings, dict) and (former_name := settings.get("name", default)) != names[part]:
+            left = settings.keys() - {"name"}
+            dropped = sorted(left if part == "mixer" else left - _arguments(classes[part]))
+            if dropped and part == "mixer":
+                values = ", ".join(f"{key} {settings[key]}" for key in dropped)
+                note = f"{names[part]} has its own defaults; {former_name}'s settings are dropped: {values}."
+                print(note, file=sys.stderr)
+            for key in dropped:
                 del settings[key]
                 pruned = True
     return yaml.safe_dump(raw) if pruned else str(path)
@@ -357,19 +364,25 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
 
 
 def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
-    text = " ".join(str(error).split()).rstrip(".")
+    text, chosen = " ".join(str(error).split()).rstrip("."), ""
     for pattern in _UNKNOWN_KEY:
         if (found := pattern.search(text)) is not None:
             parts = found.groupdict()
             key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-            text = f"there is no key {key!r}"
-            hint = did_you_mean(key, vars(parser.get_defaults().as_flat()))
+            known = vars(parser.get_defaults().as_flat())
+            text, hint = f"there is no key {key!r}", did_you_mean(key, known)
+            part = key.rpartition(".")[0]
+            if (name := known.get(f"{part}.name")) is not None:  # a class's options
+                keys = [other for other in known if other.startswith(f"{part}.") and other != f"{part}.name"]
+                options = ", ".join(sorted(other.removeprefix(f"{part}.") for other in keys))
+                hint = f"{did_you_mean(key, keys)} {name} has {options or 'no options'}."
+                chosen = f" --{part}.name {name}"
             break
     else:
         hint = ""
     return ConfigError(
-        f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source} --help` lists "
-        f"the keys."
+        f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source}{chosen} "
+        f"--help` lists the keys."
     )
 
 
@@ -383,7 +396,15 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     raw = read_yaml(path)
     names = {"data": _name(raw, overrides, "data", None)}
     names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    mixers = _other_mixers(raw, overrides, names)
+    all_mixers = _mixers(raw, overrides, names)
+    own = [argument for argument in overrides if argument.startswith("--model.mixer.")]
+    own = [text for text in own if not text.startswith("--model.mixer.name")]
+    if own and names["mixer"] not in all_mixers:
+        raise ConfigError(
+            f"{own[0].partition('=')[0]} is an option of {names['mixer']}, which model.backbone.pattern does not name. "
+            f"Options of its mixers are --model.mixers.NAME.OPTION: {', '.join(all_mixers)}."
+        )
+    mixers = [name for name in all_mixers if name != names["mixer"]]
     named = [
         argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
     ]

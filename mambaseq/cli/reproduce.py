@@ -31,7 +31,8 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq reproduce",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Repeat a published result: train, print the paper's figures beside ours, and write report.json\n"
-        "and report.md. An interrupted run goes on when it is started again.\n\n"
+        "and report.md (with --only part.json and part.md). An interrupted run goes on when it is started again:\n"
+        "finished trainings are kept, the last one to 15 seconds.\n\n"
         + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
     )
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")

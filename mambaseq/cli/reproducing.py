@@ -95,5 +95,5 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
         tables,
     )
     print(report.markdown())
-    print(report.write(folder))
+    print(report.write(folder, "part" if only else "report"))
     return 0

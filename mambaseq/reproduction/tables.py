@@ -139,13 +139,13 @@ class Report:
         made = f"`{self.command}`: {self.hardware}, {self.versions}, {seeds}, {self.seconds / 60:.1f} min, {self.date}."
         return made + "\n\n" + "\n".join(table.markdown() for table in self.tables)
 
-    def write(self, folder: Path) -> Path:
-        """Write `report.json` and `report.md`; the path of the first."""
+    def write(self, folder: Path, stem: str = "report") -> Path:
+        """Write `report.json` and `report.md`, or others of that stem; the path of the first."""
         plain = {**vars(self), "tables": [table.as_json() for table in self.tables]}
-        for name, text in (("report.md", self.markdown()), ("report.json", json.dumps(plain, indent=1) + "\n")):
-            with atomic_file(folder / name) as file:
+        for suffix, text in ((".md", self.markdown()), (".json", json.dumps(plain, indent=1) + "\n")):
+            with atomic_file(folder / (stem + suffix)) as file:
                 file.write(text.encode())
-        return folder / "report.json"
+        return folder / f"{stem}.json"
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -27,7 +27,8 @@ from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make
 BatchOf = Callable[[Tensor], Batch]
 """The batch of a training step, whose number is `()` int64 on the device: the same for the same number."""
 
-_SAVE_EVERY_S = 60.0
+_SAVE_EVERY_S = 15.0
+_TELL_EVERY_S = 30.0  # where there is no terminal for a bar
 _SHOW_EVERY_S = 1.0
 _EAGER_STEPS = 3  # before a capture, as PyTorch asks for; kernels are compiled by then
 
@@ -64,7 +65,7 @@ def train(
     Args:
         clip: norm that gradients are cut to; 0 leaves them.
         autocast: the dtype of matrix products, None for that of the parameters.
-        checkpoint: a file that is written every minute and at the end, and gone on from if it is there: the rest of the
+        checkpoint: a file that is written every 15 seconds and at the end, and gone on from if it is there: the rest of the
             run then takes the steps that it would have taken.
         finished: asked every `check_every` steps, with the model in evaluation mode, whether to stop early.
         cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
@@ -76,7 +77,7 @@ def train(
     done, spent, finish = run.load(checkpoint) if checkpoint is not None else (0, 0.0, False)
     first, measured_from = done, done
     model.train()
-    began = saved = shown = measured = time.perf_counter()
+    began = saved = shown = told = measured = time.perf_counter()
     aside = 0.0  # seconds of checks and checkpoints since `measured`
     with tqdm(total=steps, initial=done, unit="step", desc=label or None, leave=False, disable=None) as bar:
         while done < steps and not finish:
@@ -91,6 +92,9 @@ def train(
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{run.mean_loss():.3f}")  # waits for the GPU, so that steps do not pile up
                 shown = now
+            if bar.disable and now - told > _TELL_EVERY_S:
+                tqdm.write(f"{label or 'training'}: step {done:,} of {steps:,}, loss {run.mean_loss():.3f}")
+                told = now
             due = checkpoint is not None and now - saved > _SAVE_EVERY_S
             ask = finished is not None and done % check_every == 0
             if not (due or ask):

@@ -152,7 +152,10 @@ def test_it_generates() -> None:
         ({"pattern": ["mamba"], "mixers": {"s4d": {}}}, r"options for 's4d', which is no mixer of this backbone"),
         ({"mixers": {"mlp": {}}}, r"options for 'mlp', which is no mixer of this backbone"),
         ({"pattern": ["mamba"], "mixers": {"mamba": {}}}, r"under model\.mixer and model\.mixers"),
-        ({"pattern": ["attention"], "mixers": {"attention": {"heads": 2}}}, r"'attention' cannot be made of.*heads"),
+        (
+            {"pattern": ["attention"], "mixers": {"attention": {"heads": 2}}},
+            r"'attention' has no option 'heads'.*'n_heads'",
+        ),
         ({"n_layers": 0, "pattern": ["mamba"]}, "n_layers must be at least 1"),
         ({"n_layers": 2, "pattern": ["mamba", "mamba", "attention"]}, "names 3 layers, the backbone has 2"),
     ],

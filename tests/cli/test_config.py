@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.metrics.likelihood import TokenAccuracy
+from mambaseq.mixers.s4d import S4D
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
 
@@ -43,16 +45,26 @@ def test_a_name_on_the_command_line_changes_the_class(config: Path) -> None:
     assert run.classes["mixer"].__name__ == "S4D"
 
 
-def test_another_name_drops_the_settings_of_the_former_class(config: Path) -> None:
+def test_another_name_drops_the_settings_of_the_former_class(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = parse_config("dna/demo", ["--model.encoder.name", "tokens"])
     assert run.settings["model"]["encoder"] == {"name": "tokens"}
     assert parse_config("dna/demo", []).settings["model"]["encoder"]["k"] == 6
     config.write_text(BASE.replace("d_state: 4", "d_state: 4, d_conv: 3"))
     run = parse_config(str(config), ["--model.mixer.name=s4d", "--data.name=tiny:TinyValues"])
-    assert run.settings["model"]["mixer"]["d_state"] == 4
     assert run.settings["data"]["size"] == 8
-    with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.d_conv'"):
+    # states of one mixer are not those of another
+    assert run.settings["model"]["mixer"]["d_state"] == inspect.signature(S4D).parameters["d_state"].default != 4
+    note = "s4d has its own defaults; mamba's settings are dropped: d_conv 3, d_state 4."
+    assert note in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.d_conv'.*s4d has .*d_state.*\.name s4d"):
         parse_config(str(config), ["--model.mixer.name=s4d", "--model.mixer.d_conv=3"])
+
+
+def test_options_of_a_mixer_that_the_pattern_does_not_have(config: Path) -> None:
+    pattern = "--model.backbone.pattern=[s4d, attention]"
+    assert parse_config(str(config), [pattern]).settings["model"]["mixers"].keys() == {"s4d", "attention", "mlp"}
+    with pytest.raises(ConfigError, match=r"mixer\.d_state is an option of mamba, which .* does not name"):
+        parse_config(str(config), [pattern, "--model.mixer.d_state=8"])
 
 
 def test_the_seed_is_the_datas_too_unless_it_has_its_own(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def reproduce(name: str, out: Path, *more: str) -> int:
     return main(["reproduce", name, "--scale", "tiny", "--device", "cpu", "--out", str(out), *more])
 
 
-ON_GPUS = ("eager_steps_per_s", "mib_at", "peak_gib")  # what is measured there alone
+MAY_MISS = ("eager_steps_per_s", "mib_at", "peak_gib", "surely")  # measured on GPUs alone; of several seeds
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +41,7 @@ def test_a_recipe_runs_and_is_reported(name: str, tmp_path: Path, capsys: pytest
         for line in table.lines:
             assert line.verdict == ""  # tiny ones prove nothing
             missing = {key for key in keys if not line.values.get(key)}
-            assert all(key.startswith(ON_GPUS) for key in missing), (line.name, missing)
+            assert all(key.startswith(MAY_MISS) for key in missing), (line.name, missing)
             assert not line.note or line.note.startswith("the state grows by"), line.note
             assert "\n" not in line.name + line.paper + line.note
 
@@ -55,10 +55,11 @@ def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
     assert len(list((out / "trials").iterdir())) == 2
     for path, content in before.items():
         assert path.read_bytes() == content
-    report = Report.read(out / "report.json")
+    report = Report.read(out / "part.json")
     assert [(line.name, len(line.values["digits"])) for line in report.tables[0].lines] == [("s4d", 2)]
     assert [column.key for column in report.tables[0].columns] == ["digits", "parameters"]
     assert report.command == "mambaseq reproduce lra --scale tiny --seeds 2 --only s4d digits"
+    assert not (out / "report.json").exists()  # which is that of all lines
     assert report.seconds > json.loads((out / "run.json").read_text())["seconds"] * 0.99
 
 
