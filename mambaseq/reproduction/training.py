@@ -65,8 +65,8 @@ def train(
     Args:
         clip: norm that gradients are cut to; 0 leaves them.
         autocast: the dtype of matrix products, None for that of the parameters.
-        checkpoint: a file that is written every 15 seconds and at the end, and gone on from if it is there: the rest of the
-            run then takes the steps that it would have taken.
+        checkpoint: a file that is written every 15 seconds and at the end, and gone on from if it is there: the rest of
+            the run then takes the steps that it would have taken.
         finished: asked every `check_every` steps, with the model in evaluation mode, whether to stop early.
         cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
         label: of the progress bar.
