@@ -94,6 +94,8 @@ class Retention(Mixer):
         q, k, v, gate = self._project(x)
         # positions count from 1 along the row, packed or not; states are seen from before a sequence and from its end
         length = x.shape[1]
+        if cu_seqlens is not None:
+            sequences.check(cu_seqlens, *x.shape[:2])
         bounds = length * torch.arange(2, device=x.device) if cu_seqlens is None else cu_seqlens
         bounds = bounds[:, None, None]
         turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])

@@ -19,6 +19,8 @@ def check(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
     Its values are looked at where that costs nothing: not on a GPU, nor in a graph being compiled.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of int32, not {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be (sequences + 1,), not {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -216,6 +216,7 @@ def test_autocast_does_not_reach_the_states() -> None:
         ({"B": torch.zeros(1, 4, 3, 5), "C": torch.zeros(1, 4, 3, 5)}, "3 groups, which do not divide 2 heads"),
         ({"initial_state": torch.zeros(1, 2, 5, 3)}, "initial_state must be"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor of int32, not list"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"backend": "mamba_ssm"}, "'mamba_ssm' cannot run these arguments: its kernels run on CUDA"),
     ],
