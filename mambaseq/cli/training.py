@@ -277,3 +277,8 @@ def _finish(
     )
     scale, unit = (1 / math.log(2), "bits a token") if model.head.per_token else (1.0, "loss (nats)")
     save_png(folder.path / "curves.png", learning_curves(folder, scale, unit))
+    step, of = checkpoint["global_step"], results["steps"]
+    scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}
+    found = [f"{key} {value:.4f}" for key, value in scalars.items()]
+    best = "" if step == of else f" (the best of {of})"
+    print(f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found, sep=", ", flush=True)

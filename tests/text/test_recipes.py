@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mambaseq_text.recipes.mixers import MIXERS, N_LAYERS, PARAMETERS, Contender
 from mambaseq_text.recipes.shakespeare import Text, bits_per_byte
 
 from mambaseq.domain import catalog
-from mambaseq.models import causal_lm
+from mambaseq.errors import ConfigError
+from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.reproduction import Context
 
 CPU = torch.device("cpu")
@@ -57,20 +59,34 @@ def test_bits_per_byte_predicts_every_byte_but_the_first_once() -> None:
     assert bits_per_byte(model, text.test[:38], 16, 2) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_model_that_fails_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MIXERS, "s5", ("s5", {"blocks": 7}))
+def test_a_model_without_room_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Contender.make
+
+    def without_room(contender: Contender, *args: Any) -> SequenceModel:
+        if contender.name == "s5":
+            raise torch.OutOfMemoryError
+        return make(contender, *args)
+
+    monkeypatch.setattr(Contender, "make", without_room)
     monkeypatch.setattr(mixers, "width", lambda *_: 8)
     losses, costs = mixers.run(Context(CPU, "tiny", [0], tmp_path, ["s5", "attention"]))
     broken, whole = losses.lines
-    assert "ConfigError" in broken.note
+    assert broken.note == "out of memory"
     assert "bits" not in broken.values
     assert "bits" in whole.values
     assert not whole.note
     broken, whole = costs.lines
-    assert "at 32: ConfigError" in broken.note
+    assert "at 32: out of memory" in broken.note
     assert not broken.values
     assert whole.note.startswith("the state grows by")
     assert set(whole.values) == {"tokens_per_s at 16", "tokens_per_s at 32", "state_bytes"}
+
+
+def test_a_model_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXERS, "s5", ("s5", {"blocks": 7}))
+    monkeypatch.setattr(mixers, "width", lambda *_: 8)
+    with pytest.raises(ConfigError, match="blocks"):
+        mixers.run(Context(CPU, "tiny", [0], tmp_path, ["s5"]))
 
 
 def test_tables_share_the_baseline(tmp_path: Path) -> None:
