@@ -243,8 +243,8 @@ class PathfinderData(SequenceData):
     """Pathfinder: does a dashed path join the two dots, or are they on two paths?
 
     Pictures of `size` by `size` pixels, read row by row: background 0, dashes 1, dots 2. To tell, a path has to be
-    followed across its gaps: neither the numbers of pixels, nor the place of the dots, nor the dashes beside them say
-    anything.
+    followed across its gaps: the numbers of pixels and the dashes beside the dots say nothing, and with the places of
+    the dots in the picture little (see the domain's README).
 
     Args:
         size: pixels of a side.

@@ -19,7 +19,7 @@ from mambaseq_synthetic.drawing import TEST, VALIDATION
 from mambaseq_synthetic.induction_heads import draw
 
 VOCABULARY = 16
-# Mixer and options. Without norms of queries and keys, attention learns nothing at this learning rate.
+# Mixer and options. With norms of queries and keys attention learns more at length 64, and holds for longer.
 MODELS: dict[str, tuple[str, dict]] = {
     "mamba": ("mamba", {}),
     "s4d": ("s4d", {}),

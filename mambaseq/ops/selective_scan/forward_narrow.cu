@@ -1,8 +1,8 @@
 // The selective scan forward for few channels: a block takes a few channels through a whole sequence, so that time need not
 // be cut, and the exponentials of each step are made once. A third of its threads (THREADS of them) run the recurrence, two
 // states each, and nothing else; a third bring rows from memory, make step sizes and widen B and C for the tile after; a
-// third sum, gate and write the outputs of the tile before. One barrier of all
-// threads a tile, and one before the first: a barrier of some threads only is one that race checkers do not follow.
+// third sum, gate and write the outputs of the tile before. One barrier a tile, and one before the first: always of all
+// threads, since race checkers do not follow a barrier of some.
 #define SUBS (STATES / 2)                    // threads of a channel
 #define NARROW (THREADS / SUBS)              // channels of a block
 #define QUADS (TILE * NARROW / 4 / THREADS)  // times that a thread prepares or writes four steps of a channel
