@@ -91,7 +91,7 @@ CORE: dict[str, Entries] = {
         "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
         "mamba2": ("mambaseq.mixers.mamba2:Mamba2", "Mamba-2 (SSD): a decay a head, larger states"),
         "retention": ("mambaseq.mixers.retention:Retention", "RetNet's retention: fixed decays, rotated keys"),
-        "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "causal linear attention, elu + 1"),
+        "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "linear attention, elu + 1, RoPE"),
     },
     "backbones": {
         "residual": (

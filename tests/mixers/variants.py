@@ -52,7 +52,8 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "linear_attention": [
         {},
-        {"n_heads": 3, "chunk_size": 16, "bias": True},
+        {"n_heads": 3, "chunk_size": 16, "bias": True, "rope": False},
+        {"n_heads": 1, "chunk_size": 16, "rope_theta": 100.0, "bias": True},
     ],
 }
 CASES = [
@@ -63,6 +64,6 @@ CASES = [
 # Compiling takes seconds: each mixer once, and those whose graph is another one than its first variant's.
 _OTHER_GRAPHS = {
     *("mamba-2", "mamba-3", "mamba-4", "mamba-5", "s4d-1", "s4d-2", "s4d-3", "h3-1", "attention-1", "attention-2"),
-    *("hyena-1", "s4-1", "lssl-1", "mlp-1"),
+    *("hyena-1", "s4-1", "lssl-1", "mlp-1", "linear_attention-1"),
 }
 COMPILED = [case for case in CASES if str(case.id).endswith("-0") or case.id in _OTHER_GRAPHS]
