@@ -98,7 +98,6 @@ _LOSS_COLUMNS = [
     Column("train_bits", "bits a byte, last training steps", 3),
     Column("d_model", "d_model", 0),
     Column("parameters", "parameters", 0),
-    Column("minutes", "minutes", 1),
 ]
 
 
