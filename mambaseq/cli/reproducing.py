@@ -47,7 +47,7 @@ def _source(recipe: Recipe) -> str:
 def _own(folder: Path, mine: dict[str, str]) -> float:
     """Claim the folder for this recipe; seconds that were spent in it before.
 
-    Raises UserError where it holds what another recipe, scale, machine or version found.
+    Raises UserError where it holds what another recipe, scale or version found.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -63,11 +63,10 @@ def _own(folder: Path, mine: dict[str, str]) -> float:
 def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, only: list[str], folder: Path) -> int:
     """Run a recipe, all of its trials that have not been run before. Returns 0."""
     recipe: Recipe = catalog()["recipes"].get(name)
-    hardware = _hardware(device)
-    mine = {"recipe": name, "scale": scale, "hardware": hardware, "version": __version__, "source": _source(recipe)}
+    mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe)}
     _own(folder, mine)
     numbers = list(range(seeds or (1 if scale == "tiny" else recipe.seeds)))
-    context = Context(device, scale, numbers, folder, only)
+    context = Context(device, scale, numbers, folder, only, _hardware(device))
     began = time.perf_counter()
     try:
         tables = recipe.run(context)
@@ -88,7 +87,7 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
         scale,
         numbers,
         command,
-        hardware,
+        " and ".join(sorted(context.used)) or context.hardware,
         f"mambaseq {__version__}, torch {torch.__version__}",
         datetime.date.today().isoformat(),
         spent,

@@ -29,6 +29,7 @@ class Context:
 
     scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
     only: names of lines, or of what else a recipe lets choose; empty for all of them.
+    hardware: what trials run on. used: what those that were asked for ran on, in earlier runs too.
     """
 
     device: torch.device
@@ -36,6 +37,8 @@ class Context:
     seeds: list[int]
     folder: Path
     only: list[str] = dataclasses.field(default_factory=list)
+    hardware: str = ""
+    used: set[str] = dataclasses.field(default_factory=set)
 
     def at(self, *, full: _T, small: _T, tiny: _T) -> _T:
         """The one of three values that belongs to the scale."""
@@ -65,17 +68,18 @@ class Context:
         """
         stem = re.sub(r"[^\w.=-]+", "_", name)
         result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
-        found: dict[str, float]
         known = result.exists()
         if known:
-            found = json.loads(result.read_text(encoding="utf-8"))
+            record = json.loads(result.read_text(encoding="utf-8"))
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            found = dict(run(checkpoint))
+            record = {"hardware": self.hardware, "values": dict(run(checkpoint))}
             with atomic_file(result) as file:
-                file.write(json.dumps(found, indent=1).encode())
+                file.write(json.dumps(record, indent=1).encode())
         for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt")):
             path.unlink(missing_ok=True)
+        self.used.add(record["hardware"])
+        found: dict[str, float] = record["values"]
         if known:
             return found
         shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())

@@ -39,6 +39,15 @@ def test_a_trial_is_run_once(tmp_path: Path) -> None:
     assert len(set(calls)) == 2
 
 
+def test_where_trials_ran_is_kept(tmp_path: Path) -> None:
+    context(tmp_path, hardware="one GPU").trial("x", lambda checkpoint: {"a": 1.0})
+    later = context(tmp_path, hardware="another")
+    later.trial("x", lambda checkpoint: {"a": 2.0})
+    assert later.used == {"one GPU"}
+    later.trial("y", lambda checkpoint: {"a": 2.0})
+    assert later.used == {"one GPU", "another"}
+
+
 def test_a_trial_that_fails_is_run_again(tmp_path: Path) -> None:
     def fail(checkpoint: Path) -> dict[str, float]:
         raise ZeroDivisionError
@@ -78,7 +87,7 @@ def test_an_interrupted_trial_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert context(tmp_path).trial("x", lambda checkpoint: run(checkpoint, -1)) == {"steps": 6}
     assert seen == [0, 1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["x.json"]
-    assert json.loads((tmp_path / "trials" / "x.json").read_text()) == {"steps": 6}
+    assert json.loads((tmp_path / "trials" / "x.json").read_text())["values"] == {"steps": 6}
 
 
 def test_only_what_was_asked_for(tmp_path: Path) -> None:

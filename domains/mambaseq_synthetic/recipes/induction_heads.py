@@ -19,8 +19,8 @@ from mambaseq_synthetic.drawing import TEST, VALIDATION
 from mambaseq_synthetic.induction_heads import draw
 
 VOCABULARY = 16
-# Learning rates at full scale, those of the paper (appendix E.1): at 1e-3 attention does not learn, there and here.
-MODELS = {"mamba": 1e-3, "s4d": 2e-4, "attention": 2e-4}
+# Learning rates at full scale. Attention does not learn at 1e-3, here as in the paper (appendix E.1).
+MODELS = {"mamba": 2e-3, "s4d": 2e-4, "attention": 2e-4}
 PAPER = {
     "mamba": "100 % at every length up to 2^20",
     "attention": "none but Mamba goes beyond twice the training length",
@@ -114,7 +114,7 @@ def _trial(
         config,
         checkpoint=checkpoint,
         finished=right_at_all,
-        check_every=context.at(full=5_000, small=500, tiny=1),
+        check_every=context.at(full=2_000, small=500, tiny=1),
         label=name,
     )
     found = {_key(n): accuracy(model, TEST, n, _tested(n)) for n in readable}

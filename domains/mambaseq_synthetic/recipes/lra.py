@@ -74,8 +74,8 @@ def make_task(name: str, context: Context) -> Task:
         )
         return Task(data, at(full=96_000, small=8_000, tiny=16), at(full=4_000, small=1_000, tiny=2), batch_size, 1e-3)
     if name == "pathfinder":
-        data = PathfinderData(size=at(full=16, small=12, tiny=12), n_test=at(full=4000, small=500, tiny=8))
-        pool, steps = at(full=200_000, small=32_000, tiny=16), at(full=12_000, small=3_000, tiny=2)
+        data = PathfinderData(size=12, n_test=at(full=4000, small=500, tiny=8))
+        pool, steps = at(full=100_000, small=32_000, tiny=16), at(full=4_000, small=3_000, tiny=2)
         return Task(data, pool, steps, batch_size, at(full=1e-3, small=2e-3, tiny=2e-3))
     return Task(
         DigitsData(permuted=name == "permuted_digits", n_test=at(full=360, small=360, tiny=10)),
