@@ -6,6 +6,7 @@ python benchmarks/reproduction.py
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from mambaseq.reproduction.tables import Report
@@ -15,14 +16,19 @@ PAGE = HERE.parent / "docs" / "reproduction.md"
 HEAD = """# Reproduction
 
 Published results beside ours, each with the command that repeats it. This page is made from the reports in
-`benchmarks/reproduction/` by `python benchmarks/reproduction.py`. Means and standard deviations over seeds.
+`benchmarks/reproduction/` by `python benchmarks/reproduction.py`. Means and standard deviations over seeds; the minutes
+behind a command are those of all processes together. A command with `--only` or `--seed` made a part: the rest of that
+recipe has not been run yet.
 """
 
 
 def page() -> str:
     """The page that the kept reports make."""
     reports = [Report.read(path) for path in sorted((HERE / "reproduction").glob("*.json"))]
-    return "\n".join([HEAD, *(f"## {report.recipe}\n\n{report.markdown()}" for report in reports)])
+    parts = [HEAD]
+    for recipe, its in itertools.groupby(reports, key=lambda report: report.recipe):
+        parts += [f"## {recipe}\n", *(report.markdown() for report in its)]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq reproduce",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Repeat a published result: train, print the paper's figures beside ours, and write report.json\n"
-        "and report.md (with --only part.json and part.md). An interrupted run goes on when it is started again:\n"
-        "finished trainings are kept, the last one to 15 seconds.\n\n"
+        "and report.md (part.json and part.md with --only or --seed). An interrupted run goes on when it is started\n"
+        "again: finished trainings are kept, the last one to 15 seconds.\n\n"
         + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
     )
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
     parser.add_argument("--scale", choices=("full", "small", "tiny"), default=None, help="full on a GPU, else small")
-    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="how many; the recipe's own number else")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=int, default=None, metavar="N", help="how many; the recipe's own number else")
+    seeds.add_argument("--seed", type=int, nargs="+", default=None, metavar="N", help="only these: one a GPU, say")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -51,11 +53,14 @@ def run(argv: list[str], command: str) -> int:
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="runs/reproduce/NAME-SCALE else; processes with different --only can share one, and a last one collects",
+        help="runs/reproduce/NAME-SCALE else; processes with other --only or --seed can share one; a last one collects",
     )
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
+    if min(arguments.seed or [0]) < 0:
+        raise ConfigError(f"--seed must be at least 0, not {min(arguments.seed)}.")
+    numbers = list(range(arguments.seeds)) if arguments.seeds else sorted(set(arguments.seed or [])) or None
     name = resolve(arguments.recipe)
 
     from mambaseq.cli.devices import choose_device
@@ -64,4 +69,4 @@ def run(argv: list[str], command: str) -> int:
     device = choose_device(arguments.device)
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
     folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
-    return reproduce(name, device, scale, arguments.seeds, arguments.only, folder)
+    return reproduce(name, device, scale, numbers, arguments.only, folder)

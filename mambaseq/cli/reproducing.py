@@ -25,9 +25,12 @@ from mambaseq.reproduction.tables import Report
 
 
 def _hardware(device: torch.device) -> str:
+    """And what computes on it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{name} with torch {torch.__version__}"
 
 
 def _record(path: Path, record: dict[str, Any]) -> None:
@@ -60,12 +63,16 @@ def _own(folder: Path, mine: dict[str, str]) -> float:
     return float(found["seconds"])
 
 
-def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, only: list[str], folder: Path) -> int:
-    """Run a recipe, all of its trials that have not been run before. Returns 0."""
+def reproduce(
+    name: str, device: torch.device, scale: Scale, seeds: list[int] | None, only: list[str], folder: Path
+) -> int:
+    """Run a recipe, all of its trials that have not been run before, of these seeds or of as many as it wants.
+    Returns 0."""
     recipe: Recipe = catalog()["recipes"].get(name)
     mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe)}
     _own(folder, mine)
-    numbers = list(range(seeds or (1 if scale == "tiny" else recipe.seeds)))
+    numbers = seeds or list(range(1 if scale == "tiny" else recipe.seeds))
+    from_the_first = numbers == list(range(len(numbers)))
     context = Context(device, scale, numbers, folder, only, _hardware(device))
     began = time.perf_counter()
     try:
@@ -81,18 +88,20 @@ def reproduce(name: str, device: torch.device, scale: Scale, seeds: int | None, 
     short = name.rpartition("/")[2]
     command = f"mambaseq reproduce {short}"
     command += f" --scale {scale}" if scale != "full" or device.type != "cuda" else ""
-    command += (f" --seeds {seeds}" if seeds else "") + (f" --only {shlex.join(only)}" if only else "")
+    if seeds:
+        command += f" --seeds {len(seeds)}" if from_the_first else f" --seed {' '.join(map(str, seeds))}"
+    command += f" --only {shlex.join(only)}" if only else ""
     report = Report(
         name,
         scale,
         numbers,
         command,
         " and ".join(sorted(context.used)) or context.hardware,
-        f"mambaseq {__version__}, torch {torch.__version__}",
+        f"mambaseq {__version__}",
         datetime.date.today().isoformat(),
         spent,
         tables,
     )
     print(report.markdown())
-    print(report.write(folder, "part" if only else "report"))
+    print(report.write(folder, "report" if from_the_first and not only else "part"))
     return 0

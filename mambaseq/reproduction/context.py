@@ -29,7 +29,7 @@ class Context:
 
     scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
     only: names of lines, or of what else a recipe lets choose; empty for all of them.
-    hardware: what trials run on. used: what those that were asked for ran on, in earlier runs too.
+    hardware: what trials run on. used: what those that were asked for had run on, in earlier runs too.
     """
 
     device: torch.device

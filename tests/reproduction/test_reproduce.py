@@ -63,6 +63,15 @@ def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
     assert report.seconds > json.loads((out / "run.json").read_text())["seconds"] * 0.99
 
 
+def test_only_some_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert reproduce("lra", out, "--only", "s4d", "digits", "--seed", "4", "2") == 0
+    assert sorted(path.name.rpartition("_")[2] for path in (out / "trials").iterdir()) == ["seed=2.json", "seed=4.json"]
+    report = Report.read(out / "part.json")
+    assert report.seeds == [2, 4]
+    assert report.command == "mambaseq reproduce lra --scale tiny --seed 2 4 --only s4d digits"
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert reproduce("selectve_copying", out) == 2
@@ -75,6 +84,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (out / "run.json").exists()  # nothing was run: another recipe may have the folder
     assert reproduce("lra", out, "--seeds", "0") == 2
     assert "--seeds" in capsys.readouterr().err
+    assert reproduce("lra", out, "--seed", "-1") == 2
+    assert "--seed must be at least 0, not -1" in capsys.readouterr().err
     assert reproduce("lra", out, "--only", "s4d", "digits") == 0
     assert reproduce("selective_copying", out) == 2
     assert "holds another run: recipe 'synthetic/lra', not 'synthetic/selective_copying'" in capsys.readouterr().err
