@@ -75,6 +75,11 @@ class Line:
         return HOLDS if all(bound.holds(self.values[bound.column]) for bound in measured) else FAILS
 
 
+def _plain(value: float) -> float | None:
+    """JSON has no numbers that are not finite."""
+    return value if math.isfinite(value) else None
+
+
 @dataclasses.dataclass
 class Table:
     """What a recipe found; `about` says what was trained, on what and for how long."""
@@ -103,6 +108,7 @@ class Table:
         plain = dataclasses.asdict(self)
         for line, made in zip(plain["lines"], self.lines, strict=True):
             line["verdict"] = made.verdict
+            line["values"] = {key: [_plain(value) for value in values] for key, values in made.values.items()}
         return plain
 
     @classmethod
@@ -110,7 +116,7 @@ class Table:
         lines = [
             Line(
                 line["name"],
-                line["values"],
+                {key: [math.nan if value is None else value for value in of] for key, of in line["values"].items()},
                 line["paper"],
                 tuple(Bound(**bound) for bound in line["wanted"]),
                 line["note"],
@@ -142,7 +148,7 @@ class Report:
     def write(self, folder: Path, stem: str = "report") -> Path:
         """Write `report.json` and `report.md`, or others of that stem; the path of the first."""
         plain = {**vars(self), "tables": [table.as_json() for table in self.tables]}
-        for suffix, text in ((".md", self.markdown()), (".json", json.dumps(plain, indent=1) + "\n")):
+        for suffix, text in ((".md", self.markdown()), (".json", json.dumps(plain, indent=1, allow_nan=False) + "\n")):
             with atomic_file(folder / (stem + suffix)) as file:
                 file.write(text.encode())
         return folder / f"{stem}.json"

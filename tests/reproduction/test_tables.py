@@ -81,4 +81,5 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert again.tables[0].lines[0] == report.tables[0].lines[0]
     assert again.tables[0].lines[1].values["a"][0] == 0.25
     assert math.isnan(again.tables[0].lines[1].values["a"][1])
+    assert "NaN" not in path.read_text()  # which other readers of JSON refuse
     assert again.tables[0].columns == report.tables[0].columns
