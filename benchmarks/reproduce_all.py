@@ -34,18 +34,19 @@ class Job(NamedTuple):
     seeds: tuple[int, ...] = ()
 
     def command(self, scale: str, device: str, out: Path) -> list[str]:
-        folder = str(out / self.recipe)
+        folder = str(out / f"{self.recipe}-{scale}")
         command = [sys.executable, "-m", "mambaseq.cli.main", "reproduce", self.recipe, "--scale", scale]
         command += ["--device", device, "--out", folder]
         command += ["--only", *self.only] if self.only else []
         return command + (["--seed", *map(str, self.seeds)] if self.seeds else [])
 
-    def __str__(self) -> str:
-        return "-".join([self.recipe, *self.only, *map(str, self.seeds)])
+    def log(self, out: Path) -> Path:
+        name = "-".join([self.recipe, *self.only, *map(str, self.seeds)])
+        return out / "logs" / f"{name.replace('/', '_')}.log"
 
 
 def timed() -> list[Job]:
-    """The longest first."""
+    """What a GPU has for itself, one by one."""
     jobs = [Job("induction_heads", (name,), (0,)) for name in induction_heads.MODELS if name != "mamba"]
     jobs += [Job("induction_heads", ("mamba",), (seed,)) for seed in SEEDS]
     for name, (_, _, _, wanted) in selective_copying.MODELS.items():  # a line of which nothing is wanted has one seed
@@ -76,7 +77,7 @@ def run(jobs: list[Job], gpus: list[str], each: int, scale: str, device: str, ou
     def one(job: Job) -> bool:
         gpu = free.get()
         try:
-            with (out / "logs" / f"{str(job).replace('/', '_')}.log").open("w") as log:
+            with job.log(out).open("w") as log:
                 environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}
                 command = job.command(scale, device, out)
                 done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
@@ -89,6 +90,12 @@ def run(jobs: list[Job], gpus: list[str], each: int, scale: str, device: str, ou
     return [job for job, ok in zip(jobs, fine, strict=True) if not ok]
 
 
+def visible() -> list[str]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return outer.split(",") if outer else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="trials, reports and logs")
@@ -97,7 +104,7 @@ def main() -> int:
     parser.add_argument("--scale", choices=("full", "small", "tiny"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
-    gpus = [str(i) for i in range(torch.cuda.device_count())] if arguments.device == "cuda" else [""]
+    gpus = visible() if arguments.device == "cuda" else [""]
     if not gpus:
         parser.error("there is no GPU here")
     first, second = (
@@ -108,18 +115,20 @@ def main() -> int:
     if not names or not {*arguments.recipes} <= {*names}:
         parser.error(f"--recipes must be of {', '.join(dict.fromkeys(job.recipe for job in [*timed(), *untimed()]))}")
     where = (arguments.scale, arguments.device, arguments.out)
-    baseline = [job for job in second if job.only == BASELINE]
-    failed = run([*first, *baseline], gpus, 1, *where)
-    failed += run([job for job in second if job not in baseline], gpus, arguments.each, *where)
-    whole = [name for name in names if all(job.recipe != name for job in failed)]
-    failed += run([Job(name) for name in whole], gpus[:1], 1, *where)
+    # what others wait for: the baseline of the ablations, and examples that all mixers learn from
+    before = [job for job in second if job.only == BASELINE or job.only[0] == next(iter(lra.MIXERS))]
+    failed = run(first, gpus, 1, *where)
+    failed += run(before, gpus, arguments.each, *where)
+    failed += run([job for job in second if job not in before], gpus, arguments.each, *where)
+    whole = [Job(name) for name in names if all(job.recipe != name for job in failed)]
+    failed += run(whole, gpus[:1], 1, *where)
     for job in failed:
-        print(f"failed: see {arguments.out / 'logs' / str(job)}.log")
-    if not failed and arguments.scale == "full":
-        for name in whole:
+        print(f"failed: see {job.log(arguments.out)}")
+    if arguments.scale == "full":
+        for name in (job.recipe for job in whole if job not in failed):
             for part in KEPT.glob(f"{name}-*.json"):
                 part.unlink()
-            shutil.copy(arguments.out / name / "report.json", KEPT / f"{name}.json")
+            shutil.copy(arguments.out / f"{name}-full" / "report.json", KEPT / f"{name}.json")
         subprocess.run([sys.executable, Path(__file__).parent / "reproduction.py"], check=True)
     return 1 if failed else 0
 

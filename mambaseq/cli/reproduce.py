@@ -58,8 +58,9 @@ def run(argv: list[str], command: str) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
-    if min(arguments.seed or [0]) < 0:
-        raise ConfigError(f"--seed must be at least 0, not {min(arguments.seed)}.")
+    for seed in arguments.seed or []:
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed must be at least 0 and below 2^32, not {seed}.")
     numbers = list(range(arguments.seeds)) if arguments.seeds else sorted(set(arguments.seed or [])) or None
     name = resolve(arguments.recipe)
 
@@ -69,4 +70,5 @@ def run(argv: list[str], command: str) -> int:
     device = choose_device(arguments.device)
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
     folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
-    return reproduce(name, device, scale, numbers, arguments.only, folder)
+    part = bool(arguments.only or arguments.seed)
+    return reproduce(name, device, scale, numbers, arguments.only, part, folder)

@@ -10,9 +10,7 @@ import os
 import platform
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +20,8 @@ from mambaseq.domain import catalog
 from mambaseq.errors import UserError
 from mambaseq.reproduction.context import Context, Recipe, Scale
 from mambaseq.reproduction.tables import Report
+
+_FORMAT = "2"  # of trials
 
 
 def _hardware(device: torch.device) -> str:
@@ -33,11 +33,6 @@ def _hardware(device: torch.device) -> str:
     return f"{name} with torch {torch.__version__}"
 
 
-def _record(path: Path, record: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(record).encode())
-
-
 def _source(recipe: Recipe) -> str:
     """A digest of the module that a recipe is in: its trials are those of these settings."""
     try:
@@ -47,48 +42,45 @@ def _source(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _own(folder: Path, mine: dict[str, str]) -> float:
-    """Claim the folder for this recipe; seconds that were spent in it before.
+def _own(folder: Path, mine: dict[str, str]) -> None:
+    """Claim the folder for this recipe.
 
     Raises UserError where it holds what another recipe, scale or version found.
     """
     path = folder / "run.json"
     if not path.exists():
-        _record(path, {**mine, "seconds": 0.0})
-        return 0.0
+        with atomic_file(path) as file:
+            file.write(json.dumps(mine).encode())
     found = json.loads(path.read_text(encoding="utf-8"))
     different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value]
     if different:
         raise UserError(f"{folder} holds another run: {'; '.join(different)}. Choose another --out, or remove it.")
-    return float(found["seconds"])
 
 
 def reproduce(
-    name: str, device: torch.device, scale: Scale, seeds: list[int] | None, only: list[str], folder: Path
+    name: str, device: torch.device, scale: Scale, seeds: list[int] | None, only: list[str], part: bool, folder: Path
 ) -> int:
     """Run a recipe, all of its trials that have not been run before, of these seeds or of as many as it wants.
-    Returns 0."""
+
+    part: whether the report is one of a part. Returns 0.
+    """
     recipe: Recipe = catalog()["recipes"].get(name)
-    mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe)}
+    mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe), "format": _FORMAT}
     _own(folder, mine)
     numbers = seeds or list(range(1 if scale == "tiny" else recipe.seeds))
-    from_the_first = numbers == list(range(len(numbers)))
     context = Context(device, scale, numbers, folder, only, _hardware(device))
-    began = time.perf_counter()
     try:
         tables = recipe.run(context)
-        for line in (line for table in tables for line in table.lines if scale != "full"):
-            line.wanted = ()  # smaller ones prove nothing
     finally:
-        # what others spent here in the meantime included
-        spent = _own(folder, mine) + time.perf_counter() - began
-        _record(folder / "run.json", {**mine, "seconds": spent})
         if not any(path.name != "run.json" for path in folder.iterdir()):
             (folder / "run.json").unlink()  # nothing was run: the folder is anybody's
+    for line in (line for table in tables for line in table.lines if scale != "full"):
+        line.wanted = ()  # smaller ones prove nothing
     short = name.rpartition("/")[2]
     command = f"mambaseq reproduce {short}"
     command += f" --scale {scale}" if scale != "full" or device.type != "cuda" else ""
     if seeds:
+        from_the_first = numbers == list(range(len(numbers)))
         command += f" --seeds {len(seeds)}" if from_the_first else f" --seed {' '.join(map(str, seeds))}"
     command += f" --only {shlex.join(only)}" if only else ""
     report = Report(
@@ -99,9 +91,9 @@ def reproduce(
         " and ".join(sorted(context.used)) or context.hardware,
         f"mambaseq {__version__}",
         datetime.date.today().isoformat(),
-        spent,
+        context.seconds,
         tables,
     )
     print(report.markdown())
-    print(report.write(folder, "report" if from_the_first and not only else "part"))
+    print(report.write(folder, "part" if part else "report"))
     return 0

@@ -6,9 +6,10 @@ import dataclasses
 import glob
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,7 +30,7 @@ class Context:
 
     scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
     only: names of lines, or of what else a recipe lets choose; empty for all of them.
-    hardware: what trials run on. used: what those that were asked for had run on, in earlier runs too.
+    hardware: what trials run on. records: of the trials that were asked for, by their names.
     """
 
     device: torch.device
@@ -38,11 +39,21 @@ class Context:
     folder: Path
     only: list[str] = dataclasses.field(default_factory=list)
     hardware: str = ""
-    used: set[str] = dataclasses.field(default_factory=set)
+    records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def at(self, *, full: _T, small: _T, tiny: _T) -> _T:
         """The one of three values that belongs to the scale."""
         return {"full": full, "small": small, "tiny": tiny}[self.scale]
+
+    @property
+    def used(self) -> set[str]:
+        """What the trials that were asked for ran on, in earlier runs too."""
+        return {hardware for record in self.records.values() for hardware in record["hardware"]}
+
+    @property
+    def seconds(self) -> float:
+        """That they took together; without what a run that was killed took."""
+        return sum(record["seconds"] for record in self.records.values())
 
     def wanted(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
         """Those of a recipe's lines that were asked for; all where none was.
@@ -69,22 +80,37 @@ class Context:
         stem = re.sub(r"[^\w.=-]+", "_", name)
         result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
         known = result.exists()
-        if known:
-            record = json.loads(result.read_text(encoding="utf-8"))
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record = {"hardware": self.hardware, "values": dict(run(checkpoint))}
-            with atomic_file(result) as file:
-                file.write(json.dumps(record, indent=1).encode())
-        for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt")):
+        record = json.loads(result.read_text(encoding="utf-8")) if known else self._run(stem, run)
+        for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt"), self._begun(stem)):
             path.unlink(missing_ok=True)
-        self.used.add(record["hardware"])
+        self.records[name] = record
         found: dict[str, float] = record["values"]
         if known:
             return found
         shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
         tqdm.write(f"{name}: {shown}")
         return found
+
+    def _begun(self, stem: str) -> Path:
+        """Where a trial that was interrupted has been."""
+        return self.folder / "trials" / f"{stem}.begun"
+
+    def _run(self, stem: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, Any]:
+        begun, result = self._begun(stem), self.folder / "trials" / f"{stem}.json"
+        record: dict[str, Any] = {"hardware": [], "seconds": 0.0}
+        if begun.exists():
+            record = json.loads(begun.read_text(encoding="utf-8"))
+        before, start = record["seconds"], time.perf_counter()
+        record["hardware"] = sorted({*record["hardware"], self.hardware})
+        _write(begun, record)  # before anything is run: whoever goes on knows of this machine
+        try:
+            values = dict(run(result.with_suffix(".pt")))
+        except BaseException:
+            _write(begun, {**record, "seconds": before + time.perf_counter() - start})
+            raise
+        record |= {"seconds": before + time.perf_counter() - start, "values": values}
+        _write(result, record)
+        return record
 
     def over_seeds(self, name: str, run: Callable[[int, Path], Mapping[str, float]]) -> dict[str, list[float]]:
         """A trial for each seed: what each of their values was, a list in the order of the seeds."""
@@ -95,6 +121,11 @@ class Context:
         return {
             key: [one[key] for one in found if key in one] for key in dict.fromkeys(k for one in found for k in one)
         }
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 @dataclasses.dataclass(frozen=True)

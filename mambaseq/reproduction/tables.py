@@ -128,7 +128,8 @@ class Table:
 
 @dataclasses.dataclass
 class Report:
-    """The tables of one run of a recipe, and what they were made with."""
+    """The tables of one run of a recipe, and what they were made with. seconds: of all its trials together, None where
+    that is not known."""
 
     recipe: str
     scale: str
@@ -137,12 +138,13 @@ class Report:
     hardware: str
     versions: str
     date: str
-    seconds: float
+    seconds: float | None
     tables: list[Table]
 
     def markdown(self) -> str:
         seeds = f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"{len(self.seeds)} seeds"
-        made = f"`{self.command}`: {self.hardware}, {self.versions}, {seeds}, {self.seconds / 60:.1f} min, {self.date}."
+        took = "" if self.seconds is None else f"{self.seconds / 60:.1f} min, "
+        made = f"`{self.command}`: {self.hardware}, {self.versions}, {seeds}, {took}{self.date}."
         return made + "\n\n" + "\n".join(table.markdown() for table in self.tables)
 
     def write(self, folder: Path, stem: str = "report") -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +107,15 @@ def test_a_constant_is_its_own_mean_in_bfloat16_too() -> None:
     y = mixer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y[:, 1:], y[:, :1].expand(1, 499, 8), rtol=1e-2, atol=1e-2)
+
+
+def test_turned_sums_are_not_rounded_either() -> None:
+    torch.manual_seed(0)
+    mixer = LinearAttention(16, n_heads=2).bfloat16()
+    x = torch.randn(2, 300, 16).bfloat16()
+    exact = copy.deepcopy(mixer).double()(x.double())
+    error = (mixer(x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 1e-2
 
 
 def test_a_state_without_the_number_of_positions_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,21 @@ def test_a_trial_is_run_once(tmp_path: Path) -> None:
 
 
 def test_where_trials_ran_is_kept(tmp_path: Path) -> None:
+    def interrupted(checkpoint: Path) -> dict[str, float]:
+        time.sleep(0.01)
+        raise KeyboardInterrupt
+
     context(tmp_path, hardware="one GPU").trial("x", lambda checkpoint: {"a": 1.0})
     later = context(tmp_path, hardware="another")
     later.trial("x", lambda checkpoint: {"a": 2.0})
     assert later.used == {"one GPU"}
-    later.trial("y", lambda checkpoint: {"a": 2.0})
-    assert later.used == {"one GPU", "another"}
+    with pytest.raises(KeyboardInterrupt):
+        later.trial("y", interrupted)
+    third = context(tmp_path, hardware="a third")
+    third.trial("y", lambda checkpoint: {"a": 2.0})
+    assert third.used == {"another", "a third"}  # it was begun on the one and ended on the other
+    assert third.seconds >= 0.01
+    assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == ["x.json", "y.json"]
 
 
 def test_a_trial_that_fails_is_run_again(tmp_path: Path) -> None:

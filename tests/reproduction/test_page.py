@@ -5,7 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from mambaseq_text.recipes.mixers import MIXERS
+from mambaseq_synthetic.recipes import lra, selective_copying
+from mambaseq_text.recipes import ablations, mixers
 
 from mambaseq.domain import catalog
 
@@ -18,11 +19,26 @@ def test_the_parts_that_are_run_over_gpus_are_all_there_is() -> None:
     assert len(set(parts)) == len(parts)
     assert sum(part.only == made["BASELINE"] for part in parts) == 1
     assert {part.recipe for part in parts} == {entry.name.rpartition("/")[2] for entry in catalog()["recipes"]}
-    lines = {name for part in parts if part.recipe == "mixers" for name in part.only}
-    assert lines == set(MIXERS)
+    only = {recipe: [part.only for part in parts if part.recipe == recipe] for recipe in {p.recipe for p in parts}}
+    assert {name for (name,) in only["mixers"]} == set(mixers.MIXERS)
+    assert set(only["lra"]) == {(mixer, task) for mixer in lra.MIXERS for task in lra.TASKS}
+    assert {name for (name,) in only["selective_copying"]} == set(selective_copying.MODELS)
+    seeds = [(*part.only, *part.seeds) for part in parts if part.recipe == "induction_heads"]
+    assert sorted(seeds) == [("attention", 0), ("mamba", 0), ("mamba", 1), ("mamba", 2), ("s4d", 0)]
+    entries = [entry for group in ablations.GROUPS for entry in group.entries]
+    run = [(e.mixer, e.all_options()) for e in entries if (e.name,) in only["ablations"]]
+    assert all((entry.mixer, entry.all_options()) in run for entry in entries)
+    assert len(only["ablations"]) < len(entries)  # what is in two tables is trained once
     command = made["Job"]("lra", ("s4d", "digits"), (2, 4)).command("tiny", "cpu", Path("out"))
-    wanted = "reproduce lra --scale tiny --device cpu --out out/lra --only s4d digits --seed 2 4"
+    wanted = "reproduce lra --scale tiny --device cpu --out out/lra-tiny --only s4d digits --seed 2 4"
     assert " ".join(command[3:]) == wanted
+
+
+def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "reproduce_all.py"))
+    wrong = made["Job"]("lra", ("s4d", "no/such task"))
+    assert made["run"]([wrong], [""], 1, "tiny", "cpu", tmp_path) == [wrong]
+    assert "no/such task" in wrong.log(tmp_path).read_text()
 
 
 def test_the_page_is_made_of_the_kept_reports() -> None:
