@@ -18,7 +18,7 @@ from mambaseq.ops.dispatch import Backend, Op, check, explain
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4
 # backends that other people's packages bring: they may be broken
-NOT_OURS = {"mamba_ssm"}
+NOT_OURS = {"mamba_ssm", "fla"}
 
 
 def diagnose(device: str | None) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +14,7 @@ from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
 
 from mambaseq.ops import OPS, selective_scan, ssd
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
-from mambaseq.ops.ssd import chunked
+from mambaseq.ops.ssd import chunked, fla
 from mambaseq.ops.ssd.arguments import SsdArguments
 from mambaseq.ops.ssd.step import ssd_update_
 
@@ -218,6 +221,7 @@ def test_autocast_does_not_reach_the_states() -> None:
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
         ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor of int32, not list"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"backend": "fla"}, "'fla' cannot run these arguments: its kernels run on CUDA"),
         ({"backend": "mamba_ssm"}, "'mamba_ssm' cannot run these arguments: its kernels run on CUDA"),
     ],
 )
@@ -228,8 +232,44 @@ def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
         ssd(**(given | change))
 
 
-def test_the_package_is_taken_by_name_only() -> None:
-    """Its kernels may be miscompiled: something that always runs stands before them."""
+def gated(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, chunk_size):
+    """What flash-linear-attention documents of `chunk_simple_gla`: q, k `(batch, length, heads, d_state)`, v `(...,
+    head_dim)`, log-decays g `(batch, length, heads)`, states `(sequences, heads, d_state, head_dim)`."""
+    assert scale == 1.0
+    assert chunk_size == 64
+    ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    ys, finals = [], []
+    for s, (start, end) in enumerate(itertools.pairwise(ends)):
+        rows = slice(s, s + 1) if cu_seqlens is not None else slice(None)
+        h = (
+            torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+            if initial_state is None
+            else initial_state[rows]
+        )
+        for t in range(start, end):
+            h = h * g[:, t, :, None, None].exp() + k[:, t, :, :, None] * v[:, t, :, None]
+            ys.append((h * q[:, t, :, :, None]).sum(-2))
+        finals.append(h)
+    return torch.stack(ys, 1), torch.cat(finals) if output_final_state else None
+
+
+@pytest.mark.parametrize("wants_state", [True, False])
+@pytest.mark.parametrize("case", ["length 63", "packed", "packed, no states", "no decay"])
+def test_what_is_handed_to_flash_linear_attention(
+    case: str, wants_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its kernel as documented in the place of the kernel, in float32."""
+    made = CASES[case]()._replace(chunk_size=64, wants_final_state=wants_state)
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", types.SimpleNamespace(chunk_simple_gla=gated))
+    y, state = fla.run(made)
+    expected_y, expected_state = OP.backends[-1].run(made)
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-5)
+    if wants_state:
+        torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+def test_packages_are_taken_by_name_only() -> None:
+    """Their kernels may be miscompiled, and round more: something that always runs stands before them."""
     names = [backend.name for backend in OP.backends]
-    assert names.index("torch") < names.index("mamba_ssm")
+    assert names.index("torch") < min(names.index("mamba_ssm"), names.index("fla"))
     assert OP.backends[0].why_not(drawn("any", 1, 3)) is None

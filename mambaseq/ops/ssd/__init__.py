@@ -8,14 +8,16 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.ssd import arguments as _arguments
-from mambaseq.ops.ssd import chunked, mamba_ssm, reference
+from mambaseq.ops.ssd import chunked, fla, mamba_ssm, reference
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 OP = dispatch.Op(
     name="ssd",
     backends=(
         dispatch.Backend("torch", chunked.run, dispatch.never),
-        dispatch.Backend("mamba_ssm", mamba_ssm.run, mamba_ssm.why_not),  # behind one that always runs: by name only
+        # behind one that always runs: by name only
+        dispatch.Backend("mamba_ssm", mamba_ssm.run, mamba_ssm.why_not),
+        dispatch.Backend("fla", fla.run, fla.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
