@@ -41,6 +41,13 @@ def made(rope: bool) -> LinearAttention:
     return LinearAttention(12, n_heads=2 if rope else 3, chunk_size=4, rope=rope).double()
 
 
+def assert_equal_with_gradients(actual: Tensor, expected: Tensor, wanted: list[Tensor]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    dy = torch.randn_like(expected)
+    for a, e in zip(torch.autograd.grad(actual, wanted, dy), torch.autograd.grad(expected, wanted, dy), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
+
+
 def in_pieces(mixer: LinearAttention, x: Tensor) -> Tensor:
     state, parts = None, []
     for part in x.split((7, 1, 11), dim=1):
@@ -55,10 +62,7 @@ def test_equals_the_papers_sums_in_float64(rope: bool, run) -> None:
     mixer = made(rope)
     x = torch.randn(2, 19, 12, dtype=torch.float64, requires_grad=True)
     expected, actual = written_out(mixer, x, rope), run(mixer, x)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-    dy, wanted = torch.randn_like(expected), [x, *mixer.parameters()]
-    for a, e in zip(torch.autograd.grad(actual, wanted, dy), torch.autograd.grad(expected, wanted, dy), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
+    assert_equal_with_gradients(actual, expected, [x, *mixer.parameters()])
 
 
 @ROPE
@@ -73,10 +77,7 @@ def test_packed_sequences_equal_the_papers_sums_from_their_states_on(rope: bool)
     assert state.length.tolist() == [19, 19]
     actual = torch.cat([y[:, :5], more[:, :14], y[:, 5:], more[:, 14:]], 1).view(2, 19, 12)
     expected = written_out(mixer, x, rope)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-    dy, wanted = torch.randn_like(expected), [x, *mixer.parameters()]
-    for a, e in zip(torch.autograd.grad(actual, wanted, dy), torch.autograd.grad(expected, wanted, dy), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
+    assert_equal_with_gradients(actual, expected, [x, *mixer.parameters()])
 
 
 @ROPE

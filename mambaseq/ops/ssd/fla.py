@@ -9,42 +9,26 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
+from mambaseq.ops.ssd import packages
 from mambaseq.ops.ssd.arguments import SsdArguments
 
-_INSTALLED = importlib.util.find_spec("fla") is not None
 _MODULE = "fla.ops.simple_gla"
-_DTYPES = (torch.bfloat16, torch.float16)
 _SIZES = (16, 32, 64)
 _HOPPER = 9  # major compute capability
 
 
 def why_not(arguments: SsdArguments) -> str | None:
     """The reason why the package cannot run these arguments, or None."""
-    x = arguments.x
-    if x.device.type != "cuda":
-        return f"its kernels run on CUDA, x is on {x.device}"
-    if not _INSTALLED:
-        return "flash-linear-attention is not installed"
-    if torch.compiler.is_compiling():
-        return "it is not registered with torch.library"
-    if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}, its products round float32 to TF32"
-    if arguments.chunk_size not in _SIZES:
-        return f"chunk_size is {arguments.chunk_size}, not one of {', '.join(map(str, _SIZES))}"
-    if 0 in x.shape or 0 in arguments.B.shape:
-        return "x or B is empty"
-    if arguments.reverse:
-        return "it does not run in reverse"
-    if _miscompiled(x.device) and torch.is_grad_enabled() and _needs_gradient(arguments):
+    reason = packages.why_not(arguments, "flash-linear-attention", "fla", _SIZES)
+    if reason is None and packages.needs_gradient(arguments) and _miscompiled(arguments.x.device):
         return "Triton 3.4 to 3.7.0 compiles its backward pass wrongly for Hopper GPUs"
-    return None
+    return reason
 
 
 def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
@@ -79,9 +63,5 @@ def _transposed(state: Tensor) -> Tensor:
 def _miscompiled(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return False
-    release = importlib.metadata.version("triton").partition("+")[0].split(".")[:3]
-    return (3, 4) <= tuple(map(int, release)) < (3, 7, 1)
-
-
-def _needs_gradient(arguments: SsdArguments) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+    version = TorchVersion(importlib.import_module("triton").__version__)
+    return version >= "3.4.0" and version < "3.7.1"

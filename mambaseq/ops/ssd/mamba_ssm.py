@@ -8,40 +8,25 @@ The package is imported when it runs for the first time, never before.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.ssd import packages
 from mambaseq.ops.ssd.arguments import SsdArguments
 
-_INSTALLED = importlib.util.find_spec("mamba_ssm") is not None
 _MODULE = "mamba_ssm.ops.triton.ssd_combined"
-_DTYPES = (torch.bfloat16, torch.float16)
 _SIZES = (16, 32, 64, 128, 256)
 
 
 def why_not(arguments: SsdArguments) -> str | None:
     """The reason why the package cannot run these arguments, or None."""
-    x = arguments.x
-    if x.device.type != "cuda":
-        return f"its kernels run on CUDA, x is on {x.device}"
-    if not _INSTALLED:
-        return "mamba-ssm is not installed"
-    if torch.compiler.is_compiling():
-        return "it is not registered with torch.library"
-    if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}, its products round float32 to TF32"
-    if arguments.chunk_size not in _SIZES:
-        return f"chunk_size is {arguments.chunk_size}, not one of {', '.join(map(str, _SIZES))}"
-    if 0 in x.shape:
-        return "x is empty"
-    if arguments.cu_seqlens is not None and (arguments.initial_state is not None or arguments.wants_final_state):
+    reason = packages.why_not(arguments, "mamba-ssm", "mamba_ssm", _SIZES)
+    packed = arguments.cu_seqlens is not None
+    if reason is None and packed and (arguments.initial_state is not None or arguments.wants_final_state):
         return "it takes no states of packed sequences"
-    if arguments.reverse:
-        return "it does not run in reverse"
-    return None
+    return reason
 
 
 def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,44 @@
+"""What the packages whose kernels compute the state-space dual in half precision have in common."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops.ssd.arguments import SsdArguments
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(arguments: SsdArguments, package: str, module: str, chunk_sizes: tuple[int, ...]) -> str | None:
+    """The reason why none of them could run these arguments, or None."""
+    x = arguments.x
+    if x.device.type != "cuda":
+        return f"its kernels run on CUDA, x is on {x.device}"
+    if not _installed(module):
+        return f"{package} is not installed"
+    if torch.compiler.is_compiling():
+        return "it is not registered with torch.library"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, its products round float32 to TF32"
+    if arguments.chunk_size not in chunk_sizes:
+        return f"chunk_size is {arguments.chunk_size}, not one of {', '.join(map(str, chunk_sizes))}"
+    if 0 in x.shape or 0 in arguments.B.shape:
+        return "x or B is empty"
+    if arguments.reverse:
+        return "it does not run in reverse"
+    return None
+
+
+def needs_gradient(arguments: SsdArguments) -> bool:
+    """Whether anything that is to be computed from these arguments is differentiated."""
+    tensors = (value for value in arguments if isinstance(value, Tensor))
+    return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
