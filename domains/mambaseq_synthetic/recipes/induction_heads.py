@@ -19,7 +19,7 @@ from mambaseq_synthetic.drawing import TEST, VALIDATION
 from mambaseq_synthetic.induction_heads import draw
 
 VOCABULARY = 16
-# Learning rates at full scale. At length 256 attention does not learn at 1e-3, as in the paper (appendix E.1).
+# Learning rates at full scale. At length 256 attention does not learn at 1e-3.
 MODELS = {"mamba": 2e-3, "s4d": 2e-4, "attention": 2e-4}
 PAPER = {
     "mamba": "100 % at every length up to 2^20",
