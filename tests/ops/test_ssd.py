@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+from agreement import DEVICES, TOLERANCE, Draw, assert_equals_reference, device_or_skip, moved
 
 from mambaseq.ops import OPS, selective_scan, ssd
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
@@ -98,6 +98,39 @@ def test_half_precision(backend: str, dtype: torch.dtype, device: str) -> None:
         return made._replace(**{name: getattr(made, name).to(dtype) for name in ("x", "dt", "B", "C")})
 
     assert_equals_reference(OP, backend, half, device_or_skip(device), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["states", "no states", "packed", "packed, no states"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["mamba_ssm", "fla"])
+def test_packages_without_gradients_at_the_sizes_of_models(backend: str, dtype: torch.dtype, case: str) -> None:
+    """Where a package's backward pass is refused, this is what is left of it."""
+    device = device_or_skip("cuda")
+    draw, length = Draw("sizes"), 1000
+    made = drawn("sizes", 1, length)._replace(
+        x=draw.normal(1, length, 4, 64),
+        B=draw.normal(1, length, 2, 128),
+        C=draw.normal(1, length, 2, 128),
+        initial_state=draw.normal(1, 4, 64, 128),
+        chunk_size=64,
+    )
+    made = made._replace(**{name: getattr(made, name).to(dtype) for name in ("x", "dt", "B", "C")})
+    if "packed" in case:
+        made = packed(made, 0, 63, 64, 320, length)
+    if "no states" in case:
+        made = made._replace(initial_state=None, wants_final_state=False)
+    made = moved(made, device)
+    with torch.no_grad():
+        run = next(candidate for candidate in OP.backends if candidate.name == backend)
+        if (reason := run.why_not(made)) is not None:
+            pytest.skip(f"{backend}: {reason}")
+        actual = run.run(made)
+        double = (v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in made)
+        expected = OP.backends[-1].run(SsdArguments(*double))
+    for a, e in list(zip(actual, expected, strict=True))[: 1 + made.wants_final_state]:
+        # products of this precision, where ours are of float32
+        assert relative_rms_error(a, e) < 4 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1.0, 30.0])
