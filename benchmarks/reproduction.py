@@ -18,7 +18,7 @@ HEAD = """# Reproduction
 Published results beside ours, each with the command that repeats it. This page is made from the reports in
 `benchmarks/reproduction/` by `python benchmarks/reproduction.py`; `python benchmarks/reproduce_all.py` makes all of
 them anew, over the GPUs of a machine. Means and standard deviations over seeds. A command with `--only` or `--seed`
-made a part: the rest of that recipe is not reported yet.
+made a part of a recipe.
 """
 
 
