@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mambaseq_synthetic.recipes import induction_heads, lra, selective_copying
+from mambaseq_synthetic.recipes import induction_heads, lra, selection, selective_copying
 from mambaseq_text.recipes import ablations, mixers
 from tqdm import tqdm
 
@@ -57,6 +57,7 @@ def timed() -> list[Job]:
 def untimed() -> list[Job]:
     """Each training once, whatever number of lines it is in."""
     jobs = [Job("lra", (mixer, task)) for mixer in lra.MIXERS for task in lra.TASKS]
+    jobs += [Job("selection", (name,), (seed,)) for name in selection.LINES for seed in SEEDS]
     seen = []
     for entry in (entry for group in ablations.GROUPS for entry in group.entries):
         if (entry.mixer, entry.all_options()) not in seen:

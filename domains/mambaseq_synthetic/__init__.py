@@ -43,6 +43,10 @@ domain = Domain(
             "mambaseq_synthetic.recipes.selective_copying:recipe",
             "Mamba paper, Table 1: what a time-invariant model cannot do",
         ),
+        "selection": (
+            "mambaseq_synthetic.recipes.selection:recipe",
+            "Mamba paper, Table 7 on selective copying: which of dt, B and C has to be selective",
+        ),
     },
     configs={
         "selective_copying": ("mambaseq:configs/synthetic/selective_copying.yaml", "as in the Mamba paper, on a GPU"),

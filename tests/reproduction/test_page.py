@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from mambaseq_synthetic.recipes import lra, selective_copying
+from mambaseq_synthetic.recipes import lra, selection, selective_copying
 from mambaseq_text.recipes import ablations, mixers
 
 from mambaseq.domain import catalog
@@ -23,6 +23,7 @@ def test_the_parts_that_are_run_over_gpus_are_all_there_is() -> None:
     assert {name for (name,) in only["mixers"]} == set(mixers.MIXERS)
     assert set(only["lra"]) == {(mixer, task) for mixer in lra.MIXERS for task in lra.TASKS}
     assert {name for (name,) in only["selective_copying"]} == set(selective_copying.MODELS)
+    assert only["selection"] == [(name,) for name in selection.LINES for _ in made["SEEDS"]]
     seeds = [(*part.only, *part.seeds) for part in parts if part.recipe == "induction_heads"]
     assert sorted(seeds) == [("attention", 0), ("mamba", 0), ("mamba", 1), ("mamba", 2), ("s4d", 0)]
     entries = [entry for group in ablations.GROUPS for entry in group.entries]

@@ -79,6 +79,21 @@ def _trial(
     torch.manual_seed(seed)
     mixer, options, _, _ = MODELS[name]
     model = causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
+    return taught(context, name, model, seed, checkpoint, lengths, n_data, steps, batch_size)
+
+
+def taught(
+    context: Context,
+    name: str,
+    model: SequenceModel,
+    seed: int,
+    checkpoint: Path,
+    lengths: tuple[int, ...],
+    n_data: int,
+    steps: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Train a model at one length after the other. Returns what it is right on at the last, its size and its costs."""
     config = OptimizerConfig(lr=LR, weight_decay=0.0, beta2=0.999, warmup_steps=min(200, steps // 2))
     taken, seconds = 0, 0.0
     for phase, length in enumerate(lengths):
