@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,12 @@ def _expected(op_name: str, reference: Backend, build: Callable[[], Any]) -> lis
     return outputs_and_gradients(reference, build(), double=True)
 
 
+@functools.cache
+def _numba_knows_numpy() -> None:
+    """When it first compiles, numba looks up NumPy's functions, and would take a poisoned one for good."""
+    numba.njit(lambda: np.empty(1))()
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Memory that is asked for uninitialised is full of NaN."""
@@ -103,6 +110,7 @@ def poisoned_memory() -> Iterator[None]:
             value.fill(np.nan)
         return value
 
+    _numba_knows_numpy()
     allocate_array = np.empty
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poison_tensor(torch.empty))
