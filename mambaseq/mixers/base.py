@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.ops import OPS
+
 
 @dataclasses.dataclass
 class State:
@@ -95,6 +98,15 @@ class Mixer(nn.Module, abc.ABC):
         """Multiply the weights that write to the residual stream, once, at initialisation (GPT-2's rule)."""
         with torch.no_grad():
             self.out_proj.weight.mul_(factor)  # type: ignore[union-attr, operator]
+
+
+def check_backend(mixer: str, op: str, backend: str | None) -> None:
+    """Raise ConfigError where the op has no backend of this name; None is any."""
+    known = [candidate.name for candidate in OPS[op].backends]
+    if backend is not None and backend not in known:
+        raise ConfigError(
+            f"{mixer}: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
+        )
 
 
 def check_state(name: str, state: Any, kind: type[State], device: torch.device, **shapes: tuple[int, ...]) -> None:

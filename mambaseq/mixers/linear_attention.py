@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.attention import turned, turns
-from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.growing import Places
 from mambaseq.ops import sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.ssd import packages
 
 
 @dataclasses.dataclass
@@ -49,6 +50,8 @@ class LinearAttention(Mixer):
         rope: rotary position embedding of φ(q) and φ(k), for an even head_dim. Without it nothing tells the order of
             the past.
         rope_theta: base of its wavelengths, the longest of which is near 2 pi rope_theta positions.
+        backend: what sums the values; None for the fastest that can in full precision (see `mambaseq doctor`). "fla"
+            and "mamba_ssm" take activations of half precision, of which their products are, too.
     """
 
     companion = "mlp"
@@ -62,11 +65,13 @@ class LinearAttention(Mixer):
         chunk_size: int = 64,
         rope: bool = True,
         rope_theta: float = 10000.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if n_heads is None:
             n_heads = next((n for n in (4, 2) if d_model % (2 * n if rope else n) == 0), 1)
         check_heads("linear_attention", d_model, n_heads, chunk_size)
+        check_backend("linear_attention", "ssd", backend)
         if not rope_theta > 0:
             raise ConfigError(f"linear_attention: rope_theta must be positive, not {rope_theta}.")
         self.d_model, self.n_heads, self.head_dim, self.chunk_size = d_model, n_heads, d_model // n_heads, chunk_size
@@ -75,7 +80,7 @@ class LinearAttention(Mixer):
                 f"linear_attention: rope turns pairs of features and head_dim is odd, {self.head_dim}; set n_heads or "
                 "d_model so that d_model / n_heads is even, or rope: false."
             )
-        self.rope, self.rope_theta = rope, rope_theta
+        self.rope, self.rope_theta, self.backend = rope, rope_theta, backend
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
         for module in (self.qkv_proj, self.out_proj):
@@ -99,14 +104,16 @@ class LinearAttention(Mixer):
         q, k, v = self._project(x)
         if self.rope:
             sums, keys = (None, None) if state is None else state.kv.split([self.head_dim, 1], dim=2)
-            y, sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens)
-            total, keys = self._sums(q, k, v.new_ones(()).expand(*v.shape[:3], 1), keys, cu_seqlens)
-            kv = torch.cat([sums, keys], dim=2)
+            y, *sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens, return_state, self.backend)
+            ones = q.new_ones(()).expand(*v.shape[:3], 1)
+            total, *keys = self._sums(q, k, ones, keys, cu_seqlens, return_state, None)
+            kv = [torch.cat([*sums, *keys], dim=2)] if return_state else []
         else:  # the sum of weights is one more column of values
-            y, kv = self._sums(q, k, F.pad(v, (0, 1), value=1.0), None if state is None else state.kv, cu_seqlens)
+            before, values = None if state is None else state.kv, F.pad(v, (0, 1), value=1.0)
+            y, *kv = self._sums(q, k, values, before, cu_seqlens, return_state, self.backend)
             y, total = y.split([self.head_dim, 1], dim=-1)
         y = self._output(y, total, x)
-        return (y, LinearAttentionState(length, kv)) if return_state else y
+        return (y, LinearAttentionState(length, *kv)) if return_state else y
 
     def _check(self, state: LinearAttentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)
@@ -114,9 +121,9 @@ class LinearAttention(Mixer):
         check_state("linear_attention", state, LinearAttentionState, x.device, length=(n,), kv=shape)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """φ(q), φ(k) and v `(..., heads, head_dim)`, in full precision."""
+        """φ(q), φ(k) in full precision, and v, all `(..., heads, head_dim)`."""
         q, k, v = apply_linear(self.qkv_proj, x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(-3)
-        q, k, v = (value.to(working_dtype(value)) for value in (q, k, v))
+        q, k = (value.to(working_dtype(value)) for value in (q, k))
         return F.elu(q) + 1, F.elu(k) + 1, v
 
     def _turned(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,20 +131,32 @@ class LinearAttention(Mixer):
         return turned(q, cos, sin), turned(k, cos, sin)
 
     def _sums(
-        self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The sums over the past of (q·k) v `(batch, length, heads, values)`, and v kᵀ summed over all."""
-        return ssd(
-            v,
-            v.new_ones(()).expand(v.shape[:3]),
-            v.new_zeros(self.n_heads),
-            k,
-            q,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, ...]:
+        """The sums over the past of (q·k) v `(batch, length, heads, values)` in the precision of q; where the state is
+        wanted also v kᵀ summed over all."""
+        taken = packages.input_dtype(backend, v.dtype)
+        y = ssd(
+            v.to(taken),
+            q.new_ones(()).expand(v.shape[:3]),
+            q.new_zeros(self.n_heads),
+            k.to(taken),
+            q.to(taken),
             initial_state=initial,
-            return_final_state=True,
+            return_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.chunk_size,
+            backend=backend,
         )
+        y, *state = y if return_state else (y,)
+        return (y.to(q.dtype), *state)
 
     def _output(self, y: Tensor, total: Tensor, like: Tensor) -> Tensor:
         """y: sums of weighted values `(..., heads, head_dim)`; total: of the weights `(..., heads, 1)`."""

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, did_you_mean
-from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.s4d import DiagonalSSM
-from mambaseq.ops import OPS, causal_conv, selective_scan, sequences
+from mambaseq.ops import causal_conv, selective_scan, sequences
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
@@ -104,11 +104,7 @@ class Mamba(Mixer):
             )
         if dt_rank != "auto" and dt_rank < 1:
             raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
-        known = [candidate.name for candidate in OPS["selective_scan"].backends]
-        if backend is not None and backend not in known:
-            raise ConfigError(
-                f"mamba: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
-            )
+        check_backend("mamba", "selective_scan", backend)
         all_selective = selective_dt and selective_B and selective_C
         if lti and not (all_selective and not complex and A_init is None):
             raise ConfigError(

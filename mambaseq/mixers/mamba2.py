@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, did_you_mean
-from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.errors import ConfigError
+from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
-from mambaseq.ops import OPS, causal_conv, gated_rms_norm, sequences, ssd
+from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.ssd.step import ssd_update_
@@ -119,11 +119,7 @@ class Mamba2(Mixer):
             raise ConfigError(
                 f"mamba2: A_init_range must be two positive numbers, the smaller first, not {A_init_range}."
             )
-        known = [candidate.name for candidate in OPS["ssd"].backends]
-        if backend is not None and backend not in known:
-            raise ConfigError(
-                f"mamba2: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
-            )
+        check_backend("mamba2", "ssd", backend)
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner, self.head_dim, self.n_groups = d_inner, head_dim, n_groups
         self.n_heads = d_inner // head_dim

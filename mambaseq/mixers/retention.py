@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
-from mambaseq.mixers.base import Mixer, State, check_state
+from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.linear_attention import check_heads
 from mambaseq.ops import sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.ssd import packages
 
 
 @dataclasses.dataclass
@@ -44,6 +45,8 @@ class Retention(Mixer):
         eps: epsilon of the norm.
         bias: biases of in_proj and out_proj.
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
+        backend: what runs the state-space dual; None for the fastest that can in full precision (see `mambaseq
+            doctor`). "fla" and "mamba_ssm" take activations of half precision, of which their products are, too.
     """
 
     companion = "mlp"
@@ -57,9 +60,11 @@ class Retention(Mixer):
         eps: float = 1e-5,
         bias: bool = False,
         chunk_size: int = 64,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         check_heads("retention", d_model, n_heads, chunk_size)
+        check_backend("retention", "ssd", backend)
         if expand_v < 1 or not rotary_base > 0:
             raise ConfigError(
                 f"retention: expand_v and rotary_base must be positive, not {expand_v} and {rotary_base}."
@@ -73,7 +78,7 @@ class Retention(Mixer):
             )
         self.d_model, self.n_heads, self.head_dim, self.chunk_size = d_model, n_heads, d_model // n_heads, chunk_size
         self.d_inner, self.v_dim = expand_v * d_model, expand_v * d_model // n_heads
-        self.rotary_base = rotary_base
+        self.rotary_base, self.backend = rotary_base, backend
         self.in_proj = nn.Linear(d_model, 2 * d_model + 2 * self.d_inner, bias=bias)
         self.norm = nn.GroupNorm(n_heads, self.d_inner, eps=eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
@@ -99,19 +104,22 @@ class Retention(Mixer):
         bounds = length * torch.arange(2, device=x.device) if cu_seqlens is None else cu_seqlens
         bounds = bounds[:, None, None]
         turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])
-        y, kv = ssd(
-            v,
+        wide, taken = v.dtype, packages.input_dtype(self.backend, gate.dtype)
+        y = ssd(
+            v.to(taken),
             v.new_ones(()).expand(v.shape[:3]),
-            torch.log1p(-self._forgotten(x.device)).to(v.dtype),
-            _turn(k, turns),
-            _turn(q, turns),
+            torch.log1p(-self._forgotten(x.device)).to(wide),
+            _turn(k, turns).to(taken),
+            _turn(q, turns).to(taken),
             initial_state=None if state is None else _turn(state.kv, self._turns(bounds[:-1])),
-            return_final_state=True,
+            return_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.chunk_size,
+            backend=self.backend,
         )
-        y = self._output(y, gate, x)
-        return (y, RetentionState(_turn(kv, self._turns(-bounds[1:])))) if return_state else y
+        y, *kv = y if return_state else (y,)
+        y = self._output(y.to(wide), gate, x)
+        return (y, RetentionState(_turn(kv[0], self._turns(-bounds[1:])))) if return_state else y
 
     def _check(self, state: RetentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         shape = (sequences.count(x, cu_seqlens), self.n_heads, self.v_dim, self.head_dim)

@@ -138,6 +138,7 @@ def test_heads_by_default_are_even_where_they_are_turned(d_model: int, rope: boo
         ({"n_heads": 0}, "n_heads"),
         ({"n_heads": 4}, "head_dim is odd, 3; set n_heads or d_model .* or rope: false"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"backend": "fle"}, "linear_attention: there is no backend 'fle'. Did you mean 'fla'?"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

@@ -82,6 +82,7 @@ def test_many_short_calls_turn_the_state_as_one_long_call_does() -> None:
         ({"n_heads": 0}, "must be positive"),
         ({"expand_v": 0}, "expand_v"),
         ({"n_heads": 12, "expand_v": 1}, "one value each"),
+        ({"backend": "fle"}, "retention: there is no backend 'fle'. Did you mean 'fla'?"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

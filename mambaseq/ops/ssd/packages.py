@@ -10,7 +10,18 @@ from torch import Tensor
 
 from mambaseq.ops.ssd.arguments import SsdArguments
 
+PACKAGES = ("mamba_ssm", "fla")
 _DTYPES = (torch.bfloat16, torch.float16)
+
+
+def input_dtype(backend: str | None, activations: torch.dtype) -> torch.dtype:
+    """What a mixer whose sums need their range hands to `ssd`: full precision, or what the named package can run.
+
+    Sums over a long past leave the range of float16, so it is bfloat16 in its place.
+    """
+    if backend in PACKAGES and activations in _DTYPES:
+        return torch.bfloat16
+    return torch.promote_types(activations, torch.float32)
 
 
 def why_not(arguments: SsdArguments, package: str, module: str, chunk_sizes: tuple[int, ...]) -> str | None:

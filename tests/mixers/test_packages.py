@@ -1,0 +1,119 @@
+"""Mixers whose state-space dual a package computes: what it is handed, and that the result is the same."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambaseq.domain import catalog
+from mambaseq.ops import OPS, dispatch
+from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.ssd import chunked
+from mambaseq.ops.ssd.arguments import SsdArguments
+
+CASES = [
+    ("mamba2", {"d_state": 32}),
+    ("retention", {}),
+    ("linear_attention", {}),
+    ("linear_attention", {"rope": False}),
+]
+IDS = [" ".join([name, *options]) for name, options in CASES]
+NEAR = 0.02  # of half precision in the mixer, whoever computes
+
+
+def pair(name: str, options: dict, backend: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The mixer, and the same by the package."""
+    mixers = []
+    for extra in ({}, {"backend": backend}):
+        torch.manual_seed(0)
+        mixers.append(catalog()["mixers"].get(name)(64, **options, **extra).to(device))
+    return mixers[0], mixers[1]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packages_are_handed_half_precision(
+    name: str, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And states, packed sequences and final states where they are wanted only."""
+    seen: list[SsdArguments] = []
+
+    def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
+        seen.append(arguments)
+        return chunked.run(arguments)
+
+    module, op = sys.modules["mambaseq.ops.ssd"], OPS["ssd"]
+    package = dispatch.Backend("fla", run, dispatch.never)
+    monkeypatch.setattr(module, "OP", op._replace(backends=(op.backends[0], package)))
+    own, other = pair(name, options, "fla", "cpu")
+    x = torch.randn(1, 90, 64)
+    bounds = torch.tensor([0, 40, 90], dtype=torch.int32)
+    with torch.no_grad():
+        expected, state = own(x[:, :50], return_state=True)
+        rest = own(x[:, 50:], state=state)
+        with torch.autocast("cpu", dtype=dtype):
+            for actual, wanted in zip(
+                (*other(x[:, :50], return_state=True)[:1], other(x[:, 50:], state=state), other(x, cu_seqlens=bounds)),
+                (expected, rest, own(x, cu_seqlens=bounds)),
+                strict=True,
+            ):
+                assert relative_rms_error(actual.float(), wanted.double()) < NEAR
+    assert [arguments.wants_final_state for arguments in seen] == [True, False, False]
+    assert [arguments.initial_state is None for arguments in seen] == [True, False, True]
+    taken = dtype if name == "mamba2" else torch.bfloat16  # sums without decay leave the range of float16
+    assert {arguments.x.dtype for arguments in seen} == {taken}
+    assert all(arguments.A.dtype == torch.float32 for arguments in seen)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_in_full_precision_they_say_why_not(name: str, options: dict) -> None:
+    with pytest.raises(ValueError, match="'fla' cannot run these arguments: "):
+        pair(name, options, "fla", "cpu")[1](torch.randn(1, 9, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("backend", ["fla", "mamba_ssm"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_packages_on_a_gpu(name: str, options: dict, backend: str, packed: bool) -> None:
+    own, other = pair(name, options, backend, "cuda")
+    x = torch.randn(1 if packed else 2, 1000, 64, device="cuda")
+    bounds = torch.tensor([0, 63, 400, 1000], dtype=torch.int32, device="cuda") if packed else None
+    with torch.no_grad():
+        expected, expected_state = own(x, cu_seqlens=bounds, return_state=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            try:
+                actual = other(x, cu_seqlens=bounds)
+            except ValueError as error:
+                pytest.skip(str(error))
+            assert relative_rms_error(actual.float(), expected.double()) < NEAR
+            if backend == "mamba_ssm" and packed:
+                return  # it takes no states of packed sequences
+            actual, state = other(x, cu_seqlens=bounds, return_state=True)
+    for a, e in zip(state.tensors().values(), expected_state.tensors().values(), strict=True):
+        assert relative_rms_error(a.float(), e.double()) < NEAR
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("backend", ["fla", "mamba_ssm"])
+def test_gradients_of_packages_on_a_gpu(name: str, options: dict, backend: str) -> None:
+    own, other = pair(name, options, backend, "cuda")
+    x = torch.randn(2, 1000, 64, device="cuda")
+    direction = torch.randn_like(x)
+    own(x).backward(direction)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        try:
+            y = other(x)
+        except ValueError as error:
+            pytest.skip(str(error))
+    y.backward(direction.to(y.dtype))
+    for (label, mine), theirs in zip(own.named_parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert relative_rms_error(theirs.grad.float(), mine.grad.double()) < 2 * NEAR, label
