@@ -7,6 +7,7 @@ with CUDA's multi-process service running they share it without taking turns). S
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import queue
 import shutil
@@ -20,6 +21,8 @@ import torch
 from mambaseq_synthetic.recipes import induction_heads, lra, selection, selective_copying
 from mambaseq_text.recipes import ablations, mixers
 from tqdm import tqdm
+
+from mambaseq.reproduction.tables import Report
 
 KEPT = Path(__file__).parent / "reproduction"
 SEEDS = (0, 1, 2)
@@ -129,7 +132,10 @@ def main() -> int:
         for name in (job.recipe for job in whole if job not in failed):
             for part in KEPT.glob(f"{name}-*.json"):
                 part.unlink()
-            shutil.copy(arguments.out / f"{name}-full" / "report.json", KEPT / f"{name}.json")
+            folder = arguments.out / f"{name}-full"
+            if arguments.each > 1 and any(job.recipe == name for job in second):  # seconds of a shared GPU say nothing
+                dataclasses.replace(Report.read(folder / "report.json"), seconds=None).write(folder)
+            shutil.copy(folder / "report.json", KEPT / f"{name}.json")
         subprocess.run([sys.executable, Path(__file__).parent / "reproduction.py"], check=True)
     return 1 if failed else 0
 

@@ -13,12 +13,10 @@ from mambaseq.benchmarking.timing import Attempt, attempt, on
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
-from mambaseq.ops.dispatch import Backend, Op, check, explain
+from mambaseq.ops.dispatch import PACKAGES, Backend, Op, check, explain
 
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4
-# backends that other people's packages bring: they may be broken
-NOT_OURS = {"mamba_ssm", "fla"}
 
 
 def diagnose(device: str | None) -> int:
@@ -53,7 +51,7 @@ def _op_failed(op: Op, place: torch.device) -> bool:
         if reason is None:
             checked = attempt(functools.partial(_error, op, backend, place))
             status, reason = _verdict(checked, times.get(name))
-            failed |= status == "wrong" or (status == "failed" and name not in NOT_OURS)
+            failed |= status == "wrong" or (status == "failed" and name not in PACKAGES)
         print(f"  {mark:<6} {name:<12} {reason}")
     print()
     return failed

@@ -34,9 +34,13 @@ def _hardware(device: torch.device) -> str:
 
 
 def _source(recipe: Recipe) -> str:
-    """A digest of the module that a recipe is in: its trials are those of these settings."""
+    """A digest of the module that a recipe is in, and of those beside it that it takes functions or classes from: its
+    trials are those of these settings."""
+    module = sys.modules[recipe.run.__module__]
+    beside = {getattr(value, "__module__", None) or "" for value in vars(module).values()}
+    names = sorted({module.__name__, *(name for name in beside if name.startswith(f"{module.__package__}."))})
     try:
-        text = inspect.getsource(sys.modules[recipe.run.__module__])
+        text = "".join(inspect.getsource(sys.modules[name]) for name in names)
     except (OSError, TypeError):  # there are no sources
         text = ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -50,8 +50,9 @@ class LinearAttention(Mixer):
         rope: rotary position embedding of φ(q) and φ(k), for an even head_dim. Without it nothing tells the order of
             the past.
         rope_theta: base of its wavelengths, the longest of which is near 2 pi rope_theta positions.
-        backend: what sums the values; None for the fastest that can in full precision (see `mambaseq doctor`). "fla"
-            and "mamba_ssm" take activations of half precision, of which their products are, too.
+        backend: what sums the values (and without rope the weights); None for the fastest that can in full precision
+            (see `mambaseq doctor`). "fla" and "mamba_ssm" take activations of half precision; their products are of
+            bfloat16.
     """
 
     companion = "mlp"
@@ -104,16 +105,17 @@ class LinearAttention(Mixer):
         q, k, v = self._project(x)
         if self.rope:
             sums, keys = (None, None) if state is None else state.kv.split([self.head_dim, 1], dim=2)
-            y, *sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens, return_state, self.backend)
+            y, sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens, return_state, self.backend)
             ones = q.new_ones(()).expand(*v.shape[:3], 1)
-            total, *keys = self._sums(q, k, ones, keys, cu_seqlens, return_state, None)
-            kv = [torch.cat([*sums, *keys], dim=2)] if return_state else []
+            total, keys = self._sums(q, k, ones, keys, cu_seqlens, return_state, None)
+            parts = [sums, keys]
         else:  # the sum of weights is one more column of values
             before, values = None if state is None else state.kv, F.pad(v, (0, 1), value=1.0)
-            y, *kv = self._sums(q, k, values, before, cu_seqlens, return_state, self.backend)
+            y, sums = self._sums(q, k, values, before, cu_seqlens, return_state, self.backend)
+            parts = [sums]
             y, total = y.split([self.head_dim, 1], dim=-1)
         y = self._output(y, total, x)
-        return (y, LinearAttentionState(length, *kv)) if return_state else y
+        return (y, LinearAttentionState(length, torch.cat(parts, dim=2))) if return_state else y
 
     def _check(self, state: LinearAttentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)
@@ -139,9 +141,9 @@ class LinearAttention(Mixer):
         cu_seqlens: Tensor | None,
         return_state: bool,
         backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        """The sums over the past of (q·k) v `(batch, length, heads, values)` in the precision of q; where the state is
-        wanted also v kᵀ summed over all."""
+    ) -> tuple[Tensor, Any]:
+        """The sums over the past of (q·k) v `(batch, length, heads, values)` in the precision of q, and v kᵀ summed
+        over all, None where the state is not wanted."""
         taken = packages.input_dtype(backend, v.dtype)
         y = ssd(
             v.to(taken),
@@ -155,8 +157,8 @@ class LinearAttention(Mixer):
             chunk_size=self.chunk_size,
             backend=backend,
         )
-        y, *state = y if return_state else (y,)
-        return (y.to(q.dtype), *state)
+        y, state = y if return_state else (y, None)
+        return y.to(q.dtype), state
 
     def _output(self, y: Tensor, total: Tensor, like: Tensor) -> Tensor:
         """y: sums of weighted values `(..., heads, head_dim)`; total: of the weights `(..., heads, 1)`."""

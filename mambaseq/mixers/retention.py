@@ -46,7 +46,7 @@ class Retention(Mixer):
         bias: biases of in_proj and out_proj.
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
         backend: what runs the state-space dual; None for the fastest that can in full precision (see `mambaseq
-            doctor`). "fla" and "mamba_ssm" take activations of half precision, of which their products are, too.
+            doctor`). "fla" and "mamba_ssm" take activations of half precision; their products are of bfloat16.
     """
 
     companion = "mlp"
@@ -117,9 +117,11 @@ class Retention(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y, *kv = y if return_state else (y,)
+        kv: Any = None
+        if return_state:
+            y, kv = y
         y = self._output(y.to(wide), gate, x)
-        return (y, RetentionState(_turn(kv[0], self._turns(-bounds[1:])))) if return_state else y
+        return (y, RetentionState(_turn(kv, self._turns(-bounds[1:])))) if return_state else y
 
     def _check(self, state: RetentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         shape = (sequences.count(x, cu_seqlens), self.n_heads, self.v_dim, self.head_dim)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 Result = tuple[Tensor, Tensor]
 
+# backends that other people's packages bring
+PACKAGES = ("mamba_ssm", "fla")
+
 
 class Backend(NamedTuple):
     """One implementation: `run(arguments)`, and why it would not run for some arguments (None: it would)."""

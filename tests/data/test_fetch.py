@@ -223,8 +223,9 @@ def tarred(member: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.zip", zipped()), ("x.tar.gz", tarred("inner/text"))])
-def test_archives_are_unpacked_once(site: Site, tmp_path: Path, name: str, content: bytes) -> None:
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
+def test_archives_are_unpacked_once(site: Site, tmp_path: Path, name: str) -> None:
+    content = zipped() if name == "x.zip" else tarred("inner/text")
     site.files[name] = content
     source = write_manifest(tmp_path, site.url, sha256(content), name, unpack=True)
     inner = get(source, tmp_path) / "x" / "inner" / "text"

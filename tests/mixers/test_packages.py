@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS, dispatch
-from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.dispatch import PACKAGES, relative_rms_error
 from mambaseq.ops.ssd import chunked
 from mambaseq.ops.ssd.arguments import SsdArguments
+from mambaseq.ops.ssd.packages import input_dtype
 
 CASES = [
     ("mamba2", {"d_state": 32}),
@@ -33,12 +34,8 @@ def pair(name: str, options: dict, backend: str, device: str) -> tuple[torch.nn.
     return mixers[0], mixers[1]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_packages_are_handed_half_precision(
-    name: str, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And states, packed sequences and final states where they are wanted only."""
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[SsdArguments]:
+    """What "fla" will have been given: ours takes its place."""
     seen: list[SsdArguments] = []
 
     def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
@@ -48,6 +45,16 @@ def test_packages_are_handed_half_precision(
     module, op = sys.modules["mambaseq.ops.ssd"], OPS["ssd"]
     package = dispatch.Backend("fla", run, dispatch.never)
     monkeypatch.setattr(module, "OP", op._replace(backends=(op.backends[0], package)))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packages_are_handed_half_precision(
+    name: str, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And states, packed sequences and final states where they are wanted only."""
+    seen = handed(monkeypatch)
     own, other = pair(name, options, "fla", "cpu")
     x = torch.randn(1, 90, 64)
     bounds = torch.tensor([0, 40, 90], dtype=torch.int32)
@@ -68,10 +75,27 @@ def test_packages_are_handed_half_precision(
     assert all(arguments.A.dtype == torch.float32 for arguments in seen)
 
 
+@pytest.mark.parametrize("backend", [None, "torch", "reference", "mamba_ssm", "fla"])
+def test_nothing_is_rounded_that_was_not(backend: str | None) -> None:
+    """Full precision stays, also for packages, which then say that they cannot."""
+    half = torch.bfloat16 if backend in PACKAGES else torch.float32
+    for activations, taken in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, half),
+        (torch.float16, half),
+    ):
+        assert input_dtype(backend, activations) == taken
+
+
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
-def test_in_full_precision_they_say_why_not(name: str, options: dict) -> None:
-    with pytest.raises(ValueError, match="'fla' cannot run these arguments: "):
-        pair(name, options, "fla", "cpu")[1](torch.randn(1, 9, 64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_is_handed_on(
+    name: str, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = handed(monkeypatch)
+    pair(name, options, "fla", "cpu")[1].to(dtype)(torch.randn(1, 9, 64, dtype=dtype))
+    assert [arguments.x.dtype for arguments in seen] == [dtype]
 
 
 @pytest.mark.gpu
@@ -94,6 +118,9 @@ def test_packages_on_a_gpu(name: str, options: dict, backend: str, packed: bool)
             if backend == "mamba_ssm" and packed:
                 return  # it takes no states of packed sequences
             actual, state = other(x, cu_seqlens=bounds, return_state=True)
+            further = other(x, state=expected_state, cu_seqlens=bounds)
+        expected = own(x, state=expected_state, cu_seqlens=bounds)
+    assert relative_rms_error(further.float(), expected.double()) < NEAR
     for a, e in zip(state.tensors().values(), expected_state.tensors().values(), strict=True):
         assert relative_rms_error(a.float(), e.double()) < NEAR
 

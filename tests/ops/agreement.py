@@ -92,7 +92,8 @@ def _numba_knows_numpy() -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that is asked for uninitialised is full of NaN."""
+    """Memory that is asked for uninitialised is full of NaN. (Kernels of Numba that ask for some themselves are to be
+    compiled before.)"""
 
     def poison_tensor(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(allocate)

@@ -8,9 +8,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from mambaseq.ops.dispatch import PACKAGES
 from mambaseq.ops.ssd.arguments import SsdArguments
 
-PACKAGES = ("mamba_ssm", "fla")
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
