@@ -17,6 +17,7 @@ from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.reverse_complement import complement_table
 from mambaseq.mixers.base import Mixer
+from mambaseq.ops.embedding import Embedding
 
 
 class TokenEncoder(nn.Module):
@@ -30,9 +31,9 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, d_model: int, vocab_size: int, n_conditions: int = 0) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.embedding = Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.condition = nn.Embedding(n_conditions, d_model) if n_conditions else None
+        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
 
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.embedding(inputs)
@@ -74,14 +75,14 @@ class SignalEncoder(nn.Module):
     def __init__(self, d_model: int, n_channels: int, n_conditions: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(n_channels, d_model)
-        self.condition = nn.Embedding(n_conditions, d_model) if n_conditions else None
+        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
 
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.linear(inputs.to(self.linear.weight.dtype))
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
 
 
-def _condition(table: nn.Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _condition(table: Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if table is None:
         raise ValueError("A condition was given to a model without conditions (encoder.n_conditions is 0).")
     if cu_seqlens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     ids=["as published", "groups, biases", "epsilon, kernel"],
 )
 def test_logits_of_transformers(changes: dict) -> None:
+    norm = inspect.signature(transformers.models.mamba2.modeling_mamba2.MambaRMSNormGated)
+    if "n_groups" in changes and "group_size" not in norm.parameters:
+        pytest.skip("this transformers norms all groups of heads as one, which mamba-ssm and later ones do not")
     theirs = made(**changes)
     ours = causal_lm(**options_from_config(theirs.config.to_dict()))
     ours.load_state_dict(from_upstream(theirs.state_dict()))

@@ -1,0 +1,62 @@
+"""A lookup table whose gradient is summed in a fixed order, so that training on a GPU repeats.
+
+PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (from 2.11 on, where
+`torch.use_deterministic_algorithms` is off). Few rows, as of bases and bytes, are summed by a product with the lookups
+as zeros and ones, rounded as `torch.set_float32_matmul_precision` says; many by `index_put_`, which sorts them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.ops.dtypes import working_dtype
+
+# rows up to which the product is taken, and numbers that its first factor has at most
+_FEW, _ONES = 2048, 2**26
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding(num_embeddings, embedding_dim)`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids `(...)` to `(..., embedding_dim)`."""
+        weight = self.weight
+        plain = type(weight) in (nn.Parameter, Tensor)  # not sharded, say
+        if plain and weight.is_cuda and weight.requires_grad and torch.is_grad_enabled():
+            return Lookup.apply(input, weight)
+        return super().forward(input)
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a weight `(rows, features)` by ids `(...)`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = weight.shape[0]
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            return None, _summed(ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]), ctx.rows)
+
+
+def _summed(ids: Tensor, values: Tensor, rows: int) -> Tensor:
+    """The values `(n, features)` of each id summed, `(rows, features)`."""
+    total = values.new_zeros(rows, values.shape[1], dtype=working_dtype(values))
+    if rows > _FEW:
+        total.index_put_((ids,), values.to(total.dtype), accumulate=True)
+    else:
+        known, many = torch.arange(rows, device=ids.device)[:, None], _ONES // rows
+        for some, theirs in zip(ids.split(many), values.split(many), strict=True):
+            total += (known == some).to(theirs.dtype) @ theirs
+    return total.to(values.dtype)
