@@ -2,7 +2,7 @@
 
 PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (from 2.11 on, where
 `torch.use_deterministic_algorithms` is off). Few rows, as of bases and bytes, are summed by a product with the lookups
-as zeros and ones, rounded as `torch.set_float32_matmul_precision` says; many by `index_put_`, which sorts them.
+as zeros and ones, rounded as `torch.set_float32_matmul_precision` says; many as PyTorch does after indexing: sorted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ class Embedding(nn.Embedding):
         weight = self.weight
         plain = type(weight) in (nn.Parameter, Tensor)  # not sharded, say
         if plain and weight.is_cuda and weight.requires_grad and torch.is_grad_enabled():
-            return Lookup.apply(input, weight)
+            return looked_up(input, weight)
         return super().forward(input)
 
 
-class Lookup(torch.autograd.Function):
-    """Rows of a weight `(rows, features)` by ids `(...)`."""
+def looked_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a weight `(rows, features)` by ids `(...)`. Nothing waits for the device, so it can be captured."""
+    if weight.shape[0] <= _FEW:
+        return _FewRows.apply(ids, weight)
+    # widened, as the sums of half-precision weights would be rounded at each summand
+    return weight.to(working_dtype(weight))[ids.long()].to(weight.dtype)
 
+
+class _FewRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
@@ -53,10 +59,7 @@ class Lookup(torch.autograd.Function):
 def _summed(ids: Tensor, values: Tensor, rows: int) -> Tensor:
     """The values `(n, features)` of each id summed, `(rows, features)`."""
     total = values.new_zeros(rows, values.shape[1], dtype=working_dtype(values))
-    if rows > _FEW:
-        total.index_put_((ids,), values.to(total.dtype), accumulate=True)
-    else:
-        known, many = torch.arange(rows, device=ids.device)[:, None], _ONES // rows
-        for some, theirs in zip(ids.split(many), values.split(many), strict=True):
-            total += (known == some).to(theirs.dtype) @ theirs
+    known, many = torch.arange(rows, device=ids.device)[:, None], _ONES // rows
+    for some, theirs in zip(ids.split(many), values.split(many), strict=True):
+        total += (known == some).to(theirs.dtype) @ theirs
     return total.to(values.dtype)

@@ -72,6 +72,8 @@ def test_and_back() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_of_both_houses(tmp_path: Path, tied: bool) -> None:
+    if tied and int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers before 5 cannot save a Mamba-2 whose weights are tied")
     theirs = made(tie_word_embeddings=tied)
     ids = torch.randint(0, 101, (1, 20))
     with torch.no_grad():
