@@ -1,6 +1,6 @@
 """A lookup table whose gradient is summed in a fixed order, so that training on a GPU repeats.
 
-PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (from 2.11 on, where
+PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (2.11 does, where
 `torch.use_deterministic_algorithms` is off). Few rows, as of bases and bytes, are summed by a product with the lookups
 as zeros and ones, rounded as `torch.set_float32_matmul_precision` says; many as PyTorch does after indexing: sorted.
 """
