@@ -1,4 +1,4 @@
-"""A lookup table whose gradient is summed in a fixed order, so that training on a GPU repeats.
+"""A lookup table whose gradient is summed in a fixed order on a GPU, too.
 
 PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (2.11 does, where
 `torch.use_deterministic_algorithms` is off). Few rows, as of bases and bytes, are summed by a product with the lookups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
     assert not (out / "report.json").exists()  # which is that of all lines
     assert report.seconds is not None
     assert report.seconds > first  # with those of the second seed
+
+
+@pytest.mark.parametrize(("changed", "code"), [("selection", 2), ("selective_copying", 2), ("lra", 0)])
+def test_trials_are_those_of_the_settings_of_a_recipe_and_of_what_it_shares(
+    changed: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reproduce("selection", tmp_path, "--only", "dt") == 0
+    original = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda m: original(m) + "#" * m.__name__.endswith(f"recipes.{changed}"))
+    assert reproduce("selection", tmp_path, "--only", "dt") == code
 
 
 def test_only_some_seeds(tmp_path: Path) -> None:

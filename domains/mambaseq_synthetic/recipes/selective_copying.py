@@ -33,15 +33,20 @@ def run(context: Context) -> list[Table]:
     n_data = context.at(full=16, small=8, tiny=4)
     steps = context.at(full=4_000, small=1_000, tiny=2)
     batch_size = context.at(full=64, small=16, tiny=2)
+
+    def trial(name: str, seed: int, checkpoint: Path) -> dict[str, float]:
+        torch.manual_seed(seed)
+        mixer, options, _, _ = MODELS[name]
+        model = causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
+        return taught(context, name, model, seed, checkpoint, lengths, n_data, steps, batch_size)
+
     lines = []
     for name in context.wanted(MODELS):
         _, _, paper, wanted = MODELS[name]
         seeds = context.seeds if wanted else context.seeds[:1]
         values = dataclasses.replace(context, seeds=seeds).over_seeds(
             f"{name} steps={steps} a length",
-            lambda seed, checkpoint, name=name: _trial(  # type: ignore[misc]
-                context, name, seed, checkpoint, lengths, n_data, steps, batch_size
-            ),
+            lambda seed, checkpoint, name=name: trial(name, seed, checkpoint),  # type: ignore[misc]
         )
         lines.append(Line(name, values, paper, wanted))
     columns = [
@@ -64,22 +69,6 @@ def run(context: Context) -> list[Table]:
         f"{steps:,} steps are done. Of H3 and S4D one seed."
     )
     return [Table("Selective copying", about, columns, lines)]
-
-
-def _trial(
-    context: Context,
-    name: str,
-    seed: int,
-    checkpoint: Path,
-    lengths: tuple[int, ...],
-    n_data: int,
-    steps: int,
-    batch_size: int,
-) -> dict[str, float]:
-    torch.manual_seed(seed)
-    mixer, options, _, _ = MODELS[name]
-    model = causal_lm(VOCABULARY, 64, 2, mixer, **options).to(context.device)
-    return taught(context, name, model, seed, checkpoint, lengths, n_data, steps, batch_size)
 
 
 def taught(
