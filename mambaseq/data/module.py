@@ -74,6 +74,11 @@ class SequenceData(abc.ABC):
         """The test set, the same at every call; None when there is none."""
         return None
 
+    def sources(self) -> dict[str, str]:
+        """What the files of this data set hold now, after `setup`: the name of each, as a person knows it, to a checksum of
+        its contents. By it a run notices that its data changed. Empty for what is not read from files."""
+        return {}
+
     def reader_options(self) -> dict[str, Any]:
         """Plain options that are saved with a model and handed to the reader (sample rate, ...)."""
         return {}
