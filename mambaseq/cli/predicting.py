@@ -151,18 +151,28 @@ def _windows(
 def _likelihood(
     loaded: LoadedModel, record: Record, condition: torch.Tensor | None, chunk: int = 8192
 ) -> Iterator[Row]:
-    """The whole record in chunks, the state passed on, so that memory does not grow with it."""
+    """The whole record in chunks, the state passed on, so that memory does not grow with it.
+
+    Tokens that `record.scored` leaves out are read and not counted.
+    """
     model = loaded.model
     sequence = _tensor(record, next(model.parameters()).device)
+    labels = sequence
+    if record.scored is not None:
+        labels = sequence.masked_fill(
+            ~torch.from_numpy(np.asarray(record.scored, dtype=bool)).to(sequence.device), -100
+        )
     n = len(sequence) - 1
     if n < 1:
         return
-    state, total = None, 0.0
+    state, total, count = None, 0.0, 0
     with torch.no_grad():
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
-            inputs, targets = sequence[None, start:stop], sequence[None, start + 1 : stop + 1]
+            inputs, targets = sequence[None, start:stop], labels[None, start + 1 : stop + 1]
             output = model(inputs, targets, condition=condition, state=state, return_state=True)
             state = output.state
-            total += float(output.loss) * (stop - start)
-    yield 0, n + 1, [n, f"{total / n / math.log(2):.6f}"]
+            if (scored := int((targets != -100).sum())) > 0:
+                total += float(output.loss) * scored
+                count += scored
+    yield 0, n + 1, [count, f"{total / count / math.log(2):.6f}" if count else ""]

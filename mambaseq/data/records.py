@@ -12,12 +12,15 @@ class Record:
     """One named sequence: token ids `(length,)`, or a continuous signal `(length, channels)` float32.
 
     description: what the file says about it beyond the name (the rest of a FASTA header).
+    scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out those that training
+        never asks for (N of a genome): a model has learned nothing about them.
     """
 
     name: str
     ids: np.ndarray | None = None
     signal: np.ndarray | None = None
     description: str = ""
+    scored: np.ndarray | None = None
 
     def __len__(self) -> int:
         values = self.ids if self.ids is not None else self.signal

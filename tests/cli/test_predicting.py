@@ -15,6 +15,7 @@ from mambaseq_text.tokenization import ByteTokenizer
 
 from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.cli.main import main
+from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.models import build_model
 
@@ -203,14 +204,10 @@ def test_mistakes_are_told_in_a_paragraph(
 
 
 def numbers(path: Path, tokenizer: Tokenizer):
-    from mambaseq.data.records import Record
-
     yield Record("one", ids=tokenizer.encode(np.zeros(3)))
 
 
 def signals(path: Path, tokenizer: Tokenizer):
-    from mambaseq.data.records import Record
-
     yield Record("one", signal=np.zeros((3, 1), dtype=np.float32))
 
 
@@ -253,3 +250,28 @@ def test_a_window_that_the_encoder_cannot_read(tmp_path: Path, capsys: pytest.Ca
     assert "--window must be at least 6 for this model, not 5" in capsys.readouterr().err
     assert not out.exists()
     assert spans(predict(model, source, "--window", "6"))[0] == ("r0", 0, 6)
+
+
+def partly_scored(path: Path, tokenizer: Tokenizer, **options: Any):
+    """The bytes of a file; capital letters are not scored."""
+    ids = tokenizer.encode(path.read_text())
+    yield Record(path.name, ids=ids, scored=np.array([not letter.isupper() for letter in path.read_text()]))
+
+
+def test_tokens_that_training_leaves_out_are_not_scored(tmp_path: Path) -> None:
+    model, source = language_model(tmp_path / "m"), tmp_path / "in.txt"
+    source.write_text("To BE or NOT to be")
+    (row,) = predict(model, source, "--reader", f"{__name__}:partly_scored")
+    loaded = load_model(model)
+    assert loaded.tokenizer is not None
+    ids = torch.from_numpy(loaded.tokenizer.encode(source.read_text()).astype(np.int64))
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(loaded.model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+    wanted = torch.tensor([not letter.isupper() for letter in source.read_text()[1:]])
+    assert row["tokens"] == str(int(wanted.sum())) == "12"
+    assert float(row["bits_per_token"]) == pytest.approx(float(losses[wanted].mean()) / math.log(2), abs=2e-6)
+    source.write_text("ABC")
+    assert [
+        (row["tokens"], row["bits_per_token"])
+        for row in predict(model, source, "--reader", f"{__name__}:partly_scored")
+    ] == [("0", "")]
