@@ -75,8 +75,8 @@ class SequenceData(abc.ABC):
         return None
 
     def sources(self) -> dict[str, str]:
-        """What the files of this data set hold now, after `setup`: the name of each, as a person knows it, to a checksum
-        of its contents. By it a run notices that its data changed. Empty for what is not read from files."""
+        """What the files of this data set hold now, after `setup`: the name of each, as a person knows it, to a
+        checksum of its contents. By it a run notices that its data changed. Empty for what is not read from files."""
         return {}
 
     def reader_options(self) -> dict[str, Any]:
