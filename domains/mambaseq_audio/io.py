@@ -140,9 +140,9 @@ def read_audio(
     for file in audio_files(path):
         signal = read_signal(file, sample_rate, resample=resample, channels=channels)
         if tokenizer is None:
-            yield Record(name=file.stem, signal=signal[:, None])
+            yield Record(name=file.stem, signal=signal[:, None], source=str(file))
         else:
-            yield Record(name=file.stem, ids=tokenizer.encode(signal))
+            yield Record(name=file.stem, ids=tokenizer.encode(signal), source=str(file))
 
 
 def write_wav(

@@ -249,7 +249,7 @@ def read_text(
         count = 0
         for where, text in _texts(name, field, encoding):
             count += 1
-            yield Record(name=where, ids=tokenizer.encode(text))
+            yield Record(name=where, ids=tokenizer.encode(text), source=name)
         if not count:
             raise DataError(f"{name} holds no document. Put text into it, or name another file.")
 

@@ -28,6 +28,7 @@ class ModelCard:
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
     generation: the run's defaults for `mambaseq generate`. step: optimizer steps behind the weights, None if unknown.
+    task: what the model was trained for (see `mambaseq.data.purpose.TASKS`); None in a description that does not say.
     """
 
     spec: dict[str, Any]
@@ -42,6 +43,7 @@ class ModelCard:
     writer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int | None = None
+    task: str | None = None
 
 
 @dataclasses.dataclass

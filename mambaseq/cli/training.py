@@ -18,11 +18,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file
-from mambaseq.batch import Batch
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
 from mambaseq.data.module import SequenceData
+from mambaseq.data.purpose import is_next_token, task_of
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.pictures import learning_curves, save_png
@@ -52,6 +52,7 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
         reader_options=data.reader_options(),
         writer_options=data.writer_options(),
         generation=settings.settings["generation"],
+        task=task_of(data),
     )
 
 
@@ -183,7 +184,7 @@ def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -
         if first.targets is None:
             return
         per_token, values = first.per_token, first.targets.is_floating_point()
-        if per_token and not model.backbone.causal and _is_next_token(first):
+        if per_token and not model.backbone.causal and is_next_token(first):
             raise ConfigError(
                 f"The dataset {settings.settings['data']['name']!r} asks for the next token, which the backbone "
                 f"{settings.settings['model']['backbone']['name']!r} sees. Choose a causal backbone, such as "
@@ -198,14 +199,6 @@ def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -
             f"{settings.settings['data']['name']!r} gives one target {given}. Choose a head for those, such as "
             f"{fitting!r} (`mambaseq list heads`), or another dataset."
         )
-
-
-def _is_next_token(batch: Batch) -> bool:
-    """Whether every target is the input behind it."""
-    assert batch.targets is not None
-    targets, following = batch.targets[:, :-1], batch.inputs[:, 1:]
-    scored = targets != -100
-    return bool(scored.any()) and torch.equal(targets[scored], following[scored])
 
 
 def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:

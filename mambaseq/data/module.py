@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning
 import torch
@@ -43,6 +43,7 @@ class SequenceData(abc.ABC):
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
     start_ids: what generation begins from when no prompt is given (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
+    task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None leaves it to what the first sequence shows.
     """
 
     vocab_size: int | None = None
@@ -57,6 +58,7 @@ class SequenceData(abc.ABC):
     start_ids: Sequence[int] = (0,)
     reader: str | None = None
     writer: str | None = None
+    task: Literal["next_token", "labels", "classes", "values"] | None = None
 
     @abc.abstractmethod
     def setup(self) -> None:

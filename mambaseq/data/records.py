@@ -12,6 +12,7 @@ class Record:
     """One named sequence: token ids `(length,)`, or a continuous signal `(length, channels)` float32.
 
     description: what the file says about it beyond the name (the rest of a FASTA header).
+    source: the file that it is in, where a reader was given a folder.
     scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out those that training
         never asks for (N of a genome): a model has learned nothing about them.
     """
@@ -21,6 +22,7 @@ class Record:
     signal: np.ndarray | None = None
     description: str = ""
     scored: np.ndarray | None = None
+    source: str = ""
 
     def __len__(self) -> int:
         values = self.ids if self.ids is not None else self.signal
