@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file
-from mambaseq.data.cache import HASHED_UP_TO, fingerprint
+from mambaseq.data.cache import fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError
@@ -123,10 +123,10 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
     read.
     """
     tokenizer = BaseTokenizer("keep")
-    meta = {"sources": [fingerprint(path)], "tokenizer": "dna/base", "options": tokenizer.options}
+    meta = {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
 
     def records() -> Iterator[tuple[str, np.ndarray]]:
-        small = path.stat().st_size <= HASHED_UP_TO
+        small = path.stat().st_size <= 64 * 2**20
         with tqdm(desc=f"reading {path.name}", unit="base", unit_scale=True, disable=small) as bar:
             for record in read_fasta(path, tokenizer):
                 assert record.ids is not None

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 from mambaseq import resources
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.atomic import atomic_file
+from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.resources import cache_dir
 
-HASHED_UP_TO = 64 * 2**20
+REMEMBERED_FROM = 8 * 2**20
+_SETTLED = 2.0  # seconds: file systems stamp changes by a clock that is no finer than this
 
 
 def locate(name: str | Path) -> list[Path]:
     """The files that a name in a configuration stands for, sorted.
 
-    name: a path, which may hold `*` and `?`; `mambaseq:data/...` for a file that ships with the project (or
-        `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data fetch NAME` brought, in the
-        folder of the variable MAMBASEQ_CACHE or else the platform's cache folder.
-    Raises DataError when there is no such file.
+    name: a path, which may hold `*`, `?` and, for folders at any depth, `**`; `mambaseq:data/...` for a file that
+        ships with the project (or `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data
+        fetch NAME` brought, in the folder of the variable MAMBASEQ_CACHE or else the platform's cache folder.
+    Raises DataError when there is no such file, and for a folder.
     """
     text = str(name)
     scheme, separator, relative = text.partition(":")
@@ -39,26 +45,80 @@ def locate(name: str | Path) -> list[Path]:
             raise DataError(str(error)) from error
         remedy = "Check the name of the resource."
     else:
-        pattern = Path(text).expanduser()
-    if pattern.is_file():
-        return [pattern]
-    found = sorted(Path(path) for path in glob.glob(str(pattern)) if Path(path).is_file())  # noqa: PTH207
+        try:
+            pattern = Path(text).expanduser()
+        except RuntimeError as error:  # a user that there is not
+            raise DataError(f"There is no data file {text!r}: {error} {remedy}") from error
+    try:
+        if pattern.is_file():
+            return [pattern]
+        if pattern.is_dir():
+            raise DataError(f"{text!r} is a folder. Name the files in it, with a pattern: {str(pattern / '*')!r}.")
+        paths = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+        found = sorted(path for path in map(Path, dict.fromkeys(paths)) if path.is_file())
+    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a NUL
+        raise DataError(f"{text[:80]!r} is no name of a file: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:
         raise DataError(f"There is no data file {text!r} (looked for at {pattern}). {remedy}")
     return found
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells whether a source file has changed: its name and size, and a sha256 of up to 64 MiB, else its
-    mtime.
+def fingerprint(path: Path, cache: str | Path | None = None) -> dict[str, Any]:
+    """What tells whether a source file has changed: its name, its size and the sha256 of all that it holds.
 
-    Hashing a large file at every start would cost more than reading it is worth.
+    A large file is read once: its checksum is remembered in the cache folder beside what the file system says of it
+    (device, number, size, times of change), and a file of which any of that differs is read again. The time of the last
+    change of status is one of them, which no program can set back.
+
+    cache: the cache folder; see `cache_dir`. Raises DataError when the file cannot be read.
     """
-    status = path.stat()
-    found: dict[str, Any] = {"name": path.name, "size": status.st_size}
-    if status.st_size <= HASHED_UP_TO:
-        with path.open("rb") as file:
-            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    else:
-        found["mtime_ns"] = status.st_mtime_ns
-    return found
+    try:
+        for _ in range(3):
+            status = path.stat()
+            memory = _Memory(path, status, cache)
+            digest = memory.recall()
+            if digest is None:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if _state(path.stat()) != _state(status):
+                    continue  # it was written to while it was read
+                memory.keep(digest)
+            return {"name": path.name, "size": status.st_size, "sha256": digest}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and permissions.") from error
+    raise DataError(f"{path} changes while it is read. Wait until it is complete.")
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+class _Memory:
+    """The checksum of a large file, remembered as long as the file system says that nothing changed."""
+
+    def __init__(self, path: Path, status: os.stat_result, cache: str | Path | None) -> None:
+        self.state = [str(path.absolute()), *_state(status)]
+        self.worth = status.st_size >= REMEMBERED_FROM
+        self.settled = time.time() - status.st_ctime > _SETTLED
+        name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:20]
+        self.file = cache_dir(cache) / "fingerprints" / f"{name}.json"
+
+    def _seal(self, digest: str) -> str:
+        return hashlib.sha256(json.dumps([self.state, digest]).encode()).hexdigest()[:16]
+
+    def recall(self) -> str | None:
+        """The checksum; None when it is not known, or the file may have changed since."""
+        if not self.worth:
+            return None
+        try:
+            state, digest, seal = json.loads(self.file.read_bytes())
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        return str(digest) if state == self.state and seal == self._seal(digest) else None
+
+    def keep(self, digest: str) -> None:
+        """Remember it. A cache that cannot be written costs time, nothing else."""
+        if not (self.worth and self.settled):
+            return
+        with contextlib.suppress(UserError, OSError), atomic_file(self.file, "w", encoding="ascii") as file:
+            json.dump([self.state, digest, self._seal(digest)], file)

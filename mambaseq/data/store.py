@@ -5,24 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mambaseq.atomic import atomic_folder
 from mambaseq.errors import DataError
 from mambaseq.resources import cache_dir
 
-FORMAT = 1
-TOKENS, INDEX = "tokens.bin", "index.json"
+FORMAT = 2
+TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
 DTYPES = ("uint8", "uint16", "uint32")
-_BLOCK, _BLOCKS = 1 << 16, 64
+_WRITTEN_AT_ONCE = 1 << 22
 
 logger = logging.getLogger(__name__)
 
-Records = Iterable[tuple[str, np.ndarray | Iterable[np.ndarray]]]
+Records = Iterable[tuple[str | None, np.ndarray | Iterable[np.ndarray]]]
+"""(name, tokens) of records in order; tokens is an array, or an iterable of arrays, which nobody changes afterwards. A
+name of None goes on with the record before."""
+
+Checksums = Callable[[np.ndarray], tuple[int, int]]
+"""Tokens of a record → two numbers below 2^64 that stand for its content: as it is, and as its other strand reads."""
 
 
 class StoreError(DataError):
@@ -34,60 +41,115 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(name for name in DTYPES if vocab_size <= 2 ** (8 * np.dtype(name).itemsize))
 
 
-def _digest(path: Path) -> str:
-    """sha256 over 64 blocks of 64 KiB spread evenly from the first to the last: all of a file of up to 4 MiB,
-    and for a larger one enough to see a lost or zeroed stretch without reading gigabytes at every start."""
-    size = path.stat().st_size
-    n_blocks = -(-size // _BLOCK)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in np.unique(np.linspace(0, max(n_blocks - 1, 0), _BLOCKS).astype(np.int64)):
-            file.seek(int(block) * _BLOCK)
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
+def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
+    """The checksum of tokens that have no other strand, twice."""
+    found = xxhash.xxh3_64_intdigest(tokens.data)
+    return found, found
+
+
+def _seal(index: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(index, sort_keys=True).encode())
+
+
+class _Tokens:
+    """Writes tokens to a file, many small records at once, and keeps the checksum of what was written."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file, self._dtype, self._limit = path.open("wb"), np.dtype(dtype), np.iinfo(dtype).max
+        self._pending: list[np.ndarray] = []
+        self._size = 0
+        self.checksum = xxhash.xxh3_64()
+
+    def write(self, name: str, tokens: np.ndarray) -> None:
+        """Append tokens of a record; the name is for messages."""
+        if tokens.dtype != self._dtype or not tokens.flags.c_contiguous:
+            if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self._limit:
+                raise DataError(
+                    f"Record {name!r} has token ids outside of [0, {self._limit}], which {self._dtype} holds."
+                )
+            tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
+        self._pending.append(tokens)
+        self._size += tokens.nbytes
+        if self._size >= _WRITTEN_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = self._pending[0].data if len(self._pending) == 1 else b"".join(self._pending)
+        self._file.write(data)
+        self.checksum.update(data)
+        self._pending, self._size = [], 0
+
+    def close(self) -> None:
+        if self._pending:
+            self._flush()
+        self._file.close()
 
 
 class TokenStore:
     """Records of tokens in one memory-mapped file; `store[i]` is record i, `(length,)`, read from disk when
     touched.
 
-    folder: holds `tokens.bin` (the records end to end) and `index.json` (names, starts, lengths, dtype,
-        meta).
+    folder: holds `tokens.bin` (the records end to end), `names.json`, `lengths.bin` (int64), `checksums.bin` (uint64,
+        two a record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself).
     names, starts, lengths: of the records, in file order. meta: what the store was built from.
+    tokens: all records end to end, `(tokens,)`. checksums: `(records, 2)` uint64, see `Checksums`.
     A store pickles as its path, so loader workers map the same file.
     """
 
     def __init__(self, folder: str | Path, *, check: bool = True) -> None:
-        """Open a store. Raises StoreError when it is missing, cut short or damaged."""
+        """Open a store. Raises StoreError when it is missing, cut short or damaged.
+
+        check: read all tokens once and compare their checksum; what describes them is checked always.
+        """
         self.folder = Path(folder)
         remedy = "Delete the folder; it is rebuilt from its source."
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = json.loads(self._read(INDEX))
             if index["format"] != FORMAT:
                 raise StoreError(f"The token store {self.folder} has format {index['format']}, not {FORMAT}. {remedy}")
+            if index.pop("checksum") != _seal(index):
+                raise StoreError(f"{self.folder / INDEX} is damaged: its checksum differs. {remedy}")
             self.dtype = np.dtype(index["dtype"])
-            self.names: list[str] = index["records"]["name"]
-            self.starts = np.asarray(index["records"]["start"], dtype=np.int64)
-            self.lengths = np.asarray(index["records"]["length"], dtype=np.int64)
             self.meta: dict[str, Any] = index["meta"]
-            size = (self.folder / TOKENS).stat().st_size
-            expected = int(self.lengths.sum()) * self.dtype.itemsize
-            if size != expected:
-                raise StoreError(f"{self.folder / TOKENS} has {size} bytes and should have {expected}. {remedy}")
-            if check and _digest(self.folder / TOKENS) != index["digest"]:
-                raise StoreError(f"{self.folder / TOKENS} is damaged: its checksum differs. {remedy}")
-            self._tokens = np.memmap(self.folder / TOKENS, dtype=self.dtype, mode="r")
+            parts: dict[str, bytes] = {}
+            for name, (size, checksum) in index["files"].items():
+                found = (self.folder / name).stat().st_size
+                if found != size:
+                    raise StoreError(f"{self.folder / name} has {found} bytes and should have {size}. {remedy}")
+                if name != TOKENS:
+                    parts[name] = self._read(name)
+                    actual = xxhash.xxh3_64_hexdigest(parts[name])
+                elif check:
+                    actual = xxhash.xxh3_64_hexdigest(np.memmap(self.folder / TOKENS, dtype=np.uint8, mode="r").data)
+                else:
+                    continue
+                if actual != checksum:
+                    raise StoreError(f"{self.folder / name} is damaged: its checksum differs. {remedy}")
+            self.names: list[str] = json.loads(parts[NAMES])
+            self.lengths = np.frombuffer(parts[LENGTHS], dtype="<i8")
+            self.checksums = np.frombuffer(parts[CHECKSUMS], dtype="<u8").reshape(-1, 2)
+            self.starts = np.cumsum(self.lengths) - self.lengths
+            self.tokens = np.memmap(self.folder / TOKENS, dtype=self.dtype, mode="r")
+            if not len(self.names) == len(self.lengths) == len(self.checksums):
+                raise ValueError("names, lengths and checksums are not equally many")
+            if self.lengths.min() < 0 or int(self.lengths.sum()) != len(self.tokens):
+                raise ValueError("lengths do not add up to the tokens")
         except FileNotFoundError as error:
             raise StoreError(f"There is no token store at {self.folder} ({error.filename} is missing).") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise StoreError(f"The token store {self.folder} cannot be read: {error.strerror}. {remedy}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreError(f"The index of the token store {self.folder} cannot be read: {error}. {remedy}") from error
+
+    def _read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, record: int) -> np.ndarray:
         start = self.starts[record]
-        return self._tokens[start : start + self.lengths[record]]
+        return self.tokens[start : start + self.lengths[record]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -97,48 +159,65 @@ class TokenStore:
 
     @classmethod
     def build(
-        cls, folder: str | Path, records: Records, dtype: str, meta: dict[str, Any], *, replace: bool = True
+        cls,
+        folder: str | Path,
+        records: Records,
+        dtype: str,
+        meta: dict[str, Any],
+        *,
+        checksums: Checksums = content_checksums,
+        replace: bool = True,
     ) -> TokenStore:
         """Write a store and open it. Records are streamed: at no time is more than one of them (or one chunk)
         held.
 
-        records: `(name, tokens)`; tokens is an array, or an iterable of arrays for records too long for
-        memory.
-        dtype: uint8, uint16 or uint32. meta: plain values that say what it was built from.
+        records: see `Records`. dtype: uint8, uint16 or uint32. meta: plain values that say what it was built from.
+        checksums: makes those of a record.
         replace: whether an existing folder gives way; False raises FileExistsError.
         Raises DataError when there are no tokens, or when an id does not fit the dtype; UserError when the
         disk is full.
         """
         folder = Path(folder)
-        limit = np.iinfo(dtype).max
         names: list[str] = []
         lengths: list[int] = []
         with atomic_folder(folder, replace=replace) as temporary:
-            with (temporary / TOKENS).open("wb") as file:
+            file = _Tokens(temporary / TOKENS, dtype)
+            try:
                 for name, tokens in records:
-                    length = 0
-                    for chunk in [tokens] if isinstance(tokens, np.ndarray) else tokens:
-                        if chunk.size and not 0 <= int(chunk.min()) <= int(chunk.max()) <= limit:
-                            raise DataError(
-                                f"Record {name!r} has token ids outside of [0, {limit}], which {dtype} holds."
-                            )
-                        file.write(np.ascontiguousarray(chunk, dtype=dtype).data)
-                        length += len(chunk)
-                    names.append(name)
-                    lengths.append(length)
+                    if name is not None:
+                        names.append(name)
+                        lengths.append(0)
+                    if isinstance(tokens, np.ndarray):
+                        file.write(names[-1], tokens)
+                        lengths[-1] += len(tokens)
+                    else:
+                        for chunk in tokens:
+                            file.write(names[-1], chunk)
+                            lengths[-1] += len(chunk)
+            finally:
+                file.close()
             if not sum(lengths):
                 raise DataError(
                     f"There are no tokens to store in {folder}: the source has no records, or only empty ones."
                 )
-            starts = np.cumsum([0, *lengths[:-1]]).tolist()
-            index = {
-                "format": FORMAT,
-                "dtype": dtype,
-                "digest": _digest(temporary / TOKENS),
-                "meta": meta,
-                "records": {"name": names, "start": starts, "length": lengths},
+            written = np.array(lengths, dtype="<i8")
+            everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
+            of_records = np.empty((len(names), 2), dtype="<u8")
+            stop = 0
+            for number, length in enumerate(lengths):
+                start, stop = stop, stop + length
+                of_records[number] = checksums(everything[start:stop])
+            parts = {
+                NAMES: json.dumps(names).encode(),
+                LENGTHS: written.tobytes(),
+                CHECKSUMS: of_records.tobytes(),
             }
-            (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
+            files = {TOKENS: [everything.nbytes, file.checksum.hexdigest()]}
+            for name, data in parts.items():
+                (temporary / name).write_bytes(data)
+                files[name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
+            index = json.loads(json.dumps({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
+            (temporary / INDEX).write_text(json.dumps(index | {"checksum": _seal(index)}), encoding="utf-8")
         return cls(folder, check=False)
 
     @classmethod
@@ -149,6 +228,7 @@ class TokenStore:
         dtype: str,
         meta: dict[str, Any],
         *,
+        checksums: Checksums = content_checksums,
         cache: str | Path | None = None,
     ) -> TokenStore:
         """The store of these sources and options in the cache folder, built when it is not there or damaged.
@@ -158,16 +238,16 @@ class TokenStore:
         Any number of processes may ask at once: each builds a copy of its own, the first to finish wins.
         """
         key = hashlib.sha256(json.dumps([FORMAT, dtype, meta], sort_keys=True).encode()).hexdigest()[:20]
-        folder = cache_dir(cache) / "stores" / f"{label}-{key}"
+        folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names end at 255 bytes
         for _ in range(3):  # a folder that another process found damaged may vanish between two looks at it
             try:
                 return cls(folder)
             except StoreError as error:
-                damaged = folder.exists()
+                damaged = os.path.lexists(folder)
                 if damaged:
                     logger.warning("%s It is rebuilt.", error)
             try:
-                return cls.build(folder, records(), dtype, meta, replace=damaged)
+                return cls.build(folder, records(), dtype, meta, checksums=checksums, replace=damaged)
             except (FileExistsError, StoreError):
                 continue
         return cls(folder)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import os
 import pickle
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from mambaseq.data.cache import fingerprint, locate
 from mambaseq.data.store import Records, StoreError, TokenStore, smallest_dtype
@@ -73,7 +77,58 @@ def damage_content(folder: Path) -> None:
 
 
 def damage_index(folder: Path) -> None:
-    (folder / "index.json").write_text('{"format": 1, "dty')
+    (folder / "index.json").write_text('{"format": 2, "dty')
+
+
+def change_index(folder: Path) -> None:
+    text = (folder / "index.json").read_text()
+    (folder / "index.json").write_text(text.replace("a.txt", "b.txt"))
+
+
+def index_of_another_kind(folder: Path) -> None:
+    (folder / "index.json").write_text("[" * 100_000)
+
+
+def index_is_a_folder(folder: Path) -> None:
+    remove_index(folder)
+    (folder / "index.json").mkdir()
+
+
+def store_is_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("not a store")
+
+
+def change_names(folder: Path) -> None:
+    (folder / "names.json").write_text('["first", "empty", "in chunkz"]')
+
+
+def change_lengths(folder: Path) -> None:
+    np.array([4, 1, 3]).tofile(folder / "lengths.bin")
+
+
+def change_checksums(folder: Path) -> None:
+    np.zeros((3, 2), np.uint64).tofile(folder / "checksums.bin")
+
+
+def seal(folder: Path, name: str) -> None:
+    """Make the checksums of a changed file and of the index right again."""
+    index = json.loads((folder / "index.json").read_text())
+    data = (folder / name).read_bytes()
+    index["files"][name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
+    del index["checksum"]
+    checksum = xxhash.xxh3_64_hexdigest(json.dumps(index, sort_keys=True).encode())
+    (folder / "index.json").write_text(json.dumps(index | {"checksum": checksum}))
+
+
+def negative_length(folder: Path) -> None:
+    np.array([-1, 6, 3]).tofile(folder / "lengths.bin")
+    seal(folder, "lengths.bin")
+
+
+def a_record_more(folder: Path) -> None:
+    np.array([4, 1, 3, 0]).tofile(folder / "lengths.bin")
+    seal(folder, "lengths.bin")
 
 
 def remove_index(folder: Path) -> None:
@@ -85,7 +140,25 @@ def other_format(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index | {"format": 0}))
 
 
-@pytest.mark.parametrize("damage", [damage_length, damage_content, damage_index, remove_index, other_format])
+DAMAGE = [
+    damage_length,
+    damage_content,
+    damage_index,
+    change_index,
+    index_of_another_kind,
+    index_is_a_folder,
+    store_is_a_file,
+    remove_index,
+    other_format,
+    change_names,
+    change_lengths,
+    change_checksums,
+    negative_length,
+    a_record_more,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_seen_and_mended(tmp_path: Path, damage: object) -> None:
     def cached() -> TokenStore:
         return TokenStore.cached("label", some_records, "uint8", META, cache=tmp_path)
@@ -105,14 +178,54 @@ def test_a_cut_store_is_seen_without_its_checksum(tmp_path: Path) -> None:
         TokenStore(store.folder, check=False)
 
 
-def test_a_lost_stretch_of_a_large_store_is_seen(tmp_path: Path) -> None:
-    ids = np.random.default_rng(0).integers(0, 200, 8 * 2**20).astype(np.uint8)
-    store = TokenStore.build(tmp_path / "s", [("r", ids)], "uint8", META)
-    with (store.folder / "tokens.bin").open("r+b") as file:
-        file.seek(3 * 2**20)
-        file.write(bytes(2**18))
+def test_one_flipped_bit_is_seen_wherever_it_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 200, 8 * 2**20).astype(np.uint8)
+    folder = TokenStore.build(tmp_path / "s", [("r", ids)], "uint8", META).folder
+    for position in [0, ids.size - 1, *rng.integers(0, ids.size, 20).tolist()]:
+        for value in (ids[position] ^ 4, ids[position]):
+            with (folder / "tokens.bin").open("r+b") as file:
+                file.seek(position)
+                file.write(bytes([value]))
+            if value == ids[position]:
+                TokenStore(folder)
+            else:
+                with pytest.raises(StoreError, match=r"tokens\.bin is damaged"):
+                    TokenStore(folder)
+
+
+def test_workers_do_not_read_all_tokens_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = pickle.dumps(TokenStore.build(tmp_path / "s", some_records(), "uint8", META))
+    damage_content(tmp_path / "s")
+    assert pickle.loads(store)[0].tolist() == [9, 1, 2, 3, 4]
+    change_names(tmp_path / "s")
     with pytest.raises(StoreError, match="damaged"):
-        TokenStore(tmp_path / "s")
+        pickle.loads(store)
+
+
+def test_a_name_of_none_goes_on_with_the_record(tmp_path: Path) -> None:
+    pieces = [("a", np.arange(3)), (None, np.arange(2)), ("b", np.arange(0)), (None, iter([np.arange(4)]))]
+    store = TokenStore.build(tmp_path / "s", pieces, "uint16", META)
+    assert [(name, store[i].tolist()) for i, name in enumerate(store.names)] == [
+        ("a", [0, 1, 2, 0, 1]),
+        ("b", [0, 1, 2, 3]),
+    ]
+
+
+def test_checksums_of_records(tmp_path: Path) -> None:
+    store = TokenStore.build(tmp_path / "s", [*some_records(), ("again", np.arange(5))], "uint8", META)
+    assert store.checksums[:, 0].tolist() == store.checksums[:, 1].tolist()
+    assert store.checksums[0, 0] == store.checksums[3, 0]
+    assert len(set(store.checksums[:, 0].tolist())) == 3
+    both = TokenStore.build(
+        tmp_path / "t", some_records(), "uint8", META, checksums=lambda ids: (int(ids.sum()), len(ids))
+    )
+    assert TokenStore(both.folder).checksums.tolist() == [[10, 5], [0, 0], [753, 3]]
+
+
+def test_long_labels(tmp_path: Path) -> None:
+    label = "\N{GRINNING FACE}" * 60
+    assert TokenStore.cached(label, some_records, "uint8", META, cache=tmp_path).names[0] == "first"
 
 
 def test_cached_is_built_once_for_one_meta(tmp_path: Path) -> None:
@@ -157,10 +270,56 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.fa"
     path.write_text(">a\nACGT\n")
     first = fingerprint(path)
+    assert first == {"name": "a.fa", "size": 8, "sha256": hashlib.sha256(b">a\nACGT\n").hexdigest()}
     path.touch()
     assert fingerprint(path) == first
     path.write_text(">a\nACGA\n")
     assert fingerprint(path) != first
+
+
+@pytest.fixture
+def large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose checksum is worth remembering and that has not changed for long enough."""
+    monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mambaseq.data.cache.REMEMBERED_FROM", 4)
+    monkeypatch.setattr("mambaseq.data.cache._SETTLED", -1.0)
+    path = tmp_path / "large.fa"
+    path.write_text("ACGT")
+    return path
+
+
+def test_a_large_file_is_read_once(large_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fingerprint(large_file)
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        assert fingerprint(large_file) == first
+    (memory,) = (cache_dir() / "fingerprints").iterdir()
+    for damaged in ("[", memory.read_text().replace(first["sha256"], "0" * 64), "{}"):
+        memory.write_text(damaged)
+        assert fingerprint(large_file) == first
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_read_again(large_file: Path) -> None:
+    first, status = fingerprint(large_file), large_file.stat()
+    time.sleep(0.02)
+    with large_file.open("r+") as file:
+        file.write("ACGA")
+    os.utime(large_file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert large_file.stat().st_mtime_ns == status.st_mtime_ns
+    assert fingerprint(large_file)["sha256"] == hashlib.sha256(b"ACGA").hexdigest() != first["sha256"]
+
+
+def test_what_has_just_changed_is_not_remembered(large_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambaseq.data.cache._SETTLED", 60.0)
+    fingerprint(large_file)
+    assert not (cache_dir() / "fingerprints").exists()
+
+
+def test_fingerprint_without_a_file_or_a_cache(large_file: Path) -> None:
+    cache_dir().write_text("a file where the cache should be")
+    assert fingerprint(large_file)["size"] == 4
+    with pytest.raises(DataError, match=r"none\.fa cannot be read: No such file"):
+        fingerprint(large_file.with_name("none.fa"))
 
 
 def test_cache_dir_is_moved_by_variable_and_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +346,16 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate(tmp_path / "missing.fa")
     with pytest.raises(DataError, match="not installed"):
         locate("nosuchpackage:data/a.fa")
+    with pytest.raises(DataError, match=r"is a folder. Name the files in it.*/fetched/\*'"):
+        locate(tmp_path / "fetched")
+    for name in ("a" * 300, "a\0b", "~nosuchuser/a.fa"):
+        with pytest.raises(DataError, match=r"no name of a file|no data file"):
+            locate(name)
+
+
+def test_locate_at_any_depth(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.txt", "b/c.txt", "b/d/e.txt")]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert locate(f"{tmp_path}/**/*.txt") == files
