@@ -335,7 +335,7 @@ def _absolute(value: Any, key: str) -> Any:
         return type(value)(_absolute(inner, key) for inner in value)
     if not isinstance(value, str) or not value or not key.endswith(PATHS) or re.match(r"\w[\w.-]*:", value):
         return value
-    there = os.path.lexists(value) or glob.glob(value)  # noqa: PTH207 - takes patterns that Path.glob refuses
+    there = os.path.lexists(value) or next(glob.iglob(value, recursive=True), None)  # noqa: PTH207 - as `data.files.expand`
     return str(Path.cwd() / value) if there else value
 
 

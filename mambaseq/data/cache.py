@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 from mambaseq import resources
 from mambaseq.atomic import atomic_file
+from mambaseq.data.files import expand
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.resources import cache_dir
 
@@ -26,6 +26,7 @@ def locate(name: str | Path) -> list[Path]:
     name: a path, which may hold `*`, `?` and, for folders at any depth, `**`; `mambaseq:data/...` for a file that
         ships with the project (or `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data
         fetch NAME` brought, in the folder of the variable MAMBASEQ_CACHE or else the platform's cache folder.
+    How patterns are read, and what they leave out, says `mambaseq.data.files.expand`.
     Raises DataError when there is no such file, and for a folder.
     """
     text = str(name)
@@ -54,8 +55,7 @@ def locate(name: str | Path) -> list[Path]:
             return [pattern]
         if pattern.is_dir():
             raise DataError(f"{text!r} is a folder. Name the files in it, with a pattern: {str(pattern / '*')!r}.")
-        paths = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-        found = sorted(path for path in map(Path, dict.fromkeys(paths)) if path.is_file())
+        found = expand(pattern)
     except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a NUL
         raise DataError(f"{text[:80]!r} is no name of a file: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:

@@ -83,10 +83,13 @@ def test_paths_are_saved_so_that_they_hold_from_another_folder(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "corpus", "utf-8"):
         (tmp_path / name).write_text("words")
-    files = ["a.txt", "corpus", "*.txt", "none.txt", "mambaseq:data/a.txt", "/elsewhere.txt"]
+    (tmp_path / "x/y").mkdir(parents=True)
+    (tmp_path / "x/y/deep.md").write_text("words")
+    files = ["a.txt", "corpus", "*.txt", "none.txt", "mambaseq:data/a.txt", "/elsewhere.txt", "**/*.md"]
     run = parse_config("text/demo", [f"--data.files={files}", "--data.encoding=utf-8"])
     here = str(tmp_path)
     expected = [f"{here}/a.txt", f"{here}/corpus", f"{here}/*.txt", "none.txt", "mambaseq:data/a.txt", "/elsewhere.txt"]
+    expected.append(f"{here}/**/*.md")
     assert run.settings["data"]["files"] == expected == yaml.safe_load(run.yaml)["data"]["files"]
     assert run.settings["data"]["encoding"] == "utf-8"
     species = "{one: [a.txt], two: ['fetched:genome/a.fa']}"
