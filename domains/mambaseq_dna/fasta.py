@@ -4,116 +4,76 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import itertools
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import DataError
-from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
+from mambaseq_dna.parsing import fasta_pieces
+from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 
-# The empty block that ends every bgzip file (SAM specification, 4.1.2). Without it a file that was cut
-# between two blocks would look complete.
-_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-_PROTEIN_ONLY = set("EFILPQXZJO*")
+Lowercase = Literal["fold", "keep", "unscored"]
+
 _LINE = 80
+_SHORT, _CHUNK = 1 << 12, 1 << 20
+_FOLD = bytes(fold_case(np.arange(256, dtype=np.uint8)))
+_N = bytes([N])
+_COMPLEMENT = bytes(complement(np.arange(256, dtype=np.uint8)))
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open as text, decompressing by content and not by name. Raises DataError for what cannot be read."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(18)
-            if not head:
-                raise DataError(f"{path} is empty (0 bytes). Check that it was copied or downloaded completely.")
-            zipped = head.startswith(b"\x1f\x8b")
-            if zipped and head[3] & 4 and head[12:14] == b"BC":
-                file.seek(-min(len(_BGZF_END), path.stat().st_size), 2)
-                if file.read() != _BGZF_END:
-                    raise DataError(_cut_short(path, "the block that ends every bgzip file is missing"))
-        # ASCII is all that sequences need, and a header may hold anything
-        with (gzip.open if zipped else open)(path, "rt", encoding="latin-1") as text:
-            yield text
-    except EOFError as error:
-        raise DataError(_cut_short(path, "the compressed stream ends early")) from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} is damaged: it cannot be decompressed ({error}). Copy or download it again."
-        ) from error
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {path}. Check the path.") from error
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions."
-        ) from error
-
-
-def _cut_short(path: Path, reason: str) -> str:
-    return f"{path} is cut short: {reason}. Copy or download it again (`gzip -t {path.name}` tests it)."
-
-
-def iterate_fasta(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(header without `>`, sequence letters) of each record, in file order.
-
-    Raises DataError naming file and record: no such file, an empty one, a truncated or damaged gzip, no
-    header, a header without a name, a name that occurs twice, a record without sequence.
-    """
-    from Bio.SeqIO.FastaIO import SimpleFastaParser
-
-    path = Path(path)
-    seen: set[str] = set()
-    with _opened(path) as lines:
-        first = next((line for line in lines if line.strip()), None)
-        if first is None:
-            raise DataError(f"{path} has no sequence: only blank lines. Check that it is the file you mean.")
-        if not first.startswith(">"):
-            kind = "it looks like FASTQ; convert it (seqtk seq -A)" if first.startswith("@") else "is it FASTA?"
-            raise DataError(
-                f"{path} has no FASTA header: the first line that is not blank must start with '>' and a "
-                f"name, and is {first.strip()[:30]!r} ({kind})."
-            )
-        for number, (header, sequence) in enumerate(SimpleFastaParser(itertools.chain([first], lines)), start=1):
-            name = (header.split() or [""])[0]
-            if not name:
-                raise DataError(f"{path}: record {number} has no name. Write one after its '>'.")
-            if name in seen:
-                raise DataError(
-                    f"{path}: two records are named {name!r} (the second is record {number}). The name is "
-                    f"the header's first word; make it unique."
-                )
-            if not sequence:
-                raise DataError(f"{path}: record {name!r} has a header and no sequence. Remove it, or complete it.")
-            seen.add(name)
-            yield header, sequence
-
-
-def read_fasta(path: str | Path, tokenizer: BaseTokenizer) -> Iterator[Record]:
+def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase = "fold") -> Iterator[Record]:
     """The records of a FASTA file as ids, in file order: name (the header's first word), description (the
-    rest).
+    rest), and which bases count in a likelihood: N never does.
 
-    Raises DataError as `iterate_fasta` does, and for letters that are no base, naming file, record, letter
-    and position.
+    lowercase: as in the data that a model was trained on; `"unscored"`: lower case does not count either.
+    Raises DataError as `fasta_pieces` does.
     """
-    for header, sequence in iterate_fasta(path):
-        name, *description = header.split(maxsplit=1)
-        try:
-            ids = tokenizer.encode(sequence)
-        except InvalidBase as error:
-            protein = len(_PROTEIN_ONLY.intersection(sequence.upper())) > 1
-            raise DataError(
-                f"{path}, record {name!r}: {error}"
-                + (" This record looks like a protein; give the nucleotide sequence." if protein else "")
-            ) from error
-        yield Record(name=name, ids=ids, description="".join(description))
+
+    def record(name: str, description: str, pieces: list[bytes]) -> Record:
+        kept = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        folded = kept.translate(_FOLD)
+        ids = np.frombuffer(folded if tokenizer.lowercase == "fold" else kept, dtype=np.uint8)
+        scored = None
+        if lowercase == "unscored":
+            scored = np.frombuffer(kept, dtype=np.uint8) < N  # upper case, and no N
+        elif _N in folded:
+            scored = np.frombuffer(folded, dtype=np.uint8) != N
+        return Record(name=name, ids=ids, description=description, scored=scored)
+
+    pieces: list[bytes] = []
+    name = description = ""
+    for begins, told, ids in fasta_pieces(Path(path), BaseTokenizer("keep").table):
+        if begins is not None:
+            if pieces:
+                yield record(name, description, pieces)
+            name, description, pieces = begins, told, []
+        pieces.append(ids)
+    yield record(name, description, pieces)
+
+
+def strand_checksums(ids: np.ndarray) -> tuple[int, int]:
+    """Checksums of a record of a store: of its bases in upper case, and of those of its other strand.
+
+    ids: `(length,)` uint8 of `BaseTokenizer("keep")`. A record and its reverse complement have the same two numbers,
+    the other way round.
+    """
+    if len(ids) <= _SHORT:
+        forward = ids.tobytes().translate(_FOLD)
+        return xxhash.xxh3_64_intdigest(forward), xxhash.xxh3_64_intdigest(forward[::-1].translate(_COMPLEMENT))
+    one, other = xxhash.xxh3_64(), xxhash.xxh3_64()
+    for start in range(0, len(ids), _CHUNK):
+        one.update(fold_case(ids[start : start + _CHUNK]).data)
+    for stop in range(len(ids), 0, -_CHUNK):
+        turned = complement(fold_case(ids[max(stop - _CHUNK, 0) : stop]))[::-1]
+        other.update(np.ascontiguousarray(turned).data)
+    return one.intdigest(), other.intdigest()
 
 
 def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
@@ -125,15 +85,19 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
     tokenizer = BaseTokenizer("keep")
     meta = {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
 
-    def records() -> Iterator[tuple[str, np.ndarray]]:
+    def records() -> Iterator[tuple[str | None, np.ndarray]]:
         small = path.stat().st_size <= 64 * 2**20
         with tqdm(desc=f"reading {path.name}", unit="base", unit_scale=True, disable=small) as bar:
-            for record in read_fasta(path, tokenizer):
-                assert record.ids is not None
-                bar.update(len(record))
-                yield record.name, record.ids
+            read = 0
+            for name, _, ids in fasta_pieces(path, tokenizer.table):
+                yield name, np.frombuffer(ids, dtype=np.uint8)
+                read += len(ids)
+                if read >= _CHUNK:
+                    bar.update(read)
+                    read = 0
+            bar.update(read)
 
-    return TokenStore.cached(path.name, records, "uint8", meta, cache=cache)
+    return TokenStore.cached(path.name, records, "uint8", meta, checksums=strand_checksums, cache=cache)
 
 
 def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> list[Path]:
@@ -151,7 +115,7 @@ def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], toke
                 record = sequence if isinstance(sequence, Record) else Record(f"sequence_{number}", sequence)
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
-                out.write(f">{record.name} {record.description}".rstrip().encode("latin-1", "replace") + b"\n")
+                out.write(f">{record.name} {record.description}".rstrip().encode("utf-8", "replace") + b"\n")
                 for start in range(0, len(letters), _LINE):
                     out.write(letters[start : start + _LINE].encode() + b"\n")
     return [path]

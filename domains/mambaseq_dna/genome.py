@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.data.windows import GridWindows, RandomWindows, next_token
 from mambaseq_dna.base import FastaData
+from mambaseq_dna.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
-
-Lowercase = Literal["fold", "keep", "unscored"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +73,6 @@ class GenomeData(FastaData):
 
     def test(self) -> GridWindows | None:
         return self._tiles("test", self.length + 1, _NextBase(self.lowercase, augment=False))
+
+    def reader_options(self) -> dict[str, Any]:
+        return {"lowercase": self.lowercase}

@@ -22,8 +22,8 @@ class InvalidBase(DataError):
         self.letter, self.position = letter, position
         super().__init__(
             f"The letter {letter!r} at position {position + 1} is no base. Bases are A C G T U N and the "
-            f"ambiguity codes {' '.join(_AMBIGUOUS)}, in either case; remove gaps, and write N for what is "
-            "unknown."
+            f"ambiguity codes {' '.join(_AMBIGUOUS)}, in either case; remove gaps (and a '*' at the end), and write N "
+            "for what is unknown."
         )
 
 
@@ -38,7 +38,15 @@ def _encoding(lowercase: str) -> np.ndarray:
 
 def fold_case(ids: np.ndarray) -> np.ndarray:
     """Ids of a `lowercase="keep"` tokenizer → ids of a `"fold"` one (0..4)."""
-    return ids % len(BASES)
+    ids = np.asarray(ids)
+    if ids.dtype != np.uint8:
+        return ids % len(BASES)
+    return np.minimum(ids, ids - np.uint8(len(BASES)))  # below 5, the difference wraps around: several times faster
+
+
+def complement(folded: np.ndarray) -> np.ndarray:
+    """Ids 0..4, uint8 → those of the other strand, in the same order."""
+    return np.minimum(np.uint8(3) - folded, np.uint8(N))  # N, 4, wraps around
 
 
 def is_lowercase(ids: np.ndarray) -> np.ndarray:
@@ -52,6 +60,7 @@ class BaseTokenizer(Tokenizer):
     lowercase: `"fold"` reads lower case as upper case (5 ids: A C G T N); `"keep"` gives it ids of its own
         (10 ids: A C G T N a c g t n), which is how a soft mask is kept (see `fold_case`, `is_lowercase`).
     complement: `(vocab_size,)` uint8, the id of each base's partner; an involution, N being its own partner.
+    table: the id of each of the 256 bytes, 255 for what is no base.
     """
 
     def __init__(self, lowercase: Literal["fold", "keep"] = "fold") -> None:
@@ -62,6 +71,7 @@ class BaseTokenizer(Tokenizer):
         self.vocab_size = len(self.letters)
         self.complement = np.array([3, 2, 1, 0, 4, 8, 7, 6, 5, 9][: self.vocab_size], dtype=np.uint8)
         self._encoding = _encoding(lowercase)
+        self.table = self._encoding.tobytes()
         self._decoding = np.frombuffer(self.letters.encode(), dtype=np.uint8)
 
     @property

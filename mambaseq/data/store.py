@@ -202,15 +202,15 @@ class TokenStore:
                 )
             written = np.array(lengths, dtype="<i8")
             everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
-            of_records = np.empty((len(names), 2), dtype="<u8")
+            of_records: list[int] = []
             stop = 0
-            for number, length in enumerate(lengths):
+            for length in lengths:
                 start, stop = stop, stop + length
-                of_records[number] = checksums(everything[start:stop])
+                of_records += checksums(everything[start:stop])
             parts = {
                 NAMES: json.dumps(names).encode(),
                 LENGTHS: written.tobytes(),
-                CHECKSUMS: of_records.tobytes(),
+                CHECKSUMS: np.array(of_records, dtype="<u8").tobytes(),
             }
             files = {TOKENS: [everything.nbytes, file.checksum.hexdigest()]}
             for name, data in parts.items():

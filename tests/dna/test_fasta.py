@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from Bio import SeqIO, bgzf
-from mambaseq_dna.fasta import fasta_store, read_fasta, write_fasta
+from mambaseq_dna.fasta import fasta_store, read_fasta, strand_checksums, write_fasta
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources
 from mambaseq.data.records import Record
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, UserError
 
 TOKENIZER = BaseTokenizer()
 PLAIN = ">one first record\nACGT\nacgtN\n\n>two\nTTTT\n"
@@ -30,22 +33,94 @@ def bgzip(path: Path, content: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["plain", "crlf", "gzip", "gzip without suffix", "bgzip", "two gzip members"])
-def test_reading(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "a.fa.gz"
-    if kind == "bgzip":
-        bgzip(path, PLAIN)
-    elif kind == "crlf":
-        write(path, PLAIN.replace("\n", "\r\n"))
-    elif kind == "gzip without suffix":
-        path = write(tmp_path / "a.fa", gzip.compress(PLAIN.encode()))
-    elif kind == "two gzip members":
-        write(path, gzip.compress(PLAIN[:20].encode()) + gzip.compress(PLAIN[20:].encode()))
-    else:
-        write(path, gzip.compress(PLAIN.encode()) if kind == "gzip" else PLAIN)
+KINDS = {
+    "plain": PLAIN.encode(),
+    "crlf": PLAIN.replace("\n", "\r\n").encode(),
+    "cr": PLAIN.replace("\n", "\r").encode(),
+    "without a last line end": PLAIN.rstrip().encode(),
+    "byte order mark": b"\xef\xbb\xbf" + PLAIN.encode(),
+    "comments": (";one\n\n;two\n" + PLAIN.replace("\n", "\n;AC>GT; x\n")).encode(),
+    "spaces and tabs": PLAIN.replace("CG", " C\tG ").replace("\n\n", "\n  \n").encode(),
+    "gzip": gzip.compress(PLAIN.encode()),
+    "two gzip members": gzip.compress(PLAIN[:20].encode()) + gzip.compress(PLAIN[20:].encode()),
+    "an empty member": gzip.compress(b"") + gzip.compress(PLAIN.encode()),
+    "zeros at the end": gzip.compress(PLAIN.encode()) + bytes(1000),
+    "zeros between members": gzip.compress(PLAIN[:20].encode()) + bytes(7) + gzip.compress(PLAIN[20:].encode()),
+}
+
+
+def check_plain(path: Path) -> None:
     records = list(read_fasta(path, TOKENIZER))
     assert [(record.name, record.description) for record in records] == [("one", "first record"), ("two", "")]
     assert [TOKENIZER.decode(record.ids) for record in records] == ["ACGTACGTN", "TTTT"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".fa", ".fa.gz"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading(tmp_path: Path, kind: str, suffix: str) -> None:
+    check_plain(write(tmp_path / f"a{suffix}", KINDS[kind]))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 18, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:
+    monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
+    monkeypatch.setattr("mambaseq.data.unpacking._PACKED_PIECE", size)
+    check_plain(write(tmp_path / "a.fa", KINDS[kind]))
+
+
+def random_fasta(rng: np.random.Generator) -> str:
+    """Records of 1 to 300 bases in lines of any length, with lower case, N and blank lines."""
+    text = []
+    for number in range(int(rng.integers(1, 8))):
+        text.append(f">r{number} {'x' * int(rng.integers(0, 9))}\n")
+        letters = "".join(rng.choice(list("ACGTNacgtn"), int(rng.integers(1, 300))))
+        while letters:
+            width = int(rng.integers(1, 90))
+            text.append(letters[:width] + "\n" * int(rng.integers(1, 3)))
+            letters = letters[width:]
+    return "".join(text)
+
+
+def test_random_files_equal_biopython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    keep = BaseTokenizer("keep")
+    for size in (7, 64, 500):
+        monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
+        for _ in range(30):
+            text = random_fasta(rng)
+            path = write(tmp_path / "a.fa", text)
+            expected = [(record.id, str(record.seq)) for record in SeqIO.parse(io.StringIO(text), "fasta")]
+            found = [(record.name, keep.decode(record.ids)) for record in read_fasta(path, keep)]  # type: ignore[arg-type]
+            assert found == expected
+            store = fasta_store(path, tmp_path / "cache")
+            assert [(name, keep.decode(store[i])) for i, name in enumerate(store.names)] == expected
+
+
+def test_names_are_utf8(tmp_path: Path) -> None:
+    text = ">Å_1 première\nAC\n>Ã\x85_1\nGT\n>à\nA\n"
+    path = write(tmp_path / "a.fa", text)
+    records = list(read_fasta(path, TOKENIZER))
+    assert [(record.name, record.description) for record in records] == [
+        ("Å_1", "première"),
+        ("Ã\x85_1", ""),
+        ("à", ""),
+    ]
+    assert fasta_store(path, tmp_path / "cache").names == ["Å_1", "Ã\x85_1", "à"]
+    write_fasta(tmp_path / "b.fa", records, TOKENIZER)
+    assert (tmp_path / "b.fa").read_text(encoding="utf-8") == text
+
+
+def test_what_counts_in_a_likelihood(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.fa", ">a\nACGTacgtNnRGG\n>b\nACGT\n")
+    for tokenizer in (TOKENIZER, BaseTokenizer("keep")):
+        for lowercase, scored in (("fold", "1111111100011"), ("keep", "1111111100011"), ("unscored", "1111000000011")):
+            one, two = read_fasta(path, tokenizer, lowercase)  # type: ignore[arg-type]
+            assert one.scored is not None
+            assert "".join(str(int(value)) for value in one.scored) == scored
+            assert two.scored is None or two.scored.all()
+            assert one.ids is not None
+            assert one.ids.tolist() == tokenizer.encode("ACGTacgtNnRGG").tolist()
 
 
 PROTEIN = ">sp|P69905|HBA_HUMAN Hemoglobin\nMVLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHF\n"
@@ -70,11 +145,37 @@ BAD = {
     ),
     "no sequence": (GOOD + ">nothing\n>b\nA\n", "'nothing' has a header and no sequence"),
     "no last sequence": (GOOD + ">nothing\n", "'nothing' has a header and no sequence"),
-    "empty gzip": (gzip.compress(b""), "only blank lines"),
-    "cut gzip": (gzip.compress(PLAIN.encode())[:-12], r"cut short: the compressed.*gzip -t"),
+    "a gap between lines": (">x\nAC\nG-\n", r"record 'x': The letter '-' at position 4.*remove gaps"),
+    "a digit": (">x\n  1 ACGT\n", r"record 'x': The letter '1' at position 1"),
+    "a letter of two bytes": (">x\nACGTÅ\n", r"record 'x': The letter 'Å' at position 5"),
+    "a byte that is no letter": (b">x\nAC\xc5GT\n", r"record 'x': The letter '.*xc5' at position 3"),
+    "a header within a line": (">x\nAC>y\nGT\n", r"record 'x': The letter '>' at position 3"),
+    "only comments": ("; a\n;b\n\n", "only blank lines and comments"),
+    "headers of old": (";a header\nACGT\n", r"no FASTA header.*'ACGT' \(lines that begin with ';'.*write '>'"),
+    "latin-1": (GOOD.encode() + b">x caf\xe9\nAC\n", r"header of record 2 is not UTF-8: byte 0xe9 in 'caf.'.*iconv"),
+    "utf-16": (GOOD.encode("utf-16"), "looks like UTF-16; convert it"),
+    "bzip2": (bz2.compress(GOOD.encode()), "packed by bzip2; unpack it"),
+    "genbank": ("LOCUS       SCU49845\n", "looks like GenBank; convert it"),
+    "a header without an end": (">" + "x" * (2 << 20), r"line of more than 1,048,576 bytes where a header"),
+    "zeros": (gzip.compress(bytes(2 << 20)), "no FASTA header.*is it FASTA"),
+    "empty gzip": (gzip.compress(b""), r"is empty \(0 bytes once unpacked\)"),
+    "cut gzip": (gzip.compress(PLAIN.encode())[:-12], r"cut short: .* too early, in or after record .*gzip -t"),
+    "cut gzip, first bytes": (gzip.compress(PLAIN.encode())[:7], r"cut short: .* too early, before any record"),
+    "cut second member": (
+        gzip.compress(PLAIN.encode()) + gzip.compress(b">three\nAC\n")[:-9],
+        r"cut short: .* too early, in or after record 'three' \(number 3\).*gzip -t",
+    ),
+    "not gzip at the end": (
+        gzip.compress(PLAIN.encode()) + b"ACGT",
+        r"something else than gzip .* from byte \d\d on, in or after record .two",
+    ),
     "damaged gzip": (
         gzip.compress(PLAIN.encode() * 9)[:10] + b"\xff" * 40,
-        "damaged: it cannot be decompressed",
+        "damaged: it cannot be unpacked .*gzip -t",
+    ),
+    "wrong checksum": (
+        gzip.compress(PLAIN.encode())[:-8] + bytes(8),
+        r"damaged: it cannot be unpacked \(.*incorrect data check\), before any record",
     ),
 }
 
@@ -89,13 +190,58 @@ def test_bad_files(tmp_path: Path, what: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_bgzip_without_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = bgzip(tmp_path / "a.fa.gz", PLAIN)
+    check_plain(path)
+    assert not caplog.records
+    end = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+    write(path, path.read_bytes().removesuffix(end))
+    check_plain(path)
+    (told,) = caplog.records
+    assert f"{path} is bgzip without the block that ends" in told.getMessage()
+    write(path, path.read_bytes() + gzip.compress(b">three\nAC"))
+    assert [record.name for record in read_fasta(path, TOKENIZER)] == ["one", "two", "three"]
+    write(path, bgzip(path, PLAIN.rstrip()).read_bytes().removesuffix(end))
+    with pytest.raises(DataError, match=r"stops within a line.*if it is whole, pack it anew"):
+        list(read_fasta(path, TOKENIZER))
+
+
 def test_bgzip_cut_between_two_blocks(tmp_path: Path) -> None:
     path = bgzip(tmp_path / "a.fa.gz", ">a\n" + "ACGT\n" * 40_000)
     with path.open("rb") as file:
         blocks = [start for start, *_ in bgzf.BgzfBlocks(file)]
     write(path, path.read_bytes()[: blocks[2]])
-    with pytest.raises(DataError, match="cut short: the block that ends every bgzip file is missing"):
+    with pytest.raises(DataError, match=r"cut short: it is bgzip without .* within a line, in or after record 'a'"):
         list(read_fasta(path, TOKENIZER))
+
+
+def test_a_bomb_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.fa.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b">x\n")
+        for _ in range(80):
+            file.write(b"N" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"{path} asks for .* each byte of the packed file; .*MAX_UNPACKED_RATIO"):
+        fasta_store(path, tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
+    monkeypatch.setenv("MAMBASEQ_MAX_UNPACKED_RATIO", "2000")
+    assert len(fasta_store(path, tmp_path / "cache").tokens) == 80 * 2**20
+
+
+def test_strand_checksums() -> None:
+    keep = BaseTokenizer("keep")
+    rng = np.random.default_rng(0)
+    for length in (1, 20, 4096, 4097, 2**20 + 5):
+        ids = rng.integers(0, 10, length).astype(np.uint8)
+        one, other = strand_checksums(ids)
+        assert strand_checksums(keep.reverse_complement(ids)) == (other, one)
+        assert strand_checksums(fold_case(ids)) == (one, other)
+        changed = ids.copy()
+        changed[length // 2] = (changed[length // 2] + 1) % 5
+        assert one not in strand_checksums(changed)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

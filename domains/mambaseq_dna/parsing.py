@@ -1,0 +1,191 @@
+"""FASTA, piece by piece: what is in a file becomes ids while it is read, however long its records are or how many."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mambaseq.data.unpacking import Unreadable, read_pieces
+from mambaseq.errors import DataError
+from mambaseq_dna.tokenizer import InvalidBase
+
+_LONGEST_HEADER = 1 << 20
+_BETWEEN_BASES = b" \t\n\v\f"
+_BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*\n)*")
+_COMMENT = re.compile(rb"^;.*\n?", re.MULTILINE)
+_INVALID = b"\xff"  # see mambaseq_dna.tokenizer
+_BOM = b"\xef\xbb\xbf"
+_PROTEIN_ONLY = set(b"EFILPQXZJO*")
+_LOOKS_LIKE = {
+    b"@": "it looks like FASTQ; convert it (seqtk seq -A)",
+    b"BZh": "it is packed by bzip2; unpack it (bunzip2)",
+    b"\xfd7zXZ": "it is packed by xz; unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "it is packed by zstd; unpack it (unzstd)",
+    b"PK\x03\x04": "it is a zip archive; unpack it (unzip)",
+    b"\x43\x27\x41\x1a": "it is 2bit; convert it (twoBitToFa)",
+    b"LOCUS": "it looks like GenBank; convert it to FASTA",
+    b"ID ": "it looks like EMBL; convert it to FASTA",
+    b"##gff": "it looks like GFF, which holds places, not bases",
+    b"\xff\xfe": "it looks like UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "it looks like UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
+}
+
+Piece = tuple[str | None, str, bytes]
+
+
+def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
+    """(name, description, ids) in file order; where a record is long, (None, "", more ids of it) follow.
+
+    table: the id of each of the 256 bytes, 255 for what is no base.
+    Lines may end in any way; blank lines, spaces and tabs between bases, lines that begin with `;` (comments) and a
+    UTF-8 byte order mark are passed over. Names and descriptions are UTF-8.
+    Raises DataError naming file and record: no such file, an empty one, a cut or damaged gzip, no header, a header
+    without a name or that is not UTF-8, a name that occurs twice, a record without sequence, a letter that is no base.
+    """
+    parser = _Parser(path, table)
+    tail, mid = b"", False  # the begin of a line; whether it is one of bases that was handed out up to here
+    try:
+        for piece in read_pieces(path):
+            if parser.untouched:
+                piece = piece.removeprefix(_BOM)
+                parser.untouched = False
+            if b"\r" in piece:
+                piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            data = tail + piece
+            cut = data.rfind(b"\n") + 1
+            if not cut and not mid and (not parser.number or data[:1] in b">;"):
+                tail = data
+                parser.check_line(tail)
+                continue
+            yield from parser.lines(data[:cut] or data, mid)
+            tail, mid = data[cut:] if cut else b"", not cut
+    except Unreadable as error:
+        raise error.at(parser.place) from error
+    if tail:
+        yield from parser.lines(tail, mid)
+    parser.finish()
+
+
+class _Parser:
+    """What was read up to here. place: where that is, for messages."""
+
+    def __init__(self, path: Path, table: bytes) -> None:
+        self.path, self.table = path, table
+        self.name, self.number, self.length = "", 0, 0
+        self.seen: set[str] = set()
+        self.untouched, self.comments = True, False
+
+    @property
+    def place(self) -> str:
+        return f"in or after record {self.name!r} (number {self.number:,})" if self.number else "before any record"
+
+    def lines(self, data: bytes, mid: bool) -> Iterator[Piece]:
+        """What is in whole lines; with `mid`, the first is the rest of one of bases."""
+        if b";" in data and (b"\n;" in data or data.startswith(b";")):  # one byte is looked for ten times faster
+            first = (data.find(b"\n") + 1 or len(data)) if mid else 0
+            left = _COMMENT.sub(b"", data[first:])
+            self.comments |= len(left) < len(data) - first
+            data = data[:first] + left
+        if not self.number:
+            data = data[_BLANK_LINES.match(data).end() :]  # type: ignore[union-attr]
+            if not data.strip():
+                return
+            if not data.startswith(b">"):
+                raise self._no_header(data)
+        more, *records = data.split(b"\n>") if b">" in data else [data]
+        if not mid and more.startswith(b">"):
+            records.insert(0, more[1:])
+        elif more:
+            ids = more.translate(self.table, _BETWEEN_BASES)
+            if _INVALID in ids:
+                raise self._no_base(more)
+            self.length += len(ids)
+            yield None, "", ids
+        for record in records:
+            header, _, letters = record.partition(b"\n")
+            name, description = self._begin(header)
+            ids = letters.translate(self.table, _BETWEEN_BASES)
+            if _INVALID in ids:
+                raise self._no_base(letters)
+            self.length = len(ids)
+            yield name, description, ids
+
+    def _begin(self, header: bytes) -> tuple[str, str]:
+        if self.number and not self.length:
+            raise self._without_sequence()
+        self.number += 1
+        self.length = 0
+        words = header.split(None, 1)
+        if not words:
+            raise DataError(f"{self.path}: record {self.number:,} has no name. Write one after its '>'.")
+        try:
+            self.name = words[0].decode()
+            description = words[1].decode().rstrip() if len(words) > 1 else ""
+        except UnicodeDecodeError as error:
+            raw = error.object
+            raise DataError(
+                f"{self.path}: the header of record {self.number:,} is not UTF-8: byte 0x{raw[error.start]:02x} in "
+                f"{raw.decode(errors='replace')[:60]!r}. Convert the file (iconv -f ISO-8859-1 -t UTF-8, if that is "
+                "what it is)."
+            ) from error
+        if self.name in self.seen:
+            raise DataError(
+                f"{self.path}: two records are named {self.name!r} (the second is record {self.number:,}). The name is "
+                "the header's first word; make it unique."
+            )
+        self.seen.add(self.name)
+        return self.name, description
+
+    def _no_base(self, letters: bytes) -> DataError:
+        position = letters.translate(self.table, _BETWEEN_BASES).index(_INVALID)
+        letters = letters.translate(None, _BETWEEN_BASES)
+        for size in range(1, 5):
+            try:
+                letter = letters[position : position + size].decode()
+                break
+            except UnicodeDecodeError:
+                letter = f"\\x{letters[position]:02x}"
+        protein = len(_PROTEIN_ONLY.intersection(letters[:100_000].upper())) > 1
+        return DataError(
+            f"{self.path}, record {self.name!r}: {InvalidBase(letter, self.length + position)}"
+            + (" This record looks like a protein; give the nucleotide sequence." if protein else "")
+        )
+
+    def _no_header(self, data: bytes) -> DataError:
+        if self.comments:
+            kind = "lines that begin with ';' are comments; write '>' for those that are headers"
+        else:
+            kind = next((told for begin, told in _LOOKS_LIKE.items() if data.startswith(begin)), "is it FASTA?")
+        shown = data[:200].partition(b"\n")[0].decode(errors="replace").strip()[:30]
+        return DataError(
+            f"{self.path} has no FASTA header: the first line that is not blank must start with '>' and a name, and is "
+            f"{shown!r} ({kind})."
+        )
+
+    def _without_sequence(self) -> DataError:
+        return DataError(f"{self.path}: record {self.name!r} has a header and no sequence. Remove it, or complete it.")
+
+    def check_line(self, line: bytes) -> None:
+        """Refuse a line before the first header, a header or a comment that does not end."""
+        if len(line) <= _LONGEST_HEADER:
+            return
+        if not self.number and not line.startswith((b">", b";")) and line.strip():
+            raise self._no_header(line.lstrip())
+        raise DataError(
+            f"{self.path} has a line of more than {_LONGEST_HEADER:,} bytes where a header is expected "
+            f"({self.place}). Is it FASTA, with lines that end?"
+        )
+
+    def finish(self) -> None:
+        """Refuse a file that ends too early."""
+        if self.untouched:
+            unpacked = " once unpacked" if self.path.stat().st_size else ""
+            raise DataError(
+                f"{self.path} is empty (0 bytes{unpacked}). Check that it was copied or downloaded completely."
+            )
+        if not self.number:
+            only = "blank lines and comments" if self.comments else "blank lines"
+            raise DataError(f"{self.path} has no sequence: only {only}. Check that it is the file you mean.")
+        if not self.length:
+            raise self._without_sequence()
