@@ -1,25 +1,145 @@
-"""Files and folders that are either whole or not there: a half-written one never takes a good one's place."""
+"""Files and folders that are either whole or not there: a half-written one never takes a good one's place.
+
+What is being written stands beside its target as `.NAME.PID-TAG.tmp`, and a folder that is about to be replaced as
+`.NAME.PID-TAG.old`; the tag tells the process. A process that is killed leaves them, and whoever writes there next
+removes them, or puts a folder back whose successor did not arrive.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
+import json
+import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from mambaseq.errors import UserError
 
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>tmp|old)(\.[^.]*)?"
+)
+_FOREIGN_AFTER = 7 * 24 * 3600  # seconds: another machine's processes cannot be asked whether they live
+_WAIT = 1.0  # seconds that a reader gives a living process to put a folder in place
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-def _temporary(path: Path) -> Path:
+def _tag(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _host() -> str:
+    """Of the machine and, in a container, of its table of processes: a process id means something there only."""
+    table = ""
+    with contextlib.suppress(OSError):
+        table = str(Path("/proc/self/ns/pid").readlink())
+    return _tag(f"{os.uname().nodename} {table}")
+
+
+def _process(pid: int) -> str:
+    """Of the process that has the id now, which another one may have had before ("" where there is none)."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return ""
+    except OSError:
+        pass  # somebody else's
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if fields and fields[0] in "ZX":
+        return ""  # it is over, and its parent has not looked yet
+    return _tag(f"{_read('/proc/sys/kernel/random/boot_id')} {fields[19:20]}")  # when it began
+
+
+def _temporary(path: Path, kind: str = "tmp", suffix: str = "") -> Path:
     # the same folder, because a rename is atomic within a file system only
-    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    pid, name = os.getpid(), path.name
+    if kind == "tmp" and len(os.fsencode(name)) > 180:  # file systems end names at 255 bytes
+        name = _tag(name)
+    return path.parent / f".{name}.{pid}-{_host()}{_process(pid)}{secrets.token_hex(4)}.{kind}{suffix}"
+
+
+def _is_dead(leftover: Path, found: re.Match[str]) -> bool:
+    """Whether the process that wrote a temporary file or folder is gone. One of another machine counts as gone once
+    nothing has been written for a week."""
+    if found["host"] == _host():
+        return _process(int(found["pid"])) != found["process"]
+    try:
+        newest = max(entry.lstat().st_mtime for entry in [leftover, *leftover.rglob("*")])
+    except OSError:
+        return False
+    return time.time() - newest > _FOREIGN_AFTER
+
+
+def _leftovers(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.startswith("."))
+    except OSError:
+        return
+    for name in names:
+        if (found := _LEFTOVER.fullmatch(name)) is not None:
+            yield folder / name, found
+
+
+def remove_leftovers(folder: str | Path, *, deep: bool = False) -> None:
+    """Remove what killed processes left half-written in a folder, and put back a folder that was moved aside for one
+    that did not arrive. What a living process writes stays, and so does what cannot be removed.
+
+    deep: also in the folders below (links are not followed).
+    """
+    folder = Path(folder)
+    for leftover, found in list(_leftovers(folder)):
+        if not _is_dead(leftover, found):
+            continue
+        target = folder / found["name"]
+        with contextlib.suppress(OSError):
+            if found["kind"] == "old" and not os.path.lexists(target):
+                leftover.rename(target)
+            elif leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
+    if deep:
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(folder)):
+                if entry.is_dir(follow_symlinks=False) and _LEFTOVER.fullmatch(entry.name) is None:
+                    remove_leftovers(entry.path, deep=True)
+
+
+def settle(path: str | Path) -> Path:
+    """The path, for a reader: where nothing stands because a process is replacing a folder, or was killed when it did,
+    what stood there is put back, or the new one is waited for (a second at most)."""
+    path = Path(path)
+    deadline = time.monotonic() + _WAIT
+    while not os.path.lexists(path):
+        wanted = (path.name, "old")
+        aside = [place for place in _leftovers(path.parent) if place[1].group("name", "kind") == wanted]
+        if not aside:
+            break
+        if any(_is_dead(*place) for place in aside):
+            remove_leftovers(path.parent)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return path
 
 
 def write_failed(path: Path, error: BaseException) -> UserError | None:
@@ -52,11 +172,19 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
 @contextlib.contextmanager
 def _reported(path: Path) -> Iterator[None]:
     """Make the parent folder, and turn what goes wrong with the place into a UserError."""
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be written: a name has no NUL character in it. Choose another one.")
+    if not path.name:
+        raise UserError(
+            f"{str(path)!r} cannot be written: it is a folder that stays as it is. Give a name inside of it."
+        )
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path.parent)) from error
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long is told before the work, not after
         yield
     except UserError:
         raise
@@ -87,8 +215,9 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
     removed and what stood at `path` is untouched.
     """
     path = Path(path)
-    temporary = _temporary(path)
     with _reported(path):
+        temporary = _temporary(path)
+        remove_leftovers(path.parent)
         try:
             with temporary.open(mode.replace("w", "x"), **options) as file:
                 yield file
@@ -105,8 +234,9 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """The same for libraries that want a file's name: yields the temporary name, which keeps the suffix."""
     path = Path(path)
-    temporary = _temporary(path).with_suffix(path.suffix)
     with _reported(path):
+        temporary = _temporary(path, suffix=path.suffix)
+        remove_leftovers(path.parent)
         try:
             yield temporary
             _sync(temporary)
@@ -123,15 +253,15 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
 
     replace: an existing folder is moved aside, and removed once the new one is in place. No portable call exchanges
         two folders, so for an instant nothing stands at `path`; a process killed in that instant leaves both beside
-        it, as `.NAME.*.tmp`, and a reader that finds nothing should look again. With False an
-        existing one stays and FileExistsError is raised, which is how the loser of a race learns that another
-        was first.
+        it, and the next reader (`settle`) or writer puts the old one back. With False an existing one stays and
+        FileExistsError is raised, which is how the loser of a race learns that another was first.
     Raises UserError as `atomic_file` does; on any error the temporary folder is removed and what stood at
     `path` is untouched.
     """
     path = Path(path)
-    temporary = _temporary(path)
     with _reported(path):
+        temporary = _temporary(path)
+        remove_leftovers(path.parent)
         try:
             temporary.mkdir()
             yield temporary
@@ -154,7 +284,7 @@ def _install(temporary: Path, path: Path, replace: bool) -> None:
             raise
         if not replace:
             raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
-    aside = _temporary(path)
+    aside = _temporary(path, "old")
     path.rename(aside)
     try:
         temporary.rename(path)
@@ -165,3 +295,20 @@ def _install(temporary: Path, path: Path, replace: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         aside.unlink()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: numbers that are not finite have no place in it and become null.
+
+    >>> json_text({"loss": float("nan")})
+    '{"loss": null}'
+    """
+    return json.dumps(_plain(value), allow_nan=False, **options)
