@@ -46,6 +46,31 @@ UNPACKED_RATIO = Limit("MAMBASEQ_MAX_UNPACKED_RATIO", 200, "bytes for each byte 
 
 UNRATED = 64 * 2**20
 
+
+def check_unpacked(unpacked: int, packed: int, subject: str) -> None:
+    """Raise UserError when `unpacked` bytes come out of a file of `packed` bytes and that is no honest file: more than
+    `UNRATED`, and more than `UNPACKED_RATIO` for each. To be asked while unpacking too: what a file says may not hold.
+
+    subject: file and record.
+    """
+    if unpacked > UNRATED:
+        UNPACKED_RATIO.check(unpacked / max(packed, 1), subject)
+
+
+def check_setting(key: str, value: float, least: float, most: float) -> None:
+    """Raise ConfigError unless `least <= value <= most`; NaN is not."""
+    if not least <= value <= most:
+        raise ConfigError(f"{key} must be {least:,} to {most:,}; it is {value}.")
+
+
+SEEDS = (0, 2**63 - 1)
+EPOCH = (1, 2**40)
+"""Of sets that have no end: items that are called an epoch."""
+WINDOW = Limit("MAMBASEQ_MAX_LENGTH", 2**28, "tokens in one sequence")
+SAMPLES = Limit("MAMBASEQ_MAX_SAMPLES", 2**32, "samples of sound")
+"""Of one file, all channels together: 12 hours of stereo at 48 kHz."""
+DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one document")
+
 YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")
 YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases counted each time")
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")

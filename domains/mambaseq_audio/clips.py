@@ -4,39 +4,55 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mambaseq.batch import Batch
-from mambaseq.data.cache import fingerprint, locate
+from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Interval
 from mambaseq.errors import ConfigError, DataError, did_you_mean
-from mambaseq_audio.io import Channels, audio_files, read_signal
+from mambaseq.limits import SEEDS, WINDOW, check_setting
+from mambaseq_audio.io import Channels, audio_files, check_rate
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.stores import checksums, sound_store
 from mambaseq_audio.tiles import Tiles, next_sample
 
 DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
 
 
-def selector(selection: str) -> Callable[[str], bool]:
-    """Which values `"theo,lucas"` or `"0-4,9"` takes: names, numbers and ranges of numbers, joined by commas;
-    `""` none.
+def composed(text: str) -> str:
+    """Accents and letters as one character each: macOS gives names of files in two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def selection_parts(selection: str | Sequence[str]) -> list[str]:
+    """The values that a selection names: those of a list as they are, those of a string between its commas."""
+    parts = [part.strip() for part in selection.split(",")] if isinstance(selection, str) else selection
+    return [composed(part) for part in parts if part]
+
+
+def selector(selection: str | Sequence[str]) -> Callable[[str], bool]:
+    """Which values `"theo,lucas"`, `"0-4,9"` or `["Smith, Ann", "0-4"]` take: names, numbers and ranges of numbers,
+    joined by commas or in a list; `""` none.
 
     >>> [take for take in ("0", "03", "7", "9") if selector("0-4,9")(take)]
     ['0', '03', '9']
     """
     names, ranges = set(), []
-    for part in filter(None, (part.strip() for part in selection.split(","))):
+    for part in selection_parts(selection):
         names.add(part)
-        if bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+        if bounds := re.fullmatch(r"(\d{1,300})(?:-(\d{1,300}))?", part):
             ranges.append((int(bounds[1]), int(bounds[2] or bounds[1])))
-    return lambda value: value in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
+    return lambda value: (
+        composed(value) in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
+    )
 
 
 class RandomClips:
@@ -78,13 +94,15 @@ class ClipData(SequenceData):
         suffix.
     condition: the groups that make the condition, such as `[digit]` or `[digit, speaker]`; none if empty.
     split: the group that `validation` and `test` speak of. validation, test: its values there, such as `0-4`
-        or `theo,lucas`; all others are for training.
+        or `theo,lucas`, or a list of them where they hold commas; `""` for none. All others are for training.
     validation_list, test_list: text files that name one clip a line (the end of its path); they take the
         place of `validation` and `test`.
     length: longest sequence; in training a longer clip is cropped at random, in validation and test it is cut
         up.
-    sample_rate, resample, channels: see `mambaseq_audio.io.read_signal`.
+    sample_rate, resample, channels: see `mambaseq_audio.io.signal_blocks`.
     seed: of the order and the crops in training.
+
+    Names are compared with their accents composed (NFC), however a file system or an editor writes them.
     """
 
     reader, writer = "audio/audio", "audio/wav"
@@ -99,8 +117,8 @@ class ClipData(SequenceData):
         pattern: str = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$",
         condition: Sequence[str] = ("digit",),
         split: str = "take",
-        validation: str = "47-49",
-        test: str = "0-4",
+        validation: str | Sequence[str] = "47-49",
+        test: str | Sequence[str] = "0-4",
         validation_list: str | None = None,
         test_list: str | None = None,
         length: int = 8192,
@@ -120,34 +138,27 @@ class ClipData(SequenceData):
     def setup(self) -> None:
         if self._splits is not None:
             return
-        if self.length < 1:
-            raise ConfigError(f"data.length is {self.length}; a sequence has at least one sample.")
-        paths = audio_files(self.files)
+        check_setting("data.length", self.length, 1, WINDOW.value)
+        check_setting("data.seed", self.seed, *SEEDS)
+        check_rate(self.sample_rate, "data.sample_rate")
+        self._paths = paths = audio_files(self.files)
         groups = self._groups(paths)
         splits = self._split(paths, groups)
         self._label(paths, groups, splits)
-        sources = [fingerprint(path) for path in paths]
-        self._refuse_copies(paths, sources, splits)
-        meta = {
-            "codec": "mulaw",
-            "sample_rate": self.sample_rate,
-            "resample": self.resample,
-            "channels": self.channels,
-            "sources": sources,
-        }
-        store = TokenStore.cached("clips", lambda: self._encode(paths), "uint8", meta)
+        store = sound_store("clips", paths, self.sample_rate, resample=self.resample, channels=self.channels)
+        self._refuse_copies(paths, store, splits)
         self._clips = [Interval(store, i, 0, int(store.lengths[i])) for i in range(len(store))]
         self._splits = splits
 
-    def _encode(self, paths: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
-        for path in paths:
-            signal = read_signal(path, self.sample_rate, resample=self.resample, channels=self.channels)
-            yield path.name, MuLaw().encode(signal)
+    def sources(self) -> dict[str, str]:
+        """sha256 of each sound file."""
+        self.setup()
+        return checksums(self._paths, self._clips[0].store)
 
     def _groups(self, paths: Sequence[Path]) -> list[dict[str, str]]:
         """The named groups of each file's name."""
         try:
-            pattern = re.compile(self.pattern)
+            pattern = re.compile(composed(self.pattern))
         except re.error as error:
             raise ConfigError(f"data.pattern is not a regular expression ({error}): {self.pattern!r}.") from error
         wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
@@ -159,7 +170,7 @@ class ClipData(SequenceData):
             )
         found = []
         for path in paths:
-            match = pattern.search(path.stem)
+            match = pattern.search(composed(path.stem))
             if match is None:
                 raise DataError(
                     f"The name of {path} does not match data.pattern, {self.pattern!r}. Change the pattern, "
@@ -174,8 +185,10 @@ class ClipData(SequenceData):
         chosen: dict[str, set[int]] = {}
         for split, name in self.lists.items():
             if name is None:
+                values = [group.get(self.split, "") for group in groups]
+                self._check_selection(split, set(values))
                 takes = selector(self.selections[split])
-                chosen[split] = {i for i, group in enumerate(groups) if takes(group.get(self.split, ""))}
+                chosen[split] = {i for i, value in enumerate(values) if takes(value)}
             else:
                 chosen[split] = self._listed(paths, name)
         if both := chosen["validation"] & chosen["test"]:
@@ -189,23 +202,44 @@ class ClipData(SequenceData):
             raise DataError(f"No clip of {self.files} is left for training: all are chosen for validation or test.")
         return splits
 
-    def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
-        by_name = defaultdict(list)
-        for i, path in enumerate(paths):
-            by_name[path.name].append(i)
-        (file,) = locate(name)
-        members = set()
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if not (wanted := line.strip()):
-                continue
-            parts = Path(wanted).parts
-            hits = [i for i in by_name.get(parts[-1], ()) if paths[i].parts[-len(parts) :] == parts]
-            if not hits:
-                raise DataError(
-                    f"Line {number} of {file} names {wanted!r}, which is not among the clips of "
-                    f"{self.files}. Correct the line, or add the clip."
+    def _check_selection(self, split: str, values: set[str]) -> None:
+        """Raise ConfigError for what is asked for and no clip has."""
+        for part in selection_parts(self.selections[split]):
+            if not any(map(selector([part]), values)):
+                known = sorted(values)
+                raise ConfigError(
+                    f"data.{split} asks for {part[:80]!r}, which is no clip's {self.split}."
+                    f"{did_you_mean(part, known)} There are: {', '.join(known[:8])[:300]}"
+                    f"{', ...' if len(known) > 8 else ''}. Correct it; data.{split}: '' chooses none, and names with "
+                    f"commas go into a list."
                 )
-            members.update(hits)
+
+    def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
+        names = [tuple(map(composed, path.parts)) for path in paths]
+        by_name = defaultdict(list)
+        for i, parts in enumerate(names):
+            by_name[parts[-1]].append(i)
+        members: set[int] = set()
+        for file in locate(name):
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+            except (UnicodeDecodeError, OSError) as error:
+                raise DataError(
+                    f"{file} cannot be read as a list of clips: {error}. Write one name a line, in UTF-8."
+                ) from error
+            for number, line in enumerate(lines, start=1):
+                if not (wanted := composed(line.strip())):
+                    continue
+                parts = Path(wanted).parts or (wanted,)
+                hits = [i for i in by_name.get(parts[-1], ()) if names[i][-len(parts) :] == parts]
+                if not hits:
+                    raise DataError(
+                        f"Line {number} of {file} names {wanted[:200]!r}, which is not among the clips of "
+                        f"{self.files}. Correct the line, or add the clip."
+                    )
+                members.update(hits)
+        if not members:
+            raise DataError(f"{name} names no clip. Write one name a line, or leave the list out.")
         return members
 
     def _label(self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]) -> None:
@@ -214,32 +248,38 @@ class ClipData(SequenceData):
         if not self.condition:
             return
         values = [tuple(group[name] for name in self.condition) for group in groups]
-        names = sorted(
+        known = sorted(
             {values[i] for i in splits["train"]},
             key=lambda v: [(int(x) if x.isdecimal() else 0, x) for x in v],
         )
+        numbers = {value: number for number, value in enumerate(known)}
         for i in (*splits["validation"], *splits["test"]):
-            if values[i] not in names:
+            if values[i] not in numbers:
                 raise DataError(
                     f"{paths[i]} has the condition {' '.join(values[i])!r}, which no training clip has. Add "
                     f"such clips, or change data.condition or the split."
                 )
-        self._conditions = [names.index(value) if value in names else -1 for value in values]
-        self.condition_names = [" ".join(name) for name in names]
-        self.n_conditions = len(names)
+        self._conditions = [numbers.get(value, -1) for value in values]
+        self.condition_names = [" ".join(value) for value in known]
+        self.n_conditions = len(known)
+        for name, count in Counter(self.condition_names).items():
+            if count > 1:
+                raise DataError(
+                    f"{count} conditions of {self.files} are called {name!r}, their values joined by blanks. Change "
+                    f"data.pattern so that values hold none, or the names of the files."
+                )
 
-    def _refuse_copies(
-        self, paths: Sequence[Path], sources: Sequence[dict[str, Any]], splits: dict[str, list[int]]
-    ) -> None:
-        first: dict[str, tuple[str, Path]] = {}
+    def _refuse_copies(self, paths: Sequence[Path], store: TokenStore, splits: dict[str, list[int]]) -> None:
+        """By the samples, as they are stored: whatever the files are called and however they are packed."""
+        first: dict[tuple[int, int], tuple[str, Path]] = {}
         for split, members in splits.items():
             for i in members:
-                if (digest := sources[i].get("sha256")) is None:
-                    continue
-                other, path = first.setdefault(digest, (split, paths[i]))
+                content = (int(store.lengths[i]), int(store.checksums[i, 0]))
+                other, path = first.setdefault(content, (split, paths[i]))
                 if other != split:
                     raise DataError(
-                        f"{paths[i]} ({split}) is a copy of {path} ({other}). Remove one, or put both into one split."
+                        f"{paths[i]} ({split}) is a copy of {path} ({other}): the same samples. Remove one, or put "
+                        f"both into one split."
                     )
 
     def clips(self, split: str) -> list[np.ndarray]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mambaseq.data.cache import fingerprint
 from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
-from mambaseq.errors import ConfigError
-from mambaseq_audio.io import Channels, audio_files, read_signal
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
+from mambaseq_audio.io import Channels, audio_files, check_rate
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.stores import checksums, sound_store
 from mambaseq_audio.tiles import Tiles
 
 
@@ -27,7 +26,7 @@ class WaveformData(SequenceData):
     files: a folder, a pattern, a resource, or a list of them. length: samples a window.
     validation_fraction, test_fraction: of every recording's time.
     epoch_size: windows that count as one epoch of training.
-    sample_rate, resample, channels: see `mambaseq_audio.io.read_signal`.
+    sample_rate, resample, channels: see `mambaseq_audio.io.signal_blocks`.
     seed: of the windows in training.
     """
 
@@ -59,23 +58,24 @@ class WaveformData(SequenceData):
     def setup(self) -> None:
         if self._splits is not None:
             return
-        if self.length < 1 or self.epoch_size < 1:
-            raise ConfigError("data.length and data.epoch_size are at least 1.")
-        if min(self.validation_fraction, self.test_fraction) < 0 or self.validation_fraction + self.test_fraction >= 1:
+        check_setting("data.length", self.length, 1, WINDOW.value)
+        check_setting("data.epoch_size", self.epoch_size, *EPOCH)
+        check_setting("data.seed", self.seed, *SEEDS)
+        check_rate(self.sample_rate, "data.sample_rate")
+        shares = (self.validation_fraction, self.test_fraction)
+        if not (min(shares) >= 0 and sum(shares) < 1):
             raise ConfigError(
                 f"data.validation_fraction ({self.validation_fraction}) and data.test_fraction "
                 f"({self.test_fraction}) are shares of every recording; together they must leave some of it "
                 f"for training."
             )
-        paths = list(dict.fromkeys(path for name in self.files for path in audio_files(name)))
-        meta = {
-            "codec": "mulaw",
-            "sample_rate": self.sample_rate,
-            "resample": self.resample,
-            "channels": self.channels,
-            "sources": [fingerprint(path) for path in paths],
-        }
-        store = TokenStore.cached("waveform", lambda: self._encode(paths), "uint8", meta)
+        self._paths = paths = list(dict.fromkeys(path for name in self.files for path in audio_files(name)))
+        if not paths:
+            raise ConfigError("data.files names nothing. Give a folder, a pattern, or a list of them.")
+        self._store = store = sound_store(
+            "waveform", paths, self.sample_rate, resample=self.resample, channels=self.channels
+        )
+        self._refuse_copies(store)
         splits: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}
         for record, n in enumerate(store.lengths.tolist()):
             test = n - round(self.test_fraction * n)
@@ -89,10 +89,19 @@ class WaveformData(SequenceData):
                     splits[split].append(Interval(store, record, start, stop))
         self._splits = splits
 
-    def _encode(self, paths: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
-        for path in paths:
-            signal = read_signal(path, self.sample_rate, resample=self.resample, channels=self.channels)
-            yield path.name, MuLaw().encode(signal)
+    def _refuse_copies(self, store: TokenStore) -> None:
+        """A recording that is there twice counts twice in every result, whatever the files are called."""
+        first: dict[tuple[int, int], Path] = {}
+        for path, length, content in zip(
+            self._paths, store.lengths.tolist(), store.checksums[:, 0].tolist(), strict=True
+        ):
+            if (other := first.setdefault((length, content), path)) != path:
+                raise DataError(f"{path} is a copy of {other}: the same samples. Remove one, or narrow data.files.")
+
+    def sources(self) -> dict[str, str]:
+        """sha256 of each recording's file."""
+        self.setup()
+        return checksums(self._paths, self._store)
 
     def intervals(self, split: str) -> list[Interval]:
         """What of the recordings is in `"train"`, `"validation"` or `"test"`."""

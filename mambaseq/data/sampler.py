@@ -39,9 +39,9 @@ class PositionedBatchSampler(Sampler[list[int]]):
         """Batches an epoch."""
         return self.size // (self.batch_size * self.world_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self.endless:
-            return np.arange(epoch * self.size, (epoch + 1) * self.size)
+    def _order(self, epoch: int) -> np.ndarray | range:
+        if self.endless:  # an epoch may be called as long as one likes
+            return range(epoch * self.size, (epoch + 1) * self.size)
         return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -50,4 +50,4 @@ class PositionedBatchSampler(Sampler[list[int]]):
         per_step = self.batch_size * self.world_size
         for k in range(start, len(self)):
             first = k * per_step + self.rank * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            yield [int(index) for index in order[first : first + self.batch_size]]

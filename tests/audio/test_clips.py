@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData, selector
 from mambaseq_audio.mulaw import MuLaw
 
+from mambaseq.cli.config import parse_config
 from mambaseq.data.module import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 
@@ -49,6 +51,72 @@ def test_selector() -> None:
     assert [t for t in takes if selector("0-4")(t)] == ["0", "3", "04"]
     assert [t for t in takes if selector("10, anna")(t)] == ["10", "anna"]
     assert [t for t in takes if selector("")(t)] == []
+
+
+def test_selector_of_lists_and_accents() -> None:
+    takes = ("Smith, Ann", "Åsa", "A\u030asa", "Smith", "2")
+    assert [t for t in takes if selector(["Smith, Ann", "1-3"])(t)] == ["Smith, Ann", "2"]
+    for name in ("Åsa", "A\u030asa"):
+        assert [t for t in takes if selector(name)(t)] == ["Åsa", "A\u030asa"]
+    assert not any(map(selector("9" * 5000), takes))
+
+
+def test_names_with_commas_and_accents(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("Smith, Ann_1", "Åsa_1", "A\u030asa_2", "Müller_1", "Smith, Ann_2"):
+        soundfile.write(tmp_path / f"{name}.wav", rng.uniform(-0.5, 0.5, 50), 8000)
+    pattern = "^(?P<who>.+)_(?P<take>[0-9]+)$"
+    text = f"""
+        data: {{name: audio/clips, files: {tmp_path}, pattern: "{pattern}", condition: [who], split: who,
+                validation: [], test: ["Smith, Ann"], sample_rate: 8000}}"""
+    (tmp_path / "c.yaml").write_text(text.replace("condition: [who]", "condition: []"), encoding="utf-8")
+    clips = parse_config(str(tmp_path / "c.yaml"), []).make_data()
+    clips.setup()
+    assert [len(clips.clips(split)) for split in ("train", "validation", "test")] == [3, 0, 2]  # type: ignore[attr-defined]
+    asa = data(tmp_path, pattern=pattern, condition=["who"], split="take", validation=[], test="2")
+    assert list(asa.condition_names) == ["Müller", "Smith, Ann", "Åsa"]  # one Åsa, in whichever way it is written
+    (tmp_path / "test.txt").write_text("A\u030asa_1.wav\n\u00c5sa_2.wav\n", encoding="utf-8-sig")
+    listed = data(tmp_path, pattern=pattern, condition=[], validation=[], test_list=str(tmp_path / "test.txt"))
+    assert len(listed.clips("test")) == 2
+
+
+def test_a_selection_that_no_clip_meets_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.test asks for 'bem', .*Did you mean 'ben'.*There are: anna, ben\."):
+        data(folder, split="speaker", validation="", test="bem")
+    with pytest.raises(ConfigError, match=r"data\.validation asks for '47-49', which is no clip's take"):
+        data(folder, validation="47-49")
+
+
+def test_two_conditions_of_one_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a b_c_1", "a_b c_1", "a_b c_2"):
+        soundfile.write(tmp_path / f"{name}.wav", rng.uniform(-0.5, 0.5, 50), 8000)
+    options = {"pattern": "(?P<one>.+)_(?P<two>.+)_(?P<take>.+)", "validation": "", "test": ""}
+    with pytest.raises(DataError, match=r"2 conditions of .* are called 'a b c'"):
+        data(tmp_path, condition=["one", "two"], **options)
+
+
+def test_bad_lists(folder: Path, tmp_path: Path) -> None:
+    for content, message in ((b"\xff\xfe", "in UTF-8"), (b"\n", "names no clip"), (b".\n", "Line 1 of")):
+        (tmp_path / "list.txt").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            data(folder, test_list=str(tmp_path / "list.txt"))
+
+
+def test_sources_are_the_contents_of_the_files(folder: Path) -> None:
+    before = data(folder).sources()
+    assert len(before) == 16
+    path = folder / "3_anna_2.wav"
+    assert before[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    soundfile.write(path, np.zeros(9), 8000)
+    after = data(folder).sources()
+    assert {name for name in before if before[name] != after[name]} == {str(path)}
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", 0), ("length", 2**63), ("seed", -1), ("seed", 2**63)])
+def test_numbers_out_of_range(folder: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key} must be"):
+        data(folder, **{key: value})
 
 
 def test_evaluation_predicts_every_sample_once(folder: Path) -> None:
@@ -190,6 +258,14 @@ def test_bad_settings(folder: Path) -> None:
 def test_copies_in_two_splits_are_refused(folder: Path) -> None:
     (folder / "3_anna_2.wav").write_bytes((folder / "3_anna_0.wav").read_bytes())
     with pytest.raises(DataError, match=r"3_anna_0\.wav \(test\) is a copy of .*3_anna_2\.wav \(train\)"):
+        data(folder)
+
+
+def test_copies_in_other_files_are_refused(folder: Path) -> None:
+    """By the samples: under another name, in another format, with another header."""
+    levels, rate = soundfile.read(folder / "3_anna_0.wav", dtype="int16")
+    soundfile.write(folder / "10_ben_7.flac", levels, rate)
+    with pytest.raises(DataError, match=r"3_anna_0\.wav \(test\) is a copy of .*10_ben_7\.flac \(train\)"):
         data(folder)
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import errno
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from mambaseq_audio.io import audio_files, read_audio, read_signal, write_wav
+from mambaseq_audio.clips import ClipData
+from mambaseq_audio.io import audio_files, read_audio, read_signal, signal_blocks, write_wav
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.waveform import WaveformData
 
 from mambaseq.errors import ConfigError, DataError, UserError
 
@@ -40,16 +43,77 @@ def test_two_channels_are_averaged_or_refused(tmp_path: Path, tone: np.ndarray) 
         read_signal(path, 8000, channels="refuse")
 
 
-def test_another_rate_is_resampled_or_refused(tmp_path: Path) -> None:
-    path = tmp_path / "fast.wav"
-    time = np.arange(22050) / 22050
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 440 * time), 22050)
-    signal = read_signal(path, 8000)
-    assert len(signal) == 8000
-    wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
-    assert np.abs(signal - wanted)[100:-100].max() < 1e-2
+def sine(rate: int, seconds: float, frequency: float) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
+
+
+@pytest.mark.parametrize("rate", [8001, 11_127, 22_050, 44_100, 44_101, 48_000, 48_001, 655_343])
+def test_another_rate_is_resampled(tmp_path: Path, rate: int) -> None:
+    """Against the sine itself: length to the sample, place in time, amplitude, and nothing beside it."""
+    seconds = 0.5
+    soundfile.write(tmp_path / "a.wav", sine(rate, seconds, 1000), rate, subtype="FLOAT")
+    signal = read_signal(tmp_path / "a.wav", 16_000)
+    assert len(signal) == -(-round(rate * seconds) * 16_000 // rate)
+    wanted = sine(16_000, 0.6, 1000)[: len(signal)]
+    assert np.abs(signal - wanted)[800:-800].max() < 2e-6
+    assert np.abs(signal - wanted).max() < 0.2  # the sine begins and ends at once, which no band holds
+
+
+def test_what_no_longer_has_a_place_is_taken_out(tmp_path: Path) -> None:
+    """5 kHz would be heard at 3 kHz in 8 kHz; 3.4 kHz stays as it is."""
+    soundfile.write(tmp_path / "high.wav", sine(44_100, 0.5, 5000), 44_100, subtype="FLOAT")
+    assert np.abs(read_signal(tmp_path / "high.wav", 8000))[400:-400].max() < 1e-6
+    soundfile.write(tmp_path / "low.wav", sine(44_100, 0.5, 3400), 44_100, subtype="FLOAT")
+    signal = read_signal(tmp_path / "low.wav", 8000)
+    assert np.abs(signal - sine(8000, 0.5, 3400))[400:-400].max() < 1e-3
+
+
+@pytest.mark.parametrize(("rate", "wanted", "length"), [(8000, 48_000, 600_001), (48_000, 8000, 5), (48_000, 8000, 1)])
+def test_lengths_of_long_and_short_files(tmp_path: Path, rate: int, wanted: int, length: int) -> None:
+    soundfile.write(tmp_path / "a.flac", np.full(length, 0.25), rate)
+    signal = read_signal(tmp_path / "a.flac", wanted)
+    assert len(signal) == -(-length * wanted // rate)
+    if length > 100:
+        assert np.abs(signal - 0.25)[1000:-1000].max() < 1e-6
+
+
+def test_resampling_takes_no_more_memory_than_what_comes_out(tmp_path: Path) -> None:
+    """10 s between rates without a common factor, where a table of all phases would take gigabytes."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(111_270), 11_127)
+    tracemalloc.start()
+    (one, *others) = signal_blocks(tmp_path / "a.wav", 16_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(one) + sum(map(len, others)) == 160_000
+    assert peak < 8 * 2**20
+
+
+def test_another_rate_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "fast.wav", np.zeros(100), 22_050)
     with pytest.raises(DataError, match=r"fast\.wav has 22,050 samples a second and 8,000.*resample: true"):
-        read_signal(path, 8000, resample=False)
+        read_signal(tmp_path / "fast.wav", 8000, resample=False)
+
+
+@pytest.mark.parametrize("rate", [0, -1, 999, 768_001, 2**63, 8000.5])
+def test_rates_that_nothing_has(tmp_path: Path, tone: np.ndarray, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone, 8000)
+    with pytest.raises(ConfigError, match="sample_rate must be a whole number of 1,000 to 768,000"):
+        read_signal(tmp_path / "a.wav", rate)
+    with pytest.raises(ConfigError, match="sample_rate must be"):
+        write_wav(tmp_path / "b.wav", [np.zeros(3)], MuLaw(), sample_rate=rate)
+    for kind in (ClipData, WaveformData):
+        with pytest.raises(ConfigError, match=r"data\.sample_rate must be"):
+            kind(files=str(tmp_path), sample_rate=rate).setup()
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2**31 - 1])
+def test_a_header_with_a_rate_that_nothing_has(tmp_path: Path, tone: np.ndarray, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone, 8000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.wav (says that it has .* samples a second|cannot be read as audio)"):
+        read_signal(tmp_path / "a.wav", 8000)
 
 
 def test_no_such_file(tmp_path: Path) -> None:
@@ -124,7 +188,7 @@ def test_read_audio_makes_records_of_files_folders_and_patterns(tmp_path: Path, 
     soundfile.write(tmp_path / "one.flac", tone, 8000)
     (tmp_path / "notes.txt").write_text("no sound")
     records = list(read_audio(tmp_path, MuLaw(), sample_rate=8000))
-    assert [(record.name, len(record)) for record in records] == [("two", 50), ("one", 4000)]
+    assert [(record.name, len(record)) for record in records] == [("b/two", 50), ("one", 4000)]
     assert (records[1].ids == MuLaw().encode(read_signal(tmp_path / "one.flac", 8000))).all()
     (record,) = read_audio(str(tmp_path / "*.flac"), None, sample_rate=8000)
     assert record.signal is not None
@@ -132,6 +196,87 @@ def test_read_audio_makes_records_of_files_folders_and_patterns(tmp_path: Path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no sound file"):
         audio_files(tmp_path / "empty")
+    for name in ("", "~nobody-of-that-name/x", "x" * 300, "a\0b"):
+        with pytest.raises(DataError):
+            audio_files(name)
+
+
+def test_records_of_one_stem(tmp_path: Path, tone: np.ndarray) -> None:
+    for name in ("a/x.wav", "b/x.wav", "b/x.flac", "b/._x.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, tone, 8000, format=name[-4:].strip("."))
+    for given in (tmp_path, tmp_path / "**/*"):
+        names = [record.name for record in read_audio(given, MuLaw(), sample_rate=8000)]
+        assert names == ["a/x", "b/x.flac", "b/x.wav"]
+
+
+def test_small_files_that_unpack_to_very_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.flac"
+    soundfile.write(path, np.zeros(40_000_000, dtype=np.int16), 44_100)
+    assert path.stat().st_size < 200_000
+    decoded = []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **options: decoded.append(args))
+    with pytest.raises(UserError, match=r"bomb\.flac, unpacked .* asks for .*MAMBASEQ_MAX_UNPACKED_RATIO"):
+        read_signal(path, 44_100)
+    assert not decoded
+
+
+def test_limits_on_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "long.flac"
+    soundfile.write(path, np.zeros(200_000, dtype=np.int16), 8000)
+    assert len(read_signal(path, 8000)) == 200_000
+    monkeypatch.setenv("MAMBASEQ_MAX_SAMPLES", "300000")
+    assert len(read_signal(path, 8000)) == 200_000
+    with pytest.raises(UserError, match=r"long\.flac, at 16,000 samples a second, asks for 400,000 samples"):
+        read_signal(path, 16_000)
+    monkeypatch.setenv("MAMBASEQ_MAX_SAMPLES", "100000")
+    with pytest.raises(UserError, match=r"long\.flac asks for 200,000 samples of sound; .*MAMBASEQ_MAX_SAMPLES"):
+        read_signal(path, 8000)
+
+
+def test_a_flac_of_unknown_length(tmp_path: Path, tone: np.ndarray) -> None:
+    path = tmp_path / "piped.flac"
+    soundfile.write(path, tone, 8000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the number of samples: 4 bits and the four bytes that follow
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"piped\.flac does not say how many samples it has.*Convert"):
+        read_signal(path, 8000)
+
+
+def test_samples_beyond_full_scale_are_told(tmp_path: Path, tone: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    soundfile.write(tmp_path / "loud.wav", 3 * tone, 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "fine.wav", tone, 8000, subtype="FLOAT")
+    assert len(list(read_audio(tmp_path, MuLaw(), sample_rate=8000))) == 2
+    (line,) = caplog.messages
+    count = int((np.abs(3 * tone) > 1).sum())
+    assert f"which mu-law clips: 1 ({count:,} samples of {tmp_path}/loud.wav; the highest peak is 1.5)" in line
+    caplog.clear()
+    read_signal(tmp_path / "fine.wav", 8000)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff", "au", "caf", "w64"])
+def test_flipped_bytes(tmp_path: Path, tone: np.ndarray, suffix: str) -> None:
+    """Whatever comes out is finite and about as long, or one paragraph that names the file."""
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, tone[:1500], 8000)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in {*range(60), *rng.integers(len(whole), size=60).tolist()}:
+        content = bytearray(whole)
+        content[place % len(whole)] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        signal, message = np.zeros(0), path.name
+        try:
+            signal = read_signal(path, 8000)
+        except UserError as error:
+            message = str(error)
+        assert path.name in message
+        assert len(message) < 1000
+        assert np.isfinite(signal).all()
+        assert len(signal) < 40_000
 
 
 def test_write_wav_round_trip(tmp_path: Path) -> None:

@@ -72,3 +72,27 @@ def test_shorter_than_the_window(folder: Path) -> None:
 def test_bad_fractions(folder: Path) -> None:
     with pytest.raises(ConfigError, match="leave some of it for training"):
         data(folder, validation_fraction=0.5, test_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epoch_size", 0), ("epoch_size", 2**63), ("seed", -1), ("length", 0), ("length", 2**40)]
+)
+def test_numbers_out_of_range(folder: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key} must be"):
+        data(folder, **{key: value})
+
+
+def test_fractions_that_are_no_number(folder: Path) -> None:
+    for key in ("validation_fraction", "test_fraction"):
+        with pytest.raises(ConfigError, match="leave some of it for training"):
+            data(folder, **{key: float("nan")})
+
+
+def test_copies_and_sources(folder: Path) -> None:
+    assert set(data(folder).sources()) == {str(folder / "a.flac"), str(folder / "b.flac")}
+    levels, rate = soundfile.read(folder / "b.flac", dtype="int16")
+    soundfile.write(folder / "c.wav", levels, rate)
+    with pytest.raises(DataError, match=r"c\.wav is a copy of .*b\.flac: the same samples"):
+        data(folder)
+    with pytest.raises(ConfigError, match=r"data\.files names nothing"):
+        WaveformData(files=[]).setup()

@@ -96,3 +96,8 @@ def test_less_than_a_batch_names_the_key_to_lower() -> None:
     module = SequenceDataModule(TinyTokens(size=3), batch_size=4)
     with pytest.raises(DataError, match=r"3 sequences, fewer than one batch of 4 .* Lower loader\.batch_size"):
         module.train_dataloader()
+
+
+def test_an_epoch_of_any_length_takes_no_memory() -> None:
+    sampler = PositionedBatchSampler(2**40, 4, endless=True, position=lambda: 2**40)
+    assert next(iter(sampler)) == [2**42, 2**42 + 1, 2**42 + 2, 2**42 + 3]
