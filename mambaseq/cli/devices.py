@@ -1,10 +1,13 @@
-"""The device that a command line names."""
+"""The device that a command line names, and what to say when its memory is full."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -21,3 +24,16 @@ def choose_device(name: str | None) -> torch.device:
             f"there is one."
         ) from error
     return device
+
+
+@contextlib.contextmanager
+def memory_told(options: str) -> Iterator[None]:
+    """Turn running out of memory into a UserError; options: what asks for less when it is lowered."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0][:200].rstrip(".")
+        raise UserError(f"There is not enough memory: {reason}. Lower {options}.") from error

@@ -3,30 +3,84 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, did_you_mean
 
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_LISTED = 12
 
-def condition_ids(loaded: LoadedModel, condition: str | None) -> list[int]:
-    """Ids of comma-separated condition names (numbers where the model's conditions have no names).
+
+def condition_ids(loaded: LoadedModel, condition: str | Sequence[str] | None) -> list[int]:
+    """Ids of condition names (numbers where the model's conditions have no names).
+
+    condition: one name or several with commas, or a sequence of such. A name that holds commas itself is found before
+        it is taken for several.
 
     Raises ConfigError for unknown ones, or where one is needed.
     """
     count = loaded.card.spec["encoder"].get("n_conditions", 0)
     names = (loaded.card.condition_names or [str(number) for number in range(count)]) if count else []
+    if len(names) != count:
+        raise ConfigError(
+            f"The model at {loaded.source} has {count} conditions and its description names {len(names)}. Export it "
+            f"again."
+        )
     if condition is None:
         if names:
-            raise ConfigError(f"This model is conditional; say on what with --condition: {', '.join(names)}.")
+            raise ConfigError(f"This model is conditional; say on what with --condition: {_listed(names)}.")
         return []
-    chosen = [part.strip() for part in condition.split(",")]
-    for part in chosen:
-        if part not in names:
-            known = ", ".join(names) or "none, it is not conditional"
-            raise ConfigError(f"No condition is named {part!r}.{did_you_mean(part, names)} The model knows: {known}.")
-    return [names.index(part) for part in chosen]
+    given = [condition] if isinstance(condition, str) else condition
+    return [names.index(name) for one in given for name in _split(one, names)]
+
+
+def _split(given: str, names: list[str]) -> list[str]:
+    """The names in a text with commas, the longest that fits first."""
+    if given in names:
+        return [given]
+    parts, found = given.split(","), []
+    while parts:
+        for end in range(len(parts), 0, -1):
+            if (name := ",".join(parts[:end]).strip()) in names:
+                found.append(name)
+                parts = parts[end:]
+                break
+        else:
+            raise ConfigError(f"No condition is named {_cut(parts[0].strip())!r}.{_near(parts[0].strip(), names)}")
+    return found
+
+
+def _near(given: str, names: list[str]) -> str:
+    """What could be meant: names with all the given words in them (digits may be written as words), else a similar
+    one."""
+    if not names:
+        return " The model is not conditional; leave --condition out."
+    wanted = set(_words(given))
+    fitting = [name for name in names if wanted and wanted <= set(_words(name))]
+    fitting = fitting or [name for name in names if given and given.lower() in name.lower()]
+    if fitting:
+        if len(fitting) == 1:
+            return f" Did you mean {fitting[0]!r}?"
+        return f" Did you mean one of these: {_listed(fitting)}?"
+    return f"{did_you_mean(given, names)} The model knows: {_listed(names)}."
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"[^\W_]+", text.lower())
+    return [str(_DIGITS.index(word)) if word in _DIGITS else word.lstrip("0") or "0" for word in words]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:37]}..."
+
+
+def _listed(names: list[str]) -> str:
+    """Names for a message, each cut, not more than a few; in quotes where they hold commas."""
+    shown = ", ".join(repr(_cut(name)) if "," in name else _cut(name) for name in names[:_LISTED])
+    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def fitting_options(

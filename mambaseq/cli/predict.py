@@ -9,31 +9,47 @@ from pathlib import Path
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(
         prog="mambaseq predict",
-        description="Label windows of records (classifiers), give their values (regression), or measure bits a token "
-        "of records (language models). Writes a CSV with a row a window or record.",
+        description="Label windows of records (classifiers), give their values (regression), label each position "
+        "(heads with a label a token), or measure bits a token of records (language models): what comes out follows "
+        "the head and what it was trained for. Writes a CSV in the order of the records.",
+        epilog="A row without a prediction (an empty record, say) has empty cells and a note that says why. Text that "
+        "begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, so that no "
+        "spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, the rows that "
+        "were finished before are kept in FILE.partial.csv and the exit code is 2.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")
-    parser.add_argument("--out", required=True, metavar="FILE.csv")
+    parser.add_argument("--out", required=True, metavar="FILE.csv", help="a file, a pipe or /dev/stdout")
     parser.add_argument("--reader", help="another reader (`mambaseq list readers`)")
-    parser.add_argument("--condition", help="what the records are, for conditional models: one name")
     parser.add_argument(
-        "--window", type=int, help="tokens a window of a classifier or regression; as in training when left out"
+        "--condition", action="append", metavar="NAME", help="what the records are, for conditional models: one name"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="tokens that are read by themselves; when left out, as in training, and whole records by language models",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="windows that are read together; of shorter ones more (default 16)"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out files and records that cannot be used, and say which"
+    )
     arguments = parser.parse_args(argv)
-    from mambaseq.cli.predicting import predict
+    from mambaseq.cli.predicting import predict, report
 
-    rows = predict(
+    out = Path(arguments.out)
+    found = predict(
         arguments.checkpoint,
         [Path(p) for p in arguments.inputs],
-        Path(arguments.out),
+        out,
         reader=arguments.reader,
         condition=arguments.condition,
         window=arguments.window,
         batch_size=arguments.batch_size,
         device=arguments.device,
+        skip_bad=arguments.skip_bad,
     )
-    print(f"{rows} rows in {arguments.out}")
+    report(found, out)
     return 0

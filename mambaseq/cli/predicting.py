@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from mambaseq.atomic import atomic_file
+from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.devices import choose_device
+from mambaseq.cli.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
+from mambaseq.cli.devices import choose_device, memory_told
 from mambaseq.cli.loading import condition_ids, fitting_options
+from mambaseq.cli.tables import Table, partial_path, table
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
+from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError
-from mambaseq.heads.regression import RegressionHead
+from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.outputs import is_stream, output_target
 
-COLUMNS = ("file", "record", "start", "stop")
-Row = tuple[int, int, list]  # start, stop, values
+# Windows are gathered up to here, so that those of one length are read together; what stands in memory is bounded by
+# it.
+_GATHERED_TOKENS = 2**20
+_GATHERED = 2**14
+_NAMED = 20  # bad records that are named one by one
+
+Bad = Callable[[UserError], None]
+
+
+class Predictions(NamedTuple):
+    """rows: written. without: those of them that have no prediction, by the note that says why. bad: files and records
+    that were left out, as messages (`skip_bad`)."""
+
+    rows: int
+    without: dict[str, int]
+    bad: list[str]
 
 
 def predict(
@@ -31,60 +48,95 @@ def predict(
     out: Path,
     *,
     reader: str | None = None,
-    condition: str | None = None,
+    condition: str | Sequence[str] | None = None,
     window: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
-) -> int:
-    """Write predictions for every record of the inputs; returns the number of rows.
+    skip_bad: bool = False,
+) -> Predictions:
+    """Write predictions for every record of the inputs.
 
     condition: name of the one condition that every record is taken under, for conditional models.
-    Raises UserError for a run, setting, file or record that cannot be used; nothing is written then.
+    window: tokens that are read by themselves; as in training when None (whole records for models of the next token,
+        and for labels of positions by a causal model).
+    batch_size: windows that are read together; of shorter ones, as many as have the same number of tokens.
+    skip_bad: go on behind a file that cannot be read and a record whose prediction is not finite.
+
+    Raises UserError for a run, setting, file or record that cannot be used. What was finished before is kept at
+    `mambaseq.cli.tables.partial_path(out)`, and what stood at `out` stays.
     """
-    for option, value in (("--batch-size", batch_size), ("--window", window)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be at least 1, not {value}.")
-    for path in inputs:  # before the first is worked on
-        files = [path] if path.exists() else locate(path)
-        # of a folder only the reader knows which files it takes; an older table in it is none
-        inside = path.is_dir() and path.resolve() in out.resolve().parents and out.suffix.lower() != ".csv"
-        if out.exists() and (inside or any(file.samefile(out) for file in files)):
-            raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
+    limits.BATCH.check(_at_least_one("--batch-size", batch_size), "--batch-size")
+    if window is not None:
+        _at_least_one("--window", window)
+    files = _files(inputs)
+    _check_not_overwritten(out, inputs, files)
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     given = condition_ids(loaded, condition)
     if len(given) > 1:
         raise ConfigError(f"Records are predicted under one condition, not under {condition!r}. Run once for each.")
-    chosen = torch.tensor(given, device=place) if given else None
-    least = getattr(loaded.model.encoder, "min_length", 1)
-    if window is not None and window < least:
+    answer = answer_of(loaded, torch.tensor(given, device=place) if given else None, window)
+    if window is not None and window < answer.least:
         raise ConfigError(
-            f"--window must be at least {least} for this model, not {window}: it reads that many at once."
+            f"--window must be at least {answer.least} for this model, not {window}: it reads that many at once."
         )
-    span = window or loaded.card.length
-    rows = 0
-    with atomic_file(out, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        for path, record in _records(loaded, checkpoint, inputs, reader):
-            if loaded.model.head.per_token:
-                results = _likelihood(loaded, record, chosen)
-            else:
-                results = _windows(loaded, record, span or max(len(record), 1), batch_size, chosen, path)
-            for start, stop, values in results:
-                if rows == 0:
-                    writer.writerow([*COLUMNS, *_columns(loaded, len(values))])
-                writer.writerow([str(path), record.name, start, stop, *values])
-                rows += 1
-        if rows == 0:
-            raise DataError(
-                f"No record of {', '.join(map(str, inputs))} is long enough to predict on; nothing was written."
-            )
-    return rows
+    bad: list[str] = []
+
+    def refuse(error: UserError) -> None:
+        """Raise what is wrong with a file or a record, or note it."""
+        if not skip_bad:
+            raise error
+        bad.append(str(error))
+
+    with table(out) as rows, torch.no_grad(), memory_told("--batch-size, or --window"):
+        records = _records(loaded, checkpoint, files, reader, refuse)
+        for file, name, row in _rows(answer, records, batch_size, refuse):
+            if row.values is not None:
+                rows.begin(answer.columns)
+            rows.add(file, name, row.start, row.stop, row.values, row.note)
+        _check_any(rows, inputs, bad)
+    return Predictions(rows.rows, dict(rows.notes), bad)
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{option} must be at least 1, not {value}.")
+    return value
+
+
+def _files(inputs: list[Path]) -> list[Path]:
+    """What there is to read; of a folder only the reader knows which files it takes. Raises DataError."""
+    return [file for path in inputs for file in ([path] if path.exists() else locate(path))]
+
+
+def _check_not_overwritten(out: Path, inputs: list[Path], files: list[Path]) -> None:
+    target = output_target(out)
+    if is_stream(out):
+        return
+    folders = [path.resolve() for path in inputs if path.is_dir()]
+    # an older table in a folder of inputs is none of them
+    inside = out.suffix.lower() != ".csv" and any(folder in target.resolve().parents for folder in folders)
+    for written in (target, partial_path(target)):
+        if written.exists() and (inside or any(file.samefile(written) for file in files)):
+            raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
+
+
+def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
+    if rows.predicted:
+        return
+    named = ", ".join(map(str, inputs[:5])) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
+    why = [f"{count:,} {note}" for note, count in list(rows.notes.items())[:5]]
+    why += [f"{len(bad):,} bad, the first: {bad[0]}"] if bad else []
+    raise DataError(
+        f"Nothing in {named} can be predicted on ({'; '.join(why) or 'no record'}); nothing was written. Give longer "
+        f"records."
+    )
 
 
 def _records(
-    loaded: LoadedModel, checkpoint: str | Path, inputs: list[Path], reader: str | None
-) -> Iterator[tuple[Path, Record]]:
+    loaded: LoadedModel, checkpoint: str | Path, files: list[Path], reader: str | None, refuse: Bad
+) -> Iterator[tuple[str, Record]]:
+    """Each record, and the file it is in."""
     name = reader or loaded.card.reader
     if name is None:
         raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")
@@ -93,86 +145,153 @@ def _records(
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
     other = f"The reader {name!r} does not go with this model"
     remedy = f"Use the model's own reader{f' ({loaded.card.reader!r})' if loaded.card.reader else ''}."
-    for path in inputs:
-        try:
-            for record in tqdm(read(path, loaded.tokenizer, **options), desc=path.name, unit="record"):
-                if record.ids is None and loaded.tokenizer is not None:
-                    raise ConfigError(f"{other}: its record {record.name!r} of {path} is a signal. {remedy}")
-                yield path, record
-        except (TypeError, ValueError, AttributeError) as error:
-            if own:
-                raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
+    for path in files:
+        with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
+            records = _begun(read, path, loaded.tokenizer, options)
+            while True:
+                try:
+                    record = next(records, None)
+                    if record is None:
+                        break
+                    _check_fits(loaded, record, path, other, remedy)
+                except ConfigError:
+                    raise
+                except UserError as error:
+                    refuse(error)
+                    break
+                except OSError as error:
+                    reason = error.strerror or str(error)
+                    refuse(DataError(f"{path} cannot be read: {reason}. Check the file and its permissions."))
+                    break
+                except (TypeError, ValueError, AttributeError) as error:
+                    if own:
+                        raise
+                    reason = " ".join(str(error).split()).rstrip(".")
+                    raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
+                bar.update()
+                yield record.source or str(path), record
 
 
-def _names(loaded: LoadedModel) -> list[str]:
-    """The classes; empty for a regression."""
-    return [] if isinstance(loaded.model.head, RegressionHead) else loaded.card.class_names
+def _begun(
+    read: Callable[..., Iterable[Record]], path: Path, tokenizer: Tokenizer | None, options: dict[str, Any]
+) -> Iterator[Record]:
+    """The reader's records; a reader that is no generator reads, and fails, when the first is asked for."""
+    yield from read(path, tokenizer, **options)
 
 
-def _columns(loaded: LoadedModel, count: int) -> list[str]:
-    if loaded.model.head.per_token:
-        return ["tokens", "bits_per_token"]
-    if names := _names(loaded):
-        return ["predicted", *names]
-    return ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
-
-
-def _tensor(record: Record, device: torch.device) -> torch.Tensor:
-    values = record.signal if record.ids is None else record.ids.astype(np.int64)
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-
-def _windows(
-    loaded: LoadedModel, record: Record, window: int, batch_size: int, condition: torch.Tensor | None, path: Path
-) -> Iterator[Row]:
-    """Tiles of `window` tokens; a shorter record, or what is left of a longer one, is a window of its own length."""
-    model, names = loaded.model, _names(loaded)
-    sequence = _tensor(record, next(model.parameters()).device)
-    length = len(sequence)
-    if length == 0:
-        raise DataError(f"{path}: the record {record.name!r} is empty. Remove it.")
-    full = length // window * window
-    batches = [
-        range(first, min(first + batch_size * window, full), window) for first in range(0, full, batch_size * window)
-    ]
-    if full < length:
-        batches.append(range(full, length, window))  # alone, so that it needs no padding
-    for starts in batches:
-        batch = torch.stack([sequence[start : start + window] for start in starts])
-        with torch.no_grad():
-            output = model(batch, condition=None if condition is None else condition.expand(len(batch))).logits
-        for start, row in zip(starts, (output.softmax(-1) if names else output).cpu(), strict=True):
-            values = [f"{value:.6f}" if names else f"{value:.6g}" for value in row.tolist()]
-            yield start, min(start + window, length), [names[int(row.argmax())], *values] if names else values
-
-
-def _likelihood(
-    loaded: LoadedModel, record: Record, condition: torch.Tensor | None, chunk: int = 8192
-) -> Iterator[Row]:
-    """The whole record in chunks, the state passed on, so that memory does not grow with it.
-
-    Tokens that `record.scored` leaves out are read and not counted.
-    """
-    model = loaded.model
-    sequence = _tensor(record, next(model.parameters()).device)
-    labels = sequence
-    if record.scored is not None:
-        labels = sequence.masked_fill(
-            ~torch.from_numpy(np.asarray(record.scored, dtype=bool)).to(sequence.device), -100
-        )
-    n = len(sequence) - 1
-    if n < 1:
+def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, remedy: str) -> None:
+    """Raise ConfigError where a record is not of the kind that the model reads."""
+    encoder = loaded.card.spec["encoder"]
+    if record.ids is None:
+        if loaded.tokenizer is not None:
+            raise ConfigError(f"{other}: its record {record.name!r} of {path} is a signal. {remedy}")
+        channels = encoder.get("n_channels")
+        shape = () if record.signal is None else record.signal.shape
+        if channels is not None and shape[1:] != (channels,):
+            raise ConfigError(
+                f"{other}: its record {record.name!r} of {path} is a signal of shape {shape}, and the model reads "
+                f"(length, {channels}). {remedy}"
+            )
         return
-    state, total, count = None, 0.0, 0
-    with torch.no_grad():
-        for start in range(0, n, chunk):
-            stop = min(start + chunk, n)
-            inputs, targets = sequence[None, start:stop], labels[None, start + 1 : stop + 1]
-            output = model(inputs, targets, condition=condition, state=state, return_state=True)
-            state = output.state
-            if (scored := int((targets != -100).sum())) > 0:
-                total += float(output.loss) * scored
-                count += scored
-    yield 0, n + 1, [count, f"{total / count / math.log(2):.6f}" if count else ""]
+    size = encoder.get("vocab_size") or (loaded.tokenizer.vocab_size if loaded.tokenizer is not None else None)
+    if size is not None and len(record) and not 0 <= int(record.ids.min()) <= int(record.ids.max()) < size:
+        raise ConfigError(
+            f"{other}: its record {record.name!r} of {path} has ids from {record.ids.min()} to {record.ids.max()}, and "
+            f"the model knows 0 to {size - 1}. {remedy}"
+        )
+
+
+class _Piece(NamedTuple):
+    file: str
+    record: Record
+    span: Span
+
+
+def _rows(
+    answer: Answer, records: Iterator[tuple[str, Record]], batch_size: int, refuse: Bad
+) -> Iterator[tuple[str, str, Row]]:
+    """File, record's name and row, in the order of the records. What was gathered when a file cannot be read is
+    finished before the error is raised."""
+    gathered: list[_Piece] = []
+    tokens = 0
+    try:
+        for file, record in records:
+            for span in answer.spans(record):
+                gathered.append(_Piece(file, record, span))
+                tokens += span.stop - span.start
+                if tokens >= _GATHERED_TOKENS or len(gathered) >= _GATHERED:
+                    yield from _finished(answer, gathered, batch_size, refuse)
+                    gathered, tokens = [], 0
+    except UserError:
+        yield from _finished(answer, gathered, batch_size, refuse)
+        raise
+    yield from _finished(answer, gathered, batch_size, refuse)
+
+
+def _finished(answer: Answer, gathered: list[_Piece], batch_size: int, refuse: Bad) -> Iterator[tuple[str, str, Row]]:
+    rows = _batched(answer, gathered, batch_size)
+    for piece, found in zip(gathered, rows, strict=True):
+        file, record, span = piece
+        if span.note:
+            yield file, record.name, Row(span.start, span.stop, None, span.note)
+            continue
+        try:
+            if isinstance(found, NotFinite):
+                raise found
+            for row in answer.parts(record, span) if found is None else found:
+                yield file, record.name, row
+        except NotFinite:
+            refuse(_not_finite(answer, piece))
+            yield file, record.name, Row(span.start, span.stop, None, "the prediction is not a finite number")
+
+
+def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[list[Row] | NotFinite | None]:
+    """The rows of each piece; None for those that are read part by part, or not at all. Spans of one length are read
+    together, so that nothing is padded and a record's prediction does not depend on its neighbours."""
+    rows: list[list[Row] | NotFinite | None] = [None] * len(gathered)
+    by_length: dict[int, list[int]] = {}
+    for number, (_, _, span) in enumerate(gathered):
+        if not span.note and not answer.long(span):
+            by_length.setdefault(span.stop - span.start, []).append(number)
+    window = answer.window or CHUNK
+    for length, numbers in by_length.items():
+        at_once = max(batch_size, batch_size * window // length) if length < window else batch_size
+        for first in range(0, len(numbers), at_once):
+            some = numbers[first : first + at_once]
+            found = answer.rows([(gathered[number].record, gathered[number].span) for number in some])
+            for number, one in zip(some, found, strict=True):
+                rows[number] = one
+    return rows
+
+
+def _not_finite(answer: Answer, piece: _Piece) -> UserError:
+    """Why a prediction is no number. Raises UserError where it is the weights', since then all are none."""
+    for name, parameter in answer.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"The weights in {answer.loaded.source} hold values that are not finite numbers (in {name}): the "
+                f"training diverged, or the file is damaged. Export an earlier checkpoint, or train again with a lower "
+                f"learning rate."
+            )
+    signal, span = piece.record.signal, piece.span
+    where = f"{piece.file}, record {piece.record.name!r}, {span.start:,} to {span.stop:,}"
+    if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():
+        return DataError(f"{where}: the signal holds values that are not finite numbers. Fill or cut them out.")
+    return DataError(
+        f"{where}: the prediction is not a finite number, since what the model computes overflows. Look for values "
+        f"out of all proportion in the record, or leave it out."
+    )
+
+
+def report(found: Predictions, out: Path) -> None:
+    """Say what was written, and what was not; on standard error where the table itself went to standard output."""
+    for message in found.bad[:_NAMED]:
+        print(f"mambaseq predict: left out: {message}", file=sys.stderr)
+    if len(found.bad) > _NAMED:
+        print(f"mambaseq predict: left out: {len(found.bad) - _NAMED:,} more", file=sys.stderr)
+    if found.without:
+        why = "; ".join(f"{count:,} {note}" for note, count in list(found.without.items())[:5])
+        number = sum(found.without.values())
+        print(f"mambaseq predict: {number:,} of {found.rows:,} rows have no prediction: {why}.", file=sys.stderr)
+    left = f", {len(found.bad):,} files or records left out" if found.bad else ""
+    print(f"{found.rows} rows in {out}{left}", file=sys.stderr if is_stream(out) else sys.stdout)

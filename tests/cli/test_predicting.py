@@ -110,7 +110,7 @@ def test_a_regression_gives_values(tmp_path: Path, n_outputs: int, columns: list
     source = fasta(tmp_path, 100)
     rows = predict(model, source)
     assert spans(rows) == [("r0", 0, 40), ("r0", 40, 80), ("r0", 80, 100)]
-    assert list(rows[0]) == ["file", "record", "start", "stop", *columns]
+    assert list(rows[0]) == ["file", "record", "start", "stop", *columns, "note"]
     loaded = load_model(model)
     assert loaded.tokenizer is not None
     ids = torch.from_numpy(loaded.tokenizer.encode(source.read_text().split("\n")[1]).astype(np.int64))
@@ -253,25 +253,22 @@ def test_a_window_that_the_encoder_cannot_read(tmp_path: Path, capsys: pytest.Ca
 
 
 def partly_scored(path: Path, tokenizer: Tokenizer, **options: Any):
-    """The bytes of a file; capital letters are not scored."""
-    ids = tokenizer.encode(path.read_text())
-    yield Record(path.name, ids=ids, scored=np.array([not letter.isupper() for letter in path.read_text()]))
+    """The bytes of each line; capital letters are not scored."""
+    for line in path.read_text().splitlines():
+        yield Record(line, ids=tokenizer.encode(line), scored=np.array([not letter.isupper() for letter in line]))
 
 
 def test_tokens_that_training_leaves_out_are_not_scored(tmp_path: Path) -> None:
     model, source = language_model(tmp_path / "m"), tmp_path / "in.txt"
-    source.write_text("To BE or NOT to be")
-    (row,) = predict(model, source, "--reader", f"{__name__}:partly_scored")
+    text = "To BE or NOT to be"
+    source.write_text(f"ABC\n{text}\n")
+    unscored, row = predict(model, source, "--reader", f"{__name__}:partly_scored")
+    assert (unscored["tokens"], unscored["bits_per_token"], unscored["note"]) == ("", "", "no token that is scored")
     loaded = load_model(model)
     assert loaded.tokenizer is not None
-    ids = torch.from_numpy(loaded.tokenizer.encode(source.read_text()).astype(np.int64))
+    ids = torch.from_numpy(loaded.tokenizer.encode(text).astype(np.int64))
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(loaded.model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-    wanted = torch.tensor([not letter.isupper() for letter in source.read_text()[1:]])
+    wanted = torch.tensor([not letter.isupper() for letter in text[1:]])
     assert row["tokens"] == str(int(wanted.sum())) == "12"
     assert float(row["bits_per_token"]) == pytest.approx(float(losses[wanted].mean()) / math.log(2), abs=2e-6)
-    source.write_text("ABC")
-    assert [
-        (row["tokens"], row["bits_per_token"])
-        for row in predict(model, source, "--reader", f"{__name__}:partly_scored")
-    ] == [("0", "")]

@@ -1,0 +1,334 @@
+"""What comes out of a model, by its head and by what it was trained for: `Answer`s make rows of windows of records."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambaseq.checkpoints import LoadedModel
+from mambaseq.data.records import Record
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.heads.classification import ClassificationHead
+from mambaseq.heads.lm import LMHead
+from mambaseq.heads.regression import RegressionHead
+from mambaseq.models import SequenceModel
+
+CHUNK = 8192
+"""Positions that are read at once where the state is handed on."""
+
+_LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's would not fit
+_COLUMNS = 100  # classes that get a column of probabilities each, where there is a row a position
+
+
+class Row(NamedTuple):
+    """Tokens [start, stop) of a record, and cells; None and a note where there is no prediction."""
+
+    start: int
+    stop: int
+    values: list[str] | None
+    note: str = ""
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of a record that are read by themselves; with a note they are not read."""
+
+    start: int
+    stop: int
+    note: str = ""
+
+
+class NotFinite(DataError):
+    """A prediction that is no finite number; begins with where."""
+
+
+def reads_in_parts(model: SequenceModel) -> bool:
+    """Whether a sequence may be read part by part, the state handed on, with the results of one reading."""
+    encoder = model.encoder
+    return bool(model.backbone.causal and getattr(encoder, "stride", 1) == 1 and not looks_ahead(model))
+
+
+def looks_ahead(model: SequenceModel) -> bool:
+    """Whether what the encoder makes of a position depends on later ones."""
+    return bool(getattr(model.encoder, "looks_ahead", False) or getattr(model.encoder, "min_length", 1) > 1)
+
+
+class Answer(abc.ABC):
+    """What is made of sequences.
+
+    window: tokens that are read by themselves; None for whole records. columns: names of the values, known once there
+    was an output.
+    """
+
+    columns: list[str]
+    least = 1
+
+    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+        self.loaded, self.model = loaded, loaded.model
+        self.condition, self.window = condition, window
+        self.device = next(self.model.parameters()).device
+        self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
+
+    def spans(self, record: Record) -> Iterator[Span]:
+        """Tiles of a record, in order; what is left at the end is a shorter one. All its tokens are in one."""
+        length = len(record)
+        if length == 0:
+            yield Span(0, 0, "empty")
+        step = self.window or max(length, 1)
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            yield Span(start, stop, self.too_short(stop - start) if stop - start < self.least else "")
+
+    def too_short(self, length: int) -> str:
+        """The note of what is shorter than `least`."""
+        return f"shorter than the {self.least} tokens that the model reads at once"
+
+    def tensor(self, record: Record, start: int, stop: int) -> Tensor:
+        values = record.signal if record.ids is None else record.ids
+        assert values is not None
+        kind = np.float32 if record.ids is None else np.int64
+        return torch.from_numpy(np.ascontiguousarray(values[start:stop], dtype=kind)).to(self.device)
+
+    def batch(self, pieces: list[tuple[Record, Span]]) -> Tensor:
+        """Spans of one length, `(spans, length)` ids or `(spans, length, channels)`."""
+        return torch.stack([self.tensor(record, span.start, span.stop) for record, span in pieces])
+
+    def conditions(self, count: int) -> Tensor | None:
+        return None if self.condition is None else self.condition.expand(count)
+
+    def long(self, span: Span) -> bool:
+        """Whether a span is read part by part."""
+        return False
+
+    @abc.abstractmethod
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        """The rows of spans of one length, read as a batch."""
+
+    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+        """The rows of one that is `long`. Raises NotFinite."""
+        raise NotImplementedError
+
+
+class Likelihood(Answer):
+    """Bits a token of whole records, or of windows each by itself: the first token of each is not predicted."""
+
+    least = 2
+
+    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+        super().__init__(loaded, condition, window)
+        self.columns = ["tokens", "bits_per_token"]
+
+    def too_short(self, length: int) -> str:
+        return "one token, and nothing to predict behind it"
+
+    def long(self, span: Span) -> bool:
+        return span.stop - span.start > CHUNK
+
+    def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
+        if record.scored is None:
+            return ids
+        scored = np.ascontiguousarray(record.scored[start:stop], dtype=bool)
+        return ids.masked_fill(~torch.from_numpy(scored).to(ids.device), -100)
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        ids = self.batch(pieces)
+        labels = torch.stack(
+            [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
+        )
+        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(len(ids))))
+        nats, counts = self._nats(hidden, labels[:, 1:])
+        return [
+            self._row(span, total, count)
+            for (_, span), total, count in zip(pieces, nats.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+        """The states are passed on, so that memory does not grow with the record."""
+        state, total, count = None, 0.0, 0
+        for start in range(span.start, span.stop - 1, CHUNK):
+            stop = min(start + CHUNK, span.stop - 1)
+            ids = self.tensor(record, start, stop + 1)
+            labels = self._labels(record, start, stop + 1, ids)
+            x = self.model.encoder(ids[None, :-1], self.conditions(1))
+            hidden, state = self.model.backbone(x, state=state, return_state=True)
+            nats, counts = self._nats(hidden, labels[None, 1:])
+            total, count = total + float(nats), count + int(counts)
+        row = self._row(span, total, count)
+        if isinstance(row, NotFinite):
+            raise row
+        yield from row
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over each row: nats, float64, and labels that count, int64, `(batch,)` both."""
+        # a linear map can be taken in slices; another head may look at positions beside each other
+        step = max(1, _LOGITS // len(hidden)) if isinstance(self.model.head, LMHead) else hidden.shape[1]
+        total = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+        for start in range(0, hidden.shape[1], step):
+            _, logits = self.model.head(hidden[:, start : start + step])
+            losses = F.cross_entropy(logits.transpose(1, 2), labels[:, start : start + step], reduction="none")
+            total += losses.double().sum(1)
+        return total, (labels != -100).sum(1)
+
+    def _row(self, span: Span, total: float, count: int) -> list[Row] | NotFinite:
+        if not math.isfinite(total):
+            return NotFinite("")
+        if not count:
+            return [Row(span.start, span.stop, None, "no token that is scored")]
+        return [Row(span.start, span.stop, [str(count), f"{total / count / math.log(2):.6f}"])]
+
+
+class Sequences(Answer):
+    """A label and its probabilities, or values, of each window.
+
+    classes: names of the labels; None for values.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
+    ) -> None:
+        super().__init__(loaded, condition, window)
+        self.classes = classes
+
+    def cells(self, output: Tensor) -> list[list[str]]:
+        """Cells of outputs `(n, outputs)` fp32. Sets the columns."""
+        if self.classes is None:
+            count = output.shape[1]
+            self.columns = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
+            return [[f"{value:.6g}" for value in row] for row in output.tolist()]
+        names = class_names(self.loaded, self.classes, output.shape[1])
+        self.columns = ["predicted", *names]
+        best = output.argmax(-1).tolist()
+        shares = output.softmax(-1).tolist()
+        return [[names[label], *(f"{share:.6f}" for share in row)] for label, row in zip(best, shares, strict=True)]
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
+        output = output.view(len(pieces), -1)
+        finite = output.isfinite().all(1).tolist()
+        return [
+            [Row(span.start, span.stop, cells)] if good else NotFinite("")
+            for (_, span), cells, good in zip(pieces, self.cells(output), finite, strict=True)
+        ]
+
+
+class Positions(Sequences):
+    """A label and its probabilities, or values, of each position: of whole records where the model can read them part
+    by part, else of windows by themselves."""
+
+    def __init__(
+        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
+    ) -> None:
+        super().__init__(loaded, condition, window, classes)
+        self.stride = getattr(self.model.encoder, "stride", 1)
+        self.in_parts = reads_in_parts(self.model)
+        if window is None and not self.in_parts:
+            self.window = loaded.card.length or None
+
+    def cells(self, output: Tensor) -> list[list[str]]:
+        if self.classes is None or output.shape[1] <= _COLUMNS:
+            return super().cells(output)
+        names = class_names(self.loaded, self.classes, output.shape[1])
+        self.columns = ["predicted", "probability"]
+        shares, labels = output.softmax(-1).max(-1)
+        return [[names[label], f"{share:.6f}"] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
+
+    def long(self, span: Span) -> bool:
+        return self.in_parts and span.stop - span.start > CHUNK
+
+    def _rows(self, first: int, stop: int, output: Tensor) -> list[Row] | NotFinite:
+        """Rows of the positions from `first` on; output `(positions, outputs)`, one for each `stride` tokens."""
+        if not output.isfinite().all():
+            return NotFinite("")
+        starts = range(first, stop, self.stride)
+        if len(starts) != len(output):
+            raise ConfigError(
+                f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; a label a "
+                f"position cannot be made of them. Use a head that has one a position."
+            )
+        return [
+            Row(start, min(start + self.stride, stop), cells)
+            for start, cells in zip(starts, self.cells(output), strict=True)
+        ]
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
+        return [
+            self._rows(span.start, span.stop, one.reshape(len(one), -1))
+            for (_, span), one in zip(pieces, output, strict=True)
+        ]
+
+    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+        state = None
+        for start in range(span.start, span.stop, CHUNK):
+            stop = min(start + CHUNK, span.stop)
+            inputs = self.tensor(record, start, stop)[None]
+            output = self.model(inputs, condition=self.conditions(1), state=state, return_state=True)
+            state = output.state
+            rows = self._rows(start, stop, output.logits[0].float().cpu().reshape(stop - start, -1))
+            if isinstance(rows, NotFinite):
+                raise rows
+            yield from rows
+
+
+def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str]:
+    """Names of `count` classes: their numbers where the model was saved without names.
+
+    Raises ConfigError when there are as many names as the head has outputs for.
+    """
+    if classes and len(classes) != count:
+        raise ConfigError(
+            f"The head {loaded.card.spec['head']['name']!r} of the model at {loaded.source} gives {count} numbers, and "
+            f"its description names {len(classes)} classes, so that nobody can know which is which. Train it with a "
+            f"head that fits (`mambaseq list heads`)."
+        )
+    return classes or [str(number) for number in range(count)]
+
+
+def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None) -> Answer:
+    """What comes out of a model. window: tokens that are read at once, where the user wants another number.
+
+    Raises ConfigError, naming model and head, where it cannot be known what the head's numbers mean.
+    """
+    card, model = loaded.card, loaded.model
+    head, task, names = model.head, card.task, list(card.class_names)
+    here = f"The model at {loaded.source} (head {card.spec['head']['name']!r})"
+    if not head.per_token:
+        if task in ("next_token", "labels"):
+            raise ConfigError(
+                f"{here} gives one answer a sequence and was trained on one a position ({task}), so that its numbers "
+                f"mean nothing. Train it with a head that fits (`mambaseq list heads`)."
+            )
+        span = window or card.length or None
+        values = isinstance(head, RegressionHead) or task == "values"
+        classes = not values and (task == "classes" or bool(names) or isinstance(head, ClassificationHead))
+        return Sequences(loaded, condition, span, names if classes else None)
+    if task is None:  # saved by an older version
+        next_token = not names and isinstance(head, LMHead) and model.backbone.causal
+        task = "labels" if names else "next_token" if next_token else None
+    if task == "labels":
+        return Positions(loaded, condition, window, names)
+    if task == "values":
+        return Positions(loaded, condition, window, None)
+    if task == "next_token" and reads_in_parts(model):
+        if window == 1:
+            raise ConfigError(
+                "--window must be at least 2 for a language model, not 1: it predicts from what precedes."
+            )
+        return Likelihood(loaded, condition, window)
+    if task == "next_token":
+        raise ConfigError(
+            f"{here} was trained for the next token, which its encoder {card.spec['encoder']['name']!r} or its "
+            f"backbone {card.spec['backbone']['name']!r} lets it see, so that its bits mean nothing. Train one with "
+            f"the encoder tokens and a causal backbone, such as residual."
+        )
+    raise ConfigError(
+        f"{here} gives numbers a position, and its description does not say what they are: there are no names of "
+        f"classes "
+        f'and no task. If they are labels, add "task": "labels" to model.json; train it again otherwise.'
+    )

@@ -1,0 +1,106 @@
+"""Files that a user names for results: whole or not there, through links, and onto devices and pipes as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mambaseq.atomic import atomic_file
+from mambaseq.errors import ConfigError, UserError
+
+_DESCRIPTOR = re.compile(rf"/(?:dev/fd|proc/(?:self|thread-self|{os.getpid()})/fd)/(\d+)")
+_LINKS = 40  # as many as Linux follows
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a path such as /dev/stdout stands for. Writing there must not replace the file
+    that the shell has opened."""
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow the link to the file behind
+    for _ in range(_LINKS):
+        if found := _DESCRIPTOR.fullmatch(str(place)):
+            return int(found[1])
+        if not place.is_symlink():
+            return None
+        place = Path(os.path.abspath(place.parent / place.readlink()))  # noqa: PTH100
+    return None
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether what is written to `path` flows away (a pipe, a terminal, /dev/null), so that nothing stands there
+    afterwards. Raises ConfigError as `output_target` does."""
+    path = Path(path)
+    return _descriptor(path) is not None or _kind(output_target(path)) in ("device", "pipe")
+
+
+def _kind(path: Path) -> str:
+    """ "file", "folder", "device", "pipe", "none" for what is not there, or the name of something else."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "none"
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"), (stat.S_ISCHR, "device"), (stat.S_ISFIFO, "pipe"))
+    return next((kind for test, kind in kinds if test(mode)), "disk" if stat.S_ISBLK(mode) else "socket")
+
+
+def output_target(path: str | Path, option: str = "--out") -> Path:
+    """The file that is written when a user names `path`: itself, or what a link at its end points to.
+
+    Raises ConfigError, naming the option, for a name that no file can have, a folder, links in a circle, a disk and a
+    socket; UserError where the file system does not let it be looked at.
+    """
+    text = os.fspath(path)
+    shown = text if len(text) <= 80 else f"{text[:60]}..."
+    if not text or "\0" in text or Path(text).name in ("", ".."):
+        raise ConfigError(f"{option} {shown!r} is no name of a file. Give one, such as results.csv.")
+    try:
+        target = Path(text)
+        for _ in range(_LINKS):
+            if not target.is_symlink() or _descriptor(target) is not None:
+                break
+            target = target.parent / target.readlink()
+        else:
+            raise ConfigError(f"{option} {shown} is a link that leads back to itself. Give another name.")
+        kind = "device" if _descriptor(target) is not None else _kind(target)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{option} {shown} is a link that leads back to itself. Give another name.") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{option} {shown!r} is too long for a file's name. Give a shorter one.") from error
+        raise UserError(f"{option} {shown} cannot be used: {error.strerror}. Choose another place.") from error
+    if kind in ("folder", "disk", "socket"):
+        raise ConfigError(f"{option} {shown} is a {kind}, and a file is to be written. Give the name of a file.")
+    return target
+
+
+@contextlib.contextmanager
+def output_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """Open what a user named: a file as `mambaseq.atomic.atomic_file` does, but that a link stays and the file behind
+    it is replaced; a device or pipe is written to as it is.
+
+    mode: `"wb"` or `"w"`; options go to `open` (encoding, newline).
+    Raises ConfigError as `output_target` does, UserError as `atomic_file` does.
+    """
+    path = Path(path)
+    target = output_target(path)
+    if not is_stream(path):
+        with atomic_file(target, mode, **options) as file:
+            yield file
+        return
+    with open_stream(path, mode, **options) as file:
+        yield file
+
+
+def open_stream(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a device, a pipe or an open file of this process for writing. Raises UserError where that is refused."""
+    number = _descriptor(path)
+    try:
+        opened = os.dup(number) if number is not None else os.open(path, os.O_WRONLY)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
+    return open(opened, mode, **options)  # noqa: PTH123 - a descriptor; the caller closes it
