@@ -78,4 +78,4 @@ LAYERS = Limit("MAMBASEQ_MAX_LAYERS", 2_000, "layers")
 
 BATCH = Limit("MAMBASEQ_MAX_BATCH", 65_536, "windows at once")
 GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "tokens that are generated, those of all samples together")
-SAMPLES = Limit("MAMBASEQ_MAX_SAMPLES", 1_000_000, "sequences")
+SEQUENCES = Limit("MAMBASEQ_MAX_SEQUENCES", 1_000_000, "sequences that are generated")

@@ -104,3 +104,16 @@ def open_stream(path: Path, mode: str, **options: Any) -> IO[Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
     return open(opened, mode, **options)  # noqa: PTH123 - a descriptor; the caller closes it
+
+
+def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:
+    """Files for `count` results when a user named `path`: itself for one, else `NAME-000`, `NAME-001`, ... beside it.
+
+    suffix: of the numbered ones, where `path` has none. Raises ConfigError for several results and a device or pipe.
+    """
+    if count == 1:
+        return [path]
+    if is_stream(path):
+        raise ConfigError(f"--out {path} takes one result, and there are {count:,}. Give the name of a file.")
+    digits = max(3, len(str(count - 1)))
+    return [path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix or suffix}") for number in range(count)]

@@ -14,13 +14,13 @@ import numpy as np
 import soundfile
 import soxr
 
-from mambaseq.atomic import atomic_file
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names, walk
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.limits import SAMPLES, check_unpacked
+from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.mulaw import MuLaw
 
 logger = logging.getLogger(__name__)
@@ -282,14 +282,13 @@ def write_wav(
     suffix = path.suffix.lower()
     if suffix not in ("", ".wav", ".flac"):
         raise ConfigError(f"Sound is written as .wav or .flac, not as {path.name}. Give another name with --out.")
-    if not suffix:
-        files = [path / f"{i:03d}.wav" for i in range(len(sequences))]
-    elif len(sequences) == 1:
-        files = [path]
+    if suffix or is_stream(path):
+        files = numbered(path, len(sequences))
     else:
-        files = [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(len(sequences))]
+        digits = max(3, len(str(len(sequences) - 1)))
+        files = [path / f"{number:0{digits}d}.wav" for number in range(len(sequences))]
     for file, ids in zip(files, sequences, strict=True):
-        with atomic_file(file) as target:
+        with output_file(file) as target:
             target.write(encode_wav(tokenizer.decode(np.asarray(ids)), sample_rate, suffix.removeprefix(".") or "wav"))
     return files
 

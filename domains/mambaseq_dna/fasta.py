@@ -12,10 +12,10 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from mambaseq.atomic import atomic_file
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
+from mambaseq.outputs import output_file
 from mambaseq_dna.parsing import fasta_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 
@@ -108,7 +108,7 @@ def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], toke
     Raises UserError when the disk is full or the place is not writable.
     """
     path = Path(path)
-    with atomic_file(path) as file:
+    with output_file(path) as file:
         zipped = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else None
         with zipped or contextlib.nullcontext(file) as out:
             for number, sequence in enumerate(sequences, start=1):

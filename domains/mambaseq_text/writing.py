@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mambaseq.atomic import atomic_file
 from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.outputs import numbered, output_file
 
 
 def write_text(path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer) -> list[Path]:
@@ -23,12 +23,9 @@ def write_text(path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tok
     texts = [tokenizer.decode(np.asarray(ids)) for ids in sequences]
     if path.suffix.lower() == ".jsonl":
         contents = {path: "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)}
-    elif len(texts) == 1:
-        contents = {path: texts[0]}
     else:
-        suffix = path.suffix or ".txt"
-        contents = {path.with_name(f"{path.stem}-{i:03d}{suffix}"): text for i, text in enumerate(texts)}
+        contents = dict(zip(numbered(path, len(texts), ".txt"), texts, strict=True))
     for file, content in contents.items():
-        with atomic_file(file) as target:
+        with output_file(file) as target:
             target.write(content.encode("utf-8"))
     return list(contents)

@@ -1,0 +1,125 @@
+"""What a user names for results: links stay, devices and pipes are written to, folders are refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_dna.tokenizer import BaseTokenizer
+from mambaseq_text.tokenization import ByteTokenizer
+
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.outputs import is_stream, numbered, output_file
+
+WRITERS = {
+    "dna/fasta": (BaseTokenizer(), {}, "out.fa"),
+    "audio/wav": (MuLaw(), {"sample_rate": 8000}, "out.wav"),
+    "text/text": (ByteTokenizer(), {}, "out.txt"),
+}
+
+
+def write(name: str, path: Path, count: int = 1) -> list[Path]:
+    tokenizer, options, _ = WRITERS[name]
+    ids = np.arange(50, dtype=np.uint8) % 4
+    files: list[Path] = catalog()["writers"].get(name)(path, [ids] * count, tokenizer, **options)
+    return files
+
+
+def test_every_writer_is_tried_here() -> None:
+    assert set(WRITERS) == {entry.name for entry in catalog()["writers"] if not entry.name.startswith("ecg/")}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_links_stay_and_devices_too(tmp_path: Path, name: str) -> None:
+    plain = tmp_path / WRITERS[name][2]
+    write(name, plain)
+    kept, link = tmp_path / "elsewhere" / plain.name, tmp_path / f"link-{plain.name}"
+    chain = tmp_path / f"chain-{plain.name}"
+    kept.parent.mkdir()
+    link.symlink_to(Path("elsewhere") / plain.name)  # nothing stands there yet
+    chain.symlink_to(link)
+    write(name, link)
+    assert link.is_symlink()
+    assert kept.read_bytes() == plain.read_bytes()
+    kept.write_bytes(b"older")
+    write(name, chain)
+    assert chain.is_symlink()
+    assert link.is_symlink()
+    assert kept.read_bytes() == plain.read_bytes()
+    assert write(name, Path("/dev/null")) == [Path("/dev/null")]
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    assert sorted(path.name for path in kept.parent.iterdir()) == [plain.name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_pipe_is_written_to(tmp_path: Path, name: str) -> None:
+    plain, pipe = tmp_path / WRITERS[name][2], tmp_path / f"pipe-{WRITERS[name][2]}"
+    write(name, plain)
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write(name, pipe)
+    reader.join(10)
+    assert read == [plain.read_bytes()]
+    assert pipe.is_fifo()
+
+
+def test_standard_output_goes_where_the_shell_put_it(tmp_path: Path) -> None:
+    out = tmp_path / "log.txt"
+    out.write_text("before\n")
+    inode = out.stat().st_ino
+    code = "from mambaseq.outputs import output_file\nwith output_file('/dev/stdout', 'w') as f: f.write('here\\n')"
+    with out.open("a") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert out.read_text() == "before\nhere\n"
+    assert out.stat().st_ino == inode
+
+
+def test_streams_are_told_from_files(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    assert [is_stream(p) for p in ("/dev/stdout", "/dev/null", tmp_path / "link", tmp_path / "x", __file__)] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+
+
+def refused(path: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message), output_file(path):
+        raise AssertionError("opened")
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "is a folder, and a file is to be written")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    refused(tmp_path / "linked", "is a folder, and a file is to be written")
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    refused(tmp_path / "a", "leads back to itself")
+    refused("", "is no name of a file")
+    refused(".", "is no name of a file")
+    refused("x/..", "is no name of a file")
+    refused("a\0b", "is no name of a file")
+    refused(tmp_path / ("n" * 300), "too long for a file's name")
+    with socket.socket(socket.AF_UNIX) as place:
+        place.bind(os.path.relpath(tmp_path / "s"))
+        refused(tmp_path / "s", "is a socket")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "linked", "s"]
+
+
+def test_numbers_sort(tmp_path: Path) -> None:
+    assert numbered(Path("a/x.txt"), 1) == [Path("a/x.txt")]
+    assert [str(path) for path in numbered(Path("a/x"), 2, ".txt")] == ["a/x-000.txt", "a/x-001.txt"]
+    many = numbered(Path("x.wav"), 1001)
+    assert many == sorted(many)
+    with pytest.raises(ConfigError, match="takes one result"):
+        numbered(Path("/dev/null"), 2)
