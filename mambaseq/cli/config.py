@@ -22,6 +22,7 @@ import jsonargparse
 import yaml
 
 from mambaseq.backbones.patterns import mixer_names
+from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean
@@ -364,7 +365,7 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
 
 
 def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
-    text, chosen = " ".join(str(error).split()).rstrip("."), ""
+    text, chosen = redacted(" ".join(str(error).split()).rstrip(".")), ""
     for pattern in _UNKNOWN_KEY:
         if (found := pattern.search(text)) is not None:
             parts = found.groupdict()
@@ -419,6 +420,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     try:
         parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes, mixers), *overrides])
         parsed.pop("config")
+        check_settings(parsed.as_dict())
         for key, value in vars(parsed["data"]).items():
             if key != "name":
                 parsed["data"][key] = _absolute(value, key)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mambaseq import resources
 from mambaseq.atomic import atomic_file
+from mambaseq.data.addresses import is_address, redacted
 from mambaseq.data.files import expand
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.resources import cache_dir
@@ -30,6 +31,8 @@ def locate(name: str | Path) -> list[Path]:
     Raises DataError when there is no such file, and for a folder.
     """
     text = str(name)
+    if is_address(text):
+        raise DataError(f"{redacted(text)} is an address, which is not read here. Fetch the file, and give its path.")
     scheme, separator, relative = text.partition(":")
     remedy = "Check the path; it is relative to the folder that the command runs in."
     if separator and scheme == "fetched":
@@ -43,7 +46,7 @@ def locate(name: str | Path) -> list[Path]:
         try:
             pattern = resources.find(f"{scheme}:{folder}") / last
         except ConfigError as error:
-            raise DataError(str(error)) from error
+            raise DataError(redacted(error)) from error
         remedy = "Check the name of the resource."
     else:
         try:
