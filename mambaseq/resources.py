@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 from pathlib import Path
 
 from mambaseq.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
+_LINKS = 40
 
 
 def share() -> Path:
@@ -40,11 +42,64 @@ def find(resource: str) -> Path:
 
 def cache_dir(override: str | Path | None = None) -> Path:
     """The cache folder: `override`, else the variable MAMBASEQ_CACHE, else the platform's
-    (`~/.cache/mambaseq`)."""
-    if override is not None:
-        return Path(override).expanduser()
-    if variable := os.environ.get("MAMBASEQ_CACHE"):
-        return Path(variable).expanduser()
-    import pooch
+    (`~/.cache/mambaseq`). Raises ConfigError for a home folder that nobody has."""
+    try:
+        if override is not None:
+            return Path(override).expanduser()
+        if variable := os.environ.get("MAMBASEQ_CACHE"):
+            return Path(variable).expanduser()
+        import pooch
 
-    return Path(pooch.os_cache("mambaseq"))
+        return Path(pooch.os_cache("mambaseq"))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The cache folder cannot be told: {error} Set the variable MAMBASEQ_CACHE to a folder of your own."
+        ) from error
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, for this user alone: what is cached is run and trained
+    on. Those that exist stay as they are. Raises OSError."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for place in reversed(missing):
+        place.mkdir(mode=0o700, exist_ok=True)
+
+
+def why_unsafe(folder: Path) -> str | None:
+    """The reason why others may have put something into a folder, or may put another in its place; None when only this
+    user and root may.
+
+    Folders above it count too, and links on the way. A folder that does not exist yet is judged by those above it. On
+    systems without owners of files nothing is known against any.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    done, parts = Path(folder.absolute().anchor), list(reversed(folder.absolute().parts[1:]))
+    trusted, links = {0, os.geteuid()}, 0
+    try:
+        while True:
+            status = done.lstat()
+            shared = status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)
+            if status.st_uid not in trusted:
+                return f"{done} belongs to another user"
+            if shared and not (parts and status.st_mode & stat.S_ISVTX):  # nobody renames what is another's in /tmp
+                return f"{done} may be written to by others"
+            if stat.S_ISLNK(status.st_mode):
+                target, links = done.readlink(), links + 1
+                if links > _LINKS:
+                    return f"{folder} is behind too many links"
+                done = done.parent
+                if target.is_absolute():
+                    done, target = Path(target.anchor), target.relative_to(target.anchor)
+                parts += reversed(target.parts)
+            if not parts:
+                return None
+            part = parts.pop()
+            done = done.parent if part == ".." else done / part
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{done} cannot be looked at ({error.strerror})"

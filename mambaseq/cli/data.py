@@ -24,7 +24,8 @@ def run(argv: list[str], command: str) -> int:
             "two only: set MAMBASEQ_CACHE to this folder when you train",
         )
     arguments = parser.parse_args(argv)
-    from mambaseq.data.fetch import fetch, manifest, manifests
+    from mambaseq.data.fetch import fetch
+    from mambaseq.data.manifest import manifest, manifests
     from mambaseq.resources import cache_dir
 
     if arguments.action == "list":

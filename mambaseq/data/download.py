@@ -1,20 +1,24 @@
-"""A downloader for pooch that goes on where an interrupted download stopped (pooch itself starts again)."""
+"""Downloads that go on where an interrupted one stopped."""
 
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from mambaseq.errors import UserError
+from mambaseq.errors import DataError, UserError
+from mambaseq.limits import DOWNLOADED_BYTES
 
 _CHUNK = 1 << 14  # what a broken connection can lose
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_TAG = re.compile(r"[!-~][ -~]{0,199}")  # of a header's value that is sent back
 
 
 class Unreachable(UserError):
@@ -33,30 +37,27 @@ class ResumingDownloader:
     def __init__(self, *, progress: bool = True, attempts: int = 3, wait: float = 2.0, timeout: float = 60.0) -> None:
         self.progress, self.attempts, self.wait, self.timeout = progress, attempts, wait, timeout
 
-    def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        """Called by pooch with a temporary output file; the finished part takes its place."""
-        import filelock
+    def __call__(self, url: str, path: Path, size: int | None = None) -> Path:
+        """Download what is to become `path`; returns the part, whole but not verified. The caller moves it to its place
+        or calls `forget`.
 
-        name = next(name for name, address in pooch.urls.items() if address == url)
-        part = Path(pooch.path) / f".{name}.part"
-        with filelock.FileLock(part.with_name(part.name + ".lock")):
-            self._complete(url, part)
-            part.replace(output_file)
-            _version(part).unlink(missing_ok=True)
-
-    def _complete(self, url: str, part: Path) -> None:
+        size: bytes that it should have, None if not known.
+        Raises Unreachable; UserError where the server has no such file, sends more than `size` bytes (or than
+        `limits.DOWNLOADED_BYTES`), or the disk is full.
+        """
         import requests
 
+        part = _part(path)
         failures = 0
         while True:
             before = _size(part)
             try:
-                self._continue(url, part)
-                return
+                self._continue(url, part, size)
+                return part
             except requests.HTTPError as error:
                 answer = error.response
                 if answer is None or answer.status_code not in _TRANSIENT:
-                    said = f"{answer.status_code} ({answer.reason})" if answer is not None else str(error)
+                    said = f"{answer.status_code} ({answer.reason[:80]})" if answer is not None else str(error)[:200]
                     raise UserError(
                         f"{url} cannot be downloaded: the server answers {said}. The file may have moved; "
                         f"look for it on the data set's page."
@@ -75,14 +76,13 @@ class ResumingDownloader:
                 ) from reason
             time.sleep(self.wait)
 
-    def _continue(self, url: str, part: Path) -> None:
+    def _continue(self, url: str, part: Path, size: int | None) -> None:
         import requests
 
         have = _size(part)
         headers = {"Accept-Encoding": "identity"}  # the bytes that the checksum is of
-        version = _version(part)
-        if have and version.exists():
-            headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text(encoding="latin-1")}
+        if have and (version := _remembered(part)):
+            headers |= {"Range": f"bytes={have}-", "If-Range": version}
         with requests.get(url, headers=headers, stream=True, timeout=self.timeout) as response:
             if response.status_code == 416:  # nothing after the part: it is whole, or not of this file
                 if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
@@ -93,11 +93,13 @@ class ResumingDownloader:
             range_ = response.headers.get("Content-Range", "")
             if response.status_code != 206 or not range_.startswith(f"bytes {have}-"):
                 have = 0
-            rest = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+            length = response.headers.get("Content-Length", "")
+            rest = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
             total = None if rest is None else have + rest
+            _check_size(url, part, total or have, size)
             if rest is not None and rest > (free := shutil.disk_usage(part.parent).free):
                 raise _no_space(part, f"{rest:,} bytes are missing and {free:,} are free")
-            _remember(version, response.headers)
+            _remember(part, response.headers)
             bar = tqdm(
                 total=total,
                 initial=have,
@@ -106,29 +108,63 @@ class ResumingDownloader:
                 unit_scale=True,
                 disable=not self.progress,
             )
-            with bar, part.open("ab" if have else "wb") as file:
+            with bar, _opened(part, "ab" if have else "wb") as file:
                 for chunk in response.iter_content(_CHUNK):
+                    have += len(chunk)
+                    _check_size(url, part, have, size)
                     file.write(chunk)
                     bar.update(len(chunk))
         if total is not None and _size(part) != total:
             raise requests.ConnectionError("the connection ended early")
 
 
+def forget(path: Path) -> None:
+    """Remove what an interrupted download of a file left."""
+    for left in (_part(path), _version(_part(path))):
+        left.unlink(missing_ok=True)
+
+
+def _check_size(url: str, part: Path, found: int, size: int | None) -> None:
+    if size is not None and found > size:
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"{url} sends more than the {size:,} bytes that the manifest says. What came of it was deleted. Correct "
+            f"the manifest's size, if that is wrong."
+        )
+    DOWNLOADED_BYTES.check(found, url)
+
+
 def _size(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _version(part: Path) -> Path:
     return part.with_name(part.name + ".version")
 
 
-def _remember(version: Path, headers: Any) -> None:
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    # not through a link that somebody put there
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
+
+
+def _remembered(part: Path) -> str:
+    version = _version(part)
+    tag = version.read_bytes()[:300].decode("latin-1") if version.is_file() else ""
+    return tag if _TAG.fullmatch(tag) else ""
+
+
+def _remember(part: Path, headers: Any) -> None:
     etag = headers.get("ETag", "")
     tag = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
-    if tag:
-        version.write_text(tag, encoding="latin-1")
+    if _TAG.fullmatch(tag):
+        with _opened(_version(part), "wb") as file:
+            file.write(tag.encode("latin-1"))
     else:
-        version.unlink(missing_ok=True)
+        _version(part).unlink(missing_ok=True)
 
 
 def _no_space(part: Path, reason: str) -> UserError:

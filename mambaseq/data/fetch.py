@@ -1,107 +1,25 @@
-"""Data sets that users fetch themselves: manifests, resumable verified downloads, unpacking."""
+"""Data sets that users fetch themselves: resumable verified downloads, unpacking."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import hashlib
 import json
-import shutil
-import tarfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from mambaseq.atomic import atomic_file, atomic_folder
-from mambaseq.data.download import ResumingDownloader, Unreachable
-from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean
-from mambaseq.resources import cache_dir
+from mambaseq.atomic import atomic_file, write_failed
+from mambaseq.data.archives import unpack
+from mambaseq.data.download import ResumingDownloader, Unreachable, forget
+from mambaseq.data.manifest import RECORDED, File, Manifest, is_checksum, manifest
+from mambaseq.errors import DataError, UserError
+from mambaseq.plain import read_json
+from mambaseq.resources import cache_dir, make_private
 
-MANIFESTS = Path(__file__).parent / "manifests"
-_RECORDED = "checksums.json"
-_ARCHIVES = (".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".tar", ".zip")
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """One file of a data set.
-
-    checksum: `md5:...` or `sha256:...`; None when none is published, for the reason in `checksum_note`: then
-        the sha256 of the first download is recorded, and later ones must agree with it.
-    size: bytes, None when not known. unpack: whether it is an archive to be unpacked, into a folder of its
-        name.
-    """
-
-    name: str
-    url: str
-    checksum: str | None = None
-    checksum_note: str = ""
-    size: int | None = None
-    unpack: bool = False
-
-    @property
-    def unpacked_name(self) -> str:
-        suffix = next((suffix for suffix in _ARCHIVES if self.name.endswith(suffix)), "")
-        return self.name.removesuffix(suffix)
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """A data set that can be fetched: name, one-line summary, licence, page, files."""
-
-    name: str
-    summary: str
-    licence: str
-    homepage: str
-    files: tuple[File, ...]
-
-    def folder(self, cache: str | Path | None = None) -> Path:
-        """Where it is fetched to."""
-        return cache_dir(cache) / "fetched" / self.name
-
-    def is_fetched(self, cache: str | Path | None = None) -> bool:
-        """Whether all files are there (their checksums are compared by `fetch` only)."""
-        folder = self.folder(cache)
-        return all(
-            (folder / file.name).is_file() and (not file.unpack or (folder / file.unpacked_name).is_dir())
-            for file in self.files
-        )
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in a YAML file. Raises ConfigError naming file and key."""
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        files = tuple(File(**file) for file in raw.pop("files"))
-        manifest = Manifest(files=files, **raw)
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"The manifest {path} cannot be used: {error}.") from error
-    for file in manifest.files:
-        if file.checksum is not None and file.checksum.partition(":")[0] not in ("md5", "sha256"):
-            raise ConfigError(f"The manifest {path}: the checksum of {file.name} must start with md5: or sha256:.")
-        if file.unpack and file.unpacked_name == file.name:
-            raise ConfigError(f"The manifest {path}: {file.name} is no archive ({', '.join(_ARCHIVES)}).")
-    return manifest
-
-
-def manifests() -> dict[str, Manifest]:
-    """All manifests that come with mambaseq, by name."""
-    found = [read_manifest(path) for path in sorted(MANIFESTS.glob("*.yaml"))]
-    return {manifest.name: manifest for manifest in found}
-
-
-def manifest(name: str) -> Manifest:
-    """The manifest of this name, or in this YAML file. Raises ConfigError with the nearest name."""
-    if name.endswith((".yaml", ".yml")):
-        return read_manifest(Path(name))
-    known = manifests()
-    if name not in known:
-        raise ConfigError(
-            f"No data set to fetch is named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
-            f"The path of a manifest (.yaml) works too."
-        )
-    return known[name]
+_REMEDY = (
+    "Delete it, and compare the files beside it with what you know of them: their checksums are recorded anew when "
+    "they are fetched again."
+)
 
 
 def fetch(
@@ -116,58 +34,119 @@ def fetch(
 
     What is there and has the right checksum is not downloaded again; what was interrupted goes on.
     say: gets the lines that the user should see.
-    Raises UserError when a server cannot be reached (saying which file to put where), when the disk is full,
-    or when a checksum is wrong.
+    Raises UserError when a server cannot be reached (saying which file to put where), when the disk is full or the
+    cache not writable, or when a checksum is wrong.
     """
-    import pooch
-
     wanted = manifest(name)
     folder = wanted.folder(cache)
-    recorded = _recorded(folder)
-    pooch.get_logger().setLevel("WARNING")
-    for file in wanted.files:
-        known = file.checksum or recorded.get(file.name)
-        source = pooch.create(
-            path=folder,
-            base_url="",
-            registry={file.name: known},
-            urls={file.name: file.url},
-            retry_if_failed=0,
-        )
-        before = _stamp(folder / file.name)
-        try:
-            source.fetch(file.name, downloader=downloader or ResumingDownloader(progress=progress))
-        except Unreachable as error:
-            raise _by_hand(error, wanted, file, folder, known) from error
-        except ValueError as error:
-            raise DataError(
-                f"{file.name}, downloaded from {file.url}, does not have the checksum {known}. The file at "
-                "the source was changed or the download was tampered with; it was deleted. Try again; if it "
-                f"stays so, compare with {wanted.homepage}."
-            ) from error
-        except PermissionError as error:
-            raise UserError(f"{folder} cannot be written. Choose another cache folder with --cache.") from error
-        if known is None:
-            recorded[file.name] = f"sha256:{pooch.file_hash(str(folder / file.name), alg='sha256')}"
-            with atomic_file(folder / _RECORDED, "w", encoding="utf-8") as out:
-                json.dump(recorded, out, indent=1)
-            say(
-                f"{file.name}: no checksum is published ({file.checksum_note}). Recorded "
-                f"{recorded[file.name]}; later downloads must agree with it."
-            )
-        if file.unpack:
-            _unpack(folder / file.name, folder / file.unpacked_name, _stamp(folder / file.name) != before)
+    with _told(folder):
+        make_private(cache_dir(cache))
+        make_private(folder)
+        with _alone(folder, say):
+            recorded = _recorded(folder / RECORDED)
+            for file in wanted.files:
+                _check_place(folder, file)
+                _bring(wanted, file, folder, recorded, downloader or ResumingDownloader(progress=progress), say)
     say(f"{wanted.name} is in {folder} ({wanted.licence}).")
     return folder
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    path = folder / _RECORDED
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if (told := write_failed(folder / RECORDED, error)) is not None:
+            raise UserError(f"{told} --cache names another cache folder.") from error
+        named = f"{error.filename}: " if isinstance(error.filename, str) and error.filename != str(folder) else ""
+        raise UserError(
+            f"{folder} cannot be used: {named}{error.strerror or error}. Choose another cache folder with --cache."
+        ) from error
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+@contextlib.contextmanager
+def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """While no other process fetches the same data set."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"Another process fetches into {folder}. Waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    if not path.exists() and not path.is_symlink():
+        return {}
+    found = read_json(path, _REMEDY)
+    for name, checksum in found.items():
+        if not is_checksum(checksum):
+            raise UserError(f"{path} is damaged: what it has for {name[:60]!r} is no checksum. {_REMEDY}")
+    return found
+
+
+def _check_place(folder: Path, file: File) -> None:
+    """Raise UserError where a file would come to be outside of the data set's folder, or has no room there."""
+    path, root = folder / file.name, folder.resolve()
+    for place in {path, folder / file.unpacked_name}:
+        if not place.parent.resolve().is_relative_to(root):
+            raise UserError(f"{place.parent} is a link that leads out of {folder}. Remove it.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder or a device, and a file should be there. Move it away.")
+    if file.unpack and (target := folder / file.unpacked_name).exists() and not target.is_dir():
+        raise UserError(f"{target} is a file, and {file.name} should be unpacked there. Move it away.")
+
+
+def _bring(
+    wanted: Manifest,
+    file: File,
+    folder: Path,
+    recorded: dict[str, str],
+    downloader: ResumingDownloader,
+    say: Callable[[str], None],
+) -> None:
+    """Bring one file, verify, record and unpack it."""
+    path, known = folder / file.name, file.checksum or recorded.get(file.name)
+    is_new = not path.is_file() or (known is not None and _checksum(path, known) != known)
+    if is_new:
+        make_private(path.parent)
+        try:
+            part = downloader(file.url, path, file.size)
+        except Unreachable as error:
+            raise _by_hand(error, wanted, file, folder, known) from error
+        if known is not None and _checksum(part, known) != known:
+            forget(path)
+            raise DataError(
+                f"{file.name}, downloaded from {file.url}, does not have the checksum {known}. The file at "
+                "the source was changed or the download was tampered with; it was deleted. Try again; if it "
+                f"stays so, compare with {wanted.homepage}."
+            )
+        part.replace(path)
+    forget(path)
+    if known is None:
+        recorded[file.name] = _checksum(path, "sha256:")
+        with atomic_file(folder / RECORDED, "w", encoding="utf-8") as out:
+            json.dump(recorded, out, indent=1)
+        say(
+            f"{file.name}: no checksum is published ({file.checksum_note}). Recorded "
+            f"{recorded[file.name]}; later downloads must agree with it."
+        )
+    target = folder / file.unpacked_name
+    if file.unpack and (is_new or not target.is_dir()):
+        unpack(path, target)
+
+
+def _checksum(path: Path, like: str) -> str:
+    """Of a file, by the algorithm that a checksum begins with."""
+    kind = like.partition(":")[0]
+    with path.open("rb") as file:
+        return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
 
 def _by_hand(error: UserError, wanted: Manifest, file: File, folder: Path, known: str | None) -> UserError:
@@ -179,16 +158,3 @@ def _by_hand(error: UserError, wanted: Manifest, file: File, folder: Path, known
         f"({size}{known or 'checksum not published'}), and run `mambaseq data fetch {wanted.name}` again, "
         f"which verifies it.{wrong}"
     )
-
-
-def _unpack(archive: Path, target: Path, is_new: bool) -> None:
-    if target.is_dir() and not is_new:
-        return
-    try:
-        with atomic_folder(target) as folder:
-            if zipfile.is_zipfile(archive):
-                shutil.unpack_archive(archive, folder, "zip")
-            else:
-                shutil.unpack_archive(archive, folder, "tar", filter="data")  # nothing outside of the folder
-    except (tarfile.TarError, zipfile.BadZipFile, shutil.ReadError, EOFError) as error:
-        raise DataError(f"{archive} cannot be unpacked: {error}. Delete it and fetch it again.") from error

@@ -1,6 +1,7 @@
 """CUDA C++ compiled when it is first needed, by NVRTC through NVIDIA's `cuda-core`: no compiler on the user's machine.
 
-What was compiled is kept in the cache folder by source, macros, architecture and compiler.
+What was compiled is kept in the cache folder by source, macros, architecture and compiler, and with its checksum; it is
+read from there only if nobody but this user and root may write to that folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError
-from mambaseq.resources import cache_dir
+from mambaseq.resources import cache_dir, make_private, why_unsafe
+
+_LARGEST = 64 * 2**20  # bytes: ours have some hundred thousand
 
 
 @functools.cache
@@ -48,16 +52,51 @@ def compile_to_cubin(source: str, macros: dict[str, int], architecture: str) -> 
     return bytes(core.Program(source, "c++", options).compile("cubin").code)
 
 
+@functools.cache
+def _told(reason: str) -> None:
+    print(
+        f"mambaseq: kernels are compiled anew in each process, because {reason}. Set MAMBASEQ_CACHE to a folder that "
+        f"only you may write to.",
+        file=sys.stderr,
+    )
+
+
+def kernel_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return cache_dir() / "kernels"
+
+
+def _seal(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+def _kept(path: Path, key: str) -> bytes | None:
+    """The code in a file of the cache; None when there is none, or it is damaged or another kernel's."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError:
+        return None
+    seal, code = content[:32], content[32:]
+    return code if code and seal == _seal(key, code) else None
+
+
 def _cubin(source: str, macros: dict[str, int], architecture: str) -> bytes:
-    """From the cache, or compiled and put there; a folder that cannot be written is done without."""
+    """From the cache, or compiled and put there; a folder that cannot be written, or that others may write to, is done
+    without."""
     compiler = f"{importlib.metadata.version('cuda-core')} {importlib.metadata.version('cuda-bindings')}"
     key = hashlib.sha256(repr((source, sorted(macros.items()), architecture, compiler)).encode()).hexdigest()
-    path = cache_dir() / "kernels" / f"{key[:32]}.cubin"
+    path = kernel_folder() / f"{key[:32]}.cubin"
     with contextlib.suppress(OSError):
-        return path.read_bytes()
+        make_private(path.parent)
+    if (reason := why_unsafe(path.parent)) is not None:
+        _told(reason)
+        return compile_to_cubin(source, macros, architecture)
+    if (code := _kept(path, key)) is not None:
+        return code
     code = compile_to_cubin(source, macros, architecture)
     with contextlib.suppress(OSError, UserError), atomic_file(path) as file:
-        file.write(code)
+        file.write(_seal(key, code) + code)
     return code
 
 
