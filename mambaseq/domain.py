@@ -13,7 +13,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from mambaseq.registry import Registry
+from mambaseq.registry import FUNCTION, Registry
 
 Entries = Mapping[str, tuple[str, str]]
 
@@ -32,6 +32,18 @@ KINDS = (
     "reports",
     "recipes",
 )
+WANTED = {  # what is named in a configuration or a model, and what it must be: see `Registry`
+    "tokenizers": "mambaseq.data.tokenizer:Tokenizer",
+    "encoders": "torch.nn:Module",
+    "datasets": "mambaseq.data.module:SequenceData",
+    "readers": FUNCTION,
+    "writers": FUNCTION,
+    "mixers": "mambaseq.mixers.base:Mixer",
+    "backbones": "mambaseq.backbones.base:Backbone",
+    "heads": "torch.nn:Module",
+    "metrics": "mambaseq.metrics.base:Metric",
+    "reports": FUNCTION,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +169,9 @@ def _load(point: importlib.metadata.EntryPoint) -> Domain:
 
 def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
     """Collect the core's names and those of every domain behind the entry points."""
-    registries: dict[str, Registry[Any]] = {kind: Registry(kind.removesuffix("s"), CORE.get(kind)) for kind in KINDS}
+    registries: dict[str, Registry[Any]] = {
+        kind: Registry(kind.removesuffix("s"), CORE.get(kind), wanted=WANTED.get(kind)) for kind in KINDS
+    }
     domains: dict[str, tuple[Domain, str]] = {}
     broken: dict[str, str] = {}
     for point in points:

@@ -30,3 +30,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def cut_list(items: Iterable[object], most: int = 20, characters: int = 300) -> str:
+    """Items with commas between them, for a message: so many at most, with a count of the others.
+
+    >>> cut_list(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    >>> cut_list([])
+    'none'
+    """
+    texts = [str(item) for item in items]
+    shown: list[str] = []
+    for text in texts[:most]:
+        if shown and sum(map(len, shown)) + len(text) > characters:
+            break
+        shown.append(text if len(text) <= 80 else f"{text[:79]}…")
+    more = f" and {len(texts) - len(shown):,} more" if len(shown) < len(texts) else ""
+    return f"{', '.join(shown)}{more}" if shown else "none"

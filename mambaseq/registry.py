@@ -3,18 +3,109 @@
 A registry holds entries `(target, summary, origin)`. The target is `"module:Attr"` and is imported only when the
 name is used, so listing what exists costs no import of torch. Nothing registers by being imported: the core
 passes its own table, and domains are found by the entry-point group `mambaseq.domains`.
+
+Names come from files that others wrote (a run's config.yaml, a model's model.json). They are looked up here and nowhere
+else; an import path, `"module:Attr"`, is one only below what `allow_imports` was given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import inspect
+import re
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, cut_list, did_you_mean
 
 T = TypeVar("T")
+
+FUNCTION = "function"
+"""In the place of a class: what is wanted is a function."""
+
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_allowed: tuple[str, ...] = ()
+
+
+class _Allowed(contextlib.AbstractContextManager):
+    def __init__(self, former: tuple[str, ...]) -> None:
+        self.former = former
+
+    def __exit__(self, *exception: object) -> None:
+        global _allowed
+        _allowed = self.former
+
+
+def allow_imports(*prefixes: str) -> contextlib.AbstractContextManager:
+    """Let names in configurations and models be import paths below these modules or packages: `"mypkg"` allows
+    `mypkg:A` and `mypkg.sub:A`, never `mypkg2:A`.
+
+    It holds from the call on, in all threads of this process; used as a context manager, until the block ends. What is
+    imported runs: allow only packages that you trust. On the command line this is `--allow-import PREFIX`.
+    Raises ConfigError for what is no name of a module.
+    """
+    global _allowed
+    for prefix in prefixes:
+        if not _MODULE.fullmatch(prefix):
+            raise ConfigError(f"--allow-import takes the name of a module or package, not {prefix[:80]!r}.")
+    undo = _Allowed(_allowed)
+    _allowed = (*_allowed, *prefixes)
+    return undo
+
+
+def is_allowed(module: str) -> bool:
+    """Whether `allow_imports` was given this module, or a package that it is in."""
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in _allowed)
+
+
+def import_allowed(path: str, kind: str, wanted: str | None, where: str = "") -> Any:
+    """What an import path names: of the kind that is wanted, and defined below what `allow_imports` was given.
+
+    kind, where: what the messages call it, and where the path stands. wanted: see `Registry`. Nothing is imported
+    before its module is found to be allowed. Raises ConfigError otherwise.
+    """
+    module, _, attribute = path.partition(":")
+    subject = f"{f'{where}: the' if where else 'The'} {kind} {path[:200]!r}"
+    if wanted is None:
+        raise ConfigError(f"{subject} is an import path; a {kind} is named as it is registered.")
+    if not _MODULE.fullmatch(module) or not attribute.isidentifier():
+        raise ConfigError(f"{subject} is no import path; those are package.module:Attribute.")
+    if not is_allowed(module):
+        raise ConfigError(
+            f"{subject} is an import path, and nothing is imported because a file names it. If you trust the package, "
+            f"allow it on the command line: --allow-import {module.partition('.')[0]}"
+        )
+    found = import_target(path)
+    home = getattr(found, "__module__", None)
+    if not isinstance(home, str) or not is_allowed(home):
+        raise ConfigError(
+            f"{subject} is defined in {home!r}, which --allow-import does not allow. Name it where it is defined."
+        )
+    check_kind(found, wanted, subject, defined=True)
+    return found
+
+
+def check_kind(found: Any, wanted: str | None, subject: str, *, defined: bool = False) -> None:
+    """Raise ConfigError unless what was imported is of the kind that is wanted (see `Registry`).
+
+    defined: a function has to be one that Python code defines.
+    """
+    if wanted is None:
+        return
+    if wanted == FUNCTION:
+        if not isinstance(found, types.FunctionType) if defined else not callable(found):
+            raise ConfigError(f"{subject} is a {type(found).__name__}; a function is needed.")
+        return
+    base = import_target(wanted)
+    name = wanted.replace(":", ".")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{subject} is no {name}, which is needed here (a class below it).")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"{subject} cannot be made: it leaves out {missing}, which a {name} needs.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +146,22 @@ def import_target(target: str) -> Any:
 class Registry(Generic[T]):
     """Names of one kind of thing (mixers, datasets, ...). Reading it is lazy; adding a taken name is an error.
 
+    wanted: what entries are, checked when one is used: `"module:Class"` for classes below that one, FUNCTION for
+    functions, None for anything, which no import path can name.
+
     >>> mixers = Registry("mixer", {"mamba": ("mambaseq.mixers.mamba:Mamba", "S6")})
     >>> mixers.entry("mamba").summary
     'S6'
     """
 
     def __init__(
-        self, kind: str, entries: Mapping[str, tuple[str, str]] | None = None, origin: str = "mambaseq"
+        self,
+        kind: str,
+        entries: Mapping[str, tuple[str, str]] | None = None,
+        origin: str = "mambaseq",
+        wanted: str | None = None,
     ) -> None:
-        self.kind = kind
+        self.kind, self.wanted = kind, wanted
         self._entries: dict[str, Entry] = {}
         self.add_all(entries or {}, origin)
 
@@ -81,22 +179,36 @@ class Registry(Generic[T]):
         for name, (target, summary) in entries.items():
             self.add(name, target, summary, origin)
 
-    def entry(self, name: str) -> Entry:
-        """The entry of a short name. Raises ConfigError with the nearest name when there is none."""
+    def entry(self, name: str, where: str = "") -> Entry:
+        """The entry of a short name; where: the key or file that names it, for the message.
+
+        Raises ConfigError with the nearest name when there is none.
+        """
         try:
             return self._entries[name]
-        except KeyError:
-            known = ", ".join(sorted(self._entries)) or "none"
-            raise ConfigError(
-                f"No {self.kind} is named {name!r}.{did_you_mean(name, self._entries)} Known: {known}. "
-                f"A full import path (package.module:Attribute) works too."
-            ) from None
+        except (KeyError, TypeError):
+            pass
+        begin = f"{where}: no" if where else "No"
+        if not isinstance(name, str):
+            raise ConfigError(f"{begin} {self.kind} is named {str(name)[:80]!r}: a name is text.")
+        raise ConfigError(
+            f"{begin} {self.kind} is named {name[:80]!r}.{did_you_mean(name[:80], self._entries)} Known: "
+            f"{cut_list(sorted(self._entries))}. A full import path (package.module:Attribute) works too, if "
+            f"--allow-import allows it."
+        )
 
-    def get(self, name: str) -> T:
-        """The object behind a short name, or behind a full import path (any name with a dot and a colon)."""
-        if name not in self._entries and ":" in name:
-            return import_target(name)
-        return self.entry(name).load()
+    def get(self, name: str, where: str = "") -> T:
+        """The object behind a short name, or behind an import path that `allow_imports` allows.
+
+        where: the key or file that names it, for the messages. Raises ConfigError when there is none, it cannot be
+        imported, or it is not of this registry's kind.
+        """
+        if isinstance(name, str) and ":" in name and name not in self._entries:
+            return import_allowed(name, self.kind, self.wanted, where)
+        entry = self.entry(name, where)
+        loaded = entry.load()
+        check_kind(loaded, self.wanted, f"The {self.kind} {name!r} (from {entry.origin}, {entry.target})")
+        return loaded
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -13,6 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import pytest
 import torch
 
+from mambaseq.registry import allow_imports
+
 if not torch.cuda.is_available():  # Triton decides when a kernel is defined whether to interpret it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -44,3 +46,10 @@ def full_precision() -> Iterator[None]:
     yield
     for backend, allowed in zip(backends, before, strict=True):
         backend.allow_tf32 = allowed
+
+
+@pytest.fixture(autouse=True)
+def _own_modules() -> Iterator[None]:
+    """Configurations of the tests may name classes of the tests by import paths."""
+    with allow_imports("tiny", "cli", "tasks"):
+        yield

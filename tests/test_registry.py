@@ -10,7 +10,7 @@ import pytest
 
 from mambaseq.domain import CORE, KINDS, Domain, build_catalog, catalog
 from mambaseq.errors import ConfigError
-from mambaseq.registry import Registry, import_target
+from mambaseq.registry import Registry, allow_imports, import_target
 
 
 def point(name: str, value: str) -> importlib.metadata.EntryPoint:
@@ -28,8 +28,58 @@ def test_unknown_name_is_suggested() -> None:
         catalog()["mixers"].entry("mambda")
 
 
-def test_full_import_path_works() -> None:
-    assert catalog()["mixers"].get("mambaseq.mixers.mamba:Mamba") is catalog()["mixers"].get("mamba")
+def test_import_paths_work_below_what_is_allowed_alone() -> None:
+    mixers, path = catalog()["mixers"], "mambaseq.mixers.mamba:Mamba"
+    with pytest.raises(
+        ConfigError, match=r"'mambaseq\.mixers\.mamba:Mamba' is an import path.*--allow-import mambaseq"
+    ):
+        mixers.get(path)
+    for allowed in ("mambaseq", "mambaseq.mixers", "mambaseq.mixers.mamba"):
+        with allow_imports("nothing_else", allowed):
+            assert mixers.get(path) is mixers.get("mamba")
+    for other in ("mamba", "mambaseq.mix", "mambaseq.mixers.mamba2"):
+        with allow_imports(other), pytest.raises(ConfigError, match="--allow-import"):
+            mixers.get(path)
+    with pytest.raises(ConfigError, match="--allow-import"):  # with the block the permission ends
+        mixers.get(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "message"),
+    [
+        ("mixers", "tiny:TinyTokens", r"'tiny:TinyTokens' is no mambaseq\.mixers\.base\.Mixer"),
+        ("datasets", "tiny:read_digits", r"is no mambaseq\.data\.module\.SequenceData"),
+        ("readers", "tiny:TinyTokens", r"a function is needed"),
+        ("datasets", "tiny:SequenceData", r"defined in 'mambaseq\.data\.module', which --allow-import does not allow"),
+        ("readers", "tiny:np", r"defined in None, which --allow-import does not allow"),
+        ("datasets", "tiny:Nothing", r"has no 'Nothing'"),
+        ("datasets", "tiny:TinyTokens.setup", r"no import path"),
+        ("datasets", ":TinyTokens", r"no import path"),
+        ("datasets", "tiny:", r"no import path"),
+        ("recipes", "tiny:TinyTokens", r"named as it is registered"),
+    ],
+)
+def test_an_import_path_names_what_is_wanted_where_it_is_defined(kind: str, path: str, message: str) -> None:
+    with allow_imports("tiny"), pytest.raises(ConfigError, match=message):
+        catalog()[kind].get(path)
+
+
+def test_a_class_that_cannot_be_made_is_refused() -> None:
+    with allow_imports("mambaseq"), pytest.raises(ConfigError, match="leaves out setup, train"):
+        catalog()["datasets"].get("mambaseq.data.module:SequenceData")
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "a:b", "a/b", "a.", "1a", "a b"])
+def test_only_modules_can_be_allowed(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-import takes the name of a module"):
+        allow_imports(prefix)
+
+
+def test_what_a_plugin_registers_is_of_its_kind() -> None:
+    registry: Registry = Registry("mixer", wanted="mambaseq.mixers.base:Mixer")
+    registry.add("theirs/wrong", "tiny:TinyTokens", "no mixer", "their-plugin 1.0")
+    with pytest.raises(ConfigError, match=r"theirs/wrong.*their-plugin 1\.0.*is no mambaseq\.mixers\.base\.Mixer"):
+        registry.get("theirs/wrong")
 
 
 @pytest.mark.parametrize("target", ["nowhere.at.all:X", "mambaseq.batch:Nothing", "plain"])

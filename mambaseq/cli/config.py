@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import yaml
 
 from mambaseq.backbones.patterns import mixer_names
+from mambaseq.cli.settings import PARTS, check_overrides, read_settings, resolve_config
+from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, UserError, did_you_mean
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
+from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
-from mambaseq.resources import find
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
-PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
 # ends of the names of a dataset's arguments that are paths
@@ -100,32 +100,6 @@ SECTIONS = {
 }
 
 
-def resolve_config(name: str) -> Path:
-    """The file of a registered configuration, or the path itself. Raises ConfigError when there is neither."""
-    configs: Registry[Any] = catalog()["configs"]
-    if name in configs:
-        return find(configs.entry(name).target)
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = [entry.name for entry in configs]
-    raise ConfigError(
-        f"No configuration is named {name!r} and no file is there.{did_you_mean(name, known)} "
-        f"`mambaseq list configs` shows what there is."
-    )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises ConfigError naming the file and line when it is none."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds no settings; a configuration is a YAML mapping with at least data.name.")
-    return loaded
-
-
 def _override(argv: list[str], key: str) -> str | None:
     found = None
     for index, argument in enumerate(argv):
@@ -148,8 +122,8 @@ def _setting(raw: dict[str, Any], argv: list[str], key: str) -> Any:
     if text is None:
         return _written(raw, key)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, f"--{key}")
+    except UserError:
         return None  # the parser will tell
 
 
@@ -223,7 +197,7 @@ class RunConfig:
     def make_metrics(self, data: SequenceData) -> dict[str, Metric]:
         registry: Registry[type[Metric]] = catalog()["metrics"]
         return {
-            name.rpartition("/")[2].rpartition(":")[2]: registry.get(name)(data.class_names)
+            name.rpartition("/")[2].rpartition(":")[2]: registry.get(name, "metrics")(data.class_names)
             for name in self.settings["metrics"]
         }
 
@@ -266,7 +240,7 @@ def make_parser(
     import lightning
 
     registries = catalog()
-    classes = {"data": registries["datasets"].get(names["data"])}
+    classes = {"data": registries["datasets"].get(names["data"], "data.name")}
     parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a registered name or a YAML file")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
@@ -276,7 +250,7 @@ def make_parser(
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
     for part in PARTS:
-        classes[part] = registries[f"{part}s"].get(names[part])
+        classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
         parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
         skip = PROVIDED & _arguments(classes[part])
         if skip != _arguments(classes[part]):
@@ -290,25 +264,32 @@ def make_parser(
         parser.add_class_arguments(kind, section, instantiate=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer's own docstrings and annotations
-        parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False, fail_untyped=False)
+        parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False, fail_untyped=False, skip=set(KEYS))
+    for key in KEYS:
+        default = inspect.signature(lightning.Trainer).parameters[key].default
+        parser.add_argument(
+            f"--trainer.{key}",
+            type=TrainerClasses,
+            default=default,
+            help="class_path and init_args of Lightning's classes",
+        )
     parser.set_defaults(TRAINER_DEFAULTS)
     return parser, classes
 
 
 def _without_former_parts(
-    raw: dict[str, Any], path: Path, names: dict[str, str], classes: dict[str, Any], mixers: list[str]
+    raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: list[str]
 ) -> str:
-    """What the parser is to read: the file, or, where the command line names another class for a part, the file's
-    settings without those of the former class that the new one does not take, and without those of mixers that the
-    backbone had. Of another mixer all, since options of one name are not one thing (d_state), so that mixers are
-    compared as they are by default."""
-    model, pruned = raw.get("model"), False
+    """What the parser is to read: the file's settings; where the command line names another class for a part, without
+    those of the former class that the new one does not take, and without those of mixers that the backbone had. Of
+    another mixer all, since options of one name are not one thing (d_state), so that mixers are compared as they are by
+    default."""
+    model = raw.get("model")
     options = _written(raw, "model.mixers")
     if isinstance(options, dict):
         former = {part: _name(raw, [], f"model.{part}", default) for part, default in PARTS.items()}
         for name in options.keys() & set(_mixers(raw, [], former)) - {former["mixer"], *mixers}:
             del options[name]
-            pruned = True
         check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
     for part, default in {"data": None, **PARTS}.items():
         holder = raw if part == "data" else model
@@ -322,8 +303,7 @@ def _without_former_parts(
                 print(note, file=sys.stderr)
             for key in dropped:
                 del settings[key]
-                pruned = True
-    return yaml.safe_dump(raw) if pruned else str(path)
+    return dump_yaml(raw)
 
 
 def _absolute(value: Any, key: str) -> Any:
@@ -353,6 +333,10 @@ def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
 
     former, new = flat(parse_config(config, []).settings["model"], "model"), flat(settings["model"], "model")
     return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
+
+
+def _made(key: str, value: Any) -> Any:
+    return make_classes(key, value.written if isinstance(value, TrainerClasses) else value)
 
 
 _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
@@ -394,7 +378,8 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     range.
     """
     path = resolve_config(config)
-    raw = read_yaml(path)
+    raw = read_settings(path)
+    check_overrides(overrides)
     names = {"data": _name(raw, overrides, "data", None)}
     names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
     all_mixers = _mixers(raw, overrides, names)
@@ -418,23 +403,23 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         with contextlib.suppress(ValueError, TypeError):  # the parser will tell
             parser.set_defaults({"data.seed": int(seed)})
     try:
-        parsed = parser.parse_args(["--config", _without_former_parts(raw, path, names, classes, mixers), *overrides])
+        parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])
         parsed.pop("config")
         check_settings(parsed.as_dict())
         for key, value in vars(parsed["data"]).items():
             if key != "name":
                 parsed["data"][key] = _absolute(value, key)
-        instantiated = parser.instantiate(parsed)
+        made = {key: _made(key, parsed["trainer"].get(key)) for key in KEYS}
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # it was asked to print something (--print_config)
         raise _explain(error, parser, config) from error
     settings = parsed.as_dict()
-    del settings["trainer"]
+    trainer = {**settings.pop("trainer"), **made}
     if not 0 <= settings["seed"] < 2**32:
         raise ConfigError(f"seed must be at least 0 and below 2**32; it is {settings['seed']}.")
     for section, kind in SECTIONS.items():
         kind(**settings[section])  # each checks its values
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
     text = parser.dump(parsed, "parser_mode", False)
-    return RunConfig(settings, dict(vars(instantiated.trainer)), classes, text)
+    return RunConfig(settings, trainer, classes, text)

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
+from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder
 
@@ -17,6 +18,7 @@ def run(argv: list[str], command: str) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
+    add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     results = evaluate(RunFolder(arguments.checkpoint), command, overrides)
     for name, value in results.items():

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.reporting.runs import RunFolder
 
@@ -28,6 +29,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
     )
+    add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if (arguments.config is None) == (arguments.resume is None):
         raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")

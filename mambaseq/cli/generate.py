@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mambaseq.cli.imports import add_allow_import
+
 
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
@@ -21,6 +23,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    add_allow_import(parser)
     given = vars(parser.parse_args(argv))
     from mambaseq.cli.generating import generate_to
 

@@ -9,6 +9,7 @@ import textwrap
 
 from mambaseq import __version__
 from mambaseq.errors import UserError, did_you_mean
+from mambaseq.registry import allow_imports
 
 COMMANDS = {
     "fit": ("mambaseq.cli.fit", "train a model: --config NAME_OR_FILE [--out RUN] [--key value ...]; --resume RUN"),
@@ -70,7 +71,8 @@ def _run(arguments: list[str]) -> int:
         return 2
     try:
         module = importlib.import_module(COMMANDS[command][0])
-        return int(module.run(rest, command) or 0)
+        with allow_imports():  # whatever the command allows ends with it
+            return int(module.run(rest, command) or 0)
     except UserError as error:
         print(f"mambaseq {command}: {error}", file=sys.stderr)
         return 2

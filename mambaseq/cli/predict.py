@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mambaseq.cli.imports import add_allow_import
+
 
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(
@@ -36,6 +38,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out files and records that cannot be used, and say which"
     )
+    add_allow_import(parser)
     arguments = parser.parse_args(argv)
     from mambaseq.cli.predicting import predict, report
 

@@ -1,0 +1,109 @@
+"""A configuration as it is written: found, read and checked for what must not reach the parser of its values.
+
+jsonargparse, which that is, imports what looks like a class and reads other files that a value names. Neither is for a
+file that somebody else may have written.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mambaseq.cli.trainer_classes import KEYS
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, UserError, did_you_mean
+from mambaseq.plain import read_yaml
+from mambaseq.registry import Registry
+from mambaseq.resources import find
+
+PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
+GROUPS = ("data", "model", "loader", "optimizer", "length_warmup", "checkpoint", "generation", "trainer")
+TOP = ("seed", "metrics", *GROUPS)
+
+
+def resolve_config(name: str) -> Path:
+    """The file of a registered configuration, or the path itself. Raises ConfigError when there is neither."""
+    configs: Registry[Any] = catalog()["configs"]
+    if name in configs:
+        return find(configs.entry(name).target)
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = [entry.name for entry in configs]
+    raise ConfigError(
+        f"No configuration is named {name!r} and no file is there.{did_you_mean(name, known)} "
+        f"`mambaseq list configs` shows what there is."
+    )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a configuration's file holds. Raises ConfigError naming the file, and the line or key, when it is none."""
+    try:
+        raw = read_yaml(path, "A configuration is a YAML mapping with at least data.name.")
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    for key, value in raw.items():
+        if key not in TOP:
+            raise ConfigError(
+                f"{path}: there is no key {key[:80]!r}.{did_you_mean(key[:80], TOP)} Known: {', '.join(TOP)}."
+            )
+        if key in GROUPS:
+            _require_settings(value, key, path)
+    for part in (*PARTS, "mixers"):
+        if part in raw.get("model", {}):
+            _require_settings(raw["model"][part], f"model.{part}", path)
+    for name, options in raw.get("model", {}).get("mixers", {}).items():
+        _require_settings(options, f"model.mixers.{name[:80]}", path)
+    _refuse_classes({key: value for key, value in raw.items() if key != "trainer"}, "", str(path))
+    _refuse_classes(
+        {key: value for key, value in raw.get("trainer", {}).items() if key not in KEYS}, "trainer", str(path)
+    )
+    return raw
+
+
+def _require_settings(value: Any, key: str, path: Path) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: {key} must hold settings ({key}.KEY), not {_shown(value)}. Leave it out for its defaults."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _refuse_classes(value: Any, key: str, source: str) -> None:
+    """Raise ConfigError for what jsonargparse would take for a class to be imported, whatever the type of the key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            where = f"{key}.{name}" if key else name
+            if name == "class_path":
+                raise ConfigError(
+                    f"{source}: {where[:200]} names a class; only keys of trainer can ({', '.join(KEYS)})."
+                )
+            _refuse_classes(inner, where, source)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_classes(inner, key, source)
+    elif isinstance(value, str) and "class_path" in value:
+        raise ConfigError(f"{source}: {key[:200]} names a class; only keys of trainer can ({', '.join(KEYS)}).")
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ConfigError for overrides that would read another file, or name a class."""
+    for index, argument in enumerate(overrides):
+        if not argument.startswith("--"):
+            continue
+        key, given, text = argument[2:].partition("=")
+        if not given:
+            text = overrides[index + 1] if index + 1 < len(overrides) else ""
+        if key == "config":
+            raise ConfigError("--config cannot be given here: the run has its own configuration. Override single keys.")
+        if key in (*GROUPS, "model.mixers", *(f"model.{part}" for part in PARTS)) or re.fullmatch(
+            r"model\.mixers\.[^.]+", key
+        ):
+            raise ConfigError(f"--{key} holds several settings. Give them one by one: --{key}.KEY VALUE.")
+        if not key.startswith(tuple(f"trainer.{name}" for name in KEYS)):
+            _refuse_classes(text, key, "the command line")

@@ -1,0 +1,287 @@
+"""Classes under `trainer:` (callbacks, loggers, ...): which may be named, and how they are made of plain values.
+
+A configuration may be somebody else's, so that what it names is looked up before anything is imported: Lightning's own
+classes by their public names, and, below what `--allow-import` allows, classes of the kind that is wanted.
+jsonargparse, which reads everything else, would import whatever a value names; it never sees these.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jsonargparse
+from jsonargparse.typing import register_type
+
+from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.plain import parse_yaml
+from mambaseq.registry import import_allowed, is_allowed
+
+PYTORCH = "lightning.pytorch"
+
+
+class Key(NamedTuple):
+    """A key of `trainer`: the classes that are wanted (`"module:Class"`), the packages of Lightning whose public names
+    are known, whether there may be several, and the plain types that are values too."""
+
+    wanted: tuple[str, ...]
+    packages: tuple[str, ...]
+    several: bool
+    plain: tuple[type, ...]
+
+
+KEYS = {
+    "callbacks": Key((f"{PYTORCH}.callbacks:Callback",), (f"{PYTORCH}.callbacks",), True, ()),
+    "logger": Key((f"{PYTORCH}.loggers:Logger",), (f"{PYTORCH}.loggers",), True, (bool,)),
+    "plugins": Key(
+        (
+            f"{PYTORCH}.plugins:Precision",
+            f"{PYTORCH}.plugins:CheckpointIO",
+            f"{PYTORCH}.plugins:LayerSync",
+            f"{PYTORCH}.plugins.environments:ClusterEnvironment",
+        ),
+        (
+            f"{PYTORCH}.plugins",
+            f"{PYTORCH}.plugins.environments",
+            f"{PYTORCH}.plugins.io",
+            f"{PYTORCH}.plugins.precision",
+            f"{PYTORCH}.plugins.layer_sync",
+        ),
+        True,
+        (),
+    ),
+    "strategy": Key((f"{PYTORCH}.strategies:Strategy",), (f"{PYTORCH}.strategies",), False, (str,)),
+    "profiler": Key((f"{PYTORCH}.profilers:Profiler",), (f"{PYTORCH}.profilers",), False, (str,)),
+    "accelerator": Key((f"{PYTORCH}.accelerators:Accelerator",), (f"{PYTORCH}.accelerators",), False, (str,)),
+}
+
+
+class TrainerClasses:
+    """The value of such a key as it was written: plain values, `class_path` and `init_args` where a class is named."""
+
+    def __init__(self, written: Any) -> None:
+        self.written = written
+
+
+# a type of jsonargparse's whose values it hands on: text (of the command line) is read as YAML, nothing else is done
+register_type(
+    TrainerClasses,
+    serializer=lambda value: value.written,
+    deserializer=lambda value: TrainerClasses(
+        parse_yaml(value, "the value of an option") if isinstance(value, str) else _plain_values(value)
+    ),
+    deserializer_exceptions=(ValueError, TypeError, ConfigError),
+)
+
+
+def _plain_values(value: Any) -> Any:
+    if isinstance(value, jsonargparse.Namespace):
+        return value.as_dict()
+    return [_plain_values(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def make_classes(key: str, value: Any) -> Any:
+    """What `lightning.Trainer` takes for `trainer.key`, made of what is written there.
+
+    Raises ConfigError that names the key for classes that may not be named, are of another kind or cannot be made.
+    """
+    known, where = KEYS[key], f"trainer.{key}"
+    if value is None or (isinstance(value, bool) and bool in known.plain):
+        return value
+    if isinstance(value, list):
+        if not known.several:
+            raise ConfigError(f"{where} takes one value, not a list.")
+        return [_make(key, inner, f"{where}[{index}]") for index, inner in enumerate(value)]
+    return _make(key, value, where)
+
+
+def _make(key: str, value: Any, where: str) -> Any:
+    known = KEYS[key]
+    if isinstance(value, str) and str in known.plain and not _names_class(key, value):
+        return value  # Lightning's own short names, such as ddp, which it looks up itself
+    spec = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise ConfigError(
+            f"{where} must name a class, as {{class_path: NAME, init_args: {{...}}}}, not {str(value)[:80]!r}. Known: "
+            f"{cut_list(sorted(_public(key)), most=40)}."
+        )
+    if more := spec.keys() - {"class_path", "init_args"}:
+        raise ConfigError(f"{where} has {cut_list(sorted(more))} beside class_path and init_args, which is all it has.")
+    arguments = spec.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"{where}.init_args must be names and values, not {str(arguments)[:80]!r}.")
+    kind = _resolve(key, spec["class_path"], where)
+    checked = _check_arguments(kind, arguments, where)
+    try:
+        return kind(**checked)
+    except Exception as error:  # whatever the class does not like about its settings
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{where}: {kind.__name__} cannot be made ({type(error).__name__}: {reason}).") from error
+
+
+def _names_class(key: str, text: str) -> bool:
+    return "." in text or ":" in text or text in _public(key)
+
+
+def _public(key: str) -> dict[str, str]:
+    """The classes of Lightning that a key may name: each public name, and the package that it is in."""
+    known = KEYS[key]
+    bases = tuple(_load(wanted) for wanted in known.wanted)
+    found: dict[str, str] = {}
+    for package in known.packages:
+        module = importlib.import_module(package)
+        for name in getattr(module, "__all__", None) or vars(module):
+            kind = getattr(module, name, None)
+            if isinstance(kind, type) and issubclass(kind, bases) and kind.__module__.startswith("lightning."):
+                found.setdefault(name, package)
+    return found
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _resolve(key: str, path: str, where: str) -> Any:
+    """The class of a short name, of its path in Lightning, or of an import path that is allowed."""
+    public = _public(key)
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if name in public:
+        kind = getattr(importlib.import_module(public[name]), name)
+        # where it is shown, and where it is written
+        if module in ("", public[name], kind.__module__, *KEYS[key].packages):
+            return kind
+    if not module or not is_allowed(module):
+        remedy = f" If you trust the package: --allow-import {module.partition('.')[0]}" if module else ""
+        raise ConfigError(
+            f"{where}: {path[:200]!r} is not one of Lightning's classes for it, and nothing is imported because a file "
+            f"names it.{did_you_mean(name[:80], public)} Known: {cut_list(sorted(public), most=40)}.{remedy}"
+        )
+    wanted = KEYS[key].wanted
+    for index, base in enumerate(wanted):
+        try:
+            return import_allowed(f"{module}:{name}", f"class of trainer.{key}", base, where)
+        except ConfigError:
+            if index == len(wanted) - 1:
+                raise
+    return None
+
+
+def _check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments, of the types that the class says. Raises ConfigError for those that it does not take, that are of
+    another type, or that no plain value can be: functions and classes are not looked up by their names."""
+    parameters, open_ended = init_parameters(kind)
+    checked: dict[str, Any] = {}
+    for name, value in arguments.items():
+        place = f"{where}.init_args.{name[:80]}"
+        _refuse_classes(value, place)
+        if name not in parameters:
+            if not open_ended:
+                raise ConfigError(
+                    f"{place}: {kind.__name__} has no such argument.{did_you_mean(name[:80], parameters)} It has: "
+                    f"{cut_list(parameters)}."
+                )
+            checked[name] = value
+            continue
+        accepted = plain_type(parameters[name])
+        if accepted is None:
+            if value is not None:
+                raise ConfigError(
+                    f"{place} is no plain value but code, which a configuration cannot give. Leave it out, or write a "
+                    f"class of your own (see --allow-import) that sets it."
+                )
+            continue
+        checked[name] = value if _is_open(accepted) else _checked(accepted, value, place)
+    return checked
+
+
+def _checked(accepted: Any, value: Any, place: str) -> Any:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=accepted)
+    try:
+        return parser.parse_object({"value": value})["value"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{place} cannot be {str(value)[:80]!r}: {reason}.") from error
+
+
+def _is_open(accepted: Any) -> bool:
+    """Whether anything is accepted, somewhere in it: jsonargparse makes what looks like a class there."""
+    return accepted is Any or any(_is_open(inner) for inner in typing.get_args(accepted))
+
+
+def _refuse_classes(value: Any, where: str) -> None:
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_classes(inner, where)
+    if isinstance(value, dict) and "class_path" in value:
+        raise ConfigError(f"{where} names a class inside of another one's arguments; those are plain values.")
+
+
+def init_parameters(kind: Any) -> tuple[dict[str, Any], bool]:
+    """The annotations of the arguments of a class (Parameter.empty without one, a string where it cannot be
+    evaluated), those of its bases too where it hands on `**kwargs`; and whether any others are taken."""
+    found: dict[str, Any] = {}
+    open_ended: bool | None = None
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        try:
+            signature = inspect.signature(vars(base)["__init__"])
+        except (TypeError, ValueError):  # one in C
+            break
+        parameters = list(signature.parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, _evaluated(parameter.annotation, base.__module__))
+        rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        open_ended = rest if open_ended is None else open_ended
+        if not rest:
+            break
+    return found, bool(open_ended)
+
+
+def _evaluated(annotation: Any, module: str) -> Any:
+    holder = type("holder", (), {"__annotations__": {"value": annotation}})
+    try:
+        return typing.get_type_hints(holder, vars(sys.modules[module]) if module in sys.modules else None)["value"]
+    except Exception:  # names that only type checkers know
+        return str(annotation)
+
+
+_LEAVES = (bool, int, float, str, type(None), Path, os.PathLike, datetime.timedelta)
+_CONTAINERS = (list, tuple, dict, set, Iterable, Mapping, typing.get_origin(typing.Sequence[int]))
+
+
+def plain_type(annotation: Any) -> Any:
+    """The part of a type that values in a file can have without naming code; None when there is none.
+
+    >>> plain_type(int | typing.Callable[[], int])
+    <class 'int'>
+    """
+    if annotation is inspect.Parameter.empty or annotation is Any or isinstance(annotation, str):
+        return Any
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        left = [kept for inner in arguments if (kept := plain_type(inner)) is not None]
+        if left == [type(None)]:
+            return None
+        return typing.Union[tuple(left)] if left else None  # noqa: UP007 - of a tuple
+    if origin is Literal:
+        return annotation
+    if origin is typing.Annotated:
+        return annotation if plain_type(arguments[0]) is not None else None
+    if annotation in _LEAVES or (isinstance(annotation, type) and issubclass(annotation, enum.Enum)):
+        return Path if annotation is os.PathLike else annotation
+    if (annotation if origin is None else origin) in _CONTAINERS:
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return annotation if all(plain_type(argument) == argument for argument in inner) else None
+    return None
