@@ -230,7 +230,7 @@ def causal_lm(
 
 def build_model(spec: dict[str, Any]) -> SequenceModel:
     """The model of a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
-    `{"name": ..., **options}` with names of the registry or full import paths; where the backbone has more mixers than
+    `{"name": ..., **options}` with names that `Registry.get` takes; where the backbone has more mixers than
     one, `mixers`, `{name: options}` of the others.
 
     Raises ConfigError for a name that does not exist, options that a part does not take, and options of mixers that
