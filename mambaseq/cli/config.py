@@ -335,8 +335,8 @@ def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
     return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
 
 
-def _made(key: str, value: Any) -> Any:
-    return make_classes(key, value.written if isinstance(value, TrainerClasses) else value)
+def _plain(value: Any) -> Any:
+    return value.written if isinstance(value, TrainerClasses) else value
 
 
 _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
@@ -405,11 +405,12 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     try:
         parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])
         parsed.pop("config")
-        check_settings(parsed.as_dict())
+        classes_written = {key: _plain(parsed["trainer"].get(key)) for key in KEYS}
+        check_settings({**parsed.as_dict(), "trainer": {**parsed["trainer"].as_dict(), **classes_written}})
         for key, value in vars(parsed["data"]).items():
             if key != "name":
                 parsed["data"][key] = _absolute(value, key)
-        made = {key: _made(key, parsed["trainer"].get(key)) for key in KEYS}
+        made = {key: make_classes(key, value) for key, value in classes_written.items()}
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # it was asked to print something (--print_config)
