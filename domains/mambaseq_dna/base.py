@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import GridWindows, MakeBatch, RandomWindows
 from mambaseq.errors import ConfigError
-from mambaseq_dna.splits import SplitRules, Splits
+from mambaseq_dna.splits import Duplicates, SplitRules, Splits
 from mambaseq_dna.tokenizer import BaseTokenizer
+
+Names = list[str | int | float | bool] | str | int | float | bool | None
+"""Names of records as YAML may read them: `8` is a number there, and `NO` is false."""
+
+
+def names_of(key: str, names: Names) -> list[str]:
+    """Names and patterns as text; a whole number is the name that it is written as.
+
+    Raises ConfigError for other numbers and for true and false, of which YAML has not kept how they were written.
+    """
+    if names is None:
+        return []
+    found = names if isinstance(names, list) else [names]
+    for name in found:
+        if isinstance(name, bool | float) or not isinstance(name, str | int):
+            raise ConfigError(f"data.{key} holds {name!r}, which is no name. Write names like this in quotes.")
+    return [str(name) for name in found]
 
 
 class FastaData(SequenceData):
@@ -27,6 +45,8 @@ class FastaData(SequenceData):
         samples_per_epoch: training windows that make an epoch.
         n_validation: at most this many validation windows a group; all that there are if not given.
         n_test: at most this many test windows a group; all that there are if not given.
+        duplicates: whether copies of a record, on either strand, in two splits or groups are refused (`refuse`), or
+            left out of training before validation, and of validation before test data (`drop`).
         seed: of the draws of windows; the seed of weights is the run's.
         cache: where token stores are kept; MAMBASEQ_CACHE or the platform's cache folder if not given.
     """
@@ -40,21 +60,34 @@ class FastaData(SequenceData):
         self,
         files: Mapping[str, Sequence[str]],
         length: int = 1024,
-        test_records: list[str] | None = None,
-        validation_records: list[str] | None = None,
+        test_records: Names = None,
+        validation_records: Names = None,
         validation_fraction: float = 0.1,
         drop_n: bool = True,
         reverse_complement: bool = True,
         samples_per_epoch: int = 8192,
         n_validation: int | None = None,
         n_test: int | None = None,
+        duplicates: Duplicates = "refuse",
         seed: int = 0,
         cache: str | None = None,
     ) -> None:
-        if length < 1 or samples_per_epoch < 1:
-            raise ConfigError(f"length and samples_per_epoch must be at least 1, not {length} and {samples_per_epoch}.")
+        for key, value in (
+            ("length", length),
+            ("samples_per_epoch", samples_per_epoch),
+            ("n_validation", n_validation),
+            ("n_test", n_test),
+        ):
+            if value is not None and not 1 <= value < sys.maxsize:
+                raise ConfigError(f"data.{key} must be at least 1 and below 2^63, not {value}.")
         self.files, self.length, self.seed, self.cache = files, length, seed, cache
-        self.rules = SplitRules(test_records or (), validation_records or (), validation_fraction, drop_n)
+        self.rules = SplitRules(
+            names_of("test_records", test_records),
+            names_of("validation_records", validation_records),
+            validation_fraction,
+            drop_n,
+            duplicates,
+        )
         self.reverse_complement, self.samples_per_epoch = reverse_complement, samples_per_epoch
         self.n_validation, self.n_test = n_validation, n_test
         self._splits: Splits | None = None
@@ -68,6 +101,9 @@ class FastaData(SequenceData):
         """Read the FASTA files, or their token stores. Raises DataError (see `SplitRules.apply`)."""
         if self._splits is None:
             self._splits = self.rules.apply(self.files, self.cache)
+
+    def sources(self) -> dict[str, str]:
+        return dict(self.splits.sources)
 
     @property
     def splits(self) -> Splits:
@@ -84,6 +120,7 @@ class FastaData(SequenceData):
             size=self.samples_per_epoch,
             seed=self.seed,
             by_position=by_position,
+            length=self.length,
         )
 
     def _tiles(self, split: str, span: int, make: MakeBatch) -> GridWindows | None:
@@ -100,4 +137,5 @@ class FastaData(SequenceData):
             at_most=at_most,
             seed=self.seed,
             what=f"{split} set",
+            length=self.length,
         )

@@ -10,7 +10,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.windows import GridWindows, RandomWindows, next_token
-from mambaseq_dna.base import FastaData
+from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
@@ -53,7 +53,7 @@ class GenomeData(FastaData):
     def __init__(
         self,
         fasta: list[str] | None = None,
-        test_records: list[str] | None = None,
+        test_records: Names = None,
         lowercase: Lowercase = "fold",
         **options: Any,
     ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from mambaseq.batch import Batch
 from mambaseq.data.windows import GridWindows, RandomWindows, group_label
 from mambaseq.errors import ConfigError
-from mambaseq_dna.base import FastaData
+from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 SHIPPED = {name: [f"mambaseq:data/encode/{name}.*.fa.gz"] for name in ("human", "galago", "mouse", "cow", "dog")}
@@ -49,7 +49,7 @@ class SpeciesData(FastaData):
     def __init__(
         self,
         species: dict[str, list[str]] | None = None,
-        test_records: list[str] | None = None,
+        test_records: Names = None,
         **options: Any,
     ) -> None:
         if species is None:

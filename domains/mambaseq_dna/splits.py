@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import translate
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from mambaseq.data.cache import locate
+from mambaseq.data.intervals import Group, Intervals
+from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
-from mambaseq.data.windows import Group, Interval, check_disjoint
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, did_you_mean
 from mambaseq_dna.fasta import fasta_store
-from mambaseq_dna.tokenizer import N, fold_case
+from mambaseq_dna.tokenizer import N
 
+Duplicates = Literal["refuse", "drop"]
+
+SPLITS = ("train", "validation", "test")
 _CHUNK = 1 << 24
+_N, _LOWER_N = N, N + 5  # see BaseTokenizer("keep")
+
+logger = logging.getLogger(__name__)
 
 
 def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -24,7 +34,8 @@ def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
     edges = []
     previous = True
     for first in range(start, stop, _CHUNK):
-        is_n = fold_case(ids[first : min(first + _CHUNK, stop)]) == N
+        chunk = np.asarray(ids[first : min(first + _CHUNK, stop)])
+        is_n = (chunk == _N) | (chunk == _LOWER_N)
         edges.append(np.flatnonzero(np.diff(is_n, prepend=previous)) + first)
         previous = bool(is_n[-1])
     if not previous:
@@ -34,11 +45,41 @@ def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The same groups, in the same order, in each split; validation and test are empty when there is none."""
+    """The same groups, in the same order, in each split; validation and test are empty when there is none.
+
+    sources: name of each file to the sha256 of what it holds.
+    """
 
     train: list[Group]
     validation: list[Group]
     test: list[Group]
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class _Patterns:
+    """Names and patterns of one setting, and which of them were met."""
+
+    def __init__(self, key: str, patterns: Iterable[str]) -> None:
+        self.key = key
+        self.exact = {pattern for pattern in patterns if not set(pattern) & set("*?[")}
+        self.globs = {pattern: re.compile(translate(pattern)) for pattern in patterns if pattern not in self.exact}
+        self.missing = set(patterns)
+
+    def match(self, name: str) -> bool:
+        """Whether one of them is or fits the name."""
+        found = name in self.exact
+        if found:
+            self.missing.discard(name)
+        for pattern, compiled in self.globs.items():
+            if (not found or pattern in self.missing) and compiled.match(name):
+                self.missing.discard(pattern)
+                found = True
+        return found
+
+    def records(self, file: str, store: TokenStore) -> np.ndarray:
+        """Which records of a file are meant, by their names or the file's; `(records,)` bool."""
+        whole = self.match(file)
+        return np.array([self.match(name) or whole for name in store.names], dtype=bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,61 +90,143 @@ class SplitRules:
         training data. validation_fraction: without validation_records, the last part of each training record
             is held out.
     drop_n: leave out N and what is too short between two of them; windows then hold no N.
+    duplicates: whether copies of a record in two splits or groups are refused, or left out of the split that is less
+        protected (see `mambaseq.data.leakage`).
     """
 
     test_records: Sequence[str] = ()
     validation_records: Sequence[str] = ()
     validation_fraction: float = 0.1
     drop_n: bool = True
+    duplicates: Duplicates = "refuse"
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction must be in [0, 1), not {self.validation_fraction}.")
+            raise ConfigError(f"data.validation_fraction must be in [0, 1), not {self.validation_fraction}.")
+        if self.duplicates not in ("refuse", "drop"):
+            raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {self.duplicates!r}.")
 
     def apply(self, files: Mapping[str, Sequence[str]], cache: str | Path | None = None) -> Splits:
         """Read the files of each group (building their token stores at first use) and split them.
 
-        Raises DataError when a file cannot be used, when a pattern matches nothing, or when a sequence is in
-        two splits or two groups.
+        Raises DataError when a file cannot be used, when a pattern matches nothing, when a record is asked for in two
+        splits, when a sequence is in two splits or two groups, or when a split that is asked for is empty.
         """
-        groups: dict[str, dict[str, list[Interval]]] = {}
-        names: list[str] = []
+        test = _Patterns("test_records", self.test_records)
+        validation = _Patterns("validation_records", self.validation_records)
+        splits: dict[str, list[Group]] = {split: [] for split in SPLITS}
+        stores: dict[Path, TokenStore] = {}
         for name, patterns in files.items():
-            parts: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}
-            for path in dict.fromkeys(path for pattern in patterns for path in locate(pattern)):
-                store = fasta_store(path, cache)
-                for record, record_name in enumerate(store.names):
-                    names += [path.name, record_name]
-                    for split, start, stop in self._parts(path.name, record_name, int(store.lengths[record])):
-                        parts[split].extend(self._intervals(store, record, start, stop))
-            groups[name] = parts
-        for pattern in (*self.test_records, *self.validation_records):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(sorted(set(names))[:8])
-                raise DataError(f"The pattern {pattern!r} matches no record and no file. There are: {shown}, ...")
-        splits = {
-            split: [Group(name, parts[split]) for name, parts in groups.items()]
-            for split in ("train", "validation", "test")
-        }
-        check_disjoint(**splits)
-        return Splits(**{split: found if any(g.intervals for g in found) else [] for split, found in splits.items()})
-
-    def _parts(self, file: str, record: str, length: int) -> Iterator[tuple[str, int, int]]:
-        def named(patterns: Sequence[str]) -> bool:
-            return any(fnmatchcase(name, pattern) for pattern in patterns for name in (file, record))
-
-        if named(self.test_records):
-            yield "test", 0, length
-        elif named(self.validation_records):
-            yield "validation", 0, length
+            paths = list(dict.fromkeys(path for pattern in patterns for path in locate(pattern)))
+            rows = []
+            for number, path in enumerate(paths):
+                if path not in stores:
+                    stores[path] = fasta_store(path, cache)
+                rows.append(np.insert(self._rows(path.name, stores[path], test, validation), 0, number, axis=1))
+            table = np.concatenate(rows) if rows else np.zeros((0, 5), np.int64)
+            own = [stores[path] for path in paths]
+            for split, label in enumerate(SPLITS):
+                splits[label].append(Group(name, Intervals(own, np.delete(table[table[:, 1] == split], 1, axis=1))))
+        for used in (test, validation):
+            if used.missing:
+                raise _matches_nothing(used, stores)
+        if self.duplicates == "drop":
+            splits = self._without_copies(splits)
         else:
-            cut = length if self.validation_records else length - int(length * self.validation_fraction)
-            yield "train", 0, cut
-            if cut < length:
-                yield "validation", cut, length
+            check_disjoint(remedy=", or set data.duplicates to drop, which keeps such copies in one split", **splits)
+        self._refuse_empty(splits, stores)
+        found = {split: of if any(len(group.intervals) for group in of) else [] for split, of in splits.items()}
+        return Splits(**found, sources=_sources(stores))
 
-    def _intervals(self, store: TokenStore, record: int, start: int, stop: int) -> list[Interval]:
-        if not self.drop_n:
-            return [Interval(store, record, start, stop)]
-        found = stretches_without_n(store[record], start, stop)
-        return [Interval(store, record, int(begin), int(end)) for begin, end in found]
+    def _rows(self, file: str, store: TokenStore, test: _Patterns, validation: _Patterns) -> np.ndarray:
+        """`(intervals, 4)` int64: split (its place in SPLITS), record, start, stop; in order."""
+        for_test, for_validation = test.records(file, store), validation.records(file, store)
+        if len(both := np.flatnonzero(for_test & for_validation)):
+            more = f" (and {len(both) - 1:,} more)" if len(both) > 1 else ""
+            raise DataError(
+                f"The record {store.names[both[0]]!r} of {file}{more} is meant by data.test_records and by "
+                "data.validation_records. Name every record in one of them."
+            )
+        split = np.where(for_test, 2, np.where(for_validation, 1, 0))
+        lengths = store.lengths
+        cut = lengths.copy()
+        if not self.validation_records:
+            cut -= np.where(for_test, 0, (lengths * self.validation_fraction).astype(np.int64))
+        records = np.arange(len(store))
+        parts = np.concatenate(
+            (
+                np.stack((split, records, np.zeros_like(cut), cut), axis=1),
+                np.stack((np.ones_like(cut), records, cut, lengths), axis=1),
+            )
+        )
+        parts = parts[parts[:, 3] > parts[:, 2]]
+        parts = parts[np.lexsort((parts[:, 2], parts[:, 1]))]
+        return _without_n(store, parts) if self.drop_n else parts
+
+    def _without_copies(self, splits: dict[str, list[Group]]) -> dict[str, list[Group]]:
+        kept, intervals, bases = without_copies(splits)
+        if intervals:
+            logger.warning(
+                "data.duplicates: %s stretches of records with %s bases are left out, because other splits or groups "
+                "hold copies of them.",
+                f"{intervals:,}",
+                f"{bases:,}",
+            )
+        return kept
+
+    def _refuse_empty(self, splits: dict[str, list[Group]], stores: Mapping[Path, TokenStore]) -> None:
+        names = ", ".join(path.name for path in list(stores)[:3]) + (", ..." if len(stores) > 3 else "")
+        bases = "base (N is none, and data.drop_n leaves it out)" if self.drop_n else "base"
+        if not any(len(group.intervals) for group in splits["train"]):
+            raise DataError(
+                f"No {bases} of {names} is left for training. Give data.test_records and data.validation_records less, "
+                "or add records."
+            )
+        asked = {"test": bool(self.test_records), "validation": bool(self.validation_records)}
+        for split, wanted in asked.items():
+            if wanted and not any(len(group.intervals) for group in splits[split]):
+                raise DataError(
+                    f"The records of {names} that data.{split}_records means hold no {bases}, so that there is no "
+                    f"{split} set. Name others, or leave the setting out."
+                )
+        if (
+            self.validation_fraction
+            and not self.validation_records
+            and not any(len(group.intervals) for group in splits["validation"])
+        ):
+            raise DataError(
+                f"data.validation_fraction ({self.validation_fraction:g}) of each record of {names} holds no {bases}, "
+                "so that there is no validation set. Raise it, name data.validation_records, or set it to 0 for none."
+            )
+
+
+def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:
+    """Parts of records, which follow each other without gaps, cut into their stretches without N."""
+    first = store.starts[parts[:, 1]]
+    begin = first + parts[:, 2]
+    found = stretches_without_n(store.tokens, 0, len(store.tokens))
+    inner = begin[1:]
+    of = np.maximum(np.searchsorted(found[:, 0], inner, side="right") - 1, 0)
+    inner = inner[(inner > found[of, 0]) & (inner < found[of, 1])] if len(found) else inner[:0]
+    starts = np.sort(np.concatenate((found[:, 0], inner)))
+    stops = np.sort(np.concatenate((found[:, 1], inner)))
+    part = np.searchsorted(begin, starts, side="right") - 1
+    return np.stack((parts[part, 0], parts[part, 1], starts - first[part], stops - first[part]), axis=1)
+
+
+def _matches_nothing(patterns: _Patterns, stores: Mapping[Path, TokenStore]) -> DataError:
+    pattern = min(patterns.missing)
+    names = dict.fromkeys(name for path, store in stores.items() for name in (path.name, *store.names[:200]))
+    shown = ", ".join(sorted(names)[:8])
+    return DataError(
+        f"The pattern {pattern[:80]!r} of data.{patterns.key} matches no record and no file."
+        f"{did_you_mean(pattern, names)} There are: {shown[:300]}, ..."
+    )
+
+
+def _sources(stores: Mapping[Path, TokenStore]) -> dict[str, str]:
+    names = [path.name for path in stores]
+    return {
+        path.name if names.count(path.name) == 1 else str(path): store.meta["sources"][0]["sha256"]
+        for path, store in stores.items()
+    }

@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import functools
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from mambaseq.batch import Batch
-from mambaseq.data.store import TokenStore
-from mambaseq.errors import DataError
+from mambaseq.data.intervals import Group, Interval, Intervals
+from mambaseq.errors import ConfigError, DataError
 
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Tokens `[start, stop)` of a store's record. No window crosses the borders of its interval."""
-
-    store: TokenStore
-    record: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def source(self) -> str:
-        """File and record, for messages."""
-        files = ", ".join(str(source.get("name")) for source in self.store.meta.get("sources", []))
-        return f"record {self.store.names[self.record]!r} of {files or self.store.folder}"
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from `start` on, counted from the record's begin; a copy."""
-        if start < self.start or start + length > self.stop:
-            raise IndexError(f"[{start}, {start + length}) leaves the interval [{self.start}, {self.stop})")
-        return np.array(self.store[self.record][start : start + length])
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Intervals that are drawn as often as any other group's: the sequences of one species, say."""
-
-    name: str
-    intervals: Sequence[Interval]
-
-
-def check_disjoint(**splits: Sequence[Group]) -> None:
-    """Raise DataError when a token is in two of the splits, or twice in one of them.
-
-    Records are told apart by what their store was built from, so a copy of a file under another name is seen.
-    """
-    claimed: dict[tuple[str, int], list[tuple[int, int, str, Interval]]] = {}
-    for split, groups in splits.items():
-        for group in groups:
-            for interval in group.intervals:
-                sources = interval.store.meta.get("sources", [])
-                hashes = ",".join(str(source.get("sha256")) for source in sources if "sha256" in source)
-                key = (hashes or str(interval.store.folder), interval.record)
-                where = f"{split} ({group.name})"
-                claimed.setdefault(key, []).append((interval.start, interval.stop, where, interval))
-    for taken in claimed.values():
-        taken.sort(key=lambda claim: claim[:2])
-        for (_, stop, before, interval), (start, end, after, _) in itertools.pairwise(taken):
-            if start < stop:
-                raise DataError(
-                    f"Positions {start} to {min(stop, end)} of {interval.source} are in {before} and in "
-                    f"{after}. Give every region to one split and one group only."
-                )
-
+logger = logging.getLogger(__name__)
 
 MakeBatch = Callable[[np.ndarray, int, np.random.Generator], Batch]
 """Tokens of a window, the number of its group and a generator of its own → a batch of one."""
@@ -86,16 +31,51 @@ def group_label(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Bat
     return Batch(inputs=torch.from_numpy(tokens.astype(np.int64))[None], targets=torch.tensor([group]))
 
 
-def _too_short(group: Group, span: int, what: str) -> DataError:
-    if not group.intervals:
+def _too_short(group: Group, span: int, length: int, what: str) -> DataError:
+    if not len(group.intervals):
         return DataError(f"{what}: {group.name!r} has no sequence at all. Check its files and the split settings.")
-    longest = max(group.intervals, key=len)
+    intervals = Intervals.of(group.intervals)
+    longest = intervals[int(intervals.lengths.argmax())]
+    fits = len(longest) - (span - length)
+    lower = f"Lower data.length to at most {fits:,}, give" if fits > 0 else "Give"
     return DataError(
-        f"{what}: no stretch of {group.name!r} is as long as a window, which reads {span:,} tokens; the "
-        f"longest has {len(longest):,} ({longest.source}, from position {longest.start:,}). Lower "
-        f"data.length to at most {max(len(longest) - 1, 0):,}, give more of the data to this split, or add "
-        "longer records."
+        f"{what}: no stretch of {group.name!r} is as long as a window, which reads {span:,} tokens; the longest has "
+        f"{len(longest):,} ({longest.source}, from position {longest.start:,}). {lower} more of the data to this "
+        "split, or add longer records."
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Log a warning, once a process however often it comes up."""
+    logger.warning("%s", message)
+
+
+_WORTH_TELLING = 0.01  # share of tokens in stretches that are too short, where no whole record is
+
+
+def _tell_left_out(groups: Sequence[Group], span: int, what: str) -> None:
+    """Warn of records, and of stretches of them, that are shorter than a window."""
+    records = lost_records = tokens = lost_tokens = 0
+    for group in groups:
+        intervals = Intervals.of(group.intervals)
+        lengths, number = intervals.lengths, intervals.records()
+        fits = lengths >= span
+        tokens += int(lengths.sum())
+        lost_tokens += int(lengths[~fits].sum())
+        records += len(np.unique(number))
+        lost_records += len(np.setdiff1d(number, number[fits]))
+    if lost_records or lost_tokens > _WORTH_TELLING * tokens:
+        stretches = f"{lost_records:,} of {records:,} records" if lost_records else "some stretches of records"
+        warn_once(
+            f"{what}: {stretches} are left out, with {lost_tokens / tokens:.1%} of its tokens: they are shorter than a "
+            f"window, which reads {span:,}. A lower data.length leaves out less."
+        )
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"data.seed must be at least 0, not {seed}.")
 
 
 class RandomWindows:
@@ -109,7 +89,8 @@ class RandomWindows:
     make_batch: see `MakeBatch`; `next_token`, `group_label`, or a domain's own (augmentation draws from the
         generator it gets). size: items that make an epoch.
     by_position: draw positions uniformly over the whole group, so that a record counts by its length.
-    Raises DataError when a group has no interval of `span` tokens.
+    length: the length of windows as it was set, for messages; span - 1 if not given.
+    Raises DataError when a group has no interval of `span` tokens; logs a warning when some records have none.
     """
 
     endless = True
@@ -124,20 +105,28 @@ class RandomWindows:
         seed: int = 0,
         by_position: bool = False,
         what: str = "training set",
+        length: int | None = None,
     ) -> None:
+        _check_seed(seed)
+        if not 1 <= size < sys.maxsize:
+            raise ConfigError(f"data.epoch_size must be at least 1 and below 2^63, not {size:,}.")
+        if not groups:
+            raise DataError(f"The {what} is empty. Check the split settings under data: and the input files.")
         self.span, self.make_batch, self.size, self.seed = span, make_batch, size, seed
-        self._groups: list[list[tuple[list[Interval], np.ndarray]]] = []
+        self._groups: list[tuple[Intervals, np.ndarray, np.ndarray]] = []
         for group in groups:
-            records: dict[tuple[str, int], list[Interval]] = {}
-            for interval in group.intervals:
-                if len(interval) >= span:
-                    key = ("", 0) if by_position else (str(interval.store.folder), interval.record)
-                    records.setdefault(key, []).append(interval)
-            if not records:
-                raise _too_short(group, span, what)
-            self._groups.append(
-                [(fit, np.cumsum([len(interval) - span + 1 for interval in fit])) for fit in records.values()]
-            )
+            intervals = Intervals.of(group.intervals)
+            intervals = intervals.where(intervals.lengths >= span)
+            if not len(intervals):
+                raise _too_short(group, span, span - 1 if length is None else length, what)
+            record = np.zeros(len(intervals), np.int64) if by_position else intervals.records()
+            order = np.argsort(record, kind="stable")
+            intervals = intervals.where(order)
+            # intervals of record k: bounds[k] up to bounds[k + 1]; positions in all intervals up to each
+            bounds = np.searchsorted(record[order], np.arange(int(record.max()) + 2))
+            positions = np.concatenate(([0], np.cumsum(intervals.lengths - span + 1)))
+            self._groups.append((intervals, bounds, positions))
+        _tell_left_out(groups, span, what)
 
     def __len__(self) -> int:
         return self.size
@@ -146,12 +135,13 @@ class RandomWindows:
         """Interval, start and group of item `index`, and the generator that goes on to `make_batch`."""
         rng = np.random.default_rng((self.seed, index))
         group = int(rng.integers(len(self._groups)))
-        records = self._groups[group]
-        intervals, positions = records[int(rng.integers(len(records)))]
-        position = int(rng.integers(positions[-1]))
-        which = int(np.searchsorted(positions, position, side="right"))
-        offset = position - (int(positions[which - 1]) if which else 0)
-        return intervals[which], intervals[which].start + offset, group, rng
+        intervals, bounds, positions = self._groups[group]
+        record = int(rng.integers(len(bounds) - 1))
+        first, last = bounds[record], bounds[record + 1]
+        position = int(positions[first] + rng.integers(int(positions[last] - positions[first])))
+        which = int(np.searchsorted(positions, position, side="right")) - 1
+        interval = intervals[which]
+        return interval, interval.start + position - int(positions[which]), group, rng
 
     def __getitem__(self, index: int) -> Batch:
         interval, start, group, rng = self.draw(index)
@@ -162,11 +152,11 @@ class GridWindows:
     """Fixed windows: each interval is tiled from its start, without overlap; a rest shorter than a window is
     left out.
 
-    groups, span, make_batch: as in `RandomWindows`. stride: distance of the tiles' starts, `span` if not
+    groups, span, make_batch, length: as in `RandomWindows`. stride: distance of the tiles' starts, `span` if not
         given; span - 1 for next-token targets, so that every token but the first is a target exactly once.
     balanced: take as many of every group as the one with the fewest has. at_most: take at most this many of a
         group. What is left out is decided by a seeded draw.
-    Raises DataError when a group has no tile.
+    Raises DataError when a group has no tile; logs a warning when some records have none.
     """
 
     def __init__(
@@ -180,22 +170,22 @@ class GridWindows:
         at_most: int | None = None,
         seed: int = 0,
         what: str = "test set",
+        length: int | None = None,
     ) -> None:
+        _check_seed(seed)
         self.span, self.make_batch, self.seed = span, make_batch, seed
-        self._intervals = [interval for group in groups for interval in group.intervals]
+        self._intervals = [Intervals.of(group.intervals) for group in groups]
         step = stride or span
         tiles: list[np.ndarray] = []  # a group: (tiles, 3) of interval, start, group
-        first = 0
-        for number, group in enumerate(groups):
-            rows = [
-                np.stack(np.broadcast_arrays(first + k, starts, number), axis=1)
-                for k, interval in enumerate(group.intervals)
-                if len(starts := np.arange(interval.start, interval.stop - span + 1, step))
-            ]
-            first += len(group.intervals)
-            if not rows:
-                raise _too_short(group, span, what)
-            tiles.append(np.concatenate(rows))
+        for number, (group, intervals) in enumerate(zip(groups, self._intervals, strict=True)):
+            counts = np.maximum((intervals.lengths - span) // step + 1, 0)
+            if not counts.sum():
+                raise _too_short(group, span, span - 1 if length is None else length, what)
+            which = np.repeat(np.arange(len(intervals)), counts)
+            place = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+            starts = intervals.table[which, 2] + place * step
+            tiles.append(np.stack(np.broadcast_arrays(which, starts, number), axis=1))
+        _tell_left_out(groups, span, what)
         fewest = min(map(len, tiles)) if balanced else None
         for number, found in enumerate(tiles):
             wanted = min(n for n in (len(found), fewest, at_most) if n is not None)
@@ -208,8 +198,8 @@ class GridWindows:
 
     def place(self, index: int) -> tuple[Interval, int, int]:
         """Interval, start and group of window `index`."""
-        which, start, group = (int(value) for value in self._tiles[index])
-        return self._intervals[which], start, group
+        which, start, group = self._tiles[index].tolist()
+        return self._intervals[group][which], start, group
 
     def places(self) -> Iterator[tuple[Interval, int, int]]:
         """`place` of every window, in order."""

@@ -48,6 +48,11 @@ def test_endless_indices_never_repeat() -> None:
     assert len(set(items)) == len(items)
 
 
+def test_an_endless_epoch_may_be_longer_than_memory() -> None:
+    sampler = PositionedBatchSampler(2**62, 4, endless=True, position=lambda: 2**60 + 5)
+    assert next(iter(sampler)) == [2**62 + 20 + k for k in range(4)]
+
+
 def test_two_processes_see_the_batches_of_one() -> None:
     one = list(PositionedBatchSampler(16, 4, seed=3))
     parts = [list(PositionedBatchSampler(16, 2, seed=3, rank=r, world_size=2)) for r in (0, 1)]

@@ -10,17 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mambaseq.data.intervals import Group, Interval, Intervals
 from mambaseq.data.store import TokenStore
-from mambaseq.data.windows import (
-    GridWindows,
-    Group,
-    Interval,
-    RandomWindows,
-    check_disjoint,
-    group_label,
-    next_token,
-)
-from mambaseq.errors import DataError
+from mambaseq.data.windows import GridWindows, RandomWindows, group_label, next_token, warn_once
+from mambaseq.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -112,11 +105,55 @@ def test_reading_out_of_an_interval_is_an_error(store: TokenStore) -> None:
         Interval(store, 0, 10, 20).read(15, 6)
 
 
-def test_overlapping_splits_are_refused(store: TokenStore, tmp_path: Path) -> None:
-    train, test = Interval(store, 0, 0, 600), Interval(store, 0, 600, 1000)
-    check_disjoint(train=[Group("g", [train])], test=[Group("g", [test])])
-    with pytest.raises(DataError, match=r"Positions 599 to 600 of record 'long' of a\.fa.* train .* test "):
-        check_disjoint(train=[Group("g", [train])], test=[Group("g", [Interval(store, 0, 599, 700)])])
-    copy = TokenStore.build(tmp_path / "copy", [("renamed", np.arange(1000))], "uint16", store.meta)
-    with pytest.raises(DataError, match=r"train \(b\) and in train \(a\)"):
-        check_disjoint(train=[Group("a", [train]), Group("b", [Interval(copy, 0, 0, 10)])])
+def test_the_length_that_is_named(store: TokenStore) -> None:
+    groups = [Group("g", [Interval(store, 1, 0, 50)])]
+    for options, fits in (({}, 49), ({"length": 100}, 49), ({"length": 101}, 50), ({"length": 40}, None)):
+        told = f"at most {fits}, give" if fits else r"\)\. Give more"
+        with pytest.raises(DataError, match=told):
+            GridWindows(groups, 101, group_label, **options)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**63])
+def test_an_epoch_has_a_size(store: TokenStore, size: int) -> None:
+    with pytest.raises(ConfigError, match=r"data\.epoch_size must be at least 1 and below 2\^63"):
+        RandomWindows([Group("g", [Interval(store, 0, 0, 1000)])], 10, next_token, size=size)
+
+
+def test_nothing_to_draw_from(store: TokenStore) -> None:
+    with pytest.raises(DataError, match="The training set is empty"):
+        RandomWindows([], 10, next_token, size=4)
+    for kind, options in ((RandomWindows, {"size": 4}), (GridWindows, {})):
+        with pytest.raises(ConfigError, match=r"data\.seed must be at least 0"):
+            kind([Group("g", [Interval(store, 0, 0, 1000)])], 10, next_token, seed=-1, **options)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [RandomWindows, GridWindows])
+def test_what_is_left_out_is_said_once(store: TokenStore, kind: type, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"size": 4} if kind is RandomWindows else {}
+    groups = [
+        Group("a", [Interval(store, 0, 0, 900), Interval(store, 0, 901, 905), Interval(store, 1, 0, 46)]),
+        Group("b", [Interval(store, 0, 905, 955)]),
+    ]
+    warn_once.cache_clear()
+    for _ in range(2):
+        kind(groups, 47, group_label, what="data", **options)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("data: 1 of 3 records are left out, with 5.0% of its tokens: they are shorter than a window")
+    caplog.clear()
+    kind(groups[:1], 46, group_label, what="data", **options)
+    assert not caplog.records  # one stretch of a record, with less than a hundredth of the tokens
+    kind([Group("a", [Interval(store, 0, 0, 900), Interval(store, 0, 901, 940)])], 46, group_label, what="d", **options)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("d: some stretches of records are left out, with 4.2% of its tokens")
+
+
+def test_intervals_in_an_array_are_a_sequence(store: TokenStore) -> None:
+    listed = [Interval(store, 1, 0, 50), Interval(store, 0, 5, 9), Interval(store, 1, 60, 70)]
+    found = Intervals.of(listed)
+    assert list(found) == listed
+    assert (len(found), found[-1], list(found[1:])) == (3, listed[2], listed[1:])
+    assert found.lengths.tolist() == [50, 4, 10]
+    assert found.records().tolist() == [0, 1, 0]
+    assert list(found.where(found.lengths > 4)) == [listed[0], listed[2]]
+    assert list(Intervals.of([])) == []
+    assert Intervals.of(found) is found

@@ -1,0 +1,182 @@
+"""Is a token in two splits? Records are compared by what they hold, whatever they and their files are called.
+
+A record is told by its checksums (see `TokenStore.checksums`): another name, file, line length, compression or case
+does not hide a copy, and neither does the other strand where the data have one. What is not seen is a copy inside of
+another record that is longer, or a copy with any difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mambaseq.data.intervals import Group, Interval, Intervals
+from mambaseq.errors import DataError
+
+PROTECTED = ("test", "validation", "train")
+"""Of copies in two splits, those of the one that is named first here are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claims:
+    """All intervals of all splits, a row each.
+
+    owners: (split, group) of the numbers in `owner`, the most protected split first. intervals: their intervals.
+    owner, index: whose interval this is, and which. content: the same number for records that hold the same.
+    start, stop: in the direction in which the smaller of the record's two checksums reads.
+    record: the same number for intervals of one record.
+    """
+
+    owners: list[tuple[str, str]]
+    intervals: list[Intervals]
+    owner: np.ndarray
+    index: np.ndarray
+    content: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    record: np.ndarray
+
+    @classmethod
+    def of(cls, splits: Mapping[str, Sequence[Group]]) -> _Claims:
+        ordered = sorted(splits, key=lambda split: PROTECTED.index(split) if split in PROTECTED else len(PROTECTED))
+        owners = [(split, group.name) for split in ordered for group in splits[split]]
+        intervals = [Intervals.of(group.intervals) for split in ordered for group in splits[split]]
+        rows: list[np.ndarray] = [np.zeros((0, 6), np.int64)]
+        checksums: list[np.ndarray] = [np.zeros(0, np.uint64)]
+        folders: dict[str, int] = {}
+        for owner, found in enumerate(intervals):
+            for number, store in enumerate(found.stores):
+                (index,) = np.nonzero(found.table[:, 0] == number)
+                record, start, stop = found.table[index, 1:].T
+                both = store.checksums[record]
+                turned = both[:, 0] > both[:, 1]
+                length = store.lengths[record]
+                start, stop = np.where(turned, length - stop, start), np.where(turned, length - start, stop)
+                folder = folders.setdefault(str(store.folder), len(folders))
+                columns = np.broadcast_arrays(owner, index, start, stop, record, folder)
+                rows.append(np.stack(columns, axis=1))
+                checksums.append(both.min(axis=1))
+        table = np.concatenate(rows)
+        content = np.unique(np.concatenate(checksums), return_inverse=True)[1].reshape(-1)
+        of_folder = table[:, 5] * (int(table[:, 4].max(initial=0)) + 1) + table[:, 4]
+        record = np.unique(of_folder, return_inverse=True)[1].reshape(-1)
+        return cls(owners, intervals, *table[:, :2].T, content, *table[:, 2:4].T, record)  # type: ignore[misc]
+
+    def interval(self, row: int) -> Interval:
+        return self.intervals[self.owner[row]][int(self.index[row])]
+
+    def where(self, row: int) -> str:
+        return "{} ({})".format(*self.owners[self.owner[row]])
+
+    def overlapping(self, key: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows begin before an earlier one of the same key ends; of rows in order of key and start."""
+        span = int(self.stop.max(initial=0)) + 1
+        ends = np.maximum.accumulate(key[rows] * span + self.stop[rows])
+        return rows[1:][key[rows][1:] * span + self.start[rows][1:] < ends[:-1]]
+
+
+def check_disjoint(*, remedy: str = "", **splits: Sequence[Group]) -> None:
+    """Raise DataError when a token is in two of the splits or in two groups, or twice in one of them.
+
+    Copies of a record (see above) within one group of one split are no leak, and are left alone.
+    remedy: a sentence for the message about copies.
+    """
+    claims = _Claims.of(splits)
+    _refuse_twice(claims)
+    copies = np.flatnonzero(_copies(claims))
+    if not len(copies):
+        return
+    row = int(copies[0])
+    same = np.flatnonzero(claims.content == claims.content[row])
+    meets = (claims.start[same] < claims.stop[row]) & (claims.stop[same] > claims.start[row])
+    other = int(same[meets & (claims.owner[same] != claims.owner[row])][0])
+    number = len(np.unique(claims.record[copies]))
+    more = f" So it is with {number:,} records." if number > 1 else ""
+    one, two = claims.interval(row), claims.interval(other)
+    if (one.store.folder, one.record) == (two.store.folder, two.record):
+        start, stop = max(one.start, two.start), min(one.stop, two.stop)
+        told = (
+            f"Positions {start:,} to {stop:,} of {one.source} are in {claims.where(other)} and in {claims.where(row)}."
+        )
+    else:
+        told = (
+            f"{two.source[0].upper()}{two.source[1:]}, in {claims.where(other)}, holds the same as {one.source}, in "
+            f"{claims.where(row)}."
+        )
+    raise DataError(f"{told}{more} Give every region to one split and one group only{remedy}.")
+
+
+def without_copies(splits: Mapping[str, Sequence[Group]]) -> tuple[dict[str, list[Group]], int, int]:
+    """The splits without the copies (see above) that are in two splits or groups, and how many intervals and tokens
+    were left out.
+
+    Of copies in two splits, those in test data are kept before those in validation data, and these before those in
+    training data. Of copies in two groups of a split none is kept, because nobody knows which group is right.
+    Raises DataError when a token is twice in one group of a split.
+    """
+    claims = _Claims.of(splits)
+    _refuse_twice(claims)
+    copies = _copies(claims)
+    kept: dict[str, list[Group]] = {split: [] for split in splits}
+    for number, ((split, name), intervals) in enumerate(zip(claims.owners, claims.intervals, strict=True)):
+        keep = np.ones(len(intervals), dtype=bool)
+        keep[claims.index[copies & (claims.owner == number)]] = False
+        kept[split].append(Group(name, intervals.where(keep)))
+    return kept, int(copies.sum()), int((claims.stop - claims.start)[copies].sum())
+
+
+def _refuse_twice(claims: _Claims) -> None:
+    """Raise DataError when a position of a record is claimed twice by one group of one split."""
+    key = claims.record * len(claims.owners) + claims.owner
+    order = np.lexsort((claims.start, key))
+    if len(twice := claims.overlapping(key, order)):
+        row = int(twice[0])
+        interval, where = claims.interval(row), claims.where(row)
+        raise DataError(
+            f"Positions {interval.start:,} to {interval.stop:,} of {interval.source} are in {where} and, at least in "
+            f"part, in {where} again. Name every file once."
+        )
+
+
+def _copies(claims: _Claims) -> np.ndarray:
+    """Which rows to leave out, `(rows,)` bool, so that nothing is in two splits or groups."""
+    found = np.zeros(len(claims.owner), dtype=bool)
+    order = np.lexsort((claims.start, claims.content))
+    suspicious = np.unique(claims.content[claims.overlapping(claims.content, order)])
+    bounds = np.searchsorted(claims.content[order], np.stack((suspicious, suspicious + 1), axis=1))
+    splits = np.unique([split for split, _ in claims.owners], return_inverse=True)[1] if claims.owners else np.zeros(0)
+    for first, last in bounds.tolist():
+        rows = order[first:last]
+        owners = np.unique(claims.owner[rows])
+        if len(owners) == 1:
+            continue
+        taken = np.zeros((0, 2), np.int64)
+        for split in dict.fromkeys(splits[owners].tolist()):  # owners are in order of protection
+            of = {owner: rows[claims.owner[rows] == owner] for owner in owners[splits[owners] == split].tolist()}
+            for owner, own in of.items():
+                others = [_union(claims, other) for number, other in of.items() if number != owner]
+                for against in (taken, *others):
+                    found[own] |= _meets(claims, own, against)
+            kept = np.concatenate([own[~found[own]] for own in of.values()])
+            taken = np.concatenate((taken, _union(claims, kept)))
+    return found
+
+
+def _union(claims: _Claims, rows: np.ndarray) -> np.ndarray:
+    """Begin and end of what rows cover, `(stretches, 2)`, in order."""
+    order = rows[np.argsort(claims.start[rows], kind="stable")]
+    start, stop = claims.start[order], np.maximum.accumulate(claims.stop[order])
+    new = np.concatenate(([True], start[1:] > stop[:-1])) if len(order) else np.zeros(0, bool)
+    last = np.concatenate((new[1:], [True])) if len(order) else new
+    return np.stack((start[new], stop[last]), axis=1)
+
+
+def _meets(claims: _Claims, rows: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Which rows share a position with the stretches `covered`, which may stand in any order but do not overlap."""
+    if not len(covered):
+        return np.zeros(len(rows), dtype=bool)
+    covered = covered[np.argsort(covered[:, 0])]
+    before = np.searchsorted(covered[:, 0], claims.stop[rows]) - 1  # the last that begins before the row ends
+    return (before >= 0) & (covered[np.maximum(before, 0), 1] > claims.start[rows])
