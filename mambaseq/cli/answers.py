@@ -15,10 +15,10 @@ from torch import Tensor
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.generation.parts import reads_in_parts
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
-from mambaseq.models import SequenceModel
 
 CHUNK = 8192
 """Positions that are read at once where the state is handed on."""
@@ -46,17 +46,6 @@ class Span(NamedTuple):
 
 class NotFinite(DataError):
     """A prediction that is no finite number; begins with where."""
-
-
-def reads_in_parts(model: SequenceModel) -> bool:
-    """Whether a sequence may be read part by part, the state handed on, with the results of one reading."""
-    encoder = model.encoder
-    return bool(model.backbone.causal and getattr(encoder, "stride", 1) == 1 and not looks_ahead(model))
-
-
-def looks_ahead(model: SequenceModel) -> bool:
-    """Whether what the encoder makes of a position depends on later ones."""
-    return bool(getattr(model.encoder, "looks_ahead", False) or getattr(model.encoder, "min_length", 1) > 1)
 
 
 class Answer(abc.ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from mambaseq.cli.imports import add_allow_import
 def run(argv: list[str], command: str) -> int:
     parser = argparse.ArgumentParser(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
-    parser.add_argument("--prompt", help="a file that the run's reader understands, or the prompt itself")
-    parser.add_argument("--condition", help="what to generate, for conditional models: a name, or several with commas")
+    parser.add_argument(
+        "--prompt",
+        help="the prompt itself, or a file that the run's reader understands: each of its records is continued",
+    )
+    parser.add_argument(
+        "--condition",
+        action="append",
+        metavar="NAME",
+        help="what to generate, for conditional models: a name, or several with commas; may be given again",
+    )
     parser.add_argument("--out", required=True, metavar="FILE")
     parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="tokens to add (bases, samples, bytes)")
-    parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each condition)")
+    parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each prompt and condition)")
     parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=None)
     parser.add_argument("--top-p", type=float, default=None)
@@ -26,9 +35,10 @@ def run(argv: list[str], command: str) -> int:
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
     from mambaseq.cli.generating import generate_to
+    from mambaseq.outputs import is_stream
 
     checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for path in generate_to(checkpoint, out, progress=True, **settings):
-        print(path)
+        print(path, file=sys.stderr if is_stream(path) else sys.stdout)
     return 0

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.devices import choose_device
-from mambaseq.cli.loading import condition_ids, fitting_options
+from mambaseq.cli.devices import choose_device, memory_told
+from mambaseq.cli.loading import check_weights, condition_ids, fitting_options
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.generation import generate
+from mambaseq.generation.decode import NotFinite, check_whole
+from mambaseq.generation.sampling import check_settings
+from mambaseq.outputs import output_target
+
+_AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
 
 def generate_to(
@@ -20,7 +30,7 @@ def generate_to(
     out: Path,
     *,
     prompt: str | None = None,
-    condition: str | None = None,
+    condition: str | Sequence[str] | None = None,
     samples: int = 1,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -33,13 +43,18 @@ def generate_to(
 ) -> list[Path]:
     """Generate and write; settings that are None are the run's own. Returns the files written.
 
+    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are written in this
+    order. Each is what it would be without the others.
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
-    for option, value in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be at least 1, not {value}.")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"--seed must be at least 0 and below 2^63, not {seed}.")
+    check_whole("--samples", samples, 1)
+    check_whole("--seed", seed, 0, 2**63 - 1)
+    if max_new_tokens is not None:
+        check_whole("--max-new-tokens", max_new_tokens, 1)
+    _check_amount(samples, max_new_tokens or 1)
+    check_settings(1.0 if temperature is None else temperature, top_k or 0, 1.0 if top_p is None else top_p)
+    if not out.is_dir():
+        output_target(out)  # a folder is for the writer to judge
     if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
         raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     place = choose_device(device)
@@ -51,27 +66,23 @@ def generate_to(
     write = catalog()["writers"].get(name)
     writer_options = fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
     conditions = condition_ids(loaded, condition)
-    ids = prompt_ids(loaded, prompt)
-    batch = samples * max(len(conditions), 1)
-    chosen = torch.tensor(conditions, device=place).repeat_interleave(samples) if conditions else None
+    prompts = prompt_ids(loaded, prompt)
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
-    if count < 1:
+    if not isinstance(count, int) or count < 1:
         raise ConfigError(f"The model at {checkpoint} does not say how much to generate; give --max-new-tokens.")
-    tokens = generate(
-        loaded.model,
-        torch.from_numpy(ids).to(place)[None].repeat(batch, 1),
-        count,
-        temperature=defaults.get("temperature", 1.0) if temperature is None else temperature,
-        top_k=defaults.get("top_k", 0) if top_k is None else top_k,
-        top_p=defaults.get("top_p", 1.0) if top_p is None else top_p,
-        seed=seed,
-        condition=chosen,
-        stop_ids=() if (end := getattr(loaded.tokenizer, "eos_id", None)) is None else (end,),
-        progress=progress,
-    )
+    _check_amount(len(prompts) * max(len(conditions), 1) * samples, count)
+    settings = {
+        "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
+        "top_k": defaults.get("top_k", 0) if top_k is None else top_k,
+        "top_p": defaults.get("top_p", 1.0) if top_p is None else top_p,
+        "seed": seed,
+        "stop_ids": () if (end := getattr(loaded.tokenizer, "eos_id", None)) is None else (end,),
+    }
+    with memory_told("--samples or --max-new-tokens"):
+        sequences = _sequences(loaded, prompts, conditions, samples, count, place, settings, progress)
     # what was made up to begin from is not part of the result; a prompt that was given is
-    sequences = [row for row in tokens.cpu().numpy()[:, 0 if prompt is not None else len(ids) :]]
+    sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
     try:
         return write(out, sequences, loaded.tokenizer, **writer_options)
     except (TypeError, ValueError, AttributeError) as error:
@@ -83,25 +94,119 @@ def generate_to(
         ) from error
 
 
-def prompt_ids(loaded: LoadedModel, prompt: str | None) -> np.ndarray:
-    """`(length,)` int64 ids of a prompt: of the first record when it is a file, else of the text itself."""
+def _check_amount(sequences: int, new_tokens: int) -> None:
+    limits.SEQUENCES.check(sequences, "--samples")
+    limits.GENERATED.check(sequences * new_tokens, f"--max-new-tokens {new_tokens} for {sequences:,} sequences")
+
+
+class _Job(NamedTuple):
+    """Samples `[first, stop)` of a prompt under a condition.
+
+    place: among all (prompt, condition). earlier: how many samples prompts before it have that are equal to it.
+    """
+
+    place: int
+    prompt: np.ndarray
+    condition: int | None
+    first: int
+    stop: int
+    earlier: int
+
+
+def _sequences(
+    loaded: LoadedModel,
+    prompts: list[np.ndarray],
+    conditions: list[int],
+    samples: int,
+    count: int,
+    place: torch.device,
+    settings: dict[str, Any],
+    progress: bool,
+) -> list[np.ndarray]:
+    """`(length,)` int64 each: for each prompt, each condition, each sample. Prompts of one length are read together, so
+    that nothing is padded."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+    batches = list(_batches(prompts, conditions, samples))
+    with tqdm(total=len(batches), unit="batch", disable=not progress or len(batches) == 1) as bar:
+        for batch in batches:
+            given = None
+            if conditions:
+                given = torch.tensor([job.condition for job in batch], device=place)
+            width = batch[0].stop - batch[0].first
+            try:
+                tokens = generate(
+                    loaded.model,
+                    torch.from_numpy(np.stack([job.prompt for job in batch])).to(place),
+                    count,
+                    condition=given,
+                    samples=width,
+                    numbers=torch.tensor(
+                        [list(range(job.earlier + job.first, job.earlier + job.stop)) for job in batch]
+                    ),
+                    progress=progress and len(batches) == 1,
+                    **settings,
+                ).cpu()
+            except NotFinite:
+                check_weights(loaded)
+                raise
+            for job, rows in zip(batch, tokens.view(len(batch), width, -1).numpy(), strict=True):
+                for number, row in enumerate(rows, start=job.first):
+                    found[job.place, number] = _ended(row, len(job.prompt), settings["stop_ids"])
+            bar.update()
+    return [found[key] for key in sorted(found)]
+
+
+def _batches(prompts: list[np.ndarray], conditions: list[int], samples: int) -> Iterator[list[_Job]]:
+    """Jobs of one prompt length and one number of samples, not more than `_AT_ONCE` sequences."""
+    by_shape: dict[tuple[int, int], list[_Job]] = {}
+    seen: collections.Counter[bytes] = collections.Counter()
+    for number, prompt in enumerate(prompts):
+        earlier = seen[prompt.tobytes()] * samples
+        seen[prompt.tobytes()] += 1
+        for which, condition in enumerate(conditions or [None]):
+            place = number * max(len(conditions), 1) + which
+            for first in range(0, samples, _AT_ONCE):
+                stop = min(first + _AT_ONCE, samples)
+                job = _Job(place, prompt, condition, first, stop, earlier)
+                by_shape.setdefault((len(prompt), stop - first), []).append(job)
+    for (_, width), jobs in by_shape.items():
+        at_once = max(1, _AT_ONCE // width)
+        for begin in range(0, len(jobs), at_once):
+            yield jobs[begin : begin + at_once]
+
+
+def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
+    """The sequence up to its first stop: what others beside it went on with is not its own."""
+    stops = np.flatnonzero(np.isin(row[prompt:], list(stop_ids)))
+    return row[: prompt + int(stops[0]) + 1] if len(stops) else row
+
+
+def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
+    """`(length,)` int64 ids of each prompt: of every record when it is a file, else of the text itself."""
     card = loaded.card
     if prompt is None:
-        return np.asarray(card.start_ids, dtype=np.int64)
+        return [np.asarray(card.start_ids, dtype=np.int64)]
     assert loaded.tokenizer is not None
     if card.reader is not None and _is_file(prompt):
-        records = catalog()["readers"].get(card.reader)(Path(prompt), loaded.tokenizer, **card.reader_options)
-        record = next(iter(records), None)
-        if record is None:
+        found = []
+        for record in catalog()["readers"].get(card.reader)(Path(prompt), loaded.tokenizer, **card.reader_options):
+            if not len(record):
+                raise ConfigError(
+                    f"The prompt file {prompt} has an empty record, {record.name!r}, and a prompt has at least one "
+                    f"token. Remove it."
+                )
+            found.append(record.ids.astype(np.int64))
+            limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
+        if not found:
             raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
-        return record.ids.astype(np.int64)
+        return found
     try:
         ids = loaded.tokenizer.encode(prompt)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"The prompt {prompt!r} is neither a file nor something this model's tokenizer reads."
+            f"The prompt {prompt[:60]!r} is neither a file nor something this model's tokenizer reads."
         ) from error
-    return ids.astype(np.int64)
+    return [ids.astype(np.int64)]
 
 
 def _is_file(prompt: str) -> bool:

@@ -15,7 +15,7 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
 from mambaseq.cli.devices import choose_device, memory_told
-from mambaseq.cli.loading import condition_ids, fitting_options
+from mambaseq.cli.loading import check_weights, condition_ids, fitting_options
 from mambaseq.cli.tables import Table, partial_path, table
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
@@ -74,7 +74,9 @@ def predict(
     loaded = load_model(checkpoint, place)
     given = condition_ids(loaded, condition)
     if len(given) > 1:
-        raise ConfigError(f"Records are predicted under one condition, not under {condition!r}. Run once for each.")
+        raise ConfigError(
+            f"Records are predicted under one condition, not under {len(given)} (--condition). Run once for each."
+        )
     answer = answer_of(loaded, torch.tensor(given, device=place) if given else None, window)
     if window is not None and window < answer.least:
         raise ConfigError(
@@ -266,13 +268,7 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
 
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
     """Why a prediction is no number. Raises UserError where it is the weights', since then all are none."""
-    for name, parameter in answer.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"The weights in {answer.loaded.source} hold values that are not finite numbers (in {name}): the "
-                f"training diverged, or the file is damaged. Export an earlier checkpoint, or train again with a lower "
-                f"learning rate."
-            )
+    check_weights(answer.loaded)
     signal, span = piece.record.signal, piece.span
     where = f"{piece.file}, record {piece.record.name!r}, {span.start:,} to {span.stop:,}"
     if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():

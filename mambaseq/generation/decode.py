@@ -1,4 +1,4 @@
-"""The decode loop: one prefill over the prompt, then one step a token in constant memory."""
+"""The decode loop: the prompt is read in parts, then one step a token in constant memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mambaseq.errors import ConfigError
+from mambaseq import limits
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
-from mambaseq.generation.sampling import sample
+from mambaseq.generation.parts import reads_in_parts
+from mambaseq.generation.sampling import Draws, check_settings, sample
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
+# Tokens of prompts that are read at once, those of all sequences together.
+_PREFILL = 8192
 # New tokens from which a CUDA graph is worth its capture.
 _WORTH_A_GRAPH = 16
 # Tokens after which it is looked whether all sequences have ended: on a GPU looking means waiting for it.
 _TOKENS_A_LOOK = {"cuda": 8}
+
+
+class NotFinite(UserError):
+    """A model whose logits are not finite numbers."""
 
 
 @torch.no_grad()
@@ -34,46 +42,74 @@ def generate(
     stop_ids: Collection[int] = (),
     progress: bool = False,
     cuda_graph: bool = True,
+    samples: int = 1,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Continue prompts.
+
+    A prompt is read once for all its samples, in parts of a bounded size, whatever its length.
 
     Args:
         prompt: `(batch, prompt_length)` int64, at least one token each.
         max_new_tokens: tokens to add. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
-        seed: makes the result a function of model, prompt and settings.
+        seed: makes each sequence a function of model, prompt, condition, settings and its number among the samples of
+            its prompt, whatever is generated beside it. In [0, 2^63); None draws one from PyTorch's generator.
         condition: `(batch,)` int64 for conditional models.
         stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
         progress: show a bar.
         cuda_graph: on a CUDA device, replay the steps from a CUDA graph where there can be one (see `Decoder`).
+        samples: continuations of each prompt.
+        numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on, where equal prompts
+            of the batch are counted together.
 
     Returns:
-        `(batch, prompt_length + n)` int64, n at most max_new_tokens.
+        `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens; a prompt's samples one after the other.
 
     Raises:
-        ConfigError: an empty prompt, settings out of range, or a model that is not causal or has no lm head.
+        ConfigError: an empty prompt, settings out of range, or a model that is not causal, whose encoder looks ahead,
+            or that has no lm head. UserError: more tokens or sequences than `limits` allows. NotFinite: logits that
+            are no finite numbers.
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0:
+    if prompt.dim() != 2 or prompt.numel() == 0:
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
     if not model.backbone.causal or not model.head.per_token:
         raise ConfigError(
             "Only a causal model with an lm head can generate; this one cannot. Train one with the head lm and a "
             "causal backbone, such as residual or unet."
         )
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}.")
-    generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)
-    out = [prompt]
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    if not reads_in_parts(model):
+        raise ConfigError(
+            f"The encoder {type(model.encoder).__name__} makes its positions of several inputs, so that the model "
+            f"cannot go on from one. Train one with the encoder tokens."
+        )
+    check_settings(temperature, top_k, top_p)
+    check_whole("max_new_tokens", max_new_tokens, 0)
+    check_whole("samples", samples, 1)
+    limits.SEQUENCES.check(len(prompt) * samples, "Generation")
+    limits.GENERATED.check(len(prompt) * samples * max_new_tokens, "Generation")
+    if numbers is not None and numbers.shape != (len(prompt), samples):
+        raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    check_whole("seed", seed, 0, 2**63 - 1)
+    draws = None if temperature == 0 else Draws(seed, prompt, condition, samples, numbers, prompt.device)
+    every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
+    out = [prompt[every]]
+    ended = torch.zeros(len(every), dtype=torch.bool, device=prompt.device)
     all_ended: list[Tensor] = []  # after each token since the last look
     tokens_a_look = _TOKENS_A_LOOK.get(prompt.device.type, 1)
     was_training = model.training
     model.eval()
     try:
         state, logits = _prefill(model, prompt, condition)
+        if samples > 1:
+            state, logits = [layer.select(every) for layer in state], logits[every]
+            condition = None if condition is None else condition[every]
+        peak = logits.amax(-1)  # NaN, and infinity, stay in it
         decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= _WORTH_A_GRAPH)
         with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
             for i in range(max_new_tokens):
-                token = sample(logits, temperature, top_k, top_p, generator)
+                token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
                 if stop_ids:
                     token = torch.where(ended, out[-1][:, -1], token)
                 out.append(token[:, None])
@@ -90,15 +126,42 @@ def generate(
                         all_ended.clear()
                 if i + 1 < max_new_tokens:
                     logits = decoder.step(token)
+                    peak = torch.maximum(peak, logits.amax(-1))
+                if i % 64 == 63:
+                    _check_finite(peak)
+        _check_finite(peak)
     finally:
         model.train(was_training)
     return torch.cat(out, dim=1)
 
 
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise ConfigError unless the value is a whole number of at least `least` and at most `most`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        bound = f" and at most {most}" if most is not None else ""
+        kind = "" if whole else "a whole number of "
+        raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {str(value)[:40]}.")
+
+
+def _check_finite(peak: Tensor) -> None:
+    if not peak.isfinite().all():
+        raise NotFinite(
+            "What the model says of the next token is not a finite number: its training diverged, its weights are "
+            "damaged or what it computes overflows. Use an earlier checkpoint, or train again with a lower learning "
+            "rate."
+        )
+
+
 def _prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
-    """State after the prompt and the logits of its last position (only those: a long prompt's would not fit)."""
-    x = model.encoder(prompt, condition)
-    hidden, state = model.backbone(x, return_state=True)
+    """State after the prompt and the logits of its last position (only those: a long prompt's would not fit). The
+    prompt is read in parts, the state handed on, so that memory does not grow with it."""
+    part = max(1, _PREFILL // len(prompt))
+    state: list | None = None
+    for start in range(0, prompt.shape[1], part):
+        x = model.encoder(prompt[:, start : start + part], condition)
+        hidden, state = model.backbone(x, state=state, return_state=True)
+    assert state is not None
     state = [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]
     _, logits = model.head(hidden[:, -1:])
     return state, logits[:, -1]

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import collections
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from mambaseq.errors import ConfigError
 
 
+def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
+    """Raise ConfigError unless temperature is a finite number of at least 0 (0 is greedy), top_k a whole number of at
+    least 0 (0 is all) and top_p in (0, 1]."""
+
+    def number(value: Any, *kinds: type) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+    if not number(temperature, int, float) or temperature < 0:
+        raise ConfigError(f"temperature must be a finite number of at least 0, not {_shown(temperature)}.")
+    if not number(top_k, int) or top_k < 0:
+        raise ConfigError(f"top_k must be a whole number of at least 0, not {_shown(top_k)}.")
+    if not number(top_p, int, float) or not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, not {_shown(top_p)}.")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:40]
+
+
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Scale by 1/temperature and set to -inf what is outside of the top k and of the nucleus of mass top_p.
 
-    logits `(batch, vocab_size)` fp32. top_k 0 and top_p 1 keep everything. The nucleus is the smallest set of the
-    likeliest tokens whose mass reaches top_p (Holtzman et al., arXiv:1904.09751); it is never empty.
-    Raises ConfigError for values out of range.
+    logits `(batch, vocab_size)` fp32; the result is fp32, and the largest of a row 0. top_k 0 and top_p 1 keep
+    everything. The nucleus is the smallest set of the likeliest tokens whose mass reaches top_p (Holtzman et al.,
+    arXiv:1904.09751); it is never empty. A temperature may be as near to 0 as one likes: in the limit the likeliest
+    tokens are left. Raises ConfigError for values out of range (temperature 0 is for `sample`).
     """
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"temperature must be positive, top_k at least 0 and top_p in (0, 1], not {temperature}, {top_k}, {top_p}."
-        )
-    logits = logits / temperature
+    check_settings(temperature, top_k, top_p)
+    if temperature == 0:
+        raise ConfigError("temperature must be above 0 to scale by it.")
+    # in fp64, where no quotient of a temperature becomes 0 / 0
+    logits = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).float()
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -31,9 +57,72 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     return logits
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row: `(batch,)` int64. temperature 0 takes the likeliest."""
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
+    """One token a row: `(batch,)` int64, by a number in [0, 1) a row: `(batch,)` float64. temperature 0 takes the
+    likeliest and needs none."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    assert uniform is not None
+    shares = filter_logits(logits, temperature, top_k, top_p).softmax(-1).double().cumsum(-1)
+    # the first token whose sum is above: none whose share is 0
+    token = torch.searchsorted(shares, uniform[:, None] * shares[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+    2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class Draws:
+    """Numbers in [0, 1) for each sequence, from a stream of its own: a function of the seed, its prompt, its condition
+    and its number among the samples of that prompt, so that what is generated beside it does not matter.
+
+    prompt: `(batch, length)` int64. condition: `(batch,)` int64 or None. numbers: `(batch, samples)` int64; None counts
+        samples from 0, those of an equal prompt before it (under an equal condition) first.
+    """
+
+    _BLOCK = 64
+
+    def __init__(
+        self, seed: int, prompt: Tensor, condition: Tensor | None, samples: int, numbers: Tensor | None, device: Any
+    ) -> None:
+        conditions = [-1] * len(prompt) if condition is None else condition.tolist()
+        roots = [_digest(seed, one, row) for one, row in zip(conditions, prompt.cpu().numpy(), strict=True)]
+        if numbers is None:
+            seen: collections.Counter[int] = collections.Counter()
+            first = []
+            for root in roots:
+                first.append(seen[root])
+                seen[root] += samples
+            counted = np.array(first, dtype=np.uint64)[:, None] + np.arange(samples, dtype=np.uint64)
+        else:
+            counted = numbers.cpu().numpy().astype(np.uint64)
+        self._keys = _mix(np.array(roots, dtype=np.uint64)[:, None] + _GAMMA * counted).ravel()
+        self._device, self._step = device, 0
+        self._block: Tensor | None = None
+
+    def next(self) -> Tensor:
+        """`(batch * samples,)` float64 on the device; each call's are new."""
+        at = self._step % self._BLOCK
+        if at == 0:
+            steps = np.arange(self._step + 1, self._step + 1 + self._BLOCK, dtype=np.uint64)
+            bits = _mix(self._keys + _GAMMA * steps[:, None]) >> np.uint64(32)
+            self._block = torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
+        assert self._block is not None
+        self._step += 1
+        return self._block[at]
+
+
+def _digest(seed: int, condition: int, prompt: np.ndarray) -> int:
+    head = np.array([condition, len(prompt)], dtype="<i8").tobytes()
+    return int.from_bytes(
+        hashlib.blake2b(seed.to_bytes(8, "little") + head + prompt.astype("<i8").tobytes(), digest_size=8).digest(),
+        "little",
+    )

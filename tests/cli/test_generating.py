@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from test_predicting import classifier, language_model
+from mambaseq_text.tokenization import ByteTokenizer
+from test_predicting import TEXT, classifier, language_model, saved, spoil
 
 from mambaseq.cli.main import main
+from mambaseq.data.records import Record
 
 
 def test_a_prompt_longer_than_a_files_name(tmp_path: Path) -> None:
@@ -46,9 +49,18 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--seed", "-1"], "--seed must be"),
         (["--seed", str(2**70)], "--seed must be"),
         (["--device", "nope"], "device 'nope' cannot be used"),
-        (["--temperature", "-1"], "temperature must be positive"),
+        (["--temperature", "-1"], "temperature must be a finite number of at least 0, not -1"),
         (["--prompt", ""], "at least one token"),
         (["--condition", "7"], "not conditional"),
+        (["--temperature", "nan"], "temperature must be a finite number of at least 0, not nan"),
+        (["--temperature", "inf"], "temperature must be a finite number"),
+        (["--top-p", "nan"], "top_p must be above 0 and at most 1, not nan"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--top-k", "-1"], "top_k must be a whole number of at least 0, not -1"),
+        (["--samples", "1000000000"], "--samples asks for 1,000,000,000 sequences"),
+        (["-n", "1000000000000"], "MAMBASEQ_MAX_GENERATED"),
+        (["--samples", "1000000", "-n", "1000"], "--max-new-tokens 1000 for 1,000,000 sequences asks for"),
+        (["--out", "."], "is no name of a file"),
         (["--writer", "audio/wav"], "'audio/wav' needs sample_rate"),
         (["--writer", f"{__name__}:badly"], "cannot write what this model generates (no wave)"),
     ],
@@ -58,7 +70,8 @@ def test_mistakes_are_told_in_a_paragraph(
 ) -> None:
     model, out = language_model(tmp_path / "m"), tmp_path / "out"
     device = [] if "--device" in more else ["--device", "cpu"]
-    assert main(["generate", "--checkpoint", str(model), "--out", str(out), *device, *more]) == 2
+    place = [] if "--out" in more else ["--out", str(out)]
+    assert main(["generate", "--checkpoint", str(model), *place, *device, *more]) == 2
     told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("mambaseq")]
     assert len(told) == 1
     assert message in told[0]
@@ -73,3 +86,106 @@ def test_a_classifier_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFi
     model = classifier(tmp_path / "m", writer="dna/fasta")
     assert main(["generate", "--checkpoint", str(model), "--out", str(tmp_path / "x.fa"), "--device", "cpu"]) == 2
     assert "lm head" in capsys.readouterr().err
+
+
+def generated(model: Path, out: Path, *more: str) -> list[str]:
+    command = ["generate", "--checkpoint", str(model), "--out", str(out), "--device", "cpu", *more]
+    assert main(command) == 0
+    return [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_every_prompt_of_a_file_is_continued_as_if_it_were_alone(tmp_path: Path, temperature: str) -> None:
+    model, source = language_model(tmp_path / "m"), tmp_path / "prompts.jsonl"
+    prompts = ["To be", "or", "not to be: that is", "Ay", "or", "Whether"] * 50
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
+    settings = ["-n", "6", "--samples", "2", "--temperature", temperature, "--seed", "3"]
+    texts = generated(model, tmp_path / "out.jsonl", "--prompt", str(source), *settings)
+    assert len(texts) == 600
+    assert all(text.startswith(prompt) for text, prompt in zip(texts[::2], prompts, strict=True))
+    for number in (0, 1, 2, 3, 5):
+        alone = generated(model, tmp_path / "alone.jsonl", "--prompt", prompts[number], *settings)
+        assert alone == texts[2 * number : 2 * number + 2]
+    if temperature == "1":
+        assert len(set(texts)) > 590  # equal prompts are continued in other ways
+
+
+def test_prompts_conditions_and_samples_in_order(tmp_path: Path) -> None:
+    model = language_model(tmp_path / "m", n_conditions=3, condition_names=["low", "high, very", "a,b"])
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"text": "one"}\n{"text": "seven"}\n')
+    texts = generated(
+        model, tmp_path / "o.jsonl", "--prompt", str(source), "-n", "9", "--samples", "2",
+        "--condition", "low,a,b", "--condition", "high, very",
+    )  # fmt: skip
+    assert [text[:3] for text in texts] == ["one"] * 6 + ["sev"] * 6
+    second = generated(
+        model, tmp_path / "p.jsonl", "--prompt", "seven", "-n", "9", "--samples", "2", "--condition", "high, very"
+    )
+    assert second == texts[10:]
+
+
+def test_samples_do_not_depend_on_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = language_model(tmp_path / "m"), ["-n", "5", "--samples"]
+    some = generated(model, tmp_path / "a.jsonl", *settings, "7")
+    monkeypatch.setattr("mambaseq.cli.generating._AT_ONCE", 3)
+    more = generated(model, tmp_path / "b.jsonl", *settings, "10")
+    assert more[:7] == some
+    assert len(set(more)) == 10
+
+
+def test_an_ended_sequence_is_not_filled(tmp_path: Path) -> None:
+    ends = ByteTokenizer(eos=True)
+    head, card = {"name": "lm", "vocab_size": ends.vocab_size}, {**TEXT, "reader": f"{__name__}:lines"}
+    card["tokenizer"] = {"name": "text/bytes", "options": ends.options}
+    model = saved(tmp_path / "m", head, ends, length=32, **{**card, "writer": f"{__name__}:ids"})
+    source, out = tmp_path / "prompts.txt", tmp_path / "ids"
+    source.write_text("\n".join(f"{number:02}" for number in range(60)))
+    command = ["generate", "--checkpoint", str(model), "--out", str(out), "--device", "cpu", "--prompt", str(source)]
+    assert main([*command, "-n", "300", "--temperature", "3"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    lengths = {len(row) for row in rows}
+    assert len(lengths) > 10
+    for row in rows:
+        assert 256 not in row[:-1]
+        assert row[-1] == 256 or len(row) == 302
+
+
+def lines(path, tokenizer, **options):
+    for line in path.read_text().splitlines():
+        yield Record(line, ids=tokenizer.encode(line))
+
+
+def ids(path, sequences, tokenizer):
+    path.write_text("".join(json.dumps(row.tolist()) + "\n" for row in sequences))
+    return [path]
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, out = language_model(tmp_path / "m"), tmp_path / "out.txt"
+    spoil(model)
+    assert main(["generate", "--checkpoint", str(model), "--out", str(out), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "model.safetensors" in told
+    assert "not finite numbers" in told
+    assert not out.exists()
+
+
+def test_standard_output(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    model = language_model(tmp_path / "m")
+    arguments = ["--out", "/dev/stdout", "--prompt", "To be", "-n", "3", "--device", "cpu"]
+    assert main(["generate", "--checkpoint", str(model), *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("To be")
+    assert "/dev/stdout" not in out
+    assert "/dev/stdout" in err
+
+
+def test_a_prompt_file_with_an_empty_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, source = language_model(tmp_path / "m"), tmp_path / "prompts.jsonl"
+    source.write_text('{"text": "one"}\n{"text": ""}\n')
+    arguments = ["--prompt", str(source), "-n", "3", "--out", str(tmp_path / "o.jsonl"), "--device", "cpu"]
+    assert main(["generate", "--checkpoint", str(model), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert "has an empty record" in told
+    assert "line 2" in told

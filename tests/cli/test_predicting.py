@@ -272,3 +272,11 @@ def test_tokens_that_training_leaves_out_are_not_scored(tmp_path: Path) -> None:
     wanted = torch.tensor([not letter.isupper() for letter in text[1:]])
     assert row["tokens"] == str(int(wanted.sum())) == "12"
     assert float(row["bits_per_token"]) == pytest.approx(float(losses[wanted].mean()) / math.log(2), abs=2e-6)
+
+
+def spoil(model: Path, value: float = math.nan) -> None:
+    """Put a value into a weight of a saved model."""
+    loaded = load_model(model)
+    with torch.no_grad():
+        loaded.model.backbone.mixers()[0].out_proj.weight[0, 0] = value  # type: ignore[union-attr, operator, index]
+    save_model(model, loaded.model, loaded.card, loaded.tokenizer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from mambaseq.errors import ConfigError
-from mambaseq.generation import generate
-from mambaseq.generation.sampling import filter_logits, sample
-from mambaseq.models import build_model, causal_lm
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.generation import decode, generate
+from mambaseq.generation.decode import NotFinite
+from mambaseq.generation.sampling import Draws, filter_logits, sample
+from mambaseq.models import SequenceModel, build_model, causal_lm
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "s4d", "attention", "hyena"])
@@ -62,16 +65,154 @@ def test_filters_known_answers() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(20000, 3)
-    drawn = sample(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(0))
+    drawn = sample(logits, 1.0, 0, 1.0, torch.rand(20000, dtype=torch.float64))
     shares = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.012, rtol=0)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_settings_out_of_range_are_refused(bad: dict) -> None:
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("temperature", [-1.0, -1e-300, NAN, INF, -INF, "hot", None, True]),
+        ("top_k", [-1, 2.0, NAN, True, None]),
+        ("top_p", [0.0, 1.5, -0.1, NAN, INF, 2, True]),
+        ("seed", [-1, 2**63, 1.5, NAN]),
+        ("samples", [0, -1, 1.0, True, 10**9]),
+        ("max_new_tokens", [-1, 1.5, NAN, INF, True, 10**12]),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: str, values: list) -> None:
     model = causal_lm(vocab_size=3, d_model=8, n_layers=1)
-    with pytest.raises(ConfigError, match="temperature must be positive"):
-        generate(model, torch.zeros(1, 1, dtype=torch.long), 1, **bad)
+    settings = {"max_new_tokens": 1}
+    for value in values:
+        with pytest.raises(UserError, match=f"{setting} must be|asks for 1,000,000,000"):
+            generate(model, torch.zeros(1, 1, dtype=torch.long), **{**settings, setting: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest(temperature: float) -> None:
+    model = causal_lm(vocab_size=29, d_model=8, n_layers=1)
+    prompt = torch.randint(0, 29, (3, 5))
+    cold = generate(model, prompt, 12, temperature=temperature, seed=0)
+    assert torch.equal(cold, generate(model, prompt, 12, temperature=0))
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1.7e308])
+def test_the_largest_temperatures_take_any(temperature: float) -> None:
+    logits = torch.tensor([[50.0, -50.0, 0.0]])
+    torch.testing.assert_close(filter_logits(logits, temperature, 0, 1.0).softmax(-1), torch.full((1, 3), 1 / 3))
+
+
+def test_tokens_without_a_share_are_never_taken() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(4, 5)
+    ends = torch.tensor([0.0, 0.2, 0.5, 1 - 2.0**-32], dtype=torch.float64)
+    assert sample(logits, 1.0, 0, 1.0, ends).tolist() == [1, 1, 3, 3]
+
+
+def lively(**options: Any) -> SequenceModel:
+    model = causal_lm(vocab_size=29, d_model=16, n_layers=2, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_draws_are_even_and_independent() -> None:
+    draws = Draws(1, torch.zeros(500, 1, dtype=torch.long), None, 4, None, "cpu")
+    drawn = torch.stack([draws.next() for _ in range(130)])  # beyond a block
+    assert drawn.shape == (130, 2000)
+    assert 0 <= float(drawn.min()) < 1e-4 < 1 - 1e-4 < float(drawn.max()) < 1
+    assert len(drawn.unique()) > drawn.numel() * 0.999
+    counts = torch.histc(drawn.float(), 20, 0, 1)
+    assert float(((counts - 13000) ** 2 / 13000).sum()) < 50  # chi squared of 19 degrees: 1 in 10,000 is above
+    for one, other in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1])):
+        assert abs(float(torch.corrcoef(torch.stack([one.ravel(), other.ravel()]))[0, 1])) < 0.01
+
+
+def test_a_sequence_does_not_depend_on_those_beside_it() -> None:
+    model = lively(n_conditions=2)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+    condition = torch.tensor([0, 1, 0])
+    together = generate(model, prompts, 30, seed=5, condition=condition, samples=2).view(3, 2, -1)
+    for row in (0, 1):
+        alone = generate(model, prompts[row : row + 1], 30, seed=5, condition=condition[row : row + 1], samples=2)
+        assert torch.equal(alone, together[row])
+    assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) == 6  # equal prompts get further samples
+    wanted = torch.tensor([[3]])
+    last = generate(model, prompts[2:], 30, seed=5, condition=condition[2:], numbers=wanted)
+    assert torch.equal(last[0], together[2, 1])
+    with pytest.raises(ConfigError, match="numbers must be"):
+        generate(model, prompts, 3, condition=condition, numbers=wanted)
+
+
+BACKBONES: dict[str, dict] = {
+    "mamba": {"mixer": "mamba"},
+    "attention": {"mixer": "attention"},
+    "hyena": {"mixer": "hyena"},
+    "both": {"mixer": "mamba", "pattern": ["mamba", "attention*"]},
+    "unet": {"name": "unet", "n_layers": 1, "pool": [2, 2]},
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_prompt_is_read_in_parts_with_the_same_result(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(BACKBONES[kind])
+    spec: dict[str, Any] = {
+        "d_model": 16,
+        "encoder": {"name": "tokens", "vocab_size": 29},
+        "mixer": {"name": options.pop("mixer", "mamba")},
+        "backbone": {"name": "residual", "n_layers": 2, **options},
+        "head": {"name": "lm", "vocab_size": 29},
+    }
+    model = build_model(spec).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    prompt = torch.randint(0, 29, (2, 61))
+    read: list[int] = []
+    headed: list[int] = []
+    model.backbone.register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
+    model.head.register_forward_hook(lambda _, args, __: headed.append(args[0].shape[1]))
+    whole = decode._prefill(model, prompt, None)[1]
+    monkeypatch.setattr(decode, "_PREFILL", 16)
+    with torch.no_grad():
+        state, logits = decode._prefill(model, prompt, None)
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, model(prompt).logits[:, -1], rtol=1e-4, atol=1e-5)
+        following = torch.randint(0, 29, (2,))
+        after = model(torch.cat([prompt, following[:, None]], 1)).logits[:, -1]
+        torch.testing.assert_close(model.step_(following, state), after, rtol=1e-4, atol=1e-5)
+    assert read[:9] == [61] + [8] * 7 + [5]
+    assert headed[:2] == [1, 1]
+
+
+def test_many_samples_cost_one_reading() -> None:
+    model = lively()
+    read: list[tuple] = []
+    model.backbone.register_forward_hook(lambda _, args, __: read.append(tuple(args[0].shape[:2])))
+    generate(model, torch.randint(0, 29, (2, 9)), 1, samples=50)
+    assert read == [(2, 9)]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_what_is_no_number_is_not_generated(value: float) -> None:
+    model = lively()
+    with torch.no_grad():
+        model.backbone.mixers()[0].out_proj.weight.fill_(value)  # type: ignore[union-attr, operator]
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NotFinite, match="not a finite number"):
+            generate(model, torch.zeros(1, 1, dtype=torch.long), 3, temperature=temperature)
+
+
+def test_logits_that_become_infinite_on_the_way_are_seen() -> None:
+    model = lively()
+    model.encoder.embedding.weight.data[7] = INF  # type: ignore[union-attr, operator]
+    prompt = torch.zeros(4, 1, dtype=torch.long)
+    with pytest.raises(NotFinite):
+        generate(model, prompt, 400, seed=0, temperature=5.0)
 
 
 def test_what_cannot_generate_says_so() -> None:
@@ -87,6 +228,8 @@ def test_what_cannot_generate_says_so() -> None:
             "head": {"name": "classification", "n_classes": 2},
         }
     )
+    with pytest.raises(ConfigError, match="prompt of at least one"):
+        generate(model, torch.zeros(0, 3, dtype=torch.long), 1)
     with pytest.raises(ConfigError, match="lm head"):
         generate(classifier, torch.zeros(1, 1, dtype=torch.long), 1)
 
