@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import getpass
+import os
 import platform
+import re
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -12,8 +17,10 @@ from mambaseq.benchmarking.backends import WholeBlock, speeds
 from mambaseq.benchmarking.timing import Attempt, attempt, on
 from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
-from mambaseq.ops import OPS
+from mambaseq.ops import OPS, nvrtc
 from mambaseq.ops.dispatch import PACKAGES, Backend, Op, check, explain
+from mambaseq.ops.kept import folder_of_numba
+from mambaseq.resources import cache_dir, why_unsafe
 
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4
@@ -34,9 +41,44 @@ def _diagnose(place: torch.device) -> int:
     for op in OPS.values():
         failed |= _op_failed(op, place)
     failed |= _block_failed(place)
+    for line in _caches():
+        print(line)
     for point, reason in catalog().broken.items():
         print(f"broken plugin {point}: {reason}")
     return 1 if failed else 0
+
+
+def _caches() -> list[str]:
+    """A line a folder that compiled code is kept in: where it is, and why it is not used, or what is wrong with it."""
+    ours = nvrtc.kernel_folder()
+    found = [f"cache folder {cache_dir()}", _cache("kernels", ours, why_unsafe(ours), "not used")]
+    numba, reason = folder_of_numba()
+    found.append(_cache("numba", numba or Path("-"), reason, "not used"))
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    inductor = Path(
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
+    )
+    for name, folder, variable in (
+        ("triton", triton, "TRITON_CACHE_DIR"),
+        ("inductor", inductor, "TORCHINDUCTOR_CACHE_DIR"),
+    ):
+        otherwise = f"UNSAFE, and the package's own: set {variable} to a folder of yours"
+        found.append(_cache(name, folder, why_unsafe(folder), otherwise))
+    return [*found, ""]
+
+
+def _user() -> str:
+    """As PyTorch names folders by it."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a number that has no name
+        name = f"uid_{os.getuid()}"
+    return re.sub(r'[\\/:*?"<>|]', "_", name)
+
+
+def _cache(name: str, folder: Path, reason: str | None, otherwise: str) -> str:
+    return f"  {name:<10} {folder}" + (f"  {otherwise}: {reason}" if reason else "")
 
 
 def _op_failed(op: Op, place: torch.device) -> bool:

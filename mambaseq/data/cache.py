@@ -15,7 +15,7 @@ from mambaseq.atomic import atomic_file
 from mambaseq.data.addresses import is_address, redacted
 from mambaseq.data.files import expand
 from mambaseq.errors import ConfigError, DataError, UserError
-from mambaseq.resources import cache_dir
+from mambaseq.resources import cache_dir, make_private
 
 REMEMBERED_FROM = 8 * 2**20
 _SETTLED = 2.0  # seconds: file systems stamp changes by a clock that is no finer than this
@@ -123,5 +123,7 @@ class _Memory:
         """Remember it. A cache that cannot be written costs time, nothing else."""
         if not (self.worth and self.settled):
             return
-        with contextlib.suppress(UserError, OSError), atomic_file(self.file, "w", encoding="ascii") as file:
-            json.dump([self.state, digest, self._seal(digest)], file)
+        with contextlib.suppress(UserError, OSError):
+            make_private(self.file.parent)
+            with atomic_file(self.file, "w", encoding="ascii") as file:
+                json.dump([self.state, digest, self._seal(digest)], file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import xxhash
 
 from mambaseq.atomic import atomic_folder
 from mambaseq.errors import DataError
-from mambaseq.resources import cache_dir
+from mambaseq.resources import cache_dir, make_private
 
 FORMAT = 2
 TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
@@ -246,6 +247,8 @@ class TokenStore:
                 damaged = os.path.lexists(folder)
                 if damaged:
                     logger.warning("%s It is rebuilt.", error)
+            with contextlib.suppress(OSError):  # told when the store is written
+                make_private(folder.parent)
             try:
                 return cls.build(folder, records(), dtype, meta, checksums=checksums, replace=damaged)
             except (FileExistsError, StoreError):

@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from mambaseq.ops.intrinsics import fetch_add, load
+from mambaseq.ops.kept import kept_njit
 from mambaseq.ops.team import STRIDE
 from mambaseq.ops.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
 
@@ -40,7 +41,7 @@ def _dot(weight, x):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def linear(counters, size, x, weight, y):
     """y = x @ weight.T, `size` rows of the weight at a time; x `(rows, in)`, weight `(out, in)`, y `(rows, out)`."""
     n_out = weight.shape[0]
@@ -87,7 +88,7 @@ def _update_channel(state, at, exponent, A, at_A, drive, B, C, at_B, at_C, d_sta
     return out
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def selective_state_update(
     state,
     x,
@@ -137,7 +138,7 @@ def selective_state_update(
                 y[at_y + c] *= z[at_z + c] * sigmoid(z[at_z + c])
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def causal_conv_update(state, x, x_stride, weight, bias, has_bias, silu, batch, channels, before, y):
     for b in range(batch):
         for c in range(channels):
@@ -149,7 +150,7 @@ def causal_conv_update(state, x, x_stride, weight, bias, has_bias, silu, batch, 
             y[b * channels + c] = out * sigmoid(out) if silu else out
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def sum_of_blocks(partial, y):
     """`(blocks, rows, n)` → y `(rows, n)`, in the order of the blocks whichever thread did them."""
     for r in range(y.shape[0]):
@@ -160,7 +161,7 @@ def sum_of_blocks(partial, y):
                 y[r, o] += partial[block, r, o]
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def mamba_block(
     counters,
     size,

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit
 
 from mambaseq.ops.intrinsics import load
+from mambaseq.ops.kept import kept_njit
 
 # Between the counters of a kernel, so that no two share a cache line.
 STRIDE = 16
@@ -25,7 +25,7 @@ STRIDE = 16
 _LOOKS = 1_000_000
 
 
-@njit(nogil=True, cache=True)
+@kept_njit(nogil=True)
 def _look(posted, seen, looks):
     for _ in range(looks):  # noqa: SIM110
         if load(posted, 0) != seen:

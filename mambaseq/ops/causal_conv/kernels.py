@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from mambaseq.ops.kept import kept_njit
 from mambaseq.ops.vector_math import FASTMATH, sigmoid
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -34,7 +35,7 @@ class Inputs(NamedTuple):
     width: int
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def forward(first_task, end_task, i, y, final, out):
     """y `(rows, channels)`; final `(sequences, width - 1, channels)`; `out` takes one row."""
     n = np.uint64(i.channels)
@@ -58,7 +59,7 @@ def forward(first_task, end_task, i, y, final, out):
                     final[to + c] = source[at + c]
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def backward(first_task, end_task, i, dy, dy_stride, dfinal, dx, dhistory, dweight, dbias, recent, out):
     """Gradients; dweight `(tasks, width, channels)` and dbias `(tasks, channels)` are sums of a task.
 

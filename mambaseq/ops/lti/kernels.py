@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from mambaseq.ops.intrinsics import prefetch
+from mambaseq.ops.kept import kept_njit
 from mambaseq.ops.vector_math import FASTMATH, copy
 
 WIDTH = 64
@@ -66,7 +67,7 @@ class Scratch(NamedTuple):
     dstate: np.ndarray  # (d_state, 8, WIDTH): gradients of the state (2) and of the system (6)
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def forward(first_task, end_task, i, y, final, h, local):
     """y `(rows, channels)`; final `(sequences, channels, d_state, 2)`; h and local as in `Scratch`."""
     for task in range(first_task, end_task):
@@ -89,7 +90,7 @@ def forward(first_task, end_task, i, y, final, h, local):
             _store_state(i, h, 2, final, s, c0, width)
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch):
     """dy as x in `Inputs`; dfinal `(sequences, channels, d_state, 2)`."""
     h, local, entering, history, dstate = scratch

@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 
 from mambaseq.ops.intrinsics import prefetch
+from mambaseq.ops.kept import kept_njit
 from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
 
 WIDTH = 64
@@ -90,7 +91,7 @@ class Scratch(NamedTuple):
     dstate: np.ndarray  # (n4, 8, WIDTH): gradients of four states, of A
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def forward(first_task, end_task, i, y, final, h, local):
     """y `(rows, channels)`; final `(sequences, channels, d_state)`."""
     for task in range(first_task, end_task):
@@ -113,7 +114,7 @@ def forward(first_task, end_task, i, y, final, h, local):
                     final[at + n] = h[n * WIDTH + c]
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch):
     """dy as x in `Inputs`; dfinal `(sequences, channels, d_state)`."""
     h, local, entering, history, dstate = scratch

@@ -1,0 +1,62 @@
+"""Numba's machine code, kept on disk only where nobody but this user can have put it.
+
+Numba keeps it as pickles, which run what they hold when they are read: beside the source in `__pycache__`, where who
+may write could as well change what Python runs; if that folder cannot be written, in the user's own cache folder; and
+in NUMBA_CACHE_DIR where that is set, which may be a folder of many users.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+from mambaseq.resources import why_unsafe
+
+
+@functools.cache
+def why_not_kept(folder: Path, source: Path) -> str | None:
+    """The reason why code is not kept in a folder that Numba chose for a source file, or None; said once."""
+    if folder == source.parent / "__pycache__" or (reason := why_unsafe(folder)) is None:
+        return None
+    print(
+        f"mambaseq: kernels for the CPU are compiled anew in each process, because {reason}. Set NUMBA_CACHE_DIR to a "
+        f"folder that only you may write to.",
+        file=sys.stderr,
+    )
+    return reason
+
+
+def _nothing() -> None:
+    pass
+
+
+def folder_of_numba() -> tuple[Path | None, str | None]:
+    """Where code of this folder's kernels is kept, None for nowhere; and why it is not kept there."""
+    try:
+        folder = Path(njit(cache=True)(_nothing).stats.cache_path)
+    except (RuntimeError, AttributeError):
+        return None, "no folder can be written, or nothing is compiled"
+    return folder, why_not_kept(folder, Path(__file__))
+
+
+def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit(cache=True, ...)` where the folder is safe; without keeping anything where it is not, or where there
+    is none that can be written."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        source = Path(function.__code__.co_filename)
+        try:
+            made = njit(cache=True, **options)(function)
+        except RuntimeError:  # Numba found no folder
+            return njit(**options)(function)
+        folder = getattr(getattr(made, "stats", None), "cache_path", None)  # a plain function with NUMBA_DISABLE_JIT
+        if folder is None or why_not_kept(Path(folder), source) is None:
+            return made
+        return njit(**options)(function)
+
+    return compiled
