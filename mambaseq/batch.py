@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from mambaseq.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -15,15 +17,19 @@ class Batch:
     """One batch of sequences of any modality.
 
     inputs: `(batch, length)` int64 token ids, or `(batch, length, channels)` float32 for continuous signals.
-    targets: `(batch, length)` int64 next tokens (already shifted: `targets[:, t]` is what position t predicts,
-        -100 where nothing is to be predicted), or `(batch,)` int64 class labels, or float32 for regression,
-        `(batch,)` or `(batch, n_outputs)`.
+    targets: of whole sequences `(batch,)` int64 class labels, or float32 values `(batch,)` or `(batch, n_outputs)`; of
+        positions `(batch, length)` int64, one each, such as next tokens (already shifted: `targets[:, t]` is what
+        position t predicts), or float32 values `(batch, length, n_outputs)`. What is not known, and is to be no part of
+        the loss, is -100 among integers and NaN among floats.
     mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the
         right only, so a causal model never sees padding before a real position.
-    cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of classes are `(sequences,)`.
+    cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of sequences are `(sequences, ...)`.
     condition: `(batch,)` int64, what the sequence is conditioned on (a speaker, a digit, a species).
     n_units: how many units of the raw data the targets stand for (bytes of the text behind the tokens), where
         it differs from the number of targets; metrics "per byte" divide by it.
+    target_of: whether a target is a position's or a sequence's. None: integers of two dimensions and floats of three
+        are of positions, others of sequences, whatever their sizes are. To be given where that is wrong: "sequence" for
+        several labels a sequence, `(batch, n_labels)` int64; "position" for one float each, `(batch, length)`.
     """
 
     inputs: torch.Tensor
@@ -32,18 +38,40 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     condition: torch.Tensor | None = None
     n_units: torch.Tensor | None = None
+    target_of: Literal["position", "sequence"] | None = None
 
     @property
     def per_token(self) -> bool:
-        """Whether the targets are one for each position, not labels or values of whole sequences."""
+        """Whether the targets are one (or one row of values) for each position, not those of whole sequences.
+
+        Raises DataError where they are, and are not as many as the positions.
+        """
         targets = self.targets
-        if targets is None or targets.dim() != 2 or targets.is_floating_point():
+        if targets is None or self.target_of == "sequence":
             return False
-        return targets.shape[1] == self.inputs.shape[1]
+        if self.target_of is None and targets.dim() < (3 if targets.is_floating_point() else 2):
+            return False
+        if targets.shape[:2] != self.inputs.shape[:2]:
+            raise DataError(
+                f"Targets {tuple(targets.shape)} are one for each position, which are {tuple(self.inputs.shape[:2])}. "
+                f"Give as many, or, for several labels or values of a whole sequence, Batch(target_of='sequence')."
+            )
+        return True
+
+    @property
+    def n_targets(self) -> torch.Tensor:
+        """How many targets there are, `()` int64: integers that are not -100, floats that are not NaN, sequences where
+        there are no targets. What the mean loss of a batch weighs. Nothing waits for a GPU."""
+        targets = self.targets
+        if targets is None:
+            bounds = self.cu_seqlens
+            like = self.inputs if bounds is None else bounds
+            return like.new_zeros(()).long() + (len(like) if bounds is None else len(bounds) - 1)
+        return (~targets.isnan() if targets.is_floating_point() else targets != -100).sum()
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """A batch whose every tensor is `function(tensor)`."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target_of"}
         return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items() if v is not None})
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:

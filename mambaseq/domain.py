@@ -51,7 +51,7 @@ class Domain:
     """What a modality supplies: each field maps a short name to `("module:Attr", one-line summary)`.
 
     tokenizers: raw units to ids and back (see `mambaseq.data.tokenizer.Tokenizer`).
-    encoders: modules from what is not a token (a continuous signal) to `(batch, length, d_model)`.
+    encoders: `mambaseq.encoders.Encoder` subclasses, from what the data give to `(batch, length, d_model)`.
     datasets: `mambaseq.data.module.SequenceData` subclasses: train, validation and test data of one kind.
     readers: functions from a path to records for `predict`. writers: functions from tokens to a file for `generate`.
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
@@ -79,9 +79,9 @@ class Domain:
 CORE: dict[str, Entries] = {
     "tokenizers": {},
     "encoders": {
-        "tokens": ("mambaseq.models:TokenEncoder", "an embedding table, with an optional condition added"),
-        "rc_tokens": ("mambaseq.models:RCTokenEncoder", "tokens of both strands of DNA, for reverse_complement"),
-        "signal": ("mambaseq.models:SignalEncoder", "a linear map of continuous channels"),
+        "tokens": ("mambaseq.encoders:TokenEncoder", "an embedding table, with an optional condition added"),
+        "rc_tokens": ("mambaseq.encoders:RCTokenEncoder", "tokens of both strands of DNA, for reverse_complement"),
+        "signal": ("mambaseq.encoders:SignalEncoder", "a linear map of continuous channels"),
     },
     "datasets": {},
     "readers": {},

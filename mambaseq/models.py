@@ -5,90 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
+from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, did_you_mean
 from mambaseq.heads.lm import LMHead
-from mambaseq.heads.reverse_complement import complement_table
 from mambaseq.mixers.base import Mixer
-from mambaseq.ops.embedding import Embedding
-
-
-class TokenEncoder(nn.Module):
-    """Token ids `(batch, length)` to embeddings, plus the embedding of a condition at every position.
-
-    Args:
-        d_model: width.
-        vocab_size: number of token ids.
-        n_conditions: number of conditions; 0 for none.
-    """
-
-    def __init__(self, d_model: int, vocab_size: int, n_conditions: int = 0) -> None:
-        super().__init__()
-        self.embedding = Embedding(vocab_size, d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
-
-    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = self.embedding(inputs)
-        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
-
-
-class RCTokenEncoder(TokenEncoder):
-    """Tokens of both strands of DNA: the embedding of each base beside that of the base paired with it, `(batch,
-    length, 2 * d_model)` (see `backbones/reverse_complement.py`).
-
-    Args:
-        d_model: width of one strand.
-        vocab_size: number of token ids.
-        complement: the id paired with each id.
-        n_conditions: number of conditions; 0 for none.
-    """
-
-    strands: ClassVar[int] = 2
-
-    def __init__(self, d_model: int, vocab_size: int, complement: list[int], n_conditions: int = 0) -> None:
-        super().__init__(d_model, vocab_size, n_conditions)
-        self.complement: Tensor
-        self.register_buffer("complement", complement_table(complement, vocab_size), persistent=False)
-
-    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        strands = (inputs, self.complement[inputs])
-        return torch.cat([super(RCTokenEncoder, self).forward(s, condition, cu_seqlens) for s in strands], dim=-1)
-
-
-class SignalEncoder(nn.Module):
-    """A continuous signal `(batch, length, n_channels)` to embeddings, without quantising it.
-
-    Args:
-        d_model: width.
-        n_channels: channels of the signal.
-        n_conditions: number of conditions; 0 for none.
-    """
-
-    def __init__(self, d_model: int, n_channels: int, n_conditions: int = 0) -> None:
-        super().__init__()
-        self.linear = nn.Linear(n_channels, d_model)
-        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
-
-    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = self.linear(inputs.to(self.linear.weight.dtype))
-        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
-
-
-def _condition(table: Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if table is None:
-        raise ValueError("A condition was given to a model without conditions (encoder.n_conditions is 0).")
-    if cu_seqlens is None:
-        return table(condition)[:, None]
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return table(torch.repeat_interleave(condition, lengths))[None]
 
 
 @dataclasses.dataclass
@@ -103,7 +32,8 @@ class ModelOutput:
 class SequenceModel(nn.Module):
     """Encoder, backbone, head.
 
-    An encoder may have a `stride`: its output then has a position for every `stride`-th input.
+    An encoder may have a `stride`: its output then has a position for every `stride`-th input, and the head is one of
+    whole sequences. Parts are trusted with what they say of themselves (see `Encoder`, `Backbone`, `Head`).
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
     """
 
@@ -119,10 +49,30 @@ class SequenceModel(nn.Module):
                 f"reverse_complement goes with the encoder rc_tokens and a head rc_lm or rc_classification, and they "
                 f"with it."
             )
+        if self.stride != 1 and getattr(head, "per_token", False):
+            raise ConfigError(
+                f"The encoder {type(encoder).__name__} gives a position for {self.stride} inputs (stride), and the "
+                f"head {type(head).__name__} answers for each of them. Set model.encoder.stride to 1, or choose a "
+                f"head of whole sequences, such as 'classification'."
+            )
         if tie_embeddings:
             if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
                 raise ConfigError("tie_embeddings needs a token encoder and an lm head.")
             head.linear.weight = encoder.embedding.weight
+
+    @property
+    def stride(self) -> int:
+        """Inputs to a position of the backbone."""
+        return getattr(self.encoder, "stride", 1)
+
+    def check_stateful(self) -> None:
+        """Raise ConfigError for an encoder that cannot be run part by part."""
+        if not getattr(self.encoder, "position_wise", False):
+            raise ConfigError(
+                f"The encoder {type(self.encoder).__name__} does not say that a position sees its own input alone "
+                f"(position_wise), so that no sequence can be gone on with: it can neither generate nor give or take a "
+                f"state. Declare position_wise = True where that holds, or use another encoder."
+            )
 
     def forward(
         self,
@@ -139,24 +89,60 @@ class SequenceModel(nn.Module):
         """Run the model.
 
         inputs: `(batch, length)` int64 ids or `(batch, length, channels)` float; right padding only.
-        labels: what the head learns: `(batch, length)` int64 (already shifted, -100 ignored) or `(sequences,)`.
+        labels: what the head learns (see `Batch.targets`).
         mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64.
         state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.
+        return_state: with a mask, the states are those at each row's own end; the host then reads the mask.
         return_logits: None returns them unless labels are given to a head that predicts every token.
+
+        Raises ConfigError where encoder or backbone cannot do what is asked, ValueError for a mask that is none: of
+        another shape, beside cu_seqlens, or of anything but right padding (its values are looked at where that costs
+        nothing, or the states depend on them).
         """
-        stride = getattr(self.encoder, "stride", 1)
-        if stride != 1:
-            if cu_seqlens is not None:
-                raise ValueError("An encoder that shortens its input cannot take packed sequences; pad them instead.")
-            mask = None if mask is None else mask[:, ::stride]
-        x = self.encoder(inputs, condition, cu_seqlens)
-        more = {} if mask is None or not getattr(self.backbone, "takes_mask", False) else {"mask": mask}
-        x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state, **more)
-        x, new_state = x if return_state else (x, None)
+        if mask is not None:
+            if cu_seqlens is not None or mask.shape != inputs.shape[:2]:
+                raise ValueError("A mask must be (batch, length) as the inputs are, which are not packed then.")
+            if return_state or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
+                _check_right_padding(mask)
+        if state is not None or return_state:
+            self.check_stateful()
+        x = self.encoder(inputs, condition, cu_seqlens, **self._given_mask(self.encoder, "encoder", mask))
+        if self.stride != 1:
+            mask = None if mask is None else mask[:, :: self.stride]
+            cu_seqlens = None if cu_seqlens is None else output_bounds(cu_seqlens, self.stride)
+        new_state = None
+        if mask is not None and return_state:
+            x, new_state = self._run_rows(x, mask, state)
+        else:
+            more = self._given_mask(self.backbone, "backbone", mask)
+            x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state, **more)
+            x, new_state = x if return_state else (x, None)
         if return_logits is None:
             return_logits = labels is None or not self.head.per_token
         loss, logits = self.head(x, labels, mask, cu_seqlens, return_logits)
         return ModelOutput(loss, logits, new_state)
+
+    @staticmethod
+    def _given_mask(part: nn.Module, kind: str, mask: Tensor | None) -> dict[str, Tensor]:
+        """What of the mask goes to encoder or backbone: to those that see what follows a position, all of it."""
+        if mask is None:
+            return {}
+        if getattr(part, "takes_mask", False):
+            return {"mask": mask}
+        if not getattr(part, "causal", False):
+            raise ConfigError(
+                f"The {kind} {type(part).__name__} does not say that it is causal and takes no mask, so that it would "
+                f"see the padding behind a sequence. Declare causal = True where a position sees nothing after it, or "
+                f"let it take the mask (takes_mask = True)."
+            )
+        return {}
+
+    def _run_rows(self, x: Tensor, mask: Tensor, state: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        """The backbone over the real positions of each row, as packed sequences, so that a state is that of a row's own
+        end. What is padding comes out as zeros."""
+        bounds = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        y, new_state = self.backbone(x[mask][None], state=state, cu_seqlens=bounds, return_state=True)
+        return y.new_zeros(*mask.shape, y.shape[-1]).masked_scatter(mask[..., None], y), new_state
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
         """The state before the first position: one a layer; see `Mixer.init_state`."""
@@ -168,6 +154,7 @@ class SequenceModel(nn.Module):
 
         Returns logits `(batch, vocab_size)` fp32.
         """
+        self.check_stateful()
         x = self.encoder(inputs[:, None], condition)
         x = self.backbone.step_(x, state)
         _, logits = self.head(x)
@@ -177,6 +164,11 @@ class SequenceModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of parameters, a tied weight counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _check_right_padding(mask: Tensor) -> None:
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("The mask must be one of right padding: True up to each row's end, then False.")
 
 
 def causal_lm(

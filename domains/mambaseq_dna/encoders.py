@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq.encoders import Encoder, output_bounds
 from mambaseq.errors import ConfigError
+from mambaseq.ops import sequences
+from mambaseq.ops.embedding import Embedding
 
 N = 4  # its id in mambaseq_dna.tokenizer
 
 
-class KmerEncoder(nn.Module):
+class KmerEncoder(Encoder):
     """Bases `(batch, length)` to embeddings of the k-mers that begin at every `stride`-th base.
 
     The k-mer is read off the base tokens here, so data, windows and predictions stay in bases while the backbone sees
     `ceil(length / stride)` positions. Positions look ahead by k - 1 bases: for classifiers, not for next-base models.
-    A word with an N, or that reaches over the end, has an embedding of its own.
+    A word with an N, or that reaches over its sequence's end, has an embedding of its own.
 
     Args:
         d_model: width.
@@ -24,22 +29,48 @@ class KmerEncoder(nn.Module):
         stride: bases from one word to the next.
     """
 
+    takes_mask: ClassVar[bool] = True
+
     def __init__(self, d_model: int, k: int = 6, stride: int = 3) -> None:
         super().__init__()
         if not 1 <= k <= 12 or not 1 <= stride <= k:
             raise ConfigError(f"The k-mer encoder needs 1 <= stride <= k <= 12, not k {k} and stride {stride}.")
         self.k, self.stride = k, stride
+        self.causal = k == 1
         self.min_length = k  # a shorter window has no word
-        self.embedding = nn.Embedding(4**k + 1, d_model)
+        self.embedding = Embedding(4**k + 1, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def words(self, inputs: Tensor) -> Tensor:
-        """`(batch, length)` base ids to `(batch, ceil(length / stride))` word ids; 4^k for words that are none."""
-        windows = F.pad(inputs, (0, self.k - 1), value=N).unfold(1, self.k, self.stride)
+    def words(self, inputs: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`(batch, length)` base ids to `(batch, ceil(length / stride))` word ids; 4^k for words that are none. Packed,
+        the words of each sequence end to end; where the stride is not 1 the host reads how many there are."""
+        bases = inputs if mask is None else inputs.masked_fill(~mask, N)
+        step = self.stride if cu_seqlens is None else 1
+        windows = F.pad(bases, (0, self.k - 1), value=N).unfold(1, self.k, step)
         place = 4 ** torch.arange(self.k - 1, -1, -1, device=inputs.device)
-        return torch.where((windows >= N).any(-1), 4**self.k, (windows * place).sum(-1))
+        none = (windows >= N).any(-1)
+        if cu_seqlens is not None:
+            length = inputs.shape[1]
+            sequences.check(cu_seqlens, len(inputs), length)
+            left = cu_seqlens[1:][sequences.of_positions(cu_seqlens, length)] - torch.arange(
+                length, device=inputs.device
+            )
+            none = none | (left < self.k)
+        words = torch.where(none, 4**self.k, (windows * place).sum(-1))
+        if cu_seqlens is None or self.stride == 1:
+            return words
+        bounds = output_bounds(cu_seqlens, self.stride)
+        number = torch.arange(int(bounds[-1]), device=inputs.device)
+        owner = sequences.of_positions(bounds, len(number))
+        return words[:, cu_seqlens[owner] + (number - bounds[owner]) * self.stride]
 
-    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        condition: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         if condition is not None:
             raise ValueError("The k-mer encoder takes no condition.")
-        return self.embedding(self.words(inputs))
+        return self.embedding(self.words(inputs, cu_seqlens, mask))

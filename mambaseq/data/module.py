@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -95,6 +97,10 @@ class SequenceData(abc.ABC):
 
 
 def _pad_stack(tensors: list[torch.Tensor], length: int, value: float) -> torch.Tensor:
+    """Rows of `(1, length, ...)`, padded on the right. Raises DataError for rows of different kinds."""
+    if len({(tensor.dtype, tensor.shape[2:]) for tensor in tensors}) > 1:
+        kinds = sorted({f"{tensor.dtype} {tuple(tensor.shape[2:])}" for tensor in tensors})
+        raise DataError(f"The sequences of a batch differ in more than their length: {', '.join(kinds[:4])}.")
     out = tensors[0].new_full((len(tensors), length, *tensors[0].shape[2:]), value)
     for row, tensor in enumerate(tensors):
         out[row, : tensor.shape[1]] = tensor[0]
@@ -103,43 +109,82 @@ def _pad_stack(tensors: list[torch.Tensor], length: int, value: float) -> torch.
 
 def _join(items: list[Batch], name: str, dim: int = 0) -> torch.Tensor | None:
     tensors = [getattr(item, name) for item in items]
-    return None if tensors[0] is None else torch.cat(tensors, dim)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not given:
+        return None
+    if len(given) < len(tensors) or len({(t.dtype, t.dim(), t.shape[dim + 1 :]) for t in given}) > 1:
+        raise DataError(
+            f"Some sequences of a batch have {name} of another kind than others, or none. Give all the same."
+        )
+    return torch.cat(given, dim)
+
+
+def _per_token(items: list[Batch]) -> bool:
+    """Whether the targets are of positions. Raises DataError where they are so for some sequences only."""
+    kinds = {item.per_token for item in items}
+    if len(kinds) > 1:
+        raise DataError(
+            "Some sequences of a batch have a target for each position, and others for the whole sequence. Give all of "
+            "one kind; Batch(target_of=...) says which."
+        )
+    return kinds.pop()
+
+
+def _unpadded(item: Batch) -> Batch:
+    """A batch of one, cut to what is real of it. Raises DataError where that is not what comes first."""
+    if item.mask is None:
+        return item
+    length = int(item.mask.sum())
+    if not item.mask[:, :length].all():
+        raise DataError("A sequence's mask must be one of right padding: True up to its end, then False.")
+    targets = item.targets[:, :length] if item.per_token and item.targets is not None else item.targets
+    return dataclasses.replace(item, inputs=item.inputs[:, :length], targets=targets, mask=None)
 
 
 def pad_collate(items: list[Batch]) -> Batch:
-    """Join batches of one sequence, padding on the right (inputs 0, targets of tokens -100) and masking where lengths
-    differ. Labels and values of whole sequences are joined as they are."""
+    """Join batches of one sequence, padding on the right (inputs 0, targets of positions -100 or NaN) and masking where
+    lengths differ. Labels and values of whole sequences are joined as they are.
+
+    Raises DataError for sequences that do not go together, and for packed ones, which go on in a pack."""
+    if any(item.cu_seqlens is not None for item in items):
+        raise DataError("Packed sequences cannot be padded. Set loader.pack to true.")
+    items = [_unpadded(item) for item in items]
     lengths = [item.inputs.shape[1] for item in items]
     longest = max(lengths)
-    ragged = min(lengths) != longest or any(item.mask is not None for item in items)
     mask = None
-    if ragged:
-        mask = torch.zeros(len(items), longest, dtype=torch.bool)
-        for row, item in enumerate(items):
-            mask[row, : lengths[row]] = True if item.mask is None else item.mask[0]
+    if min(lengths) != longest:
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
 
-    per_token = all(item.per_token for item in items)
-    targets = [item.targets for item in items if item.targets is not None]
+    targets: torch.Tensor | None
+    if _per_token(items):
+        given = [item.targets for item in items if item.targets is not None]
+        targets = _pad_stack(given, longest, math.nan if given[0].is_floating_point() else -100)
+    else:
+        targets = _join(items, "targets")
     return Batch(
         inputs=_pad_stack([item.inputs for item in items], longest, 0),
-        targets=_pad_stack(targets, longest, -100) if per_token else _join(items, "targets"),
+        targets=targets,
         mask=mask,
+        target_of=items[0].target_of,
         condition=_join(items, "condition"),
         n_units=_join(items, "n_units"),
     )
 
 
 def pack_collate(items: list[Batch]) -> Batch:
-    """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding."""
+    """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding.
+
+    Raises DataError for sequences that do not go together."""
+    items = [_unpadded(item) for item in items]
     bounds = [torch.zeros(1, dtype=torch.int32)]
     for item in items:  # an item may be packed itself
         length = torch.tensor([item.inputs.shape[1]], dtype=torch.int32)
         bounds.append(bounds[-1][-1] + (length if item.cu_seqlens is None else item.cu_seqlens[1:]))
 
-    per_token = all(item.per_token for item in items)
     return Batch(
-        inputs=torch.cat([item.inputs for item in items], dim=1),
-        targets=_join(items, "targets", dim=1 if per_token else 0),
+        inputs=_join(items, "inputs", dim=1),  # type: ignore[arg-type]
+        targets=_join(items, "targets", dim=1 if _per_token(items) else 0),
+        target_of=items[0].target_of,
         cu_seqlens=torch.cat(bounds),
         condition=_join(items, "condition"),
         n_units=_join(items, "n_units"),
@@ -226,6 +271,11 @@ class SequenceDataModule(lightning.LightningDataModule):
             raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
         if self.trainer is not None and self.trainer.world_size > 1:  # every item once, whatever the processes
             rank, world = self.trainer.global_rank, self.trainer.world_size
+            if len(dataset) < world:
+                raise DataError(
+                    f"The {what} set has {len(dataset)} sequences, fewer than one for each of {world} processes. Lower "
+                    f"trainer.devices, or add data."
+                )
             dataset = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
         return DataLoader(dataset, batch_size=self.batch_size, **self._common())
 

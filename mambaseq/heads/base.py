@@ -1,13 +1,62 @@
-"""What heads share: pooling, and the call."""
+"""What heads share: the contract, and pooling."""
 
 from __future__ import annotations
 
-from typing import Literal
+import abc
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError
 
 Pool = Literal["mean", "last", "first"]
+
+
+class Head(nn.Module, abc.ABC):
+    """What a backbone's output is to say, and how wrong it is.
+
+    per_token: whether it has an answer for each position, not for each sequence.
+    learns: what its targets are, "labels" (int64) or "values" (float32); None where a plugin's head does not say.
+    strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
+    """
+
+    per_token: ClassVar[bool]
+    learns: ClassVar[Literal["labels", "values"] | None] = None
+    strands: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """hidden `(batch, length, strands * d_model)` to (loss, logits), the loss None without labels.
+
+        The loss is the mean over the batch's targets (labels that are not -100, values that are not NaN; see
+        `Batch.n_targets`, by which batches are weighed), and 0, with gradients of 0, where there is none."""
+
+
+def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless labels are of the head's kind and of this shape. Looks at no value."""
+    kind = "values" if labels.is_floating_point() else "labels"
+    if kind != head.learns or tuple(labels.shape) != shape:
+        raise ConfigError(
+            f"{type(head).__name__} learns {head.learns} {shape}, and the targets are {kind} {tuple(labels.shape)}. "
+            f"Choose a head that fits the data (`mambaseq list heads`), or other data."
+        )
+
+
+def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in nats: logits `(..., n)` fp32, labels `(...)` int64, -100 ignored; 0 where all are."""
+    total = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (labels != -100).sum().clamp(min=1)
 
 
 def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import ClassVar, Literal
+
 from torch import Tensor, nn
 
-from mambaseq.heads.base import Pool, pool
+from mambaseq.heads.base import Head, Pool, check_targets, label_loss, pool
 
 
-class ClassificationHead(nn.Module):
+class ClassificationHead(Head):
     """Pooled linear classifier with cross-entropy.
 
     Args:
@@ -21,7 +22,8 @@ class ClassificationHead(nn.Module):
         label_smoothing: of the cross-entropy.
     """
 
-    per_token = False
+    per_token: ClassVar[bool] = False
+    learns: ClassVar[Literal["labels", "values"] | None] = "labels"
 
     def __init__(
         self,
@@ -47,14 +49,15 @@ class ClassificationHead(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(sequences,)` int64. Returns (loss, logits), the loss a mean over
-        sequences, logits `(sequences, n_classes)` fp32."""
+        """hidden `(batch, length, d_model)`, labels `(sequences,)` int64, -100 where there is none. Returns (loss,
+        logits), the loss a mean over labels, logits `(sequences, n_classes)` fp32. Raises ConfigError for labels that
+        are not one int64 a sequence."""
         pooled = self.dropout(self.scale * self._pool(hidden, mask, cu_seqlens))
         logits = self.linear(pooled.to(self.linear.weight.dtype)).float()
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
-        return loss, logits
+        if labels is None:
+            return None, logits
+        check_targets(self, labels, (len(logits),))
+        return label_loss(logits, labels, self.label_smoothing if self.training else 0.0), logits
 
     def _pool(self, hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         return pool(hidden, self.pooling, mask, cu_seqlens)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import ClassVar, Literal
+
 from torch import Tensor, nn
 
+from mambaseq.heads.base import Head, check_targets, label_loss
 from mambaseq.ops import linear_cross_entropy
 from mambaseq.ops.linear import apply_linear, is_plain
 
 
-class LMHead(nn.Module):
+class LMHead(Head):
     """Linear map to the vocabulary, and cross-entropy over the labels that are not -100.
 
     The weight may be the embedding's own (tied): `SequenceModel` does this by assigning it.
@@ -19,7 +21,8 @@ class LMHead(nn.Module):
         vocab_size: number of token ids.
     """
 
-    per_token = True
+    per_token: ClassVar[bool] = True
+    learns: ClassVar[Literal["labels", "values"] | None] = "labels"
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__()
@@ -37,20 +40,17 @@ class LMHead(nn.Module):
         """hidden `(batch, length, d_model)`, labels `(batch, length)` int64 already shifted, -100 where nothing is to
         be predicted. Returns (loss, logits): the mean loss in nats a label or None, and logits `(batch, length,
         vocab_size)` fp32 or None. Without `return_logits` large losses are taken in chunks, so that the logits of
-        a whole batch never exist (but for an adapter or hooks around the linear map, which must see them)."""
+        a whole batch never exist (but for an adapter or hooks around the linear map, which must see them). Raises
+        ConfigError for labels that are not one int64 a position."""
+        if labels is not None:
+            check_targets(self, labels, tuple(hidden.shape[:2]))
         if return_logits or (labels is not None and not is_plain(self.linear)):
             logits = apply_linear(self.linear, hidden[:, 0])[:, None] if hidden.shape[1] == 1 else self.linear(hidden)
             logits = logits.float()
             if labels is None:
                 return None, logits
-            return token_loss(logits, labels), logits if return_logits else None
+            return label_loss(logits, labels), logits if return_logits else None
         if labels is None:
             return None, None
         total = linear_cross_entropy(hidden.flatten(0, 1), self.linear.weight, labels.flatten())
         return total / (labels != -100).sum().clamp(min=1), None
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss in nats a label: logits `(batch, length, vocab_size)` fp32, labels `(batch, length)`, -100 ignored."""
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)

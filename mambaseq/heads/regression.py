@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import ClassVar, Literal
+
+import torch
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
-from mambaseq.heads.base import Pool, pool
+from mambaseq.heads.base import Head, Pool, check_targets, pool
 
 
-class RegressionHead(nn.Module):
-    """Pooled linear regression with mean squared error.
+class RegressionHead(Head):
+    """Pooled linear regression with mean squared error, over all values that are known.
 
     Args:
         d_model: width of the backbone's output.
@@ -18,7 +20,8 @@ class RegressionHead(nn.Module):
         pooling: "mean" over positions, or the "last" or "first" one.
     """
 
-    per_token = False
+    per_token: ClassVar[bool] = False
+    learns: ClassVar[Literal["labels", "values"] | None] = "values"
 
     def __init__(self, d_model: int, n_outputs: int = 1, pooling: Pool = "mean") -> None:
         super().__init__()
@@ -33,14 +36,20 @@ class RegressionHead(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(sequences, n_outputs)` or `(sequences,)` float. Returns (loss,
-        values `(sequences, n_outputs)` fp32). Raises ConfigError when the labels are not `n_outputs` a sequence."""
+        """hidden `(batch, length, d_model)`, labels `(sequences, n_outputs)` or `(sequences,)` float, NaN where a value
+        is not known. Returns (loss, values `(sequences, n_outputs)` fp32). Raises ConfigError when the labels are not
+        `n_outputs` floats a sequence."""
         values = self.linear(pool(hidden, self.pooling, mask, cu_seqlens).to(self.linear.weight.dtype)).float()
         if labels is None:
             return None, values
-        if labels.numel() != values.numel() or labels.shape[0] != values.shape[0]:
+        if values.shape[1] == 1 and labels.dim() == 1:
+            labels = labels[:, None]
+        if labels.is_floating_point() and labels.dim() < 3 and labels.shape != values.shape:
             raise ConfigError(
-                f"The regression head gives {values.shape[1]} value(s) a sequence (n_outputs), and the data's targets "
-                f"are {tuple(labels.shape[1:]) or 'one'} a sequence. Set model.head.n_outputs to fit the data."
+                f"The regression head gives {values.shape[1]} value(s) a sequence (n_outputs), of which there are "
+                f"{len(values)}, and the data's targets are {tuple(labels.shape)}. Set model.head.n_outputs to fit."
             )
-        return F.mse_loss(values, labels.float().view_as(values)), values
+        check_targets(self, labels, tuple(values.shape))
+        known = ~labels.isnan()
+        difference = values - torch.where(known, labels.float(), 0.0)
+        return torch.where(known, difference, 0.0).square().sum() / known.sum().clamp(min=1), values

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mambaseq.errors import ConfigError
-from mambaseq.heads.base import Pool, pool
+from mambaseq.heads.base import Pool, check_targets, label_loss, pool
 from mambaseq.heads.classification import ClassificationHead
-from mambaseq.heads.lm import LMHead, token_loss
+from mambaseq.heads.lm import LMHead
 
 
 def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:
@@ -54,11 +54,13 @@ class RCLMHead(LMHead):
     ) -> tuple[Tensor | None, Tensor | None]:
         """hidden `(batch, length, 2 * d_model)`; see `LMHead.forward`. Logits are made even where only the loss is
         needed: vocabularies that have complements are small."""
-        if labels is None and not return_logits:
+        if labels is not None:
+            check_targets(self, labels, tuple(hidden.shape[:2]))
+        elif not return_logits:
             return None, None
         this, other = hidden.chunk(2, dim=-1)
         logits = self.linear(this).float() + self.linear(other).float()[..., self.complement]
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else label_loss(logits, labels)
         return loss, logits if return_logits else None
 
 

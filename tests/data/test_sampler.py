@@ -97,6 +97,64 @@ def test_values_of_sequences_are_joined_as_they_are(collate, outputs: int) -> No
     assert batch.targets.tolist() == [0, 1]
 
 
+NAN = float("nan")
+
+
+def test_targets_of_positions_are_padded_whatever_they_are() -> None:
+    """Floats by NaN, which is no target, rows of values too; what is padded already is not padding of a kind."""
+    rows = [Batch(torch.ones(1, n, dtype=torch.long), torch.full((1, n, 2), float(n))) for n in (1, 3)]
+    batch = pad_collate(rows)
+    assert batch.per_token
+    assert batch.targets.shape == (2, 3, 2)
+    assert batch.targets[0].isnan().all(1).tolist() == [False, True, True]
+    assert int(batch.n_targets) == 2 * (1 + 3)
+    ids = torch.ones(1, 3, dtype=torch.long)
+    one_each = [
+        Batch(ids, torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]), target_of="position"),
+        Batch(ids, torch.tensor([[1.0, NAN, 3.0]]), target_of="position"),
+    ]
+    for batch, last in ((pad_collate(one_each), [1, 2, NAN, 1, NAN, 3]), (pack_collate(one_each), [1, 2, 1, NAN, 3])):
+        assert batch.per_token
+        torch.testing.assert_close(batch.targets.flatten(), torch.tensor(last), equal_nan=True)
+        assert int(batch.n_targets) == 4
+    assert pad_collate(one_each).mask.tolist() == [[True, True, False], [True] * 3]
+    assert pack_collate(one_each).cu_seqlens.tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("collate", [pad_collate, pack_collate])
+def test_several_labels_a_sequence_are_no_tokens(collate) -> None:
+    """As many as there are positions, and yet the sequence's: the batch says so, not its shape."""
+    items = [Batch(torch.ones(1, n, dtype=torch.long), torch.tensor([[0, 1, 1]]), target_of="sequence") for n in (3, 5)]
+    batch = collate(items)
+    assert not batch.per_token
+    assert not batch.to("cpu").per_token
+    assert batch.targets.tolist() == [[0, 1, 1], [0, 1, 1]]
+    with pytest.raises(DataError, match=r"one for each position.*target_of='sequence'"):
+        _ = Batch(torch.ones(1, 5, dtype=torch.long), torch.tensor([[0, 1, 1]])).per_token
+
+
+def test_sequences_that_do_not_go_together_are_refused() -> None:
+    ids = torch.ones(1, 3, dtype=torch.long)
+    label, values, tokens = torch.tensor([1]), torch.tensor([0.5]), ids
+    for collate in (pad_collate, pack_collate):
+        for others in ((label, values), (label, None), (label, tokens), (torch.ones(1, 2), torch.ones(1, 4))):
+            with pytest.raises(DataError):
+                collate([Batch(ids, targets) for targets in others])
+    with pytest.raises(DataError, match="right padding"):
+        pad_collate([Batch(ids, ids, torch.tensor([[False, True, True]]))])
+    with pytest.raises(DataError, match=r"loader\.pack"):
+        pad_collate([Batch(ids, ids, cu_seqlens=torch.tensor([0, 1, 3], dtype=torch.int32))])
+
+
+def test_targets_are_counted_by_what_is_known() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert int(Batch(ids, torch.tensor([[1, -100, 2], [-100] * 3])).n_targets) == 2
+    assert int(Batch(ids, torch.tensor([1, -100])).n_targets) == 1
+    assert int(Batch(ids, torch.tensor([[0.5, NAN], [NAN, NAN]])).n_targets) == 1
+    assert int(Batch(ids).n_targets) == 2
+    assert int(Batch(ids[:1], cu_seqlens=torch.tensor([0, 1, 1, 3], dtype=torch.int32)).n_targets) == 3
+
+
 def test_less_than_a_batch_names_the_key_to_lower() -> None:
     module = SequenceDataModule(TinyTokens(size=3), batch_size=4)
     with pytest.raises(DataError, match=r"3 sequences, fewer than one batch of 4 .* Lower loader\.batch_size"):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mambaseq.errors import ConfigError
-from mambaseq.heads.base import pool
+from mambaseq.heads.base import Head, pool
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
+from mambaseq.heads.reverse_complement import RCLMHead
 from mambaseq.ops.linear_cross_entropy import chunked as chunks
 
 
@@ -45,11 +46,54 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_no_label_at_all_gives_zero_not_nan() -> None:
-    head = LMHead(6, 11)
+@pytest.mark.parametrize(
+    ("head", "targets"),
+    [
+        (LMHead(6, 11), torch.full((2, 3), -100)),
+        (ClassificationHead(6, 4, label_smoothing=0.1), torch.full((2,), -100)),
+        (RegressionHead(6, 2), torch.full((2, 2), float("nan"))),
+    ],
+)
+def test_no_target_at_all_gives_zero_not_nan(head: Head, targets: torch.Tensor) -> None:
     for return_logits in (True, False):
-        loss, _ = head(torch.randn(1, 3, 6), torch.full((1, 3), -100), return_logits=return_logits)
+        hidden = torch.randn(2, 3, 6, requires_grad=True)
+        loss, _ = head(hidden, targets, return_logits=return_logits)
         assert loss.item() == 0
+        for gradient in torch.autograd.grad(loss, [hidden, *head.parameters()]):
+            assert not gradient.any()
+
+
+def test_what_is_not_known_is_no_part_of_the_mean() -> None:
+    hidden = torch.randn(3, 5, 4)
+    head = ClassificationHead(4, 3)
+    loss, logits = head(hidden, torch.tensor([2, -100, 0]))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[[0, 2]], torch.tensor([2, 0])))
+    regression = RegressionHead(4, 2)
+    labels = torch.tensor([[1.0, float("nan")], [float("nan")] * 2, [0.5, -2.0]])
+    loss, values = regression(hidden, labels)
+    torch.testing.assert_close(loss, (values - labels).square().nanmean())
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(regression.parameters())))
+
+
+LABELS, VALUES = torch.tensor([1, 0]), torch.tensor([1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("head", "targets"),
+    [
+        (RegressionHead(6), LABELS),
+        (RegressionHead(6, 3), torch.randn(2, 5, 3)),
+        (ClassificationHead(6, 4), VALUES),
+        (ClassificationHead(6, 4), torch.zeros(2, 5, dtype=torch.long)),
+        (LMHead(6, 4), LABELS),
+        (LMHead(6, 4), torch.randn(2, 5)),
+        (LMHead(6, 4), torch.zeros(2, 4, dtype=torch.long)),
+        (RCLMHead(6, 4, [3, 2, 1, 0]), LABELS),
+    ],
+)
+def test_targets_of_another_kind_are_refused(head: Head, targets: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"learns (labels|values) .*the targets are (labels|values) \(2"):
+        head(torch.randn(2, 5, 12 if head.strands == 2 else 6), targets)
 
 
 def test_classification_and_regression_losses() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mambaseq.models import TokenEncoder, causal_lm
+from mambaseq.encoders import TokenEncoder
+from mambaseq.models import causal_lm
 from mambaseq.ops import embedding
 from mambaseq.ops.dispatch import relative_rms_error
 from mambaseq.ops.embedding import Embedding, looked_up

@@ -1,0 +1,125 @@
+"""Encoders: from what a dataset gives to embeddings. The contract, and those of tokens and of continuous signals."""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.heads.reverse_complement import complement_table
+from mambaseq.ops.embedding import Embedding
+
+
+class Encoder(nn.Module, abc.ABC):
+    """Inputs `(batch, length)` int64 or `(batch, length, channels)` float to embeddings `(batch, length, d_model)`.
+
+    causal: position t sees no input after t. There is no default: whoever predicts the next token has to know it.
+    position_wise: position t sees input t alone. Only such an encoder is run part by part, beside a state (generation,
+        long records), since encoders keep none themselves.
+    takes_mask: whether `forward` takes a `mask=` of real positions, `(batch, length)` bool, because positions are not
+        independent of the padding behind them. What is neither causal nor takes the mask is given no padded batch.
+    stride: inputs to a position of the output, which has `ceil(length / stride)` of them for each sequence, those of
+        packed sequences end to end. min_length: shorter sequences have nothing to be seen.
+    strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
+
+    An encoder that is no subclass is used too; what it does not declare it is not trusted with.
+    """
+
+    causal: bool
+    position_wise: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = False
+    stride: int = 1
+    min_length: int = 1
+    strands: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """condition: `(sequences,)` int64. cu_seqlens: `(sequences + 1,)` int32, packs sequences into batch 1; no
+        position sees an input of another sequence than its own."""
+
+
+def output_bounds(cu_seqlens: Tensor, stride: int) -> Tensor:
+    """Where packed sequences begin in the output of an encoder of this stride, as `cu_seqlens`."""
+    if stride == 1:
+        return cu_seqlens
+    words = (cu_seqlens.diff() + stride - 1) // stride
+    return torch.cat([cu_seqlens.new_zeros(1), words.cumsum(0, dtype=cu_seqlens.dtype)])
+
+
+class TokenEncoder(Encoder):
+    """Token ids `(batch, length)` to embeddings, plus the embedding of a condition at every position.
+
+    Args:
+        d_model: width.
+        vocab_size: number of token ids.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    causal = True
+    position_wise: ClassVar[bool] = True
+
+    def __init__(self, d_model: int, vocab_size: int, n_conditions: int = 0) -> None:
+        super().__init__()
+        self.embedding = Embedding(vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.embedding(inputs)
+        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+class RCTokenEncoder(TokenEncoder):
+    """Tokens of both strands of DNA: the embedding of each base beside that of the base paired with it, `(batch,
+    length, 2 * d_model)` (see `backbones/reverse_complement.py`).
+
+    Args:
+        d_model: width of one strand.
+        vocab_size: number of token ids.
+        complement: the id paired with each id.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    strands: ClassVar[int] = 2
+
+    def __init__(self, d_model: int, vocab_size: int, complement: list[int], n_conditions: int = 0) -> None:
+        super().__init__(d_model, vocab_size, n_conditions)
+        self.complement: Tensor
+        self.register_buffer("complement", complement_table(complement, vocab_size), persistent=False)
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        strands = (inputs, self.complement[inputs])
+        return torch.cat([super(RCTokenEncoder, self).forward(s, condition, cu_seqlens) for s in strands], dim=-1)
+
+
+class SignalEncoder(Encoder):
+    """A continuous signal `(batch, length, n_channels)` to embeddings, without quantising it.
+
+    Args:
+        d_model: width.
+        n_channels: channels of the signal.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    causal = True
+    position_wise: ClassVar[bool] = True
+
+    def __init__(self, d_model: int, n_channels: int, n_conditions: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_channels, d_model)
+        self.condition = Embedding(n_conditions, d_model) if n_conditions else None
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.linear(inputs.to(self.linear.weight.dtype))
+        return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+def _condition(table: Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if table is None:
+        raise ValueError("A condition was given to a model without conditions (encoder.n_conditions is 0).")
+    if cu_seqlens is None:
+        return table(condition)[:, None]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return table(torch.repeat_interleave(condition, lengths))[None]
