@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class SequenceAccuracy(Metric):
     """Share of the sequences whose every target is ranked first; sequences without a target do not count."""
 
     higher_is_better = True
+    per_token: ClassVar[bool | None] = True
+    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
     counts: Tensor
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
@@ -56,6 +59,8 @@ class AccuracyByLength(Metric):
 
     scalar = False
     higher_is_better = None
+    per_token: ClassVar[bool | None] = True
+    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
     counts: Tensor
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:

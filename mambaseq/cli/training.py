@@ -22,12 +22,13 @@ from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, tas
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
 from mambaseq.data.module import SequenceData
-from mambaseq.data.purpose import is_next_token, task_of
+from mambaseq.data.purpose import task_of
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.pictures import learning_curves, save_png
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, Throughput
+from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.task import Task
 
 
@@ -164,41 +165,8 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
     spec = settings.model_spec(data)
     with _explained("The settings under model cannot be used"):
         model = build_model(spec)
-    if settings.settings["loader"]["pack"] and getattr(model.encoder, "stride", 1) != 1:
-        raise ConfigError(
-            f"The encoder {spec['encoder']['name']!r} shortens its input and cannot take packed sequences. Set "
-            f"loader.pack to false, or choose another encoder."
-        )
-    _check_head(settings, data, model)
+    check_data(model, data, repr(settings.settings["data"]["name"]), settings.make_metrics(data))
     return model
-
-
-def _check_head(settings: RunConfig, data: SequenceData, model: SequenceModel) -> None:
-    """Raise ConfigError when the data's targets are not of the head's kind: one a token, or one a sequence."""
-    per_token, values, train = not data.class_names, False, data.train()
-    if isinstance(train, torch.utils.data.IterableDataset):
-        if per_token:
-            return  # tokens or values: it cannot be asked for an example before it is placed
-    elif len(train) > 0:
-        first = train[0]
-        if first.targets is None:
-            return
-        per_token, values = first.per_token, first.targets.is_floating_point()
-        if per_token and not model.backbone.causal and is_next_token(first):
-            raise ConfigError(
-                f"The dataset {settings.settings['data']['name']!r} asks for the next token, which the backbone "
-                f"{settings.settings['model']['backbone']['name']!r} sees. Choose a causal backbone, such as "
-                f"'residual', or a dataset of labels or of masked tokens."
-            )
-    if per_token != model.head.per_token:
-        given, fitting = (
-            ("a token", "lm") if per_token else ("a sequence", "regression" if values else "classification")
-        )
-        raise ConfigError(
-            f"model.head.name is {settings.settings['model']['head']['name']!r}, but the dataset "
-            f"{settings.settings['data']['name']!r} gives one target {given}. Choose a head for those, such as "
-            f"{fitting!r} (`mambaseq list heads`), or another dataset."
-        )
 
 
 def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:

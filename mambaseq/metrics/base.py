@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torchmetrics
 from torch import Tensor
@@ -18,11 +18,15 @@ class Metric(torchmetrics.Metric, abc.ABC):
 
     needs_logits: the model must return logits for it. scalar: False for what is saved as a table instead of logged.
     higher_is_better: for choosing the best checkpoint.
+    per_token: whether it needs a target for each position (True) or for each sequence (False); None: either.
+    measures: "labels" (int64) or "values" (float32); None: either. By these two what does not fit is refused in time.
     """
 
     full_state_update = False
     needs_logits: ClassVar[bool] = True
     scalar: ClassVar[bool] = True
+    per_token: ClassVar[bool | None] = None
+    measures: ClassVar[Literal["labels", "values"] | None] = None
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from mambaseq.models import ModelOutput
 
 
 class Confusion(Metric):
-    """Confusion matrix `(n_classes, n_classes)`: rows are true classes, columns predicted ones."""
+    """Confusion matrix `(n_classes, n_classes)`: rows are true classes, columns predicted ones. Labels are those of
+    sequences or of positions; those that are -100 do not count."""
 
     scalar = False
+    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
     higher_is_better: bool | None = None
     counts: Tensor
 
@@ -31,14 +34,22 @@ class Confusion(Metric):
     def update(self, output: ModelOutput, batch: Batch) -> None:
         assert output.logits is not None
         assert batch.targets is not None
-        self.counts += multiclass_confusion_matrix(output.logits, batch.targets, num_classes=len(self.class_names))
+        n = len(self.class_names)
+        if output.logits.shape[-1] != n:
+            raise ConfigError(
+                f"{type(self).__name__} counts the {n} classes of the data, and the head tells "
+                f"{output.logits.shape[-1]} apart. Choose a head of the data's classes, or remove the metric."
+            )
+        known = batch.targets.flatten() != -100
+        logits, targets = output.logits.flatten(0, -2)[known], batch.targets.flatten()[known]
+        self.counts += multiclass_confusion_matrix(logits, targets, num_classes=n)
 
     def compute(self) -> Tensor:
         return self.counts
 
 
 class Accuracy(Confusion):
-    """Share of the sequences labelled correctly."""
+    """Share of the labels (of sequences, or of positions) that are ranked first."""
 
     scalar = True
     higher_is_better = True

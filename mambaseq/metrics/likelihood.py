@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class _Likelihood(Metric):
 
     needs_logits = False
     higher_is_better = False
+    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
     nll: Tensor
     units: Tensor
 
@@ -28,8 +30,7 @@ class _Likelihood(Metric):
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         assert output.loss is not None
-        assert batch.targets is not None
-        n = (batch.targets != -100).sum()
+        n = batch.n_targets
         self.nll += output.loss.double() * n
         self.units += self._units(batch, n)
 
@@ -38,6 +39,15 @@ class _Likelihood(Metric):
 
     def _mean(self) -> Tensor:
         return self.nll / self.units
+
+
+class MeanLoss(_Likelihood):
+    """Mean loss of a target, whatever the head's loss is."""
+
+    measures: ClassVar[Literal["labels", "values"] | None] = None
+
+    def compute(self) -> Tensor:
+        return self._mean()
 
 
 class BitsPerToken(_Likelihood):
@@ -68,6 +78,7 @@ class TokenAccuracy(Metric):
     """Share of the targets that the model ranks first."""
 
     higher_is_better = True
+    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
     correct: Tensor
     total: Tensor
 

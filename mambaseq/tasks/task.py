@@ -8,13 +8,17 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mambaseq.batch import Batch
+from mambaseq.data.purpose import is_next_token
 from mambaseq.errors import ConfigError
 from mambaseq.metrics.base import Metric
+from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
+from mambaseq.tasks.fitting import check_kinds, check_next_token, probe_future, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -70,11 +74,16 @@ def shorten(batch: Batch, length: int) -> Batch:
         targets=cut(targets) if per_token else targets,
         mask=cut(batch.mask),
         condition=cut(batch.condition),
+        target_of=batch.target_of,
     )
 
 
 class Task(lightning.LightningModule):
     """Trains a model on batches of any modality.
+
+    Every target counts alike: a batch's loss is a mean over its targets, and where an optimizer step is made of several
+    batches, those of accumulated gradients or of other processes, each weighs as many targets as it has. `train/loss`
+    is that of one batch on one process; `val/loss` and `test/loss` are means over all targets of the set.
 
     metrics: name to metric; logged as `val/NAME` and `test/NAME`, the tables among them kept in `tables`.
     seed: randomness of step k (dropout) depends on (seed, k) alone, so that a resumed run repeats it.
@@ -96,8 +105,17 @@ class Task(lightning.LightningModule):
         self.stages = nn.ModuleDict(
             {stage: nn.ModuleDict({k: m.clone() for k, m in (metrics or {}).items()}) for stage in ("val_", "test_")}
         )
+        self.losses = nn.ModuleDict({stage: MeanLoss() for stage in ("val_", "test_")})
+        # of the accumulation window at hand: targets of its first batch, and of all so far, over all processes
+        self._window: tuple[Tensor, Tensor] | None = None
+        self._fits = False
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """By this name callbacks that freeze and thaw (Lightning's `BackboneFinetuning`) know it."""
+        return self.model.backbone
 
     def run_model(self, batch: Batch, return_logits: bool | None = None) -> ModelOutput:
         return self.model(
@@ -109,7 +127,27 @@ class Task(lightning.LightningModule):
             return_logits=return_logits,
         )
 
+    def on_train_start(self) -> None:
+        self._window, self._fits = None, False
+
+    def _check_fit(self, batch: Batch) -> None:
+        """Raise ConfigError where model, metrics and data do not go together; see `fitting`."""
+        metrics = self._metrics("val")
+        check_kinds(self.model, batch, metrics)
+        task = self.trainer.datamodule.data.task  # type: ignore[attr-defined]
+        next_token = task == "next_token" or (task is None and batch.per_token and is_next_token(batch))
+        if next_token:
+            check_next_token(self.model)
+        # the parts of a sharded model do not run alone
+        if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            rehearse(self.model, batch, metrics)
+            if next_token:
+                probe_future(self.model, batch)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if not self._fits:
+            self._check_fit(batch)
+            self._fits = True
         step = self.trainer.datamodule.batches_done  # type: ignore[attr-defined]
         torch.manual_seed(hash((self.seed, step, self.global_rank)) % 2**63)
 
@@ -119,17 +157,57 @@ class Task(lightning.LightningModule):
         assert output.loss is not None
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
         self.log("train/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0])
-        return output.loss
+        return self._weighted(output.loss, batch)
+
+    def _weighted(self, loss: Tensor, batch: Batch) -> Tensor:
+        """A mean over the batch's targets, made so that the mean of it over batches and processes, once
+        `on_before_optimizer_step` has mended its scale, is one over all of their targets. Nothing waits for a GPU."""
+        processes = self.trainer.world_size
+        if self.trainer.strategy.handles_gradient_accumulation or (
+            processes == 1 and self.trainer.accumulate_grad_batches == 1
+        ):
+            return loss
+        here = batch.n_targets
+        everywhere = here
+        if processes > 1:
+            everywhere = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")  # type: ignore[assignment]
+        if self._window is None:
+            self._window = everywhere.clamp(min=1), everywhere
+        else:
+            self._window = self._window[0], self._window[1] + everywhere
+        # equal counts make this 1 exactly; floats are named, since half-precision runs change the default dtype
+        return loss * ((here * processes).float() / self._window[0].float())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning has divided by the number of batches of a whole window, however many there were, and `_weighted` by
+        the targets of the first; it is to be the targets of all. This is called before gradients are clipped, and after
+        those of fp16 are unscaled."""
+        if self._window is None:
+            return
+        (first, targets), self._window = self._window, None
+        batches = self.trainer.accumulate_grad_batches
+        if batches == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        if gradients:
+            torch._foreach_mul_(gradients, (first * batches).float() / targets.clamp(min=1).float())
+
+    def _metrics(self, stage: str) -> dict[str, Metric]:
+        return dict(self.stages[f"{stage}_"].items())  # type: ignore[operator]
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        metrics: list[Metric] = list(self.stages[f"{stage}_"].values())  # type: ignore[operator]
-        output = self.run_model(batch, return_logits=any(metric.needs_logits for metric in metrics) or None)
-        assert output.loss is not None
-        self.log(f"{stage}/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0], sync_dist=True)
-        for metric in metrics:
-            metric.update(output, batch)
+        metrics = self._metrics(stage)
+        check_kinds(self.model, batch, metrics)
+        output = self.run_model(batch, any(metric.needs_logits for metric in metrics.values()) or None)
+        for metric in (self.losses[f"{stage}_"], *metrics.values()):
+            metric.update(output, batch)  # type: ignore[operator]
 
     def _finish(self, stage: str) -> None:
+        loss: MeanLoss = self.losses[f"{stage}_"]  # type: ignore[assignment]
+        self.log(f"{stage}/loss", loss.compute().float(), prog_bar=True, sync_dist=True)
+        loss.reset()
         for name, metric in self.stages[f"{stage}_"].items():  # type: ignore[operator]
             value = metric.compute()
             metric.reset()

@@ -190,10 +190,13 @@ REFUSED = {
     "--length_warmup.steps_per_stage=0": r"length_warmup\.steps_per_stage at least 1",
     "--loader.batch_size=0": r"loader\.batch_size must be at least 1",
     "--seed=-1": r"seed must be at least 0",
-    "--model.encoder.name=dna/kmer --loader.pack=true": r"shortens its input and cannot take packed",
+    "--model.encoder.name=dna/kmer": r"KmerEncoder gives a position for 3 inputs .*model\.encoder\.stride to 1",
+    "--model.encoder.name=dna/kmer --model.encoder.stride=1": r"the next token, which the encoder 'dna/kmer' sees",
+    "--data.name=cli.test_config:Labelled --model.head.name=regression": r"is 'regression', .* one label a sequence",
+    "--data.name=tiny:TinyValues --model.head.name=regression": r"'token_accuracy' needs a label, .* one value a seq",
     "--data.name=cli.test_config:Labelled --model.head.name=lm": r"model\.head\.name is 'lm'.*'classification'",
     "--data.name=tiny:TinyValues --model.head.name=lm": r"model\.head\.name is 'lm'.*'regression'",
-    "--model.head.name=regression": r"model\.head\.name is 'regression', but .* one target a token.*'lm'",
+    "--model.head.name=regression": r"model\.head\.name is 'regression', but .* one label a position.*'lm'",
     "--out=/proc/run": r"/proc/run cannot be made.*--out",
 }
 

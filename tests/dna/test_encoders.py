@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from mambaseq_dna.encoders import KmerEncoder
 
 NONE = 16  # 4^2

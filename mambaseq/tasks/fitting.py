@@ -1,0 +1,193 @@
+"""Do a model, its metrics and the data go together? Asked before the first step, so that nothing is learned, or
+measured, that is not what it seems."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData
+from mambaseq.data.purpose import is_next_token
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.metrics.base import Metric
+from mambaseq.models import SequenceModel
+
+_EXAMPLES = 8  # that are looked at for one with a target
+_PROBED = 64  # positions
+
+
+def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: Mapping[str, Metric]) -> None:
+    """Raise ConfigError where the examples of a data set that is set up do not go with the model or the metrics.
+
+    A stream cannot be asked for an example before it is placed: its validation set is, and the first training batch
+    when it comes (`Task`).
+    """
+    batch = _example(data)
+    if batch is not None:
+        check_kinds(model, batch, metrics, dataset)
+        if data.task == "next_token" or (batch.per_token and is_next_token(batch)):
+            check_next_token(model, dataset)
+    elif data.task == "next_token":
+        check_next_token(model, dataset)
+    elif data.class_names and data.task in (None, "classes") and model.head.per_token:
+        raise _wrong_head(model, dataset, "label a sequence", "classification")
+
+
+def _example(data: SequenceData) -> Batch | None:
+    """A batch of one, with a target if there is one among the first."""
+    for make in (data.train, data.validation):
+        dataset: Any = make()
+        if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset) or len(dataset) == 0:
+            continue
+        examples = (dataset[index] for index in range(min(_EXAMPLES, len(dataset))))
+        first = next(examples)
+        return next((one for one in itertools.chain([first], examples) if int(one.n_targets)), first)
+    return None
+
+
+def check_kinds(
+    model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric], dataset: str = "that is given"
+) -> None:
+    """Raise ConfigError where a batch's targets are not what the head learns or a metric measures. Reads no value."""
+    if batch.targets is None:
+        return
+    per_token, kind = batch.per_token, "values" if batch.targets.is_floating_point() else "labels"
+    given = f"{'value' if kind == 'values' else 'label'} a {'position' if per_token else 'sequence'}"
+    head = model.head
+    if per_token != head.per_token or getattr(head, "learns", None) not in (None, kind):
+        if per_token:
+            fitting = "lm" if kind == "labels" else ""
+        else:
+            fitting = "regression" if kind == "values" else "classification"
+        raise _wrong_head(model, dataset, given, fitting)
+    for name, metric in metrics.items():
+        if metric.per_token not in (None, per_token) or metric.measures not in (None, kind):
+            takes = "a target" if metric.measures is None else f"a {metric.measures.removesuffix('s')}"
+            place = {None: "", True: " for each position", False: " for each sequence"}[metric.per_token]
+            raise ConfigError(
+                f"The metric {name!r} needs {takes}{place}, and the dataset {dataset} gives one {given}. Remove it "
+                f"from metrics, or choose another (`mambaseq list metrics`)."
+            )
+
+
+def _wrong_head(model: SequenceModel, dataset: str, given: str, fitting: str) -> ConfigError:
+    such = f" Choose a head for those, such as {fitting!r}" if fitting else " Choose a head for those, a plugin's,"
+    return ConfigError(
+        f"model.head.name is {_name(model, 'head')}, but the dataset {dataset} gives one {given}.{such} "
+        f"(`mambaseq list heads`), or another dataset."
+    )
+
+
+def _name(model: SequenceModel, part: str) -> str:
+    """As the configuration has it, where there is one."""
+    return repr((model.spec or {}).get(part, {}).get("name") or type(getattr(model, part)).__name__)
+
+
+def check_next_token(model: SequenceModel, dataset: str = "that is given") -> None:
+    """Raise ConfigError where a model that is to predict the next token can see it, or an encoder does not say."""
+    asks = f"The dataset {dataset} asks for the next token, which the"
+    if not model.backbone.causal:
+        raise ConfigError(
+            f"{asks} backbone {_name(model, 'backbone')} sees. Choose a causal backbone, such as 'residual', or a "
+            f"dataset of labels or of masked tokens."
+        )
+    causal = getattr(model.encoder, "causal", None)
+    if causal is None:
+        raise ConfigError(
+            f"{asks} encoder {_name(model, 'encoder')} may see: it does not say whether it is causal. Declare "
+            f"causal = True in {type(model.encoder).__name__} where a position sees nothing after it, or "
+            f"choose another encoder."
+        )
+    if not causal:
+        raise ConfigError(
+            f"{asks} encoder {_name(model, 'encoder')} sees. Choose a causal encoder, such as 'tokens', or a dataset "
+            f"of labels."
+        )
+
+
+@contextlib.contextmanager
+def _aside(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; nothing of it remains."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def rehearse(model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric]) -> None:
+    """Hand the first row's output to a copy of each metric that reads it. Raises ConfigError for one that fails."""
+    reading = {name: metric for name, metric in metrics.items() if metric.needs_logits}
+    if not reading:
+        return
+    if batch.cu_seqlens is None:
+        batch = batch.map(lambda tensor: tensor[:1])
+    with _aside(model):
+        output = model(
+            batch.inputs,
+            batch.targets,
+            mask=batch.mask,
+            condition=batch.condition,
+            cu_seqlens=batch.cu_seqlens,
+            return_logits=True,
+        )
+        for name, metric in reading.items():
+            try:
+                metric.clone().update(output, batch)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a third party's metric does
+                raise ConfigError(
+                    f"The metric {name!r} cannot be had of what the head {_name(model, 'head')} gives: "
+                    f"{' '.join(str(error).split())[:300]}. Remove it from metrics, or choose another."
+                ) from error
+
+
+def probe_future(model: SequenceModel, batch: Batch) -> None:
+    """Change the end of a sequence and see what its beginning says of it: encoders and backbones that declare to be
+    causal are held to it. Raises ConfigError where one is not."""
+    inputs = batch.inputs[:1, :_PROBED]
+    changed, at = _other_end(inputs)
+    if at == 0:
+        return
+    condition = None if batch.condition is None else batch.condition[:1]
+    with _aside(model):
+        before = model.encoder(inputs, condition), model.encoder(changed, condition)
+        _compare(before[0][:, :at], before[1][:, :at], "encoder", model, at)
+        after = model.backbone(before[0]), model.backbone(before[1])
+        _compare(after[0][:, :at], after[1][:, :at], "backbone", model, at)
+
+
+def _other_end(inputs: Tensor) -> tuple[Tensor, int]:
+    """A row `(1, length, ...)` with other values of its own from some position on, and that; 0 where it has none."""
+    length = inputs.shape[1]
+    if inputs.is_floating_point():
+        at = length // 2
+        return torch.cat([inputs[:, :at], 1 - inputs[:, at:]], 1), at
+    ids = inputs[0].tolist()
+    middle = sorted(range(1, length), key=lambda at: abs(at - length // 2))
+    for at, turn in itertools.product(middle, range(1, length)):
+        if ids[at] != ids[at - turn]:
+            return torch.cat([inputs[:, :at], inputs.roll(turn, 1)[:, at:]], 1), at
+    return inputs, 0
+
+
+def _compare(one: Tensor, other: Tensor, part: str, model: SequenceModel, at: int) -> None:
+    one, other = one.float(), other.float()
+    # an FFT spreads rounding over all positions
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2
+    if bool((one - other).abs().max() > tolerance * one.abs().max()):
+        raise ConfigError(
+            f"The {part} {_name(model, part)} says that it is causal, and what it gives for the first {at} positions "
+            f"changes with those after them: a model that predicts the next token would see it. Choose another {part}, "
+            f"or mend this one's `causal`."
+        )

@@ -1,0 +1,270 @@
+"""What does not go together is refused before the first step: heads, metrics, encoders and what the data ask for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import lightning
+import pytest
+import torch
+from tasks.ragged import NAN, model_of
+from tiny import TinyTokens
+from torch import Tensor, nn
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.encoders import Encoder, TokenEncoder
+from mambaseq.errors import ConfigError
+from mambaseq.heads.classification import ClassificationHead
+from mambaseq.heads.lm import LMHead
+from mambaseq.metrics.base import Metric
+from mambaseq.metrics.classification import Accuracy, MacroF1
+from mambaseq.metrics.likelihood import BitsPerToken, TokenAccuracy
+from mambaseq.models import SequenceModel
+from mambaseq.tasks.fitting import check_data, check_kinds, probe_future
+from mambaseq.tasks.task import Task
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
+LABEL, VALUE = torch.tensor([2]), torch.tensor([0.5])
+TOKENS, LEVELS = IDS.roll(3, 1), torch.randn(1, 8, 2)
+
+
+class Ahead(nn.Module):
+    """A plugin's encoder that says nothing of itself and sees the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.table(inputs) + self.table(inputs.roll(-1, 1))
+
+
+class Liar(Ahead):
+    causal = True
+
+
+class Honest(Ahead):
+    causal = False
+
+
+class Convolution(Encoder):
+    """Sees the last tokens alone, through a transform of the whole row: rounding is everywhere."""
+
+    causal = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.table(inputs)
+        n = x.shape[1]
+        kernel = torch.fft.rfft(torch.rand(n, 1, generator=torch.Generator().manual_seed(0)), 2 * n, 0)
+        return torch.fft.irfft(torch.fft.rfft(x, 2 * n, 1) * kernel, 2 * n, 1)[:, :n]
+
+
+class NextTokens(TinyTokens):
+    """Streamed: no example can be had before it is placed."""
+
+    def train(self) -> Any:
+        items = super().train()
+
+        class Stream(torch.utils.data.IterableDataset):
+            def place(self, **_: int) -> None:
+                pass
+
+            def __iter__(self) -> Any:
+                return (items[index] for index in range(len(items)))
+
+        return Stream()
+
+    def validation(self) -> Any:
+        return None
+
+
+class Sets(SequenceData):
+    """One batch of one, again and again."""
+
+    vocab_size = 7
+
+    def __init__(self, item: Batch, class_names: tuple[str, ...] = ()) -> None:
+        self.item, self.class_names = item, class_names
+
+    def setup(self) -> None:
+        pass
+
+    def train(self) -> list[Batch]:
+        return [self.item] * 4
+
+    def validation(self) -> list[Batch]:
+        return [self.item] * 2
+
+
+def with_encoder(encoder: nn.Module) -> SequenceModel:
+    model = model_of("lm")
+    return SequenceModel(encoder, model.backbone, model.head)
+
+
+def fit(data: SequenceData, model: SequenceModel, metrics: dict[str, Metric] | None = None, **options: Any) -> Task:
+    task = Task(model, metrics=metrics)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=SequenceDataModule(data, batch_size=2))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("head", "targets", "fitting"),
+    [
+        ("regression", LABEL, "classification"),
+        ("regression", TOKENS, "lm"),
+        ("regression", LEVELS, "plugin"),
+        ("classification", VALUE, "regression"),
+        ("classification", TOKENS, "lm"),
+        ("lm", LABEL, "classification"),
+        ("lm", VALUE, "regression"),
+        ("lm", LEVELS, "plugin"),
+    ],
+)
+def test_heads_learn_what_they_say(head: str, targets: Tensor, fitting: str) -> None:
+    batch = Batch(IDS, targets)
+    with pytest.raises(ConfigError, match=f"model.head.name is '{head}', but the dataset 'x' gives one .*{fitting}"):
+        check_data(model_of(head), Sets(batch), "'x'", {})
+    with pytest.raises(ConfigError, match=r"model\.head\.name"):
+        fit(Sets(batch), model_of(head))
+
+
+def test_several_labels_a_sequence_are_not_told_apart_by_their_number() -> None:
+    """A batch says that eight labels of a row of eight tokens are the sequence's: no head here learns those."""
+    batch = Batch(IDS, torch.ones_like(IDS), target_of="sequence")
+    for head, message in (("lm", "one label a sequence"), ("classification", "learns labels")):
+        with pytest.raises(ConfigError, match=message):
+            fit(Sets(batch), model_of(head))
+
+
+class PerPosition(Metric):
+    """A plugin's that does not say what it needs, and fails."""
+
+    def update(self, output: Any, batch: Batch) -> None:
+        output.logits[:, 10_000]
+
+    def compute(self) -> Tensor:
+        return torch.zeros(())
+
+
+class OfSequences(TokenAccuracy):
+    per_token: ClassVar[bool | None] = False
+
+
+@pytest.mark.parametrize(
+    ("head", "targets", "metric", "message"),
+    [
+        ("regression", torch.tensor([[0.5, NAN]]), Accuracy(("a", "b")), "'m' needs a label, .* one value a sequence"),
+        ("regression", torch.tensor([[0.5, NAN]]), BitsPerToken(), "'m' needs a label, .* one value a sequence"),
+        ("lm", TOKENS, OfSequences(), "'m' needs a label for each sequence, and .* one label a position"),
+        ("lm", TOKENS, Accuracy(("a", "b")), "counts the 2 classes of the data, and the head tells 7 apart"),
+        ("lm", TOKENS, PerPosition(), "'m' cannot be had of what the head 'lm' gives: .*out of bounds"),
+    ],
+)  # fmt: skip
+def test_metrics_that_do_not_fit_are_refused_before_the_first_step(
+    head: str, targets: Tensor, metric: Metric, message: str
+) -> None:
+    model = model_of(head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=message):
+        fit(Sets(Batch(IDS, targets)), model, {"m": metric})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_class_metrics_count_labels_of_positions() -> None:
+    """A labeller of positions: one right of two, -100 is no label."""
+    names = tuple("abcdefg")
+    task = fit(
+        Sets(Batch(IDS, TOKENS), names), model_of("lm"), {"accuracy": Accuracy(names), "macro_f1": MacroF1(names)}
+    )
+    assert 0 <= task.results["val/accuracy"] <= 1
+    metric = Accuracy(("a", "b"))
+    logits = torch.tensor([[[2.0, 1.0], [2.0, 1.0], [0.0, 1.0]]])
+    metric.update(type("Output", (), {"logits": logits}), Batch(torch.zeros(1, 3), torch.tensor([[0, 1, -100]])))
+    assert float(metric.compute()) == 0.5
+
+
+def test_next_tokens_need_an_encoder_that_is_causal() -> None:
+    for encoder, message in (
+        (Ahead(), "encoder 'Ahead' may see: .*Declare causal = True in Ahead"),
+        (Honest(), "next token, which the encoder 'Honest' sees"),
+        (Liar(), "'Liar' says that it is causal, and what it gives for the first 8 positions"),
+    ):
+        for data in (TinyTokens(size=4), NextTokens(size=4)):
+            with pytest.raises(ConfigError, match=message):
+                fit(data, with_encoder(encoder))
+        if not isinstance(encoder, Liar):
+            with pytest.raises(ConfigError, match=message):
+                check_data(with_encoder(encoder), TinyTokens(), "'tiny'", {})
+    fit(TinyTokens(size=4), with_encoder(Convolution()))
+
+
+def test_other_targets_may_be_seen() -> None:
+    """Labels of positions that are not the next token: an encoder that looks ahead is what is wanted."""
+    fit(Sets(Batch(IDS, TOKENS)), with_encoder(Honest()))
+    fit(Sets(Batch(IDS, LABEL)), SequenceModel(Ahead(), model_of("lm").backbone, ClassificationHead(8, 3)))
+
+
+def test_a_data_set_that_says_what_it_asks_for_is_believed() -> None:
+    data = Sets(Batch(IDS, TOKENS))
+    data.task = "next_token"
+    with pytest.raises(ConfigError, match="which the encoder 'Honest' sees"):
+        check_data(with_encoder(Honest()), data, "'x'", {})
+
+
+def test_a_first_sequence_without_a_target_tells_nothing() -> None:
+    data = TinyTokens(size=4)
+    items = [data.train()[index] for index in range(4)]
+    items[0].targets = torch.full_like(items[0].targets, -100)
+    data.train = lambda: items  # type: ignore[assignment, method-assign]
+    with pytest.raises(ConfigError, match="sees"):
+        check_data(with_encoder(Honest()), data, "'x'", {})
+
+
+def test_the_probe_leaves_nothing_behind() -> None:
+    model = model_of("lm").train()
+    model.backbone.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    check_kinds(model, Batch(IDS, TOKENS), {})
+    for inputs in (IDS, torch.ones_like(IDS)):  # nothing can be changed in a row of one value
+        probe_future(model, Batch(inputs, TOKENS))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_sees_padding_or_keeps_no_state_is_refused() -> None:
+    mask = torch.tensor([[True] * 5 + [False] * 3])
+    for encoder in (Ahead(), Honest()):
+        with pytest.raises(ConfigError, match=f"The encoder {type(encoder).__name__} .* takes no mask"):
+            with_encoder(encoder)(IDS, mask=mask)
+        with pytest.raises(ConfigError, match=r"position_wise = True"):
+            with_encoder(encoder)(IDS, return_state=True)
+        model = with_encoder(encoder)
+        with pytest.raises(ConfigError, match=r"position_wise = True"):
+            model.step_(IDS[:, 0], model.init_state(1))
+
+    class Both(type(model_of("lm").backbone)):  # type: ignore[misc]
+        causal = False
+
+    model = model_of("lm")
+    model.backbone.__class__ = Both
+    with pytest.raises(ConfigError, match=r"The backbone Both .* takes no mask"):
+        model(IDS, mask=mask)
+
+
+def test_a_stride_needs_a_head_of_sequences() -> None:
+    encoder = TokenEncoder(8, 7)
+    encoder.stride = 2
+    with pytest.raises(
+        ConfigError, match=r"TokenEncoder gives a position for 2 inputs \(stride\), and the head LMHead"
+    ):
+        SequenceModel(encoder, model_of("lm").backbone, LMHead(8, 7))
