@@ -108,7 +108,14 @@ def _at_least_one(option: str, value: int) -> int:
 
 def _files(inputs: list[Path]) -> list[Path]:
     """What there is to read; of a folder only the reader knows which files it takes. Raises DataError."""
-    return [file for path in inputs for file in ([path] if path.exists() else locate(path))]
+    return [file for path in inputs for file in ([path] if _exists(path) else locate(path))]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long, or in a folder that may not be looked into: `locate` says so
+        return False
 
 
 def _check_not_overwritten(out: Path, inputs: list[Path], files: list[Path]) -> None:

@@ -29,13 +29,21 @@ TEXT: dict[str, Any] = {
 
 
 def saved(
-    folder: Path, head: dict, coding: Tokenizer, n_conditions: int = 0, encoder: dict | None = None, **card: Any
+    folder: Path,
+    head: dict,
+    coding: Tokenizer | None,
+    n_conditions: int = 0,
+    encoder: dict | None = None,
+    backbone: dict | None = None,
+    mixer: str = "mamba",
+    **card: Any,
 ) -> Path:
+    vocab_size = 0 if coding is None else coding.vocab_size
     spec = {
         "d_model": 8,
-        "encoder": encoder or {"name": "tokens", "vocab_size": coding.vocab_size, "n_conditions": n_conditions},
-        "backbone": {"name": "residual", "n_layers": 1},
-        "mixer": {"name": "mamba"},
+        "encoder": encoder or {"name": "tokens", "vocab_size": vocab_size, "n_conditions": n_conditions},
+        "backbone": backbone or {"name": "residual", "n_layers": 1},
+        "mixer": {"name": mixer},
         "head": head,
     }
     model = build_model(spec)
@@ -274,9 +282,9 @@ def test_tokens_that_training_leaves_out_are_not_scored(tmp_path: Path) -> None:
     assert float(row["bits_per_token"]) == pytest.approx(float(losses[wanted].mean()) / math.log(2), abs=2e-6)
 
 
-def spoil(model: Path, value: float = math.nan) -> None:
-    """Put a value into a weight of a saved model."""
+def spoil(model: Path, value: float = math.nan, name: str = "backbone.norm_f.weight") -> None:
+    """Make all of a saved model's tensor of a name this value."""
     loaded = load_model(model)
     with torch.no_grad():
-        loaded.model.backbone.mixers()[0].out_proj.weight[0, 0] = value  # type: ignore[union-attr, operator, index]
+        loaded.model.get_parameter(name).fill_(value)
     save_model(model, loaded.model, loaded.card, loaded.tokenizer)
