@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambaseq.checkpoints.export import load_weights, read_safetensors
-from mambaseq.errors import ConfigError, UserError
-from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
+from mambaseq.errors import UserError
+from mambaseq.heads.lm import LMHead
+from mambaseq.limits import LAYERS, UNPACKED_RATIO, UNRATED, YAML_BYTES
+from mambaseq.mixers.mamba import Mamba
+from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
+from mambaseq.mixers.norm import RMSNorm
+from mambaseq.models import SequenceModel, TokenEncoder, causal_lm
 
 _FIXED = {
     "encoder.embedding.weight": "backbone.embedding.weight",
@@ -22,13 +31,86 @@ _FIXED = {
 }
 
 
-def to_upstream(tensors: dict[str, Tensor], *, transformers: bool = False) -> dict[str, Tensor]:
-    """Our names to upstream's (`transformers` calls the embedding `embeddings`). A tied head is written out."""
+_OF_LAYER = re.compile(r"backbone\.layers\.(0|[1-9][0-9]*)\.(.+)")
+_BOTH = {
+    "norm.weight",
+    "mixer.A_log",
+    "mixer.D",
+    "mixer.conv1d.weight",
+    "mixer.in_proj.weight",
+    "mixer.out_proj.weight",
+}
+_KINDS = {
+    "Mamba-1": _BOTH | {"mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias"},
+    "Mamba-2": _BOTH | {"mixer.dt_bias", "mixer.norm.weight"},
+}
+_OPTIONAL = {"mixer.conv1d.bias", "mixer.in_proj.bias", "mixer.out_proj.bias"}
+
+
+def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bool = False) -> dict[str, Tensor]:
+    """The weights of a model, or its tensors by name, under upstream's names (`transformers` calls the embedding
+    `embeddings`). A tied head is written out.
+
+    Raises UserError for what upstream's Mamba and Mamba-2 do not have: other mixers, encoders, heads and backbones,
+    several kinds of layers, MLPs, shared mixers, conditions, and options that change what is computed. Some options of
+    the latter do not show in the tensors, so give the model where you have it.
+    """
+    if isinstance(model, SequenceModel):
+        _check_options(model, transformers)
+        tensors: Mapping[str, Tensor] = weights(model)
+    else:
+        tensors = model
+    _check_names(tensors)
     out = {_FIXED.get(name, name): tensor for name, tensor in tensors.items()}
     out.setdefault("lm_head.weight", out["backbone.embedding.weight"])
     if transformers:
         out["backbone.embeddings.weight"] = out.pop("backbone.embedding.weight")
     return out
+
+
+def _no_form(problem: str) -> UserError:
+    return UserError(
+        f"This model has no form as a published Mamba or Mamba-2: {problem}. Those are language models of one kind of "
+        f"layer, mamba or mamba2 as published, over tokens. Save others with save_model."
+    )
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    layers: dict[int, set[str]] = {}
+    for name in tensors:
+        if found := _OF_LAYER.fullmatch(name):
+            layers.setdefault(int(found[1]), set()).add(found[2])
+        elif name not in _FIXED:
+            raise _no_form(f"it has {name!r}, which those have not")
+    if missing := [name for name in _FIXED if name not in tensors and name != "head.linear.weight"]:
+        raise _no_form(f"{missing[0]!r} is missing")
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        raise _no_form("its layers are not numbered from 0 on, or it has none")
+    first = next((kind for kind, names in _KINDS.items() if names <= layers[0]), "Mamba-1")
+    for number, names in sorted(layers.items()):
+        if extra := sorted(names - _KINDS[first] - _OPTIONAL):
+            raise _no_form(f"layer {number} has {extra[0]!r}, which a {first} layer has not")
+        if missing := sorted(_KINDS[first] - names):
+            raise _no_form(f"layer {number} has no {missing[0]!r}, which a {first} layer has")
+        if names != layers[0]:
+            raise _no_form(f"layer {number} has other biases than layer 0")
+
+
+def _check_options(model: SequenceModel, transformers: bool) -> None:
+    """What is computed and does not show in names."""
+    parts = {"encoder": TokenEncoder, "backbone": ResidualStack, "head": LMHead}
+    for part, kind in parts.items():
+        if type(found := getattr(model, part)) is not kind:
+            raise _no_form(f"its {part} is a {type(found).__name__}, not a {kind.__name__}")
+    eps = {norm.eps for norm in model.backbone.modules() if isinstance(norm, RMSNorm | GatedRMSNorm)}
+    if len(eps) > 1 or (not transformers and eps != {1e-5}):  # a setting of transformers; fixed in the other house
+        theirs = "one for all" if transformers else "1e-05"
+        raise _no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, and theirs is {theirs}")
+    for number, mixer in enumerate(model.backbone.mixers()):
+        if type(mixer) not in (Mamba, Mamba2):
+            raise _no_form(f"the mixer of layer {number} is a {type(mixer).__name__}")
+        if isinstance(mixer, Mamba2) and mixer.norm.norm_before_gate:
+            raise _no_form(f"layer {number} has norm_before_gate")
 
 
 def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,9 +129,39 @@ _ONLY = {"activation": "swish", "rmsnorm": True, "D_has_hdim": False, "d_ssm": N
 def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `causal_lm` from a `config.json` of either house.
 
-    Raises UserError for an architecture that is neither Mamba-1 nor Mamba-2, KeyError for a setting that is missing.
+    Raises UserError for an architecture that is neither Mamba-1 nor Mamba-2 and for a setting of the wrong type,
+    KeyError for one that is missing.
     """
+    _check_types(config)
     return _of_transformers(config) if "hidden_size" in config else _of_state_spaces(config)
+
+
+_WHOLE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "expand", "head_dim", "n_groups"),
+    *("d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "headdim", "ngroups"),
+)
+_BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias")
+_LARGEST = 2**31 - 1
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    ssm = config.get("ssm_cfg")
+    if not isinstance(ssm, dict | None):
+        raise UserError(f"ssm_cfg must hold settings, not {str(ssm)[:40]!r}.")
+    for key, value in [*config.items(), *(ssm or {}).items()]:
+        if key in _WHOLE and not (type(value) is int and 0 < value <= _LARGEST):
+            raise UserError(f"{key} must be a whole number from 1 to {_LARGEST:,}, not {str(value)[:40]!r}.")
+        if key in _BOOLEAN and type(value) is not bool:
+            raise UserError(f"{key} must be true or false, not {str(value)[:40]!r}.")
+        if (
+            key in ("time_step_rank", "dt_rank")
+            and value != "auto"
+            and not (type(value) is int and 0 < value <= _LARGEST)
+        ):
+            raise UserError(f'{key} must be "auto" or a whole number of at least 1, not {str(value)[:40]!r}.')
+        if key == "layer_norm_epsilon" and not (type(value) in (int, float) and 0 <= value < 1):
+            raise UserError(f"{key} must be a number from 0 to 1, not {str(value)[:40]!r}.")
+    LAYERS.check(config.get("num_hidden_layers", config.get("n_layer", 1)), "The configuration")
 
 
 def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +232,7 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
-    model = _from_config(config_path)
+    options = _options(config_path)
     source = folder / "model.safetensors"
     if source.is_file():
         tensors = read_safetensors(source)
@@ -129,31 +241,67 @@ def load_upstream(folder: str | Path) -> SequenceModel:
         if not source.is_file():
             raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
         tensors = _read_bin(source)
+    with torch.device("meta"):  # no memory yet: the configuration may ask for more than the weights have
+        asked = _made(config_path, options).n_parameters()
+    if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
+        raise UserError(
+            f"{config_path} describes a model of {asked:,} parameters, and {source} has {found:,}. {_REMEDY}"
+        )
+    model = _made(config_path, options)
     load_weights(model, from_upstream(tensors), source)
     return model.eval()
 
 
-def _from_config(path: Path) -> SequenceModel:
-    remedy = "Download it again, from the same place as the weights."
+_REMEDY = "Download it again, from the same place as the weights."
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """What `causal_lm` takes, of the configuration in a file."""
     try:
+        YAML_BYTES.check(path.stat().st_size, str(path))
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise UserError(f"{path} is not a model's configuration: it holds no settings. {remedy}")
-        return causal_lm(**options_from_config(config))
+            raise UserError("It holds no settings.")
+        return options_from_config(config)
     except KeyError as error:
-        raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {remedy}") from error
-    except ConfigError as error:
-        raise UserError(f"{path} describes no model that can be built. {error}") from error
+        raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {_REMEDY}") from error
+    except UserError as error:
+        raise UserError(f"{path} cannot be used. {error} {_REMEDY}") from error
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path} is not a Mamba's configuration ({' '.join(str(error).split())}). {remedy}") from error
+        raise _not_one(path, error) from error
+
+
+def _made(path: Path, options: dict[str, Any]) -> SequenceModel:
+    try:
+        return causal_lm(**options)
+    except UserError as error:
+        raise UserError(f"{path} describes no model that can be built. {error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise _not_one(path, error) from error
+
+
+def _not_one(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a Mamba's configuration ({' '.join(str(error).split())[:200]}). {_REMEDY}")
+
+
+def _check_unpacked(path: Path) -> None:
+    """A file of tensors is a zip whose members are not packed; PyTorch would unpack those that are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(member.file_size for member in file.infolist())
+        if size > UNRATED:
+            UNPACKED_RATIO.check(size / path.stat().st_size, str(path))
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
     remedy = "Download it again, or take the checkpoint's model.safetensors."
     try:
+        _check_unpacked(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # what torch raises depends on where the file was cut
-        first = (str(error).splitlines() or [""])[0]
+        first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
             f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged or holds "
             f"more than tensors. {remedy}"

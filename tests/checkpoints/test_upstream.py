@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 from mambaseq.checkpoints import load_upstream
 from mambaseq.checkpoints.export import weights
 from mambaseq.checkpoints.upstream import from_upstream, options_from_config, to_upstream
+from mambaseq.domain import catalog
 from mambaseq.errors import UserError
-from mambaseq.models import causal_lm
+from mambaseq.models import SequenceModel, build_model, causal_lm
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,6 +101,12 @@ def test_untied_embeddings(tmp_path: Path) -> None:
 CONFIG = {"d_model": 8, "n_layer": 1, "vocab_size": 16}
 
 
+def with_weights(folder: Path) -> SequenceModel:
+    """What the configuration in a folder describes, given the weights of `CONFIG`."""
+    torch.save(to_upstream(causal_lm(**options_from_config(CONFIG))), folder / "pytorch_model.bin")
+    return load_upstream(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -105,18 +115,28 @@ CONFIG = {"d_model": 8, "n_layer": 1, "vocab_size": 16}
         ("\xff", "not a Mamba's configuration"),
         (json.dumps({"hidden_size": 8, "vocab_size": 16}), "has no 'num_hidden_layers'"),
         (json.dumps({"d_model": 8}), "has no "),
-        (json.dumps({**CONFIG, "vocab_size": "many"}), "not a Mamba's configuration"),
-        (json.dumps({**CONFIG, "d_model": "wide"}), "no model that can be built"),
-        (json.dumps({**CONFIG, "pad_vocab_size_multiple": 0}), "not a Mamba's configuration"),
+        (json.dumps({**CONFIG, "vocab_size": "many"}), "vocab_size must be a whole number"),
+        (json.dumps({**CONFIG, "d_model": "wide"}), "d_model must be a whole number"),
+        (json.dumps({**CONFIG, "d_model": 8.0}), "d_model must be a whole number"),
+        (json.dumps({**CONFIG, "n_layer": True}), "n_layer must be a whole number"),
+        (json.dumps({**CONFIG, "vocab_size": -5}), "vocab_size must be a whole number"),
+        (json.dumps({**CONFIG, "vocab_size": 10**12}), "vocab_size must be a whole number"),
+        (json.dumps({**CONFIG, "n_layer": 1_000_000}), "MAMBASEQ_MAX_LAYERS"),
+        (json.dumps({**CONFIG, "pad_vocab_size_multiple": 0}), "pad_vocab_size_multiple must be"),
+        (json.dumps({**CONFIG, "tie_embeddings": "no"}), "tie_embeddings must be true or false"),
+        (json.dumps({**CONFIG, "ssm_cfg": [1]}), "ssm_cfg must hold settings"),
+        (json.dumps({**CONFIG, "ssm_cfg": {"dt_rank": "large"}}), "dt_rank must be"),
         (json.dumps({**CONFIG, "ssm_cfg": {"d_stat": 4}}), "d_stat"),
+        ("[" * 100_000, "not a Mamba's configuration"),
     ],
 )
 def test_a_bad_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message) as told:
-        load_upstream(tmp_path)
+        with_weights(tmp_path)
     assert "config.json" in str(told.value)
     assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 1000
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, -1])
@@ -134,6 +154,90 @@ def test_damaged_weights_are_named(tmp_path: Path, kept: float) -> None:
     torch.save([torch.zeros(2)], path)
     with pytest.raises(UserError, match=r"pytorch_model\.bin holds no mapping"):
         load_upstream(tmp_path)
+
+
+def test_a_configuration_that_asks_for_more_than_the_weights_have(tmp_path: Path) -> None:
+    """It is not built: 64 GB here."""
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2 * 10**9}))
+    with pytest.raises(UserError, match=r"config\.json describes a model of 16,000,.* parameters, and .*\.bin has"):
+        with_weights(tmp_path)
+
+
+def test_weights_that_would_run_or_swell(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps(Runs(tmp_path / "pwned"), protocol=2))
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_upstream(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(80 * 2**20))
+    with pytest.raises(UserError, match="MAMBASEQ_MAX_UNPACKED_RATIO"):
+        load_upstream(tmp_path)
+
+
+class Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("mixer", [entry.name for entry in catalog()["mixers"]])
+def test_only_mamba_has_upstreams_names(mixer: str) -> None:
+    model = causal_lm(vocab_size=8, d_model=16, n_layers=1, mixer=mixer, **{"hyena": {"l_max": 32}}.get(mixer, {}))
+    for given in (model, weights(model)):
+        if mixer in ("mamba", "mamba2"):
+            assert load_names(to_upstream(given)) == weights(model).keys() | {"head.linear.weight"}
+        else:
+            with pytest.raises(UserError, match="no form as a published Mamba"):
+                to_upstream(given)
+
+
+def load_names(theirs: dict[str, torch.Tensor]) -> set[str]:
+    return set(from_upstream(theirs))
+
+
+LM = {"name": "lm", "vocab_size": 8}
+TOKENS = {"name": "tokens", "vocab_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer": {"name": "mamba", "lti": True}}, "ssm"),
+        ({"mixer": {"name": "mamba", "complex": True}}, "A_imag"),
+        ({"mixer": {"name": "mamba", "selective_dt": False}}, "dt_"),
+        ({"mixer": {"name": "mamba", "selective_B": False}}, "mixer.B"),
+        ({"backbone": {"name": "residual", "n_layers": 2, "pattern": ["mamba", "mamba2"]}}, "layer 1"),
+        ({"backbone": {"name": "residual", "n_layers": 2, "pattern": ["mamba*"]}}, "layer 1"),
+        ({"backbone": {"name": "residual", "n_layers": 1, "mlp": True}}, "layer 1"),
+        ({"backbone": {"name": "bidirectional", "n_layers": 1}}, "backbone|layer 0"),
+        ({"backbone": {"name": "unet"}}, "backbone"),
+        ({"head": {"name": "classification", "n_classes": 2}}, "head"),
+        ({"head": {"name": "regression"}}, "head"),
+        ({"encoder": {**TOKENS, "n_conditions": 2}}, "condition"),
+        ({"encoder": {"name": "signal", "n_channels": 2}}, "encoder"),
+    ],
+)
+def test_models_that_upstream_has_not(changes: dict, message: str) -> None:
+    spec = {"d_model": 16, "encoder": TOKENS, "mixer": {"name": "mamba"}, "head": LM,
+            "backbone": {"name": "residual", "n_layers": 1}, **changes}  # fmt: skip
+    model = build_model(spec)
+    for given in (model, weights(model)):
+        with pytest.raises(UserError, match=rf"no form as a published Mamba.*({message})"):
+            to_upstream(given)
+
+
+def test_options_that_do_not_show_in_names() -> None:
+    model = causal_lm(vocab_size=8, d_model=16, n_layers=1, norm_eps=1e-3)
+    to_upstream(model, transformers=True)  # where it is a setting
+    with pytest.raises(UserError, match="epsilons"):
+        to_upstream(model)
+    for options in ({"norm_before_gate": True}, {"eps": 1e-3}):
+        with pytest.raises(UserError, match=r"norm_before_gate|epsilons"):
+            to_upstream(causal_lm(vocab_size=8, d_model=16, n_layers=1, mixer="mamba2", **options), transformers=True)
 
 
 def test_padded_vocabulary_of_the_published_models() -> None:
