@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
+from mambaseq_text.copies import Duplicates, HeldOut
 from mambaseq_text.reading import character_start, decoded, documents, is_plain, read_bytes
-from mambaseq_text.splits import SPLITS, check_fractions, split_files
+from mambaseq_text.splits import SPLITS, check_fractions, checksums, split_files
 from mambaseq_text.tokenization import make_tokenizer
 
 SHAKESPEARE = "mambaseq:data/text/tinyshakespeare.txt"
@@ -62,6 +65,9 @@ class CorpusData(SequenceData):
     validation_files, test_files: of their own. A split that has none gets a share of every training file, the
         end of it being for the test and what stands before for validation.
     validation_fraction, test_fraction: those shares.
+    duplicates: whether a training document of jsonl and parquet files that is in validation or test files too is
+        refused (`refuse`), or left out of training (`drop`). Plain files are compared as wholes, and always refused.
+        See `mambaseq_text.copies` for what is a copy.
     field: of jsonl and parquet rows. encoding: of the files.
     tokenizer, tokenizer_options: a registered name and what it takes.
     length: tokens a window. epoch_size: windows that count as one epoch of training.
@@ -78,6 +84,7 @@ class CorpusData(SequenceData):
         test_files: str | Sequence[str] | None = None,
         validation_fraction: float = 0.05,
         test_fraction: float = 0.1,
+        duplicates: Duplicates = "refuse",
         field: str = "text",
         encoding: str = "utf-8",
         tokenizer: str = "text/bytes",
@@ -91,7 +98,7 @@ class CorpusData(SequenceData):
             "validation": 0.0 if validation_files else validation_fraction,
             "test": 0.0 if test_files else test_fraction,
         }
-        self.field, self.encoding = field, encoding
+        self.field, self.encoding, self.duplicates = field, encoding, duplicates
         self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
         self.length, self.epoch_size, self.seed = length, epoch_size, seed
         self._texts: dict[str, list[Interval]] | None = None
@@ -99,19 +106,24 @@ class CorpusData(SequenceData):
     def setup(self) -> None:
         if self._texts is not None:
             return
-        if self.length < 1 or self.epoch_size < 1:
-            raise ConfigError("data.length and data.epoch_size are at least 1.")
+        check_setting("data.length", self.length, 1, WINDOW.value)
+        check_setting("data.epoch_size", self.epoch_size, *EPOCH)
+        check_setting("data.seed", self.seed, *SEEDS)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
-        files, sources = split_files(self.files, self.validation_files, self.test_files)
+        self._files, self._sources = split_files(self.files, self.validation_files, self.test_files)
+        files = self._files
+        if not files["train"]:
+            raise ConfigError("data.files names nothing. Give a file, a pattern, or a list of them.")
         self._parts = self._make_parts(files)
         meta = {
+            "duplicates": self.duplicates,
             "tokenizer": tokenizer.identity,
             "field": self.field,
             "encoding": self.encoding,
             "fractions": self.fractions,
             "files": [len(files[split]) for split in SPLITS],
-            "sources": list(sources.values()),
+            "sources": list(self._sources.values()),
         }
 
         def tokenised(splits: Sequence[str], column: int) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
@@ -126,7 +138,12 @@ class CorpusData(SequenceData):
                     joined = not is_plain(name)
                     yield f"{split} {Path(name).name}", tokens(make)
 
-        store = TokenStore.cached("corpus", lambda: tokenised(SPLITS, 0), tokenizer.dtype, meta)
+        def compared() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+            self._refuse_copies()
+            yield from tokenised(SPLITS, 0)
+            self._held_out.tell()
+
+        store = TokenStore.cached("corpus", compared, tokenizer.dtype, meta)
         numbers = iter(range(len(store)))
         records = {split: [next(numbers) for _ in self._parts[split]] for split in SPLITS}
         self._counts: dict[str, list[np.ndarray] | None] = {split: None for split in SPLITS}
@@ -159,11 +176,46 @@ class CorpusData(SequenceData):
                         f"or use the dataset text/documents, which splits by document."
                     )
                 else:
-                    parts[split].append((name, self._documents(name)))
+                    parts[split].append((name, self._documents(name, training=split == "train")))
         return parts
 
-    def _documents(self, name: str) -> Callable[[], Iterator[Iterator[str]]]:
-        return lambda: (iter([text]) for _, text in documents(name, field=self.field, encoding=self.encoding))
+    def _documents(self, name: str, training: bool) -> Callable[[], Iterator[Iterator[str]]]:
+        return lambda: (
+            iter([text])
+            for where, text in documents(name, field=self.field, encoding=self.encoding)
+            if not training or self._held_out.takes(where, [text])
+        )
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        """What the validation and test files hold: plain ones as wholes."""
+        found = HeldOut(self.duplicates)
+        for split in SPLITS[1:]:
+            for name in self._files[split]:
+                if is_plain(name):
+                    found.add(split, name, self._whole(name))
+                else:
+                    for where, text in documents(name, field=self.field, encoding=self.encoding):
+                        found.add(split, where, [text])
+        return found
+
+    def _refuse_copies(self) -> None:
+        """Refuse plain training files that are held out too; documents are compared where they are read."""
+        for name in filter(is_plain, self._files["train"] if len(self._held_out) else ()):
+            if not self._held_out.takes(name, self._whole(name)):
+                raise DataError(
+                    f"{name} (train) is a copy of a text that is in validation or test. Remove one: of plain files no "
+                    f"part is left out."
+                )
+
+    def _whole(self, name: str) -> Iterator[str]:
+        data = read_bytes(name, self.encoding)
+        return decoded(name, data, 0, len(data))
+
+    def sources(self) -> dict[str, str]:
+        """sha256 of each file; of an address what the server says of the contents (an ETag), if it does."""
+        self.setup()
+        return checksums(self._files, self._sources)
 
     def _cut(self, data: np.ndarray) -> dict[str, tuple[int, int]]:
         """Where the splits of a training file begin and end, at whole characters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, pack_collate, pad_collate
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.limits import SEEDS, WINDOW, check_setting
+from mambaseq_text.copies import Duplicates, HeldOut
 from mambaseq_text.reading import Unit, documents
-from mambaseq_text.splits import SPLITS, check_fractions, split_files, split_of_text
+from mambaseq_text.splits import SPLITS, check_fractions, checksums, split_files, split_of_text
 from mambaseq_text.streaming import StreamedWindows
 from mambaseq_text.tokenization import TextTokenizer, make_tokenizer
 
@@ -85,12 +88,14 @@ class DocumentData(SequenceData):
     never ends.
 
     files: jsonl or parquet (a document a row), or plain text; names, patterns, resources, or addresses with
-        `://`.
+        `://`, in which `${NAME}` stands for an environment variable (passwords are never written out).
     validation_files, test_files: of their own. Without streaming, a split that has none gets a share of the
         documents, chosen by their content, so that copies of one are never on two sides.
     validation_fraction, test_fraction: those shares.
     field: of jsonl and parquet rows. encoding: of the files. unit: what a document is in plain text: file,
         paragraph, line.
+    duplicates: whether a training document that is in validation or test files too is refused (`refuse`), or left out
+        of training (`drop`). See `mambaseq_text.copies` for what is a copy.
     tokenizer, tokenizer_options: a registered name and what it takes; `bos` and `eos` mark where documents
         begin and end.
     length: tokens a pack or window; a batch has `loader.batch_size` of them.
@@ -112,6 +117,7 @@ class DocumentData(SequenceData):
         field: str = "text",
         encoding: str = "utf-8",
         unit: Unit = "paragraph",
+        duplicates: Duplicates = "refuse",
         tokenizer: str = "text/bytes",
         tokenizer_options: dict[str, Any] | None = None,
         length: int = 2048,
@@ -124,7 +130,7 @@ class DocumentData(SequenceData):
             "validation": 0.0 if validation_files or streaming else validation_fraction,
             "test": 0.0 if test_files or streaming else test_fraction,
         }
-        self.field, self.encoding, self.unit = field, encoding, unit
+        self.field, self.encoding, self.unit, self.duplicates = field, encoding, unit, duplicates
         self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
         self.length, self.streaming, self.shuffle_windows, self.seed = (
             length,
@@ -137,15 +143,20 @@ class DocumentData(SequenceData):
     def setup(self) -> None:
         if self._records is not None:
             return
-        if self.length < 1 or self.shuffle_windows < 0:
-            raise ConfigError("data.length is at least 1 and data.shuffle_windows at least 0.")
+        check_setting("data.length", self.length, 1, WINDOW.value)
+        check_setting("data.shuffle_windows", self.shuffle_windows, 0, 2**24)
+        check_setting("data.seed", self.seed, *SEEDS)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
-        self._files, sources = split_files(self.files, self.validation_files, self.test_files)
+        self._files, self._sources = split_files(
+            self.files, self.validation_files, self.test_files, streaming=self.streaming
+        )
+        if not self._files["train"]:
+            raise ConfigError("data.files names nothing. Give a file, a pattern, or a list of them.")
         stored = SPLITS[1:] if self.streaming else SPLITS
         records: dict[str, list[int]] = {split: [] for split in SPLITS}
         if any(self._files[split] for split in stored):
-            self._store_documents(tokenizer, stored, sources)
+            self._store_documents(tokenizer, stored)
             for number, split in enumerate(self._store.names):
                 records[split].append(number)
         for split in stored:
@@ -159,30 +170,53 @@ class DocumentData(SequenceData):
         self.start_ids = tokenizer.start_ids
         self._records = records
 
-    def read(self, name: str) -> Iterator[str]:
-        """The documents of a file."""
-        return (text for _, text in documents(name, field=self.field, encoding=self.encoding, unit=self.unit))
+    def sources(self) -> dict[str, str]:
+        """sha256 of each file; size and time of change of a training file that is streamed; of an address what the
+        server says of the contents (an ETag), if it does."""
+        self.setup()
+        return checksums(self._files, self._sources)
 
-    def _store_documents(
-        self, tokenizer: TextTokenizer, splits: Sequence[str], sources: dict[str, dict[str, Any]]
-    ) -> None:
+    def read(self, name: str) -> Iterator[tuple[str, str]]:
+        """The documents of a file, each with where it stands."""
+        return documents(name, field=self.field, encoding=self.encoding, unit=self.unit)
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        """The documents of the validation and test files."""
+        found = HeldOut(self.duplicates)
+        for split in SPLITS[1:]:
+            for where, text in (both for name in self._files[split] for both in self.read(name)):
+                found.add(split, where, [text])
+        return found
+
+    def _read_for_training(self, name: str) -> Iterator[str]:
+        return (text for where, text in self.read(name) if self._held_out.takes(where, [text]))
+
+    def _store_documents(self, tokenizer: TextTokenizer, splits: Sequence[str]) -> None:
         files = {split: self._files[split] for split in splits}
         meta = {
+            "reading": 2,  # the first lost what stands before a line feed
+            "duplicates": self.duplicates,
             "tokenizer": tokenizer.identity,
             "field": self.field,
             "encoding": self.encoding,
             "unit": self.unit,
             "fractions": self.fractions,
             "files": {split: len(names) for split, names in files.items()},
-            "sources": [sources[name] for names in files.values() for name in names],
+            "sources": [self._sources[name] for names in files.values() for name in names],
         }
 
         def tokenised(column: int, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+            held_out = self._held_out
             for split, names in files.items():
-                for text in (text for name in names for text in self.read(name)):
+                for where, text in (both for name in names for both in self.read(name)):
+                    if split == "train" and not held_out.takes(where, [text]):
+                        continue
                     target = split_of_text(text, self.fractions) if split == "train" else split
                     if target in wanted:
                         yield target, np.concatenate([both[column] for both in tokenizer.document([text])])
+            if column == 0:
+                held_out.tell()
 
         self._store = TokenStore.cached("documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta)
         self._counts: dict[str, list[np.ndarray]] = {}
@@ -197,7 +231,7 @@ class DocumentData(SequenceData):
             assert isinstance(self.tokenizer, TextTokenizer)
             return StreamedWindows(
                 self._files["train"],
-                self.read,
+                self._read_for_training,
                 self.tokenizer,
                 self.length,
                 shuffle=self.shuffle_windows,

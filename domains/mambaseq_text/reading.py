@@ -1,85 +1,100 @@
-"""Text files in: whole files byte by byte, documents through `datasets`."""
+"""Text files in: whole files byte by byte, and documents one by one."""
 
 from __future__ import annotations
 
-import glob
 import json
-import lzma
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import fsspec
 import numpy as np
 
-from mambaseq.data.cache import fingerprint, locate
+from mambaseq.data.addresses import check_address, is_address
+from mambaseq.data.cache import locate
+from mambaseq.data.files import relative_names
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.data.unpacking import Unreadable, packed_by
 from mambaseq.errors import DataError, did_you_mean
+from mambaseq.limits import DOCUMENT_BYTES, check_unpacked
+from mambaseq_text.lines import lines, paragraphs, whole
+from mambaseq_text.opening import (
+    CHUNK,
+    characters,
+    check_encoding,
+    explained,
+    is_utf8,
+    not_encoded,
+    opened,
+    suffix_of,
+    unpacked,
+)
 
 Unit = Literal["file", "paragraph", "line"]
-CHUNK = 2**20
 
-_PACKED = (".gz", ".xz", ".zst", ".bz2")
 _JSONL = (".jsonl", ".ndjson", ".json")
-_SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # pyarrow's errors are among these
+_ROWS, _BATCH_BYTES = (8, 256), 2**28
 
 
-def text_files(names: str | Sequence[str]) -> list[str]:
+def text_files(names: str | Sequence[str], key: str = "files") -> list[str]:
     """The files that names stand for, in their order, each once: paths, patterns and resources (see
-    `mambaseq.data.cache.locate`); an address with `://` stays as it is. Raises DataError when there is
-    none, and for a folder."""
+    `mambaseq.data.cache.locate`); an address with `://` stays as it is. key: the setting that they are in.
+
+    Raises DataError when there is none, and for a folder; ConfigError for an address with a secret written out.
+    """
     found: list[str] = []
     for name in [names] if isinstance(names, str) else names:
-        if Path(name).is_dir():
-            pattern = Path(name) / "*.txt"
+        if is_address(name):
+            check_address(name, key)
+            found.append(name)
+        elif _is_folder(name):
+            pattern = Path(name) / "**" / "*.txt"
             raise DataError(f"{name!r} is a folder. Name the files in it, with a pattern: {str(pattern)!r}.")
-        found += [name] if "://" in name else [str(path) for path in locate(name)]
+        else:
+            found += map(str, locate(name))
     return list(dict.fromkeys(found))
 
 
-def source(name: str) -> dict[str, Any]:
-    """What tells whether a file has changed; of an address nothing but itself is known."""
-    return {"name": name} if "://" in name else fingerprint(Path(name))
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long
+        return False
 
 
 def is_plain(name: str) -> bool:
     """Whether a file is plain text, by its name: neither jsonl nor parquet."""
-    return _suffix(name) not in (*_JSONL, ".parquet")
-
-
-def _suffix(name: str) -> str:
-    path = Path(name)
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in _PACKED else path.suffix.lower()
+    return suffix_of(name) not in (*_JSONL, ".parquet")
 
 
 def read_bytes(name: str, encoding: str = "utf-8") -> np.ndarray:
-    """A plain text file as UTF-8 bytes, `(size,)` uint8; mapped, not read, where it is UTF-8 already.
+    """A plain text file as UTF-8 bytes, `(size,)` uint8; mapped, not read, where it is UTF-8 already and not packed.
 
-    Raises DataError when it is empty, cannot be read or decoded. UTF-8 itself is checked by `decoded`.
+    Raises DataError when it is empty, cannot be read or decoded, UserError when it unpacks to too much. UTF-8 itself is
+    checked by `decoded`.
     """
-    try:
-        if "://" in name or Path(name).suffix.lower() in _PACKED:
-            with fsspec.open(name, "rb", compression="infer") as file:
-                data = np.frombuffer(file.read(), dtype=np.uint8)
-        else:
-            data = np.memmap(name, dtype=np.uint8, mode="r") if Path(name).stat().st_size else np.zeros(0, np.uint8)
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
+    check_encoding(name, encoding)
+    data = np.zeros(0, np.uint8)
+    if is_utf8(encoding) and not _is_packed(name) and not is_address(name):
+        with explained(name, ValueError):
+            if Path(name).stat().st_size:
+                data = np.memmap(name, dtype=np.uint8, mode="r")
+    else:
+        pieces = unpacked(name) if is_utf8(encoding) else (text.encode() for text in characters(name, encoding))
+        joined = bytearray()
+        for piece in pieces:
+            joined += piece
+        data = np.frombuffer(joined, dtype=np.uint8)
     if not data.size:
         raise DataError(f"{name} is empty. Put text into it, or leave it out.")
-    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
-        return data
-    try:
-        return np.frombuffer(data.tobytes().decode(encoding).encode("utf-8"), dtype=np.uint8)
-    except UnicodeDecodeError as error:
-        raise _not_encoded(name, error.start, encoding, int(data[error.start])) from error
-    except LookupError as error:
-        raise DataError(
-            f"There is no text encoding {encoding!r}. Set encoding to utf-8, latin-1, cp1252, ..."
-        ) from error
+    return data
+
+
+def _is_packed(name: str) -> bool:
+    if is_address(name):
+        return False
+    with explained(name), Path(name).open("rb") as file:
+        return packed_by(file.read(18))
 
 
 def character_start(data: np.ndarray, position: int) -> int:
@@ -105,26 +120,8 @@ def decoded(name: str, data: np.ndarray, start: int, stop: int) -> Iterator[str]
             yield data[start:end].tobytes().decode("utf-8")
         except UnicodeDecodeError as error:
             at = start + error.start
-            raise _not_encoded(name, at, "utf-8", int(data[at])) from error
+            raise not_encoded(name, at, "utf-8", int(data[at]), data[:18].tobytes()) from error
         start = end
-
-
-def _not_encoded(name: str, offset: int, encoding: str, value: int) -> DataError:
-    return DataError(
-        f"{name} is not {encoding.upper()} text: byte 0x{value:02x} at offset {offset:,} does not belong "
-        f"there. Set encoding to what the file is written in (latin-1, cp1252, utf-16, ...), or convert it, "
-        f"for example with iconv."
-    )
-
-
-def _unreadable(name: str, error: BaseException) -> DataError:
-    if "://" in name:
-        return DataError(
-            f"{name} cannot be read: {error}. Check the address and the network, or fetch the file and give its path."
-        )
-    return DataError(
-        f"{name} cannot be read: {error}. It is damaged, cut short or not what its name says; copy it again."
-    )
 
 
 def documents(
@@ -134,24 +131,38 @@ def documents(
     cache.
 
     jsonl (`.jsonl`, `.ndjson`, `.json`: an object a line) and parquet hold a document in `field` of each row;
-    of any other file, `unit` says what a document is. Files may be packed (gz, xz, zst, bz2).
-    Raises DataError that names the file, and line, row or byte.
+    of any other file, `unit` says what a document is. Files may be packed (gz, xz, zst, bz2). Line ends inside of a
+    document stay as they are.
+    Raises DataError that names the file, and line, row or byte; UserError for a document over the limit
+    `DOCUMENT_BYTES`, and for a file that unpacks to too much.
     """
-    if _suffix(name) == ".parquet":
-        yield from _parquet(name, field)
-    elif _suffix(name) in _JSONL:
-        # Lines are parsed here: Arrow's reader of JSON takes a text that looks like a date for one.
-        for number, row in enumerate(_rows(name, "text", encoding=encoding, sample_by="line"), start=1):
-            if row["text"].strip():
-                yield f"{name}, line {number}", _field_of_line(name, number, row["text"], field)
-    else:
-        options = {"sample_by": _SAMPLE_BY[unit], "keep_linebreaks": True}
-        for number, row in enumerate(_rows(name, "text", encoding=encoding, **options), start=1):
-            if row["text"]:
-                yield (name if unit == "file" else f"{name}, {unit} {number}"), row["text"]
+    try:
+        if suffix_of(name) == ".parquet":
+            yield from _parquet(name, field)
+        elif suffix_of(name) in _JSONL:
+            for number, line in enumerate(lines(name, characters(name, encoding)), start=1):
+                if line.strip():
+                    yield f"{name}, line {number}", _field_of_line(name, number, line, field)
+        elif unit == "file":
+            yield from ((name, text) for text in whole(name, characters(name, encoding)))
+        else:
+            cut = paragraphs if unit == "paragraph" else lines
+            for number, text in enumerate(cut(name, characters(name, encoding)), start=1):
+                yield f"{name}, {unit} {number}", text
+    except DataError as error:
+        if isinstance(error, Unreadable) or not _is_packed(name):
+            raise
+        for _ in unpacked(name):  # a damaged file is more than a bad line in it: its checksum tells
+            pass
+        raise
 
 
 def _field_of_line(name: str, number: int, line: str, field: str) -> str:
+    if line.startswith("\ufeff"):
+        raise DataError(
+            f"Line {number} of {name} begins with a mark of the byte order (BOM), which is not JSON. Set encoding to "
+            f"utf-8-sig, or save the file without it."
+        )
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -159,14 +170,18 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
             f"Line {number} of {name} is not JSON: {error.msg} at column {error.colno}. Each line must be "
             f"one whole JSON object; correct or remove the line."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists without end
+        raise DataError(
+            f"Line {number} of {name} cannot be read as JSON: {str(error)[:100]}. Correct or remove the line."
+        ) from error
     if not isinstance(row, dict):
         raise DataError(
             f"Line {number} of {name} is not a JSON object but {type(row).__name__}. Write {{{field!r}: ...}}."
         )
     if field not in row:
         raise DataError(
-            f"Line {number} of {name} has no field {field!r}.{did_you_mean(field, row)} It has: "
-            f"{', '.join(map(repr, row)) or 'none'}. Set field, or correct the line."
+            f"Line {number} of {name} has no field {field[:80]!r}.{_known(field, list(row))} Set field, or correct the "
+            f"line."
         )
     if not isinstance(row[field], str):
         raise DataError(
@@ -185,77 +200,69 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
     return text
 
 
+def _known(field: str, names: Sequence[str]) -> str:
+    short = [name[:40] for name in names]
+    shown = ", ".join(map(repr, short[:8])) + (", ..." if len(short) > 8 else "")
+    return f"{did_you_mean(field, short)} It has: {shown or 'none'}."
+
+
 def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet
 
-    try:
-        with fsspec.open(name, "rb") as file:
-            columns = pyarrow.parquet.read_schema(file).names
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
-    if field not in columns:
-        raise DataError(
-            f"{name} has no column {field!r}.{did_you_mean(field, columns)} It has: "
-            f"{', '.join(map(repr, columns))}. Set field to one of them."
-        )
-    for number, row in enumerate(_rows(name, "parquet", columns=[field]), start=1):
-        if not isinstance(row[field], str):
-            raise DataError(
-                f"Row {number} of {name} holds {type(row[field]).__name__} in {field!r}, not text. Remove "
-                f"the row, or set field to a column of text."
-            )
-        yield f"{name}, row {number}", row[field]
-
-
-def _rows(name: str, builder: str, **options: Any) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    pattern = name if "://" in name else glob.escape(str(Path(name).absolute()))
-    try:
-        rows = datasets.load_dataset(builder, data_files=[pattern], split="train", streaming=True, **options)
-        # `iter` by batches, because plain iteration hands every loader worker a share of its own choosing
-        for batch in rows.iter(batch_size=256):
-            columns = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
-    except UnicodeDecodeError as error:
-        offset, value = _invalid_byte(name, options["encoding"])
-        raise _not_encoded(name, offset, options["encoding"], value) from error
-    except LookupError as error:
-        raise DataError(f"{name} cannot be read: {error}. Check encoding.") from error
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
-
-
-def _invalid_byte(name: str, encoding: str) -> tuple[int, int]:
-    """Where a file, unpacked, cannot be decoded: offset and value of the byte."""
-    with fsspec.open(name, "rb", compression="infer") as file:
-        data: bytes = file.read()
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError as error:
-        return error.start, data[error.start]
-    return 0, data[0]
+    # pyarrow raises errors of many kinds for a damaged file
+    with explained(name, Exception), opened(name) as (file, size):
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        columns = table.schema_arrow.names
+        if field not in columns:
+            raise DataError(f"{name} has no column {field[:80]!r}.{_known(field, columns)} Set field to one of them.")
+        # not by columns: asking for one that a damaged index lacks ends the process
+        sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        check_unpacked(sum(sizes), size or sum(sizes), name)
+        # a value may be as long as its group, and is given anew for each row that refers to it
+        rows = max(_ROWS[0], min(_ROWS[1], _BATCH_BYTES // max([1, *sizes])))
+        number = taken = 0
+        for batch in table.iter_batches(batch_size=rows, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"Row {number} of {name} holds {type(text).__name__} in {field!r}, not text. Remove "
+                        f"the row, or set field to a column of text."
+                    )
+                taken += len(text)
+                DOCUMENT_BYTES.check(len(text), f"{name}, row {number}")
+                check_unpacked(taken, size or taken, name)
+                yield f"{name}, row {number}", text
 
 
 def read_text(
     path: str | Path, tokenizer: Tokenizer, *, field: str = "text", encoding: str = "utf-8"
 ) -> Iterator[Record]:
-    """Records for `predict`: a plain text file is one, a row of jsonl or parquet is one.
+    """Records for `predict`: a plain text file is one, named as the file (with the folders that are not the same for
+    all, see `mambaseq.data.files.relative_names`); a row of jsonl or parquet is one.
 
     Raises DataError as `documents` does, and when there is nothing in the files.
     """
-    for name in text_files(str(path)):
+    files = text_files(str(path))
+    for name, short in zip(files, _record_names(files, str(path)), strict=True):
         count = 0
-        for where, text in _texts(name, field, encoding):
+        for where, text in _texts(name, short, field, encoding):
             count += 1
             yield Record(name=where, ids=tokenizer.encode(text), source=name)
         if not count:
             raise DataError(f"{name} holds no document. Put text into it, or name another file.")
 
 
-def _texts(name: str, field: str, encoding: str) -> Iterable[tuple[str, str]]:
+def _record_names(files: Sequence[str], given: str) -> list[str]:
+    if any(map(is_address, files)):
+        return [Path(name).name for name in files]
+    short = relative_names([Path(name) for name in files], given)
+    return [(Path(stem).parent / Path(name).name).as_posix() for stem, name in zip(short, files, strict=True)]
+
+
+def _texts(name: str, short: str, field: str, encoding: str) -> Iterator[tuple[str, str]]:
     if not is_plain(name):
-        return documents(name, field=field, encoding=encoding)
+        yield from documents(name, field=field, encoding=encoding)
+        return
     data = read_bytes(name, encoding)
-    return [(Path(name).name, "".join(decoded(name, data, 0, len(data))))]
+    yield short, "".join(decoded(name, data, 0, len(data)))

@@ -7,26 +7,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mambaseq.errors import ConfigError, DataError
-from mambaseq_text.reading import source, text_files
+from mambaseq_text.opening import checksum, source
+from mambaseq_text.reading import text_files
 
 SPLITS = ("train", "validation", "test")
+KEYS = ("data.files", "data.validation_files", "data.test_files")
 Names = str | Sequence[str] | None
 
 
-def split_files(train: Names, validation: Names, test: Names) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+def split_files(
+    train: Names, validation: Names, test: Names, *, streaming: bool = False
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     """Files of each split, and what tells whether each file has changed.
 
-    Raises DataError when a file is missing, or is in two splits (also as a copy under another name).
+    streaming: the training files are not read to their ends for this.
+    Raises DataError when a file is missing, or is in two splits (also as a copy under another name), ConfigError when
+    an address has a secret written out.
     """
     files = {
-        split: text_files(names) if names else []
-        for split, names in zip(SPLITS, (train, validation, test), strict=True)
+        split: text_files(names, key) if names else []
+        for split, key, names in zip(SPLITS, KEYS, (train, validation, test), strict=True)
     }
     sources: dict[str, dict[str, Any]] = {}
     seen: dict[str, tuple[str, str]] = {}
     for split, members in files.items():
         for name in members:
-            sources[name] = source(name)
+            sources[name] = source(name, hashed=not (streaming and split == "train"))
             other, earlier = seen.setdefault(sources[name].get("sha256", name), (split, name))
             if other != split:
                 raise DataError(
@@ -36,9 +42,15 @@ def split_files(train: Names, validation: Names, test: Names) -> tuple[dict[str,
     return files, sources
 
 
+def checksums(files: Mapping[str, Sequence[str]], sources: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """What stands for the contents of each file that is known."""
+    names = [name for members in files.values() for name in members]
+    return {name: found for name in names if (found := checksum(sources[name]))}
+
+
 def check_fractions(validation: float, test: float) -> None:
     """Raise ConfigError unless both are shares that leave some data for training."""
-    if min(validation, test) < 0 or validation + test >= 1:
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ConfigError(
             f"data.validation_fraction ({validation}) and data.test_fraction ({test}) are shares of the "
             f"data; together they must leave some of it for training."
@@ -46,12 +58,13 @@ def check_fractions(validation: float, test: float) -> None:
 
 
 def split_of_text(text: str, fractions: Mapping[str, float]) -> str:
-    """The split of a document, from its content: copies of a document stay together, and more data moves
-    none.
+    """The split of a document, from its content: copies of a document stay together (however their lines end), and more
+    data moves none.
 
     fractions: shares of `"validation"` and `"test"`.
     """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    said = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    digest = hashlib.blake2b(said.encode("utf-8"), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < fractions["test"]:
         return "test"

@@ -1,19 +1,29 @@
-"""Files as they are or gzipped, read in pieces: no more in memory than a piece, and nothing lost in silence."""
+"""Files as they are or packed, read in pieces: no more in memory than a piece, and nothing lost in silence."""
 
 from __future__ import annotations
 
+import bz2
+import io
 import logging
+import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from mambaseq.errors import DataError
-from mambaseq.limits import UNPACKED_RATIO, UNRATED
+from mambaseq.limits import UNPACKED_RATIO, UNRATED, check_unpacked
 
 PIECE = 1 << 22
 _PACKED_PIECE = 1 << 18
 _MAGIC = b"\x1f\x8b"
+_OTHERS = {
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
+    "zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or one to be skipped
+}
+_XZ_MEMORY = 256 * 2**20  # what `xz -9` asks for is a quarter of it; a header may ask for 4 GiB
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +34,7 @@ class Unreadable(DataError):
     path: the file. what: what is wrong with it, to follow its name. remedy: a sentence.
     """
 
-    def __init__(self, path: Path, what: str, remedy: str) -> None:
+    def __init__(self, path: Path | str, what: str, remedy: str) -> None:
         self.path, self.what, self.remedy = path, what, remedy
         super().__init__(f"{path} {what}. {remedy}.")
 
@@ -34,23 +44,18 @@ class Unreadable(DataError):
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
-    """What a file holds, in order, in pieces of at most a few MiB; unpacked when it is gzip or bgzip by its content.
+    """What a file holds, in order, in pieces of at most a few MiB; unpacked when it is gzip, bgzip, xz, bzip2 or
+    zstandard by its content.
 
     A gzip file may have several members and zeros at its end, as for `gzip -t`. A bgzip file without the block that
     ends every such file is read with a warning when its text ends with a line's end, and is cut short otherwise.
-    Everything that came before a fault is handed out before it is raised.
+    Everything that came before a fault of a gzip file is handed out before it is raised.
     Raises Unreadable for what is missing, cut short or damaged, UserError for what unpacks to more than
     `limits.UNPACKED_RATIO` allows.
     """
     try:
         with path.open("rb") as file:
-            head = file.read(_PACKED_PIECE)
-            if head.startswith(_MAGIC):
-                yield from _unpacked(path, file, head)
-                return
-            while head:
-                yield head
-                head = file.read(PIECE)
+            yield from pieces_of(file, path, path.stat().st_size)
     except FileNotFoundError as error:
         raise DataError(f"There is no file {path}. Check the path.") from error
     except OSError as error:
@@ -58,9 +63,90 @@ def read_pieces(path: Path) -> Iterator[bytes]:
         raise Unreadable(path, f"cannot be read: {error.strerror or error}", remedy) from error
 
 
-def _unpacked(path: Path, file: BinaryIO, data: bytes) -> Iterator[bytes]:
-    again = f"Copy or download it again (`gzip -t {path.name}` tests it)"
-    size = max(path.stat().st_size, 1)
+def pieces_of(file: BinaryIO, name: Path | str, size: int) -> Iterator[bytes]:
+    """The same of an open file. name: for messages. size: of the file, in bytes; 0 when it is not known."""
+    head = file.read(_PACKED_PIECE)
+    if head.startswith(_MAGIC):
+        yield from _unpacked(name, file, head, size)
+        return
+    for kind, magic in _OTHERS.items():
+        if magic.match(head):
+            yield from _unpacked_otherwise(kind, name, file, head, size)
+            return
+    while head:
+        yield head
+        head = file.read(PIECE)
+
+
+def packed_by(head: bytes) -> bool:
+    """Whether a file that begins so, by 18 bytes at least, is packed in one of the ways that `read_pieces` unpacks."""
+    return head.startswith(_MAGIC) or any(magic.match(head) for magic in _OTHERS.values())
+
+
+class _Rejoined(io.RawIOBase):
+    """A file of which the beginning has been read already. consumed: bytes that were asked for."""
+
+    def __init__(self, head: bytes, file: BinaryIO) -> None:
+        self._head, self._file, self.consumed = head, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._head[: len(buffer)] or self._file.read(len(buffer))
+        self._head = self._head[len(buffer) :]
+        buffer[: len(data)] = data
+        self.consumed += len(data)
+        return len(data)
+
+
+def _unpacked_otherwise(kind: str, name: Path | str, file: BinaryIO, head: bytes, size: int) -> Iterator[bytes]:
+    import pyarrow
+
+    joined = _Rejoined(head, file)
+    total = 0
+    try:
+        if kind == "zst":
+            with pyarrow.CompressedInputStream(io.BufferedReader(joined), "zstd") as stream:
+                pieces = iter(lambda: stream.read(PIECE), b"")
+                for piece in pieces:
+                    total += len(piece)
+                    check_unpacked(total, max(size, joined.consumed), str(name))
+                    yield piece
+        else:
+            for piece in _decompressed(kind, joined):
+                total += len(piece)
+                check_unpacked(total, max(size, joined.consumed), str(name))
+                yield piece
+    except EOFError as error:
+        again = "Copy or download it again"
+        raise Unreadable(name, "is cut short: the packed data end too early", again) from error
+    except (OSError, ValueError, MemoryError, lzma.LZMAError, pyarrow.ArrowException) as error:
+        cut = "runcated" in str(error)
+        what = "is cut short" if cut else "is damaged"
+        again = "Copy or download it again"
+        raise Unreadable(name, f"{what}: it cannot be unpacked ({str(error).rstrip('.')})", again) from error
+
+
+def _decompressed(kind: str, file: _Rejoined) -> Iterator[bytes]:
+    """Streams end to end, zeros between and after them left out, as `xz` and `bzip2` write and read them."""
+    data = b""
+    while True:
+        while not (data := data.lstrip(b"\0")):
+            if not (data := file.read(_PACKED_PIECE) or b""):
+                return
+        stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY) if kind == "xz" else bz2.BZ2Decompressor()
+        while not stream.eof:
+            if stream.needs_input and not data and not (data := file.read(_PACKED_PIECE) or b""):
+                raise EOFError
+            if piece := stream.decompress(data, PIECE):
+                yield piece
+            data = b""
+        data = stream.unused_data
+
+
+def _unpacked(path: Path | str, file: BinaryIO, data: bytes, size: int) -> Iterator[bytes]:
+    again = f"Copy or download it again (`gzip -t {Path(path).name}` tests it)"
     consumed, total = len(data), 0
     pending: list[bytes] = []
     gathered = 0

@@ -127,7 +127,7 @@ def test_bad_input(tmp_path: Path, file: Path) -> None:
         data(file, length=100_000).train()
     with pytest.raises(ConfigError, match="leave some of it for training"):
         data(file, test_fraction=1.0)
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match=r"data\.length must be 1 to"):
         data(file, length=0)
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(ConfigError, match=r"rows\.jsonl holds documents.*text/documents"):

@@ -1,0 +1,77 @@
+"""Texts in pieces to lines and paragraphs, whatever ends their lines; nothing of a line is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from mambaseq.limits import DOCUMENT_BYTES
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_END = re.compile(r"(?:\r\n|\r|\n)\Z")
+
+
+def lines(name: str, pieces: Iterator[str]) -> Iterator[str]:
+    """Lines with their ends: `\\n`, `\\r\\n` or `\\r`; the last may have none.
+
+    name: of the file, for messages. Raises UserError for a line over the limit `DOCUMENT_BYTES`.
+    """
+    held: list[str] = []
+    size = number = 0
+    for piece in _whole_ends(pieces):
+        for part in _LINE.findall(piece):
+            held.append(part)
+            size += len(part)
+            if part[-1] in "\r\n":
+                number += 1
+                yield part if len(held) == 1 else "".join(held)
+                held, size = [], 0
+        DOCUMENT_BYTES.check(size, f"{name}, line {number + 1:,}")
+    if held:
+        yield "".join(held)
+
+
+def paragraphs(name: str, pieces: Iterator[str]) -> Iterator[str]:
+    """What stands between blank lines, without the two line ends that part it from the next; the last keeps its end.
+
+    Raises UserError for a paragraph over the limit `DOCUMENT_BYTES`.
+    """
+    held: list[str] = []
+    size = number = 0
+    for line in lines(name, pieces):
+        if held and line in ("\n", "\r\n", "\r"):
+            number += 1
+            held[-1] = _END.sub("", held[-1])
+            if text := "".join(held):
+                yield text
+            held, size = [], 0
+        else:
+            held.append(line)
+            size += len(line)
+            DOCUMENT_BYTES.check(size, f"{name}, paragraph {number + 1:,}")
+    if held:
+        yield "".join(held)
+
+
+def whole(name: str, pieces: Iterator[str]) -> Iterator[str]:
+    """All in one, if there is anything. Raises UserError when it is over the limit `DOCUMENT_BYTES`."""
+    held: list[str] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        DOCUMENT_BYTES.check(size, name)
+    if held:
+        yield "".join(held)
+
+
+def _whole_ends(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces, cut such that no `\\r\\n` is cut."""
+    held = ""
+    for piece in pieces:
+        piece, held = held + piece, ""
+        if piece.endswith("\r"):
+            piece, held = piece[:-1], "\r"
+        yield piece
+    if held:
+        yield held
