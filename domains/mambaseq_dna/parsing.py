@@ -19,9 +19,6 @@ _BOM = b"\xef\xbb\xbf"
 _PROTEIN_ONLY = set(b"EFILPQXZJO*")
 _LOOKS_LIKE = {
     b"@": "it looks like FASTQ; convert it (seqtk seq -A)",
-    b"BZh": "it is packed by bzip2; unpack it (bunzip2)",
-    b"\xfd7zXZ": "it is packed by xz; unpack it (unxz)",
-    b"\x28\xb5\x2f\xfd": "it is packed by zstd; unpack it (unzstd)",
     b"PK\x03\x04": "it is a zip archive; unpack it (unzip)",
     b"\x43\x27\x41\x1a": "it is 2bit; convert it (twoBitToFa)",
     b"LOCUS": "it looks like GenBank; convert it to FASTA",
