@@ -6,7 +6,7 @@ import contextlib
 import gzip
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import xxhash
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
+from mambaseq.errors import ConfigError
 from mambaseq.outputs import output_file
 from mambaseq_dna.parsing import fasta_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
@@ -33,8 +34,12 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
     rest), and which bases count in a likelihood: N never does.
 
     lowercase: as in the data that a model was trained on; `"unscored"`: lower case does not count either.
-    Raises DataError as `fasta_pieces` does.
+    Raises DataError as `fasta_pieces` does, ConfigError for another value of lowercase.
     """
+    if lowercase not in get_args(Lowercase):
+        raise ConfigError(
+            f"reader_options.lowercase must be one of {', '.join(get_args(Lowercase))}, not {lowercase!r}."
+        )
 
     def record(name: str, description: str, pieces: list[bytes]) -> Record:
         kept = pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -52,15 +52,18 @@ class GenomeData(FastaData):
 
     def __init__(
         self,
-        fasta: list[str] | None = None,
+        fasta: list[str] | str | None = None,
         test_records: Names = None,
         lowercase: Lowercase = "fold",
         **options: Any,
     ) -> None:
         if fasta is None:
             fasta = SHIPPED["human"]
-            test_records = SHIPPED_TEST if test_records is None else test_records
-        super().__init__(files={"genome": fasta}, test_records=test_records, **options)
+            if test_records is None:
+                test_records = SHIPPED_TEST
+        super().__init__(
+            files={"genome": [fasta] if isinstance(fasta, str) else fasta}, test_records=test_records, **options
+        )
         self.lowercase = lowercase
         self.tokenizer = BaseTokenizer("keep" if lowercase == "keep" else "fold")
         self.vocab_size = self.tokenizer.vocab_size

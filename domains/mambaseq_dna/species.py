@@ -13,8 +13,10 @@ from mambaseq.errors import ConfigError
 from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
-SHIPPED = {name: [f"mambaseq:data/encode/{name}.*.fa.gz"] for name in ("human", "galago", "mouse", "cow", "dog")}
-SHIPPED_TEST = ["*.ENm002.fa.gz"]
+SHIPPED: dict[str, list[str] | str] = {
+    name: [f"mambaseq:data/encode/{name}.*.fa.gz"] for name in ("human", "galago", "mouse", "cow", "dog")
+}
+SHIPPED_TEST: Names = ["*.ENm002.fa.gz"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +50,18 @@ class SpeciesData(FastaData):
 
     def __init__(
         self,
-        species: dict[str, list[str]] | None = None,
+        species: dict[str, list[str] | str] | None = None,
         test_records: Names = None,
         **options: Any,
     ) -> None:
         if species is None:
             species = SHIPPED
-            test_records = SHIPPED_TEST if test_records is None else test_records
+            if test_records is None:
+                test_records = SHIPPED_TEST
         if len(species) < 2:
             raise ConfigError(f"Classification needs two species or more; data.species names {len(species)}.")
-        super().__init__(files=species, test_records=test_records, **options)
+        files = {name: [of] if isinstance(of, str) else of for name, of in species.items()}
+        super().__init__(files=files, test_records=test_records, **options)
         self.tokenizer = BaseTokenizer()
         self.vocab_size = self.tokenizer.vocab_size
         self.class_names = list(species)

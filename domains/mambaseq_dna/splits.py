@@ -23,6 +23,7 @@ from mambaseq_dna.tokenizer import N
 Duplicates = Literal["refuse", "drop"]
 
 SPLITS = ("train", "validation", "test")
+_SETS = {"train": "training", "validation": "validation", "test": "test"}
 _CHUNK = 1 << 24
 _N, _LOWER_N = N, N + 5  # see BaseTokenizer("keep")
 
@@ -65,21 +66,20 @@ class _Patterns:
         self.globs = {pattern: re.compile(translate(pattern)) for pattern in patterns if pattern not in self.exact}
         self.missing = set(patterns)
 
-    def match(self, name: str) -> bool:
-        """Whether one of them is or fits the name."""
-        found = name in self.exact
-        if found:
-            self.missing.discard(name)
+    def _meant(self, names: Sequence[str]) -> np.ndarray:
+        found = np.fromiter((name in self.exact for name in names), dtype=bool, count=len(names))
+        self.missing -= self.exact.intersection(names)
         for pattern, compiled in self.globs.items():
-            if (not found or pattern in self.missing) and compiled.match(name):
+            match = compiled.match
+            fits = np.fromiter((match(name) is not None for name in names), dtype=bool, count=len(names))
+            if fits.any():
                 self.missing.discard(pattern)
-                found = True
+            found |= fits
         return found
 
     def records(self, file: str, store: TokenStore) -> np.ndarray:
         """Which records of a file are meant, by their names or the file's; `(records,)` bool."""
-        whole = self.match(file)
-        return np.array([self.match(name) or whole for name in store.names], dtype=bool)
+        return self._meant(store.names) | self._meant([file])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +127,8 @@ class SplitRules:
             own = [stores[path] for path in paths]
             for split, label in enumerate(SPLITS):
                 splits[label].append(Group(name, Intervals(own, np.delete(table[table[:, 1] == split], 1, axis=1))))
+        if not stores:
+            raise ConfigError("The data name no FASTA file. Give data.fasta or data.species some.")
         for used in (test, validation):
             if used.missing:
                 raise _matches_nothing(used, stores)
@@ -175,29 +177,24 @@ class SplitRules:
         return kept
 
     def _refuse_empty(self, splits: dict[str, list[Group]], stores: Mapping[Path, TokenStore]) -> None:
+        """Raise DataError when training data or a split that is asked for has nothing of a group."""
         names = ", ".join(path.name for path in list(stores)[:3]) + (", ..." if len(stores) > 3 else "")
-        bases = "base (N is none, and data.drop_n leaves it out)" if self.drop_n else "base"
-        if not any(len(group.intervals) for group in splits["train"]):
-            raise DataError(
-                f"No {bases} of {names} is left for training. Give data.test_records and data.validation_records less, "
-                "or add records."
+        bases = "no base (N is none, and data.drop_n leaves it out)" if self.drop_n else "no base"
+        by_name = "Name other records in data.{}_records, or leave the setting out"
+        remedies = {
+            "train": "Look into the files, and at what data.test_records and data.validation_records leave",
+            "test": by_name.format("test") if self.test_records else "",
+            "validation": by_name.format("validation") if self.validation_records else "",
+        }
+        if self.validation_fraction and not self.validation_records:
+            remedies["validation"] = (
+                f"It is the last part of each training record, data.validation_fraction "
+                f"({self.validation_fraction:g}): raise that, name data.validation_records, or set it to 0 for none"
             )
-        asked = {"test": bool(self.test_records), "validation": bool(self.validation_records)}
-        for split, wanted in asked.items():
-            if wanted and not any(len(group.intervals) for group in splits[split]):
-                raise DataError(
-                    f"The records of {names} that data.{split}_records means hold no {bases}, so that there is no "
-                    f"{split} set. Name others, or leave the setting out."
-                )
-        if (
-            self.validation_fraction
-            and not self.validation_records
-            and not any(len(group.intervals) for group in splits["validation"])
-        ):
-            raise DataError(
-                f"data.validation_fraction ({self.validation_fraction:g}) of each record of {names} holds no {bases}, "
-                "so that there is no validation set. Raise it, name data.validation_records, or set it to 0 for none."
-            )
+        for split, remedy in remedies.items():
+            empty = [group.name for group in splits[split] if not len(group.intervals)]
+            if remedy and empty:
+                raise DataError(f"The {_SETS[split]} set has {bases} of {empty[0]!r} ({names}). {remedy}.")
 
 
 def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:

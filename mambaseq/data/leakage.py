@@ -62,7 +62,8 @@ class _Claims:
         content = np.unique(np.concatenate(checksums), return_inverse=True)[1].reshape(-1)
         of_folder = table[:, 5] * (int(table[:, 4].max(initial=0)) + 1) + table[:, 4]
         record = np.unique(of_folder, return_inverse=True)[1].reshape(-1)
-        return cls(owners, intervals, *table[:, :2].T, content, *table[:, 2:4].T, record)  # type: ignore[misc]
+        owner, index, start, stop = table[:, :4].T
+        return cls(owners, intervals, owner, index, content, start, stop, record)
 
     def interval(self, row: int) -> Interval:
         return self.intervals[self.owner[row]][int(self.index[row])]

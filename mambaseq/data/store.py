@@ -75,7 +75,7 @@ class _Tokens:
             self._flush()
 
     def _flush(self) -> None:
-        data = self._pending[0].data if len(self._pending) == 1 else b"".join(self._pending)
+        data = self._pending[0].data if len(self._pending) == 1 else b"".join(part.data for part in self._pending)
         self._file.write(data)
         self.checksum.update(data)
         self._pending, self._size = [], 0

@@ -112,25 +112,24 @@ def test_a_record_in_two_splits_is_refused(tmp_path: Path) -> None:
         ).setup()
 
 
+TRAINING, VALIDATION, TEST = (
+    rf"The {split} set has no base .* of 'genome' \(x\.fa\)\. " for split in ("training", "validation", "test")
+)
 EMPTY = {
-    "N alone": ({"a": "NNNNnnnn"}, {}, r"No base \(N is none, .*\) of x\.fa is left for training"),
-    "test data alone": ({"a": "ACGT"}, {"test_records": ["*"]}, "No base .* is left for training"),
-    "test data of N": (
-        {"a": "ACGT" * 9, "b": "NNN"},
-        {"test_records": ["b"]},
-        r"The records of x\.fa that data\.test_records means hold no base .* there is no test set",
-    ),
+    "N alone": ({"a": "NNNNnnnn"}, {}, TRAINING + "Look into the files"),
+    "test data alone": ({"a": "ACGT"}, {"test_records": ["*"]}, TRAINING),
+    "test data of N": ({"a": "ACGT" * 9, "b": "NNN"}, {"test_records": ["b"]}, TEST + r"Name .* data\.test_records"),
     "validation data of N": (
         {"a": "ACGT" * 9, "b": "NNN"},
         {"validation_records": ["b"]},
-        r"data\.validation_records means hold no base .* there is no validation set",
+        VALIDATION + r"Name .* data\.validation_records",
     ),
     "too little for a fraction": (
         {"a": "ACGTACGTA"},
         {},
-        r"data\.validation_fraction \(0\.1\) of each record of x\.fa holds no base .* set it to 0 for none",
+        VALIDATION + r"It is the last part .* data\.validation_fraction \(0\.1\): .* 0 for none",
     ),
-    "a fraction of N": ({"a": "ACGTACGTANN"}, {"validation_fraction": 0.2}, "there is no validation set"),
+    "a fraction of N": ({"a": "ACGTACGTANN"}, {"validation_fraction": 0.2}, VALIDATION + "It is the last part"),
 }
 
 
@@ -140,6 +139,16 @@ def test_a_split_that_would_be_empty_is_refused(tmp_path: Path, what: str) -> No
     path = fasta(tmp_path, "x.fa", **records)
     with pytest.raises(DataError, match=told):
         GenomeData(fasta=[path], length=3, cache=str(tmp_path), **options).setup()
+
+
+def test_a_species_that_is_not_in_a_split_is_refused(tmp_path: Path) -> None:
+    species = {"x": fasta(tmp_path, "x.fa", a=bases(90), t=bases(90, 1)), "y": fasta(tmp_path, "y.fa", b=bases(90, 2))}
+    with pytest.raises(
+        DataError, match=r"The test set has no base .* of 'y' .*Name other records in data\.test_records"
+    ):
+        SpeciesData(species=dict(species), test_records=["t"], cache=str(tmp_path)).setup()
+    with pytest.raises(ConfigError, match="name no FASTA file"):
+        GenomeData(fasta=[], cache=str(tmp_path)).setup()
 
 
 def test_one_base_and_files_that_are_none(tmp_path: Path) -> None:

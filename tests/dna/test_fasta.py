@@ -18,7 +18,7 @@ from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources
 from mambaseq.data.records import Record
-from mambaseq.errors import DataError, UserError
+from mambaseq.errors import ConfigError, DataError, UserError
 
 TOKENIZER = BaseTokenizer()
 PLAIN = ">one first record\nACGT\nacgtN\n\n>two\nTTTT\n"
@@ -69,6 +69,11 @@ def test_pieces_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
     monkeypatch.setattr("mambaseq.data.unpacking._PACKED_PIECE", size)
     check_plain(write(tmp_path / "a.fa", KINDS[kind]))
+
+
+def test_a_mistyped_option_of_the_reader(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reader_options\.lowercase must be one of fold, keep, unscored, not 'x'"):
+        next(read_fasta(write(tmp_path / "a.fa", PLAIN), TOKENIZER, "x"))  # type: ignore[arg-type]
 
 
 def random_fasta(rng: np.random.Generator) -> str:
