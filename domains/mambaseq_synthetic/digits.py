@@ -8,6 +8,7 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
+from mambaseq.limits import SEEDS, check_setting
 
 SIDE, LEVELS = 8, 17
 
@@ -72,6 +73,7 @@ class DigitsData(SequenceData):
                 f"data.n_validation and data.n_test must be at least 1 and data.split_seed at least 0, not "
                 f"{n_validation}, {n_test} and {split_seed}."
             )
+        check_setting("data.split_seed", split_seed, *SEEDS)
         self.permuted, self.continuous = permuted, continuous
         self.n_validation, self.n_test, self.split_seed = n_validation, n_test, split_seed
         self.vocab_size = None if continuous else LEVELS

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
+from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 
 VALIDATION, TEST = -1, -2
 """The seeds of validation and test sets, whatever a run's own seed is, which is never negative."""
@@ -43,8 +44,13 @@ class DrawnSet(Dataset[Batch]):
         return [Batch(inputs=ids, targets=labels) for ids, labels in pairs]
 
 
-def check_sets(seed: int, samples_per_epoch: int, n_validation: int, n_test: int) -> None:
-    """Raise ConfigError for a seed that is not a training set's, or a set without an item."""
+def check_sets(
+    seed: int, samples_per_epoch: int, n_validation: int, n_test: int, length: int, vocab_size: int = 1
+) -> None:
+    """Raise ConfigError for a seed that is not a training set's, a set without an item, or one that no machine holds.
+
+    length: of the longest sequence.
+    """
     if seed < 0:
         raise ConfigError(f"data.seed must not be negative (validation and test sets have such seeds); it is {seed}.")
     if min(samples_per_epoch, n_validation, n_test) < 1:
@@ -52,3 +58,8 @@ def check_sets(seed: int, samples_per_epoch: int, n_validation: int, n_test: int
             f"data.samples_per_epoch, data.n_validation and data.n_test must be at least 1, not {samples_per_epoch}, "
             f"{n_validation} and {n_test}."
         )
+    check_setting("data.seed", seed, *SEEDS)
+    for key, size in (("samples_per_epoch", samples_per_epoch), ("n_validation", n_validation), ("n_test", n_test)):
+        check_setting(f"data.{key}", size, *EPOCH)
+    check_setting("data.length", length, 1, WINDOW.value)
+    check_setting("data.vocab_size", vocab_size, 1, 2**31 - 1)

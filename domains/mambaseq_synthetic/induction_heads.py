@@ -71,7 +71,7 @@ class InductionHeadsData(SequenceData):
             )
         if vocab_size < 3:
             raise ConfigError(f"data.vocab_size must be at least 3 (two tokens and the special one), not {vocab_size}.")
-        check_sets(seed, samples_per_epoch, n_validation, n_test)
+        check_sets(seed, samples_per_epoch, n_validation, n_test, max(length, *self.test_lengths), vocab_size)
         self.length, self.vocab_size = length, vocab_size
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed

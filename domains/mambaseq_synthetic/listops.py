@@ -204,7 +204,7 @@ class ListOpsData(SequenceData):
             raise ConfigError(
                 f"data.max_depth and data.max_args must be at least 2; they are {max_depth} and {max_args}."
             )
-        check_sets(seed, samples_per_epoch, n_validation, n_test)
+        check_sets(seed, samples_per_epoch, n_validation, n_test, max(length, max_args, max_depth))
         self.length, self.min_length, self.max_depth, self.max_args = length, min_length, max_depth, max_args
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed

@@ -273,7 +273,7 @@ class PathfinderData(SequenceData):
                 f"data.size must be at least 12 (smaller pictures have no room for two paths) and data.n_distractors "
                 f"at least 0; they are {size} and {n_distractors}."
             )
-        check_sets(seed, samples_per_epoch, n_validation, n_test)
+        check_sets(seed, samples_per_epoch, n_validation, n_test, max(size * size, n_distractors))
         self.size, self.n_distractors, self.continuous = size, n_distractors, continuous
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed

@@ -75,7 +75,7 @@ class SelectiveCopyingData(SequenceData):
             )
         if vocab_size < 4:
             raise ConfigError(f"data.vocab_size must be at least 4 (noise, two data tokens, marker), not {vocab_size}.")
-        check_sets(seed, samples_per_epoch, n_validation, n_test)
+        check_sets(seed, samples_per_epoch, n_validation, n_test, length, vocab_size)
         self.length, self.vocab_size = length, vocab_size
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed

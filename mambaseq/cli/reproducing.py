@@ -18,6 +18,7 @@ from mambaseq import __version__
 from mambaseq.atomic import atomic_file
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
+from mambaseq.plain import read_json
 from mambaseq.reproduction.context import Context, Recipe, Scale
 from mambaseq.reproduction.tables import Report
 
@@ -55,8 +56,10 @@ def _own(folder: Path, mine: dict[str, str]) -> None:
     if not path.exists():
         with atomic_file(path) as file:
             file.write(json.dumps(mine).encode())
-    found = json.loads(path.read_text(encoding="utf-8"))
-    different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value]
+    found = read_json(path, "Remove it if the folder holds nothing that you need, or choose another --out.")
+    different = [
+        f"{key} {str(found.get(key))[:80]!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value
+    ]
     if different:
         raise UserError(f"{folder} holds another run: {'; '.join(different)}. Choose another --out, or remove it.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from tqdm import tqdm
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.errors import UserError, did_you_mean
+from mambaseq.plain import read_json
 from mambaseq.reproduction.tables import Table
 
 Scale = Literal["full", "small", "tiny"]
@@ -80,7 +81,9 @@ class Context:
         stem = re.sub(r"[^\w.=-]+", "_", name)
         result, checkpoint = self.folder / "trials" / f"{stem}.json", self.folder / "trials" / f"{stem}.pt"
         known = result.exists()
-        record = json.loads(result.read_text(encoding="utf-8")) if known else self._run(stem, run)
+        record = _read(result) if known else self._run(stem, name, run)
+        if (other := record.get("name", name)) != name:
+            raise UserError(f"{result} is of the trial {str(other)[:80]!r}, whose file {name[:80]!r} would share.")
         for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt"), self._begun(stem)):
             path.unlink(missing_ok=True)
         self.records[name] = record
@@ -95,11 +98,11 @@ class Context:
         """Where a trial that was interrupted has been."""
         return self.folder / "trials" / f"{stem}.begun"
 
-    def _run(self, stem: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, Any]:
+    def _run(self, stem: str, name: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, Any]:
         begun, result = self._begun(stem), self.folder / "trials" / f"{stem}.json"
-        record: dict[str, Any] = {"hardware": [], "seconds": 0.0}
+        record: dict[str, Any] = {"name": name, "hardware": [], "seconds": 0.0}
         if begun.exists():
-            record = json.loads(begun.read_text(encoding="utf-8"))
+            record = _read(begun)
         before, start = record["seconds"], time.perf_counter()
         record["hardware"] = sorted({*record["hardware"], self.hardware})
         _write(begun, record)  # before anything is run: whoever goes on knows of this machine
@@ -124,8 +127,30 @@ class Context:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
+    """What is not finite is written as null."""
     with atomic_file(path) as file:
-        file.write(json.dumps(record, indent=1).encode())
+        file.write(json_text(record, indent=1).encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record as it was written, null being NaN. Raises UserError for a file that is damaged."""
+    remedy = "Remove it, and the trial is run again."
+    record = read_json(path, remedy)
+    hardware, seconds, values = record.get("hardware"), record.get("seconds"), record.get("values", {})
+    if not (
+        isinstance(hardware, list)
+        and all(isinstance(name, str) for name in hardware)
+        and type(seconds) in (int, float)
+        and isinstance(values, dict)
+        and all(value is None or type(value) in (int, float) for value in values.values())
+        and (path.suffix != ".json" or "values" in record)
+    ):
+        raise UserError(
+            f"{path} is not what a trial wrote: hardware, seconds and values are wrong or missing. {remedy}"
+        )
+    if "values" in record:
+        record["values"] = {key: math.nan if value is None else value for key, value in values.items()}
+    return record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,13 @@ def _digest(tensors: list[Any]) -> str:
     for value in tensors:
         found.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a tensor in a checkpoint is not what its checksum says: PyTorch does not look."""
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
 
 
 class _Run:
@@ -260,12 +267,16 @@ class _Run:
         remedy = "Remove it, or choose another --out."
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            _check_sums(path)
+        except Exception as error:  # what torch raises depends on where the file is damaged
             raise UserError(f"{path} cannot be read as a checkpoint. {remedy}") from error
         found = state.get("run", {}) if isinstance(state, dict) else {}
         different = [key for key, value in self.identity.items() if found.get(key) != value]
         if different:
             raise UserError(f"{path} is a checkpoint of another run: {', '.join(different)} differ. {remedy}")
+        kept = ("model", "optimizer", "losses", "random", "done", "seconds", "finished")
+        if missing := [key for key in kept if key not in state]:
+            raise UserError(f"{path} is no checkpoint of a trial: it has no {', '.join(missing)}. {remedy}")
         self.model.load_state_dict(state["model"])
         # the groups stay ours: their learning rates are where a graph will read them
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})

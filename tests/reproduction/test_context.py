@@ -112,3 +112,58 @@ def test_only_what_was_asked_for(tmp_path: Path) -> None:
         context(tmp_path, only=["s4d", "mambda"]).wanted(lines)
     with pytest.raises(UserError, match="digits"):
         context(tmp_path, only=["digits"]).wanted(lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"{}", b'{"hardware": 1, "seconds": 1, "values": {}}',
+     b'{"hardware": [], "seconds": "1", "values": {}}', b'{"hardware": [], "seconds": 1, "values": {"a": "x"}}',
+     b'{"hardware": [], "seconds": 1}'],
+    ids=range(9),
+)  # fmt: skip
+def test_damaged_records_are_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "trials").mkdir()
+    for name in ("x.json", "y.begun"):
+        (tmp_path / "trials" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.json.*Remove it"):
+        context(tmp_path).trial("x", lambda checkpoint: {"a": 1.0})
+    if b'"seconds": 1}' not in content:  # which is what one that began looks like
+        with pytest.raises(UserError, match=r"y\.begun.*Remove it"):
+            context(tmp_path).trial("y", lambda checkpoint: {"a": 1.0})
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    context(tmp_path).trial("x", lambda checkpoint: {"loss": math.inf})
+    text = (tmp_path / "trials" / "x.json").read_text()
+    assert json.loads(text)["values"] == {"loss": None}
+    assert "Infinity" not in text
+
+
+def test_two_names_for_one_file_are_not_one_trial(tmp_path: Path) -> None:
+    context(tmp_path).trial("a b", lambda checkpoint: {"a": 1.0})
+    with pytest.raises(UserError, match="is of the trial 'a b'"):
+        context(tmp_path).trial("a,b", lambda checkpoint: {"a": 2.0})
+
+
+def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
+    """Cut anywhere, or with one byte of a tensor changed, which PyTorch reads without a word."""
+    path = tmp_path / "x.pt"
+    batches = of_text(torch.arange(50) % 5, 8, 2, seed=0)
+
+    def go() -> None:
+        torch.manual_seed(0)
+        train(causal_lm(5, 8, 1), batches, 1, OptimizerConfig(), checkpoint=path)
+
+    go()
+    whole = path.read_bytes()
+    go()
+    place = len(whole) // 2
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for damaged in (b"", whole[:10], whole[:place], whole[:-1], flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"x\.pt cannot be read as a checkpoint"):
+            go()
+    state = torch.load(path.with_name("x.pt"), weights_only=True) if path.write_bytes(whole) else {}
+    torch.save({key: value for key, value in state.items() if key != "done"}, path)
+    with pytest.raises(UserError, match="has no done"):
+        go()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,21 @@ def test_the_help_names_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         main(["reproduce", "--help"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"recipe": NaN}', "[" * 10_000])
+def test_a_damaged_run_json_is_told(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out := tmp_path / "out").mkdir()
+    (out / "run.json").write_text(content)
+    assert reproduce("lra", out, "--only", "s4d", "digits") == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_a_damaged_pool_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert reproduce("lra", out, "--only", "s4d", "digits") == 0
+    shutil.rmtree(out / "trials")
+    for pool in (out / "pools").iterdir():
+        pool.write_bytes(pool.read_bytes()[:-200])
+    assert reproduce("lra", out, "--only", "s4d", "digits") == 2
+    assert ".npz is damaged" in capsys.readouterr().err

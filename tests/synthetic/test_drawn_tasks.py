@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import itertools
 from typing import Any
 
@@ -150,3 +151,21 @@ def test_settings_that_cannot_be() -> None:
     for wrong in ({"length": 2}, {"test_lengths": [2, 64]}, {"test_lengths": []}, {"vocab_size": 2}):
         with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
             InductionHeadsData(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [SelectiveCopyingData, InductionHeadsData, ListOpsData, PathfinderData])
+def test_sizes_that_no_machine_holds(kind: Any) -> None:
+    """Refused by their key; the largest seed works."""
+    for key, value in (
+        ("seed", 2**63),
+        ("samples_per_epoch", 2**63),
+        ("n_test", 2**63),
+        ("length", 2**40),
+        ("size", 2**20),
+    ):
+        if key in inspect.signature(kind).parameters:
+            with pytest.raises(ConfigError, match=r"data\.\w+ must be 0|data\.\w+ must be 1"):
+                kind(**{key: value})
+    data = kind(seed=2**63 - 1)
+    data.setup()
+    assert data.train()[5].inputs.shape[0] == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from mambaseq.atomic import atomic_file
 from mambaseq.batch import Batch
 from mambaseq.data.module import ItemDataset, SequenceData
+from mambaseq.errors import DataError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import of_arrays
@@ -176,8 +179,13 @@ def _read(path: Path, items: ItemDataset, n: int, device: torch.device) -> Examp
                 targets=np.array([target for _, target in drawn], dtype=np.uint8),
                 lengths=np.array([len(tokens) for tokens, _ in drawn]),
             )
-    with np.load(path) as found:
-        inputs, targets, lengths = (torch.from_numpy(found[key]) for key in ("inputs", "targets", "lengths"))
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            inputs, targets, lengths = (torch.from_numpy(found[key]) for key in ("inputs", "targets", "lengths"))
+        if not len(inputs) == len(targets) == len(lengths) == n or int(lengths.max()) != inputs.shape[1]:
+            raise ValueError("its arrays are not of one size")
+    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({str(error)[:200]}). Remove it; it is drawn again.") from error
     mask = torch.arange(inputs.shape[1]) < lengths[:, None]
     return Examples(inputs.long().to(device), targets.long().to(device), None if mask.all() else mask.to(device))
 
