@@ -56,7 +56,7 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
     w = weights
     batch, d_inner, _ = ssm_state.shape
     n_blocks = -(-d_inner // _CHANNELS)
-    y = torch.empty(x.shape)
+    y = torch.empty(x.shape, dtype=torch.float32)
     shares = np.empty((n_blocks, batch, w.x_proj.shape[0]), dtype=np.float32)
     out_shares = np.empty((n_blocks, batch, x.shape[1]), dtype=np.float32)
     inner = np.empty((batch, 2 * d_inner), dtype=np.float32)

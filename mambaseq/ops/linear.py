@@ -85,7 +85,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
     team: Any = importlib.import_module("mambaseq.ops.team")
     rows, table = x.float().contiguous().numpy(), bits(weight)
-    y = torch.empty(x.shape[0], weight.shape[0])
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     out, counters = y.numpy(), np.zeros(2 * team.STRIDE, dtype=np.int64)
     team.run(
         lambda: kernels.linear(counters, _OUTPUTS, rows, table, out),

@@ -56,7 +56,7 @@ def selective_state_update_(
     channels = x.shape[1]
     if _can_run_kernels(state, x, dt, A, B, C, D, z, dt_bias) and B.shape == C.shape:
         kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=torch.float32)
         kernels.selective_state_update(
             state.view(-1).numpy(),
             *rows_of(x),
@@ -144,7 +144,7 @@ def causal_conv_update_(
         return step_gpu.causal_conv_update_(state, x, weight, bias, activation == "silu")
     if _can_run_kernels(state, x, weight, bias):
         kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=torch.float32)
         kernels.causal_conv_update(
             state.view(-1).numpy(),
             *rows_of(x),

@@ -77,6 +77,15 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callabl
     return factor
 
 
+class _Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """Leaves parameter groups alone that the optimizer was given later, by callbacks that thaw layers and have learning
+    rates of their own for them."""
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        later = self.optimizer.param_groups[len(self.base_lrs) :]
+        return [*super().get_lr(), *(group["lr"] for group in later)]
+
+
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, total_steps: float, *, capturable: bool = False
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
@@ -100,4 +109,4 @@ def make_optimizer(
     )
     optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
     factor = learning_rate_factor(config, total_steps)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return optimizer, _Schedule(optimizer, factor)

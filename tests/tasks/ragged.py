@@ -61,13 +61,13 @@ class Watched(Task):
         self.__dict__.setdefault("seen", []).append(seen)
 
 
-def model_of(head: str) -> SequenceModel:
+def model_of(head: str, backbone: dict[str, Any] | None = None) -> SequenceModel:
     torch.manual_seed(0)
     return build_model(
         {
             "d_model": 8,
             "encoder": {"name": "tokens", "vocab_size": 7},
-            "backbone": {"name": "residual", "n_layers": 1},
+            "backbone": {"name": "residual", "n_layers": 1} if backbone is None else backbone,
             "mixer": {"name": "mamba", "d_state": 4},
             "head": HEADS[head],
         }
@@ -81,11 +81,19 @@ def expected(model: SequenceModel, batch: Batch) -> dict[str, torch.Tensor]:
     return dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))
 
 
-def train(data: SequenceData, head: str, *, warmup: LengthWarmup | None = None, loader: dict, **options: Any) -> Any:
+def train(
+    data: SequenceData,
+    head: str,
+    *,
+    warmup: LengthWarmup | None = None,
+    loader: dict[str, Any],
+    model: SequenceModel | None = None,
+    **options: Any,
+) -> Any:
     """A task after its training, and the trainer."""
     metrics = {"bits_per_token": BitsPerToken()} if head == "lm" else {}
     # weights that do not move: the gradients of every step are those of the same model
-    task = Watched(model_of(head), OptimizerConfig(lr=0.0), metrics, warmup)
+    task = Watched(model or model_of(head), OptimizerConfig(lr=0.0, eps=1e-4), metrics, warmup)
     trainer = lightning.Trainer(
         accelerator="cpu",
         logger=False,

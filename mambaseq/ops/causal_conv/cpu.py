@@ -75,8 +75,8 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
 def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
     x, inputs = arguments.x, _prepare(arguments, kernels)
-    y = torch.empty(x.shape)
-    final = torch.empty(arguments.n_sequences, inputs.width - 1, inputs.channels)
+    y = torch.empty(x.shape, dtype=torch.float32)
+    final = torch.empty(arguments.n_sequences, inputs.width - 1, inputs.channels, dtype=torch.float32)
     outputs = y.view(-1).numpy(), final.view(-1).numpy()
 
     def make_worker() -> Any:
@@ -92,9 +92,12 @@ def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> li
     x, weight, bias, state = arguments.x, arguments.weight, arguments.bias, arguments.initial_state
     inputs = _prepare(arguments, kernels)
     channels, width, n_tasks = inputs.channels, inputs.width, len(inputs.cuts) - 1
-    dx = torch.empty(x.shape)
-    dhistory = torch.empty(arguments.n_sequences, width - 1, channels)
-    dweight, dbias = torch.empty(n_tasks, width, channels), torch.empty(n_tasks, channels)
+    dx = torch.empty(x.shape, dtype=torch.float32)
+    dhistory = torch.empty(arguments.n_sequences, width - 1, channels, dtype=torch.float32)
+    dweight, dbias = (
+        torch.empty(n_tasks, width, channels, dtype=torch.float32),
+        torch.empty(n_tasks, channels, dtype=torch.float32),
+    )
     if dfinal is None:
         dfinal = x.new_zeros(arguments.n_sequences, channels, width - 1, dtype=torch.float32)
     given = *rows_of(dy), flat(dfinal.transpose(1, 2))

@@ -62,7 +62,7 @@ def _joined(parts: Tensor, complex_: bool) -> Tensor:
 
 def _signs(decay: Tensor) -> Tensor:
     """What the kernels' C' is to the parts of C."""
-    return torch.tensor([2.0, -2.0]) if decay.is_complex() else torch.tensor([1.0, 0.0])
+    return torch.tensor([2.0, -2.0] if decay.is_complex() else [1.0, 0.0], dtype=torch.float32)
 
 
 def _prepare(
@@ -97,8 +97,8 @@ def _prepare(
 def _forward(x: Tensor, decay: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
     _, inputs = _prepare(kernels, x, decay, *values)
-    y = torch.empty(x.shape)
-    final = torch.empty(len(inputs.bounds) - 1, *decay.shape, 2)
+    y = torch.empty(x.shape, dtype=torch.float32)
+    final = torch.empty(len(inputs.bounds) - 1, *decay.shape, 2, dtype=torch.float32)
     outputs = y.view(-1).numpy(), final.view(-1).numpy()
 
     def make_worker() -> Any:
@@ -116,9 +116,9 @@ def _backward(dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, *values: Any
     blocks, inputs = _prepare(kernels, x, decay, *values)
     d_state, n_tasks, complex_ = inputs.d_state, len(inputs.tasks), decay.is_complex()
     gradients = kernels.Gradients(
-        x=torch.empty(x.shape),
-        system=torch.empty(n_tasks, d_state, 6, width),
-        initial=torch.empty(len(inputs.bounds) - 1, *decay.shape, 2),
+        x=torch.empty(x.shape, dtype=torch.float32),
+        system=torch.empty(n_tasks, d_state, 6, width, dtype=torch.float32),
+        initial=torch.empty(len(inputs.bounds) - 1, *decay.shape, 2, dtype=torch.float32),
     )
     outputs = kernels.Gradients(*(value.view(-1).numpy() for value in gradients))
     given = *rows_of(dy), flat(_parts(dfinal))

@@ -49,8 +49,8 @@ def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
     x = arguments.x
     _, inputs = _prepare(arguments, kernels)
-    y = torch.empty(x.shape)
-    final = torch.empty(arguments.n_sequences, *arguments.A.shape)
+    y = torch.empty(x.shape, dtype=torch.float32)
+    final = torch.empty(arguments.n_sequences, *arguments.A.shape, dtype=torch.float32)
     outputs = y.view(-1).numpy(), final.view(-1).numpy()
 
     def make_worker() -> Any:
@@ -71,15 +71,15 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     n_states, n_tasks, n_blocks = inputs.n_states, len(inputs.tasks), len(blocks.first)
     rows = x.shape[0] * x.shape[1]
     gradients = kernels.Gradients(
-        x=torch.empty(x.shape),
-        dt=torch.empty(x.shape),
-        z=torch.empty(0 if arguments.z is None else x.shape),
-        B=torch.empty(n_blocks, rows, n_states),
-        C=torch.empty(n_blocks, rows, n_states),
-        A=torch.empty(n_tasks, n_states, width),
-        D=torch.empty(n_tasks, width),
-        bias=torch.empty(n_tasks, width),
-        initial=torch.empty(arguments.n_sequences, channels, d_state),
+        x=torch.empty(x.shape, dtype=torch.float32),
+        dt=torch.empty(x.shape, dtype=torch.float32),
+        z=torch.empty(0 if arguments.z is None else x.shape, dtype=torch.float32),
+        B=torch.empty(n_blocks, rows, n_states, dtype=torch.float32),
+        C=torch.empty(n_blocks, rows, n_states, dtype=torch.float32),
+        A=torch.empty(n_tasks, n_states, width, dtype=torch.float32),
+        D=torch.empty(n_tasks, width, dtype=torch.float32),
+        bias=torch.empty(n_tasks, width, dtype=torch.float32),
+        initial=torch.empty(arguments.n_sequences, channels, d_state, dtype=torch.float32),
     )
     outputs = kernels.Gradients(*(value.view(-1).numpy() for value in gradients))
     given = *rows_of(dy), flat(dfinal)
