@@ -133,18 +133,26 @@ class HFTokenizer(TextTokenizer):
 
     def __init__(self, path: str, bos: str | None = None, eos: str | None = None) -> None:
         self.path, self.bos, self.eos = path, bos, eos
-        if not Path(path).expanduser().is_file():
-            raise DataError(f"There is no tokenizer file {path}. Give the path of a model's tokenizer.json.")
+        if not _is_file(path):
+            raise DataError(f"There is no tokenizer file {path[:200]}. Give the path of a model's tokenizer.json.")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(Path(path).expanduser()))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(
-                f"{path} cannot be read as a tokenizer.json: {error}. Give the file that `tokenizers` saves "
+                f"{path} cannot be read as a tokenizer.json: {str(error)[:200]}. Give the file that `tokenizers` saves "
                 f"(one JSON object with a model and its vocabulary), not vocab.json or tokenizer_config.json."
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # it would cut the same text differently at every call
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if len(vocabulary) < 2:
+            raise DataError(
+                f"The vocabulary of {path} has {len(vocabulary)} entries, and a model needs two at least. Train the "
+                f"tokenizer on some text, or give another file."
+            )
+        self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._special("bos", bos)
         self.eos_id = self._special("eos", eos)
 
@@ -167,7 +175,13 @@ class HFTokenizer(TextTokenizer):
         return {"tokenizer_json": digest, "bos": self.bos_id, "eos": self.eos_id}
 
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"The tokenizer {self.path} cannot take the text {text[:40]!r}: {error}. Its vocabulary lacks what "
+                f"stands for unknown text; add that token to it, or give another file."
+            ) from error
         ids = np.asarray(encoding.ids, dtype=self.dtype)
         if not len(ids):
             return ids, np.zeros(0, dtype=np.uint32)
@@ -192,6 +206,13 @@ class HFTokenizer(TextTokenizer):
     @classmethod
     def load_files(cls, folder: Path, options: dict[str, Any]) -> HFTokenizer:
         return cls(**{**options, "path": str(folder / options["path"])})
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError):  # too long; the home of a user that there is not
+        return False
 
 
 def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:

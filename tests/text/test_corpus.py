@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,49 @@ def test_a_file_in_two_splits_is_refused(tmp_path: Path, file: Path) -> None:
         data(file, test_files=str(tmp_path / "copy.txt"))
     with pytest.raises(DataError, match=r"text\.txt \(validation\) is in train too"):
         data(file, validation_files=str(file))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [lambda text: gzip.compress(text), lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\xef\xbb\xbf" + text],
+)
+def test_a_copy_that_is_written_otherwise_is_refused(tmp_path: Path, file: Path, copy: Any) -> None:
+    (tmp_path / "copy.txt").write_bytes(copy(file.read_bytes()))
+    with pytest.raises(DataError, match=r"text\.txt \(train\) is a copy of .*copy\.txt, which is in test"):
+        data(file, test_files=str(tmp_path / "copy.txt"))
+    with pytest.raises(DataError, match=r"text\.txt \(train\) is a copy of a text that is in validation or test"):
+        data(file, test_files=str(tmp_path / "copy.txt"), duplicates="drop")
+
+
+def test_copies_of_documents(tmp_path: Path) -> None:
+    text = "a document that is long enough to be told from others by what it says"
+    rows = [{"text": f"{i}: {text}"} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.txt").write_bytes(f"4: {text}\r\n".encode())
+    options = {"test_files": str(tmp_path / "test.txt"), "validation_fraction": 0.0}
+    with pytest.raises(DataError, match=r"train\.jsonl, line 5 \(train\) is a copy of .*test\.txt, which is in test"):
+        data(tmp_path / "train.jsonl", **options)
+    for _ in range(2):  # built, and from the cache
+        (raw,) = data(tmp_path / "train.jsonl", duplicates="drop", **options).raw("train")
+        assert b"4: a" not in raw.tobytes()
+        assert raw.tobytes().count(b": a document") == 8
+
+
+def test_sources(file: Path) -> None:
+    assert data(file).sources() == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize(("key", "value"), [("epoch_size", 0), ("epoch_size", 2**63), ("seed", -1), ("length", 2**40)])
+def test_numbers_out_of_range(file: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key} must be"):
+        data(file, **{key: value})
+
+
+def test_folders_at_any_depth(tmp_path: Path, sample: str) -> None:
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/y/._c.txt"):
+        (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books" / name).write_bytes(name.encode() + sample.encode() * 9)
+    assert len(data(tmp_path / "books/**/*.txt").raw("train")) == 3
 
 
 def test_bad_input(tmp_path: Path, file: Path) -> None:

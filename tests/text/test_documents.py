@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -151,6 +153,83 @@ def test_bad_input(tmp_path: Path, file: Path) -> None:
         data(file, field="body")
     with pytest.raises(ConfigError, match=r"data\.length"):
         data(file, length=0)
+
+
+def test_line_ends_stay_in_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n")
+    documents = data(tmp_path / "a.txt", validation_fraction=0, test_fraction=0)
+    train = documents.train()
+    assert isinstance(train, PackedDocuments)
+    assert sorted(bytes([i[0], *t]) for i, t in sequences(train)) == [b"one\r\ntwo", b"three\r\n"]
+
+
+LONG = ["a document that is long enough to be told from others by what it says, number {}", "and another one " * 6]
+
+
+def test_copies_fall_on_one_side_however_their_lines_end() -> None:
+    fractions = {"validation": 0.3, "test": 0.3}
+    for number in range(50):
+        text = f"line {number}\nand more"
+        others = (text + "\n", text.replace("\n", "\r\n"), "\ufeff" + text, text.replace("\n", "\r") + "\r\n")
+        assert {split_of_text(other, fractions) for other in others} == {split_of_text(text, fractions)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_copy_in_a_held_out_file_is_refused_or_left_out(tmp_path: Path, packed: bool) -> None:
+    """By what it says: with other line ends, in another kind of file, packed, among other documents."""
+    texts = [*(f"{LONG[0].format(i)}\nand its end" for i in range(20)), LONG[1], "short"]
+    train, test = tmp_path / "train.jsonl", tmp_path / ("test.txt.gz" if packed else "test.txt")
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    content = f"short\r\n\r\n{texts[7]}\r\n\r\nof its own".replace("\nand", "\r\nand").encode()
+    test.write_bytes(gzip.compress(content) if packed else content)
+    options = {"test_files": str(test), "validation_fraction": 0.0, "length": 1000}
+    message = (
+        rf"train\.jsonl, line 8 \(train\) is a copy of .*{test.name}, paragraph 2, which is in test.*duplicates: drop"
+    )
+    with pytest.raises(DataError, match=message):
+        data(train, **options)
+    documents = data(train, duplicates="drop", **options)
+    assert documents._store.names.count("train") == len(texts) - 1
+    with pytest.raises(DataError, match=message):
+        next(iter(stream([str(train)], test_files=str(test)).train()))
+    streamed = stream([str(train)], test_files=str(test), duplicates="drop", length=20, shuffle_windows=0).train()
+    n = sum(len(text) + 1 for text in texts) // 20
+    seen = b"".join(bytes(item.inputs[0].tolist()) for _, item in zip(range(n), streamed, strict=False))
+    assert LONG[0].format(6).encode() in seen
+    assert LONG[0].format(7).encode() not in seen
+
+
+def test_a_copy_in_two_held_out_files_is_refused(tmp_path: Path) -> None:
+    for name, rows in (("train", ["a"]), ("validation", [LONG[1]]), ("test", ["b", LONG[1]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    files = {f"{name}_files": str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
+    with pytest.raises(DataError, match=r"test\.jsonl, line 2 \(test\) is a copy of .*validation\.jsonl, line 1"):
+        data(tmp_path / "train.jsonl", **files)
+
+
+def test_sources(file: Path, shards: list[str]) -> None:
+    assert data(file).sources() == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    streamed = stream(shards[:1], test_files=shards[1]).sources()
+    assert streamed[shards[1]] == hashlib.sha256(Path(shards[1]).read_bytes()).hexdigest()
+    status = Path(shards[0]).stat()
+    assert streamed[shards[0]] == f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("length", 2**63), ("seed", -1), ("seed", 2**63), ("shuffle_windows", -1), ("shuffle_windows", 2**63)],
+)
+def test_numbers_out_of_range(file: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key} must be"):
+        data(file, **{key: value})
+
+
+def test_settings_that_are_nothing(file: Path) -> None:
+    for key in ("validation_fraction", "test_fraction"):
+        with pytest.raises(ConfigError, match="leave some of it for training"):
+            data(file, **{key: float("nan")})
+    with pytest.raises(ConfigError, match=r"data\.files names nothing"):
+        DocumentData(files=[]).setup()
 
 
 # streaming

@@ -135,3 +135,31 @@ def test_names(tokenizer_json: Path) -> None:
         for entry in catalog()[kind]:
             if entry.name.startswith("text/"):
                 assert callable(entry.load())
+
+
+def saved(path: Path, model: Any) -> str:
+    tokenizers.Tokenizer(model).save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("entries", [0, 1])
+def test_a_vocabulary_that_is_none(tmp_path: Path, entries: int) -> None:
+    vocabulary = {"a": 0} if entries else {}
+    path = saved(tmp_path / "small.json", tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    with pytest.raises(DataError, match=rf"The vocabulary of .*small\.json has {entries} entries"):
+        HFTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
+def test_text_that_a_tokenizer_cannot_take(tmp_path: Path, kind: str) -> None:
+    model = getattr(tokenizers.models, kind)({"a": 0, "b": 1}, unk_token="[UNK]")
+    tokenizer = HFTokenizer(saved(tmp_path / "odd.json", model))
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(DataError, match=r"odd\.json cannot take the text 'words'.*unknown text"):
+        tokenizer.encode("words")
+
+
+def test_dropout_of_a_tokenizer_is_for_its_own_training(tmp_path: Path) -> None:
+    model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.9)
+    tokenizer = HFTokenizer(saved(tmp_path / "t.json", model))
+    assert all(tokenizer.encode("ab" * 9).tolist() == [2] * 9 for _ in range(5))
