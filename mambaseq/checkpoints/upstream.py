@@ -18,7 +18,7 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
 from mambaseq.errors import UserError
 from mambaseq.heads.lm import LMHead
-from mambaseq.limits import LAYERS, UNPACKED_RATIO, UNRATED, YAML_BYTES
+from mambaseq.limits import LAYERS, YAML_BYTES, check_unpacked
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.norm import RMSNorm
@@ -102,7 +102,7 @@ def _check_options(model: SequenceModel, transformers: bool) -> None:
     for part, kind in parts.items():
         if type(found := getattr(model, part)) is not kind:
             raise _no_form(f"its {part} is a {type(found).__name__}, not a {kind.__name__}")
-    eps = {norm.eps for norm in model.backbone.modules() if isinstance(norm, RMSNorm | GatedRMSNorm)}
+    eps = {norm.eps or 0.0 for norm in model.backbone.modules() if isinstance(norm, RMSNorm | GatedRMSNorm)}
     if len(eps) > 1 or (not transformers and eps != {1e-5}):  # a setting of transformers; fixed in the other house
         theirs = "one for all" if transformers else "1e-05"
         raise _no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, and theirs is {theirs}")
@@ -289,8 +289,7 @@ def _check_unpacked(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             size = sum(member.file_size for member in file.infolist())
-        if size > UNRATED:
-            UNPACKED_RATIO.check(size / path.stat().st_size, str(path))
+        check_unpacked(size, path.stat().st_size, str(path))
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

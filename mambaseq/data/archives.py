@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from mambaseq.atomic import atomic_folder
 from mambaseq.errors import DataError
-from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, UNPACKED_RATIO, UNRATED
+from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, check_unpacked
 
 _AT_ONCE = 2**16  # bytes that are read: no header of a tar needs more
 _PACKED_AT_ONCE = 2**12
@@ -62,8 +62,8 @@ class _Bounded(io.RawIOBase):
         self._file, self._most, self._spend, self._at, self.last = file, most, spend, 0, b""
 
     def read(self, size: int | None = -1) -> bytes:
-        whole = size is None or size < 0
-        self.last = self._file.read(self._most + 1 if whole else min(size, self._most + 1))
+        most = self._most + 1
+        self.last = self._file.read(most if size is None or size < 0 else min(size, most))
         if len(self.last) > self._most:
             raise _Refused("a header in it asks for more memory than any archive needs")
         self._at += len(self.last)
@@ -115,8 +115,7 @@ class _Target:
         """Count bytes that were unpacked."""
         self.size += size
         UNPACKED_BYTES.check(self.size, str(self.archive))
-        if self.size > UNRATED:
-            UNPACKED_RATIO.check(self.size / max(self.packed, 1), str(self.archive))
+        check_unpacked(self.size, self.packed, str(self.archive))
 
     def _claim(self, name: str, is_folder: bool) -> str:
         """The path of a member in the folder, whose parents are made. Raises _Refused for one that may not be."""
@@ -242,7 +241,7 @@ def _untar(archive: Path, target: _Target) -> None:
         bounded: Any = _Bounded(stream, _AT_ONCE, target.spend)
         with tarfile.open(fileobj=bounded, mode="r:") as file:
             for member in file:
-                file.members = []  # tarfile keeps them all otherwise
+                file.members = []  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
                 name = member.name
                 if member.isdir():
                     target.add_folder(name)

@@ -38,7 +38,7 @@ def _nothing() -> None:
 def folder_of_numba() -> tuple[Path | None, str | None]:
     """Where code of this folder's kernels is kept, None for nowhere; and why it is not kept there."""
     try:
-        folder = Path(njit(cache=True)(_nothing).stats.cache_path)
+        folder = Path(str(njit(cache=True)(_nothing).stats.cache_path))
     except (RuntimeError, AttributeError):
         return None, "no folder can be written, or nothing is compiled"
     return folder, why_not_kept(folder, Path(__file__))

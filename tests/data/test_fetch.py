@@ -10,10 +10,12 @@ import itertools
 import shutil
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -34,6 +36,7 @@ class Site:
     files: dict[str, bytes]
     cut: int | None = None
     ranges: bool = True
+    length: bool = True
     url: str = ""
     requests: list[str | None] = dataclasses.field(default_factory=list)
 
@@ -61,7 +64,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if site.length:
+            self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", tag)
         self.end_headers()
         self.wfile.write(content[start:] if site.cut is None else content[start : start + site.cut])
@@ -278,3 +282,51 @@ def test_names_and_manifests_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("url:", "link:"))
     with pytest.raises(ConfigError, match="unknown key 'link'"):
         read_manifest(path)
+
+
+@pytest.mark.parametrize("what", ["said", "sent", "limit"])
+def test_no_more_than_the_manifest_says(site: Site, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the length that the server says before anything is sent, or by what it sends."""
+    name = write_manifest(tmp_path, site.url, None)
+    if what == "limit":
+        monkeypatch.setenv("MAMBASEQ_MAX_DOWNLOADED_BYTES", "1000")
+    else:
+        Path(name).write_text(Path(name).read_text() + "    size: 1000\n")
+    site.length = what == "said"
+    with pytest.raises(UserError, match=r"1,000 bytes that the manifest says|MAMBASEQ_MAX_DOWNLOADED_BYTES") as told:
+        get(name, tmp_path)
+    assert f"{site.url}/a.bin" in str(told.value)
+    left = list((tmp_path / "fetched" / "mine").glob(".a.bin.part"))
+    assert what == "limit" or not left
+    assert not left or left[0].stat().st_size <= 1000
+
+
+@pytest.mark.parametrize("version", [b"", b"a\nHost: b", b"\xff" * 5, b"x" * 5000])
+def test_a_damaged_note_of_the_version_begins_again(site: Site, tmp_path: Path, version: bytes) -> None:
+    name = write_manifest(tmp_path, site.url, sha256(CONTENT))
+    folder = tmp_path / "fetched" / "mine"
+    folder.mkdir(parents=True)
+    (folder / ".a.bin.part").write_bytes(CONTENT[:1000])
+    (folder / ".a.bin.part.version").write_bytes(version)
+    assert (get(name, tmp_path) / "a.bin").read_bytes() == CONTENT
+    assert site.requests == [None]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "a.bin"]
+
+
+def test_a_second_process_waits_and_downloads_nothing(site: Site, tmp_path: Path) -> None:
+    name = write_manifest(tmp_path, site.url, sha256(CONTENT))
+    said: list[str] = []
+    path, held = get(name, tmp_path) / ".lock", threading.Event()
+
+    def hold() -> None:
+        with filelock.FileLock(path):
+            held.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    get(name, tmp_path, said)
+    thread.join()
+    assert "Waiting" in said[0]
+    assert site.requests == [None]

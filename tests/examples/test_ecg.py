@@ -145,6 +145,11 @@ def test_bad_settings_are_refused(ecg: Any) -> None:
         ecg.Beats(window=100, patch=8)
     with pytest.raises(ConfigError, match="each of N, S, V, F"):
         ecg.Beats(shares=[1.0, 1.0])
+    with pytest.raises(ConfigError, match="each of N, S, V, F"):
+        ecg.Beats(shares=[1.0, 1.0, 1.0, float("nan")])
+    for key in ("window", "samples_per_epoch", "seed"):
+        with pytest.raises(ConfigError, match=key):
+            ecg.Beats(**{key: 2**63})
     with pytest.raises(ConfigError, match=r"'232'.*not records of DS1"):
         ecg.Beats(validation_records=["232"]).setup()
 
@@ -156,12 +161,20 @@ def test_bad_settings_are_refused(ecg: Any) -> None:
         ("time,mV\n0,1\n", "first line must be"),
         ("seconds,signal,beat\n", "no beat is marked"),
         ("seconds,signal,beat\n0.00,1,0\n0.01,1,0\n", "no beat is marked"),
-        ("seconds,signal,beat\n0.00,1,0\n0.01,x,1\n", "not three numbers"),
-        ("seconds,signal,beat\n0.00,1\n", "not three numbers"),
+        ("seconds,signal,beat\n0.00,1,0\n0.01,x,1\n", "line 3 is not 3 numbers"),
+        ("seconds,signal,beat\n0.00,1\n", "line 2 is not 3 numbers"),
+        ("seconds,signal,beat\n0,00,1,0\n0,01,1,1\n", "line 2 is not 3 numbers"),  # decimals with commas
+        ("seconds,signal,beat\n0.00,1,0\n\n0.01,1,1\n", "line 3 is not 3 numbers"),
+        ("seconds,signal,beat\n0.00,1,0\n# 0.01,1,1\n", "line 3 is not 3 numbers"),
+        ("seconds,signal,beat\n0.00,1,0\n0.01,1e200,1\n", "line 3 has a gap"),
+        ("seconds,signal,beat\n0.00,1,0\n0.01,1,0.5\n", "line 3 .*neither 0 nor 1"),
+        ("seconds,signal,beat\n" + "".join(f"{i / 100 + (i > 500) * 0.05:.2f},1,1\n" for i in range(1000)), "line 503"),
+        ("seconds,signal,beat\n" + "x" * 10**6, "not 3 numbers"),
         ("seconds,signal,beat\n0.00,1,0\n0.01,nan,1\n", "line 3 has a gap"),
         ("seconds,signal,beat\n0.000,1,0\n0.004,2,1\n0.008,1,0\n", "250 samples a second"),
-        (b"seconds,signal,beat\n\xff\xfe,1,1\n", "not three numbers"),
+        (b"seconds,signal,beat\n\xff\xfe,1,1\n", "not text in UTF-8"),
     ],
+    ids=range(16),
 )
 def test_bad_files_are_refused(ecg: Any, tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "bad.csv"
@@ -169,6 +182,32 @@ def test_bad_files_are_refused(ecg: Any, tmp_path: Path, text: str | bytes, mess
     with pytest.raises(DataError, match=message) as caught:
         list(ecg.read_csv(path, None, samples=64, after=8, patch=8))
     assert "bad.csv" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_unit_of_a_file_does_not_matter(ecg: Any, tmp_path: Path) -> None:
+    """Volts, millivolts and the units of a converter, and with the mark that Windows begins a file with."""
+    rng = np.random.default_rng(0)
+    signal, found = rng.normal(size=300), []
+    for name, scale, shift in (("V", 1e-6, 0.0), ("mV", 1e-3, 5.0), ("ADC", 200.0, 1024.0)):
+        rows = "".join(
+            f"{i / 100:.2f},{v * scale + shift!r},{int(i % 90 == 50)}\n" for i, v in enumerate(signal.tolist())
+        )
+        (tmp_path / f"{name}.csv").write_text("\ufeffseconds,signal,beat\n" + rows, encoding="utf-8")
+        found.append([record.signal for record in ecg.read_csv(tmp_path / f"{name}.csv", None, 128, 24, 8)])
+    assert len(found[0]) == 3
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+def test_what_is_no_file(ecg: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no file"):
+        list(ecg.read_csv(tmp_path, None, samples=64, after=8, patch=8))
+
+
+def test_a_run_notices_other_data(ecg: Any) -> None:
+    sums = re.findall(r"`([\w.]+)` .*\| ([0-9a-f]{64}) \|", (PACKAGE / "data" / "README.md").read_text())
+    assert ecg.Beats().sources() == dict(sums)
 
 
 def test_a_missing_file_is_named(ecg: Any, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ BOMBS: dict[str, tuple[str, Callable[[int], bytes]]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_stopped_while_they_unpack(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, make = BOMBS[name]
-    monkeypatch.setattr("mambaseq.data.archives.UNRATED", 2**20)
+    monkeypatch.setattr("mambaseq.limits.UNRATED", 2**20)
     content = make(24 * 2**20)
     tracemalloc.start()
     try:

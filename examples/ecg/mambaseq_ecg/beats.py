@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.cache import fingerprint
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
+from mambaseq.limits import EPOCH, SEEDS, check_setting
 from mambaseq.resources import find
 from mambaseq_ecg.window import Window
 
@@ -91,8 +93,7 @@ class AllBeats:
 
 
 class Beats(SequenceData):
-    """Heartbeats of the MIT-BIH Arrhythmia Database: raw samples of lead MLII at 100 Hz, with the positions of the
-    beats, which the task gives; what the beats are is to be told.
+    """Heartbeats of the MIT-BIH Arrhythmia Database: raw samples of lead MLII at 100 Hz, and where the beats are.
 
     Classes are those of the AAMI (EC57) but Q, of which there are 15: N normal and bundle branch block, S
     supraventricular ectopic, V ventricular ectopic, F fusion of V and N. Training and validation patients are those of
@@ -123,8 +124,10 @@ class Beats(SequenceData):
     ) -> None:
         self.window = Window(window, after, patch)
         self.length, self.n_channels = self.window.length, self.window.n_channels
-        self.held_out, self.shares = validation_records, shares
-        if len(shares) != len(CLASSES) or min(shares) < 0 or sum(shares) <= 0:
+        self.held_out, self.shares = [str(name) for name in validation_records], shares
+        check_setting("data.samples_per_epoch", samples_per_epoch, *EPOCH)
+        check_setting("data.seed", seed, *SEEDS)
+        if len(shares) != len(CLASSES) or not all(0 <= share <= 1e9 for share in shares) or not sum(shares):
             raise ConfigError(f"shares must be a number of 0 or more for each of N, S, V, F, not {shares}.")
         self.samples_per_epoch, self.seed = samples_per_epoch, seed
         self.patients: list[Patient] = []
@@ -147,6 +150,9 @@ class Beats(SequenceData):
 
     def test(self) -> AllBeats:
         return AllBeats(self._of("DS2"), self.window)
+
+    def sources(self) -> dict[str, str]:
+        return {path.name: fingerprint(path)["sha256"] for path in sorted(find("mambaseq_ecg:data").glob("*.[cn]*"))}
 
     def reader_options(self) -> dict[str, Any]:
         return dataclasses.asdict(self.window)

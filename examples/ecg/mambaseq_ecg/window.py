@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from mambaseq.errors import ConfigError
+from mambaseq.limits import WINDOW, check_setting
 
 RATE = 100  # samples a second
 CHANNELS = 3
@@ -24,7 +25,8 @@ class Window:
     patch: int
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or self.samples < 1 or self.samples % self.patch or not 0 <= self.after < self.samples:
+        check_setting("window", self.samples, 1, WINDOW.value)
+        if self.patch < 1 or self.samples % self.patch or not 0 <= self.after < self.samples:
             raise ConfigError(
                 f"window must be a positive multiple of patch, and after in [0, window): not window "
                 f"{self.samples}, patch {self.patch}, after {self.after}."
@@ -43,12 +45,10 @@ class Window:
     ) -> np.ndarray:
         """The window of `beats[beat]`, `(length, n_channels)` float32.
 
-        Three channels: the signal, z-scored over the window, so that neither unit nor gain matter; the seconds since
-        the last beat; the same in units of the window's median RR interval, so that a beat that comes early shows
-        whatever the heart rate. All are 0 outside of the record.
-
-        signal: `(samples,)`, any unit, 100 Hz. beats: sample number of every beat of the record, ascending. rng:
-        augment (see `_augment`), and play the record up to a fifth slower or faster; not at all if None.
+        Three channels, 0 outside of the record: the signal, z-scored over the window; the seconds since the last beat;
+        the same in units of the window's median RR interval, so that a beat that comes early shows at any heart rate.
+        signal: `(samples,)`, 100 Hz. beats: sample number of every beat of the record, ascending. rng: augment (see
+        `_augment`), and play the record up to a fifth slower or faster; not at all if None.
         """
         tempo = 1.0 if rng is None else rng.uniform(0.8, 1.2)
         offsets = np.arange(self.after - self.samples + 1, self.after + 1)
@@ -75,10 +75,8 @@ def _standardised(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def _augment(x: np.ndarray, inside: np.ndarray, offsets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another patient with the same rhythm: few patients are in the training set, and QRS shapes differ more between
-    patients than between beats. A random short filter changes the shape of all beats alike, and either polarity
-    occurs; then baseline wander (0.1 to 0.5 Hz), noise and gain.
-    """
+    """Another patient with the same rhythm, since QRS shapes differ more between patients than between beats: a random
+    short filter, the same for all beats, and either polarity; then baseline wander (0.1 to 0.5 Hz), noise and gain."""
     kernel = rng.normal(scale=7**-0.5, size=7)
     kernel[3] += 1
     x = _standardised(np.convolve(x, kernel, mode="same"), inside)

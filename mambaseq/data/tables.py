@@ -1,0 +1,67 @@
+"""Tables of numbers in CSV files, for readers of domains."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mambaseq.errors import DataError
+from mambaseq.limits import WINDOW
+
+LARGEST = 1e9
+"""Of a number: nothing that is measured is larger, and squares of what is would not be numbers any more."""
+
+
+def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
+    """The rows of a CSV file whose first line names these columns, `(rows, columns)` float64, none or more.
+
+    Raises DataError that names the file, and the line where there is one: no file, not UTF-8, another first line, a row
+    of other than finite numbers up to `LARGEST`; UserError for more rows than `limits.WINDOW`.
+    """
+    path, header = Path(path), ",".join(columns)
+    if not path.is_file():
+        raise DataError(f"There is no file {path}. Check the path.")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline(1000).strip().replace(" ", "")
+            if first != header:
+                raise DataError(f"{path}: the first line must be {header!r}, not {first[:40]!r}. Add that header.")
+            lines = list(itertools.islice(file, WINDOW.value + 1))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 (byte {error.start:,}). Save it in that encoding.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    WINDOW.check(len(lines), str(path))
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        return np.zeros((0, len(columns)))
+    try:
+        table = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
+        if table.shape != (len(lines), len(columns)):
+            raise ValueError("rows are empty or have other columns")
+    except ValueError as error:
+        line, row = _first_wrong(lines, len(columns))
+        raise DataError(
+            f"{path}: line {line} is not {len(columns)} numbers with points for decimals and commas between them: "
+            f"{row[:40]!r}. Correct or remove it."
+        ) from error
+    good = (np.abs(table) <= LARGEST).all(axis=1)
+    if not good.all():
+        line = int(np.argmin(good)) + 2
+        raise DataError(f"{path}: line {line} has a gap (nan or inf), or a number above 1e9. Fill or cut it out.")
+    return table
+
+
+def _first_wrong(lines: list[str], columns: int) -> tuple[int, str]:
+    for number, line in enumerate(lines, start=2):
+        try:
+            right = len([float(text) for text in line.split(",")]) == columns and "_" not in line
+        except ValueError:
+            right = False
+        if not right:
+            return number, line.rstrip("\n")
+    return 2, lines[0]
