@@ -72,7 +72,8 @@ class Batch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """A batch whose every tensor is `function(tensor)`."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target_of"}
-        return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items() if v is not None})
+        mapped: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **mapped)
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
         """Move every tensor, as `torch.Tensor.to` does."""

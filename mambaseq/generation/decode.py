@@ -11,7 +11,6 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
-from mambaseq.generation.parts import reads_in_parts
 from mambaseq.generation.sampling import Draws, check_settings, sample
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
@@ -77,11 +76,7 @@ def generate(
             "Only a causal model with an lm head can generate; this one cannot. Train one with the head lm and a "
             "causal backbone, such as residual or unet."
         )
-    if not reads_in_parts(model):
-        raise ConfigError(
-            f"The encoder {type(model.encoder).__name__} makes its positions of several inputs, so that the model "
-            f"cannot go on from one. Train one with the encoder tokens."
-        )
+    model.check_stateful()
     check_settings(temperature, top_k, top_p)
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_whole("samples", samples, 1)

@@ -170,7 +170,7 @@ class Task(lightning.LightningModule):
         here = batch.n_targets
         everywhere = here
         if processes > 1:
-            everywhere = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")  # type: ignore[assignment]
+            everywhere = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")
         if self._window is None:
             self._window = everywhere.clamp(min=1), everywhere
         else:
