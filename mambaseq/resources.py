@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import stat
+import sys
 from pathlib import Path
 
 from mambaseq.errors import ConfigError
@@ -30,9 +31,15 @@ def find(resource: str) -> Path:
     if package == "mambaseq":
         root = share()
     else:
-        spec = importlib.util.find_spec(package)
+        outer = package.rpartition(".")[0]
+        try:  # the outer package would be imported, unless it is already: a plugin's
+            spec = importlib.util.find_spec(package) if not outer or outer in sys.modules else None
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or spec.origin is None:
-            raise ConfigError(f"The resource {resource!r} is in a package that is not installed: {package!r}.")
+            raise ConfigError(
+                f"The resource {resource[:200]!r} is in a package that is not installed: {package[:80]!r}."
+            )
         root = Path(spec.origin).parent
     path = root / relative
     if not path.exists():
@@ -45,6 +52,8 @@ def cache_dir(override: str | Path | None = None) -> Path:
     (`~/.cache/mambaseq`). Raises ConfigError for a home folder that nobody has."""
     try:
         if override is not None:
+            if "\0" in str(override):
+                raise ConfigError(f"The cache folder {str(override)[:80]!r} is no name of a folder.")
             return Path(override).expanduser()
         if variable := os.environ.get("MAMBASEQ_CACHE"):
             return Path(variable).expanduser()

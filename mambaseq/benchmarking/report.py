@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from mambaseq import __version__
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.benchmarking.timing import attempt
 
 OURS = "mambaseq"
@@ -156,7 +155,7 @@ class Report:
             ],
         }
         with atomic_file(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+            file.write(json_text(content, indent=2) + "\n")
 
 
 def label(shape: dict[str, int]) -> str:

@@ -71,10 +71,13 @@ class Manifest:
     def is_fetched(self, cache: str | Path | None = None) -> bool:
         """Whether all files are there (their checksums are compared by `fetch` only)."""
         folder = self.folder(cache)
-        return all(
-            (folder / file.name).is_file() and (not file.unpack or (folder / file.unpacked_name).is_dir())
-            for file in self.files
-        )
+        try:
+            return all(
+                (folder / file.name).is_file() and (not file.unpack or (folder / file.unpacked_name).is_dir())
+                for file in self.files
+            )
+        except OSError:  # a folder that may not be looked into
+            return False
 
 
 def is_checksum(value: Any) -> bool:

@@ -16,6 +16,7 @@ from numba.core import caching
 
 from mambaseq import resources
 from mambaseq.cli import diagnosis
+from mambaseq.cli.main import main
 from mambaseq.data import cache
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError
@@ -211,3 +212,25 @@ def test_stores_and_fingerprints_are_in_private_folders(tmp_path: Path, monkeypa
     TokenStore.cached("a", lambda: [("a", tokens)], "uint8", {}, cache=tmp_path / "two")
     for folder in (tmp_path / "one", tmp_path / "one" / "fingerprints", tmp_path / "two", tmp_path / "two" / "stores"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_resource_imports_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding a package inside of another would import the outer one."""
+    (package := tmp_path / "outer_of_a_stranger").mkdir()
+    (package / "__init__.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    (package / "inner.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("outer_of_a_stranger.inner:x", "__main__:x", ".x:y", "a b:c", ":x", "outer_of_a_stranger:none"):
+        with pytest.raises(ConfigError, match=r"not installed|does not exist"):
+            resources.find(name)
+    assert not (tmp_path / "pwned").exists()
+    assert resources.find("mambaseq.data:store.py").is_file()  # of a package that was imported
+
+
+def test_names_of_cache_folders_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("a\0b", str(tmp_path / ("x" * 300))):
+        assert main(["data", "fetch", "text8", "--cache", name]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert len(said) < 1000
+    assert main(["data", "list", "--cache", str(tmp_path / ("x" * 300))]) == 0
