@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mambaseq.data.unpacking import Unreadable, read_pieces
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, cut_list
 from mambaseq_dna.tokenizer import InvalidBase
 
 _LONGEST_HEADER = 1 << 20
@@ -75,7 +75,12 @@ class _Parser:
 
     @property
     def place(self) -> str:
-        return f"in or after record {self.name!r} (number {self.number:,})" if self.number else "before any record"
+        return f"in or after record {self.shown} (number {self.number:,})" if self.number else "before any record"
+
+    @property
+    def shown(self) -> str:
+        """The record's name for a message."""
+        return cut_list([repr(self.name)])
 
     def lines(self, data: bytes, mid: bool) -> Iterator[Piece]:
         """What is in whole lines; with `mid`, the first is the rest of one of bases."""
@@ -128,7 +133,7 @@ class _Parser:
             ) from error
         if self.name in self.seen:
             raise DataError(
-                f"{self.path}: two records are named {self.name!r} (the second is record {self.number:,}). The name is "
+                f"{self.path}: two records are named {self.shown} (the second is record {self.number:,}). The name is "
                 "the header's first word; make it unique."
             )
         self.seen.add(self.name)
@@ -145,7 +150,7 @@ class _Parser:
                 letter = f"\\x{letters[position]:02x}"
         protein = len(_PROTEIN_ONLY.intersection(letters[:100_000].upper())) > 1
         return DataError(
-            f"{self.path}, record {self.name!r}: {InvalidBase(letter, self.length + position)}"
+            f"{self.path}, record {self.shown}: {InvalidBase(letter, self.length + position)}"
             + (" This record looks like a protein; give the nucleotide sequence." if protein else "")
         )
 
@@ -161,7 +166,7 @@ class _Parser:
         )
 
     def _without_sequence(self) -> DataError:
-        return DataError(f"{self.path}: record {self.name!r} has a header and no sequence. Remove it, or complete it.")
+        return DataError(f"{self.path}: record {self.shown} has a header and no sequence. Remove it, or complete it.")
 
     def check_line(self, line: bytes) -> None:
         """Refuse a line before the first header, a header or a comment that does not end."""

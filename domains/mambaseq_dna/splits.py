@@ -16,7 +16,7 @@ from mambaseq.data.cache import locate
 from mambaseq.data.intervals import Group, Intervals
 from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError, did_you_mean
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean
 from mambaseq_dna.fasta import fasta_store
 from mambaseq_dna.tokenizer import N
 
@@ -145,8 +145,9 @@ class SplitRules:
         for_test, for_validation = test.records(file, store), validation.records(file, store)
         if len(both := np.flatnonzero(for_test & for_validation)):
             more = f" (and {len(both) - 1:,} more)" if len(both) > 1 else ""
+            name = cut_list([repr(store.names[both[0]])])
             raise DataError(
-                f"The record {store.names[both[0]]!r} of {file}{more} is meant by data.test_records and by "
+                f"The record {name} of {file}{more} is meant by data.test_records and by "
                 "data.validation_records. Name every record in one of them."
             )
         split = np.where(for_test, 2, np.where(for_validation, 1, 0))
@@ -178,7 +179,7 @@ class SplitRules:
 
     def _refuse_empty(self, splits: dict[str, list[Group]], stores: Mapping[Path, TokenStore]) -> None:
         """Raise DataError when training data or a split that is asked for has nothing of a group."""
-        names = ", ".join(path.name for path in list(stores)[:3]) + (", ..." if len(stores) > 3 else "")
+        names = cut_list((path.name for path in stores), most=3)
         bases = "no base (N is none, and data.drop_n leaves it out)" if self.drop_n else "no base"
         by_name = "Name other records in data.{}_records, or leave the setting out"
         remedies = {
@@ -213,11 +214,10 @@ def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:
 
 def _matches_nothing(patterns: _Patterns, stores: Mapping[Path, TokenStore]) -> DataError:
     pattern = min(patterns.missing)
-    names = dict.fromkeys(name for path, store in stores.items() for name in (path.name, *store.names[:200]))
-    shown = ", ".join(sorted(names)[:8])
+    names = sorted({name for path, store in stores.items() for name in (path.name, *store.names[:200])})
     return DataError(
-        f"The pattern {pattern[:80]!r} of data.{patterns.key} matches no record and no file."
-        f"{did_you_mean(pattern, names)} There are: {shown[:300]}, ..."
+        f"The pattern {cut_list([repr(pattern)])} of data.{patterns.key} matches no record and no file."
+        f"{did_you_mean(pattern[:80], names)} There are: {cut_list(names, most=8)}."
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from mambaseq.data.store import TokenStore
+from mambaseq.errors import cut_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Interval:
     @property
     def source(self) -> str:
         """File and record, for messages."""
-        files = ", ".join(str(source.get("name")) for source in self.store.meta.get("sources", [])[:3])
-        return f"record {self.store.names[self.record]!r} of {files or self.store.folder}"
+        files = [source.get("name") for source in self.store.meta.get("sources", [])]
+        name = cut_list([repr(self.store.names[self.record])])
+        return f"record {name} of {cut_list(files, most=3) if files else self.store.folder}"
 
     def read(self, start: int, length: int) -> np.ndarray:
         """`length` tokens from `start` on, counted from the record's begin; a copy."""

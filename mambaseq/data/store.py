@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from mambaseq.atomic import atomic_folder
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, cut_list
 from mambaseq.resources import cache_dir, make_private
 
 FORMAT = 2
@@ -66,7 +66,8 @@ class _Tokens:
         if tokens.dtype != self._dtype or not tokens.flags.c_contiguous:
             if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self._limit:
                 raise DataError(
-                    f"Record {name!r} has token ids outside of [0, {self._limit}], which {self._dtype} holds."
+                    f"Record {cut_list([repr(name)])} has token ids outside of [0, {self._limit}], which "
+                    f"{self._dtype} holds."
                 )
             tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
         self._pending.append(tokens)

@@ -12,7 +12,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.intervals import Group, Interval, Intervals
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, cut_list
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,15 @@ def group_label(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Bat
 
 
 def _too_short(group: Group, span: int, length: int, what: str) -> DataError:
+    name = cut_list([repr(group.name)])
     if not len(group.intervals):
-        return DataError(f"{what}: {group.name!r} has no sequence at all. Check its files and the split settings.")
+        return DataError(f"{what}: {name} has no sequence at all. Check its files and the split settings.")
     intervals = Intervals.of(group.intervals)
     longest = intervals[int(intervals.lengths.argmax())]
     fits = len(longest) - (span - length)
     lower = f"Lower data.length to at most {fits:,}, give" if fits > 0 else "Give"
     return DataError(
-        f"{what}: no stretch of {group.name!r} is as long as a window, which reads {span:,} tokens; the longest has "
+        f"{what}: no stretch of {name} is as long as a window, which reads {span:,} tokens; the longest has "
         f"{len(longest):,} ({longest.source}, from position {longest.start:,}). {lower} more of the data to this "
         "split, or add longer records."
     )

@@ -187,6 +187,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("letters", ["AC-", "", "AC\n>{name}\nAC"])
+def test_messages_stay_short_whatever_a_record_is_called(tmp_path: Path, letters: str) -> None:
+    name = "\x01" * 9000
+    path = write(tmp_path / "bad.fa", f">{name}\n{letters.format(name=name)}\n")
+    with pytest.raises(DataError) as caught:
+        list(read_fasta(path, TOKENIZER))
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_files(tmp_path: Path, what: str) -> None:
     content, told = BAD[what]
