@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -48,3 +49,17 @@ def cut_list(items: Iterable[object], most: int = 20, characters: int = 300) -> 
         shown.append(text if len(text) <= 80 else f"{text[:79]}…")
     more = f" and {len(texts) - len(shown):,} more" if len(shown) < len(texts) else ""
     return f"{', '.join(shown)}{more}" if shown else "none"
+
+
+def check_positive(owner: str, **values: float) -> None:
+    """Raise ConfigError unless all values are finite numbers above 0. owner: what has them, for the message."""
+    for key, value in values.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{owner}: {key} must be positive and finite, not {value}.")
+
+
+def check_not_negative(owner: str, **values: float) -> None:
+    """Raise ConfigError unless all values are finite numbers of at least 0. owner: what has them, for the message."""
+    for key, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{owner}: {key} must be finite and not negative, not {value}.")

@@ -75,6 +75,7 @@ YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")
 YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases counted each time")
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")
 LAYERS = Limit("MAMBASEQ_MAX_LAYERS", 2_000, "layers")
+STATE = Limit("MAMBASEQ_MAX_STATE", 2_048, "numbers of state a channel, whose matrix is worked with whole")
 
 BATCH = Limit("MAMBASEQ_MAX_BATCH", 65_536, "windows at once")
 GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "tokens that are generated, those of all samples together")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +14,10 @@ from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, cut_list, did_you_mean
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
+from mambaseq.specs import check_layers, check_options, check_size, check_spec, shown
 
 
 @dataclasses.dataclass
@@ -225,48 +225,62 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
     `{"name": ..., **options}` with names that `Registry.get` takes; where the backbone has more mixers than
     one, `mixers`, `{name: options}` of the others.
 
-    Raises ConfigError for a name that does not exist, options that a part does not take, and options of mixers that
-    the backbone does not have.
+    It is made without memory first, on the meta device, so that one that is too large is refused before it takes any.
+    Raises ConfigError for a description that is not whole, a name that does not exist, options that a part does not
+    take or that are of another type, and options of mixers that the backbone does not have; UserError for more layers
+    or parameters than `mambaseq.limits` allows.
     """
-    d_model = spec["d_model"]
+    check_spec(spec)
     _check_mixers(spec)
-
-    def make_mixer(layer: int, name: str | None = None, d_model: int = d_model) -> Mixer:
-        own: str = spec["mixer"]["name"]
-        name = own if name is None else name
-        options = spec["mixer"] if name == own else spec.get("mixers", {}).get(name, {})
-        return _make("mixer", {**options, "name": name}, d_model)
-
-    backbone = _make("backbone", spec["backbone"], make_mixer)
-    encoder, head = (_make(kind, spec[kind], d_model) for kind in ("encoder", "head"))
-    model = SequenceModel(encoder, backbone, head, tie_embeddings=spec.get("tie_embeddings", False))
+    with torch.device("meta"):
+        made: dict[tuple[str, int], list[Mixer]] = {}
+        check_size(_build(spec, made), [mixer for repeated in made.values() for mixer in repeated[1:]])
+    model = _build(spec)
     model.spec = spec
     return model
 
 
+def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:
+    """made: mixers by name and width; where there is one of them, it is given again and put into the list."""
+    own: str = spec["mixer"]["name"]
+    count = 0
+
+    def make_mixer(layer: int, name: str | None = None, d_model: int = spec["d_model"]) -> Mixer:
+        nonlocal count
+        count += 1
+        check_layers(count)
+        name = own if name is None else name
+        options = spec["mixer"] if name == own else (spec.get("mixers") or {}).get(name, {})
+        alike = [] if made is None else made.setdefault((name, d_model), [])
+        alike.append(alike[0] if alike else _make("mixer", {**options, "name": name}, d_model))
+        return alike[-1]
+
+    backbone = _make("backbone", spec["backbone"], make_mixer)
+    encoder, head = (_make(kind, spec[kind], spec["d_model"]) for kind in ("encoder", "head"))
+    return SequenceModel(encoder, backbone, head, tie_embeddings=spec.get("tie_embeddings", False))
+
+
 def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
     """A part of a model: settings are its name and options."""
-    options = {key: value for key, value in settings.items() if key != "name"}
-    part = catalog()[f"{kind}s"].get(settings["name"])
-    parameters = inspect.signature(part).parameters
-    takes = list(parameters)[len(args) :]
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key in () if open_ended else options.keys() - set(takes):
-        raise ConfigError(
-            f"The {kind} {settings['name']!r} has no option {key!r}.{did_you_mean(key, takes)} "
-            f"It has: {', '.join(takes) or 'none'}."
-        )
+    options, name = {key: value for key, value in settings.items() if key != "name"}, settings["name"]
+    part = catalog()[f"{kind}s"].get(name, f"model.{kind}.name")
+    check_options(kind, name, part, options, len(args))
     try:
         return part(*args, **options)
-    except TypeError as error:
-        raise ConfigError(f"The {kind} {settings['name']!r} cannot be made of {options}: {error}.") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # too deep and too large ones among them
+        reason = " ".join(str(error).split()).partition(" Exception raised from")[0][:300]
+        width = {"d_model": args[0]} if args and isinstance(args[0], int) else {}
+        raise ConfigError(f"The {kind} {name!r} cannot be made of {shown(width | options)}: {reason}.") from error
 
 
 def _check_mixers(spec: dict[str, Any]) -> None:
     """Raise ConfigError for options of mixers that the backbone does not have, and for those of the model's own mixer
     in the wrong place."""
     given, backbone = spec.get("mixers") or {}, spec["backbone"]
-    names = mixer_names(backbone.get("pattern"), spec["mixer"]["name"], backbone.get("mlp"), catalog()["mixers"].get)
+    mlp = backbone.get("mlp")
+    names = mixer_names(
+        backbone.get("pattern"), spec["mixer"]["name"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get
+    )
     check_mixer_options(given, spec["mixer"]["name"], names)
 
 
@@ -275,9 +289,11 @@ def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> N
     that of the model's own, `mixer`."""
     for name in given:
         if name == mixer:
-            raise ConfigError(f"The options of {name!r} are under model.mixer and model.mixers. Keep model.mixer's.")
+            raise ConfigError(
+                f"The options of {name[:80]!r} are under model.mixer and model.mixers. Keep model.mixer's."
+            )
         if name not in names:
             raise ConfigError(
-                f"model.mixers has options for {name!r}, which is no mixer of this backbone."
-                f"{did_you_mean(name, names)} Its mixers: {', '.join(names)}; model.backbone.pattern names others."
+                f"model.mixers has options for {name[:80]!r}, which is no mixer of this backbone."
+                f"{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern names others."
             )

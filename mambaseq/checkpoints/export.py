@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mambaseq.atomic import atomic_folder
+from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model
-
-FORMAT = 1
-
-
-@dataclasses.dataclass
-class ModelCard:
-    """What a model's weights do not tell: how to build it, and what it was trained on.
-
-    spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
-    generation: the run's defaults for `mambaseq generate`. step: optimizer steps behind the weights, None if unknown.
-    task: what the model was trained for (see `mambaseq.data.purpose.TASKS`); None in a description that does not say.
-    """
-
-    spec: dict[str, Any]
-    tokenizer: dict[str, Any] | None = None
-    class_names: list[str] = dataclasses.field(default_factory=list)
-    condition_names: list[str] = dataclasses.field(default_factory=list)
-    length: int = 0
-    start_ids: list[int] = dataclasses.field(default_factory=lambda: [0])
-    reader: str | None = None
-    writer: str | None = None
-    reader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    writer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
-    step: int | None = None
-    task: str | None = None
+from mambaseq.specs import shown
 
 
 @dataclasses.dataclass
@@ -96,8 +72,28 @@ def save_model(
             )
         if model is not None:
             save_file(weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
-        (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
+        card = dataclasses.replace(card, sha256=sums)
+        (temporary / "model.json").write_text(card.to_json(), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(folder: Path, card: ModelCard) -> None:
+    """Raise UserError that names the file when one is not what was exported."""
+    for name, digest in card.sha256.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {folder / 'model.json'} names it. Copy or export the model again.")
+        if _digest(path) != digest:
+            raise UserError(
+                f"{path} is damaged or not the one that was exported: its SHA-256 differs from that in model.json. "
+                f"Copy or export the model again."
+            )
 
 
 def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
@@ -142,24 +138,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.") from error
 
 
-def _read_card(path: Path) -> ModelCard:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields.pop("format")
-        if version != FORMAT:
-            raise UserError(
-                f"{path} has format {version}; this mambaseq reads format {FORMAT}. Install the matching one."
-            )
-        return ModelCard(**fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a model description ({error}). Export the model again.") from error
-
-
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
 
     A run that has not exported the weights of its end (it was interrupted, or goes on) is read from its checkpoints:
-    the best one where there is one, else the last.
+    the best one where there is one, else the last. Files are compared with their checksums in model.json; a model of an
+    older version, which has none, is loaded as it is.
     Raises UserError when there is no model, it is damaged or its weights do not fit.
     """
     folder = Path(path)
@@ -169,13 +153,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         raise UserError(
             f"There is no model at {path}: no model.json and no model/model.json. Give the folder of a run."
         )
-    card = _read_card(folder / "model.json")
+    card = read_card(folder / "model.json")
+    _check_files(folder, card)
     try:
         model = build_model(card.spec)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / 'model.json'} does not describe a whole model ({error} in its spec). Export the model again."
-        ) from error
+    except UserError as error:
+        raise UserError(f"{folder / 'model.json'} describes no model that can be built. {error}") from error
     source = folder / "model.safetensors"
     if source.is_file():
         load_weights(model, read_safetensors(source), source)
@@ -187,9 +170,21 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         card = dataclasses.replace(card, step=checkpoint["global_step"])
     tokenizer = None
     if card.tokenizer is not None:
-        kind = catalog()["tokenizers"].get(card.tokenizer["name"])
-        tokenizer = kind.load_files(folder, card.tokenizer["options"])
+        tokenizer = _tokenizer(folder, card.tokenizer)
     return LoadedModel(model.to(device).eval(), card, tokenizer, source)
+
+
+def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
+    card, name = folder / "model.json", saved["name"]
+    kind = catalog()["tokenizers"].get(name, f"{card}: tokenizer.name")
+    try:
+        return kind.load_files(folder, saved["options"])
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{card}: tokenizer.options {shown(saved['options'])} are not those of {name!r} ({reason}). Export the "
+            f"model again."
+        ) from error
 
 
 def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

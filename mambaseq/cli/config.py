@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jsonargparse
 
 from mambaseq.backbones.patterns import mixer_names
+from mambaseq.checkpoints.card import check_generation
 from mambaseq.cli.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes
 from mambaseq.data.addresses import check_settings, redacted
@@ -89,6 +90,9 @@ class GenerationConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_generation(dataclasses.asdict(self))
 
 
 SECTIONS = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.heads.base import Head, Pool, check_targets, label_loss, pool
 
 
@@ -35,6 +37,12 @@ class ClassificationHead(Head):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        check_positive("The classification head", d_model=d_model, n_classes=n_classes)
+        if not math.isfinite(scale) or not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
+            raise ConfigError(
+                f"The classification head needs a finite scale, and dropout and label_smoothing from 0 to below 1, not "
+                f"{scale}, {dropout} and {label_smoothing}."
+            )
         self.pooling: Pool = pooling
         self.scale = scale
         self.label_smoothing = label_smoothing

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from mambaseq.errors import check_positive
 from mambaseq.heads.base import Head, check_targets, label_loss
 from mambaseq.ops import linear_cross_entropy
 from mambaseq.ops.linear import apply_linear, is_plain
@@ -26,6 +27,7 @@ class LMHead(Head):
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__()
+        check_positive("The lm head", d_model=d_model, vocab_size=vocab_size)
         self.linear = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.linear.weight, std=0.02)
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.heads.base import Head, Pool, check_targets, pool
 
 
@@ -25,6 +25,7 @@ class RegressionHead(Head):
 
     def __init__(self, d_model: int, n_outputs: int = 1, pooling: Pool = "mean") -> None:
         super().__init__()
+        check_positive("The regression head", d_model=d_model, n_outputs=n_outputs)
         self.pooling: Pool = pooling
         self.linear = nn.Linear(d_model, n_outputs)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, cut_list
 from mambaseq.heads.base import Pool, check_targets, label_loss, pool
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
@@ -18,10 +18,14 @@ from mambaseq.heads.lm import LMHead
 def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:
     """`(vocab_size,)` int64: the id paired with each. Raises ConfigError for what pairs no ids of the vocabulary."""
     ids = list(complement)
-    if sorted(ids) != list(range(vocab_size)) or any(ids[ids[i]] != i for i in range(vocab_size)):
+    if (
+        len(ids) != vocab_size
+        or sorted(ids) != list(range(vocab_size))
+        or any(ids[ids[i]] != i for i in range(vocab_size))
+    ):
         raise ConfigError(
             f"complement must name the partner of each of the {vocab_size} ids, one that has it as its own partner, "
-            f"not {ids}."
+            f"not {cut_list(ids)}."
         )
     return torch.tensor(ids)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.mixers.norm import RMSNorm
@@ -93,8 +93,7 @@ class Attention(Mixer):
         for name, value in {**given, "window": window}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"attention: {name} must be positive, not {value}.")
-        if not rope_theta > 0:
-            raise ConfigError(f"attention: rope_theta must be positive, not {rope_theta}.")
+        check_positive("attention", rope_theta=rope_theta)
         self.d_model = d_model
         self.n_heads, self.head_dim = _heads(d_model, n_heads, head_dim)
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
+from mambaseq.limits import STATE
 
 Measure = Literal["legs", "legt"]
 
@@ -20,8 +21,10 @@ def transition(measure: Measure, order: int) -> tuple[Tensor, Tensor]:
     """A `(order, order)` and B `(order,)` of h' = A h + B x, float64.
 
     legs: Legendre polynomials of the logarithm of age (in a system that does not change with time), arXiv:2008.07669,
-    eq. 3 without its 1/t. legt: those of a sliding window of length 1, appendix D.2. Raises ConfigError for others.
+    eq. 3 without its 1/t. legt: those of a sliding window of length 1, appendix D.2. Raises ConfigError for others,
+    UserError for an order above `limits.STATE`.
     """
+    STATE.check(order, "The mixer's d_state")
     n = torch.arange(order, dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
     scale = root[:, None] * root

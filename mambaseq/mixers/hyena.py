@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
@@ -162,10 +162,9 @@ class Hyena(Mixer):
             raise ConfigError(f"hyena: order and l_max must be at least 2, not {order} and {l_max}.")
         if emb_dim < 3 or emb_dim % 2 == 0:
             raise ConfigError(f"hyena: emb_dim must be odd and at least 3 (the lag, cosines and sines), not {emb_dim}.")
-        positive = {"sine_frequency": sine_frequency, "fast_decay": fast_decay, "slow_decay": slow_decay}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"hyena: {name} must be positive, not {value}.")
+        check_positive("hyena", sine_frequency=sine_frequency, fast_decay=fast_decay, slow_decay=slow_decay)
+        if not math.isfinite(shift):
+            raise ConfigError(f"hyena: shift must be finite, not {shift}.")
         self.d_model, self.order, self.short_conv = d_model, order, short_conv
         channels = (order + 1) * d_model
         self.in_proj = nn.Linear(d_model, channels, bias=bias)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 
 AInit = Literal["s4d-real", "s4d-lin", "constant", "random"]
 
@@ -19,8 +19,8 @@ def log_uniform_dt(size: int, dt_min: float, dt_max: float) -> Tensor:
 
     Raises ConfigError unless 0 < dt_min <= dt_max.
     """
-    if not 0 < dt_min <= dt_max:
-        raise ConfigError(f"dt_min must be above 0 and at most dt_max, not {dt_min} and {dt_max}.")
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ConfigError(f"dt_min must be above 0 and at most dt_max, both finite, not {dt_min} and {dt_max}.")
     return torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
 
 
@@ -29,8 +29,7 @@ def initial_dt_bias(channels: int, dt_min: float, dt_max: float, floor: float) -
 
     Raises ConfigError unless all are above 0 and dt_min <= dt_max.
     """
-    if not floor > 0:
-        raise ConfigError(f"dt_init_floor must be above 0, not {floor}.")
+    check_positive("A mixer", dt_init_floor=floor)
     dt = log_uniform_dt(channels, dt_min, dt_max).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.attention import turned, turns
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.growing import Places
@@ -73,8 +73,7 @@ class LinearAttention(Mixer):
             n_heads = next((n for n in (4, 2) if d_model % (2 * n if rope else n) == 0), 1)
         check_heads("linear_attention", d_model, n_heads, chunk_size)
         check_backend("linear_attention", "ssd", backend)
-        if not rope_theta > 0:
-            raise ConfigError(f"linear_attention: rope_theta must be positive, not {rope_theta}.")
+        check_positive("linear_attention", rope_theta=rope_theta)
         self.d_model, self.n_heads, self.head_dim, self.chunk_size = d_model, n_heads, d_model // n_heads, chunk_size
         if rope and self.head_dim % 2:
             raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.hippo import constant, keep_constant, transition
 from mambaseq.mixers.lti_layer import check_sizes
@@ -62,8 +62,7 @@ class LMU(Mixer):
         super().__init__()
         d_hidden = d_model if d_hidden is None else d_hidden
         check_sizes("lmu", d_model=d_model, d_state=d_state, d_memory=d_memory, d_hidden=d_hidden)
-        if not theta > 0:
-            raise ConfigError(f"lmu: theta must be positive, not {theta}.")
+        check_positive("lmu", theta=theta)
         if activation not in _ACTIVATIONS:
             raise ConfigError(f"lmu: activation is one of {', '.join(_ACTIVATIONS)}, not {activation!r}.")
         self.d_model, self.d_state, self.d_memory, self.activation = d_model, d_state, d_memory, activation

@@ -8,12 +8,13 @@ published checkpoints (`state-spaces/mamba2-*`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_not_negative
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
@@ -100,8 +101,7 @@ class Mamba2(Mixer):
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"mamba2: {name} must be positive, not {size}.")
-        if not eps >= 0:
-            raise ConfigError(f"mamba2: eps must not be negative; it is {eps}.")
+        check_not_negative("mamba2", eps=eps)
         d_inner = expand * d_model
         if head_dim is None:
             head_dim = next(size for size in range(min(64, d_inner), 0, -1) if d_inner % size == 0)
@@ -115,9 +115,9 @@ class Mamba2(Mixer):
                 f"mamba2: n_groups {n_groups} does not divide the {d_inner // head_dim} heads (expand * d_model / "
                 "head_dim). Set n_groups to a divisor of it, or head_dim to a smaller one."
             )
-        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
+        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
             raise ConfigError(
-                f"mamba2: A_init_range must be two positive numbers, the smaller first, not {A_init_range}."
+                f"mamba2: A_init_range must be two positive, finite numbers, the smaller first, not {A_init_range}."
             )
         check_backend("mamba2", "ssd", backend)
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv

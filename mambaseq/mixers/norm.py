@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq.errors import check_not_negative
 from mambaseq.ops import add_rms_norm
 
 
@@ -20,6 +21,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        check_not_negative("A norm", eps=eps)
         super().__init__(d_model, eps=eps)
 
     def forward(self, x: Tensor | None, residual: Tensor | None = None) -> Any:

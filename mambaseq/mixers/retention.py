@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_not_negative, check_positive
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.linear_attention import check_heads
 from mambaseq.ops import sequences, ssd
@@ -65,12 +65,8 @@ class Retention(Mixer):
         super().__init__()
         check_heads("retention", d_model, n_heads, chunk_size)
         check_backend("retention", "ssd", backend)
-        if expand_v < 1 or not rotary_base > 0:
-            raise ConfigError(
-                f"retention: expand_v and rotary_base must be positive, not {expand_v} and {rotary_base}."
-            )
-        if not eps >= 0:
-            raise ConfigError(f"retention: eps must not be negative; it is {eps}.")
+        check_positive("retention", expand_v=expand_v, rotary_base=rotary_base)
+        check_not_negative("retention", eps=eps)
         if expand_v * d_model == n_heads:
             raise ConfigError(
                 f"retention: {n_heads} heads have one value each, of which the norm leaves nothing. "

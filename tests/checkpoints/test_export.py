@@ -58,7 +58,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     save_model(tmp_path / "m", model, card(model))
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_model(tmp_path / "m")
     description = tmp_path / "m" / "model.json"
     for spec in ({}, {"d_model": 8}, [], {**(model.spec or {}), "head": None}):

@@ -1,0 +1,167 @@
+"""What a model's plain description must be before a model is made of it: it may be in somebody else's file."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.limits import LAYERS, PARAMETERS
+
+PARTS = ("encoder", "backbone", "mixer", "head")
+_AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0}  # what the data says of itself
+
+
+def check_spec(spec: Any) -> None:
+    """Raise ConfigError, naming the key, unless a description has the parts of one, each with a name, and no number in
+    it is infinite or NaN."""
+    if not isinstance(spec, dict):
+        raise ConfigError(f"A model's description (spec) is made of names and values, not {shown(spec)}.")
+    if unknown := spec.keys() - {"d_model", "tie_embeddings", "mixers", *PARTS}:
+        raise ConfigError(f"A model's description has no {cut_list(sorted(map(str, unknown)))}.")
+    for key in ("d_model", *PARTS):
+        if key not in spec:
+            raise ConfigError(f"The model's description has no {key}; it is not whole.")
+    if not fits(spec["d_model"], int) or spec["d_model"] < 1:
+        raise ConfigError(f"d_model must be a whole number of at least 1, not {shown(spec['d_model'])}.")
+    if not fits(spec.get("tie_embeddings", False), bool):
+        raise ConfigError(f"tie_embeddings must be true or false, not {shown(spec['tie_embeddings'])}.")
+    for part in PARTS:
+        if not isinstance(spec[part], dict):
+            raise ConfigError(f"{part} must hold settings, {{name: ..., ...}}, not {shown(spec[part])}.")
+        if not isinstance(spec[part].get("name"), str):
+            raise ConfigError(f"{part}.name must be a name, not {shown(spec[part].get('name'))}.")
+    others = spec.get("mixers") or {}
+    if not isinstance(others, dict) or not all(isinstance(options, dict) for options in others.values()):
+        raise ConfigError(f"mixers must hold the settings of mixers by their names, not {shown(others)}.")
+    _check_finite(spec, "")
+
+
+def _check_finite(value: Any, key: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, not {value}.")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in pairs:
+        _check_finite(inner, key if isinstance(value, list | tuple) else f"{key}.{name}".lstrip("."))
+
+
+def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], given: int) -> None:
+    """Raise ConfigError for options that a part does not take, does not get though it needs them, or that are of
+    another type than its signature says.
+
+    kind, name: of the part, for messages. given: how many of its first arguments it gets otherwise.
+    """
+    parameters = inspect.signature(part).parameters
+    takes = list(parameters)[given:]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = _hints(part)
+    for key, value in options.items():
+        if key not in takes and not open_ended:
+            raise ConfigError(
+                f"The {kind} {name!r} has no option {key[:80]!r}.{did_you_mean(key[:80], takes)} It has: "
+                f"{cut_list(takes)}."
+            )
+        if key in hints and key in takes and not fits(value, hints[key]):
+            wanted = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
+            raise ConfigError(
+                f"The {kind} {name!r} takes {wanted.replace('typing.', '')} for {key}, not {shown(value)}."
+            )
+        if key in _AT_LEAST and isinstance(value, int) and value < _AT_LEAST[key]:
+            raise ConfigError(f"The {kind} {name!r} needs {key} of at least {_AT_LEAST[key]}, not {shown(value)}.")
+    for key in takes:
+        parameter = parameters[key]
+        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if key not in options and parameter.default is parameter.empty and not variable:
+            raise ConfigError(f"The {kind} {name!r} needs {key}, which is not given.")
+
+
+def _hints(part: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+    except Exception:  # names that only type checkers know: its own code will say what it cannot use
+        return {}
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value is of a type; types that plain values do not have are left to who uses them.
+
+    >>> fits(1, float), fits(True, int), fits([1, "a"], list[int])
+    (True, False, False)
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(value == known and type(value) is type(known) for known in arguments)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is bool:
+        return isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if annotation is float:
+        return fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if annotation is str:
+        return isinstance(value, str)
+    base = annotation if origin is None else origin
+    if base in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+        if not isinstance(value, list | tuple):
+            return False
+        if base is tuple and arguments and arguments[-1] is not Ellipsis:
+            return len(value) == len(arguments) and all(map(fits, value, arguments))
+        return all(fits(inner, arguments[0]) for inner in value) if arguments else True
+    if base in (dict, collections.abc.Mapping):
+        if not isinstance(value, dict):
+            return False
+        return all(fits(inner, arguments[1]) for inner in value.values()) if len(arguments) == 2 else True
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut short."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**80:
+        return "a number of more than 80 digits"
+    text = "null" if value is None else repr(value[:80] if isinstance(value, str | list) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def check_layers(count: int) -> None:
+    """Raise UserError when a backbone makes more mixers than `limits.LAYERS`."""
+    LAYERS.check(count, "The model's backbone")
+
+
+def check_size(model: torch.nn.Module, repeated: Iterable[torch.nn.Module] = ()) -> None:
+    """Raise UserError when a model that holds no memory yet (on the meta device) has more parameters than
+    `limits.PARAMETERS`, or than fit the memory of this machine.
+
+    repeated: parts of it that will be there once more for each time that they are in the list.
+    """
+    parameters, needed = _size(model)
+    sizes: dict[int, tuple[int, int]] = {}
+    for part in repeated:
+        size = sizes.get(id(part)) or sizes.setdefault(id(part), _size(part))
+        parameters, needed = parameters + size[0], needed + size[1]
+    PARAMETERS.check(parameters, "The model")
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
+    if needed > there:
+        raise ConfigError(
+            f"The model's weights need {needed / 2**30:,.0f} GiB and this machine has {there / 2**30:,.0f} GiB of "
+            f"memory. Make d_model, n_layers or the vocabulary smaller, or use a larger machine."
+        )
+
+
+def _size(module: torch.nn.Module) -> tuple[int, int]:
+    """Numbers in its parameters and buffers, and their bytes."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    return sum(tensor.numel() for tensor in tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
