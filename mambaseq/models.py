@@ -232,12 +232,35 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
     """
     check_spec(spec)
     _check_mixers(spec)
-    with torch.device("meta"):
-        made: dict[tuple[str, int], list[Mixer]] = {}
-        check_size(_build(spec, made), [mixer for repeated in made.values() for mixer in repeated[1:]])
+    if torch.get_default_device().type != "meta":  # where nothing takes memory
+        check_size(*_sized(spec))
     model = _build(spec)
     model.spec = spec
     return model
+
+
+def count_parameters(spec: dict[str, Any]) -> int:
+    """How many parameters the model of a description has, a tied weight counted once, without making it.
+
+    Raises what `build_model` does for one that cannot be made, or has more layers than `mambaseq.limits` allows.
+    """
+    check_spec(spec)
+    _check_mixers(spec)
+    return _sized(spec)[0]
+
+
+def _sized(spec: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of a description's model, and the bytes of all its tensors. Mixers that are alike are made once."""
+    made: dict[tuple[str, int], list[Mixer]] = {}
+    with torch.device("meta"):
+        parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
+    sizes: dict[int, tuple[int, int]] = {}
+    for part in parts:
+        if id(part) not in sizes:
+            bytes_ = {id(tensor): tensor.nbytes for tensor in (*part.parameters(), *part.buffers())}
+            sizes[id(part)] = sum(tensor.numel() for tensor in part.parameters()), sum(bytes_.values())
+    found = [sizes[id(part)] for part in parts]
+    return sum(count for count, _ in found), sum(size for _, size in found)
 
 
 def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:

@@ -117,7 +117,7 @@ def _text(path: Path, limit: Limit, remedy: str) -> str:
 
 def _mapping(loaded: Any, source: str, remedy: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        found = "nothing" if loaded is None else f"one {type(loaded).__name__}"
         raise _refused(source, None, f"holds {found} instead of names and values", remedy)
     return loaded
 

@@ -8,10 +8,8 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
-
-import torch
 
 from mambaseq.errors import ConfigError, cut_list, did_you_mean
 from mambaseq.limits import LAYERS, PARAMETERS
@@ -138,17 +136,8 @@ def check_layers(count: int) -> None:
     LAYERS.check(count, "The model's backbone")
 
 
-def check_size(model: torch.nn.Module, repeated: Iterable[torch.nn.Module] = ()) -> None:
-    """Raise UserError when a model that holds no memory yet (on the meta device) has more parameters than
-    `limits.PARAMETERS`, or than fit the memory of this machine.
-
-    repeated: parts of it that will be there once more for each time that they are in the list.
-    """
-    parameters, needed = _size(model)
-    sizes: dict[int, tuple[int, int]] = {}
-    for part in repeated:
-        size = sizes.get(id(part)) or sizes.setdefault(id(part), _size(part))
-        parameters, needed = parameters + size[0], needed + size[1]
+def check_size(parameters: int, needed: int) -> None:
+    """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine has memory."""
     PARAMETERS.check(parameters, "The model")
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -159,9 +148,3 @@ def check_size(model: torch.nn.Module, repeated: Iterable[torch.nn.Module] = ())
             f"The model's weights need {needed / 2**30:,.0f} GiB and this machine has {there / 2**30:,.0f} GiB of "
             f"memory. Make d_model, n_layers or the vocabulary smaller, or use a larger machine."
         )
-
-
-def _size(module: torch.nn.Module) -> tuple[int, int]:
-    """Numbers in its parameters and buffers, and their bytes."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
-    return sum(tensor.numel() for tensor in tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)

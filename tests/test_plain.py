@@ -39,7 +39,7 @@ YAML = {  # text of a file, and what the message says
     "wrong tag": ("a: !!bool maybe\n", "maybe"),
     "wrong date": ("a: !!timestamp soon\n", "is not valid YAML"),
     "nothing": ("", "holds nothing"),
-    "list": ("[1]", "holds a list"),
+    "list": ("[1]", "holds one list"),
     "unclosed": ("a: 1\nb: [1\nc: {", "line 3, is not valid YAML"),
     "two": ("a: 1\n---\nb: 2\n", "line 2, .*another document"),
 }
@@ -51,7 +51,7 @@ JSON = {
     "deep text": ('{"' + '\\"' * 1_000_000, "line 1, is not valid JSON: Unterminated"),
     "digits": ('{"a": ' + "9" * 3_000_000 + "}", "more than 400 digits"),
     "twice": ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
-    "list": ("[1]", "holds a list"),
+    "list": ("[1]", "holds one list"),
     "comma": ('{"a": 1,\n}', "line 2, is not valid JSON"),
     "half a character": ('{"a": "\\ud800"}', "surrogates"),
 }

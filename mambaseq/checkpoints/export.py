@@ -17,8 +17,8 @@ from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import UserError
-from mambaseq.models import SequenceModel, build_model
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.models import SequenceModel, build_model, count_parameters
 from mambaseq.specs import shown
 
 
@@ -155,23 +155,31 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         )
     card = read_card(folder / "model.json")
     _check_files(folder, card)
-    try:
-        model = build_model(card.spec)
-    except UserError as error:
-        raise UserError(f"{folder / 'model.json'} describes no model that can be built. {error}") from error
     source = folder / "model.safetensors"
     if source.is_file():
-        load_weights(model, read_safetensors(source), source)
+        tensors = read_safetensors(source)
     else:
         checkpoints = folder.parent / "checkpoints"
         source = checkpoints / ("best.ckpt" if (checkpoints / "best.ckpt").is_file() else "last.ckpt")
         checkpoint = read_checkpoint(source)
-        load_weights(model, task_weights(checkpoint), source)
-        card = dataclasses.replace(card, step=checkpoint["global_step"])
+        tensors, card = task_weights(checkpoint), dataclasses.replace(card, step=checkpoint["global_step"])
+    model = _model(folder / "model.json", card, tensors, source)
+    load_weights(model, tensors, source)
     tokenizer = None
     if card.tokenizer is not None:
         tokenizer = _tokenizer(folder, card.tokenizer)
     return LoadedModel(model.to(device).eval(), card, tokenizer, source)
+
+
+def _model(path: Path, card: ModelCard, tensors: dict[str, torch.Tensor], source: Path) -> SequenceModel:
+    """The model that a description asks for, with no memory taken for one that is far larger than the weights."""
+    try:
+        asked = count_parameters(card.spec)
+        if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
+            raise ConfigError(f"It asks for {asked:,} parameters, and {source} has {found:,}. Export the model again.")
+        return build_model(card.spec)
+    except UserError as error:
+        raise UserError(f"{path} describes no model that can be used. {error}") from error
 
 
 def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mambaseq_text.tokenization import ByteTokenizer
 
 from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
@@ -61,13 +63,23 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_model(tmp_path / "m")
     description = tmp_path / "m" / "model.json"
-    for spec in ({}, {"d_model": 8}, [], {**(model.spec or {}), "head": None}):
+    for spec, said in (
+        ({}, "has no d_model"),
+        ({"d_model": 8}, "has no encoder"),
+        ([], "spec cannot be"),
+        ({**(model.spec or {}), "head": None}, "head must hold settings"),
+    ):
         description.write_text(json.dumps({"format": 1, "spec": spec}))
-        with pytest.raises(UserError, match=r"model\.json does not describe a whole model"):
+        with pytest.raises(UserError, match=rf"model\.json.*{said}"):
             load_model(tmp_path / "m")
-    for text in ("{", "3", "[]", '{"format": 1}'):
+    for text, said in (
+        ("{", "line 1"),
+        ("3", "holds one int"),
+        ("[]", "holds one list"),
+        ('{"format": 1}', "has no spec"),
+    ):
         description.write_text(text)
-        with pytest.raises(UserError, match=r"model\.json is not a model description"):
+        with pytest.raises(UserError, match=rf"model\.json.*{said}"):
             load_model(tmp_path / "m")
 
 
@@ -132,3 +144,73 @@ def test_unknown_parts_and_options_are_refused() -> None:
                 "head": {"name": "classification", "n_classes": 2},
             }
         )
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.99])
+def test_one_flipped_bit_is_refused(tmp_path: Path, where: float) -> None:
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    path = tmp_path / "m" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged.*SHA-256"):
+        load_model(tmp_path / "m")
+
+
+def test_a_model_without_checksums_is_loaded(tmp_path: Path) -> None:
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    path = tmp_path / "m" / "model.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("sha256").keys() == {"model.safetensors"}
+    path.write_text(json.dumps(fields))
+    load_model(tmp_path / "m")
+
+
+def test_files_of_a_tokenizer_are_checked(tmp_path: Path) -> None:
+    class WithFile(ByteTokenizer):
+        def save_files(self, folder: Path) -> dict:
+            (folder / "words.txt").write_text("a b")
+            return self.options
+
+    model = small()
+    described = dataclasses.replace(card(model), tokenizer={"name": "text/bytes", "options": {}})
+    save_model(tmp_path / "m", model, described, WithFile())
+    load_model(tmp_path / "m")
+    (tmp_path / "m" / "words.txt").write_text("a c")
+    with pytest.raises(UserError, match=r"words\.txt is damaged"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "words.txt").unlink()
+    with pytest.raises(UserError, match=r"words\.txt is missing"):
+        load_model(tmp_path / "m")
+
+
+def test_equal_models_are_described_by_equal_bytes(tmp_path: Path) -> None:
+    texts = []
+    for number, turn in enumerate((list, reversed)):
+        model = small(d_state=3)
+        spec = {
+            key: dict(turn(list(value.items()))) if isinstance(value, dict) else value
+            for key, value in turn(list((model.spec or {}).items()))
+        }
+        save_model(
+            tmp_path / str(number), model, ModelCard(spec=spec, generation=dict(turn([("top_k", 1), ("top_p", 1)])))
+        )
+        fields = json.loads((tmp_path / str(number) / "model.json").read_text())
+        fields.pop("sha256")  # of other weights
+        texts.append(json.dumps(fields))
+    assert texts[0] == texts[1]
+
+
+def test_a_model_much_larger_than_its_weights_is_not_built(tmp_path: Path) -> None:
+    """64 GB here."""
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    path = tmp_path / "m" / "model.json"
+    fields = json.loads(path.read_text())
+    for part in ("encoder", "head"):
+        fields["spec"][part]["vocab_size"] = 2 * 10**9
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"model\.json.*asks for 16,000,.* parameters, and .*model\.safetensors has"):
+        load_model(tmp_path / "m")

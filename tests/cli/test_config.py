@@ -116,7 +116,7 @@ def test_printing_the_configuration_is_no_error(capsys) -> None:
         (BASE.replace("mamba,", "mambo,"), [], r"No mixer is named 'mambo'\. Did you mean 'mamba'"),
         (BASE + "trainer: {max_step: 3}\n", [], r"no key 'trainer\.max_step'\. Did you mean 'trainer\.max_steps'"),
         ("seed: 1\n", [], r"needs data\.name"),
-        ("just text\n", [], r"c\.yaml holds a str instead of names"),
+        ("just text\n", [], r"c\.yaml holds one str instead of names"),
         ("a: [1\n", [], r"c\.yaml, line 2, is not valid YAML"),
     ],
 )
