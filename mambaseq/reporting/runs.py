@@ -1,18 +1,37 @@
 """A run's folder: what lies where, and what is read from it.
 
-config.yaml   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)   logs/version_K/metrics.csv
-tensorboard/  results.json   curves.png   confusion.png
+config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
+logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png   .lock (held while it trains)
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.errors import UserError
+
+_OURS = ("config.yaml", "data.json", "checkpoints", "model", "logs", "tensorboard", "results.json", "curves.png")
+_WAIT = 2.0  # seconds that another process may need to write its results
+_WAIT_FOR_THE_DEAD = 20.0  # loader processes notice within seconds that their run was killed, and may hold its lock
+
+
+def rank() -> int:
+    """The number of this process among those of a run, before Lightning knows it."""
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        if (text := os.environ.get(variable, "")).isdecimal():
+            return int(text)
+    return 0
 
 
 class RunFolder:
@@ -27,10 +46,94 @@ class RunFolder:
         self.weights = self.model / "model.safetensors"
         self.logs = self.path / "logs"
         self.results = self.path / "results.json"
+        self.curves = self.path / "curves.png"
+        self.data = self.path / "data.json"
+        self._lock, self._holder = self.path / ".lock", self.path / ".holder"
+
+    def check_place(self, *, begins: bool) -> None:
+        """Raise UserError when no run can be begun or gone on with here: a name that is none, a file, a folder that may
+        not be written to, or, for one that begins, where a run's names are taken by what is not a run's."""
+        if "\0" in str(self.path):
+            raise UserError(f"{str(self.path)!r} is no folder: a name has no NUL character in it. Choose another --out.")
+        try:
+            self.path.lstat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be a run's folder: {error.strerror}. Choose another --out.") from error
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder. Choose another --out, or remove it.")
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise UserError(
+                f"The folder {self.path} cannot be written to. Change its permissions, or copy the run to another place."
+            )
+        taken = [name for name in _OURS if os.path.lexists(self.path / name)]
+        if begins and taken and not self._lock.exists() and not (self.config.is_file() and self.last.is_file()):
+            raise UserError(
+                f"{self.path} holds {', '.join(taken)}, and no run: what a run writes would take its place. Choose "
+                f"another --out, or move it away."
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process: what is written in the block is written by no other. The kernel gives it back
+        when the process dies. The other processes of a distributed run need not ask.
+
+        Raises UserError with the process that holds it, or when the folder cannot be written to.
+        """
+        import filelock
+
+        if rank() != 0:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._lock)
+            deadline, last = time.monotonic() + _WAIT, time.monotonic() + _WAIT_FOR_THE_DEAD
+            while True:
+                try:
+                    lock.acquire(timeout=0.2)
+                    break
+                except filelock.Timeout:
+                    pid, host = self._held_by()
+                    dead = host == platform.node() and pid.isdecimal() and not _lives(int(pid))
+                    if time.monotonic() > (last if dead else deadline):
+                        raise UserError(
+                            f"{self.path} is in use: process {pid or '?'} on {host or '?'} trains there. Wait for its "
+                            f"end, stop it, or choose another --out."
+                        ) from None
+        except OSError as error:
+            told = write_failed(self._lock, error)
+            raise (told or UserError(f"The folder {self.path} cannot be used: {error}. Choose another one.")) from error
+        try:
+            with contextlib.suppress(OSError):
+                self._holder.write_text(f"{os.getpid()} {platform.node()}\n", encoding="utf-8")
+            yield
+        finally:
+            self._holder.unlink(missing_ok=True)
+            lock.release()
+
+    def _held_by(self) -> tuple[str, str]:
+        try:
+            pid, _, host = self._holder.read_text(encoding="utf-8").strip().partition(" ")
+        except (OSError, UnicodeDecodeError):
+            return "", ""
+        return pid[:20], host[:80]
+
+    def remove(self) -> None:
+        """Remove a run, and nothing else that lies in its folder. Raises UserError when there is no run."""
+        self.require()
+        self.check_place(begins=True)
+        for name in (*_OURS, self._lock.name, self._holder.name):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def require(self) -> RunFolder:
         """Raise UserError unless a run was begun here."""
-        if not self.config.is_file():
+        if "\0" in str(self.path) or not os.path.isfile(self.config):  # noqa: PTH113 - Path's raises for some names
             raise UserError(
                 f"There is no run at {self.path}: config.yaml is missing. Give the folder that `mambaseq fit` made."
             )
@@ -55,19 +158,34 @@ class RunFolder:
             ) from error
         return results
 
-    def update_results(self, **values: Any) -> None:
-        """Merge values into results.json. Raises UserError when the file that is there is damaged."""
+    def update_results(self, remove: Iterable[str] = (), **values: Any) -> None:
+        """Merge values into results.json, and take out the keys `remove`. What is not finite becomes null.
+
+        Raises UserError when the file that is there is damaged.
+        """
         merged = {**self.read_results(), **values}
+        merged = {key: value for key, value in merged.items() if key not in remove}
         with atomic_file(self.results, "w", encoding="utf-8") as file:
-            json.dump(merged, file, indent=2)
-            file.write("\n")
+            file.write(json_text(merged, indent=2) + "\n")
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a logged metric over all starts of the run, a repeated step's last value."""
         points: dict[int, float] = {}
         for path in sorted(self.logs.glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])):
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
+            text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+            whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
+            for row in csv.DictReader(io.StringIO(whole)):
+                with contextlib.suppress(ValueError, TypeError, KeyError):
                     if row.get(metric):
                         points[int(row["step"])] = float(row[metric])
         return sorted(points.items())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

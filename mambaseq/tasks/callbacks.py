@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -12,9 +14,12 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.tasks.finite import FiniteGuard
+from mambaseq.tasks.record import KEY, DataRecord
 
 
 class Interrupted(Exception):
@@ -25,28 +30,48 @@ class Interrupted(Exception):
         self.step, self.checkpoint = step, checkpoint
 
 
+class StoppedAtOnce(BaseException):
+    """The run was asked a second time to stop, and stopped in the middle of what it did."""
+
+
 class RunCheckpoints(Checkpoint):
     """Keeps `last.ckpt`, from which a run goes on, and `best.ckpt`, and stops the run when it is asked to.
 
     last: every so many optimizer steps, once all of the step is over. Where a validation is due after the step it is
         saved after that: a run that is killed in between validates again, and knows the score.
     best: after a validation that scored better than the one on disk, whose score is read from the file itself, so that
-        no resumed run can put worse weights in its place. NaN is worse than any number.
+        no resumed run can put worse weights in its place. A score that was measured on other data is none, and so is
+        NaN.
     stop: Ctrl-C or SIGTERM finish the step at hand with its validation, save and raise `Interrupted`; a second one
-        stops at once. Stopping in the middle of a step would leave weights and moments of two different steps.
+        raises `StoppedAtOnce`. Stopping in the middle of a step would leave weights and moments of two different steps.
 
     monitor: the logged metric that `best` goes by ("" keeps none), mode: "min" or "max" of it.
+    data: what is trained and validated on; written into every checkpoint. guard: see `FiniteGuard`.
     score, results: of `best`: its monitored value, None before the first, and all of its validation metrics.
+    forgotten: why a score on disk does not count, "" where it does. saved_step: of `last`, None before the first.
     validated_step: the optimizer step after which the last validation ran. began: whether training has.
+    ended: set when training is over, so that `last` says it.
     """
 
-    def __init__(self, last: Path, best: Path, every_n_steps: int, monitor: str = "", mode: str = "min") -> None:
+    def __init__(
+        self,
+        last: Path,
+        best: Path,
+        every_n_steps: int,
+        monitor: str = "",
+        mode: str = "min",
+        data: DataRecord | None = None,
+        guard: FiniteGuard | None = None,
+    ) -> None:
         self.last, self.best = last, best
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.data, self.guard = data, guard or FiniteGuard()
         self.score: float | None = None
         self.results: dict[str, float] = {}
+        self.forgotten = ""
         self.validated_step: int | None = None
-        self.began = False
+        self.saved_step: int | None = None
+        self.began = self.ended = self._flush = False
         self._due = self._stopping = self._asked = False
         self._previous: dict[int, Any] = {}
 
@@ -57,18 +82,46 @@ class RunCheckpoints(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "results": self.results}
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[KEY] = {
+            "data": None if self.data is None else self.data.plain(),
+            "batch_size": getattr(datamodule, "batch_size", None),
+            "world_size": trainer.world_size,
+            "ended": self.ended,
+        }
+
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        state = None
+        self.recall(trainer)
+        self.saved_step = trainer.global_step if self.last.is_file() else None
+
+    def recall(self, trainer: lightning.Trainer) -> None:
+        """Read score and results of `best`, where they are of this metric and of these data."""
+        found: tuple[Any, str] = None, ""
         if trainer.is_global_zero and self.monitor and self.best.is_file():
-            state = read_checkpoint(self.best)["callbacks"].get(self.state_key)
-        state = trainer.strategy.broadcast(state)  # all processes have to decide alike, whatever disks they see
+            checkpoint = read_checkpoint(self.best)
+            state = checkpoint["callbacks"].get(self.state_key)
+            former = DataRecord.read(checkpoint.get(KEY, {}).get("data"))
+            score = None if state is None else state["score"]
+            if state is None:
+                found = None, "it was measured by another metric"
+            elif former is not None and self.data is not None and not former.same(self.data):
+                found = None, f"{score:.4g} at step {checkpoint['global_step']} was measured on other data"
+            elif score is not None and math.isfinite(score):
+                found = state, ""
+        found = trainer.strategy.broadcast(found)  # all processes have to decide alike, whatever disks they see
+        state, self.forgotten = found
         if state is not None:
             self.score, self.results = state["score"], state["results"]
 
     def _ask(self, number: int, frame: Any) -> None:
         if self._asked:
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
         self._asked = True
+        with contextlib.suppress(OSError):  # print is not safe here: the signal may have come in the middle of one
+            os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began = True
@@ -79,7 +132,10 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._stopping:  # only now has the step that was saved been logged as well
+        if self._flush:  # only now has the step that was saved been logged as well
+            self._save_logs(trainer)
+            self._flush = False
+        if self._stopping:
             raise Interrupted(trainer.global_step, self.last)
 
     def on_train_batch_end(
@@ -92,7 +148,7 @@ class RunCheckpoints(Checkpoint):
         assert fetcher is not None
         validates = sum(trainer.num_val_batches) > 0 and loop._should_check_val_fx(fetcher)
         if not validates:
-            self._save_last(trainer)
+            self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
@@ -101,24 +157,31 @@ class RunCheckpoints(Checkpoint):
         if self.monitor:
             score = float(trainer.callback_metrics[self.monitor])
             if self._is_better(score):
+                self.guard.check(trainer, pl_module)
                 self.score = score
                 self.results = dict(pl_module.results)  # type: ignore[arg-type]
                 trainer.save_checkpoint(self.best)
-        self._save_last(trainer)
+        self._save_last(trainer, pl_module)
 
     def _is_better(self, score: float) -> bool:
-        if self.score is None:
-            return True
-        if math.isnan(score) or math.isnan(self.score):
-            return not math.isnan(score)
+        if not math.isfinite(score) or self.score is None:
+            return math.isfinite(score)
         return score < self.score if self.mode == "min" else score > self.score
 
-    def _save_last(self, trainer: lightning.Trainer) -> None:
+    def _save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if trainer.fit_loop.epoch_loop._should_accumulate() or not (self._due or asked):
             return
+        self.guard.check(trainer, pl_module)
+        self._save_logs(trainer)  # a resumed run does not log again what lies before its checkpoint
         trainer.save_checkpoint(self.last)
-        self._due, self._stopping = False, asked
+        self.saved_step = trainer.global_step
+        self._due, self._stopping, self._flush = False, asked, True
+
+    def _save_logs(self, trainer: lightning.Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -110,3 +110,25 @@ def make_optimizer(
     optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
     factor = learning_rate_factor(config, total_steps)
     return optimizer, _Schedule(optimizer, factor)
+
+
+def reapply(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig
+) -> tuple[float, float]:
+    """Give an optimizer of `make_optimizer` that was restored from a checkpoint the settings of `config`, which a
+    checkpoint overwrites with its own; moments stay. Parameter groups that others added are left alone.
+
+    Returns the learning rate of the next step, as the checkpoint had it and as it is now.
+    """
+    before = float(optimizer.param_groups[0]["lr"])
+    for number, group in enumerate(optimizer.param_groups[: len(schedule.lr_lambdas)]):
+        group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
+        group["weight_decay"] = 0.0 if number else config.weight_decay  # the first group is what decays
+        schedule.base_lrs[number] = group["initial_lr"] = config.lr
+        now = config.lr * schedule.lr_lambdas[number](schedule.last_epoch)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(now)
+        else:
+            group["lr"] = now
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return before, float(optimizer.param_groups[0]["lr"])

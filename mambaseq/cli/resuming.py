@@ -1,0 +1,172 @@
+"""What `mambaseq fit --resume` looks at before it goes on: what changed, and what is left to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import yaml
+
+from mambaseq.atomic import atomic_file, json_text
+from mambaseq.cli.config import RunConfig
+from mambaseq.data.module import SequenceData
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.callbacks import RunCheckpoints
+from mambaseq.tasks.optimizer import OptimizerConfig, reapply
+from mambaseq.tasks.record import KEY, DataRecord, flatten, shown
+
+LIMITS = {"max_steps": "trainer.max_steps", "max_epochs": "trainer.max_epochs"}
+
+
+def say(folder: RunFolder, text: str) -> None:
+    print(f"{folder.path}: {text}", file=sys.stderr, flush=True)
+
+
+def record_of(settings: RunConfig, data: SequenceData) -> DataRecord:
+    """What the data of these settings are now; `data` is set up."""
+    return DataRecord.of(flatten(yaml.safe_load(settings.yaml)), data.sources())
+
+
+def read_record(folder: RunFolder) -> DataRecord | None:
+    """What the data of a run were when it was begun, or gone on with, last; None where nobody wrote it down."""
+    try:
+        return DataRecord.read(json.loads(folder.data.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def write_record(folder: RunFolder, record: DataRecord) -> None:
+    with atomic_file(folder.data, "w", encoding="utf-8") as file:
+        file.write(json_text(record.plain(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _listed(phrases: list[str]) -> str:
+    more = f" (and {len(phrases) - 5} more)" if len(phrases) > 5 else ""
+    return "; ".join(shown(phrase) for phrase in phrases[:5]) + more
+
+
+def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values are not those that the run was last gone on with, each with both."""
+    former = flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    now = flatten(yaml.safe_load(settings.yaml))
+    return {
+        key: (former.get(key), now.get(key))
+        for key in sorted(former.keys() | now.keys())
+        if former.get(key) != now.get(key)
+    }
+
+
+def check_data(folder: RunFolder, record: DataRecord, *, allow_changed: bool) -> list[str]:
+    """Lines that say what of the data changed since the run was last gone on with.
+
+    Raises DataError when files hold something else than they did and that is not allowed.
+    """
+    former = read_record(folder)
+    if former is None:
+        return ["what its data were was not written down (by an earlier version), so no change of them can be told"]
+    lines = [
+        f"{key} changed: {shown(former.settings.get(key))} -> {shown(record.settings.get(key))}"
+        for key in former.changed_settings(record)
+        if key.startswith("data.")
+    ]
+    if files := former.changed_files(record):
+        if not allow_changed:
+            raise DataError(
+                f"The data of {folder.path} changed since it was trained: {_listed(files)}. Bring back what was there, "
+                f"or go on with what is there now by --allow-changed-data; scores from before then do not count."
+            )
+        lines += [f"the data changed: {_listed(files)}"]
+    return lines
+
+
+def is_over(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> str:
+    """The setting that ends the run where the checkpoint is ("trainer.max_steps"); "" when none does."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    done = {"max_steps": checkpoint["global_step"], "max_epochs": epochs}
+    for name, key in LIMITS.items():
+        limit = getattr(trainer, name)
+        if limit is not None and 0 <= limit <= done[name]:
+            return key
+    return ""
+
+
+def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]], step: int) -> None:
+    """Raise ConfigError for settings that a run which is over would not use."""
+    idle = [key for key in changed if key not in LIMITS.values()]
+    if idle:
+        raise ConfigError(
+            f"{_listed(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, or "
+            f"train further with it: --trainer.max_steps MORE."
+        )
+
+
+class Resumption(lightning.Callback):
+    """Lets a resumed run use the settings that it is given, where a checkpoint brings its own: the optimizer's, and the
+    place in the data where the size of a batch, or the number of processes, changed.
+
+    go_on: called once training really begins, in the first process. same_data: whether the training data are those of
+        the checkpoint, so that a place in them means the same.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        optimizer: OptimizerConfig,
+        checkpoints: RunCheckpoints,
+        go_on: Callable[[], None],
+        *,
+        same_data: bool,
+    ) -> None:
+        self.folder, self.optimizer, self.checkpoints, self.go_on = folder, optimizer, checkpoints, go_on
+        self.same_data = same_data
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        ours, module = checkpoint.get(KEY, {}), trainer.datamodule  # type: ignore[attr-defined]
+        if not (ours.get("batch_size") and self.same_data):
+            return
+        former = ours["batch_size"] * ours["world_size"]
+        now = module.batch_size * trainer.world_size
+        if former == now:
+            return
+        size = getattr(module.data.train(), "__len__", lambda: 0)()
+        module.batches_done = moved(module.batches_done, size, former, now)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if size >= max(former, now):
+            behind = progress["ready"] - progress["completed"]
+            ready = size // now if progress["ready"] >= size // former else moved(progress["ready"], size, former, now)
+            progress |= {"ready": ready, "started": ready, "processed": ready, "completed": ready - behind}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for optimizer, config in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=False):
+            before, now = reapply(optimizer, config.scheduler, self.optimizer)  # type: ignore[arg-type]
+            if before != now and trainer.is_global_zero:
+                say(
+                    self.folder,
+                    f"the learning rate goes on at {now:.3g}; as it was, it would have been {before:.3g} "
+                    f"({self.optimizer.schedule} to step {trainer.estimated_stepping_batches:,.0f})",
+                )
+        if trainer.is_global_zero:
+            if self.checkpoints.forgotten:
+                say(self.folder, f"the best score so far does not count any more: {self.checkpoints.forgotten}")
+            self.go_on()
+
+
+def moved(batches: int, size: int, former: int, now: int) -> int:
+    """Where a run that has done so many batches is in the same data when a step takes another number of sequences: in
+    the same epoch, none of whose sequences is seen twice. size: sequences an epoch, 0 for a stream.
+
+    >>> moved(7, 20, 4, 2)  # one epoch and 8 of 20 sequences
+    14
+    >>> moved(7, 20, 4, 10)  # 8 of 20: the second of two batches of 10
+    3
+    """
+    if size < max(former, now):
+        return -(-batches * former // now)
+    epoch, place = divmod(batches, size // former)
+    return epoch * (size // now) + min(-(-place * former // now), size // now)

@@ -1,0 +1,35 @@
+"""The metrics file of a run, which a process that is killed does not take with it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+
+from mambaseq.atomic import atomic_file
+
+
+class _Writer(ExperimentWriter):
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Lightning's empties the file first."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class RunLog(CSVLogger):
+    """Lightning's CSV logger; a column that comes later does not put the rows before it at risk."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            Path(self.root_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _Writer(log_dir=self.log_dir)
+        return self._experiment

@@ -1,0 +1,91 @@
+"""What the data of a run are, as it is written into its folder and its checkpoints, so that scores are compared only
+where they measure the same, and a run notices that its data changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+KEY = "mambaseq"  # of a checkpoint's part that is ours
+_NEUTRAL = {"data.cache"}  # says where derived files are kept
+
+
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; an empty mapping is a value.
+
+    >>> flatten({"data": {"name": "x", "files": {}}})
+    {'data.name': 'x', 'data.files': {}}
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    inner = [flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
+    return {name: leaf for part in inner for name, leaf in part.items()}
+
+
+def shown(value: Any) -> str:
+    """A setting's value in a message, cut where it is long."""
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecord:
+    """settings: those that the data follow from, dotted key to plain value. sources: the name of each file to a checksum
+    of what it holds (`SequenceData.sources`); empty where the data set does not tell."""
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], sources: Mapping[str, str]) -> DataRecord:
+        """settings: all of a run's, dotted (`flatten`). Where only a part of the validation set is used, its size is
+        among what counts."""
+        chosen = {key: value for key, value in settings.items() if key.startswith("data.") and key not in _NEUTRAL}
+        part = settings.get("trainer.limit_val_batches")
+        if part not in (None, 1.0) or isinstance(part, int):
+            chosen["trainer.limit_val_batches"] = part
+            chosen["loader.batch_size"] = settings.get("loader.batch_size")
+        return cls(chosen, dict(sources))
+
+    @classmethod
+    def read(cls, plain: Any) -> DataRecord | None:
+        """From plain values (JSON, a checkpoint); None where there is none, or it is damaged."""
+        if not isinstance(plain, Mapping):
+            return None
+        settings, sources = plain.get("settings"), plain.get("sources")
+        if not isinstance(settings, Mapping) or not isinstance(sources, Mapping):
+            return None
+        return cls(dict(settings), {str(name): str(checksum) for name, checksum in sources.items()})
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON and checkpoints keep it."""
+        return {"settings": _plain(self.settings), "sources": self.sources}
+
+    def changed_settings(self, now: DataRecord) -> list[str]:
+        """Keys whose values differ. A key that only one side has counts unless it is unset: versions differ in those."""
+        former, new = _plain(self.settings), _plain(now.settings)
+        return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
+
+    def changed_files(self, now: DataRecord) -> list[str]:
+        """What became of the files, one phrase each: those behind the same name that hold something else; with the same
+        settings also those that came or went."""
+        if not self.sources or not now.sources:
+            return []  # the one or the other cannot tell
+        both = self.sources.keys() & now.sources.keys()
+        found = [f"{name} holds something else" for name in sorted(both) if self.sources[name] != now.sources[name]]
+        if not self.changed_settings(now):
+            found += [f"{name} is gone" for name in sorted(self.sources.keys() - both)]
+            found += [f"{name} is new" for name in sorted(now.sources.keys() - both)]
+        return found
+
+    def same(self, now: DataRecord) -> bool:
+        """Whether the validation sets are the same, as far as can be told."""
+        return not self.changed_settings(now) and not self.changed_files(now)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples are lists once they have been in JSON or YAML."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
