@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -50,8 +49,8 @@ def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None) -
     sections, rows = [], []
     for number, domain in enumerate(domains, 1):
         folder = RunFolder(out / domain)
-        if folder.config.exists():  # only what an earlier demo made
-            shutil.rmtree(folder.path)
+        if folder.config.exists():  # an earlier demo's, and nothing else that lies there
+            folder.remove()
         print(f"[{number}/{len(domains)}] {domain}", file=sys.stderr, flush=True)
         started = time.perf_counter()
         overrides = (

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mambaseq.cli.imports import add_allow_import
-from mambaseq.errors import ConfigError, UserError
-from mambaseq.reporting.runs import RunFolder
+from mambaseq.errors import ConfigError
+from mambaseq.reporting.runs import RunFolder, rank
+
+if TYPE_CHECKING:
+    from mambaseq.cli.config import RunConfig
 
 # settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
 CHANGEABLE = {"backend", "checkpoint", "chunk_length", "cuda_graph", "dropout", "label_smoothing"}
@@ -30,6 +31,9 @@ def run(argv: list[str], command: str) -> int:
         "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
     )
     add_allow_import(parser)
+    parser.add_argument(
+        "--allow-changed-data", action="store_true", help="with --resume: go on though files of the data changed"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     if (arguments.config is None) == (arguments.resume is None):
         raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")
@@ -37,26 +41,52 @@ def run(argv: list[str], command: str) -> int:
         if arguments.out is not None:
             raise ConfigError("--resume goes on in the run's own folder; leave --out away.")
         folder = RunFolder(arguments.resume).require()
-        return fit(str(folder.config), folder, overrides, resume=True)
+        allowed = arguments.allow_changed_data
+        return fit(str(folder.config), folder, overrides, resume=True, allow_changed_data=allowed)
+    if arguments.allow_changed_data:
+        raise ConfigError("--allow-changed-data is for --resume; a run that begins takes its data as they are.")
     out = arguments.out or f"runs/{arguments.config.replace('/', '-').removesuffix('.yaml')}"
     return fit(arguments.config, RunFolder(out), overrides)
 
 
-def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = False, progress: bool = True) -> int:
-    """Train; returns 0, or 130 when the run was interrupted and can be resumed.
+def fit(
+    config: str,
+    folder: RunFolder,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    allow_changed_data: bool = False,
+) -> int:
+    """Train; returns 0, 1 when the run diverged, or 130 when it was interrupted and can be resumed.
 
+    The run's folder is this process's as long as it trains.
     Raises UserError for anything the user has to mend.
     """
-    from mambaseq.cli.config import changed_model_settings, parse_config
+    from mambaseq.cli.config import parse_config
 
-    settings = parse_config(config, overrides)
-    if not resume and folder.last.exists():
+    folder.check_place(begins=not resume)
+    settings = parse_config(config, overrides)  # what is refused leaves no folder behind
+    with folder.locked():
+        return _fit(config, settings, folder, overrides, resume, progress, allow_changed_data)
+
+
+def _fit(
+    config: str,
+    settings: RunConfig,
+    folder: RunFolder,
+    overrides: list[str],
+    resume: bool,
+    progress: bool,
+    allow_changed_data: bool,
+) -> int:
+    from mambaseq.cli.config import changed_model_settings
+
+    if not resume and folder.last.exists() and rank() == 0:
         raise ConfigError(
             f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give "
             f"another --out, or remove it."
         )
-    if resume and not folder.last.exists():
-        raise UserError(f"The run at {folder.path} has no checkpoint to resume from. Begin it anew with another --out.")
 
     changed = changed_model_settings(config, settings.settings) if resume and overrides else []
     if changed := [key for key in changed if key.rpartition(".")[2] not in CHANGEABLE]:
@@ -69,7 +99,7 @@ def fit(config: str, folder: RunFolder, overrides: list[str], *, resume: bool = 
 
     with warnings.catch_warnings():
         _quiet()
-        return train(settings, folder, resume=resume, progress=progress)
+        return train(settings, folder, resume=resume, progress=progress, allow_changed_data=allow_changed_data)
 
 
 def _quiet() -> None:
@@ -85,8 +115,3 @@ def _quiet() -> None:
         ".*GPU available but not used.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def interrupted(folder: Path, error: Any) -> int:
-    print(f"\nInterrupted after step {error.step}. Go on with: mambaseq fit --resume {folder}", file=sys.stderr)
-    return 130

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import lightning
-import yaml
 
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.cli.config import RunConfig
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
@@ -28,14 +27,14 @@ def say(folder: RunFolder, text: str) -> None:
 
 def record_of(settings: RunConfig, data: SequenceData) -> DataRecord:
     """What the data of these settings are now; `data` is set up."""
-    return DataRecord.of(flatten(yaml.safe_load(settings.yaml)), data.sources())
+    return DataRecord.of(flatten(parse_yaml(settings.yaml, "the configuration")), data.sources())
 
 
 def read_record(folder: RunFolder) -> DataRecord | None:
     """What the data of a run were when it was begun, or gone on with, last; None where nobody wrote it down."""
     try:
-        return DataRecord.read(json.loads(folder.data.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return DataRecord.read(read_json(folder.data))
+    except UserError:
         return None
 
 
@@ -51,8 +50,7 @@ def _listed(phrases: list[str]) -> str:
 
 def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values are not those that the run was last gone on with, each with both."""
-    former = flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    now = flatten(yaml.safe_load(settings.yaml))
+    former, now = flatten(read_yaml(folder.config)), flatten(parse_yaml(settings.yaml, "the configuration"))
     return {
         key: (former.get(key), now.get(key))
         for key in sorted(former.keys() | now.keys())
@@ -60,7 +58,7 @@ def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[
     }
 
 
-def check_data(folder: RunFolder, record: DataRecord, *, allow_changed: bool) -> list[str]:
+def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: bool) -> list[str]:
     """Lines that say what of the data changed since the run was last gone on with.
 
     Raises DataError when files hold something else than they did and that is not allowed.
@@ -99,8 +97,8 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
     idle = [key for key in changed if key not in LIMITS.values()]
     if idle:
         raise ConfigError(
-            f"{_listed(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, or "
-            f"train further with it: --trainer.max_steps MORE."
+            f"{_listed(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, "
+            f"or train further with it: --trainer.max_steps MORE."
         )
 
 

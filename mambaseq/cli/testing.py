@@ -3,40 +3,76 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints.export import load_model
 from mambaseq.cli.config import RunConfig
+from mambaseq.cli.finishing import plain_interrupts
+from mambaseq.cli.resuming import changed_settings, read_record, record_of, say
 from mambaseq.cli.training import make_trainer
+from mambaseq.data.module import SequenceData
 from mambaseq.errors import UserError
 from mambaseq.reporting.pictures import confusion_matrix, save_png
-from mambaseq.reporting.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder, RunInUse, rank
+from mambaseq.tasks.record import shown
 from mambaseq.tasks.task import Task
 
 
 def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
     """See `mambaseq.cli.evaluate.evaluate`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    folder.check_place(begins=False)
     loaded = load_model(folder.path)
+    before = _identity(loaded.source)
     data = settings.make_data()
     data.setup()
     if (data.validation() if command == "validate" else data.test()) is None:
         raise UserError(
             f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated."
         )
+    notes = _notes(settings, folder, data, command)
     task = Task(loaded.model, metrics=settings.make_metrics(data))
     trainer = make_trainer(settings, folder, [], [], progress)
     if trainer.is_global_zero:
         step = "an unknown step" if loaded.card.step is None else f"step {loaded.card.step}"
         print(f"{folder.path}: the weights of {step} ({loaded.source.relative_to(folder.path)})", flush=True)
     method = trainer.validate if command == "validate" else trainer.test
-    method(task, datamodule=settings.make_datamodule(data), verbose=False)
+    with plain_interrupts():
+        method(task, datamodule=settings.make_datamodule(data), verbose=False)
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:
         return results
-    folder.update_results(**results)
+    try:
+        with folder.locked():
+            if _identity(loaded.source) != before or (folder.weights.is_file() and loaded.source != folder.weights):
+                say(folder, "its weights changed while they were evaluated; these results are not written down")
+                return results
+            folder.update_results(remove=[key for key, value in notes.items() if not value], **results, **notes)
+    except RunInUse:
+        say(folder, "it is being trained; these results are not written down")
+        return results
     for name, table in task.tables.items():
         if len(table) != len(data.class_names):
             continue  # not a table of classes
         save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
     return results
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _notes(settings: RunConfig, folder: RunFolder, data: SequenceData, command: str) -> dict[str, Any]:
+    """What stands beside the results when they are not of the run's own data, and is said: settings that were given
+    here, and files that hold something else than they did in training. Empty values: nothing."""
+    stage = "val" if command == "validate" else "test"
+    given = {key: now for key, (_, now) in changed_settings(folder, settings).items()}
+    given = {key: value for key, value in given.items() if key.startswith("data.") or key.startswith("trainer.limit_")}
+    former = read_record(folder)
+    files = [] if former is None else former.changed_files(record_of(settings, data))
+    if files and rank() == 0:
+        more = f" (and {len(files) - 5} more)" if len(files) > 5 else ""
+        say(folder, f"the data changed since training: {'; '.join(shown(file) for file in files[:5])}{more}")
+    return {f"{stage}/changed_settings": given, f"{stage}/changed_files": files}

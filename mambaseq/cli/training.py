@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
 from mambaseq.cli.config import RunConfig
+from mambaseq.cli.finishing import Run, diverged, interrupted
+from mambaseq.cli.resuming import (
+    Resumption,
+    changed_settings,
+    check_changed_data,
+    is_over,
+    read_record,
+    record_of,
+    refuse_without_effect,
+    say,
+    write_record,
+)
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model
-from mambaseq.reporting.pictures import learning_curves, save_png
-from mambaseq.reporting.runs import RunFolder
-from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, Throughput
+from mambaseq.reporting.runs import RunFolder, rank
+from mambaseq.resources import cache_dir
+from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
 from mambaseq.tasks.fitting import check_data
+from mambaseq.tasks.finite import Diverged, FiniteGuard
+from mambaseq.tasks.logs import RunLog
+from mambaseq.tasks.record import KEY, DataRecord, shown
 from mambaseq.tasks.task import Task
 
 
@@ -96,50 +108,124 @@ def _explained(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
 
 
-def train(settings: RunConfig, folder: RunFolder, *, resume: bool, progress: bool) -> int:
-    """Train, export the best weights, write results and pictures. Returns the exit code.
+def train(
+    settings: RunConfig, folder: RunFolder, *, resume: bool, progress: bool, allow_changed_data: bool = False
+) -> int:
+    """Train, export the best weights, write results and pictures. Returns the exit code: 0, 1 for a run that diverged,
+    130 for one that was interrupted.
 
+    resume: go on with the run in the folder, wherever it was left: before its first checkpoint, on the way, or
+        between its last step and its last picture.
     Raises UserError for anything the user has to mend, before the first step where that can be told.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed = settings.settings["seed"]
     lightning.seed_everything(seed, workers=False, verbose=False)
+    if rank() == 0:
+        remove_leftovers(folder.path, deep=True)
+        remove_leftovers(cache_dir(settings.settings["data"].get("cache")) / "stores")
     data = settings.make_data()
     data.setup()
-    datamodule = settings.make_datamodule(data)
+    record = record_of(settings, data)
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics)
     model = _make_model(settings, data)
-    card = model_card(settings, data, model.spec or {})
     task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed)
     # made in every process; those of the first alone write
     loggers: list[Logger] = [
-        CSVLogger(folder.path, name="logs", version=folder.next_version()),
+        RunLog(folder.path, name="logs", version=folder.next_version()),
         TensorBoardLogger(folder.path, name="tensorboard", version=""),
     ]
-    throughput = Throughput()
+    guard = FiniteGuard()
     every = settings.settings["checkpoint"]["every_n_steps"]
-    checkpoints = RunCheckpoints(folder.last, folder.best, every, monitor, mode)
-    callbacks: list[lightning.Callback] = [throughput, checkpoints]
-    if resume:
-        callbacks.append(
-            LambdaCallback(on_train_start=lambda trainer, _: _go_on(trainer, settings, folder, data, card))
-        )
+    run = Run(
+        folder=folder,
+        data=data,
+        datamodule=settings.make_datamodule(data),
+        card=model_card(settings, data, model.spec or {}),
+        task=task,
+        throughput=Throughput(),
+        checkpoints=RunCheckpoints(folder.last, folder.best, every, monitor, mode, record, guard),
+    )
+    callbacks: list[lightning.Callback] = [run.throughput, guard, run.checkpoints]
+    begins = not folder.last.exists()
+    if not begins:
+        callbacks.append(_resumption(run, settings, record, allow_changed_data))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
-    if resume and (reason := _nothing_to_do(folder, model, trainer)):
-        if trainer.is_global_zero:
-            print(reason)
-        return 0
+    if begins:
+        if resume and trainer.is_global_zero:
+            say(folder, "there is no checkpoint yet; the run begins at its first step")
+        _begin(trainer, settings, run, record)
+    elif (code := _rest(run, settings, trainer)) is not None:
+        return code
     if trainer.is_global_zero:
-        if not resume:
-            _begin(settings, folder, data, card)
         print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
-    try:
-        trainer.fit(task, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None)
-    except Interrupted as error:
-        from mambaseq.cli.fit import interrupted
+    return _fit(run, settings, trainer, begins)
 
-        return interrupted(folder.path, error) if trainer.is_global_zero else 130
+
+def _resumption(run: Run, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
+    """What a resumed run needs. Says what changed; raises DataError when the data did, and must not."""
+    lines = check_changed_data(run.folder, record, allow_changed=allow_changed_data)
+    lines += [
+        f"{key} changed: {shown(former)} -> {shown(now)}"
+        for key, (former, now) in changed_settings(run.folder, settings).items()
+        if not key.startswith("data.")
+    ]
+    for line in lines if rank() == 0 else []:
+        say(run.folder, line)
+    former = read_record(run.folder)
+    return Resumption(
+        run.folder,
+        settings.optimizer(),
+        run.checkpoints,
+        lambda: _go_on(settings, run, record),
+        same_data=former is None or former.same_training(record),
+    )
+
+
+def _rest(run: Run, settings: RunConfig, trainer: lightning.Trainer) -> int | None:
+    """Finish a run that has no step left to train: the exit code; None for one that trains on.
+
+    Raises UserError when its checkpoint is not of this model, or settings are given that could have no effect.
+    """
+    folder = run.folder
+    checkpoint = read_checkpoint(folder.last)
+    load_weights(run.task.model, task_weights(checkpoint), folder.last)
+    changed, step = changed_settings(folder, settings), checkpoint["global_step"]
+    ended = not changed and checkpoint.get(KEY, {}).get("ended")  # by a callback, or because its time was over
+    if not (key := is_over(checkpoint, trainer)) and not ended:
+        return None
+    refuse_without_effect(folder, changed, step)
+    run.checkpoints.recall(trainer)
+    if run.is_complete(step):
+        if trainer.is_global_zero:
+            reason = f"{key} is {getattr(trainer, key.partition('.')[2])}" if key else "it had ended there"
+            more = key or "trainer.max_steps"
+            print(
+                f"{folder.path}: nothing to do, the run is at step {step} and {reason}. To train it "
+                f"further: mambaseq fit --resume {folder.path} --{more} MORE"
+            )
+        return 0
+    run.throughput.load_state_dict(checkpoint["callbacks"].get(run.throughput.state_key, {"tokens": 0, "seconds": 0.0}))
+    run.finish(trainer, step)
+    return 0
+
+
+def _fit(run: Run, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> int:
+    folder, checkpoints = run.folder, run.checkpoints
+    first = trainer.is_global_zero
+    try:
+        trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
+        checkpoints.ended = True
+        trainer.save_checkpoint(folder.last)
+    except Interrupted as error:
+        return interrupted(folder.path, f"Interrupted after step {error.step}.") if first else 130
+    except StoppedAtOnce:
+        step = checkpoints.saved_step
+        where = "there is no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
+        return interrupted(folder.path, f"Stopped at once; {where}.") if first else 130
+    except Diverged as error:
+        return diverged(folder.path, error, checkpoints.saved_step) if first else 1
     except (MisconfigurationException, ValueError) as error:
         asked = settings.settings["model"]["mixer"].get("backend")
         refused = asked is not None and f"backend {asked!r}" in str(error)
@@ -147,17 +233,7 @@ def train(settings: RunConfig, folder: RunFolder, *, resume: bool, progress: boo
             raise  # nobody's setting
         with _explained("The run cannot begin with these settings"):
             raise
-    trainer.save_checkpoint(folder.last)
-    if checkpoints.score is not None:
-        exported, results = folder.best, checkpoints.results
-    else:
-        exported = folder.last
-        if checkpoints.validated_step != trainer.global_step and _validates(trainer, data):
-            trainer.validate(task, datamodule=datamodule, verbose=False)
-        results = task.results
-    if trainer.is_global_zero:
-        device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
-        _finish(folder, data, card, exported, throughput, steps=trainer.global_step, device=device, **results)
+    run.finish(trainer, trainer.global_step)
     return 0
 
 
@@ -169,77 +245,28 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
     return model
 
 
-def _validates(trainer: lightning.Trainer, data: SequenceData) -> bool:
-    return trainer.limit_val_batches != 0 and data.validation() is not None
-
-
-def _begin(settings: RunConfig, folder: RunFolder, data: SequenceData, card: ModelCard) -> None:
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {folder.path} cannot be made: {error.strerror}. Choose another --out.") from error
-    folder.best.unlink(missing_ok=True)  # of a run that ended before there was anything to resume
-    with atomic_file(folder.config, "w", encoding="utf-8") as file:
-        file.write(settings.yaml)
-    save_model(folder.model, None, card, data.tokenizer)
-
-
-def _go_on(
-    trainer: lightning.Trainer, settings: RunConfig, folder: RunFolder, data: SequenceData, card: ModelCard
-) -> None:
-    """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
-    was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
+def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Run, record: DataRecord) -> None:
+    folder = run.folder
     if not trainer.is_global_zero:
         return
+    for path in (folder.best, folder.results, folder.curves):  # of a run that ended before its first checkpoint
+        path.unlink(missing_ok=True)
+    write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:
         file.write(settings.yaml)
-    if not settings.settings["checkpoint"]["monitor"]:
-        folder.best.unlink(missing_ok=True)  # from now on the last weights are kept
-    save_model(folder.model, None, card, data.tokenizer)
+    save_model(folder.model, None, run.card, run.data.tokenizer)
+
+
+def _go_on(settings: RunConfig, run: Run, record: DataRecord) -> None:
+    """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
+    was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
+    folder = run.folder
     folder.results.unlink(missing_ok=True)
-
-
-def _nothing_to_do(folder: RunFolder, model: SequenceModel, trainer: lightning.Trainer) -> str:
-    """Why a run need not go on; empty when it has to train, or to export.
-
-    Raises UserError when its checkpoint is not of this model.
-    """
-    checkpoint = read_checkpoint(folder.last)
-    load_weights(model, task_weights(checkpoint), folder.last)
-    step, epochs = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    for key, limit, done in (("max_steps", trainer.max_steps, step), ("max_epochs", trainer.max_epochs, epochs)):
-        if limit is not None and 0 <= limit <= done and folder.weights.is_file():
-            return (
-                f"{folder.path}: nothing to do, the run is at step {step} and trainer.{key} is {limit}. To train it "
-                f"further: mambaseq fit --resume {folder.path} --trainer.{key} MORE"
-            )
-    return ""
-
-
-def _finish(
-    folder: RunFolder, data: SequenceData, card: ModelCard, exported: Path, throughput: Throughput, **results: Any
-) -> None:
-    """Export the weights of a checkpoint, with the results of these weights and no others.
-
-    They are read from the file: strategies that shard a model leave no process with all of it.
-    """
-    checkpoint = read_checkpoint(exported)
-    model = build_model(card.spec)
-    load_weights(model, task_weights(checkpoint), exported)
-    save_model(folder.model, model, dataclasses.replace(card, step=checkpoint["global_step"]), data.tokenizer)
-    folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
-    folder.update_results(
-        parameters=model.n_parameters(),
-        exported_step=checkpoint["global_step"],
-        train_tokens=throughput.tokens,
-        train_seconds=round(throughput.seconds, 2),
-        tokens_per_second=round(throughput.tokens / max(throughput.seconds, 1e-9)),
-        **results,
-    )
-    scale, unit = (1 / math.log(2), "bits a token") if model.head.per_token else (1.0, "loss (nats)")
-    save_png(folder.path / "curves.png", learning_curves(folder, scale, unit))
-    step, of = checkpoint["global_step"], results["steps"]
-    scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}
-    found = [f"{key} {value:.4f}" for key, value in scalars.items()]
-    best = "" if step == of else f" (the best of {of})"
-    print(f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found, sep=", ", flush=True)
+    if run.checkpoints.score is None:
+        folder.best.unlink(
+            missing_ok=True
+        )  # of another metric, or other data, or the last weights are kept from now on
+    save_model(folder.model, None, run.card, run.data.tokenizer)
+    write_record(folder, record)
+    with atomic_file(folder.config, "w", encoding="utf-8") as file:
+        file.write(settings.yaml)

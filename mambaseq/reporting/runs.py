@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.errors import UserError
+from mambaseq.plain import read_json
 
 _OURS = ("config.yaml", "data.json", "checkpoints", "model", "logs", "tensorboard", "results.json", "curves.png")
 _WAIT = 2.0  # seconds that another process may need to write its results
@@ -32,6 +32,10 @@ def rank() -> int:
         if (text := os.environ.get(variable, "")).isdecimal():
             return int(text)
     return 0
+
+
+class RunInUse(UserError):
+    """Another process trains in the run's folder."""
 
 
 class RunFolder:
@@ -54,7 +58,9 @@ class RunFolder:
         """Raise UserError when no run can be begun or gone on with here: a name that is none, a file, a folder that may
         not be written to, or, for one that begins, where a run's names are taken by what is not a run's."""
         if "\0" in str(self.path):
-            raise UserError(f"{str(self.path)!r} is no folder: a name has no NUL character in it. Choose another --out.")
+            raise UserError(
+                f"{str(self.path)!r} is no folder: a name has no NUL character in it. Choose another --out."
+            )
         try:
             self.path.lstat()
         except FileNotFoundError:
@@ -65,7 +71,7 @@ class RunFolder:
             raise UserError(f"{self.path} is not a folder. Choose another --out, or remove it.")
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UserError(
-                f"The folder {self.path} cannot be written to. Change its permissions, or copy the run to another place."
+                f"The folder {self.path} cannot be written to. Change its permissions, or copy the run elsewhere."
             )
         taken = [name for name in _OURS if os.path.lexists(self.path / name)]
         if begins and taken and not self._lock.exists() and not (self.config.is_file() and self.last.is_file()):
@@ -98,7 +104,7 @@ class RunFolder:
                     pid, host = self._held_by()
                     dead = host == platform.node() and pid.isdecimal() and not _lives(int(pid))
                     if time.monotonic() > (last if dead else deadline):
-                        raise UserError(
+                        raise RunInUse(
                             f"{self.path} is in use: process {pid or '?'} on {host or '?'} trains there. Wait for its "
                             f"end, stop it, or choose another --out."
                         ) from None
@@ -147,16 +153,7 @@ class RunFolder:
         """What results.json holds; nothing when there is none yet. Raises UserError when it is damaged."""
         if not self.results.is_file():
             return {}
-        try:
-            results = json.loads(self.results.read_text(encoding="utf-8"))
-            if not isinstance(results, dict):
-                raise TypeError("it holds no results")
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.results} is damaged ({error}). Delete it; `mambaseq validate` and `mambaseq test` write their "
-                f"results again."
-            ) from error
-        return results
+        return read_json(self.results, "Delete it; `mambaseq validate` and `mambaseq test` write their results again.")
 
     def update_results(self, remove: Iterable[str] = (), **values: Any) -> None:
         """Merge values into results.json, and take out the keys `remove`. What is not finite becomes null.

@@ -31,8 +31,8 @@ def shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DataRecord:
-    """settings: those that the data follow from, dotted key to plain value. sources: the name of each file to a checksum
-    of what it holds (`SequenceData.sources`); empty where the data set does not tell."""
+    """settings: those that the data follow from, dotted key to plain value. sources: the name of each file to a
+    checksum of what it holds (`SequenceData.sources`); empty where the data set does not tell."""
 
     settings: dict[str, Any]
     sources: dict[str, str]
@@ -63,7 +63,7 @@ class DataRecord:
         return {"settings": _plain(self.settings), "sources": self.sources}
 
     def changed_settings(self, now: DataRecord) -> list[str]:
-        """Keys whose values differ. A key that only one side has counts unless it is unset: versions differ in those."""
+        """Keys whose values differ. One that is missing is as good as one that is unset: versions differ in those."""
         former, new = _plain(self.settings), _plain(now.settings)
         return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
 
@@ -79,9 +79,18 @@ class DataRecord:
             found += [f"{name} is new" for name in sorted(now.sources.keys() - both)]
         return found
 
+    def same_training(self, now: DataRecord) -> bool:
+        """Whether the data are the same, however much of them is validated on and in whatever batches."""
+        former, new = (DataRecord(_only_data(record.settings), record.sources) for record in (self, now))
+        return former.same(new)
+
     def same(self, now: DataRecord) -> bool:
         """Whether the validation sets are the same, as far as can be told."""
         return not self.changed_settings(now) and not self.changed_files(now)
+
+
+def _only_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key.startswith("data.")}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,130 @@
+"""The end of a run: the exported weights, their results and the curves, whichever of them is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.errors import UserError
+from mambaseq.models import build_model
+from mambaseq.plain import read_json
+from mambaseq.reporting.pictures import learning_curves, save_png
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.callbacks import RunCheckpoints, Throughput
+from mambaseq.tasks.finite import Diverged
+from mambaseq.tasks.task import Task
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is made of."""
+
+    folder: RunFolder
+    data: SequenceData
+    datamodule: SequenceDataModule
+    card: ModelCard
+    task: Task
+    throughput: Throughput
+    checkpoints: RunCheckpoints
+
+    def _exported(self) -> Path:
+        return self.folder.best if self.checkpoints.score is not None else self.folder.last
+
+    def is_complete(self, step: int) -> bool:
+        """Whether everything that a run of so many steps leaves is there, and belongs together. Results are written
+        last."""
+        folder = self.folder
+        if not (folder.weights.is_file() and folder.curves.is_file() and folder.results.is_file()):
+            return False
+        results, exported = folder.read_results(), step
+        if self.checkpoints.score is not None:
+            exported = read_checkpoint(folder.best)["global_step"]
+        try:
+            described = read_json(folder.model / "model.json").get("step")
+        except UserError:
+            return False
+        return results.get("steps") == step and results.get("exported_step") == described == exported
+
+    def finish(self, trainer: lightning.Trainer, step: int) -> None:
+        """Validate what has not been validated, and export. The task has the weights of the last step."""
+        results: dict[str, Any] = self.checkpoints.results
+        if self.checkpoints.score is None:
+            validates = trainer.limit_val_batches != 0 and self.data.validation() is not None
+            if self.checkpoints.validated_step != step and validates:
+                with plain_interrupts():
+                    trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
+            results = self.task.results
+        if trainer.is_global_zero:
+            device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
+            self._export(steps=step, device=device, **results)
+
+    def _export(self, **results: Any) -> None:
+        """Export the weights of a checkpoint, with the results of these weights and no others.
+
+        They are read from the file: strategies that shard a model leave no process with all of it.
+        """
+        folder, exported = self.folder, self._exported()
+        checkpoint = read_checkpoint(exported)
+        model = build_model(self.card.spec)
+        load_weights(model, task_weights(checkpoint), exported)
+        folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
+        step, of = checkpoint["global_step"], results["steps"]
+        save_model(folder.model, model, dataclasses.replace(self.card, step=step), self.data.tokenizer)
+        scale, unit = (1 / math.log(2), "bits a token") if model.head.per_token else (1.0, "loss (nats)")
+        save_png(folder.curves, learning_curves(folder, scale, unit))
+        throughput = self.throughput
+        folder.update_results(
+            parameters=model.n_parameters(),
+            exported_step=step,
+            train_tokens=throughput.tokens,
+            train_seconds=round(throughput.seconds, 2),
+            tokens_per_second=round(throughput.tokens / max(throughput.seconds, 1e-9)),
+            **results,
+        )
+        scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}
+        found = [f"{key} {value:.4f}" for key, value in scalars.items()]
+        best = "" if step == of else f" (the best of {of})"
+        print(f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found, sep=", ", flush=True)
+
+
+class plain_interrupts:
+    """Ctrl-C inside of a `with` block over Lightning's evaluation is KeyboardInterrupt, not Lightning's exit with 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+
+
+def interrupted(folder: Path, what: str) -> int:
+    print(f"\n{what} Go on with: mambaseq fit --resume {folder}", file=sys.stderr, flush=True)
+    return 130
+
+
+def diverged(folder: Path, error: Diverged, saved: int | None) -> int:
+    """Say why a run stopped, and what helps; returns the exit code 1."""
+    advice = "--optimizer.lr LOWER (or a longer optimizer.warmup_steps, trainer.gradient_clip_val, another precision)"
+    again = (
+        f"Its last good checkpoint is of step {saved}. Go on from there: mambaseq fit --resume {folder} {advice}. If "
+        f"it diverges again at once, begin anew in another folder."
+        if saved is not None
+        else f"There is no checkpoint yet. Begin it anew: the same command with {advice}."
+    )
+    print(
+        f"{folder}: the run diverged: {error.what} is not finite after step {error.step}, and nothing of that was "
+        f"saved. {again}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
