@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -37,8 +36,8 @@ from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
 from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
-from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.finite import Diverged, FiniteGuard
+from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
 from mambaseq.tasks.record import KEY, DataRecord, shown
 from mambaseq.tasks.task import Task
@@ -69,6 +68,13 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
     )
 
 
+_DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
+    ("default_root_dir", None, "a run writes to its own folder, --out"),
+    ("logger", False, "a run draws its curves from its logs"),
+    ("enable_checkpointing", False, "a run can always be gone on with, by checkpoints of its own"),
+)
+
+
 def make_trainer(
     settings: RunConfig,
     folder: RunFolder,
@@ -81,6 +87,9 @@ def make_trainer(
     Raises ConfigError when Lightning refuses the settings.
     """
     options = dict(settings.trainer)
+    for key, taken, why in _DECIDED:
+        if (options.get(key) is False) if taken is False else options.get(key) is not None:
+            raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
     own = options.pop("callbacks", None) or []

@@ -110,7 +110,9 @@ class RunFolder:
                         ) from None
         except OSError as error:
             told = write_failed(self._lock, error)
-            raise (told or UserError(f"The folder {self.path} cannot be used: {error}. Choose another one.")) from error
+            raise (
+                told or UserError(f"The folder {self.path} cannot be used: {error.strerror}. Choose another --out.")
+            ) from error
         try:
             with contextlib.suppress(OSError):
                 self._holder.write_text(f"{os.getpid()} {platform.node()}\n", encoding="utf-8")

@@ -95,7 +95,6 @@ class RunCheckpoints(Checkpoint):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.recall(trainer)
-        self.saved_step = trainer.global_step if self.last.is_file() else None
 
     def recall(self, trainer: lightning.Trainer) -> None:
         """Read score and results of `best`, where they are of this metric and of these data."""
@@ -125,6 +124,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began = True
+        self.saved_step = trainer.global_step if self.last.is_file() else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._ask)

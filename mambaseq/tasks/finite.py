@@ -67,9 +67,13 @@ class FiniteGuard(lightning.Callback):
             wrong = ~torch.isfinite(loss.detach()).all()
             seen = torch.zeros((), dtype=torch.int64, device=loss.device) if self._bad is None else self._bad
             self._bad = torch.where(wrong & (seen == 0), self._step, seen)
-        every = 1 if pl_module.device.type == "cpu" else trainer.log_every_n_steps
+        every = self.every_n_steps(trainer, pl_module)
         if every and self._step % every == 0:
             self.check(trainer, pl_module)
+
+    def every_n_steps(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:
+        """How often the numbers are read."""
+        return 1 if pl_module.device.type == "cpu" else trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def check(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Raise `Diverged`, in all processes, where one of them has seen something."""

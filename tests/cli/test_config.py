@@ -181,7 +181,7 @@ REFUSED = {
     "--trainer.devices=many": r"under trainer cannot be used here",
     "--trainer.precision=7": r"trainer\.precision",
     "--trainer.max_steps=-2": r"under trainer cannot be used here: .*max_steps",
-    "--trainer.enable_checkpointing=false": r"under trainer cannot be used here: .*enable_checkpointing",
+    "--trainer.enable_checkpointing=false": r"trainer.enable_checkpointing is False, but a run can always",
     "--trainer.max_steps=-1 --trainer.max_time=00:00:01:00": r"'cosine' ends at the last step.*constant",
     "--optimizer.lr=-1": r"optimizer\.lr must not be negative",
     "--optimizer.beta2=1": r"optimizer\.beta2 must be",
@@ -197,7 +197,7 @@ REFUSED = {
     "--data.name=cli.test_config:Labelled --model.head.name=lm": r"model\.head\.name is 'lm'.*'classification'",
     "--data.name=tiny:TinyValues --model.head.name=lm": r"model\.head\.name is 'lm'.*'regression'",
     "--model.head.name=regression": r"model\.head\.name is 'regression', but .* one label a position.*'lm'",
-    "--out=/proc/run": r"/proc/run cannot be made.*--out",
+    "--out=/proc/run": r"/proc/run cannot be used.*--out",
 }
 
 

@@ -1,0 +1,234 @@
+"""Every setting that a resumed run is given is used, or refused by name, and what changed is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from tasks.watching import SEEN
+from tiny import Items, TinyTokens
+
+from mambaseq.batch import Batch
+from mambaseq.checkpoints import load_model
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.cli.config import PARTS, make_parser
+from mambaseq.cli.main import main
+from mambaseq.cli.resuming import moved
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor
+
+CONFIG = """
+seed: 1
+metrics: [bits_per_token]
+data: {name: "tasks.test_resume_settings:Numbered"}
+loader: {batch_size: 4}
+model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4}}
+optimizer: {lr: 1.0e-2}
+checkpoint: {every_n_steps: 2, monitor: val/bits_per_token}
+trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1, val_check_interval: 2,
+  check_val_every_n_epoch: null}
+"""
+
+
+class _Items(Items):
+    def __getitem__(self, index: int) -> Batch:
+        tokens = torch.full((1, self.length + 1), index % 32)
+        return Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:])
+
+
+class Numbered(TinyTokens):
+    """Item i is made of the token i.
+
+    Args:
+        size: sequences an epoch.
+    """
+
+    def __init__(self, size: int = 20) -> None:
+        super().__init__(16, size)
+        self.vocab_size = 32
+
+    def train(self) -> Items:
+        return _Items(0, self.size, self.length, 32, False)
+
+    def validation(self) -> Items:
+        return _Items(1, 6, self.length, 32, False)
+
+
+WATCHED = '--trainer.callbacks=[{"class_path": "tasks.watching.Watcher"}]'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    SEEN.clear()
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    out = tmp_path / "run"
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(out), WATCHED]) == 0
+    return out
+
+
+CHANGED = {
+    "seed": 5,
+    "metrics": ["bits_per_token", "perplexity"],
+    "loader.batch_size": 2,
+    "loader.num_workers": 1,
+    "loader.pack": True,
+    "optimizer.lr": 3e-3,
+    "optimizer.weight_decay": 0.3,
+    "optimizer.beta1": 0.5,
+    "optimizer.beta2": 0.7,
+    "optimizer.eps": 1e-6,
+    "optimizer.warmup_steps": 5,
+    "optimizer.schedule": "linear",
+    "optimizer.min_lr_ratio": 0.2,
+    "length_warmup.start": 4,
+    "length_warmup.steps_per_stage": 2,
+    "checkpoint.every_n_steps": 1,
+    "checkpoint.monitor": "val/perplexity",
+    "checkpoint.mode": "max",
+    "generation.max_new_tokens": 9,
+    "generation.temperature": 0.5,
+    "generation.top_k": 3,
+    "generation.top_p": 0.9,
+}
+
+
+def options(changed: dict[str, Any]) -> list[str]:
+    return [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in changed.items()]
+
+
+def test_every_key_of_a_configuration_is_decided_here() -> None:
+    parser, _ = make_parser({"data": "tasks.test_resume_settings:Numbered", **PARTS})
+    keys = {key for key in vars(parser.get_defaults().as_flat()) if not key.startswith(("data", "model", "trainer"))}
+    assert keys - {"config"} == CHANGED.keys()
+
+
+def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
+    SEEN.clear()
+    capsys.readouterr()
+    packed = {"loader.pack", "length_warmup.start", "length_warmup.steps_per_stage"}  # these exclude each other
+    changed = {key: value for key, value in CHANGED.items() if key not in packed}
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=12", *options(changed)]) == 0
+    told = capsys.readouterr().err
+    for key, value in changed.items():
+        assert f"{key} changed: " in told
+        assert f"-> {value}" in told
+    assert "the best score so far does not count any more: it was measured by another metric" in told
+    config = OptimizerConfig(**{k.removeprefix("optimizer."): v for k, v in CHANGED.items() if k.startswith("opt")})
+    factor = learning_rate_factor(config, 12)
+    assert len(SEEN) == 9
+    for step, seen in enumerate(SEEN, 3):
+        decayed, others = seen["groups"]
+        assert decayed["lr"] == others["lr"] == config.lr * factor(step)
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+        assert (decayed["betas"], decayed["eps"]) == (others["betas"], others["eps"]) == ((0.5, 0.7), 1e-6)
+        assert len(seen["items"]) == 2
+    results = RunFolder(run).read_results()
+    assert "val/perplexity" in results
+    curve = dict(RunFolder(run).curve("val/perplexity"))
+    assert results["val/perplexity"] == pytest.approx(max(curve.values()), rel=1e-5)
+    assert load_model(run).card.generation == {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+
+
+def test_the_seed_decides_the_order_of_what_follows(run: Path) -> None:
+    SEEN.clear()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=5", "--seed=5"]) == 0
+    assert [item for seen in SEEN for item in seen["items"]] == np.random.default_rng((5, 0)).permutation(20)[
+        12:
+    ].tolist()
+
+
+def test_packing_and_shorter_sequences_begin_when_they_are_asked_for(run: Path) -> None:
+    SEEN.clear()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=4", "--loader.pack=true"]) == 0
+    assert [(len(seen["items"]), seen["length"]) for seen in SEEN] == [(1, 64)]
+    SEEN.clear()
+    more = ["--loader.pack=false", "--length_warmup.start=4", "--length_warmup.steps_per_stage=3"]
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=7", *more]) == 0
+    assert [seen["length"] for seen in SEEN] == [8, 8, 16]
+
+
+def test_other_batches_leave_no_sequence_out_and_bring_none_twice(run: Path) -> None:
+    seen = [item for step in SEEN for item in step["items"]]
+    SEEN.clear()
+    more = ["--trainer.max_steps=17", "--loader.batch_size=2", "--loader.num_workers=1"]
+    assert main(["fit", "--resume", str(run), *more]) == 0
+    assert sorted(seen + [item for step in SEEN[:4] for item in step["items"]]) == list(range(20))
+    assert sorted(item for step in SEEN[4:] for item in step["items"]) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("batches", "size", "former", "now", "expected"),
+    [(7, 20, 4, 2, 14), (7, 20, 4, 10, 3), (5, 20, 4, 2, 10), (4, 21, 4, 2, 8), (7, 0, 4, 2, 14), (7, 0, 2, 4, 4)],
+)
+def test_a_place_in_the_data(batches: int, size: int, former: int, now: int, expected: int) -> None:
+    assert moved(batches, size, former, now) == expected
+
+
+def test_saving_more_often_is_used(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    write = lightning.Trainer.save_checkpoint
+    monkeypatch.setattr(
+        lightning.Trainer,
+        "save_checkpoint",
+        lambda self, path, *rest, **more: (saved.append((self.global_step, Path(path).name)), write(self, path)),
+    )
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=6", "--checkpoint.every_n_steps=1"]) == 0
+    assert [step for step, name in saved if name == "last.ckpt"] == [4, 5, 6, 6]
+
+
+def test_a_schedule_that_is_stretched_is_said(run: Path, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=30"]) == 0
+    told = capsys.readouterr().err
+    factor = learning_rate_factor(OptimizerConfig(lr=1e-2), 30)
+    assert f"the learning rate goes on at {1e-2 * factor(3):.3g}; as it was, it would have been 0.001 (" in told
+    assert SEEN[3]["groups"][0]["lr"] == 1e-2 * factor(3)
+
+
+def test_a_resume_without_changes_has_nothing_to_say(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "more.yaml").write_text(CONFIG.replace("max_steps: 3", "max_steps: 8"))
+    out = tmp_path / "other"
+    killer = '[{"class_path": "tasks.test_resume.Killer", "init_args": {"step": 5}}]'
+    begin = ["fit", "--config", str(tmp_path / "more.yaml"), "--out", str(out)]
+    with pytest.raises(ZeroDivisionError):
+        main([*begin, f"--trainer.callbacks={killer}"])
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "trainer.callbacks changed" in told[0]
+
+
+def test_settings_without_effect_are_refused_by_name(run: Path, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--optimizer.lr=1e-4", "--generation.top_k=2"]) == 2
+    told = capsys.readouterr().err
+    assert "generation.top_k; optimizer.lr would have no effect" in told
+    assert "trainer.max_steps MORE" in told
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["default_root_dir=elsewhere", "logger=false", "enable_checkpointing=false"])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_what_a_run_decides_itself_is_refused(run: Path, tmp_path: Path, capsys, option: str, resumed: bool) -> None:
+    capsys.readouterr()
+    begin = ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "new")]
+    which = ["--resume", str(run), "--trainer.max_steps=9"] if resumed else begin
+    assert main(["fit", *which, f"--trainer.{option}"]) == 2
+    assert f"trainer.{option.partition('=')[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists() or not any((tmp_path / "new").glob("[!.]*"))
+
+
+def test_moments_stay_when_the_optimizer_changes(run: Path) -> None:
+    before = read_checkpoint(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"][0]["exp_avg"]
+    assert (
+        main(["fit", "--resume", str(run), "--trainer.max_steps=4", "--optimizer.lr=0", "--optimizer.beta1=0.999"]) == 0
+    )
+    after = read_checkpoint(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"][0]["exp_avg"]
+    assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.99
