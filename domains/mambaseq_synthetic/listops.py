@@ -138,7 +138,8 @@ def draw(
     '[MED 0 [SM 0 2 ] [MIN 5 6 ] 4 9 9 6 8 1 ]'
     """
     out = np.zeros(max_length, dtype=np.int64)
-    length = _sample(rng, out, min_length, max_depth, max_args, _ATTEMPTS)
+    depth = min(max_depth, max_length)  # which no expression can leave
+    length = _sample(rng, out, min_length, depth, max_args, _ATTEMPTS)
     if length == 0:
         raise DataError(
             f"No expression of {min_length} to {max_length} tokens was found with at most {max_args} arguments and "

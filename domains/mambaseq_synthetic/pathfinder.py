@@ -12,6 +12,7 @@ from numba import njit
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
+from mambaseq.limits import check_setting
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 BACKGROUND, DASH, DOT = 0, 1, 2
@@ -274,6 +275,7 @@ class PathfinderData(SequenceData):
                 f"at least 0; they are {size} and {n_distractors}."
             )
         check_sets(seed, samples_per_epoch, n_validation, n_test, max(size * size, n_distractors))
+        check_setting("data.n_distractors", n_distractors, 0, size * size)
         self.size, self.n_distractors, self.continuous = size, n_distractors, continuous
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed

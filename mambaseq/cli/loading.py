@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ def condition_ids(loaded: LoadedModel, condition: str | Sequence[str] | None) ->
         if names:
             raise ConfigError(f"This model is conditional; say on what with --condition: {_listed(names)}.")
         return []
-    given = [condition] if isinstance(condition, str) else condition
+    # accents may be typed or stored as characters of their own
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    given = [unicodedata.normalize("NFC", one) for one in ([condition] if isinstance(condition, str) else condition)]
     return [names.index(name) for one in given for name in _split(one, names)]
 
 

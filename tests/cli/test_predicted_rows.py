@@ -342,6 +342,13 @@ def test_conditions_that_could_be_meant(
     assert run(model, [source], tmp_path / "o.csv", "--condition", "7 ann, the second") == 0
 
 
+def test_accents_of_conditions_may_be_written_either_way(tmp_path: Path) -> None:
+    for stored in ("\u00c5sa", "A\u030asa"):
+        model = classifier(tmp_path / f"m{len(stored)}", n_conditions=2, condition_names=["ben", stored])
+        for given in ("\u00c5sa", "A\u030asa"):
+            assert run(model, [fasta(tmp_path, 20)], tmp_path / "o.csv", "--condition", given) == 0
+
+
 def test_many_conditions_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = [f"speaker {'x' * 100}{number}" for number in range(300)]
     model, source = classifier(tmp_path / "m", n_conditions=300, condition_names=names), fasta(tmp_path, 20)

@@ -16,6 +16,7 @@ from mambaseq_synthetic import domain, induction_heads, selective_copying
 from mambaseq_synthetic.drawing import TEST
 from mambaseq_synthetic.induction_heads import InductionHeadsData
 from mambaseq_synthetic.listops import ListOpsData
+from mambaseq_synthetic.listops import draw as listops_draw
 from mambaseq_synthetic.pathfinder import PathfinderData
 from mambaseq_synthetic.selective_copying import SelectiveCopyingData
 
@@ -169,3 +170,11 @@ def test_sizes_that_no_machine_holds(kind: Any) -> None:
     data = kind(seed=2**63 - 1)
     data.setup()
     assert data.train()[5].inputs.shape[0] == 1
+
+
+def test_shapes_that_no_machine_draws() -> None:
+    """A depth that is never reached takes no memory; numbers that take forever are refused."""
+    rng = [np.random.default_rng(0) for _ in range(2)]
+    assert (listops_draw(rng[0], max_depth=2**62) == listops_draw(rng[1], max_depth=200)).all()
+    with pytest.raises(ConfigError, match=r"data\.n_distractors must be"):
+        PathfinderData(n_distractors=2**20)
