@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mambaseq.errors import ConfigError
 from mambaseq.heads.reverse_complement import complement_table
 from mambaseq.ops.embedding import Embedding
 
@@ -118,7 +119,9 @@ class SignalEncoder(Encoder):
 
 def _condition(table: Embedding | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if table is None:
-        raise ValueError("A condition was given to a model without conditions (encoder.n_conditions is 0).")
+        raise ConfigError(
+            "A condition was given to a model without conditions. Set model.encoder.n_conditions to their number."
+        )
     if cu_seqlens is None:
         return table(condition)[:, None]
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()

@@ -106,7 +106,7 @@ class SequenceModel(nn.Module):
                 _check_right_padding(mask)
         if state is not None or return_state:
             self.check_stateful()
-        x = self.encoder(inputs, condition, cu_seqlens, **self._given_mask(self.encoder, "encoder", mask))
+        x = self.encoder(inputs, condition, cu_seqlens, **self.given_mask(self.encoder, "encoder", mask))
         if self.stride != 1:
             mask = None if mask is None else mask[:, :: self.stride]
             cu_seqlens = None if cu_seqlens is None else output_bounds(cu_seqlens, self.stride)
@@ -114,7 +114,7 @@ class SequenceModel(nn.Module):
         if mask is not None and return_state:
             x, new_state = self._run_rows(x, mask, state)
         else:
-            more = self._given_mask(self.backbone, "backbone", mask)
+            more = self.given_mask(self.backbone, "backbone", mask)
             x = self.backbone(x, state=state, cu_seqlens=cu_seqlens, return_state=return_state, **more)
             x, new_state = x if return_state else (x, None)
         if return_logits is None:
@@ -123,7 +123,7 @@ class SequenceModel(nn.Module):
         return ModelOutput(loss, logits, new_state)
 
     @staticmethod
-    def _given_mask(part: nn.Module, kind: str, mask: Tensor | None) -> dict[str, Tensor]:
+    def given_mask(part: nn.Module, kind: str, mask: Tensor | None) -> dict[str, Tensor]:
         """What of the mask goes to encoder or backbone: to those that see what follows a position, all of it."""
         if mask is None:
             return {}

@@ -72,5 +72,7 @@ class KmerEncoder(Encoder):
         mask: Tensor | None = None,
     ) -> Tensor:
         if condition is not None:
-            raise ValueError("The k-mer encoder takes no condition.")
+            raise ConfigError(
+                "The encoder dna/kmer takes no condition, and the data have some. Use the encoder tokens."
+            )
         return self.embedding(self.words(inputs, cu_seqlens, mask))

@@ -39,10 +39,18 @@ def task_of(data: SequenceData) -> Task:
 
 
 def is_next_token(batch: Batch) -> bool:
-    """Whether every target is the input behind it: targets are `(batch, length)` int64."""
+    """Whether every target is the input behind it, of the same sequence: targets are of positions, padded or packed or
+    not, labels beside ids or values beside a signal."""
     assert batch.targets is not None
-    if batch.inputs.dim() != 2:
-        return False
     targets, following = batch.targets[:, :-1], batch.inputs[:, 1:]
-    scored = targets != -100
+    if targets.shape != following.shape or targets.is_floating_point() != following.is_floating_point():
+        return False
+    scored = ~targets.isnan() if targets.is_floating_point() else targets != -100
+    inside = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
+    if batch.mask is not None:
+        inside &= batch.mask[:, 1:]
+    if batch.cu_seqlens is not None:
+        begins = batch.cu_seqlens[1:-1].long()
+        inside[:, begins[(begins > 0) & (begins < batch.inputs.shape[1])] - 1] = False
+    scored = scored & inside.view(*inside.shape, *[1] * (targets.dim() - 2))
     return bool(scored.any()) and torch.equal(targets[scored], following[scored])

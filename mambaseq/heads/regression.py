@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, check_positive
@@ -51,6 +50,6 @@ class RegressionHead(Head):
                 f"{len(values)}, and the data's targets are {tuple(labels.shape)}. Set model.head.n_outputs to fit."
             )
         check_targets(self, labels, tuple(values.shape))
-        known = ~labels.isnan()
-        difference = values - torch.where(known, labels.float(), 0.0)
-        return torch.where(known, difference, 0.0).square().sum() / known.sum().clamp(min=1), values
+        unknown = labels.isnan()
+        difference = (values - labels.float().masked_fill(unknown, 0)).masked_fill(unknown, 0)
+        return difference.square().sum() / (~unknown).sum().clamp(min=1), values

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import is_next_token
+from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.metrics.base import Metric
 from mambaseq.models import SequenceModel
@@ -30,6 +31,12 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
     """
     batch = _example(data)
     if batch is not None:
+        least = getattr(model.encoder, "min_length", 1)
+        if batch.cu_seqlens is None and batch.inputs.shape[1] < least:
+            raise ConfigError(
+                f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, and the dataset {dataset} gives "
+                f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
+            )
         check_kinds(model, batch, metrics, dataset)
         if data.task == "next_token" or (batch.per_token and is_next_token(batch)):
             check_next_token(model, dataset)
@@ -167,6 +174,43 @@ def probe_future(model: SequenceModel, batch: Batch) -> None:
         _compare(after[0][:, :at], after[1][:, :at], "backbone", model, at)
 
 
+def probe_neighbours(model: SequenceModel, batch: Batch) -> None:
+    """Encode sequences of a padded or packed batch alone: encoders that look at more than a position's own input are
+    held to it that padding and other sequences are not seen. Raises ConfigError where they are."""
+    encoder, condition = model.encoder, batch.condition
+    if getattr(encoder, "position_wise", False) or (batch.mask is None and batch.cu_seqlens is None):
+        return
+    with _aside(model):
+        mask = model.given_mask(encoder, "encoder", batch.mask)
+        together = encoder(batch.inputs, condition, batch.cu_seqlens, **mask)
+        for number, row, begin, end, first in _places(batch, model.stride):
+            one = None if condition is None else condition[number : number + 1]
+            alone = encoder(batch.inputs[row : row + 1, begin:end], one)
+            part = together[row : row + 1, first : first + alone.shape[1]]
+            if part.shape != alone.shape or _differ(alone, part, model):
+                others = "the others of a pack" if batch.mask is None else "padding"
+                raise ConfigError(
+                    f"The encoder {_name(model, 'encoder')} gives something else for a sequence in a batch than for "
+                    f"the same one alone: it sees {others}. Let it honour the mask (takes_mask) and cu_seqlens, or "
+                    f"choose another encoder."
+                )
+
+
+def _places(batch: Batch, stride: int) -> list[tuple[int, int, int, int, int]]:
+    """Number, row, begin and end among the inputs, and begin in the encoder's output: of the shortest row of a padded
+    batch, of the first and the last sequence of a pack."""
+    if batch.mask is not None:
+        lengths = batch.mask.sum(1)
+        shortest = int(lengths.argmin())
+        found = [(shortest, shortest, 0, int(lengths[shortest]), 0)]
+    else:
+        assert batch.cu_seqlens is not None
+        bounds, firsts = batch.cu_seqlens.tolist(), output_bounds(batch.cu_seqlens, stride).tolist()
+        found = [(i, 0, bounds[i], bounds[i + 1], firsts[i]) for i in range(len(bounds) - 1)]
+    found = [place for place in found if place[2] < place[3]]
+    return found if len(found) < 3 else [found[0], found[-1]]
+
+
 def _other_end(inputs: Tensor) -> tuple[Tensor, int]:
     """A row `(1, length, ...)` with other values of its own from some position on, and that; 0 where it has none."""
     length = inputs.shape[1]
@@ -181,11 +225,15 @@ def _other_end(inputs: Tensor) -> tuple[Tensor, int]:
     return inputs, 0
 
 
-def _compare(one: Tensor, other: Tensor, part: str, model: SequenceModel, at: int) -> None:
+def _differ(one: Tensor, other: Tensor, model: SequenceModel) -> bool:
+    """By more than rounding, which an FFT spreads over all positions."""
     one, other = one.float(), other.float()
-    # an FFT spreads rounding over all positions
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2
-    if bool((one - other).abs().max() > tolerance * one.abs().max()):
+    return bool((one - other).abs().max() > tolerance * one.abs().max())
+
+
+def _compare(one: Tensor, other: Tensor, part: str, model: SequenceModel, at: int) -> None:
+    if _differ(one, other, model):
         raise ConfigError(
             f"The {part} {_name(model, part)} says that it is causal, and what it gives for the first {at} positions "
             f"changes with those after them: a model that predicts the next token would see it. Choose another {part}, "

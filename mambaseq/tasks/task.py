@@ -18,7 +18,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
-from mambaseq.tasks.fitting import check_kinds, check_next_token, probe_future, rehearse
+from mambaseq.tasks.fitting import check_kinds, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -140,6 +140,7 @@ class Task(lightning.LightningModule):
             check_next_token(self.model)
         # the parts of a sharded model do not run alone
         if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            probe_neighbours(self.model, batch)
             rehearse(self.model, batch, metrics)
             if next_token:
                 probe_future(self.model, batch)
@@ -170,7 +171,8 @@ class Task(lightning.LightningModule):
         here = batch.n_targets
         everywhere = here
         if processes > 1:
-            everywhere = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")
+            everywhere = here.clone()
+            torch.distributed.all_reduce(everywhere)  # Lightning's own reduction waits at a barrier first
         if self._window is None:
             self._window = everywhere.clamp(min=1), everywhere
         else:

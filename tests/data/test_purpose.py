@@ -8,7 +8,7 @@ from tiny import TinyTokens, TinyValues
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
-from mambaseq.data.purpose import task_of
+from mambaseq.data.purpose import is_next_token, task_of
 from mambaseq.errors import ConfigError
 
 
@@ -33,11 +33,27 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
         (Examples(Batch(IDS, torch.tensor([[0, 1, 1, 0, 2]]))), "labels"),
         (Examples(Batch(IDS, torch.tensor([[-100, 1, -100, 1, -100]]))), "labels"),  # masked tokens
         (Examples(Batch(IDS, torch.tensor([2]))), "classes"),
+        # two documents, of which the first one's last target is not the second one's first token; a padded one
+        (Examples(Batch(IDS, torch.tensor([[1, 6, 1, 5, 0]]), cu_seqlens=torch.tensor([0, 2, 2, 5]))), "next_token"),
+        (
+            Examples(Batch(IDS, torch.tensor([[1, 4, 2, -100, 7]]), torch.tensor([[True] * 3 + [False] * 2]))),
+            "next_token",
+        ),
+        (Examples(Batch(IDS, torch.tensor([[1, 6, 1, 5, 0]]))), "labels"),
         (Examples(Batch(torch.zeros(1, 5, 2), torch.tensor([[0, 1, 1, 0, 2]]))), "labels"),
     ],
 )
 def test_the_first_sequence_shows_the_task(data: SequenceData, task: str) -> None:
     assert task_of(data) == task
+
+
+def test_samples_that_follow_are_seen_in_signals_too() -> None:
+    signal = torch.randn(1, 6, 2)
+    following = signal[:, 1:].clone()
+    following[0, 2] = float("nan")
+    assert is_next_token(Batch(signal[:, :-1], following))
+    assert not is_next_token(Batch(signal[:, :-1], following + 1))
+    assert not is_next_token(Batch(signal[:, :-1], following[..., :1]))
 
 
 def test_a_data_set_says_it_itself() -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning
 import pytest
 import torch
+from mambaseq_dna.encoders import KmerEncoder
 from tasks.ragged import NAN, model_of
 from tiny import TinyTokens
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.metrics.classification import Accuracy, MacroF1
 from mambaseq.metrics.likelihood import BitsPerToken, TokenAccuracy
 from mambaseq.models import SequenceModel
-from mambaseq.tasks.fitting import check_data, check_kinds, probe_future
+from mambaseq.tasks.fitting import check_data, check_kinds, probe_future, probe_neighbours
 from mambaseq.tasks.task import Task
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
@@ -259,6 +260,67 @@ def test_what_sees_padding_or_keeps_no_state_is_refused() -> None:
     model.backbone.__class__ = Both
     with pytest.raises(ConfigError, match=r"The backbone Both .* takes no mask"):
         model(IDS, mask=mask)
+
+
+def test_sequences_are_long_enough_for_the_encoder() -> None:
+    model = with_encoder(TokenEncoder(8, 7))
+    model.encoder.min_length = 9  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"reads 9 inputs at once, and the dataset 'x' gives a sequence of 8"):
+        check_data(model, Sets(Batch(IDS, TOKENS)), "'x'", {})
+
+
+def test_documents_in_a_pack_ask_for_the_next_token_too() -> None:
+    """Where one ends, its target is not the input behind it."""
+    packed = Batch(IDS, torch.tensor([[1, 4, 6, 5, 2, 6, 5, 0]]), cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    with pytest.raises(ConfigError, match="which the encoder 'Honest' sees"):
+        check_data(with_encoder(Honest()), Sets(packed), "'x'", {})
+
+
+class Smeared(Encoder):
+    """Causal, and yet it sees the sequence before it in a pack."""
+
+    causal = True
+
+    def __init__(self, honest: bool) -> None:
+        super().__init__()
+        self.table, self.honest = nn.Embedding(7, 8), honest
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.table(inputs)
+        before = x.roll(1, 1)
+        before[:, 0] = 0
+        if self.honest and cu_seqlens is not None:
+            before[:, cu_seqlens[:-1].long()] = 0
+        return x + before
+
+
+class SeesPadding(Ahead):
+    """Takes the mask, and does not look at it."""
+
+    causal, takes_mask = False, True
+
+    def forward(self, inputs: Tensor, condition: Any = None, cu_seqlens: Any = None, mask: Any = None) -> Tensor:
+        return super().forward(inputs)
+
+
+def test_encoders_are_held_to_see_their_own_sequence_alone() -> None:
+    packed = Batch(IDS, IDS, cu_seqlens=torch.tensor([0, 0, 3, 8], dtype=torch.int32))
+    reversed_pack = Batch(IDS, IDS, cu_seqlens=torch.tensor([0, 5, 8], dtype=torch.int32))
+    padded = Batch(IDS.repeat(2, 1), IDS.repeat(2, 1), mask=torch.arange(8) < torch.tensor([[8], [3]]))
+    for batch in (packed, reversed_pack, padded):
+        probe_neighbours(with_encoder(Smeared(honest=True)), batch)
+        probe_neighbours(with_encoder(TokenEncoder(8, 7)), batch)
+        model = SequenceModel(KmerEncoder(8, 4, 3), model_of("lm").backbone, ClassificationHead(8, 3))
+        probe_neighbours(model, batch)
+    with pytest.raises(ConfigError, match=r"'Smeared' .* sees the others of a pack"):
+        probe_neighbours(with_encoder(Smeared(honest=False)), packed)
+    with pytest.raises(ConfigError, match=r"'SeesPadding' .* sees padding"):
+        probe_neighbours(with_encoder(SeesPadding()), padded)
+
+
+def test_a_condition_needs_a_model_of_conditions() -> None:
+    with pytest.raises(ConfigError, match=r"model\.encoder\.n_conditions"):
+        fit(Sets(Batch(IDS, TOKENS, condition=torch.tensor([1]))), model_of("lm"))
 
 
 def test_a_stride_needs_a_head_of_sequences() -> None:
