@@ -213,4 +213,4 @@ def test_many_records_and_many_names(tmp_path: Path) -> None:
     assert (len(data.splits.train[0].intervals), len(data.splits.test[0].intervals)) == (10_000, 10_000)
     assert len(data.test() or ()) == 10_000
     assert data.train()[3].inputs.shape == (1, 10)
-    assert time.perf_counter() - start < 8
+    assert time.perf_counter() - start < 20
