@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
     """Raise ConfigError unless temperature is a finite number of at least 0 (0 is greedy), top_k a whole number of at
     least 0 (0 is all) and top_p in (0, 1]."""
 
-    def number(value: Any, *kinds: type) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    def finite(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
-    if not number(temperature, int, float) or temperature < 0:
+    if not finite(temperature) or temperature < 0:
         raise ConfigError(f"temperature must be a finite number of at least 0, not {_shown(temperature)}.")
-    if not number(top_k, int) or top_k < 0:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
         raise ConfigError(f"top_k must be a whole number of at least 0, not {_shown(top_k)}.")
-    if not number(top_p, int, float) or not 0 < top_p <= 1:
+    if not finite(top_p) or not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, not {_shown(top_p)}.")
 
 
