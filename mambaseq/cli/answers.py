@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError
-from mambaseq.generation.parts import reads_in_parts
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
@@ -52,16 +51,20 @@ class Answer(abc.ABC):
     """What is made of sequences.
 
     window: tokens that are read by themselves; None for whole records. columns: names of the values, known once there
-    was an output.
+    was an output. least: tokens without which there is no answer. whole: there is one of all positions together.
     """
 
     columns: list[str]
     least = 1
+    whole: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.condition, self.window = condition, window
         self.device = next(self.model.parameters()).device
+        encoder, backbone = self.model.encoder, self.model.backbone
+        # with the results of one reading
+        self.in_parts = bool(backbone.causal and getattr(encoder, "position_wise", False))
         self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
 
     def spans(self, record: Record) -> Iterator[Span]:
@@ -93,7 +96,7 @@ class Answer(abc.ABC):
 
     def long(self, span: Span) -> bool:
         """Whether a span is read part by part."""
-        return False
+        return self.in_parts and not self.whole and span.stop - span.start > CHUNK
 
     @abc.abstractmethod
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
@@ -115,9 +118,6 @@ class Likelihood(Answer):
 
     def too_short(self, length: int) -> str:
         return "one token, and nothing to predict behind it"
-
-    def long(self, span: Span) -> bool:
-        return span.stop - span.start > CHUNK
 
     def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
         if record.scored is None:
@@ -178,6 +178,8 @@ class Sequences(Answer):
     classes: names of the labels; None for values.
     """
 
+    whole = True
+
     def __init__(
         self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
     ) -> None:
@@ -210,12 +212,12 @@ class Positions(Sequences):
     """A label and its probabilities, or values, of each position: of whole records where the model can read them part
     by part, else of windows by themselves."""
 
+    whole = False
+
     def __init__(
         self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
     ) -> None:
         super().__init__(loaded, condition, window, classes)
-        self.stride = getattr(self.model.encoder, "stride", 1)
-        self.in_parts = reads_in_parts(self.model)
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
 
@@ -227,23 +229,16 @@ class Positions(Sequences):
         shares, labels = output.softmax(-1).max(-1)
         return [[names[label], f"{share:.6f}"] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
 
-    def long(self, span: Span) -> bool:
-        return self.in_parts and span.stop - span.start > CHUNK
-
     def _rows(self, first: int, stop: int, output: Tensor) -> list[Row] | NotFinite:
-        """Rows of the positions from `first` on; output `(positions, outputs)`, one for each `stride` tokens."""
+        """Rows of the positions from `first` on; output `(positions, outputs)`."""
         if not output.isfinite().all():
             return NotFinite("")
-        starts = range(first, stop, self.stride)
-        if len(starts) != len(output):
+        if stop - first != len(output):
             raise ConfigError(
                 f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; a label a "
                 f"position cannot be made of them. Use a head that has one a position."
             )
-        return [
-            Row(start, min(start + self.stride, stop), cells)
-            for start, cells in zip(starts, self.cells(output), strict=True)
-        ]
+        return [Row(start, start + 1, cells) for start, cells in enumerate(self.cells(output), start=first)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
@@ -304,7 +299,7 @@ def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None)
         return Positions(loaded, condition, window, names)
     if task == "values":
         return Positions(loaded, condition, window, None)
-    if task == "next_token" and reads_in_parts(model):
+    if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):
         if window == 1:
             raise ConfigError(
                 "--window must be at least 2 for a language model, not 1: it predicts from what precedes."
