@@ -181,7 +181,7 @@ def _reported(path: Path) -> Iterator[None]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
+        except (FileExistsError, FileNotFoundError) as error:  # the latter where no folder can be made, as in /proc
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path.parent)) from error
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # a name that is too long is told before the work, not after

@@ -36,9 +36,14 @@ class Limit:
         """
         if amount > (limit := self.value):
             raise UserError(
-                f"{subject} asks for {amount:,.0f} {self.unit}; the limit is {limit:,}. If this is meant, set the "
+                f"{subject} asks for {_shown(amount)} {self.unit}; the limit is {limit:,}. If this is meant, set the "
                 f"variable {self.variable} to a higher number."
             )
+
+
+def _shown(amount: float) -> str:
+    text = f"{amount:,}" if isinstance(amount, int) else f"{amount:,.0f}"
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 UNPACKED_RATIO = Limit("MAMBASEQ_MAX_UNPACKED_RATIO", 200, "bytes for each byte of the packed file")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, write_failed
 from mambaseq.errors import ConfigError, UserError
 
 _DESCRIPTOR = re.compile(rf"/(?:dev/fd|proc/(?:self|thread-self|{os.getpid()})/fd)/(\d+)")
@@ -48,15 +48,15 @@ def _kind(path: Path) -> str:
     return next((kind for test, kind in kinds if test(mode)), "disk" if stat.S_ISBLK(mode) else "socket")
 
 
-def output_target(path: str | Path, option: str = "--out") -> Path:
+def output_target(path: str | Path, option: str = "--out", *, folder: bool = False) -> Path:
     """The file that is written when a user names `path`: itself, or what a link at its end points to.
 
-    Raises ConfigError, naming the option, for a name that no file can have, a folder, links in a circle, a disk and a
-    socket; UserError where the file system does not let it be looked at.
+    Raises ConfigError, naming the option, for a name that no file can have, a folder (but where `folder` allows it),
+    links in a circle, a disk and a socket; UserError where the file system does not let it be looked at.
     """
     text = os.fspath(path)
     shown = text if len(text) <= 80 else f"{text[:60]}..."
-    if not text or "\0" in text or Path(text).name in ("", ".."):
+    if not text or "\0" in text or (Path(text).name in ("", "..") and not folder):
         raise ConfigError(f"{option} {shown!r} is no name of a file. Give one, such as results.csv.")
     try:
         target = Path(text)
@@ -73,7 +73,7 @@ def output_target(path: str | Path, option: str = "--out") -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{option} {shown!r} is too long for a file's name. Give a shorter one.") from error
         raise UserError(f"{option} {shown} cannot be used: {error.strerror}. Choose another place.") from error
-    if kind in ("folder", "disk", "socket"):
+    if kind in ("disk", "socket") or (kind == "folder" and not folder):
         raise ConfigError(f"{option} {shown} is a {kind}, and a file is to be written. Give the name of a file.")
     return target
 
@@ -92,18 +92,26 @@ def output_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
         with atomic_file(target, mode, **options) as file:
             yield file
         return
-    with open_stream(path, mode, **options) as file:
+    with output_stream(path, mode, **options) as file:
         yield file
 
 
-def open_stream(path: Path, mode: str, **options: Any) -> IO[Any]:
-    """Open a device, a pipe or an open file of this process for writing. Raises UserError where that is refused."""
+@contextlib.contextmanager
+def output_stream(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
+    """Open a device, a pipe or an open file of this process for writing. Raises UserError where that is refused, or
+    goes wrong; not where the reader of a pipe has left, which is BrokenPipeError."""
     number = _descriptor(path)
     try:
         opened = os.dup(number) if number is not None else os.open(path, os.O_WRONLY)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
-    return open(opened, mode, **options)  # noqa: PTH123 - a descriptor; the caller closes it
+    try:
+        with open(opened, mode, **options) as file:  # noqa: PTH123 - a descriptor
+            yield file
+    except OSError as error:
+        if (told := write_failed(path, error)) is not None:
+            raise told from error
+        raise
 
 
 def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:

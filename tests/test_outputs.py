@@ -110,10 +110,16 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     refused("x/..", "is no name of a file")
     refused("a\0b", "is no name of a file")
     refused(tmp_path / ("n" * 300), "too long for a file's name")
+    refused("/proc/nothing/x", "cannot be written")
     with socket.socket(socket.AF_UNIX) as place:
         place.bind(os.path.relpath(tmp_path / "s"))
         refused(tmp_path / "s", "is a socket")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "linked", "s"]
+
+
+def test_a_full_device_is_told() -> None:
+    with pytest.raises(UserError, match="disk is full"), output_file("/dev/full", "w") as file:
+        file.write("x")
 
 
 def test_numbers_sort(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     Raises UserError when there is no model, it is damaged or its weights do not fit.
     """
     folder = Path(path)
-    if not (folder / "model.json").is_file():
+    if not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
         folder = folder / "model"
-    if not (folder / "model.json").is_file():
+    if not os.path.isfile(folder / "model.json"):  # noqa: PTH113
         raise UserError(
-            f"There is no model at {path}: no model.json and no model/model.json. Give the folder of a run."
+            f"There is no model at {str(path)[:300]}: no model.json and no model/model.json. Give the folder of a run."
         )
     card = read_card(folder / "model.json")
     _check_files(folder, card)

@@ -53,8 +53,7 @@ def generate_to(
         check_whole("--max-new-tokens", max_new_tokens, 1)
     _check_amount(samples, max_new_tokens or 1)
     check_settings(1.0 if temperature is None else temperature, top_k or 0, 1.0 if top_p is None else top_p)
-    if not out.is_dir():
-        output_target(out)  # a folder is for the writer to judge
+    output_target(out, folder=True)  # which is for the writer to judge
     if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
         raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     place = choose_device(device)
@@ -96,7 +95,9 @@ def generate_to(
 
 def _check_amount(sequences: int, new_tokens: int) -> None:
     limits.SEQUENCES.check(sequences, "--samples")
-    limits.GENERATED.check(sequences * new_tokens, f"--max-new-tokens {new_tokens} for {sequences:,} sequences")
+    limits.GENERATED.check(
+        sequences * new_tokens, f"--max-new-tokens {str(new_tokens)[:20]} for {sequences:,} sequences"
+    )
 
 
 class _Job(NamedTuple):

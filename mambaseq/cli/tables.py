@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from mambaseq.atomic import atomic_path
 from mambaseq.errors import UserError
-from mambaseq.outputs import is_stream, open_stream, output_target
+from mambaseq.outputs import is_stream, output_stream, output_target
 
 COLUMNS = ("file", "record", "start", "stop")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -88,7 +88,7 @@ def table(out: Path) -> Iterator[Table]:
     target = output_target(out)
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     if is_stream(out):
-        with open_stream(out, "w", **options) as file:
+        with output_stream(out, "w", **options) as file:
             yield Table(file)
         return
     with atomic_path(target) as temporary, temporary.open("x", **options) as file:

@@ -382,6 +382,22 @@ def test_a_table_that_flows_away(tmp_path: Path, capfd: pytest.CaptureFixture) -
     assert spans(rows_of(tmp_path / "real.csv")) == [("r0", 0, 20)]
 
 
+def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, source = classifier(tmp_path / "m"), fasta(tmp_path, 20)
+    for out, message in (
+        ("/dev/full", "disk is full"),
+        ("/proc/nothing/o.csv", "cannot be written"),
+        (str(tmp_path), "is a folder"),
+        ("", "is no name of a file"),
+        ("a\0b", "is no name of a file"),
+        ("n" * 300, "too long for a file's name"),
+        (str(source / "o.csv"), "cannot be written"),
+    ):
+        command = ["predict", "--checkpoint", str(model), str(source), "--out", out, "--device", "cpu"]
+        assert main(command) == 2
+        assert message in told(capsys)[0]
+
+
 def test_inputs_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty, binary, folder = tmp_path / "empty.fa", tmp_path / "b.fa", tmp_path / "folder"
     empty.write_bytes(b"")
