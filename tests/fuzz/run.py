@@ -1,0 +1,253 @@
+"""Fuzzing: `python tests/fuzz/run.py --cases 10000 --jobs 2`; one case again: `--target T --seed S --only N`.
+
+Cases run one after the other in worker processes (`watching.py`); a worker that dies or does not answer is a failure of
+its case and is replaced. Ends with 1 when anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import random
+import re
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+LOST = 90.0  # seconds without an answer, after which a worker is killed
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60",
+               "MAMBASEQ_MAX_PARAMETERS": "2000000", "MAMBASEQ_MAX_LAYERS": "50", "PYTHONDONTWRITEBYTECODE": "1",
+               "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"}  # fmt: skip
+
+
+def plan(cases: int, target: str | None, seed: int) -> list[dict[str, Any]]:
+    """The cases, the targets mixed, in an order that depends on nothing but the arguments."""
+    from targets import TARGETS
+
+    wanted = {target: 1} if target else {name: share for name, (_, share) in TARGETS.items()}
+    counts = {name: round(cases * share / sum(wanted.values())) for name, share in wanted.items()}
+    listed = [{"target": name, "seed": seed, "number": i} for name, count in counts.items() for i in range(count)]
+    random.Random(seed).shuffle(listed)
+    return listed
+
+
+def work(world_folder: Path, scratch: Path) -> None:
+    """A worker: reads cases from standard input, writes outcomes to what was standard output."""
+    answers = os.fdopen(os.dup(1), "w")
+    log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.dont_write_bytecode = True
+    import serving
+    import watching
+    from world import World, enter
+
+    world = World(world_folder)
+    enter(world)
+    os.environ["MAMBASEQ_CACHE"] = str(world.cache)
+    os.environ["HF_HOME"] = str(scratch / "hf")
+    site = serving.serve(world.folder / "served")
+    _warm(world)
+    watch = watching.Watch()
+    watch.port, watch.caches = site.port, (os.path.realpath(scratch / "hf"),)
+    watching.limit_memory(3 * 2**30)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        case = json.loads(line)
+        answers.write(json.dumps(one_case(world, scratch / "case", watch, site, **case)) + "\n")
+        answers.flush()
+
+
+def _warm(world: Any) -> None:
+    """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it."""
+    from world import INPUTS, call
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123, SIM115
+        for name in INPUTS:
+            condition = ["--condition", "7"] if name == "audio" else []
+            out = Path(folder) / "out.csv"
+            call("predict", "--checkpoint", world.run(name), world.data / INPUTS[name], "--device", "cpu", "--out", out,
+                 *condition)  # fmt: skip
+        shutil.copytree(world.run("dna_labels"), Path(folder) / "run")
+        call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)
+        call("generate", "--checkpoint", world.run("text"), "-n", 3, "--device", "cpu", "--out", Path(folder) / "o.txt")
+        call("generate", "--checkpoint", world.run("audio"), "-n", 3, "--device", "cpu", "--out", Path(folder) / "o.wav",
+             "--condition", "7")  # fmt: skip
+
+
+def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed: int, number: int) -> dict[str, Any]:
+    """Make a case, run it, and look at what came of it."""
+    import targets
+    import watching
+
+    watching.empty(folder)
+    place = targets.Place(world, folder, random.Random(f"{target} {seed} {number}"), site.url, site.files)
+    case = targets.TARGETS[target][0](place)
+    watching.begin(folder)
+    before = dict(os.environ)
+    os.environ |= {"MAMBASEQ_CACHE": str(folder / "cache"), **case.environment}
+    if "MAMBASEQ_CACHE" not in case.environment and case.argv[0] in ("fit", "test", "validate"):
+        shutil.copytree(world.cache, folder / "cache", dirs_exist_ok=True)
+    try:
+        outcome, out, err = watching.run_command(watch, folder, case.argv)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    watching.check_message(outcome, case.argv, err, case.wrong)
+    watching.check_files(outcome, folder)
+    if outcome.ended == "accepted" and case.same is not None:
+        written, expected = case.same
+        differ = targets.runs_differ if written.is_dir() else targets.tables_differ
+        if differ(written, expected):
+            outcome.fail("silently different", f"{target}: what was harmed was accepted and gives another result", err)
+    argv = [argument.replace(str(folder), "CASE")[:200] for argument in case.argv]
+    return {**dataclasses.asdict(outcome), "argv": argv, "out": out[-500:], "err": err[-3000:]}
+
+
+class Worker:
+    """A worker process and its pipe."""
+
+    def __init__(self, world: Path, scratch: Path) -> None:
+        self.world, self.scratch = world, scratch
+        self.start()
+
+    def start(self) -> None:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT})
+        if self._line(300) != "ready":
+            raise SystemExit(f"a worker cannot start; see {self.scratch / 'log'}")
+
+    def _line(self, patience: float) -> str | None:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], patience)
+        return self.process.stdout.readline().decode().strip() if ready else None
+
+    def run(self, case: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write((json.dumps(case) + "\n").encode())
+        self.process.stdin.flush()
+        line = self._line(LOST)
+        if line:
+            return json.loads(line)
+        self.process.kill()
+        code = self.process.wait()
+        said = (self.scratch / "log").read_bytes()[-1500:].decode(errors="replace")
+        kind, group = ("hang", "no answer") if line is None else ("died", f"the process ended with {code}")
+        self.start()
+        return {"ended": "", "message": "", "seconds": LOST, "failures": [(kind, f"{group} in {case['target']}", said)], "argv": []}
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def run_all(cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, verbose: bool) -> list[dict[str, Any]]:
+    """The outcomes of all cases, in the order of their ends."""
+    todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    for case in cases:
+        todo.put(case)
+    done: list[dict[str, Any]] = []
+
+    def go(number: int) -> None:
+        worker = Worker(world, scratch / f"job{number}")
+        while True:
+            try:
+                case = todo.get_nowait()
+            except queue.Empty:
+                break
+            outcome = {**case, **worker.run(case)}
+            done.append(outcome)
+            for kind, group, _ in outcome["failures"]:
+                if verbose:
+                    print(f"{case['target']} {case['seed']} {case['number']}: {kind}: {group}", flush=True)
+            if verbose and len(done) % 500 == 0:
+                print(f"{len(done)} of {len(cases)}", file=sys.stderr, flush=True)
+        worker.stop()
+
+    threads = [threading.Thread(target=go, args=(number,)) for number in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done
+
+
+def summary(done: list[dict[str, Any]], seconds: float) -> str:
+    """What came of all cases, and the failures by kind and group, each with the first case that shows it."""
+    ends = collections.Counter(outcome["ended"] or "broken" for outcome in done)
+    kinds = collections.Counter(kind for outcome in done for kind, _, _ in outcome["failures"])
+    longest = max((len(outcome["message"]) for outcome in done if outcome["ended"] == "refused"), default=0)
+    slow = max(done, key=lambda outcome: outcome["seconds"], default={"seconds": 0, "target": "", "seed": 0, "number": 0})
+    lines = [
+        f"{len(done):,} cases in {seconds:,.0f} s ({1000 * seconds / max(len(done), 1):.0f} ms each): "
+        + ", ".join(f"{count:,} {end}" for end, count in ends.most_common()),
+        f"longest message {longest} characters; slowest case {slow['seconds']:.1f} s ({slow['target']} {slow['seed']} {slow['number']})",
+        "failures: " + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "0"),
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for outcome in done:
+        for kind, group, _ in outcome["failures"]:
+            groups.setdefault((kind, group), []).append(outcome)
+    for (kind, group), found in sorted(groups.items(), key=lambda item: -len(item[1])):
+        first = min(found, key=lambda outcome: (outcome["number"], outcome["target"]))
+        lines.append(f"  {len(found):4} x {kind}: {group}   [--target {first['target']} --seed {first['seed']} --only {first['number']}]")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", help="one target only")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="one case of the target, with all that it printed")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
+    parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
+    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.worker:
+        work(*arguments.worker)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        world = arguments.world or Path(scratch) / "world"
+        if not (world / "elsewhere.txt").exists():
+            build = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import world, pathlib; world.make_world(pathlib.Path({str(world)!r}))"
+            subprocess.run([sys.executable, "-c", build], env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True)
+        cases = plan(arguments.cases, arguments.target, arguments.seed)
+        if arguments.only is not None:
+            cases = [{"target": arguments.target, "seed": arguments.seed, "number": arguments.only}]
+        started = time.monotonic()
+        done = run_all(cases, world, Path(scratch), arguments.jobs, verbose=arguments.only is None)
+        seconds = time.monotonic() - started
+        if arguments.only is not None:
+            print(json.dumps(done[0], indent=1).replace("\\n", "\n"))
+            if arguments.report:
+                shutil.copytree(Path(scratch) / "job0" / "case", arguments.report, symlinks=True)
+        elif arguments.report:
+            arguments.report.write_text("".join(json.dumps(outcome) + "\n" for outcome in done if outcome["failures"]))
+        print(summary(done, seconds))
+        return int(any(outcome["failures"] for outcome in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
