@@ -18,16 +18,95 @@ CANARY = "fuzz_canary"
 SECRET = "fuzz-secret"
 
 _WHOLE = (0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 1, 2**63, 2**64)
-_NAMES = ("mamba", "attention", "mlp", "unet", "bidirectional", "reverse_complement", "lm", "classification",
-          "regression", "tokens", "signal", "rc_tokens", "dna/kmer", "dna/base", "dna/fasta", "text/text", "text/bytes",
-          "text/hf", "audio/audio", "audio/wav", "audio/mulaw", "audio/clips", "ecg/csv", "dna/genome", "dna/species",
-          "text/corpus", "text/documents", "synthetic/selective_copying", "accuracy", "bits_per_token")  # fmt: skip
-_IMPORTS = ("os:system", "subprocess:Popen", "timeit:timeit", f"{CANARY}:run", f"{CANARY}.run", "os.system", "builtins:eval",
-            "pickle:loads", "torch:load", f"{CANARY}:", ":run", f"lightning.pytorch.callbacks:{CANARY}")  # fmt: skip
-_TEXTS = ("", " ", "\0", "a\0b", "..", "../../x", "/", "/etc/passwd", "/dev/zero", ".", "~", "*", "[", "\n", "\r\n", "\t",
-          "é", "\u202e\u0301", "\ud7ff", "\U0001f9ec", "nan", "inf", "-inf", "1e999", "1e-999", "null", "true", "=1+1", "@x",
-          "\x1b[31mred", "%s%n", "{0}", "$HOME", "x" * 300, "x" * 100_000, f"https://me:{SECRET}@localhost:1/x",
-          "file:///etc/passwd", "fetched:../x/y", "mambaseq:../x", "mambaseq:data/none", "os:x")  # fmt: skip
+_NAMES = (
+    "mamba",
+    "attention",
+    "mlp",
+    "unet",
+    "bidirectional",
+    "reverse_complement",
+    "lm",
+    "classification",
+    "regression",
+    "tokens",
+    "signal",
+    "rc_tokens",
+    "dna/kmer",
+    "dna/base",
+    "dna/fasta",
+    "text/text",
+    "text/bytes",
+    "text/hf",
+    "audio/audio",
+    "audio/wav",
+    "audio/mulaw",
+    "audio/clips",
+    "ecg/csv",
+    "dna/genome",
+    "dna/species",
+    "text/corpus",
+    "text/documents",
+    "synthetic/selective_copying",
+    "accuracy",
+    "bits_per_token",
+)
+_IMPORTS = (
+    "os:system",
+    "subprocess:Popen",
+    "timeit:timeit",
+    f"{CANARY}:run",
+    f"{CANARY}.run",
+    "os.system",
+    "builtins:eval",
+    "pickle:loads",
+    "torch:load",
+    f"{CANARY}:",
+    ":run",
+    f"lightning.pytorch.callbacks:{CANARY}",
+)
+_TEXTS = (
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "..",
+    "../../x",
+    "/",
+    "/etc/passwd",
+    "/dev/zero",
+    ".",
+    "~",
+    "*",
+    "[",
+    "\n",
+    "\r\n",
+    "\t",
+    "é",
+    "\u202e\u0301",
+    "\ud7ff",
+    "\U0001f9ec",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "1e-999",
+    "null",
+    "true",
+    "=1+1",
+    "@x",
+    "\x1b[31mred",
+    "%s%n",
+    "{0}",
+    "$HOME",
+    "x" * 300,
+    "x" * 100_000,
+    f"https://me:{SECRET}@localhost:1/x",
+    "file:///etc/passwd",
+    "fetched:../x/y",
+    "mambaseq:../x",
+    "mambaseq:data/none",
+    "os:x",
+)
 
 
 def span(rng: random.Random, size: int, most: int = 64) -> tuple[int, int]:
@@ -85,7 +164,11 @@ def of_lines(rng: random.Random, text: str) -> str:
             lines.insert(at, rng.choice(_TEXTS) + rng.choice(("\n", "", "\r", "\x85", "\u2028")))
         elif kind == 5 and lines:
             place = rng.randrange(len(lines[at]) + 1)
-            lines[at] = lines[at][:place] + rng.choice((*_TEXTS, ">", ";", ",", '"', "@", "-", "*", "N", "\ufeff")) + lines[at][place:]
+            lines[at] = (
+                lines[at][:place]
+                + rng.choice((*_TEXTS, ">", ";", ",", '"', "@", "-", "*", "N", "\ufeff"))
+                + lines[at][place:]
+            )
         elif kind == 6:
             end = rng.choice(("\r\n", "\r", "\n\n", "\n \n", "\v"))
             lines = [line.rstrip("\n") + end for line in lines]
@@ -151,7 +234,9 @@ def _places(tree: Any, path: tuple = ()) -> list[tuple]:
     return found
 
 
-def of_tree(rng: random.Random, tree: Any, canary: str, only: Callable[[tuple], bool] | None = None) -> tuple[Any, set[str]]:
+def of_tree(
+    rng: random.Random, tree: Any, canary: str, only: Callable[[tuple], bool] | None = None
+) -> tuple[Any, set[str]]:
     """Another tree of plain values, and the keys that were touched. only: which places may be."""
     tree = copy.deepcopy(tree)
     touched: set[str] = set()
@@ -203,8 +288,11 @@ def yaml_text(rng: random.Random, tree: Any, canary: str) -> tuple[bytes, set[st
     strange = (
         lambda: f"self: &x [*x]\n{text}",
         lambda: f"me: &x {{me: *x}}\n{text}",
-        lambda: "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-            f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) + text,
+        lambda: (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+            + text
+        ),
         lambda: f"{text}\nx: !!python/object/apply:os.system ['touch {canary}']\n",
         lambda: f"{text}\nx: !!python/name:{CANARY}.run\n",
         lambda: f"{text}\nx: " + "[" * rng.choice((50, 5000, 100_000)),
@@ -222,7 +310,7 @@ def yaml_text(rng: random.Random, tree: Any, canary: str) -> tuple[bytes, set[st
         lambda: "\ufeff" + text,
         lambda: f"x: 2001-13-45\ny: 0x{'f' * 5000}\n{text}",
         lambda: f"x: {'9' * 5000}\n{text}",
-    )  # fmt: skip
+    )
     if rng.random() < 0.5:
         return rng.choice(strange)().encode(), {"x", "self", "me", *keys}
     return (of_bytes(rng, text.encode()) if rng.random() < 0.5 else encoded(rng, of_lines(rng, text))), set(keys)
@@ -235,10 +323,24 @@ def json_text(rng: random.Random, tree: Any, canary: str) -> tuple[bytes, set[st
         return json.dumps(tree, default=str).encode("utf-8", "surrogatepass"), touched
     text = json.dumps(tree)
     strange = (
-        "[" * 100_000, '{"a":' * 100_000, "[]", "null", "5", '"x"', "", text + text, text[: rng.randrange(len(text) + 1)],
-        text.replace("1", "1e999"), text.replace("0", "NaN"), text.replace("1", "9" * 5000), "\ufeff" + text,
-        text.replace('"', "'"), '{"a": 1, "a": 2}', text.replace(": ", ": \\u0000"), text.replace("{", '{"\\ud800": 1, ', 1),
-    )  # fmt: skip
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "[]",
+        "null",
+        "5",
+        '"x"',
+        "",
+        text + text,
+        text[: rng.randrange(len(text) + 1)],
+        text.replace("1", "1e999"),
+        text.replace("0", "NaN"),
+        text.replace("1", "9" * 5000),
+        "\ufeff" + text,
+        text.replace('"', "'"),
+        '{"a": 1, "a": 2}',
+        text.replace(": ", ": \\u0000"),
+        text.replace("{", '{"\\ud800": 1, ', 1),
+    )
     if rng.random() < 0.5:
         return rng.choice(strange).encode(), set(tree) if isinstance(tree, dict) else set()
     return (of_bytes(rng, text.encode()) if rng.random() < 0.5 else encoded(rng, of_lines(rng, text))), set()

@@ -1,4 +1,4 @@
-"""Fuzzing: `python tests/fuzz/run.py --cases 10000 --jobs 2`; one case again: `--target T --seed S --only N`.
+"""Fuzzing: `python tests/fuzz/run.py --cases 10000 --jobs 2`; cases again: `--target T --seed S --only N`.
 
 Cases run one after the other in worker processes (`watching.py`); a worker that dies or does not answer is a failure of
 its case and is replaced. Ends with 1 when anything failed.
@@ -14,7 +14,6 @@ import json
 import os
 import queue
 import random
-import re
 import select
 import shutil
 import subprocess
@@ -29,9 +28,17 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 LOST = 90.0  # seconds without an answer, after which a worker is killed
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60",
-               "MAMBASEQ_MAX_PARAMETERS": "2000000", "MAMBASEQ_MAX_LAYERS": "50", "PYTHONDONTWRITEBYTECODE": "1",
-               "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"}  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_MININTERVAL": "60",
+    "MAMBASEQ_MAX_PARAMETERS": "2000000",
+    "MAMBASEQ_MAX_LAYERS": "50",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",
+    "MPLBACKEND": "agg",
+}
 
 
 def plan(cases: int, target: str | None, seed: int) -> list[dict[str, Any]]:
@@ -76,17 +83,37 @@ def _warm(world: Any) -> None:
     """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it."""
     from world import INPUTS, call
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123, SIM115
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
         for name in INPUTS:
             condition = ["--condition", "7"] if name == "audio" else []
             out = Path(folder) / "out.csv"
-            call("predict", "--checkpoint", world.run(name), world.data / INPUTS[name], "--device", "cpu", "--out", out,
-                 *condition)  # fmt: skip
+            call(
+                "predict",
+                "--checkpoint",
+                world.run(name),
+                world.data / INPUTS[name],
+                "--device",
+                "cpu",
+                "--out",
+                out,
+                *condition,
+            )
         shutil.copytree(world.run("dna_labels"), Path(folder) / "run")
         call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)
         call("generate", "--checkpoint", world.run("text"), "-n", 3, "--device", "cpu", "--out", Path(folder) / "o.txt")
-        call("generate", "--checkpoint", world.run("audio"), "-n", 3, "--device", "cpu", "--out", Path(folder) / "o.wav",
-             "--condition", "7")  # fmt: skip
+        call(
+            "generate",
+            "--checkpoint",
+            world.run("audio"),
+            "-n",
+            3,
+            "--device",
+            "cpu",
+            "--out",
+            Path(folder) / "o.wav",
+            "--condition",
+            "7",
+        )
 
 
 def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed: int, number: int) -> dict[str, Any]:
@@ -128,7 +155,9 @@ class Worker:
     def start(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT})
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}
+        )
         if self._line(300) != "ready":
             raise SystemExit(f"a worker cannot start; see {self.scratch / 'log'}")
 
@@ -149,7 +178,13 @@ class Worker:
         said = (self.scratch / "log").read_bytes()[-1500:].decode(errors="replace")
         kind, group = ("hang", "no answer") if line is None else ("died", f"the process ended with {code}")
         self.start()
-        return {"ended": "", "message": "", "seconds": LOST, "failures": [(kind, f"{group} in {case['target']}", said)], "argv": []}
+        return {
+            "ended": "",
+            "message": "",
+            "seconds": LOST,
+            "failures": [(kind, f"{group} in {case['target']}", said)],
+            "argv": [],
+        }
 
     def stop(self) -> None:
         assert self.process.stdin is not None
@@ -157,8 +192,16 @@ class Worker:
         self.process.wait()
 
 
-def run_all(cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, verbose: bool) -> list[dict[str, Any]]:
-    """The outcomes of all cases, in the order of their ends."""
+def again(case: dict[str, Any]) -> str:
+    return f"--target {case['target']} --seed {case['seed']} --only {case['number']}"
+
+
+def run_all(
+    cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, report: Path | None = None
+) -> list[dict[str, Any]]:
+    """The outcomes of all cases, in the order of their ends; failures are printed and reported as they come."""
+    if report is not None:
+        report.write_text("")
     todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     for case in cases:
         todo.put(case)
@@ -174,9 +217,11 @@ def run_all(cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, 
             outcome = {**case, **worker.run(case)}
             done.append(outcome)
             for kind, group, _ in outcome["failures"]:
-                if verbose:
-                    print(f"{case['target']} {case['seed']} {case['number']}: {kind}: {group}", flush=True)
-            if verbose and len(done) % 500 == 0:
+                print(f"{kind}: {group}   [{again(case)}]", flush=True)
+            if report is not None and outcome["failures"]:
+                with report.open("a") as file:
+                    file.write(json.dumps(outcome) + "\n")
+            if len(done) % 250 == 0:
                 print(f"{len(done)} of {len(cases)}", file=sys.stderr, flush=True)
         worker.stop()
 
@@ -193,11 +238,11 @@ def summary(done: list[dict[str, Any]], seconds: float) -> str:
     ends = collections.Counter(outcome["ended"] or "broken" for outcome in done)
     kinds = collections.Counter(kind for outcome in done for kind, _, _ in outcome["failures"])
     longest = max((len(outcome["message"]) for outcome in done if outcome["ended"] == "refused"), default=0)
-    slow = max(done, key=lambda outcome: outcome["seconds"], default={"seconds": 0, "target": "", "seed": 0, "number": 0})
+    slow = max(done, key=lambda outcome: outcome["seconds"])
     lines = [
-        f"{len(done):,} cases in {seconds:,.0f} s ({1000 * seconds / max(len(done), 1):.0f} ms each): "
+        f"{len(done):,} cases in {seconds:,.0f} s ({1000 * seconds / len(done):.0f} ms each): "
         + ", ".join(f"{count:,} {end}" for end, count in ends.most_common()),
-        f"longest message {longest} characters; slowest case {slow['seconds']:.1f} s ({slow['target']} {slow['seed']} {slow['number']})",
+        f"longest message {longest} characters; slowest case {slow['seconds']:.1f} s ({again(slow)})",
         "failures: " + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "0"),
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -206,7 +251,7 @@ def summary(done: list[dict[str, Any]], seconds: float) -> str:
             groups.setdefault((kind, group), []).append(outcome)
     for (kind, group), found in sorted(groups.items(), key=lambda item: -len(item[1])):
         first = min(found, key=lambda outcome: (outcome["number"], outcome["target"]))
-        lines.append(f"  {len(found):4} x {kind}: {group}   [--target {first['target']} --seed {first['seed']} --only {first['number']}]")
+        lines.append(f"  {len(found):4} x {kind}: {group}   [{again(first)}]")
     return "\n".join(lines)
 
 
@@ -215,10 +260,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="one target only")
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="one case of the target, with all that it printed")
+    parser.add_argument("--only", metavar="NUMBERS", help="these cases of the target, with all that they printed: 3,17")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
     parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the last case's folder there")
     parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -231,20 +277,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         world = arguments.world or Path(scratch) / "world"
         if not (world / "elsewhere.txt").exists():
-            build = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import world, pathlib; world.make_world(pathlib.Path({str(world)!r}))"
-            subprocess.run([sys.executable, "-c", build], env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True)
+            command = [sys.executable, str(HERE / "world.py"), str(world)]
+            subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True)
         cases = plan(arguments.cases, arguments.target, arguments.seed)
         if arguments.only is not None:
-            cases = [{"target": arguments.target, "seed": arguments.seed, "number": arguments.only}]
+            cases = [
+                {"target": arguments.target, "seed": arguments.seed, "number": int(n)}
+                for n in arguments.only.split(",")
+            ]
         started = time.monotonic()
-        done = run_all(cases, world, Path(scratch), arguments.jobs, verbose=arguments.only is None)
+        done = run_all(cases, world, Path(scratch), arguments.jobs, arguments.report)
         seconds = time.monotonic() - started
         if arguments.only is not None:
-            print(json.dumps(done[0], indent=1).replace("\\n", "\n"))
-            if arguments.report:
-                shutil.copytree(Path(scratch) / "job0" / "case", arguments.report, symlinks=True)
-        elif arguments.report:
-            arguments.report.write_text("".join(json.dumps(outcome) + "\n" for outcome in done if outcome["failures"]))
+            print(json.dumps(done, indent=1, ensure_ascii=False).replace("\\n", "\n"))
+        if arguments.keep is not None:
+            shutil.copytree(Path(scratch) / "job0" / "case", arguments.keep, symlinks=True)
         print(summary(done, seconds))
         return int(any(outcome["failures"] for outcome in done))
 

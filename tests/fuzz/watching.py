@@ -31,8 +31,20 @@ MEMORY = 2**30
 LONGEST = 1000
 
 _RUNS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"}
-_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-            "shutil.rmtree", "shutil.move", "shutil.copyfile"}  # fmt: skip
+_CHANGES = {
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -97,7 +109,11 @@ class Watch:
             real = os.path.realpath(path)
         except (OSError, ValueError):
             return True
-        return real.startswith((self.folder + "/", "/dev/null", "/proc/", *self.caches)) or real == self.folder
+        return (
+            real.startswith((self.folder + "/", "/dev/null", "/proc/", *self.caches))
+            or real == self.folder
+            or "/__pycache__" in real
+        )
 
     def _refuse(self, kind: str, what: str) -> None:
         self.seen.append((kind, what))
@@ -125,7 +141,7 @@ def _reset_peak() -> int:
 
 
 def limit_memory(more: int) -> None:
-    """Let this process take this many bytes of address space beyond what it has: a machine is not to be brought down."""
+    """Let this process take so many bytes of address space beyond what it has: no case is to bring the machine down."""
     have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (have + more, resource.RLIM_INFINITY))
 
@@ -168,9 +184,10 @@ def _frame(error: BaseException) -> str:
     return f"{type(error).__name__} in {where[1] if where else last.filename}:{last.name}"
 
 
-def _waits_for_others(seconds: float, worked: float) -> bool:
-    """Whether it is slow because the machine is busy: it computes, and has not had `PATIENCE` seconds of a processor."""
-    return os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1) and 0.1 * seconds < worked < PATIENCE and seconds < 2.5 * PATIENCE
+def _waits_for_others(seconds: float, worked: float, patience: float) -> bool:
+    """Whether it is slow because the machine is busy: it works, and has not had so many seconds of a processor."""
+    busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    return busy and 0.1 * seconds < worked < patience and seconds < 3 * PATIENCE
 
 
 def run_command(watch: Watch, folder: Path, argv: list[str]) -> tuple[Outcome, str, str]:
@@ -179,15 +196,15 @@ def run_command(watch: Watch, folder: Path, argv: list[str]) -> tuple[Outcome, s
 
     outcome, out, err = Outcome(), io.StringIO(), io.StringIO()
     started, worked = time.monotonic(), time.process_time()
-    stage = ["interrupt" if argv[:1] == ["fit"] else "hang"]
+    stage = [INTERRUPT if argv[:1] == ["fit"] else PATIENCE]
 
     def alarm(number: int, frame: Any) -> None:
-        if stage[0] == "interrupt":
-            stage[0] = "hang"
+        if _waits_for_others(time.monotonic() - started, time.process_time() - worked, stage[0]):
+            signal.setitimer(signal.ITIMER_REAL, INTERRUPT)
+        elif stage[0] == INTERRUPT:
+            stage[0] = PATIENCE
             signal.setitimer(signal.ITIMER_REAL, PATIENCE - INTERRUPT)
             signal.raise_signal(signal.SIGINT)
-        elif _waits_for_others(time.monotonic() - started, time.process_time() - worked):
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE / 4)
         else:
             signal.setitimer(signal.ITIMER_REAL, 5)  # again, should this one be swallowed
             raise Hang
@@ -196,7 +213,7 @@ def run_command(watch: Watch, folder: Path, argv: list[str]) -> tuple[Outcome, s
     with _clean_state(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), watch.over(folder):
         signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, INTERRUPT if stage[0] == "interrupt" else PATIENCE)
+        signal.setitimer(signal.ITIMER_REAL, stage[0])
         try:
             outcome.code = main(argv)
         except SystemExit as error:
@@ -270,7 +287,9 @@ def check_files(outcome: Outcome, folder: Path) -> None:
             outcome.fail("left behind", re.sub(r"\.\d+-[0-9a-f]+", ".N", name), str(path))
     left = [path.name for path in (folder / "tmp").iterdir()]
     if left:
-        outcome.fail("left behind", f"in the folder of temporary files: {re.sub(r'[0-9]+|tmp.*', 'N', left[0])}", str(left))
+        outcome.fail(
+            "left behind", f"in the folder of temporary files: {re.sub(r'[0-9]+|tmp.*', 'N', left[0])}", str(left)
+        )
     if outcome.ended != "accepted":
         return
     for path in folder.rglob("*"):

@@ -24,8 +24,15 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TRAINER: dict[str, Any] = {"max_steps": 1, "val_check_interval": 1, "check_val_every_n_epoch": None, "accelerator": "cpu",
-                           "enable_progress_bar": False, "limit_val_batches": 1, "limit_test_batches": 1}  # fmt: skip
+TRAINER: dict[str, Any] = {
+    "max_steps": 1,
+    "val_check_interval": 1,
+    "check_val_every_n_epoch": None,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+}
 MODEL: dict[str, Any] = {"d_model": 8, "backbone": {"name": "residual", "n_layers": 1}, "mixer": {"name": "mamba"}}
 BOMB = 2**30
 
@@ -56,8 +63,14 @@ class World:
         return self.folder / "expected" / name
 
 
-INPUTS = {"dna_lm": "genome.fa", "dna_labels": "genome.fa", "audio": "tone.wav", "text": "text.txt", "pieces": "rows.jsonl",
-          "ecg": "strip.csv"}  # fmt: skip
+INPUTS = {
+    "dna_lm": "genome.fa",
+    "dna_labels": "genome.fa",
+    "audio": "tone.wav",
+    "text": "text.txt",
+    "pieces": "rows.jsonl",
+    "ecg": "strip.csv",
+}
 
 
 def configurations(data: Path) -> dict[str, dict[str, Any]]:
@@ -66,34 +79,85 @@ def configurations(data: Path) -> dict[str, dict[str, Any]]:
     common = {"seed": 0, "loader": {"batch_size": 2}, "trainer": TRAINER}
     labels = {**MODEL, "head": {"name": "classification"}}
     return {
-        "dna_lm": {**common, "data": {"name": "dna/genome", "fasta": [str(data / "genome.fa")], "test_records": ["r3"],
-                                      "length": 16}, "model": lm, "checkpoint": best, "metrics": ["bits_per_token"]},
-        "dna_labels": {**common, "data": {"name": "dna/species", "length": 16, "test_records": ["r3"], "species": {
-            "one": [str(data / "genome.fa")], "two": [str(data / "other.fa.gz")]}}, "metrics": ["accuracy", "confusion"],
-            "model": {**labels, "encoder": {"name": "dna/kmer", "k": 3, "stride": 2}}, "checkpoint": best},
-        "audio": {**common, "data": {"name": "audio/clips", "files": str(data / "clips"), "length": 40,
-                                     "validation": "1", "test": "2"}, "model": lm, "generation": {"max_new_tokens": 20},
-                  "length_warmup": {"start": 8, "steps_per_stage": 1}},
-        "text": {**common, "data": {"name": "text/corpus", "files": str(data / "text.txt"), "length": 16}, "model": lm,
-                 "metrics": ["bits_per_byte"], "checkpoint": best, "generation": {"max_new_tokens": 8, "top_p": 0.9}},
-        "pieces": {**common, "data": {"name": "text/documents", "files": str(data / "rows.jsonl"), "length": 24,
-                                      "tokenizer": "text/hf", "validation_fraction": 0.3, "test_fraction": 0.3,
-                                      "tokenizer_options": {"path": str(data / "tokenizer.json"), "eos": "<|endoftext|>"}},
-                   "model": {**lm, "tie_embeddings": True}},
-        "ecg": {**common, "data": {"name": "ecg/beats", "window": 64, "after": 8}, "model": {**labels, "encoder": {
-            "name": "signal"}}, "metrics": ["accuracy"], "checkpoint": best},
-        "synthetic": {**common, "data": {"name": "synthetic/selective_copying", "length": 16, "n_data": 2, "vocab_size": 6,
-                                         "n_validation": 2, "n_test": 2}, "metrics": ["token_accuracy"],
-                      "model": {**lm, "backbone": {"name": "residual", "n_layers": 2, "pattern": ["mamba", "attention"]}}},
-    }  # fmt: skip
+        "dna_lm": {
+            **common,
+            "data": {"name": "dna/genome", "fasta": [str(data / "genome.fa")], "test_records": ["r3"], "length": 16},
+            "model": lm,
+            "checkpoint": best,
+            "metrics": ["bits_per_token"],
+        },
+        "dna_labels": {
+            **common,
+            "data": {
+                "name": "dna/species",
+                "length": 16,
+                "test_records": ["r3"],
+                "species": {"one": [str(data / "genome.fa")], "two": [str(data / "other.fa.gz")]},
+            },
+            "metrics": ["accuracy", "confusion"],
+            "model": {**labels, "encoder": {"name": "dna/kmer", "k": 3, "stride": 2}},
+            "checkpoint": best,
+        },
+        "audio": {
+            **common,
+            "data": {"name": "audio/clips", "files": str(data / "clips"), "length": 40, "validation": "1", "test": "2"},
+            "model": lm,
+            "generation": {"max_new_tokens": 20},
+            "length_warmup": {"start": 8, "steps_per_stage": 1},
+        },
+        "text": {
+            **common,
+            "data": {"name": "text/corpus", "files": str(data / "text.txt"), "length": 16},
+            "model": lm,
+            "metrics": ["bits_per_byte"],
+            "checkpoint": best,
+            "generation": {"max_new_tokens": 8, "top_p": 0.9},
+        },
+        "pieces": {
+            **common,
+            "data": {
+                "name": "text/documents",
+                "files": str(data / "rows.jsonl"),
+                "length": 24,
+                "tokenizer": "text/hf",
+                "validation_fraction": 0.3,
+                "test_fraction": 0.3,
+                "tokenizer_options": {"path": str(data / "tokenizer.json"), "eos": "<|endoftext|>"},
+            },
+            "model": {**lm, "tie_embeddings": True},
+        },
+        "ecg": {
+            **common,
+            "data": {"name": "ecg/beats", "window": 64, "after": 8},
+            "model": {**labels, "encoder": {"name": "signal"}},
+            "metrics": ["accuracy"],
+            "checkpoint": best,
+        },
+        "synthetic": {
+            **common,
+            "data": {
+                "name": "synthetic/selective_copying",
+                "length": 16,
+                "n_data": 2,
+                "vocab_size": 6,
+                "n_validation": 2,
+                "n_test": 2,
+            },
+            "metrics": ["token_accuracy"],
+            "model": {**lm, "backbone": {"name": "residual", "n_layers": 2, "pattern": ["mamba", "attention"]}},
+        },
+    }
 
 
 def make_data(folder: Path) -> None:
     """Every kind of file that a reader knows."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    fasta = "".join(f">r{i} record {i}\n" + "".join(
-        "".join(rng.choices("ACGTacgtNRY" if i == 2 else "ACGT", k=60)) + "\n" for _ in range(10)) for i in range(4))  # fmt: skip
+    fasta = "".join(
+        f">r{i} record {i}\n"
+        + "".join("".join(rng.choices("ACGTacgtNRY" if i == 2 else "ACGT", k=60)) + "\n" for _ in range(10))
+        for i in range(4)
+    )
     (folder / "genome.fa").write_text(fasta)
     other = "".join(f">r{i}\n" + "".join(rng.choices("ACCGGT", k=600)) + "\n" for i in range(4))
     (folder / "other.fa.gz").write_bytes(gzip.compress(other.encode(), mtime=0))
@@ -102,10 +166,14 @@ def make_data(folder: Path) -> None:
     with BgzfWriter(str(folder / "genome.fa.bgz")) as out:
         out.write(fasta)
     _make_sound(folder)
-    text = "".join(f"{' '.join(rng.choices(['the', 'end', 'of', 'café', 'and', 'beginning', 'Ж', '𝄞'], k=8))}\n" for _ in range(40))
+    text = "".join(
+        f"{' '.join(rng.choices(['the', 'end', 'of', 'café', 'and', 'beginning', 'Ж', '𝄞'], k=8))}\n" for _ in range(40)
+    )
     (folder / "text.txt").write_text(text)
     _packed(folder, "text.txt")
-    rows = [{"text": " ".join(rng.choices(["the", "end", "of", "café"], k=12)), "id": i, "tags": ["a"]} for i in range(30)]
+    rows = [
+        {"text": " ".join(rng.choices(["the", "end", "of", "café"], k=12)), "id": i, "tags": ["a"]} for i in range(30)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _packed(folder, "rows.jsonl")
     import pyarrow
@@ -135,7 +203,16 @@ def _make_sound(folder: Path) -> None:
 
     draws = np.random.default_rng(0)
     tone = (0.4 * np.sin(np.arange(400) / 5) + 0.05 * draws.standard_normal(400)).astype(np.float32)
-    for suffix, options in {"wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "aiff": {}, "au": {}, "caf": {}, "w64": {}}.items():
+    for suffix, options in {
+        "wav": {},
+        "flac": {},
+        "ogg": {},
+        "mp3": {},
+        "aiff": {},
+        "au": {},
+        "caf": {},
+        "w64": {},
+    }.items():
         soundfile.write(folder / f"tone.{suffix}", tone, 8000, **options)
     soundfile.write(folder / "float.wav", np.stack([tone, tone], 1), 11_025, subtype="FLOAT")
     (folder / "clips").mkdir(exist_ok=True)
@@ -155,8 +232,11 @@ def _make_tokenizer(path: Path) -> None:
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+        vocab_size=270,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     made.train_from_iterator(["the end of the café and the beginning of the end"] * 3, trainer)
     made.save(str(path))
 
@@ -164,8 +244,12 @@ def _make_tokenizer(path: Path) -> None:
 def make_site(folder: Path) -> None:
     """The examples as if installed, and a module that tells when it is imported or called."""
     (folder / "mambaseq_ecg-0.1.0.dist-info").mkdir(parents=True, exist_ok=True)
-    (folder / "mambaseq_ecg-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mambaseq-ecg\nVersion: 0.1.0\n")
-    (folder / "mambaseq_ecg-0.1.0.dist-info" / "entry_points.txt").write_text("[mambaseq.domains]\necg = mambaseq_ecg:domain\n")
+    (folder / "mambaseq_ecg-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mambaseq-ecg\nVersion: 0.1.0\n"
+    )
+    (folder / "mambaseq_ecg-0.1.0.dist-info" / "entry_points.txt").write_text(
+        "[mambaseq.domains]\necg = mambaseq_ecg:domain\n"
+    )
     (folder / "fuzz_canary.py").write_text("def run(*args, **kwargs):\n    raise SystemExit('the canary was called')\n")
 
 
@@ -225,8 +309,17 @@ def make_world(folder: Path) -> World:
         call("test", "--checkpoint", world.run(name))
         if name in INPUTS:
             condition = ["--condition", "7"] if name == "audio" else []
-            call("predict", "--checkpoint", world.run(name), world.data / INPUTS[name], "--device", "cpu", "--out",
-                 world.expected(f"{name}.csv"), *condition)  # fmt: skip
+            call(
+                "predict",
+                "--checkpoint",
+                world.run(name),
+                world.data / INPUTS[name],
+                "--device",
+                "cpu",
+                "--out",
+                world.expected(f"{name}.csv"),
+                *condition,
+            )
         resumed = world.expected(f"{name}-resumed")
         shutil.copytree(world.run(name), resumed)
         call("fit", "--resume", resumed, "--trainer.max_steps", 2)
@@ -239,3 +332,7 @@ def enter(world: World) -> None:
     for place in (str(world.site), str(ROOT / "examples" / "ecg")):
         if place not in sys.path:
             sys.path.insert(0, place)
+
+
+if __name__ == "__main__":
+    make_world(Path(sys.argv[1]))
