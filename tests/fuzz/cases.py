@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import mutations as m
+import yaml
 from world import World
 
 
@@ -90,8 +89,16 @@ def _repack(rng: random.Random, place: Place, name: str, mutated: bytes) -> Path
             mutated += rng.choice((mutated, b"\0" * 20, b"trailing"))
     elif name.endswith(".xz"):
         mutated = lzma.compress(mutated, preset=0)
-    elif name.endswith((".bgz", ".zst")):
-        return place.copy(name)
+    elif name.endswith(".zst"):
+        import pyarrow
+
+        mutated = pyarrow.compress(mutated, codec="zstd", asbytes=True)
+    elif name.endswith(".bgz"):
+        from Bio.bgzf import BgzfWriter
+
+        with BgzfWriter(str(path)) as out:
+            out.write(mutated)
+        return path
     path.write_bytes(mutated)
     return path
 
@@ -106,7 +113,7 @@ def mutated_input(place: Place, names: tuple[str, ...], of_text: bool = True) ->
         m.of_path(rng, path, place.world.folder / "elsewhere.txt")
         return path
     plain = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst").removesuffix(".bgz")
-    if of_text and kind < 0.6 and (place.world.data / plain).is_file():
+    if of_text and kind < 0.6 and not plain.endswith((".parquet", "other.fa")):
         text = (place.world.data / plain).read_text(encoding="utf-8")
         if plain.endswith("jsonl") and rng.random() < 0.6:
             lines = text.splitlines(keepends=True)

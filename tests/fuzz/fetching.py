@@ -8,9 +8,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import yaml
-
 import mutations as m
+import yaml
 from cases import Case, Place
 from world import manifest
 

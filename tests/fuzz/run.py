@@ -75,8 +75,7 @@ def work(world_folder: Path, scratch: Path) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
-        answers.write(json.dumps(one_case(world, scratch / "case", watch, site, **case)) + "\n")
-        answers.flush()
+        print(json.dumps(one_case(world, scratch / "case", watch, site, **case)), file=answers, flush=True)
 
 
 def _warm(world: Any) -> None:
@@ -118,11 +117,12 @@ def _warm(world: Any) -> None:
 
 def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed: int, number: int) -> dict[str, Any]:
     """Make a case, run it, and look at what came of it."""
+    import cases
     import targets
     import watching
 
     watching.empty(folder)
-    place = targets.Place(world, folder, random.Random(f"{target} {seed} {number}"), site.url, site.files)
+    place = cases.Place(world, folder, random.Random(f"{target} {seed} {number}"), site.url, site.files)
     case = targets.TARGETS[target][0](place)
     watching.begin(folder)
     before = dict(os.environ)
@@ -138,7 +138,7 @@ def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed:
     watching.check_files(outcome, folder)
     if outcome.ended == "accepted" and case.same is not None:
         written, expected = case.same
-        differ = targets.runs_differ if written.is_dir() else targets.tables_differ
+        differ = cases.runs_differ if written.is_dir() else cases.tables_differ
         if differ(written, expected):
             outcome.fail("silently different", f"{target}: what was harmed was accepted and gives another result", err)
     argv = [argument.replace(str(folder), "CASE")[:200] for argument in case.argv]
@@ -245,6 +245,9 @@ def summary(done: list[dict[str, Any]], seconds: float) -> str:
         f"longest message {longest} characters; slowest case {slow['seconds']:.1f} s ({again(slow)})",
         "failures: " + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "0"),
     ]
+    for target in sorted({outcome["target"] for outcome in done}):
+        spent = [outcome["seconds"] for outcome in done if outcome["target"] == target]
+        lines.append(f"  {target:<14} {len(spent):6,} cases, {1000 * sum(spent) / len(spent):6.0f} ms each")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for outcome in done:
         for kind, group, _ in outcome["failures"]:
