@@ -63,3 +63,22 @@ def check_not_negative(owner: str, **values: float) -> None:
     for key, value in values.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{owner}: {key} must be finite and not negative, not {value}.")
+
+
+def paragraph(text: object, longest: int = 980) -> str:
+    """A text as one line for a terminal: what would move the cursor or turn letters around is written as an escape, and
+    of a longer text than `longest` characters the middle is left out, where what was read is quoted.
+
+    >>> paragraph("a file\\n\x1b[31m is wrong")
+    'a file \\\\x1b[31m is wrong'
+    >>> paragraph("x" * 100, longest=20)
+    'xxxxxxxxxx […] xxxxx'
+    """
+    line = "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in " ".join(str(text).split())
+    )
+    if len(line) <= longest:
+        return line
+    gap = " […] "
+    head = 2 * (longest - len(gap)) // 3
+    return f"{line[:head]}{gap}{line[head + len(gap) - longest :]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.errors import ConfigError, did_you_mean
 
 BENCHES = {
@@ -18,7 +19,7 @@ SCALES = ("full", "small", "tiny")
 
 def run(argv: list[str], command: str) -> int:
     listing = "\n".join(f"  {name:<7} {text}" for name, text in BENCHES.items())
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq bench",
         usage="mambaseq bench {" + ",".join(BENCHES) + "} [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

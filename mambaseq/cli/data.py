@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from mambaseq.cli.arguments import Arguments
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(prog="mambaseq data", description="Data sets that can be fetched and verified.")
+    parser = Arguments(prog="mambaseq data", description="Data sets that can be fetched and verified.")
     actions = parser.add_subparsers(dest="action", required=True)
     for action, text in (
         ("list", "names, licences, and which are here already"),

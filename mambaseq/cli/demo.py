@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq demo",
         description="Train each domain's demo configuration on the shipped data, test it, and write report.html.",
     )

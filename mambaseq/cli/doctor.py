@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from mambaseq.cli.arguments import Arguments
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq doctor",
         description="List, for each op, its backends, which one would run here, why the others would not, and the "
         "error of each against the reference in float64 (relative RMS, outputs and gradients), and its speed.",

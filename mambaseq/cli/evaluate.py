@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from typing import Any
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog=f"mambaseq {command}",
         description="Evaluate a run; --key value overrides its configuration (--data.length 4096).",
         allow_abbrev=False,

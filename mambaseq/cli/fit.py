@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from typing import TYPE_CHECKING
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder, rank
@@ -18,7 +18,7 @@ CHANGEABLE = {"backend", "checkpoint", "chunk_length", "cuda_graph", "dropout", 
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq fit",
         description="Train a model. Everything else on the command line is --key value, over the configuration; "
         "`mambaseq fit --config NAME --help` lists the keys.",

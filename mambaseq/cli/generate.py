@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
+    parser = Arguments(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument(
         "--prompt",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import UserError, did_you_mean
 
@@ -12,7 +12,7 @@ SHOWN = ("domains", *KINDS)
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(prog="mambaseq list", description="What can be named in a configuration.")
+    parser = Arguments(prog="mambaseq list", description="What can be named in a configuration.")
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(SHOWN)}; all of them when left out")
     kind = parser.parse_args(argv).kind
     if kind is not None and kind not in SHOWN:

@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 from mambaseq import __version__
-from mambaseq.errors import UserError, did_you_mean
+from mambaseq.errors import UserError, did_you_mean, paragraph
 from mambaseq.registry import allow_imports
 
 COMMANDS = {
@@ -66,7 +66,8 @@ def _run(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         print(
-            f"mambaseq: no command is named {command!r}.{did_you_mean(command, COMMANDS)}\n\n{usage()}", file=sys.stderr
+            f"mambaseq: {paragraph(f'no command is named {command!r}.{did_you_mean(command, COMMANDS)}')}\n\n{usage()}",
+            file=sys.stderr,
         )
         return 2
     try:
@@ -74,7 +75,9 @@ def _run(arguments: list[str]) -> int:
         with allow_imports():  # whatever the command allows ends with it
             return int(module.run(rest, command) or 0)
     except UserError as error:
-        print(f"mambaseq {command}: {error}", file=sys.stderr)
+        from mambaseq.data.addresses import redacted
+
+        print(f"mambaseq {command}: {paragraph(redacted(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)

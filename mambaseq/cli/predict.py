@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq predict",
         description="Label windows of records (classifiers), give their values (regression), label each position "
         "(heads with a label a token), or measure bits a token of records (language models): what comes out follows "

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean
 
@@ -27,7 +28,7 @@ def resolve(name: str) -> str:
 def run(argv: list[str], command: str) -> int:
     recipes = catalog()["recipes"]
     width = max((len(entry.name) for entry in recipes), default=0)
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mambaseq reproduce",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Repeat a published result: train, print the paper's figures beside ours, and write report.json\n"

@@ -17,9 +17,11 @@ from mambaseq.errors import ConfigError
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 # fsspec chains addresses: zip://a.txt::https://host/b.zip
 _LINK = re.compile(r"::(?=\w[\w+.-]*:/)")
-# what stands before the host; in a second form a password with a slash, which is not what follows a port
+# what stands before the host; in a second form a password with a slash, which is not what follows a port. With bounds,
+# so that the time does not grow as the square of a text that is all letters
 _USER = re.compile(
-    r"(?P<scheme>\w[\w+.-]*):(?P<slashes>/{1,2})(?P<user>[^\s/?#]*|[^\s/?#:@\[]*:(?!\d*(?:[/?#\s]|$))\S*)@"
+    r"(?<![\w+.-])(?P<scheme>\w[\w+.-]{0,40}):(?P<slashes>/{1,2})"
+    r"(?P<user>[^\s/?#]{0,1000}|[^\s/?#:@\[]{0,1000}:(?!\d*(?:[/?#\s]|$))\S{0,1000})@"
 )
 _FIELD = re.compile(r"(?P<mark>[?&;#])(?P<name>[\w.%~-]+)=(?P<value>[^\s&;#'\"]*)")
 _SECRET_ENDS = (
