@@ -229,6 +229,7 @@ class DocumentData(SequenceData):
         assert self._records is not None, "setup comes first"
         if self.streaming:
             assert isinstance(self.tokenizer, TextTokenizer)
+            _ = self._held_out  # read once, not by every worker
             return StreamedWindows(
                 self._files["train"],
                 self._read_for_training,
