@@ -28,7 +28,7 @@ def report(run: Path) -> Section:
     bits = results["test/bits_per_byte"]
     written = generate_to(run, folder.path / "sample.txt", prompt=PROMPT, seed=0)
     text = written[0].read_text(encoding="utf-8")
-    folder.update_results(**{f"report/{name}": value for name, value in floors.items()})
+    folder.update_results((), **{f"report/{name}": value for name, value in floors.items()})
     body = (
         table(
             ("method", "bits a byte on the test text"),
