@@ -14,7 +14,7 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, cut_list
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_text.copies import Duplicates, HeldOut
 from mambaseq_text.reading import character_start, decoded, documents, is_plain, read_bytes
@@ -247,7 +247,7 @@ class CorpusData(SequenceData):
         tiles = TextTiles(texts, self.length, self._counts[split])
         if not len(tiles):
             raise DataError(
-                f"The {split} part of {', '.join(name for name, _ in self._parts[split])} is too short to "
+                f"The {split} part of {cut_list([name for name, _ in self._parts[split]])} is too short to "
                 f"predict anything. Give it more of the data, or files of its own."
             )
         return tiles

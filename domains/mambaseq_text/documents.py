@@ -12,7 +12,7 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, pack_collate, pad_collate
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, cut_list
 from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_text.copies import Duplicates, HeldOut
 from mambaseq_text.reading import Unit, documents
@@ -163,7 +163,7 @@ class DocumentData(SequenceData):
             if (self._files[split] or self.fractions.get(split)) and not records[split]:
                 raise DataError(
                     f"No document is in the {split} set of "
-                    f"{', '.join(self._files[split] or self._files['train'])}. Give the split more of the "
+                    f"{cut_list(self._files[split] or self._files['train'])}. Give the split more of the "
                     f"documents, or files of its own."
                 )
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size

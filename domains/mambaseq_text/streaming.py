@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mambaseq.batch import Batch
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, cut_list
 from mambaseq_text.tokenization import TextTokenizer
 
 
@@ -84,7 +84,7 @@ class StreamedWindows(IterableDataset):
                 number += 1
             if not per_pass:
                 raise DataError(
-                    f"All documents of {', '.join(self.files)} together are shorter than one window of "
+                    f"All documents of {cut_list(self.files)} together are shorter than one window of "
                     f"{self.length:,} tokens. Lower data.length, or add documents."
                 )
 

@@ -341,3 +341,13 @@ def test_streamed_through_the_module(shards: list[str]) -> None:
 def test_a_stream_shorter_than_a_window(shards: list[str]) -> None:
     with pytest.raises(DataError, match=r"shorter than one window of 1,000,000 tokens"):
         next(iter(stream(shards, length=1_000_000).train()))
+
+
+def test_many_files_make_no_long_message(tmp_path: Path) -> None:
+    for i in range(60):
+        (tmp_path / f"{'x' * 60}{i}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="shorter than one window") as caught:
+        next(iter(stream([str(tmp_path / "*.jsonl")], length=10_000).train()))
+    with pytest.raises(DataError, match="No document is in the") as other:
+        data(tmp_path / "*.jsonl")
+    assert max(len(str(error.value)) for error in (caught, other)) < 1000
