@@ -36,6 +36,10 @@ class Place:
         self.world, self.folder, self.rng, self.url, self.served = world, folder, rng, url, served
         self.canary = str(folder / "canary")
 
+    def one_of(self, *names: str) -> str:
+        """One of these runs, of those that the world has."""
+        return self.rng.choice([name for name in names if name in self.world.names])
+
     def copy(self, name: str) -> Path:
         """A copy of a file of the data."""
         target = self.folder / name

@@ -14,7 +14,7 @@ from cases import Case, Place, as_argument, condition, mutated_input, predict
 
 def fasta(place: Place) -> Case:
     rng = place.rng
-    run = rng.choice(("dna_lm", "dna_labels"))
+    run = place.one_of("dna_lm", "dna_labels")
     if rng.random() < 0.01:
         path = place.folder / "bomb.fa.gz"
         path.symlink_to(place.world.data / "bomb.gz")
@@ -51,7 +51,7 @@ def audio(place: Place) -> Case:
 
 def text(place: Place) -> Case:
     rng = place.rng
-    run = rng.choice(("text", "pieces"))
+    run = place.one_of("text", "pieces")
     kind = rng.random()
     if kind < 0.015:
         suffix = rng.choice(("gz", "xz"))
@@ -87,7 +87,7 @@ def ecg(place: Place) -> Case:
 def training_data(place: Place) -> Case:
     """Mutated files to train on."""
     rng = place.rng
-    name = rng.choice(("dna_lm", "dna_labels", "audio", "text", "pieces"))
+    name = place.one_of("dna_lm", "dna_labels", "audio", "text", "pieces")
     key, given, wrong = "files", "", {"data."}
     if name in ("dna_lm", "dna_labels"):
         path = mutated_input(place, ("genome.fa", "genome.fa.bgz", "other.fa.gz"))
@@ -122,7 +122,7 @@ def training_data(place: Place) -> Case:
 def prompts(place: Place) -> Case:
     """Harmed prompts, as files and as they are."""
     rng = place.rng
-    name = rng.choice(("dna_lm", "audio", "text", "pieces"))
+    name = place.one_of("dna_lm", "audio", "text", "pieces")
     out = place.folder / {"audio": "out.wav", "dna_lm": "out.fa"}.get(name, "out.txt")
     wrong = {"--prompt", "prompt"}
     if rng.random() < 0.6:

@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import queue
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ ENVIRONMENT = {
 }
 
 
-def plan(cases: int, target: str | None, seed: int) -> list[dict[str, Any]]:
+def plan(cases: int, target: str | None, seed: int, runs: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The cases, the targets mixed, in an order that depends on nothing but the arguments."""
-    from targets import TARGETS
+    from targets import NEEDS, TARGETS
 
     wanted = {target: 1} if target else {name: share for name, (_, share) in TARGETS.items()}
+    wanted = {name: share for name, share in wanted.items() if NEEDS.get(name, "dna_lm") in runs or not runs}
     counts = {name: round(cases * share / sum(wanted.values())) for name, share in wanted.items()}
     listed = [{"target": name, "seed": seed, "number": i} for name, count in counts.items() for i in range(count)]
     random.Random(seed).shuffle(listed)
@@ -80,39 +83,18 @@ def work(world_folder: Path, scratch: Path) -> None:
 
 def _warm(world: Any) -> None:
     """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it."""
+    from cases import condition
     from world import INPUTS, call
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
-        for name in INPUTS:
-            condition = ["--condition", "7"] if name == "audio" else []
-            out = Path(folder) / "out.csv"
-            call(
-                "predict",
-                "--checkpoint",
-                world.run(name),
-                world.data / INPUTS[name],
-                "--device",
-                "cpu",
-                "--out",
-                out,
-                *condition,
-            )
-        shutil.copytree(world.run("dna_labels"), Path(folder) / "run")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        for name in world.names:
+            common = ["--checkpoint", world.run(name), "--device", "cpu", *condition(name)]
+            if name in INPUTS:
+                call("predict", *common, world.data / INPUTS[name], "--out", Path(folder) / "out.csv")
+            if name in ("audio", "dna_lm", "text"):
+                call("generate", *common, "-n", 3, "--out", Path(folder) / ("o.wav" if name == "audio" else "o.txt"))
+        shutil.copytree(world.run("dna_lm"), Path(folder) / "run")
         call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)
-        call("generate", "--checkpoint", world.run("text"), "-n", 3, "--device", "cpu", "--out", Path(folder) / "o.txt")
-        call(
-            "generate",
-            "--checkpoint",
-            world.run("audio"),
-            "-n",
-            3,
-            "--device",
-            "cpu",
-            "--out",
-            Path(folder) / "o.wav",
-            "--condition",
-            "7",
-        )
 
 
 def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed: int, number: int) -> dict[str, Any]:
@@ -264,6 +246,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="one target only")
     parser.add_argument("--only", metavar="NUMBERS", help="these cases of the target, with all that they printed: 3,17")
+    parser.add_argument(
+        "--runs", nargs="*", default=[], help="runs to begin from (dna_lm text ...); all of them"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
     parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
@@ -280,9 +265,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         world = arguments.world or Path(scratch) / "world"
         if not (world / "elsewhere.txt").exists():
-            command = [sys.executable, str(HERE / "world.py"), str(world)]
+            command = [sys.executable, str(HERE / "world.py"), str(world), *arguments.runs]
             subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True)
-        cases = plan(arguments.cases, arguments.target, arguments.seed)
+        cases = plan(arguments.cases, arguments.target, arguments.seed, arguments.runs)
         if arguments.only is not None:
             cases = [
                 {"target": arguments.target, "seed": arguments.seed, "number": int(n)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import mutations as m
 from cases import Case, Place, condition, predict
-from world import INPUTS, configurations
+from world import INPUTS
 
 
 def _use(place: Place, run: Path, name: str, wrong: set[str], *, exact: bool) -> Case:
@@ -34,7 +36,7 @@ def _use(place: Place, run: Path, name: str, wrong: set[str], *, exact: bool) ->
 
 
 def model_json(place: Place) -> Case:
-    name = place.rng.choice(tuple(INPUTS))
+    name = place.one_of(*INPUTS)
     run = place.run(name)
     touched = place.mutate(run / "model" / "model.json", m.json_text)
     return _use(place, run, name, {"model.json", *touched}, exact=False)
@@ -48,33 +50,48 @@ def _lying_safetensors(rng: random.Random, data: bytes, canary: str) -> bytes:
     return struct.pack("<Q", length) + mutated + data[8 + size :]
 
 
+def _sealed(run: Path) -> None:
+    """Write the checksums of harmed files into model.json, as who harms them on purpose would."""
+    path = run / "model" / "model.json"
+    card = json.loads(path.read_text())
+    for name in card["sha256"]:
+        if (path.parent / name).is_file():
+            card["sha256"][name] = hashlib.sha256((path.parent / name).read_bytes()).hexdigest()
+    path.write_text(json.dumps(card))
+
+
 def weights(place: Place) -> Case:
     """Harmed weights: refused, or the predictions are those of the unharmed ones."""
     rng = place.rng
-    name = rng.choice(tuple(INPUTS))
+    name = place.one_of(*INPUTS)
     run = place.run(name)
     path = run / "model" / "model.safetensors"
-    if rng.random() < 0.2:
+    kind = rng.random()
+    if kind < 0.4:
         path.write_bytes(_lying_safetensors(rng, path.read_bytes(), place.canary))
-    elif rng.random() < 0.5:
+    elif kind < 0.6:
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(bytes(data))
     else:
         place.mutate(path)
-    return _use(place, run, name, {"model.safetensors"}, exact=True)
+    if sealed := rng.random() < 0.5:
+        _sealed(run)
+    return _use(place, run, name, {"model.safetensors"}, exact=not sealed)
 
 
 def tokenizer(place: Place) -> Case:
     run = place.run("pieces")
     path = run / "model" / "tokenizer.json"
     touched = place.mutate(path, m.json_text)
-    return _use(place, run, "pieces", {"tokenizer.json", "tokenizer", *touched}, exact=False)
+    if sealed := place.rng.random() < 0.8:
+        _sealed(run)
+    return _use(place, run, "pieces", {"tokenizer.json", "tokenizer", *touched}, exact=not sealed)
 
 
 def run_config(place: Place) -> Case:
     """A run's harmed config.yaml."""
-    name = place.rng.choice(tuple(configurations(place.world.data)))
+    name = place.one_of(*place.world.names)
     run = place.run(name)
     touched = place.mutate(run / "config.yaml", m.yaml_text)
     command = place.rng.choice(("test", "validate", "resume"))
@@ -148,7 +165,7 @@ def _calling_checkpoint(path: Path, canary: str) -> None:
 def checkpoint(place: Place) -> Case:
     """A harmed last.ckpt or best.ckpt on resume."""
     rng = place.rng
-    name = rng.choice(("dna_lm", "dna_lm", "text", "audio", "pieces", "synthetic"))
+    name = place.one_of("dna_lm", "dna_lm", "text", "audio", "pieces", "synthetic")
     run = place.run(name)
     path = rng.choice(sorted((run / "checkpoints").glob("*.ckpt")))
     kind, flipped = rng.random(), False
@@ -172,7 +189,7 @@ def checkpoint(place: Place) -> Case:
 def records(place: Place) -> Case:
     """Harmed results.json and metrics.csv."""
     rng = place.rng
-    name = rng.choice(("dna_lm", "text", "audio"))
+    name = place.one_of("dna_lm", "text", "audio")
     run = place.run(name)
     if rng.random() < 0.5:
         path = run / "results.json"
@@ -192,24 +209,35 @@ def records(place: Place) -> Case:
     return Case(argv, {path.name})
 
 
+def _sealed_index(rng: random.Random, path: Path, canary: str) -> None:
+    """A store's index that lies and has the checksum of what it says."""
+    from mambaseq.data.store import _seal
+
+    index = json.loads(path.read_text())
+    del index["checksum"]
+    mutated, _ = m.of_tree(rng, index, canary)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):  # what cannot be sealed keeps its seal
+        mutated["checksum"] = _seal(mutated)
+    path.write_text(json.dumps(mutated, default=str))
+
+
 def store(place: Place) -> Case:
     """A harmed token store: it is refused or built again, and training ends at the same weights."""
     rng = place.rng
-    name = rng.choice(("dna_lm", "audio", "text", "pieces"))
+    name = place.one_of("dna_lm", "audio", "text", "pieces")
     cache, run = place.cache(), place.run(name)
-    folders = sorted(
-        (cache / "stores").glob({"dna_lm": "genome*", "audio": "clips*", "text": "corpus*", "pieces": "doc*"}[name])
-    )
-    path = rng.choice(folders) / rng.choice(("index.json", "tokens.bin"))
-    if rng.random() < 0.1:
-        shutil.rmtree(path.parent)
-        path.parent.write_bytes(b"not a folder")
-    elif path.suffix == ".json" and rng.random() < 0.5:
-        index = json.loads(path.read_text())
-        mutated, _ = m.of_tree(rng, index, place.canary, lambda way: way[0] in ("records", "dtype", "meta"))
-        path.write_text(json.dumps(mutated, default=str))
+    label = {"dna_lm": "genome*", "audio": "clips*", "text": "corpus*", "pieces": "doc*"}[name]
+    folder = rng.choice(sorted((cache / "stores").glob(label)))
+    path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    kind, sealed = rng.random(), False
+    if kind < 0.1:
+        shutil.rmtree(folder)
+        folder.write_bytes(b"not a folder")
+    elif path.name == "index.json" and kind < 0.6:
+        sealed = True
+        _sealed_index(rng, path, place.canary)
     else:
         place.mutate(path, m.json_text if path.suffix == ".json" else None)
     argv = ["fit", "--resume", str(run), "--trainer.max_steps", "2"]
-    wrong = {path.name, path.parent.name}
-    return Case(argv, wrong, (run, place.world.expected(f"{name}-resumed")), {"MAMBASEQ_CACHE": str(cache)})
+    same = None if sealed else (run, place.world.expected(f"{name}-resumed"))
+    return Case(argv, {path.name, folder.name}, same, {"MAMBASEQ_CACHE": str(cache)})

@@ -14,7 +14,7 @@ from world import INPUTS, configurations
 def config(place: Place) -> Case:
     """A harmed configuration."""
     rng = place.rng
-    name = rng.choice(tuple(configurations(place.world.data)))
+    name = place.one_of(*place.world.names)
     path = place.folder / "config.yaml"
     mutated, touched = m.yaml_text(rng, configurations(place.world.data)[name], place.canary)
     path.write_bytes(mutated)
@@ -208,7 +208,7 @@ def _values(rng: random.Random, key: str, canary: str) -> Any:
 def overrides(place: Place) -> Case:
     """Harmed `--key value`, for fit, --resume and test."""
     rng = place.rng
-    name = rng.choice([name for name in KEYS if name])
+    name = place.one_of(*[name for name in KEYS if name])
     chosen, wrong = [], set()
     for _ in range(rng.choice((1, 1, 1, 2))):
         pool = rng.choice((KEYS[""], KEYS[name], [f"trainer.{key}" for key in TRAINER_KEYS]))
@@ -235,7 +235,7 @@ def options(place: Place) -> Case:
     """Harmed options of every other command."""
     rng, canary = place.rng, place.canary
     command = rng.choice(("predict", "predict", "generate", "generate", "test", "list", "data"))
-    name = rng.choice(tuple(INPUTS))
+    name = place.one_of(*INPUTS)
     run, given = place.world.run(name), lambda: as_argument(rng, m.value(rng, rng.choice((3, "x", 0.5)), canary))
     if command == "list":
         return Case(["list", given()], {"kind"})

@@ -30,3 +30,5 @@ TARGETS: dict[str, tuple[Callable[[Place], Case], int]] = {
     "prompts": (prompts, 3),
     "fetch": (fetch, 4),
 }
+# runs without which there is nothing to do for a target
+NEEDS = {"audio": "audio", "ecg": "ecg", "text": "text", "tokenizer": "pieces"}

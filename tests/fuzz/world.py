@@ -6,6 +6,7 @@ Made once; cases get copies and never write here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ class World:
     """Paths of what was made. site: a folder for `sys.path` with the examples' and the canary's packages."""
 
     folder: Path
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The runs that were made."""
+        return tuple(sorted(path.name for path in (self.folder / "runs").iterdir()))
 
     @property
     def data(self) -> Path:
@@ -292,8 +299,8 @@ def call(*argv: Any) -> None:
         raise SystemExit(f"{argv} ended with {code}: the unharmed runs must work")
 
 
-def make_world(folder: Path) -> World:
-    """Make all of it; takes as long as ten small trainings."""
+def make_world(folder: Path, names: Sequence[str] = ()) -> World:
+    """Make all of it, or the runs of these names only."""
     world = World(folder)
     make_data(world.data)
     make_site(world.site)
@@ -302,6 +309,8 @@ def make_world(folder: Path) -> World:
     os.environ["MAMBASEQ_CACHE"] = str(world.cache)
     (folder / "expected").mkdir(exist_ok=True)
     for name, settings in configurations(world.data).items():
+        if names and name not in names:
+            continue
         config = folder / "configs" / f"{name}.yaml"
         config.parent.mkdir(exist_ok=True)
         config.write_text(yaml.safe_dump(settings))
@@ -335,4 +344,4 @@ def enter(world: World) -> None:
 
 
 if __name__ == "__main__":
-    make_world(Path(sys.argv[1]))
+    make_world(Path(sys.argv[1]), sys.argv[2:])
