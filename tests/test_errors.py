@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 
 import pytest
@@ -59,3 +61,23 @@ def test_secrets_are_looked_for_in_long_texts(text: str) -> None:
     began = time.process_time()
     assert redacted(text) == text
     assert time.process_time() - began < 5
+
+
+def test_an_interruption_that_became_an_exit_is_told(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(arguments: list[str], command: str) -> int:  # as Lightning does it
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(1)
+
+    monkeypatch.setattr("mambaseq.cli.listing.run", run)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["list"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.strip() == "mambaseq list: interrupted."

@@ -16,7 +16,7 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.devices import choose_device, memory_told
 from mambaseq.cli.loading import check_weights, condition_ids, fitting_options
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate
 from mambaseq.generation.decode import NotFinite, check_whole
 from mambaseq.generation.sampling import check_settings
@@ -61,7 +61,12 @@ def generate_to(
     card = loaded.card
     name = writer or card.writer
     if name is None or loaded.tokenizer is None:
-        raise ConfigError(f"The model at {checkpoint} cannot generate: it has no writer or no tokenizer.")
+        raise ConfigError(f"The model at {checkpoint} cannot generate: its model.json has no writer or no tokenizer.")
+    if not loaded.model.backbone.causal or not loaded.model.head.per_token:
+        raise ConfigError(
+            f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
+            f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."
+        )
     write = catalog()["writers"].get(name)
     writer_options = fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
     conditions = condition_ids(loaded, condition)
@@ -69,7 +74,10 @@ def generate_to(
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:
-        raise ConfigError(f"The model at {checkpoint} does not say how much to generate; give --max-new-tokens.")
+        raise ConfigError(
+            f"The model at {checkpoint} does not say how much to generate (length and generation in "
+            f"its model.json); give --max-new-tokens."
+        )
     _check_amount(len(prompts) * max(len(conditions), 1) * samples, count)
     settings = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
@@ -203,9 +211,13 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         return found
     try:
         ids = loaded.tokenizer.encode(prompt)
+    except UserError as error:
+        raise ConfigError(
+            f"--prompt {prompt[:60]!r} is no file, and cannot be read as the prompt itself. {error}"
+        ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"The prompt {prompt[:60]!r} is neither a file nor something this model's tokenizer reads."
+            f"--prompt {prompt[:60]!r} is neither a file nor something this model's tokenizer reads."
         ) from error
     return [ids.astype(np.int64)]
 

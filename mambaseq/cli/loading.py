@@ -106,7 +106,8 @@ def fitting_options(
     ]
     if needed:
         raise ConfigError(
-            f"The {kind} {name!r} needs {', '.join(needed)}, which this model was not saved with. Use its own {kind}."
+            f"The {kind} {name!r} needs {', '.join(needed)}, which {kind}_options in this "
+            f"model's model.json do not have. Use its own {kind}."
         )
     return options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import textwrap
 
@@ -79,6 +80,13 @@ def _run(arguments: list[str]) -> int:
 
         print(f"mambaseq {command}: {paragraph(redacted(error))}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        # Lightning makes an exit of Ctrl-C before and after training, and leaves the signal ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
         return 130

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_text.tokenization import ByteTokenizer
-from test_predicting import TEXT, classifier, language_model, saved, spoil
+from test_predicting import DNA, TEXT, classifier, language_model, saved, spoil
 
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record
@@ -193,3 +194,16 @@ def test_a_prompt_file_with_an_empty_record(tmp_path: Path, capsys: pytest.Captu
     told = capsys.readouterr().err
     assert "has an empty record" in told
     assert "line 2" in told
+
+
+@pytest.mark.parametrize("prompt", ["ACGT!", "x" * 400])
+def test_a_prompt_that_is_no_sequence_is_named(tmp_path: Path, capsys: pytest.CaptureFixture, prompt: str) -> None:
+    coding = BaseTokenizer()
+    head = {"name": "lm", "vocab_size": coding.vocab_size}
+    model = saved(tmp_path / "m", head, coding, length=32, writer="dna/fasta", **DNA)
+    out = tmp_path / "o.fa"
+    assert main(["generate", "--checkpoint", str(model), "--prompt", prompt, "--out", str(out), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert f"--prompt {prompt[:60]!r}" in told
+    assert "is no base" in told
+    assert not out.exists()

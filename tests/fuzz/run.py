@@ -246,9 +246,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="one target only")
     parser.add_argument("--only", metavar="NUMBERS", help="these cases of the target, with all that they printed: 3,17")
-    parser.add_argument(
-        "--runs", nargs="*", default=[], help="runs to begin from (dna_lm text ...); all of them"
-    )
+    parser.add_argument("--runs", nargs="*", default=[], help="runs to begin from (dna_lm text ...); all of them")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
     parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
