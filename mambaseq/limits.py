@@ -79,6 +79,7 @@ DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one docum
 YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")
 YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases counted each time")
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")
+TOKEN_IDS = Limit("MAMBASEQ_MAX_TOKEN_IDS", 16_777_216, "token ids")
 LAYERS = Limit("MAMBASEQ_MAX_LAYERS", 2_000, "layers")
 STATE = Limit("MAMBASEQ_MAX_STATE", 2_048, "numbers of state a channel, whose matrix is worked with whole")
 

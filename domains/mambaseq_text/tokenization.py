@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, did_you_mean
+from mambaseq.limits import TOKEN_IDS
 
 
 class TextTokenizer(Tokenizer):
@@ -92,6 +94,10 @@ def _decoded(raw: str | bytes) -> str:
         ) from error
 
 
+# numbers of 8 digits and more behind a colon: an id in a vocabulary, or a token's own; not the length to cut text at
+_LARGE = re.compile(rb'"(?!max_length")(?:[^"\\]++|\\.)*+"\s*:\s*([0-9]{8,})')
+
+
 class ByteTokenizer(TextTokenizer):
     """UTF-8 bytes as ids 0 to 255.
 
@@ -135,6 +141,7 @@ class HFTokenizer(TextTokenizer):
         self.path, self.bos, self.eos = path, bos, eos
         if not _is_file(path):
             raise DataError(f"There is no tokenizer file {path[:200]}. Give the path of a model's tokenizer.json.")
+        _check_ids(Path(path).expanduser())
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(Path(path).expanduser()))
         except Exception as error:  # the library raises nothing narrower
@@ -205,7 +212,11 @@ class HFTokenizer(TextTokenizer):
 
     @classmethod
     def load_files(cls, folder: Path, options: dict[str, Any]) -> HFTokenizer:
-        return cls(**{**options, "path": str(folder / options["path"])})
+        name = options.get("path")
+        if not isinstance(name, str) or Path(name).name != name:
+            card = folder / "model.json"
+            raise DataError(f"{card}: tokenizer.options.path must be a file beside it, not {str(name)[:80]!r}.")
+        return cls(**{**options, "path": str(folder / name)})
 
 
 def _is_file(path: str) -> bool:
@@ -213,6 +224,19 @@ def _is_file(path: str) -> bool:
         return Path(path).expanduser().is_file()
     except (OSError, RuntimeError):  # too long; the home of a user that there is not
         return False
+
+
+def _check_ids(path: Path) -> None:
+    """Raise DataError for a tokenizer.json with ids that no model has: the library takes memory for all up to the
+    largest, and ends the process where there is none."""
+    remedy = "Give the file that `tokenizers` saves."
+    if path.stat().st_size > 2**30:
+        raise DataError(f"{path} is larger than 1 GiB, which no tokenizer.json is. {remedy}")
+    try:
+        large = max((int(found[1][:20]) for found in _LARGE.finditer(path.read_bytes())), default=0)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+    TOKEN_IDS.check(large, f"{path}, by an id of its vocabulary,")
 
 
 def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:

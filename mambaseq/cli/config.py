@@ -104,6 +104,10 @@ SECTIONS = {
 }
 
 
+# what is named under a key, as `mambaseq list` calls it
+KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in PARTS}}
+
+
 def _override(argv: list[str], key: str) -> str | None:
     found = None
     for index, argument in enumerate(argv):
@@ -134,7 +138,7 @@ def _setting(raw: dict[str, Any], argv: list[str], key: str) -> Any:
 def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -> str:
     name = _override(argv, f"{key}.name") or _written(raw, f"{key}.name") or default
     if not isinstance(name, str):
-        raise ConfigError(f"The configuration needs {key}.name. `mambaseq list {key.split('.')[-1]}sets` shows names.")
+        raise ConfigError(f"The configuration needs {key}.name. `mambaseq list {KINDS_OF[key]}` shows names.")
     return name
 
 
@@ -425,6 +429,8 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         raise ConfigError(f"seed must be at least 0 and below 2**32; it is {settings['seed']}.")
     for section, kind in SECTIONS.items():
         kind(**settings[section])  # each checks its values
+    for name in settings["metrics"]:
+        catalog()["metrics"].get(name, "metrics")
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
     text = parser.dump(parsed, "parser_mode", False)
     return RunConfig(settings, trainer, classes, text)

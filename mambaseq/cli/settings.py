@@ -105,5 +105,11 @@ def check_overrides(overrides: list[str]) -> None:
             r"model\.mixers\.[^.]+", key
         ):
             raise ConfigError(f"--{key} holds several settings. Give them one by one: --{key}.KEY VALUE.")
-        if not key.startswith(tuple(f"trainer.{name}" for name in KEYS)):
+        if (owner := ".".join(key.split(".")[:2])) in {f"trainer.{name}" for name in KEYS}:
+            if key.rstrip("+") != owner:
+                raise ConfigError(
+                    f"--{key[:200]} cannot be given alone. Give the whole value: --{owner} '{{class_path: NAME, "
+                    f"init_args: {{...}}}}'."
+                )
+        else:
             _refuse_classes(text, key, "the command line")

@@ -163,3 +163,21 @@ def test_dropout_of_a_tokenizer_is_for_its_own_training(tmp_path: Path) -> None:
     model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.9)
     tokenizer = HFTokenizer(saved(tmp_path / "t.json", model))
     assert all(tokenizer.encode("ab" * 9).tolist() == [2] * 9 for _ in range(5))
+
+
+@pytest.mark.parametrize("text", ['"zzz": 4000000000', '"zzz": 3999999999'])
+def test_an_id_that_takes_all_memory_is_refused_before_the_library_sees_it(tmp_path: Path, text: str) -> None:
+    """The library ends the process: there is nothing to catch."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, %s}, "unk_token": "a"}}' % text
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.json, by an id .*MAMBASEQ_MAX_TOKEN_IDS"):
+        HFTokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", ["../tokenizer.json", "/etc/passwd", 3, None])
+def test_a_saved_tokenizer_is_a_file_beside_its_model(tmp_path: Path, name: object) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(UserError, match=r"model\.json: tokenizer\.options\.path must be a file beside it"):
+        HFTokenizer.load_files(tmp_path / "m", {"path": name})
