@@ -187,7 +187,7 @@ def _check_yaml(text: str, source: str, remedy: str, loader: Any) -> None:
     stack: list[_Open] = []
     total = 0
     for event in yaml.parse(text, loader):
-        line = event.start_mark.line + 1
+        line = 1 if event.start_mark is None else event.start_mark.line + 1
         if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
             done = stack.pop()
             values, depth = done.values, done.depth
@@ -202,7 +202,7 @@ def _check_yaml(text: str, source: str, remedy: str, loader: Any) -> None:
                     raise _refused(source, line, problem, remedy)
                 (values, depth), anchor = known[anchor], None
             elif isinstance(event, yaml.CollectionStartEvent):
-                known.pop(anchor, None)
+                known.pop(anchor or "", None)
                 stack.append(_Open(anchor, isinstance(event, yaml.MappingStartEvent)))
                 if len(stack) > DEPTH:
                     raise _refused(
@@ -256,8 +256,8 @@ def _check_json(text: str, source: str, remedy: str) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise ValueError(f"the key {twice[:40]!r} is there twice")
     return made
 

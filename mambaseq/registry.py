@@ -104,7 +104,7 @@ def check_kind(found: Any, wanted: str | None, subject: str, *, defined: bool = 
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{subject} is no {name}, which is needed here (a class below it).")
     if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise ConfigError(f"{subject} cannot be made: it leaves out {missing}, which a {name} needs.")
 
 

@@ -83,7 +83,7 @@ def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], g
 
 def _hints(part: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+        return typing.get_type_hints(getattr(part, "__init__") if isinstance(part, type) else part)  # noqa: B009 - of a class
     except Exception:  # names that only type checkers know: its own code will say what it cannot use
         return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambaseq.cli.main import main
+from mambaseq.cli.config import KINDS_OF
+from mambaseq.cli.main import COMMANDS, main, paragraph
 
 DNA = [
     "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",
@@ -161,3 +163,26 @@ def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_message_is_longer_than_a_paragraph() -> None:
+    text = paragraph("wrong: " + "x\ny\x1b " * 1000 + "Do this.")
+    assert len(text) < 1000
+    assert text.isprintable()
+    assert text.startswith("wrong: x y")
+    assert text.endswith("Do this.")
+    assert paragraph("short\ntext") == "short text"
+
+
+def test_every_command_in_a_hint_is_one(capsys) -> None:
+    """`mambaseq list KIND` and the others, wherever a message or a help text names them."""
+    root = Path(__file__).parents[2]
+    sources = [path for folder in ("mambaseq", "domains") for path in (root / folder).rglob("*.py")]
+    kinds = {*KINDS_OF.values()}
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        kinds |= set(re.findall(r"`mambaseq list (\w+)`", text))
+        assert set(re.findall(r"`mambaseq (\w+)", text)) <= COMMANDS.keys(), path
+    assert len(kinds) > 5
+    for kind in kinds:
+        assert main(["list", kind]) == 0, kind

@@ -9,7 +9,7 @@ import tokenizers
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer, TextTokenizer, make_tokenizer
 
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, UserError
 
 BYTE_OPTIONS = [{}, {"bos": True}, {"eos": True}, {"bos": True, "eos": True}]
 
@@ -169,9 +169,8 @@ def test_dropout_of_a_tokenizer_is_for_its_own_training(tmp_path: Path) -> None:
 def test_an_id_that_takes_all_memory_is_refused_before_the_library_sees_it(tmp_path: Path, text: str) -> None:
     """The library ends the process: there is nothing to catch."""
     path = tmp_path / "tokenizer.json"
-    path.write_text(
-        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, %s}, "unk_token": "a"}}' % text
-    )
+    head, end = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, ', '}, "unk_token": "a"}}'
+    path.write_text(head + text + end)
     with pytest.raises(UserError, match=r"tokenizer\.json, by an id .*MAMBASEQ_MAX_TOKEN_IDS"):
         HFTokenizer(str(path))
 
