@@ -6,6 +6,7 @@ shared: changing one place changes no other.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -256,8 +257,7 @@ def _check_json(text: str, source: str, remedy: str) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:40]!r} is there twice")
     return made
 

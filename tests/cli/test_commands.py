@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mambaseq.cli.config import KINDS_OF
-from mambaseq.cli.main import COMMANDS, main, paragraph
+from mambaseq.cli.main import COMMANDS, main
 
 DNA = [
     "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",
@@ -165,15 +165,6 @@ def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_message_is_longer_than_a_paragraph() -> None:
-    text = paragraph("wrong: " + "x\ny\x1b " * 1000 + "Do this.")
-    assert len(text) < 1000
-    assert text.isprintable()
-    assert text.startswith("wrong: x y")
-    assert text.endswith("Do this.")
-    assert paragraph("short\ntext") == "short text"
-
-
 def test_every_command_in_a_hint_is_one(capsys) -> None:
     """`mambaseq list KIND` and the others, wherever a message or a help text names them."""
     root = Path(__file__).parents[2]
@@ -182,7 +173,7 @@ def test_every_command_in_a_hint_is_one(capsys) -> None:
     for path in sources:
         text = path.read_text(encoding="utf-8")
         kinds |= set(re.findall(r"`mambaseq list (\w+)`", text))
-        assert set(re.findall(r"`mambaseq (\w+)", text)) <= COMMANDS.keys(), path
+        assert set(re.findall(r"`mambaseq ([a-z]+)", text)) <= COMMANDS.keys(), path
     assert len(kinds) > 5
     for kind in kinds:
         assert main(["list", kind]) == 0, kind
