@@ -92,7 +92,7 @@ def _leftovers(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name.startswith("."))
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL
         return
     for name in names:
         if (found := _LEFTOVER.fullmatch(name)) is not None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mambaseq.atomic import atomic_folder
+from mambaseq.atomic import atomic_folder, settle
 from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
@@ -98,8 +98,8 @@ def _check_files(folder: Path, card: ModelCard) -> None:
 
 
 def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, or which differ
-    where the model has one tensor for both."""
+    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, are not finite, or
+    differ where the model has one tensor for both."""
     own = model.state_dict()
     for name, earlier in _copies(model).items():
         if (one := tensors.get(earlier)) is None:
@@ -127,6 +127,12 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
             f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration "
             f"that they were trained with (d_model, n_layers, mixer, vocabulary), or start anew without them."
         )
+    for name in own:
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(
+                f"The weights in {source} are not finite ({name}): the run that made them diverged, or they were "
+                f"damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
+            )
     model.load_state_dict(tensors)
 
 
@@ -147,9 +153,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     older version, which has none, is loaded as it is.
     Raises UserError when there is no model, it is damaged or its weights do not fit.
     """
-    folder = Path(path)
+    folder = settle(path)  # a run may be replacing it just now
     if not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
-        folder = folder / "model"
+        folder = settle(folder / "model")
     if not os.path.isfile(folder / "model.json"):  # noqa: PTH113
         raise UserError(
             f"There is no model at {str(path)[:300]}: no model.json and no model/model.json. Give the folder of a run."

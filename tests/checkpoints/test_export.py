@@ -214,3 +214,14 @@ def test_a_model_much_larger_than_its_weights_is_not_built(tmp_path: Path) -> No
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"model\.json.*asks for 16,000,.* parameters, and .*model\.safetensors has"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_with_the_files_name(tmp_path: Path, value: float) -> None:
+    model = small()
+    name, parameter = list(model.named_parameters())[-1]
+    with torch.no_grad():
+        parameter.view(-1)[3] = value
+    save_model(tmp_path / "m", model, card(model))
+    with pytest.raises(UserError, match=rf"model\.safetensors are not finite \({name}\).*diverged"):
+        load_model(tmp_path / "m")

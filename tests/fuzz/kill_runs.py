@@ -53,7 +53,8 @@ trainer: {{max_steps: 24, accelerator: cpu, enable_progress_bar: false, val_chec
 
 @dataclasses.dataclass
 class Kind:
-    """A kind of run, and the end of one that nobody disturbed. moments: how many writes it makes."""
+    """A kind of run, and the end of one that nobody disturbed. moments: how many writes it makes. seconds:
+    of processor time."""
 
     workers: int
     monitor: str
@@ -106,6 +107,11 @@ class Child:
         """The exit code, negative for a signal."""
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
+
+    def busy_for(self) -> float | None:
+        """Seconds of processor time, which do not depend on what else the machine does; None once it is over."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def output(self) -> str:
         return (self.folder.parent / f"{self.folder.name}.output").read_text(errors="replace")
@@ -191,7 +197,9 @@ def disturbed(kind: Kind, folder: Path, rng: random.Random) -> tuple[str, list[s
         note.unlink(missing_ok=True)
         child = start(folder, config, rng.randrange(1, kind.moments + 1) if at_write else 0, number)
         if not at_write:
-            time.sleep(rng.uniform(0.02, 1.0) * kind.seconds)
+            moment = rng.uniform(0.02, 1.0) * kind.seconds
+            while (busy := child.busy_for()) is not None and busy < moment:
+                time.sleep(0.005)
             os.kill(child.pid, number)
         code = child.wait()
         what = note.read_text().replace(str(folder), "") if note.exists() else "a random time"
@@ -222,12 +230,13 @@ def main() -> int:
             kind.folder.mkdir()
             config = kind.folder / "run.yaml"
             config.write_text(CONFIG.format(text=place / "text.txt", workers=workers, monitor=monitor))
-            started = time.monotonic()
             child = start(kind.folder, config)
+            while (busy := child.busy_for()) is not None:
+                kind.seconds = busy
+                time.sleep(0.01)
             if child.wait() != 0:
                 print(child.output())
                 return 1
-            kind.seconds = time.monotonic() - started
             kind.moments = int((place / f"{kind.folder.name}.count").read_text())
             print(f"{workers} workers, monitor {monitor or 'none'}: {kind.moments} moments of writes", flush=True)
             kinds.append(kind)
