@@ -23,8 +23,8 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
     """See `mambaseq.cli.evaluate.evaluate`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
+    before = _identities(folder)  # of all that may be loaded, before any of it is
     loaded = load_model(folder.path)
-    before = _identity(loaded.source)
     data = settings.make_data()
     data.setup()
     if (data.validation() if command == "validate" else data.test()) is None:
@@ -45,7 +45,7 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
         return results
     try:
         with folder.locked():
-            if _identity(loaded.source) != before or (folder.weights.is_file() and loaded.source != folder.weights):
+            if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):
                 say(folder, "its weights changed while they were evaluated; these results are not written down")
                 return results
             folder.update_results(remove=[key for key, value in notes.items() if not value], **results, **notes)
@@ -59,9 +59,13 @@ def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress:
     return results
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _identities(folder: RunFolder) -> dict[Path, tuple[int, int, int] | None]:
+    """Which files hold the weights of a run now; None for one that is not there."""
+    found: dict[Path, tuple[int, int, int] | None] = {}
+    for path in (folder.weights, folder.best, folder.last):
+        status = path.stat() if path.exists() else None
+        found[path] = None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def _notes(settings: RunConfig, folder: RunFolder, data: SequenceData, command: str) -> dict[str, Any]:
