@@ -32,4 +32,4 @@ class RunLog(CSVLogger):
         if self._experiment is None:
             Path(self.root_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _Writer(log_dir=self.log_dir)
-        return self._experiment
+        return self._experiment  # type: ignore[return-value]
