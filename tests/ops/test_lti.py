@@ -41,6 +41,11 @@ def real(label: str, batch: int, length: int, channels: int, d_state: int) -> Lt
     return made._replace(log_decay=log_decay, B=B, C=C, initial_state=state)
 
 
+def gated(arguments: LtiArguments) -> LtiArguments:
+    draw = Draw("gate")
+    return arguments._replace(D=draw.normal(arguments.x.shape[2]), z=draw.normal(*arguments.x.shape))
+
+
 def packed(arguments: LtiArguments, *bounds: int) -> LtiArguments:
     shape = (len(bounds) - 1, *arguments.B.shape)
     return arguments._replace(
@@ -58,6 +63,10 @@ CASES: dict[str, Callable[[], LtiArguments]] = {
     "length 4097, slow decay": lambda: oscillating("f", 1, 4097, 3, 4, rate=3e-3),
     "length 0": lambda: oscillating("g", 2, 0, 3, 4),
     "no state": lambda: oscillating("h", 2, 100, 65, 3)._replace(initial_state=None),
+    "D and a gate": lambda: gated(oscillating("m", 2, 100, 66, 16)),
+    "D and a gate, real, reverse": lambda: gated(real("n", 2, 100, 64, 16))._replace(reverse=True),
+    "64 states, odd width": lambda: oscillating("o", 2, 70, 33, 64),
+    "length 3000, a few channels": lambda: gated(oscillating("p", 2, 3000, 8, 16)),
     "real": lambda: real("i", 2, 130, 65, 3),
     "real, reverse": lambda: real("j", 2, 130, 3, 1)._replace(reverse=True),
     "packed": lambda: packed(oscillating("k", 1, 200, 65, 4), 0, 0, 1, 3, 66, 66, 98, 200),

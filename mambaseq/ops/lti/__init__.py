@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -11,19 +12,36 @@ from torch import Tensor
 from mambaseq.ops import dispatch, sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.lti import arguments as _arguments
-from mambaseq.ops.lti import cpu, fft, reference, scan
+from mambaseq.ops.lti import cpu, cuda, fft, reference, scan
 from mambaseq.ops.lti.arguments import LtiArguments
 
 Discretization = Literal["zoh", "bilinear", "mamba"]
 Mode = Literal["fft", "scan"]
 
+
+def _gated(run: Callable[[LtiArguments], tuple[Tensor, Tensor]]) -> Callable[[LtiArguments], tuple[Tensor, Tensor]]:
+    """A backend with D and the gate behind it, in the working precision."""
+
+    def whole(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
+        y, final = run(arguments)
+        real = arguments.real_dtype
+        if arguments.D is not None:
+            y = y + arguments.D.to(real) * arguments.x
+        if arguments.z is not None:
+            y = y * F.silu(arguments.z.to(real))
+        return y, final
+
+    return whole
+
+
 OP = dispatch.Op(
     name="lti_scan",
     backends=(
-        dispatch.Backend("cpu", cpu.run, cpu.why_not),
-        dispatch.Backend("fft", fft.run, fft.why_not),
-        dispatch.Backend("torch", scan.run, scan.why_not),
-        dispatch.Backend("reference", reference.run, scan.why_not),
+        dispatch.Backend("cuda", cuda.run, cuda.why_not),
+        dispatch.Backend("cpu", _gated(cpu.run), cpu.why_not),
+        dispatch.Backend("fft", _gated(fft.run), fft.why_not),
+        dispatch.Backend("torch", _gated(scan.run), scan.why_not),
+        dispatch.Backend("reference", _gated(reference.run), scan.why_not),
     ),
     samples=_arguments.samples,
 )
@@ -173,14 +191,10 @@ def lti_scan(
     becomes_complex = log_decay.is_complex() and not A.is_complex()
     if becomes_complex:  # and the output 2 Re of what it should be
         C = C / 2
-    arguments = LtiArguments(x, log_decay, B, C, initial_state, cu_seqlens, reverse, mode)
+    arguments = LtiArguments(x, log_decay, B, C, initial_state, cu_seqlens, reverse, mode, D, z)
     if backend is None and (mode is None or cu_seqlens is not None):
         arguments = arguments._replace(mode=_faster_mode(arguments))
     y, final_state = dispatch.run(OP, arguments, backend)
-    if D is not None:
-        y = y + D.to(real) * x
-    if z is not None:
-        y = y * F.silu(z.to(real))
     y = y.to(x.dtype)
     if not return_final_state:
         return y
@@ -188,9 +202,10 @@ def lti_scan(
 
 
 def _faster_mode(arguments: LtiArguments) -> Mode:
-    """On CPU the scan's kernels, whose work grows with the number of states, are the faster up to 64 of them at
-    the least, since the convolution has its kernel to compute; PyTorch's own scan is always the slower."""
-    if arguments.cu_seqlens is not None or cpu.why_not(arguments) is None:
+    """The scan where there are kernels for it: on a CPU, where work grows with the number of states, they are the
+    faster up to 64 of them at the least, since the convolution has its kernel to compute. PyTorch's own scan is always
+    the slower."""
+    if arguments.cu_seqlens is not None or any(kernels.why_not(arguments) is None for kernels in (cpu, cuda)):
         return "scan"
     return "fft"
 

@@ -12,7 +12,7 @@ from mambaseq.ops.dtypes import working_dtype
 
 
 class LtiArguments(NamedTuple):
-    """What every backend receives; D and z are dealt with outside."""
+    """What every backend receives. Those that do not say otherwise leave D and z to `lti_scan`."""
 
     x: Tensor  # (batch, length, channels)
     log_decay: Tensor  # (channels, d_state), the logarithm of Abar
@@ -22,6 +22,8 @@ class LtiArguments(NamedTuple):
     cu_seqlens: Tensor | None = None
     reverse: bool = False
     mode: str | None = None
+    D: Tensor | None = None  # (channels,)
+    z: Tensor | None = None  # (batch, length, channels)
 
     @property
     def n_sequences(self) -> int:
@@ -54,3 +56,4 @@ def samples(device: torch.device) -> Iterator[tuple[str, LtiArguments]]:
     cu_seqlens = torch.tensor([0, 10, 10, 41, length], dtype=torch.int32, device=device)
     state = normal(4, channels, d_state, dtype=torch.complex64)
     yield "packed", oscillating._replace(x=x[:1], initial_state=state, cu_seqlens=cu_seqlens)
+    yield "D, z", oscillating._replace(D=normal(channels), z=normal(batch, length, channels))

@@ -33,7 +33,7 @@ def why_not(arguments: LtiArguments) -> str | None:
 
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y and the final state in float32 or complex64."""
-    x, log_decay, B, C, state, cu_seqlens, reverse, _ = arguments
+    x, log_decay, B, C, state, cu_seqlens, reverse = arguments[:7]
     wide = arguments.state_dtype
     decay = torch.exp(log_decay.to(wide))
     state = None if state is None else state.to(wide)

@@ -13,7 +13,7 @@ from mambaseq.ops.lti.arguments import LtiArguments
 
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y in the working precision, float64 if x is float64 and otherwise float32, and the final state."""
-    x, log_decay, B, C, state, cu_seqlens, reverse, _ = arguments
+    x, log_decay, B, C, state, cu_seqlens, reverse = arguments[:7]
     wide = arguments.state_dtype
     x, decay, B, C = x.to(arguments.real_dtype), torch.exp(log_decay.to(wide)), B.to(wide), C.to(wide)
     if state is None:

@@ -17,7 +17,7 @@ def why_not(arguments: LtiArguments) -> str | None:
 
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y in the working precision, float64 if x is float64 and otherwise float32, and the final state."""
-    x, log_decay, B, C, initial_state, cu_seqlens, reverse, _ = arguments
+    x, log_decay, B, C, initial_state, cu_seqlens, reverse = arguments[:7]
     x = x.to(arguments.real_dtype)
     return chunked.run(
         ScanArguments(

@@ -98,7 +98,8 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return total.to(arguments.x.dtype), torch.cat(finals, dim=-1)
 
 
-def _rows(value: Tensor, dtype: torch.dtype) -> Rows:
+def as_rows(value: Tensor, dtype: torch.dtype) -> Rows:
+    """`(batch, length, ...)` as rows of numbers of a dtype, copied where they do not lie so."""
     value = value.to(dtype)
     batch, length = value.shape[:2]
     row = value.flatten(2)
@@ -124,11 +125,11 @@ def prepare(arguments: ScanArguments) -> Inputs:
     groups = math.lcm(_groups(B), _groups(C))
     B, C = (_in_groups(M, groups) for M in (B, C))
     return Inputs(
-        _rows(x, dtype),
-        _rows(arguments.dt, dtype),
-        None if arguments.z is None else _rows(arguments.z, dtype),
-        _rows(B, dtype),
-        _rows(C, dtype),
+        as_rows(x, dtype),
+        as_rows(arguments.dt, dtype),
+        None if arguments.z is None else as_rows(arguments.z, dtype),
+        as_rows(B, dtype),
+        as_rows(C, dtype),
         A.float().contiguous(),
         False,
         None if arguments.D is None else arguments.D.float().contiguous(),
@@ -164,7 +165,7 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept:
     with portable.on(arguments.x):
         inputs = prepare(arguments)
         dstate = None if dfinal is None else dfinal.float().contiguous()
-        found = launches.backward(inputs, _rows(dy, inputs.x.data.dtype), dstate, kept)
+        found = launches.backward(inputs, as_rows(dy, inputs.x.data.dtype), dstate, kept)
     dB, dC = (_of_own_groups(g, M) for g, M in ((found.dB, arguments.B), (found.dC, arguments.C)))
     gradients = (found.dx, found.ddt, found.dA, dB, dC, found.dD, found.dz, found.dbias, found.dinitial)
     wanted = (*arguments[:8], arguments.initial_state)

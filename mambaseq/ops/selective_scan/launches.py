@@ -231,7 +231,8 @@ def summer(name: str, dtype: torch.dtype, states: int, is_log: bool, device: int
 
 
 @functools.cache
-def _processors(device: int) -> int:
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -248,7 +249,7 @@ def _is_narrow(inputs: Inputs) -> bool:
     if inputs.cu_seqlens is not None:
         return False
     blocks = inputs.batch * -(-inputs.channels * states // NARROW)
-    if not segments.is_narrow(blocks, inputs.batch * inputs.blocks, inputs.length, _processors(device)):
+    if not segments.is_narrow(blocks, inputs.batch * inputs.blocks, inputs.length, processors(device)):
         return False
     return _block("forward_narrow", item, states, inputs.z is not None, NARROW // states)[3] <= room(device)
 
@@ -285,8 +286,8 @@ class _Cut(NamedTuple):
 def _cut(inputs: Inputs, leads: bool) -> _Cut:
     n_sequences, length = inputs.n_sequences, inputs.length
     packed = inputs.cu_seqlens is not None
-    processors = _processors(inputs.A.device.index)
-    first, steps = segments.steps_of(n_sequences, length, inputs.blocks, processors, packed, leads)
+    available = processors(inputs.A.device.index)
+    first, steps = segments.steps_of(n_sequences, length, inputs.blocks, available, packed, leads)
     count = segments.n_segments(n_sequences, length, first, steps, packed)
     table = None
     if inputs.cu_seqlens is not None:
