@@ -23,6 +23,9 @@ from mambaseq.ops import causal_conv, selective_scan, sequences
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
+from mambaseq.ops.lti import discretize
+from mambaseq.ops.lti_block import LtiBlockArguments, lti_block
+from mambaseq.ops.lti_block import why_not as why_not_whole_lti
 from mambaseq.ops.mamba_block import BlockArguments, mamba_block
 from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.step import causal_conv_update_, selective_state_update_
@@ -37,6 +40,7 @@ class MambaState(State):
     ssm: Tensor
 
 
+_OUTER_LAYERS = ("in_proj", "conv1d", "out_proj")
 _LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
@@ -170,6 +174,11 @@ class Mamba(Mixer):
             if why_not_whole(whole) is None:
                 y, *new = mamba_block(whole)
                 return (y, MambaState(*new)) if return_state else y
+        if x.is_cuda and self.lti and self.backend in (None, "cuda") and self._has_plain(_OUTER_LAYERS):
+            whole_lti = self._lti_block_arguments(x, state, cu_seqlens, return_state)
+            if why_not_whole_lti(whole_lti) is None:
+                y, *new = lti_block(whole_lti)
+                return (y, MambaState(*new)) if return_state else y
         x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
         conv_state: Tensor | None = None
         x = causal_conv(
@@ -216,14 +225,17 @@ class Mamba(Mixer):
 
     def _is_plain(self) -> bool:
         """Whether kernels may do what the layers would: none is wrapped, hooked or quantised."""
-        return self._is_published and all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
+        return self._is_published and self._has_plain(_LAYERS)
+
+    def _has_plain(self, layers: tuple[str, ...]) -> bool:
+        return all(is_plain(self._modules[name]) for name in layers)  # type: ignore[arg-type]
 
     def _block_arguments(
         self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
     ) -> BlockArguments:
         """Computed in autocast's dtype where it is on, as the linear layers by themselves would be."""
         return BlockArguments(
-            x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x,
+            _in_autocast(x),
             self.in_proj.weight,
             self.in_proj.bias,
             self.conv1d.weight,
@@ -233,6 +245,30 @@ class Mamba(Mixer):
             self.dt_proj.bias,
             self.A_log,
             self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            None if state is None else state.conv,
+            None if state is None else state.ssm,
+            cu_seqlens,
+            wants_state,
+        )
+
+    def _lti_block_arguments(
+        self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
+    ) -> LtiBlockArguments:
+        """See `_block_arguments`."""
+        dt, A, B, C = self.ssm.system()
+        log_decay, B = discretize(dt, A, B, self.ssm.discretization)
+        return LtiBlockArguments(
+            _in_autocast(x),
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            torch.exp(log_decay),
+            B,
+            C,
+            self.ssm.D,
             self.out_proj.weight,
             self.out_proj.bias,
             None if state is None else state.conv,
@@ -324,3 +360,7 @@ class Mamba(Mixer):
             out_proj["weight"],
             out_proj["bias"],
         )
+
+
+def _in_autocast(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x

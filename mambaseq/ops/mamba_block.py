@@ -6,17 +6,15 @@ Kept are the input, in_proj's and x_proj's products and the scan's states before
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambaseq.ops import portable, sequences
+from mambaseq.ops.block_operator import Block, linear, register, vector, weight_gradient
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
-from mambaseq.ops.eager import is_eager
 from mambaseq.ops.selective_scan import launches as scan
 from mambaseq.ops.selective_scan.cuda import too_large_for, why_not_on
 
@@ -92,14 +90,7 @@ def mamba_block(arguments: BlockArguments) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"mamba_block: cannot run these arguments: {reason}")
     if arguments.cu_seqlens is not None:
         sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in arguments if isinstance(v, Tensor))
-    call = _Eager.apply if is_eager(*arguments) else _forward_op
-    out, conv_state, ssm_state = call(*arguments, keep)[:3]
-    return out, conv_state, ssm_state
-
-
-def _vector(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float32 and value.is_contiguous() else value.float().contiguous()
+    return _run(arguments)
 
 
 def _conv_arguments(a: BlockArguments, xz: Tensor) -> ConvArguments:
@@ -119,12 +110,12 @@ def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products:
         scan.Rows(xz[:, d_inner:], 2 * d_inner),
         scan.Rows(B, width),
         scan.Rows(C, width),
-        _vector(a.A_log),
+        vector(a.A_log),
         True,
-        _vector(a.D),
-        _vector(a.dt_bias),
+        vector(a.D),
+        vector(a.dt_bias),
         True,
-        None if a.ssm_state is None else _vector(a.ssm_state),
+        None if a.ssm_state is None else vector(a.ssm_state),
         a.cu_seqlens,
         batch,
         length,
@@ -154,20 +145,16 @@ def _matrices(a: BlockArguments) -> _Matrices:
     return _Matrices(*(w.to(a.x.dtype) for w in (a.in_proj, a.x_proj, a.dt_proj, a.out_proj)))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
 def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
     batch, length, d_inner = a.sizes
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        xz = _linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)
+        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)
         u, conv_state = conv.forward_into(_conv_arguments(a, xz))
         u = u.view(-1, d_inner)
         products = u @ m.x_proj.t()
         dt = _split(a, products)[0] @ m.dt_proj.t()
         y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
-        out = _linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
+        out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
     if conv_state is None or not a.wants_state:
         conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
     return out, conv_state, ssm_state, xz, products, kept
@@ -182,7 +169,7 @@ def _backward(
     xz: Tensor,
     products: Tensor,
     kept: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     batch, length, d_inner = a.sizes
     dtype = xz.dtype
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
@@ -196,22 +183,22 @@ def _backward(
         dlow, dB, dC = _split(a, dproducts)
         inputs = _scan_inputs(a, xz, u, dt, products)
         dy = scan.Rows(dout @ m.out_proj, d_inner)
-        dstate = None if dssm is None else _vector(dssm)
+        dstate = None if dssm is None else vector(dssm)
         found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
         del dy, inputs, dt
 
-        dout_proj = _weight_gradient(dout, gated, a.out_proj)
+        dout_proj = weight_gradient(dout, gated, a.out_proj)
         del gated
         torch.mm(found.ddt, m.dt_proj, out=dlow)
-        ddt_proj = _weight_gradient(found.ddt, low, a.dt_proj)
-        dx_proj = _weight_gradient(dproducts, u, a.x_proj)
+        ddt_proj = weight_gradient(found.ddt, low, a.dt_proj)
+        dx_proj = weight_gradient(dproducts, u, a.x_proj)
         du = found.dx.addmm_(dproducts, m.x_proj).view(batch, length, d_inner)
         dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
         dx = dxz @ m.in_proj
         gradients = (
             dx.view(a.x.shape),
-            _weight_gradient(dxz, hidden, a.in_proj),
+            weight_gradient(dxz, hidden, a.in_proj),
             None if a.in_bias is None else dxz.sum(0).to(a.in_bias.dtype),
             dconv_weight.view(a.conv.shape),
             dconv_bias,
@@ -225,49 +212,10 @@ def _backward(
             dconv_state,
             None if a.ssm_state is None else found.dinitial.to(a.ssm_state.dtype),
         )
-    return tuple(dout.new_empty(0) if g is None else g for g in gradients)
+    return gradients
 
 
-def _weight_gradient(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """left^T right in the weight's dtype."""
-    if weight.dtype == torch.float32 and left.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return (left.t() @ right).to(weight.dtype)
-
-
-def _run_forward(*values: Any) -> tuple[Tensor, ...]:
-    *arguments, keep = values
-    a = BlockArguments(*arguments)
-    return _forward(a, _matrices(a), keep)
-
-
-def _run_backward(dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
-    *arguments, xz, products, kept = values
-    a = BlockArguments(*arguments)
-    return _backward(dout, dconv, dssm, a, _matrices(a), xz, products, kept)
-
-
-_forward_op = torch.library.custom_op(
-    "mambaseq::mamba_block",
-    _run_forward,
-    mutates_args=(),
-    device_types="cuda",
-    schema=f"({_ARGUMENTS}, bool keep) -> ({', '.join(['Tensor'] * 6)})",
-)
-_backward_op = torch.library.custom_op(
-    "mambaseq::mamba_block_backward",
-    _run_backward,
-    mutates_args=(),
-    device_types="cuda",
-    schema=f"(Tensor dout, Tensor? dconv, Tensor? dssm, {_ARGUMENTS}, Tensor xz, Tensor products, Tensor kept) -> "
-    f"({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
-)
-
-
-@_forward_op.register_fake
-def _(*values: Any) -> tuple[Tensor, ...]:
-    *arguments, keep = values
-    a = BlockArguments(*arguments)
+def _fake(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
     batch, length, d_inner = a.sizes
     packed, d_state = a.cu_seqlens is not None, a.A_log.shape[1]
     n_sequences = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
@@ -282,57 +230,6 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     )
 
 
-@_backward_op.register_fake
-def _(dout: Tensor, dconv: Tensor | None, dssm: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
-    wanted = values[:_DIFFERENTIABLE]
-    return tuple(dout.new_empty(0) if v is None else v.new_empty(v.shape) for v in wanted)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.wants_state, _ = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dout: Tensor | None, dconv: Any, dssm: Any, find: Any) -> tuple[Any, ...]:
-    *inputs, xz, products, kept = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(inputs[0])
-    if not ctx.wants_state:
-        dconv = dssm = None
-    found = find(dout, dconv, dssm, *inputs, ctx.wants_state, xz, products, kept)
-    gradients = [None if v is None else g for v, g in zip(inputs[:_DIFFERENTIABLE], found, strict=True)]
-    return (*gradients, None, None, None)
-
-
-_forward_op.register_autograd(
-    lambda ctx, dout, dconv, dssm, *_: _gradients(ctx, dout, dconv, dssm, _backward_op), setup_context=_remember
+_run = register(
+    Block("mamba_block", BlockArguments, _ARGUMENTS, _DIFFERENTIABLE, 3, _matrices, _forward, _backward, _fake)
 )
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the operators' wrappers; it keeps the matrices that it has cast."""
-
-    @staticmethod
-    def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
-        *arguments, keep = values
-        a = BlockArguments(*arguments)
-        ctx.matrices = _matrices(a)
-        outputs = _forward(a, ctx.matrices, keep)
-        _remember(ctx, values, outputs)
-        if a.in_proj.dtype == a.x.dtype:
-            ctx.matrices = None  # they are the parameters, which are saved
-        ctx.mark_non_differentiable(*outputs[3:])
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dconv: Any, dssm: Any, *_: Tensor) -> tuple[Any, ...]:
-        matrices, ctx.matrices = ctx.matrices, None  # unlike saved tensors they would stay as long as the loss
-
-        def find(dout: Tensor, dconv: Any, dssm: Any, *values: Any) -> tuple[Tensor, ...]:
-            *arguments, xz, products, kept = values
-            a = BlockArguments(*arguments)
-            return _backward(dout, dconv, dssm, a, matrices or _matrices(a), xz, products, kept)
-
-        return _gradients(ctx, dout, dconv, dssm, find)

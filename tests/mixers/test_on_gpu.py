@@ -80,7 +80,16 @@ PACKED = [0, 1, 1, 200, 300]
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("stateful", [False, True])
-@pytest.mark.parametrize("options", [{}, {"d_state": 5, "bias": True}, {"d_conv": 2, "conv_bias": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"d_state": 5, "bias": True},
+        {"d_conv": 2, "conv_bias": False},
+        {"lti": True},
+        {"lti": True, "lti_complex": False, "d_state": 3, "bias": True},
+    ],
+)
 def test_the_block_as_one_equals_its_ops(
     options: dict, stateful: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,18 +109,20 @@ def test_the_block_as_one_equals_its_ops(
         return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents)]
 
     called = []
-    whole = mamba.mamba_block
-    monkeypatch.setattr(mamba, "mamba_block", lambda arguments: called.append(1) or whole(arguments))
+    name, why_not = ("lti_block", "why_not_whole_lti") if mixer.lti else ("mamba_block", "why_not_whole")
+    whole = getattr(mamba, name)
+    monkeypatch.setattr(mamba, name, lambda arguments: called.append(1) or whole(arguments))
     fused = run()
     assert called
-    monkeypatch.setattr(mamba, "why_not_whole", lambda arguments: "not in this test")
+    monkeypatch.setattr(mamba, why_not, lambda arguments: "not in this test")
     for one, ops in zip(fused, run(), strict=True):
         close(one, ops)
     assert len(called) == 1
 
 
-def test_the_block_as_one_under_autocast() -> None:
-    mixer = mamba.Mamba(64).cuda()
+@pytest.mark.parametrize("lti", [False, True])
+def test_the_block_as_one_under_autocast(lti: bool) -> None:
+    mixer = mamba.Mamba(64, lti=lti).cuda()
     x = torch.randn(2, 500, 64, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
 
@@ -130,8 +141,9 @@ def test_the_block_as_one_under_autocast() -> None:
             assert (half.float() - full).norm() <= limit * full.norm()
 
 
-def test_the_block_twice_gives_the_same_bits() -> None:
-    mixer = mamba.Mamba(64).cuda()
+@pytest.mark.parametrize("lti", [False, True])
+def test_the_block_twice_gives_the_same_bits(lti: bool) -> None:
+    mixer = mamba.Mamba(64, lti=lti).cuda()
     x = torch.randn(2, 700, 64, device="cuda", requires_grad=True)
     runs = [torch.autograd.grad(mixer(x).sum(), [x, *mixer.parameters()]) for _ in range(2)]
     for a, b in zip(*runs, strict=True):

@@ -10,6 +10,7 @@ import torch
 from agreement import calls_of
 
 from mambaseq.ops import nvrtc
+from mambaseq.ops.lti import launches as lti
 from mambaseq.ops.selective_scan import cuda, launches, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
@@ -153,3 +154,33 @@ def test_gradients_in_bf16_fit_into_smaller_gpus() -> None:
     """Compute capability 8.6, 8.9 and 12: 99 KiB a block."""
     assert launches.shared_memory(torch.bfloat16, 16, True) <= 99 * 1024
     assert launches.shared_memory(torch.float32, 16, True) <= 113 * 1024  # two blocks of an H100
+
+
+@pytest.mark.parametrize("file", ["forward", "summary", "backward", "combine"])
+@pytest.mark.parametrize(
+    ("dtype", "d_state", "is_complex", "gated"),
+    [
+        (torch.bfloat16, 16, True, True),
+        (torch.float32, 1, False, False),
+        pytest.param(torch.float32, 64, True, True, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 33, False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_lti_compiles(
+    file: str, dtype: torch.dtype, d_state: int, is_complex: bool, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append((files, macros)))
+    for made in (lti.compiled, lti.combiner):
+        made.cache_clear()
+    for from_end in (True, False):
+        if file == "combine":
+            lti.combiner(is_complex, int(from_end))
+        else:
+            lti.compiled(file, is_complex, d_state, dtype, gated, gated, from_end, 16, True, 0)
+    for made in (lti.compiled, lti.combiner):
+        made.cache_clear()
+    assert len(seen) == 2
+    for files, macros in seen:
+        source = "".join(path.read_text() for path in files)
+        assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000

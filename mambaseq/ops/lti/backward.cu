@@ -12,7 +12,8 @@ static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for")
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward(const in_t *x, i64 x_stride, const in_t *z, i64 z_stride, const in_t *dy, i64 dy_stride, const float *a,
              const float *b, const float *c, const float *D, const float *entering, int by_segment, const float *leaving,
-             int leaving_by_segment, SEGMENTS, int go, int channels, int d_state, in_t *dx, in_t *dz, float *dB, float *dA,
+             int leaving_by_segment, SEGMENTS, int go, int channels, int d_state, in_t *dx, in_t *dz, i64 dz_stride,
+             in_t *gated, i64 gated_stride, float *dB, float *dA,
              float *dC, float *dD, float *dinitial) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
@@ -66,10 +67,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     };
     auto finish = [&](int k) {
         const int steps = min(TILE, length - k * TILE);
-        const i64 place = (row0 + (i64)(k * TILE + rank) * along) * channels + c0 + own;
-        in_t *to = (INPUTS ? dx : dz) + place;
+        const i64 row = row0 + (i64)(k * TILE + rank) * along, stride = INPUTS ? channels : dz_stride;
+        in_t *to = (INPUTS ? dx : dz) + row * stride + c0 + own, *to_gated = gated + row * gated_stride + c0 + own;
 #pragma unroll
-        for (int t = rank; t < TILE; t += RANKS, to += (i64)RANKS * along * channels) {
+        for (int t = rank; t < TILE; t += RANKS, to += RANKS * along * stride, to_gated += RANKS * along * gated_stride) {
             const float2 up = *(const float2 *)&s.up[k & 1][t * CH + own];
             if (INPUTS) {
                 float2 v = *(const float2 *)&s.y[t * ROW_Y + own];
@@ -84,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const float2 g = pair(s.z[k % 3] + t * CH + own), o = pair(s.dy[k % 3] + t * CH + own);
                 if (HAS_D) v.x = fmaf(own_D.x, u.x, v.x), v.y = fmaf(own_D.y, u.y, v.y);
                 const float m = sigmoid(g.x), n = sigmoid(g.y);
+                if (gated) put_pair(to_gated, make_float2(v.x * g.x * m, v.y * g.y * n), c0 + own, channels, t < steps);
                 v.x *= o.x * m * (1.f + g.x * (1.f - m)), v.y *= o.y * n * (1.f + g.y * (1.f - n));
                 put_pair(to, v, c0 + own, channels, t < steps);
             }

@@ -119,7 +119,7 @@ _backward_op = torch.library.custom_op(
 def _(x: Tensor, a: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens = values[-2]
     n_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    total = launches.n_kept(n_sequences, x, a, cu_seqlens is not None)
+    total = launches.n_kept(n_sequences, x.shape[1], a, cu_seqlens is not None, x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, a.new_empty((n_sequences, *a.shape)), a.new_empty((total, *a.shape) if total else (0,))
 

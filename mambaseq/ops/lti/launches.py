@@ -24,7 +24,9 @@ _SUMS = 128  # threads of a block of combine.cu
 _SHORTEST = 128  # steps of a segment, at least
 _FOLDER = Path(__file__).parent
 _COMMON = (_FOLDER.parent / "selective_scan" / "common.cu", _FOLDER / "common.cu")
-FILES = {name: (*_COMMON, _FOLDER / f"{name}.cu") for name in ("forward", "summary", "backward")}
+FILES: dict[str, tuple[Path, ...]] = {
+    name: (*_COMMON, _FOLDER / f"{name}.cu") for name in ("forward", "summary", "backward")
+}
 FILES["combine"] = (_FOLDER / "combine.cu",)
 
 
@@ -138,7 +140,8 @@ def compiled(
 
 
 @functools.cache
-def _combiner(complex_: bool, device: int) -> nvrtc.Kernel:
+def combiner(complex_: bool, device: int) -> nvrtc.Kernel:
+    """The kernel of combine.cu."""
     return nvrtc.kernel(FILES["combine"], "combine", {"COMPLEX": int(complex_)}, _SUMS, 0, device)
 
 
@@ -201,10 +204,9 @@ def _steps(
     return steps_of(n_sequences, length, -(-channels // shape.channels), places, packed)
 
 
-def n_kept(n_sequences: int, x: Tensor, a: Tensor, packed: bool) -> int:
+def n_kept(n_sequences: int, length: int, a: Tensor, packed: bool, device: torch.device) -> int:
     """Of how many segments `forward` keeps what entered them; 0 where sequences are not cut."""
-    length, device = x.shape[1], x.device.index
-    steps = _steps(n_sequences, length, *a.shape, a.is_complex(), packed, 0 if device is None else device)
+    steps = _steps(n_sequences, length, *a.shape, a.is_complex(), packed, device.index or 0)
     count = segments.n_segments(n_sequences, length, steps, steps, packed)
     return count if packed or count > n_sequences else 0
 
@@ -247,7 +249,7 @@ def _across(inputs: Inputs, here: Cut, local: Tensor, gain: Tensor, first: Tenso
     """What enters every segment `(segments, channels, d_state)`."""
     entering = torch.empty_like(local)
     table = here.table
-    _combiner(inputs.a.is_complex(), inputs.a.device.index)(
+    combiner(inputs.a.is_complex(), inputs.a.device.index)(
         (inputs.n_sequences, -(-inputs.channels * inputs.d_state // _SUMS)),
         *(_numbers(value) for value in (local, inputs.a, gain, first)),
         *((None, None, None) if table is None else (table.begin, table.pieces, table.length)),
@@ -300,8 +302,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return y, final, kept
 
 
-def backward(inputs: Inputs, dy: Rows, dfinal: Tensor | None, kept: Tensor) -> Gradients:
-    """The gradients. kept: what `forward` returned. dfinal: contiguous, or None for zeros."""
+def backward(
+    inputs: Inputs, dy: Rows, dfinal: Tensor | None, kept: Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> Gradients:
+    """The gradients. kept: what `forward` returned. dfinal: contiguous, or None for zeros. into: where dz and y, made
+    once more, are written, rows of numbers that lie beside each other."""
     here = cut(inputs)
     dtype, rows = inputs.x.data.dtype, inputs.batch * inputs.length
     sizes = (_go(inputs), inputs.channels, inputs.d_state)
@@ -315,7 +320,7 @@ def backward(inputs: Inputs, dy: Rows, dfinal: Tensor | None, kept: Tensor) -> G
         )
         leaving = _across(inputs, here, local, inputs.c, dfinal, -1)
     dx = torch.empty(rows, inputs.channels, dtype=dtype, device=inputs.a.device)
-    dz = None if inputs.z is None else torch.empty_like(dx)
+    dz, gated = into or (None if inputs.z is None else torch.empty_like(dx), None)
     da, db, dc = (inputs.a.new_empty(here.total, *inputs.a.shape) for _ in range(3))
     dD = None if inputs.D is None else inputs.D.new_empty(here.total, inputs.channels)
     dinitial = _left_over(inputs, dfinal)
@@ -332,12 +337,12 @@ def backward(inputs: Inputs, dy: Rows, dfinal: Tensor | None, kept: Tensor) -> G
         *here.arguments(),
         *sizes,
         dx,
-        dz,
+        *((None, 0) if dz is None else (dz, dz.stride(-2))),
+        *((None, 0) if gated is None else (gated, gated.stride(-2))),
         *(_numbers(value) for value in (db, da, dc)),
         dD,
         _numbers(dinitial),
     )
     for from_end in (True, False):
         _kernel("backward", inputs, dy, from_end=from_end)(_grid("backward", inputs, here), *arguments)
-    summed = (value if value is None else value.sum(0) for value in (da, db, dc, dD))
-    return Gradients(dx, dz, *summed, dinitial)
+    return Gradients(dx, dz, da.sum(0), db.sum(0), dc.sum(0), None if dD is None else dD.sum(0), dinitial)
