@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.benchmarking.cases import Case, Contender, Pass, Plan, compare, our_backend, tolerance, training_dtype
+from mambaseq.benchmarking.cases import (
+    Case,
+    Contender,
+    Pass,
+    Plan,
+    compare,
+    our_backend,
+    output_of,
+    tolerance,
+    training_dtype,
+)
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report, Row
 from mambaseq.ops import selective_scan
@@ -68,7 +78,7 @@ def scan(length: int, scale: str, device: torch.device) -> Case:
         length,
         inputs,
         long_scan,
-        Contender(OURS, functools.partial(selective_scan, dt_softplus=True, backend=backend), backend),
+        Contender(OURS, output_of(selective_scan, dt_softplus=True, backend=backend), backend),
         first_channels(length, D_STATE),
         tolerance(device),
     )

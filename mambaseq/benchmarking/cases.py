@@ -36,6 +36,11 @@ def tolerance(device: torch.device) -> float:
     return 4e-3 if device.type == "cuda" else 1e-4
 
 
+def output_of(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callable[..., Tensor]:
+    """An op as its peers are: the output alone, without the final state. options: further arguments of the op."""
+    return lambda *args, **given: op(*args, **given, **options, return_final_state=False)[0]
+
+
 def our_backend(op: str, arguments: Any) -> str:
     """The backend that would run, other people's left out."""
     return next(name for name, why in explain(OPS[op], arguments) if why is None and name not in PACKAGES)

@@ -46,11 +46,11 @@ def long_scan(
 
     x, dt, B, C = cut(x), cut(dt), cut(B), cut(C)
     options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": True, "backend": "torch"}
-    _, own = selective_scan(x, dt, A, B, C, return_final_state=True, **options)
+    _, own = selective_scan(x, dt, A, B, C, **options)
     decay = torch.exp(A * F.softplus(dt + dt_bias).sum(1)[..., None])
     states = [torch.zeros_like(own[0])]
     for final, kept in zip(own[:-1], decay[:-1], strict=True):
         states.append(kept * states[-1] + final)
     entering = torch.stack(states)
-    y = selective_scan(x, dt, A, B, C, D=D, z=None if z is None else cut(z), initial_state=entering, **options)
+    y, _ = selective_scan(x, dt, A, B, C, D=D, z=None if z is None else cut(z), initial_state=entering, **options)
     return y.view(1, -1, y.shape[-1])

@@ -22,6 +22,7 @@ from mambaseq.benchmarking.cases import (
     channels_first,
     compare,
     our_backend,
+    output_of,
     tolerance,
     training_dtype,
 )
@@ -109,8 +110,8 @@ def scans(device: torch.device, scale: str) -> Iterator[Plan]:
         batch, channels, length = shape.values()
         inputs = scan_inputs(batch, channels, length, device)
         backend = our_backend("selective_scan", ScanArguments(**inputs, dt_softplus=True, wants_final_state=False))
-        ours = functools.partial(selective_scan, dt_softplus=True, backend=backend)
-        loop = functools.partial(selective_scan, dt_softplus=True, backend="reference")
+        ours = output_of(selective_scan, dt_softplus=True, backend=backend)
+        loop = output_of(selective_scan, dt_softplus=True, backend="reference")
         return Case(
             op="selective_scan",
             shape=shape,
@@ -155,9 +156,9 @@ def convs(device: torch.device, scale: str) -> Iterator[Plan]:
             op="causal_conv",
             shape=shape,
             inputs=inputs,
-            reference=functools.partial(causal_conv, activation="silu", backend="reference"),
+            reference=output_of(causal_conv, activation="silu", backend="reference"),
             contenders=(
-                Contender(OURS, functools.partial(causal_conv, activation="silu", backend=backend), backend),
+                Contender(OURS, output_of(causal_conv, activation="silu", backend=backend), backend),
                 Contender("causal-conv1d", theirs, layout=channels_first, absent=absent),
                 Contender("PyTorch", plain, layout=channels_first),
             ),

@@ -96,19 +96,15 @@ class H3(Mixer):
         if state is not None:
             self._check(state, x, cu_seqlens)
         q, k, v = (apply_linear(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        conv_state: Any = None
-        ssm_state: Any = None
-        k = causal_conv(
+        k, conv_state = causal_conv(
             k,
             self.shift,
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        if return_state:
-            k, conv_state = k
         *system, D = self._system()
-        y = lti_scan(
+        y, ssm_state = lti_scan(
             self._outer(k, v),
             *system,
             D=D,
@@ -117,8 +113,6 @@ class H3(Mixer):
             cu_seqlens=cu_seqlens,
             mode=self.ssm.mode,
         )
-        if return_state:
-            y, ssm_state = y
         y = apply_linear(self.out_proj, self._read(q, y))
         return (y, H3State(conv_state, ssm_state)) if return_state else y
 

@@ -189,12 +189,11 @@ class Hyena(Mixer):
         self, x: Tensor, state: HyenaState | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
     ) -> Any:
         """See `Mixer.forward`."""
-        conv_state: Any = None
         if state is not None:
             self._check(state, x, cu_seqlens)
         places = Places.of(x, state, cu_seqlens)
         longest = longest_new(x, cu_seqlens) + (0 if state is None else state.longest)
-        x = causal_conv(
+        x, conv_state = causal_conv(
             apply_linear(self.in_proj, x),
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -202,8 +201,6 @@ class Hyena(Mixer):
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        if return_state:
-            x, conv_state = x
         last, *gates, v = x.split(self.d_model, dim=-1)
         taps = self.filter(longest).unflatten(-1, (self.order - 1, self.d_model))
         inputs = []

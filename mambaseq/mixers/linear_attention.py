@@ -140,11 +140,11 @@ class LinearAttention(Mixer):
         cu_seqlens: Tensor | None,
         return_state: bool,
         backend: str | None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor]:
         """The sums over the past of (q·k) v `(batch, length, heads, values)` in the precision of q, and v kᵀ summed
-        over all, None where the state is not wanted."""
+        over all, made if `return_state`."""
         taken = packages.input_dtype(backend, v.dtype)
-        y = ssd(
+        y, state = ssd(
             v.to(taken),
             q.new_ones(()).expand(v.shape[:3]),
             q.new_zeros(self.n_heads),
@@ -156,7 +156,6 @@ class LinearAttention(Mixer):
             chunk_size=self.chunk_size,
             backend=backend,
         )
-        y, state = y if return_state else (y, None)
         return y.to(q.dtype), state
 
     def _output(self, y: Tensor, total: Tensor, like: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class LMU(Mixer):
             self._check(state, x, cu_seqlens)
         u = self.in_proj(x)
         change = constant(self, "Abar_less_one")
-        result = state_space_scan(
+        memory, final = state_space_scan(
             u.to(working_dtype(u)),
             (torch.eye(self.d_state, dtype=change.dtype, device=change.device) + change)[None],
             constant(self, "Bbar")[None],
@@ -96,9 +96,8 @@ class LMU(Mixer):
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        memory, final = result if return_state else (result, None)
         y = self._output(memory, x)
-        return y if final is None else (y, LMUState(final))
+        return (y, LMUState(final)) if return_state else y
 
     def _check(self, state: LMUState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         shape = (sequences.count(x, cu_seqlens), self.d_memory, self.d_state)

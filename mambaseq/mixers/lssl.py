@@ -6,8 +6,6 @@ Linear State-Space Layers", arXiv:2110.13985.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,18 +69,16 @@ class FullSSM(nn.Module):
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """x `(batch, length, channels)` to y `(batch, length, channels, outputs)`, or `(y, state)` with state
-        `(sequences, channels, d_state)`."""
+    ) -> tuple[Tensor, Tensor]:
+        """x `(batch, length, channels)` to y `(batch, length, channels, outputs)`, and the state
+        `(sequences, channels, d_state)`, made if `return_state`."""
         change, B = self._system()
         one = torch.eye(self.d_state, dtype=change.dtype, device=change.device)
         u = x.to(working_dtype(x))
-        result = state_space_scan(
+        y, final = state_space_scan(
             u, one + change, B, self.C, initial_state=state, return_final_state=return_state, cu_seqlens=cu_seqlens
         )
-        y, final = result if return_state else (result, None)
-        y = (y + self.D * u[..., None]).to(x.dtype)
-        return (y, final) if return_state else y
+        return (y + self.D * u[..., None]).to(x.dtype), final
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """x `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""

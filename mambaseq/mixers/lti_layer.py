@@ -25,8 +25,8 @@ class LTILayer(Mixer):
     """A linear system, GELU, and a linear output that is gated by its other half and mixes channels (GLU).
 
     ssm has `state_shape`, `state_dtype()`; `forward(x, state=, cu_seqlens=, return_state=)` of x `(batch, length,
-    d_model)` and the state's tensor `(sequences, *state_shape)`; `step_(x, state)` of x `(batch, d_model)`, which
-    changes the state in place.
+    d_model)` and the state's tensor `(sequences, *state_shape)`, which gives y and the state, made if it is wanted;
+    `step_(x, state)` of x `(batch, d_model)`, which changes the state in place.
     """
 
     def __init__(self, name: str, d_model: int, ssm: nn.Module) -> None:
@@ -49,11 +49,9 @@ class LTILayer(Mixer):
         if state is not None:
             self._check(state, x, cu_seqlens)
         initial = None if state is None else state.ssm
-        y = self.ssm(x, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
-        if not return_state:
-            return self._output(y)
-        y, ssm_state = y
-        return self._output(y), LTIState(ssm_state)
+        y, ssm_state = self.ssm(x, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
+        y = self._output(y)
+        return (y, LTIState(ssm_state)) if return_state else y
 
     def _check(self, state: LTIState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         shape = (sequences.count(x, cu_seqlens), *self.ssm.state_shape)

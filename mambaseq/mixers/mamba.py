@@ -180,8 +180,7 @@ class Mamba(Mixer):
                 y, *new = lti_block(whole_lti)
                 return (y, MambaState(*new)) if return_state else y
         x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
-        conv_state: Tensor | None = None
-        x = causal_conv(
+        x, conv_state = causal_conv(
             x,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -190,14 +189,12 @@ class Mamba(Mixer):
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        if return_state:
-            x, conv_state = x
         initial = None if state is None else state.ssm
         if self.lti:
-            y = self.ssm(x, z=z, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
+            y, ssm_state = self.ssm(x, z=z, state=initial, cu_seqlens=cu_seqlens, return_state=return_state)
         else:
             dt, B, C = self._selective(x)
-            y = selective_scan(
+            y, ssm_state = selective_scan(
                 x,
                 dt,
                 self._A(),
@@ -212,11 +209,8 @@ class Mamba(Mixer):
                 cu_seqlens=cu_seqlens,
                 backend=self.backend,
             )
-        if not return_state:
-            return apply_linear(self.out_proj, y)
-        y, ssm_state = y
-        assert conv_state is not None
-        return apply_linear(self.out_proj, y), MambaState(conv_state, ssm_state)
+        y = apply_linear(self.out_proj, y)
+        return (y, MambaState(conv_state, ssm_state)) if return_state else y
 
     def _check(self, state: MambaState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)

@@ -154,7 +154,7 @@ class Mamba2(Mixer):
         if state is not None:
             self._check(state, x, cu_seqlens)
         z, xBC, dt = self._project(x)
-        xBC = causal_conv(
+        xBC, conv_state = causal_conv(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -163,9 +163,8 @@ class Mamba2(Mixer):
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        xBC, *conv_state = xBC if return_state else (xBC,)
         x, B, C = self._heads(xBC)
-        y = ssd(
+        y, ssm_state = ssd(
             x,
             dt,
             self._A(x),
@@ -180,9 +179,8 @@ class Mamba2(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y, *ssm_state = y if return_state else (y,)
         y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
-        return (y, Mamba2State(*conv_state, *ssm_state)) if return_state else y
+        return (y, Mamba2State(conv_state, ssm_state)) if return_state else y
 
     def _check(self, state: Mamba2State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)

@@ -101,7 +101,7 @@ class Retention(Mixer):
         bounds = bounds[:, None, None]
         turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])
         wide, taken = v.dtype, packages.input_dtype(self.backend, gate.dtype)
-        y = ssd(
+        y, kv = ssd(
             v.to(taken),
             v.new_ones(()).expand(v.shape[:3]),
             torch.log1p(-self._forgotten(x.device)).to(wide),
@@ -113,9 +113,6 @@ class Retention(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        kv: Any = None
-        if return_state:
-            y, kv = y
         y = self._output(y.to(wide), gate, x)
         return (y, RetentionState(_turn(kv, self._turns(-bounds[1:])))) if return_state else y
 

@@ -68,20 +68,17 @@ class RWKV4(Mixer):
         if state is not None:
             self._check(state, x, cu_seqlens)
         last = None if state is None else state.shift
-        shift_state: Any = None
-        wkv_state: Any = None
 
-        def shifted(mix: Tensor, wanted: bool = False) -> Any:
+        def shifted(mix: Tensor, wanted: bool = False) -> tuple[Tensor, Tensor]:
             """mix x_t + (1 - mix) x_{t-1}, a causal filter of two taps a channel."""
             taps = torch.stack([1 - mix, mix], dim=1)
             return causal_conv(x, taps, initial_state=last, return_final_state=wanted, cu_seqlens=cu_seqlens)
 
-        gate = torch.sigmoid(self.receptance(shifted(self.time_mix_r)))
-        k, v = self.key(shifted(self.time_mix_k)), shifted(self.time_mix_v, return_state)
-        if return_state:
-            v, shift_state = v
+        gate = torch.sigmoid(self.receptance(shifted(self.time_mix_r)[0]))
+        k = self.key(shifted(self.time_mix_k)[0])
+        v, shift_state = shifted(self.time_mix_v, return_state)
         decay, bonus = self._dynamics()
-        y = wkv(
+        y, wkv_state = wkv(
             k,
             self.value(v),
             decay,
@@ -90,8 +87,6 @@ class RWKV4(Mixer):
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        if return_state:
-            y, wkv_state = y
         y = self.out_proj(gate * y)
         return (y, RWKV4State(shift_state, wkv_state)) if return_state else y
 

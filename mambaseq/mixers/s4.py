@@ -6,7 +6,7 @@ Gu, Goel and Re, "Efficiently Modeling Long Sequences with Structured State Spac
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,24 +96,24 @@ class DPLRSSM(nn.Module):
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """x `(batch, length, channels)` to y, or `(y, state)` with state `(sequences, channels, d_state)`."""
+    ) -> tuple[Tensor, Tensor]:
+        """x `(batch, length, channels)` to y, and the state `(sequences, channels,
+        d_state)`, made if `return_state`."""
         system = self.system()
         real = working_dtype(x)
         skip = self.D.to(real) * x
         if self.mode == "fft" and state is None and cu_seqlens is None and not return_state:
-            return (self._convolve(x.to(real), system) + skip).to(x.dtype)
-        result = state_space_scan(
+            return (self._convolve(x.to(real), system) + skip).to(x.dtype), x.new_empty(0)
+        y, final = state_space_scan(
             x.to(real),
             *system.matrices(),
             initial_state=None if state is None else torch.view_as_real(state).flatten(2),
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        if not return_state:
-            return (result[..., 0] + skip).to(x.dtype)
-        y, final = result
-        return (y[..., 0] + skip).to(x.dtype), torch.view_as_complex(final.unflatten(2, (-1, 2)))
+        if return_state:
+            final = torch.view_as_complex(final.unflatten(2, (-1, 2)))
+        return (y[..., 0] + skip).to(x.dtype), final
 
     def _convolve(self, x: Tensor, system: DPLRSystem) -> Tensor:
         kernel = dplr_kernel(system.dt[:, 0], system.diagonal, system.P, system.B, system.C, x.shape[1])

@@ -7,7 +7,7 @@ arXiv:2206.11893. Trained as a convolution by FFT, generated as a recurrence; th
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,9 @@ class DiagonalSSM(nn.Module):
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """x, z `(batch, length, channels)` to y, or `(y, state)` with state `(sequences, channels, d_state)`."""
+    ) -> tuple[Tensor, Tensor]:
+        """x, z `(batch, length, channels)` to y, and the state `(sequences, channels,
+        d_state)`, made if `return_state`."""
         dt, A, B, C = self.system()
         return lti_scan(
             x,

@@ -5,8 +5,6 @@ Smith, Warrington and Linderman, "Simplified State Space Layers for Sequence Mod
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -59,14 +57,14 @@ class DiagonalMIMO(nn.Module):
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """x `(batch, length, channels)` to y, or `(y, state)` with state `(sequences, d_state)`."""
+    ) -> tuple[Tensor, Tensor]:
+        """x `(batch, length, channels)` to y, and the state `(sequences, d_state)`, made if `return_state`."""
         change, gain = self._system()
         one = torch.ones_like(change)[:, None]
         # what writes to the states and reads from them is kept in full precision, as they are
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(working_dtype(x))
-            result = state_space_scan(
+            h, final = state_space_scan(
                 self._write(u, gain),
                 (1 + change)[:, None, None],
                 one,
@@ -75,9 +73,8 @@ class DiagonalMIMO(nn.Module):
                 return_final_state=return_state,
                 cu_seqlens=cu_seqlens,
             )
-            h, final = result if return_state else (result, None)
             y = self._read(h[..., 0], u).to(x.dtype)
-        return y if final is None else (y, final[..., 0])
+        return y, final[..., 0] if return_state else final
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """x `(batch, channels)`; changes state `(batch, d_state)` in place."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking import backends, by_length, ops
-from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, reference_results
+from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, output_of, reference_results
 from mambaseq.benchmarking.decode import CachedGeneration
 from mambaseq.benchmarking.long_scan import long_scan
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
@@ -176,7 +175,7 @@ def test_a_long_scan_is_checked_whole(gated: bool) -> None:
     if not gated:
         del inputs["z"]
     results = []
-    for run in (long_scan, functools.partial(selective_scan, dt_softplus=True, backend="reference")):
+    for run in (long_scan, output_of(selective_scan, dt_softplus=True, backend="reference")):
         leaves = {name: value.requires_grad_() for name, value in inputs.items()}
         y = run(**leaves)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)

@@ -166,12 +166,12 @@ def fake_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
               softplus: bool) -> Tensor:  # fmt: skip
     assert u.is_contiguous()
     u, delta, B, C, z = (value.transpose(1, 2) for value in (u, delta, B, C, z))
-    return selective_scan(u, delta, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=softplus).transpose(1, 2)
+    return selective_scan(u, delta, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=softplus)[0].transpose(1, 2)
 
 
 def fake_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     assert activation == "silu"
-    return causal_conv(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+    return causal_conv(x.transpose(1, 2), weight, bias, activation="silu")[0].transpose(1, 2)
 
 
 def fake_block(d_model: int, device: torch.device) -> Mamba:

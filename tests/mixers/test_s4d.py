@@ -37,8 +37,8 @@ def test_response_to_an_impulse_is_the_kernel_evaluated_directly(options: dict, 
     impulse = torch.zeros(1, length, 6, dtype=torch.float64)
     impulse[:, 0] = 1
     with torch.no_grad():
-        exact = ssm(impulse)[0].numpy()
-        single = ssm(impulse.float())[0].numpy()
+        exact = ssm(impulse)[0][0].numpy()
+        single = ssm(impulse.float())[0][0].numpy()
     # dt and A are made of the parameters in float32, whose rounding grows with the power: 2^-24 of a phase of 10^3
     assert np.linalg.norm(exact - kernel) <= 2e-5 * np.linalg.norm(kernel)
     assert np.linalg.norm(single - kernel) <= 2e-5 * np.linalg.norm(kernel)

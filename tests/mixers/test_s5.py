@@ -48,7 +48,7 @@ def test_starts_with_outputs_as_large_as_inputs() -> None:
     torch.manual_seed(0)
     ssm = S5(64, dt_min=0.1, dt_max=0.1).ssm
     torch.nn.init.zeros_(ssm.D)
-    y = ssm(torch.randn(2, 500, 64))
+    y, _ = ssm(torch.randn(2, 500, 64))
     assert 0.03 < y[:, 200:].std() < 3
 
 

@@ -253,7 +253,6 @@ def test_reference_is_the_definition() -> None:
         dt_bias=a.dt_bias,
         dt_softplus=True,
         initial_state=a.initial_state,
-        return_final_state=True,
         backend="reference",
     )
     x, dt, A, B, C, D, z, bias, _, h = (v.double().numpy() if torch.is_tensor(v) else v for v in a[:10])
@@ -310,7 +309,6 @@ def test_two_parts_are_the_whole(backend: str, reverse: bool) -> None:
             dt_bias=whole.dt_bias,
             dt_softplus=True,
             initial_state=state,
-            return_final_state=True,
             reverse=reverse,
             backend=backend,
         )
@@ -329,7 +327,7 @@ def test_two_parts_are_the_whole(backend: str, reverse: bool) -> None:
 def test_nan_stays_where_it_can_reach(backend: str) -> None:
     a = plain("nan", 1, 40, 3, 4)
     a.x[0, 20, 1] = float("nan")
-    y = selective_scan(*a[:5], backend=backend)
+    y, _ = selective_scan(*a[:5], backend=backend)
     expected = torch.zeros(1, 40, 3, dtype=torch.bool)
     expected[0, 20:, 1] = True
     assert torch.equal(y.isnan(), expected)
@@ -339,7 +337,7 @@ def test_nan_stays_where_it_can_reach(backend: str) -> None:
 def test_nan_in_the_decay_shows(name: str) -> None:
     a = plain("nan", 1, 40, 3, 4)
     getattr(a, name)[0, 0] = float("nan")
-    assert selective_scan(*a[:5], backend="cpu").isnan().any()
+    assert selective_scan(*a[:5], backend="cpu")[0].isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -407,9 +405,7 @@ def test_nothing_is_read_from_shared_memory_that_was_not_written(packed: bool, t
     def run(backend: str, clean: bool) -> list[torch.Tensor]:
         if not clean:
             dirty(1024, size // 4)
-        y, final = selective_scan(
-            *leaves, dt_softplus=True, cu_seqlens=bounds, return_final_state=True, backend=backend
-        )
+        y, final = selective_scan(*leaves, dt_softplus=True, cu_seqlens=bounds, backend=backend)
         if not clean:
             dirty(1024, size // 4)
         return [y, final, *torch.autograd.grad([y.sum() + final.sum()], leaves)]
@@ -444,14 +440,14 @@ def test_beyond_two_to_the_31_elements() -> None:
     end = {name: value[:, -tail:].clone().requires_grad_() for name, value in rows.items()}
     with torch.no_grad():  # the state forgets within the steps before
         before = {name: value[:, -tail - 5000 : -tail] for name, value in rows.items()}
-        _, state = selective_scan(**before, **others, return_final_state=True, backend="torch")
-    expected = selective_scan(**end, **others, initial_state=state, backend="torch")
+        _, state = selective_scan(**before, **others, backend="torch")
+    expected, _ = selective_scan(**end, **others, initial_state=state, backend="torch")
     dy = normal(1, tail, channels)
     dy[:, :500] = 0
     gradients = torch.autograd.grad(expected, list(end.values()), dy)
 
     leaves = {name: value.requires_grad_() for name, value in rows.items()}
-    y = selective_scan(**leaves, **others, backend="cuda")
+    y, _ = selective_scan(**leaves, **others, backend="cuda")
     whole = torch.zeros_like(y)
     whole[:, -tail:] = dy
     found = torch.autograd.grad(y, list(leaves.values()), whole)

@@ -37,7 +37,6 @@ def test_selective_state_update(channels: int, d_state: int, groups: int | None,
         dt_bias=bias.double(),
         dt_softplus=True,
         initial_state=state.double(),
-        return_final_state=True,
         backend="reference",
     )
     ys = [
@@ -84,7 +83,6 @@ def test_causal_conv_update(activation: str | None, channels: int, width: int, d
         bias.double(),
         activation=activation,
         initial_state=state.double(),
-        return_final_state=True,
         backend="reference",
     )
     ys = [step.causal_conv_update_(state, x[:, t], weight, bias, activation=activation) for t in range(20)]
@@ -110,7 +108,6 @@ def test_lti_update(discretization: str, complex_: bool) -> None:
         D=D,
         z=z,
         initial_state=state,
-        return_final_state=True,
         discretization=discretization,
         backend="reference",
     )

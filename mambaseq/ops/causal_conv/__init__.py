@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal
 
 from torch import Tensor
 
@@ -24,7 +24,6 @@ OP = dispatch.Op(
 )
 
 
-@overload
 def causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -32,51 +31,11 @@ def causal_conv(
     *,
     activation: Activation | None = None,
     initial_state: Tensor | None = None,
-    return_final_state: Literal[False] = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     backend: str | None = None,
-) -> Tensor: ...
-@overload
-def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: Activation | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: Activation | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> Any: ...
-def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: Activation | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its own short filter that sees the present and the past only.
 
         y_t = activation(bias + sum_k weight[:, k] x_{t - (width - 1) + k})
@@ -89,14 +48,15 @@ def causal_conv(
         activation: "silu" or None.
         initial_state: `(batch, channels, width - 1)`, or `(sequences, channels, width - 1)` with
             `cu_seqlens`: the inputs before the first, oldest first; zeros if None.
-        return_final_state: also return the last `width - 1` inputs of each sequence, oldest first.
+        return_final_state: make the last `width - 1` inputs of each sequence, oldest first. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first; "oldest" is then the latest.
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y, the shape and dtype of x; or `(y, final_state)`, the state in float32 (float64 if x is float64).
+        y, the shape and dtype of x, and the final state in float32 (float64 if x is float64).
         Both carry gradients to x, weight, bias and initial_state.
 
     Raises:
@@ -104,5 +64,4 @@ def causal_conv(
     """
     arguments = ConvArguments(x, weight, bias, activation, initial_state, cu_seqlens, reverse, return_final_state)
     _arguments.check(arguments)
-    y, final_state = dispatch.run(OP, arguments, backend)
-    return (y, final_state) if return_final_state else y
+    return dispatch.run(OP, arguments, backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,6 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
     raise ValueError(f"discretization must be 'zoh', 'bilinear' or 'mamba', not {discretization!r}")
 
 
-@overload
 def lti_scan(
     x: Tensor,
     dt: Tensor,
@@ -90,68 +89,13 @@ def lti_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
-    return_final_state: Literal[False] = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     discretization: Discretization = "zoh",
     mode: Mode | None = None,
     backend: str | None = None,
-) -> Tensor: ...
-@overload
-def lti_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    discretization: Discretization = "zoh",
-    mode: Mode | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def lti_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    discretization: Discretization = "zoh",
-    mode: Mode | None = None,
-    backend: str | None = None,
-) -> Any: ...
-def lti_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    discretization: Discretization = "zoh",
-    mode: Mode | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run a diagonal linear system that does not change with time, on each channel its own.
 
         h_t = Abar h_{t-1} + Bbar x_t
@@ -169,7 +113,8 @@ def lti_scan(
         z: the gate, the shape of x.
         initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;
             zeros if None.
-        return_final_state: also return the state after the last position of each sequence.
+        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first.
@@ -179,7 +124,7 @@ def lti_scan(
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y, the shape and dtype of x; or `(y, final_state)`, the state in float32 (complex64 if A is complex;
+        y, the shape and dtype of x, and the final state in float32 (complex64 if A is complex;
         float64 and complex128 if x is float64). Both carry gradients to every floating-point argument.
 
     Raises:
@@ -196,8 +141,6 @@ def lti_scan(
         arguments = arguments._replace(mode=_faster_mode(arguments))
     y, final_state = dispatch.run(OP, arguments, backend)
     y = y.to(x.dtype)
-    if not return_final_state:
-        return y
     return y, final_state.real if becomes_complex else final_state
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
-
 from torch import Tensor
 
 from mambaseq.ops import dispatch
@@ -24,7 +22,6 @@ OP = dispatch.Op(
 )
 
 
-@overload
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -37,66 +34,11 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
-    return_final_state: Literal[False] = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     backend: str | None = None,
-) -> Tensor: ...
-@overload
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> Any: ...
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run the recurrence of a diagonal state-space model whose step size and matrices depend on the input.
 
         dt' = softplus(dt + dt_bias)       (dt as it is when dt_softplus is False and dt_bias is None)
@@ -118,7 +60,8 @@ def selective_scan(
         dt_bias: `(channels,)`, added to dt before the softplus.
         initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;
             zeros if None.
-        return_final_state: also return the state after the last position of each sequence.
+        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first: the initial state enters at
@@ -126,7 +69,7 @@ def selective_scan(
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y, the shape and dtype of x; or `(y, final_state)`, the state in float32 (complex64 if A is complex;
+        y, the shape and dtype of x, and the final state in float32 (complex64 if A is complex;
         float64 and complex128 if x is float64). Both carry gradients to every floating-point argument.
 
     Raises:
@@ -136,5 +79,4 @@ def selective_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, reverse, return_final_state
     )
     _arguments.check(arguments)
-    y, final_state = dispatch.run(OP, arguments, backend)
-    return (y, final_state) if return_final_state else y
+    return dispatch.run(OP, arguments, backend)

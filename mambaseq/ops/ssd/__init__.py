@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
-
 from torch import Tensor
 
 from mambaseq.ops import dispatch
@@ -24,7 +22,6 @@ OP = dispatch.Op(
 )
 
 
-@overload
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -36,65 +33,12 @@ def ssd(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
-    return_final_state: Literal[False] = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     chunk_size: int = 64,
     backend: str | None = None,
-) -> Tensor: ...
-@overload
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    chunk_size: int = 64,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    chunk_size: int = 64,
-    backend: str | None = None,
-) -> Any: ...
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    reverse: bool = False,
-    chunk_size: int = 64,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run the recurrence of a state-space model whose heads each decay by one number a step.
 
         dt' = softplus(dt + dt_bias)       (dt as it is when dt_softplus is False and dt_bias is None)
@@ -112,7 +56,8 @@ def ssd(
         D: `(heads,)`, the skip connection.
         dt_bias: `(heads,)`, added to dt before the softplus.
         initial_state: `(batch, heads, head_dim, d_state)`, or `(sequences, ...)` with `cu_seqlens`; zeros if None.
-        return_final_state: also return the state after the last position of each sequence.
+        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first: the initial state enters at
@@ -121,7 +66,7 @@ def ssd(
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y, the shape and dtype of x; or `(y, final_state)`, the state in float32 (float64 if x is float64). Both
+        y, the shape and dtype of x, and the final state in float32 (float64 if x is float64). Both
         carry gradients to every floating-point argument.
 
     Raises:
@@ -131,5 +76,4 @@ def ssd(
         x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, reverse, return_final_state, chunk_size
     )
     _arguments.check(arguments)
-    y, final_state = dispatch.run(OP, arguments, backend)
-    return (y, final_state) if return_final_state else y
+    return dispatch.run(OP, arguments, backend)

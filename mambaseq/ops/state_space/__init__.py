@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ OP = dispatch.Op(
 )
 
 
-@overload
 def state_space_scan(
     x: Tensor,
     A: Tensor,
@@ -30,45 +27,10 @@ def state_space_scan(
     C: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
-    return_final_state: Literal[False] = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor: ...
-@overload
-def state_space_scan(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def state_space_scan(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> Any: ...
-def state_space_scan(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run a linear system of a full matrix, already discretised, on each channel its own.
 
         h_t = A h_{t-1} + B x_t
@@ -82,14 +44,15 @@ def state_space_scan(
         C: `(systems, outputs, d_state)`; None gives the states themselves.
         initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;
             zeros if None.
-        return_final_state: also return the state after the last position of each sequence.
+        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y `(batch, length, channels, outputs)`, in the dtype of x, or in that of the states where A is complex; or
-        `(y, final_state)`, the state in float32 or complex64 (float64 and complex128 if x is in double precision).
+        y `(batch, length, channels, outputs)`, in the dtype of x, or in that of the states where A is complex, and
+        the final state in float32 or complex64 (float64 and complex128 if x is in double precision).
         Both carry gradients to every floating-point argument.
 
     Raises:
@@ -102,7 +65,7 @@ def state_space_scan(
         OP, StateSpaceArguments(x, A, B, C, initial_state, cu_seqlens, return_final_state), backend
     )
     y = y if y.is_complex() else y.to(x.dtype)
-    return (y, final_state) if return_final_state else y
+    return y, final_state
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, C: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,10 +29,10 @@ def wkv(
     u: Tensor,
     *,
     initial_state: Tensor | None = None,
-    return_final_state: bool = False,
+    return_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
     """Average the values of the past and the present, each channel its own.
 
         y_t = (sum_{i<t} exp(-(t-1-i) w + k_i) v_i + exp(u + k_t) v_t)
@@ -48,13 +46,14 @@ def wkv(
         initial_state: `(batch, 3, channels)`, or `(sequences, 3, channels)` with `cu_seqlens`: numerator and
             denominator, both to be multiplied by exp of the third, which is the largest exponent in them. None for an
             empty history (`empty_state`).
-        return_final_state: also return the state after the last position of each sequence.
+        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
+            may stand in its place, which some backends make sooner.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at `cu_seqlens[s]:cu_seqlens[s + 1]`.
             Sequences may be empty.
         backend: the name of an implementation; None takes the fastest that can run these arguments.
 
     Returns:
-        y, the shape and dtype of k; or `(y, final_state)`, the state in float32 (float64 if k is float64). Both carry
+        y, the shape and dtype of k, and the final state in float32 (float64 if k is float64). Both carry
         gradients to k, v, w, u and the numerator and denominator of the initial state. The exponents are constants:
         what they are makes no difference to later outputs.
 
@@ -63,8 +62,7 @@ def wkv(
     """
     arguments = WkvArguments(k, v, w, u, initial_state, cu_seqlens)
     _arguments.check(arguments)
-    y, final_state = dispatch.run(OP, arguments, backend)
-    return (y, final_state) if return_final_state else y
+    return dispatch.run(OP, arguments, backend)
 
 
 def wkv_update_(state: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
