@@ -220,6 +220,7 @@ def overrides(place: Place) -> Case:
             )
             wrong |= {key, key.rpartition(".")[2]}
         given = as_argument(rng, _values(rng, key, place.canary))
+        wrong |= {given[:40], Path(given[:40]).name}
         chosen += [f"--{key}={given}"] if rng.random() < 0.4 else [f"--{key}", given]
     kind = rng.random()
     if kind < 0.7:

@@ -242,6 +242,8 @@ def check_message(outcome: Outcome, argv: list[str], err: str, wrong: set[str]) 
         outcome.fail("traceback", f"printed: {last[:120]}", err)
     if SECRET in err:
         outcome.fail("secret", "a password is printed", err)
+    from mambaseq.errors import paragraph
+
     code = outcome.code
     if code is None:
         return
@@ -270,7 +272,8 @@ def check_message(outcome: Outcome, argv: list[str], err: str, wrong: set[str]) 
         outcome.fail("long message", f"{group}", f"{len(message)} characters: {message}")
     if any(ord(sign) < 32 and sign not in "\n\r\t" for sign in message):
         outcome.fail("control characters", group, message)
-    if code == 2 and not any(name and name.lower() in message.lower() for name in wrong):
+    names = {paragraph(name).lower() for name in wrong if name.strip()}
+    if code == 2 and not any(name in message.lower() for name in names):
         outcome.fail("unnamed", group, f"none of {sorted(wrong)[:20]} in: {message}")
 
 
@@ -283,7 +286,7 @@ def check_files(outcome: Outcome, folder: Path) -> None:
         outcome.fail("ran", "the canary's file is there")
     for path in sorted(folder.rglob("*")):
         name = path.name
-        if name.startswith(".") and (".tmp" in name or name.endswith(".part")) and outcome.ended:
+        if name.startswith(".") and ".tmp" in name and outcome.ended:
             outcome.fail("left behind", re.sub(r"\.\d+-[0-9a-f]+", ".N", name), str(path))
     left = [path.name for path in (folder / "tmp").iterdir()]
     if left:
