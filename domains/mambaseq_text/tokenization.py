@@ -249,7 +249,9 @@ def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:
     try:
         tokenizer = kind(**(options or {}))
     except TypeError as error:
-        raise ConfigError(f"The tokenizer {name!r} cannot be made of {options or {}}: {error}.") from error
+        raise ConfigError(
+            f"The tokenizer {name!r} cannot be made of {options or {}} (data.tokenizer_options): {error}."
+        ) from error
     if not isinstance(tokenizer, TextTokenizer):
         raise ConfigError(f"{name!r} is no tokenizer of text; text needs a mambaseq_text.tokenization.TextTokenizer.")
     return tokenizer

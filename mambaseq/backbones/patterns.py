@@ -32,7 +32,7 @@ def read_pattern(pattern: Sequence[str]) -> list[Entry]:
     """The entries of a pattern. Raises ConfigError for a pattern or an entry that names no mixer."""
     if (
         not pattern
-        or isinstance(pattern, str)
+        or not isinstance(pattern, list | tuple)
         or not all(isinstance(text, str) and text.strip("*") for text in pattern)
     ):
         raise ConfigError(

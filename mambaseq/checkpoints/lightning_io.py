@@ -12,6 +12,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError
 
+# what Lightning's loops count
+_COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes through a temporary file, so a full disk or a kill leaves the old checkpoint as it was."""
@@ -36,11 +39,64 @@ def _check_sums(file: IO[bytes]) -> None:
                     pass
 
 
+def _check_contents(contents: Any) -> None:
+    """Raise TypeError or ValueError that names a part which is missing, or which no training run writes: whatever reads
+    a part later may take it for what it should be."""
+    if not isinstance(contents, dict):
+        raise TypeError(f"it holds a {type(contents).__name__}")
+    for key, kind in (("state_dict", dict), ("global_step", int)):
+        if key not in contents:
+            raise ValueError(f"it has no {key}")
+        _check_kind(key, contents[key], kind)
+    for name, tensor in contents["state_dict"].items():
+        _check_kind(f"state_dict.{name}", tensor, torch.Tensor)
+    for key, kind in (("callbacks", dict), ("loops", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+        _check_kind(key, contents.get(key, kind()), kind)
+    _check_counts("loops", contents.get("loops", {}))
+    _check_counts("global_step", contents["global_step"])
+    _check_counts("epoch", contents.get("epoch", 0))
+    for number, optimizer in enumerate(contents.get("optimizer_states", [])):
+        key = f"optimizer_states.{number}"
+        _check_kind(key, optimizer, dict)
+        _check_groups(f"{key}.param_groups", optimizer.get("param_groups", []))
+        state = optimizer.get("state", {})
+        _check_kind(f"{key}.state", state, dict)
+        for parameter, values in state.items():
+            _check_kind(f"{key}.state.{parameter}", values, dict)
+            for name, value in values.items():
+                _check_kind(f"{key}.state.{parameter}.{name}", value, (torch.Tensor, int, float, type(None)))
+
+
+def _check_kind(key: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"its {key[:200]} is a {type(value).__name__}")
+
+
+def _check_counts(key: str, value: Any) -> None:
+    """Raise unless all that is counted is a number of at least 0."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if isinstance(inner, dict) or name in _COUNTED:
+                _check_counts(f"{key}.{name}", inner)
+    elif not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"its {key[:200]} is {str(value)[:60]!r}")
+
+
+def _check_groups(key: str, groups: Any) -> None:
+    """Raise unless an optimizer's settings are numbers."""
+    _check_kind(key, groups, list)
+    for group in groups:
+        _check_kind(key, group, dict)
+        numbers = [group.get(name, 0.0) for name in ("lr", "initial_lr", "weight_decay", "eps")]
+        for number in (*numbers, *group.get("betas", ())):
+            _check_kind(key, number, (int, float, torch.Tensor))
+
+
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The contents of a training checkpoint: tensors and plain values only.
 
-    Raises UserError when it does not exist, is damaged (each part is held against its checksum), or holds anything
-    else.
+    Raises UserError when it does not exist, is damaged (each part is held against its checksum), holds anything else,
+    or lacks what every checkpoint has.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}. Give the folder of a run (it holds checkpoints/last.ckpt).")
@@ -48,8 +104,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         with path.open("rb") as file:
             _check_sums(file)
         contents = torch.load(path, map_location=map_location, weights_only=True)
-        if not isinstance(contents, dict):
-            raise TypeError(f"it holds a {type(contents).__name__}")
+        _check_contents(contents)
         return contents
     except Exception as error:
         text = (str(error).splitlines() or [""])[0][:300]

@@ -32,6 +32,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
+from mambaseq.specs import shown
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
@@ -428,7 +429,11 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     if not 0 <= settings["seed"] < 2**32:
         raise ConfigError(f"seed must be at least 0 and below 2**32; it is {settings['seed']}.")
     for section, kind in SECTIONS.items():
-        kind(**settings[section])  # each checks its values
+        try:
+            kind(**settings[section])  # each checks its values
+        except TypeError as error:
+            given = ", ".join(f"{section}.{key} {shown(value)}" for key, value in settings[section].items())
+            raise ConfigError(f"A value under {section} is of another kind than it must be: {given}.") from error
     for name in settings["metrics"]:
         catalog()["metrics"].get(name, "metrics")
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)

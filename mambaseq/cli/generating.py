@@ -198,7 +198,9 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
     assert loaded.tokenizer is not None
     if card.reader is not None and _is_file(prompt):
         found = []
-        for record in catalog()["readers"].get(card.reader)(Path(prompt), loaded.tokenizer, **card.reader_options):
+        read = catalog()["readers"].get(card.reader)
+        options = fitting_options("reader", card.reader, read, card.reader_options, own=True)
+        for record in read(Path(prompt), loaded.tokenizer, **options):
             if not len(record):
                 raise ConfigError(
                     f"The prompt file {prompt} has an empty record, {record.name!r}, and a prompt has at least one "

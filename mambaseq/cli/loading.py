@@ -6,7 +6,7 @@ import inspect
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, UserError, did_you_mean
@@ -86,6 +86,29 @@ def _listed(names: list[str]) -> str:
     return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
+def _check_options(kind: str, name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise ConfigError for options in a model.json that its own reader or writer does not take: unknown ones, or
+    values of another kind than its annotations of plain values say."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key, value in options.items():
+        if key not in parameters:
+            raise ConfigError(
+                f"model.json: {kind}_options.{_cut(str(key))} is no option of the {kind} {name!r}."
+                f"{did_you_mean(str(key), parameters)} Export the model again."
+            )
+        wanted = parameters[key].annotation
+        fits = value in get_args(wanted) if get_origin(wanted) is Literal else True
+        if wanted in (str, bool, int, float):
+            fits = type(value) is wanted or (wanted is float and type(value) is int)
+        if not fits:
+            raise ConfigError(
+                f"model.json: {kind}_options.{key} of the {kind} {name!r} cannot be {_cut(repr(value))}; it is "
+                f"{getattr(wanted, '__name__', wanted)}. Export the model again."
+            )
+
+
 def fitting_options(
     kind: str, name: str, function: Callable[..., Any], options: dict[str, Any], own: bool
 ) -> dict[str, Any]:
@@ -95,7 +118,9 @@ def fitting_options(
     Raises ConfigError when it needs more.
     """
     parameters = inspect.signature(function).parameters
-    if not own:
+    if own:
+        _check_options(kind, name, function, options)
+    else:
         options = {key: value for key, value in options.items() if key in parameters}
     needed = [
         key

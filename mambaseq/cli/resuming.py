@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning
+import torch
 
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.cli.config import RunConfig
@@ -141,6 +142,8 @@ class Resumption(lightning.Callback):
             progress |= {"ready": ready, "started": ready, "processed": ready, "completed": ready - behind}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            self._check_moments(optimizer)
         for optimizer, config in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=False):
             before, now = reapply(optimizer, config.scheduler, self.optimizer)  # type: ignore[arg-type]
             if before != now and trainer.is_global_zero:
@@ -153,6 +156,20 @@ class Resumption(lightning.Callback):
             if self.checkpoints.forgotten:
                 say(self.folder, f"the best score so far does not count any more: {self.checkpoints.forgotten}")
             self.go_on()
+
+    def _check_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise UserError for moments that are not of the weights that they are for: they would fail, or be spread over
+        them, in the first step."""
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                    continue
+                if value.shape != parameter.shape or not value.isfinite().all():
+                    shape = tuple(parameter.shape)
+                    raise UserError(
+                        f"The checkpoint {self.folder.last} has an optimizer's {name} of shape {tuple(value.shape)} "
+                        f"for weights of shape {shape}, or one that is not finite. It was changed; use another one."
+                    )
 
 
 def moved(batches: int, size: int, former: int, now: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -31,7 +33,7 @@ from mambaseq.cli.resuming import (
 )
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError, cut_list
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
@@ -104,17 +106,19 @@ def make_trainer(
     # the user's come first, so that a checkpoint holds what they have counted
     options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
     options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
-    with _explained("The settings under trainer cannot be used here"):
+    defaults = inspect.signature(lightning.Trainer).parameters
+    given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
+    with _explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
         return lightning.Trainer(**options)
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, more: str = "") -> Iterator[None]:
     """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.{more}") from error
 
 
 def train(
@@ -235,11 +239,21 @@ def _fit(run: Run, settings: RunConfig, trainer: lightning.Trainer, begins: bool
         return interrupted(folder.path, f"Stopped at once; {where}.") if first else 130
     except Diverged as error:
         return diverged(folder.path, error, checkpoints.saved_step) if first else 1
-    except (MisconfigurationException, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         asked = settings.settings["model"]["mixer"].get("backend")
         refused = asked is not None and f"backend {asked!r}" in str(error)
         if checkpoints.began and not refused:
             raise  # nobody's setting
+        if not begins and not isinstance(error, MisconfigurationException):
+            raise UserError(
+                f"The run cannot go on from {folder.last} with these settings ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}). The checkpoint is of another version or was changed, or a "
+                f"setting that was given does not go with it."
+            ) from error
+        if not isinstance(error, MisconfigurationException | ValueError):
+            raise
         with _explained("The run cannot begin with these settings"):
             raise
     run.finish(trainer, trainer.global_step)
@@ -259,22 +273,27 @@ def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Run, record: Da
     if not trainer.is_global_zero:
         return
     for path in (folder.best, folder.results, folder.curves):  # of a run that ended before its first checkpoint
-        path.unlink(missing_ok=True)
+        _remove(path)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:
         file.write(settings.yaml)
     save_model(folder.model, None, run.card, run.data.tokenizer)
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} is to be replaced and cannot be removed: {error.strerror}. Move it away.") from error
+
+
 def _go_on(settings: RunConfig, run: Run, record: DataRecord) -> None:
     """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
     was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
     folder = run.folder
-    folder.results.unlink(missing_ok=True)
+    _remove(folder.results)
     if run.checkpoints.score is None:
-        folder.best.unlink(
-            missing_ok=True
-        )  # of another metric, or other data, or the last weights are kept from now on
+        _remove(folder.best)  # of another metric, or other data, or the last weights are kept from now on
     save_model(folder.model, None, run.card, run.data.tokenizer)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:

@@ -230,7 +230,10 @@ class SequenceDataModule(lightning.LightningDataModule):
         return {"batches_done": self.batches_done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batches_done = state_dict["batches_done"]
+        done = state_dict["batches_done"]
+        if not isinstance(done, int) or done < 0:
+            raise ValueError(f"batches_done is {str(done)[:60]!r}")
+        self.batches_done = done
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.data.train()

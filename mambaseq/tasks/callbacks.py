@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.errors import UserError
 from mambaseq.tasks.finite import FiniteGuard
 from mambaseq.tasks.record import KEY, DataRecord
 
@@ -101,9 +102,17 @@ class RunCheckpoints(Checkpoint):
         found: tuple[Any, str] = None, ""
         if trainer.is_global_zero and self.monitor and self.best.is_file():
             checkpoint = read_checkpoint(self.best)
-            state = checkpoint["callbacks"].get(self.state_key)
-            former = DataRecord.read(checkpoint.get(KEY, {}).get("data"))
-            score = None if state is None else state["score"]
+            try:
+                state = checkpoint["callbacks"].get(self.state_key)
+                former = DataRecord.read(checkpoint.get(KEY, {}).get("data"))
+                score = None if state is None or state["score"] is None else float(state["score"])
+                if state is not None:
+                    state = {"score": score, "results": {**state["results"]}}
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"The checkpoint {self.best} does not say what its score is ({type(error).__name__}: "
+                    f"{str(error)[:200]}). Remove it, or copy it again; the run then finds its best weights anew."
+                ) from error
             if state is None:
                 found = None, "it was measured by another metric"
             elif former is not None and self.data is not None and not former.same(self.data):
@@ -209,7 +218,7 @@ class Throughput(lightning.Callback):
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.tokens, self.seconds = int(state_dict["tokens"]), float(state_dict["seconds"])
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int

@@ -97,11 +97,11 @@ import resource, signal, sys, torch
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
 from mambaseq.errors import UserError
 io = AtomicCheckpointIO()
-io.save_checkpoint({"weights": torch.ones(10)}, sys.argv[1])
+io.save_checkpoint({"state_dict": {"weights": torch.ones(10)}, "global_step": 1}, sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk or quota does to a write
 try:
-    io.save_checkpoint({"weights": torch.ones(1_000_000)}, sys.argv[1])
+    io.save_checkpoint({"state_dict": {"weights": torch.ones(1_000_000)}, "global_step": 2}, sys.argv[1])
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -114,15 +114,15 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "last.ckpt" in done.stdout
     assert "Free some space" in done.stdout
-    assert read_checkpoint(path)["weights"].shape == (10,)
+    assert read_checkpoint(path)["state_dict"]["weights"].shape == (10,)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_atomic_writer_replaces(tmp_path: Path) -> None:
     io = AtomicCheckpointIO()
     for value in (1, 2):
-        io.save_checkpoint({"value": value}, tmp_path / "a" / "c.ckpt")
-    assert io.load_checkpoint(tmp_path / "a" / "c.ckpt") == {"value": 2}
+        io.save_checkpoint({"state_dict": {}, "global_step": value}, tmp_path / "a" / "c.ckpt")
+    assert io.load_checkpoint(tmp_path / "a" / "c.ckpt") == {"state_dict": {}, "global_step": 2}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,4 +65,44 @@ def test_what_torch_does_not_write_is_refused(tmp_path: Path) -> None:
         read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="it holds a list"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole: whole.pop("state_dict"), "it has no state_dict"),
+        (lambda whole: whole.pop("global_step"), "it has no global_step"),
+        (lambda whole: whole.update(global_step=-1), "its global_step is '-1'"),
+        (lambda whole: whole.update(global_step="3"), "its global_step is a str"),
+        (lambda whole: whole["state_dict"].update({"model.bias": None}), r"its state_dict\.model\.bias is a NoneType"),
+        (lambda whole: whole.update(callbacks=[]), "its callbacks is a list"),
+        (
+            lambda whole: whole["loops"]["fit_loop"]["epoch_progress"]["current"].update(ready="x"),
+            r"its loops\.fit_loop\.epoch_progress\.current\.ready is 'x'",
+        ),
+        (
+            lambda whole: whole["optimizer_states"][0]["state"][0].update(exp_avg="x"),
+            r"its optimizer_states\.0\.state\.0\.exp_avg is a str",
+        ),
+        (lambda whole: whole["optimizer_states"][0]["param_groups"][0].update(lr=[]), r"param_groups is a list"),
+    ],
+)
+def test_what_no_run_writes_is_named(tmp_path: Path, change: Callable[[dict], object], message: str) -> None:
+    whole: dict = {
+        "state_dict": {"model.weight": torch.ones(3), "model.bias": torch.ones(7)},
+        "global_step": 3,
+        "epoch": 0,
+        "callbacks": {},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"ready": 1, "processed": 1}}}},
+        "optimizer_states": [
+            {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+        ],
+    }
+    path = tmp_path / "last.ckpt"
+    torch.save(whole, path)
+    assert read_checkpoint(path)["global_step"] == 3
+    change(whole)
+    torch.save(whole, path)
+    with pytest.raises(UserError, match=message):
         read_checkpoint(path)
