@@ -275,6 +275,12 @@ def of_tree(
     return tree, touched
 
 
+def dotted(tree: Any) -> set[str]:
+    """The keys of a tree of settings that are no section, as they are named: `data.length`."""
+    places = [place for place in _places(tree) if all(isinstance(step, str) for step in place)]
+    return {".".join(place) for place in places if len(place) > 1}
+
+
 def yaml_text(rng: random.Random, tree: Any, canary: str) -> tuple[bytes, set[str]]:
     """A YAML file of a mutated tree, or one that is strange as YAML."""
     if rng.random() < 0.75:

@@ -100,7 +100,8 @@ def run_config(place: Place) -> Case:
         if command != "resume"
         else ["fit", "--resume", str(run), "--trainer.max_steps", "2"]
     )
-    return Case(argv, {"config.yaml", *touched, *_leaves(touched)})
+    keys = m.dotted(configurations(place.world.data)[name])
+    return Case(argv, {"config.yaml", *touched, *_leaves(touched), *keys})
 
 
 def _leaves(keys: set[str]) -> set[str]:

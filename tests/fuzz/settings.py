@@ -20,7 +20,8 @@ def config(place: Place) -> Case:
     path.write_bytes(mutated)
     if rng.random() < 0.03:
         m.of_path(rng, path, place.world.folder / "elsewhere.txt")
-    return Case(["fit", "--config", str(path), "--out", str(place.folder / "run")], {"config.yaml", *touched})
+    keys = m.dotted(configurations(place.world.data)[name])
+    return Case(["fit", "--config", str(path), "--out", str(place.folder / "run")], {"config.yaml", *touched, *keys})
 
 
 TRAINER_KEYS = [
@@ -280,7 +281,7 @@ def options(place: Place) -> Case:
             "--device",
             "--checkpoint",
         ]
-    wrong = set()
+    wrong = {"--checkpoint", "model.json"}  # a domain without a writer cannot generate, whatever else is said
     for _ in range(rng.choice((1, 1, 2))):
         key, value = rng.choice(keys), given()
         if key in ("--samples", "-n", "--window", "--batch-size") and rng.random() < 0.5:
