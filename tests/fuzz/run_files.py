@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mutations as m
 from cases import Case, Place, condition, predict
-from world import INPUTS
+from world import INPUTS, configurations
 
 
 def _use(place: Place, run: Path, name: str, wrong: set[str], *, exact: bool) -> Case:
