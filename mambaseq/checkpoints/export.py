@@ -130,8 +130,8 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
     for name in own:
         if not torch.isfinite(tensors[name]).all():
             raise UserError(
-                f"The weights in {source} are not finite ({name}): the run that made them diverged, or they were "
-                f"damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
+                f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "
+                f"diverged, or they were damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
             )
     model.load_state_dict(tensors)
 

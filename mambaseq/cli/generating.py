@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.devices import choose_device, memory_told
-from mambaseq.cli.loading import check_weights, condition_ids, fitting_options
+from mambaseq.cli.loading import condition_ids, fitting_options
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate
@@ -155,9 +155,8 @@ def _sequences(
                     progress=progress and len(batches) == 1,
                     **settings,
                 ).cpu()
-            except NotFinite:
-                check_weights(loaded)
-                raise
+            except NotFinite as error:
+                raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
             for job, rows in zip(batch, tokens.view(len(batch), width, -1).numpy(), strict=True):
                 for number, row in enumerate(rows, start=job.first):
                     found[job.place, number] = _ended(row, len(job.prompt), settings["stop_ids"])

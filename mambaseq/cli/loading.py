@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from mambaseq.checkpoints import LoadedModel
-from mambaseq.errors import ConfigError, UserError, did_you_mean
+from mambaseq.errors import ConfigError, did_you_mean
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LISTED = 12
@@ -135,14 +135,3 @@ def fitting_options(
             f"model's model.json do not have. Use its own {kind}."
         )
     return options
-
-
-def check_weights(loaded: LoadedModel) -> None:
-    """Raise UserError, naming file and tensor, where a weight is not a finite number."""
-    for name, parameter in loaded.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"The weights in {loaded.source} hold values that are not finite numbers (in {name}): the training "
-                f"diverged, or the file is damaged. Export an earlier checkpoint, or train again with a lower learning "
-                f"rate."
-            )

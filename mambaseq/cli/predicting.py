@@ -15,7 +15,7 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.cli.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
 from mambaseq.cli.devices import choose_device, memory_told
-from mambaseq.cli.loading import check_weights, condition_ids, fitting_options
+from mambaseq.cli.loading import condition_ids, fitting_options
 from mambaseq.cli.tables import Table, partial_path, table
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
@@ -274,8 +274,7 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
 
 
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
-    """Why a prediction is no number. Raises UserError where it is the weights', since then all are none."""
-    check_weights(answer.loaded)
+    """Why a prediction is no number. The weights are numbers, or they would not have been loaded."""
     signal, span = piece.record.signal, piece.span
     where = f"{piece.file}, record {piece.record.name!r}, {span.start:,} to {span.stop:,}"
     if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():
