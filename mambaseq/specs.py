@@ -138,7 +138,7 @@ def check_layers(count: int) -> None:
 
 def check_size(parameters: int, needed: int) -> None:
     """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine has memory."""
-    PARAMETERS.check(parameters, "The model")
+    PARAMETERS.check(parameters, "The model (d_model, and the options of model.backbone and model.mixer)")
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonargparse
 
@@ -154,7 +154,11 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list
         _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
         for key, default in (("pattern", None), ("mlp", False))
     )
-    return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get)
+
+    def kind_of(name: str) -> Any:
+        return catalog()["mixers"].get(name, "model.mixer.name" if name == names["mixer"] else "model.backbone.pattern")
+
+    return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of)
 
 
 @dataclasses.dataclass
@@ -380,6 +384,17 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
     )
 
 
+def _refuse_nulls(parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> None:
+    """Raise TypeError for a setting that is null and must not be, which the parser lets pass: a null in a file reads
+    as a key that is left out. `trainer` is Lightning's to check."""
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or action.dest.startswith("trainer.") or action.default is None:
+            continue
+        if parsed.get(action.dest) is None and type(None) not in get_args(hint) and hint is not Any:
+            raise TypeError(f"{action.dest} is null; leave it out, and it is {shown(action.default)}")
+
+
 def parse_config(config: str, overrides: list[str]) -> RunConfig:
     """Read a configuration (registered name or YAML file) and `--key value` overrides.
 
@@ -420,6 +435,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             if key != "name":
                 parsed["data"][key] = _absolute(value, key)
         made = {key: make_classes(key, value) for key, value in classes_written.items()}
+        _refuse_nulls(parser, parsed)
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # it was asked to print something (--print_config)

@@ -162,13 +162,12 @@ class Resumption(lightning.Callback):
         them, in the first step."""
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                    continue
-                if value.shape != parameter.shape or not value.isfinite().all():
-                    shape = tuple(parameter.shape)
+                if name in ("exp_avg", "exp_avg_sq") and not (
+                    isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.isfinite().all()
+                ):
                     raise UserError(
-                        f"The checkpoint {self.folder.last} has an optimizer's {name} of shape {tuple(value.shape)} "
-                        f"for weights of shape {shape}, or one that is not finite. It was changed; use another one."
+                        f"The checkpoint {self.folder.last} has an optimizer's {name} that is not a finite number for "
+                        f"each of {tuple(parameter.shape)} weights. It was changed; use another one."
                     )
 
 

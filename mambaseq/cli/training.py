@@ -92,6 +92,8 @@ def make_trainer(
     for key, taken, why in _DECIDED:
         if (options.get(key) is False) if taken is False else options.get(key) is not None:
             raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
+    if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
     own = options.pop("callbacks", None) or []

@@ -199,8 +199,10 @@ class TokenStore:
             finally:
                 file.close()
             if not sum(lengths):
+                sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
                 raise DataError(
-                    f"There are no tokens to store in {folder}: the source has no records, or only empty ones."
+                    f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, "
+                    f"or only empty ones: nothing is stored in {folder}. Give files that hold something."
                 )
             written = np.array(lengths, dtype="<i8")
             everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
@@ -243,7 +245,10 @@ class TokenStore:
         folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names end at 255 bytes
         for _ in range(3):  # a folder that another process found damaged may vanish between two looks at it
             try:
-                return cls(folder)
+                found = cls(folder)
+                if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json.dumps(meta))]:
+                    raise StoreError(f"{folder / INDEX} describes other tokens than those of {label[:40]}.")
+                return found
             except StoreError as error:
                 damaged = os.path.lexists(folder)
                 if damaged:

@@ -223,5 +223,7 @@ def test_weights_that_are_not_finite_are_refused_with_the_files_name(tmp_path: P
     with torch.no_grad():
         parameter.view(-1)[3] = value
     save_model(tmp_path / "m", model, card(model))
-    with pytest.raises(UserError, match=rf"model\.safetensors are not finite \({name}\).*diverged"):
+    with pytest.raises(
+        UserError, match=rf"model\.safetensors hold values that are not finite.*\(in {name}\).*diverged"
+    ):
         load_model(tmp_path / "m")

@@ -113,7 +113,7 @@ def test_printing_the_configuration_is_no_error(capsys) -> None:
         (BASE.replace("size", "sise"), [], r"no key 'data.sise'\. Did you mean 'data\.size'"),
         (BASE, ["--model.mixer.d_stat", "2"], r"no key 'model.mixer.d_stat'\. Did you mean 'model\.mixer\.d_state'"),
         (BASE + "optimiser: {lr: 1}\n", [], r"no key 'optimiser.*'\. Did you mean 'optimizer"),
-        (BASE.replace("mamba,", "mambo,"), [], r"No mixer is named 'mambo'\. Did you mean 'mamba'"),
+        (BASE.replace("mamba,", "mambo,"), [], r"no mixer is named 'mambo'\. Did you mean 'mamba'"),
         (BASE + "trainer: {max_step: 3}\n", [], r"no key 'trainer\.max_step'\. Did you mean 'trainer\.max_steps'"),
         ("seed: 1\n", [], r"needs data\.name"),
         ("just text\n", [], r"c\.yaml holds one str instead of names"),

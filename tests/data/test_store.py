@@ -55,8 +55,21 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_to_store(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokens to store"):
+    with pytest.raises(DataError, match=r"no tokens in "):
         TokenStore.build(tmp_path / "s", [], "uint8", META)
+
+
+def test_nothing_to_store_names_the_sources(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokens in a\.fa, b\.fa"):
+        TokenStore.build(tmp_path / "s", [], "uint8", {"sources": [{"name": "a.fa"}, {"name": "b.fa"}]})
+
+
+def test_a_store_that_says_it_is_of_something_else_is_built_again(tmp_path: Path) -> None:
+    store = TokenStore.cached("s", some_records, "uint8", META, cache=tmp_path)
+    other = TokenStore.build(tmp_path / "other", some_records(), "uint8", {"sources": [1.5]})
+    (store.folder / "index.json").write_bytes((other.folder / "index.json").read_bytes())
+    assert TokenStore(store.folder).meta == {"sources": [1.5]}
+    assert TokenStore.cached("s", some_records, "uint8", META, cache=tmp_path).meta == META
 
 
 def test_pickle_maps_the_same_file(tmp_path: Path) -> None:

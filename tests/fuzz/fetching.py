@@ -49,7 +49,7 @@ def fetch(place: Place) -> Case:
     if kind < 0.5:
         mutated, touched = m.yaml_text(rng, base, place.canary)
         path.write_bytes(mutated)
-        wrong |= touched | {file["name"] for file in base["files"]}
+        wrong |= touched | {file["name"] for file in base["files"]} | {place.url}
         if rng.random() < 0.05:
             m.of_path(rng, path, place.world.folder / "elsewhere.txt")
     elif kind < 0.85:

@@ -214,7 +214,7 @@ def overrides(place: Place) -> Case:
     for _ in range(rng.choice((1, 1, 1, 2))):
         pool = rng.choice((KEYS[""], KEYS[name], [f"trainer.{key}" for key in TRAINER_KEYS]))
         key = rng.choice(pool)
-        wrong |= {key, key.rpartition(".")[2]}
+        wrong |= {key, key.rpartition(".")[2], key.rpartition(".")[0]}
         if rng.random() < 0.08:
             key = rng.choice(
                 (key + "s", key[:-1], key.upper(), key.replace(".", ".."), "", "trainer", "model", "data", key + ".x")
