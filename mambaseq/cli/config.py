@@ -23,7 +23,7 @@ import jsonargparse
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.checkpoints.card import check_generation
 from mambaseq.cli.settings import PARTS, check_overrides, read_settings, resolve_config
-from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes
+from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
@@ -245,6 +245,57 @@ def _arguments(part: Any) -> set[str]:
     return set(inspect.signature(part).parameters)
 
 
+def _code_arguments(kind: Any, key: str, skip: set[str]) -> dict[str, Any]:
+    """The arguments of a class that may be functions, classes or objects, each with the part of its type that values in
+    a file can have (None: there is none). jsonargparse imports what is written for such an argument."""
+    probe = jsonargparse.ArgumentParser(exit_on_error=False)
+    probe.add_class_arguments(kind, key, instantiate=False, skip=set(skip))
+    found: dict[str, Any] = {}
+    for action in probe._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is not None and action.dest.startswith(f"{key}.") and plain_type(hint) != hint:
+            name, _, inner = action.dest.removeprefix(f"{key}.").partition(".")
+            found[name] = None if inner else plain_type(hint)
+    return found
+
+
+def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: set[str]) -> None:
+    """Give the parser those arguments of a class that plain values can be, as `--key.ARGUMENT`.
+
+    Raises ConfigError for a class that cannot be made without code.
+    """
+    code = _code_arguments(kind, key, skip)
+    if _arguments(kind) - skip - code.keys():
+        parser.add_class_arguments(kind, key, instantiate=False, skip=skip | code.keys())
+    for name, accepted in code.items():
+        parameter = inspect.signature(kind).parameters.get(name)
+        default = None if parameter is None else parameter.default
+        required = default is inspect.Parameter.empty
+        if accepted is not None and not callable(default):
+            parser.add_argument(f"--{key}.{name}", type=accepted, default=None if required else default)
+        elif required:
+            raise ConfigError(
+                f"{key}: {kind.__name__} cannot be made, since its {name} takes code, which no file names."
+            )
+
+
+def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting that takes a function, a class or an object. parts: the class behind each key."""
+    given = [argument[2:].partition("=")[0].rstrip("+") for argument in overrides if argument.startswith("--")]
+    for key, kind in parts.items():
+        written = _written(raw, key)
+        for name, accepted in _code_arguments(
+            kind, key, PROVIDED & _arguments(kind) if key != "data" else set()
+        ).items():
+            where = f"{key}.{name}"
+            told = [other for other in given if other == where or other.startswith(f"{where}.")]
+            if accepted is None and (told or (isinstance(written, dict) and name in written)):
+                raise ConfigError(
+                    f"{where} of {kind.__name__} takes code, which no file or option may name. Leave it out, or set it "
+                    f"in Python."
+                )
+
+
 def make_parser(
     names: dict[str, str], mixers: list[str] | None = None
 ) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
@@ -259,7 +310,7 @@ def make_parser(
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
     parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
     parser.add_argument("--data.name", type=str, default=names["data"])
-    parser.add_class_arguments(classes["data"], "data", instantiate=False)
+    _add_plain(parser, classes["data"], "data", set())
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
     for part in PARTS:
@@ -267,12 +318,12 @@ def make_parser(
         parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
         skip = PROVIDED & _arguments(classes[part])
         if skip != _arguments(classes[part]):
-            parser.add_class_arguments(classes[part], f"model.{part}", instantiate=False, skip=set(skip))
+            _add_plain(parser, classes[part], f"model.{part}", skip)
     for name in mixers or []:
         kind = registries["mixers"].get(name)
         skip = PROVIDED & _arguments(kind)
         if "." not in name and skip != _arguments(kind):
-            parser.add_class_arguments(kind, f"model.mixers.{name}", instantiate=False, skip=set(skip))
+            _add_plain(parser, kind, f"model.mixers.{name}", skip)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section, instantiate=False)
     with warnings.catch_warnings():
@@ -420,6 +471,15 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     ]
     check_mixer_options(named, names["mixer"], [names["mixer"], *mixers])
     parser, classes = make_parser(names, mixers)
+    _refuse_code(
+        raw,
+        overrides,
+        {
+            "data": classes["data"],
+            **{f"model.{part}": classes[part] for part in PARTS},
+            **{f"model.mixers.{name}": catalog()["mixers"].get(name) for name in mixers},
+        },
+    )
     if "--help" in overrides or "-h" in overrides:
         parser.print_help()
         raise SystemExit(0)

@@ -13,7 +13,7 @@ from typing import Any
 from mambaseq.cli.trainer_classes import KEYS
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean
-from mambaseq.plain import read_yaml
+from mambaseq.plain import parse_yaml, read_yaml
 from mambaseq.registry import Registry
 from mambaseq.resources import find
 
@@ -89,6 +89,14 @@ def _refuse_classes(value: Any, key: str, source: str) -> None:
             _refuse_classes(inner, key, source)
     elif isinstance(value, str) and "class_path" in value:
         raise ConfigError(f"{source}: {key[:200]} names a class; only keys of trainer can ({', '.join(KEYS)}).")
+    elif isinstance(value, str) and '"' in value and "\\" in value:
+        # jsonargparse reads text as YAML again, where "cl\u0061ss_path" is class_path
+        try:
+            read = parse_yaml(value, f"{source}: the text of {key[:200]}")
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+        if read != value:
+            _refuse_classes(read, key, source)
 
 
 def check_overrides(overrides: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import itertools
 import json
 import pickle
@@ -16,6 +18,8 @@ import yaml
 
 from mambaseq.checkpoints import ModelCard, save_model
 from mambaseq.cli.main import main
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError
 from mambaseq.models import build_model
 from mambaseq.registry import allow_imports
 
@@ -300,3 +304,59 @@ def test_what_is_allowed_is_made_if_it_is_what_is_wanted(
     arguments = '{"monitor": "a", "patience": "many"}'
     with pytest.raises(Exception, match=r"trainer\.callbacks\.init_args\.patience cannot be 'many'"):
         parse_config(config, [f'--trainer.callbacks={{"class_path": "EarlyStopping", "init_args": {arguments}}}'])
+
+
+WITH_CODE = """
+from collections.abc import Callable
+from typing import Any
+from mambaseq.mixers.s4d import S4D
+from tiny import TinyTokens
+
+class Data(TinyTokens):
+    def __init__(self, size: int = 8, f: Callable = len, k: type = int, c: S4D | None = None, a: Any = None,
+                 either: int | Callable = 3) -> None:
+        super().__init__(size)
+"""
+CODE = (
+    "os.system",
+    "subprocess.Popen",
+    "evil_names.call",
+    {"class_path": "os.system"},
+    {"class_path": "evil_names.call", "init_args": {}},
+    '{"cl\\u0061ss_path": "evil_names.call"}',
+)
+
+
+@pytest.mark.parametrize("argument", ["f", "k", "c", "a", "either"])
+def test_arguments_of_a_part_are_no_code(
+    argument: str, sentinel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "with_code.py").write_text(WITH_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("with_code", None)
+    from mambaseq.cli.config import parse_config
+
+    data = {"name": "with_code:Data"}
+    with allow_imports("with_code", "tiny"):
+        for value in CODE:
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {**data, argument: value}}))
+            (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"data": data}))
+            text = value if isinstance(value, str) else json.dumps(value)
+            for config, overrides in (("c.yaml", []), ("plain.yaml", [f"--data.{argument}={text}"])):
+                if argument == "a" and isinstance(value, str):  # text is a plain value
+                    with contextlib.suppress(ConfigError):
+                        parse_config(config, overrides)
+                    continue
+                with pytest.raises(ConfigError, match=rf"data\.{argument}\b"):
+                    parse_config(config, overrides)
+        assert parse_config("plain.yaml", ["--data.either=4", "--data.size=2"]).settings["data"]["either"] == 4
+
+
+def test_shipped_parts_take_no_code() -> None:
+    from mambaseq.cli.config import PROVIDED, _code_arguments
+
+    for kind in ("datasets", "encoders", "backbones", "mixers", "heads"):
+        for entry in catalog()[kind]:
+            part = entry.load()
+            skip = PROVIDED & set(inspect.signature(part).parameters)
+            assert not _code_arguments(part, "part", skip), entry.name
