@@ -50,8 +50,10 @@ def _check_contents(contents: Any) -> None:
         _check_kind(key, contents[key], kind)
     for name, tensor in contents["state_dict"].items():
         _check_kind(f"state_dict.{name}", tensor, torch.Tensor)
-    for key, kind in (("callbacks", dict), ("loops", dict), ("optimizer_states", list), ("lr_schedulers", list)):
-        _check_kind(key, contents.get(key, kind()), kind)
+    for key in ("callbacks", "loops"):
+        _check_kind(key, contents.get(key, {}), dict)
+    for key in ("optimizer_states", "lr_schedulers"):
+        _check_kind(key, contents.get(key, []), list)
     _check_counts("loops", contents.get("loops", {}))
     _check_counts("global_step", contents["global_step"])
     _check_counts("epoch", contents.get("epoch", 0))

@@ -77,7 +77,7 @@ class Watch:
     def __init__(self) -> None:
         self.folder: str | None = None
         self.caches: tuple[str, ...] = ()
-        self.port = 0
+        self.port = self.forks = 0
         self.seen: list[tuple[str, str]] = []
         sys.addaudithook(self._hook)
 
@@ -95,6 +95,8 @@ class Watch:
                     if event in ("os.symlink", "os.link", "shutil.copyfile") and path is args[0]:
                         continue
                     self._refuse("writes outside", f"{event} {os.fsdecode(path)}")
+        elif event == "os.fork" and self.forks < 4:  # workers of a loader
+            self.forks += 1
         elif event in _RUNS:
             self._refuse("runs a program", f"{event} {args[:2]!r}"[:300])
         elif event == "socket.connect":
@@ -122,6 +124,7 @@ class Watch:
     @contextlib.contextmanager
     def over(self, folder: Path) -> Iterator[None]:
         self.seen.clear()
+        self.forks = 0
         self.folder = os.path.realpath(folder)
         try:
             yield
