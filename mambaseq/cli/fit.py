@@ -22,7 +22,7 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq fit",
         description="Train a model. Everything else on the command line is --key value, over the configuration; "
         "`mambaseq fit --config NAME --help` lists the keys.",
-        add_help="--config" not in argv,
+        add_help=not any(argument.partition("=")[0] == "--config" for argument in argv),
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")

@@ -28,6 +28,7 @@ from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, check_unpacked
 _AT_ONCE = 2**16  # bytes that are read: no header of a tar needs more
 _PACKED_AT_ONCE = 2**12
 _DIRECTORY_ENTRY = 64  # bytes of a zip's directory for each member that is allowed
+_NEVER_IN_NAMES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control and direction characters, halves of characters, line ends
 _PARTS, _NAME_LENGTH, _PART_LENGTH = 50, 1_000, 255
 _LINK_LENGTH = 1_000
 _DAMAGED = (
@@ -126,8 +127,8 @@ class _Target:
         if not parts:
             return ""  # the folder itself
         if name.startswith("/") or ".." in parts or "\\" in name or (len(parts[0]) > 1 and parts[0][1] == ":"):
-            raise _Refused(f"its member {shown} would be outside of the folder")
-        if "" in parts or not name.isprintable():
+            raise _Refused(f"its member {shown} is not named by a relative path with /, inside of the folder")
+        if "" in parts or any(unicodedata.category(character) in _NEVER_IN_NAMES for character in name):
             raise _Refused(f"its member {shown} has a name that no file should have")
         if len(parts) > _PARTS or len(name) > _NAME_LENGTH or any(len(p.encode()) > _PART_LENGTH for p in parts):
             raise _Refused(f"the name of its member {shown} is too long")
@@ -158,7 +159,12 @@ class _Target:
     def add_link(self, name: str, leads_to: str) -> None:
         """A symbolic link. It is made after all files are, so that none is written through it."""
         path = self._file_path(name)
-        if len(leads_to) > _LINK_LENGTH or not leads_to.isprintable() or not leads_to or "\\" in leads_to:
+        if (
+            len(leads_to) > _LINK_LENGTH
+            or any(unicodedata.category(c) in _NEVER_IN_NAMES for c in leads_to)
+            or not leads_to
+            or "\\" in leads_to
+        ):
             raise _Refused(f"its link {name[:80]!r} leads to what is no name of a file")
         self.links[path] = leads_to
 

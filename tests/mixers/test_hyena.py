@@ -125,7 +125,7 @@ def test_filters_have_no_weight_decay() -> None:
         ({"emb_dim": 4}, "emb_dim must be odd"),
         ({"short_conv": 0}, "must be positive, not 6, 0, 64"),
         ({"sine_frequency": 0.0}, "sine_frequency must be positive"),
-        ({"slow_decay": 0.0}, "slow_decay must be positive, not 0.0"),
+        ({"slow_decay": 0.0}, "slow_decay must be positive and finite, not 0.0"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:

@@ -87,12 +87,12 @@ FILE: Member = ("a", b"hello", {})
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("../outside", "outside of the folder"),
-        ("a/../../outside", "outside of the folder"),
-        ("/tmp/outside", "outside of the folder"),
-        ("..\\outside", "outside of the folder"),
-        ("C:/outside", "outside of the folder"),
-        ("C:outside", "outside of the folder"),
+        ("../outside", "not named by a relative path"),
+        ("a/../../outside", "not named by a relative path"),
+        ("/tmp/outside", "not named by a relative path"),
+        ("..\\outside", "not named by a relative path"),
+        ("C:/outside", "not named by a relative path"),
+        ("C:outside", "not named by a relative path"),
         ("a//b", "has a name that no file"),
         ("a\nb", "has a name that no file"),
         ("a\x1b[2Jb", "has a name that no file"),
