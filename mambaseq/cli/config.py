@@ -148,7 +148,7 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list
 
     Raises ConfigError for names that do not exist, and for a pattern that is none.
     """
-    takes = _arguments(catalog()["backbones"].get(names["backbone"]))
+    takes = _arguments(catalog()["backbones"].get(names["backbone"], "model.backbone.name"))
     pattern: Any
     pattern, mlp = (
         _setting(raw, argv, f"model.backbone.{key}") if key in takes else default

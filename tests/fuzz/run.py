@@ -55,7 +55,7 @@ def plan(cases: int, target: str | None, seed: int, runs: Sequence[str] = ()) ->
     return listed
 
 
-def work(world_folder: Path, scratch: Path) -> None:
+def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
     """A worker: reads cases from standard input, writes outcomes to what was standard output."""
     answers = os.fdopen(os.dup(1), "w")
     log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -64,9 +64,10 @@ def work(world_folder: Path, scratch: Path) -> None:
     sys.dont_write_bytecode = True
     import serving
     import watching
-    from world import World, enter
+    from world import World, enter, make_world
 
-    world = World(world_folder)
+    made = (world_folder / "elsewhere.txt").exists()
+    world = World(world_folder) if made else make_world(world_folder, runs)
     enter(world)
     os.environ["MAMBASEQ_CACHE"] = str(world.cache)
     os.environ["HF_HOME"] = str(scratch / "hf")
@@ -130,13 +131,13 @@ def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed:
 class Worker:
     """A worker process and its pipe."""
 
-    def __init__(self, world: Path, scratch: Path) -> None:
-        self.world, self.scratch = world, scratch
+    def __init__(self, world: Path, scratch: Path, runs: Sequence[str]) -> None:
+        self.world, self.scratch, self.runs = world, scratch, runs
         self.start()
 
     def start(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch)]
+        command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch), *self.runs]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}
         )
@@ -179,7 +180,7 @@ def again(case: dict[str, Any]) -> str:
 
 
 def run_all(
-    cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, report: Path | None = None
+    cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, runs: Sequence[str], report: Path | None = None
 ) -> list[dict[str, Any]]:
     """The outcomes of all cases, in the order of their ends; failures are printed and reported as they come."""
     if report is not None:
@@ -189,8 +190,10 @@ def run_all(
         todo.put(case)
     done: list[dict[str, Any]] = []
 
+    first = Worker(world, scratch / "job0", runs)  # makes the world where there is none
+
     def go(number: int) -> None:
-        worker = Worker(world, scratch / f"job{number}")
+        worker = Worker(world, scratch / f"job{number}", runs) if number else first
         while True:
             try:
                 case = todo.get_nowait()
@@ -251,20 +254,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
     parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the last case's folder there")
-    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse()
     if arguments.worker:
-        work(*arguments.worker)
+        work(Path(arguments.worker[0]), Path(arguments.worker[1]), arguments.worker[2:])
         return 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         world = arguments.world or Path(scratch) / "world"
-        if not (world / "elsewhere.txt").exists():
-            command = [sys.executable, str(HERE / "world.py"), str(world), *arguments.runs]
-            subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True)
         cases = plan(arguments.cases, arguments.target, arguments.seed, arguments.runs)
         if arguments.only is not None:
             cases = [
@@ -272,7 +272,7 @@ def main() -> int:
                 for n in arguments.only.split(",")
             ]
         started = time.monotonic()
-        done = run_all(cases, world, Path(scratch), arguments.jobs, arguments.report)
+        done = run_all(cases, world, Path(scratch), arguments.jobs, arguments.runs, arguments.report)
         seconds = time.monotonic() - started
         if arguments.only is not None:
             print(json.dumps(done, indent=1, ensure_ascii=False).replace("\\n", "\n"))

@@ -28,7 +28,6 @@ TRAINER_KEYS = [
     "accelerator",
     "strategy",
     "devices",
-    "num_nodes",
     "precision",
     "logger",
     "callbacks",

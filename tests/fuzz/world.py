@@ -341,7 +341,3 @@ def enter(world: World) -> None:
     for place in (str(world.site), str(ROOT / "examples" / "ecg")):
         if place not in sys.path:
             sys.path.insert(0, place)
-
-
-if __name__ == "__main__":
-    make_world(Path(sys.argv[1]), sys.argv[2:])
