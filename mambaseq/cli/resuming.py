@@ -84,7 +84,13 @@ def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: 
 
 def is_over(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> str:
     """The setting that ends the run where the checkpoint is ("trainer.max_steps"); "" when none does."""
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    try:
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"The run cannot go on from checkpoints/last.ckpt of {trainer.default_root_dir}: it does not say how many "
+            f"epochs are done ({error}). It is of another version or was changed; use another one."
+        ) from error
     done = {"max_steps": checkpoint["global_step"], "max_epochs": epochs}
     for name, key in LIMITS.items():
         limit = getattr(trainer, name)

@@ -280,7 +280,7 @@ def options(place: Place) -> Case:
             "--device",
             "--checkpoint",
         ]
-    wrong = {"--checkpoint", "model.json"}  # a domain without a writer cannot generate, whatever else is said
+    wrong = {"--checkpoint", "model.json", "--out"}  # a domain without a writer cannot generate, whatever else is said
     for _ in range(rng.choice((1, 1, 2))):
         key, value = rng.choice(keys), given()
         if key in ("--samples", "-n", "--window", "--batch-size") and rng.random() < 0.5:

@@ -91,7 +91,9 @@ class Watch:
                 self._refuse("writes outside", os.fsdecode(path))
         elif event in _CHANGES:
             for path in args[:2]:
-                if isinstance(path, str | bytes) and "/" in os.fsdecode(path) and not self._inside(os.fsdecode(path)):
+                if not isinstance(path, str | bytes) or "/" not in os.fsdecode(path):
+                    continue
+                if not self._inside(os.path.dirname(os.fsdecode(path))):  # noqa: PTH120 - not what a link points to
                     if event in ("os.symlink", "os.link", "shutil.copyfile") and path is args[0]:
                         continue
                     self._refuse("writes outside", f"{event} {os.fsdecode(path)}")
