@@ -52,11 +52,14 @@ class Answer(abc.ABC):
 
     window: tokens that are read by themselves; None for whole records. columns: names of the values, known once there
     was an output. least: tokens without which there is no answer. whole: there is one of all positions together.
+    gathered: tokens of windows that are gathered, so that those of one length are read together; what stands in memory
+        is bounded by it.
     """
 
     columns: list[str]
     least = 1
     whole: ClassVar[bool] = False
+    gathered: ClassVar[int] = 2**20
 
     def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
         self.loaded, self.model = loaded, loaded.model
@@ -213,6 +216,7 @@ class Positions(Sequences):
     by part, else of windows by themselves."""
 
     whole = False
+    gathered = 2**14  # each of them is a row of up to a hundred cells
 
     def __init__(
         self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None

@@ -24,10 +24,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.outputs import is_stream, output_target
 
-# Windows are gathered up to here, so that those of one length are read together; what stands in memory is bounded by
-# it.
-_GATHERED_TOKENS = 2**20
-_GATHERED = 2**14
+_GATHERED = 2**14  # windows; see `Answer.gathered`
 _NAMED = 20  # bad records that are named one by one
 
 Bad = Callable[[UserError], None]
@@ -228,7 +225,7 @@ def _rows(
             for span in answer.spans(record):
                 gathered.append(_Piece(file, record, span))
                 tokens += span.stop - span.start
-                if tokens >= _GATHERED_TOKENS or len(gathered) >= _GATHERED:
+                if tokens >= answer.gathered or len(gathered) >= _GATHERED:
                     yield from _finished(answer, gathered, batch_size, refuse)
                     gathered, tokens = [], 0
     except UserError:
