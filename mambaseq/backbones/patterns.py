@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
+from mambaseq.specs import shown
 
 # (layer, name=, d_model=) → a new mixer. What is left out is the model's own, and left out it is wherever it can be: a
 # stack of one mixer calls it with the layer alone.
@@ -36,8 +37,8 @@ def read_pattern(pattern: Sequence[str]) -> list[Entry]:
         or not all(isinstance(text, str) and text.strip("*") for text in pattern)
     ):
         raise ConfigError(
-            f"pattern must name a mixer a layer, like [mamba, mamba, attention], not {pattern!r}. Leave it out for "
-            f"layers of one mixer."
+            f"pattern must name a mixer a layer, like [mamba, mamba, attention], not {shown(pattern)}. Leave it out "
+            f"for layers of one mixer."
         )
     return [Entry(text.removesuffix("*"), text.endswith("*")) for text in pattern]
 

@@ -15,6 +15,7 @@ from mambaseq.backbones.pooling import Pool, PoolState, windows
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
+from mambaseq.specs import shown
 
 
 class Tier(nn.Module):
@@ -71,10 +72,10 @@ class UNet(Backbone):
         pool = [4, 4] if pool is None else pool
         if not isinstance(pool, list) or not pool or not all(isinstance(n, int) and n >= 2 for n in pool):
             raise ConfigError(
-                f"pool must be a list of at least one integer, each at least 2, like [4, 4], not {pool!r}."
+                f"pool must be a list of at least one integer, each at least 2, like [4, 4], not {shown(pool)}."
             )
         if not isinstance(expand, int) or expand < 1:
-            raise ConfigError(f"expand must be an integer of at least 1, not {expand!r}.")
+            raise ConfigError(f"expand must be an integer of at least 1, not {shown(expand)}.")
         made, total = 0, n_layers * (2 * len(pool) + 1)
 
         def layers(d_model: int | None) -> nn.ModuleList:

@@ -27,7 +27,7 @@ from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes, pla
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean
+from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
@@ -403,6 +403,8 @@ def _plain(value: Any) -> Any:
     return value.written if isinstance(value, TrainerClasses) else value
 
 
+_EXPLAINED = 400  # characters of the parser's own words, which quote the value
+
 _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"Key ['\"](?P<key>[\w.]+)['\"] is not expected", re.IGNORECASE),
@@ -428,7 +430,7 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
                 chosen = f" --{part}.name {name}"
             break
     else:
-        hint = ""
+        text, hint = paragraph(text, _EXPLAINED), ""
     return ConfigError(
         f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source}{chosen} "
         f"--help` lists the keys."

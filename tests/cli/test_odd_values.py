@@ -1,0 +1,72 @@
+"""Odd values for every setting: each is refused in words that name it, or used."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambaseq.cli.config import parse_config
+from mambaseq.cli.settings import read_settings, resolve_config
+from mambaseq.errors import UserError
+from mambaseq.plain import dump_yaml
+
+# a configuration of each domain
+CONFIGS = ("dna/demo", "audio/demo", "text/demo", "synthetic/selective_copying")
+ODD: tuple[Any, ...] = (
+    *(None, [], {}, -1, 0, float("nan"), float("inf"), 2**63),
+    *("x" * 3000, [[[]]], True, ""),
+)
+PER_CONFIG = 20  # a seeded choice of all keys with all values: all of them take about ten minutes
+
+
+def flat(value: Any, key: str = "") -> list[str]:
+    """The keys of all settings, those of sections as well."""
+    inner = value.items() if isinstance(value, dict) else ()
+    return ([key] if key else []) + [
+        name for step, below in inner for name in flat(below, f"{key}.{step}" if key else str(step))
+    ]
+
+
+def written(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(raw)
+    *sections, last = key.split(".")
+    holder = changed
+    for section in sections:
+        if not isinstance(holder.get(section), dict):
+            holder[section] = {}
+        holder = holder[section]
+    holder[last] = value
+    return changed
+
+
+def try_value(raw: dict[str, Any], key: str, value: Any, path: Path) -> str | None:
+    """What is wrong with how one value of one key is taken; None when nothing is."""
+    path.write_text(dump_yaml(written(raw, key, value)))
+    case = f"{key}: {value!r:.30}"
+    try:
+        run = parse_config(str(path), [])
+        data = run.make_data()
+        if data.vocab_size or data.n_channels:  # else files tell
+            run.model_spec(data)
+    except UserError as error:
+        text = str(error)
+        if len(text) >= 1000 or "\n" in text or key.rpartition(".")[2] not in text:
+            return f"{case}: {len(text)} characters: {text[:300]}"
+    except Exception as error:
+        return f"{case}: {type(error).__name__}: {error!s:.300}"
+    return None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_odd_values_are_refused_by_key_or_used(name: str, tmp_path: Path) -> None:
+    keys = flat(parse_config(name, []).settings)
+    raw = read_settings(resolve_config(name))
+    cases = [(key, value) for key in keys for value in ODD]
+    wrong = [
+        found
+        for key, value in random.Random(name).sample(cases, min(PER_CONFIG, len(cases)))
+        if (found := try_value(raw, key, value, tmp_path / "odd.yaml")) is not None
+    ]
+    assert not wrong, "\n".join(wrong)
