@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,37 @@ def test_weights_that_are_not_finite_are_refused_with_the_files_name(tmp_path: P
         UserError, match=rf"model\.safetensors hold values that are not finite.*\(in {name}\).*diverged"
     ):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("tokenizer",), "text/bytes"),
+        (("tokenizer",), {"name": 3, "options": {}}),
+        (("tokenizer",), {"name": "text/bytes", "options": []}),
+        (("writer",), ["text/text"]),
+        (("reader_options",), "field"),
+        (("generation",), [1]),
+        (("generation",), {"temperature": -1}),
+        (("generation",), {"top_p": "NaN"}),
+        (("spec", "backbone", "norm_eps"), -1e-5),
+        (("spec", "backbone", "n_layers"), 10**6),
+        (("spec", "d_model"), 10**9),
+        (("spec", "mixer", "d_state"), 10**9),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_refused_at_once(tmp_path: Path, keys: tuple[str, ...], value) -> None:
+    model = small()
+    save_model(tmp_path / "m", model, card(model))
+    path = tmp_path / "m" / "model.json"
+    fields = json.loads(path.read_text())
+    inner = fields
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(fields))
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"model\.json") as refusal:
+        load_model(tmp_path / "m")
+    assert time.process_time() - start < 1
+    assert len(str(refusal.value)) < 1000

@@ -18,7 +18,7 @@ ODD: tuple[Any, ...] = (
     *(None, [], {}, -1, 0, float("nan"), float("inf"), 2**63),
     *("x" * 3000, [[[]]], True, ""),
 )
-PER_CONFIG = 20  # a seeded choice of all keys with all values: all of them take about ten minutes
+PER_CONFIG = 20  # a seeded choice of all keys with all values: all of them take minutes
 
 
 def flat(value: Any, key: str = "") -> list[str]:
