@@ -486,7 +486,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         parser.print_help()
         raise SystemExit(0)
     if "seed" in _arguments(classes["data"]) and (seed := _override(overrides, "seed") or raw.get("seed")):
-        with contextlib.suppress(ValueError, TypeError):  # the parser will tell
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
             parser.set_defaults({"data.seed": int(seed)})
     try:
         parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])

@@ -70,3 +70,14 @@ def test_odd_values_are_refused_by_key_or_used(name: str, tmp_path: Path) -> Non
         if (found := try_value(raw, key, value, tmp_path / "odd.yaml")) is not None
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", float("inf")), ("model.d_model", "x" * 3000), ("model.backbone.pattern", "x" * 3000)],
+)
+def test_what_once_ended_otherwise(key: str, value: Any, tmp_path: Path) -> None:
+    raw = read_settings(resolve_config("dna/demo"))
+    assert try_value(raw, key, value, tmp_path / "odd.yaml") is None
+    with pytest.raises(UserError):
+        parse_config(str(tmp_path / "odd.yaml"), [])
