@@ -206,7 +206,7 @@ def test_another_pattern_on_the_command_line_drops_the_options_of_the_former(tmp
     ("old", "new", "message"),
     [
         ("n_heads", "n_head", r"no key 'model\.mixers\.attention\.n_head'\. Did you mean '.*n_heads'"),
-        ("attention*", "atention", r"No mixer is named 'atention'\. Did you mean 'attention'"),
+        ("attention*", "atention", r"model.backbone.pattern: no mixer is named 'atention'\. Did you mean 'attention'"),
         ("{attention: {n_heads: 2}", "{atention: {n_heads: 2}", r"'atention', which is no mixer.*mean 'attention'"),
         ("[mamba, attention*]", "[]", "pattern must name a mixer"),
         ("[mamba, attention*]", "mamba", "pattern must name a mixer a layer.*not 'mamba'"),
