@@ -93,6 +93,8 @@ class Watch:
             for path in args[:2]:
                 if not isinstance(path, str | bytes) or "/" not in os.fsdecode(path):
                     continue
+                if event == "os.mkdir" and os.path.realpath(os.fsdecode(path)) == self.folder:
+                    continue  # it is there: asking for it changes nothing
                 if not self._inside(os.path.dirname(os.fsdecode(path))):  # noqa: PTH120 - not what a link points to
                     if event in ("os.symlink", "os.link", "shutil.copyfile") and path is args[0]:
                         continue
