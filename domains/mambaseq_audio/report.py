@@ -9,11 +9,11 @@ import numpy as np
 import soundfile
 
 from mambaseq.atomic import atomic_file
-from mambaseq.cli.config import parse_config
-from mambaseq.cli.generating import generate_to
 from mambaseq.reporting import Section, audio_player, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import parse_config
+from mambaseq.runs.generation import generate_to
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData
 from mambaseq_audio.mulaw import MuLaw

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from mambaseq.cli.config import parse_config
-from mambaseq.cli.evaluate import evaluate
 from mambaseq.reporting import Section, picture, table
 from mambaseq.reporting.pictures import confusion_matrix, learning_curves
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import parse_config
+from mambaseq.runs.evaluation import evaluate
 from mambaseq_dna.baselines import kmer_baseline
 from mambaseq_dna.species import SpeciesData
 

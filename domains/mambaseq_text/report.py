@@ -6,11 +6,11 @@ import html
 import math
 from pathlib import Path
 
-from mambaseq.cli.config import parse_config
-from mambaseq.cli.generating import generate_to
 from mambaseq.reporting import Section, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import parse_config
+from mambaseq.runs.generation import generate_to
 from mambaseq_text.baselines import unigram_bigram
 from mambaseq_text.corpus import CorpusData
 

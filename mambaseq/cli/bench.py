@@ -44,7 +44,7 @@ def run(argv: list[str], command: str) -> int:
         raise ConfigError(f"--picture writes PNG files; {arguments.picture} is not named so.")
 
     from mambaseq.benchmarking.running import run as run_bench
-    from mambaseq.cli.devices import choose_device
+    from mambaseq.runs.devices import choose_device
 
     device = choose_device(arguments.device)
     scale = arguments.scale or ("full" if device.type == "cuda" else "small")

@@ -13,6 +13,6 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     arguments = parser.parse_args(argv)
-    from mambaseq.cli.diagnosis import diagnose
+    from mambaseq.benchmarking.diagnosis import diagnose
 
     return diagnose(arguments.device)

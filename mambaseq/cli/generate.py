@@ -34,8 +34,8 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
-    from mambaseq.cli.generating import generate_to
     from mambaseq.outputs import is_stream
+    from mambaseq.runs.generation import generate_to
 
     checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

@@ -40,7 +40,7 @@ def run(argv: list[str], command: str) -> int:
     )
     add_allow_import(parser)
     arguments = parser.parse_args(argv)
-    from mambaseq.cli.predicting import predict, report
+    from mambaseq.runs.prediction import predict, report
 
     out = Path(arguments.out)
     found = predict(

@@ -65,8 +65,8 @@ def run(argv: list[str], command: str) -> int:
     numbers = list(range(arguments.seeds)) if arguments.seeds else sorted(set(arguments.seed or [])) or None
     name = resolve(arguments.recipe)
 
-    from mambaseq.cli.devices import choose_device
-    from mambaseq.cli.reproducing import reproduce
+    from mambaseq.reproduction.reproduce import reproduce
+    from mambaseq.runs.devices import choose_device
 
     device = choose_device(arguments.device)
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")

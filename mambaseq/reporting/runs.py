@@ -34,6 +34,11 @@ def rank() -> int:
     return 0
 
 
+def default_folder(config: str) -> Path:
+    """Where a run goes that is given no folder: `dna/demo` → `runs/dna-demo`."""
+    return Path("runs") / config.replace("/", "-").removesuffix(".yaml")
+
+
 class RunInUse(UserError):
     """Another process trains in the run's folder."""
 

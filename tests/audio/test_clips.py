@@ -11,9 +11,9 @@ from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData, selector
 from mambaseq_audio.mulaw import MuLaw
 
-from mambaseq.cli.config import parse_config
 from mambaseq.data.module import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.runs.config import parse_config
 
 LENGTHS = (300, 100, 250, 40)
 

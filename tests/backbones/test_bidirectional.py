@@ -12,13 +12,13 @@ from backbones.stand_ins import TinyMLP
 
 from mambaseq.backbones.bidirectional import BidirectionalStack
 from mambaseq.checkpoints import ModelCard, load_model, save_model
-from mambaseq.cli.config import parse_config
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.generation import generate
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.ops.sequences import reversal
+from mambaseq.runs.config import parse_config
 
 D_MODEL = 12
 NAMES = ["mamba", "s4d"]

@@ -10,13 +10,13 @@ import torch
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
-from mambaseq.cli.config import parse_config
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import SequenceModel, build_model, causal_lm
 from mambaseq.registry import Entry
+from mambaseq.runs.config import parse_config
 
 DATA = 'data: {name: "tiny:TinyTokens"}\n'
 

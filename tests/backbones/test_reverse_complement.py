@@ -11,10 +11,10 @@ import torch
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.checkpoints import ModelCard, load_model, save_model
-from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.runs.config import parse_config
 
 TOKENIZER = BaseTokenizer("keep")
 COMPLEMENT = TOKENIZER.complement.tolist()

@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.benchmarking import backends, by_length, decode, ops, peers, running, train
+from mambaseq.benchmarking import backends, by_length, decode, diagnosis, ops, peers, running, train
 from mambaseq.checkpoints.upstream import from_upstream
-from mambaseq.cli import diagnosis
 from mambaseq.cli.main import main
 from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba

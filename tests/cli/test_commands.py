@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambaseq.cli.config import KINDS_OF
 from mambaseq.cli.main import COMMANDS, main
+from mambaseq.runs.config import KINDS_OF
 
 DNA = [
     "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",

@@ -12,12 +12,12 @@ import yaml
 from tiny import TinyTokens
 
 from mambaseq.batch import Batch
-from mambaseq.cli.config import parse_config
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
+from mambaseq.runs.config import parse_config
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
 

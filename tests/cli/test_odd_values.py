@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from mambaseq.cli.config import parse_config
-from mambaseq.cli.settings import read_settings, resolve_config
 from mambaseq.errors import UserError
 from mambaseq.plain import dump_yaml
+from mambaseq.runs.config import parse_config
+from mambaseq.runs.settings import read_settings, resolve_config
 
 # a configuration of each domain
 CONFIGS = ("dna/demo", "audio/demo", "text/demo", "synthetic/selective_copying")

@@ -18,10 +18,10 @@ from mambaseq_dna.tokenizer import BaseTokenizer
 from test_predicting import DNA, classifier, fasta, language_model, predict, saved, spans, spoil
 
 from mambaseq.checkpoints import load_model
-from mambaseq.cli import answers
 from mambaseq.cli.main import main
-from mambaseq.cli.tables import safe_cell
 from mambaseq.models import SequenceModel
+from mambaseq.runs import answers
+from mambaseq.runs.tables import safe_cell
 
 AUDIO: dict[str, Any] = {
     "reader": "audio/audio",

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mambaseq.cli.config import parse_config
 from mambaseq.data.addresses import check_address, expanded, redacted
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.runs.config import parse_config
 
 SECRET = "hunter2/+%@x"
 

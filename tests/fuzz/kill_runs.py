@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import mambaseq.cli.training
+import mambaseq.runs.training
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main as mambaseq
 from mambaseq.reporting.runs import RunFolder

@@ -15,7 +15,7 @@ import pytest
 from numba.core import caching
 
 from mambaseq import resources
-from mambaseq.cli import diagnosis
+from mambaseq.benchmarking import diagnosis
 from mambaseq.cli.main import main
 from mambaseq.data import cache
 from mambaseq.data.store import TokenStore

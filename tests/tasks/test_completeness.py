@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from mambaseq import atomic
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.cli import finishing, testing
 from mambaseq.cli.main import main
 from mambaseq.errors import UserError
 from mambaseq.reporting import runs
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs import evaluation, finishing
 from mambaseq.tasks.callbacks import RunCheckpoints
 
 CONFIG = """
@@ -223,7 +223,7 @@ def test_a_second_fit_is_refused_with_the_process_of_the_first(tmp_path: Path, c
 def test_results_of_weights_that_are_not_the_runs_any_more_are_not_written_down(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     assert main(begin(tmp_path, "run")) == 0
-    load_model = testing.load_model
+    load_model = evaluation.load_model
 
     def load_and_go_on(path: Path) -> Any:
         loaded = load_model(path)
@@ -231,7 +231,7 @@ def test_results_of_weights_that_are_not_the_runs_any_more_are_not_written_down(
         return loaded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "load_model", load_and_go_on)
+        patch.setattr(evaluation, "load_model", load_and_go_on)
         capsys.readouterr()
         assert main(["test", "--checkpoint", str(out)]) == 0
     assert "its weights changed while they were evaluated" in capsys.readouterr().err

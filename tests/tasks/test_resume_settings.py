@@ -16,10 +16,10 @@ from tiny import Items, TinyTokens
 from mambaseq.batch import Batch
 from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.cli.config import PARTS, make_parser
 from mambaseq.cli.main import main
-from mambaseq.cli.resuming import moved
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import PARTS, make_parser
+from mambaseq.runs.resuming import moved
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor
 
 CONFIG = """

@@ -1,26 +1,21 @@
-"""The work of `mambaseq fit`, apart so that the command line stays quick."""
+"""Training: a run is begun, gone on with, and brought to its end."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
-from mambaseq.cli.config import RunConfig
-from mambaseq.cli.finishing import Run, diverged, interrupted
-from mambaseq.cli.resuming import (
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
+from mambaseq.runs.finishing import Outcome, Training, diverged, interrupted
+from mambaseq.runs.resuming import (
     Resumption,
     changed_settings,
     check_changed_data,
@@ -33,10 +28,11 @@ from mambaseq.cli.resuming import (
 )
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError, UserError, cut_list
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
+from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
@@ -70,69 +66,50 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
     )
 
 
-_DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
-    ("default_root_dir", None, "a run writes to its own folder, --out"),
-    ("logger", False, "a run draws its curves from its logs"),
-    ("enable_checkpointing", False, "a run can always be gone on with, by checkpoints of its own"),
-)
+# settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
+CHANGEABLE = {"backend", "checkpoint", "chunk_length", "cuda_graph", "dropout", "label_smoothing"}
 
 
-def make_trainer(
-    settings: RunConfig,
+def fit(
+    config: str,
     folder: RunFolder,
-    callbacks: list[lightning.Callback],
-    loggers: list[Logger],
-    progress: bool,
-) -> lightning.Trainer:
-    """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added.
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    allow_changed_data: bool = False,
+) -> Outcome:
+    """Train, export the best weights, write results and pictures.
 
-    Raises ConfigError when Lightning refuses the settings.
-    """
-    options = dict(settings.trainer)
-    for key, taken, why in _DECIDED:
-        if (options.get(key) is False) if taken is False else options.get(key) is not None:
-            raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
-    if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
-        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
-    given = options.pop("logger", None)
-    given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
-    own = options.pop("callbacks", None) or []
-    own = own if isinstance(own, list) else [own]
-    plugins = options.pop("plugins", None) or []
-    plugins = plugins if isinstance(plugins, list) else [plugins]
-    if options.get("enable_progress_bar") is None:
-        options["enable_progress_bar"] = progress
-    if options["enable_progress_bar"]:
-        # a bar redrawn in place needs a terminal; in a log a line now and then is enough
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100)]
-    # the user's come first, so that a checkpoint holds what they have counted
-    options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
-    options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
-    defaults = inspect.signature(lightning.Trainer).parameters
-    given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
-    with _explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
-        return lightning.Trainer(**options)
+    The run's folder is this process's as long as it trains.
 
-
-@contextlib.contextmanager
-def _explained(what: str, more: str = "") -> Iterator[None]:
-    """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
-    try:
-        yield
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.{more}") from error
-
-
-def train(
-    settings: RunConfig, folder: RunFolder, *, resume: bool, progress: bool, allow_changed_data: bool = False
-) -> int:
-    """Train, export the best weights, write results and pictures. Returns the exit code: 0, 1 for a run that diverged,
-    130 for one that was interrupted.
-
+    config: a registered name or a YAML file. overrides: `--key value`, over it.
     resume: go on with the run in the folder, wherever it was left: before its first checkpoint, on the way, or
         between its last step and its last picture.
+    allow_changed_data: go on though files of the data changed.
     Raises UserError for anything the user has to mend, before the first step where that can be told.
     """
+    folder.check_place(begins=not resume)
+    settings = parse_config(config, overrides)  # what is refused leaves no folder behind
+    with folder.locked():
+        if not resume and folder.last.exists() and rank() == 0:
+            raise ConfigError(
+                f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give "
+                f"another --out, or remove it."
+            )
+        changed = changed_model_settings(config, settings.settings) if resume and overrides else []
+        if changed := [key for key in changed if key.rpartition(".")[2] not in CHANGEABLE]:
+            raise ConfigError(
+                f"The model of a run cannot change, and {', '.join(changed)} would change that of {folder.path}. Leave "
+                f"it away, or begin another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
+            )
+        with quiet():
+            return _train(settings, folder, resume, progress, allow_changed_data)
+
+
+def _train(
+    settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool
+) -> Outcome:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed = settings.settings["seed"]
     lightning.seed_everything(seed, workers=False, verbose=False)
@@ -153,7 +130,7 @@ def train(
     ]
     guard = FiniteGuard()
     every = settings.settings["checkpoint"]["every_n_steps"]
-    run = Run(
+    run = Training(
         folder=folder,
         data=data,
         datamodule=settings.make_datamodule(data),
@@ -171,14 +148,14 @@ def train(
         if resume and trainer.is_global_zero:
             say(folder, "there is no checkpoint yet; the run begins at its first step")
         _begin(trainer, settings, run, record)
-    elif (code := _rest(run, settings, trainer)) is not None:
-        return code
+    elif (ended := _rest(run, settings, trainer)) is not None:
+        return ended
     if trainer.is_global_zero:
         print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
-    return _fit(run, settings, trainer, begins)
+    return _trained(run, settings, trainer, begins)
 
 
-def _resumption(run: Run, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
+def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
     """What a resumed run needs. Says what changed; raises DataError when the data did, and must not."""
     lines = check_changed_data(run.folder, record, allow_changed=allow_changed_data)
     lines += [
@@ -198,8 +175,8 @@ def _resumption(run: Run, settings: RunConfig, record: DataRecord, allow_changed
     )
 
 
-def _rest(run: Run, settings: RunConfig, trainer: lightning.Trainer) -> int | None:
-    """Finish a run that has no step left to train: the exit code; None for one that trains on.
+def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Outcome | None:
+    """Finish a run that has no step left to train; None for one that trains on.
 
     Raises UserError when its checkpoint is not of this model, or settings are given that could have no effect.
     """
@@ -213,34 +190,30 @@ def _rest(run: Run, settings: RunConfig, trainer: lightning.Trainer) -> int | No
     refuse_without_effect(folder, changed, step)
     run.checkpoints.recall(trainer)
     if run.is_complete(step):
-        if trainer.is_global_zero:
-            reason = f"{key} is {getattr(trainer, key.partition('.')[2])}" if key else "it had ended there"
-            more = key or "trainer.max_steps"
-            print(
-                f"{folder.path}: nothing to do, the run is at step {step} and {reason}. To train it "
-                f"further: mambaseq fit --resume {folder.path} --{more} MORE"
-            )
-        return 0
+        reason = f"{key} is {getattr(trainer, key.partition('.')[2])}" if key else "it had ended there"
+        return Outcome(
+            "finished",
+            f"{folder.path}: nothing to do, the run is at step {step} and {reason}. To train it further: mambaseq fit "
+            f"--resume {folder.path} --{key or 'trainer.max_steps'} MORE",
+        )
     run.throughput.load_state_dict(checkpoint["callbacks"].get(run.throughput.state_key, {"tokens": 0, "seconds": 0.0}))
-    run.finish(trainer, step)
-    return 0
+    return Outcome("finished", run.finish(trainer, step))
 
 
-def _fit(run: Run, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> int:
+def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> Outcome:
     folder, checkpoints = run.folder, run.checkpoints
-    first = trainer.is_global_zero
     try:
         trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
         checkpoints.ended = True
         trainer.save_checkpoint(folder.last)
     except Interrupted as error:
-        return interrupted(folder.path, f"Interrupted after step {error.step}.") if first else 130
+        return interrupted(folder.path, f"Interrupted after step {error.step}.")
     except StoppedAtOnce:
         step = checkpoints.saved_step
         where = "there is no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
-        return interrupted(folder.path, f"Stopped at once; {where}.") if first else 130
+        return interrupted(folder.path, f"Stopped at once; {where}.")
     except Diverged as error:
-        return diverged(folder.path, error, checkpoints.saved_step) if first else 1
+        return diverged(folder.path, error, checkpoints.saved_step)
     except UserError:
         raise
     except Exception as error:
@@ -256,21 +229,20 @@ def _fit(run: Run, settings: RunConfig, trainer: lightning.Trainer, begins: bool
             ) from error
         if not isinstance(error, MisconfigurationException | ValueError):
             raise
-        with _explained("The run cannot begin with these settings"):
+        with explained("The run cannot begin with these settings"):
             raise
-    run.finish(trainer, trainer.global_step)
-    return 0
+    return Outcome("finished", run.finish(trainer, trainer.global_step))
 
 
 def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
     spec = settings.model_spec(data)
-    with _explained("The settings under model cannot be used"):
+    with explained("The settings under model cannot be used"):
         model = build_model(spec)
     check_data(model, data, repr(settings.settings["data"]["name"]), settings.make_metrics(data))
     return model
 
 
-def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Run, record: DataRecord) -> None:
+def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Training, record: DataRecord) -> None:
     folder = run.folder
     if not trainer.is_global_zero:
         return
@@ -289,7 +261,7 @@ def _remove(path: Path) -> None:
         raise UserError(f"{path} is to be replaced and cannot be removed: {error.strerror}. Move it away.") from error
 
 
-def _go_on(settings: RunConfig, run: Run, record: DataRecord) -> None:
+def _go_on(settings: RunConfig, run: Training, record: DataRecord) -> None:
     """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
     was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
     folder = run.folder

@@ -10,7 +10,7 @@ import lightning
 import torch
 
 from mambaseq.atomic import atomic_file, json_text
-from mambaseq.cli.config import RunConfig
+from mambaseq.runs.config import RunConfig
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.plain import parse_yaml, read_json, read_yaml

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mambaseq.cli.trainer_classes import KEYS
+from mambaseq.runs.trainer_classes import KEYS
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean
 from mambaseq.plain import parse_yaml, read_yaml

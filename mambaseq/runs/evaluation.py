@@ -1,4 +1,4 @@
-"""The work of `mambaseq test` and `mambaseq validate`."""
+"""Metrics of a run on its validation or test set."""
 
 from __future__ import annotations
 
@@ -7,20 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints.export import load_model
-from mambaseq.cli.config import RunConfig
-from mambaseq.cli.finishing import plain_interrupts
-from mambaseq.cli.resuming import changed_settings, read_record, record_of, say
-from mambaseq.cli.training import make_trainer
+from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
+from mambaseq.runs.finishing import plain_interrupts
+from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
+from mambaseq.runs.trainer import make_trainer, quiet
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import UserError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.tasks.record import shown
 from mambaseq.tasks.task import Task
 
 
-def evaluate_run(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
-    """See `mambaseq.cli.evaluate.evaluate`."""
+def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress: bool = True) -> dict[str, Any]:
+    """Metrics of the run's exported weights on its "validate" or "test" set; merged into results.json.
+
+    Raises UserError when there is no such set, run or model, or when the overrides ask for another model.
+    """
+    folder.require()
+    settings = parse_config(str(folder.config), overrides)
+    if overrides and (changed := changed_model_settings(str(folder.config), settings.settings)):
+        raise ConfigError(
+            f"{', '.join(changed)} cannot be set here: {command} evaluates the model that was trained. Leave it away, "
+            f"or train another model with `mambaseq fit`."
+        )
+    with quiet():
+        return _evaluate(settings, folder, command, progress)
+
+
+def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
     before = _identities(folder)  # of all that may be loaded, before any of it is

@@ -1,4 +1,4 @@
-"""Runs a recipe and writes its report; the half of `mambaseq reproduce` that needs torch."""
+"""Runs a recipe and writes its report."""
 
 from __future__ import annotations
 

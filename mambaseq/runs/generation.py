@@ -1,4 +1,4 @@
-"""The work of `mambaseq generate`."""
+"""Generation: prompts continued, and written in the domain's own format."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.devices import choose_device, memory_told
-from mambaseq.cli.loading import condition_ids, fitting_options
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.loading import condition_ids, fitting_options
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate

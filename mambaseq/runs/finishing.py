@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
@@ -24,9 +23,21 @@ from mambaseq.tasks.finite import Diverged
 from mambaseq.tasks.task import Task
 
 
+class Outcome(NamedTuple):
+    """How a training ended. message: what there is to say, "" where nothing is."""
+
+    status: Literal["finished", "diverged", "interrupted"]
+    message: str = ""
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0, 1 for a run that diverged, 130 for one that was interrupted and can be resumed."""
+        return {"finished": 0, "diverged": 1, "interrupted": 130}[self.status]
+
+
 @dataclasses.dataclass
-class Run:
-    """What a run is made of."""
+class Training:
+    """What a training is made of."""
 
     folder: RunFolder
     data: SequenceData
@@ -54,8 +65,9 @@ class Run:
             return False
         return results.get("steps") == step and results.get("exported_step") == described == exported
 
-    def finish(self, trainer: lightning.Trainer, step: int) -> None:
-        """Validate what has not been validated, and export. The task has the weights of the last step."""
+    def finish(self, trainer: lightning.Trainer, step: int) -> str:
+        """Validate what has not been validated, and export. The task has the weights of the last step. Returns what was
+        exported, in words; "" in processes that write nothing."""
         results: dict[str, Any] = self.checkpoints.results
         if self.checkpoints.score is None:
             validates = trainer.limit_val_batches != 0 and self.data.validation() is not None
@@ -65,9 +77,10 @@ class Run:
             results = self.task.results
         if trainer.is_global_zero:
             device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
-            self._export(steps=step, device=device, **results)
+            return self._export(steps=step, device=device, **results)
+        return ""
 
-    def _export(self, **results: Any) -> None:
+    def _export(self, **results: Any) -> str:
         """Export the weights of a checkpoint, with the results of these weights and no others.
 
         They are read from the file: strategies that shard a model leave no process with all of it.
@@ -93,7 +106,7 @@ class Run:
         scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}
         found = [f"{key} {value:.4f}" for key, value in scalars.items()]
         best = "" if step == of else f" (the best of {of})"
-        print(f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found, sep=", ", flush=True)
+        return ", ".join([f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found])
 
 
 class plain_interrupts:
@@ -107,13 +120,12 @@ class plain_interrupts:
             raise KeyboardInterrupt from None
 
 
-def interrupted(folder: Path, what: str) -> int:
-    print(f"\n{what} Go on with: mambaseq fit --resume {folder}", file=sys.stderr, flush=True)
-    return 130
+def interrupted(folder: Path, what: str) -> Outcome:
+    return Outcome("interrupted", f"{what} Go on with: mambaseq fit --resume {folder}")
 
 
-def diverged(folder: Path, error: Diverged, saved: int | None) -> int:
-    """Say why a run stopped, and what helps; returns the exit code 1."""
+def diverged(folder: Path, error: Diverged, saved: int | None) -> Outcome:
+    """Why a run stopped, and what helps."""
     advice = "--optimizer.lr LOWER (or a longer optimizer.warmup_steps, trainer.gradient_clip_val, another precision)"
     again = (
         f"Its last good checkpoint is of step {saved}. Go on from there: mambaseq fit --resume {folder} {advice}. If "
@@ -121,10 +133,8 @@ def diverged(folder: Path, error: Diverged, saved: int | None) -> int:
         if saved is not None
         else f"There is no checkpoint yet. Begin it anew: the same command with {advice}."
     )
-    print(
+    return Outcome(
+        "diverged",
         f"{folder}: the run diverged: {error.what} is not finite after step {error.step}, and nothing of that was "
         f"saved. {again}",
-        file=sys.stderr,
-        flush=True,
     )
-    return 1

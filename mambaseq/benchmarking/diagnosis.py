@@ -1,4 +1,4 @@
-"""The work of `mambaseq doctor`."""
+"""Which backend each op would use on this machine, whether it is right, and how fast."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from mambaseq import __version__
 from mambaseq.benchmarking.backends import WholeBlock, speeds
 from mambaseq.benchmarking.timing import Attempt, attempt, on
-from mambaseq.cli.devices import choose_device
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS, nvrtc
 from mambaseq.ops.dispatch import PACKAGES, Backend, Op, check, explain
 from mambaseq.ops.kept import folder_of_numba
 from mambaseq.resources import cache_dir, why_unsafe
+from mambaseq.runs.devices import choose_device
 
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4

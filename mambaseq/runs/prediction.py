@@ -1,4 +1,4 @@
-"""The work of `mambaseq predict`."""
+"""Prediction: a model applied to files of its own kind."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.cli.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
-from mambaseq.cli.devices import choose_device, memory_told
-from mambaseq.cli.loading import condition_ids, fitting_options
-from mambaseq.cli.tables import Table, partial_path, table
+from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.loading import condition_ids, fitting_options
+from mambaseq.runs.tables import Table, partial_path, table
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def predict(
     skip_bad: go on behind a file that cannot be read and a record whose prediction is not finite.
 
     Raises UserError for a run, setting, file or record that cannot be used. What was finished before is kept at
-    `mambaseq.cli.tables.partial_path(out)`, and what stood at `out` stays.
+    `mambaseq.runs.tables.partial_path(out)`, and what stood at `out` stays.
     """
     limits.BATCH.check(_at_least_one("--batch-size", batch_size), "--batch-size")
     if window is not None:

@@ -22,8 +22,8 @@ import jsonargparse
 
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.checkpoints.card import check_generation
-from mambaseq.cli.settings import PARTS, check_overrides, read_settings, resolve_config
-from mambaseq.cli.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
+from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
+from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
