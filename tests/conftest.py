@@ -51,5 +51,5 @@ def full_precision() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _own_modules(request: pytest.FixtureRequest) -> Iterator[None]:
     """Configurations of the tests may name classes of the tests by import paths."""
-    with allow_imports("tiny", "cli", "tasks", request.node.module.__name__):
+    with allow_imports("tiny", "runs", "tasks", request.node.module.__name__):
         yield

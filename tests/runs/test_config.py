@@ -192,9 +192,9 @@ REFUSED = {
     "--seed=-1": r"seed must be at least 0",
     "--model.encoder.name=dna/kmer": r"KmerEncoder gives a position for 3 inputs .*model\.encoder\.stride to 1",
     "--model.encoder.name=dna/kmer --model.encoder.stride=1": r"the next token, which the encoder 'dna/kmer' sees",
-    "--data.name=cli.test_config:Labelled --model.head.name=regression": r"is 'regression', .* one label a sequence",
+    "--data.name=runs.test_config:Labelled --model.head.name=regression": r"is 'regression', .* one label a sequence",
     "--data.name=tiny:TinyValues --model.head.name=regression": r"'token_accuracy' needs a label, .* one value a seq",
-    "--data.name=cli.test_config:Labelled --model.head.name=lm": r"model\.head\.name is 'lm'.*'classification'",
+    "--data.name=runs.test_config:Labelled --model.head.name=lm": r"model\.head\.name is 'lm'.*'classification'",
     "--data.name=tiny:TinyValues --model.head.name=lm": r"model\.head\.name is 'lm'.*'regression'",
     "--model.head.name=regression": r"model\.head\.name is 'regression', but .* one label a position.*'lm'",
     "--out=/proc/run": r"/proc/run cannot be used.*--out",
@@ -217,7 +217,7 @@ class Undecided(TokenAccuracy):
 @pytest.mark.parametrize("options", REFUSED)
 def test_settings_that_cannot_be_used_exit_with_2(config: Path, options: str, capsys) -> None:
     trainer = "trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false}"
-    config.write_text(f'{BASE}{trainer}\nmetrics: [token_accuracy, "cli.test_config:Undecided"]\n')
+    config.write_text(f'{BASE}{trainer}\nmetrics: [token_accuracy, "runs.test_config:Undecided"]\n')
     out = [] if options.startswith("--out") else ["--out", str(config.parent / "run")]
     assert main(["fit", "--config", str(config), *out, *options.split()]) == 2
     error = capsys.readouterr().err.strip()
