@@ -105,7 +105,8 @@ class Training:
         )
         scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}
         found = [f"{key} {value:.4f}" for key, value in scalars.items()]
-        best = "" if step == of else f" (the best of {of})"
+        seen = self.checkpoints.validated_step in (None, of)  # None: nothing was trained, only finished
+        best = "" if step == of else f" (the best of {of})" if seen else f" (the best that was validated; {of} was not)"
         return ", ".join([f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found])
 
 

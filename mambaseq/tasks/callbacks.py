@@ -152,6 +152,8 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
         stepped = not loop._should_accumulate()  # gradients so far are in no checkpoint
+        if stepped and _is_last(trainer):
+            trainer.should_stop = True  # Lightning then validates this step as well, whatever the interval
         self._due = stepped and trainer.global_step % self.every_n_steps == 0
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
@@ -204,6 +206,14 @@ class RunCheckpoints(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._restore()
+
+
+def _is_last(trainer: lightning.Trainer) -> bool:
+    """Whether the optimizer step that is over is the run's last by its number of steps or epochs."""
+    loop = trainer.fit_loop
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    last_epoch = 0 <= epochs <= trainer.current_epoch + 1 and loop.epoch_loop.batch_progress.is_last_batch
+    return 0 <= trainer.max_steps <= trainer.global_step or last_epoch
 
 
 class Throughput(lightning.Callback):
