@@ -22,8 +22,6 @@ import jsonargparse
 
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.checkpoints.card import check_generation
-from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
-from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
@@ -32,6 +30,8 @@ from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
+from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
+from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
 from mambaseq.specs import shown
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints.export import load_model
-from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
-from mambaseq.runs.finishing import plain_interrupts
-from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
-from mambaseq.runs.trainer import make_trainer, quiet
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
+from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
+from mambaseq.runs.finishing import plain_interrupts
+from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
+from mambaseq.runs.trainer import make_trainer, quiet
 from mambaseq.tasks.record import shown
 from mambaseq.tasks.task import Task
 

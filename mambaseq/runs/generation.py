@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import condition_ids, fitting_options
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate
 from mambaseq.generation.decode import NotFinite, check_whole
 from mambaseq.generation.sampling import check_settings
 from mambaseq.outputs import output_target
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.loading import condition_ids, fitting_options
 
 _AT_ONCE = 256  # sequences that are generated together: their states are in memory
 

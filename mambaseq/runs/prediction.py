@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
-from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import condition_ids, fitting_options
-from mambaseq.runs.tables import Table, partial_path, table
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.outputs import is_stream, output_target
+from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.loading import condition_ids, fitting_options
+from mambaseq.runs.tables import Table, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
 _NAMED = 20  # bad records that are named one by one

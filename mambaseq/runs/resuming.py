@@ -10,11 +10,11 @@ import lightning
 import torch
 
 from mambaseq.atomic import atomic_file, json_text
-from mambaseq.runs.config import RunConfig
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
 from mambaseq.tasks.record import KEY, DataRecord, flatten, shown

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mambaseq.runs.trainer_classes import KEYS
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean
 from mambaseq.plain import parse_yaml, read_yaml
 from mambaseq.registry import Registry
 from mambaseq.resources import find
+from mambaseq.runs.trainer_classes import KEYS
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 GROUPS = ("data", "model", "loader", "optimizer", "length_warmup", "checkpoint", "generation", "trainer")

@@ -13,6 +13,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.data.module import SequenceData
+from mambaseq.data.purpose import task_of
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.reporting.runs import RunFolder, rank
+from mambaseq.resources import cache_dir
 from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
 from mambaseq.runs.finishing import Outcome, Training, diverged, interrupted
 from mambaseq.runs.resuming import (
@@ -26,12 +32,6 @@ from mambaseq.runs.resuming import (
     say,
     write_record,
 )
-from mambaseq.data.module import SequenceData
-from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError, UserError
-from mambaseq.models import SequenceModel, build_model
-from mambaseq.reporting.runs import RunFolder, rank
-from mambaseq.resources import cache_dir
 from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
 from mambaseq.tasks.finite import Diverged, FiniteGuard
@@ -107,9 +107,7 @@ def fit(
             return _train(settings, folder, resume, progress, allow_changed_data)
 
 
-def _train(
-    settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool
-) -> Outcome:
+def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool) -> Outcome:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed = settings.settings["seed"]
     lightning.seed_everything(seed, workers=False, verbose=False)

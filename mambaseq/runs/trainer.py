@@ -1,0 +1,89 @@
+"""Lightning's trainer as a run uses it: its settings checked, our checkpoint writer and bars added."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+
+import lightning
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
+from mambaseq.errors import ConfigError, cut_list
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.config import RunConfig
+
+_DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
+    ("default_root_dir", None, "a run writes to its own folder, --out"),
+    ("logger", False, "a run draws its curves from its logs"),
+    ("enable_checkpointing", False, "a run can always be gone on with, by checkpoints of its own"),
+)
+
+
+def make_trainer(
+    settings: RunConfig,
+    folder: RunFolder,
+    callbacks: list[lightning.Callback],
+    loggers: list[Logger],
+    progress: bool,
+) -> lightning.Trainer:
+    """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added.
+
+    Raises ConfigError when Lightning refuses the settings.
+    """
+    options = dict(settings.trainer)
+    for key, taken, why in _DECIDED:
+        if (options.get(key) is False) if taken is False else options.get(key) is not None:
+            raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
+    if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
+    given = options.pop("logger", None)
+    given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
+    own = options.pop("callbacks", None) or []
+    own = own if isinstance(own, list) else [own]
+    plugins = options.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if options.get("enable_progress_bar") is None:
+        options["enable_progress_bar"] = progress
+    if options["enable_progress_bar"]:
+        # a bar redrawn in place needs a terminal; in a log a line now and then is enough
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100)]
+    # the user's come first, so that a checkpoint holds what they have counted
+    options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
+    options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
+    defaults = inspect.signature(lightning.Trainer).parameters
+    given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
+    with explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
+        return lightning.Trainer(**options)
+
+
+@contextlib.contextmanager
+def explained(what: str, more: str = "") -> Iterator[None]:
+    """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.{more}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's advice that does not apply here."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is, by its sampler
+            ".*is smaller than the logging interval.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+            ".*treespec, LeafSpec.*",
+            ".*isinstance.treespec.*",
+            ".*GPU available but not used.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
