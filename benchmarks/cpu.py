@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mambaseq.atomic import json_text
+
 THREADS = 2
 D_MODEL, D_STATE = 768, 16
 TOLERANCE = 1e-4
@@ -201,13 +203,13 @@ def child(case: dict[str, Any]) -> None:
 
     torch.set_num_threads(THREADS)
     kind = case.pop("kind")
-    print("RESULT " + json.dumps(run_block(**case) if kind == "block" else run_decode(**case)))
+    print("RESULT " + json_text(run_block(**case) if kind == "block" else run_decode(**case)))
 
 
 def measure(**case: Any) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(case)], env=environment, capture_output=True, text=True
+        [sys.executable, __file__, "--child", json_text(case)], env=environment, capture_output=True, text=True
     )
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
@@ -269,7 +271,7 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"{name:<70} {ratio:6.2f}x")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=2) + "\n")
+        arguments.json.write_text(json_text({"rows": rows, "ratios": ratios}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ PyTorch and making the CUDA context come before.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from mambaseq.atomic import json_text
 
 
 def first_call() -> float:
@@ -55,7 +56,7 @@ def main() -> None:
             found[name] = float(output)
             print(f"{name}: {found[name]:.2f} s", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json_text(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

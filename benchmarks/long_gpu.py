@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mambaseq.atomic import json_text
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.ops import selective_scan
 
@@ -177,7 +177,7 @@ def main() -> None:
             "gradients_off_by": off,
             "rows": rows,
         }
-        arguments.json.write_text(json.dumps(figures_of_all, indent=2) + "\n")
+        arguments.json.write_text(json_text(figures_of_all, indent=2) + "\n")
 
 
 if __name__ == "__main__":

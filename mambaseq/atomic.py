@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 
 _LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>tmp|old)(\.[^.]*)?"
@@ -173,10 +173,10 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
 def _reported(path: Path) -> Iterator[None]:
     """Make the parent folder, and turn what goes wrong with the place into a UserError."""
     if "\0" in str(path):
-        raise UserError(f"{str(path)!r} cannot be written: a name has no NUL character in it. Choose another one.")
+        raise UserError(f"{shown(path, 300)} cannot be written: a name has no NUL character in it. Choose another one.")
     if not path.name:
         raise UserError(
-            f"{str(path)!r} cannot be written: it is a folder that stays as it is. Give a name inside of it."
+            f"{shown(path, 300)} cannot be written: it is a folder that stays as it is. Give a name inside of it."
         )
     try:
         try:
@@ -297,12 +297,13 @@ def _install(temporary: Path, path: Path, replace: bool) -> None:
         aside.unlink()
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """A value as JSON gives it back: what is not finite is None, tuples are lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain_values(inner) for key, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -311,4 +312,4 @@ def json_text(value: Any, **options: Any) -> str:
     >>> json_text({"loss": float("nan")})
     '{"loss": null}'
     """
-    return json.dumps(_plain(value), allow_nan=False, **options)
+    return json.dumps(plain_values(value), allow_nan=False, **options)

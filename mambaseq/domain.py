@@ -13,6 +13,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
+from mambaseq.errors import shown
 from mambaseq.registry import FUNCTION, Registry
 
 Entries = Mapping[str, tuple[str, str]]
@@ -163,7 +164,7 @@ def _load(point: importlib.metadata.EntryPoint) -> Domain:
     if not isinstance(loaded, Domain):
         raise TypeError(f"{point.value} is a {type(loaded).__name__}, not a mambaseq.domain.Domain")
     if loaded.name != point.name:
-        raise ValueError(f"the entry point is named {point.name!r} and its Domain {loaded.name!r}")
+        raise ValueError(f"the entry point is named {shown(point.name)} and its Domain {shown(loaded.name)}")
     return loaded
 
 

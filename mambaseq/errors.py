@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
+import os
 from collections.abc import Iterable
+
+_COMPARED = 200  # characters of a name that are looked at for near ones
+_DIGITS = 80
 
 
 class UserError(Exception):
@@ -29,12 +34,45 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("mambda", ["mamba", "s4d"])
     " Did you mean 'mamba'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name[:_COMPARED], list(known), n=1, cutoff=0.6)
+    return f" Did you mean {shown(near[0])}?" if near else ""
 
 
-def cut_list(items: Iterable[object], most: int = 20, characters: int = 300) -> str:
-    """Items with commas between them, for a message: so many at most, with a count of the others.
+def shown(value: object, most: int = 80) -> str:
+    """A value for a message, as Python writes it (null for None, a path as its text), cut to `most` characters. Of a
+    large value no more than that is written, whatever it holds.
+
+    >>> shown("s4d"), shown(None), shown([1, 2]), shown("x" * 100, most=8)
+    ("'s4d'", 'null', '[1, 2]', "'xxxxxx…")
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, os.PathLike):
+        value = str(value)
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[:most]
+    elif isinstance(value, dict):
+        value = dict(itertools.islice(value.items(), most))
+    elif isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        return f"a number of more than {_DIGITS} digits"
+    try:
+        return cut(repr(value), most)
+    except (ValueError, RecursionError):  # such a number inside of it; too deep
+        return f"a {type(value).__name__}"
+
+
+def cut(text: object, most: int = 80) -> str:
+    """A text for a message, without quotes, cut to `most` characters.
+
+    >>> cut("abcdef", most=4)
+    'abc…'
+    """
+    text = str(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def cut_list(items: Iterable[object], most: int = 20, characters: int = 300, separator: str = ", ") -> str:
+    """Items with commas (or `separator`) between them, for a message: so many at most, with a count of the others.
 
     >>> cut_list(["a", "b", "c"], most=2)
     'a, b and 1 more'
@@ -42,13 +80,13 @@ def cut_list(items: Iterable[object], most: int = 20, characters: int = 300) -> 
     'none'
     """
     texts = [str(item) for item in items]
-    shown: list[str] = []
+    told: list[str] = []
     for text in texts[:most]:
-        if shown and sum(map(len, shown)) + len(text) > characters:
+        if told and sum(map(len, told)) + len(text) > characters:
             break
-        shown.append(text if len(text) <= 80 else f"{text[:79]}…")
-    more = f" and {len(texts) - len(shown):,} more" if len(shown) < len(texts) else ""
-    return f"{', '.join(shown)}{more}" if shown else "none"
+        told.append(cut(text))
+    more = f" and {len(texts) - len(told):,} more" if len(told) < len(texts) else ""
+    return f"{separator.join(told)}{more}" if told else "none"
 
 
 def check_positive(owner: str, **values: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Limit:
         if text is None:
             return self.default
         if not text.strip().isdecimal() or int(text) < 1:
-            raise ConfigError(f"The variable {self.variable} must be a whole number of at least 1, not {text[:40]!r}.")
+            raise ConfigError(f"The variable {self.variable} must be a whole number of at least 1, not {shown(text)}.")
         return int(text)
 
     def check(self, amount: float, subject: str) -> None:

@@ -14,10 +14,10 @@ from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
-from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
-from mambaseq.specs import check_layers, check_options, check_size, check_spec, shown
+from mambaseq.specs import check_layers, check_options, check_size, check_spec
 
 
 @dataclasses.dataclass
@@ -293,7 +293,7 @@ def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # too deep and too large ones among them
         reason = " ".join(str(error).split()).partition(" Exception raised from")[0][:300]
         width = {"d_model": args[0]} if args and isinstance(args[0], int) else {}
-        raise ConfigError(f"The {kind} {name!r} cannot be made of {shown(width | options)}: {reason}.") from error
+        raise ConfigError(f"The {kind} {shown(name)} cannot be made of {shown(width | options)}: {reason}.") from error
 
 
 def _check_mixers(spec: dict[str, Any]) -> None:
@@ -313,10 +313,10 @@ def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> N
     for name in given:
         if name == mixer:
             raise ConfigError(
-                f"The options of {name[:80]!r} are under model.mixer and model.mixers. Keep model.mixer's."
+                f"The options of {shown(name)} are under model.mixer and model.mixers. Keep model.mixer's."
             )
         if name not in names:
             raise ConfigError(
-                f"model.mixers has options for {name[:80]!r}, which is no mixer of this backbone."
+                f"model.mixers has options for {shown(name)}, which is no mixer of this backbone."
                 f"{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern names others."
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mambaseq.atomic import atomic_file, write_failed
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, cut, shown
 
 _DESCRIPTOR = re.compile(rf"/(?:dev/fd|proc/(?:self|thread-self|{os.getpid()})/fd)/(\d+)")
 _LINKS = 40  # as many as Linux follows
@@ -55,9 +55,9 @@ def output_target(path: str | Path, option: str = "--out", *, folder: bool = Fal
     links in a circle, a disk and a socket; UserError where the file system does not let it be looked at.
     """
     text = os.fspath(path)
-    shown = text if len(text) <= 80 else f"{text[:60]}..."
+    named = f"{option} {cut(text)}"
     if not text or "\0" in text or (Path(text).name in ("", "..") and not folder):
-        raise ConfigError(f"{option} {shown!r} is no name of a file. Give one, such as results.csv.")
+        raise ConfigError(f"{option} {shown(text)} is no name of a file. Give one, such as results.csv.")
     try:
         target = Path(text)
         for _ in range(_LINKS):
@@ -65,16 +65,16 @@ def output_target(path: str | Path, option: str = "--out", *, folder: bool = Fal
                 break
             target = target.parent / target.readlink()
         else:
-            raise ConfigError(f"{option} {shown} is a link that leads back to itself. Give another name.")
+            raise ConfigError(f"{named} is a link that leads back to itself. Give another name.")
         kind = "device" if _descriptor(target) is not None else _kind(target)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ConfigError(f"{option} {shown} is a link that leads back to itself. Give another name.") from error
+            raise ConfigError(f"{named} is a link that leads back to itself. Give another name.") from error
         if error.errno == errno.ENAMETOOLONG:
-            raise ConfigError(f"{option} {shown!r} is too long for a file's name. Give a shorter one.") from error
-        raise UserError(f"{option} {shown} cannot be used: {error.strerror}. Choose another place.") from error
+            raise ConfigError(f"{option} {shown(text)} is too long for a file's name. Give a shorter one.") from error
+        raise UserError(f"{named} cannot be used: {error.strerror}. Choose another place.") from error
     if kind in ("disk", "socket") or (kind == "folder" and not folder):
-        raise ConfigError(f"{option} {shown} is a {kind}, and a file is to be written. Give the name of a file.")
+        raise ConfigError(f"{named} is a {kind}, and a file is to be written. Give the name of a file.")
     return target
 
 

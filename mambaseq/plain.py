@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 from mambaseq.limits import YAML_BYTES, YAML_NODES, Limit
 
 DEPTH = 100
@@ -148,7 +148,7 @@ def _loader() -> Any:
     def short(node: Any) -> Any:
         # a tag written by hand brings any text here; colons are for the base 60, in YAML 1.1
         if len(str(node.value)) > _DIGITS or ":" in str(node.value):
-            problem = f"{str(node.value)[:40]!r} is no number, or one of more than {_DIGITS} digits"
+            problem = f"{shown(str(node.value))} is no number, or one of more than {_DIGITS} digits"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
@@ -199,7 +199,7 @@ def _check_yaml(text: str, source: str, remedy: str, loader: Any) -> None:
                 _check_key(event, stack[-1], source, line, remedy)
             if isinstance(event, yaml.AliasEvent):
                 if anchor not in known:
-                    problem = f"refers to {str(anchor)[:40]!r}, which is not complete before"
+                    problem = f"refers to {shown(anchor)}, which is not complete before"
                     raise _refused(source, line, problem, remedy)
                 (values, depth), anchor = known[anchor], None
             elif isinstance(event, yaml.CollectionStartEvent):
@@ -231,7 +231,7 @@ def _check_key(event: Any, inside: _Open, source: str, line: int, remedy: str) -
     if not inside.mapping or inside.children % 2 == 0 or not isinstance(event, yaml.ScalarEvent):
         return
     if event.value in inside.keys:
-        raise _refused(source, line, f"has the key {event.value[:40]!r} a second time", remedy)
+        raise _refused(source, line, f"has the key {shown(event.value)} a second time", remedy)
     inside.keys.add(event.value)
 
 
@@ -258,7 +258,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice[:40]!r} is there twice")
+        raise ValueError(f"the key {shown(twice)} is there twice")
     return made
 
 

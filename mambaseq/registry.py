@@ -19,7 +19,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def allow_imports(*prefixes: str) -> contextlib.AbstractContextManager:
     global _allowed
     for prefix in prefixes:
         if not _MODULE.fullmatch(prefix):
-            raise ConfigError(f"--allow-import takes the name of a module or package, not {prefix[:80]!r}.")
+            raise ConfigError(f"--allow-import takes the name of a module or package, not {shown(prefix)}.")
     undo = _Allowed(_allowed)
     _allowed = (*_allowed, *prefixes)
     return undo
@@ -68,7 +68,7 @@ def import_allowed(path: str, kind: str, wanted: str | None, where: str = "") ->
     before its module is found to be allowed. Raises ConfigError otherwise.
     """
     module, _, attribute = path.partition(":")
-    subject = f"{f'{where}: the' if where else 'The'} {kind} {path[:200]!r}"
+    subject = f"{f'{where}: the' if where else 'The'} {kind} {shown(path, 200)}"
     if wanted is None:
         raise ConfigError(f"{subject} is an import path; a {kind} is named as it is registered.")
     if not _MODULE.fullmatch(module) or not attribute.isidentifier():
@@ -82,7 +82,7 @@ def import_allowed(path: str, kind: str, wanted: str | None, where: str = "") ->
     home = getattr(found, "__module__", None)
     if not isinstance(home, str) or not is_allowed(home):
         raise ConfigError(
-            f"{subject} is defined in {home!r}, which --allow-import does not allow. Name it where it is defined."
+            f"{subject} is defined in {shown(home)}, which --allow-import does not allow. Name it where it is defined."
         )
     check_kind(found, wanted, subject, defined=True)
     return found
@@ -122,7 +122,7 @@ class Entry:
         try:
             return import_target(self.target)
         except ConfigError as error:
-            raise ConfigError(f"{self.name!r} (from {self.origin}) cannot be loaded: {error}") from error
+            raise ConfigError(f"{shown(self.name)} (from {self.origin}) cannot be loaded: {error}") from error
 
 
 def import_target(target: str) -> Any:
@@ -134,13 +134,13 @@ def import_target(target: str) -> Any:
     if not separator:
         module_name, _, attribute = target.rpartition(".")
     if not module_name or not attribute:
-        raise ConfigError(f"{target!r} is not an import path; write package.module:Attribute.")
+        raise ConfigError(f"{shown(target)} is not an import path; write package.module:Attribute.")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except AttributeError as error:
-        raise ConfigError(f"Module {module_name!r} has no {attribute!r}.") from error
+        raise ConfigError(f"Module {shown(module_name)} has no {shown(attribute)}.") from error
     except Exception as error:  # a plugin's import may fail in any way; the name must reach the user
-        raise ConfigError(f"Importing {module_name!r} failed: {type(error).__name__}: {error}.") from error
+        raise ConfigError(f"Importing {shown(module_name)} failed: {type(error).__name__}: {error}.") from error
 
 
 class Registry(Generic[T]):
@@ -169,7 +169,7 @@ class Registry(Generic[T]):
         """Register a name. Raises ConfigError naming both origins when the name is taken."""
         if (taken := self._entries.get(name)) is not None:
             raise ConfigError(
-                f"Two {self.kind}s are named {name!r}: {taken.target} (from {taken.origin}) and {target} "
+                f"Two {self.kind}s are named {shown(name)}: {taken.target} (from {taken.origin}) and {target} "
                 f"(from {origin}). Rename one, or uninstall one of the two packages."
             )
         self._entries[name] = Entry(name, target, summary, origin)
@@ -190,9 +190,9 @@ class Registry(Generic[T]):
             pass
         begin = f"{where}: no" if where else "No"
         if not isinstance(name, str):
-            raise ConfigError(f"{begin} {self.kind} is named {str(name)[:80]!r}: a name is text.")
+            raise ConfigError(f"{begin} {self.kind} is named {shown(name)}: a name is text.")
         raise ConfigError(
-            f"{begin} {self.kind} is named {name[:80]!r}.{did_you_mean(name[:80], self._entries)} Known: "
+            f"{begin} {self.kind} is named {shown(name)}.{did_you_mean(name[:80], self._entries)} Known: "
             f"{cut_list(sorted(self._entries))}. A full import path (package.module:Attribute) works too, if "
             f"--allow-import allows it."
         )
@@ -207,7 +207,7 @@ class Registry(Generic[T]):
             return import_allowed(name, self.kind, self.wanted, where)
         entry = self.entry(name, where)
         loaded = entry.load()
-        check_kind(loaded, self.wanted, f"The {self.kind} {name!r} (from {entry.origin}, {entry.target})")
+        check_kind(loaded, self.wanted, f"The {self.kind} {shown(name)} (from {entry.origin}, {entry.target})")
         return loaded
 
     def __contains__(self, name: object) -> bool:

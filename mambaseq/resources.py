@@ -8,7 +8,7 @@ import stat
 import sys
 from pathlib import Path
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 
 _PACKAGE = Path(__file__).parent
 _LINKS = 40
@@ -27,7 +27,7 @@ def find(resource: str) -> Path:
     """
     package, separator, relative = resource.partition(":")
     if not separator:
-        raise ConfigError(f"{resource!r} is not a resource; write package:relative/path.")
+        raise ConfigError(f"{shown(resource)} is not a resource; write package:relative/path.")
     if package == "mambaseq":
         root = share()
     else:
@@ -38,12 +38,12 @@ def find(resource: str) -> Path:
             spec = None
         if spec is None or spec.origin is None:
             raise ConfigError(
-                f"The resource {resource[:200]!r} is in a package that is not installed: {package[:80]!r}."
+                f"The resource {shown(resource, 200)} is in a package that is not installed: {shown(package)}."
             )
         root = Path(spec.origin).parent
     path = root / relative
     if not path.exists():
-        raise ConfigError(f"The resource {resource!r} does not exist; it was looked for at {path}.")
+        raise ConfigError(f"The resource {shown(resource)} does not exist; it was looked for at {path}.")
     return path
 
 
@@ -53,7 +53,7 @@ def cache_dir(override: str | Path | None = None) -> Path:
     try:
         if override is not None:
             if "\0" in str(override):
-                raise ConfigError(f"The cache folder {str(override)[:80]!r} is no name of a folder.")
+                raise ConfigError(f"The cache folder {shown(override)} is no name of a folder.")
             return Path(override).expanduser()
         if variable := os.environ.get("MAMBASEQ_CACHE"):
             return Path(variable).expanduser()

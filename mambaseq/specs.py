@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.limits import LAYERS, PARAMETERS
 
 PARTS = ("encoder", "backbone", "mixer", "head")
@@ -64,21 +64,21 @@ def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], g
     for key, value in options.items():
         if key not in takes and not open_ended:
             raise ConfigError(
-                f"The {kind} {name!r} has no option {key[:80]!r}.{did_you_mean(key[:80], takes)} It has: "
+                f"The {kind} {shown(name)} has no option {shown(key)}.{did_you_mean(key[:80], takes)} It has: "
                 f"{cut_list(takes)}."
             )
         if key in hints and key in takes and not fits(value, hints[key]):
             wanted = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
             raise ConfigError(
-                f"The {kind} {name!r} takes {wanted.replace('typing.', '')} for {key}, not {shown(value)}."
+                f"The {kind} {shown(name)} takes {wanted.replace('typing.', '')} for {key}, not {shown(value)}."
             )
         if key in _AT_LEAST and isinstance(value, int) and value < _AT_LEAST[key]:
-            raise ConfigError(f"The {kind} {name!r} needs {key} of at least {_AT_LEAST[key]}, not {shown(value)}.")
+            raise ConfigError(f"The {kind} {shown(name)} needs {key} of at least {_AT_LEAST[key]}, not {shown(value)}.")
     for key in takes:
         parameter = parameters[key]
         variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if key not in options and parameter.default is parameter.empty and not variable:
-            raise ConfigError(f"The {kind} {name!r} needs {key}, which is not given.")
+            raise ConfigError(f"The {kind} {shown(name)} needs {key}, which is not given.")
 
 
 def _hints(part: Any) -> dict[str, Any]:
@@ -121,14 +121,6 @@ def fits(value: Any, annotation: Any) -> bool:
             return False
         return all(fits(inner, arguments[1]) for inner in value.values()) if len(arguments) == 2 else True
     return True
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut short."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**80:
-        return "a number of more than 80 digits"
-    text = "null" if value is None else repr(value[:80] if isinstance(value, str | list) else value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def check_layers(count: int) -> None:

@@ -51,7 +51,7 @@ def test_import_paths_work_below_what_is_allowed_alone() -> None:
         ("datasets", "tiny:read_digits", r"is no mambaseq\.data\.module\.SequenceData"),
         ("readers", "tiny:TinyTokens", r"a function is needed"),
         ("datasets", "tiny:SequenceData", r"defined in 'mambaseq\.data\.module', which --allow-import does not allow"),
-        ("readers", "tiny:np", r"defined in None, which --allow-import does not allow"),
+        ("readers", "tiny:np", r"defined in null, which --allow-import does not allow"),
         ("datasets", "tiny:Nothing", r"has no 'Nothing'"),
         ("datasets", "tiny:TinyTokens.setup", r"no import path"),
         ("datasets", ":TinyTokens", r"no import path"),

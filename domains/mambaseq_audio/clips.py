@@ -17,7 +17,7 @@ from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Interval
-from mambaseq.errors import ConfigError, DataError, did_you_mean
+from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_audio.io import Channels, audio_files, check_rate
 from mambaseq_audio.mulaw import MuLaw
@@ -160,11 +160,11 @@ class ClipData(SequenceData):
         try:
             pattern = re.compile(composed(self.pattern))
         except re.error as error:
-            raise ConfigError(f"data.pattern is not a regular expression ({error}): {self.pattern!r}.") from error
+            raise ConfigError(f"data.pattern is not a regular expression ({error}): {shown(self.pattern)}.") from error
         wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
         for name in sorted(wanted - set(pattern.groupindex)):
             raise ConfigError(
-                f"data.pattern has no group named {name!r}.{did_you_mean(name, pattern.groupindex)} It has: "
+                f"data.pattern has no group named {shown(name)}.{did_you_mean(name, pattern.groupindex)} It has: "
                 f"{', '.join(pattern.groupindex) or 'none'}. Write (?P<{name}>...) in it, or change "
                 f"data.condition and data.split."
             )
@@ -173,7 +173,7 @@ class ClipData(SequenceData):
             match = pattern.search(composed(path.stem))
             if match is None:
                 raise DataError(
-                    f"The name of {path} does not match data.pattern, {self.pattern!r}. Change the pattern, "
+                    f"The name of {path} does not match data.pattern, {shown(self.pattern)}. Change the pattern, "
                     f"or narrow data.files so that it leaves this file out."
                 )
             found.append(match.groupdict(default=""))
@@ -208,7 +208,7 @@ class ClipData(SequenceData):
             if not any(map(selector([part]), values)):
                 known = sorted(values)
                 raise ConfigError(
-                    f"data.{split} asks for {part[:80]!r}, which is no clip's {self.split}."
+                    f"data.{split} asks for {shown(part)}, which is no clip's {self.split}."
                     f"{did_you_mean(part, known)} There are: {', '.join(known[:8])[:300]}"
                     f"{', ...' if len(known) > 8 else ''}. Correct it; data.{split}: '' chooses none, and names with "
                     f"commas go into a list."
@@ -234,7 +234,7 @@ class ClipData(SequenceData):
                 hits = [i for i in by_name.get(parts[-1], ()) if names[i][-len(parts) :] == parts]
                 if not hits:
                     raise DataError(
-                        f"Line {number} of {file} names {wanted[:200]!r}, which is not among the clips of "
+                        f"Line {number} of {file} names {shown(wanted, 200)}, which is not among the clips of "
                         f"{self.files}. Correct the line, or add the clip."
                     )
                 members.update(hits)
@@ -256,7 +256,7 @@ class ClipData(SequenceData):
         for i in (*splits["validation"], *splits["test"]):
             if values[i] not in numbers:
                 raise DataError(
-                    f"{paths[i]} has the condition {' '.join(values[i])!r}, which no training clip has. Add "
+                    f"{paths[i]} has the condition {shown(' '.join(values[i]))}, which no training clip has. Add "
                     f"such clips, or change data.condition or the split."
                 )
         self._conditions = [numbers.get(value, -1) for value in values]
@@ -265,8 +265,8 @@ class ClipData(SequenceData):
         for name, count in Counter(self.condition_names).items():
             if count > 1:
                 raise DataError(
-                    f"{count} conditions of {self.files} are called {name!r}, their values joined by blanks. Change "
-                    f"data.pattern so that values hold none, or the names of the files."
+                    f"{count} conditions of {self.files} are called {shown(name)}, their values joined by blanks. "
+                    f"Change data.pattern so that values hold none, or the names of the files."
                 )
 
     def _refuse_copies(self, paths: Sequence[Path], store: TokenStore, splits: dict[str, list[int]]) -> None:

@@ -18,7 +18,7 @@ from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names, walk
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import SAMPLES, check_unpacked
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.mulaw import MuLaw
@@ -65,7 +65,7 @@ def check_rate(sample_rate: int, key: str = "sample_rate") -> None:
     """Raise ConfigError for a rate that nothing is recorded at. key: what the setting is called."""
     if not isinstance(sample_rate, int) or not SLOWEST <= sample_rate <= FASTEST:
         raise ConfigError(
-            f"{key} must be a whole number of {SLOWEST:,} to {FASTEST:,} samples a second; it is {sample_rate!r}."
+            f"{key} must be a whole number of {SLOWEST:,} to {FASTEST:,} samples a second; it is {shown(sample_rate)}."
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import GridWindows, MakeBatch, RandomWindows
-from mambaseq.errors import ConfigError, cut_list
+from mambaseq.errors import ConfigError, shown
 from mambaseq_dna.splits import Duplicates, SplitRules, Splits
 from mambaseq_dna.tokenizer import BaseTokenizer
 
@@ -25,9 +25,7 @@ def names_of(key: str, names: Names) -> list[str]:
     found = names if isinstance(names, list) else [names]
     for name in found:
         if isinstance(name, bool | float) or not isinstance(name, str | int):
-            raise ConfigError(
-                f"data.{key} holds {cut_list([repr(name)])}, which is no name. Write names like this in quotes."
-            )
+            raise ConfigError(f"data.{key} holds {shown(name)}, which is no name. Write names like this in quotes.")
     return [str(name) for name in found]
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file
 from mambaseq_dna.parsing import fasta_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
@@ -38,7 +38,7 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
     """
     if lowercase not in get_args(Lowercase):
         raise ConfigError(
-            f"reader_options.lowercase must be one of {', '.join(get_args(Lowercase))}, not {lowercase!r}."
+            f"reader_options.lowercase must be one of {', '.join(get_args(Lowercase))}, not {shown(lowercase)}."
         )
 
     def record(name: str, description: str, pieces: list[bytes]) -> Record:

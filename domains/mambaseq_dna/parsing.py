@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mambaseq.data.unpacking import Unreadable, read_pieces
-from mambaseq.errors import DataError, cut_list
+from mambaseq.errors import DataError, shown
 from mambaseq_dna.tokenizer import InvalidBase
 
 _LONGEST_HEADER = 1 << 20
@@ -75,12 +75,12 @@ class _Parser:
 
     @property
     def place(self) -> str:
-        return f"in or after record {self.shown} (number {self.number:,})" if self.number else "before any record"
+        return f"in or after record {self.named} (number {self.number:,})" if self.number else "before any record"
 
     @property
-    def shown(self) -> str:
+    def named(self) -> str:
         """The record's name for a message."""
-        return cut_list([repr(self.name)])
+        return shown(self.name)
 
     def lines(self, data: bytes, mid: bool) -> Iterator[Piece]:
         """What is in whole lines; with `mid`, the first is the rest of one of bases."""
@@ -128,12 +128,12 @@ class _Parser:
             raw = error.object
             raise DataError(
                 f"{self.path}: the header of record {self.number:,} is not UTF-8: byte 0x{raw[error.start]:02x} in "
-                f"{raw.decode(errors='replace')[:60]!r}. Convert the file (iconv -f ISO-8859-1 -t UTF-8, if that is "
+                f"{shown(raw.decode(errors='replace'))}. Convert the file (iconv -f ISO-8859-1 -t UTF-8, if that is "
                 "what it is)."
             ) from error
         if self.name in self.seen:
             raise DataError(
-                f"{self.path}: two records are named {self.shown} (the second is record {self.number:,}). The name is "
+                f"{self.path}: two records are named {self.named} (the second is record {self.number:,}). The name is "
                 "the header's first word; make it unique."
             )
         self.seen.add(self.name)
@@ -150,7 +150,7 @@ class _Parser:
                 letter = f"\\x{letters[position]:02x}"
         protein = len(_PROTEIN_ONLY.intersection(letters[:100_000].upper())) > 1
         return DataError(
-            f"{self.path}, record {self.shown}: {InvalidBase(letter, self.length + position)}"
+            f"{self.path}, record {self.named}: {InvalidBase(letter, self.length + position)}"
             + (" This record looks like a protein; give the nucleotide sequence." if protein else "")
         )
 
@@ -159,14 +159,14 @@ class _Parser:
             kind = "lines that begin with ';' are comments; write '>' for those that are headers"
         else:
             kind = next((told for begin, told in _LOOKS_LIKE.items() if data.startswith(begin)), "is it FASTA?")
-        shown = data[:200].partition(b"\n")[0].decode(errors="replace").strip()[:30]
+        begin = data[:200].partition(b"\n")[0].decode(errors="replace").strip()[:30]
         return DataError(
             f"{self.path} has no FASTA header: the first line that is not blank must start with '>' and a name, and is "
-            f"{shown!r} ({kind})."
+            f"{shown(begin)} ({kind})."
         )
 
     def _without_sequence(self) -> DataError:
-        return DataError(f"{self.path}: record {self.shown} has a header and no sequence. Remove it, or complete it.")
+        return DataError(f"{self.path}: record {self.named} has a header and no sequence. Remove it, or complete it.")
 
     def check_line(self, line: bytes) -> None:
         """Refuse a line before the first header, a header or a comment that does not end."""

@@ -16,7 +16,7 @@ from mambaseq.data.cache import locate
 from mambaseq.data.intervals import Group, Intervals
 from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.fasta import fasta_store
 from mambaseq_dna.tokenizer import N
 
@@ -104,7 +104,7 @@ class SplitRules:
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction must be in [0, 1), not {self.validation_fraction}.")
         if self.duplicates not in ("refuse", "drop"):
-            raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {self.duplicates!r}.")
+            raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {shown(self.duplicates)}.")
 
     def apply(self, files: Mapping[str, Sequence[str]], cache: str | Path | None = None) -> Splits:
         """Read the files of each group (building their token stores at first use) and split them.
@@ -145,7 +145,7 @@ class SplitRules:
         for_test, for_validation = test.records(file, store), validation.records(file, store)
         if len(both := np.flatnonzero(for_test & for_validation)):
             more = f" (and {len(both) - 1:,} more)" if len(both) > 1 else ""
-            name = cut_list([repr(store.names[both[0]])])
+            name = shown(store.names[both[0]])
             raise DataError(
                 f"The record {name} of {file}{more} is meant by data.test_records and by "
                 "data.validation_records. Name every record in one of them."
@@ -195,7 +195,7 @@ class SplitRules:
         for split, remedy in remedies.items():
             empty = [group.name for group in splits[split] if not len(group.intervals)]
             if remedy and empty:
-                raise DataError(f"The {_SETS[split]} set has {bases} of {empty[0]!r} ({names}). {remedy}.")
+                raise DataError(f"The {_SETS[split]} set has {bases} of {shown(empty[0])} ({names}). {remedy}.")
 
 
 def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:
@@ -216,7 +216,7 @@ def _matches_nothing(patterns: _Patterns, stores: Mapping[Path, TokenStore]) -> 
     pattern = min(patterns.missing)
     names = sorted({name for path, store in stores.items() for name in (path.name, *store.names[:200])})
     return DataError(
-        f"The pattern {cut_list([repr(pattern)])} of data.{patterns.key} matches no record and no file."
+        f"The pattern {shown(pattern)} of data.{patterns.key} matches no record and no file."
         f"{did_you_mean(pattern[:80], names)} There are: {cut_list(names, most=8)}."
     )
 

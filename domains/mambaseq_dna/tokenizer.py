@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 
 BASES = "ACGTN"
 N = 4
@@ -21,7 +21,7 @@ class InvalidBase(DataError):
     def __init__(self, letter: str, position: int) -> None:
         self.letter, self.position = letter, position
         super().__init__(
-            f"The letter {letter!r} at position {position + 1} is no base. Bases are A C G T U N and the "
+            f"The letter {shown(letter)} at position {position + 1} is no base. Bases are A C G T U N and the "
             f"ambiguity codes {' '.join(_AMBIGUOUS)}, in either case; remove gaps (and a '*' at the end), and write N "
             "for what is unknown."
         )
@@ -65,7 +65,7 @@ class BaseTokenizer(Tokenizer):
 
     def __init__(self, lowercase: Literal["fold", "keep"] = "fold") -> None:
         if lowercase not in ("fold", "keep"):
-            raise ConfigError(f"lowercase must be 'fold' or 'keep', not {lowercase!r}.")
+            raise ConfigError(f"lowercase must be 'fold' or 'keep', not {shown(lowercase)}.")
         self.lowercase = lowercase
         self.letters = BASES if lowercase == "fold" else BASES + BASES.lower()
         self.vocab_size = len(self.letters)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from mambaseq.data.addresses import expanded, is_address, redacted
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.unpacking import Unreadable, pieces_of, read_pieces
-from mambaseq.errors import DataError, UserError
+from mambaseq.errors import DataError, UserError, shown
 
 CHUNK = 2**20
 PACKED = (".gz", ".xz", ".zst", ".bz2")
@@ -136,7 +136,7 @@ def check_encoding(name: str, encoding: str) -> None:
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError) as error:
         raise DataError(
-            f"{name} cannot be read: there is no text encoding {encoding[:80]!r}. Set encoding to utf-8, latin-1, "
+            f"{name} cannot be read: there is no text encoding {shown(encoding)}. Set encoding to utf-8, latin-1, "
             f"cp1252, ..."
         ) from error
 

@@ -15,7 +15,7 @@ from mambaseq.data.files import relative_names
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.data.unpacking import Unreadable, packed_by
-from mambaseq.errors import DataError, did_you_mean
+from mambaseq.errors import DataError, cut_list, did_you_mean, shown
 from mambaseq.limits import DOCUMENT_BYTES, check_unpacked
 from mambaseq_text.lines import lines, paragraphs, whole
 from mambaseq_text.opening import (
@@ -49,7 +49,9 @@ def text_files(names: str | Sequence[str], key: str = "files") -> list[str]:
             found.append(name)
         elif _is_folder(name):
             pattern = Path(name) / "**" / "*.txt"
-            raise DataError(f"{name!r} is a folder. Name the files in it, with a pattern: {str(pattern)!r}.")
+            raise DataError(
+                f"{shown(name, 300)} is a folder. Name the files in it, with a pattern: {shown(pattern, 300)}."
+            )
         else:
             found += map(str, locate(name))
     return list(dict.fromkeys(found))
@@ -176,16 +178,16 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
         ) from error
     if not isinstance(row, dict):
         raise DataError(
-            f"Line {number} of {name} is not a JSON object but {type(row).__name__}. Write {{{field!r}: ...}}."
+            f"Line {number} of {name} is not a JSON object but {type(row).__name__}. Write {{{shown(field)}: ...}}."
         )
     if field not in row:
         raise DataError(
-            f"Line {number} of {name} has no field {field[:80]!r}.{_known(field, list(row))} Set field, or correct the "
+            f"Line {number} of {name} has no field {shown(field)}.{_known(field, list(row))} Set field, or correct the "
             f"line."
         )
     if not isinstance(row[field], str):
         raise DataError(
-            f"Field {field!r} in line {number} of {name} is not text but {type(row[field]).__name__}. "
+            f"Field {shown(field)} in line {number} of {name} is not text but {type(row[field]).__name__}. "
             f"Correct or remove it."
         )
     text: str = row[field]
@@ -193,7 +195,7 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"Field {field!r} in line {number} of {name} holds half of a surrogate pair "
+            f"Field {shown(field)} in line {number} of {name} holds half of a surrogate pair "
             f"(\\u{ord(text[error.start]):04x}) at character {error.start:,}, which is no text. Correct or "
             f"remove the line."
         ) from error
@@ -202,8 +204,7 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
 
 def _known(field: str, names: Sequence[str]) -> str:
     short = [name[:40] for name in names]
-    shown = ", ".join(map(repr, short[:8])) + (", ..." if len(short) > 8 else "")
-    return f"{did_you_mean(field, short)} It has: {shown or 'none'}."
+    return f"{did_you_mean(field, short)} It has: {cut_list(map(repr, short), 8)}."
 
 
 def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
@@ -214,7 +215,7 @@ def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         columns = table.schema_arrow.names
         if field not in columns:
-            raise DataError(f"{name} has no column {field[:80]!r}.{_known(field, columns)} Set field to one of them.")
+            raise DataError(f"{name} has no column {shown(field)}.{_known(field, columns)} Set field to one of them.")
         # not by columns: asking for one that a damaged index lacks ends the process
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         check_unpacked(sum(sizes), size or sum(sizes), name)
@@ -226,7 +227,7 @@ def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
                 number += 1
                 if not isinstance(text, str):
                     raise DataError(
-                        f"Row {number} of {name} holds {type(text).__name__} in {field!r}, not text. Remove "
+                        f"Row {number} of {name} holds {type(text).__name__} in {shown(field)}, not text. Remove "
                         f"the row, or set field to a column of text."
                     )
                 taken += len(text)

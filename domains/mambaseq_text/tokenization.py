@@ -15,7 +15,7 @@ import tokenizers
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError, did_you_mean
+from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import TOKEN_IDS
 
 
@@ -169,7 +169,7 @@ class HFTokenizer(TextTokenizer):
         found: int | None = self._tokenizer.token_to_id(token)
         if found is None:
             near = did_you_mean(token, self._tokenizer.get_vocab(with_added_tokens=True))
-            raise ConfigError(f"{self.path} has no token {token!r}, which is asked for as {option}.{near}")
+            raise ConfigError(f"{self.path} has no token {shown(token)}, which is asked for as {option}.{near}")
         return found
 
     @property
@@ -186,7 +186,7 @@ class HFTokenizer(TextTokenizer):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
             raise DataError(
-                f"The tokenizer {self.path} cannot take the text {text[:40]!r}: {error}. Its vocabulary lacks what "
+                f"The tokenizer {self.path} cannot take the text {shown(text)}: {error}. Its vocabulary lacks what "
                 f"stands for unknown text; add that token to it, or give another file."
             ) from error
         ids = np.asarray(encoding.ids, dtype=self.dtype)
@@ -215,7 +215,7 @@ class HFTokenizer(TextTokenizer):
         name = options.get("path")
         if not isinstance(name, str) or Path(name).name != name:
             card = folder / "model.json"
-            raise DataError(f"{card}: tokenizer.options.path must be a file beside it, not {str(name)[:80]!r}.")
+            raise DataError(f"{card}: tokenizer.options.path must be a file beside it, not {shown(name)}.")
         return cls(**{**options, "path": str(folder / name)})
 
 
@@ -250,8 +250,10 @@ def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:
         tokenizer = kind(**(options or {}))
     except TypeError as error:
         raise ConfigError(
-            f"The tokenizer {name!r} cannot be made of {options or {}} (data.tokenizer_options): {error}."
+            f"The tokenizer {shown(name)} cannot be made of {options or {}} (data.tokenizer_options): {error}."
         ) from error
     if not isinstance(tokenizer, TextTokenizer):
-        raise ConfigError(f"{name!r} is no tokenizer of text; text needs a mambaseq_text.tokenization.TextTokenizer.")
+        raise ConfigError(
+            f"{shown(name)} is no tokenizer of text; text needs a mambaseq_text.tokenization.TextTokenizer."
+        )
     return tokenizer

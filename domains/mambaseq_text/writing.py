@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mambaseq.atomic import json_text
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.outputs import numbered, output_file
 
@@ -22,7 +22,7 @@ def write_text(path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tok
     path = Path(path)
     texts = [tokenizer.decode(np.asarray(ids)) for ids in sequences]
     if path.suffix.lower() == ".jsonl":
-        contents = {path: "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)}
+        contents = {path: "".join(json_text({"text": text}, ensure_ascii=False) + "\n" for text in texts)}
     else:
         contents = dict(zip(numbered(path, len(texts), ".txt"), texts, strict=True))
     for file, content in contents.items():

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
-from mambaseq.specs import shown
 
 # (layer, name=, d_model=) → a new mixer. What is left out is the model's own, and left out it is wherever it can be: a
 # stack of one mixer calls it with the layer alone.

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
-from mambaseq.specs import shown
 
 
 class Tier(nn.Module):

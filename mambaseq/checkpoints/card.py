@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
+from mambaseq.atomic import json_text
 from mambaseq.data.purpose import TASKS
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
 from mambaseq.generation.sampling import check_settings
 from mambaseq.plain import read_json
-from mambaseq.specs import check_spec, fits, shown
+from mambaseq.specs import check_spec, fits
 
 FORMAT = 1
 
@@ -47,7 +47,7 @@ class ModelCard:
     def to_json(self) -> str:
         """The text of model.json: equal cards give equal texts, whatever order their options were given in."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps({"format": FORMAT, **_sorted(fields, top=True)}, indent=2, ensure_ascii=False) + "\n"
+        return json_text({"format": FORMAT, **_sorted(fields, top=True)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _sorted(value: Any, top: bool = False) -> Any:
@@ -72,7 +72,7 @@ def read_card(path: Path) -> ModelCard:
     hints = typing.get_type_hints(ModelCard)
     for key, value in fields.items():
         if key not in hints:
-            raise UserError(f"{path}: there is no key {key[:80]!r}.{did_you_mean(key[:80], hints)} {remedy}")
+            raise UserError(f"{path}: there is no key {shown(key)}.{did_you_mean(key[:80], hints)} {remedy}")
         if not fits(value, hints[key]):
             raise UserError(f"{path}: {key} cannot be {shown(value)}. {remedy}")
     if "spec" not in fields:

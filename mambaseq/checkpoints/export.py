@@ -18,9 +18,8 @@ from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.models import SequenceModel, build_model, count_parameters
-from mambaseq.specs import shown
 
 
 @dataclasses.dataclass
@@ -197,8 +196,8 @@ def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{card}: tokenizer.options {shown(saved['options'])} are not those of {name!r} ({reason}). Export the "
-            f"model again."
+            f"{card}: tokenizer.options {shown(saved['options'])} are not those of {shown(name)} ({reason}). Export "
+            f"the model again."
         ) from error
 
 

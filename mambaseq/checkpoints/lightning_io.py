@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mambaseq.atomic import atomic_file
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 
 # what Lightning's loops count
 _COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
@@ -81,7 +81,7 @@ def _check_counts(key: str, value: Any) -> None:
             if isinstance(inner, dict) or name in _COUNTED:
                 _check_counts(f"{key}.{name}", inner)
     elif not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"its {key[:200]} is {str(value)[:60]!r}")
+        raise ValueError(f"its {key[:200]} is {shown(value)}")
 
 
 def _check_groups(key: str, groups: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.limits import LAYERS, YAML_BYTES, check_unpacked
 from mambaseq.mixers.mamba import Mamba
@@ -81,17 +81,17 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
         if found := _OF_LAYER.fullmatch(name):
             layers.setdefault(int(found[1]), set()).add(found[2])
         elif name not in _FIXED:
-            raise _no_form(f"it has {name!r}, which those have not")
+            raise _no_form(f"it has {shown(name)}, which those have not")
     if missing := [name for name in _FIXED if name not in tensors and name != "head.linear.weight"]:
-        raise _no_form(f"{missing[0]!r} is missing")
+        raise _no_form(f"{shown(missing[0])} is missing")
     if sorted(layers) != list(range(len(layers))) or not layers:
         raise _no_form("its layers are not numbered from 0 on, or it has none")
     first = next((kind for kind, names in _KINDS.items() if names <= layers[0]), "Mamba-1")
     for number, names in sorted(layers.items()):
         if extra := sorted(names - _KINDS[first] - _OPTIONAL):
-            raise _no_form(f"layer {number} has {extra[0]!r}, which a {first} layer has not")
+            raise _no_form(f"layer {number} has {shown(extra[0])}, which a {first} layer has not")
         if missing := sorted(_KINDS[first] - names):
-            raise _no_form(f"layer {number} has no {missing[0]!r}, which a {first} layer has")
+            raise _no_form(f"layer {number} has no {shown(missing[0])}, which a {first} layer has")
         if names != layers[0]:
             raise _no_form(f"layer {number} has other biases than layer 0")
 
@@ -147,29 +147,29 @@ _LARGEST = 2**31 - 1
 def _check_types(config: dict[str, Any]) -> None:
     ssm = config.get("ssm_cfg")
     if not isinstance(ssm, dict | None):
-        raise UserError(f"ssm_cfg must hold settings, not {str(ssm)[:40]!r}.")
+        raise UserError(f"ssm_cfg must hold settings, not {shown(ssm)}.")
     for key, value in [*config.items(), *(ssm or {}).items()]:
         if key in _WHOLE and not (type(value) is int and 0 < value <= _LARGEST):
-            raise UserError(f"{key} must be a whole number from 1 to {_LARGEST:,}, not {str(value)[:40]!r}.")
+            raise UserError(f"{key} must be a whole number from 1 to {_LARGEST:,}, not {shown(value)}.")
         if key in _BOOLEAN and type(value) is not bool:
-            raise UserError(f"{key} must be true or false, not {str(value)[:40]!r}.")
+            raise UserError(f"{key} must be true or false, not {shown(value)}.")
         if (
             key in ("time_step_rank", "dt_rank")
             and value != "auto"
             and not (type(value) is int and 0 < value <= _LARGEST)
         ):
-            raise UserError(f'{key} must be "auto" or a whole number of at least 1, not {str(value)[:40]!r}.')
+            raise UserError(f'{key} must be "auto" or a whole number of at least 1, not {shown(value)}.')
         if key == "layer_norm_epsilon" and not (type(value) in (int, float) and 0 <= value < 1):
-            raise UserError(f"{key} must be a number from 0 to 1, not {str(value)[:40]!r}.")
+            raise UserError(f"{key} must be a number from 0 to 1, not {shown(value)}.")
     LAYERS.check(config.get("num_hidden_layers", config.get("n_layer", 1)), "The configuration")
 
 
 def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type", "mamba")
     if kind not in ("mamba", "mamba2"):
-        raise UserError(f"The checkpoint is a {kind!r} model; only 'mamba' and 'mamba2' can be loaded.")
+        raise UserError(f"The checkpoint is a {shown(kind)} model; only 'mamba' and 'mamba2' can be loaded.")
     if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"The checkpoint's activation (hidden_act) is {activation!r}; only 'silu' can be loaded.")
+        raise UserError(f"The checkpoint's activation (hidden_act) is {shown(activation)}; only 'silu' can be loaded.")
     options = {
         "vocab_size": config["vocab_size"],
         "d_model": config["hidden_size"],
@@ -206,7 +206,7 @@ def _of_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
     _check_dt_limit("dt_limit", ssm.pop("dt_limit", None))
     for key, known in _ONLY.items():
         if (value := ssm.pop(key, known)) != known:
-            raise UserError(f"The checkpoint's ssm_cfg has {key} {value!r}; only {known!r} can be loaded.")
+            raise UserError(f"The checkpoint's ssm_cfg has {key} {shown(value)}; only {shown(known)} can be loaded.")
     ssm = {_RENAMED.get(key, key): value for key, value in ssm.items() if key not in _WITHOUT_EFFECT}
     return {"mixer": "mamba2", **options, "d_state": 128, "head_dim": 64, **ssm}
 

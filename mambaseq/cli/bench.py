@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mambaseq.cli.arguments import Arguments
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, did_you_mean, shown
 
 BENCHES = {
     "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
@@ -35,7 +35,7 @@ def run(argv: list[str], command: str) -> int:
     arguments = parser.parse_args(argv)
     if arguments.bench not in BENCHES:
         raise ConfigError(
-            f"nothing is measured by the name {arguments.bench!r}.{did_you_mean(arguments.bench, BENCHES)} "
+            f"nothing is measured by the name {shown(arguments.bench)}.{did_you_mean(arguments.bench, BENCHES)} "
             f"Known: {', '.join(BENCHES)}."
         )
     if arguments.repeats < 1:

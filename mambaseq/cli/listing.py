@@ -6,7 +6,7 @@ import sys
 
 from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import KINDS, catalog
-from mambaseq.errors import UserError, did_you_mean
+from mambaseq.errors import UserError, cut_list, did_you_mean, shown
 
 SHOWN = ("domains", *KINDS)
 
@@ -16,15 +16,15 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(SHOWN)}; all of them when left out")
     kind = parser.parse_args(argv).kind
     if kind is not None and kind not in SHOWN:
-        raise UserError(f"There is no kind {kind!r} to list.{did_you_mean(kind, SHOWN)} Kinds: {', '.join(SHOWN)}.")
+        raise UserError(f"There is no kind {shown(kind)} to list.{did_you_mean(kind, SHOWN)} Kinds: {cut_list(SHOWN)}.")
     names = catalog()
-    for shown in SHOWN if kind is None else (kind,):
-        if shown == "domains":
+    for listed in SHOWN if kind is None else (kind,):
+        if listed == "domains":
             rows = [(domain.name, domain.summary, origin) for domain, origin in names.domains.values()]
         else:
-            rows = [(entry.name, entry.summary, entry.origin) for entry in names[shown]]
+            rows = [(entry.name, entry.summary, entry.origin) for entry in names[listed]]
         if rows or kind is not None:
-            _print(shown, rows)
+            _print(listed, rows)
     for point, reason in names.broken.items():
         print(f"broken plugin: {point}\n    {reason}", file=sys.stderr)
     return 0

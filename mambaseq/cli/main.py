@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 from mambaseq import __version__
-from mambaseq.errors import UserError, did_you_mean, paragraph
+from mambaseq.errors import UserError, did_you_mean, paragraph, shown
 from mambaseq.registry import allow_imports
 
 COMMANDS = {
@@ -66,10 +66,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(
-            f"mambaseq: {paragraph(f'no command is named {command!r}.{did_you_mean(command, COMMANDS)}')}\n\n{usage()}",
-            file=sys.stderr,
-        )
+        told = paragraph(f"no command is named {shown(command)}.{did_you_mean(command, COMMANDS)}")
+        print(f"mambaseq: {told}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
         module = importlib.import_module(COMMANDS[command][0])

@@ -8,7 +8,7 @@ from typing import Any
 
 from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, did_you_mean, shown
 
 
 def resolve(name: str) -> str:
@@ -18,10 +18,10 @@ def resolve(name: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"Several recipes are named {name!r}: {', '.join(found)}. Give the full name.")
+        raise ConfigError(f"Several recipes are named {shown(name)}: {', '.join(found)}. Give the full name.")
     short = [full.rpartition("/")[2] for full in names]
     raise ConfigError(
-        f"No recipe is named {name!r}.{did_you_mean(name, [*names, *short])} Known: {', '.join(names) or 'none'}."
+        f"No recipe is named {shown(name)}.{did_you_mean(name, [*names, *short])} Known: {', '.join(names) or 'none'}."
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 # fsspec chains addresses: zip://a.txt::https://host/b.zip
@@ -87,12 +87,12 @@ def redacted(text: object, address: str = "") -> str:
     address: an address with references whose values, too, are shown as references (a library's error names what it was
         given).
     """
-    shown = str(text)
+    told = str(text)
     for name in _REFERENCE.findall(address):
         value = os.environ.get(name, "")
         for form in dict.fromkeys((value, quote(value, safe=""))):
             if len(form) > 3:  # what is shorter would be found in words
-                shown = shown.replace(form, f"${{{name}}}")
+                told = told.replace(form, f"${{{name}}}")
 
     def user(match: re.Match[str]) -> str:
         before = f"{match['scheme']}:{match['slashes']}"
@@ -106,7 +106,7 @@ def redacted(text: object, address: str = "") -> str:
         hidden = _is_secret(match["name"]) and not _is_reference(match["value"])
         return f"{match['mark']}{match['name']}={'***' if hidden else match['value']}"
 
-    return "::".join(_FIELD.sub(field, _USER.sub(user, piece)) for piece in _LINK.split(shown))
+    return "::".join(_FIELD.sub(field, _USER.sub(user, piece)) for piece in _LINK.split(told))
 
 
 def _is_reference(text: str) -> bool:
@@ -129,4 +129,4 @@ def _secrets(address: str) -> Iterator[str]:
                 yield "a token"
         for match in _FIELD.finditer(piece):
             if _is_secret(match["name"]) and not _is_reference(match["value"]):
-                yield f"the value of {match['name']!r}"
+                yield f"the value of {shown(match['name'])}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mambaseq.atomic import atomic_folder
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, shown
 from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, check_unpacked
 
 _AT_ONCE = 2**16  # bytes that are read: no header of a tar needs more
@@ -120,18 +120,18 @@ class _Target:
 
     def _claim(self, name: str, is_folder: bool) -> str:
         """The path of a member in the folder, whose parents are made. Raises _Refused for one that may not be."""
-        shown = repr(name if len(name) <= 80 else f"{name[:79]}…")
+        told = shown(name)
         parts = [part for part in name.split("/") if part != "."]
         if is_folder and parts and not parts[-1]:
             parts.pop()
         if not parts:
             return ""  # the folder itself
         if name.startswith("/") or ".." in parts or "\\" in name or (len(parts[0]) > 1 and parts[0][1] == ":"):
-            raise _Refused(f"its member {shown} is not named by a relative path with /, inside of the folder")
+            raise _Refused(f"its member {told} is not named by a relative path with /, inside of the folder")
         if "" in parts or any(unicodedata.category(character) in _NEVER_IN_NAMES for character in name):
-            raise _Refused(f"its member {shown} has a name that no file should have")
+            raise _Refused(f"its member {told} has a name that no file should have")
         if len(parts) > _PARTS or len(name) > _NAME_LENGTH or any(len(p.encode()) > _PART_LENGTH for p in parts):
-            raise _Refused(f"the name of its member {shown} is too long")
+            raise _Refused(f"the name of its member {told} is too long")
         for end in range(1, len(parts) + 1):
             path, folder = "/".join(parts[:end]), end < len(parts) or is_folder
             key = unicodedata.normalize("NFC", path).casefold()
@@ -141,7 +141,7 @@ class _Target:
                 if folder:
                     (self.folder / path).mkdir()
             elif self.places[key] != (path, True) or not folder:
-                raise _Refused(f"its member {shown} would be at the place of {self.places[key][0][:80]!r}")
+                raise _Refused(f"its member {told} would be at the place of {shown(self.places[key][0])}")
         return "/".join(parts)
 
     def add_folder(self, name: str) -> None:
@@ -165,7 +165,7 @@ class _Target:
             or not leads_to
             or "\\" in leads_to
         ):
-            raise _Refused(f"its link {name[:80]!r} leads to what is no name of a file")
+            raise _Refused(f"its link {shown(name)} leads to what is no name of a file")
         self.links[path] = leads_to
 
     def add_copy(self, name: str, earlier: str) -> None:
@@ -173,12 +173,12 @@ class _Target:
         path = self._file_path(name)
         place = self.places.get(unicodedata.normalize("NFC", earlier.removeprefix("./")).casefold())
         if place is None or place[1] or place[0] in self.links or place[0] == path:
-            raise _Refused(f"its link {name[:80]!r} leads to no file that came before it")
+            raise _Refused(f"its link {shown(name)} leads to no file that came before it")
         (self.folder / path).hardlink_to(self.folder / place[0])
 
     def _file_path(self, name: str) -> str:
         if not (path := self._claim(name, False)):
-            raise _Refused(f"its member {name[:80]!r} has a name that no file should have")
+            raise _Refused(f"its member {shown(name)} has a name that no file should have")
         return path
 
     def finish(self) -> None:
@@ -190,7 +190,7 @@ class _Target:
             end = Path(os.path.realpath(self.folder / path))  # Path.resolve raises for links that lead to themselves
             inside = not leads_to.startswith("/") and end.is_relative_to(root)
             if not inside or not end.exists():
-                raise _Refused(f"its link {path[:80]!r} leads {'to nothing' if inside else 'out of the folder'}")
+                raise _Refused(f"its link {shown(path)} leads {'to nothing' if inside else 'out of the folder'}")
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -239,7 +239,7 @@ def _unzip(archive: Path, target: _Target) -> None:
                     with file.open(member) as source:  # others are unpacked as far as their input goes
                         target.add_file(name, source, _AT_ONCE if known else _PACKED_AT_ONCE, target.spend)
                 else:
-                    raise _Refused(f"its member {name[:80]!r} is a device or a pipe")
+                    raise _Refused(f"its member {shown(name)} is a device or a pipe")
 
 
 def _untar(archive: Path, target: _Target) -> None:
@@ -261,7 +261,7 @@ def _untar(archive: Path, target: _Target) -> None:
                     with source:
                         target.add_file(name, source, _AT_ONCE)
                 else:
-                    raise _Refused(f"its member {name[:80]!r} is a device, a pipe or a file with holes")
+                    raise _Refused(f"its member {shown(name)} is a device, a pipe or a file with holes")
         if bounded.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header, or none, for the end
             raise tarfile.ReadError("it is damaged, or was cut short: its mark of the end is missing")
         while bounded.read(_AT_ONCE):  # what unpacks it compares a checksum at its end

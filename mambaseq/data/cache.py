@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq import resources
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.data.addresses import is_address, redacted
 from mambaseq.data.files import expand
-from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.resources import cache_dir, make_private
 
 REMEMBERED_FROM = 8 * 2**20
@@ -52,17 +52,19 @@ def locate(name: str | Path) -> list[Path]:
         try:
             pattern = Path(text).expanduser()
         except RuntimeError as error:  # a user that there is not
-            raise DataError(f"There is no data file {text!r}: {error} {remedy}") from error
+            raise DataError(f"There is no data file {shown(text, 300)}: {error} {remedy}") from error
     try:
         if pattern.is_file():
             return [pattern]
         if pattern.is_dir():
-            raise DataError(f"{text!r} is a folder. Name the files in it, with a pattern: {str(pattern / '*')!r}.")
+            raise DataError(
+                f"{shown(text, 300)} is a folder. Name the files in it, with a pattern: {shown(pattern / '*', 300)}."
+            )
         found = expand(pattern)
     except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a NUL
-        raise DataError(f"{text[:80]!r} is no name of a file: {getattr(error, 'strerror', error)}. {remedy}") from error
+        raise DataError(f"{shown(text)} is no name of a file: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:
-        raise DataError(f"There is no data file {text!r} (looked for at {pattern}). {remedy}")
+        raise DataError(f"There is no data file {shown(text, 300)} (looked for at {pattern}). {remedy}")
     return found
 
 
@@ -107,7 +109,7 @@ class _Memory:
         self.file = cache_dir(cache) / "fingerprints" / f"{name}.json"
 
     def _seal(self, digest: str) -> str:
-        return hashlib.sha256(json.dumps([self.state, digest]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json_text([self.state, digest]).encode()).hexdigest()[:16]
 
     def recall(self) -> str | None:
         """The checksum; None when it is not known, or the file may have changed since."""
@@ -126,4 +128,4 @@ class _Memory:
         with contextlib.suppress(UserError, OSError):
             make_private(self.file.parent)
             with atomic_file(self.file, "w", encoding="ascii") as file:
-                json.dump([self.state, digest, self._seal(digest)], file)
+                file.write(json_text([self.state, digest, self._seal(digest)]))

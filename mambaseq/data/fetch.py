@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mambaseq.atomic import atomic_file, write_failed
+from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.data.archives import unpack
 from mambaseq.data.download import ResumingDownloader, Unreachable, forget
 from mambaseq.data.manifest import RECORDED, File, Manifest, is_checksum, manifest
-from mambaseq.errors import DataError, UserError
+from mambaseq.errors import DataError, UserError, shown
 from mambaseq.plain import read_json
 from mambaseq.resources import cache_dir, make_private
 
@@ -87,7 +86,7 @@ def _recorded(path: Path) -> dict[str, str]:
     found = read_json(path, _REMEDY)
     for name, checksum in found.items():
         if not is_checksum(checksum):
-            raise UserError(f"{path} is damaged: what it has for {name[:60]!r} is no checksum. {_REMEDY}")
+            raise UserError(f"{path} is damaged: what it has for {shown(name)} is no checksum. {_REMEDY}")
     return found
 
 
@@ -132,7 +131,7 @@ def _bring(
     if known is None:
         recorded[file.name] = _checksum(path, "sha256:")
         with atomic_file(folder / RECORDED, "w", encoding="utf-8") as out:
-            json.dump(recorded, out, indent=1)
+            out.write(json_text(recorded, indent=1))
         say(
             f"{file.name}: no checksum is published ({file.checksum_note}). Recorded "
             f"{recorded[file.name]}; later downloads must agree with it."

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, cut_list, shown
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def expand(pattern: str | Path) -> list[Path]:
         found = dict.fromkeys(_matches(Path(path.anchor), parts, left_out))
     except (ValueError, OSError) as error:  # a NUL, or too long
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{str(pattern)[:80]!r} is no name of a file: {reason}. Check the path.") from error
+        raise DataError(f"{shown(pattern, 300)} is no name of a file: {reason}. Check the path.") from error
     left_out.tell(str(pattern))
     return sorted(found)
 
@@ -74,9 +74,8 @@ def walk(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
                 others.append(path)
     if others:
         endings = sorted({path.suffix.lower() or "no ending" for path in others})
-        shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
         for path in others:
-            left_out.add(f"files of other kinds [{shown}]", str(path))
+            left_out.add(f"files of other kinds [{cut_list(endings, 5)}]", str(path))
     left_out.tell(str(folder))
     return sorted(found)
 

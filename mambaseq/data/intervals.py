@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import cut_list
+from mambaseq.errors import cut_list, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Interval:
     def source(self) -> str:
         """File and record, for messages."""
         files = [source.get("name") for source in self.store.meta.get("sources", [])]
-        name = cut_list([repr(self.store.names[self.record])])
+        name = shown(self.store.names[self.record])
         return f"record {name} of {cut_list(files, most=3) if files else self.store.folder}"
 
     def read(self, start: int, length: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mambaseq.errors import ConfigError, UserError, did_you_mean
+from mambaseq.errors import ConfigError, UserError, did_you_mean, shown
 from mambaseq.plain import read_yaml
 from mambaseq.resources import cache_dir
 
@@ -96,7 +96,7 @@ def _name(value: Any, key: str, parts: bool) -> str:
     if not plain:
         allowed = "letters, digits, . _ - " + ("and / between them" if parts else "alone")
         raise _Refused(
-            f"{key} {str(value)[:60]!r} is no plain name. Use {allowed}, no . or - at the beginning, at most "
+            f"{key} {shown(value)} is no plain name. Use {allowed}, no . or - at the beginning, at most "
             f"{_NAME_LENGTH} characters"
         )
     return str(value)
@@ -120,7 +120,7 @@ def _url(value: Any, key: str) -> str:
     if secret:  # not shown: messages are copied into reports
         raise _Refused(f"{key} has a user name or a password in it. Put those into ~/.netrc, which is looked at")
     if parts.scheme not in ("https", "http") or not reachable:
-        raise _Refused(f"{written}, not {value[:60]!r}")
+        raise _Refused(f"{written}, not {shown(value)}")
     return value
 
 
@@ -131,10 +131,10 @@ def _known_keys(raw: Any, kind: type, where: str) -> Mapping[str, Any]:
     for key in raw:
         if key not in fields:
             near = did_you_mean(key, fields)
-            raise _Refused(f"{where}has an unknown key {key[:60]!r}.{near} Known: {', '.join(fields)}")
+            raise _Refused(f"{where}has an unknown key {shown(key)}.{near} Known: {', '.join(fields)}")
     for key, needed in fields.items():
         if needed and key not in raw:
-            raise _Refused(f"{where}has no {key!r}")
+            raise _Refused(f"{where}has no {shown(key)}")
     return raw
 
 
@@ -146,12 +146,12 @@ def _file(raw: Any, place: str) -> File:
     if checksum is not None and not is_checksum(checksum):
         raise _Refused(
             f"{place}.checksum of {name} must start with md5: or sha256: and have 32 or 64 digits of 0-9 and a-f after "
-            f"it, not {str(checksum)[:80]!r}"
+            f"it, not {shown(checksum)}"
         )
     if size is not None and (type(size) is not int or size < 0):
-        raise _Refused(f"{place}.size of {name} must be a number of bytes, not {str(size)[:40]!r}")
+        raise _Refused(f"{place}.size of {name} must be a number of bytes, not {shown(size)}")
     if type(raw.get("unpack", False)) is not bool:
-        raise _Refused(f"{place}.unpack of {name} must be true or false, not {str(raw['unpack'])[:40]!r}")
+        raise _Refused(f"{place}.unpack of {name} must be true or false, not {shown(raw['unpack'])}")
     file = File(
         name=name,
         url=_url(raw["url"], f"{place}.url of {name}"),
@@ -222,13 +222,13 @@ def manifest(name: str) -> Manifest:
             (f.name, f.checksum) for f in found.files
         ]:
             raise ConfigError(
-                f"The manifest {name} has the name {found.name!r} of a data set that comes with mambaseq, and other "
-                f"files or checksums. Give it a name of its own."
+                f"The manifest {name} has the name {shown(found.name)} of a data set that comes with mambaseq, and "
+                f"other files or checksums. Give it a name of its own."
             )
         return found
     if name not in known:
         raise ConfigError(
-            f"No data set to fetch is named {name[:100]!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
+            f"No data set to fetch is named {shown(name)}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
             f"The path of a manifest (.yaml) works too."
         )
     return known[name]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from mambaseq.batch import Batch
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 
 
 class ItemDataset(Protocol):
@@ -232,7 +232,7 @@ class SequenceDataModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         done = state_dict["batches_done"]
         if not isinstance(done, int) or done < 0:
-            raise ValueError(f"batches_done is {str(done)[:60]!r}")
+            raise ValueError(f"batches_done is {shown(done)}")
         self.batches_done = done
 
     def train_dataloader(self) -> DataLoader:

@@ -8,7 +8,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 
 Task = Literal["next_token", "labels", "classes", "values"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -24,7 +24,7 @@ def task_of(data: SequenceData) -> Task:
     """
     if data.task is not None:
         if data.task not in TASKS:
-            raise ConfigError(f"{type(data).__name__}.task is {data.task!r}. It is one of: {', '.join(TASKS)}.")
+            raise ConfigError(f"{type(data).__name__}.task is {shown(data.task)}. It is one of: {', '.join(TASKS)}.")
         return data.task
     train = data.train()
     stream = isinstance(train, torch.utils.data.IterableDataset)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mambaseq.atomic import atomic_folder
-from mambaseq.errors import DataError, cut_list
+from mambaseq.atomic import atomic_folder, json_text
+from mambaseq.errors import DataError, cut_list, shown
 from mambaseq.resources import cache_dir, make_private
 
 FORMAT = 2
@@ -49,7 +49,7 @@ def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _seal(index: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(index, sort_keys=True).encode())
+    return xxhash.xxh3_64_hexdigest(json_text(index, sort_keys=True).encode())
 
 
 class _Tokens:
@@ -66,8 +66,7 @@ class _Tokens:
         if tokens.dtype != self._dtype or not tokens.flags.c_contiguous:
             if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self._limit:
                 raise DataError(
-                    f"Record {cut_list([repr(name)])} has token ids outside of [0, {self._limit}], which "
-                    f"{self._dtype} holds."
+                    f"Record {shown(name)} has token ids outside of [0, {self._limit}], which {self._dtype} holds."
                 )
             tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
         self._pending.append(tokens)
@@ -212,7 +211,7 @@ class TokenStore:
                 start, stop = stop, stop + length
                 of_records += checksums(everything[start:stop])
             parts = {
-                NAMES: json.dumps(names).encode(),
+                NAMES: json.dumps(names, allow_nan=False).encode(),
                 LENGTHS: written.tobytes(),
                 CHECKSUMS: np.array(of_records, dtype="<u8").tobytes(),
             }
@@ -220,8 +219,8 @@ class TokenStore:
             for name, data in parts.items():
                 (temporary / name).write_bytes(data)
                 files[name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
-            index = json.loads(json.dumps({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
-            (temporary / INDEX).write_text(json.dumps(index | {"checksum": _seal(index)}), encoding="utf-8")
+            index = json.loads(json_text({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
+            (temporary / INDEX).write_text(json_text(index | {"checksum": _seal(index)}), encoding="utf-8")
         return cls(folder, check=False)
 
     @classmethod
@@ -241,12 +240,12 @@ class TokenStore:
         meta: everything that the tokens depend on (see `cache.fingerprint`); another meta is another folder.
         Any number of processes may ask at once: each builds a copy of its own, the first to finish wins.
         """
-        key = hashlib.sha256(json.dumps([FORMAT, dtype, meta], sort_keys=True).encode()).hexdigest()[:20]
+        key = hashlib.sha256(json_text([FORMAT, dtype, meta], sort_keys=True).encode()).hexdigest()[:20]
         folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names end at 255 bytes
         for _ in range(3):  # a folder that another process found damaged may vanish between two looks at it
             try:
                 found = cls(folder)
-                if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json.dumps(meta))]:
+                if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json_text(meta))]:
                     raise StoreError(f"{folder / INDEX} describes other tokens than those of {label[:40]}.")
                 return found
             except StoreError as error:

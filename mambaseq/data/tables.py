@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, shown
 from mambaseq.limits import WINDOW
 
 LARGEST = 1e9
@@ -28,7 +28,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline(1000).strip().replace(" ", "")
             if first != header:
-                raise DataError(f"{path}: the first line must be {header!r}, not {first[:40]!r}. Add that header.")
+                raise DataError(f"{path}: the first line must be {shown(header)}, not {shown(first)}. Add that header.")
             lines = list(itertools.islice(file, WINDOW.value + 1))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start:,}). Save it in that encoding.") from error
@@ -47,7 +47,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
         line, row = _first_wrong(lines, len(columns))
         raise DataError(
             f"{path}: line {line} is not {len(columns)} numbers with points for decimals and commas between them: "
-            f"{row[:40]!r}. Correct or remove it."
+            f"{shown(row)}. Correct or remove it."
         ) from error
     good = (np.abs(table) <= LARGEST).all(axis=1)
     if not good.all():

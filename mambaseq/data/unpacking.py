@@ -23,7 +23,7 @@ _OTHERS = {
     "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
     "zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or one to be skipped
 }
-_XZ_MEMORY = 256 * 2**20  # what `xz -9` asks for is a quarter of it; a header may ask for 4 GiB
+XZ_MEMORY = 256 * 2**20  # what `xz -9` asks for is a quarter of it; a header may ask for 4 GiB
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _decompressed(kind: str, file: _Rejoined) -> Iterator[bytes]:
         while not (data := data.lstrip(b"\0")):
             if not (data := file.read(_PACKED_PIECE) or b""):
                 return
-        stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY) if kind == "xz" else bz2.BZ2Decompressor()
+        stream = lzma.LZMADecompressor(memlimit=XZ_MEMORY) if kind == "xz" else bz2.BZ2Decompressor()
         while not stream.eof:
             if stream.needs_input and not data and not (data := file.read(_PACKED_PIECE) or b""):
                 raise EOFError

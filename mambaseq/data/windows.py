@@ -12,7 +12,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.intervals import Group, Interval, Intervals
-from mambaseq.errors import ConfigError, DataError, cut_list
+from mambaseq.errors import ConfigError, DataError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def group_label(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Bat
 
 
 def _too_short(group: Group, span: int, length: int, what: str) -> DataError:
-    name = cut_list([repr(group.name)])
+    name = shown(group.name)
     if not len(group.intervals):
         return DataError(f"{what}: {name} has no sequence at all. Check its files and the split settings.")
     intervals = Intervals.of(group.intervals)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 
 
 def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
@@ -22,15 +22,11 @@ def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
     if not finite(temperature) or temperature < 0:
-        raise ConfigError(f"temperature must be a finite number of at least 0, not {_shown(temperature)}.")
+        raise ConfigError(f"temperature must be a finite number of at least 0, not {shown(temperature)}.")
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
-        raise ConfigError(f"top_k must be a whole number of at least 0, not {_shown(top_k)}.")
+        raise ConfigError(f"top_k must be a whole number of at least 0, not {shown(top_k)}.")
     if not finite(top_p) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, not {_shown(top_p)}.")
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:40]
+        raise ConfigError(f"top_p must be above 0 and at most 1, not {shown(top_p)}.")
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

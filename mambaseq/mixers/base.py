@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.ops import OPS
 
 
@@ -105,7 +105,7 @@ def check_backend(mixer: str, op: str, backend: str | None) -> None:
     known = [candidate.name for candidate in OPS[op].backends]
     if backend is not None and backend not in known:
         raise ConfigError(
-            f"{mixer}: there is no backend {backend!r}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
+            f"{mixer}: there is no backend {shown(backend)}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.limits import STATE
 
 Measure = Literal["legs", "legt"]
@@ -33,7 +33,7 @@ def transition(measure: Measure, order: int) -> tuple[Tensor, Tensor]:
     if measure == "legt":
         alternating = 1 - 2 * ((n[:, None] - n) % 2)
         return -(scale.tril() + (scale * alternating).triu(1)), root
-    raise ConfigError(f"The measure is legs or legt, not {measure!r}.")
+    raise ConfigError(f"The measure is legs or legt, not {shown(measure)}.")
 
 
 def legs_normal(order: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mambaseq.errors import ConfigError, check_positive
+from mambaseq.errors import ConfigError, check_positive, shown
 
 AInit = Literal["s4d-real", "s4d-lin", "constant", "random"]
 
@@ -45,10 +45,10 @@ def initial_A_parts(init: AInit | None, channels: int, d_state: int, complex_: b
     if init is None:
         init = "s4d-lin" if complex_ else "s4d-real"
     if init not in ("s4d-real", "s4d-lin", "constant", "random"):
-        raise ConfigError(f"mamba: A_init must be s4d-real, s4d-lin, constant or random, not {init!r}.")
+        raise ConfigError(f"mamba: A_init must be s4d-real, s4d-lin, constant or random, not {shown(init)}.")
     if complex_ and init != "s4d-lin":
         raise ConfigError(
-            f"mamba: A_init {init!r} is real. Take s4d-lin for a complex A, or leave out `complex: true`."
+            f"mamba: A_init {shown(init)} is real. Take s4d-lin for a complex A, or leave out `complex: true`."
         )
     if init == "s4d-lin":
         if not complex_:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive
+from mambaseq.errors import ConfigError, check_positive, shown
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.hippo import constant, keep_constant, transition
 from mambaseq.mixers.lti_layer import check_sizes
@@ -64,7 +64,7 @@ class LMU(Mixer):
         check_sizes("lmu", d_model=d_model, d_state=d_state, d_memory=d_memory, d_hidden=d_hidden)
         check_positive("lmu", theta=theta)
         if activation not in _ACTIVATIONS:
-            raise ConfigError(f"lmu: activation is one of {', '.join(_ACTIVATIONS)}, not {activation!r}.")
+            raise ConfigError(f"lmu: activation is one of {', '.join(_ACTIVATIONS)}, not {shown(activation)}.")
         self.d_model, self.d_state, self.d_memory, self.activation = d_model, d_state, d_memory, activation
         A, B = transition("legt", d_state)
         # the exponential of [[A, B], [0, 0]] has that of A and the zero-order hold of B in its upper rows

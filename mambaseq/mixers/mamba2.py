@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative
+from mambaseq.errors import ConfigError, check_not_negative, shown
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
@@ -117,7 +117,8 @@ class Mamba2(Mixer):
             )
         if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
             raise ConfigError(
-                f"mamba2: A_init_range must be two positive, finite numbers, the smaller first, not {A_init_range}."
+                f"mamba2: A_init_range must be two positive, finite numbers, the smaller first, not "
+                f"{shown(A_init_range)}."
             )
         check_backend("mamba2", "ssd", backend)
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv

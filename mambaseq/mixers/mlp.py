@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.ops.linear import apply_linear
 
@@ -44,7 +44,7 @@ class MLP(Mixer):
     ) -> None:
         super().__init__()
         if activation not in ("swiglu", "gelu"):
-            raise ConfigError(f"mlp: activation must be swiglu or gelu, not {activation!r}.")
+            raise ConfigError(f"mlp: activation must be swiglu or gelu, not {shown(activation)}.")
         if d_model < 1 or (hidden is not None and hidden < 1):
             raise ConfigError(f"mlp: d_model and hidden must be positive, not {d_model} and {hidden}.")
         self.d_model = d_model

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
@@ -160,5 +160,5 @@ class S4(LTILayer):
         if d_model % n_ssm:
             raise ConfigError(f"s4: n_ssm must divide d_model, and {n_ssm} does not divide {d_model}.")
         if mode not in ("blocks", "fft"):
-            raise ConfigError(f"s4: mode is blocks or fft, not {mode!r}.")
+            raise ConfigError(f"s4: mode is blocks or fft, not {shown(mode)}.")
         super().__init__("s4", d_model, DPLRSSM(d_model, d_state, n_ssm, dt_min, dt_max, mode))

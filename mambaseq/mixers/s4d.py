@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
@@ -32,7 +32,7 @@ def initial_A(init: Init, d_state: int, real: bool) -> Tensor:
     n = torch.arange(d_state)
     if real:
         if init != "real":
-            raise ConfigError(f"A real A needs init 'real', not {init!r}.")
+            raise ConfigError(f"A real A needs init 'real', not {shown(init)}.")
         return -(n + 1).float()
     order = 2 * d_state
     if init == "lin":
@@ -42,7 +42,7 @@ def initial_A(init: Init, d_state: int, real: bool) -> Tensor:
     elif init == "legs":
         imag = legs_normal(order)[0].imag
     else:
-        raise ConfigError(f"init 'real' needs a real A (real: true), and {init!r} is not one of lin, inv, legs.")
+        raise ConfigError(f"init 'real' needs a real A (real: true), and {shown(init)} is not one of lin, inv, legs.")
     return torch.complex(torch.full((d_state,), -0.5), imag.float())
 
 
@@ -74,7 +74,7 @@ class DiagonalSSM(nn.Module):
             ("mode", mode, ("fft", "scan", None)),
         ):
             if value not in known:
-                raise ConfigError(f"{name} is one of {', '.join(map(str, known))}, not {value!r}.")
+                raise ConfigError(f"{name} is one of {', '.join(map(str, known))}, not {shown(value)}.")
         A = initial_A(init or ("real" if real else "lin"), d_state, real)
         self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
         self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))

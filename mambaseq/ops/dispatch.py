@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.errors import shown
+
 Result = tuple[Tensor, Tensor]
 
 # backends that other people's packages bring
@@ -56,12 +58,12 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
         if reason is None:
             return candidate.run(arguments)
         if backend is not None:
-            raise ValueError(f"{op.name}: backend {backend!r} cannot run these arguments: {reason}")
+            raise ValueError(f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}")
     if backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, arguments))
         raise ValueError(f"{op.name}: no backend can run these arguments ({reasons})")
     known = ", ".join(repr(candidate.name) for candidate in op.backends)
-    raise ValueError(f"{op.name}: no backend {backend!r}; there are {known}")
+    raise ValueError(f"{op.name}: no backend {shown(backend)}; there are {known}")
 
 
 def explain(op: Op, arguments: Any) -> list[tuple[str, str | None]]:

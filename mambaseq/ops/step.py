@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.errors import shown
 from mambaseq.ops import step_gpu
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.flat import flat, rows_of, scratch
@@ -139,7 +140,7 @@ def causal_conv_update_(
         y `(batch, channels)` in the dtype of x.
     """
     if activation not in (None, "silu"):
-        raise ValueError(f"activation must be None or 'silu', not {activation!r}")
+        raise ValueError(f"activation must be None or 'silu', not {shown(activation)}")
     if step_gpu.can_run(state, x, weight, bias):
         return step_gpu.causal_conv_update_(state, x, weight, bias, activation == "silu")
     if _can_run_kernels(state, x, weight, bias):

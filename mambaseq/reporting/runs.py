@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.atomic import atomic_file, json_text, write_failed
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 from mambaseq.plain import read_json
 
 _OURS = ("config.yaml", "data.json", "checkpoints", "model", "logs", "tensorboard", "results.json", "curves.png")
@@ -64,7 +64,7 @@ class RunFolder:
         not be written to, or, for one that begins, where a run's names are taken by what is not a run's."""
         if "\0" in str(self.path):
             raise UserError(
-                f"{str(self.path)!r} is no folder: a name has no NUL character in it. Choose another --out."
+                f"{shown(self.path, 300)} is no folder: a name has no NUL character in it. Choose another --out."
             )
         try:
             self.path.lstat()

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file, json_text
-from mambaseq.errors import UserError, did_you_mean
+from mambaseq.errors import UserError, did_you_mean, shown
 from mambaseq.plain import read_json
 from mambaseq.reproduction.tables import Table
 
@@ -67,7 +67,7 @@ class Context:
         for name in self.only:
             if name not in known:
                 raise UserError(
-                    f"--only names {name!r}, which this recipe has not.{did_you_mean(name, known)} "
+                    f"--only names {shown(name)}, which this recipe has not.{did_you_mean(name, known)} "
                     f"It has: {', '.join(map(repr, known))}."
                 )
         return [name for name in own if name in self.only] or own
@@ -83,15 +83,15 @@ class Context:
         known = result.exists()
         record = _read(result) if known else self._run(stem, name, run)
         if (other := record.get("name", name)) != name:
-            raise UserError(f"{result} is of the trial {str(other)[:80]!r}, whose file {name[:80]!r} would share.")
+            raise UserError(f"{result} is of the trial {shown(other)}, whose file {shown(name)} would share.")
         for path in (checkpoint, *result.parent.glob(f"{glob.escape(stem)}.*.pt"), self._begun(stem)):
             path.unlink(missing_ok=True)
         self.records[name] = record
         found: dict[str, float] = record["values"]
         if known:
             return found
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-        tqdm.write(f"{name}: {shown}")
+        told = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+        tqdm.write(f"{name}: {told}")
         return found
 
     def _begun(self, stem: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import inspect
-import json
 import os
 import platform
 import shlex
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 
 from mambaseq import __version__
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.domain import catalog
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, shown
 from mambaseq.plain import read_json
 from mambaseq.reproduction.context import Context, Recipe, Scale
 from mambaseq.reproduction.tables import Report
@@ -55,10 +54,10 @@ def _own(folder: Path, mine: dict[str, str]) -> None:
     path = folder / "run.json"
     if not path.exists():
         with atomic_file(path) as file:
-            file.write(json.dumps(mine).encode())
+            file.write(json_text(mine).encode())
     found = read_json(path, "Remove it if the folder holds nothing that you need, or choose another --out.")
     different = [
-        f"{key} {str(found.get(key))[:80]!r}, not {value!r}" for key, value in mine.items() if found.get(key) != value
+        f"{key} {shown(found.get(key))}, not {shown(value)}" for key, value in mine.items() if found.get(key) != value
     ]
     if different:
         raise UserError(f"{folder} holds another run: {'; '.join(different)}. Choose another --out, or remove it.")

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text, plain_values
 
 _MOST_DIGITS = 4
 HOLDS, FAILS, NONE = "holds", "does not hold", ""
@@ -75,11 +75,6 @@ class Line:
         return HOLDS if all(bound.holds(self.values[bound.column]) for bound in measured) else FAILS
 
 
-def _plain(value: float) -> float | None:
-    """JSON has no numbers that are not finite."""
-    return value if math.isfinite(value) else None
-
-
 @dataclasses.dataclass
 class Table:
     """What a recipe found; `about` says what was trained, on what and for how long."""
@@ -108,7 +103,7 @@ class Table:
         plain = dataclasses.asdict(self)
         for line, made in zip(plain["lines"], self.lines, strict=True):
             line["verdict"] = made.verdict
-            line["values"] = {key: [_plain(value) for value in values] for key, values in made.values.items()}
+            line["values"] = plain_values(made.values)
         return plain
 
     @classmethod
@@ -150,7 +145,7 @@ class Report:
     def write(self, folder: Path, stem: str = "report") -> Path:
         """Write `report.json` and `report.md`, or others of that stem; the path of the first."""
         plain = {**vars(self), "tables": [table.as_json() for table in self.tables]}
-        for suffix, text in ((".md", self.markdown()), (".json", json.dumps(plain, indent=1, allow_nan=False) + "\n")):
+        for suffix, text in ((".md", self.markdown()), (".json", json_text(plain, indent=1) + "\n")):
             with atomic_file(folder / (stem + suffix)) as file:
                 file.write(text.encode())
         return folder / f"{stem}.json"

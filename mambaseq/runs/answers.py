@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
@@ -271,9 +271,9 @@ def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str
     """
     if classes and len(classes) != count:
         raise ConfigError(
-            f"The head {loaded.card.spec['head']['name']!r} of the model at {loaded.source} gives {count} numbers, and "
-            f"its description names {len(classes)} classes, so that nobody can know which is which. Train it with a "
-            f"head that fits (`mambaseq list heads`)."
+            f"The head {shown(loaded.card.spec['head']['name'])} of the model at {loaded.source} gives {count} "
+            f"numbers, and its description names {len(classes)} classes, so that nobody can know which is which. "
+            f"Train it with a head that fits (`mambaseq list heads`)."
         )
     return classes or [str(number) for number in range(count)]
 
@@ -285,7 +285,7 @@ def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None)
     """
     card, model = loaded.card, loaded.model
     head, task, names = model.head, card.task, list(card.class_names)
-    here = f"The model at {loaded.source} (head {card.spec['head']['name']!r})"
+    here = f"The model at {loaded.source} (head {shown(card.spec['head']['name'])})"
     if not head.per_token:
         if task in ("next_token", "labels"):
             raise ConfigError(
@@ -311,9 +311,9 @@ def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None)
         return Likelihood(loaded, condition, window)
     if task == "next_token":
         raise ConfigError(
-            f"{here} was trained for the next token, which its encoder {card.spec['encoder']['name']!r} or its "
-            f"backbone {card.spec['backbone']['name']!r} lets it see, so that its bits mean nothing. Train one with "
-            f"the encoder tokens and a causal backbone, such as residual."
+            f"{here} was trained for the next token, which its encoder {shown(card.spec['encoder']['name'])} or its "
+            f"backbone {shown(card.spec['backbone']['name'])} lets it see, so that its bits mean nothing. Train one "
+            f"with the encoder tokens and a causal backbone, such as residual."
         )
     raise ConfigError(
         f"{here} gives numbers a position, and its description does not say what they are: there are no names of "

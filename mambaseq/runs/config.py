@@ -25,14 +25,13 @@ from mambaseq.checkpoints.card import check_generation
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph
+from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
-from mambaseq.specs import shown
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
@@ -199,8 +198,8 @@ class RunConfig:
             for argument in PROVIDED & known.keys() & _arguments(self.classes[part]):
                 if known[argument] is None:
                     raise ConfigError(
-                        f"The {part} {model[part]['name']!r} needs {argument}, which the dataset "
-                        f"{self.settings['data']['name']!r} does not have. Choose another {part} or dataset."
+                        f"The {part} {shown(model[part]['name'])} needs {argument}, which the dataset "
+                        f"{shown(self.settings['data']['name'])} does not have. Choose another {part} or dataset."
                     )
                 spec[part][argument] = known[argument]
         if "mixers" in model:
@@ -224,13 +223,13 @@ class RunConfig:
         higher |= {f"val/{name}": metric.higher_is_better for name, metric in metrics.items() if metric.scalar}
         if chosen.monitor not in higher:
             raise ConfigError(
-                f"checkpoint.monitor is {chosen.monitor!r}, which this run does not log."
+                f"checkpoint.monitor is {shown(chosen.monitor)}, which this run does not log."
                 f"{did_you_mean(chosen.monitor, higher)} Known: {', '.join(sorted(higher))}; `metrics` adds others."
             )
         if chosen.mode is None and higher[chosen.monitor] is None:
             raise ConfigError(
-                f"The metric {chosen.monitor!r} does not say whether higher is better. Set checkpoint.mode to min or "
-                f"max."
+                f"The metric {shown(chosen.monitor)} does not say whether higher is better. Set checkpoint.mode to min "
+                f"or max."
             )
         return chosen.monitor, chosen.mode or ("max" if higher[chosen.monitor] else "min")
 
@@ -421,7 +420,7 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
             parts = found.groupdict()
             key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
             known = vars(parser.get_defaults().as_flat())
-            text, hint = f"there is no key {key!r}", did_you_mean(key, known)
+            text, hint = f"there is no key {shown(key)}", did_you_mean(key, known)
             part = key.rpartition(".")[0]
             if (name := known.get(f"{part}.name")) is not None:  # a class's options
                 keys = [other for other in known if other.startswith(f"{part}.") and other != f"{part}.name"]

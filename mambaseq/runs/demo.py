@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.reporting.sections import Section, table
@@ -23,7 +23,7 @@ def demo_domains(chosen: list[str] | None) -> list[str]:
     for domain in chosen or []:
         if domain not in able:
             raise ConfigError(
-                f"No domain with a demo is named {domain!r}.{did_you_mean(domain, able)} Known: {', '.join(able)}."
+                f"No domain with a demo is named {shown(domain)}.{did_you_mean(domain, able)} Known: {', '.join(able)}."
             )
     return chosen or able
 

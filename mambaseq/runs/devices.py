@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -20,7 +20,7 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"The device {name!r} cannot be used: {reason}. Give --device cpu, or leave it out to take the GPU if "
+            f"The device {shown(name)} cannot be used: {reason}. Give --device cpu, or leave it out to take the GPU if "
             f"there is one."
         ) from error
     return device

@@ -8,14 +8,13 @@ from typing import Any
 
 from mambaseq.checkpoints.export import load_model
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
 from mambaseq.runs.finishing import plain_interrupts
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
 from mambaseq.runs.trainer import make_trainer, quiet
-from mambaseq.tasks.record import shown
 from mambaseq.tasks.task import Task
 
 
@@ -44,7 +43,7 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     data.setup()
     if (data.validation() if command == "validate" else data.test()) is None:
         raise UserError(
-            f"The dataset {settings.settings['data']['name']!r} has no {command} set; nothing was evaluated."
+            f"The dataset {shown(settings.settings['data']['name'])} has no {command} set; nothing was evaluated."
         )
     notes = _notes(settings, folder, data, command)
     task = Task(loaded.model, metrics=settings.make_metrics(data))
@@ -92,6 +91,5 @@ def _notes(settings: RunConfig, folder: RunFolder, data: SequenceData, command: 
     former = read_record(folder)
     files = [] if former is None else former.changed_files(record_of(settings, data))
     if files and rank() == 0:
-        more = f" (and {len(files) - 5} more)" if len(files) > 5 else ""
-        say(folder, f"the data changed since training: {'; '.join(shown(file) for file in files[:5])}{more}")
+        say(folder, f"the data changed since training: {cut_list(files, 5, separator='; ')}")
     return {f"{stage}/changed_settings": given, f"{stage}/changed_files": files}

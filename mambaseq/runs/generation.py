@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.generation import generate
 from mambaseq.generation.decode import NotFinite, check_whole
 from mambaseq.generation.sampling import check_settings
@@ -96,8 +96,9 @@ def generate_to(
         if name == card.writer:
             raise
         raise ConfigError(
-            f"The writer {name!r} cannot write what this model generates ({' '.join(str(error).split()).rstrip('.')})."
-            f"{f' Use its own writer ({card.writer!r}).' if card.writer else ''}"
+            f"The writer {shown(name)} cannot write what this model generates "
+            f"({' '.join(str(error).split()).rstrip('.')})."
+            f"{f' Use its own writer ({shown(card.writer)}).' if card.writer else ''}"
         ) from error
 
 
@@ -202,8 +203,8 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         for record in read(Path(prompt), loaded.tokenizer, **options):
             if not len(record):
                 raise ConfigError(
-                    f"The prompt file {prompt} has an empty record, {record.name!r}, and a prompt has at least one "
-                    f"token. Remove it."
+                    f"The prompt file {prompt} has an empty record, {shown(record.name)}, and a prompt has at least "
+                    f"one token. Remove it."
                 )
             found.append(record.ids.astype(np.int64))
             limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
@@ -214,11 +215,11 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         ids = loaded.tokenizer.encode(prompt)
     except UserError as error:
         raise ConfigError(
-            f"--prompt {prompt[:60]!r} is no file, and cannot be read as the prompt itself. {error}"
+            f"--prompt {shown(prompt)} is no file, and cannot be read as the prompt itself. {error}"
         ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"--prompt {prompt[:60]!r} is neither a file nor something this model's tokenizer reads."
+            f"--prompt {shown(prompt)} is neither a file nor something this model's tokenizer reads."
         ) from error
     return [ids.astype(np.int64)]
 

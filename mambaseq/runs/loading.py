@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from mambaseq.checkpoints import LoadedModel
-from mambaseq.errors import ConfigError, did_you_mean
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LISTED = 12
@@ -52,7 +52,7 @@ def _split(given: str, names: list[str]) -> list[str]:
                 parts = parts[end:]
                 break
         else:
-            raise ConfigError(f"No condition is named {_cut(parts[0].strip())!r}.{_near(parts[0].strip(), names)}")
+            raise ConfigError(f"No condition is named {shown(parts[0].strip())}.{_near(parts[0].strip(), names)}")
     return found
 
 
@@ -66,7 +66,7 @@ def _near(given: str, names: list[str]) -> str:
     fitting = fitting or [name for name in names if given and given.lower() in name.lower()]
     if fitting:
         if len(fitting) == 1:
-            return f" Did you mean {fitting[0]!r}?"
+            return f" Did you mean {shown(fitting[0])}?"
         return f" Did you mean one of these: {_listed(fitting)}?"
     return f"{did_you_mean(given, names)} The model knows: {_listed(names)}."
 
@@ -76,14 +76,9 @@ def _words(text: str) -> list[str]:
     return [str(_DIGITS.index(word)) if word in _DIGITS else word.lstrip("0") or "0" for word in words]
 
 
-def _cut(name: str) -> str:
-    return name if len(name) <= 40 else f"{name[:37]}..."
-
-
 def _listed(names: list[str]) -> str:
-    """Names for a message, each cut, not more than a few; in quotes where they hold commas."""
-    shown = ", ".join(repr(_cut(name)) if "," in name else _cut(name) for name in names[:_LISTED])
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    """Names for a message, not more than a few; in quotes where they hold commas."""
+    return cut_list((shown(name) if "," in name else name for name in names), _LISTED)
 
 
 def _check_options(kind: str, name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -95,7 +90,7 @@ def _check_options(kind: str, name: str, function: Callable[..., Any], options: 
     for key, value in options.items():
         if key not in parameters:
             raise ConfigError(
-                f"model.json: {kind}_options.{_cut(str(key))} is no option of the {kind} {name!r}."
+                f"model.json: {kind}_options.{cut(key)} is no option of the {kind} {shown(name)}."
                 f"{did_you_mean(str(key), parameters)} Export the model again."
             )
         wanted = parameters[key].annotation
@@ -104,7 +99,7 @@ def _check_options(kind: str, name: str, function: Callable[..., Any], options: 
             fits = type(value) is wanted or (wanted is float and type(value) is int)
         if not fits:
             raise ConfigError(
-                f"model.json: {kind}_options.{key} of the {kind} {name!r} cannot be {_cut(repr(value))}; it is "
+                f"model.json: {kind}_options.{key} of the {kind} {shown(name)} cannot be {shown(value)}; it is "
                 f"{getattr(wanted, '__name__', wanted)}. Export the model again."
             )
 
@@ -131,7 +126,7 @@ def fitting_options(
     ]
     if needed:
         raise ConfigError(
-            f"The {kind} {name!r} needs {', '.join(needed)}, which {kind}_options in this "
+            f"The {kind} {shown(name)} needs {', '.join(needed)}, which {kind}_options in this "
             f"model's model.json do not have. Use its own {kind}."
         )
     return options

@@ -17,7 +17,7 @@ from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
 from mambaseq.runs.devices import choose_device, memory_told
@@ -149,8 +149,8 @@ def _records(
     read = catalog()["readers"].get(name)
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
-    other = f"The reader {name!r} does not go with this model"
-    remedy = f"Use the model's own reader{f' ({loaded.card.reader!r})' if loaded.card.reader else ''}."
+    other = f"The reader {shown(name)} does not go with this model"
+    remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
         with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
             records = _begun(read, path, loaded.tokenizer, options)
@@ -190,20 +190,20 @@ def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, rem
     encoder = loaded.card.spec["encoder"]
     if record.ids is None:
         if loaded.tokenizer is not None:
-            raise ConfigError(f"{other}: its record {record.name!r} of {path} is a signal. {remedy}")
+            raise ConfigError(f"{other}: its record {shown(record.name)} of {path} is a signal. {remedy}")
         channels = encoder.get("n_channels")
         shape = () if record.signal is None else record.signal.shape
         if channels is not None and shape[1:] != (channels,):
             raise ConfigError(
-                f"{other}: its record {record.name!r} of {path} is a signal of shape {shape}, and the model reads "
+                f"{other}: its record {shown(record.name)} of {path} is a signal of shape {shape}, and the model reads "
                 f"(length, {channels}). {remedy}"
             )
         return
     size = encoder.get("vocab_size") or (loaded.tokenizer.vocab_size if loaded.tokenizer is not None else None)
     if size is not None and len(record) and not 0 <= int(record.ids.min()) <= int(record.ids.max()) < size:
         raise ConfigError(
-            f"{other}: its record {record.name!r} of {path} has ids from {record.ids.min()} to {record.ids.max()}, and "
-            f"the model knows 0 to {size - 1}. {remedy}"
+            f"{other}: its record {shown(record.name)} of {path} has ids from {record.ids.min()} to "
+            f"{record.ids.max()}, and the model knows 0 to {size - 1}. {remedy}"
         )
 
 
@@ -273,7 +273,7 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
     """Why a prediction is no number. The weights are numbers, or they would not have been loaded."""
     signal, span = piece.record.signal, piece.span
-    where = f"{piece.file}, record {piece.record.name!r}, {span.start:,} to {span.stop:,}"
+    where = f"{piece.file}, record {shown(piece.record.name)}, {span.start:,} to {span.stop:,}"
     if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():
         return DataError(f"{where}: the signal holds values that are not finite numbers. Fill or cut them out.")
     return DataError(

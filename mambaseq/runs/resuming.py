@@ -11,13 +11,13 @@ import torch
 
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.errors import ConfigError, DataError, UserError, cut_list, shown
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
-from mambaseq.tasks.record import KEY, DataRecord, flatten, shown
+from mambaseq.tasks.record import KEY, DataRecord, flatten
 
 LIMITS = {"max_steps": "trainer.max_steps", "max_epochs": "trainer.max_epochs"}
 
@@ -44,11 +44,6 @@ def write_record(folder: RunFolder, record: DataRecord) -> None:
         file.write(json_text(record.plain(), indent=2, ensure_ascii=False) + "\n")
 
 
-def _listed(phrases: list[str]) -> str:
-    more = f" (and {len(phrases) - 5} more)" if len(phrases) > 5 else ""
-    return "; ".join(shown(phrase) for phrase in phrases[:5]) + more
-
-
 def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values are not those that the run was last gone on with, each with both."""
     former, now = flatten(read_yaml(folder.config)), flatten(parse_yaml(settings.yaml, "the configuration"))
@@ -73,12 +68,13 @@ def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: 
         if key.startswith("data.")
     ]
     if files := former.changed_files(record):
+        told = cut_list(files, 5, separator="; ")
         if not allow_changed:
             raise DataError(
-                f"The data of {folder.path} changed since it was trained: {_listed(files)}. Bring back what was there, "
+                f"The data of {folder.path} changed since it was trained: {told}. Bring back what was there, "
                 f"or go on with what is there now by --allow-changed-data; scores from before then do not count."
             )
-        lines += [f"the data changed: {_listed(files)}"]
+        lines += [f"the data changed: {told}"]
     return lines
 
 
@@ -104,7 +100,7 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
     idle = [key for key in changed if key not in LIMITS.values()]
     if idle:
         raise ConfigError(
-            f"{_listed(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, "
+            f"{cut_list(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, "
             f"or train further with it: --trainer.max_steps MORE."
         )
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean
-from mambaseq.plain import parse_yaml, read_yaml
+from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
+from mambaseq.plain import read_yaml
 from mambaseq.registry import Registry
 from mambaseq.resources import find
-from mambaseq.runs.trainer_classes import KEYS
+from mambaseq.runs.trainer_classes import KEYS, names_class
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 GROUPS = ("data", "model", "loader", "optimizer", "length_warmup", "checkpoint", "generation", "trainer")
@@ -32,7 +32,7 @@ def resolve_config(name: str) -> Path:
         return path
     known = [entry.name for entry in configs]
     raise ConfigError(
-        f"No configuration is named {name!r} and no file is there.{did_you_mean(name, known)} "
+        f"No configuration is named {shown(name, 200)} and no file is there.{did_you_mean(name, known)} "
         f"`mambaseq list configs` shows what there is."
     )
 
@@ -46,7 +46,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     for key, value in raw.items():
         if key not in TOP:
             raise ConfigError(
-                f"{path}: there is no key {key[:80]!r}.{did_you_mean(key[:80], TOP)} Known: {', '.join(TOP)}."
+                f"{path}: there is no key {shown(key)}.{did_you_mean(key[:80], TOP)} Known: {', '.join(TOP)}."
             )
         if key in GROUPS:
             _require_settings(value, key, path)
@@ -65,38 +65,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _require_settings(value: Any, key: str, path: Path) -> None:
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: {key} must hold settings ({key}.KEY), not {_shown(value)}. Leave it out for its defaults."
+            f"{path}: {key} must hold settings ({key}.KEY), not {shown(value)}. Leave it out for its defaults."
         )
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _refuse_classes(value: Any, key: str, source: str) -> None:
     """Raise ConfigError for what jsonargparse would take for a class to be imported, whatever the type of the key."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            where = f"{key}.{name}" if key else name
-            if name == "class_path":
-                raise ConfigError(
-                    f"{source}: {where[:200]} names a class; only keys of trainer can ({', '.join(KEYS)})."
-                )
-            _refuse_classes(inner, where, source)
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_classes(inner, key, source)
-    elif isinstance(value, str) and "class_path" in value:
-        raise ConfigError(f"{source}: {key[:200]} names a class; only keys of trainer can ({', '.join(KEYS)}).")
-    elif isinstance(value, str) and '"' in value and "\\" in value:
-        # jsonargparse reads text as YAML again, where "cl\u0061ss_path" is class_path
-        try:
-            read = parse_yaml(value, f"{source}: the text of {key[:200]}")
-        except UserError as error:
-            raise ConfigError(str(error)) from error
-        if read != value:
-            _refuse_classes(read, key, source)
+    if (where := names_class(value, key, source)) is not None:
+        raise ConfigError(f"{source}: {cut(where, 200)} names a class; only keys of trainer can ({', '.join(KEYS)}).")
 
 
 def check_overrides(overrides: list[str]) -> None:

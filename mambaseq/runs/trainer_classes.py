@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jsonargparse
 from jsonargparse.typing import register_type
 
-from mambaseq.errors import ConfigError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.plain import parse_yaml
 from mambaseq.registry import import_allowed, is_allowed
 
@@ -111,14 +111,14 @@ def _make(key: str, value: Any, where: str) -> Any:
     spec = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
         raise ConfigError(
-            f"{where} must name a class, as {{class_path: NAME, init_args: {{...}}}}, not {str(value)[:80]!r}. Known: "
+            f"{where} must name a class, as {{class_path: NAME, init_args: {{...}}}}, not {shown(value)}. Known: "
             f"{cut_list(sorted(_public(key)), most=40)}."
         )
     if more := spec.keys() - {"class_path", "init_args"}:
         raise ConfigError(f"{where} has {cut_list(sorted(more))} beside class_path and init_args, which is all it has.")
     arguments = spec.get("init_args") or {}
     if not isinstance(arguments, dict):
-        raise ConfigError(f"{where}.init_args must be names and values, not {str(arguments)[:80]!r}.")
+        raise ConfigError(f"{where}.init_args must be names and values, not {shown(arguments)}.")
     kind = _resolve(key, spec["class_path"], where)
     checked = _check_arguments(kind, arguments, where)
     try:
@@ -163,8 +163,8 @@ def _resolve(key: str, path: str, where: str) -> Any:
     if not module or not is_allowed(module):
         remedy = f" If you trust the package: --allow-import {module.partition('.')[0]}" if module else ""
         raise ConfigError(
-            f"{where}: {path[:200]!r} is not one of Lightning's classes for it, and nothing is imported because a file "
-            f"names it.{did_you_mean(name[:80], public)} Known: {cut_list(sorted(public), most=40)}.{remedy}"
+            f"{where}: {shown(path, 200)} is not one of Lightning's classes for it, and nothing is imported because a "
+            f"file names it.{did_you_mean(name[:80], public)} Known: {cut_list(sorted(public), most=40)}.{remedy}"
         )
     wanted = KEYS[key].wanted
     for index, base in enumerate(wanted):
@@ -183,7 +183,8 @@ def _check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> di
     checked: dict[str, Any] = {}
     for name, value in arguments.items():
         place = f"{where}.init_args.{name[:80]}"
-        _refuse_classes(value, place)
+        if names_class(value, place, "trainer") is not None:
+            raise ConfigError(f"{place} names a class inside of another one's arguments; those are plain values.")
         if name not in parameters:
             if not open_ended:
                 raise ConfigError(
@@ -211,7 +212,7 @@ def _checked(accepted: Any, value: Any, place: str) -> Any:
         return parser.parse_object({"value": value})["value"]
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{place} cannot be {str(value)[:80]!r}: {reason}.") from error
+        raise ConfigError(f"{place} cannot be {shown(value)}: {reason}.") from error
 
 
 def _is_open(accepted: Any) -> bool:
@@ -219,11 +220,30 @@ def _is_open(accepted: Any) -> bool:
     return accepted is Any or any(_is_open(inner) for inner in typing.get_args(accepted))
 
 
-def _refuse_classes(value: Any, where: str) -> None:
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_classes(inner, where)
-    if isinstance(value, dict) and "class_path" in value:
-        raise ConfigError(f"{where} names a class inside of another one's arguments; those are plain values.")
+def names_class(value: Any, key: str, source: str) -> str | None:
+    """The key, at `key` or below it, where a value or a text in it names a class (`class_path`); None where none does.
+
+    source: what the messages call the file. Raises ConfigError for text that looks like YAML in quotes and is none.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            where = f"{key}.{name}" if key else str(name)
+            if name == "class_path":
+                return where
+            if (found := names_class(inner, where, source)) is not None:
+                return found
+    elif isinstance(value, list):
+        return next((found for inner in value if (found := names_class(inner, key, source)) is not None), None)
+    elif isinstance(value, str) and "class_path" in value:
+        return key
+    elif isinstance(value, str) and '"' in value and "\\" in value:
+        # jsonargparse reads text as YAML again, where "cl\u0061ss_path" is class_path
+        try:
+            read = parse_yaml(value, f"{source}: the text of {cut(key, 200)}")
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+        return names_class(read, key, source) if read != value else None
+    return None
 
 
 def init_parameters(kind: Any) -> tuple[dict[str, Any], bool]:

@@ -15,7 +15,7 @@ from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, tas
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
@@ -37,7 +37,7 @@ from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce,
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
-from mambaseq.tasks.record import KEY, DataRecord, shown
+from mambaseq.tasks.record import KEY, DataRecord
 from mambaseq.tasks.task import Task
 
 
@@ -47,7 +47,7 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
     if data.tokenizer is not None:
         if data.tokenizer_name is None:
             raise ConfigError(
-                f"The dataset {settings.settings['data']['name']!r} has a tokenizer without tokenizer_name."
+                f"The dataset {shown(settings.settings['data']['name'])} has a tokenizer without tokenizer_name."
             )
         tokenizer = {"name": data.tokenizer_name, "options": data.tokenizer.options}
     return ModelCard(
@@ -216,7 +216,7 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
         raise
     except Exception as error:
         asked = settings.settings["model"]["mixer"].get("backend")
-        refused = asked is not None and f"backend {asked!r}" in str(error)
+        refused = asked is not None and f"backend {shown(asked)}" in str(error)
         if checkpoints.began and not refused:
             raise  # nobody's setting
         if not begins and not isinstance(error, MisconfigurationException):

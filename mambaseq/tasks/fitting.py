@@ -15,7 +15,7 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import is_next_token
 from mambaseq.encoders import output_bounds
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.metrics.base import Metric
 from mambaseq.models import SequenceModel
 
@@ -78,13 +78,13 @@ def check_kinds(
             takes = "a target" if metric.measures is None else f"a {metric.measures.removesuffix('s')}"
             place = {None: "", True: " for each position", False: " for each sequence"}[metric.per_token]
             raise ConfigError(
-                f"The metric {name!r} needs {takes}{place}, and the dataset {dataset} gives one {given}. Remove it "
-                f"from metrics, or choose another (`mambaseq list metrics`)."
+                f"The metric {shown(name)} needs {takes}{place}, and the dataset {dataset} gives one {given}. Remove "
+                f"it from metrics, or choose another (`mambaseq list metrics`)."
             )
 
 
 def _wrong_head(model: SequenceModel, dataset: str, given: str, fitting: str) -> ConfigError:
-    such = f" Choose a head for those, such as {fitting!r}" if fitting else " Choose a head for those, a plugin's,"
+    such = f" Choose a head for those, such as {shown(fitting)}" if fitting else " Choose a head for those, a plugin's,"
     return ConfigError(
         f"model.head.name is {_name(model, 'head')}, but the dataset {dataset} gives one {given}.{such} "
         f"(`mambaseq list heads`), or another dataset."
@@ -154,7 +154,7 @@ def rehearse(model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric]) 
                 raise
             except Exception as error:  # whatever a third party's metric does
                 raise ConfigError(
-                    f"The metric {name!r} cannot be had of what the head {_name(model, 'head')} gives: "
+                    f"The metric {shown(name)} cannot be had of what the head {_name(model, 'head')} gives: "
                     f"{' '.join(str(error).split())[:300]}. Remove it from metrics, or choose another."
                 ) from error
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 
 # dynamics are never pulled towards zero: decay of A_log, B, D or dt would change the memory that was learned
 NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
@@ -96,8 +96,8 @@ def make_optimizer(
     """
     if math.isinf(total_steps) and config.schedule != "constant":
         raise ConfigError(
-            f"The schedule {config.schedule!r} ends at the last step, and this run has none. Set trainer.max_steps or "
-            f"trainer.max_epochs, or optimizer.schedule to constant."
+            f"The schedule {shown(config.schedule)} ends at the last step, and this run has none. Set "
+            f"trainer.max_steps or trainer.max_epochs, or optimizer.schedule to constant."
         )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),

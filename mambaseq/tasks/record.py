@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mambaseq.atomic import plain_values
+
 KEY = "mambaseq"  # of a checkpoint's part that is ours
 _NEUTRAL = {"data.cache"}  # says where derived files are kept
 
@@ -21,12 +23,6 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
         return {key: value}
     inner = [flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
     return {name: leaf for part in inner for name, leaf in part.items()}
-
-
-def shown(value: Any) -> str:
-    """A setting's value in a message, cut where it is long."""
-    text = "unset" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +56,11 @@ class DataRecord:
 
     def plain(self) -> dict[str, Any]:
         """As JSON and checkpoints keep it."""
-        return {"settings": _plain(self.settings), "sources": self.sources}
+        return {"settings": plain_values(self.settings), "sources": self.sources}
 
     def changed_settings(self, now: DataRecord) -> list[str]:
         """Keys whose values differ. One that is missing is as good as one that is unset: versions differ in those."""
-        former, new = _plain(self.settings), _plain(now.settings)
+        former, new = plain_values(self.settings), plain_values(now.settings)
         return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
 
     def changed_files(self, now: DataRecord) -> list[str]:
@@ -91,10 +87,3 @@ class DataRecord:
 
 def _only_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key.startswith("data.")}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples are lists once they have been in JSON or YAML."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -73,7 +73,7 @@ def test_what_torch_does_not_write_is_refused(tmp_path: Path) -> None:
     [
         (lambda whole: whole.pop("state_dict"), "it has no state_dict"),
         (lambda whole: whole.pop("global_step"), "it has no global_step"),
-        (lambda whole: whole.update(global_step=-1), "its global_step is '-1'"),
+        (lambda whole: whole.update(global_step=-1), "its global_step is -1"),
         (lambda whole: whole.update(global_step="3"), "its global_step is a str"),
         (lambda whole: whole["state_dict"].update({"model.bias": None}), r"its state_dict\.model\.bias is a NoneType"),
         (lambda whole: whole.update(callbacks=[]), "its callbacks is a list"),

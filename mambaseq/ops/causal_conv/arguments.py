@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.errors import shown
 from mambaseq.ops import sequences
 
 
@@ -41,7 +42,7 @@ def check(arguments: ConvArguments) -> None:
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be (channels={channels},), not {tuple(bias.shape)}")
     if arguments.activation not in (None, "silu"):
-        raise ValueError(f"activation must be None or 'silu', not {arguments.activation!r}")
+        raise ValueError(f"activation must be None or 'silu', not {shown(arguments.activation)}")
     if arguments.cu_seqlens is not None:
         sequences.check(arguments.cu_seqlens, *x.shape[:2])
     state = arguments.initial_state

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.errors import shown
 from mambaseq.ops import dispatch, sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.lti import arguments as _arguments
@@ -76,7 +77,7 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
         return torch.log(decay), dt[:, None] / (1 - z / 2) * B
     if discretization == "mamba":
         return z, dt[:, None] * B
-    raise ValueError(f"discretization must be 'zoh', 'bilinear' or 'mamba', not {discretization!r}")
+    raise ValueError(f"discretization must be 'zoh', 'bilinear' or 'mamba', not {shown(discretization)}")
 
 
 def lti_scan(
@@ -198,7 +199,7 @@ def _check(
     if state is not None and state.shape != (n_sequences, *A.shape):
         raise ValueError(f"initial_state must be {(n_sequences, *A.shape)}, not {tuple(state.shape)}")
     if mode not in (None, "fft", "scan"):
-        raise ValueError(f"mode must be 'fft', 'scan' or None, not {mode!r}")
+        raise ValueError(f"mode must be 'fft', 'scan' or None, not {shown(mode)}")
     for name, value in named.items():
         if value is None:
             continue
