@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, cut_list
 
 
 class Arguments(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` that raises ConfigError for what it cannot use, and prints nothing itself."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; what is left over is quoted, so that blanks and control characters can be seen."""
+        parsed, left = self.parse_known_args(args, namespace)
+        if left:
+            shown = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
+            raise ConfigError(
+                f"{shown} on the command line is not used: there is no such option, and every INPUT is read already. "
+                f"`{self.prog} --help` lists the options (unrecognized arguments)."
+            )
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")

@@ -26,6 +26,7 @@ from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
+from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
@@ -65,6 +66,7 @@ class LoaderConfig:
                 f"loader.batch_size must be at least 1 and loader.num_workers at least 0, not {self.batch_size} and "
                 f"{self.num_workers}."
             )
+        WORKERS.check(self.num_workers, "loader.num_workers")
 
 
 @dataclasses.dataclass

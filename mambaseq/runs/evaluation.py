@@ -14,7 +14,7 @@ from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
 from mambaseq.runs.finishing import plain_interrupts
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
-from mambaseq.runs.trainer import make_trainer, quiet
+from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
 from mambaseq.tasks.task import Task
 
 
@@ -52,7 +52,7 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
         step = "an unknown step" if loaded.card.step is None else f"step {loaded.card.step}"
         print(f"{folder.path}: the weights of {step} ({loaded.source.relative_to(folder.path)})", flush=True)
     method = trainer.validate if command == "validate" else trainer.test
-    with plain_interrupts():
+    with plain_interrupts(), misconfigured(f"The {command} set cannot be read with these settings"):
         method(task, datamodule=settings.make_datamodule(data), verbose=False)
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:

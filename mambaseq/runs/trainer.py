@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
@@ -42,6 +51,7 @@ def make_trainer(
             raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
     if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
+    _check_nodes(options.get("num_nodes", 1), options.get("plugins"))
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
     own = options.pop("callbacks", None) or []
@@ -62,6 +72,21 @@ def make_trainer(
         return lightning.Trainer(**options)
 
 
+def _check_nodes(count: Any, plugins: Any) -> None:
+    """Raise ConfigError for several machines where nothing says which of them this is: it would wait for the others."""
+    given = plugins if isinstance(plugins, list) else [plugins]
+    if not isinstance(count, int) or count <= 1 or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        return
+    launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    by_hand = {"NODE_RANK", "GROUP_RANK"} & os.environ.keys() and "MASTER_ADDR" in os.environ
+    if not by_hand and not any(launcher.detect() for launcher in launchers):
+        raise ConfigError(
+            f"trainer.num_nodes is {count}, and nothing says which of them this machine is, so that it would wait for "
+            f"the others for ever. Start the run by torchrun or SLURM on each, or set NODE_RANK and MASTER_ADDR; on "
+            f"one machine leave trainer.num_nodes away."
+        )
+
+
 @contextlib.contextmanager
 def explained(what: str, more: str = "") -> Iterator[None]:
     """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
@@ -69,6 +94,15 @@ def explained(what: str, more: str = "") -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.{more}") from error
+
+
+@contextlib.contextmanager
+def misconfigured(what: str) -> Iterator[None]:
+    """Turn Lightning's own refusals, which name the setting, into ConfigError; nothing else."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(f"{what}: {' '.join(str(error).split()).rstrip('.')}. See trainer in config.yaml.") from error
 
 
 @contextlib.contextmanager

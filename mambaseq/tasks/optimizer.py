@@ -122,6 +122,8 @@ def reapply(
     """
     before = float(optimizer.param_groups[0]["lr"])
     for number, group in enumerate(optimizer.param_groups[: len(schedule.lr_lambdas)]):
+        # amsgrad, maximize and others too: a checkpoint does not say how it is trained
+        group |= {key: value for key, value in optimizer.defaults.items() if key != "lr"}
         group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
         group["weight_decay"] = 0.0 if number else config.weight_decay  # the first group is what decays
         schedule.base_lrs[number] = group["initial_lr"] = config.lr

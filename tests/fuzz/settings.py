@@ -28,6 +28,7 @@ TRAINER_KEYS = [
     "accelerator",
     "strategy",
     "devices",
+    "num_nodes",
     "precision",
     "logger",
     "callbacks",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mambaseq.errors import UserError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import dump_yaml
 from mambaseq.runs.config import parse_config
 from mambaseq.runs.settings import read_settings, resolve_config
@@ -81,3 +81,30 @@ def test_what_once_ended_otherwise(key: str, value: Any, tmp_path: Path) -> None
     assert try_value(raw, key, value, tmp_path / "odd.yaml") is None
     with pytest.raises(UserError):
         parse_config(str(tmp_path / "odd.yaml"), [])
+
+
+def test_several_machines_are_refused_where_nothing_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambaseq.runs.trainer import _check_nodes
+
+    for name in ("NODE_RANK", "GROUP_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes is 2"):
+        _check_nodes(2, None)
+    _check_nodes(1, None)
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    _check_nodes(2, None)
+
+
+def test_more_workers_than_a_machine_has_room_for_are_refused_by_their_key() -> None:
+    from mambaseq.runs.config import LoaderConfig
+
+    with pytest.raises(UserError, match=r"loader\.num_workers asks for 32,768"):
+        LoaderConfig(num_workers=32768)
+
+
+def test_arguments_that_are_left_over_are_quoted() -> None:
+    from mambaseq.cli.arguments import Arguments
+
+    with pytest.raises(ConfigError, match=r"'\\t' on the command line"):
+        Arguments(prog="mambaseq predict").parse_args(["\t"])

@@ -20,7 +20,7 @@ from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import PARTS, make_parser
 from mambaseq.runs.resuming import moved
-from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor
+from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
 
 CONFIG = """
 seed: 1
@@ -232,3 +232,14 @@ def test_moments_stay_when_the_optimizer_changes(run: Path) -> None:
     )
     after = read_checkpoint(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"][0]["exp_avg"]
     assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.99
+
+
+def test_a_checkpoint_does_not_say_how_the_optimizer_works() -> None:
+    model, config = torch.nn.Linear(2, 2), OptimizerConfig()
+    optimizer, schedule = make_optimizer(model, config, 10)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group |= {"amsgrad": True, "maximize": True}
+    optimizer.load_state_dict(saved)
+    reapply(optimizer, schedule, config)
+    assert not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
