@@ -125,7 +125,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def check_layers(count: int) -> None:
     """Raise UserError when a backbone makes more mixers than `limits.LAYERS`."""
-    LAYERS.check(count, "The model's backbone")
+    LAYERS.check(count, "The model's backbone (n_layers, pattern)")
 
 
 def check_size(parameters: int, needed: int) -> None:

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jsonargparse
 
@@ -33,14 +33,12 @@ from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
+from mambaseq.runs.values import PATHS, check_values
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
-# ends of the names of a dataset's arguments that are paths
-PATHS = ("files", "file", "list", "folder", "fasta")
-
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_steps": 1000,
     "trainer.gradient_clip_val": 1.0,
@@ -438,17 +436,6 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
     )
 
 
-def _refuse_nulls(parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> None:
-    """Raise TypeError for a setting that is null and must not be, which the parser lets pass: a null in a file reads
-    as a key that is left out. `trainer` is Lightning's to check."""
-    for action in parser._actions:
-        hint = getattr(action, "_typehint", None)
-        if hint is None or action.dest.startswith("trainer.") or action.default is None:
-            continue
-        if parsed.get(action.dest) is None and type(None) not in get_args(hint) and hint is not Any:
-            raise TypeError(f"{action.dest} is null; leave it out, and it is {shown(action.default)}")
-
-
 def parse_config(config: str, overrides: list[str]) -> RunConfig:
     """Read a configuration (registered name or YAML file) and `--key value` overrides.
 
@@ -498,7 +485,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             if key != "name":
                 parsed["data"][key] = _absolute(value, key)
         made = {key: make_classes(key, value) for key, value in classes_written.items()}
-        _refuse_nulls(parser, parsed)
+        check_values(parser, parsed, lambda key: _override(overrides, key) or _written(raw, key))
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # it was asked to print something (--print_config)

@@ -96,6 +96,13 @@ class FiniteGuard(lightning.Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.check(trainer, pl_module)
 
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Weights may be finite, and so large that what comes out of them is not."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            loss = trainer.callback_metrics.get("val/loss")
+            if loss is not None and torch.isinf(loss):  # NaN is that of a set without targets
+                raise Diverged(trainer.global_step, "val/loss")
+
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

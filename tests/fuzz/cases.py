@@ -21,19 +21,24 @@ from world import World
 @dataclasses.dataclass
 class Case:
     """argv: the command. wrong: names of files and keys, one of which a refusal must name. same: what an accepted case
-    must equal: `(written, expected)` tables, or folders of runs whose weights are compared; None for nothing."""
+    must equal: `(written, expected)` tables, or folders of runs whose weights are compared; None for nothing.
+    senseless: what makes no sense, so that the case must be refused; "" for nothing."""
 
     argv: list[str]
     wrong: set[str] = dataclasses.field(default_factory=set)
     same: tuple[Path, Path] | None = None
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    senseless: str = ""
 
 
 class Place:
-    """A case's folder and random numbers, and what it may copy from. site: `(url, files)` of the server."""
+    """A case's folder, number and random numbers, and what it may copy from. url, served: of the server of files."""
 
-    def __init__(self, world: World, folder: Path, rng: random.Random, url: str, served: dict[str, bytes]) -> None:
+    def __init__(
+        self, world: World, folder: Path, rng: random.Random, url: str, served: dict[str, bytes], number: int
+    ) -> None:
         self.world, self.folder, self.rng, self.url, self.served = world, folder, rng, url, served
+        self.number = number
         self.canary = str(folder / "canary")
 
     def one_of(self, *names: str) -> str:

@@ -65,6 +65,7 @@ def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
     sys.dont_write_bytecode = True
     import serving
     import watching
+    from targets import WARM
     from world import World, enter, make_world
 
     made = (world_folder / "elsewhere.txt").exists()
@@ -74,6 +75,8 @@ def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
     os.environ["HF_HOME"] = str(scratch / "hf")
     site = serving.serve(world.folder / "served")
     _warm(world)
+    for name in WARM.keys() & set(runs):
+        WARM[name]()
     watch = watching.Watch()
     watch.port, watch.caches = site.port, (os.path.realpath(scratch / "hf"),)
     watching.limit_memory(3 * 2**30)
@@ -106,7 +109,7 @@ def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed:
     import watching
 
     watching.empty(folder)
-    place = cases.Place(world, folder, random.Random(f"{target} {seed} {number}"), site.url, site.files)
+    place = cases.Place(world, folder, random.Random(f"{target} {seed} {number}"), site.url, site.files, number)
     case = targets.TARGETS[target][0](place)
     watching.begin(folder)
     before = dict(os.environ)
@@ -120,6 +123,8 @@ def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed:
         os.environ.update(before)
     watching.check_message(outcome, case.argv, err, case.wrong)
     watching.check_files(outcome, folder)
+    if case.senseless and outcome.ended in ("accepted", "interrupted", "diverged"):
+        outcome.fail("makes no sense", case.senseless, f"{outcome.ended}: {err}")
     if outcome.ended == "accepted" and case.same is not None:
         written, expected = case.same
         differ = cases.runs_differ if written.is_dir() else cases.tables_differ

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cases import Case, Place
 from fetching import fetch
 from inputs import audio, ecg, fasta, prompts, text, training_data
+from odd_values import odd, step_all
 from run_files import checkpoint, model_json, records, run_config, store, tokenizer, weights
 from settings import config, options, overrides
 
@@ -29,6 +30,9 @@ TARGETS: dict[str, tuple[Callable[[Place], Case], int]] = {
     "options": (options, 5),
     "prompts": (prompts, 3),
     "fetch": (fetch, 4),
+    "odd": (odd, 0),  # all of its cases by `odd_values.py`
 }
 # runs without which there is nothing to do for a target
 NEEDS = {"audio": "audio", "ecg": "ecg", "text": "text", "tokenizer": "pieces"}
+# what is imported, compiled or kept at first use of a target, and is to be by no case; asked for among the runs
+WARM: dict[str, Callable[[], None]] = {"odd": step_all}

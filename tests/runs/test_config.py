@@ -180,7 +180,7 @@ REFUSED = {
     "--trainer.devices=0": r"under trainer cannot be used here",
     "--trainer.devices=many": r"under trainer cannot be used here",
     "--trainer.precision=7": r"trainer\.precision",
-    "--trainer.max_steps=-2": r"under trainer cannot be used here: .*max_steps",
+    "--trainer.max_steps=-2": r"trainer\.max_steps must be at least -1",
     "--trainer.enable_checkpointing=false": r"trainer.enable_checkpointing is False, but a run can always",
     "--trainer.max_steps=-1 --trainer.max_time=00:00:01:00": r"'cosine' ends at the last step.*constant",
     "--optimizer.lr=-1": r"optimizer\.lr must not be negative",

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,28 @@ def test_arguments_that_are_left_over_are_quoted() -> None:
 
     with pytest.raises(ConfigError, match=r"'\\t' on the command line"):
         Arguments(prog="mambaseq predict").parse_args(["\t"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.backbone.norm_eps", -1),
+        ("model.backbone.norm_eps", float("nan")),
+        ("model.backbone.dropout", 1.5),
+        ("model.head.label_smoothing", -1),
+        ("model.mixer.dt_max", 2**63),
+        ("model.mixer.dt_init_floor", 0),
+        ("model.mixer.d_state", "1:30"),
+        ("seed", "1:30"),
+        ("optimizer.weight_decay", 2**63),
+        ("data.cache", "a\0b"),
+        ("trainer.gradient_clip_val", float("nan")),
+        ("trainer.min_steps", -1),
+        ("trainer.num_nodes", 0),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_its_key(key: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(dump_yaml(written(read_settings(resolve_config("dna/demo")), key, value)))
+    with pytest.raises(UserError, match=re.escape(key)):
+        parse_config(str(path), [])
