@@ -23,7 +23,6 @@ from mambaseq.ops import causal_conv, selective_scan, sequences
 from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
-from mambaseq.ops.lti import discretize
 from mambaseq.ops.lti_block import LtiBlockArguments, lti_block
 from mambaseq.ops.lti_block import why_not as why_not_whole_lti
 from mambaseq.ops.mamba_block import BlockArguments, mamba_block
@@ -119,8 +118,9 @@ class Mamba(Mixer):
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.lti, self.complex, self.backend = lti, complex, backend
-        # what the kernels of a whole block compute
-        self._is_published = all_selective and not complex and not lti
+        # what the kernels of a whole block compute, and those of a step
+        self._is_whole = all_selective and not lti
+        self._is_published = self._is_whole and not complex
         numbers = 2 * d_state if complex else d_state
         widths = {"dt": (selective_dt, self.dt_rank), "B": (selective_B, numbers), "C": (selective_C, numbers)}
         self._widths = {name: width for name, (selective, width) in widths.items() if selective}  # of x_proj's output
@@ -169,7 +169,7 @@ class Mamba(Mixer):
         """See `Mixer.forward`."""
         if state is not None:
             self._check(state, x, cu_seqlens)
-        if x.is_cuda and self._is_plain() and self.backend in (None, "cuda"):
+        if x.is_cuda and self._is_whole and self._has_plain(_LAYERS) and self.backend in (None, "cuda"):
             whole = self._block_arguments(x, state, cu_seqlens, return_state)
             if why_not_whole(whole) is None:
                 y, *new = mamba_block(whole)
@@ -243,6 +243,7 @@ class Mamba(Mixer):
             self.out_proj.bias,
             None if state is None else state.conv,
             None if state is None else state.ssm,
+            self.A_imag if self.complex else None,
             cu_seqlens,
             wants_state,
         )
@@ -251,15 +252,14 @@ class Mamba(Mixer):
         self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None, wants_state: bool
     ) -> LtiBlockArguments:
         """See `_block_arguments`."""
-        dt, A, B, C = self.ssm.system()
-        log_decay, B = discretize(dt, A, B, self.ssm.discretization)
+        decay, B, C = self.ssm.discrete()
         return LtiBlockArguments(
             _in_autocast(x),
             self.in_proj.weight,
             self.in_proj.bias,
             self.conv1d.weight,
             self.conv1d.bias,
-            torch.exp(log_decay),
+            decay,
             B,
             C,
             self.ssm.D,

@@ -17,6 +17,7 @@ from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import lti_scan
+from mambaseq.ops.lti import discretise, discretize
 from mambaseq.ops.step import lti_update_
 
 Init = Literal["lin", "inv", "legs", "real"]
@@ -92,6 +93,16 @@ class DiagonalSSM(nn.Module):
             return self.log_dt.float().exp(), A, self.B.float(), self.C.float()
         A = torch.complex(A, self.A_imag.float())
         return self.log_dt.float().exp(), A, self.B.to(A.dtype), torch.view_as_complex(self.C.float())
+
+    def discrete(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Abar, Bbar and C `(channels, d_state)`: what a step multiplies by; see `lti.discretize`."""
+        parameters = (self.log_dt, self.A_log_real, None if self.real else self.A_imag, self.B)
+        if self.discretization == "zoh" and discretise.can_run(*parameters):
+            C = self.C.float()
+            return (*discretise.zero_order_hold(*parameters), C if self.real else torch.view_as_complex(C))
+        dt, A, B, C = self.system()
+        log_decay, B = discretize(dt, A, B, self.discretization)
+        return torch.exp(log_decay), B, C
 
     def forward(
         self,

@@ -21,16 +21,17 @@ from mambaseq.ops.selective_scan.cuda import too_large_for, why_not_on
 _ARGUMENTS = (
     "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
     "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
-    "Tensor? cu_seqlens, bool wants_state"
+    "Tensor? A_imag, Tensor? cu_seqlens, bool wants_state"
 )
-_DIFFERENTIABLE = 14  # of them, the first
+_DIFFERENTIABLE = 15  # of them, the first
 
 
 class BlockArguments(NamedTuple):
     """Parameters have the names and shapes of the published checkpoints.
 
     x: `(batch, length, d_model)`. conv `(d_inner, 1, d_conv)`. conv_state `(sequences, d_inner, d_conv - 1)`,
-    ssm_state `(sequences, d_inner, d_state)`, both float32. cu_seqlens as in `selective_scan`.
+    ssm_state `(sequences, d_inner, d_state)`, both float32. cu_seqlens as in `selective_scan`. A_imag: given for
+    complex states (ssm_state is complex64 then), whose B and C x_proj makes as pairs of real and imaginary part.
     """
 
     x: Tensor
@@ -47,6 +48,7 @@ class BlockArguments(NamedTuple):
     out_bias: Tensor | None
     conv_state: Tensor | None = None
     ssm_state: Tensor | None = None
+    A_imag: Tensor | None = None
     cu_seqlens: Tensor | None = None
     wants_state: bool = True
 
@@ -69,13 +71,13 @@ def why_not(arguments: BlockArguments) -> str | None:
         return f"x is {tuple(x.shape)}"
     if arguments.A_log.shape[1] > scan.STATES:
         return f"there are more than {scan.STATES} states a channel"
-    if (reason := too_large_for(x.device, x.dtype, scan.STATES, True)) is not None:
+    if (reason := too_large_for(x.device, x.dtype, scan.STATES, True, arguments.A_imag is not None)) is not None:
         return reason
     if arguments.conv.shape[-1] > conv.WIDEST:
         return f"the filter is wider than {conv.WIDEST}"
     for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor) and value.dtype == torch.float64:
-            return f"{name} is float64, the kernels compute in float32"
+        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128):
+            return f"{name} is {value.dtype}, the kernels compute in float32"
     return None
 
 
@@ -100,6 +102,19 @@ def _conv_arguments(a: BlockArguments, xz: Tensor) -> ConvArguments:
     return ConvArguments(x, weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state)
 
 
+def _A(a: BlockArguments) -> Tensor:
+    """log(-A), or A itself where it is complex."""
+    if a.A_imag is None:
+        return vector(a.A_log)
+    return torch.complex(-torch.exp(a.A_log.detach().float()), a.A_imag.detach().float())
+
+
+def _state(state: Tensor | None, is_complex: bool) -> Tensor | None:
+    if state is None or not is_complex:
+        return None if state is None else vector(state)
+    return state.detach().to(torch.complex64).resolve_conj().contiguous()
+
+
 def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products: Tensor) -> scan.Inputs:
     batch, length, d_inner = a.sizes
     _, B, C = _split(a, products)
@@ -110,12 +125,12 @@ def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products:
         scan.Rows(xz[:, d_inner:], 2 * d_inner),
         scan.Rows(B, width),
         scan.Rows(C, width),
-        vector(a.A_log),
-        True,
+        _A(a),
+        a.A_imag is None,
         vector(a.D),
         vector(a.dt_bias),
         True,
-        None if a.ssm_state is None else vector(a.ssm_state),
+        _state(a.ssm_state, a.A_imag is not None),
         a.cu_seqlens,
         batch,
         length,
@@ -127,9 +142,9 @@ def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products:
 
 def _split(a: BlockArguments, products: Tensor) -> tuple[Tensor, ...]:
     """dt before dt_proj, B and C: views of the products with x_proj or of their gradients."""
-    d_state = a.A_log.shape[1]
-    rank = products.shape[1] - 2 * d_state
-    return products[:, :rank], products[:, rank : rank + d_state], products[:, rank + d_state :]
+    width = a.A_log.shape[1] * (1 if a.A_imag is None else 2)
+    rank = products.shape[1] - 2 * width
+    return products[:, :rank], products[:, rank : rank + width], products[:, rank + width :]
 
 
 class _Matrices(NamedTuple):
@@ -156,7 +171,7 @@ def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
         y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
         out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
     if conv_state is None or not a.wants_state:
-        conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
+        conv_state, ssm_state = (out.new_empty(0, dtype=dtype) for dtype in (torch.float32, ssm_state.dtype))
     return out, conv_state, ssm_state, xz, products, kept
 
 
@@ -183,7 +198,7 @@ def _backward(
         dlow, dB, dC = _split(a, dproducts)
         inputs = _scan_inputs(a, xz, u, dt, products)
         dy = scan.Rows(dout @ m.out_proj, d_inner)
-        dstate = None if dssm is None else vector(dssm)
+        dstate = _state(dssm, a.A_imag is not None)
         found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
         del dy, inputs, dt
 
@@ -196,6 +211,9 @@ def _backward(
         dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
         dx = dxz @ m.in_proj
+        dA, dA_imag = found.dA, None
+        if a.A_imag is not None:  # through A = -exp(A_log) + i A_imag
+            dA, dA_imag = -torch.exp(a.A_log.float()) * dA.real, dA.imag.to(a.A_imag.dtype)
         gradients = (
             dx.view(a.x.shape),
             weight_gradient(dxz, hidden, a.in_proj),
@@ -205,12 +223,13 @@ def _backward(
             dx_proj,
             ddt_proj,
             found.dbias.to(a.dt_bias.dtype),
-            found.dA.to(a.A_log.dtype),
+            dA.to(a.A_log.dtype),
             found.dD.to(a.D.dtype),
             dout_proj,
             None if a.out_bias is None else dout.sum(0).to(a.out_bias.dtype),
             dconv_state,
             None if a.ssm_state is None else found.dinitial.to(a.ssm_state.dtype),
+            dA_imag,
         )
     return gradients
 
@@ -220,10 +239,14 @@ def _fake(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
     packed, d_state = a.cu_seqlens is not None, a.A_log.shape[1]
     n_sequences = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     states = [(n_sequences, d_inner, a.conv.shape[-1] - 1), (n_sequences, d_inner, d_state)]
-    kept = scan.shape_kept(n_sequences, length, packed, d_inner, d_state) if keep else (0,)
+    state_dtype, numbers = (torch.float32, d_state) if a.A_imag is None else (torch.complex64, 2 * d_state)
+    kept = scan.shape_kept(n_sequences, length, packed, d_inner, numbers) if keep else (0,)
     return (
         a.x.new_empty(batch, length, a.out_proj.shape[0]),
-        *(a.x.new_empty(shape if a.wants_state else (0,), dtype=torch.float32) for shape in states),
+        *(
+            a.x.new_empty(shape if a.wants_state else (0,), dtype=dtype)
+            for shape, dtype in zip(states, (torch.float32, state_dtype), strict=True)
+        ),
         a.x.new_empty(batch * length, 2 * d_inner),
         a.x.new_empty(batch * length, a.x_proj.shape[0]),
         a.x.new_empty(kept, dtype=torch.float32),

@@ -61,7 +61,7 @@ def test_full_chunked_stepped_and_packed_agree(name: str, options: dict) -> None
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(("name", "options"), [*DEFAULTS, ("mamba", {"lti": True})])
+@pytest.mark.parametrize(("name", "options"), [*DEFAULTS, ("mamba", {"lti": True}), ("mamba", {"complex": True})])
 def test_compiled_equals_eager(name: str, options: dict, backend: str) -> None:
     torch.manual_seed(0)
     mixer = catalog()["mixers"].get(name)(48, **options).cuda()
@@ -86,6 +86,8 @@ PACKED = [0, 1, 1, 200, 300]
         {},
         {"d_state": 5, "bias": True},
         {"d_conv": 2, "conv_bias": False},
+        {"complex": True},
+        {"complex": True, "d_state": 5, "bias": True},
         {"lti": True},
         {"lti": True, "lti_complex": False, "d_state": 3, "bias": True},
     ],
@@ -120,9 +122,12 @@ def test_the_block_as_one_equals_its_ops(
     assert len(called) == 1
 
 
-@pytest.mark.parametrize("lti", [False, True])
-def test_the_block_as_one_under_autocast(lti: bool) -> None:
-    mixer = mamba.Mamba(64, lti=lti).cuda()
+KINDS: list[dict] = [{}, {"lti": True}, {"complex": True}]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_the_block_as_one_under_autocast(options: dict) -> None:
+    mixer = mamba.Mamba(64, **options).cuda()
     x = torch.randn(2, 500, 64, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
 
@@ -141,9 +146,9 @@ def test_the_block_as_one_under_autocast(lti: bool) -> None:
             assert (half.float() - full).norm() <= limit * full.norm()
 
 
-@pytest.mark.parametrize("lti", [False, True])
-def test_the_block_twice_gives_the_same_bits(lti: bool) -> None:
-    mixer = mamba.Mamba(64, lti=lti).cuda()
+@pytest.mark.parametrize("options", KINDS)
+def test_the_block_twice_gives_the_same_bits(options: dict) -> None:
+    mixer = mamba.Mamba(64, **options).cuda()
     x = torch.randn(2, 700, 64, device="cuda", requires_grad=True)
     runs = [torch.autograd.grad(mixer(x).sum(), [x, *mixer.parameters()]) for _ in range(2)]
     for a, b in zip(*runs, strict=True):

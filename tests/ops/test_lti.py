@@ -11,7 +11,8 @@ import torch
 from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
 
 from mambaseq.ops import OPS, lti_scan
-from mambaseq.ops.lti import discretize
+from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.lti import discretise, discretize
 from mambaseq.ops.lti.arguments import LtiArguments
 
 OP = OPS["lti_scan"]
@@ -208,3 +209,36 @@ def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
     given = {"x": torch.zeros(1, 4, 3), "dt": torch.ones(3)} | {k: torch.ones(3, 2) for k in "ABC"}
     with pytest.raises(ValueError, match=message):
         lti_scan(**(given | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize(("channels", "d_state"), [(1, 1), (70, 16), (5, 40)])
+def test_the_zero_order_hold_by_kernels(channels: int, d_state: int, is_complex: bool) -> None:
+    """Outputs and gradients from float64, for steps from nothing to many turns."""
+    device = device_or_skip("cuda")
+    draw = Draw(f"hold {channels}")
+    parameters = [
+        draw.uniform(-12, 0, channels),
+        draw.normal(channels, d_state),
+        *([draw.uniform(-60, 60, channels, d_state)] if is_complex else []),
+        draw.normal(channels, d_state),
+    ]
+    dtype = torch.complex64 if is_complex else torch.float32
+    cotangents = [draw.normal(channels, d_state, dtype=dtype).to(device) for _ in range(2)]
+    found = []
+    for wide in (False, True):
+        leaves = [(v.double() if wide else v).to(device).requires_grad_() for v in parameters]
+        log_dt, A_log, *imaginary, B = leaves
+        if wide:
+            A = -torch.exp(A_log)
+            A = torch.complex(A, imaginary[0]) if is_complex else A
+            log_decay, b = discretize(torch.exp(log_dt), A, B.to(A.dtype))
+            outputs = [torch.exp(log_decay), b]
+            dy = [v.to(b.dtype) for v in cotangents]
+        else:
+            outputs = list(discretise.zero_order_hold(log_dt, A_log, imaginary[0] if is_complex else None, B))
+            dy = cotangents
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, dy)])
+    for actual, expected in zip(*found, strict=True):
+        assert relative_rms_error(actual, expected) <= 1e-5

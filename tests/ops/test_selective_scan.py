@@ -111,6 +111,41 @@ def constant(label: str) -> ScanArguments:
     return full(label, 2, 63, 5, 3)._replace(B=draw.normal(5, 3), C=draw.normal(5, 3))
 
 
+def turning(label: str, batch: int, length: int, channels: int, d_state: int, constant: str = "") -> ScanArguments:
+    """Complex throughout; `constant` names those of B and C that are."""
+    draw = Draw(label)
+
+    def matrix(name: str) -> torch.Tensor:
+        shape = (channels,) if name in constant else (batch, length)
+        return draw.normal(*shape, d_state, dtype=torch.complex64)
+
+    return full(label, batch, length, channels, d_state)._replace(
+        A=torch.complex(-draw.uniform(0.5, 5, channels, d_state), draw.uniform(-30, 30, channels, d_state)),
+        B=matrix("B"),
+        C=matrix("C"),
+        initial_state=draw.normal(batch, channels, d_state, dtype=torch.complex64),
+    )
+
+
+def fast_turns(label: str) -> ScanArguments:
+    """Angles of tens of turns a step, which decay slowly."""
+    draw = Draw(label)
+    arguments = turning(label, 2, 63, 5, 3)
+    A = torch.complex(-draw.uniform(0.01, 0.1, 5, 3), draw.uniform(-300, 300, 5, 3))
+    return arguments._replace(A=A, dt=draw.uniform(0, 1, 2, 63, 5), dt_bias=None, dt_softplus=False)
+
+
+def packed_turning(arguments: ScanArguments, *bounds: int) -> ScanArguments:
+    shape = (len(bounds) - 1, *arguments.A.shape)
+    return packed(arguments, *bounds)._replace(
+        initial_state=Draw("complex states").normal(*shape, dtype=torch.complex64)
+    )
+
+
+def constant_one(name: str, arguments: ScanArguments) -> ScanArguments:
+    return arguments._replace(**{name: Draw(name).normal(*arguments.A.shape)})
+
+
 def y_alone(arguments: ScanArguments) -> ScanArguments:
     """What mamba-ssm can do: no state on either side."""
     return arguments._replace(initial_state=None, wants_final_state=False)
@@ -140,6 +175,25 @@ CASES: dict[str, Callable[[], ScanArguments]] = {
     "complex": lambda: complex_("u", 63, slow=False),
     "complex, slow decay, reverse": lambda: complex_("v", 1000, slow=True)._replace(reverse=True),
     "constant B and C": lambda: constant("w"),
+    "constant B, length 1000, reverse": lambda: constant_one("B", full("ah", 2, 1000, 65, 5))._replace(reverse=True),
+    "constant C, packed": lambda: packed(constant_one("C", full("ai", 1, 200, 66, 16)), 0, 0, 1, 66, 66, 200),
+    "constant B and C, 40 states": lambda: constant_one("B", constant_one("C", full("aj", 2, 63, 65, 40))),
+    "complex, B and C vary": lambda: turning("ak", 2, 63, 65, 5),
+    "complex, length 1": lambda: turning("al", 3, 1, 130, 16),
+    "complex, one channel, one state": lambda: turning("am", 3, 63, 1, 1),
+    "complex, length 1000, reverse": lambda: turning("an", 1, 1000, 66, 16)._replace(reverse=True),
+    "complex, no gate": lambda: turning("ao", 2, 300, 65, 8)._replace(z=None, D=None),
+    "complex, constant B": lambda: turning("ap", 2, 300, 65, 3, "B"),
+    "complex, constant B and C": lambda: turning("aq", 2, 300, 65, 16, "BC"),
+    "complex, real B": lambda: turning("ar", 2, 63, 65, 5)._replace(B=Draw("real").normal(2, 63, 5)),
+    "complex, fast turns": lambda: fast_turns("as"),
+    "complex, packed, 20 states": lambda: packed_turning(turning("at", 1, 200, 65, 20), 0, 0, 1, 3, 66, 66, 98, 200),
+    "complex, packed, reverse": lambda: packed_turning(turning("au", 1, 700, 66, 4, "C"), 0, 600, 600, 700)._replace(
+        reverse=True
+    ),
+    "complex, groups of 64 channels": lambda: turning("av", 2, 63, 128, 5)._replace(
+        B=Draw("groups").normal(2, 63, 2, 5, dtype=torch.complex64)
+    ),
     "17 states": lambda: full("ae", 2, 63, 65, 17),
     "40 states, packed, reverse": lambda: packed(full("af", 1, 200, 66, 40), 0, 1, 1, 90, 200)._replace(reverse=True),
     "groups of 64 channels": lambda: in_two_groups("ag"),
@@ -178,7 +232,17 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
     assert_equals_reference(OP, backend, build(case, torch.float32), device_or_skip(device))
 
 
-HALF = ["length 63", "packed", "groups", "groups of 64 channels", "40 states, packed, reverse", "reverse", "y alone"]
+HALF = [
+    "complex, B and C vary",
+    "constant B, length 1000, reverse",
+    "length 63",
+    "packed",
+    "groups",
+    "groups of 64 channels",
+    "40 states, packed, reverse",
+    "reverse",
+    "y alone",
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,7 +260,7 @@ def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str
     [
         (case, dtype)
         for case in CASES
-        if "complex" not in case and "packed" not in case
+        if "complex" not in case and "packed" not in case and "constant" not in case
         for dtype in ([torch.float32, torch.bfloat16] if case in HALF else [torch.float32])
     ],
 )
@@ -207,7 +271,17 @@ def test_either_forward_kernel(case: str, dtype: torch.dtype, narrow: bool, monk
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", ["length 1000", "packed", "length 4097"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "length 1000",
+        "packed",
+        "length 4097",
+        "complex, length 1000, reverse",
+        "complex, packed, reverse",
+        "constant B and C",
+    ],
+)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "mamba_ssm"])  # it sums by atomics
 def test_two_runs_give_the_same_numbers(backend: str, case: str, device: str) -> None:
     arguments = moved(build(case, torch.bfloat16)(), device_or_skip(device))

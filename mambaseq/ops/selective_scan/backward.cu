@@ -8,21 +8,23 @@
 #define STRIDE_Y (CHANNELS + 16)  // spreads two steps over the banks
 #define PART_G (TILE * CHANNELS + 16)  // and the two gradients
 #define VALUES (2 * STATES)
+#define ORDERS (COMPLEX ? 2 : 4)
 #define WARPS (THREADS / 32)
+#define SUMMED (SPLIT == 8 ? 64 : 32)  // numbers of a step that a warp sums over its channels
 #define RANKS (THREADS / (CHANNELS / 2))  // rows that the block prepares at a time, two channels a thread
 #define ROWS (TILE / RANKS)               // of a tile that a thread prepares
 constexpr int UNROLLED = 2;  // steps of the first half that are written out
 
 struct Shared {
     in_t x[2][TILE * CHANNELS], dt[2][TILE * CHANNELS], dy[2][TILE * CHANNELS], z[2][HAS_Z ? TILE * CHANNELS : 8];
-    in_t B[2][TILE * STATES], C[2][TILE * STATES];
+    in_t B[2][CONSTANT_B ? 8 : TILE * STATES], C[2][CONSTANT_C ? 8 : TILE * STATES];
     float2 du[TILE * CHANNELS];  // delta, delta x
     float dout[TILE * CHANNELS];
-    float bc[4][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
+    float bc[ORDERS][TILE * VALUES + 16];  // B and C in four orders, half of which lie in other banks
     float4 states[KEPT][2][THREADS];
     float y[TILE * STRIDE_Y];
     float g[2 * PART_G];  // gradients of delta x, and of the exponent
-    float bc_sums[WARPS * TILE * 32];
+    float bc_sums[WARPS * TILE * SUMMED];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
              const in_t *dy, i64 dy_stride, const float *dstate, SEGMENTS, int go, int channels, int d_state,
              int per_group, const float *checkpoints, i64 rows, in_t *dx, i64 dx_stride, in_t *ddt, in_t *dz, i64 dz_stride,
              in_t *gated, i64 gated_stride, float *dBC, float *dA,
-             float *dD, float *dbias, float *dinitial) {
+             float *dD, float *dbias, float *dinitial, float *dB, float *dC) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
@@ -46,14 +48,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int channel = threadIdx.x / SPLIT * 2, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * 4;
     // Register n of a channel holds state n ^ order: what a lane keeps in a sum over lanes then always lies in the lower half
     // of its registers, which spares the sums their selections.
-    const int order = (lane >> 4 & 1) << 1 | (lane >> 3 & 1);
+    const int order = (lane >> 4 & 1) << 1 | (COMPLEX ? 0 : lane >> 3 & 1);
     auto number = [&](int n) { return first + (n % 4 ^ order); };  // of the state in register n
-    float A2[8], dh[8], sum_A[8];
+    float A2[8], rests[8], dh[8], sum_A[8], own_B[8], own_C[8], sum_B[8], sum_C_own[8];
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const i64 own_c = c + n / 4;
         bool exists = own_c < channels && number(n) < d_state;
-        A2[n] = exists ? decay_rate(A[own_c * d_state + number(n)]) * LOG2E : 0.f;
+        A2[n] = exists ? rate(A[own_c * d_state + number(n)], n) : 0.f;
+        if (COMPLEX && n % 2) rests[n] = exists ? rest_of_rate(A[own_c * d_state + number(n)]) : 0.f;
+        if (CONSTANT_B) own_B[n] = exists ? ((const float *)B)[own_c * d_state + number(n)] : 0.f, sum_B[n] = 0.f;
+        if (CONSTANT_C) own_C[n] = exists ? of_C(((const float *)C)[own_c * d_state + number(n)], n) : 0.f, sum_C_own[n] = 0.f;
         dh[n] = exists && dstate ? dstate[((i64)segment * channels + own_c) * d_state + number(n)] : 0.f;
         sum_A[n] = 0.f;
     }
@@ -78,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             read_dt.fetch(s.dt[at], steps);
             read_dy.fetch(s.dy[at], steps);
             if (HAS_Z) read_z.fetch(s.z[at], steps);
-            read_B.fetch(s.B[at], steps);
-            read_C.fetch(s.C[at], steps);
+            if (!CONSTANT_B) read_B.fetch(s.B[at], steps);
+            if (!CONSTANT_C) read_C.fetch(s.C[at], steps);
         }
         commit();
     };
@@ -102,16 +107,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             *(float4 *)&s.du[place] = make_float4(a, a * u[r].x, b, b * u[r].y);
             *(float2 *)&s.dout[place] = o[r];
         }
+        if (CONSTANT_B && CONSTANT_C) return;
 #pragma unroll
         for (int r = 0; r < TILE * VALUES / 4 / THREADS; r++) {
             const int i = threadIdx.x + r * THREADS, t = i / (VALUES / 4), kind = i / (STATES / 4) % 2, n = i % (STATES / 4) * 4;
             const in_t *from = (kind ? s.C[at] : s.B[at]) + t * STATES + n;
+            if (kind ? CONSTANT_C : CONSTANT_B) continue;
             const float2 a = pair(from), b = pair(from + 2);
             float *to = s.bc[0] + t * VALUES + kind * STATES + n;
+#if COMPLEX
+            const float over_r = kind ? 2.f : 1.f, over_i = kind ? -2.f : 1.f;
+            *(float4 *)to = make_float4(over_r * a.x, over_i * a.y, over_r * b.x, over_i * b.y);
+            *(float4 *)(to + (s.bc[1] - s.bc[0])) = make_float4(over_r * b.x, over_i * b.y, over_r * a.x, over_i * a.y);
+#else
             *(float4 *)to = make_float4(a.x, a.y, b.x, b.y);
             *(float4 *)(to + (s.bc[1] - s.bc[0])) = make_float4(a.y, a.x, b.y, b.x);
             *(float4 *)(to + (s.bc[2] - s.bc[0])) = make_float4(b.x, b.y, a.x, a.y);
             *(float4 *)(to + (s.bc[3] - s.bc[0])) = make_float4(b.y, b.x, a.y, a.x);
+#endif
         }
     };
     auto finish = [&](int k) {
@@ -147,19 +160,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             to_dx += RANKS * go * dx_stride, to_ddt += (i64)RANKS * go * channels, to_dz += RANKS * go * dz_stride;
             to_gated += RANKS * go * gated_stride;
         }
-        const int kind = lane >> 2 & 1, column = kind * STATES + first + order;
+        if (CONSTANT_B && CONSTANT_C) return;
+        // which of the 4 numbers of a thread a sum over its lanes is left with
+        const int left = order | (COMPLEX ? lane >> 3 & 1 : 0);
+        const int kind = SPLIT == 8 ? 0 : lane >> 2 & 1, column = kind * STATES + first + left;
         float *sums = dBC + ((i64)block * rows + tile_row + warp * go) * VALUES + column;
 #pragma unroll
         for (int t = warp; t < TILE; t += WARPS, sums += WARPS * VALUES * go) {
-            float total = 0.f;
+            float total = 0.f, total_C = 0.f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) total += s.bc_sums[(w * TILE + t) * 32 + lane];
-            if (t < steps && (SPLIT == 4 || (lane & 2) == 0)) *sums = total;
+            for (int w = 0; w < WARPS; w++) {
+                total += s.bc_sums[(w * TILE + t) * SUMMED + lane];
+                if (SPLIT == 8) total_C += s.bc_sums[(w * TILE + t) * SUMMED + 32 + lane];
+            }
+            if (t < steps && (SPLIT >= 4 || (lane & 2) == 0)) *sums = SPLIT < 8 && kind ? of_C(total, left) : total;
+            if (SPLIT == 8 && t < steps) sums[STATES] = of_C(total_C, left);
         }
     };
     // Sums of 4 states' values over lanes that differ in bits 3 and 4: each lane ends with the one of its register 0.
     auto butterfly = [&](const float *v) {
         const float p = v[0] + __shfl_xor_sync(~0u, v[2], 16), q = v[1] + __shfl_xor_sync(~0u, v[3], 16);
+        if constexpr (COMPLEX) {
+            const bool high = lane & 8;
+            return (high ? q : p) + __shfl_xor_sync(~0u, high ? p : q, 8);
+        }
         return p + __shfl_xor_sync(~0u, q, 8);
     };
     // Sums over lanes that differ in a bit: the lane keeps the one of two values that the bit chooses.
@@ -167,10 +191,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const bool high = lane & bit;
         return (high ? b : a) + __shfl_xor_sync(~0u, high ? a : b, bit);
     };
-    const float *const own_bc = s.bc[order] + first;
+    // Of 8 threads of a pair of channels the upper 4 have the other part of each sum; both then write the same number.
+    const int half = SPLIT == 8 ? sub >> 1 & 1 : sub >> 1;
+    auto over_four = [&](float v) { return SPLIT == 8 ? v + __shfl_xor_sync(~0u, v, 4) : v; };
+    const float *const own_bc = s.bc[COMPLEX ? order / 2 : order] + first;
     const float2 *const own_du = s.du + channel;
     const float *const own_dout = s.dout + channel;
-    float *const own_sums = s.bc_sums + warp * TILE * 32 + lane;
+    float *const own_sums = s.bc_sums + warp * TILE * SUMMED + lane;
     float y_even[2];
     // What a step takes from shared memory; read one step ahead, before the step in between writes there.
     struct Step {
@@ -179,9 +206,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float4 b, w;
     };
     auto look = [&](int t) {
-        return Step{*(const float4 *)(own_du + t * CHANNELS), *(const float2 *)(own_dout + t * CHANNELS),
-                    *(const float4 *)(own_bc + t * VALUES), *(const float4 *)(own_bc + t * VALUES + STATES)};
+        Step step{*(const float4 *)(own_du + t * CHANNELS), *(const float2 *)(own_dout + t * CHANNELS)};
+        if (!CONSTANT_B) step.b = *(const float4 *)(own_bc + t * VALUES);
+        if (!CONSTANT_C) step.w = *(const float4 *)(own_bc + t * VALUES + STATES);
+        return step;
     };
+    auto B_of = [&](const float *step, int n) { return CONSTANT_B ? own_B[n] : step[n % 4]; };
+    auto C_of = [&](const float *step, int n) { return CONSTANT_C ? own_C[n] : step[n % 4]; };
     // Takes the states over step t; returns this lane's part of what C gets.
     auto ahead = [&](int t, const Step &step, float *h) {
         const float4 now = step.now;
@@ -189,23 +220,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float y[2] = {0.f, 0.f}, v[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * b[n]);
-            h[n + 4] = fmaf(ex2(now.z * A2[n + 4]), h[n + 4], now.w * b[n]);
-            v[n] = fmaf(h[n], step.o.x, h[n + 4] * step.o.y);
-            if (HAS_Z) y[0] = fmaf(h[n], w[n], y[0]), y[1] = fmaf(h[n + 4], w[n], y[1]);
+            const int m = n + 4;
+#if COMPLEX
+            if (n % 2 == 0) {
+                advance(h[n], h[n + 1], decay_of(now.x, A2[n], A2[n + 1], rests[n + 1]), now.y * B_of(b, n), now.y * B_of(b, n + 1));
+                advance(h[m], h[m + 1], decay_of(now.z, A2[m], A2[m + 1], rests[m + 1]), now.w * B_of(b, m), now.w * B_of(b, m + 1));
+            }
+#else
+            h[n] = fmaf(ex2(now.x * A2[n]), h[n], now.y * B_of(b, n));
+            h[m] = fmaf(ex2(now.z * A2[m]), h[m], now.w * B_of(b, m));
+#endif
+            if (CONSTANT_C)
+                sum_C_own[n] = fmaf(h[n], step.o.x, sum_C_own[n]), sum_C_own[m] = fmaf(h[m], step.o.y, sum_C_own[m]);
+            else
+                v[n] = fmaf(h[n], step.o.x, h[m] * step.o.y);
+            if (HAS_Z) y[0] = fmaf(h[n], C_of(w, n), y[0]), y[1] = fmaf(h[m], C_of(w, m), y[1]);
         }
         if (HAS_Z) {
-            if constexpr (SPLIT == 4) {
+            if constexpr (SPLIT >= 4) {
                 if (t % 2 == 0) {
                     y_even[0] = y[0], y_even[1] = y[1];
                 } else {
                     const float a = halve(2, y_even[0], y[0]), b = halve(2, y_even[1], y[1]);
-                    s.y[(t - 1 + (sub >> 1)) * STRIDE_Y + channel + (sub & 1)] = halve(1, a, b);
+                    s.y[(t - 1 + half) * STRIDE_Y + channel + (sub & 1)] = over_four(halve(1, a, b));
                 }
             } else {
                 s.y[t * STRIDE_Y + channel + sub] = halve(1, y[0], y[1]);
             }
         }
+        if (CONSTANT_C) return 0.f;
         return butterfly(v);
     };
     // Takes the gradient of the states back over step t, before which they were `before`.
@@ -216,24 +259,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int n = 0; n < 8; n++) {
             const int i = n / 4;
             const float d = i ? step.now.z : step.now.x, u = i ? step.now.w : step.now.y;
-            const float g = fmaf(i ? step.o.y : step.o.x, w[n % 4], dh[n]);
-            v[n % 4] = i ? fmaf(g, u, v[n % 4]) : g * u;
-            gu[i] = fmaf(g, b[n % 4], gu[i]);
+            const float g = fmaf(i ? step.o.y : step.o.x, C_of(w, n), dh[n]);
+            if (CONSTANT_B)
+                sum_B[n] = fmaf(g, u, sum_B[n]);
+            else
+                v[n % 4] = i ? fmaf(g, u, v[n % 4]) : g * u;
+            gu[i] = fmaf(g, B_of(b, n), gu[i]);
+#if COMPLEX
+            dh[n] = g;
+            if (n % 2) {
+                const Complex a = decay_of(d, A2[n - 1], A2[n], rests[n]);
+                const float r = fmaf(a.r, dh[n - 1], a.i * g), m = fmaf(a.r, g, -a.i * dh[n - 1]);
+                const float e = fmaf(before[n - 1], r, before[n] * m), f = fmaf(before[n - 1], m, -before[n] * r);
+                ge[i] = fmaf(A2[n - 1], e, ge[i]), ge[i] = fmaf(A2[n] * (float)(1 / (PER_HALF_TURN * LN2)), f, ge[i]);
+                sum_A[n - 1] = fmaf(d, e, sum_A[n - 1]), sum_A[n] = fmaf(d, f, sum_A[n]);
+                dh[n - 1] = r, dh[n] = m;
+            }
+#else
             dh[n] = ex2(d * A2[n]) * g;
             const float e = dh[n] * before[n];
             ge[i] = fmaf(A2[n], e, ge[i]);
             sum_A[n] = fmaf(d, e, sum_A[n]);
+#endif
         }
-        float total = halve(4, butterfly(v), sum_C);
-        if constexpr (SPLIT == 4) {
+        float total = CONSTANT_B ? 0.f : butterfly(v);
+        if constexpr (SPLIT == 8)
+            own_sums[t * SUMMED + 32] = sum_C;
+        else if constexpr (!CONSTANT_B || !CONSTANT_C)
+            total = halve(4, total, sum_C);
+        if constexpr (SPLIT >= 4) {
             const float a = halve(2, gu[0], ge[0]), b = halve(2, gu[1], ge[1]);
-            s.g[(sub >> 1) * PART_G + t * CHANNELS + channel + (sub & 1)] = halve(1, a, b);
+            s.g[half * PART_G + t * CHANNELS + channel + (sub & 1)] = over_four(halve(1, a, b));
         } else {
             total += __shfl_xor_sync(~0u, total, 2);
             s.g[t * CHANNELS + channel + sub] = halve(1, gu[0], gu[1]);
             s.g[PART_G + t * CHANNELS + channel + sub] = halve(1, ge[0], ge[1]);
         }
-        own_sums[t * 32] = total;
+        own_sums[t * SUMMED] = total;
     };
 
     const i64 slot0 = here.checkpoint;
@@ -259,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             next = look(t + 1);
             s.states[t][0][threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
             s.states[t][1][threadIdx.x] = make_float4(h[4], h[5], h[6], h[7]);
-            own_sums[t * 32] = ahead(t, step, h);
+            own_sums[t * SUMMED] = ahead(t, step, h);
             step = next;
         }
         float before[KEPT][8], sum_C[KEPT];
@@ -280,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         auto remember = [&](int t, float *was) {
             *(float4 *)was = s.states[t][0][threadIdx.x];
             *(float4 *)(was + 4) = s.states[t][1][threadIdx.x];
-            was[8] = own_sums[t * 32];
+            was[8] = own_sums[t * SUMMED];
         };
         float was[9], was_before[9];
         remember(KEPT - 1, was);
@@ -301,7 +363,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int n = 0; n < 8; n++) {
         const i64 own_c = c + n / 4;
         if (own_c >= channels || number(n) >= d_state) continue;
-        dA[((i64)segment * channels + own_c) * d_state + number(n)] = sum_A[n];
+        const i64 place = ((i64)segment * channels + own_c) * d_state + number(n);
+        dA[place] = sum_A[n];
+        if (CONSTANT_B) dB[place] = sum_B[n];
+        if (CONSTANT_C) dC[place] = of_C(sum_C_own[n], n);
         if (here.flags & 1) dinitial[((i64)here.sequence * channels + own_c) * d_state + number(n)] = dh[n];
     }
     __syncthreads();

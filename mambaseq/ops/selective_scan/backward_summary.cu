@@ -5,15 +5,16 @@
 #define ROW (CHANNELS + LANES)  // spreads the steps that a warp reads over the banks
 
 struct Shared {
-    in_t dt[3][TILE * ROW], dy[3][TILE * ROW], z[3][HAS_Z ? TILE * ROW : 8], C[2][TILE * STATES];
-    float c[2][TILE * STATES];
+    in_t dt[3][TILE * ROW], dy[3][TILE * ROW], z[3][HAS_Z ? TILE * ROW : 8];
+    in_t C[2][CONSTANT_C ? 8 : TILE * STATES];
+    float c[2][CONSTANT_C ? 4 : TILE * STATES];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward_summary(const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *C, i64 C_stride,
                      const float *A, const float *bias, const in_t *dy, i64 dy_stride, SEGMENTS, int go,
-                     int channels, int d_state, int per_group, float *local, float *sum_dt) {
+                     int channels, int d_state, int per_group, float *local, total_t *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
@@ -24,10 +25,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int group_column = c0 / per_group * d_state, present = channels - c0;
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
     const bool is_channel = c < channels;
-    float A2[OWN], dh[OWN], total = 0.f;
+    float A2[OWN], dh[OWN], own_C[OWN], rests[OWN];
+    total_t total = 0;
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
-        A2[n] = is_channel && first + n < d_state ? decay_rate(A[(i64)c * d_state + first + n]) * LOG2E : 0.f;
+        const bool exists = is_channel && first + n < d_state;
+        A2[n] = exists ? rate(A[(i64)c * d_state + first + n], n) : 0.f;
+        if (COMPLEX && n % 2) rests[n] = exists ? rest_of_rate(A[(i64)c * d_state + first + n]) : 0.f;
+        if (CONSTANT_C) own_C[n] = exists ? of_C(((const float *)C)[(i64)c * d_state + first + n], n) : 0.f;
         dh[n] = 0.f;
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f;
@@ -43,15 +48,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             read_dt.fetch(s.dt[at], steps);
             read_dy.fetch(s.dy[at], steps);
             if (HAS_Z) read_z.fetch(s.z[at], steps);
-            read_C.fetch(s.C[k & 1], steps);
+            if (!CONSTANT_C) read_C.fetch(s.C[k & 1], steps);
         }
         commit();
     };
     auto widen_tile = [&](int k) {
+        if (CONSTANT_C) return;
 #pragma unroll
         for (int r = 0; r < TILE * STATES / THREADS; r++) {
             const int i = threadIdx.x + r * THREADS;
-            s.c[k & 1][i] = widen(s.C[k & 1][i]);
+            s.c[k & 1][i] = of_C(widen(s.C[k & 1][i]), i);
         }
     };
     const int own = sub * ROW + channel;  // of a thread's first step in a tile
@@ -91,11 +97,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const float o = SPLIT == 1 ? own_out : __shfl_sync(~0u, own_out, j, SPLIT);
 #pragma unroll
                 for (int n = 0; n < OWN; n += 4) {
-                    const float4 w = *(const float4 *)(row + (t + j) * STATES + n);
+                    const float4 w = CONSTANT_C ? make_float4(own_C[n], own_C[n + 1], own_C[n + 2], own_C[n + 3])
+                                                : *(const float4 *)(row + (t + j) * STATES + n);
+#if COMPLEX
+                    const float more[4] = {o * w.x, o * w.y, o * w.z, o * w.w};
+#pragma unroll
+                    for (int m = 0; m < 4; m += 2) {
+                        const Complex a = decay_of(d, A2[n + m], A2[n + m + 1], rests[n + m + 1]);
+                        const float r = dh[n + m] + more[m], i = dh[n + m + 1] + more[m + 1];
+                        dh[n + m] = fmaf(a.r, r, a.i * i), dh[n + m + 1] = fmaf(a.r, i, -a.i * r);
+                    }
+#else
                     dh[n] = ex2(d * A2[n]) * fmaf(o, w.x, dh[n]);
                     dh[n + 1] = ex2(d * A2[n + 1]) * fmaf(o, w.y, dh[n + 1]);
                     dh[n + 2] = ex2(d * A2[n + 2]) * fmaf(o, w.z, dh[n + 2]);
                     dh[n + 3] = ex2(d * A2[n + 3]) * fmaf(o, w.w, dh[n + 3]);
+#endif
                 }
             }
         }

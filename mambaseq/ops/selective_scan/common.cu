@@ -1,6 +1,9 @@
 // Shared by forward.cu and backward.cu. Compiled at run time (NVRTC) with, as macros:
 //   IN          0: float32, 1: bfloat16, 2: float16 - the type of x, dt, B, C, z, y and their gradients
-//   STATES      8 or 16: d_state, filled up with states that stay zero
+//   STATES      8, 16 or 32: d_state, filled up with states that stay zero; complex ones count twice
+//   COMPLEX     states are complex: d_state and all rows of states count numbers, the real part and the imaginary part of
+//               each state beside each other; y is 2 Re(C h)
+//   CONSTANT_B, CONSTANT_C   whether B, C are (channels, d_state) of float32 instead of rows
 //   HAS_Z, HAS_D, HAS_BIAS, SOFTPLUS   0 or 1
 //   LOG_A       whether A is given as log(-A)
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
@@ -54,6 +57,40 @@ __device__ __forceinline__ float softplus(float v) {
 }
 
 __device__ __forceinline__ float decay_rate(float A) { return LOG_A ? -expf(A) : A; }
+
+// What number n of A is kept as: a rate in powers of two, or, an imaginary part, in half turns; and what rounding took from it.
+#define PER_HALF_TURN 0.3183098861837907
+__device__ __forceinline__ float rate(float A, int n) {
+    return COMPLEX && n % 2 ? (float)(A * PER_HALF_TURN) : decay_rate(A) * LOG2E;
+}
+__device__ __forceinline__ float rest_of_rate(float A) { return (float)(A * PER_HALF_TURN - (float)(A * PER_HALF_TURN)); }
+#if COMPLEX
+typedef double total_t;  // of step sizes: rounded, a slow decay's angle would be off
+#else
+typedef float total_t;
+#endif
+// What a gradient with respect to one of C counts times, where y is 2 Re(C h); and C, so that y is the sum of its products.
+__device__ __forceinline__ float of_C(float v, int n) { return COMPLEX ? (n % 2 ? -2.f : 2.f) * v : v; }
+
+struct Complex { float r, i; };
+// exp of delta times a complex rate, whose half turns are the sum of two numbers. They are reduced before they are rounded, so
+// that the error does not grow with them (up to 2^22). Minimax polynomials, errors below 5e-9: what the special function unit
+// gives is not good enough for slow decays, whose errors add up over thousands of steps.
+__device__ __forceinline__ Complex decay_of(float delta, float rate_r, float rate_i, float rest_i) {
+    const float whole = fmaf(delta, rate_i, 12582912.f);
+    const float turn = fmaf(delta, rest_i, fmaf(delta, rate_i, 12582912.f - whole)), q = turn * turn;
+    const float size = __uint_as_float(__float_as_uint(ex2(delta * rate_r)) ^ (__float_as_uint(whole) << 31));
+    float s = fmaf(7.7309059e-2f, q, -5.9809814e-1f);
+    s = fmaf(s, q, 2.5500422f), s = fmaf(s, q, -5.1677077f), s = fmaf(s, q, 3.1415926f);
+    float c = fmaf(-2.4428359e-2f, q, 2.3495888e-1f);
+    c = fmaf(c, q, -1.3352172f), c = fmaf(c, q, 4.0587097f), c = fmaf(c, q, -4.9348022f), c = fmaf(c, q, 1.f);
+    return Complex{size * c, size * (turn * s)};
+}
+// v times a and something more.
+__device__ __forceinline__ void advance(float &r, float &i, Complex a, float more_r, float more_i) {
+    const float real = fmaf(a.r, r, fmaf(-a.i, i, more_r));
+    i = fmaf(a.r, i, fmaf(a.i, r, more_i)), r = real;
+}
 
 __device__ __forceinline__ float step_size(float dt, float bias) {
 #if HAS_BIAS

@@ -22,18 +22,15 @@ def why_not(arguments: ScanArguments) -> str | None:
         return f"the kernels run on CUDA, x is on {x.device}"
     if (reason := why_not_on(x.device)) is not None:
         return reason
-    if A.is_complex():
-        return "A is complex"
-    if B.ndim == 2 or C.ndim == 2:
-        return "B or C is constant in time"
     if x.numel() == 0:
         return "x is empty"
     for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor) and value.dtype == torch.float64:
-            return f"{name} is float64, the kernels compute in float32"
+        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128):
+            return f"{name} is {value.dtype}, the kernels compute in float32"
     if x.dtype not in CODES:
         return f"x is {x.dtype}"
-    if (reason := too_large_for(x.device, x.dtype, A.shape[1], arguments.z is not None)) is not None:
+    rows = x.dtype if not A.is_complex() else torch.float32
+    if (reason := too_large_for(x.device, rows, A.shape[1], arguments.z is not None, A.is_complex())) is not None:
         return reason
     for M in (B, C):
         if M.ndim == 4 and M.shape[2] > 1 and (x.shape[2] // M.shape[2]) % CHANNELS:
@@ -51,9 +48,12 @@ def _missing_on(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def too_large_for(device: torch.device, dtype: torch.dtype, d_state: int, has_z: bool) -> str | None:
+def too_large_for(
+    device: torch.device, dtype: torch.dtype, d_state: int, has_z: bool, is_complex: bool = False
+) -> str | None:
     """The reason why the gradients do not fit into a thread block's shared memory of this GPU, or None."""
-    needed, room = launches.shared_memory(dtype, min(d_state, STATES), has_z), launches.room(device.index)
+    needed = launches.shared_memory(dtype, min(d_state, STATES), has_z, is_complex)
+    room = launches.room(device.index)
     return None if needed <= room else f"a block needs {needed} bytes of shared memory, the GPU gives it {room}"
 
 
@@ -66,6 +66,12 @@ def why_not_on(device: torch.device) -> str | None:
 def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """y and the final state."""
     d_state = arguments.A.shape[1]
+    if arguments.A.is_complex():
+        B, C, state = arguments.B, arguments.C, arguments.initial_state
+        state = None if state is None else state.to(torch.complex64)
+        arguments = arguments._replace(
+            A=arguments.A.to(torch.complex64), B=B.to(torch.complex64), C=C.to(torch.complex64), initial_state=state
+        )
     if d_state <= STATES:
         return _op(arguments)
     # More states than a thread block holds: a scan for each few of them, in fp32, and the rest of the block after it.
@@ -111,6 +117,14 @@ def as_rows(value: Tensor, dtype: torch.dtype) -> Rows:
     return Rows(row, row.stride(1))
 
 
+def _as_numbers(M: Tensor, dtype: torch.dtype) -> Rows:
+    """B or C as rows, or as they are where they are constant; complex ones as pairs of numbers."""
+    if M.ndim == 2:
+        wide = torch.complex64 if M.is_complex() else torch.float32
+        return Rows(M.to(wide).resolve_conj().contiguous(), 0)
+    return as_rows(torch.view_as_real(M.resolve_conj()) if M.is_complex() else M, dtype)
+
+
 def _groups(M: Tensor) -> int:
     return M.shape[2] if M.ndim == 4 else 1
 
@@ -119,29 +133,36 @@ def prepare(arguments: ScanArguments) -> Inputs:
     """The arguments as the kernels take them, copied where they are not."""
     x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
     batch, length, channels = x.shape
-    values = (x, arguments.dt, B, C, *(() if arguments.z is None else (arguments.z,)))
+    values = [x, arguments.dt, *(M for M in (B, C) if M.ndim > 2)]
+    if arguments.z is not None:
+        values.append(arguments.z)
     same = all(value.dtype == x.dtype for value in values)
     dtype = x.dtype if same else torch.float32
     groups = math.lcm(_groups(B), _groups(C))
-    B, C = (_in_groups(M, groups) for M in (B, C))
+    constant_B, constant_C = B.ndim == 2, C.ndim == 2
+    B, C = (M if M.ndim == 2 else _in_groups(M, groups) for M in (B, C))
+    wide = torch.complex64 if A.is_complex() else torch.float32
+    state = arguments.initial_state
     return Inputs(
         as_rows(x, dtype),
         as_rows(arguments.dt, dtype),
         None if arguments.z is None else as_rows(arguments.z, dtype),
-        as_rows(B, dtype),
-        as_rows(C, dtype),
-        A.float().contiguous(),
+        _as_numbers(B, dtype),
+        _as_numbers(C, dtype),
+        A.to(wide).resolve_conj().contiguous(),
         False,
         None if arguments.D is None else arguments.D.float().contiguous(),
         None if arguments.dt_bias is None else arguments.dt_bias.float().contiguous(),
         arguments.dt_softplus,
-        None if arguments.initial_state is None else arguments.initial_state.float().contiguous(),
+        None if state is None else state.to(wide).resolve_conj().contiguous(),
         arguments.cu_seqlens,
         batch,
         length,
         channels,
         channels // groups,
         arguments.reverse,
+        constant_B,
+        constant_C,
     )
 
 
@@ -152,7 +173,9 @@ def _in_groups(M: Tensor, groups: int) -> Tensor:
 
 def _shape_kept(arguments: ScanArguments) -> tuple[int, ...]:
     packed = arguments.cu_seqlens is not None
-    return launches.shape_kept(arguments.n_sequences, arguments.x.shape[1], packed, *arguments.A.shape)
+    return launches.shape_kept(
+        arguments.n_sequences, arguments.x.shape[1], packed, len(arguments.A), launches.numbers_of(arguments.A)
+    )
 
 
 def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,21 +187,28 @@ def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tens
 def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept: Tensor) -> library.Gradients:
     with portable.on(arguments.x):
         inputs = prepare(arguments)
-        dstate = None if dfinal is None else dfinal.float().contiguous()
+        dstate = None if dfinal is None else dfinal.resolve_conj().contiguous()
         found = launches.backward(inputs, as_rows(dy, inputs.x.data.dtype), dstate, kept)
     dB, dC = (_of_own_groups(g, M) for g, M in ((found.dB, arguments.B), (found.dC, arguments.C)))
     gradients = (found.dx, found.ddt, found.dA, dB, dC, found.dD, found.dz, found.dbias, found.dinitial)
     wanted = (*arguments[:8], arguments.initial_state)
     return tuple(
-        None if value is None or gradient is None else gradient.view(value.shape).to(value.dtype)
+        None if value is None or gradient is None else _as_value(gradient, value)
         for gradient, value in zip(gradients, wanted, strict=True)
     )
+
+
+def _as_value(gradient: Tensor, value: Tensor) -> Tensor:
+    """Of its shape and dtype, complex where that is."""
+    if value.is_complex() and not gradient.is_complex():  # of pairs of numbers
+        gradient = torch.view_as_complex(gradient.float().view(*value.shape, 2))
+    return gradient.view(value.shape).to(value.dtype)
 
 
 def _of_own_groups(gradient: Tensor, M: Tensor) -> Tensor:
     """Summed over what M, B or C, has one group for and the other several."""
     own = _groups(M)
-    if gradient.shape[1] == own:
+    if M.ndim == 2 or gradient.shape[1] == own:
         return gradient
     return gradient.float().unflatten(1, (own, -1)).sum(2).contiguous()
 

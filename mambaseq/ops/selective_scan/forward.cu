@@ -8,8 +8,8 @@
 
 struct Shared {
     in_t x[3][TILE * ROW], dt[3][TILE * ROW], z[3][HAS_Z ? TILE * ROW : 8];
-    in_t B[2][TILE * STATES], C[2][TILE * STATES];
-    float bc[2][TILE * 2 * STATES];
+    in_t B[2][CONSTANT_B ? 8 : TILE * STATES], C[2][CONSTANT_C ? 8 : TILE * STATES];
+    float bc[2][CONSTANT_B && CONSTANT_C ? 4 : TILE * 2 * STATES];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
                                      const float *entering, const Segment &here, int segment, int go, int channels,
                                      int d_state, int per_group, in_t *y,
                                      i64 y_stride, float *final_state, float *checkpoints, float *local,
-                                     float *sum_dt) {
+                                     total_t *sum_dt) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int n_blocks = (channels + CHANNELS - 1) / CHANNELS;
@@ -34,17 +34,20 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
 
     const int channel = threadIdx.x / SPLIT, sub = threadIdx.x % SPLIT, c = c0 + channel, first = sub * OWN;
     const bool is_channel = c < channels;
-    float A2[OWN], h[OWN];
+    float A2[OWN], h[OWN], own_B[OWN], own_C[OWN], rests[OWN];
     const float *const before = SUMMARY ? nullptr : entering ? entering : initial;
     const i64 from = entering ? segment : here.sequence;
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         bool exists = is_channel && first + n < d_state;
-        A2[n] = exists ? decay_rate(A[(i64)c * d_state + first + n]) * LOG2E : 0.f;
+        A2[n] = exists ? rate(A[(i64)c * d_state + first + n], n) : 0.f;
+        if (COMPLEX && n % 2) rests[n] = exists ? rest_of_rate(A[(i64)c * d_state + first + n]) : 0.f;
+        if (CONSTANT_B) own_B[n] = exists ? ((const float *)B)[(i64)c * d_state + first + n] : 0.f;
+        if (CONSTANT_C) own_C[n] = exists && !SUMMARY ? of_C(((const float *)C)[(i64)c * d_state + first + n], n) : 0.f;
         h[n] = exists && before ? before[(from * channels + c) * d_state + first + n] : 0.f;
     }
     const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f, own_D = HAS_D && is_channel ? D[c] : 0.f;
-    float total_dt = 0.f;
+    total_t total_dt = 0;
 
     const int n_tiles = (length + TILE - 1) / TILE;
     const int present = channels - c0;
@@ -59,19 +62,20 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
             read_x.fetch(s.x[at], steps);
             read_dt.fetch(s.dt[at], steps);
             if (HAS_Z && !SUMMARY) read_z.fetch(s.z[at], steps);
-            read_B.fetch(s.B[k & 1], steps);
-            if (!SUMMARY) read_C.fetch(s.C[k & 1], steps);
+            if (!CONSTANT_B) read_B.fetch(s.B[k & 1], steps);
+            if (!CONSTANT_C && !SUMMARY) read_C.fetch(s.C[k & 1], steps);
         }
         commit();
     };
     auto widen_tile = [&](int k) {
+        if (CONSTANT_B && CONSTANT_C) return;
 #pragma unroll
         for (int r = 0; r < (TILE * STATES + THREADS - 1) / THREADS; r++) {
             const int i = threadIdx.x + r * THREADS;
             if (TILE * STATES % THREADS && i >= TILE * STATES) break;
             float *to = s.bc[k & 1] + i / STATES * 2 * STATES + i % STATES;
-            to[0] = widen(s.B[k & 1][i]);
-            if (!SUMMARY) to[STATES] = widen(s.C[k & 1][i]);
+            if (!CONSTANT_B) to[0] = widen(s.B[k & 1][i]);
+            if (!CONSTANT_C && !SUMMARY) to[STATES] = of_C(widen(s.C[k & 1][i]), i);
         }
     };
     const int own = sub * ROW + channel;  // of a thread's first step in a tile
@@ -123,13 +127,20 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
                 v[j] = 0.f;
 #pragma unroll
                 for (int n = 0; n < OWN; n += 4) {
-                    const float4 b = *(const float4 *)(row + n);
+                    const float4 b = CONSTANT_B ? make_float4(own_B[n], own_B[n + 1], own_B[n + 2], own_B[n + 3])
+                                                : *(const float4 *)(row + n);
+#if COMPLEX
+                    advance(h[n], h[n + 1], decay_of(d, A2[n], A2[n + 1], rests[n + 1]), du * b.x, du * b.y);
+                    advance(h[n + 2], h[n + 3], decay_of(d, A2[n + 2], A2[n + 3], rests[n + 3]), du * b.z, du * b.w);
+#else
                     h[n] = fmaf(ex2(d * A2[n]), h[n], du * b.x);
                     h[n + 1] = fmaf(ex2(d * A2[n + 1]), h[n + 1], du * b.y);
                     h[n + 2] = fmaf(ex2(d * A2[n + 2]), h[n + 2], du * b.z);
                     h[n + 3] = fmaf(ex2(d * A2[n + 3]), h[n + 3], du * b.w);
+#endif
                     if (!SUMMARY) {
-                        const float4 w = *(const float4 *)(row + STATES + n);
+                        const float4 w = CONSTANT_C ? make_float4(own_C[n], own_C[n + 1], own_C[n + 2], own_C[n + 3])
+                                                    : *(const float4 *)(row + STATES + n);
                         v[j] = fmaf(h[n], w.x, v[j]);
                         v[j] = fmaf(h[n + 1], w.y, v[j]);
                         v[j] = fmaf(h[n + 2], w.z, v[j]);
@@ -183,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(int part, const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
             i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
             const float *initial, const float *entering, SEGMENTS, int go, int channels, int d_state, int per_group, in_t *y,
-            i64 y_stride, float *final_state, float *checkpoints, float *local, float *sum_dt) {
+            i64 y_stride, float *final_state, float *checkpoints, float *local, total_t *sum_dt) {
     const int segment = blockIdx.x / ((channels + CHANNELS - 1) / CHANNELS);
     const Segment here = segment_of(GIVEN_SEGMENTS, segment, go);
     const bool is_first = here.flags & 1;

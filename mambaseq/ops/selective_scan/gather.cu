@@ -10,7 +10,8 @@ extern "C" __global__ void gather_states(const float *sums, i64 rows, int groups
     float total = 0.f;
 #pragma unroll 8
     for (int b = 0; b < blocks; b++) total += from[b * size];
-    if (n < d_state) (kind ? dC : dB)[i / (2 * STATES) * stride + group * d_state + n] = narrow(total);
+    in_t *to = kind ? dC : dB;  // null where it is constant
+    if (n < d_state && to) to[i / (2 * STATES) * stride + group * d_state + n] = narrow(total);
 }
 
 // Those of A, D and the bias, over the segments: (segments, channels, d_state) and (segments, channels) to their sums.

@@ -19,8 +19,8 @@ from mambaseq.ops import nvrtc
 from mambaseq.ops.selective_scan import segments
 
 CHANNELS = 64  # of a block
-STATES = 16  # the most that the kernels take at once
-_OWN = 8  # the states of a thread, two channels' in the backward kernel
+STATES = 16  # the most that the kernels take at once, real or complex
+_OWN = 8  # the states of a thread, two channels' in the backward kernel; complex ones count twice
 NARROW = 256  # states of all channels of a block of the kernel for few channels
 _AHEAD = 4  # tiles that the kernel for few channels has on their way from memory
 _SUMS = 128  # that a block of a kernel which sums takes
@@ -47,7 +47,9 @@ class Rows(NamedTuple):
 class Inputs(NamedTuple):
     """All rows have the dtype of x; A, D and bias are float32 and contiguous.
 
-    is_log: A holds log(-A). per_group: channels of a group of B and C. state: float32, contiguous.
+    is_log: A holds log(-A). per_group: channels of a group of B and C. state: float32, contiguous. Where A and the
+    state are complex64, B and C are rows of pairs of real and imaginary parts. constant_B, constant_C: B, C are
+    `(channels, d_state)` instead, of the dtype of A, contiguous.
     """
 
     x: Rows
@@ -67,6 +69,8 @@ class Inputs(NamedTuple):
     channels: int
     per_group: int
     reverse: bool
+    constant_B: bool = False
+    constant_C: bool = False
 
     @property
     def blocks(self) -> int:
@@ -80,12 +84,17 @@ class Inputs(NamedTuple):
     def d_state(self) -> int:
         return self.A.shape[1]
 
+    @property
+    def numbers(self) -> int:
+        """Of a channel's states: complex ones have two."""
+        return numbers_of(self.A)
+
     def addresses(self) -> tuple[Any, ...]:
         z = (None, 0) if self.z is None else self.z
         return (*self.x, *self.dt, *z, *self.B, *self.C, self.A, self.D, self.bias)
 
     def sizes(self) -> tuple[int, ...]:
-        return -1 if self.reverse else 1, self.channels, self.d_state, self.per_group
+        return -1 if self.reverse else 1, self.channels, self.numbers, self.per_group
 
 
 class Into(NamedTuple):
@@ -99,8 +108,8 @@ class Into(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dx, ddt, dz `(rows, channels)` and dB, dC `(rows, groups, d_state)`; the others float32, dA that of log(-A) if
-    A was given so."""
+    """dx, ddt, dz `(rows, channels)` and dB, dC `(rows, groups, d_state)`, pairs of numbers where states are complex,
+    or as constant ones are; the others float32, or of the dtype of A, dA that of log(-A) if A was given so."""
 
     dx: Tensor
     ddt: Tensor
@@ -123,27 +132,33 @@ def alignment(width: int, item: int, *values: Rows) -> int:
 
 def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None, channels: int = CHANNELS) -> nvrtc.Kernel:
     """The kernel of a file for these inputs, which takes so many channels a block; compiled if it has not been."""
-    dtype, d_state = inputs.x.data.dtype, inputs.d_state
+    dtype, numbers = inputs.x.data.dtype, inputs.numbers
+    varying = [M for M, constant in ((inputs.B, inputs.constant_B), (inputs.C, inputs.constant_C)) if not constant]
     wide = [row for row in (inputs.x, inputs.dt, inputs.z, dy) if row is not None]
-    states = padded(d_state)
+    states = padded(numbers)
     return compiled(
         file,
         dtype,
         states,
+        inputs.A.is_complex(),
+        inputs.constant_B,
+        inputs.constant_C,
         inputs.z is not None,
         inputs.D is not None,
         inputs.bias is not None,
         inputs.dt_softplus,
         inputs.is_log,
         alignment(math.gcd(channels, inputs.channels), dtype.itemsize, *wide),
-        min(alignment(d_state, dtype.itemsize, inputs.B, inputs.C), states * dtype.itemsize),
+        min(alignment(numbers, dtype.itemsize, *varying), states * dtype.itemsize),
         inputs.channels % 2 == 0,
         channels,
         inputs.A.device.index,
     )
 
 
-def _block(file: str, item: int, states: int, has_z: bool, channels: int = CHANNELS) -> tuple[int, int, int, int]:
+def _block(
+    file: str, item: int, states: int, has_z: bool, is_complex: bool = False, channels: int = CHANNELS
+) -> tuple[int, int, int, int]:
     """Of a thread block: steps of a tile, threads, how many a multiprocessor should have registers for, and bytes of
     shared memory: `struct Shared`, which the sources hold against it."""
     threads = CHANNELS * states // _OWN
@@ -160,7 +175,10 @@ def _block(file: str, item: int, states: int, has_z: bool, channels: int = CHANN
     if file == "backward":
         tile, blocks = segments.EVERY, 256 // threads
         raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
-        made = CHANNELS * (8 + 4 + 8) + 4 * states * 8 + 4 * (CHANNELS + 16) + threads * (4 + 16)
+        sums = 8 if states == 32 else 4
+        made = (
+            CHANNELS * (8 + 4 + 8) + (2 if is_complex else 4) * states * 8 + 4 * (CHANNELS + 16) + threads * (sums + 16)
+        )
     else:
         tile, blocks = 16 if item == 4 else 32, 512 // threads
         raw = (CHANNELS + 32 * _OWN // states) * item * (9 if has_z else 6) + states * item * 4
@@ -168,9 +186,9 @@ def _block(file: str, item: int, states: int, has_z: bool, channels: int = CHANN
     return tile, threads, blocks, tile * (raw + made) + 512
 
 
-def shared_memory(dtype: torch.dtype, d_state: int, has_z: bool) -> int:
+def shared_memory(dtype: torch.dtype, d_state: int, has_z: bool, is_complex: bool = False) -> int:
     """Bytes of it that a thread block needs at most, backward."""
-    return _block("backward", dtype.itemsize, padded(d_state), has_z)[3]
+    return _block("backward", dtype.itemsize, padded(d_state * (1 + is_complex)), has_z, is_complex)[3]
 
 
 @functools.cache
@@ -178,6 +196,9 @@ def compiled(
     file: str,
     dtype: torch.dtype,
     states: int,
+    is_complex: bool,
+    constant_B: bool,
+    constant_C: bool,
     has_z: bool,
     has_D: bool,
     has_bias: bool,
@@ -190,10 +211,13 @@ def compiled(
     device: int,
 ) -> nvrtc.Kernel:
     """One for each of these; none of the lengths and widths is among them."""
-    tile, threads, blocks, shared = _block(file, dtype.itemsize, states, has_z, channels)
+    tile, threads, blocks, shared = _block(file, dtype.itemsize, states, has_z, is_complex, channels)
     macros = {
         "IN": CODES[dtype],
         "STATES": states,
+        "COMPLEX": int(is_complex),
+        "CONSTANT_B": int(constant_B),
+        "CONSTANT_C": int(constant_C),
         "HAS_Z": int(has_z),
         "HAS_D": int(has_D),
         "HAS_BIAS": int(has_bias),
@@ -215,11 +239,14 @@ def compiled(
 
 
 @functools.cache
-def summer(name: str, dtype: torch.dtype, states: int, is_log: bool, device: int) -> nvrtc.Kernel:
+def summer(
+    name: str, dtype: torch.dtype, states: int, is_log: bool, device: int, is_complex: bool = False
+) -> nvrtc.Kernel:
     """A kernel of combine.cu or gather.cu, a thread a sum."""
     macros = {
         "IN": CODES[dtype],
         "STATES": states,
+        "COMPLEX": int(is_complex),
         "LOG_A": int(is_log),
         "EVERY": segments.EVERY,
         "EVEN": 0,
@@ -246,22 +273,27 @@ def room(device: int) -> int:
 def _is_narrow(inputs: Inputs) -> bool:
     """Whether the kernel for few channels runs these forward."""
     states, item, device = padded(inputs.d_state), inputs.x.data.dtype.itemsize, inputs.A.device.index
-    if inputs.cu_seqlens is not None:
+    if inputs.cu_seqlens is not None or inputs.A.is_complex() or inputs.constant_B or inputs.constant_C:
         return False
     blocks = inputs.batch * -(-inputs.channels * states // NARROW)
     if not segments.is_narrow(blocks, inputs.batch * inputs.blocks, inputs.length, processors(device)):
         return False
-    return _block("forward_narrow", item, states, inputs.z is not None, NARROW // states)[3] <= room(device)
+    return _block("forward_narrow", item, states, inputs.z is not None, channels=NARROW // states)[3] <= room(device)
 
 
-def padded(d_state: int) -> int:
-    """States that the kernels compute with; those that are too many stay zero."""
-    return 8 if d_state <= 8 else 16
+def padded(numbers: int) -> int:
+    """Numbers of a channel's states that the kernels compute with; those that are too many stay zero."""
+    return next(size for size in (8, 16, 32) if numbers <= size)
 
 
-def shape_kept(n_sequences: int, length: int, packed: bool, channels: int, d_state: int) -> tuple[int, ...]:
+def numbers_of(A: Tensor) -> int:
+    """Of the states of a channel: complex ones have two."""
+    return A.shape[1] * (1 + A.is_complex())
+
+
+def shape_kept(n_sequences: int, length: int, packed: bool, channels: int, numbers: int) -> tuple[int, ...]:
     """Of what `forward` keeps for `backward`."""
-    return segments.n_checkpoints(n_sequences, length, packed), channels, padded(d_state)
+    return segments.n_checkpoints(n_sequences, length, packed), channels, padded(numbers)
 
 
 class _Cut(NamedTuple):
@@ -287,7 +319,8 @@ def _cut(inputs: Inputs, leads: bool) -> _Cut:
     n_sequences, length = inputs.n_sequences, inputs.length
     packed = inputs.cu_seqlens is not None
     available = processors(inputs.A.device.index)
-    first, steps = segments.steps_of(n_sequences, length, inputs.blocks, available, packed, leads)
+    wide = padded(inputs.numbers) == 32
+    first, steps = segments.steps_of(n_sequences, length, inputs.blocks, available, packed, leads, wide)
     count = segments.n_segments(n_sequences, length, first, steps, packed)
     table = None
     if inputs.cu_seqlens is not None:
@@ -299,14 +332,14 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y `(rows, channels)` of the dtype of x, the final state, and what `backward` wants if `keep`: the states before
     every 16th step."""
     device = inputs.A.device
-    n_sequences, channels, d_state = inputs.n_sequences, inputs.channels, inputs.d_state
+    n_sequences, channels = inputs.n_sequences, inputs.channels
     final = _left_over(inputs, inputs.state)
     y = torch.empty(inputs.batch * inputs.length, channels, dtype=inputs.x.data.dtype, device=device)
     packed = inputs.cu_seqlens is not None
-    shape = shape_kept(n_sequences, inputs.length, packed, channels, d_state) if keep else (0,)
+    shape = shape_kept(n_sequences, inputs.length, packed, channels, inputs.numbers) if keep else (0,)
     kept = torch.empty(shape, device=device)
     if _is_narrow(inputs):
-        narrow = NARROW // padded(d_state)
+        narrow = NARROW // padded(inputs.numbers)
         whole = (*(None,) * 5, inputs.length, inputs.length, inputs.length, 1)
         kernel_of("forward_narrow", inputs, channels=narrow)(
             n_sequences * -(-channels // narrow),
@@ -337,8 +370,8 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into: Into | None = None) -> Gradients:
     """The gradients, some of them written `into` other tensors. dstate: float32, contiguous, or None for zeros."""
     cut, device, dtype = _cut(inputs, leads=False), inputs.A.device, inputs.x.data.dtype
-    count, channels, d_state = cut.total, inputs.channels, inputs.d_state
-    rows, states = inputs.batch * inputs.length, padded(inputs.d_state)
+    count, channels, numbers = cut.total, inputs.channels, inputs.numbers
+    rows, states = inputs.batch * inputs.length, padded(numbers)
     grid = count * inputs.blocks
     entering = dstate
     if cut.is_cut:
@@ -361,9 +394,16 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
     dz = None if into is None else into.dz
     if inputs.z is not None and dz is None:
         dz = torch.empty(rows, channels, dtype=dtype, device=device)
-    dBC = torch.empty(inputs.blocks, rows, 2, states, device=device)
-    parts = torch.empty(count * channels * (d_state + 2), device=device)
-    parts_A, parts_D, parts_bias = parts.split([count * channels * n for n in (d_state, 1, 1)])
+    varies = not (inputs.constant_B and inputs.constant_C)
+    dBC = torch.empty(inputs.blocks if varies else 0, rows, 2, states, device=device)
+    parts = torch.empty(count * channels * (numbers + 2), device=device)
+    parts_A, parts_D, parts_bias = parts.split([count * channels * n for n in (numbers, 1, 1)])
+    # those of sequences of length 0 are not written
+    made = torch.empty if cut.table is None else torch.zeros
+    parts_B, parts_C = (
+        made(count, *inputs.A.shape, dtype=inputs.A.dtype, device=device) if constant else None
+        for constant in (inputs.constant_B, inputs.constant_C)
+    )
     dinitial = _left_over(inputs, dstate)
     kernel_of("backward", inputs, dy)(
         grid,
@@ -385,38 +425,46 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
         parts_D,
         parts_bias,
         dinitial,
+        parts_B,
+        parts_C,
     )
     # tensors of their own: what an operator returns may not share memory
-    dA = torch.empty(channels, d_state, device=device)
+    dA = torch.empty_like(inputs.A)
     dD, dbias = (torch.empty(channels, device=device) for _ in range(2))
     over_channels = summer("gather_channels", dtype, states, inputs.is_log, device.index)
     lengths = None if cut.table is None else cut.table.length
-    parts_of = (parts_A, parts_D, parts_bias, lengths, count, channels, d_state)
-    over_channels(-(-channels * (d_state + 2) // _SUMS), *parts_of, inputs.A, dA, dD, dbias)
+    parts_of = (parts_A, parts_D, parts_bias, lengths, count, channels, numbers)
+    over_channels(-(-channels * (numbers + 2) // _SUMS), *parts_of, inputs.A, dA, dD, dbias)
     groups = channels // inputs.per_group
     if into is None:
-        dB, dC = (torch.empty(rows, groups, d_state, dtype=dtype, device=device) for _ in range(2))
+        dB, dC = (
+            torch.empty(rows, groups, numbers, dtype=dtype, device=device) if parts is None else parts.sum(0)
+            for parts in (parts_B, parts_C)
+        )
     else:
         dB, dC = into.dB, into.dC
-    over_blocks = summer("gather_states", dtype, states, inputs.is_log, device.index)
-    grid_of_sums = (-(-rows * 2 * states // _SUMS), groups)
-    stride = groups * d_state if into is None else dB.stride(-2)
-    over_blocks(grid_of_sums, dBC, rows, groups, inputs.blocks // groups, d_state, stride, dB, dC)
+    if varies:
+        over_blocks = summer("gather_states", dtype, states, inputs.is_log, device.index)
+        grid_of_sums = (-(-rows * 2 * states // _SUMS), groups)
+        stride = groups * numbers if into is None else dB.stride(-2)
+        to = (dB if parts_B is None else None, dC if parts_C is None else None)
+        over_blocks(grid_of_sums, dBC, rows, groups, inputs.blocks // groups, numbers, stride, *to)
     return Gradients(dx, ddt, dz, dB, dC, dA, dD, dbias, dinitial)
 
 
 def _left_over(inputs: Inputs, state: Tensor | None) -> Tensor:
     """Where a kernel writes states; what it leaves there is that of sequences of length 0, which keep theirs."""
-    shape, device = (inputs.n_sequences, inputs.channels, inputs.d_state), inputs.A.device
+    shape = (inputs.n_sequences, inputs.channels, inputs.d_state)
     if inputs.cu_seqlens is None:
-        return torch.empty(shape, device=device)
-    return torch.zeros(shape, device=device) if state is None else state.clone()
+        return inputs.A.new_empty(shape)
+    return inputs.A.new_zeros(shape) if state is None else state.clone()
 
 
 def _buffers(inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of `count` segments: what they make of no state, the sums of their step sizes, what enters them."""
-    device, shape = inputs.A.device, (count, inputs.channels, inputs.d_state)
-    return torch.empty(shape, device=device), torch.empty(shape[:2], device=device), torch.empty(shape, device=device)
+    shape = (count, inputs.channels, inputs.d_state)
+    total = torch.float64 if inputs.A.is_complex() else torch.float32
+    return inputs.A.new_empty(shape), inputs.A.new_empty(shape[:2], dtype=total), inputs.A.new_empty(shape)
 
 
 def _combine(
@@ -424,5 +472,6 @@ def _combine(
 ) -> None:
     tables = (None, None) if cut.table is None else cut.table[5:]
     grid = (inputs.n_sequences, -(-inputs.channels * inputs.d_state // _SUMS))
-    kernel = summer("combine", torch.float32, STATES, inputs.is_log, inputs.A.device.index)
+    is_complex = inputs.A.is_complex()
+    kernel = summer("combine", torch.float32, STATES, inputs.is_log, inputs.A.device.index, is_complex)
     kernel(grid, local, sum_dt, inputs.A, first, *tables, cut.pieces, go, inputs.channels, inputs.d_state, to)

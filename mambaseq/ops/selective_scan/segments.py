@@ -31,14 +31,21 @@ class Segments(NamedTuple):
 
 
 def steps_of(
-    n_sequences: int, length: int, channel_blocks: int, processors: int, packed: bool, leads: bool = False
+    n_sequences: int,
+    length: int,
+    channel_blocks: int,
+    processors: int,
+    packed: bool,
+    leads: bool = False,
+    wide: bool = False,
 ) -> tuple[int, int]:
     """Steps of a sequence's first segment and of its others, for sequences of `length` (or packed into one row of it).
 
-    leads: forward, where the outputs of the first are made in another pass than those of the others.
+    leads: forward, where the outputs of the first are made in another pass than those of the others. wide: blocks have
+    twice as many threads, so that half as many have room.
     """
     blocks = n_sequences * channel_blocks
-    wanted = (_FORWARD if leads else _BACKWARD) * processors
+    wanted = (_FORWARD if leads else _BACKWARD) * processors // (1 + wide)
     if packed:
         # A sequence takes at least one segment, however short: segments must not be much longer than sequences.
         longest = max(_SHORTEST, -(-length // max(1, n_sequences)) * 2)
