@@ -111,6 +111,8 @@ def lti_update_(
     Returns:
         y `(batch, channels)` in the dtype of x.
     """
+    if step_gpu.can_run(state, x, dt, A, B, C, D, z) and step_gpu.can_update(state):
+        return step_gpu.lti_update_(state, x, dt, A, B, C, D, z, discretization)
     wide = state.dtype
     log_decay, B = discretize(dt.to(state.real.dtype), A.to(wide), B.to(wide), discretization)
     decay = torch.exp(log_decay)

@@ -16,6 +16,7 @@ from mambaseq.ops import portable
 from mambaseq.ops.eager import is_eager
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)
+_COMPLEX = (*_REAL, torch.complex64)
 _LARGEST_STATE = 256
 # Elements of the state that a program holds, and sequences that it goes through with one piece of A: small pieces
 # where there is little to do, so that all multiprocessors take part.
@@ -27,18 +28,20 @@ _CONV_CHANNELS = 32 * _WARPS
 
 
 def can_run(state: Tensor, *values: Tensor | None) -> bool:
-    """Whether the kernels can run: real values and a contiguous fp32 state on one GPU, which nobody differentiates."""
+    """Whether the kernels can run: a contiguous state in fp32 or complex64 on one GPU, which nobody differentiates, and
+    values of which only beside the latter some are complex."""
     device = state.device
     if device.type != "cuda" or not is_eager(state, *values) or portable.why_not("cuda") is not None:
         return False
-    if state.dtype != torch.float32 or not state.is_contiguous():
+    if state.dtype not in (torch.float32, torch.complex64) or not state.is_contiguous() or state.is_conj():
         return False
+    known = _COMPLEX if state.is_complex() else _REAL
     needs_gradient = torch.is_grad_enabled()
     if needs_gradient and state.requires_grad:
         return False
     return all(
         value is None
-        or (value.dtype in _REAL and value.device == device and not (needs_gradient and value.requires_grad))
+        or (value.dtype in known and value.device == device and not (needs_gradient and value.requires_grad))
         for value in values
     )
 
@@ -88,19 +91,18 @@ def selective_state_update_(
 ) -> Tensor:
     """See `mambaseq.ops.step.selective_state_update_`; B, C `(batch, groups, d_state)`, groups of their own each."""
     batch, channels, d_state = state.shape
+    is_complex = state.is_complex()
+    groups_of_B, groups_of_C = B.shape[1], C.shape[1]
+    A, B, C = (_numbers(v) if is_complex else v for v in (A, B, C))
     x, dt, B, C = _rows(x), _rows(dt), _rows(B), _rows(C)
     z = None if z is None else _rows(z)
     y = x.new_empty((batch, channels))
     if y.numel() == 0:
         return y
-    states = _power_of_two(d_state)
-    elements, rows = _MUCH
-    if batch * channels * states < elements * rows * _MANY_PROGRAMS:
-        elements, rows = _LITTLE
-    per_program = max(elements // states, 1)
+    states, per_program, rows = _shape(state)
     with portable.on(x):
         _kernels().selective_state_update[(-(-channels // per_program) * -(-batch // rows),)](
-            state,
+            torch.view_as_real(state) if is_complex else state,
             x,
             x.stride(0),
             dt,
@@ -109,11 +111,11 @@ def selective_state_update_(
             B,
             B.stride(0),
             B.stride(1),
-            channels // B.shape[1],
+            channels // groups_of_B,
             C,
             C.stride(0),
             C.stride(1),
-            channels // C.shape[1],
+            channels // groups_of_C,
             None if D is None else _rows(D),
             z,
             0 if z is None else z.stride(0),
@@ -123,7 +125,8 @@ def selective_state_update_(
             channels,
             D_STATE=d_state,
             A_IS_LOG=A_is_log,
-            ONE_GROUP=B.shape[1] == C.shape[1] == 1,
+            COMPLEX=is_complex,
+            ONE_GROUP=groups_of_B == groups_of_C == 1,
             HAS_D=D is not None,
             HAS_Z=z is not None,
             HAS_BIAS=dt_bias is not None,
@@ -136,6 +139,70 @@ def selective_state_update_(
             enable_fp_fusion=False,
         )
     return y
+
+
+def lti_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    discretization: str,
+) -> Tensor:
+    """See `mambaseq.ops.step.lti_update_`."""
+    batch, channels, d_state = state.shape
+    is_complex = state.is_complex()
+    A, B, C = (_numbers(v) if is_complex else v.contiguous() for v in (A, B, C))
+    x, z = _rows(x), None if z is None else _rows(z)
+    y = x.new_empty((batch, channels))
+    if y.numel() == 0:
+        return y
+    states, per_program, rows = _shape(state)
+    with portable.on(x):
+        _kernels().lti_update[(-(-channels // per_program) * -(-batch // rows),)](
+            torch.view_as_real(state) if is_complex else state,
+            x,
+            x.stride(0),
+            dt.contiguous(),
+            A,
+            B,
+            C,
+            None if D is None else _rows(D),
+            z,
+            0 if z is None else z.stride(0),
+            y,
+            batch,
+            channels,
+            D_STATE=d_state,
+            COMPLEX=is_complex,
+            RULE=discretization,
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            STATES=states,
+            CHANNELS=per_program,
+            ROWS=rows,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,  # as above
+        )
+    return y
+
+
+def _shape(state: Tensor) -> tuple[int, int, int]:
+    """States, padded, and channels and sequences of a program."""
+    batch, channels, d_state = state.shape
+    states = _power_of_two(d_state)
+    elements, rows = _MUCH
+    if batch * channels * states < elements * rows * _MANY_PROGRAMS:
+        elements, rows = _LITTLE
+    return states, max(elements // states, 1), rows
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """As pairs of real and imaginary parts, `(..., 2 d_state)`."""
+    return torch.view_as_real(value.to(torch.complex64).resolve_conj().contiguous()).flatten(-2)
 
 
 @functools.cache

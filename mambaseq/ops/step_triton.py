@@ -77,6 +77,7 @@ def selective_state_update(
     channels,
     D_STATE: tl.constexpr,
     A_IS_LOG: tl.constexpr,
+    COMPLEX: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -88,22 +89,27 @@ def selective_state_update(
 ):
     """CHANNELS channels of ROWS sequences, which share A. STATES: a power of two, at least D_STATE.
 
-    channels_of_B, channels_of_C: channels that share a group of B, of C.
+    channels_of_B, channels_of_C: channels that share a group of B, of C. COMPLEX: state, A, B and C hold pairs of real
+    and imaginary parts, strides count numbers.
     """
+    N: tl.constexpr = 2 if COMPLEX else 1
     blocks = tl.cdiv(channels, CHANNELS)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)[None, :]
     real = c < channels
     tile = real[:, None] & (n < D_STATE)
-    decay = tl.load(A + c.to(tl.int64)[:, None] * D_STATE + n, mask=tile, other=0.0).to(tl.float32)
+    at_A = A + (c.to(tl.int64)[:, None] * D_STATE + n) * N
+    decay = tl.load(at_A, mask=tile, other=0.0).to(tl.float32)
     if A_IS_LOG:
         decay = -tl.exp(decay)
+    if COMPLEX:
+        turn = tl.load(at_A + 1, mask=tile, other=0.0).to(tl.float32)
     first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     for r in range(ROWS):
         row = first + r
         here = real & (row < batch)
         cells = tile & (row < batch)
-        place = state + (row * channels + c)[:, None] * D_STATE + n
+        place = state + ((row * channels + c)[:, None] * D_STATE + n) * N
         h = tl.load(place, mask=cells, other=0.0)
         u = tl.load(x + row * x_stride + c, mask=here, other=0.0).to(tl.float32)
         delta = tl.load(dt + row * dt_stride + c, mask=here, other=0.0).to(tl.float32)
@@ -118,17 +124,132 @@ def selective_state_update(
             gate = tl.load(z + row * z_stride + c, mask=here, other=0.0).to(tl.float32)
         if ONE_GROUP:
             known = (n < D_STATE) & (row < batch)
-            b = tl.load(B + row * B_stride + n, mask=known, other=0.0).to(tl.float32)
-            read = tl.load(C + row * C_stride + n, mask=known, other=0.0).to(tl.float32)
+            at_B, at_C = B + row * B_stride + n * N, C + row * C_stride + n * N
         else:
-            at_B = row * B_stride + (c // channels_of_B)[:, None].to(tl.int64) * B_group_stride + n
-            at_C = row * C_stride + (c // channels_of_C)[:, None].to(tl.int64) * C_group_stride + n
-            b = tl.load(B + at_B, mask=cells, other=0.0).to(tl.float32)
-            read = tl.load(C + at_C, mask=cells, other=0.0).to(tl.float32)
-        h = tl.exp(delta[:, None] * decay) * h + (delta * u)[:, None] * b
-        out += tl.sum(h * read, axis=1)
+            known = cells
+            at_B = B + row * B_stride + (c // channels_of_B)[:, None].to(tl.int64) * B_group_stride + n * N
+            at_C = C + row * C_stride + (c // channels_of_C)[:, None].to(tl.int64) * C_group_stride + n * N
+        b = tl.load(at_B, mask=known, other=0.0).to(tl.float32)
+        read = tl.load(at_C, mask=known, other=0.0).to(tl.float32)
+        if COMPLEX:
+            h_i = tl.load(place + 1, mask=cells, other=0.0)
+            b_i = tl.load(at_B + 1, mask=known, other=0.0).to(tl.float32)
+            read_i = tl.load(at_C + 1, mask=known, other=0.0).to(tl.float32)
+            size = tl.exp(delta[:, None] * decay)
+            a, a_i = size * tl.cos(delta[:, None] * turn), size * tl.sin(delta[:, None] * turn)
+            du = (delta * u)[:, None]
+            h, h_i = a * h - a_i * h_i + du * b, a * h_i + a_i * h + du * b_i
+            out += 2 * tl.sum(h * read - h_i * read_i, axis=1)
+        else:
+            h = tl.exp(delta[:, None] * decay) * h + (delta * u)[:, None] * b
+            out += tl.sum(h * read, axis=1)
         tl.debug_barrier()  # all have loaded, whichever threads store
         tl.store(place, h, mask=cells)
+        if COMPLEX:
+            tl.store(place + 1, h_i, mask=cells)
         if HAS_Z:
             out *= gate * tl.sigmoid(gate)
+        tl.store(y + row * channels + c, out, mask=here)
+
+
+@triton.jit
+def minus_one(v):
+    """exp(v) - 1, its relative error small where it is small."""
+    series = v * (1 + v / 2 * (1 + v / 3 * (1 + v / 4 * (1 + v / 5 * (1 + v / 6 * (1 + v / 7 * (1 + v / 8)))))))
+    return tl.where(tl.abs(v) < 0.5, series, tl.exp(v) - 1)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def lti_update(
+    state,
+    x,
+    x_stride,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    z_stride,
+    y,
+    batch,
+    channels,
+    D_STATE: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    RULE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    STATES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """CHANNELS channels of ROWS sequences, for which the system is discretised once. RULE: zoh, bilinear or mamba (see
+    `lti.discretize`). COMPLEX: state, A, B and C hold pairs of real and imaginary parts."""
+    N: tl.constexpr = 2 if COMPLEX else 1
+    blocks = tl.cdiv(channels, CHANNELS)
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, STATES)[None, :]
+    real = c < channels
+    tile = real[:, None] & (n < D_STATE)
+    at = (c.to(tl.int64)[:, None] * D_STATE + n) * N
+    step = tl.load(dt + c, mask=real, other=0.0).to(tl.float32)[:, None]
+    v = step * tl.load(A + at, mask=tile, other=0.0).to(tl.float32)
+    b = step * tl.load(B + at, mask=tile, other=0.0).to(tl.float32)
+    read = tl.load(C + at, mask=tile, other=0.0).to(tl.float32)
+    if COMPLEX:
+        w = step * tl.load(A + at + 1, mask=tile, other=0.0).to(tl.float32)
+        b_i = step * tl.load(B + at + 1, mask=tile, other=0.0).to(tl.float32)
+        read_i = tl.load(C + at + 1, mask=tile, other=0.0).to(tl.float32)
+        if RULE == "bilinear":
+            # 1 / (1 - z / 2)
+            low, low_i = 1 - v / 2, -w / 2
+            size = low * low + low_i * low_i
+            r, r_i = low / size, -low_i / size
+            a, a_i = (1 + v / 2) * r - w / 2 * r_i, (1 + v / 2) * r_i + w / 2 * r
+        else:
+            half = tl.sin(w / 2)
+            size, sine, cosine = tl.exp(v), tl.sin(w), tl.cos(w)
+            a, a_i = size * cosine, size * sine
+            # (exp(z) - 1) / z, which is 1 + z / 2 near 0
+            more, more_i = minus_one(v) * cosine - 2 * half * half, a_i
+            square = v * v + w * w
+            near = square < 1e-12
+            square = tl.where(near, 1.0, square)
+            r = tl.where(near, 1 + v / 2, (more * v + more_i * w) / square)
+            r_i = tl.where(near, w / 2, (more_i * v - more * w) / square)
+        if RULE != "mamba":
+            b, b_i = r * b - r_i * b_i, r * b_i + r_i * b
+    else:
+        if RULE == "bilinear":
+            a = (1 + v / 2) / (1 - v / 2)
+            b = b / (1 - v / 2)
+        else:
+            a = tl.exp(v)
+        if RULE == "zoh":
+            near = tl.abs(v) < 1e-6
+            b *= tl.where(near, 1 + v / 2, minus_one(v) / tl.where(near, 1.0, v))
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    for i in range(ROWS):
+        row = first + i
+        here = real & (row < batch)
+        cells = tile & (row < batch)
+        place = state + ((row * channels + c)[:, None] * D_STATE + n) * N
+        u = tl.load(x + row * x_stride + c, mask=here, other=0.0).to(tl.float32)
+        h = tl.load(place, mask=cells, other=0.0)
+        if COMPLEX:
+            h_i = tl.load(place + 1, mask=cells, other=0.0)
+            h, h_i = a * h - a_i * h_i + b * u[:, None], a * h_i + a_i * h + b_i * u[:, None]
+            out = 2 * tl.sum(h * read - h_i * read_i, axis=1)
+        else:
+            h = a * h + b * u[:, None]
+            out = tl.sum(h * read, axis=1)
+        if HAS_D:
+            out += tl.load(D + c, mask=real, other=0.0).to(tl.float32) * u
+        if HAS_Z:
+            gate = tl.load(z + row * z_stride + c, mask=here, other=0.0).to(tl.float32)
+            out *= gate * tl.sigmoid(gate)
+        tl.debug_barrier()  # all have loaded, whichever threads store
+        tl.store(place, h, mask=cells)
+        if COMPLEX:
+            tl.store(place + 1, h_i, mask=cells)
         tl.store(y + row * channels + c, out, mask=here)

@@ -94,6 +94,69 @@ def test_state_update_many_sequences_a_program(batch: int, monkeypatch: pytest.M
     check_state_update((batch, 70, 16, 2, 1), torch.float32, (True,) * 5, torch.float32)
 
 
+def close_in_float64(run: str, state: Tensor, x: Tensor, values: list[Tensor], options: dict) -> None:
+    """A step of a kernel and the same by PyTorch."""
+    expected_state = _wider(state)
+    expected = getattr(step, run)(
+        expected_state, x.double(), *(_wider(v) for v in values), **{k: _wider(v) for k, v in options.items()}
+    )
+    before = state.data_ptr()
+    given = list(options.values())
+    with poisoned_memory():
+        y = getattr(step_gpu, run)(state, x, *values, *given)
+    assert state.data_ptr() == before
+    assert y.dtype == x.dtype
+    assert relative_rms_error(y, expected) <= TOLERANCE[x.dtype]
+    assert relative_rms_error(state, expected_state) <= TOLERANCE[torch.float32]
+
+
+def _wider(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 65, 16, 1, 1), (2, 9, 5, 3, 9), (1, 1, 1, 1, 1), (6, 70, 3, 1, 1)])
+def test_complex_state_update(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_gpu, "_MANY_PROGRAMS", 0 if shape[0] == 6 else 1024)
+    batch, channels, d_state, groups_B, groups_C = shape
+    draw = Draw(f"complex {shape}")
+    x, dt, z = views(draw, dtype, *[(batch, channels)] * 3)
+    A = torch.complex(-draw.uniform(0.1, 5, channels, d_state), draw.uniform(-30, 30, channels, d_state))
+    B, C = (draw.normal(batch, groups, d_state, dtype=torch.complex64) for groups in (groups_B, groups_C))
+    state = draw.normal(batch, channels, d_state, dtype=torch.complex64).to(DEVICE)
+    D, bias = (draw.normal(channels).to(DEVICE) for _ in range(2))
+    options = {"D": D, "z": z, "dt_bias": bias - 3, "dt_softplus": True, "A_is_log": False}
+    close_in_float64("selective_state_update_", state, x, [dt, *(v.to(DEVICE) for v in (A, B, C))], options)
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "mamba"])
+@pytest.mark.parametrize(
+    ("batch", "channels", "d_state", "is_complex"),
+    [(3, 65, 16, True), (1, 5, 40, False), (2, 3, 1, True), (6, 70, 3, False)],
+)
+def test_lti_update(
+    batch: int, channels: int, d_state: int, is_complex: bool, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_gpu, "_MANY_PROGRAMS", 0 if batch == 6 else 1024)
+    draw = Draw(f"lti {batch} {channels} {d_state}")
+    dtype = torch.complex64 if is_complex else torch.float32
+    A = -draw.uniform(0.1, 5, channels, d_state)
+    A = torch.complex(A, draw.uniform(-100, 100, channels, d_state)) if is_complex else A
+    A[0, 0] = 0  # a system that does not decay
+    B, C = (draw.normal(channels, d_state, dtype=dtype) for _ in range(2))
+    state = draw.normal(batch, channels, d_state, dtype=dtype).to(DEVICE)
+    dt, D = torch.exp(draw.uniform(-9, -1, channels)).to(DEVICE), draw.normal(channels).to(DEVICE)
+    x, z = views(draw, torch.float32, *[(batch, channels)] * 2)
+    for given in ({"D": D, "z": z}, {"D": None, "z": None}):
+        close_in_float64(
+            "lti_update_", state, x, [dt, *(v.to(DEVICE) for v in (A, B, C))], {**given, "discretization": rule}
+        )
+
+
 def test_small_steps_stay_exact() -> None:
     """softplus of very negative numbers, which log(1 + exp(v)) loses to rounding, and of large ones."""
     dt = torch.linspace(-20, 20, 97, device=DEVICE)[None]
