@@ -149,14 +149,17 @@ class SequenceModel(nn.Module):
         return self.backbone.init_state(batch_size, max_length)
 
     @torch.no_grad()
-    def step_(self, inputs: Tensor, state: list[Any], condition: Tensor | None = None) -> Tensor:
-        """One position: inputs `(batch,)` ids or `(batch, channels)`; changes the state in place.
+    def step_(
+        self, inputs: Tensor, state: list[Any], condition: Tensor | None = None, whole: int | None = None
+    ) -> Tensor:
+        """One position: inputs `(batch,)` ids or `(batch, channels)`; changes the state in place. whole: for a `unet`,
+        see there.
 
         Returns logits `(batch, vocab_size)` fp32.
         """
         self.check_stateful()
         x = self.encoder(inputs[:, None], condition)
-        x = self.backbone.step_(x, state)
+        x = self.backbone.step_(x, state) if whole is None else self.backbone.step_(x, state, whole=whole)
         _, logits = self.head(x)
         assert logits is not None
         return logits[:, -1]

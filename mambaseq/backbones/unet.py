@@ -40,9 +40,9 @@ class UNet(Backbone):
     states are one list: a tier's layers down, its pooling, all tiers below, its layers up. Each sequence has its own
     place in its windows, so any may be selected, packed or gone on with together.
 
-    Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole:
-    nothing waits for the GPU and a CUDA graph can hold the step, but for mixers whose state grows. On a CPU, tiers with
-    nothing to do are left out.
+    Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole,
+    unless they are told which are (`whole`): nothing waits for the GPU and a CUDA graph can hold the step, but for
+    mixers whose state grows. On a CPU, tiers with nothing to do are left out.
 
     Args:
         make_mixer: makes the mixer of layer i at a width (see `MakeMixer`); tiers count on from each other.
@@ -206,16 +206,30 @@ class UNet(Backbone):
         inner = self._states(tier.inner, batch_size, coarse, dtype, device)
         return [*of(tier.down), tier.pool.init_state(batch_size, device), *inner, *of(tier.up)]
 
+    def places(self, state: list[Any]) -> list[tuple[int, int]] | None:
+        """Where the sequences are in each tier's window and how long that is, the finest first, read from the states;
+        None if they are not all at one place."""
+        found, tier = [], self.top
+        while tier.pool is not None and tier.inner is not None:
+            _, pooled, state, _ = tier.states(state)
+            counts = set(pooled.count.tolist())
+            if len(counts) != 1:
+                return None
+            found.append((counts.pop(), tier.pool.pool))
+            tier = tier.inner
+        return found
+
     @torch.no_grad()
-    def step_(self, x: Tensor, state: list[Any]) -> Tensor:
-        """x `(batch, 1, d_model)`; changes the states in place."""
+    def step_(self, x: Tensor, state: list[Any], whole: int | None = None) -> Tensor:
+        """x `(batch, 1, d_model)`; changes the states in place. whole: how many windows, from the finest on, this
+        position makes whole, of all sequences alike (see `places`); None where that is not known."""
         self._check_states(state)
-        y, _ = self.norm_f(None, self._step(self.top, x.float(), state, None))
+        y, _ = self.norm_f(None, self._step(self.top, x.float(), state, None, whole))
         return y
 
-    def _step(self, tier: Tier, x: Tensor, state: list[Any], active: Tensor | None) -> Tensor:
+    def _step(self, tier: Tier, x: Tensor, state: list[Any], active: Tensor | None, known: int | None) -> Tensor:
         """x `(batch, 1, d_model)` fp32, a position of the sequences that are active (None: all) to the stream behind
-        the tier; what comes of the others has no meaning, and their states stay."""
+        the tier; what comes of the others has no meaning, and their states stay. known: windows that are whole."""
         if tier.pool is None:
             return _step_layers(tier.down, x, state, active)
         assert tier.inner is not None
@@ -223,10 +237,15 @@ class UNet(Backbone):
         tier.pool.check(pooled, len(x), x.device)
         x = _step_layers(tier.down, x, down, active)
         given, coarse, whole = tier.pool.step_(x, pooled, active)
-        # a look that costs nothing on a CPU
-        some, every = (bool(whole.any()), bool(whole.all())) if x.device.type == "cpu" else (True, False)
+        if known is not None:
+            some = every = known > 0
+        elif x.device.type == "cpu":  # a look that costs nothing there
+            some, every = bool(whole.any()), bool(whole.all())
+        else:
+            some, every = True, False
         if some:
-            held = self._step(tier.inner, coarse, inner, None if every else whole)[:, 0]
+            below = None if known is None else known - 1
+            held = self._step(tier.inner, coarse, inner, None if every else whole, below)[:, 0]
             pooled.held.copy_(torch.where(whole[:, None], held, pooled.held))
         return _step_layers(tier.up, x + given, up, active)
 

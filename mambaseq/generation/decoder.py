@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from mambaseq.backbones.unet import UNet
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel
 from mambaseq.ops import capture
@@ -21,12 +22,14 @@ class Decoder:
     """One position after the other: a token of each sequence in, its logits out.
 
     On a CUDA device the first step runs as it is and the second is captured in a CUDA graph, which every later step
-    replays. What cannot be captured runs step by step: on other devices, under autocast, with hooks, with mixers
-    whose state grows or is not changed in place, or that wait for the GPU (a RuntimeWarning names those).
+    replays; a `unet` whose sequences are at one place has a graph for each number of its windows that a step makes
+    whole, so that no tier runs which is not due. What cannot be captured runs step by step: on other devices, under
+    autocast, with hooks, with mixers whose state grows or is not changed in place, or that wait for the GPU (a
+    RuntimeWarning names those).
 
     Args:
         model: its weights may change in place while it is decoded, but must not be replaced or moved.
-        state: one a layer, of `model.init_state` or a prefill; changed in place.
+        state: one a layer, of `model.init_state` or a prefill; changed in place, and by nobody else.
         condition: `(batch,)` int64 for conditional models.
         cuda_graph: False never captures.
     """
@@ -37,56 +40,76 @@ class Decoder:
         self.model, self.state, self.condition = model, state, condition
         self._may_capture = cuda_graph
         self._token: Tensor | None = None
-        self._logits: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        # by the number of windows that a step makes whole
+        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._seen: set[int | None] = set()
+        self._places: list[tuple[int, int]] | None = None
+        backbone = model.backbone
+        on_gpu = isinstance(backbone, UNet) and backbone.norm_f.weight.is_cuda
+        # what is wrong with a state is told by the first step
+        if cuda_graph and on_gpu and isinstance(backbone, UNet) and len(state) == backbone.n_states:
+            self._places = backbone.places(state)
 
     @property
     def captured(self) -> bool:
         """Whether steps are replayed from a graph."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
         """token `(batch,)` int64 to logits `(batch, vocab_size)` fp32, which the next step may overwrite."""
-        if self._graph is None and self._may_capture:
-            if self._token is None:
-                self._may_capture = _can_capture(self.model, self.state, token)
-                if self._may_capture:
-                    return self._first(token)
-            else:
-                self._capture()
-        if self._graph is None:
-            return self._run(token)
-        assert self._token is not None
-        assert self._logits is not None
+        whole = self._go_on()
+        if self._token is None and self._may_capture:
+            self._may_capture = _can_capture(self.model, self.state, token)
+        if self._may_capture and whole not in self._graphs:
+            if whole not in self._seen:
+                self._seen.add(whole)
+                return self._first(token, whole)
+            self._capture(whole)
+        if not self._may_capture or self._token is None:
+            return self._run(token, whole)
+        graph, logits = self._graphs[whole]
         self._token.copy_(token)
-        self._graph.replay()
-        return self._logits
+        graph.replay()
+        return logits
 
-    def _run(self, token: Tensor) -> Tensor:
-        return self.model.step_(token, self.state, self.condition)
+    def _go_on(self) -> int | None:
+        """How many windows the next step makes whole, where that is known; all are then taken one position on."""
+        if self._places is None:
+            return None
+        whole = 0
+        for number, (count, size) in enumerate(self._places):
+            if whole < number:  # the window above is not whole
+                break
+            self._places[number] = ((count + 1) % size, size)
+            whole += count + 1 == size
+        return whole
 
-    def _first(self, token: Tensor) -> Tensor:
+    def _run(self, token: Tensor, whole: int | None) -> Tensor:
+        return self.model.step_(token, self.state, self.condition, *(() if whole is None else (whole,)))
+
+    def _first(self, token: Tensor, whole: int | None) -> Tensor:
         """Takes the step on a side stream, as PyTorch asks for before a capture, and looks whether there can be one."""
         before = _tensors(self.state)
         with torch.cuda.device(token.device), capture.capturing:
-            logits, waits = capture.warm_up(lambda: self._run(token), torch.cuda.Stream())
+            logits, waits = capture.warm_up(lambda: self._run(token, whole), torch.cuda.Stream())
             logits.record_stream(torch.cuda.current_stream())
-        self._token = token.clone()
+        if self._token is None:
+            self._token = token.clone()
         if any(one is not other for one, other in itertools.zip_longest(before, _tensors(self.state))):
             self._may_capture = False
         elif waits:
             self._give_up("a step of the model waits for the GPU")
         return logits
 
-    def _capture(self) -> None:
+    def _capture(self, whole: int | None) -> None:
         token = self._token
         assert token is not None
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(token.device), capture.capturing:
-                self._logits = capture.capture(graph, lambda: self._run(token))
-            self._graph = graph
+                logits = capture.capture(graph, lambda: self._run(token, whole))
+            self._graphs[whole] = graph, logits
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])
 

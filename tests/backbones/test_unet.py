@@ -101,6 +101,28 @@ def test_steps_of_some_sequences_leave_the_others() -> None:
                     torch.testing.assert_close(mine.tensors()[name][i], tensor[0], atol=1e-5, rtol=1e-5)
 
 
+def test_steps_that_are_told_which_windows_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as they were without, and no tier is run that is not due."""
+    backbone, x = net(), torch.randn(2, 20, D_MODEL)
+    with torch.no_grad():
+        _, state = backbone(x[:, :7], return_state=True)
+        assert backbone.places(state) == [(1, 2), (0, 3)]
+        due = []
+        coarsest: Any = backbone._tiers()[-1].down[0].mixer
+        step_ = coarsest.step_
+        for t in range(7, 20):
+            (first, two), (second, three) = backbone.places(state)
+            whole = 0 if first + 1 < two else 1 if second + 1 < three else 2
+            calls: list[int] = []
+            monkeypatch.setattr(coarsest, "step_", lambda *given, calls=calls: (calls.append(1), step_(*given))[1])
+            y = backbone.step_(x[:, t : t + 1], state, whole=whole)
+            due.append(len(calls))
+            torch.testing.assert_close(y, backbone(x[:, : t + 1])[:, -1:], atol=1e-5, rtol=1e-5)
+    assert due == [int((t + 1) % 6 == 0) for t in range(7, 20)]
+    state[1].count[0] += 1
+    assert backbone.places(state) is None
+
+
 def lm(**backbone: Any) -> SequenceModel:
     torch.manual_seed(0)
     return build_model(
