@@ -12,6 +12,8 @@ from mambaseq import limits
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.sampling import Draws, check_settings, sample
+from mambaseq.generation.stretches import Stretches
+from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
@@ -19,6 +21,8 @@ from mambaseq.models import SequenceModel
 _PREFILL = 8192
 # New tokens from which a CUDA graph is worth its capture.
 _WORTH_A_GRAPH = 16
+# Positions that one kernel takes where it can, after which their tokens are looked at.
+_STRETCH = 256
 # Tokens after which it is looked whether all sequences have ended: on a GPU looking means waiting for it.
 _TOKENS_A_LOOK = {"cuda": 8}
 
@@ -56,7 +60,8 @@ def generate(
         condition: `(batch,)` int64 for conditional models.
         stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
         progress: show a bar.
-        cuda_graph: on a CUDA device, replay the steps from a CUDA graph where there can be one (see `Decoder`).
+        cuda_graph: on a CUDA device, take many positions by one kernel where there can be one (see
+            `generation/stretches.py`), or replay the steps from a CUDA graph (see `Decoder`).
         samples: continuations of each prompt.
         numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on, where equal prompts
             of the batch are counted together.
@@ -101,7 +106,15 @@ def generate(
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
         peak = logits.amax(-1)  # NaN, and infinity, stay in it
-        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= _WORTH_A_GRAPH)
+        cuda_graph = cuda_graph and max_new_tokens >= _WORTH_A_GRAPH
+        if cuda_graph and why_not_stretches(model, len(every), top_k, top_p) is None:
+            _check_finite(peak)
+            token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
+            with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
+                stretches = Stretches(model, state, condition)
+                out += _by_stretches(stretches, token, max_new_tokens, temperature, draws, stop_ids, bar)
+            return torch.cat(out, dim=1)
+        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph)
         with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
             for i in range(max_new_tokens):
                 token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
@@ -130,6 +143,32 @@ def generate(
     return torch.cat(out, dim=1)
 
 
+def _by_stretches(
+    stretches: Stretches,
+    token: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    draws: Draws | None,
+    stop_ids: Collection[int],
+    bar: tqdm,
+) -> list[Tensor]:
+    """The tokens from the first one on, `(1, n)` each, up to one of `stop_ids`."""
+    out, left = [token[:, None]], max_new_tokens - 1
+    bar.update()
+    while left and not (stop_ids and int(token) in stop_ids):
+        n = min(left, _STRETCH)
+        uniforms = None if temperature == 0 or draws is None else draws.many(n)[:, 0].contiguous()
+        tokens, failed = stretches.run(token, n, temperature, uniforms)
+        if failed.item():
+            raise _not_finite()
+        found = [i for i, one in enumerate(tokens.tolist()) if one in stop_ids] if stop_ids else []
+        tokens = tokens[: found[0] + 1] if found else tokens
+        out.append(tokens[None])
+        token, left = tokens[-1:], left - n
+        bar.update(len(tokens))
+    return out
+
+
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raise ConfigError unless the value is a whole number of at least `least` and at most `most`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -141,11 +180,15 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
 
 def _check_finite(peak: Tensor) -> None:
     if not peak.isfinite().all():
-        raise NotFinite(
-            "What the model says of the next token is not a finite number: its training diverged, its weights are "
-            "damaged or what it computes overflows. Use an earlier checkpoint, or train again with a lower learning "
-            "rate."
-        )
+        raise _not_finite()
+
+
+def _not_finite() -> NotFinite:
+    return NotFinite(
+        "What the model says of the next token is not a finite number: its training diverged, its weights are "
+        "damaged or what it computes overflows. Use an earlier checkpoint, or train again with a lower learning "
+        "rate."
+    )
 
 
 def _prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:

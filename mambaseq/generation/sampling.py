@@ -103,17 +103,25 @@ class Draws:
         self._keys = _mix(np.array(roots, dtype=np.uint64)[:, None] + _GAMMA * counted).ravel()
         self._device, self._step = device, 0
         self._block: Tensor | None = None
+        self._begin = 0  # the step of the block's first numbers
 
     def next(self) -> Tensor:
         """`(batch * samples,)` float64 on the device; each call's are new."""
-        at = self._step % self._BLOCK
-        if at == 0:
-            steps = np.arange(self._step + 1, self._step + 1 + self._BLOCK, dtype=np.uint64)
-            bits = _mix(self._keys + _GAMMA * steps[:, None]) >> np.uint64(32)
-            self._block = torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
-        assert self._block is not None
+        if self._block is None or not 0 <= self._step - self._begin < self._BLOCK:
+            self._block, self._begin = self._numbers(self._BLOCK), self._step
         self._step += 1
-        return self._block[at]
+        return self._block[self._step - 1 - self._begin]
+
+    def many(self, n: int) -> Tensor:
+        """What `next` would give `n` times: `(n, batch * samples)` float64."""
+        numbers = self._numbers(n)
+        self._step += n
+        return numbers
+
+    def _numbers(self, n: int) -> Tensor:
+        steps = np.arange(self._step + 1, self._step + 1 + n, dtype=np.uint64)
+        bits = _mix(self._keys + _GAMMA * steps[:, None]) >> np.uint64(32)
+        return torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
 
 
 def _digest(seed: int, condition: int, prompt: np.ndarray) -> int:

@@ -104,10 +104,12 @@ class Kernel:
     """A kernel on one device; call it with a grid and its arguments.
 
     Tensors go as the addresses of their first elements, None as a null pointer, numbers as 64 bits (of which a kernel
-    may read the lower half as an int).
+    may read the lower half as an int). A cooperative one has all of its blocks at work at once, or is refused.
     """
 
-    def __init__(self, code: bytes, name: str, threads: int, shared: int, device: int) -> None:
+    def __init__(
+        self, code: bytes, name: str, threads: int, shared: int, device: int, cooperative: bool = False
+    ) -> None:
         core: Any = importlib.import_module("cuda.core")
         driver: Any = importlib.import_module("cuda.bindings.driver")
         self._launch, self._device = core.launch, device
@@ -117,7 +119,7 @@ class Kernel:
         # Made once: a launch should cost microseconds.
         self._stream = functools.lru_cache(maxsize=64)(core.Stream.from_handle)
         self._config = functools.lru_cache(maxsize=64)(
-            lambda grid: core.LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+            lambda grid: core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, is_cooperative=cooperative)
         )
         if shared > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -136,9 +138,15 @@ class Kernel:
 
 
 def kernel(
-    source: tuple[Path, ...], name: str, macros: dict[str, int], threads: int, shared: int, device: int
+    source: tuple[Path, ...],
+    name: str,
+    macros: dict[str, int],
+    threads: int,
+    shared: int,
+    device: int,
+    cooperative: bool = False,
 ) -> Kernel:
     """The kernel `name` of some files, one after the other, compiled for a device."""
     text = "".join(path.read_text(encoding="utf-8") for path in source)
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(_cubin(text, macros, f"{major}{minor}"), name, threads, shared, device)
+    return Kernel(_cubin(text, macros, f"{major}{minor}"), name, threads, shared, device, cooperative)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from agreement import calls_of
 
-from mambaseq.ops import nvrtc
+from mambaseq.ops import nvrtc, stretch
+from mambaseq.ops.lti import discretise
 from mambaseq.ops.lti import launches as lti
 from mambaseq.ops.selective_scan import cuda, launches, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -52,18 +53,51 @@ def test_compile(
         assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
 
 
+@pytest.mark.parametrize("file", ["forward", "backward", "backward_summary"])
+@pytest.mark.parametrize(
+    ("wide", "d_state", "constant"),
+    [
+        (torch.complex64, 16, ""),
+        (torch.float32, 8, "BC"),
+        pytest.param(torch.complex64, 3, "B", marks=pytest.mark.slow),
+        pytest.param(torch.complex64, 8, "C", marks=pytest.mark.slow),
+    ],
+)
+def test_complex_and_constant_ones_compile(
+    file: str, wide: torch.dtype, d_state: int, constant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.zeros(1, 8, 64)
+    B, C = (torch.zeros(*((64,) if name in constant else (1, 8)), d_state, dtype=wide) for name in "BC")
+    inputs = cuda.prepare(ScanArguments(x, x, torch.zeros(64, d_state, dtype=wide), B, C, z=x))
+    macros = macros_of(monkeypatch, file, inputs)
+    assert [macros[key] for key in ("COMPLEX", "CONSTANT_B", "CONSTANT_C")] == [
+        wide.is_complex,
+        "B" in constant,
+        "C" in constant,
+    ]
+    source = "".join(path.read_text() for path in launches.FILES[file])
+    assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
 @pytest.mark.parametrize("name", ["combine", "gather_states", "gather_channels"])
-def test_sums_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_compile(name: str, is_complex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append((files, macros)))
     launches.summer.cache_clear()
-    launches.summer(name, torch.bfloat16, 16, True, 0)
+    launches.summer(name, torch.bfloat16, 16, not is_complex, 0, is_complex)
     launches.summer.cache_clear()
     ((files, macros),) = seen
     source = "".join(path.read_text() for path in files)
     assert name in source
     for architecture in ("80", "90", "100"):
         assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
+
+
+def test_the_zero_order_hold_and_stretches_compile() -> None:
+    for is_complex in (0, 1):
+        assert len(nvrtc.compile_to_cubin(discretise.FILE.read_text(), {"COMPLEX": is_complex}, "80")) > 1000
+    assert len(nvrtc.compile_to_cubin(stretch.FILE.read_text(), stretch.macros(2, 1, 2), "80")) > 1000
 
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

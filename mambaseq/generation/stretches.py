@@ -1,0 +1,247 @@
+"""A model's steps as one kernel that stays (`mambaseq.ops.stretch`): for one sequence of few tokens, by time-invariant
+layers, at one resolution or several."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.backbones.unet import Tier, UNet
+from mambaseq.encoders import TokenEncoder
+from mambaseq.heads.lm import LMHead
+from mambaseq.mixers.mamba import Mamba
+from mambaseq.mixers.mlp import MLP
+from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.s4d import S4D, DiagonalSSM
+from mambaseq.models import SequenceModel
+from mambaseq.ops import nvrtc, stretch
+from mambaseq.ops.linear import is_plain
+from mambaseq.ops.stretch import Phase, Stretch
+
+
+def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> str | None:
+    """The reason why the kernel does not run this model's steps, or None."""
+    encoder, head, backbone = model.encoder, model.head, model.backbone
+    if type(model) is not SequenceModel or type(encoder) is not TokenEncoder or type(head) is not LMHead:
+        return "the model has another encoder or head than tokens and lm"
+    vocabulary = len(head.linear.weight)
+    if not head.linear.weight.is_cuda:
+        return "the model is not on a GPU"
+    if (reason := _missing_on(head.linear.weight.device)) is not None:
+        return reason
+    if batch_size != 1:
+        return "there is more than one sequence"
+    if vocabulary > stretch.MOST_TOKENS:
+        return f"there are more than {stretch.MOST_TOKENS} tokens"
+    if 0 < top_k < vocabulary or top_p < 1:
+        return "top_k or top_p is set"
+    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
+        return "autocast is on, or a CUDA graph is being captured"
+    if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "there are hooks"
+    if type(backbone) not in (ResidualStack, UNet):
+        return f"the backbone is a {type(backbone).__name__}"
+    device = head.linear.weight.device
+    for value in (*model.parameters(), *model.buffers()):
+        if type(value) not in (nn.Parameter, Tensor) or value.dtype != torch.float32 or value.device != device:
+            return "some weights are not plain tensors of float32 on one GPU"
+    if isinstance(backbone, UNet) and len(backbone._tiers()) > stretch.MOST_POOLS + 1:
+        return f"there are more than {stretch.MOST_POOLS} poolings"
+    reasons = [_why_not_mixer(mixer) for mixer in backbone.mixers()]
+    return next((reason for reason in reasons if reason), None)
+
+
+@functools.cache
+def _missing_on(device: torch.device) -> str | None:
+    if (reason := nvrtc.why_not()) is not None:
+        return reason
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def _why_not_mixer(mixer: Any) -> str | None:
+    name = type(mixer).__name__
+    if type(mixer) is Mamba and mixer.lti:
+        linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.out_proj], mixer.ssm
+    elif type(mixer) is S4D:
+        linears, ssm = [mixer.out_proj], mixer.ssm
+    elif type(mixer) is MLP:
+        linears, ssm = [mixer.in_proj, mixer.out_proj], None
+    else:
+        return f"{name} is no time-invariant layer that the kernel knows"
+    if not all(is_plain(linear) for linear in linears) or "step_" in vars(mixer) or (ssm and "step_" in vars(ssm)):
+        return f"a layer of {name} is wrapped"
+    widths = [linear.weight[0].numel() for linear in linears if isinstance(linear, nn.Linear)]
+    if any(width % 4 or width > stretch.WIDEST for width in widths):
+        return f"widths must be multiples of 4 up to {stretch.WIDEST}"
+    if mixer.d_model % 4 or mixer.d_model > stretch.WIDEST:
+        return f"widths must be multiples of 4 up to {stretch.WIDEST}"
+    if ssm is not None and ssm.d_state > stretch.MOST_STATES:
+        return f"there are more than {stretch.MOST_STATES} states a channel"
+    if ssm is not None and ssm.real and ssm.discretization == "bilinear":
+        return "a real system under the bilinear rule has a complex decay"
+    return None
+
+
+class Stretches:
+    """Decodes one sequence many positions at a time.
+
+    Args:
+        model: for which `why_not` is None; its weights must not change until this is done with.
+        state: of one sequence, changed in place.
+        condition: `(1,)` int64 for conditional models.
+    """
+
+    def __init__(self, model: SequenceModel, state: list[Any], condition: Tensor | None) -> None:
+        head: Any = model.head
+        weight = head.linear.weight
+        self._windows: list[tuple[Any, Tensor]] = []  # a pool's state and its window of positions
+        self._phases: list[Phase] = []
+        self._pools: list[int] = []
+        self._device, self._d_model = weight.device, weight.shape[1]
+        stream = self._vector(self._d_model)
+        backbone: Any = model.backbone
+        if isinstance(backbone, UNet):
+            stream = self._add_tier(backbone.top, state, stream, 0, None)
+        else:
+            self._add_layers(backbone.layers, state, stream, 0, {})
+        norm: RMSNorm = backbone.norm_f
+        logits = self._vector(-(-len(weight) // 4) * 4)
+        self._phases[0] = self._phases[0]._replace(flags=self._phases[0].flags | stretch.EMBEDS)
+        self._phases.append(self._linear(stretch.LINEAR, 0, weight, None, logits, source=stream, **_norm(norm)))
+        counts = torch.tensor([0] * stretch.MOST_POOLS, dtype=torch.int64, device=self._device)
+        for number, (pool_state, window) in enumerate(self._windows):
+            counts[number] = pool_state.count[0]
+            window[: pool_state.begun[0].numel()] = pool_state.begun[0].flatten()
+        encoder: Any = model.encoder
+        embedded = None if condition is None else encoder.condition(condition)[0].contiguous()
+        self._stretch = Stretch(self._phases, encoder.embedding.weight.detach(), embedded, logits, counts, self._pools)
+
+    @torch.no_grad()
+    def run(self, token: Tensor, n: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Stretch.run`; the state is then that before the last token of what is returned."""
+        tokens, failed = self._stretch.run(token, n, temperature, uniforms)
+        for number, (state, window) in enumerate(self._windows):
+            state.count.copy_(self._stretch.counts[number : number + 1])
+            begun = window[: state.begun[0].numel()].view_as(state.begun)
+            is_begun = torch.arange(begun.shape[1], device=self._device) < state.count[:, None]
+            state.begun.copy_(torch.where(is_begun[..., None], begun, 0.0))
+        return tokens, failed
+
+    def _vector(self, size: int) -> Tensor:
+        return torch.zeros(size, device=self._device)
+
+    def _add_tier(self, tier: Tier, state: list[Any], stream: Tensor, level: int, copy: Tensor | None) -> Tensor:
+        """A tier's phases; the stream behind it, which its last phase also writes to `copy`."""
+        if tier.pool is None or tier.inner is None:
+            self._add_layers(tier.down, state, stream, level, {"copy": copy})
+            return stream
+        down, pooled, inner, up = tier.states(state)
+        pool, number = tier.pool, len(self._pools)
+        self._pools.append(pool.pool)
+        window, behind = self._vector(pool.pool * pool.d_model), self._vector(pool.d_model)
+        self._windows.append((pooled, window))
+        held = pooled.held[0]
+        more = {"window": window, "up": pool.up.weight.detach(), "held": held, "held_cols": pool.d_coarse}
+        self._add_layers(tier.down, down, stream, level, {**more, "pool": number, "out": behind})
+        coarse = self._vector(pool.d_coarse)
+        self._phases.append(self._linear(stretch.LINEAR, level + 1, pool.down.weight, None, coarse, source=window))
+        self._add_tier(tier.inner, inner, coarse, level + 1, held)
+        self._add_layers(tier.up, up, behind, level, {"copy": copy})
+        return behind
+
+    def _linear(
+        self, kind: int, level: int, weight: Tensor, bias: Tensor | None, out: Tensor, halves: int = 1, **more: Any
+    ) -> Phase:
+        """Of a weight `(halves * rows, cols)`."""
+        weight = weight.detach()
+        return Phase(
+            kind,
+            level,
+            len(weight) // halves,
+            weight.shape[1],
+            weight=weight,
+            bias=None if bias is None else bias.detach(),
+            out=out,
+            **more,
+        )
+
+    def _add_layers(self, layers: Any, states: list[Any], stream: Tensor, level: int, last: dict[str, Any]) -> None:
+        """Phases of residual layers over a stream, which is changed in place; `last` are fields of their last one."""
+        for number, (layer, state) in enumerate(zip(layers, states, strict=True)):
+            mixer: Any = layer.mixer
+            more = {"source": stream, "residual": stream, **_norm(layer.norm)}
+            flags = 0
+            if isinstance(mixer, Mamba):
+                made = self._vector(mixer.d_inner)
+                system = _system(mixer.ssm, state.ssm)
+                self._phases.append(
+                    self._linear(
+                        stretch.MAMBA,
+                        level,
+                        mixer.in_proj.weight,
+                        mixer.in_proj.bias,
+                        made,
+                        2,
+                        conv=mixer.conv1d.weight.detach(),
+                        conv_bias=None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach(),
+                        conv_state=state.conv,
+                        width=mixer.d_conv,
+                        **more,
+                        **system,
+                    )
+                )
+            elif isinstance(mixer, S4D):
+                made, width = self._vector(mixer.d_model), mixer.d_model
+                system = _system(mixer.ssm, state.ssm)
+                self._phases.append(Phase(stretch.LTI, level, width, width, out=made, **more, **system))
+                flags = stretch.GLU
+            else:
+                made = self._vector(mixer.hidden)
+                halves = 2 if mixer.activation == "swiglu" else 1
+                weight, bias = mixer.in_proj.weight, mixer.in_proj.bias
+                kind_of = stretch.SWIGLU if halves == 2 else 0
+                self._phases.append(
+                    self._linear(stretch.GATED, level, weight, bias, made, halves, flags=kind_of, **more)
+                )
+            self._phases.append(
+                self._linear(
+                    stretch.OUT,
+                    level,
+                    mixer.out_proj.weight,
+                    mixer.out_proj.bias,
+                    stream,
+                    2 if flags else 1,
+                    source=made,
+                    residual=stream,
+                    flags=flags,
+                )
+            )
+            if number + 1 == len(layers):
+                self._phases[-1] = self._phases[-1]._replace(**last)
+
+
+def _norm(norm: RMSNorm) -> dict[str, Any]:
+    return {"norm": norm.weight.detach(), "eps": float(norm.eps or 0.0)}
+
+
+def _system(ssm: DiagonalSSM, state: Tensor) -> dict[str, Any]:
+    """What a channel's states are stepped by."""
+    a, B, C = (value.detach() for value in ssm.discrete())
+    if a.is_complex():  # y is 2 Re(C h)
+        a, B, C, state = (torch.view_as_real(v.resolve_conj().contiguous()) for v in (a, B, 2 * C.conj(), state))
+    return {
+        "a": a.contiguous(),
+        "b": B.contiguous(),
+        "c": C.contiguous(),
+        "D": ssm.D.detach(),
+        "state": state,
+        "n_states": ssm.d_state,
+        "flags": stretch.COMPLEX if ssm.state_dtype().is_complex else 0,
+    }

@@ -1,0 +1,161 @@
+"""Many positions of one sequence by one kernel on a GPU (stretch.cu): what a model does at a position, and the drawing
+of the next token, is a list of phases that a barrier over the whole GPU parts. Launching kernels for them, replayed
+from a graph or not, takes longer than a small model's phases do.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops import nvrtc
+from mambaseq.ops.selective_scan.launches import processors
+
+FILE = Path(__file__).parent / "stretch.cu"
+LINEAR, OUT, MAMBA, LTI, GATED = range(5)  # kinds of phases
+EMBEDS, GLU, COMPLEX, SWIGLU = 1, 2, 4, 8  # flags
+WIDEST = 1024  # numbers of a vector, a multiple of 4
+MOST_STATES = 128  # of a channel
+MOST_TOKENS = 1024  # of a vocabulary
+MOST_PHASES = 200  # that fit into a block's memory
+MOST_POOLS = 4
+_THREADS = 256
+
+
+class Phase(NamedTuple):
+    """`rows` of a linear map, each by a warp, and what is done with them. Tensors are float32 and contiguous.
+
+    LINEAR  out = weight norm(in) + bias.
+    OUT     the same, without a norm, gated by its other half (GLU) and added to `residual`. The sum goes to `out`, with
+            what row `count * rows + row` of `up` makes of `held`, and to `copy`; without that to `window`, at the
+            place of the pool's count.
+    MAMBA   a channel of the time-invariant Mamba block: two rows, convolution, states, gate.
+    LTI     a channel of norm(in) through its states, GELU.
+    GATED   silu(row) times its other half (SWIGLU), or GELU of the row.
+
+    level: pools that must be whole with a position for it to be run. flags: EMBEDS takes the token's embedding instead
+    of `in`, and puts it into `residual`. a, b, c: `(channels, n_states)`, real or (COMPLEX) as pairs of numbers, with
+    the state's new value a h + b x and the output the sum of all numbers' products with c.
+    """
+
+    kind: int
+    level: int
+    rows: int
+    cols: int
+    source: Tensor | None = None
+    norm: Tensor | None = None
+    eps: float = 0.0
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    out: Tensor | None = None
+    flags: int = 0
+    a: Tensor | None = None
+    b: Tensor | None = None
+    c: Tensor | None = None
+    D: Tensor | None = None
+    state: Tensor | None = None
+    n_states: int = 0
+    conv: Tensor | None = None
+    conv_bias: Tensor | None = None
+    conv_state: Tensor | None = None
+    width: int = 0
+    residual: Tensor | None = None
+    window: Tensor | None = None
+    copy: Tensor | None = None
+    up: Tensor | None = None
+    held: Tensor | None = None
+    held_cols: int = 0
+    pool: int = -1
+
+    def words(self) -> list[int]:
+        """As `struct Phase` has them: addresses, numbers, and the bits of a float."""
+        return [
+            0
+            if value is None
+            else value.data_ptr()
+            if isinstance(value, Tensor)
+            else struct.unpack("<i", struct.pack("<f", value))[0]
+            if isinstance(value, float)
+            else value
+            for value in self
+        ]
+
+
+class Stretch:
+    """Steps of a model as phases.
+
+    Args:
+        phases: in their order; the last makes the logits.
+        embedding: `(vocabulary, d_model)` float32. condition: `(d_model,)` float32, added to it, or None.
+        logits: `(vocabulary,)` float32, where the last phase leaves them; room for a multiple of 4 of them.
+        counts: int64, how far each pool's window is, changed in place. pools: positions that each makes one of.
+    """
+
+    def __init__(
+        self,
+        phases: list[Phase],
+        embedding: Tensor,
+        condition: Tensor | None,
+        logits: Tensor,
+        counts: Tensor,
+        pools: list[int],
+    ) -> None:
+        device = embedding.device
+        self._phases = phases  # what they point to must stay
+        self._program = torch.tensor([phase.words() for phase in phases], dtype=torch.int64, device=device)
+        self._embedding, self._condition, self._logits = embedding, condition, logits
+        self.counts, self._pools = counts, torch.tensor(pools or [1], dtype=torch.int64, device=device)
+        self._n_pools = len(pools)
+        longest = max(max(phase.cols, phase.held_cols) for phase in phases)
+        states = max(phase.n_states for phase in phases)
+        self._kernel = _kernel(
+            -(-longest // 128), -(-max(1, states) // 32), -(-len(embedding) // 32), device.index, len(phases)
+        )
+
+    def run(self, token: Tensor, n_steps: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take a token `(1,)` int64 and `n_steps` steps, each step's token drawn of what it makes: by a number of
+        `uniforms` `(n_steps,)` float64 in [0, 1), or, if None, the likeliest.
+
+        Returns the tokens `(n_steps,)` int64, and whether some logits were no finite numbers `(1,)` int32.
+        """
+        device = token.device
+        tokens = torch.empty(n_steps, dtype=torch.int64, device=device)
+        shared = torch.zeros(2, dtype=torch.int32, device=device)  # what has come to the barrier; what has failed
+        with torch.cuda.device(device):
+            self._kernel(
+                processors(device.index),
+                self._program,
+                len(self._program),
+                n_steps,
+                self._embedding,
+                self._condition,
+                self._embedding.shape[1],
+                self._logits,
+                len(self._embedding),
+                torch.tensor([temperature], dtype=torch.float64, device=device),
+                uniforms,
+                token,
+                tokens,
+                self.counts,
+                self._pools,
+                self._n_pools,
+                shared,
+                shared[1:],
+            )
+        return tokens, shared[1:]
+
+
+def macros(pieces: int, held: int, choices: int) -> dict[str, int]:
+    """What stretch.cu is compiled with."""
+    return {"THREADS": _THREADS, "PIECES": pieces, "HELD": held, "CHOICES": choices}
+
+
+@functools.cache
+def _kernel(pieces: int, held: int, choices: int, device: int, phases: int) -> nvrtc.Kernel:
+    shared = phases * len(Phase._fields) * 8
+    return nvrtc.kernel((FILE,), "stretch", macros(pieces, held, choices), _THREADS, shared, device, cooperative=True)

@@ -1,0 +1,126 @@
+"""Many positions by one kernel: the tokens and states of steps that are taken one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from mambaseq.generation import decode, generate
+from mambaseq.generation.stretches import Stretches, why_not
+from mambaseq.models import SequenceModel, build_model
+
+CUDA = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none here")
+
+
+def model_of(
+    backbone: dict[str, Any], mixer: dict[str, Any], vocabulary: int = 50, conditions: int = 0
+) -> SequenceModel:
+    torch.manual_seed(0)
+    model = build_model(
+        {
+            "d_model": 36,
+            "encoder": {"name": "tokens", "vocab_size": vocabulary, "n_conditions": conditions},
+            "backbone": backbone,
+            "mixer": mixer,
+            "head": {"name": "lm", "vocab_size": vocabulary},
+        }
+    ).eval()
+    with torch.no_grad():
+        for value in model.parameters():  # biases and norms that do something
+            if value.ndim == 1:
+                value += 0.1 * torch.randn_like(value)
+        model.head.linear.weight *= 20  # type: ignore[union-attr, operator]
+    return model
+
+
+RESIDUAL: dict[str, Any] = {"name": "residual", "n_layers": 2}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lti": (RESIDUAL, {"name": "mamba", "lti": True, "d_state": 20}),
+    "lti, real": (
+        RESIDUAL,
+        {
+            "name": "mamba",
+            "lti": True,
+            "lti_complex": False,
+            "d_state": 5,
+            "bias": True,
+            "d_conv": 2,
+            "conv_bias": False,
+        },
+    ),
+    "s4d": ({**RESIDUAL, "mlp": True}, {"name": "s4d", "d_state": 40}),
+    "s4d, bilinear": (RESIDUAL, {"name": "s4d", "d_state": 3, "discretization": "bilinear"}),
+    "unet": ({"name": "unet", "n_layers": 1, "pool": [3, 2]}, {"name": "s4d", "d_state": 8}),
+    "unet, wide": (
+        {"name": "unet", "n_layers": 2, "pool": [4], "expand": 3},
+        {"name": "mamba", "lti": True, "d_state": 70},
+    ),
+}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("begun", [1, 17])
+def test_stretches_equal_steps(kind: str, begun: int) -> None:
+    """Greedy tokens, and every state, from a state anywhere in its windows; in two stretches."""
+    model = model_of(*MODELS[kind], conditions=3).cuda()
+    assert why_not(model, 1, 0, 1.0) is None
+    prompt = torch.randint(0, 50, (1, begun), device="cuda")
+    condition = torch.tensor([2], device="cuda")
+    with torch.no_grad():
+        _, states = model.backbone(model.encoder(prompt, condition), return_state=True)
+    states = [state.map(torch.Tensor.contiguous) for state in states]
+    own, token, expected = copy.deepcopy(states), prompt[:, -1], []
+    for _ in range(40):
+        token = model.step_(token, states, condition).argmax(-1)
+        expected.append(int(token))
+    first, failed = Stretches(model, own, condition).run(prompt[:, -1], 25, 0.0, None)
+    second, _ = Stretches(model, own, condition).run(first[-1:], 15, 0.0, None)
+    assert [*first.tolist(), *second.tolist()] == expected
+    assert not failed.item()
+    for one, other in zip(own, states, strict=True):
+        for name, value in one.tensors().items():
+            wanted = other.tensors()[name]
+            assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-6), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_drawn_tokens_are_those_of_steps() -> None:
+    model = model_of(*MODELS["lti"], vocabulary=300).cuda()
+    prompt = torch.randint(0, 300, (1, 5), device="cuda")
+    for settings in ({"temperature": 0.8}, {"temperature": 1e-30}, {"temperature": 0.0}):
+        one, other = (generate(model, prompt, 600, seed=3, cuda_graph=fast, **settings) for fast in (True, False))
+        same = (one == other).long().cumprod(1).sum()
+        assert same == one.shape[1], f"{settings}: other tokens after {same}"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_STRETCH", 8)
+    model = model_of(*MODELS["s4d"]).cuda()
+    prompt = torch.randint(0, 50, (1, 5), device="cuda")
+    whole = generate(model, prompt, 60, seed=3)
+    stop = int(whole[0, 45])
+    first = whole[0, 5:].tolist().index(stop)
+    stopped = generate(model, prompt, 60, seed=3, stop_ids=[stop])
+    assert stopped.tolist() == whole[:, : 5 + first + 1].tolist()
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = float("nan")  # type: ignore[index, operator, union-attr]
+    with pytest.raises(decode.NotFinite):
+        generate(model, prompt, 60, seed=3)
+
+
+def test_what_the_kernel_does_not_run_is_told() -> None:
+    assert why_not(model_of(*MODELS["lti"]), 1, 0, 1.0) == "the model is not on a GPU"
+    if CUDA:
+        plain = model_of(RESIDUAL, {"name": "mamba"}).cuda()
+        assert "no time-invariant layer" in str(why_not(plain, 1, 0, 1.0))
+        assert "more than one sequence" in str(why_not(plain, 2, 0, 1.0))
+        assert "top_k" in str(why_not(plain, 1, 5, 1.0))
