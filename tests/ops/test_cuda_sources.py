@@ -58,7 +58,7 @@ def test_compile(
     ("wide", "d_state", "constant"),
     [
         (torch.complex64, 16, ""),
-        (torch.float32, 8, "BC"),
+        pytest.param(torch.float32, 8, "BC", marks=pytest.mark.slow),
         pytest.param(torch.complex64, 3, "B", marks=pytest.mark.slow),
         pytest.param(torch.complex64, 8, "C", marks=pytest.mark.slow),
     ],
