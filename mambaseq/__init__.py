@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from mambaseq.domain import Domain
     from mambaseq.generation import generate
     from mambaseq.models import SequenceModel, build_model, causal_lm
+    from mambaseq.runs.run import Run, fit, load
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Batch": "mambaseq.batch",
+    "Run": "mambaseq.runs.run",
+    "fit": "mambaseq.runs.run",
+    "load": "mambaseq.runs.run",
     "Domain": "mambaseq.domain",
     "SequenceModel": "mambaseq.models",
     "build_model": "mambaseq.models",
@@ -25,7 +29,18 @@ _LAZY = {
     "generate": "mambaseq.generation",
 }
 
-__all__ = ["Batch", "Domain", "SequenceModel", "__version__", "build_model", "causal_lm", "generate"]
+__all__ = [
+    "Batch",
+    "Domain",
+    "Run",
+    "SequenceModel",
+    "__version__",
+    "build_model",
+    "causal_lm",
+    "fit",
+    "generate",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,15 +13,33 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq predict",
         description="Label windows of records (classifiers), give their values (regression), label each position "
         "(heads with a label a token), or measure bits a token of records (language models): what comes out follows "
-        "the head and what it was trained for. Writes a CSV in the order of the records.",
+        "the head and what it was trained for; --what asks for something else. Writes a table in the order of the "
+        "records: CSV, TSV, parquet or npz, by the name's ending.",
         epilog="A row without a prediction (an empty record, say) has empty cells and a note that says why. Text that "
         "begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, so that no "
         "spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, the rows that "
-        "were finished before are kept in FILE.partial.csv and the exit code is 2.",
+        "were finished before are kept in FILE.partial.csv (or .tsv, ...) and the exit code is 2.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")
-    parser.add_argument("--out", required=True, metavar="FILE.csv", help="a file, a pipe or /dev/stdout")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="FILE.csv, .tsv, .parquet, .npz, a pipe or /dev/stdout"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("answers", "tokens", "embeddings"),
+        default="answers",
+        help="answers of the head (the default), bits of each token of a language model, or embeddings",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("mean", "last", "positions"),
+        default="mean",
+        help="embeddings: the mean over a record (the default), its last position, or all positions",
+    )
+    parser.add_argument(
+        "--layer", type=int, help="embeddings: behind this layer, 1 the first; the backbone's output else"
+    )
     parser.add_argument("--reader", help="another reader (`mambaseq list readers`)")
     parser.add_argument(
         "--condition", action="append", metavar="NAME", help="what the records are, for conditional models: one name"
@@ -47,6 +65,9 @@ def run(argv: list[str], command: str) -> int:
         arguments.checkpoint,
         [Path(p) for p in arguments.inputs],
         out,
+        what=arguments.what,
+        pool=arguments.pool,
+        layer=arguments.layer,
         reader=arguments.reader,
         condition=arguments.condition,
         window=arguments.window,

@@ -18,6 +18,7 @@ from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
+from mambaseq.runs.tables import Value
 
 CHUNK = 8192
 """Positions that are read at once where the state is handed on."""
@@ -31,7 +32,7 @@ class Row(NamedTuple):
 
     start: int
     stop: int
-    values: list[str] | None
+    values: list[Value] | None
     note: str = ""
 
 
@@ -156,23 +157,67 @@ class Likelihood(Answer):
             raise row
         yield from row
 
-    def _nats(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over each row: nats, float64, and labels that count, int64, `(batch,)` both."""
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Nats `(batch, length)` fp32, 0 where a label does not count."""
         # a linear map can be taken in slices; another head may look at positions beside each other
         step = max(1, _LOGITS // len(hidden)) if isinstance(self.model.head, LMHead) else hidden.shape[1]
-        total = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+        parts = []
         for start in range(0, hidden.shape[1], step):
             _, logits = self.model.head(hidden[:, start : start + step])
-            losses = F.cross_entropy(logits.transpose(1, 2), labels[:, start : start + step], reduction="none")
-            total += losses.double().sum(1)
-        return total, (labels != -100).sum(1)
+            parts.append(F.cross_entropy(logits.transpose(1, 2), labels[:, start : start + step], reduction="none"))
+        return torch.cat(parts, 1)
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over each row: nats, float64, and labels that count, int64, `(batch,)` both."""
+        return self._losses(hidden, labels).double().sum(1), (labels != -100).sum(1)
 
     def _row(self, span: Span, total: float, count: int) -> list[Row] | NotFinite:
         if not math.isfinite(total):
             return NotFinite("")
         if not count:
             return [Row(span.start, span.stop, None, "no token that is scored")]
-        return [Row(span.start, span.stop, [str(count), f"{total / count / math.log(2):.6f}"])]
+        return [Row(span.start, span.stop, [count, total / count / math.log(2)])]
+
+
+class Tokens(Likelihood):
+    """Bits of each token, given what precedes it in its record or window."""
+
+    gathered = 2**16
+
+    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+        super().__init__(loaded, condition, window)
+        self.columns = ["bits"]
+
+    def _each(self, first: int, hidden: Tensor, labels: Tensor) -> list[Row] | NotFinite:
+        """Rows of the tokens from `first` on; hidden `(1, tokens, d_model)`, labels `(1, tokens)`."""
+        bits = self._losses(hidden, labels)[0].float() / math.log(2)
+        if not bits.isfinite().all():
+            return NotFinite("")
+        counted = (labels[0] != -100).tolist()
+        return [
+            Row(place, place + 1, [value] if counts else None, "" if counts else "not scored")
+            for place, (value, counts) in enumerate(zip(bits.tolist(), counted, strict=True), start=first)
+        ]
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        ids = self.batch(pieces)
+        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(len(ids))))
+        return [
+            self._each(span.start + 1, one[None], self._labels(record, span.start, span.stop, row)[None, 1:])
+            for (record, span), row, one in zip(pieces, ids, hidden, strict=True)
+        ]
+
+    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+        state = None
+        for start in range(span.start, span.stop - 1, CHUNK):
+            stop = min(start + CHUNK, span.stop - 1)
+            ids = self.tensor(record, start, stop + 1)
+            x = self.model.encoder(ids[None, :-1], self.conditions(1))
+            hidden, state = self.model.backbone(x, state=state, return_state=True)
+            rows = self._each(start + 1, hidden, self._labels(record, start, stop + 1, ids)[None, 1:])
+            if isinstance(rows, NotFinite):
+                raise rows
+            yield from rows
 
 
 class Sequences(Answer):
@@ -189,17 +234,17 @@ class Sequences(Answer):
         super().__init__(loaded, condition, window)
         self.classes = classes
 
-    def cells(self, output: Tensor) -> list[list[str]]:
+    def cells(self, output: Tensor) -> list[list[Value]]:
         """Cells of outputs `(n, outputs)` fp32. Sets the columns."""
         if self.classes is None:
             count = output.shape[1]
             self.columns = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
-            return [[f"{value:.6g}" for value in row] for row in output.tolist()]
+            return output.tolist()
         names = class_names(self.loaded, self.classes, output.shape[1])
         self.columns = ["predicted", *names]
         best = output.argmax(-1).tolist()
         shares = output.softmax(-1).tolist()
-        return [[names[label], *(f"{share:.6f}" for share in row)] for label, row in zip(best, shares, strict=True)]
+        return [[names[label], *row] for label, row in zip(best, shares, strict=True)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
@@ -225,13 +270,13 @@ class Positions(Sequences):
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
 
-    def cells(self, output: Tensor) -> list[list[str]]:
+    def cells(self, output: Tensor) -> list[list[Value]]:
         if self.classes is None or output.shape[1] <= _COLUMNS:
             return super().cells(output)
         names = class_names(self.loaded, self.classes, output.shape[1])
         self.columns = ["predicted", "probability"]
         shares, labels = output.softmax(-1).max(-1)
-        return [[names[label], f"{share:.6f}"] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
+        return [[names[label], share] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
 
     def _rows(self, first: int, stop: int, output: Tensor) -> list[Row] | NotFinite:
         """Rows of the positions from `first` on; output `(positions, outputs)`."""
@@ -278,11 +323,24 @@ def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str
     return classes or [str(number) for number in range(count)]
 
 
-def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None) -> Answer:
+def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None, each_token: bool = False) -> Answer:
     """What comes out of a model. window: tokens that are read at once, where the user wants another number.
+    each_token: the likelihood of each token, not of records.
 
     Raises ConfigError, naming model and head, where it cannot be known what the head's numbers mean.
     """
+    found = _answer_of(loaded, condition, window)
+    if not each_token:
+        return found
+    if type(found) is not Likelihood:
+        raise ConfigError(
+            f"The likelihood of each token is for language models, and the model at {loaded.source} is none. Leave "
+            f"--what away."
+        )
+    return Tokens(loaded, condition, window)
+
+
+def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None) -> Answer:
     card, model = loaded.card, loaded.model
     head, task, names = model.head, card.task, list(card.class_names)
     here = f"The model at {loaded.source} (head {shown(card.spec['head']['name'])})"

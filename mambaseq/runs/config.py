@@ -436,6 +436,20 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
     )
 
 
+def keys_of(config: str, overrides: list[str]) -> list[str]:
+    """All keys that can be set in a configuration: those of its parts' classes, sections and the trainer.
+
+    Raises ConfigError for a configuration that cannot be read, or names that do not exist.
+    """
+    raw = read_settings(resolve_config(config))
+    check_overrides(overrides)
+    names = {"data": _name(raw, overrides, "data", None)}
+    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
+    mixers = [name for name in _mixers(raw, overrides, names) if name != names["mixer"]]
+    parser, _ = make_parser(names, mixers)
+    return sorted({action.dest for action in parser._actions} - {"help", "config", "print_config"})
+
+
 def parse_config(config: str, overrides: list[str]) -> RunConfig:
     """Read a configuration (registered name or YAML file) and `--key value` overrides.
 

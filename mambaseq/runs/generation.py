@@ -25,9 +25,44 @@ from mambaseq.runs.loading import condition_ids, fitting_options
 _AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
 
+class Generated(NamedTuple):
+    """What was generated.
+
+    ids: `(length,)` int64 each: for each prompt, each condition, each sample. model: by which. files: those written.
+    """
+
+    ids: list[np.ndarray]
+    model: LoadedModel
+    files: list[Path] = []  # noqa: RUF012 - nobody adds to it
+
+    @property
+    def sequences(self) -> list[Any]:
+        """Each as the tokenizer decodes it: text, bases, a waveform."""
+        assert self.model.tokenizer is not None
+        return [self.model.tokenizer.decode(ids) for ids in self.ids]
+
+    def _repr_html_(self) -> str:
+        import html
+
+        shown = "".join(f"<li><pre>{html.escape(str(one)[:2000])}</pre></li>" for one in self.sequences[:10])
+        return f"<ol>{shown}</ol>"
+
+
 def generate_to(
+    checkpoint: str | Path, out: Path, *, prompt: str | None = None, writer: str | None = None, **options: Any
+) -> list[Path]:
+    """Generate and write. Returns the files written. options: see `generate_from`.
+
+    Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
+    """
+    output_target(out, folder=True)  # which is for the writer to judge
+    if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
+        raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
+    return write_generated(generate_from(checkpoint, prompt=prompt, writer=writer, **options), out, writer)
+
+
+def generate_from(
     checkpoint: str | Path,
-    out: Path,
     *,
     prompt: str | None = None,
     condition: str | Sequence[str] | None = None,
@@ -40,11 +75,11 @@ def generate_to(
     writer: str | None = None,
     device: str | None = None,
     progress: bool = False,
-) -> list[Path]:
-    """Generate and write; settings that are None are the run's own. Returns the files written.
+) -> Generated:
+    """Generate; settings that are None are the run's own.
 
-    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are written in this
-    order. Each is what it would be without the others.
+    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
+    Each is what it would be without the others. writer: by which they are to be written; checked first.
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     check_whole("--samples", samples, 1)
@@ -53,22 +88,17 @@ def generate_to(
         check_whole("--max-new-tokens", max_new_tokens, 1)
     _check_amount(samples, max_new_tokens or 1)
     check_settings(1.0 if temperature is None else temperature, top_k or 0, 1.0 if top_p is None else top_p)
-    output_target(out, folder=True)  # which is for the writer to judge
-    if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
-        raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     card = loaded.card
-    name = writer or card.writer
-    if name is None or loaded.tokenizer is None:
-        raise ConfigError(f"The model at {checkpoint} cannot generate: its model.json has no writer or no tokenizer.")
+    if loaded.tokenizer is None:
+        raise ConfigError(f"The model at {checkpoint} cannot generate: its model.json has no tokenizer.")
     if not loaded.model.backbone.causal or not loaded.model.head.per_token:
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
             f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."
         )
-    write = catalog()["writers"].get(name)
-    writer_options = fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
+    _writer(loaded, writer)
     conditions = condition_ids(loaded, condition)
     prompts = prompt_ids(loaded, prompt)
     defaults = card.generation
@@ -90,8 +120,31 @@ def generate_to(
         sequences = _sequences(loaded, prompts, conditions, samples, count, place, settings, progress)
     # what was made up to begin from is not part of the result; a prompt that was given is
     sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
+    return Generated(sequences, loaded)
+
+
+def _writer(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str, Any]] | None:
+    """The name, function and options of a model's writer, or of another one; None where there is none."""
+    card = loaded.card
+    if (name := writer or card.writer) is None:
+        return None
+    write = catalog()["writers"].get(name)
+    return name, write, fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
+
+
+def write_generated(generated: Generated, out: Path, writer: str | None = None) -> list[Path]:
+    """Write sequences by the model's own writer, or another one. Returns the files.
+
+    Raises ConfigError where there is none, or another one cannot write them.
+    """
+    loaded, card = generated.model, generated.model.card
+    if (found := _writer(loaded, writer)) is None:
+        raise ConfigError(
+            f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
+        )
+    name, write, options = found
     try:
-        return write(out, sequences, loaded.tokenizer, **writer_options)
+        return write(out, generated.ids, loaded.tokenizer, **options)
     except (TypeError, ValueError, AttributeError) as error:
         if name == card.writer:
             raise
@@ -203,8 +256,8 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         for record in read(Path(prompt), loaded.tokenizer, **options):
             if not len(record):
                 raise ConfigError(
-                    f"The prompt file {prompt} has an empty record, {shown(record.name)}, and a prompt has at least "
-                    f"one token. Remove it."
+                    f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
+                    f"least one token. Remove it."
                 )
             found.append(record.ids.astype(np.int64))
             limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
 from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.embeddings import Embeddings, Pool
 from mambaseq.runs.loading import condition_ids, fitting_options
-from mambaseq.runs.tables import Table, partial_path, table
+from mambaseq.runs.tables import ENDINGS, Frame, Table, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
 _NAMED = 20  # bad records that are named one by one
@@ -32,18 +33,25 @@ Bad = Callable[[UserError], None]
 
 class Predictions(NamedTuple):
     """rows: written. without: those of them that have no prediction, by the note that says why. bad: files and records
-    that were left out, as messages (`skip_bad`)."""
+    that were left out, as messages (`skip_bad`). table: a `pandas.DataFrame`, where no file was asked for."""
 
     rows: int
     without: dict[str, int]
     bad: list[str]
+    table: Any = None
+
+
+What = Literal["answers", "tokens", "embeddings"]
 
 
 def predict(
     checkpoint: str | Path,
     inputs: list[Path],
-    out: Path,
+    out: Path | None,
     *,
+    what: What = "answers",
+    pool: Pool = "mean",
+    layer: int | None = None,
     reader: str | None = None,
     condition: str | Sequence[str] | None = None,
     window: int | None = None,
@@ -53,6 +61,9 @@ def predict(
 ) -> Predictions:
     """Write predictions for every record of the inputs.
 
+    out: the file, of the kind that its ending says (`mambaseq.runs.tables`); None returns a table.
+    what: "answers" of the head, bits of all "tokens" of a language model, or "embeddings", by pool and layer
+        (`mambaseq.runs.embeddings`).
     condition: name of the one condition that every record is taken under, for conditional models.
     window: tokens that are read by themselves; as in training when None (whole records for models of the next token,
         and for labels of positions by a causal model).
@@ -66,7 +77,12 @@ def predict(
     if window is not None:
         _at_least_one("--window", window)
     files = _files(inputs)
-    _check_not_overwritten(out, inputs, files)
+    if out is not None:
+        _check_not_overwritten(out, inputs, files)
+    if what not in ("answers", "tokens", "embeddings"):
+        raise ConfigError(f"What is predicted is answers, tokens or embeddings, not {shown(what)}.")
+    if what != "embeddings" and (pool != "mean" or layer is not None):
+        raise ConfigError("--pool and --layer are for --what embeddings.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     given = condition_ids(loaded, condition)
@@ -74,7 +90,11 @@ def predict(
         raise ConfigError(
             f"Records are predicted under one condition, not under {len(given)} (--condition). Run once for each."
         )
-    answer = answer_of(loaded, torch.tensor(given, device=place) if given else None, window)
+    under = torch.tensor(given, device=place) if given else None
+    if what == "embeddings":
+        answer: Answer = Embeddings(loaded, under, window, pool, layer)
+    else:
+        answer = answer_of(loaded, under, window, each_token=what == "tokens")
     if window is not None and window < answer.least:
         raise ConfigError(
             f"--window must be at least {answer.least} for this model, not {window}: it reads that many at once."
@@ -94,7 +114,7 @@ def predict(
                 rows.begin(answer.columns)
             rows.add(file, name, row.start, row.stop, row.values, row.note)
         _check_any(rows, inputs, bad)
-    return Predictions(rows.rows, dict(rows.notes), bad)
+    return Predictions(rows.rows, dict(rows.notes), bad, rows.frame() if isinstance(rows, Frame) else None)
 
 
 def _at_least_one(option: str, value: int) -> int:
@@ -121,7 +141,7 @@ def _check_not_overwritten(out: Path, inputs: list[Path], files: list[Path]) -> 
         return
     folders = [path.resolve() for path in inputs if path.is_dir()]
     # an older table in a folder of inputs is none of them
-    inside = out.suffix.lower() != ".csv" and any(folder in target.resolve().parents for folder in folders)
+    inside = out.suffix.lower() not in ENDINGS and any(folder in target.resolve().parents for folder in folders)
     for written in (target, partial_path(target)):
         if written.exists() and (inside or any(file.samefile(written) for file in files)):
             raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
@@ -190,19 +210,19 @@ def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, rem
     encoder = loaded.card.spec["encoder"]
     if record.ids is None:
         if loaded.tokenizer is not None:
-            raise ConfigError(f"{other}: its record {shown(record.name)} of {path} is a signal. {remedy}")
+            raise ConfigError(f"{other}: its record {shown(record.name, 300)} of {path} is a signal. {remedy}")
         channels = encoder.get("n_channels")
         shape = () if record.signal is None else record.signal.shape
         if channels is not None and shape[1:] != (channels,):
             raise ConfigError(
-                f"{other}: its record {shown(record.name)} of {path} is a signal of shape {shape}, and the model reads "
-                f"(length, {channels}). {remedy}"
+                f"{other}: its record {shown(record.name, 300)} of {path} is a signal of shape {shape}, and the model "
+                f"reads (length, {channels}). {remedy}"
             )
         return
     size = encoder.get("vocab_size") or (loaded.tokenizer.vocab_size if loaded.tokenizer is not None else None)
     if size is not None and len(record) and not 0 <= int(record.ids.min()) <= int(record.ids.max()) < size:
         raise ConfigError(
-            f"{other}: its record {shown(record.name)} of {path} has ids from {record.ids.min()} to "
+            f"{other}: its record {shown(record.name, 300)} of {path} has ids from {record.ids.min()} to "
             f"{record.ids.max()}, and the model knows 0 to {size - 1}. {remedy}"
         )
 
@@ -273,7 +293,7 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
     """Why a prediction is no number. The weights are numbers, or they would not have been loaded."""
     signal, span = piece.record.signal, piece.span
-    where = f"{piece.file}, record {shown(piece.record.name)}, {span.start:,} to {span.stop:,}"
+    where = f"{piece.file}, record {shown(piece.record.name, 300)}, {span.start:,} to {span.stop:,}"
     if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():
         return DataError(f"{where}: the signal holds values that are not finite numbers. Fill or cut them out.")
     return DataError(

@@ -1,23 +1,38 @@
-"""The table that `predict` writes: rows in order, cells that no spreadsheet takes for formulas, nothing lost."""
+"""Where predictions go: tables in files (CSV, TSV, parquet, npz, by the name's ending) and in memory.
+
+Rows are in order, no spreadsheet takes a cell for a formula, and nothing is lost.
+"""
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import csv
+import itertools
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from mambaseq.atomic import atomic_path
-from mambaseq.errors import UserError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.outputs import is_stream, output_stream, output_target
 
+if TYPE_CHECKING:
+    import pandas
+
 COLUMNS = ("file", "record", "start", "stop")
+ENDINGS = (".csv", ".tsv", ".parquet", ".npz")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_GROUP = 2**14  # rows that are written to a parquet file together
+
+Value = str | int | float
 
 
 def safe_cell(text: str) -> str:
@@ -35,7 +50,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
-class Table:
+class Table(abc.ABC):
     """Rows of predictions: file, record, start, stop, the values' columns, a note.
 
     A row without a prediction has empty cells and a note that says why; such rows that come before the first prediction
@@ -44,62 +59,199 @@ class Table:
     rows: written so far. predicted: those with a prediction. notes: how often each note was written.
     """
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file, self._writer = file, csv.writer(file)
-        self._waiting: list[list[str]] = []
-        self._width: int | None = None
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, str, int, int, str]] = []
+        self._columns: list[str] | None = None
         self.rows = self.predicted = 0
         self.notes: collections.Counter[str] = collections.Counter()
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Write the header; columns: names of the values."""
-        if self._width is None:
-            self._width = len(columns)
-            self._writer.writerow([*COLUMNS, *map(safe_cell, columns), "note"])
+        """Say what the values' columns are, once there is a prediction."""
+        if self._columns is None:
+            self._columns = list(columns)
+            self._header(self._columns)
             for place in self._waiting:
-                self._write(place, [""] * self._width)
+                self._write(place, None)
             self._waiting.clear()
 
-    def _write(self, place: list[str], values: Sequence[str]) -> None:
-        self._writer.writerow([*place[:4], *values, place[4]])
-
-    def add(self, file: str, record: str, start: int, stop: int, values: Sequence[str] | None, note: str = "") -> None:
+    def add(
+        self, file: str, record: str, start: int, stop: int, values: Sequence[Value] | None, note: str = ""
+    ) -> None:
         """values None: there is no prediction, and `note` says why."""
-        place = [safe_cell(file), safe_cell(record), str(start), str(stop), safe_cell(note)]
+        place = file, record, start, stop, note
         self.rows += 1
         if values is None:
             self.notes[note] += 1
-            if self._width is None:
+            if self._columns is None:
                 self._waiting.append(place)
                 return
-            values = [""] * self._width
         else:
             self.predicted += 1
-        self._write(place, [safe_cell(value) for value in values])
+        self._write(place, values)
+
+    @abc.abstractmethod
+    def _header(self, columns: list[str]) -> None: ...
+
+    @abc.abstractmethod
+    def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None: ...
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Write what has not been written."""
+
+
+class TextTable(Table):
+    """CSV or TSV. Fractions have eight digits."""
+
+    def __init__(self, file: IO[str], delimiter: str = ",") -> None:
+        super().__init__()
+        self._file, self._writer = file, csv.writer(file, delimiter=delimiter)
+
+    def _header(self, columns: list[str]) -> None:
+        self._writer.writerow([*COLUMNS, *map(safe_cell, columns), "note"])
+        self._empty = [""] * len(columns)
+
+    def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
+        file, record, start, stop, note = place
+        cells = self._empty if values is None else [_cell(value) for value in values]
+        self._writer.writerow([safe_cell(file), safe_cell(record), start, stop, *cells, safe_cell(note)])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _cell(value: Value) -> str:
+    return f"{value:.8g}" if isinstance(value, float) else safe_cell(str(value))
+
+
+class _Columns(Table):
+    """Rows gathered as columns."""
+
+    def _header(self, columns: list[str]) -> None:
+        # a class may be named as one of ours is
+        names = [f"{name}_" if name in (*COLUMNS, "note") else name for name in columns]
+        self.gathered: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *names, "note")}
+        self._names = names
+
+    def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
+        for name, value in zip((*COLUMNS, "note"), place, strict=True):
+            self.gathered[name].append(value)
+        for name, cell in itertools.zip_longest(self._names, values or []):
+            self.gathered[name].append(cell)
+
+
+class Frame(_Columns):
+    """A table in memory."""
+
+    def close(self) -> None:
+        pass
+
+    def frame(self) -> pandas.DataFrame:
+        import pandas
+
+        return pandas.DataFrame(self.gathered)
+
+
+class ParquetTable(_Columns):
+    """A parquet file, written in groups of rows."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._writer: Any = None
+
+    def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
+        super()._write(place, values)
+        if len(self.gathered["note"]) >= _GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        if self._writer is None:
+            kinds = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+            first = {name: next((v for v in column if v is not None), 0.0) for name, column in self.gathered.items()}
+            self._schema = pyarrow.schema([(name, kinds[type(value)]) for name, value in first.items()])
+            self._writer = pyarrow.parquet.ParquetWriter(self._path, self._schema)
+        self._writer.write_table(pyarrow.table(self.gathered, schema=self._schema))
+        for column in self.gathered.values():
+            column.clear()
+
+    def close(self) -> None:
+        if self._columns is not None:
+            self._flush()
+            assert self._writer is not None
+            self._writer.close()
+
+
+class ArraysTable(_Columns):
+    """An npz file with an array a column; those of an embedding are one, `embedding` `(rows, d_model)` float32."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def close(self) -> None:
+        if self._columns is None:
+            return
+        arrays: dict[str, np.ndarray] = {}
+        parts = [name for name in self._names if re.fullmatch(r"embedding_\d+", name)]
+        for name, column in self.gathered.items():
+            if name in parts:
+                continue
+            numbers = all(value is None or not isinstance(value, str) for value in column)
+            holes = any(value is None for value in column)
+            filled = [("" if not numbers else np.nan) if value is None else value for value in column]
+            arrays[name] = np.asarray(filled, dtype=np.float64 if holes and numbers else None)
+        if parts:
+            rows = zip(*(self.gathered[name] for name in parts), strict=True)
+            arrays["embedding"] = np.asarray(
+                [[np.nan if value is None else value for value in row] for row in rows], dtype=np.float32
+            )
+        with zipfile.ZipFile(self._path, "w") as archive:  # as np.savez does, which cannot name an array "file"
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 @contextlib.contextmanager
-def table(out: Path) -> Iterator[Table]:
-    """A table that takes its place at `out` when the block ends well; see `mambaseq.outputs` for links, devices, pipes.
+def table(out: Path | None) -> Iterator[Table]:
+    """A table that takes its place at `out` when the block ends well, of the kind that the name's ending says (CSV for
+    any other); see `mambaseq.outputs` for links, devices, pipes. None: one in memory.
 
     Predictions that are finished when the block ends with an error of the user's, with Ctrl-C or for want of memory are
     kept at `partial_path(out)`; a UserError is raised again and says so. Without any nothing is kept.
     """
-    target = output_target(out)
-    options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
-    if is_stream(out):
-        with output_stream(out, "w", **options) as file:
-            yield Table(file)
+    if out is None:
+        yield Frame()
         return
-    with atomic_path(target) as temporary, temporary.open("x", **options) as file:
-        rows = Table(file)
+    target, ending = output_target(out), out.suffix.lower()
+    options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    delimiter = "\t" if ending == ".tsv" else ","
+    if is_stream(out):
+        if ending in (".parquet", ".npz"):
+            raise ConfigError(f"--out {out} is a pipe or device, and {ending[1:]} is for files. Give a file's name.")
+        with output_stream(out, "w", **options) as file:
+            yield TextTable(file, delimiter)
+        return
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(target))
+        rows: Table
+        if ending == ".parquet":
+            rows = ParquetTable(temporary)
+        elif ending == ".npz":
+            rows = ArraysTable(temporary)
+        else:
+            rows = TextTable(stack.enter_context(temporary.open("x", **options)), delimiter)
         try:
             yield rows
+            rows.close()
         except (UserError, KeyboardInterrupt, MemoryError) as error:
             if not rows.predicted:
                 raise
-            file.flush()
-            os.fsync(file.fileno())
+            rows.close()
             kept = partial_path(target)
             temporary.replace(kept)
             told = f"The {rows.rows:,} rows finished before are in {kept}."

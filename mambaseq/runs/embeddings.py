@@ -1,0 +1,122 @@
+"""Embeddings of records: what the backbone makes of them, at any of its layers, of each position or of all together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mambaseq.backbones.residual import ResidualLayer
+from mambaseq.checkpoints import LoadedModel
+from mambaseq.data.records import Record
+from mambaseq.errors import ConfigError
+from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span
+
+Pool = Literal["mean", "last", "positions"]
+
+
+class Embeddings(Answer):
+    """The backbone's output, or that of a layer (the residual stream behind it), as columns `embedding_1`, ...
+
+    pool: "mean" over the positions of a record (or window), its "last" one, or all "positions", a row each.
+    layer: 1 is the first; None: the backbone's output, which is normed.
+    Raises ConfigError for a layer that the backbone has not, or whose positions are not those of its output.
+    """
+
+    gathered = 2**14
+
+    def __init__(
+        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, pool: Pool, layer: int | None
+    ) -> None:
+        super().__init__(loaded, condition, window)
+        if pool not in ("mean", "last", "positions"):
+            raise ConfigError(f"Embeddings are pooled by mean, last or positions, not by {str(pool)[:80]!r}.")
+        if window is None and not self.in_parts:
+            self.window = loaded.card.length or None
+        self.pool, self.layer = pool, None if layer is None else self._layer(layer)
+
+    def _layer(self, number: int) -> nn.Module:
+        backbone = self.model.backbone
+        layers = [module for module in backbone.modules() if isinstance(module, ResidualLayer)]
+        if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or len(backbone.layers) != len(layers):  # type: ignore[arg-type]
+            raise ConfigError(
+                f"The layers of the backbone {self.loaded.card.spec['backbone']['name']!r} are not one behind the "
+                f"other; only its output can be embedded. Leave --layer out."
+            )
+        if not 1 <= number <= len(layers):
+            raise ConfigError(f"--layer must be 1 to {len(layers)} for this model, not {number}.")
+        return layers[number - 1]
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[list[Tensor]]:
+        """A list that the layer's output is put into."""
+        found: list[Tensor] = []
+        if self.layer is None:
+            yield found
+            return
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            branch, residual = output[0], output[1]
+            found.append(residual if branch is None else residual + branch)
+
+        handle = self.layer.register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    def _hidden(self, inputs: Tensor, state: Any = None, return_state: bool = False) -> tuple[Tensor, Any]:
+        """`(batch, positions, d_model)` fp32 of inputs `(batch, length, ...)`, and the states."""
+        x = self.model.encoder(inputs, self.conditions(len(inputs)))
+        with self._watched() as found:
+            options: dict[str, Any] = {"state": state, "return_state": True} if return_state else {}
+            output = self.model.backbone(x, **options)
+        y, new = output if return_state else (output, None)
+        return (found[0] if found else y).float(), new
+
+    def _made(self, first: int, stop: int, hidden: Tensor) -> list[Row] | NotFinite:
+        """Rows of `(positions, d_model)`: of one vector for [first, stop), or of one a position."""
+        if not hidden.isfinite().all():
+            return NotFinite("")
+        self.columns = [f"embedding_{number}" for number in range(1, hidden.shape[1] + 1)]
+        rows: list[Any] = hidden.cpu().tolist()
+        if self.pool != "positions":
+            return [Row(first, stop, rows[0])]
+        if len(rows) != stop - first:
+            raise ConfigError(
+                f"The model at {self.loaded.source} has {len(rows)} positions for {stop - first} tokens; pool by mean "
+                f"or last."
+            )
+        return [Row(place, place + 1, row) for place, row in enumerate(rows, start=first)]
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        hidden, _ = self._hidden(self.batch(pieces))
+        if self.pool == "mean":
+            hidden = hidden.mean(1, keepdim=True)
+        elif self.pool == "last":
+            hidden = hidden[:, -1:]
+        return [self._made(span.start, span.stop, one) for (_, span), one in zip(pieces, hidden, strict=True)]
+
+    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+        """The states are passed on, so that memory does not grow with the record."""
+        state, total, last = None, torch.zeros((), dtype=torch.float64), None
+        for start in range(span.start, span.stop, CHUNK):
+            stop = min(start + CHUNK, span.stop)
+            hidden, state = self._hidden(self.tensor(record, start, stop)[None], state, True)
+            if self.pool == "positions":
+                rows = self._made(start, stop, hidden[0])
+                if isinstance(rows, NotFinite):
+                    raise rows
+                yield from rows
+            total, last = total.to(hidden.device) + hidden[0].double().sum(0), hidden[0, -1:]
+        if self.pool == "positions":
+            return
+        whole = last if self.pool == "last" else (total / (span.stop - span.start)).float()[None]
+        assert whole is not None
+        rows = self._made(span.start, span.stop, whole)
+        if isinstance(rows, NotFinite):
+            raise rows
+        yield from rows

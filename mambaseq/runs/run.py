@@ -1,0 +1,208 @@
+"""Runs from Python: `run = ms.fit("dna/demo", max_steps=100)`, `ms.load("runs/dna-demo")`, and what a run can do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean
+from mambaseq.reporting.runs import RunFolder, default_folder
+from mambaseq.runs.config import keys_of
+from mambaseq.runs.evaluation import evaluate
+from mambaseq.runs.generation import Generated, generate_from, write_generated
+from mambaseq.runs.prediction import predict
+from mambaseq.runs.training import fit as train
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class NotFinished(UserError):
+    """A training that diverged, with what helps."""
+
+
+class Run:
+    """A run's folder, and what can be done with it.
+
+    path: the folder, as `mambaseq fit --out` made it, or an exported model's, which can be applied but not trained.
+    Raises UserError when there is neither.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = RunFolder(path)
+        if not (self.path / "model.json").is_file():
+            self.folder.require()
+        self._loaded: dict[str | None, tuple[tuple[int, int], LoadedModel]] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The numbers in results.json; {} before the run's end."""
+        return self.folder.read_results()
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of a logged metric, such as `train/loss` or `val/loss`."""
+        return self.folder.curve(metric)
+
+    def resume(
+        self,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        allow_changed_data: bool = False,
+        **keys: Any,
+    ) -> Run:
+        """Go on where the last checkpoint is, with settings over those of the run. See `fit` for the arguments."""
+        config = str(self.folder.require().config)
+        overrides = as_overrides(config, settings, keys)
+        return _trained(config, self.folder, overrides, True, progress, allow_changed_data)
+
+    def evaluate(
+        self,
+        split: Literal["validation", "test"] = "test",
+        *,
+        settings: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        **keys: Any,
+    ) -> dict[str, Any]:
+        """Metrics of the exported weights, which are also merged into `results`.
+
+        Raises UserError when there is no such set or model.
+        """
+        if split not in ("validation", "test"):
+            raise ConfigError(f"split must be 'validation' or 'test', not {str(split)[:80]!r}.")
+        overrides = as_overrides(str(self.folder.require().config), settings, keys)
+        return evaluate(self.folder, "validate" if split == "validation" else "test", overrides, progress=progress)
+
+    def model(self, device: str | None = None) -> LoadedModel:
+        """The exported model, its description and its tokenizer; kept until the run exports another one."""
+        from mambaseq.runs.devices import choose_device
+
+        own = self.path / "model.json"
+        status = (own if own.is_file() else self.folder.model / "model.json").stat()
+        stamp = (status.st_mtime_ns, status.st_ino)
+        if device not in self._loaded or self._loaded[device][0] != stamp:
+            self._loaded[device] = stamp, load_model(self.path, choose_device(device))
+        return self._loaded[device][1]
+
+    def predict(self, *inputs: str | Path, out: str | Path | None = None, **options: Any) -> pandas.DataFrame | None:
+        """Predictions for every record of files that the run's reader understands.
+
+        out: a file for them, as with `mambaseq predict`; without one they are returned as a table.
+        options: see `mambaseq.runs.prediction.predict` (reader, condition, window, batch_size, device, skip_bad, ...).
+        """
+        if not inputs:
+            raise ConfigError("predict needs at least one file: run.predict('records.fa').")
+        found = predict(self.path, [Path(path) for path in inputs], None if out is None else Path(out), **options)
+        return found.table
+
+    def embed(self, *inputs: str | Path, out: str | Path | None = None, **options: Any) -> pandas.DataFrame | None:
+        """Embeddings of records: `predict` with `what="embeddings"`."""
+        return self.predict(*inputs, out=out, what="embeddings", **options)
+
+    def generate(self, prompt: str | None = None, *, out: str | Path | None = None, **options: Any) -> Generated:
+        """Continue a prompt (text, or a file of prompts), or begin from nothing.
+
+        out: a file for what comes out, in the run's own format.
+        options: see `mambaseq.runs.generation.generate_from` (max_new_tokens, samples, condition, temperature, ...).
+        """
+        writer = options.pop("writer", None)
+        generated = generate_from(self.path, prompt=prompt, **options)
+        if out is not None:
+            generated = generated._replace(files=write_generated(generated, Path(out), writer))
+        return generated
+
+
+def load(path: str | Path) -> Run:
+    """The run, or exported model, in a folder. Raises UserError when there is none."""
+    return Run(path)
+
+
+def fit(
+    config: str | Path,
+    *,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **keys: Any,
+) -> Run:
+    """Train a model, and export the best weights, results and pictures.
+
+    config: a name of `mambaseq list configs`, or a YAML file. out: the run's folder; `runs/NAME` when left out.
+    settings: over the configuration, nested as in YAML or by whole keys: `{"data.length": 4096}`.
+    keys: the same by the last word of a key, where it is the only one of that name: `max_steps=100`, `lr=1e-3`.
+
+    Raises UserError for what has to be mended, NotFinished when the run diverged, and KeyboardInterrupt when it was
+    interrupted; it can then be gone on with: `ms.load(out).resume()`.
+    """
+    name = str(config)
+    folder = RunFolder(default_folder(name) if out is None else out)
+    return _trained(name, folder, as_overrides(name, settings, keys), False, progress, False)
+
+
+def _trained(
+    config: str, folder: RunFolder, overrides: list[str], resume: bool, progress: bool, allow_changed_data: bool
+) -> Run:
+    outcome = train(config, folder, overrides, resume=resume, progress=progress, allow_changed_data=allow_changed_data)
+    if outcome.status == "diverged":
+        raise NotFinished(outcome.message)
+    if outcome.status == "interrupted":
+        raise KeyboardInterrupt(outcome.message)
+    return Run(folder.path)
+
+
+def as_overrides(config: str, settings: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> list[str]:
+    """`--key=value` of settings that are given in Python.
+
+    Raises ConfigError for a word that ends no key of this configuration, or several.
+    """
+    written = _flat(settings or {})
+    if keys:
+        known = keys_of(config, [_override(key, value) for key, value in written.items()])
+        for word, value in keys.items():
+            fitting = [key for key in known if key == word or key.endswith(f".{word}")]
+            if word in fitting:
+                fitting = [word]
+            if len(fitting) != 1:
+                told = f" Several end so: {cut_list(fitting)}." if fitting else did_you_mean(word, _last(known))
+                raise ConfigError(
+                    f"{word[:80]!r} is not the end of one key of {config}.{told} Whole keys: settings={{...}}."
+                )
+            written[fitting[0]] = value
+    return [_override(key, value) for key, value in written.items()]
+
+
+def _last(keys: Iterable[str]) -> list[str]:
+    return sorted({key.rpartition(".")[2] for key in keys})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        # what a mapping holds below a section are its keys; classes under trainer are values
+        if isinstance(value, Mapping) and value and "class_path" not in value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _override(key: str, value: Any) -> str:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str):
+        return f"--{key}={value}"
+    try:
+        text = json.dumps(list(value) if isinstance(value, Sequence) else value, default=str, allow_nan=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} cannot be {str(value)[:80]!r}: {error}.") from error
+    return f"--{key}={text.replace('NaN', '.nan').replace('Infinity', '.inf')}"
