@@ -71,6 +71,16 @@ def cut(text: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def cut_path(path: object, most: int = 50) -> str:
+    """A path for a message, without quotes, of which the end is told, cut to `most` characters.
+
+    >>> cut_path("/a/long/way/to/x.fa", most=8)
+    '…to/x.fa'
+    """
+    text = str(path)
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
 def cut_list(items: Iterable[object], most: int = 20, characters: int = 300, separator: str = ", ") -> str:
     """Items with commas (or `separator`) between them, for a message: so many at most, with a count of the others.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mambaseq.atomic import atomic_folder
+from mambaseq.data.unpacking import XzFile
 from mambaseq.errors import DataError, shown
 from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, check_unpacked
 
@@ -271,7 +272,7 @@ def _untar(archive: Path, target: _Target) -> None:
 def _decompressed(archive: Path) -> IO[bytes]:
     with archive.open("rb") as file:
         begin = file.read(6)
-    for magic, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open), (b"BZh", bz2.open)):
+    for magic, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", XzFile), (b"BZh", bz2.open)):
         if begin.startswith(magic):
-            return opened(archive, "rb")  # type: ignore[return-value]
+            return opened(archive, "rb")  # type: ignore[return-value, operator]
     return archive.open("rb")

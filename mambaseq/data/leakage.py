@@ -146,38 +146,26 @@ def _copies(claims: _Claims) -> np.ndarray:
     found = np.zeros(len(claims.owner), dtype=bool)
     order = np.lexsort((claims.start, claims.content))
     suspicious = np.unique(claims.content[claims.overlapping(claims.content, order)])
-    bounds = np.searchsorted(claims.content[order], np.stack((suspicious, suspicious + 1), axis=1))
-    splits = np.unique([split for split, _ in claims.owners], return_inverse=True)[1] if claims.owners else np.zeros(0)
-    for first, last in bounds.tolist():
-        rows = order[first:last]
-        owners = np.unique(claims.owner[rows])
-        if len(owners) == 1:
-            continue
-        taken = np.zeros((0, 2), np.int64)
-        for split in dict.fromkeys(splits[owners].tolist()):  # owners are in order of protection
-            of = {owner: rows[claims.owner[rows] == owner] for owner in owners[splits[owners] == split].tolist()}
-            for owner, own in of.items():
-                others = [_union(claims, other) for number, other in of.items() if number != owner]
-                for against in (taken, *others):
-                    found[own] |= _meets(claims, own, against)
-            kept = np.concatenate([own[~found[own]] for own in of.values()])
-            taken = np.concatenate((taken, _union(claims, kept)))
+    (rows,) = np.nonzero(np.isin(claims.content, suspicious) & (claims.start < claims.stop))
+    owner = claims.owner[rows]
+    # all contents on one line; places by rank, so that an owner can be put before them in one number
+    line = claims.content[rows] * (int(claims.stop.max(initial=0)) + 1)
+    places, ranks = np.unique(np.stack((line + claims.start[rows], line + claims.stop[rows])), return_inverse=True)
+    spans = ranks.reshape(2, -1)
+    spans_by_owner = spans + owner * len(places)
+    splits = np.array([split for split, _ in claims.owners])[owner] if len(rows) else np.zeros(0, str)
+    copied, taken = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    for split in dict.fromkeys(split for split, _ in claims.owners):  # in order of protection
+        own = splits == split
+        of_others = _meeting(spans[:, own], spans[:, own]) - _meeting(spans_by_owner[:, own], spans_by_owner[:, own])
+        copied[own] = (of_others > 0) | (_meeting(spans[:, own], spans[:, taken]) > 0)
+        taken |= own & ~copied
+    found[rows[copied]] = True
     return found
 
 
-def _union(claims: _Claims, rows: np.ndarray) -> np.ndarray:
-    """Begin and end of what rows cover, `(stretches, 2)`, in order."""
-    order = rows[np.argsort(claims.start[rows], kind="stable")]
-    start, stop = claims.start[order], np.maximum.accumulate(claims.stop[order])
-    new = np.concatenate(([True], start[1:] > stop[:-1])) if len(order) else np.zeros(0, bool)
-    last = np.concatenate((new[1:], [True])) if len(order) else new
-    return np.stack((start[new], stop[last]), axis=1)
-
-
-def _meets(claims: _Claims, rows: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Which rows share a position with the stretches `covered`, which may stand in any order but do not overlap."""
-    if not len(covered):
-        return np.zeros(len(rows), dtype=bool)
-    covered = covered[np.argsort(covered[:, 0])]
-    before = np.searchsorted(covered[:, 0], claims.stop[rows]) - 1  # the last that begins before the row ends
-    return (before >= 0) & (covered[np.maximum(before, 0), 1] > claims.start[rows])
+def _meeting(spans: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many of the other spans share a place with each of these, `(spans,)`: both are `(2, n)`, begin and end, and
+    none is empty. Those that begin before a span ends meet it, but for those that end before it begins."""
+    begun = np.searchsorted(np.sort(others[0]), spans[1], side="left")
+    return begun - np.searchsorted(np.sort(others[1]), spans[0], side="right")

@@ -45,7 +45,7 @@ class SequenceData(abc.ABC):
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
     start_ids: what generation begins from when no prompt is given (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
-    task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None leaves it to what the first sequence shows.
+    task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None leaves it to what a few sequences show.
     """
 
     vocab_size: int | None = None

@@ -15,32 +15,57 @@ TASKS: tuple[str, ...] = get_args(Task)
 """next_token: each position asks for the token behind it. labels: a label a position. classes: one a sequence. values:
 numbers, a sequence or a position."""
 
+_LOOKED_AT = 5
+
 
 def task_of(data: SequenceData) -> Task:
-    """The task of a data set that is set up: what it says itself, else what its first training sequence shows.
+    """The task of a data set that is set up: what it says itself, else what a few of its training sequences show. One
+    alone may lie: it may have no target that counts, or labels that are its next tokens by chance.
 
-    Streams cannot be asked for an example before they are placed: those without names of classes are taken for
-    something that is to be continued. Raises ConfigError for a task that is none of `TASKS`.
+    Streams cannot be asked for an example before they are placed; they, and those that show nothing, are taken for
+    something that is to be continued unless they have names of classes. Raises ConfigError for a task that is none of
+    `TASKS`.
     """
     if data.task is not None:
         if data.task not in TASKS:
             raise ConfigError(f"{type(data).__name__}.task is {shown(data.task)}. It is one of: {', '.join(TASKS)}.")
         return data.task
     train = data.train()
-    stream = isinstance(train, torch.utils.data.IterableDataset)
-    first = None if stream or len(train) == 0 else train[0]
-    if first is None or first.targets is None:
-        return "classes" if data.class_names else "next_token"
-    if first.targets.is_floating_point():
-        return "values"
-    if not first.per_token:
-        return "classes"
-    return "next_token" if is_next_token(first) else "labels"
+    found: Task | None = None
+    silent: Task = "classes" if data.class_names else "next_token"
+    if isinstance(train, torch.utils.data.IterableDataset):
+        return silent
+    spread = dict.fromkeys(number * (len(train) - 1) // (_LOOKED_AT - 1) for number in range(_LOOKED_AT))
+    for index in spread if len(train) else ():
+        if (example := train[index]).targets is None:
+            continue
+        if example.targets.is_floating_point():
+            return "values"
+        if not example.per_token:
+            return "classes"
+        follows = _follows(example)
+        if follows is False:
+            return "labels"
+        found = "next_token" if follows else found
+        silent = "labels" if data.class_names else "next_token"
+    return found or silent
+
+
+def asks_for_the_next(data: SequenceData, batch: Batch) -> bool:
+    """Whether a data set's batch is of next tokens: by `task_of`, and unless it says it itself by the batch too."""
+    if data.task is not None:
+        return data.task == "next_token"
+    return batch.per_token and is_next_token(batch) and task_of(data) == "next_token"
 
 
 def is_next_token(batch: Batch) -> bool:
     """Whether every target is the input behind it, of the same sequence: targets are of positions, padded or packed or
     not, labels beside ids or values beside a signal."""
+    return bool(_follows(batch))
+
+
+def _follows(batch: Batch) -> bool | None:
+    """The same; None where no target tells."""
     assert batch.targets is not None
     targets, following = batch.targets[:, :-1], batch.inputs[:, 1:]
     if targets.shape != following.shape or targets.is_floating_point() != following.is_floating_point():
@@ -53,4 +78,4 @@ def is_next_token(batch: Batch) -> bool:
         begins = batch.cu_seqlens[1:-1].long()
         inside[:, begins[(begins > 0) & (begins < batch.inputs.shape[1])] - 1] = False
     scored = scored & inside.view(*inside.shape, *[1] * (targets.dim() - 2))
-    return bool(scored.any()) and torch.equal(targets[scored], following[scored])
+    return torch.equal(targets[scored], following[scored]) if bool(scored.any()) else None

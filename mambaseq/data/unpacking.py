@@ -128,7 +128,7 @@ def _unpacked_otherwise(kind: str, name: Path | str, file: BinaryIO, head: bytes
         raise Unreadable(name, f"{what}: it cannot be unpacked ({str(error).rstrip('.')})", again) from error
 
 
-def _decompressed(kind: str, file: _Rejoined) -> Iterator[bytes]:
+def _decompressed(kind: str, file: io.RawIOBase, most: int = PIECE) -> Iterator[bytes]:
     """Streams end to end, zeros between and after them left out, as `xz` and `bzip2` write and read them."""
     data = b""
     while True:
@@ -138,11 +138,53 @@ def _decompressed(kind: str, file: _Rejoined) -> Iterator[bytes]:
         stream = lzma.LZMADecompressor(memlimit=XZ_MEMORY) if kind == "xz" else bz2.BZ2Decompressor()
         while not stream.eof:
             if stream.needs_input and not data and not (data := file.read(_PACKED_PIECE) or b""):
-                raise EOFError
-            if piece := stream.decompress(data, PIECE):
+                raise EOFError("the packed data end too early")
+            if piece := _decompress(stream, data, most):
                 yield piece
             data = b""
         data = stream.unused_data
+
+
+def _decompress(stream: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: bytes, most: int) -> bytes:
+    try:
+        return stream.decompress(data, most)
+    except lzma.LZMAError as error:
+        if "limit" not in str(error):
+            raise
+        raise lzma.LZMAError(
+            f"its header asks for more than {XZ_MEMORY // 2**20} MiB of memory, and xz -9 for less"
+        ) from error
+
+
+class XzFile(io.BufferedReader):
+    """An xz file that is read in order, as `lzma.open` gives it, with no more than `XZ_MEMORY` whatever its header asks
+    for. Raises lzma.LZMAError, in reading, for one that needs more or is damaged, EOFError where it is cut short."""
+
+    def __init__(self, path: Path, mode: str = "rb") -> None:
+        self._file = path.open("rb", buffering=0)
+        super().__init__(_Gathered(_decompressed("xz", self._file, _PACKED_PIECE)))
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+class _Gathered(io.RawIOBase):
+    """Pieces as a stream."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces, b""))
+        data = self._rest[: len(buffer)]
+        self._rest = self._rest[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _unpacked(path: Path | str, file: BinaryIO, data: bytes, size: int) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import torch
 
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import ConfigError, DataError, UserError, cut_list, shown
+from mambaseq.errors import ConfigError, DataError, UserError, cut_list, cut_path, shown
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
@@ -54,6 +54,13 @@ def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[
     }
 
 
+def _told(value: Any) -> str:
+    """A setting for a message; of paths the ends, in which they differ."""
+    if isinstance(value, list | tuple) and value:
+        return f"[{cut_list(map(_told, value), 3)}]"
+    return cut_path(value, 120) if isinstance(value, str) and "/" in value else shown(value)
+
+
 def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: bool) -> list[str]:
     """Lines that say what of the data changed since the run was last gone on with.
 
@@ -63,7 +70,7 @@ def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: 
     if former is None:
         return ["what its data were was not written down (by an earlier version), so no change of them can be told"]
     lines = [
-        f"{key} changed: {shown(former.settings.get(key))} -> {shown(record.settings.get(key))}"
+        f"{key} changed: {_told(former.settings.get(key))} -> {_told(record.settings.get(key))}"
         for key in former.changed_settings(record)
         if key.startswith("data.")
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
-from mambaseq.data.purpose import is_next_token
+from mambaseq.data.purpose import asks_for_the_next
 from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.metrics.base import Metric
@@ -38,7 +38,7 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
                 f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
             )
         check_kinds(model, batch, metrics, dataset)
-        if data.task == "next_token" or (batch.per_token and is_next_token(batch)):
+        if asks_for_the_next(data, batch):
             check_next_token(model, dataset)
     elif data.task == "next_token":
         check_next_token(model, dataset)

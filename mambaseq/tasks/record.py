@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mambaseq.atomic import plain_values
+from mambaseq.errors import cut_path
 
 KEY = "mambaseq"  # of a checkpoint's part that is ours
 _NEUTRAL = {"data.cache"}  # says where derived files are kept
@@ -64,15 +65,16 @@ class DataRecord:
         return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
 
     def changed_files(self, now: DataRecord) -> list[str]:
-        """What became of the files, one phrase each: those behind the same name that hold something else; with the same
-        settings also those that came or went."""
+        """What became of the files, one phrase each, of 80 characters at most: those behind the same name that hold
+        something else; with the same settings also those that came or went."""
         if not self.sources or not now.sources:
             return []  # the one or the other cannot tell
         both = self.sources.keys() & now.sources.keys()
-        found = [f"{name} holds something else" for name in sorted(both) if self.sources[name] != now.sources[name]]
+        other = [name for name in sorted(both) if self.sources[name] != now.sources[name]]
+        found = [f"{cut_path(name)} holds something else" for name in other]
         if not self.changed_settings(now):
-            found += [f"{name} is gone" for name in sorted(self.sources.keys() - both)]
-            found += [f"{name} is new" for name in sorted(now.sources.keys() - both)]
+            found += [f"{cut_path(name)} is gone" for name in sorted(self.sources.keys() - both)]
+            found += [f"{cut_path(name)} is new" for name in sorted(now.sources.keys() - both)]
         return found
 
     def same_training(self, now: DataRecord) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mambaseq.batch import Batch
-from mambaseq.data.purpose import is_next_token
+from mambaseq.data.purpose import asks_for_the_next
 from mambaseq.errors import ConfigError
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
@@ -134,8 +134,7 @@ class Task(lightning.LightningModule):
         """Raise ConfigError where model, metrics and data do not go together; see `fitting`."""
         metrics = self._metrics("val")
         check_kinds(self.model, batch, metrics)
-        task = self.trainer.datamodule.data.task  # type: ignore[attr-defined]
-        next_token = task == "next_token" or (task is None and batch.per_token and is_next_token(batch))
+        next_token = asks_for_the_next(self.trainer.datamodule.data, batch)  # type: ignore[attr-defined]
         if next_token:
             check_next_token(self.model)
         # the parts of a sharded model do not run alone

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mambaseq.data.intervals import Group, Interval
+from mambaseq.data.intervals import Group, Interval, Intervals
 from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError
@@ -139,3 +140,72 @@ def test_many_records_take_no_time(tmp_path: Path) -> None:
     check_disjoint(train=[groups[0]], test=[groups[1]])
     kept, dropped, _ = without_copies({"train": [groups[0]], "test": [Group("g", [Interval(store, 2, 0, 1)])]})
     assert (len(kept["train"][0].intervals), dropped) == (10_000 - 40, 40)
+
+
+def reference(splits: dict[str, list[Group]]) -> dict[str, list[list[Interval]]]:
+    """What `without_copies` keeps, by a search through all pairs."""
+
+    def held(interval: Interval) -> set[tuple[bytes, int]]:
+        content = np.asarray(interval.store[interval.record])
+        turned = bool(interval.store.checksums[interval.record][0] > interval.store.checksums[interval.record][1])
+        places = range(interval.start, interval.stop)
+        if turned:
+            content, places = content[::-1], [len(content) - 1 - place for place in places]
+        return {(content.tobytes(), place) for place in places}
+
+    kept: dict[str, list[list[Interval]]] = {}
+    taken: set[tuple[bytes, int]] = set()
+    for split in [name for name in ("test", "validation", "train") if name in splits]:
+        groups = [[(interval, held(interval)) for interval in group.intervals] for group in splits[split]]
+        everything = [set().union(*(places for _, places in group)) for group in groups]
+        kept[split] = []
+        for number, group in enumerate(groups):
+            others = taken.union(*(places for other, places in enumerate(everything) if other != number))
+            kept[split].append([interval for interval, places in group if not places & others])
+        for group in kept[split]:
+            taken = taken.union(*map(held, group))
+    return kept
+
+
+def test_keeps_what_a_search_through_all_pairs_keeps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    left_out = 0
+    for case in range(20):
+        contents = [np.arange(9) + k for k in (0, 0, 1)] + [np.arange(9)[::-1], np.arange(9), np.full(4, 7)]
+        store = make(tmp_path, f"s{case}", *contents)
+        splits = {name: [Group(g, []) for g in "pqr"] for name in ("train", "validation", "test")}
+        for record, content in enumerate(contents):
+            places = np.sort(rng.choice(len(content) + 1, int(rng.integers(2, 5)), replace=False)).tolist()
+            for start, stop in itertools.pairwise(places):
+                group = splits[list(splits)[rng.integers(3)]][rng.integers(3)]
+                group.intervals.append(Interval(store, record, start, stop))  # type: ignore[attr-defined]
+        kept, number, _ = without_copies(splits)
+        assert {name: [list(group.intervals) for group in kept[name]] for name in kept} == reference(splits)
+        left_out += number
+    assert left_out > 50
+
+
+def test_many_copies_of_many_records_take_no_time(tmp_path: Path) -> None:
+    count = 20_000
+    store = TokenStore.build(
+        tmp_path / "s",
+        ((str(k), np.array([k // 2 % 250, k // 500])) for k in range(2 * count)),
+        "uint16",
+        {},
+        checksums=lambda tokens: (hash(tokens.tobytes()) % 2**64, hash(tokens[::-1].tobytes()) % 2**64),
+    )
+    rows = np.zeros((count, 4), np.int64)
+    rows[:, 1], rows[:, 3] = np.arange(0, 2 * count, 2), 2
+    splits = {
+        "train": [Group("g", Intervals([store], rows))],
+        "test": [Group("g", Intervals([store], rows + np.array([0, 1, 0, 0])))],
+    }
+    begun = time.process_time()
+    kept, dropped, tokens = without_copies(splits)
+    assert time.process_time() - begun < 0.5  # 1.5 s where each record is looked at by itself
+    assert (len(kept["train"][0].intervals), len(kept["test"][0].intervals), dropped, tokens) == (
+        0,
+        count,
+        count,
+        2 * count,
+    )

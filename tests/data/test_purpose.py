@@ -8,17 +8,19 @@ from tiny import TinyTokens, TinyValues
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
-from mambaseq.data.purpose import is_next_token, task_of
+from mambaseq.data.purpose import asks_for_the_next, is_next_token, task_of
 from mambaseq.errors import ConfigError
+from mambaseq.models import build_model
+from mambaseq.tasks.fitting import check_data
 
 
 class Examples(TinyTokens):
-    def __init__(self, first: Batch) -> None:
+    def __init__(self, *examples: Batch, names: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.first = first
+        self.examples, self.class_names = examples, names
 
     def train(self) -> list[Batch]:  # type: ignore[override]
-        return [self.first]
+        return list(self.examples)
 
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -45,6 +47,51 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
 )
 def test_the_first_sequence_shows_the_task(data: SequenceData, task: str) -> None:
     assert task_of(data) == task
+
+
+NEXT = Batch(IDS[:, :-1], IDS[:, 1:])
+LABELS = Batch(IDS, torch.tensor([[0, 1, 1, 0, 2]]))
+SILENT = Batch(IDS, torch.full_like(IDS, -100))
+ONE = Batch(IDS[:, :1], IDS[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        (Examples(NEXT, LABELS, LABELS), "labels"),  # the first is one by chance
+        (Examples(*[NEXT] * 6, LABELS), "labels"),
+        (Examples(SILENT, NEXT), "next_token"),
+        (Examples(ONE, SILENT, NEXT), "next_token"),
+        (Examples(SILENT, LABELS, names=("a", "b", "c")), "labels"),
+        (Examples(SILENT), "next_token"),
+        (Examples(SILENT, names=("a", "b", "c")), "labels"),
+        (Examples(Batch(IDS), names=("a", "b")), "classes"),
+        (Examples(Batch(IDS)), "next_token"),
+        (Examples(), "next_token"),
+    ],
+)
+def test_one_sequence_alone_may_lie(data: Examples, task: str) -> None:
+    assert task_of(data) == task
+    if data.examples and data.examples[0].targets is not None:
+        assert asks_for_the_next(data, NEXT) == (task == "next_token")
+    data.task = "classes"
+    assert task_of(data) == "classes"
+    assert not asks_for_the_next(data, NEXT)
+
+
+def test_labels_that_follow_by_chance_need_no_causal_model() -> None:
+    model = build_model(
+        {
+            "d_model": 8,
+            "encoder": {"name": "tokens", "vocab_size": 7},
+            "backbone": {"name": "bidirectional", "n_layers": 1},
+            "mixer": {"name": "mamba"},
+            "head": {"name": "lm", "vocab_size": 7},
+        }
+    )
+    check_data(model, Examples(NEXT, LABELS), "labels", {})
+    with pytest.raises(ConfigError, match="causal"):
+        check_data(model, Examples(NEXT, NEXT), "tokens", {})
 
 
 def test_samples_that_follow_are_seen_in_signals_too() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from mambaseq.data.archives import unpack
+from mambaseq.data.unpacking import read_pieces
 from mambaseq.errors import DataError, UserError
 
 Member = tuple[str, bytes, dict[str, Any]]
@@ -206,6 +207,24 @@ def zeros_tar(size: int) -> bytes:
     entry = tarfile.TarInfo("zeros")
     entry.size = size
     return entry.tobuf() + bytes(-(-size // 512) * 512 + 1024)
+
+
+def test_xz_takes_no_more_memory_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = zeros_tar(2**16)
+    content = lzma.compress(tar[:1000]) + bytes(4) + lzma.compress(tar[1000:])  # two streams, and padding between
+    (packed_file := tmp_path / "a.fa.xz").write_bytes(content)
+    (archive := tmp_path / "x.tar.xz").write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr("mambaseq.data.unpacking.XZ_MEMORY", 4 * 2**20)  # its header asks for 8 MiB
+        for read in (lambda: list(read_pieces(packed_file)), lambda: unpack(archive, tmp_path / "x")):
+            with pytest.raises(DataError, match=r"its header asks for more than 4 MiB of memory, and xz -9 for less"):
+                read()
+    unpack(archive, tmp_path / "x")
+    assert (tmp_path / "x" / "zeros").read_bytes() == bytes(2**16)
+    for cut in (50, 20, 1):
+        archive.write_bytes(content[:-cut])
+        with pytest.raises(DataError, match="packed data end too early"):
+            unpack(archive, tmp_path / "y")
 
 
 def zeros_zip(method: int) -> Callable[[int], bytes]:

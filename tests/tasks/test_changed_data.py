@@ -12,6 +12,7 @@ from tiny import Items, TinyTokens
 from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
+from mambaseq.errors import cut_list
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks.record import DataRecord
 
@@ -173,3 +174,15 @@ def test_what_counts_as_the_same_data() -> None:
     other = settings | {"trainer.limit_val_batches": 2, "loader.batch_size": 2}
     assert not part.same(DataRecord.of(other, one.sources))  # two batches hold other sequences
     assert part.same_training(DataRecord.of(other, one.sources))
+
+
+def test_a_long_path_leaves_room_for_what_became_of_it() -> None:
+    path = f"/{'a/long/way/' * 20}chr1.fa"
+    now = {path: "2", f"{path}x": "1", f"{path}z": "1"}
+    phrases = DataRecord({}, {path: "1", f"{path}y": "1"}).changed_files(DataRecord({}, now))
+    ends = ["/chr1.fa holds something else", "/chr1.fay is gone", "/chr1.fax is new", "/chr1.faz is new"]
+    assert len(phrases) == len(ends)
+    for phrase, end in zip(phrases, ends, strict=True):
+        assert phrase.startswith("…")
+        assert phrase.endswith(end)
+        assert cut_list([phrase]) == phrase
