@@ -23,6 +23,9 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
     )
+    parser.add_argument(
+        "--init-from", metavar="RUN", help="begin with the weights of another run, or of an exported model, by name"
+    )
     add_allow_import(parser)
     parser.add_argument(
         "--allow-changed-data", action="store_true", help="with --resume: go on though files of the data changed"
@@ -33,12 +36,16 @@ def run(argv: list[str], command: str) -> int:
     if arguments.resume is not None:
         if arguments.out is not None:
             raise ConfigError("--resume goes on in the run's own folder; leave --out away.")
+        if arguments.init_from is not None:
+            raise ConfigError("--init-from is for a run that begins; one that is gone on with has its own weights.")
         folder = RunFolder(arguments.resume).require()
         config = str(folder.config)
     else:
         if arguments.allow_changed_data:
             raise ConfigError("--allow-changed-data is for --resume; a run that begins takes its data as they are.")
         folder, config = RunFolder(arguments.out or default_folder(arguments.config)), arguments.config
+    if arguments.init_from is not None:
+        overrides = [*overrides, f"--finetune.init_from={arguments.init_from}"]
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
     from mambaseq.runs.training import fit
 

@@ -13,7 +13,10 @@ from mambaseq.errors import UserError, did_you_mean, paragraph, shown
 from mambaseq.registry import allow_imports
 
 COMMANDS = {
-    "fit": ("mambaseq.cli.fit", "train a model: --config NAME_OR_FILE [--out RUN] [--key value ...]; --resume RUN"),
+    "fit": (
+        "mambaseq.cli.fit",
+        "train a model: --config NAME_OR_FILE [--out RUN] [--init-from RUN] [--key value ...]; --resume RUN",
+    ),
     "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN"),
     "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
     "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE.csv"),

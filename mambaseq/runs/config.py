@@ -34,6 +34,7 @@ from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values
+from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
@@ -98,6 +99,7 @@ class GenerationConfig:
 SECTIONS = {
     "loader": LoaderConfig,
     "optimizer": OptimizerConfig,
+    "finetune": FinetuneConfig,
     "length_warmup": LengthWarmup,
     "checkpoint": CheckpointConfig,
     "generation": GenerationConfig,
@@ -235,6 +237,9 @@ class RunConfig:
 
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(**self.settings["optimizer"])
+
+    def finetune(self) -> FinetuneConfig:
+        return FinetuneConfig(**self.settings["finetune"])
 
     def length_warmup(self) -> LengthWarmup:
         return LengthWarmup(**self.settings["length_warmup"])
@@ -500,6 +505,8 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
                 parsed["data"][key] = _absolute(value, key)
         made = {key: make_classes(key, value) for key, value in classes_written.items()}
         check_values(parser, parsed, lambda key: _override(overrides, key) or _written(raw, key))
+        if parsed["finetune"]["init_from"]:
+            parsed["finetune"]["init_from"] = str(Path.cwd() / parsed["finetune"]["init_from"])
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # it was asked to print something (--print_config)

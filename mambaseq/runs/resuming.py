@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError, cut_list, cut_path, shown
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import RunConfig
+from mambaseq.runs.config import SECTIONS, RunConfig
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
 from mambaseq.tasks.record import KEY, DataRecord, flatten
@@ -45,8 +46,11 @@ def write_record(folder: RunFolder, record: DataRecord) -> None:
 
 
 def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values are not those that the run was last gone on with, each with both."""
-    former, now = flatten(read_yaml(folder.config)), flatten(parse_yaml(settings.yaml, "the configuration"))
+    """Keys whose values are not those that the run was last gone on with, each with both. What an earlier version did
+    not write down had the value that is now the default."""
+    defaults = flatten({section: dataclasses.asdict(kind()) for section, kind in SECTIONS.items()})
+    former = defaults | flatten(read_yaml(folder.config))
+    now = flatten(parse_yaml(settings.yaml, "the configuration"))
     return {
         key: (former.get(key), now.get(key))
         for key in sorted(former.keys() | now.keys())
@@ -110,6 +114,19 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
             f"{cut_list(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, "
             f"or train further with it: --trainer.max_steps MORE."
         )
+
+
+FIXED = {"finetune.init_from": "a run takes the weights that it begins with before its first step"}
+
+
+def refuse_fixed(folder: RunFolder, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Raise ConfigError for settings that a run which has begun cannot change."""
+    for key, why in FIXED.items():
+        if any(name == key or name.startswith(f"{key}.") for name in changed):
+            raise ConfigError(
+                f"{key} cannot change in a run that has begun: {why}. Leave it away, or begin another run: "
+                f"mambaseq fit --config {folder.config} --out ANOTHER --key value."
+            )
 
 
 class Resumption(lightning.Callback):

@@ -18,7 +18,10 @@ from mambaseq.resources import find
 from mambaseq.runs.trainer_classes import KEYS, names_class
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
-GROUPS = ("data", "model", "loader", "optimizer", "length_warmup", "checkpoint", "generation", "trainer")
+GROUPS = (
+    *("data", "model", "loader", "optimizer", "finetune"),
+    *("length_warmup", "checkpoint", "generation", "trainer"),
+)
 TOP = ("seed", "metrics", *GROUPS)
 
 

@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file, remove_leftovers
-from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
+from mambaseq.checkpoints.beginning import begin_from
+from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import task_of
@@ -28,6 +29,7 @@ from mambaseq.runs.resuming import (
     is_over,
     read_record,
     record_of,
+    refuse_fixed,
     refuse_without_effect,
     say,
     write_record,
@@ -139,6 +141,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     )
     callbacks: list[lightning.Callback] = [run.throughput, guard, run.checkpoints]
     begins = not folder.last.exists()
+    if begins and settings.finetune().init_from:
+        _begin_from(settings.finetune().init_from, run)
     if not begins:
         callbacks.append(_resumption(run, settings, record, allow_changed_data))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
@@ -154,11 +158,14 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
 
 
 def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
-    """What a resumed run needs. Says what changed; raises DataError when the data did, and must not."""
+    """What a resumed run needs. Says what changed; raises DataError when the data did, and must not, ConfigError when a
+    setting did that cannot."""
+    changed = changed_settings(run.folder, settings)
+    refuse_fixed(run.folder, changed)
     lines = check_changed_data(run.folder, record, allow_changed=allow_changed_data)
     lines += [
         f"{key} changed: {shown(former)} -> {shown(now)}"
-        for key, (former, now) in changed_settings(run.folder, settings).items()
+        for key, (former, now) in changed.items()
         if not key.startswith("data.")
     ]
     for line in lines if rank() == 0 else []:
@@ -238,6 +245,15 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
         model = build_model(spec)
     check_data(model, data, repr(settings.settings["data"]["name"]), settings.make_metrics(data))
     return model
+
+
+def _begin_from(source: str, run: Training) -> None:
+    """Give the model, as initialised, the weights of another run; says which."""
+    loaded = load_model(source)
+    found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer)
+    if rank() == 0:
+        step = "" if loaded.card.step is None else f" (step {loaded.card.step})"
+        say(run.folder, found.told(f"{source}{step}"))
 
 
 def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Training, record: DataRecord) -> None:

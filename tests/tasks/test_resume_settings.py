@@ -17,6 +17,7 @@ from mambaseq.batch import Batch
 from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
+from mambaseq.errors import shown
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import PARTS, make_parser
 from mambaseq.runs.resuming import moved
@@ -96,6 +97,8 @@ CHANGED = {
     "generation.top_p": 0.9,
 }
 
+REFUSED = {"finetune.init_from": "first"}
+
 
 def options(changed: dict[str, Any]) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in changed.items()]
@@ -104,7 +107,7 @@ def options(changed: dict[str, Any]) -> list[str]:
 def test_every_key_of_a_configuration_is_decided_here() -> None:
     parser, _ = make_parser({"data": "tasks.test_resume_settings:Numbered", **PARTS})
     keys = {key for key in vars(parser.get_defaults().as_flat()) if not key.startswith(("data", "model", "trainer"))}
-    assert keys - {"config"} == CHANGED.keys()
+    assert keys - {"config"} == CHANGED.keys() | REFUSED.keys()
 
 
 def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -116,7 +119,7 @@ def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture
     told = capsys.readouterr().err
     for key, value in changed.items():
         assert f"{key} changed: " in told
-        assert f"-> {value}" in told
+        assert f"-> {shown(value)}" in told
     assert "the best score so far does not count any more: it was measured by another metric" in told
     config = OptimizerConfig(**{k.removeprefix("optimizer."): v for k, v in CHANGED.items() if k.startswith("opt")})
     factor = learning_rate_factor(config, 12)
@@ -209,9 +212,17 @@ def test_settings_without_effect_are_refused_by_name(run: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["fit", "--resume", str(run), "--optimizer.lr=1e-4", "--generation.top_k=2"]) == 2
     told = capsys.readouterr().err
-    assert "generation.top_k; optimizer.lr would have no effect" in told
+    assert "generation.top_k, optimizer.lr would have no effect" in told
     assert "trainer.max_steps MORE" in told
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_settings_that_a_run_cannot_change_are_refused_by_name(run: Path, capsys, key: str) -> None:
+    capsys.readouterr()
+    more = ["--trainer.max_steps=9", *options({key: REFUSED[key]})]
+    assert main(["fit", "--resume", str(run), *more]) == 2
+    assert f"{key} cannot change in a run that has begun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["default_root_dir=elsewhere", "logger=false", "enable_checkpointing=false"])
