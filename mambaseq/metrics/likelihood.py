@@ -42,11 +42,17 @@ class _Likelihood(Metric):
 
 
 class MeanLoss(_Likelihood):
-    """Mean loss of a target, whatever the head's loss is."""
+    """Mean loss of a target, whatever the head's loss is: NaN where there is no target, which `empty` tells from a loss
+    that is NaN itself.
+
+    empty: whether what was computed last had no target, in any process.
+    """
 
     measures: ClassVar[Literal["labels", "values"] | None] = None
+    empty = False
 
     def compute(self) -> Tensor:
+        self.empty = not bool(self.units > 0)  # in here they are those of all processes
         return self._mean()
 
 

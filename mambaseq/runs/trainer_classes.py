@@ -77,9 +77,9 @@ register_type(
     TrainerClasses,
     serializer=lambda value: value.written,
     deserializer=lambda value: TrainerClasses(
-        parse_yaml(value, "the value of an option") if isinstance(value, str) else _plain_values(value)
+        parse_yaml(value, "its value") if isinstance(value, str) else _plain_values(value)
     ),
-    deserializer_exceptions=(ValueError, TypeError, ConfigError),
+    deserializer_exceptions=(ValueError, TypeError, UserError),
 )
 
 

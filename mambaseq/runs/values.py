@@ -56,9 +56,8 @@ def check_values(
         if hint is None:
             continue
         value = parsed.get(key)
-        # null is a value of many of the trainer's settings whose type does not say so
-        nullable = key.startswith("trainer.") or action.default is None or type(None) in get_args(hint) or hint is Any
-        if value is None and not nullable:
+        nullable = action.default is None or type(None) in get_args(hint) or hint is Any
+        if (value is None or getattr(value, "written", value) is None) and not nullable:
             raise ConfigError(f"{key} is null; leave it out, and it is {shown(action.default)}.")
         if isinstance(value, bool) and not fits(value, hint):
             raise ConfigError(f"{key} is {str(value).lower()}, which is no value of it. Give a number or text.")

@@ -100,7 +100,8 @@ class FiniteGuard(lightning.Callback):
         """Weights may be finite, and so large that what comes out of them is not."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             loss = trainer.callback_metrics.get("val/loss")
-            if loss is not None and torch.isinf(loss):  # NaN is that of a set without targets
+            # that of a set without targets is NaN, whatever the weights are
+            if loss is not None and not torch.isfinite(loss) and not pl_module.losses["val_"].empty:  # type: ignore[index, union-attr]
                 raise Diverged(trainer.global_step, "val/loss")
 
     def on_save_checkpoint(

@@ -8,7 +8,6 @@ key; a value that makes no sense must be refused. Ends with 1 when anything fail
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import json
@@ -17,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from cases import Case, Place  # noqa: E402 - beside this file
+from keys import flat, written  # noqa: E402 - in tests
 
 LONG = "x" * 10_000
 VALUES: dict[str, Any] = {
@@ -73,27 +73,6 @@ class Pair:
     value: str
 
 
-def written(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of a configuration with another value for a key."""
-    changed = copy.deepcopy(raw)
-    *sections, last = key.split(".")
-    holder = changed
-    for section in sections:
-        if not isinstance(holder.get(section), dict):
-            holder[section] = {}
-        holder = holder[section]
-    holder[last] = value
-    return changed
-
-
-def flat(value: Any, key: str = "") -> list[str]:
-    """The keys of all settings, those of sections as well."""
-    inner = value.items() if isinstance(value, dict) else ()
-    return ([key] if key else []) + [
-        name for step, below in inner for name in flat(below, f"{key}.{step}" if key else str(step))
-    ]
-
-
 def names_of_configs() -> list[str]:
     from mambaseq.domain import catalog
 
@@ -137,7 +116,14 @@ NEGATIVE = ("max_steps", "max_epochs", "num_sanity_val_steps", "devices")
 ABOVE_0 = (
     *("batch_size", "d_model", "n_layers", "d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max"),
     *("dt_init_floor", ".k", "stride", "data.length", "vocab_size", "samples_per_epoch", "n_validation", "n_test"),
-    *("every_n_steps", "steps_per_stage", "sample_rate", "epoch_size", "accumulate_grad_batches", "num_nodes"),
+    *(
+        "checkpoint.every_n_steps",
+        "steps_per_stage",
+        "sample_rate",
+        "epoch_size",
+        "accumulate_grad_batches",
+        "num_nodes",
+    ),
     *("check_val_every_n_epoch", "data.size", "min_length", "max_depth", "max_args", "n_data", "chunk_length"),
     *("top_p", "head.scale", "devices"),
 )
@@ -145,27 +131,27 @@ BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", 
 
 
 @functools.lru_cache
-def hints(config: str) -> dict[str, Any]:
-    """The type of each key that is no section."""
+def actions(config: str) -> dict[str, Any]:
+    """The parser's knowledge of each key that is no section: its type and its default."""
     from mambaseq.runs.config import PARTS, make_parser, parse_config
 
     settings = parse_config(config, []).settings
     names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in PARTS}}
-    actions = make_parser(names, [])[0]._actions
-    return {action.dest: action._typehint for action in actions if hasattr(action, "_typehint")}
+    return {action.dest: action for action in make_parser(names, [])[0]._actions if hasattr(action, "_typehint")}
 
 
 def senseless(pair: Pair) -> str:
     """Why a value must be refused; "" where it need not be."""
     from mambaseq.specs import fits
 
-    value, hint, told = VALUES[pair.value], hints(pair.config).get(pair.key), f"{pair.key}: {pair.value}"
-    if hint is None:
+    value, action, told = VALUES[pair.value], actions(pair.config).get(pair.key), f"{pair.key}: {pair.value}"
+    if action is None:
         return "" if value == {} else told
+    hint = action._typehint
     if pair.value in ("nan", "inf", "2**63", "a NUL", "[[[]]]"):
         return "" if (pair.key, pair.value) == ("optimizer.lr", "2**63") else told
     if value is None:
-        return ""  # the parser's defaults say whether it may be
+        return "" if action.default is None or hint is Any or type(None) in get_args(hint) else told
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits(value, hint):
         return told

@@ -29,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+STARTS = 1200.0  # seconds until a worker is ready, where many start at once or the machine has other work
 LOST = 90.0  # seconds without an answer, after which a worker is killed
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -147,7 +148,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}
         )
-        if self._line(300) != "ready":
+        if self._line(STARTS) != "ready":
             raise SystemExit(f"a worker cannot start; see {self.scratch / 'log'}")
 
     def _line(self, patience: float) -> str | None:
@@ -221,6 +222,10 @@ def run_all(
         thread.start()
     for thread in threads:
         thread.join()
+    if len(done) < len(cases):  # all workers ended: one that cannot start ends alone
+        seen = {(outcome["target"], outcome["number"]) for outcome in done}
+        failure = {"ended": "", "message": "", "seconds": 0.0, "failures": [("not run", "no worker was left", "")]}
+        done += [{**case, **failure, "argv": []} for case in cases if (case["target"], case["number"]) not in seen]
     return done
 
 

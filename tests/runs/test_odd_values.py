@@ -1,12 +1,12 @@
 """Odd values for every setting: each is refused in words that name it, or used."""
 
-import copy
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from keys import flat, written
 
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import dump_yaml
@@ -20,26 +20,6 @@ ODD: tuple[Any, ...] = (
     *("x" * 3000, [[[]]], True, ""),
 )
 PER_CONFIG = 20  # a seeded choice of all keys with all values: all of them take minutes
-
-
-def flat(value: Any, key: str = "") -> list[str]:
-    """The keys of all settings, those of sections as well."""
-    inner = value.items() if isinstance(value, dict) else ()
-    return ([key] if key else []) + [
-        name for step, below in inner for name in flat(below, f"{key}.{step}" if key else str(step))
-    ]
-
-
-def written(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(raw)
-    *sections, last = key.split(".")
-    holder = changed
-    for section in sections:
-        if not isinstance(holder.get(section), dict):
-            holder[section] = {}
-        holder = holder[section]
-    holder[last] = value
-    return changed
 
 
 def try_value(raw: dict[str, Any], key: str, value: Any, path: Path) -> str | None:
@@ -127,6 +107,11 @@ def test_arguments_that_are_left_over_are_quoted() -> None:
         ("trainer.gradient_clip_val", float("nan")),
         ("trainer.min_steps", -1),
         ("trainer.num_nodes", 0),
+        ("trainer.accumulate_grad_batches", None),
+        ("trainer.detect_anomaly", None),
+        ("trainer.strategy", None),
+        ("trainer.callbacks", "a\0b"),
+        ("trainer.accelerator", "[cpu"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_its_key(key: str, value: Any, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from tiny import TinyTokens
 
+from mambaseq.batch import Batch
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.metrics.base import Metric
@@ -50,6 +53,32 @@ class Breaker(lightning.Callback):
         if trainer.global_step == self.step and self.what == "weight":
             with torch.no_grad():
                 pl_module.model.encoder.embedding.weight[0, 0] = torch.inf
+
+
+class Overflow(lightning.Callback):
+    """Makes the loss of the second validation infinite or NaN, as weights do that are finite and very large."""
+
+    def __init__(self, value: str) -> None:
+        self.value = float(value)
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        run_model = type(pl_module).run_model
+
+        def broken(*arguments, **options):
+            output = run_model(pl_module, *arguments, **options)
+            output.loss = output.loss * (self.value if trainer.global_step == 4 and not pl_module.training else 1)
+            return output
+
+        pl_module.run_model = broken
+
+
+class Untargeted(TinyTokens):
+    """A validation set in which nothing is to be predicted."""
+
+    def validation(self) -> list[Batch]:
+        items = super().validation()
+        batches = [items[index] for index in range(len(items))]
+        return [dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100)) for batch in batches]
 
 
 class Undefined(Metric):
@@ -116,6 +145,23 @@ def test_it_stops_before_anything_is_saved(tmp_path: Path, monkeypatch, capsys, 
     assert f"not finite after step {seen}" in told
     assert read_checkpoint(RunFolder(tmp_path / "run").last)["global_step"] == 2
     assert_finite(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_validation_without_a_finite_loss_ends_the_run(tmp_path: Path, capsys, value: str) -> None:
+    begin = config(tmp_path)
+    overflow = f'[{{"class_path": "tasks.test_divergence.Overflow", "init_args": {{"value": "{value}"}}}}]'
+    assert main([*begin, "--checkpoint.every_n_steps=2", f"--trainer.callbacks={overflow}"]) == 1
+    assert "val/loss is not finite after step 4" in capsys.readouterr().err
+    assert read_checkpoint(RunFolder(tmp_path / "run").last)["global_step"] == 2
+    assert_finite(tmp_path / "run")
+
+
+def test_a_validation_set_without_targets_has_no_loss_and_ends_nothing(tmp_path: Path) -> None:
+    assert main([*config(tmp_path), "--data.name=tasks.test_divergence:Untargeted"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["val/bits_per_token"] is None
+    assert results["steps"] == 6
 
 
 def test_a_metric_without_a_value_is_null(tmp_path: Path) -> None:
