@@ -159,7 +159,8 @@ class SequenceModel(nn.Module):
         """
         self.check_stateful()
         x = self.encoder(inputs[:, None], condition)
-        x = self.backbone.step_(x, state) if whole is None else self.backbone.step_(x, state, whole=whole)
+        step: Any = self.backbone.step_
+        x = step(x, state) if whole is None else step(x, state, whole=whole)
         _, logits = self.head(x)
         assert logits is not None
         return logits[:, -1]

@@ -190,6 +190,59 @@ def lti_update_(
     return y
 
 
+def ssd_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """See `mambaseq.ops.ssd.step.ssd_update_`."""
+    batch, heads, head_dim, d_state = state.shape
+    channels, groups = heads * head_dim, B.shape[1]
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    rows, dt, B, C = _rows(x.flatten(1)), _rows(dt), _rows(B), _rows(C)
+    states = _power_of_two(d_state)
+    per_program = max(_LITTLE[0] // states, 1)
+    with portable.on(x):
+        _kernels().ssd_update[(-(-channels // per_program) * batch,)](
+            state,
+            rows,
+            rows.stride(0),
+            dt,
+            dt.stride(0),
+            A.contiguous(),
+            B,
+            B.stride(0),
+            B.stride(1),
+            C,
+            C.stride(0),
+            C.stride(1),
+            None if D is None else _rows(D),
+            None if dt_bias is None else _rows(dt_bias),
+            y,
+            batch,
+            channels,
+            head_dim,
+            channels // groups,
+            D_STATE=d_state,
+            HAS_D=D is not None,
+            HAS_BIAS=dt_bias is not None,
+            SOFTPLUS=dt_softplus,
+            STATES=states,
+            CHANNELS=per_program,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,  # as above
+        )
+    return y
+
+
 def _shape(state: Tensor) -> tuple[int, int, int]:
     """States, padded, and channels and sequences of a program."""
     batch, channels, d_state = state.shape

@@ -253,3 +253,58 @@ def lti_update(
         if COMPLEX:
             tl.store(place + 1, h_i, mask=cells)
         tl.store(y + row * channels + c, out, mask=here)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def ssd_update(
+    state,
+    x,
+    x_stride,
+    dt,
+    dt_stride,
+    A,
+    B,
+    B_stride,
+    B_group_stride,
+    C,
+    C_stride,
+    C_group_stride,
+    D,
+    dt_bias,
+    y,
+    batch,
+    channels,
+    head_dim,
+    channels_of_group,
+    D_STATE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """CHANNELS channels of one sequence, all heads' together; `head_dim` neighbours have dt, A and D in common."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, STATES)[None, :]
+    real = c < channels
+    tile = real[:, None] & (n < D_STATE)
+    head, group = c // head_dim, (c // channels_of_group)[:, None].to(tl.int64)
+    u = tl.load(x + row * x_stride + c, mask=real, other=0.0).to(tl.float32)
+    delta = tl.load(dt + row * dt_stride + head, mask=real, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        delta += tl.load(dt_bias + head, mask=real, other=0.0).to(tl.float32)
+    if SOFTPLUS:
+        delta = softplus(delta)
+    decay = tl.exp(delta * tl.load(A + head, mask=real, other=0.0).to(tl.float32))
+    b = tl.load(B + row * B_stride + group * B_group_stride + n, mask=tile, other=0.0).to(tl.float32)
+    read = tl.load(C + row * C_stride + group * C_group_stride + n, mask=tile, other=0.0).to(tl.float32)
+    place = state + (row * channels + c)[:, None] * D_STATE + n
+    h = decay[:, None] * tl.load(place, mask=tile, other=0.0) + (delta * u)[:, None] * b
+    out = tl.sum(h * read, axis=1)
+    if HAS_D:
+        out += tl.load(D + head, mask=real, other=0.0).to(tl.float32) * u
+    tl.debug_barrier()  # all have loaded, whichever threads store
+    tl.store(place, h, mask=tile)
+    tl.store(y + row * channels + c, out, mask=real)

@@ -10,6 +10,7 @@ from agreement import Draw, calls_of, poisoned_memory, relative_rms_error
 from torch import Tensor
 
 from mambaseq.ops import step, step_gpu
+from mambaseq.ops.ssd.step import ssd_update_
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -131,6 +132,32 @@ def test_complex_state_update(
     D, bias = (draw.normal(channels).to(DEVICE) for _ in range(2))
     options = {"D": D, "z": z, "dt_bias": bias - 3, "dt_softplus": True, "A_is_log": False}
     close_in_float64("selective_state_update_", state, x, [dt, *(v.to(DEVICE) for v in (A, B, C))], options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "d_state", "groups"), [(3, 4, 5, 6, 2), (1, 1, 1, 1, 1), (2, 3, 64, 128, 1)]
+)
+def test_ssd_update(batch: int, heads: int, head_dim: int, d_state: int, groups: int, dtype: torch.dtype) -> None:
+    draw = Draw(f"ssd {heads}")
+    shapes = ((batch, heads, head_dim), (batch, groups, d_state), (batch, groups, d_state), (batch, heads))
+    x, B, C, dt = views(draw, dtype, *shapes)
+    A = -draw.uniform(0.1, 5, heads).to(DEVICE)
+    D, bias = (draw.normal(heads).to(DEVICE) for _ in range(2))
+    for options in ((D, bias - 3, True), (None, None, False)):
+        state = draw.normal(batch, heads, head_dim, d_state).to(DEVICE)
+        expected_state, step_size = state.double(), dt if options[2] else dt.abs()
+        wider = [wide(v) for v in (x, step_size, A, B, C)]
+        names = dict(
+            zip(("D", "dt_bias", "dt_softplus"), (wide(options[0]), wide(options[1]), options[2]), strict=True)
+        )
+        expected = ssd_update_(expected_state, *wider, **names)
+        with poisoned_memory():
+            y = step_gpu.ssd_update_(state, x, step_size, A, B, C, *options)
+        assert y.shape == x.shape
+        assert y.dtype == dtype
+        assert relative_rms_error(y, expected) <= TOLERANCE[dtype]
+        assert relative_rms_error(state, expected_state) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("rule", ["zoh", "bilinear", "mamba"])
