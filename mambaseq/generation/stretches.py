@@ -1,5 +1,5 @@
-"""A model's steps as one kernel that stays (`mambaseq.ops.stretch`): for one sequence of few tokens, by time-invariant
-layers, at one resolution or several."""
+"""A model's steps as one kernel that stays (`mambaseq.ops.stretch`): for one sequence of few tokens, by Mamba blocks,
+diagonal systems and MLPs, at one resolution or several."""
 
 from __future__ import annotations
 
@@ -69,15 +69,19 @@ def _why_not_mixer(mixer: Any) -> str | None:
     name = type(mixer).__name__
     if type(mixer) is Mamba and mixer.lti:
         linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.out_proj], mixer.ssm
+    elif type(mixer) is Mamba and mixer._is_whole:
+        linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj], None
+        if mixer.d_state > stretch.MOST_STATES:
+            return f"there are more than {stretch.MOST_STATES} states a channel"
     elif type(mixer) is S4D:
         linears, ssm = [mixer.out_proj], mixer.ssm
     elif type(mixer) is MLP:
         linears, ssm = [mixer.in_proj, mixer.out_proj], None
     else:
-        return f"{name} is no time-invariant layer that the kernel knows"
+        return f"the kernel does not know {name}" + (" without selection" if name == "Mamba" else "")
     if not all(is_plain(linear) for linear in linears) or "step_" in vars(mixer) or (ssm and "step_" in vars(ssm)):
         return f"a layer of {name} is wrapped"
-    widths = [linear.weight[0].numel() for linear in linears if isinstance(linear, nn.Linear)]
+    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
     if any(width % 4 or width > stretch.WIDEST for width in widths):
         return f"widths must be multiples of 4 up to {stretch.WIDEST}"
     if mixer.d_model % 4 or mixer.d_model > stretch.WIDEST:
@@ -178,7 +182,9 @@ class Stretches:
             mixer: Any = layer.mixer
             more = {"source": stream, "residual": stream, **_norm(layer.norm)}
             flags = 0
-            if isinstance(mixer, Mamba):
+            if isinstance(mixer, Mamba) and not mixer.lti:
+                made = self._add_selective(mixer, state, level, more)
+            elif isinstance(mixer, Mamba):
                 made = self._vector(mixer.d_inner)
                 system = _system(mixer.ssm, state.ssm)
                 self._phases.append(
@@ -189,10 +195,7 @@ class Stretches:
                         mixer.in_proj.bias,
                         made,
                         2,
-                        conv=mixer.conv1d.weight.detach(),
-                        conv_bias=None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach(),
-                        conv_state=state.conv,
-                        width=mixer.d_conv,
+                        **_convolution(mixer, state),
                         **more,
                         **system,
                     )
@@ -225,6 +228,43 @@ class Stretches:
             )
             if number + 1 == len(layers):
                 self._phases[-1] = self._phases[-1]._replace(**last)
+
+    def _add_selective(self, mixer: Mamba, state: Any, level: int, more: dict[str, Any]) -> Tensor:
+        """Phases of a selective block but its last; what that reads."""
+        inputs, gates, made = (self._vector(mixer.d_inner) for _ in range(3))
+        products = self._vector(-(-len(mixer.x_proj.weight) // 4) * 4)
+        in_proj, dt_proj = mixer.in_proj, mixer.dt_proj
+        conv = {**_convolution(mixer, state), "copy": gates}
+        A, states = mixer._A().detach(), state.ssm
+        if mixer.complex:
+            A, states = torch.view_as_real(A), torch.view_as_real(states)
+        self._phases += [
+            self._linear(stretch.CONV, level, in_proj.weight, in_proj.bias, inputs, 2, **conv, **more),
+            self._linear(stretch.LINEAR, level, mixer.x_proj.weight, None, products, source=inputs),
+            self._linear(
+                stretch.SCAN,
+                level,
+                dt_proj.weight,
+                dt_proj.bias,
+                made,
+                source=products,
+                held_cols=len(products),
+                residual=inputs,
+                copy=gates,
+                a=A.contiguous(),
+                D=mixer.D.detach(),
+                state=states,
+                n_states=mixer.d_state,
+                flags=stretch.COMPLEX if mixer.complex else 0,
+            ),
+        ]
+        return made
+
+
+def _convolution(mixer: Mamba, state: Any) -> dict[str, Any]:
+    conv = mixer.conv1d
+    bias = None if conv.bias is None else conv.bias.detach()
+    return {"conv": conv.weight.detach(), "conv_bias": bias, "conv_state": state.conv, "width": mixer.d_conv}
 
 
 def _norm(norm: RMSNorm) -> dict[str, Any]:

@@ -9,8 +9,9 @@ typedef unsigned int u32;
 typedef long long i64;
 #define WARPS (THREADS / 32)
 #define FULL ~0u
+#define POOLS 4  // at most
 
-enum { LINEAR, OUT, MAMBA, LTI, GATED };
+enum { LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN };
 enum { EMBEDS = 1, GLU = 2, COMPLEX = 4, SWIGLU = 8 };
 
 // As `mambaseq.ops.stretch.Phase` lays it out.
@@ -27,8 +28,9 @@ struct Phase {
     const float *conv, *conv_bias;
     float *conv_state;
     i64 width;
-    float *residual, *window, *copy;  // OUT: what is added to, where a window of positions and the sum itself go too
-    const float *up, *held;           // and what a coarser resolution gives
+    float *residual, *window, *copy;  // OUT: what is added to, where a window of positions and the sum itself go too;
+    const float *up, *held;           // and what a coarser resolution gives. CONV: copy takes gates. SCAN: residual has
+                                      // inputs, copy gates
     i64 held_cols, pool;              // pool: which, or -1
 };
 
@@ -40,89 +42,127 @@ __device__ __forceinline__ float sum_of_warp(float v) {
     return v;
 }
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
+__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
 __device__ __forceinline__ float gelu(float v) { return .5f * v * (1.f + erff(v * .70710678f)); }
 
-// Numbers that others may have written since the kernel began, so not from this multiprocessor's own cache.
-__device__ __forceinline__ void load(Vec &to, const float *from, int cols) {
-    const int lane = threadIdx.x % 32;
+// A lane's part of a row: 4 neighbours of every 128 numbers.
+__device__ __forceinline__ Vec part_of(const float *row, int cols) {
+    Vec x;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        const int at = i * 128 + lane * 4;
-        to.v[i] = at < cols ? __ldcg((const float4 *)(from + at)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        const int at = i * 128 + threadIdx.x % 32 * 4;
+        x.v[i] = at < cols ? *(const float4 *)(row + at) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
+    return x;
 }
-__device__ __forceinline__ float part(const Vec &x, const float *row, int cols) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ float dot(const Vec &x, const Vec &y) {
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        const int at = i * 128 + lane * 4;
-        if (at < cols) {
-            const float4 w = *(const float4 *)(row + at);
-            total = fmaf(w.x, x.v[i].x, total), total = fmaf(w.y, x.v[i].y, total);
-            total = fmaf(w.z, x.v[i].z, total), total = fmaf(w.w, x.v[i].w, total);
-        }
+        total = fmaf(x.v[i].x, y.v[i].x, total), total = fmaf(x.v[i].y, y.v[i].y, total);
+        total = fmaf(x.v[i].z, y.v[i].z, total), total = fmaf(x.v[i].w, y.v[i].w, total);
     }
     return total;
 }
-__device__ __forceinline__ float part_of_squares(const Vec &x) {
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        total = fmaf(x.v[i].x, x.v[i].x, total), total = fmaf(x.v[i].y, x.v[i].y, total);
-        total = fmaf(x.v[i].z, x.v[i].z, total), total = fmaf(x.v[i].w, x.v[i].w, total);
-    }
-    return total;
+// What other blocks have written, for all threads of this one.
+__device__ __forceinline__ void stage(float *to, const float *from, int n) {
+    for (int at = threadIdx.x * 4; at < n; at += THREADS * 4) *(float4 *)(to + at) = __ldcg((const float4 *)(from + at));
 }
 
-// All blocks wait for all: `goal` counts what has come since the kernel began.
-__device__ __forceinline__ void meet(u32 *counter, u32 &goal) {
+// The barrier over the grid, in two parts. What was written before `arrive` may be read after `wait`, past this
+// multiprocessor's own cache (`stage`): the wait is no acquire, which would empty that cache of the weights.
+__device__ __forceinline__ void arrive(u32 *counter) {
     __syncthreads();
-    goal += gridDim.x;
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait(const u32 *counter, u32 goal) {
     if (threadIdx.x == 0) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
         u32 now;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+        do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
         while ((int)(now - goal) < 0);
     }
     __syncthreads();
 }
 
-// One step of a channel's states; the sum over states of what C reads.
-struct States {
+// What a warp needs for a row and does not wait for others to know: it is fetched while they are waited for. States were
+// written by the thread that reads them.
+struct Ahead {
+    Vec weight, other, up;
     float2 a[HELD], b[HELD], c[HELD], h[HELD];
+    float bias, other_bias, D, past, tap, conv_bias;
 };
-__device__ __forceinline__ void look(States &s, const Phase &p, int channel) {
-    const int lane = threadIdx.x % 32, n = (int)p.n_states;
-    const bool is_complex = p.flags & COMPLEX;
+__device__ __forceinline__ bool has_conv(const Phase &p) { return p.kind == MAMBA || p.kind == CONV; }
+__device__ __forceinline__ bool has_other(const Phase &p) { return has_conv(p) || (p.flags & (GLU | SWIGLU)); }
+__device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slot) {
+    const int rows = (int)p.rows, cols = (int)p.cols, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    if (p.weight) {
+        f.weight = part_of(p.weight + (i64)row * cols, cols);
+        f.bias = p.bias ? p.bias[row] : 0.f;
+        if (has_other(p)) {
+            f.other = part_of(p.weight + (i64)(rows + row) * cols, cols);
+            f.other_bias = p.bias ? p.bias[rows + row] : 0.f;
+        }
+    }
+    if (p.up) f.up = part_of(p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
+    if (has_conv(p)) {
+        const int width = (int)p.width;
+        f.past = lane < width - 1 ? p.conv_state[(i64)row * (width - 1) + lane] : 0.f;
+        f.tap = lane < width ? p.conv[(i64)row * width + lane] : 0.f;
+        f.conv_bias = p.conv_bias ? p.conv_bias[row] : 0.f;
+    }
+    if (!p.state) return;
+    f.D = p.D[row];
+    const int n = (int)p.n_states;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int state = i * 32 + lane;
-        const i64 at = (i64)channel * n + state;
-        const float2 none = make_float2(0.f, 0.f);
-        s.a[i] = s.b[i] = s.c[i] = s.h[i] = none;
+        const i64 at = (i64)row * n + state;
+        f.a[i] = f.b[i] = f.c[i] = f.h[i] = make_float2(0.f, 0.f);
         if (state >= n) continue;
-        if (is_complex) {
-            s.a[i] = ((const float2 *)p.a)[at], s.b[i] = ((const float2 *)p.b)[at];
-            s.c[i] = ((const float2 *)p.c)[at], s.h[i] = ((const float2 *)p.state)[at];
+        if (p.flags & COMPLEX) {
+            f.a[i] = ((const float2 *)p.a)[at], f.h[i] = ((const float2 *)p.state)[at];
+            if (p.kind != SCAN) f.b[i] = ((const float2 *)p.b)[at], f.c[i] = ((const float2 *)p.c)[at];
         } else {
-            s.a[i].x = p.a[at], s.b[i].x = p.b[at], s.c[i].x = p.c[at], s.h[i].x = p.state[at];
+            f.a[i].x = p.a[at], f.h[i].x = p.state[at];
+            if (p.kind != SCAN) f.b[i].x = p.b[at], f.c[i].x = p.c[at];
         }
     }
 }
-__device__ __forceinline__ float advance(States &s, const Phase &p, int channel, float u) {
+// What a step of a channel's states is by, in place of what was fetched: the rates in `a`, and B and C beside the step size in
+// `products`.
+__device__ __forceinline__ void select(Ahead &f, const Phase &p, const float *products, float delta) {
+    const int n = (int)p.n_states;
+    const float *const B = products + p.cols, *const C = B + n * (p.flags & COMPLEX ? 2 : 1);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int state = i * 32 + threadIdx.x % 32;
+        if (state >= n) continue;
+        const float size = expf(delta * f.a[i].x);
+        if (p.flags & COMPLEX) {
+            float sine, cosine;
+            sincosf(delta * f.a[i].y, &sine, &cosine);
+            f.a[i] = make_float2(size * cosine, size * sine);
+            f.b[i] = make_float2(delta * B[2 * state], delta * B[2 * state + 1]);
+            f.c[i] = make_float2(2.f * C[2 * state], -2.f * C[2 * state + 1]);
+        } else {
+            f.a[i].x = size, f.b[i].x = delta * B[state], f.c[i].x = C[state];
+        }
+    }
+}
+// One step of a channel's states; the sum over states of what C reads.
+__device__ __forceinline__ float advance(const Ahead &f, const Phase &p, int channel, float u) {
     const int lane = threadIdx.x % 32, n = (int)p.n_states;
-    const bool is_complex = p.flags & COMPLEX;
     float y = 0.f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int state = i * 32 + lane;
         const i64 at = (i64)channel * n + state;
-        const float2 a = s.a[i], b = s.b[i], h = s.h[i];
+        const float2 a = f.a[i], b = f.b[i], h = f.h[i];
         const float2 now = make_float2(fmaf(a.x, h.x, fmaf(-a.y, h.y, b.x * u)), fmaf(a.x, h.y, fmaf(a.y, h.x, b.y * u)));
-        y = fmaf(s.c[i].x, now.x, fmaf(s.c[i].y, now.y, y));
+        y = fmaf(f.c[i].x, now.x, fmaf(f.c[i].y, now.y, y));
         if (state >= n) continue;
-        if (is_complex) ((float2 *)p.state)[at] = now;
+        if (p.flags & COMPLEX) ((float2 *)p.state)[at] = now;
         else p.state[at] = now.x;
     }
     return sum_of_warp(y);
@@ -136,7 +176,7 @@ __device__ __forceinline__ int draw(const float *logits, int n, double temperatu
 #pragma unroll
     for (int i = 0; i < CHOICES; i++) {  // a lane has neighbours
         const int at = lane * CHOICES + i;
-        v[i] = at < n ? __ldcg(logits + at) : -__int_as_float(0x7f800000);
+        v[i] = at < n ? logits[at] : -__int_as_float(0x7f800000);
         most = fmaxf(most, v[i]), odd |= isnan(v[i]);
     }
 #pragma unroll
@@ -178,103 +218,95 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const float *logits, int vocabulary, const double *temperature, const double *uniforms, const i64 *first,
             i64 *tokens, i64 *counts, const i64 *pools, int n_pools, u32 *counter, int *failed) {
     extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ __align__(16) float vector[128 * PIECES], held[128 * PIECES], staged[32 * CHOICES];
     Phase *const program = (Phase *)memory;
     for (int i = threadIdx.x; i < n_phases * (int)(sizeof(Phase) / 8); i += THREADS) ((i64 *)program)[i] = ((const i64 *)phases)[i];
     __syncthreads();
     const int lane = threadIdx.x % 32, worker = threadIdx.x / 32 * gridDim.x + blockIdx.x, workers = WARPS * gridDim.x;
     u32 goal = 0;
     int token = (int)*first;
-    int count[4];
+    int count[POOLS];
 #pragma unroll
-    for (int i = 0; i < 4; i++) count[i] = i < n_pools ? (int)counts[i] : 0;
+    for (int i = 0; i < POOLS; i++) count[i] = i < n_pools ? (int)counts[i] : 0;
+    auto slot_of = [&](const Phase &p) {
+        int slot = 0;
+#pragma unroll
+        for (int i = 0; i < POOLS; i++) slot = p.pool == i ? count[i] : slot;
+        return slot;
+    };
     bool all_finite = true;
+    Ahead ahead;
+    fetch(ahead, program[0], worker, 0);
     for (int step = 0; step < n_steps; step++) {
         // so many pools are whole with this position, one after the other
         int whole = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < POOLS; i++)
             if (whole == i && i < n_pools && count[i] + 1 == (int)pools[i]) whole = i + 1;
-        for (int k = 0; k < n_phases; k++) {
+        for (int k = 0; k < n_phases;) {
             const Phase &p = program[k];
-            if (p.level > whole) continue;
-            const int rows = (int)p.rows, cols = (int)p.cols;
-            if (worker < rows) {
-                Vec x;
+            const int rows = (int)p.rows, cols = (int)p.cols, slot = slot_of(p);
+            float input = 0.f, gate = 0.f;
+            if (p.kind == SCAN && worker < rows) input = __ldcg(p.residual + worker), gate = __ldcg(p.copy + worker);
+            if ((int)blockIdx.x < rows) {
                 if (p.flags & EMBEDS) {
-                    load(x, embedding + (i64)token * d_model, cols);
-#pragma unroll
-                    for (int i = 0; i < PIECES; i++) {
-                        const int at = i * 128 + lane * 4;
-                        if (at >= cols) continue;
-                        if (condition) {
-                            const float4 more = *(const float4 *)(condition + at);
-                            x.v[i].x += more.x, x.v[i].y += more.y, x.v[i].z += more.z, x.v[i].w += more.w;
-                        }
-                        if (worker == 0) *(float4 *)(p.residual + at) = x.v[i];
+                    for (int at = threadIdx.x; at < cols; at += THREADS) {
+                        const float v = embedding[(i64)token * d_model + at] + (condition ? condition[at] : 0.f);
+                        vector[at] = v;
+                        if (blockIdx.x == 0) p.residual[at] = v;
                     }
                 } else {
-                    load(x, p.in, cols);
+                    stage(vector, p.in, p.kind == SCAN ? (int)p.held_cols : cols);
                 }
+                if (p.held) stage(held, p.held, (int)p.held_cols);
+                __syncthreads();
+            }
+            if (worker < rows) {
+                Vec x = part_of(vector, cols);
                 if (p.norm) {
-                    const float scale = rsqrtf(sum_of_warp(part_of_squares(x)) / cols + __int_as_float((int)p.eps));
+                    const Vec w = part_of(p.norm, cols);
+                    const float scale = rsqrtf(sum_of_warp(dot(x, x)) / cols + __int_as_float((int)p.eps));
 #pragma unroll
                     for (int i = 0; i < PIECES; i++) {
-                        const int at = i * 128 + lane * 4;
-                        if (at >= cols) continue;
-                        const float4 w = *(const float4 *)(p.norm + at);
-                        x.v[i].x *= scale * w.x, x.v[i].y *= scale * w.y, x.v[i].z *= scale * w.z, x.v[i].w *= scale * w.w;
+                        x.v[i].x *= scale * w.v[i].x, x.v[i].y *= scale * w.v[i].y;
+                        x.v[i].z *= scale * w.v[i].z, x.v[i].w *= scale * w.v[i].w;
                     }
                 }
                 for (int row = worker; row < rows; row += workers) {
-                    const float *const weight = p.weight + (i64)row * cols;
-                    if (p.kind == LINEAR) {
-                        float v = sum_of_warp(part(x, weight, cols));
-                        if (p.bias) v += p.bias[row];
-                        if (lane == 0) p.out[row] = v;
-                    } else if (p.kind == OUT) {
-                        float v = part(x, weight, cols), gate = 0.f, given = 0.f;
-                        if (p.flags & GLU) gate = part(x, weight + (i64)rows * cols, cols);
-                        const int slot = p.pool < 0 ? 0 : p.pool == 0 ? count[0] : p.pool == 1 ? count[1] : p.pool == 2 ? count[2] : count[3];
-                        if (p.held) {
-                            Vec held;
-                            load(held, p.held, (int)p.held_cols);
-                            given = part(held, p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
-                            given = sum_of_warp(given);
-                        }
-                        v = sum_of_warp(v);
-                        if (p.bias) v += p.bias[row];
-                        if (p.flags & GLU) {
-                            gate = sum_of_warp(gate);
-                            if (p.bias) gate += p.bias[rows + row];
-                            v *= 1.f / (1.f + __expf(-gate));
-                        }
+                    if (row != worker) {
+                        fetch(ahead, p, row, slot);
+                        if (p.kind == SCAN) input = __ldcg(p.residual + row), gate = __ldcg(p.copy + row);
+                    }
+                    float v = 0.f, other = 0.f;
+                    if (p.weight) {
+                        v = sum_of_warp(dot(x, ahead.weight)) + ahead.bias;
+                        if (has_other(p)) other = sum_of_warp(dot(x, ahead.other)) + ahead.other_bias;
+                    }
+                    if (p.kind == OUT) {
+                        const float given = p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
+                        if (p.flags & GLU) v *= 1.f / (1.f + __expf(-other));
                         if (lane == 0) {
                             v += __ldcg(p.residual + row);
                             if (p.window) p.window[(i64)slot * rows + row] = v;
-                            if (p.held) v += given;
-                            p.out[row] = v;
+                            v += given;
                             if (p.copy) p.copy[row] = v;
                         }
-                    } else if (p.kind == MAMBA) {
-                        States s;
-                        look(s, p, row);
+                    } else if (has_conv(p)) {
                         const int width = (int)p.width;
-                        float *const past = p.conv_state + (i64)row * (width - 1);
-                        const float *const taps = p.conv + (i64)row * width;
-                        float was = lane < width - 1 ? past[lane] : 0.f;
-                        const float tap = lane < width ? taps[lane] : 0.f, D = p.D[row], extra = p.conv_bias ? p.conv_bias[row] : 0.f;
-                        float u = part(x, weight, cols), z = part(x, weight + (i64)rows * cols, cols);
-                        u = sum_of_warp(u), z = sum_of_warp(z);
-                        if (p.bias) u += p.bias[row], z += p.bias[rows + row];
-                        if (lane == width - 1) was = u;
+                        const float was = lane == width - 1 ? v : ahead.past;
                         const float later = __shfl_down_sync(FULL, was, 1);
-                        if (lane < width - 1) past[lane] = later;
-                        u = silu(sum_of_warp(was * tap) + extra);
-                        const float y = advance(s, p, row, u);
-                        if (lane == 0) p.out[row] = fmaf(D, u, y) * silu(z);
+                        if (lane < width - 1) p.conv_state[(i64)row * (width - 1) + lane] = later;
+                        const float u = silu(sum_of_warp(was * ahead.tap) + ahead.conv_bias);
+                        if (p.kind == MAMBA) {
+                            v = fmaf(ahead.D, u, advance(ahead, p, row, u)) * silu(other);
+                        } else {
+                            v = u;
+                            if (lane == 0) p.copy[row] = silu(other);
+                        }
+                    } else if (p.kind == SCAN) {
+                        select(ahead, p, vector, softplus(v));
+                        v = fmaf(ahead.D, input, advance(ahead, p, row, input)) * gate;
                     } else if (p.kind == LTI) {
-                        States s;
-                        look(s, p, row);
                         float u = 0.f;
 #pragma unroll
                         for (int i = 0; i < PIECES; i++) {
@@ -282,37 +314,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             if (at >= 0 && at < 4) u = at == 0 ? x.v[i].x : at == 1 ? x.v[i].y : at == 2 ? x.v[i].z : x.v[i].w;
                         }
                         u = __shfl_sync(FULL, u, row % 128 / 4);
-                        const float y = advance(s, p, row, u);
-                        if (lane == 0) p.out[row] = gelu(fmaf(p.D[row], u, y));
-                    } else {
-                        float v = part(x, weight, cols), up = 0.f;
-                        if (p.flags & SWIGLU) up = part(x, weight + (i64)rows * cols, cols);
-                        v = sum_of_warp(v);
-                        if (p.bias) v += p.bias[row];
-                        if (p.flags & SWIGLU) {
-                            up = sum_of_warp(up);
-                            if (p.bias) up += p.bias[rows + row];
-                            v = silu(v) * up;
-                        } else {
-                            v = gelu(v);
-                        }
-                        if (lane == 0) p.out[row] = v;
+                        v = gelu(fmaf(ahead.D, u, advance(ahead, p, row, u)));
+                    } else if (p.kind == GATED) {
+                        v = p.flags & SWIGLU ? silu(v) * other : gelu(v);
                     }
+                    if (lane == 0) p.out[row] = v;
                 }
             }
-            meet(counter, goal);
+            arrive(counter);
+            k++;
+            while (k < n_phases && program[k].level > whole) k++;
+            const Phase &next = program[k < n_phases ? k : 0];
+            fetch(ahead, next, worker, slot_of(next));
+            wait(counter, goal += gridDim.x);
         }
+        stage(staged, logits, vocabulary);
+        __syncthreads();
         bool finite;
-        token = draw(logits, vocabulary, *temperature, uniforms ? uniforms + step : nullptr, finite);
+        token = draw(staged, vocabulary, *temperature, uniforms ? uniforms + step : nullptr, finite);
         all_finite &= finite;
         if (worker == 0 && lane == 0) tokens[step] = token;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < POOLS; i++)
             if (i <= whole && i < n_pools) count[i] = count[i] + 1 == (int)pools[i] ? 0 : count[i] + 1;
     }
     if (worker == 0 && lane == 0) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < POOLS; i++)
             if (i < n_pools) counts[i] = count[i];
         if (!all_finite) *failed = 1;
     }

@@ -17,7 +17,7 @@ from mambaseq.ops import nvrtc
 from mambaseq.ops.selective_scan.launches import processors
 
 FILE = Path(__file__).parent / "stretch.cu"
-LINEAR, OUT, MAMBA, LTI, GATED = range(5)  # kinds of phases
+LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN = range(7)  # kinds of phases
 EMBEDS, GLU, COMPLEX, SWIGLU = 1, 2, 4, 8  # flags
 WIDEST = 1024  # numbers of a vector, a multiple of 4
 MOST_STATES = 128  # of a channel
@@ -37,10 +37,13 @@ class Phase(NamedTuple):
     MAMBA   a channel of the time-invariant Mamba block: two rows, convolution, states, gate.
     LTI     a channel of norm(in) through its states, GELU.
     GATED   silu(row) times its other half (SWIGLU), or GELU of the row.
+    CONV    a channel of the selective Mamba block: two rows and convolution; the gate goes to `copy`.
+    SCAN    the same channel, whose step size is the softplus of a row, through its states: `in` has `held_cols`
+            numbers, those of the row, B and C; `residual` has the inputs, `copy` the gates.
 
     level: pools that must be whole with a position for it to be run. flags: EMBEDS takes the token's embedding instead
     of `in`, and puts it into `residual`. a, b, c: `(channels, n_states)`, real or (COMPLEX) as pairs of numbers, with
-    the state's new value a h + b x and the output the sum of all numbers' products with c.
+    the state's new value a h + b x and the output the sum of all numbers' products with c; for SCAN a is A.
     """
 
     kind: int

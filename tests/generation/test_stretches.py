@@ -52,6 +52,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "conv_bias": False,
         },
     ),
+    "selective": (RESIDUAL, {"name": "mamba", "d_state": 20, "dt_rank": 8, "bias": True}),
+    "selective, complex": (RESIDUAL, {"name": "mamba", "d_state": 3, "dt_rank": 4, "complex": True}),
     "s4d": ({**RESIDUAL, "mlp": True}, {"name": "s4d", "d_state": 40}),
     "s4d, bilinear": (RESIDUAL, {"name": "s4d", "d_state": 3, "discretization": "bilinear"}),
     "unet": ({"name": "unet", "n_layers": 1, "pool": [3, 2]}, {"name": "s4d", "d_state": 8}),
@@ -120,7 +122,7 @@ def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(monke
 def test_what_the_kernel_does_not_run_is_told() -> None:
     assert why_not(model_of(*MODELS["lti"]), 1, 0, 1.0) == "the model is not on a GPU"
     if CUDA:
-        plain = model_of(RESIDUAL, {"name": "mamba"}).cuda()
-        assert "no time-invariant layer" in str(why_not(plain, 1, 0, 1.0))
+        plain = model_of(RESIDUAL, {"name": "mamba", "selective_B": False}).cuda()
+        assert "does not know Mamba without selection" in str(why_not(plain, 1, 0, 1.0))
         assert "more than one sequence" in str(why_not(plain, 2, 0, 1.0))
         assert "top_k" in str(why_not(plain, 1, 5, 1.0))
