@@ -49,7 +49,10 @@ def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[
     """Keys whose values are not those that the run was last gone on with, each with both. What an earlier version did
     not write down had the value that is now the default."""
     defaults = flatten({section: dataclasses.asdict(kind()) for section, kind in SECTIONS.items()})
-    former = defaults | flatten(read_yaml(folder.config))
+    former = flatten(read_yaml(folder.config))
+    for key, value in defaults.items():
+        if not any(name == key or name.startswith(f"{key}.") for name in former):
+            former[key] = value
     now = flatten(parse_yaml(settings.yaml, "the configuration"))
     return {
         key: (former.get(key), now.get(key))
@@ -116,13 +119,18 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
         )
 
 
-FIXED = {"finetune.init_from": "a run takes the weights that it begins with before its first step"}
+FIXED = {
+    "finetune.init_from": "a run takes the weights that it begins with before its first step",
+    "optimizer.name": "what one optimizer has gathered of the gradients is nothing to the other",
+    "finetune.lr_of": "only the factors of its patterns can, which sort what the optimizer has gathered",
+}
 
 
 def refuse_fixed(folder: RunFolder, changed: dict[str, tuple[Any, Any]]) -> None:
     """Raise ConfigError for settings that a run which has begun cannot change."""
     for key, why in FIXED.items():
-        if any(name == key or name.startswith(f"{key}.") for name in changed):
+        found = [values for name, values in changed.items() if name == key or name.startswith(f"{key}.")]
+        if any(key != "finetune.lr_of" or {type(value) for value in values} - {int, float} for values in found):
             raise ConfigError(
                 f"{key} cannot change in a run that has begun: {why}. Leave it away, or begin another run: "
                 f"mambaseq fit --config {folder.config} --out ANOTHER --key value."
@@ -171,7 +179,7 @@ class Resumption(lightning.Callback):
         for optimizer in trainer.optimizers:
             self._check_moments(optimizer)
         for optimizer, config in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=False):
-            before, now = reapply(optimizer, config.scheduler, self.optimizer)  # type: ignore[arg-type]
+            before, now = reapply(optimizer, config.scheduler)  # type: ignore[arg-type]
             if before != now and trainer.is_global_zero:
                 say(
                     self.folder,
@@ -188,7 +196,7 @@ class Resumption(lightning.Callback):
         them, in the first step."""
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                if name in ("exp_avg", "exp_avg_sq") and not (
+                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and not (
                     isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.isfinite().all()
                 ):
                     raise UserError(

@@ -36,6 +36,7 @@ from mambaseq.runs.resuming import (
 )
 from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
+from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
@@ -122,7 +123,9 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics)
     model = _make_model(settings, data)
-    task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed)
+    finetune = settings.finetune()
+    finetune.check(model)
+    task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed, finetune)
     # made in every process; those of the first alone write
     loggers: list[Logger] = [
         RunLog(folder.path, name="logs", version=folder.next_version()),
@@ -141,8 +144,10 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     )
     callbacks: list[lightning.Callback] = [run.throughput, guard, run.checkpoints]
     begins = not folder.last.exists()
-    if begins and settings.finetune().init_from:
-        _begin_from(settings.finetune().init_from, run)
+    if finetune.freeze:
+        callbacks.append(Freezing(model, finetune))
+    if begins and finetune.init_from:
+        _begin_from(finetune.init_from, run)
     if not begins:
         callbacks.append(_resumption(run, settings, record, allow_changed_data))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
@@ -153,7 +158,10 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     elif (ended := _rest(run, settings, trainer)) is not None:
         return ended
     if trainer.is_global_zero:
-        print(f"{folder.path}: {model.n_parameters():,} parameters", flush=True)
+        kept = finetune.frozen(model, 0)
+        still = sum(p.numel() for name, p in model.named_parameters() if name in kept)
+        more = f", {still:,} of them frozen at first" if still else ""
+        print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
     return _trained(run, settings, trainer, begins)
 
 

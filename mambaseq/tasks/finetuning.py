@@ -3,14 +3,113 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from mambaseq.errors import ConfigError, cut_list, shown
+from mambaseq.tasks.optimizer import matches
 
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    """Training that begins from something.
+    """Training that begins from something. Patterns stand for parameters by their names, or for all that is in a module
+    (backbone, encoder.embedding, "backbone.layers.*.norm").
 
     init_from: a run, or the model folder of one, whose weights a run begins with, by name; a head or an encoder that
         does not fit stays as it is initialised. "": nothing.
+    freeze: patterns of what stays as it is. unfreeze: pattern to the optimizer step from which on it is trained all the
+        same.
+    lr_of: pattern to a factor of the learning rate; where several match, the longest counts.
     """
 
     init_from: str = ""
+    freeze: list[str] = dataclasses.field(default_factory=list)
+    unfreeze: dict[str, int] = dataclasses.field(default_factory=dict)
+    lr_of: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern, factor in self.lr_of.items():
+            if not 0 <= factor < math.inf:
+                raise ConfigError(f"finetune.lr_of.{pattern[:80]} must be at least 0; it is {factor}.")
+        for pattern, step in self.unfreeze.items():
+            if step < 0:
+                raise ConfigError(f"finetune.unfreeze.{pattern[:80]} must be a step, at least 0; it is {step}.")
+        if self.unfreeze and not self.freeze:
+            raise ConfigError("finetune.unfreeze is of what finetune.freeze names, which is nothing. Leave it out.")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError for a pattern that stands for nothing, and where nothing is left to be trained."""
+        names = [name for name, _ in model.named_parameters()]
+        frozen = self.frozen(model, 0)
+        for key, patterns, among in (
+            ("freeze", self.freeze, names),
+            ("unfreeze", self.unfreeze, [n for n in names if any(matches(n, pattern) for pattern in self.freeze)]),
+            ("lr_of", self.lr_of, names),
+        ):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in among):
+                    known = list(dict.fromkeys(".".join(name.split(".")[:3]) for name in among))
+                    raise ConfigError(
+                        f"finetune.{key}: no parameter {'that is frozen ' if key == 'unfreeze' else ''}is named "
+                        f"{shown(pattern)}, or in a module of that name. There are {cut_list(known)}."
+                    )
+        if frozen and len(frozen) == len(names):
+            raise ConfigError("finetune.freeze leaves nothing to be trained. Freeze less, such as the backbone alone.")
+
+    def frozen(self, model: nn.Module, step: float) -> frozenset[str]:
+        """Names of the parameters that stay as they are in an optimizer step."""
+        thawed = [pattern for pattern, since in self.unfreeze.items() if since <= step]
+        return frozenset(
+            name
+            for name, _ in model.named_parameters()
+            if any(matches(name, pattern) for pattern in self.freeze)
+            and not any(matches(name, pattern) for pattern in thawed)
+        )
+
+
+class Freezing(lightning.Callback):
+    """Leaves parameters as they are, bit for bit, until their step has come: without a gradient no optimizer moves,
+    decays or counts them. What is frozen follows from the step alone, so that a resumed run goes on exactly.
+
+    Of several processes each has to take part in the sum of all gradients, so that what is frozen for a while loses its
+    gradients there just before the step.
+
+    model: a `SequenceModel`, whose parameters the patterns of `config` name.
+    """
+
+    def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
+        self.model, self.config = model, config
+        self._kept: list[nn.Parameter] = []
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if self.config.unfreeze and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigError(
+                f"finetune.unfreeze works on one device and under ddp, not under {type(trainer.strategy).__name__}, "
+                f"which shards what is trained at the start. Leave it out, or set trainer.strategy."
+            )
+        self._freeze(math.inf if isinstance(trainer.strategy, DDPStrategy) else trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if isinstance(trainer.strategy, DDPStrategy):
+            frozen = self.config.frozen(self.model, trainer.global_step)
+            self._kept = [p for name, p in self.model.named_parameters() if name in frozen]
+        else:
+            self._freeze(trainer.global_step)
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for parameter in self._kept:
+            parameter.grad = None
+
+    def _freeze(self, step: float) -> None:
+        frozen = self.config.frozen(self.model, step)
+        for name, parameter in self.model.named_parameters():
+            if any(matches(name, pattern) for pattern in self.config.freeze):
+                parameter.requires_grad_(name not in frozen)

@@ -1,11 +1,12 @@
-"""AdamW with the groups that state-space parameters need, and warm-up with a decay."""
+"""AdamW and Muon with the groups that state-space parameters need, and warm-up with a decay."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,50 +17,96 @@ from mambaseq.errors import ConfigError, shown
 NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern stands for a parameter: by its whole name, or that of a module that it is in.
+
+    >>> matches("backbone.layers.0.norm.weight", "backbone"), matches("head.linear.weight", "*.weight")
+    (True, True)
+    """
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
+    name: adamw, or muon: Muon for the matrices of the backbone's linear maps, AdamW for all else.
     lr: peak learning rate. weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the
-        state-space dynamics (A_log, D, dt_bias, ...) have none. beta1, beta2, eps: AdamW's.
-    warmup_steps: linear warm-up. schedule: what follows, to min_lr_ratio * lr at the last step ("constant": nothing).
+        state-space dynamics (A_log, D, dt_bias, ...) have none. beta1, beta2, eps: AdamW's. momentum: Muon's.
+    warmup_steps: linear warm-up. schedule: what follows, to min_lr_ratio * lr at the last step: cosine, linear, wsd
+        (lr, and over the last decay_share of all steps linear), or constant (lr to the end).
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
     warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_share: float = 0.2
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "eps", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optimizer.{name} must not be negative; it is {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} must be at least 0 and below 1; it is {getattr(self, name)}.")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"optimizer.min_lr_ratio must be between 0 and 1; it is {self.min_lr_ratio}.")
+        for name in ("decay_share", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optimizer.{name} must be between 0 and 1; it is {getattr(self, name)}.")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices with weight decay; vectors, biases, `NO_DECAY` and the parameters of modules that declare
-    `has_weight_decay = False` without. Shared ones count once."""
-    decay: dict[int, nn.Parameter] = {}
-    rest: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    muon: bool = False,
+    factors: Mapping[str, float] | None = None,
+    frozen: Set[str] = frozenset(),
+) -> list[dict]:
+    """Groups of parameters, shared ones counted once: matrices with weight decay; vectors, biases, `NO_DECAY` and the
+    parameters of modules that declare `has_weight_decay = False` without.
+
+    muon: before them, those that Muon is for: the matrices of the linear maps of hidden layers. Embeddings, heads,
+        convolutions and what makes dt are none.
+    factors: of the learning rate, by pattern (see `matches`); where several match, the longest counts. What one of them
+        matches has groups of its own, in the order of the patterns.
+    frozen: names of parameters that have no gradient now, and may have later.
+    """
+    patterns = ["", *sorted(factors or {})]
+    kinds = ["muon", "decay", "rest"] if muon else ["decay", "rest"]
+    found: dict[tuple[str, str], dict[int, nn.Parameter]] = {(p, kind): {} for p in patterns for kind in kinds}
+    for path, module in model.named_modules():
         decays = getattr(module, "has_weight_decay", True)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                group = decay if decays and parameter.ndim >= 2 and name not in NO_DECAY else rest
-                group[id(parameter)] = parameter
+            whole = f"{path}.{name}" if path else name
+            if (parameter.requires_grad or whole in frozen) and not any(id(parameter) in g for g in found.values()):
+                kind = "decay" if decays and parameter.ndim >= 2 and name not in NO_DECAY else "rest"
+                if muon and kind == "decay" and _is_hidden(path, module, name):
+                    kind = "muon"
+                pattern = max((p for p in patterns[1:] if matches(whole, p)), key=lambda p: (len(p), p), default="")
+                found[pattern, kind][id(parameter)] = parameter
     return [
-        {"params": list(decay.values()), "weight_decay": weight_decay},
-        {"params": list(rest.values()), "weight_decay": 0.0},
+        {
+            "params": list(parameters.values()),
+            "weight_decay": 0.0 if kind == "rest" else weight_decay,
+            "muon": kind == "muon",
+            "factor": (factors or {}).get(pattern, 1.0),
+        }
+        for (pattern, kind), parameters in found.items()
     ]
+
+
+def _is_hidden(path: str, module: nn.Module, name: str) -> bool:
+    """Whether it is the matrix of a linear map of a hidden layer."""
+    steps = path.split(".")
+    outer = steps[0] in ("encoder", "head") or "dt_proj" in steps
+    return isinstance(module, nn.Linear) and name == "weight" and not outer
 
 
 def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
@@ -70,67 +117,149 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callabl
             return (step + 1) / config.warmup_steps
         if config.schedule == "constant":
             return 1.0
-        done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        begins = config.warmup_steps
+        if config.schedule == "wsd":
+            begins = max(begins, total_steps * (1 - config.decay_share))
+        done = min(1.0, max(0.0, (step - begins) / max(1, total_steps - begins)))
         shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
     return factor
 
 
-class _Schedule(torch.optim.lr_scheduler.LambdaLR):
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups that say so, AdamW for the others: one optimizer, one state.
+
+    Muon's steps are scaled so that their root mean square is that of AdamW's ("match_rms_adamw", arXiv:2502.16982):
+    learning rate and weight decay of one are those of the other.
+
+    Raises ConfigError when there is nothing for Muon.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
+        muon = [group for group in groups if group["muon"] and group["params"]]
+        if not muon:
+            raise ConfigError(
+                "optimizer.name is 'muon', which is for the matrices of linear maps in the backbone, and this model "
+                "has none that is trained. Choose 'adamw'."
+            )
+        rest = [group for group in groups if not group["muon"]]
+        self._parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(muon, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps),
+        )
+        super().__init__([group for part in self._parts for group in part.param_groups], self._parts[1].defaults)
+        self._wire()
+
+    def _wire(self) -> None:
+        """The parts work on this optimizer's groups and state."""
+        for part, is_muon in zip(self._parts, (True, False), strict=True):
+            part.param_groups = [group for group in self.param_groups if group.get("muon", False) == is_muon]
+            part.state = self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._wire()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._wire()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
     """Leaves parameter groups alone that the optimizer was given later, by callbacks that thaw layers and have learning
-    rates of their own for them."""
+    rates of their own for them.
+
+    settings: of each group, as it was made; a checkpoint brings its own to the optimizer (see `reapply`).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["factor"]
+        super().__init__(optimizer, factor)
+        self.settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
 
     def get_lr(self) -> list[float | torch.Tensor]:
         later = self.optimizer.param_groups[len(self.base_lrs) :]
         return [*super().get_lr(), *(group["lr"] for group in later)]
 
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        del state["settings"]
+        return state
+
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, total_steps: float, *, capturable: bool = False
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    model: nn.Module,
+    config: OptimizerConfig,
+    total_steps: float,
+    *,
+    capturable: bool = False,
+    factors: Mapping[str, float] | None = None,
+    frozen: Set[str] = frozenset(),
+) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer and its schedule over `total_steps` optimizer steps.
 
     capturable: on CUDA, its step is one kernel that can be captured in a CUDA graph; learning rates are tensors then.
-    Raises ConfigError when there is no last step (`inf`) for the schedule to end at.
+    factors, frozen: see `parameter_groups`.
+    Raises ConfigError when there is no last step (`inf`) for the schedule to end at, and for Muon where its step is to
+    be captured, or there is nothing for it.
     """
     if math.isinf(total_steps) and config.schedule != "constant":
         raise ConfigError(
             f"The schedule {shown(config.schedule)} ends at the last step, and this run has none. Set "
             f"trainer.max_steps or trainer.max_epochs, or optimizer.schedule to constant."
         )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=torch.tensor(config.lr, device=next(model.parameters()).device) if capturable else config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        capturable=capturable,
-        fused=True if capturable else None,
-    )
-    optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
-    factor = learning_rate_factor(config, total_steps)
-    return optimizer, _Schedule(optimizer, factor)
+    muon = config.name == "muon"
+    groups = parameter_groups(model, config.weight_decay, muon=muon, factors=factors, frozen=frozen)
+    betas = (config.beta1, config.beta2)
+    optimizer: torch.optim.Optimizer
+    if muon:
+        if capturable:
+            raise ConfigError("optimizer.name is 'muon', whose step cannot be captured in a CUDA graph. Use 'adamw'.")
+        optimizer = MuonAdamW(groups, config.lr, betas, config.eps, config.momentum)
+    else:
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=torch.tensor(config.lr, device=next(model.parameters()).device) if capturable else config.lr,
+            betas=betas,
+            eps=config.eps,
+            capturable=capturable,
+            fused=True if capturable else None,
+        )
+        optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
+    return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
 
 
-def reapply(
-    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig
-) -> tuple[float, float]:
-    """Give an optimizer of `make_optimizer` that was restored from a checkpoint the settings of `config`, which a
-    checkpoint overwrites with its own; moments stay. Parameter groups that others added are left alone.
+def reapply(optimizer: torch.optim.Optimizer, schedule: Schedule) -> tuple[float, float]:
+    """Give an optimizer that was restored from a checkpoint the settings that it was made with by `make_optimizer`,
+    which a checkpoint overwrites with its own; moments stay. Parameter groups that others added are left alone.
 
-    Returns the learning rate of the next step, as the checkpoint had it and as it is now.
+    Returns the learning rate of the next step, as the checkpoint had it and as it is now, of the first group.
     """
     before = float(optimizer.param_groups[0]["lr"])
-    for number, group in enumerate(optimizer.param_groups[: len(schedule.lr_lambdas)]):
-        # amsgrad, maximize and others too: a checkpoint does not say how it is trained
-        group |= {key: value for key, value in optimizer.defaults.items() if key != "lr"}
-        group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
-        group["weight_decay"] = 0.0 if number else config.weight_decay  # the first group is what decays
-        schedule.base_lrs[number] = group["initial_lr"] = config.lr
-        now = config.lr * schedule.lr_lambdas[number](schedule.last_epoch)
+    for number, (group, settings) in enumerate(zip(optimizer.param_groups, schedule.settings, strict=False)):
+        group |= settings  # amsgrad, maximize and others too: a checkpoint does not say how it is trained
+        base = schedule.base_lrs[number] = settings["initial_lr"]
+        now = base * schedule.lr_lambdas[number](schedule.last_epoch)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(now)
         else:
             group["lr"] = now
+    if isinstance(optimizer, MuonAdamW):
+        optimizer._wire()
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
     return before, float(optimizer.param_groups[0]["lr"])

@@ -18,6 +18,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
+from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.fitting import check_kinds, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 
@@ -86,6 +87,7 @@ class Task(lightning.LightningModule):
     is that of one batch on one process; `val/loss` and `test/loss` are means over all targets of the set.
 
     metrics: name to metric; logged as `val/NAME` and `test/NAME`, the tables among them kept in `tables`.
+    finetune: which parameters have learning rates of their own, and which `Freezing` keeps as they are.
     seed: randomness of step k (dropout) depends on (seed, k) alone, so that a resumed run repeats it.
     """
 
@@ -96,9 +98,11 @@ class Task(lightning.LightningModule):
         metrics: Mapping[str, Metric] | None = None,
         length_warmup: LengthWarmup | None = None,
         seed: int = 0,
+        finetune: FinetuneConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.finetune = finetune or FinetuneConfig()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.length_warmup = length_warmup or LengthWarmup()
         self.seed = seed
@@ -247,5 +251,10 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
-        optimizer, schedule = make_optimizer(self.model, self.optimizer_config, steps)
+        if self.optimizer_config.name == "muon" and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ConfigError("optimizer.name is 'muon', which needs whole matrices; fsdp shards them. Use 'adamw'.")
+        frozen = self.finetune.frozen(self.model, -1)
+        optimizer, schedule = make_optimizer(
+            self.model, self.optimizer_config, steps, factors=self.finetune.lr_of, frozen=frozen
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -117,6 +117,14 @@ VARIANTS = [
     pytest.param(("--checkpoint.every_n_steps=5",), (6, 11), id="saved-at-epoch-end"),
     pytest.param(("--loader.num_workers", "2"), (7,), id="two-workers"),
     pytest.param(("--trainer.accumulate_grad_batches", "2"), (5,), id="accumulated"),
+    pytest.param(
+        (
+            *("--optimizer.name=muon", "--optimizer.schedule=wsd", '--finetune.lr_of={"head": 0.5}'),
+            *("--finetune.freeze=[backbone]", '--finetune.unfreeze={"backbone.layers.0.mixer": 6}'),
+        ),
+        (5, 8),
+        id="muon-thawing",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import PARTS, make_parser
 from mambaseq.runs.resuming import moved
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
+from mambaseq.tasks.record import flatten
 
 CONFIG = """
 seed: 1
@@ -83,9 +84,13 @@ CHANGED = {
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.7,
     "optimizer.eps": 1e-6,
+    "optimizer.momentum": 0.8,
+    "optimizer.decay_share": 0.5,
     "optimizer.warmup_steps": 5,
     "optimizer.schedule": "linear",
     "optimizer.min_lr_ratio": 0.2,
+    "finetune.freeze": ["encoder"],
+    "finetune.unfreeze": {"encoder": 5},
     "length_warmup.start": 4,
     "length_warmup.steps_per_stage": 2,
     "checkpoint.every_n_steps": 1,
@@ -97,11 +102,13 @@ CHANGED = {
     "generation.top_p": 0.9,
 }
 
-REFUSED = {"finetune.init_from": "first"}
+REFUSED = {"finetune.init_from": "first", "optimizer.name": "muon", "finetune.lr_of": '{"backbone": 0.5}'}
 
 
 def options(changed: dict[str, Any]) -> list[str]:
-    return [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in changed.items()]
+    return [
+        f"--{key}={json.dumps(value) if isinstance(value, list | dict) else value}" for key, value in changed.items()
+    ]
 
 
 def test_every_key_of_a_configuration_is_decided_here() -> None:
@@ -117,7 +124,7 @@ def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture
     changed = {key: value for key, value in CHANGED.items() if key not in packed}
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=12", *options(changed)]) == 0
     told = capsys.readouterr().err
-    for key, value in changed.items():
+    for key, value in flatten(changed).items():
         assert f"{key} changed: " in told
         assert f"-> {shown(value)}" in told
     assert "the best score so far does not count any more: it was measured by another metric" in told
@@ -252,5 +259,5 @@ def test_a_checkpoint_does_not_say_how_the_optimizer_works() -> None:
     for group in saved["param_groups"]:
         group |= {"amsgrad": True, "maximize": True}
     optimizer.load_state_dict(saved)
-    reapply(optimizer, schedule, config)
+    reapply(optimizer, schedule)
     assert not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
