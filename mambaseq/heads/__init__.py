@@ -1,0 +1,5 @@
+"""Heads: from the backbone's output to numbers and a loss."""
+
+from mambaseq.heads.base import Head
+
+__all__ = ["Head"]

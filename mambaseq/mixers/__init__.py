@@ -1,0 +1,5 @@
+"""Mixers: what mixes positions, with a state."""
+
+from mambaseq.mixers.base import Mixer, State
+
+__all__ = ["Mixer", "State"]

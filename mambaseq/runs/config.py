@@ -14,9 +14,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonargparse
 
@@ -32,7 +32,7 @@ from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
-from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, make_classes, plain_type
+from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
@@ -211,8 +211,8 @@ class RunConfig:
     def make_metrics(self, data: SequenceData) -> dict[str, Metric]:
         registry: Registry[type[Metric]] = catalog()["metrics"]
         return {
-            name.rpartition("/")[2].rpartition(":")[2]: registry.get(name, "metrics")(data.class_names)
-            for name in self.settings["metrics"]
+            label: registry.get(name, "metrics")(data.class_names)
+            for label, name in metric_labels(self.settings["metrics"]).items()
         }
 
     def best(self, metrics: Mapping[str, Metric]) -> tuple[str, str]:
@@ -223,6 +223,12 @@ class RunConfig:
             return "", "min"
         higher: dict[str, bool | None] = {"val/loss": False}
         higher |= {f"val/{name}": metric.higher_is_better for name, metric in metrics.items() if metric.scalar}
+        if chosen.monitor not in higher:
+            # as it stands under metrics, or its last word where no other metric has it
+            word = chosen.monitor.removeprefix("val/")
+            meant = [name for name in higher if name == f"val/{word}"] or [n for n in higher if n.endswith(f"/{word}")]
+            if word and len(meant) == 1:
+                chosen.monitor = meant[0]
         if chosen.monitor not in higher:
             raise ConfigError(
                 f"checkpoint.monitor is {shown(chosen.monitor)}, which this run does not log."
@@ -243,6 +249,17 @@ class RunConfig:
 
     def length_warmup(self) -> LengthWarmup:
         return LengthWarmup(**self.settings["length_warmup"])
+
+
+def metric_labels(names: Sequence[str]) -> dict[str, str]:
+    """What metrics are logged as, each with its name: whole, as registered; an import path's class alone where no other
+    has its name.
+
+    >>> metric_labels(["accuracy", "series/mae", "package.module:Mae"])
+    {'accuracy': 'accuracy', 'series/mae': 'series/mae', 'Mae': 'package.module:Mae'}
+    """
+    short = [name.rpartition(":")[2] for name in names]
+    return {one if short.count(one) == 1 else name: name for one, name in zip(short, names, strict=True)}
 
 
 def _arguments(part: Any) -> set[str]:
@@ -374,18 +391,32 @@ def _without_former_parts(
     return dump_yaml(raw)
 
 
-def _absolute(value: Any, key: str) -> Any:
+def _absolute(value: Any, key: str, kind: Any) -> Any:
     """A setting of the data, relative paths and patterns of files that are there made absolute, so that a run can be
-    gone on with from another folder. Only those of `PATHS` and of mappings: others may look like a file's name
-    (patterns for the names of records)."""
+    gone on with from another folder: values that the class's annotation (`kind`) calls a Path, those of `PATHS` and of
+    mappings. Others may look like a file's name (patterns for the names of records)."""
+    if _has_path(kind):
+        if isinstance(value, list | tuple):
+            return type(value)(_absolute(inner, key, kind) for inner in value)
+        if isinstance(value, dict):
+            return {name: _absolute(inner, key, kind) for name, inner in value.items()}
+        local = isinstance(value, str | Path) and str(value) and not re.match(r"\w[\w.-]+:", str(value))
+        return str(Path.cwd() / value) if local else value
     if isinstance(value, dict):
-        return {name: _absolute(inner, PATHS[0]) for name, inner in value.items()}
+        return {name: _absolute(inner, PATHS[0], None) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_absolute(inner, key) for inner in value)
+        return type(value)(_absolute(inner, key, None) for inner in value)
     if not isinstance(value, str) or not value or not key.endswith(PATHS) or re.match(r"\w[\w.-]*:", value):
         return value
     there = os.path.lexists(value) or next(glob.iglob(value, recursive=True), None)  # noqa: PTH207 - as `data.files.expand`
     return str(Path.cwd() / value) if there else value
+
+
+def _has_path(kind: Any) -> bool:
+    """Whether a type is a path, or has one in it."""
+    if isinstance(kind, type) and issubclass(kind, os.PathLike):
+        return True
+    return kind is os.PathLike or any(_has_path(inner) for inner in get_args(kind))
 
 
 def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
@@ -500,9 +531,10 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         parsed.pop("config")
         classes_written = {key: _plain(parsed["trainer"].get(key)) for key in KEYS}
         check_settings({**parsed.as_dict(), "trainer": {**parsed["trainer"].as_dict(), **classes_written}})
+        annotated, _ = init_parameters(classes["data"])
         for key, value in vars(parsed["data"]).items():
             if key != "name":
-                parsed["data"][key] = _absolute(value, key)
+                parsed["data"][key] = _absolute(value, key, annotated.get(key))
         made = {key: make_classes(key, value) for key, value in classes_written.items()}
         check_values(parser, parsed, lambda key: _override(overrides, key) or _written(raw, key))
         if parsed["finetune"]["init_from"]:
