@@ -19,8 +19,9 @@ class Batch:
     inputs: `(batch, length)` int64 token ids, or `(batch, length, channels)` float32 for continuous signals.
     targets: of whole sequences `(batch,)` int64 class labels, or float32 values `(batch,)` or `(batch, n_outputs)`; of
         positions `(batch, length)` int64, one each, such as next tokens (already shifted: `targets[:, t]` is what
-        position t predicts), or float32 values `(batch, length, n_outputs)`. What is not known, and is to be no part of
-        the loss, is -100 among integers and NaN among floats.
+        position t predicts), or float32 values `(batch, length, n_outputs)`. Several labels, of which any may hold, are
+        1 and 0 in one more dimension: `(batch, length, n_labels)` int64, or, with `target_of="sequence"`, `(batch,
+        n_labels)`. What is not known, and is to be no part of the loss, is -100 among integers and NaN among floats.
     mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the
         right only, so a causal model never sees padding before a real position.
     cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of sequences are `(sequences, ...)`.
@@ -30,6 +31,8 @@ class Batch:
     target_of: whether a target is a position's or a sequence's. None: integers of two dimensions and floats of three
         are of positions, others of sequences, whatever their sizes are. To be given where that is wrong: "sequence" for
         several labels a sequence, `(batch, n_labels)` int64; "position" for one float each, `(batch, length)`.
+    stride: positions that share a target of positions (a bin): each sequence has `ceil(length / stride)` of them, those
+        of packed sequences end to end.
     """
 
     inputs: torch.Tensor
@@ -39,10 +42,12 @@ class Batch:
     condition: torch.Tensor | None = None
     n_units: torch.Tensor | None = None
     target_of: Literal["position", "sequence"] | None = None
+    stride: int = 1
 
     @property
     def per_token(self) -> bool:
-        """Whether the targets are one (or one row of values) for each position, not those of whole sequences.
+        """Whether the targets are one (or one row of values) for each position, or each bin of `stride` of them, not
+        those of whole sequences. Nothing waits for a GPU.
 
         Raises DataError where they are, and are not as many as the positions.
         """
@@ -51,12 +56,29 @@ class Batch:
             return False
         if self.target_of is None and targets.dim() < (3 if targets.is_floating_point() else 2):
             return False
-        if targets.shape[:2] != self.inputs.shape[:2]:
+        if self.stride < 1:
+            raise DataError(f"Batch.stride must be at least 1, not {self.stride}.")
+        rows, length = self.inputs.shape[:2]
+        count = -(-length // self.stride)
+        # every packed sequence may end with a bin that is not full; the head counts them
+        packed = self.stride > 1 and self.cu_seqlens is not None and targets.shape[1] >= count
+        if targets.shape[0] != rows or not (targets.shape[1] == count or packed):
+            bins = f" in bins of {self.stride} (Batch.stride)" if self.stride > 1 else ""
             raise DataError(
-                f"Targets {tuple(targets.shape)} are one for each position, which are {tuple(self.inputs.shape[:2])}. "
+                f"Targets {tuple(targets.shape)} are one for each position{bins}, which are {(rows, length)}. "
                 f"Give as many, or, for several labels or values of a whole sequence, Batch(target_of='sequence')."
             )
         return True
+
+    @property
+    def kind(self) -> Literal["labels", "multilabels", "values"]:
+        """What the targets are: "values" (floats), "labels" (one of several classes each), or "multilabels" (of each of
+        several labels whether it holds). "labels" where there are none."""
+        if self.targets is None:
+            return "labels"
+        if self.targets.is_floating_point():
+            return "values"
+        return "multilabels" if self.targets.dim() > 1 + self.per_token else "labels"
 
     @property
     def n_targets(self) -> torch.Tensor:
@@ -71,7 +93,8 @@ class Batch:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """A batch whose every tensor is `function(tensor)`."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target_of"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("target_of", "stride")]
+        tensors = {name: getattr(self, name) for name in names}
         mapped: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
         return dataclasses.replace(self, **mapped)
 

@@ -28,12 +28,18 @@ class ModelOutput:
     logits: Tensor | None = None
     state: list[Any] | None = None
 
+    @property
+    def values(self) -> Tensor | None:
+        """Of a head that learns values one for each target, of the targets' shape."""
+        return self.logits
+
 
 class SequenceModel(nn.Module):
     """Encoder, backbone, head.
 
     An encoder may have a `stride`: its output then has a position for every `stride`-th input, and the head is one of
-    whole sequences. Parts are trusted with what they say of themselves (see `Encoder`, `Backbone`, `Head`).
+    whole sequences. A head of positions may have one: see `Batch.stride`. Parts are trusted with what they say of
+    themselves (see `Encoder`, `Backbone`, `Head`).
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
     """
 
@@ -66,7 +72,13 @@ class SequenceModel(nn.Module):
         return getattr(self.encoder, "stride", 1)
 
     def check_stateful(self) -> None:
-        """Raise ConfigError for an encoder that cannot be run part by part."""
+        """Raise ConfigError for an encoder or a head that cannot be run part by part."""
+        if getattr(self.head, "stride", 1) != 1:
+            raise ConfigError(
+                f"The head {type(self.head).__name__} gives one answer for {self.head.stride} positions "
+                f"(model.head.stride), so that no sequence can be gone on with: it can neither give nor take a state. "
+                f"Run it over whole sequences."
+            )
         if not getattr(self.encoder, "position_wise", False):
             raise ConfigError(
                 f"The encoder {type(self.encoder).__name__} does not say that a position sees its own input alone "

@@ -36,6 +36,10 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "lm": [TABLE],
     "classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "last", "first")],
     "regression": [{"n_outputs": 2}],
+    "multilabel": [{"n_classes": 3}],
+    "token_classification": [{"n_classes": 6}, {"n_classes": 6, "stride": 3}],
+    "token_multilabel": [{"n_classes": 3, "stride": 2}],
+    "token_regression": [{"n_outputs": 2}, {"n_outputs": 2, "stride": 4}],
     "rc_lm": [PAIRS],
     "rc_classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "last")],
 }
@@ -73,16 +77,26 @@ def sequences(model: SequenceModel, lengths: list[int] = LENGTHS) -> list[Batch]
     for number, n in enumerate(lengths):
         signal = type(model.encoder).__name__ == "SignalEncoder"
         inputs = torch.randn(1, n, 2) if signal else torch.randint(0, 5, (1, n))
-        last = number == len(lengths) - 1
-        if model.head.per_token:
-            targets = torch.where(torch.rand(1, n) < (1 if last else 0.3), -100, torch.randint(0, 6, (1, n)))
-        elif model.head.learns == "values":
-            targets = torch.tensor([[float("nan") if last else 0.5, float("nan") if number else -1.0]])
-        else:
-            targets = torch.tensor([-100 if last else number % 3])
         condition = torch.tensor([number % 3]) if getattr(model.encoder, "condition", None) is not None else None
-        found.append(Batch(inputs=inputs, targets=targets, condition=condition))
+        targets = targets_of(model, number, n, number == len(lengths) - 1)
+        item = Batch(inputs=inputs, targets=targets, condition=condition, stride=model.head.stride)
+        item.target_of = "position" if model.head.per_token else "sequence"
+        assert item.kind == model.head.learns
+        found.append(item)
     return found
+
+
+def targets_of(model: SequenceModel, number: int, length: int, last: bool) -> Tensor:
+    head = model.head
+    shape: tuple[int, ...] = (1, -(-length // head.stride)) if head.per_token else (1,)
+    if head.learns == "labels" and not head.per_token:
+        return torch.tensor([-100 if last else number % 3])
+    if head.learns != "labels":
+        shape = (*shape, head.linear.out_features)
+    unknown = torch.rand(shape) < (1 if last else 0.3)
+    if head.learns == "values":
+        return torch.where(unknown, float("nan"), torch.randn(shape))
+    return torch.where(unknown, -100, torch.randint(0, 6 if head.learns == "labels" else 2, shape))
 
 
 def run(model: SequenceModel, batch: Batch, **options: Any) -> Any:
@@ -142,7 +156,8 @@ def alone_padded_and_packed_agree(model: SequenceModel, states: bool) -> None:
         elif batch is packed:
             close(together.logits[0], torch.cat([one.logits[0] for one in alone]))
         else:
-            close(together.logits[batch.mask], torch.cat([one.logits[0] for one in alone]))
+            real = batch.mask[:, :: model.head.stride]
+            close(together.logits[real], torch.cat([one.logits[0] for one in alone]))
         if options:
             same_states(model, together.state, [one.state for one in alone])
             again = run(model, batch, state=together.state, return_state=True)
@@ -150,7 +165,7 @@ def alone_padded_and_packed_agree(model: SequenceModel, states: bool) -> None:
                 after = run(model, item, state=one.state, return_state=True)
                 same_states(model, [s.select(torch.tensor([number])) for s in again.state], [after.state])
         elif not stateful:
-            with pytest.raises(ConfigError, match=r"keeps no state|position_wise"):
+            with pytest.raises(ConfigError, match=r"keeps no state|position_wise|model\.head\.stride"):
                 run(model, batch, return_state=True)
 
 

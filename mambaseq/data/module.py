@@ -60,7 +60,7 @@ class SequenceData(abc.ABC):
     start_ids: Sequence[int] = (0,)
     reader: str | None = None
     writer: str | None = None
-    task: Literal["next_token", "labels", "classes", "values"] | None = None
+    task: Literal["next_token", "labels", "classes", "multilabels", "values"] | None = None
 
     @abc.abstractmethod
     def setup(self) -> None:
@@ -120,12 +120,18 @@ def _join(items: list[Batch], name: str, dim: int = 0) -> torch.Tensor | None:
 
 
 def _per_token(items: list[Batch]) -> bool:
-    """Whether the targets are of positions. Raises DataError where they are so for some sequences only."""
+    """Whether the targets are of positions. Raises DataError where they are so for some sequences only, or in bins of
+    different sizes."""
     kinds = {item.per_token for item in items}
     if len(kinds) > 1:
         raise DataError(
             "Some sequences of a batch have a target for each position, and others for the whole sequence. Give all of "
             "one kind; Batch(target_of=...) says which."
+        )
+    if len(strides := {item.stride for item in items}) > 1:
+        raise DataError(
+            f"Some sequences of a batch have a target for {min(strides)} positions, and others for {max(strides)} "
+            f"(Batch.stride). Give all the same."
         )
     return kinds.pop()
 
@@ -137,7 +143,9 @@ def _unpadded(item: Batch) -> Batch:
     length = int(item.mask.sum())
     if not item.mask[:, :length].all():
         raise DataError("A sequence's mask must be one of right padding: True up to its end, then False.")
-    targets = item.targets[:, :length] if item.per_token and item.targets is not None else item.targets
+    targets = item.targets
+    if item.per_token and targets is not None:
+        targets = targets[:, : -(-length // item.stride)]
     return dataclasses.replace(item, inputs=item.inputs[:, :length], targets=targets, mask=None)
 
 
@@ -158,7 +166,7 @@ def pad_collate(items: list[Batch]) -> Batch:
     targets: torch.Tensor | None
     if _per_token(items):
         given = [item.targets for item in items if item.targets is not None]
-        targets = _pad_stack(given, longest, math.nan if given[0].is_floating_point() else -100)
+        targets = _pad_stack(given, -(-longest // items[0].stride), math.nan if given[0].is_floating_point() else -100)
     else:
         targets = _join(items, "targets")
     return Batch(
@@ -166,6 +174,7 @@ def pad_collate(items: list[Batch]) -> Batch:
         targets=targets,
         mask=mask,
         target_of=items[0].target_of,
+        stride=items[0].stride,
         condition=_join(items, "condition"),
         n_units=_join(items, "n_units"),
     )
@@ -185,6 +194,7 @@ def pack_collate(items: list[Batch]) -> Batch:
         inputs=_join(items, "inputs", dim=1),  # type: ignore[arg-type]
         targets=_join(items, "targets", dim=1 if _per_token(items) else 0),
         target_of=items[0].target_of,
+        stride=items[0].stride,
         cu_seqlens=torch.cat(bounds),
         condition=_join(items, "condition"),
         n_units=_join(items, "n_units"),

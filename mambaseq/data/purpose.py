@@ -10,10 +10,11 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, shown
 
-Task = Literal["next_token", "labels", "classes", "values"]
+Task = Literal["next_token", "labels", "classes", "multilabels", "values"]
 TASKS: tuple[str, ...] = get_args(Task)
-"""next_token: each position asks for the token behind it. labels: a label a position. classes: one a sequence. values:
-numbers, a sequence or a position."""
+"""next_token: each position asks for the token behind it. labels: a label a position, or bin of positions. classes: one
+a sequence. multilabels: any of several labels, a sequence, a position or a bin. values: numbers, a sequence, a position
+or a bin."""
 
 _LOOKED_AT = 5
 
@@ -41,6 +42,8 @@ def task_of(data: SequenceData) -> Task:
             continue
         if example.targets.is_floating_point():
             return "values"
+        if example.kind == "multilabels":
+            return "multilabels"
         if not example.per_token:
             return "classes"
         follows = _follows(example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def generate(
     """
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
-    if not model.backbone.causal or not model.head.per_token:
+    if not continues(model, "tokens"):
         raise ConfigError(
             "Only a causal model with an lm head can generate; this one cannot. Train one with the head lm and a "
             "causal backbone, such as residual or unet."
@@ -167,6 +168,15 @@ def _by_stretches(
         token, left = tokens[-1:], left - n
         bar.update(len(tokens))
     return out
+
+
+def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
+    """Whether sequences of tokens, or of values, can be gone on with by what a model says of a position."""
+    head = model.head
+    says = getattr(head, "continues", None)
+    if says is None:  # a plugin's
+        says = "values" if getattr(head, "learns", None) == "values" else "tokens"
+    return bool(model.backbone.causal and head.per_token and says == what)
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

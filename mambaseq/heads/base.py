@@ -6,24 +6,30 @@ import abc
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 
 Pool = Literal["mean", "last", "first"]
+Kind = Literal["labels", "multilabels", "values"]
 
 
 class Head(nn.Module, abc.ABC):
     """What a backbone's output is to say, and how wrong it is.
 
     per_token: whether it has an answer for each position, not for each sequence.
-    learns: what its targets are, "labels" (int64) or "values" (float32); None where a plugin's head does not say.
+    learns: what its targets are (see `Batch.kind`): "labels" (int64, one of several classes), "multilabels" (int64, of
+        each of several labels whether it holds) or "values" (float32); None where a plugin's head does not say.
+    continues: whether a sequence is gone on with by what it says of a position: "tokens", "values", or "" for a head
+        that says something else of them; None where a plugin's head does not say.
+    stride: positions that share an answer; see `Batch.stride`.
     strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
     """
 
     per_token: ClassVar[bool]
-    learns: ClassVar[Literal["labels", "values"] | None] = None
+    learns: ClassVar[Kind | None] = None
+    continues: ClassVar[Literal["tokens", "values", ""] | None] = None
+    stride: int = 1
     strands: ClassVar[int] = 1
 
     @abc.abstractmethod
@@ -42,21 +48,15 @@ class Head(nn.Module, abc.ABC):
 
 
 def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError unless labels are of the head's kind and of this shape. Looks at no value."""
+    """Raise ConfigError unless labels are floats or integers, as the head learns, and of this shape. Looks at no
+    value."""
     kind = "values" if labels.is_floating_point() else "labels"
-    if kind != head.learns or tuple(labels.shape) != shape:
+    learns = "labels" if head.learns == "multilabels" else head.learns
+    if kind != learns or tuple(labels.shape) != shape:
         raise ConfigError(
-            f"{type(head).__name__} learns {head.learns} {shape}, and the targets are {kind} {tuple(labels.shape)}. "
+            f"{type(head).__name__} learns {learns} {shape}, and the targets are {kind} {tuple(labels.shape)}. "
             f"Choose a head that fits the data (`mambaseq list heads`), or other data."
         )
-
-
-def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats: logits `(..., n)` fp32, labels `(...)` int64, -100 ignored; 0 where all are."""
-    total = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
-    )
-    return total / (labels != -100).sum().clamp(min=1)
 
 
 def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Next-token prediction."""
+"""A token for each position: the next one, or one that is masked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from mambaseq.errors import check_positive
-from mambaseq.heads.base import Head, check_targets, label_loss
+from mambaseq.heads.base import Head, Kind, check_targets
+from mambaseq.heads.losses import label_loss
 from mambaseq.ops import linear_cross_entropy
 from mambaseq.ops.linear import apply_linear, is_plain
 
@@ -23,7 +24,8 @@ class LMHead(Head):
     """
 
     per_token: ClassVar[bool] = True
-    learns: ClassVar[Literal["labels", "values"] | None] = "labels"
+    learns: ClassVar[Kind | None] = "labels"
+    continues: ClassVar[Literal["tokens", "values", ""] | None] = "tokens"
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, check_positive
-from mambaseq.heads.base import Head, Pool, check_targets, pool
+from mambaseq.heads.base import Head, Kind, Pool, check_targets, pool
+from mambaseq.heads.losses import squared_loss
 
 
 class RegressionHead(Head):
@@ -20,7 +21,7 @@ class RegressionHead(Head):
     """
 
     per_token: ClassVar[bool] = False
-    learns: ClassVar[Literal["labels", "values"] | None] = "values"
+    learns: ClassVar[Kind | None] = "values"
 
     def __init__(self, d_model: int, n_outputs: int = 1, pooling: Pool = "mean") -> None:
         super().__init__()
@@ -50,6 +51,4 @@ class RegressionHead(Head):
                 f"{len(values)}, and the data's targets are {tuple(labels.shape)}. Set model.head.n_outputs to fit."
             )
         check_targets(self, labels, tuple(values.shape))
-        unknown = labels.isnan()
-        difference = (values - labels.float().masked_fill(unknown, 0)).masked_fill(unknown, 0)
-        return difference.square().sum() / (~unknown).sum().clamp(min=1), values
+        return squared_loss(values, labels), values

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mambaseq.errors import ConfigError, cut_list
-from mambaseq.heads.base import Pool, check_targets, label_loss, pool
+from mambaseq.heads.base import Pool, check_targets, pool
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
+from mambaseq.heads.losses import label_loss
 
 
 def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:

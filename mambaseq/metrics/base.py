@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torchmetrics
 from torch import Tensor
 
 from mambaseq.batch import Batch
+from mambaseq.heads.base import Kind
 from mambaseq.models import ModelOutput
 
 
@@ -19,14 +20,15 @@ class Metric(torchmetrics.Metric, abc.ABC):
     needs_logits: the model must return logits for it. scalar: False for what is saved as a table instead of logged.
     higher_is_better: for choosing the best checkpoint.
     per_token: whether it needs a target for each position (True) or for each sequence (False); None: either.
-    measures: "labels" (int64) or "values" (float32); None: either. By these two what does not fit is refused in time.
+    measures: "labels" (one of several classes), "multilabels" (any of several labels) or "values", as `Batch.kind`;
+        None: any of them. By these two what does not fit is refused in time.
     """
 
     full_state_update = False
     needs_logits: ClassVar[bool] = True
     scalar: ClassVar[bool] = True
     per_token: ClassVar[bool | None] = None
-    measures: ClassVar[Literal["labels", "values"] | None] = None
+    measures: ClassVar[Kind | None] = None
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
+from mambaseq.heads.base import Kind
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
@@ -20,7 +21,7 @@ class Confusion(Metric):
     sequences or of positions; those that are -100 do not count."""
 
     scalar = False
-    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
+    measures: ClassVar[Kind | None] = "labels"
     higher_is_better: bool | None = None
     counts: Tensor
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mambaseq.batch import Batch
+from mambaseq.heads.base import Kind
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
@@ -19,7 +20,7 @@ class _Likelihood(Metric):
 
     needs_logits = False
     higher_is_better = False
-    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
+    measures: ClassVar[Kind | None] = "labels"
     nll: Tensor
     units: Tensor
 
@@ -48,7 +49,7 @@ class MeanLoss(_Likelihood):
     empty: whether what was computed last had no target, in any process.
     """
 
-    measures: ClassVar[Literal["labels", "values"] | None] = None
+    measures: ClassVar[Kind | None] = None
     empty = False
 
     def compute(self) -> Tensor:
@@ -84,7 +85,7 @@ class TokenAccuracy(Metric):
     """Share of the targets that the model ranks first."""
 
     higher_is_better = True
-    measures: ClassVar[Literal["labels", "values"] | None] = "labels"
+    measures: ClassVar[Kind | None] = "labels"
     correct: Tensor
     total: Tensor
 

@@ -221,18 +221,23 @@ class Tokens(Likelihood):
 
 
 class Sequences(Answer):
-    """A label and its probabilities, or values, of each window.
+    """A label and its probabilities, the probability of each label of which any may hold, or values, of each window.
 
-    classes: names of the labels; None for values.
+    classes: names of the labels; None for values. several: any of the labels may hold.
     """
 
     whole = True
 
     def __init__(
-        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
+        self,
+        loaded: LoadedModel,
+        condition: Tensor | None,
+        window: int | None,
+        classes: list[str] | None,
+        several: bool = False,
     ) -> None:
         super().__init__(loaded, condition, window)
-        self.classes = classes
+        self.classes, self.several = classes, several
 
     def cells(self, output: Tensor) -> list[list[Value]]:
         """Cells of outputs `(n, outputs)` fp32. Sets the columns."""
@@ -241,6 +246,9 @@ class Sequences(Answer):
             self.columns = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
             return output.tolist()
         names = class_names(self.loaded, self.classes, output.shape[1])
+        if self.several:
+            self.columns = names
+            return output.sigmoid().tolist()
         self.columns = ["predicted", *names]
         best = output.argmax(-1).tolist()
         shares = output.softmax(-1).tolist()
@@ -257,21 +265,28 @@ class Sequences(Answer):
 
 
 class Positions(Sequences):
-    """A label and its probabilities, or values, of each position: of whole records where the model can read them part
-    by part, else of windows by themselves."""
+    """A label and its probabilities, the probability of each of several, or values, of each position or bin of
+    positions: of whole records where the model can read them part by part, else of windows by themselves."""
 
     whole = False
     gathered = 2**14  # each of them is a row of up to a hundred cells
 
     def __init__(
-        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, classes: list[str] | None
+        self,
+        loaded: LoadedModel,
+        condition: Tensor | None,
+        window: int | None,
+        classes: list[str] | None,
+        several: bool = False,
     ) -> None:
-        super().__init__(loaded, condition, window, classes)
+        super().__init__(loaded, condition, window, classes, several)
+        self.stride = getattr(self.model.head, "stride", 1)
+        self.in_parts = self.in_parts and self.stride == 1
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
 
     def cells(self, output: Tensor) -> list[list[Value]]:
-        if self.classes is None or output.shape[1] <= _COLUMNS:
+        if self.classes is None or self.several or output.shape[1] <= _COLUMNS:
             return super().cells(output)
         names = class_names(self.loaded, self.classes, output.shape[1])
         self.columns = ["predicted", "probability"]
@@ -279,15 +294,17 @@ class Positions(Sequences):
         return [[names[label], share] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
 
     def _rows(self, first: int, stop: int, output: Tensor) -> list[Row] | NotFinite:
-        """Rows of the positions from `first` on; output `(positions, outputs)`."""
+        """Rows of the positions, or bins, from `first` on; output `(bins, outputs)`."""
         if not output.isfinite().all():
             return NotFinite("")
-        if stop - first != len(output):
+        if -(-(stop - first) // self.stride) != len(output):
             raise ConfigError(
                 f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; a label a "
                 f"position cannot be made of them. Use a head that has one a position."
             )
-        return [Row(start, start + 1, cells) for start, cells in enumerate(self.cells(output), start=first)]
+        starts = range(first, stop, self.stride)
+        cells = self.cells(output)
+        return [Row(start, min(start + self.stride, stop), one) for start, one in zip(starts, cells, strict=True)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
@@ -351,14 +368,16 @@ def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None
                 f"mean nothing. Train it with a head that fits (`mambaseq list heads`)."
             )
         span = window or card.length or None
+        if task == "multilabels":
+            return Sequences(loaded, condition, span, names, several=True)
         values = isinstance(head, RegressionHead) or task == "values"
         classes = not values and (task == "classes" or bool(names) or isinstance(head, ClassificationHead))
         return Sequences(loaded, condition, span, names if classes else None)
     if task is None:  # saved by an older version
         next_token = not names and isinstance(head, LMHead) and model.backbone.causal
         task = "labels" if names else "next_token" if next_token else None
-    if task == "labels":
-        return Positions(loaded, condition, window, names)
+    if task in ("labels", "multilabels"):
+        return Positions(loaded, condition, window, names, several=task == "multilabels")
     if task == "values":
         return Positions(loaded, condition, window, None)
     if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):

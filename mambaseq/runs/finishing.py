@@ -92,7 +92,7 @@ class Training:
         folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
         step, of = checkpoint["global_step"], results["steps"]
         save_model(folder.model, model, dataclasses.replace(self.card, step=step), self.data.tokenizer)
-        scale, unit = (1 / math.log(2), "bits a token") if model.head.per_token else (1.0, "loss (nats)")
+        scale, unit = loss_unit(model.head)
         save_png(folder.curves, learning_curves(folder, scale, unit))
         throughput = self.throughput
         folder.update_results(
@@ -108,6 +108,14 @@ class Training:
         seen = self.checkpoints.validated_step in (None, of)  # None: nothing was trained, only finished
         best = "" if step == of else f" (the best of {of})" if seen else f" (the best that was validated; {of} was not)"
         return ", ".join([f"{folder.path}: the weights of step {step}{best} are in {folder.model}", *found])
+
+
+def loss_unit(head: torch.nn.Module) -> tuple[float, str]:
+    """By what the loss of a head is multiplied in curves, and its unit then."""
+    if getattr(head, "learns", "labels") == "values":
+        return 1.0, "loss"
+    tokens = getattr(head, "per_token", False) and getattr(head, "continues", "tokens") != ""
+    return (1 / math.log(2), "bits a token") if tokens else (1.0, "loss (nats)")
 
 
 class plain_interrupts:

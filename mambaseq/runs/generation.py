@@ -16,7 +16,7 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.generation import generate
-from mambaseq.generation.decode import NotFinite, check_whole
+from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.sampling import check_settings
 from mambaseq.outputs import output_target
 from mambaseq.runs.devices import choose_device, memory_told
@@ -93,7 +93,7 @@ def generate_from(
     card = loaded.card
     if loaded.tokenizer is None:
         raise ConfigError(f"The model at {checkpoint} cannot generate: its model.json has no tokenizer.")
-    if not loaded.model.backbone.causal or not loaded.model.head.per_token:
+    if not continues(loaded.model, "tokens"):
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
             f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."

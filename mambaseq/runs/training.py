@@ -70,7 +70,17 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
 
 
 # settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
-CHANGEABLE = {"backend", "checkpoint", "chunk_length", "cuda_graph", "dropout", "label_smoothing"}
+CHANGEABLE = {
+    "backend",
+    "checkpoint",
+    "chunk_length",
+    "class_weights",
+    "cuda_graph",
+    "dropout",
+    "focal_gamma",
+    "label_smoothing",
+    "positive_weights",
+}
 
 
 def fit(

@@ -16,9 +16,19 @@ from mambaseq.data.module import SequenceData
 from mambaseq.data.purpose import asks_for_the_next
 from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.heads.positions import PositionHead
 from mambaseq.metrics.base import Metric
 from mambaseq.models import SequenceModel
 
+_GIVEN = {"labels": "label", "multilabels": "set of yes-or-no labels", "values": "value"}
+_FITTING: dict[tuple[str, bool], tuple[str, ...]] = {  # kind and whether it is of positions, to heads
+    ("labels", False): ("classification",),
+    ("labels", True): ("lm", "token_classification"),
+    ("multilabels", False): ("multilabel",),
+    ("multilabels", True): ("token_multilabel",),
+    ("values", False): ("regression",),
+    ("values", True): ("token_regression",),
+}
 _EXAMPLES = 8  # that are looked at for one with a target
 _PROBED = 64  # positions
 
@@ -38,12 +48,13 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
                 f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
             )
         check_kinds(model, batch, metrics, dataset)
+        _check_labels(model, batch, dataset)
         if asks_for_the_next(data, batch):
             check_next_token(model, dataset)
     elif data.task == "next_token":
         check_next_token(model, dataset)
     elif data.class_names and data.task in (None, "classes") and model.head.per_token:
-        raise _wrong_head(model, dataset, "label a sequence", "classification")
+        raise _wrong_head(model, dataset, "label a sequence", _FITTING["labels", False])
 
 
 def _example(data: SequenceData) -> Batch | None:
@@ -64,31 +75,57 @@ def check_kinds(
     """Raise ConfigError where a batch's targets are not what the head learns or a metric measures. Reads no value."""
     if batch.targets is None:
         return
-    per_token, kind = batch.per_token, "values" if batch.targets.is_floating_point() else "labels"
-    given = f"{'value' if kind == 'values' else 'label'} a {'position' if per_token else 'sequence'}"
-    head = model.head
+    per_token, kind, head = batch.per_token, batch.kind, model.head
+    place = "position" if per_token else "sequence"
     if per_token != head.per_token or getattr(head, "learns", None) not in (None, kind):
-        if per_token:
-            fitting = "lm" if kind == "labels" else ""
-        else:
-            fitting = "regression" if kind == "values" else "classification"
-        raise _wrong_head(model, dataset, given, fitting)
+        raise _wrong_head(model, dataset, f"{_GIVEN[kind]} a {place}", _FITTING[kind, per_token])
+    if per_token and (stride := getattr(head, "stride", 1)) != batch.stride:
+        binned = next((name for name in _FITTING[kind, True] if name.startswith("token_")), "")
+        has_bins = isinstance(head, PositionHead)
+        remedy = f"Set model.head.stride to {batch.stride}" if has_bins else f"Choose the head {shown(binned)}"
+        raise ConfigError(
+            f"model.head.name is {_name(model, 'head')}, which answers once for {stride} position(s), and the dataset "
+            f"{dataset} gives one {_GIVEN[kind]} for {batch.stride}. {remedy}, or choose another dataset."
+        )
     for name, metric in metrics.items():
         if metric.per_token not in (None, per_token) or metric.measures not in (None, kind):
-            takes = "a target" if metric.measures is None else f"a {metric.measures.removesuffix('s')}"
-            place = {None: "", True: " for each position", False: " for each sequence"}[metric.per_token]
+            takes = "a target" if metric.measures is None else f"a {_GIVEN[metric.measures]}"
+            where = {None: "", True: " for each position", False: " for each sequence"}[metric.per_token]
             raise ConfigError(
-                f"The metric {shown(name)} needs {takes}{place}, and the dataset {dataset} gives one {given}. Remove "
-                f"it from metrics, or choose another (`mambaseq list metrics`)."
+                f"The metric {shown(name)} needs {takes}{where}, and the dataset {dataset} gives one {_GIVEN[kind]} a "
+                f"{place}. Remove it from metrics, or choose another (`mambaseq list metrics`)."
             )
 
 
-def _wrong_head(model: SequenceModel, dataset: str, given: str, fitting: str) -> ConfigError:
-    such = f" Choose a head for those, such as {shown(fitting)}" if fitting else " Choose a head for those, a plugin's,"
+def _wrong_head(model: SequenceModel, dataset: str, given: str, fitting: tuple[str, ...]) -> ConfigError:
+    such = " or ".join(map(repr, fitting))
     return ConfigError(
-        f"model.head.name is {_name(model, 'head')}, but the dataset {dataset} gives one {given}.{such} "
-        f"(`mambaseq list heads`), or another dataset."
+        f"model.head.name is {_name(model, 'head')}, but the dataset {dataset} gives one {given}. Choose a head for "
+        f"those, such as {such} (`mambaseq list heads`), or another dataset."
     )
+
+
+def _check_labels(model: SequenceModel, batch: Batch, dataset: str) -> None:
+    """Raise ConfigError for labels that the head has no output for, or that are neither 1 nor 0 where any may hold."""
+    targets, kind = batch.targets, batch.kind
+    if targets is None or kind == "values":
+        return
+    known = targets[targets != -100]
+    if not len(known):
+        return
+    least, most = int(known.min()), int(known.max())
+    if kind == "multilabels" and (least < 0 or most > 1):
+        raise ConfigError(
+            f"The dataset {dataset} gives labels from {least} to {most} where any of several may hold. Give 1 for one "
+            f"that holds, 0 for one that does not, and -100 for one that is not known."
+        )
+    count = getattr(getattr(model.head, "linear", None), "out_features", None)
+    if kind == "labels" and (least < 0 or (count is not None and most >= count)):
+        raise ConfigError(
+            f"The dataset {dataset} gives labels from {least} to {most}, and the head {_name(model, 'head')} tells "
+            f"{'those from 0 on' if count is None else f'{count} classes (0 to {count - 1})'} apart. Give labels of "
+            f"these classes (data.class_names, vocab_size), or -100 for what is not known."
+        )
 
 
 def _name(model: SequenceModel, part: str) -> str:

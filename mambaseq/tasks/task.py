@@ -49,11 +49,14 @@ class LengthWarmup:
 
 
 def shorten(batch: Batch, length: int) -> Batch:
-    """The batch at a shorter length: folded into more sequences where every token has a target, else cut.
+    """The batch at a shorter length: folded into more sequences where every token has a target, else cut. Where a bin
+    of positions has one, the length is a multiple of its size.
 
     Raises ConfigError for packed batches, whose sequences have lengths of their own.
     """
-    full = batch.inputs.shape[1]
+    full, stride = batch.inputs.shape[1], batch.stride
+    if length < full:
+        length = max(length // stride, 1) * stride
     if length >= full:
         return batch
     if batch.cu_seqlens is not None:
@@ -61,7 +64,7 @@ def shorten(batch: Batch, length: int) -> Batch:
     per_token = batch.per_token
     folds = full // length if per_token else 1
 
-    def cut(tensor: Tensor | None) -> Tensor | None:
+    def cut(tensor: Tensor | None, length: int = length) -> Tensor | None:
         if tensor is None:
             return None
         if tensor.dim() == 1:
@@ -72,10 +75,11 @@ def shorten(batch: Batch, length: int) -> Batch:
     targets = batch.targets
     return Batch(
         inputs=cut(batch.inputs),  # type: ignore[arg-type]
-        targets=cut(targets) if per_token else targets,
+        targets=cut(targets, length // stride) if per_token else targets,
         mask=cut(batch.mask),
         condition=cut(batch.condition),
         target_of=batch.target_of,
+        stride=stride,
     )
 
 

@@ -35,6 +35,10 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
         (Examples(Batch(IDS, torch.tensor([[0, 1, 1, 0, 2]]))), "labels"),
         (Examples(Batch(IDS, torch.tensor([[-100, 1, -100, 1, -100]]))), "labels"),  # masked tokens
         (Examples(Batch(IDS, torch.tensor([2]))), "classes"),
+        (Examples(Batch(IDS, torch.tensor([[1, 0, 1]]), target_of="sequence")), "multilabels"),
+        (Examples(Batch(IDS, torch.ones(1, 5, 2, dtype=torch.long))), "multilabels"),
+        (Examples(Batch(IDS, torch.tensor([[1, 0, 1]]), stride=2)), "labels"),
+        (Examples(Batch(IDS, torch.zeros(1, 3, 2), stride=2)), "values"),
         # two documents, of which the first one's last target is not the second one's first token; a padded one
         (Examples(Batch(IDS, torch.tensor([[1, 6, 1, 5, 0]]), cu_seqlens=torch.tensor([0, 2, 2, 5]))), "next_token"),
         (

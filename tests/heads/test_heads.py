@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Head, pool
-from mambaseq.heads.classification import ClassificationHead
+from mambaseq.heads.classification import ClassificationHead, MultilabelHead
 from mambaseq.heads.lm import LMHead
+from mambaseq.heads.losses import BinaryLoss, LabelLoss
+from mambaseq.heads.positions import TokenClassificationHead, TokenMultilabelHead, TokenRegressionHead, bin_means
 from mambaseq.heads.regression import RegressionHead
 from mambaseq.heads.reverse_complement import RCLMHead
+from mambaseq.models import causal_lm
 from mambaseq.ops.linear_cross_entropy import chunked as chunks
 
 
@@ -52,6 +58,11 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         (LMHead(6, 11), torch.full((2, 3), -100)),
         (ClassificationHead(6, 4, label_smoothing=0.1), torch.full((2,), -100)),
         (RegressionHead(6, 2), torch.full((2, 2), float("nan"))),
+        (ClassificationHead(6, 4, class_weights=[1.0, 2.0, 0.0, 1.0], focal_gamma=0.5), torch.full((2,), -100)),
+        (MultilabelHead(6, 4, focal_gamma=2.0), torch.full((2, 4), -100)),
+        (TokenClassificationHead(6, 4, stride=2), torch.full((2, 2), -100)),
+        (TokenMultilabelHead(6, 4), torch.full((2, 3, 4), -100)),
+        (TokenRegressionHead(6, 4, stride=3), torch.full((2, 1, 4), float("nan"))),
     ],
 )
 def test_no_target_at_all_gives_zero_not_nan(head: Head, targets: torch.Tensor) -> None:
@@ -89,6 +100,11 @@ LABELS, VALUES = torch.tensor([1, 0]), torch.tensor([1.0, 0.0])
         (LMHead(6, 4), torch.randn(2, 5)),
         (LMHead(6, 4), torch.zeros(2, 4, dtype=torch.long)),
         (RCLMHead(6, 4, [3, 2, 1, 0]), LABELS),
+        (MultilabelHead(6, 4), LABELS),
+        (MultilabelHead(6, 4), torch.randn(2, 4)),
+        (TokenClassificationHead(6, 4, stride=2), torch.zeros(2, 5, dtype=torch.long)),
+        (TokenMultilabelHead(6, 4), torch.zeros(2, 3, 3, dtype=torch.long)),
+        (TokenRegressionHead(6, 4), torch.randn(2, 5)),
     ],
 )
 def test_targets_of_another_kind_are_refused(head: Head, targets: torch.Tensor) -> None:
@@ -112,6 +128,82 @@ def test_classification_and_regression_losses() -> None:
     for wrong in (torch.randn(2), torch.randn(2, 2), torch.randn(3, 2)):
         with pytest.raises(ConfigError, match="n_outputs"):
             regression(hidden, wrong)
+
+
+def test_options_of_label_losses_by_hand() -> None:
+    """p = 1/4 for the first target, of class 0, and 1/2 for the second, of class 2; in evaluation no option counts."""
+    logits = torch.tensor([[1 / 4, 1 / 2, 1 / 4], [1 / 4, 1 / 4, 1 / 2], [1.0, 0.5, 0.1]]).log()
+    labels = torch.tensor([0, 2, -100])
+    four, two = math.log(4), math.log(2)
+    weighted = LabelLoss(3, class_weights=[3.0, 1.0, 0.5])
+    assert float(weighted(logits, labels)) == pytest.approx((3 * four + 0.5 * two) / 2)
+    focal = LabelLoss(3, focal_gamma=2.0)
+    assert float(focal(logits, labels)) == pytest.approx((9 / 16 * four + 1 / 4 * two) / 2)
+    smooth = LabelLoss(3, label_smoothing=0.3)
+    spread = (four + two + four) / 3
+    assert float(smooth(logits, labels)) == pytest.approx(0.7 * (four + two) / 2 + 0.3 * spread)
+    for loss in (weighted, focal, smooth):
+        assert float(loss.eval()(logits, labels)) == pytest.approx((four + two) / 2)
+        assert not loss.state_dict()
+
+
+def test_options_of_several_labels_by_hand() -> None:
+    """Probabilities 1/4 and 1/2; the third label is not known."""
+    logits = torch.tensor([[math.log(1 / 3), 0.0, 5.0]])
+    labels = torch.tensor([[1, 0, -100]])
+    one, other = math.log(4), math.log(2)
+    weighted = BinaryLoss(3, positive_weights=[3.0, 5.0, 1.0])
+    assert float(weighted(logits, labels)) == pytest.approx((3 * one + other) / 2)
+    focal = BinaryLoss(3, focal_gamma=1.0)
+    assert float(focal(logits, labels)) == pytest.approx((3 / 4 * one + other / 2) / 2)
+    smooth = BinaryLoss(3, label_smoothing=0.2)
+    assert float(smooth(logits, labels)) == pytest.approx((0.9 * one + 0.1 * math.log(4 / 3) + other) / 2)
+    for loss in (weighted, focal, smooth):
+        assert float(loss.eval()(logits, labels)) == pytest.approx((one + other) / 2)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        (ClassificationHead, {"class_weights": [1.0]}, r"class_weights are 1, and there are 4 classes"),
+        (
+            TokenClassificationHead,
+            {"class_weights": [1.0, -1.0, 1.0, 1.0]},
+            r"finite numbers of at least 0, some above",
+        ),
+        (MultilabelHead, {"positive_weights": [0.0] * 4}, "finite numbers of at least 0, some above"),
+        (MultilabelHead, {"focal_gamma": -1.0}, "focal_gamma of at least 0"),
+        (TokenRegressionHead, {"stride": 0}, r"model\.head\.stride must be 1"),
+        (TokenMultilabelHead, {"dropout": 1.0}, "dropout from 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(head: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        head(6, 4, **options)
+
+
+def test_bins_are_means_of_real_positions() -> None:
+    a, b = torch.randn(5, 4), torch.randn(2, 4)
+    expected = torch.stack([a[:3].mean(0), a[3:].mean(0), b.mean(0)])
+    padded = torch.full((2, 5, 4), 99.0)
+    padded[0], padded[1, :2] = a, b
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    found = bin_means(padded, 3, mask, None)
+    torch.testing.assert_close(torch.cat([found[0], found[1, :1]]), expected)
+    assert not found[1, 1].any()
+    bounds = torch.tensor([0, 0, 5, 7, 7], dtype=torch.int32)
+    packed = torch.cat([a, b])[None].requires_grad_()
+    means = bin_means(packed, 3, None, bounds)
+    torch.testing.assert_close(means[0], expected)
+    (gradient,) = torch.autograd.grad(means.sum(), packed)
+    torch.testing.assert_close(gradient[0, :, 0], torch.tensor([1 / 3] * 3 + [1 / 2] * 4))
+
+
+def test_a_head_of_bins_takes_no_state() -> None:
+    model = causal_lm(7, 8, 1)
+    model.head = TokenRegressionHead(8, stride=4)
+    with pytest.raises(ConfigError, match=r"one answer for 4 positions \(model\.head\.stride\)"):
+        model.step_(torch.zeros(1, dtype=torch.long), model.init_state(1))
 
 
 def test_the_loss_alone_calls_what_stands_around_the_linear_map() -> None:

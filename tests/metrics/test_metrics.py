@@ -14,6 +14,8 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.metrics.classification import MCC, Accuracy, Confusion, MacroF1
 from mambaseq.metrics.likelihood import BitsPerByte, BitsPerToken, Perplexity, TokenAccuracy
+from mambaseq.metrics.multilabel import AUROC, MultilabelF1
+from mambaseq.metrics.values import MAE, RMSE, Correlation
 from mambaseq.models import ModelOutput
 
 NAMES = ("a", "b", "c")
@@ -88,6 +90,76 @@ def test_class_metrics_refuse_unlabelled_data() -> None:
         Accuracy(())
 
 
+def in_two(metric, outputs: torch.Tensor, targets: torch.Tensor, **options) -> float:
+    """Of two batches of different size."""
+    for part in (slice(0, 7), slice(7, None)):
+        batch = Batch(inputs=torch.zeros(targets[part].shape[:2]), targets=targets[part], **options)
+        metric.update(ModelOutput(logits=outputs[part]), batch)
+    return float(metric.compute())
+
+
+def test_labels_of_positions_against_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 3, (10, 4)), rng.integers(0, 3, (10, 4))
+    known = rng.random((10, 4)) < 0.7
+    targets = torch.from_numpy(np.where(known, truth, -100))
+    logits = torch.nn.functional.one_hot(torch.from_numpy(guess), 3).float()
+    assert in_two(Accuracy(NAMES), logits, targets) == pytest.approx((truth == guess)[known].mean())
+    f1 = sklearn.metrics.f1_score(truth[known], guess[known], average="macro")
+    assert in_two(MacroF1(NAMES), logits, targets) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_several_labels_against_scikit_learn(positions: bool) -> None:
+    rng = np.random.default_rng(0)
+    shape = (20, 5, 3) if positions else (40, 3)
+    truth, logits = rng.integers(0, 2, shape), rng.normal(size=shape).round(1) + 30  # ties; sigmoids that are all 1
+    known = rng.random(shape) < 0.8
+    targets = torch.from_numpy(np.where(known, truth, -100))
+    options = {} if positions else {"target_of": "sequence"}
+    found = in_two(AUROC(NAMES), torch.from_numpy(logits).float(), targets, **options)
+    columns = [(truth[..., k][known[..., k]], logits[..., k][known[..., k]] - 30) for k in range(3)]
+    assert found == pytest.approx(np.mean([sklearn.metrics.roc_auc_score(*column) for column in columns]))
+    found = in_two(MultilabelF1(NAMES), torch.from_numpy(logits - 30).float(), targets, **options)
+    assert found == pytest.approx(np.mean([sklearn.metrics.f1_score(t, x > 0) for t, x in columns]))
+
+
+def test_labels_that_never_hold_have_no_area() -> None:
+    logits, targets = torch.tensor([[0.5, 1.0], [0.1, 2.0]]), torch.tensor([[1, 0], [0, 0]])
+    metric = AUROC(("a", "b"))
+    metric.update(ModelOutput(logits=logits), Batch(torch.zeros(2, 1), targets, target_of="sequence"))
+    assert float(metric.compute()) == 1
+    metric.reset()
+    metric.update(ModelOutput(logits=logits[:, :2]), Batch(torch.zeros(2, 1), targets * 0, target_of="sequence"))
+    assert math.isnan(metric.compute())
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_values_against_second_libraries(offset: float) -> None:
+    """NaN is left out; a mean that is large beside the spread costs no digits."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(-8, 8, (40, 2)) + offset
+    values = truth + rng.integers(-4, 4, (40, 2))
+    known = rng.random((40, 2)) < 0.8
+    targets = torch.from_numpy(np.where(known, truth, np.nan)).float()
+    guess, errors = torch.from_numpy(values).float(), (values - truth)[known]
+    assert in_two(MAE(), guess, targets) == pytest.approx(np.abs(errors).mean())
+    assert in_two(RMSE(), guess, targets) == pytest.approx(math.sqrt(np.square(errors).mean()))
+    pairs = [(values[known[:, k], k], truth[known[:, k], k]) for k in range(2)]
+    expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])
+    assert in_two(Correlation(), guess, targets) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_constant_has_no_correlation() -> None:
+    values, targets = torch.tensor([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]]), torch.tensor([[3.0, 1], [2, 2], [1, 3]])
+    metric = Correlation()
+    metric.update(ModelOutput(logits=values), Batch(torch.zeros(3, 1), targets))
+    assert float(metric.compute()) == -1
+    metric.reset()
+    metric.update(ModelOutput(logits=values[:, 1:]), Batch(torch.zeros(3, 1), targets[:, 0]))
+    assert math.isnan(metric.compute())
+
+
 def test_every_registered_metric_is_known_here() -> None:
     known = {
         "accuracy",
@@ -98,5 +170,10 @@ def test_every_registered_metric_is_known_here() -> None:
         "bits_per_byte",
         "perplexity",
         "token_accuracy",
+        "multilabel_auroc",
+        "multilabel_f1",
+        "mae",
+        "rmse",
+        "correlation",
     }
     assert {entry.name for entry in catalog()["metrics"] if "/" not in entry.name} == known

@@ -418,3 +418,30 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixtur
             (line,) = told(capsys)
             assert len(line) < 1000
     assert not (tmp_path / "o.csv").exists()
+
+
+def test_several_labels_have_a_probability_each(tmp_path: Path) -> None:
+    head = {"name": "multilabel", "n_classes": 2}
+    names, task = ["coding", "repeat"], "multilabels"
+    model = saved(tmp_path / "m", head, BaseTokenizer(), class_names=names, length=8, task=task, **DNA)
+    (row, _) = predict(model, fasta(tmp_path, 11))[:2]
+    loaded, ids = load_model(model), BaseTokenizer().encode((tmp_path / "in.fa").read_text().split()[1])
+    with torch.no_grad():
+        shares = loaded.model(torch.from_numpy(ids.astype(np.int64))[None, :8]).logits.sigmoid()[0]
+    assert [float(row[name]) for name in names] == pytest.approx(shares.tolist(), abs=1e-6)
+    assert "predicted" not in row
+
+
+@pytest.mark.parametrize("task", ["labels", "multilabels", "values"])
+def test_bins_have_a_row_each(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "CHUNK", 8)  # no record is read part by part: a bin would be cut
+    kind = {"labels": "classification", "multilabels": "multilabel", "values": "regression"}[task]
+    outputs = {"n_outputs": 2} if task == "values" else {"n_classes": 2}
+    head = {"name": f"token_{kind}", "stride": 3, **outputs}
+    names = [] if task == "values" else ["x", "y"]
+    model = saved(tmp_path / "m", head, BaseTokenizer(), class_names=names, length=12, task=task, **DNA)
+    rows = predict(model, fasta(tmp_path, 17))
+    assert spans(rows) == [("r0", *span) for span in
+                           [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15), (15, 17)]]  # fmt: skip
+    columns = {"labels": ["predicted", "x", "y"], "multilabels": ["x", "y"], "values": ["value_1", "value_2"]}[task]
+    assert list(rows[0])[4:-1] == columns

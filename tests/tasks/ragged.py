@@ -21,6 +21,15 @@ HEADS: dict[str, dict[str, Any]] = {
     "lm": {"name": "lm", "vocab_size": 7},
     "classification": {"name": "classification", "n_classes": 3, "pooling": "last"},
     "regression": {"name": "regression", "n_outputs": 2},
+    "multilabel": {"name": "multilabel", "n_classes": 3, "positive_weights": [2.0, 1.0, 0.5], "focal_gamma": 1.5},
+    "token_classification": {
+        "name": "token_classification",
+        "n_classes": 3,
+        "class_weights": [0.5, 1.0, 3.0],
+        "label_smoothing": 0.1,
+        "focal_gamma": 0.5,
+    },
+    "token_regression": {"name": "token_regression", "n_outputs": 2, "stride": 3},
 }
 
 
@@ -31,6 +40,16 @@ def clip(number: int, length: int, head: str) -> Batch:
     if head == "lm":
         unknown = torch.rand(1, length, generator=draw) < number / 8
         return Batch(inputs=ids[:, :-1], targets=ids[:, 1:].masked_fill(unknown, -100))
+    if head == "token_classification":
+        labels = torch.randint(0, 3, ids.shape, generator=draw)
+        return Batch(inputs=ids, targets=labels.masked_fill(torch.rand(ids.shape, generator=draw) < 0.3, -100))
+    if head == "multilabel":
+        several = torch.randint(0, 2, (1, 3), generator=draw)
+        several[0, number % 3] = -100
+        return Batch(inputs=ids, targets=several, target_of="sequence")
+    if head == "token_regression":
+        values = torch.randn(1, -(-(length + 1) // 3), 2, generator=draw)
+        return Batch(inputs=ids, targets=values.masked_fill(values > 1, NAN), stride=3)
     if head == "classification":
         return Batch(inputs=ids, targets=torch.tensor([-100 if number == 1 else number % 3]))
     return Batch(inputs=ids, targets=torch.tensor([[number / 2, NAN if number % 3 else 1.5]]))
@@ -75,8 +94,8 @@ def model_of(head: str, backbone: dict[str, Any] | None = None) -> SequenceModel
 
 
 def expected(model: SequenceModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """The gradients of one batch."""
-    loss = model(batch.inputs, batch.targets, mask=batch.mask, cu_seqlens=batch.cu_seqlens).loss
+    """The gradients of one batch in training."""
+    loss = model.train()(batch.inputs, batch.targets, mask=batch.mask, cu_seqlens=batch.cu_seqlens).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.encoders import Encoder, TokenEncoder
-from mambaseq.errors import ConfigError
-from mambaseq.heads.classification import ClassificationHead
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.heads.classification import ClassificationHead, MultilabelHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.classification import Accuracy, MacroF1
 from mambaseq.metrics.likelihood import BitsPerToken, TokenAccuracy
+from mambaseq.metrics.multilabel import MultilabelF1
+from mambaseq.metrics.values import MAE
 from mambaseq.models import SequenceModel
 from mambaseq.tasks.fitting import check_data, check_kinds, probe_future, probe_neighbours
 from mambaseq.tasks.task import Task
@@ -122,12 +124,18 @@ def fit(data: SequenceData, model: SequenceModel, metrics: dict[str, Metric] | N
     [
         ("regression", LABEL, "classification"),
         ("regression", TOKENS, "lm"),
-        ("regression", LEVELS, "plugin"),
+        ("regression", LEVELS, "token_regression"),
         ("classification", VALUE, "regression"),
         ("classification", TOKENS, "lm"),
         ("lm", LABEL, "classification"),
         ("lm", VALUE, "regression"),
-        ("lm", LEVELS, "plugin"),
+        ("lm", LEVELS, "token_regression"),
+        ("token_classification", LABEL, "classification"),
+        ("token_classification", LEVELS, "token_regression"),
+        ("token_regression", TOKENS, "token_classification"),
+        ("multilabel", LABEL, "classification"),
+        ("multilabel", VALUE, "regression"),
+        ("token_classification", torch.ones(1, 8, 3, dtype=torch.long), "token_multilabel"),
     ],
 )
 def test_heads_learn_what_they_say(head: str, targets: Tensor, fitting: str) -> None:
@@ -139,11 +147,38 @@ def test_heads_learn_what_they_say(head: str, targets: Tensor, fitting: str) -> 
 
 
 def test_several_labels_a_sequence_are_not_told_apart_by_their_number() -> None:
-    """A batch says that eight labels of a row of eight tokens are the sequence's: no head here learns those."""
+    """A batch says that eight labels of a row of eight tokens are the sequence's."""
     batch = Batch(IDS, torch.ones_like(IDS), target_of="sequence")
-    for head, message in (("lm", "one label a sequence"), ("classification", "learns labels")):
-        with pytest.raises(ConfigError, match=message):
+    for head in ("lm", "classification", "token_classification"):
+        with pytest.raises(ConfigError, match=r"gives one set of yes-or-no labels a sequence.*such as 'multilabel'"):
             fit(Sets(batch), model_of(head))
+    model = model_of("lm")
+    fit(Sets(batch), SequenceModel(model.encoder, model.backbone, MultilabelHead(8, 8)))
+
+
+def test_bins_of_the_head_are_those_of_the_data() -> None:
+    batch = Batch(IDS, torch.randn(1, 2, 2), stride=4)
+    with pytest.raises(ConfigError, match=r"answers once for 3 .*one value for 4\. Set model\.head\.stride to 4"):
+        check_data(model_of("token_regression"), Sets(batch), "'x'", {})
+    labels = Batch(IDS, torch.ones(1, 2, dtype=torch.long), stride=4)
+    with pytest.raises(ConfigError, match=r"'lm', which answers once for 1 .*Choose the head 'token_classification'"):
+        check_data(model_of("lm"), Sets(labels), "'x'", {})
+    with pytest.raises(DataError, match=r"in bins of 4 \(Batch\.stride\)"):
+        check_data(model_of("lm"), Sets(Batch(IDS, torch.ones(1, 3, dtype=torch.long), stride=4)), "'x'", {})
+
+
+@pytest.mark.parametrize(
+    ("head", "targets", "message"),
+    [
+        ("classification", torch.tensor([3]), r"labels from 3 to 3, and the head 'classification' tells 3 classes"),
+        ("token_classification", TOKENS, r"labels from 1 to 6, and the head 'token_classification' tells 3 classes"),
+        ("multilabel", torch.tensor([[1, 0, 2]]), r"labels from 0 to 2 where any of several may hold\. Give 1"),
+    ],
+)
+def test_labels_that_a_head_has_no_output_for(head: str, targets: Tensor, message: str) -> None:
+    batch = Batch(IDS, targets, target_of="sequence" if head == "multilabel" else None)
+    with pytest.raises(ConfigError, match=message):
+        check_data(model_of(head), Sets(batch), "'x'", {})
 
 
 class PerPosition(Metric):
@@ -167,6 +202,8 @@ class OfSequences(TokenAccuracy):
         ("regression", torch.tensor([[0.5, NAN]]), BitsPerToken(), "'m' needs a label, .* one value a sequence"),
         ("lm", TOKENS, OfSequences(), "'m' needs a label for each sequence, and .* one label a position"),
         ("lm", TOKENS, Accuracy(("a", "b")), "counts the 2 classes of the data, and the head tells 7 apart"),
+        ("lm", TOKENS, MAE(), "'m' needs a value, and the dataset .* one label a position"),
+        ("lm", TOKENS, MultilabelF1(("a",)), "'m' needs a set of yes-or-no labels, and .* one label a position"),
         ("lm", TOKENS, PerPosition(), "'m' cannot be had of what the head 'lm' gives: .*out of bounds"),
     ],
 )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Losses of heads: each a mean over the targets that are known, and 0 where none is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError, shown
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats: logits `(..., n)` fp32, labels `(...)` int64, -100 ignored; 0 where all are."""
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
+
+
+def squared_loss(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error: values fp32 and labels float of one shape, NaN ignored; 0 where all are."""
+    unknown = labels.isnan()
+    difference = (values - labels.float().masked_fill(unknown, 0)).masked_fill(unknown, 0)
+    return difference.square().sum() / (~unknown).sum().clamp(min=1)
+
+
+class LabelLoss(nn.Module):
+    """Cross-entropy of one of several classes, with what helps training. In evaluation it is the plain one, so that
+    losses of validation can be compared whatever the options.
+
+    A target's loss is multiplied by its class's weight and, with `focal_gamma`, by `(1 - p)**gamma`, p being the
+    probability that its class is given (Lin et al., arXiv:1708.02002). The mean is over targets, not over weights, so
+    that every target of an optimizer step counts for what it is, however the step is cut into batches.
+
+    Args:
+        n_classes: number of classes.
+        class_weights: one for each class; None for 1.
+        label_smoothing: share of each target that is spread over all classes.
+        focal_gamma: 0 is the plain cross-entropy.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        class_weights: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_loss_options(label_smoothing, focal_gamma)
+        self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
+        self.weights: Tensor | None
+        self.register_buffer("weights", checked_weights("class_weights", class_weights, n_classes), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits `(..., n_classes)` fp32, labels `(...)` int64, -100 ignored. Returns a mean over labels."""
+        if not self.training or (self.weights is None and not self.label_smoothing and not self.focal_gamma):
+            return label_loss(logits, labels)
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+        weights = None if self.weights is None else self.weights.to(logits)
+        losses = F.cross_entropy(
+            logits, labels, weights, ignore_index=-100, reduction="none", label_smoothing=self.label_smoothing
+        )
+        if self.focal_gamma:
+            p = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none").neg().exp()
+            losses = losses * _focus(p, self.focal_gamma)
+        return losses.sum() / (labels != -100).sum().clamp(min=1)
+
+
+class BinaryLoss(nn.Module):
+    """Cross-entropy of several labels of which any may hold; its options are those of training alone, as `LabelLoss`'s.
+
+    Args:
+        n_classes: number of labels.
+        positive_weights: what a label that holds weighs, one for each label; None for 1.
+        label_smoothing: a label that holds is 1 - label_smoothing / 2, one that does not label_smoothing / 2.
+        focal_gamma: see `LabelLoss`; 0 is the plain cross-entropy.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        positive_weights: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_loss_options(label_smoothing, focal_gamma)
+        self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
+        weights = checked_weights("positive_weights", positive_weights, n_classes)
+        self.weights: Tensor | None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits `(..., n_classes)` fp32, labels the same shape int64: 1, 0, or -100, which is ignored. Returns a mean
+        over labels in nats."""
+        known = labels != -100
+        holds = labels.clamp(min=0).to(logits)
+        if not self.training:
+            losses = F.binary_cross_entropy_with_logits(logits, holds, reduction="none")
+        else:
+            weights = None if self.weights is None else self.weights.to(logits)
+            smooth = holds * (1 - self.label_smoothing) + self.label_smoothing / 2
+            losses = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction="none")
+            if self.focal_gamma:
+                p = F.binary_cross_entropy_with_logits(logits, holds, reduction="none").neg().exp()
+                losses = losses * _focus(p, self.focal_gamma)
+        return losses.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
+
+
+def _focus(p: Tensor, gamma: float) -> Tensor:
+    return (1 - p).clamp(min=1e-6) ** gamma  # whose gradient is finite at p = 1, for gamma below 1 too
+
+
+def check_loss_options(label_smoothing: float, focal_gamma: float) -> None:
+    """Raise ConfigError for values out of range."""
+    if not 0 <= label_smoothing < 1 or not 0 <= focal_gamma < math.inf:
+        raise ConfigError(
+            f"A head of labels needs label_smoothing from 0 to below 1 and a finite focal_gamma of at least 0, not "
+            f"{label_smoothing} and {focal_gamma}."
+        )
+
+
+def checked_weights(key: str, weights: list[float] | None, count: int) -> Tensor | None:
+    """`(count,)` fp32. Raises ConfigError unless they are as many finite numbers of at least 0, not all of them 0."""
+    if weights is None:
+        return None
+    if len(weights) != count:
+        raise ConfigError(f"model.head.{key} are {len(weights)}, and there are {count} classes. Give one for each.")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ConfigError(
+            f"model.head.{key} must be finite numbers of at least 0, some above it, not {shown(list(weights))}."
+        )
+    return torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
