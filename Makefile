@@ -12,10 +12,9 @@ test: $(VENV)/.dev
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports; others=$$?; \
+	wait $$types && exit $$others
 
 bench: $(VENV)/.dev
 	$(BIN)/pip install -q -e '.[eval]'

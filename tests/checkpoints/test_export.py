@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,28 +94,25 @@ def test_checkpoints_are_not_unpickled(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "d.ckpt")
 
 
-FULL_DISK = """
-import resource, signal, sys, torch
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
-from mambaseq.errors import UserError
-io = AtomicCheckpointIO()
-io.save_checkpoint({"state_dict": {"weights": torch.ones(10)}, "global_step": 1}, sys.argv[1])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk or quota does to a write
-try:
-    io.save_checkpoint({"state_dict": {"weights": torch.ones(1_000_000)}, "global_step": 2}, sys.argv[1])
-except UserError as error:
-    print(error)
-    sys.exit(2)
-"""
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files may not grow beyond so many bytes: what a full disk or quota does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert "last.ckpt" in done.stdout
-    assert "Free some space" in done.stdout
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"state_dict": {"weights": torch.ones(10)}, "global_step": 1}, path)
+    with full_disk(100_000), pytest.raises(UserError, match=r"last\.ckpt(.|\n)*Free some space"):
+        io.save_checkpoint({"state_dict": {"weights": torch.ones(1_000_000)}, "global_step": 2}, path)
     assert read_checkpoint(path)["state_dict"]["weights"].shape == (10,)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
 

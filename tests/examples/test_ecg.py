@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import venv
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +79,20 @@ def test_the_data_are_those_that_their_readme_names() -> None:
         assert hashlib.sha256((PACKAGE / "data" / name).read_bytes()).hexdigest() == digest
 
 
-@pytest.fixture
-def ecg(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`mambaseq_ecg.beats`, `.reader` and `.window` from the checkout."""
-    monkeypatch.syspath_prepend(str(EXAMPLE))
+@pytest.fixture(scope="module")
+def ecg() -> Iterator[Any]:
+    """`mambaseq_ecg.beats`, `.reader` and `.window` from the checkout; the records are unpacked once."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(EXAMPLE))
     from mambaseq_ecg import beats, reader, window
+
+    patch.setattr(beats, "read_patients", functools.cache(beats.read_patients))
 
     class Modules:
         Beats, read_csv, Window = beats.Beats, reader.read_csv, window.Window
 
-    return Modules
+    yield Modules
+    patch.undo()
 
 
 def test_splits_are_by_patient_and_complete(ecg: Any) -> None:

@@ -37,9 +37,9 @@ def test_the_parts_that_are_run_over_gpus_are_all_there_is() -> None:
 
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
     made = runpy.run_path(str(ROOT / "benchmarks" / "reproduce_all.py"))
-    wrong = made["Job"]("lra", ("s4d", "no/such task"))
+    wrong = made["Job"]("no/such recipe")
     assert made["run"]([wrong], [""], 1, "tiny", "cpu", tmp_path) == [wrong]
-    assert "no/such task" in wrong.log(tmp_path).read_text()
+    assert "no/such recipe" in wrong.log(tmp_path).read_text()
 
 
 def test_the_page_is_made_of_the_kept_reports() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
 
 CONFIG = """
@@ -24,15 +25,13 @@ trainer: {max_steps: 10, accelerator: cpu, enable_progress_bar: false, log_every
 @pytest.mark.slow
 def test_two_processes_get_the_loss_of_one(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
+    fit = ["fit", "--allow-import", "tiny", "--config", str(tmp_path / "c.yaml")]
+    assert main([*fit, "--out", str(tmp_path / "one"), "--loader.batch_size=4"]) == 0
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    for name, options in {
-        "one": ["--loader.batch_size=4"],
-        "two": ["--loader.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"],
-    }.items():
-        command = [sys.executable, "-m", "mambaseq", "fit", "--config", "c.yaml", "--out", name]
-        command += ["--allow-import", "tiny", *options]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "mambaseq", *fit, "--out", str(tmp_path / "two"), "--loader.batch_size=2"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
     one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -18,6 +18,7 @@ from tiny import TinyTokens
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
+from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 
 CONFIG = """
@@ -189,22 +190,33 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+# many steps are left when the first checkpoint is seen
+MANY = ("--trainer.max_steps", "100", "--checkpoint.every_n_steps", "10")
+
+
+@pytest.fixture(scope="module")
+def whole_of_many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights after `MANY` steps without a break."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "run.yaml").write_text(CONFIG)
+    with allow_imports("tiny"):
+        return fit(folder / "run.yaml", folder / "whole", *MANY)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    steps = ("--trainer.max_steps", "200", "--checkpoint.every_n_steps", "20")
-    whole = fit(config, tmp_path / "whole", *steps)
+def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, whole_of_many, number: signal.Signals) -> None:
     out = tmp_path / "signalled"
-    process = start(config, out, *steps)
+    process = start(config, out, *MANY)
     wait_for(out / "checkpoints" / "last.ckpt", process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130, errors
         assert f"mambaseq fit --resume {out}" in errors
-    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 200
+    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 100
     assert main(["fit", "--resume", str(out)]) == 0
-    assert_equal(whole, weights(out))
+    assert_equal(whole_of_many, weights(out))
 
 
 def test_best_weights_are_exported_and_history_is_kept(config: Path, tmp_path: Path) -> None:
