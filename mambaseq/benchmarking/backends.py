@@ -32,13 +32,15 @@ HEAD_DIM = 64
 Normal = Callable[..., Tensor]
 
 
-def speeds(op: Op, device: torch.device) -> tuple[str, dict[str, Attempt]]:
+def speeds(op: Op, device: torch.device, in_half: bool = False) -> tuple[str, dict[str, Attempt]]:
     """What was run, as it is printed, and for every backend that can run it the attempt to find the median milliseconds
-    of forward and backward."""
+    of forward and backward. in_half: in half precision, for an op that has such inputs."""
     status, note, made = attempt(lambda: moderate(op, device))
     if made is None:
         return "nothing", {backend.name: (status, note, None) for backend in op.backends}
     what, arguments = made
+    if in_half and op.half is not None:
+        arguments = op.half(arguments)
     found = {}
     for backend in op.backends:
         inputs = leaves(arguments)

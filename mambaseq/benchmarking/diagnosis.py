@@ -9,6 +9,7 @@ import platform
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,8 @@ from mambaseq.runs.devices import choose_device
 
 # float32 against float64: anything above is a broken backend, not rounding
 LIMIT = 1e-4
+# the same of half precision
+LIMIT_OF_HALF = 1e-2
 
 
 def diagnose(device: str | None) -> int:
@@ -87,16 +90,27 @@ def _op_failed(op: Op, place: torch.device) -> bool:
     what, times = speeds(op, place)
     print(f"{op.name}  (for {label}; forward + backward of {what} in fp32)")
     picked = failed = False
+    half = op.in_half() if place.type != "cpu" else None  # kernels of half precision are a GPU's
+    taking_half = [] if half is None else [name for name, why in explain(half, _first(half, place)) if why is None]
+    half_times = speeds(op, place, in_half=True)[1] if taking_half else {}
     for backend, (name, reason) in zip(op.backends, explain(op, arguments), strict=True):
         mark = "runs" if reason is None and not picked else "ready" if reason is None else "no"
         picked |= reason is None
+        tried, timed, limit, note = op, times, LIMIT, ""
+        if reason is not None and half is not None and name in taking_half:
+            tried, timed, limit, note = half, half_times, LIMIT_OF_HALF, "  (in bfloat16, which it runs)"
+            mark, reason = "half", None
         if reason is None:
-            checked = attempt(functools.partial(_error, op, backend, place))
-            status, reason = _verdict(checked, times.get(name))
+            checked = attempt(functools.partial(_error, tried, backend, place))
+            status, reason = _verdict(checked, timed.get(name), limit)
             failed |= status == "wrong" or (status == "failed" and name not in PACKAGES)
-        print(f"  {mark:<6} {name:<12} {reason}")
+        print(f"  {mark:<6} {name:<12} {reason}{note}")
     print()
     return failed
+
+
+def _first(op: Op, place: torch.device) -> Any:
+    return next(iter(op.samples(place)))[1]
 
 
 def _block_failed(place: torch.device) -> bool:
@@ -116,14 +130,14 @@ def _error(op: Op, backend: Backend, place: torch.device) -> float | str:
     return check(op._replace(backends=(backend, op.backends[-1])), place)[backend.name]
 
 
-def _verdict(checked: Attempt, timed: Attempt | None) -> tuple[str, str]:
+def _verdict(checked: Attempt, timed: Attempt | None, limit: float = LIMIT) -> tuple[str, str]:
     """What came of attempts to check and to time something: "ok", "wrong", or how it failed; and what to print."""
     status, note, error = checked
     if status != "ok":
         return status, note
     if isinstance(error, str):  # gradients are more than it can do
         return "ok", error
-    if not error <= LIMIT:
+    if not error <= limit:
         return "wrong", f"relative error {error:.1e} WRONG"
     status, note, ms = timed or ("ok", "", None)
     right = f"relative error {error:.1e} ok    "

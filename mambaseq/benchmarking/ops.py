@@ -26,6 +26,7 @@ from mambaseq.benchmarking.cases import (
     tolerance,
     training_dtype,
 )
+from mambaseq.benchmarking.dual import duals
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report
 from mambaseq.ops import add_rms_norm, causal_conv, gated_rms_norm, linear_cross_entropy, selective_scan
@@ -62,6 +63,7 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
     report = Report("ops", device, scale, COLUMNS)
     for title, cases in (
         ("selective_scan (d_state 16, gate, softplus, D and dt's bias fused)", scans(device, scale)),
+        ("ssd (softplus, D and dt's bias fused)", duals(device, scale)),
         ("causal_conv (width 4, bias, SiLU)", convs(device, scale)),
         ("add_rms_norm (onto a residual stream in fp32), gated_rms_norm", norms(device, scale)),
         ("linear_cross_entropy", losses(device, scale)),

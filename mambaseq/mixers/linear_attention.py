@@ -50,9 +50,9 @@ class LinearAttention(Mixer):
         rope: rotary position embedding of φ(q) and φ(k), for an even head_dim. Without it nothing tells the order of
             the past.
         rope_theta: base of its wavelengths, the longest of which is near 2 pi rope_theta positions.
-        backend: what sums the values (and without rope the weights); None for the fastest that can in full precision
-            (see `mambaseq doctor`). "fla" and "mamba_ssm" take activations of half precision; their products are of
-            bfloat16.
+        backend: what sums the values (and without rope the weights); None for the fastest that can
+            (see `mambaseq doctor`). Activations of half precision, where kernels take them, are multiplied as
+            bfloat16: on a GPU, and by "triton", "fla" and "mamba_ssm".
     """
 
     companion = "mlp"
@@ -105,7 +105,7 @@ class LinearAttention(Mixer):
         if self.rope:
             sums, keys = (None, None) if state is None else state.kv.split([self.head_dim, 1], dim=2)
             y, sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens, return_state, self.backend)
-            ones = q.new_ones(()).expand(*v.shape[:3], 1)
+            ones = v.new_ones(()).expand(*v.shape[:3], 1)
             total, keys = self._sums(q, k, ones, keys, cu_seqlens, return_state, None)
             parts = [sums, keys]
         else:  # the sum of weights is one more column of values
@@ -143,7 +143,7 @@ class LinearAttention(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """The sums over the past of (q·k) v `(batch, length, heads, values)` in the precision of q, and v kᵀ summed
         over all, made if `return_state`."""
-        taken = packages.input_dtype(backend, v.dtype)
+        taken = packages.input_dtype(backend, v.dtype, v.device)
         y, state = ssd(
             v.to(taken),
             q.new_ones(()).expand(v.shape[:3]),

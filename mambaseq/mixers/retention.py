@@ -45,8 +45,9 @@ class Retention(Mixer):
         eps: epsilon of the norm.
         bias: biases of in_proj and out_proj.
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
-        backend: what runs the state-space dual; None for the fastest that can in full precision (see `mambaseq
-            doctor`). "fla" and "mamba_ssm" take activations of half precision; their products are of bfloat16.
+        backend: what runs the state-space dual; None for the fastest that can (see `mambaseq doctor`). Activations of
+            half precision, where kernels take them, are multiplied as bfloat16: on a GPU, and by "triton", "fla" and
+            "mamba_ssm".
     """
 
     companion = "mlp"
@@ -100,7 +101,7 @@ class Retention(Mixer):
         bounds = length * torch.arange(2, device=x.device) if cu_seqlens is None else cu_seqlens
         bounds = bounds[:, None, None]
         turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])
-        wide, taken = v.dtype, packages.input_dtype(self.backend, gate.dtype)
+        wide, taken = v.dtype, packages.input_dtype(self.backend, gate.dtype, x.device)
         y, kv = ssd(
             v.to(taken),
             v.new_ones(()).expand(v.shape[:3]),

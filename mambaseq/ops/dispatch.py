@@ -32,12 +32,21 @@ class Backend(NamedTuple):
 class Op(NamedTuple):
     """An op: its backends, fastest first and the definition ("reference") last, and small inputs to try.
 
-    `samples(device)` yields `(label, arguments)` in float32.
+    `samples(device)` yields `(label, arguments)` in float32. `half(arguments)`: the same for backends that take half
+    precision alone, where there are such.
     """
 
     name: str
     backends: tuple[Backend, ...]
     samples: Callable[[torch.device], Iterator[tuple[str, Any]]]
+    half: Callable[[Any], Any] | None = None
+
+    def in_half(self) -> Op | None:
+        """The same op with samples in half precision, or None."""
+        half, samples = self.half, self.samples
+        if half is None:
+            return None
+        return self._replace(samples=lambda device: ((label, half(made)) for label, made in samples(device)))
 
 
 def never(arguments: Any) -> str | None:

@@ -21,12 +21,13 @@ from mambaseq.cli.main import main
 from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import causal_lm
-from mambaseq.ops import OPS, causal_conv, norm, selective_scan
+from mambaseq.ops import OPS, causal_conv, norm, selective_scan, ssd
 from mambaseq.ops import selective_scan as scan_op
 
 BENCHES = {
     "ops": {
         "selective_scan",
+        "ssd",
         "causal_conv",
         "add_rms_norm",
         "gated_rms_norm",
@@ -177,10 +178,16 @@ def fake_block(d_model: int, device: torch.device) -> Mamba:
     return Mamba(d_model).to(device)
 
 
+def fake_dual(*args: Any, **options: Any) -> Tensor:
+    *inputs, chunk_size = args
+    return ssd(*inputs, chunk_size=chunk_size, **options)[0]
+
+
 FAKES = {
     "mamba_ssm": SimpleNamespace(Mamba=fake_block, MambaLMHeadModel=FakeLanguageModel),
     "mamba_ssm.models.config_mamba": SimpleNamespace(MambaConfig=SimpleNamespace),
     "mamba_ssm.ops.selective_scan_interface": SimpleNamespace(selective_scan_fn=fake_scan),
+    "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=fake_dual),
     "causal_conv1d": SimpleNamespace(causal_conv1d_fn=fake_conv),
 }
 
@@ -192,7 +199,7 @@ def test_peers_take_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     code, found = bench(name, tmp_path)
     assert code == 0
     theirs = [row for row in found["rows"] if row["contender"] in ("mamba-ssm", "causal-conv1d")]
-    assert [row["status"] for row in theirs] == ["ok"] * (3 if name == "ops" else 2)
+    assert [row["status"] for row in theirs] == ["ok"] * (4 if name == "ops" else 2)
     assert all(row["error"] < 1e-4 for row in theirs)
     compared = {ratio["peer"] for ratio in found["ratios"]}
     assert "mamba-ssm" in compared
@@ -229,6 +236,7 @@ def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, mon
 
     fakes = FAKES | {
         "mamba_ssm.ops.selective_scan_interface": SimpleNamespace(selective_scan_fn=broken),
+        "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=broken),
         "causal_conv1d": SimpleNamespace(causal_conv1d_fn=full),
     }
     monkeypatch.setattr(peers, "find", lambda module, device: (fakes[module], ""))
@@ -274,6 +282,18 @@ def test_doctor_times_what_is_right(capsys, monkeypatch: pytest.MonkeyPatch) -> 
             assert line[-1] == "ms"
             assert float(line[-2]) > 0
     assert any("WRONG" in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_doctor_holds_kernels_of_half_precision_against_the_reference(
+    cuda: torch.device, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They refuse the float32 of the other checks."""
+    monkeypatch.setattr(diagnosis, "OPS", {"ssd": OPS["ssd"]})
+    assert main(["doctor", "--device", "cuda"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[1:2] == ["triton"])
+    assert line.split()[:4] == ["half", "triton", "relative", "error"]
+    assert "ms  (in bfloat16" in line
 
 
 def test_after_a_batch_that_does_not_fit_no_larger_one_is_tried(

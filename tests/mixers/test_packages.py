@@ -57,7 +57,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[SsdArguments]:
 
     module, op = sys.modules["mambaseq.ops.ssd"], OPS["ssd"]
     package = dispatch.Backend("fla", run, dispatch.never)
-    monkeypatch.setattr(module, "OP", op._replace(backends=(op.backends[0], package)))
+    own = next(backend for backend in op.backends if backend.name == "torch")
+    monkeypatch.setattr(module, "OP", op._replace(backends=(own, package)))
     return seen
 
 
@@ -88,17 +89,19 @@ def test_packages_are_handed_half_precision(
     assert all(arguments.A.dtype == torch.float32 for arguments in seen)
 
 
-@pytest.mark.parametrize("backend", [None, "torch", "reference", "mamba_ssm", "fla"])
-def test_nothing_is_rounded_that_was_not(backend: str | None) -> None:
-    """Full precision stays, also for packages, which then say that they cannot."""
-    half = torch.bfloat16 if backend in PACKAGES else torch.float32
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference", "triton", "mamba_ssm", "fla"])
+def test_nothing_is_rounded_that_was_not(backend: str | None, device: str) -> None:
+    """Full precision stays, also for kernels that multiply in half precision, which then say that they cannot."""
+    by_kernels = backend in (*PACKAGES, "triton") or (backend is None and device == "cuda")
+    half = torch.bfloat16 if by_kernels else torch.float32
     for activations, taken in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
         (torch.bfloat16, half),
         (torch.float16, half),
     ):
-        assert input_dtype(backend, activations) == taken
+        assert input_dtype(backend, activations, torch.device(device)) == taken
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)

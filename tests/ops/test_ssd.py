@@ -10,16 +10,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import DEVICES, TOLERANCE, Draw, assert_equals_reference, device_or_skip, moved
+from agreement import (
+    DEVICES,
+    TOLERANCE,
+    Draw,
+    assert_equals_reference,
+    calls_of,
+    device_or_skip,
+    moved,
+    names_of,
+    poisoned_memory,
+)
 
 from mambaseq.ops import OPS, selective_scan, ssd
-from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
-from mambaseq.ops.ssd import chunked, fla
+from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
+from mambaseq.ops.ssd import chunked, fla, gpu
 from mambaseq.ops.ssd.arguments import SsdArguments
 from mambaseq.ops.ssd.step import ssd_update_
 
 OP = OPS["ssd"]
 BACKENDS = [backend.name for backend in OP.backends if backend.name != "reference"]
+TORCH = next(backend for backend in OP.backends if backend.name == "torch")
+TRITON = OP.backends[0]
+HALF = [torch.bfloat16, torch.float16]
+PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not
 
 
 def drawn(
@@ -84,7 +98,7 @@ def test_equals_reference(backend: str, case: str, device: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_in_float64_nothing_but_rounding_differs(case: str) -> None:
     expected = outputs_and_gradients(OP.backends[-1], build(case)(), double=True)
-    actual = outputs_and_gradients(OP.backends[0], build(case)(), double=True)
+    actual = outputs_and_gradients(TORCH, build(case)(), double=True)
     for a, e in zip(actual, expected, strict=True):
         assert relative_rms_error(a, e) < 1e-11
 
@@ -93,11 +107,121 @@ def test_in_float64_nothing_but_rounding_differs(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: str, dtype: torch.dtype, device: str) -> None:
-    def half() -> SsdArguments:
-        made = drawn("half", 2, 100)
-        return made._replace(**{name: getattr(made, name).to(dtype) for name in ("x", "dt", "B", "C")})
+    assert_equals_reference(OP, backend, lambda: halved(drawn("half", 2, 100), dtype), device_or_skip(device), dtype)
 
-    assert_equals_reference(OP, backend, half, device_or_skip(device), dtype)
+
+def halved(arguments: SsdArguments, dtype: torch.dtype) -> SsdArguments:
+    return arguments._replace(**{name: getattr(arguments, name).to(dtype) for name in ("x", "dt", "B", "C")})
+
+
+def sized(
+    label: str, batch: int, length: int, heads: int, head_dim: int, groups: int, d_state: int, *bounds: int
+) -> SsdArguments:
+    """As models have them."""
+    draw = Draw(label)
+    made = drawn(label, batch, length, heads=heads, groups=groups)._replace(
+        x=draw.normal(batch, length, heads, head_dim),
+        B=draw.normal(batch, length, groups, d_state),
+        C=draw.normal(batch, length, groups, d_state),
+        initial_state=draw.normal(batch, heads, head_dim, d_state),
+    )
+    return packed(made, *bounds) if bounds else made
+
+
+SIZED: dict[str, Callable[[], SsdArguments]] = {
+    "64 x 128": lambda: sized("q", 2, 1000, 8, 64, 1, 128),
+    "128 x 256, reverse": lambda: sized("r", 1, 300, 4, 128, 2, 256)._replace(reverse=True),
+    "16 x 16, packed": lambda: sized("s", 1, 700, 6, 16, 2, 16, 0, 0, 1, 65, 300, 300, 700, 700),
+    "32 x 96, packed, reverse": lambda: sized("t", 1, 700, 6, 32, 1, 96, 0, 1, 65, 300, 300, 700)._replace(
+        reverse=True
+    ),
+    "heads that are cut": lambda: sized("u", 1, 129, 3, 193, 3, 200),
+    "one row, many segments": lambda: sized("v", 1, 5000, 2, 64, 1, 64)._replace(D=None, wants_final_state=False),
+}
+
+
+def assert_near(case: Callable[[], SsdArguments], dtype: torch.dtype, device: torch.device) -> None:
+    """The kernels against the chunked form in float64. Gradients of A, D and dt_bias are sums over time and rows,
+    whose terms cancel but not their rounding."""
+    made = moved(halved(case(), dtype), device)
+    expected = outputs_and_gradients(TORCH, made, double=True)
+    with poisoned_memory():
+        actual = outputs_and_gradients(TRITON, made)
+    for label, a, e in zip(names_of(made), actual, expected, strict=True):
+        summed = label in ("gradient of A", "gradient of D", "gradient of dt_bias")
+        error = relative_rms_error(a, e)
+        assert error < (4 if summed else 1) * TOLERANCE[dtype], f"{label}: relative RMS error {error:.1e}"
+
+
+def test_kernels() -> None:
+    """By the interpreter, which takes its time: a short one; on a GPU all."""
+    short = drawn("short", 1, 40, heads=2, groups=1)
+    assert_near(lambda: packed(short, 0, 3, 3, 40)._replace(reverse=True), torch.float16, PLACE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *SIZED])
+@pytest.mark.parametrize("dtype", HALF)
+def test_kernels_on_a_gpu(case: str, dtype: torch.dtype) -> None:
+    made = (CASES | SIZED)[case]
+    if made().x.numel() == 0:
+        pytest.skip("empty")
+    assert_near(made, dtype, device_or_skip("cuda"))
+
+
+@pytest.mark.parametrize("bounds", [(), (0, 30, 30, 47, 130)])
+def test_a_walk_over_the_chunks_may_be_cut_into_segments(
+    bounds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = gpu.plan(5, 6)._replace(size=16, programs=8)
+    monkeypatch.setattr(gpu, "plan", lambda *sizes: short)
+    segments = calls_of(monkeypatch, gpu, "_segments")
+    made = drawn("segments", 1, 130, heads=1, groups=1)
+    assert_near(lambda: packed(made, *bounds) if bounds else made, torch.float16, PLACE)
+    assert len(segments) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["64 x 128", "32 x 96, packed, reverse", "one row, many segments"])
+def test_kernels_give_the_same_bits_twice(case: str) -> None:
+    made = moved(halved(SIZED[case](), torch.bfloat16), device_or_skip("cuda"))
+    first, second = (outputs_and_gradients(TRITON, made) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_kernels_keep_nothing_but_their_arguments() -> None:
+    made = leaves(moved(halved(drawn("kept", 1, 20, heads=2, groups=1), torch.bfloat16), PLACE))
+    given = {value.data_ptr() for value in made if isinstance(value, torch.Tensor)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        TRITON.run(made)
+    assert set(kept) == given
+
+
+@pytest.mark.gpu
+def test_memory_of_the_kernels() -> None:
+    """States of chunks stand in the backward pass, no matrices of pairs of steps: 5 times what x takes here."""
+    made = leaves(moved(halved(sized("w", 2, 4096, 8, 64, 1, 128), torch.bfloat16), device_or_skip("cuda")))
+    outputs_and_gradients(TRITON, made)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, _ = TRITON.run(made)
+    torch.autograd.grad(y, [v for v in made if isinstance(v, torch.Tensor)], torch.ones_like(y), allow_unused=True)
+    assert torch.cuda.max_memory_allocated() - before < 10 * made.x.numel() * made.x.element_size()
+
+
+def test_kernels_compile_in_one_graph() -> None:
+    made = moved(halved(drawn("compiled", 1, 20, heads=2, groups=1), torch.bfloat16), PLACE)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y, final = ssd(x, *made[1:5], D=made.D, backend="triton")
+        return y.float().sum() + final.sum()
+
+    torch._dynamo.reset()
+    x = made.x.clone().requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(run(x), x)[0])
 
 
 @pytest.mark.gpu
@@ -138,7 +262,7 @@ def test_strong_and_slow_decay_to_float32s_last_digits(rate: float) -> None:
     """Sums of log-decays in float32, whose difference is exponentiated, would lose a hundred times as much."""
     made = drawn("digits", 1, 600, rate=rate, chunk_size=256)._replace(initial_state=None, D=None)
     expected = outputs_and_gradients(OP.backends[-1], made, double=True)
-    actual = outputs_and_gradients(OP.backends[0], made)
+    actual = outputs_and_gradients(TORCH, made)
     assert max(relative_rms_error(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-6
 
 
@@ -251,6 +375,7 @@ def test_autocast_does_not_reach_the_states() -> None:
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
         ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor of int32, not list"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"backend": "triton"}, "multiply matrices of bfloat16 or float16"),
         ({"backend": "fla"}, "'fla' cannot run these arguments: its kernels run on CUDA"),
         ({"backend": "mamba_ssm"}, "'mamba_ssm' cannot run these arguments: its kernels run on CUDA"),
     ],
@@ -298,8 +423,17 @@ def test_what_is_handed_to_flash_linear_attention(
         torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
 
+def test_samples_for_kernels_of_half_precision() -> None:
+    halved_op = OP.in_half()
+    assert halved_op is not None
+    for label, made in halved_op.samples(torch.device("cpu")):
+        assert TRITON.why_not(moved(made, PLACE)) is None, label
+        assert made.A.dtype == torch.float32
+    assert OPS["causal_conv"].in_half() is None
+
+
 def test_packages_are_taken_by_name_only() -> None:
     """Their kernels may be miscompiled, and round more: something that always runs stands before them."""
     names = [backend.name for backend in OP.backends]
     assert names.index("torch") < min(names.index("mamba_ssm"), names.index("fla"))
-    assert OP.backends[0].why_not(drawn("any", 1, 3)) is None
+    assert TORCH.why_not(drawn("any", 1, 3)) is None

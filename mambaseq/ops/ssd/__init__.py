@@ -6,12 +6,13 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.ssd import arguments as _arguments
-from mambaseq.ops.ssd import chunked, fla, mamba_ssm, reference
+from mambaseq.ops.ssd import chunked, fla, gpu, mamba_ssm, reference
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 OP = dispatch.Op(
     name="ssd",
     backends=(
+        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("torch", chunked.run, dispatch.never),
         # behind one that always runs: by name only
         dispatch.Backend("mamba_ssm", mamba_ssm.run, mamba_ssm.why_not),
@@ -19,6 +20,7 @@ OP = dispatch.Op(
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
+    half=_arguments.half,
 )
 
 

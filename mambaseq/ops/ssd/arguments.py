@@ -70,6 +70,11 @@ def check(arguments: SsdArguments) -> None:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")
 
 
+def half(arguments: SsdArguments) -> SsdArguments:
+    """The same with the sequences in bfloat16, as models hand them over."""
+    return arguments._replace(**{name: getattr(arguments, name).bfloat16() for name in ("x", "dt", "B", "C")})
+
+
 def samples(device: torch.device) -> Iterator[tuple[str, SsdArguments]]:
     """Small float32 inputs that use every argument."""
     generator = torch.Generator().manual_seed(0)

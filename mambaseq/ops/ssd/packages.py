@@ -14,12 +14,14 @@ from mambaseq.ops.ssd.arguments import SsdArguments
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def input_dtype(backend: str | None, activations: torch.dtype) -> torch.dtype:
-    """What a mixer whose sums need their range hands to `ssd`: full precision, or what the named package can run.
+def input_dtype(backend: str | None, activations: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a mixer whose sums need their range hands to `ssd`: full precision, or, of activations in half precision,
+    what the kernels run that are named, or that are the fastest on this device.
 
     Sums over a long past leave the range of float16, so it is bfloat16 in its place.
     """
-    if backend in PACKAGES and activations in _DTYPES:
+    by_kernels = backend in (*PACKAGES, "triton") or (backend is None and device.type == "cuda")
+    if by_kernels and activations in _DTYPES:
         return torch.bfloat16
     return torch.promote_types(activations, torch.float32)
 

@@ -1,0 +1,310 @@
+"""The state-space dual on GPUs: what the Triton kernels are launched with.
+
+Three kernels forward: steps and decays, the states before each chunk, outputs. Nothing is kept for the backward pass
+but the arguments: it makes decays and states again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambaseq.ops import portable, sequences
+from mambaseq.ops.ssd import library
+from mambaseq.ops.ssd.arguments import SsdArguments
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_HEAD_DIM, _MOST_STATES = 128, 256
+_MOST_PIECES = 16  # that a wider head is cut into
+_LONGEST = 2**30  # row: steps are counted in 32 bits
+_LEAST = 16  # rows and columns of a matrix product
+_STEPS_HEADS = 16  # of a program
+_LEAST_CHUNKS = 4  # that a program walks over
+
+
+class Shape(NamedTuple):
+    """How a kernel cuts its work.
+
+    heads: at most so many of a group are one program's. columns: of d_state. rows: of head_dim.
+    """
+
+    warps: int
+    stages: int
+    heads: int = 1
+    columns: int = 256
+    rows: int = 128
+
+
+class Plan(NamedTuple):
+    """Steps of a chunk, and how each kernel cuts its work; programs that a walk over time wants."""
+
+    size: int
+    walk: Shape
+    output: Shape
+    inner: Shape
+    outer: Shape
+    programs: int = 264
+
+
+def plan(head_dim: int, d_state: int) -> Plan:
+    """What suits these sizes."""
+    if head_dim > 64 or d_state > 128:  # registers and shared memory hold fewer tiles
+        return Plan(64, Shape(4, 2, columns=64, rows=64), Shape(8, 1, 8), Shape(8, 1, 8), Shape(4, 1, columns=64))
+    return Plan(64, Shape(4, 3, columns=64, rows=64), Shape(4, 2, 8), Shape(4, 1, 8), Shape(4, 2, columns=64))
+
+
+def why_not(arguments: SsdArguments) -> str | None:
+    """The reason why the kernels cannot run these arguments, or None."""
+    x, B, C = arguments.x, arguments.B, arguments.C
+    if (reason := portable.why_not(x.device.type)) is not None:
+        return reason
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, the kernels multiply matrices of bfloat16 or float16"
+    if B.dtype != x.dtype or C.dtype != x.dtype:
+        return f"x is {x.dtype}, B {B.dtype} and C {C.dtype}: the kernels want one dtype"
+    for name in ("dt", "A", "D", "dt_bias", "initial_state"):
+        value = getattr(arguments, name)
+        if value is not None and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    if x.numel() == 0 or B.numel() == 0:
+        return "x or B is empty"
+    if x.shape[3] > _MOST_PIECES * _MOST_HEAD_DIM:
+        return f"heads are {x.shape[3]} wide, the kernels take {_MOST_PIECES * _MOST_HEAD_DIM}"
+    if B.shape[3] > _MOST_STATES:
+        return f"there are {B.shape[3]} states, the kernels hold {_MOST_STATES}"
+    if x.shape[1] >= _LONGEST:
+        return "a row is longer than 2^30"
+    return None
+
+
+class _Call:
+    """The arguments as the kernels take them, and decays and steps."""
+
+    def __init__(self, arguments: SsdArguments) -> None:
+        x, dt, A, B, C, D, dt_bias, softplus, _, cu_seqlens, reverse, *_ = arguments
+        self.arguments, self.kernels = arguments, importlib.import_module("mambaseq.ops.ssd.triton_kernels")
+        self.batch, self.length, self.heads, self.head_dim = x.shape
+        self.groups, self.d_state = B.shape[2:]
+        self.heads_of_group = self.heads // self.groups
+        self.plan = plan(self.head_dim, self.d_state)
+        self.x, self.B, self.C, self.dt = (_rows(value) for value in (x, B, C, dt[..., None]))
+        self.A, self.D, self.dt_bias = (None if v is None else v.contiguous() for v in (A, D, dt_bias))
+        self.state_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        self.sequences = arguments.n_sequences
+        size = self.plan.size
+        self.table, self.used = None, None
+        self.chunks_of_row = -(-self.length // size)
+        if cu_seqlens is not None:
+            self.table = _table(cu_seqlens, self.length, size, reverse)
+            self.chunks_of_row = self.table.shape[1]
+        self.chunks = self.batch * self.chunks_of_row
+        self.place = (self.table, self.chunks, self.chunks_of_row, self.length)
+        self.decay, self.step = self.empty(2, self.chunks, self.heads, size).unbind(0)
+        self.blocks = {"P": self.head_dim, "N": self.d_state, "SIZE": size, "REVERSE": reverse}
+        self.kernels.steps[(self.chunks, -(-self.heads // _STEPS_HEADS))](
+            *self.raw(), *self.place, self.decay, self.step, self.heads,
+            SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS,
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def raw(self) -> tuple[Any, ...]:
+        return self.dt, *self.dt.stride()[:3], self.A, self.dt_bias
+
+    def whole(self, shape: Shape) -> dict[str, int]:
+        """Blocks of all of head_dim and d_state."""
+        return {**self.blocks, "BLOCK_P": _block(self.head_dim), "BLOCK_N": _block(self.d_state),
+                "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
+
+    def parts(self, shape: Shape) -> int:
+        """Heads of a program that shares B and C among them: a divisor of those of a group."""
+        most = min(shape.heads, self.heads_of_group)
+        return next(n for n in range(most, 0, -1) if self.heads_of_group % n == 0)
+
+    def state_like(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.contiguous()
+
+    def walk(
+        self, x: Tensor, m: Tensor, start: Tensor | None, end: Tensor | None, entered: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """States before each chunk, and `flow`: see the kernel; BACKWARD if `entered` is given."""
+        shape, (head_dim, d_state) = self.plan.walk, (self.head_dim, self.d_state)
+        rows, columns = min(_block(head_dim), shape.rows), min(_block(d_state), shape.columns)
+        blocks = -(-head_dim // rows) * -(-d_state // columns)
+        tiles = self.batch * self.heads * blocks
+        segments, chunks = _segments(tiles, self.chunks_of_row, self.plan.programs)
+        states = self.empty(self.chunks, self.heads, head_dim, d_state, dtype=self.state_dtype)
+        flow = None if entered is None else self.empty(self.chunks, self.heads, blocks)
+        sums = factors = None
+        if segments > 1:
+            sums = self.empty(self.batch * self.heads, segments, head_dim, d_state)
+            factors = self.empty(self.batch * self.heads, segments, blocks)
+        for summary in (True, False) if segments > 1 else (False,):
+            self.kernels.walk[(tiles, segments)](
+                x, *x.stride()[:3], m, *m.stride()[:3], self.decay, self.step, *self.place,
+                start, end, states, entered, flow, sums, factors, self.heads, self.heads_of_group, segments, chunks,
+                **self.blocks, BLOCK_P=rows, BLOCK_N=columns, BACKWARD=entered is not None, SUMMARY=summary,
+                num_warps=shape.warps, num_stages=shape.stages,
+            )  # fmt: skip
+        return states, flow
+
+    def ends(self, start: Tensor | None) -> Tensor:
+        """Room for the states at the ends; those of empty sequences are what they start from."""
+        shape = (self.sequences, self.heads, self.head_dim, self.d_state)
+        if self.table is None:
+            return self.empty(*shape)
+        if start is None:
+            return torch.zeros(shape, dtype=torch.float32, device=self.x.device)
+        return start.float().clone()
+
+
+def forward_into(arguments: SsdArguments) -> tuple[Tensor, Tensor | None]:
+    """y and the final state (None if it is not wanted), without autograd; of what `why_not` is None for."""
+    with portable.on(arguments.x):
+        call = _Call(arguments)
+        start = call.state_like(arguments.initial_state)
+        final = call.ends(start) if arguments.wants_final_state else None
+        states, _ = call.walk(call.x, call.B, start, final)
+        y = call.empty(*arguments.x.shape, dtype=arguments.x.dtype)
+        shape = call.plan.output
+        heads = call.parts(shape)
+        call.kernels.output[(call.chunks, call.heads // heads)](
+            call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
+            call.decay, call.step, call.D, states, *call.place, y, call.heads, call.heads_of_group,
+            HEADS=heads, **call.whole(shape),
+        )  # fmt: skip
+    return y, final
+
+
+def backward_into(arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None) -> library.Gradients:
+    """The gradients of x, dt, A, B, C, D, dt_bias and initial_state, without autograd; None for what is None.
+
+    Nothing of the forward is needed. The same inputs give the same bits.
+    """
+    x, dt, A, B, _, D, dt_bias, softplus, initial, _, reverse, *_ = arguments
+    with portable.on(x):
+        call = _Call(arguments)
+        dy = _rows(dy.to(x.dtype))
+        entered, _ = call.walk(call.x, call.B, call.state_like(initial), None)
+        dstart = call.state_like(dfinal)
+        dinitial = None if initial is None else call.ends(dstart)
+        left, flow = call.walk(dy, call.C, dstart, dinitial, entered)
+        assert flow is not None
+
+        chunks, groups, heads, size = call.chunks, call.groups, call.heads, call.plan.size
+        shape = call.plan.inner
+        taken = call.parts(shape)
+        parts = call.heads_of_group // taken
+        dB_parts, dC_parts = call.empty(2, parts, chunks, groups, size, call.d_state).unbind(0)
+        direct, inner = call.empty(2, chunks, heads, size).unbind(0)
+        shares = call.empty(3, chunks, heads)
+        dx = call.empty(*x.shape, dtype=x.dtype)
+        call.kernels.inner_backward[(chunks, heads // taken)](
+            call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
+            call.decay, call.step, call.D, dy, *dy.stride()[:3], left, *call.place,
+            dx, dB_parts, dC_parts, direct, inner, shares, heads, call.heads_of_group, groups,
+            HEADS=taken, **call.whole(shape),
+        )  # fmt: skip
+
+        shape = call.plan.outer
+        columns = min(_block(call.d_state), shape.columns)
+        blocks = -(-call.d_state // columns)
+        outer = call.empty(blocks, chunks, heads, size)
+        dB, dC = (call.empty(*B.shape, dtype=B.dtype) for _ in range(2))
+        for of_C in (False, True):
+            rows, matrix = (dy, call.C) if of_C else (call.x, call.B)
+            call.kernels.outer_backward[(chunks, groups * blocks)](
+                rows, *rows.stride()[:3], matrix, *matrix.stride()[:3], call.decay, call.step,
+                entered if of_C else left, *call.place, dC_parts if of_C else dB_parts, parts, dC if of_C else dB,
+                outer, heads, call.heads_of_group, groups, OF_C=of_C, **{**call.whole(shape), "BLOCK_N": columns},
+            )  # fmt: skip
+        del entered, left, dB_parts, dC_parts
+
+        ddt = call.empty(*dt.shape, dtype=dt.dtype)
+        call.kernels.steps_backward[(chunks, -(-heads // _STEPS_HEADS))](
+            *call.raw(), call.step, *call.place, direct, inner, outer, flow, ddt, shares, heads,
+            SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS, OUTER=blocks, FLOW=flow.shape[2],
+        )  # fmt: skip
+        dD, dA, dbias = shares.sum(1).unbind(0)
+    return (
+        dx,
+        ddt,
+        dA.to(A.dtype),
+        dB,
+        dC,
+        None if D is None else dD.to(D.dtype),
+        None if dt_bias is None else dbias.to(dt_bias.dtype),
+        None if initial is None or dinitial is None else dinitial.to(initial.dtype),
+    )
+
+
+def _segments(tiles: int, chunks: int, programs: int) -> tuple[int, int]:
+    """Into how many parts walks over `chunks` chunks are cut, so that there are programs enough, and chunks of each."""
+    segments = max(1, min(programs // tiles, chunks // _LEAST_CHUNKS))
+    length = -(-chunks // segments)
+    return -(-chunks // length), length
+
+
+def _rows(value: Tensor) -> Tensor:
+    """`(batch, length, heads, n)` with the last axis side by side; the same where it is."""
+    return value if value.stride(3) == 1 or value.shape[3] == 1 else value.contiguous()
+
+
+def _block(size: int) -> int:
+    return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+def _table(cu_seqlens: Tensor, length: int, size: int, reverse: bool) -> Tensor:
+    """What the kernels are told of each chunk of a packed row, (4, chunks) int32."""
+    bounds = cu_seqlens.long()
+    chunks = sequences.in_chunks(cu_seqlens, length, size)
+    number = torch.arange(chunks.n, device=cu_seqlens.device) - chunks.begin[chunks.owner]  # of its sequence
+    begin = bounds[chunks.owner] + number * size
+    count = (bounds[chunks.owner + 1] - begin).clamp(0, size)
+    first = bounds[chunks.owner] + bounds[chunks.owner + 1] - 1 - begin if reverse else begin
+    some = count > 0
+    starts, ends = some & (number == 0), some & (number == chunks.counts[chunks.owner] - 1)
+    return torch.stack([first.where(some, 0), count, chunks.owner, starts.long() + 2 * ends.long()]).int()
+
+
+def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x, and the final state, an empty tensor where it is not wanted."""
+    x, initial = arguments.x, arguments.initial_state
+    head_dim = x.shape[3]
+    pieces = -(-head_dim // _MOST_HEAD_DIM)
+    if pieces == 1:
+        return _run(arguments)
+    padding = -head_dim % pieces
+
+    def cut(value: Tensor, axis: int) -> Tensor:
+        """head_dim, which is at `axis`, into pieces, each of which is a head with zeros where it is not full."""
+        if padding:
+            value = F.pad(value, (*(0, 0) * (value.ndim - 1 - axis), 0, padding))
+        return value.unflatten(axis, (pieces, -1)).flatten(axis - 1, axis)
+
+    def joined(value: Tensor, axis: int) -> Tensor:
+        value = value.unflatten(axis - 1, (-1, pieces)).flatten(axis, axis + 1)
+        return value.narrow(axis, 0, head_dim)
+
+    def repeated(value: Tensor | None) -> Any:
+        return None if value is None else value.repeat_interleave(pieces, dim=-1)
+
+    y, final = _run(
+        arguments._replace(
+            x=cut(x, 3),
+            dt=repeated(arguments.dt),
+            A=repeated(arguments.A),
+            D=repeated(arguments.D),
+            dt_bias=repeated(arguments.dt_bias),
+            initial_state=None if initial is None else cut(initial, 2),
+        )
+    )
+    return joined(y, 3), joined(final, 2) if arguments.wants_final_state else final
+
+
+_run = library.register("ssd_triton", forward_into, backward_into)
