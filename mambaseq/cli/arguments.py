@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from mambaseq.errors import ConfigError, cut_list
+from mambaseq.errors import ConfigError, cut_list, shown
 
 
 class Arguments(argparse.ArgumentParser):
@@ -15,12 +15,20 @@ class Arguments(argparse.ArgumentParser):
         """As argparse's; what is left over is quoted, so that blanks and control characters can be seen."""
         parsed, left = self.parse_known_args(args, namespace)
         if left:
-            shown = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
+            words = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
             raise ConfigError(
-                f"{shown} on the command line is not used: there is no such option, and every INPUT is read already. "
+                f"{words} on the command line is not used: there is no such option, and every INPUT is read already. "
                 f"`{self.prog} --help` lists the options (unrecognized arguments)."
             )
         return parsed
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+
+
+def refuse_words(argv: list[str], left: list[str], option: str, program: str) -> None:
+    """Raise ConfigError for a command line that begins with a word that is no option, and say which it may be for."""
+    if left and argv and not argv[0].startswith("-") and left[0] == argv[0]:
+        raise ConfigError(
+            f"{shown(argv[0])} is given without an option. Is it {option}? {program} {option} {argv[0][:80]}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.cli.arguments import Arguments, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.reporting.runs import RunFolder
 
@@ -16,6 +16,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
+    refuse_words(argv, overrides, "--checkpoint", parser.prog)
     from mambaseq.runs.evaluation import evaluate
 
     results = evaluate(RunFolder(arguments.checkpoint), command, overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.cli.arguments import Arguments, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
@@ -31,6 +31,7 @@ def run(argv: list[str], command: str) -> int:
         "--allow-changed-data", action="store_true", help="with --resume: go on though files of the data changed"
     )
     arguments, overrides = parser.parse_known_args(argv)
+    refuse_words(argv, overrides, "--config", parser.prog)
     if (arguments.config is None) == (arguments.resume is None):
         raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")
     if arguments.resume is not None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
@@ -26,6 +24,7 @@ from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
 from mambaseq.errors import ConfigError, cut_list
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
+from mambaseq.tasks.bar import Bar
 
 _DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
     ("default_root_dir", None, "a run writes to its own folder, --out"),
@@ -61,8 +60,7 @@ def make_trainer(
     if options.get("enable_progress_bar") is None:
         options["enable_progress_bar"] = progress
     if options["enable_progress_bar"]:
-        # a bar redrawn in place needs a terminal; in a log a line now and then is enough
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10 if sys.stderr.isatty() else 100)]
+        callbacks = [*callbacks, Bar()]
     # the user's come first, so that a checkpoint holds what they have counted
     options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
     options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}

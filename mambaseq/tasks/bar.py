@@ -1,0 +1,77 @@
+"""The progress bar of training and evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's; it says that the first
+    step compiles kernels. Where standard error is no terminal, a line now and then is enough."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+        self._every = 0.2 if sys.stderr.isatty() else 30.0
+        self._drawn = -1e9
+        self._first = True
+
+    def _bar(self, description: str, row: int = 0, leave: bool = True) -> Tqdm:
+        return Tqdm(
+            desc=description,
+            position=2 * self.process_position + row,
+            disable=self.is_disabled,
+            leave=leave,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    def init_train_tqdm(self) -> Tqdm:
+        return self._bar(self.train_description)
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        return self._bar(self.sanity_check_description, leave=False)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        alone = self.trainer.state.fn == "validate"
+        return self._bar(self.validation_description, row=0 if alone else 1, leave=alone)
+
+    def init_test_tqdm(self) -> Tqdm:
+        return self._bar(self.test_description)
+
+    def init_predict_tqdm(self) -> Tqdm:
+        return self._bar(self.predict_description)
+
+    def _should_update(self, current: int, total: int | float | None) -> bool:
+        now = time.monotonic()
+        if current != total and now - self._drawn < self._every:
+            return False
+        self._drawn = now
+        return True
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the number of the log file
+        return metrics  # type: ignore[return-value]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        bar, done = self.train_progress_bar, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if trainer.max_steps >= 0:
+            left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+            bar.total = done + left if bar.total is None else min(bar.total, done + left)
+        if self._first:
+            bar.set_description("First step (kernels are compiled)")
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        if self._first:
+            self._first, self._drawn = False, -1e9
+            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        super().on_train_batch_end(trainer, *arguments)

@@ -1,0 +1,39 @@
+"""What the progress bar says, and where."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mambaseq.cli.main import main
+
+CONFIG = """
+data: {name: "tiny:TinyTokens"}
+loader: {batch_size: 4}
+model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4}}
+trainer: {accelerator: cpu, max_steps: 3, val_check_interval: 2, log_every_n_steps: 1, limit_val_batches: 1}
+"""
+
+
+def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    out = tmp_path / "run"
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "kernels are compiled" in told.err
+    assert "3/3" in told.err.replace("\r", "\n").splitlines()[-2] + told.err.splitlines()[-1]
+    assert not re.search(r"v_num|\d/\d|it/s", told.out)
+    assert "v_num" not in told.err
+    assert main(["validate", "--checkpoint", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "Validation" in told.err
+    assert not re.search(r"\d/\d|it/s", told.out)
+
+
+@pytest.mark.parametrize(("command", "option"), [("fit", "--config"), ("test", "--checkpoint")])
+def test_a_word_without_an_option_is_told_from_an_option(command: str, option: str, capsys) -> None:
+    assert main([command, "text/demo"]) == 2
+    told = capsys.readouterr().err
+    assert option in told
