@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 _COMPARED = 200  # characters of a name that are looked at for near ones
 _DIGITS = 80
@@ -26,6 +28,42 @@ class DataError(UserError):
 
 class ConfigError(UserError):
     """A run's configuration cannot be used: an unknown name or key, or values that exclude each other."""
+
+
+@contextlib.contextmanager
+def under_key(
+    key: str, settings: Mapping[str, object], file: str = "", kind: type[UserError] = UserError
+) -> Iterator[None]:
+    """Put the setting that is meant in front of the message of a UserError that does not name it: `KEY.NAME`, of the
+    name among the settings whose value is quoted in the message or that is named there; `KEY` where none is.
+
+    file: where the settings are written, put in front where the message does not name it. kind: of errors.
+    """
+    try:
+        yield
+    except kind as error:
+        message = str(error)
+        if f"{key}." not in message:
+            message = f"{_meant(key, settings, message)}: {message}"
+        if file not in message:
+            message = f"{file}: {message}"
+        error.args = (message,)
+        raise
+
+
+def _meant(key: str, settings: Mapping[str, object], message: str) -> str:
+    quoted = [name for name, value in settings.items() if any(text in message for text in _texts(value))]
+    named = [name for name in settings if re.search(rf"\b{re.escape(name)}\b", message)]
+    return f"{key}.{(quoted + named)[0]}" if quoted or named else key
+
+
+def _texts(value: object) -> list[str]:
+    """The texts in a setting that are long enough to be found again."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _texts(inner)]
+    return [value] if isinstance(value, str) and len(value) > 3 else []
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

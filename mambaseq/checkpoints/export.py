@@ -18,7 +18,7 @@ from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model, count_parameters
 
 
@@ -192,7 +192,8 @@ def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
     card, name = folder / "model.json", saved["name"]
     kind = catalog()["tokenizers"].get(name, f"{card}: tokenizer.name")
     try:
-        return kind.load_files(folder, saved["options"])
+        with under_key("tokenizer.options", saved["options"], str(card), ConfigError):
+            return kind.load_files(folder, saved["options"])
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -25,7 +25,7 @@ from mambaseq.checkpoints.card import check_generation
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
+from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown, under_key
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
@@ -33,7 +33,7 @@ from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
-from mambaseq.runs.values import PATHS, check_values
+from mambaseq.runs.values import PATHS, check_values, whole_first
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
@@ -175,10 +175,15 @@ class RunConfig:
     classes: dict[str, Any]
     yaml: str
 
-    def make_data(self) -> SequenceData:
-        """The dataset, not yet set up."""
+    def make_data(self, *, setup: bool = False) -> SequenceData:
+        """The dataset. setup: set up, else not yet. Raises UserError that names the setting under `data` that it is
+        about."""
         options = {key: value for key, value in self.settings["data"].items() if key != "name"}
-        return self.classes["data"](**options)
+        with under_key("data", options):
+            data: SequenceData = self.classes["data"](**options)
+            if setup:
+                data.setup()
+        return data
 
     def make_datamodule(self, data: SequenceData) -> SequenceDataModule:
         return SequenceDataModule(data, seed=self.settings["seed"], **self.settings["loader"])
@@ -358,6 +363,9 @@ def make_parser(
             default=default,
             help="class_path and init_args of Lightning's classes",
         )
+    for action in parser._actions:
+        if (hint := getattr(action, "_typehint", None)) is not None:
+            setattr(action, "_typehint", whole_first(hint))  # noqa: B010 - an attribute that argparse does not know
     parser.set_defaults(TRAINER_DEFAULTS)
     return parser, classes
 

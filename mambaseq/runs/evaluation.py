@@ -39,8 +39,7 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     folder.check_place(begins=False)
     before = _identities(folder)  # of all that may be loaded, before any of it is
     loaded = load_model(folder.path)
-    data = settings.make_data()
-    data.setup()
+    data = settings.make_data(setup=True)
     if (data.validation() if command == "validate" else data.test()) is None:
         raise UserError(
             f"The dataset {shown(settings.settings['data']['name'])} has no {command} set; nothing was evaluated."

@@ -18,6 +18,7 @@ from mambaseq.models import build_model
 from mambaseq.plain import read_json
 from mambaseq.reporting.pictures import learning_curves, save_png
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.trainer import misconfigured
 from mambaseq.tasks.callbacks import RunCheckpoints, Throughput
 from mambaseq.tasks.finite import Diverged
 from mambaseq.tasks.task import Task
@@ -72,7 +73,7 @@ class Training:
         if self.checkpoints.score is None:
             validates = trainer.limit_val_batches != 0 and self.data.validation() is not None
             if self.checkpoints.validated_step != step and validates:
-                with plain_interrupts():
+                with plain_interrupts(), misconfigured("The validation set cannot be read with these settings"):
                     trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
             results = self.task.results
         if trainer.is_global_zero:

@@ -20,7 +20,7 @@ from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.sampling import check_settings
 from mambaseq.outputs import output_target
 from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import condition_ids, fitting_options
+from mambaseq.runs.loading import condition_ids, fitting_options, records_of
 
 _AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
@@ -253,12 +253,13 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         found = []
         read = catalog()["readers"].get(card.reader)
         options = fitting_options("reader", card.reader, read, card.reader_options, own=True)
-        for record in read(Path(prompt), loaded.tokenizer, **options):
+        for record in records_of(read, Path(prompt), loaded.tokenizer, options):
             if not len(record):
                 raise ConfigError(
                     f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
                     f"least one token. Remove it."
                 )
+            assert record.ids is not None  # of a reader that has a tokenizer
             found.append(record.ids.astype(np.int64))
             limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
         if not found:

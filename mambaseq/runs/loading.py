@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mambaseq.checkpoints import LoadedModel
-from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
+from mambaseq.data.records import Record
+from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown, under_key
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LISTED = 12
@@ -130,3 +133,12 @@ def fitting_options(
             f"model's model.json do not have. Use its own {kind}."
         )
     return options
+
+
+def records_of(
+    read: Callable[..., Iterable[Record]], path: Path, tokenizer: Tokenizer | None, options: dict[str, Any]
+) -> Iterator[Record]:
+    """The reader's records; a reader that is no generator reads, and fails, when the first is asked for. A refusal of
+    its options says where they stand."""
+    with under_key("reader_options", options, "model.json", ConfigError):
+        yield from read(path, tokenizer, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,14 +15,13 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
-from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
-from mambaseq.runs.loading import condition_ids, fitting_options
+from mambaseq.runs.loading import condition_ids, fitting_options, records_of
 from mambaseq.runs.tables import ENDINGS, Frame, Table, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
@@ -173,7 +172,7 @@ def _records(
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
         with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
-            records = _begun(read, path, loaded.tokenizer, options)
+            records = records_of(read, path, loaded.tokenizer, options)
             while True:
                 try:
                     record = next(records, None)
@@ -196,13 +195,6 @@ def _records(
                     raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
                 bar.update()
                 yield record.source or str(path), record
-
-
-def _begun(
-    read: Callable[..., Iterable[Record]], path: Path, tokenizer: Tokenizer | None, options: dict[str, Any]
-) -> Iterator[Record]:
-    """The reader's records; a reader that is no generator reads, and fails, when the first is asked for."""
-    yield from read(path, tokenizer, **options)
 
 
 def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, remedy: str) -> None:

@@ -127,8 +127,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if rank() == 0:
         remove_leftovers(folder.path, deep=True)
         remove_leftovers(cache_dir(settings.settings["data"].get("cache")) / "stores")
-    data = settings.make_data()
-    data.setup()
+    data = settings.make_data(setup=True)
     record = record_of(settings, data)
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 import jsonargparse
 
@@ -40,6 +41,19 @@ _LEAST: dict[str, float] = {  # of what Lightning takes at its word, or refuses 
 _SHARES = ("dropout", "label_smoothing")  # of parts of a model: at least 0 and below 1
 
 _STEPS = (".dt_min", ".dt_max", ".dt_init_floor")  # also of mixers that leave one unread
+
+
+def whole_first(hint: Any) -> Any:
+    """A type with its int before its float, where it has both: jsonargparse takes the first that fits, so that 1 batch
+    would become 1.0, all of them. Which comes first is not said by the annotation alone: `typing` keeps what it made,
+    and takes Union[int, float] for Union[float, int] of another module that was imported before."""
+    choices = list(get_args(hint))
+    if get_origin(hint) not in (Union, types.UnionType) or not {int, float} <= set(choices):
+        return hint
+    if (place := choices.index(float)) < choices.index(int):
+        choices.remove(int)
+        choices.insert(place, int)
+    return Union[tuple(choices)]  # noqa: UP007 - of types that are computed
 
 
 def check_values(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+OPS = HERE.parents[1] / "mambaseq" / "ops"
 sys.path.insert(0, str(HERE))
 
 STARTS = 1200.0  # seconds until a worker is ready, where many start at once or the machine has other work
@@ -45,11 +46,13 @@ ENVIRONMENT = {
 }
 
 
-def plan(cases: int, target: str | None, seed: int, runs: Sequence[str] = ()) -> list[dict[str, Any]]:
+def plan(
+    cases: int, target: str | None, seed: int, runs: Sequence[str] = (), *, quick: bool = False
+) -> list[dict[str, Any]]:
     """The cases, the targets mixed, in an order that depends on nothing but the arguments."""
     from targets import NEEDS, TARGETS
 
-    wanted = {target: 1} if target else {name: share for name, (_, share) in TARGETS.items()}
+    wanted = {target: 1} if target else {name: share[quick] for name, (_, *share) in TARGETS.items()}
     wanted = {name: share for name, share in wanted.items() if NEEDS.get(name, "dna_lm") in runs or not runs}
     counts = {name: round(cases * share / sum(wanted.values())) for name, share in wanted.items()}
     listed = [{"target": name, "seed": seed, "number": i} for name, count in counts.items() for i in range(count)]
@@ -75,11 +78,12 @@ def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
     os.environ["MAMBASEQ_CACHE"] = str(world.cache)
     os.environ["HF_HOME"] = str(scratch / "hf")
     site = serving.serve(world.folder / "served")
-    _warm(world)
+    _warm(world, made)
     for name in WARM.keys() & set(runs):
         WARM[name]()
     watch = watching.Watch()
-    watch.port, watch.caches = site.port, (os.path.realpath(scratch / "hf"),)
+    kept = os.environ.get("NUMBA_CACHE_DIR", scratch / "hf")
+    watch.port, watch.caches = site.port, (os.path.realpath(scratch / "hf"), os.path.realpath(kept))
     watching.limit_memory(3 * 2**30)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -87,20 +91,22 @@ def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
         print(json.dumps(one_case(world, scratch / "case", watch, site, **case)), file=answers, flush=True)
 
 
-def _warm(world: Any) -> None:
-    """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it."""
+def _warm(world: Any, all_of_it: bool) -> None:
+    """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it. all_of_it:
+    also what is used while a world is made."""
     from cases import condition
     from world import INPUTS, call
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         for name in world.names:
             common = ["--checkpoint", world.run(name), "--device", "cpu", *condition(name)]
-            if name in INPUTS:
+            if all_of_it and name in INPUTS:
                 call("predict", *common, world.data / INPUTS[name], "--out", Path(folder) / "out.csv")
             if name in ("audio", "dna_lm", "text"):
                 call("generate", *common, "-n", 3, "--out", Path(folder) / ("o.wav" if name == "audio" else "o.txt"))
-        shutil.copytree(world.run("dna_lm"), Path(folder) / "run")
-        call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)
+        if all_of_it:
+            shutil.copytree(world.run("dna_lm"), Path(folder) / "run")
+            call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)
 
 
 def one_case(world: Any, folder: Path, watch: Any, site: Any, target: str, seed: int, number: int) -> dict[str, Any]:
@@ -145,9 +151,12 @@ class Worker:
     def start(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch), *self.runs]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}
-        )
+        environment = {**os.environ, **ENVIRONMENT}
+        try:  # where Numba keeps what it compiled, so that no case has to make it
+            (OPS / "__pycache__").mkdir(exist_ok=True)
+        except OSError:
+            environment.setdefault("NUMBA_CACHE_DIR", str(self.scratch.parent / "numba"))
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         if self._line(STARTS) != "ready":
             raise SystemExit(f"a worker cannot start; see {self.scratch / 'log'}")
 
@@ -234,6 +243,8 @@ def summary(done: list[dict[str, Any]], seconds: float) -> str:
     ends = collections.Counter(outcome["ended"] or "broken" for outcome in done)
     kinds = collections.Counter(kind for outcome in done for kind, _, _ in outcome["failures"])
     longest = max((len(outcome["message"]) for outcome in done if outcome["ended"] == "refused"), default=0)
+    if not done:
+        return "no case"
     slow = max(done, key=lambda outcome: outcome["seconds"])
     lines = [
         f"{len(done):,} cases in {seconds:,.0f} s ({1000 * seconds / len(done):.0f} ms each): "
@@ -261,6 +272,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", help="one target only")
     parser.add_argument("--only", metavar="NUMBERS", help="these cases of the target, with all that they printed: 3,17")
     parser.add_argument("--runs", nargs="*", default=[], help="runs to begin from (dna_lm text ...); all of them")
+    parser.add_argument("--quick", action="store_true", help="mostly cases that take little time")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--world", type=Path, help="a folder that keeps what cases begin from, for the next time")
     parser.add_argument("--report", type=Path, help="write all failures there, a line of JSON each")
@@ -276,7 +288,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         world = arguments.world or Path(scratch) / "world"
-        cases = plan(arguments.cases, arguments.target, arguments.seed, arguments.runs)
+        cases = plan(arguments.cases, arguments.target, arguments.seed, arguments.runs, quick=arguments.quick)
         if arguments.only is not None:
             cases = [
                 {"target": arguments.target, "seed": arguments.seed, "number": int(n)}

@@ -5,6 +5,7 @@ Made once; cases get copies and never write here.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import gzip
@@ -248,8 +249,8 @@ def _make_tokenizer(path: Path) -> None:
     made.save(str(path))
 
 
-def make_site(folder: Path) -> None:
-    """The examples as if installed, and a module that tells when it is imported or called."""
+def make_site(folder: Path, *, ecg: bool) -> None:
+    """The examples as if installed, and a module that tells when it is imported or called. ecg: with a little data."""
     (folder / "mambaseq_ecg-0.1.0.dist-info").mkdir(parents=True, exist_ok=True)
     (folder / "mambaseq_ecg-0.1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: mambaseq-ecg\nVersion: 0.1.0\n"
@@ -257,7 +258,28 @@ def make_site(folder: Path) -> None:
     (folder / "mambaseq_ecg-0.1.0.dist-info" / "entry_points.txt").write_text(
         "[mambaseq.domains]\necg = mambaseq_ecg:domain\n"
     )
+    if ecg:
+        _make_ecg(folder / "mambaseq_ecg")
     (folder / "fuzz_canary.py").write_text("def run(*args, **kwargs):\n    raise SystemExit('the canary was called')\n")
+
+
+def _make_ecg(folder: Path) -> None:
+    """The example with a little of its data: two beats of each class of each patient, of their first five minutes. A
+    case that takes the limits away would go through all of it."""
+    shutil.copytree(ROOT / "examples" / "ecg" / "mambaseq_ecg", folder, ignore=shutil.ignore_patterns("*.xz", "__pyc*"))
+    shipped = ROOT / "examples" / "ecg" / "mambaseq_ecg" / "data"
+    with lzma.open(shipped / "mitbih_mlii_100hz.npy.xz") as file:
+        signals = np.load(file, allow_pickle=False)[:, :30_000]
+    with lzma.open(folder / "data" / "mitbih_mlii_100hz.npy.xz", "wb", preset=0) as out:
+        np.save(out, signals)
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    with lzma.open(shipped / "beats.csv.xz", "rt") as lines, lzma.open(folder / "data" / "beats.csv.xz", "wt") as kept:
+        kept.write(next(lines))
+        for line in lines:
+            record, sample, *_, label = line.strip().split(",")
+            found[record, label] += int(sample) < signals.shape[1]
+            if int(sample) < signals.shape[1] and found[record, label] <= 2:
+                kept.write(line)
 
 
 def make_fetched(folder: Path) -> None:
@@ -303,7 +325,7 @@ def make_world(folder: Path, names: Sequence[str] = ()) -> World:
     """Make all of it, or the runs of these names only."""
     world = World(folder)
     make_data(world.data)
-    make_site(world.site)
+    make_site(world.site, ecg=not names or "ecg" in names)
     make_fetched(folder / "served")
     enter(world)
     os.environ["MAMBASEQ_CACHE"] = str(world.cache)
@@ -338,6 +360,6 @@ def make_world(folder: Path, names: Sequence[str] = ()) -> World:
 
 def enter(world: World) -> None:
     """Let this process find the examples' package and the canary, and nothing on the network."""
-    for place in (str(world.site), str(ROOT / "examples" / "ecg")):
+    for place in (str(ROOT / "examples" / "ecg"), str(world.site)):  # the world's own copy goes first
         if place not in sys.path:
             sys.path.insert(0, place)

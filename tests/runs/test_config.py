@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -14,7 +16,7 @@ from tiny import TinyTokens
 from mambaseq.batch import Batch
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, DataError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
 from mambaseq.runs.config import parse_config
@@ -246,3 +248,38 @@ def test_the_metric_says_which_weights_are_the_best(config: Path, metric: str, m
 def test_wrong_commands_exit_with_2(arguments: list[str], capsys) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("mambaseq")
+
+
+@pytest.mark.parametrize("annotation", ["Union[float, int, None]", "Union[int, float, None]", "int | float | None"])
+@pytest.mark.parametrize(("given", "read"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("null", None)])
+def test_a_number_of_batches_stays_whole(config: Path, monkeypatch, annotation: Any, given: str, read: Any) -> None:
+    """1 batch is never all of them, whichever type comes first in the annotation."""
+    init = inspect.unwrap(lightning.Trainer.__init__)
+    monkeypatch.setitem(init.__annotations__, "limit_val_batches", annotation)
+    run = parse_config(str(config), ["--trainer.limit_val_batches", given])
+    again = yaml.safe_load(run.yaml)["trainer"]["limit_val_batches"]
+    for value in (run.trainer["limit_val_batches"], again):
+        assert (type(value), value) == (type(read), read)
+
+
+def test_what_refuses_settings_of_data_names_their_key(config: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none - here.fa")
+    run = parse_config(str(config), ["--data.name", "dna/genome", "--data.fasta", f"[{missing!r}]"])
+    with pytest.raises(DataError, match=r"^data\.fasta: There is no data file"):
+        run.make_data(setup=True)
+    run = parse_config(str(config), ["--data.name", "runs.test_config:Refusing", "--data.amount", "7"])
+    with pytest.raises(ConfigError, match=r"^data\.amount: the amount is odd\.$"):
+        run.make_data()
+    run = parse_config(str(config), ["--data.name", "runs.test_config:Refusing", "--data.amount", "8"])
+    with pytest.raises(ConfigError, match=r"^data: no room is left\.$"):
+        run.make_data(setup=True)
+
+
+class Refusing(TinyTokens):
+    def __init__(self, amount: int = 0) -> None:
+        super().__init__()
+        if amount % 2:
+            raise ConfigError("the amount is odd.")
+
+    def setup(self) -> None:
+        raise ConfigError("no room is left.")
