@@ -17,7 +17,7 @@ from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
-from mambaseq.specs import check_layers, check_options, check_size, check_spec
+from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting
 
 
 @dataclasses.dataclass
@@ -249,7 +249,7 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
     check_spec(spec)
     _check_mixers(spec)
     if torch.get_default_device().type != "meta":  # where nothing takes memory
-        check_size(*_sized(spec))
+        check_size(*_sized(spec), _largest(spec))
     model = _build(spec)
     model.spec = spec
     return model
@@ -268,8 +268,13 @@ def count_parameters(spec: dict[str, Any]) -> int:
 def _sized(spec: dict[str, Any]) -> tuple[int, int]:
     """Parameters of a description's model, and the bytes of all its tensors. Mixers that are alike are made once."""
     made: dict[tuple[str, int], list[Mixer]] = {}
-    with torch.device("meta"):
-        parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
+    try:
+        with torch.device("meta"):
+            parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
+    except ConfigError as error:
+        if isinstance(error.__cause__, RuntimeError | OverflowError | TypeError) and "overflow" in str(error).lower():
+            raise ConfigError(f"The model ({_largest(spec)}) has more numbers than can be counted. {error}") from error
+        raise
     sizes: dict[int, tuple[int, int]] = {}
     for part in parts:
         if id(part) not in sizes:
@@ -277,6 +282,10 @@ def _sized(spec: dict[str, Any]) -> tuple[int, int]:
             sizes[id(part)] = sum(tensor.numel() for tensor in part.parameters()), sum(bytes_.values())
     found = [sizes[id(part)] for part in parts]
     return sum(count for count, _ in found), sum(size for _, size in found)
+
+
+def _largest(spec: dict[str, Any]) -> str:
+    return largest_setting(spec, lambda kind, name: catalog()[f"{kind}s"].get(name))
 
 
 def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:

@@ -8,10 +8,10 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
 from mambaseq.limits import LAYERS, PARAMETERS
 
 PARTS = ("encoder", "backbone", "mixer", "head")
@@ -128,9 +128,35 @@ def check_layers(count: int) -> None:
     LAYERS.check(count, "The model's backbone (n_layers, pattern)")
 
 
-def check_size(parameters: int, needed: int) -> None:
-    """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine has memory."""
-    PARAMETERS.check(parameters, "The model (d_model, and the options of model.backbone and model.mixer)")
+def largest_setting(spec: Mapping[str, Any], part_of: Callable[[str, str], Any]) -> str:
+    """The number in a description that is furthest above its default, for a message: "model.mixer.d_conv 4,000".
+
+    part_of: kind and name to the class, whose defaults these are; those that have none are held against 100.
+    """
+    found = [("model.d_model", spec["d_model"], 1.0)]
+    options = [(f"model.{part}", part, spec[part]["name"], spec[part]) for part in PARTS]
+    options += [(f"model.mixers.{name}", "mixer", name, one) for name, one in (spec.get("mixers") or {}).items()]
+    for key, kind, name, given in options:
+        parameters = inspect.signature(part_of(kind, name)).parameters
+        for option, value in given.items():
+            parameter = parameters.get(option)
+            usual = _largest(None if parameter is None else parameter.default)
+            found.append((f"{key}.{option}", _largest(value), usual))
+    key, value, _ = max(found, key=lambda one: one[1] / max(one[2], 100.0))
+    return f"{cut(key)} {value:,.0f}"
+
+
+def _largest(value: Any) -> float:
+    values = value if isinstance(value, list | tuple) else [value]
+    return max((float(one) for one in values if isinstance(one, int)), default=0.0)
+
+
+def check_size(parameters: int, needed: int, largest: str) -> None:
+    """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine has memory.
+
+    largest: the setting that asks for most of them, for the message.
+    """
+    PARAMETERS.check(parameters, f"The model ({largest}; d_model, and the options of its parts)")
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
@@ -138,5 +164,5 @@ def check_size(parameters: int, needed: int) -> None:
     if needed > there:
         raise ConfigError(
             f"The model's weights need {needed / 2**30:,.0f} GiB and this machine has {there / 2**30:,.0f} GiB of "
-            f"memory. Make d_model, n_layers or the vocabulary smaller, or use a larger machine."
+            f"memory. Make {largest} smaller (or d_model, n_layers, the vocabulary), or use a larger machine."
         )

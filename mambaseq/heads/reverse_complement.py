@@ -25,8 +25,8 @@ def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:
         or any(ids[ids[i]] != i for i in range(vocab_size))
     ):
         raise ConfigError(
-            f"complement must name the partner of each of the {vocab_size} ids, one that has it as its own partner, "
-            f"not {cut_list(ids)}."
+            f"complement must name the partner of each of the {vocab_size} ids (vocab_size), one that has it as "
+            f"its own partner, not {cut_list(ids)}."
         )
     return torch.tensor(ids)
 
