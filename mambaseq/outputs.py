@@ -125,3 +125,16 @@ def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:
         raise ConfigError(f"--out {path} takes one result, and there are {count:,}. Give the name of a file.")
     digits = max(3, len(str(count - 1)))
     return [path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix or suffix}") for number in range(count)]
+
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+def safe_cell(text: str) -> str:
+    """Text that a spreadsheet shows and does not run: an apostrophe stands before what begins like a formula (=, +, -,
+    @, tab, carriage return; OWASP, "CSV Injection"). Numbers stay numbers.
+
+    >>> safe_cell("=1+1"), safe_cell("-1.5e-3"), safe_cell("chr1")
+    ("'=1+1", '-1.5e-3', 'chr1')
+    """
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(text) else text

@@ -19,8 +19,12 @@ COMMANDS = {
     ),
     "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN"),
     "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
-    "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE.csv"),
+    "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE"),
     "generate": ("mambaseq.cli.generate", "continue a prompt: --checkpoint RUN [--prompt P] --out FILE"),
+    "runs": (
+        "mambaseq.cli.runs",
+        "compare runs: settings that differ, metrics, speed, size: [FOLDER] [--sort COLUMN]",
+    ),
     "list": (
         "mambaseq.cli.listing",
         "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs",

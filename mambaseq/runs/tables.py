@@ -22,27 +22,16 @@ import numpy as np
 
 from mambaseq.atomic import atomic_path
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.outputs import is_stream, output_stream, output_target
+from mambaseq.outputs import is_stream, output_stream, output_target, safe_cell
 
 if TYPE_CHECKING:
     import pandas
 
 COLUMNS = ("file", "record", "start", "stop")
 ENDINGS = (".csv", ".tsv", ".parquet", ".npz")
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _GROUP = 2**14  # rows that are written to a parquet file together
 
 Value = str | int | float
-
-
-def safe_cell(text: str) -> str:
-    """Text that a spreadsheet shows and does not run: an apostrophe stands before what begins like a formula (=, +, -,
-    @, tab, carriage return; OWASP, "CSV Injection"). Numbers stay numbers.
-
-    >>> safe_cell("=1+1"), safe_cell("-1.5e-3"), safe_cell("chr1")
-    ("'=1+1", '-1.5e-3', 'chr1')
-    """
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(text) else text
 
 
 def partial_path(path: Path) -> Path:

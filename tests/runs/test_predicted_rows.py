@@ -20,8 +20,8 @@ from test_prediction import DNA, classifier, fasta, language_model, predict, sav
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
 from mambaseq.models import SequenceModel
+from mambaseq.outputs import safe_cell
 from mambaseq.runs import answers
-from mambaseq.runs.tables import safe_cell
 
 AUDIO: dict[str, Any] = {
     "reader": "audio/audio",

@@ -1,0 +1,152 @@
+"""Runs side by side: what differs in their settings, how good, how fast and how large they are, and their curves."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from mambaseq.atomic import atomic_file
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean
+from mambaseq.outputs import safe_cell
+from mambaseq.plain import read_yaml
+from mambaseq.reporting.runs import RunFolder
+
+# of results.json, beside the metrics
+_NUMBERS = ("steps", "exported_step", "parameters", "train_tokens", "train_seconds", "tokens_per_second")
+
+
+class Runs(NamedTuple):
+    """folders: of the runs, a row each. columns: `run`, settings that differ, metrics and numbers. rows: cells, ""
+    where a run has none. bad: runs that cannot be read, with why."""
+
+    folders: list[RunFolder]
+    columns: list[str]
+    rows: list[list[Any]]
+    bad: list[str]
+
+
+def find_runs(folders: Sequence[Path]) -> Iterator[RunFolder]:
+    """Runs at and below these folders, in the order of their names; links are not followed.
+
+    Raises UserError for a folder that is not there.
+    """
+    for top in folders:
+        if not top.is_dir():
+            raise UserError(f"{top} is no folder. Give one that runs are in.")
+        for path, below, names in os.walk(top):
+            below.sort()
+            if "config.yaml" in names and (Path(path) / "model").is_dir():
+                below.clear()
+                yield RunFolder(path)
+
+
+def compare(folders: Sequence[Path]) -> Runs:
+    """Runs below folders, side by side. Raises UserError when there is none."""
+    found: list[tuple[RunFolder, dict[str, Any], dict[str, Any]]] = []
+    bad: list[str] = []
+    for run in find_runs(folders):
+        try:
+            found.append((run, _flat(read_yaml(run.config, "It is no run's.")), run.read_results()))
+        except UserError as error:
+            bad.append(str(error))
+    if not found:
+        raise UserError(f"No run is in {cut_list(folders)}. Give a folder that `mambaseq fit` wrote runs to.")
+    keys = sorted({key for _, settings, _ in found for key in settings})
+    differing = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in found}) > 1]
+    metrics = sorted({key for _, _, results in found for key, value in results.items() if _is_metric(key, value)})
+    numbers = [key for key in _NUMBERS if any(key in results for _, _, results in found)]
+    rows = [
+        [
+            str(run.path),
+            *(_cell(settings.get(key, "")) for key in differing),
+            *(_cell(results.get(key, "")) for key in (*metrics, *numbers)),
+        ]
+        for run, settings, results in found
+    ]
+    return Runs([run for run, _, _ in found], ["run", *differing, *metrics, *numbers], rows, bad)
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return "/" in key and isinstance(value, float)
+
+
+def _cell(value: Any) -> Any:
+    return (
+        value if isinstance(value, int | float) and not isinstance(value, bool) else "" if value is None else str(value)
+    )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {
+        k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()
+    }
+
+
+def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
+    """The runs by a column, or by the end of its name; those without a value last.
+
+    Raises ConfigError for a name that is no column's, or several columns'.
+    """
+    names = [name for name in runs.columns if name == column] or [
+        name for name in runs.columns if name.endswith((f".{column}", f"/{column}"))
+    ]
+    if len(names) != 1:
+        told = f" It may be {cut_list(names)}." if names else did_you_mean(column, runs.columns)
+        raise ConfigError(f"No column is named {column[:80]!r}.{told} Columns: {cut_list(runs.columns)}.")
+    place = runs.columns.index(names[0])
+    numeric = all(isinstance(row[place], int | float) or row[place] == "" for row in runs.rows)
+
+    def key(number: int) -> Any:
+        value = runs.rows[number][place]
+        return value if numeric else str(value)
+
+    given = [number for number, row in enumerate(runs.rows) if row[place] != ""]
+    order = sorted(given, key=key, reverse=descending)
+    order += [number for number, row in enumerate(runs.rows) if row[place] == ""]
+    return runs._replace(folders=[runs.folders[i] for i in order], rows=[runs.rows[i] for i in order])
+
+
+def write_csv(runs: Runs, path: Path) -> None:
+    """Write the table; text that a spreadsheet would run is written with an apostrophe before it."""
+    with atomic_file(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(map(safe_cell, runs.columns))
+        writer.writerows([safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in runs.rows)
+
+
+def curves(runs: Runs, metric: str = "val/loss") -> Figure:
+    """A logged metric of all runs over steps, tokens and seconds of training.
+
+    Raises UserError where none of them logged it.
+    """
+    figure = Figure(figsize=(13, 3.6))
+    panels = figure.subplots(1, 3, sharey=True)
+    drawn = 0
+    for run in runs.folders:
+        points, results = run.curve(metric), run.read_results()
+        if not points:
+            continue
+        drawn += 1
+        steps = [step + 1 for step, _ in points]
+        values = [value for _, value in points]
+        for axes, each in zip(panels, (None, "train_tokens", "train_seconds"), strict=True):
+            if each is None:
+                axes.plot(steps, values, marker="o", ms=2.5, label=str(run.path))
+            elif results.get(each) and results.get("steps"):
+                share = results[each] / results["steps"]
+                axes.plot([step * share for step in steps], values, marker="o", ms=2.5)
+    if not drawn:
+        raise UserError(f"None of these runs logged {metric[:80]!r}. Give another --curve, such as train/loss.")
+    for axes, label in zip(panels, ("step", "tokens", "seconds of training"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(metric)
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, -0.05 - 0.05 * ((drawn + 2) // 3)), ncols=3, fontsize=8)
+    return figure

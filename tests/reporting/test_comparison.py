@@ -1,0 +1,67 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.reporting.comparison import compare, ordered
+
+
+def made(folder: Path, lr: float, results: dict[str, Any], losses: list[float]) -> None:
+    for name in ("model", "logs/version_0"):
+        (folder / name).mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"seed: 1\noptimizer: {{lr: {lr}, name: adamw}}\n")
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(losses))
+    (folder / "logs/version_0/metrics.csv").write_text(f"step,val/loss\n{rows}")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    results = {"val/accuracy": 0.5, "steps": 2, "train_tokens": 100, "parameters": 7, "train_seconds": 3.5}
+    made(tmp_path / "b", 0.1, results, [3.0, 2.0])
+    made(tmp_path / "deep" / "a", 0.2, results | {"val/accuracy": 0.75}, [3.0, 1.0])
+    made(tmp_path / "deep" / "c", 0.3, {}, [])
+    (tmp_path / "other").mkdir()
+    return tmp_path
+
+
+def test_what_differs_is_a_column(runs: Path) -> None:
+    found = compare([runs])
+    assert found.columns[:3] == ["run", "optimizer.lr", "val/accuracy"]
+    assert "seed" not in found.columns
+    assert [row[1] for row in found.rows] == [0.1, 0.2, 0.3]
+    assert [row[2] for row in ordered(found, "accuracy", descending=True).rows] == [0.75, 0.5, ""]
+    assert [row[1] for row in ordered(found, "lr").rows] == [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match="Did you mean 'val/accuracy'"):
+        ordered(found, "val/acuracy")
+    with pytest.raises(UserError, match="No run is in"):
+        compare([runs / "other"])
+
+
+def test_a_run_that_cannot_be_read_is_said(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    (runs / "b" / "results.json").write_text("{")
+    assert main(["runs", str(runs)]) == 0
+    told = capsys.readouterr().out
+    assert "left out" in told
+    assert len(compare([runs]).rows) == 2
+
+
+def test_the_command(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    table, picture = runs / "t.csv", runs / "p.png"
+    assert main(["runs", str(runs), "--sort", "accuracy", "--csv", str(table), "--picture", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["run", "optimizer.lr", "val/accuracy"]
+    assert len(lines) == 4
+    with table.open(newline="") as file:
+        assert [row["val/accuracy"] for row in csv.DictReader(file)] == ["0.5", "0.75", ""]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["runs", str(runs), "--picture", str(picture), "--curve", "val/none"]) == 2
+    assert main(["runs", str(runs / "nowhere")]) == 2
