@@ -230,7 +230,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="odd-") as scratch:
         world, started = arguments.world or Path(scratch) / "world", time.monotonic()
         cases = [{"target": "odd", "seed": 0, "number": number} for number in numbers]
-        done = run_all(cases, world, Path(scratch), arguments.jobs, RUNS)
+        done = run_all(cases, world, Path(scratch), arguments.jobs, RUNS, arguments.report, report_all=True)
         seconds = time.monotonic() - started
     done.sort(key=lambda outcome: outcome["number"])
     if arguments.report is not None:

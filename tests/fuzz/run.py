@@ -196,9 +196,16 @@ def again(case: dict[str, Any]) -> str:
 
 
 def run_all(
-    cases: list[dict[str, Any]], world: Path, scratch: Path, jobs: int, runs: Sequence[str], report: Path | None = None
+    cases: list[dict[str, Any]],
+    world: Path,
+    scratch: Path,
+    jobs: int,
+    runs: Sequence[str],
+    report: Path | None = None,
+    report_all: bool = False,
 ) -> list[dict[str, Any]]:
-    """The outcomes of all cases, in the order of their ends; failures are printed and reported as they come."""
+    """The outcomes of all cases, in the order of their ends; failures are printed and reported as they come, and with
+    `report_all` all other outcomes are reported too."""
     if report is not None:
         report.write_text("")
     todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -219,7 +226,7 @@ def run_all(
             done.append(outcome)
             for kind, group, _ in outcome["failures"]:
                 print(f"{kind}: {group}   [{again(case)}]", flush=True)
-            if report is not None and outcome["failures"]:
+            if report is not None and (report_all or outcome["failures"]):
                 with report.open("a") as file:
                     file.write(json.dumps(outcome) + "\n")
             if len(done) % 250 == 0:
@@ -231,9 +238,14 @@ def run_all(
         thread.start()
     for thread in threads:
         thread.join()
-    if len(done) < len(cases):  # all workers ended: one that cannot start ends alone
+    if len(done) < len(cases):  # a worker that cannot start ends alone
         seen = {(outcome["target"], outcome["number"]) for outcome in done}
-        failure = {"ended": "", "message": "", "seconds": 0.0, "failures": [("not run", "no worker was left", "")]}
+        failure = {
+            "ended": "",
+            "message": "",
+            "seconds": 0.0,
+            "failures": [("not run", "no worker answered for it", "")],
+        }
         done += [{**case, **failure, "argv": []} for case in cases if (case["target"], case["number"]) not in seen]
     return done
 
