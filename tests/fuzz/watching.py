@@ -198,7 +198,7 @@ def _frame(error: BaseException) -> str:
 def _waits_for_others(seconds: float, worked: float, patience: float) -> bool:
     """Whether it is slow because the machine is busy: it works, and has not had so many seconds of a processor."""
     busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
-    return busy and 0.1 * seconds < worked < patience and seconds < 3 * PATIENCE
+    return busy and 0.02 * seconds < worked < patience and seconds < 3 * PATIENCE
 
 
 def run_command(watch: Watch, folder: Path, argv: list[str]) -> tuple[Outcome, str, str]:
