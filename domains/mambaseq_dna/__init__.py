@@ -17,7 +17,7 @@ domain = Domain(
             "mambaseq_dna.species:SpeciesData",
             "which species a window comes from, regions held out",
         ),
-        "genome": ("mambaseq_dna.genome:GenomeData", "next-base modelling of FASTA files"),
+        "genome": ("mambaseq_dna.genome:GenomeData", "next or masked bases of FASTA files"),
     },
     readers={"fasta": ("mambaseq_dna.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
     writers={"fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")},

@@ -1,4 +1,4 @@
-"""Which base comes next? Pretraining on genomes."""
+"""Which base comes next, or is masked? Pretraining on genomes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
-from mambaseq.data.windows import GridWindows, RandomWindows, next_token
+from mambaseq.data.masking import MaskedItems, MaskRule, Objective, same_tokens
+from mambaseq.data.windows import next_token
 from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
@@ -27,16 +28,36 @@ class _NextBase:
         if self.augment and rng.random() < 0.5:
             tokens = BaseTokenizer("keep").reverse_complement(tokens)
         batch = next_token(tokens if self.lowercase == "keep" else fold_case(tokens), group, rng)
-        unscored = fold_case(tokens[1:]) == N
-        if self.lowercase == "unscored":
-            unscored |= is_lowercase(tokens[1:])
         assert batch.targets is not None
-        batch.targets = batch.targets.masked_fill(torch.from_numpy(unscored), -100)
+        batch.targets = batch.targets.masked_fill(torch.from_numpy(_unscored(tokens[1:], self.lowercase)), -100)
         return batch
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bases:
+    """Tokens of a window → the same as inputs and targets; -100 where that is N, or lower case and not scored."""
+
+    lowercase: Lowercase
+    augment: bool
+
+    def __call__(self, tokens: np.ndarray, group: int, rng: np.random.Generator) -> Batch:
+        if self.augment and rng.random() < 0.5:
+            tokens = BaseTokenizer("keep").reverse_complement(tokens)
+        batch = same_tokens(tokens if self.lowercase == "keep" else fold_case(tokens), group, rng)
+        assert batch.targets is not None
+        batch.targets = batch.targets.masked_fill(torch.from_numpy(_unscored(tokens, self.lowercase)), -100)
+        return batch
+
+
+def _unscored(tokens: np.ndarray, lowercase: Lowercase) -> np.ndarray:
+    """Which tokens, as the store keeps them, are never a target; bool."""
+    unscored = fold_case(tokens) == N
+    return unscored | is_lowercase(tokens) if lowercase == "unscored" else unscored
+
+
 class GenomeData(FastaData):
-    """Next-base modelling of FASTA files. Bits per base is the metric `bits_per_token`.
+    """Next-base modelling of FASTA files, or the modelling of masked bases. Bits per base is the metric
+    `bits_per_token`.
 
     Training windows are drawn uniformly over positions, so that a record counts by its length. Validation and
     test windows are tiles: every base of the region but the first of a stretch is predicted at most once.
@@ -47,6 +68,12 @@ class GenomeData(FastaData):
         test_records: patterns for the names of the records or files that are test data.
         lowercase: soft-masked bases are read as upper case (`fold`), have ids of their own (`keep`), or are
             read as upper case and never a target (`unscored`). N is never a target.
+        objective: `next_token`, or `masked`: bases are hidden and told from both sides, by a backbone that reads both
+            ways. The vocabulary then has one more id, the last: the mask token.
+        mask_share: share of the bases of a window that are asked for.
+        mask_span: bases that are hidden together.
+        mask_replaced: share of those that are replaced by the mask token.
+        mask_random: share of those that are replaced by a random base; the others stay as they are.
         options: see `FastaData`.
     """
 
@@ -55,6 +82,11 @@ class GenomeData(FastaData):
         fasta: list[str] | str | None = None,
         test_records: Names = None,
         lowercase: Lowercase = "fold",
+        objective: Objective = "next_token",
+        mask_share: float = 0.15,
+        mask_span: int = 1,
+        mask_replaced: float = 0.8,
+        mask_random: float = 0.1,
         **options: Any,
     ) -> None:
         if fasta is None:
@@ -66,16 +98,38 @@ class GenomeData(FastaData):
         )
         self.lowercase = lowercase
         self.tokenizer = BaseTokenizer("keep" if lowercase == "keep" else "fold")
-        self.vocab_size = self.tokenizer.vocab_size
+        self.rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random) if objective == "masked" else None
+        self.vocab_size = self.tokenizer.vocab_size + (self.rule is not None)
+        self.task = objective
 
-    def train(self) -> RandomWindows:
+    @property
+    def complement(self) -> list[int]:  # type: ignore[override]
+        """The id of each base's partner; the mask token is its own."""
+        return [*super().complement, *range(self.tokenizer.vocab_size, self.vocab_size or 0)]
+
+    def _masked(self, windows: Any) -> MaskedItems | None:
+        if windows is None or self.rule is None:
+            return None
+        bases = [i for i in range(self.tokenizer.vocab_size) if fold_case(np.array([i]))[0] != N]
+        return MaskedItems(windows, self.rule, self.tokenizer.vocab_size, seed=self.seed, random_ids=bases)
+
+    def train(self) -> Any:
+        if self.rule is not None:
+            return self._masked(
+                self._random(self.length, _Bases(self.lowercase, self.reverse_complement), by_position=True)
+            )
         return self._random(self.length + 1, _NextBase(self.lowercase, self.reverse_complement), by_position=True)
 
-    def validation(self) -> GridWindows | None:
-        return self._tiles("validation", self.length + 1, _NextBase(self.lowercase, augment=False))
+    def _held_out(self, split: str) -> Any:
+        if self.rule is not None:
+            return self._masked(self._tiles(split, self.length, _Bases(self.lowercase, augment=False)))
+        return self._tiles(split, self.length + 1, _NextBase(self.lowercase, augment=False))
 
-    def test(self) -> GridWindows | None:
-        return self._tiles("test", self.length + 1, _NextBase(self.lowercase, augment=False))
+    def validation(self) -> Any:
+        return self._held_out("validation")
+
+    def test(self) -> Any:
+        return self._held_out("test")
 
     def reader_options(self) -> dict[str, Any]:
         return {"lowercase": self.lowercase}

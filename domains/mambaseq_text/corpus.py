@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.masking import MaskedItems, MaskRule, Objective, same_tokens
 from mambaseq.data.module import SequenceData
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
@@ -32,27 +33,40 @@ class TextTiles:
     once; what is left at its end is a shorter piece.
 
     texts: whole records. counts: the bytes behind the tokens of each (see `TextTokenizer.encode_counted`), or
-        None when every token is one byte.
+        None when every token is one byte. shifted: targets are the next tokens; else they are the tokens themselves,
+        all of a text's, without bytes behind them (see `MaskedItems`).
     """
 
-    def __init__(self, texts: Sequence[Interval], length: int, counts: Sequence[np.ndarray] | None = None) -> None:
-        self.texts, self.counts = texts, counts
+    def __init__(
+        self,
+        texts: Sequence[Interval],
+        length: int,
+        counts: Sequence[np.ndarray] | None = None,
+        shifted: bool = True,
+    ) -> None:
+        self.texts, self.counts, self.shifted = texts, counts, shifted
         self._pieces = [
             (which, start, min(start + length, text.stop))
             for which, text in enumerate(texts)
-            for start in range(text.start + 1, text.stop, length)
+            for start in range(text.start + shifted, text.stop, length)
         ]
 
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def n_bytes(self, index: int) -> np.ndarray | None:
+        """The bytes behind each target of a piece, `(targets,)` uint32; None when every token is one."""
+        which, start, stop = self._pieces[index]
+        return None if self.counts is None else self.counts[which][start:stop]
+
     def __getitem__(self, index: int) -> Batch:
         which, start, stop = self._pieces[index]
+        if not self.shifted:
+            return same_tokens(self.texts[which].read(start, stop - start), 0, np.random.default_rng(0))
         ids = torch.from_numpy(self.texts[which].read(start - 1, stop - start + 1).astype(np.int64))
-        n_bytes = (
-            None if self.counts is None else torch.tensor([int(self.counts[which][start:stop].sum(dtype=np.int64))])
-        )
-        return Batch(inputs=ids[None, :-1], targets=ids[None, 1:], n_units=n_bytes)
+        counts = self.n_bytes(index)
+        n_units = None if counts is None else torch.tensor([int(counts.sum(dtype=np.int64))])
+        return Batch(inputs=ids[None, :-1], targets=ids[None, 1:], n_units=n_units)
 
 
 class CorpusData(SequenceData):
@@ -70,6 +84,11 @@ class CorpusData(SequenceData):
         See `mambaseq_text.copies` for what is a copy.
     field: of jsonl and parquet rows. encoding: of the files.
     tokenizer, tokenizer_options: a registered name and what it takes.
+    objective: next_token, or masked: tokens are hidden and told from both sides, by a backbone that reads both ways.
+        The vocabulary then has one more id, the last: the mask token.
+    mask_share: share of the tokens of a window that are asked for. mask_span: tokens that are hidden together.
+    mask_replaced, mask_random: shares of those that are replaced by the mask token, and by random tokens; the others
+        stay as they are.
     length: tokens a window. epoch_size: windows that count as one epoch of training.
     seed: of the windows in training.
     """
@@ -92,7 +111,14 @@ class CorpusData(SequenceData):
         length: int = 1024,
         epoch_size: int = 1000,
         seed: int = 0,
+        objective: Objective = "next_token",
+        mask_share: float = 0.15,
+        mask_span: int = 1,
+        mask_replaced: float = 0.8,
+        mask_random: float = 0.1,
     ) -> None:
+        self.rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random) if objective == "masked" else None
+        self.task = objective
         self.files, self.validation_files, self.test_files = files, validation_files, test_files
         self.fractions = {
             "validation": 0.0 if validation_files else validation_fraction,
@@ -156,7 +182,7 @@ class CorpusData(SequenceData):
             split: [Interval(store, number, 0, int(store.lengths[number])) for number in numbers_of]
             for split, numbers_of in records.items()
         }
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size + (self.rule is not None)
         self.start_ids = tokenizer.start_ids
 
     def _make_parts(self, files: dict[str, list[str]]) -> dict[str, list[Part]]:
@@ -234,28 +260,35 @@ class CorpusData(SequenceData):
         assert self._texts is not None, "setup comes first"
         return self._texts[split]
 
-    def train(self) -> RandomWindows:
+    def train(self) -> Any:
         group = Group("texts", self._members("train"))
-        return RandomWindows(
-            [group], self.length + 1, next_token, size=self.epoch_size, seed=self.seed, by_position=True
+        span, make = (self.length + 1, next_token) if self.rule is None else (self.length, same_tokens)
+        windows = RandomWindows(
+            [group], span, make, size=self.epoch_size, seed=self.seed, by_position=True, length=self.length
         )
+        return windows if self.rule is None else self._masked(windows, self.rule)
 
-    def _tiles(self, split: str) -> TextTiles | None:
+    def _masked(self, items: Any, rule: MaskRule) -> MaskedItems:
+        assert self.tokenizer is not None
+        units = items.n_bytes if isinstance(items, TextTiles) else None
+        return MaskedItems(items, rule, self.tokenizer.vocab_size, seed=self.seed, units=units)
+
+    def _tiles(self, split: str) -> TextTiles | MaskedItems | None:
         texts = self._members(split)
         if not texts:
             return None
-        tiles = TextTiles(texts, self.length, self._counts[split])
+        tiles = TextTiles(texts, self.length, self._counts[split], shifted=self.rule is None)
         if not len(tiles):
             raise DataError(
                 f"The {split} part of {cut_list([name for name, _ in self._parts[split]])} is too short to "
                 f"predict anything. Give it more of the data, or files of its own."
             )
-        return tiles
+        return tiles if self.rule is None else self._masked(tiles, self.rule)
 
-    def validation(self) -> TextTiles | None:
+    def validation(self) -> TextTiles | MaskedItems | None:
         return self._tiles("validation")
 
-    def test(self) -> TextTiles | None:
+    def test(self) -> TextTiles | MaskedItems | None:
         return self._tiles("test")
 
     def reader_options(self) -> dict[str, Any]:

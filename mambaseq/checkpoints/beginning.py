@@ -72,6 +72,9 @@ def begin_from(
         elif _is_vocabulary(part, tensor, given, model, loaded.model):
             found.grown.append(name)
             values[name] = torch.cat([given.to(tensor), tensor[len(given) :]])
+        elif loaded.card.task == "masked" and _is_vocabulary(part, given, tensor, loaded.model, model, most=1):
+            found.taken.append(name)  # of all tokens but the mask token, which is the last
+            values[name] = given[:-1].to(tensor)
         elif part == "backbone":
             wrong.append(f"{name} is {tuple(given.shape)} there and {tuple(tensor.shape)} here")
         else:
@@ -117,12 +120,15 @@ def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple
     return tuple(names), notes
 
 
-def _is_vocabulary(part: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel) -> bool:
-    """Whether the rows of both are those of ids, of which there are more here."""
+def _is_vocabulary(
+    part: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel, most: int | None = None
+) -> bool:
+    """Whether the rows of both are those of ids, of which there are more in the first (`most` more at most)."""
     if part not in ("encoder", "head") or ours.shape[1:] != theirs.shape[1:] or ours.dim() != theirs.dim():
         return False
     sizes = [(one.spec or {}).get(part, {}).get("vocab_size") for one in (model, source)]
-    return sizes == [ours.shape[0], theirs.shape[0]] and ours.shape[0] > theirs.shape[0]
+    more = ours.shape[0] - theirs.shape[0]
+    return sizes == [ours.shape[0], theirs.shape[0]] and more > 0 and (most is None or more <= most)
 
 
 def _note_vocabulary(found: Beginning, loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None) -> None:

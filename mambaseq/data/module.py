@@ -60,7 +60,7 @@ class SequenceData(abc.ABC):
     start_ids: Sequence[int] = (0,)
     reader: str | None = None
     writer: str | None = None
-    task: Literal["next_token", "labels", "classes", "multilabels", "values"] | None = None
+    task: Literal["next_token", "masked", "labels", "classes", "multilabels", "values"] | None = None
 
     @abc.abstractmethod
     def setup(self) -> None:

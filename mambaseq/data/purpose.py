@@ -10,11 +10,12 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, shown
 
-Task = Literal["next_token", "labels", "classes", "multilabels", "values"]
+Task = Literal["next_token", "masked", "labels", "classes", "multilabels", "values"]
 TASKS: tuple[str, ...] = get_args(Task)
-"""next_token: each position asks for the token behind it. labels: a label a position, or bin of positions. classes: one
-a sequence. multilabels: any of several labels, a sequence, a position or a bin. values: numbers, a sequence, a position
-or a bin."""
+"""next_token: each position asks for the token behind it. masked: some positions ask for the token that is hidden
+there, which a data set has to say itself. labels: a label a position, or bin of positions. classes: one a sequence.
+multilabels: any of several labels, a sequence, a position or a bin. values: numbers, a sequence, a position or a
+bin."""
 
 _LOOKED_AT = 5
 

@@ -220,6 +220,41 @@ class Tokens(Likelihood):
             yield from rows
 
 
+class PseudoLikelihood(Likelihood):
+    """Bits a token of windows by themselves, each token told from all others but those that are hidden with it: every
+    seventh token is hidden at once, so that a window is read seven times (after Salazar et al., arXiv:1910.14659, who
+    hide one at a time)."""
+
+    least = 1
+    _TIMES = 7
+
+    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+        assert loaded.tokenizer is not None
+        super().__init__(loaded, condition, window or loaded.card.length or None)
+        self.mask_id = loaded.tokenizer.vocab_size
+
+    def too_short(self, length: int) -> str:
+        return Answer.too_short(self, length)
+
+    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+        ids = self.batch(pieces)
+        labels = torch.stack(
+            [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
+        )
+        nats = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        for first in range(min(self._TIMES, ids.shape[1])):
+            hidden = ids.clone()
+            hidden[:, first :: self._TIMES] = self.mask_id
+            asked = torch.full_like(labels, -100)
+            asked[:, first :: self._TIMES] = labels[:, first :: self._TIMES]
+            found = self.model.backbone(self.model.encoder(hidden, self.conditions(len(ids))))
+            nats += self._nats(found, asked)[0]
+        counts = (labels != -100).sum(1).tolist()
+        return [
+            self._row(span, total, count) for (_, span), total, count in zip(pieces, nats.tolist(), counts, strict=True)
+        ]
+
+
 class Sequences(Answer):
     """A label and its probabilities, the probability of each label of which any may hold, or values, of each window.
 
@@ -362,7 +397,7 @@ def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None
     head, task, names = model.head, card.task, list(card.class_names)
     here = f"The model at {loaded.source} (head {shown(card.spec['head']['name'])})"
     if not head.per_token:
-        if task in ("next_token", "labels"):
+        if task in ("next_token", "masked", "labels"):
             raise ConfigError(
                 f"{here} gives one answer a sequence and was trained on one a position ({task}), so that its numbers "
                 f"mean nothing. Train it with a head that fits (`mambaseq list heads`)."
@@ -378,6 +413,13 @@ def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None
         task = "labels" if names else "next_token" if next_token else None
     if task in ("labels", "multilabels"):
         return Positions(loaded, condition, window, names, several=task == "multilabels")
+    if task == "masked" and loaded.tokenizer is not None:
+        return PseudoLikelihood(loaded, condition, window)
+    if task == "masked":
+        raise ConfigError(
+            f"{here} was trained on masked tokens, and its model.json has no tokenizer, whose next id the mask token "
+            f"is. Embed records by it instead (--what embeddings), or begin another run with it (--init-from)."
+        )
     if task == "values":
         return Positions(loaded, condition, window, None)
     if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):

@@ -53,6 +53,8 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
             check_next_token(model, dataset)
     elif data.task == "next_token":
         check_next_token(model, dataset)
+    if data.task == "masked":
+        check_masked(model, dataset)
     elif data.class_names and data.task in (None, "classes") and model.head.per_token:
         raise _wrong_head(model, dataset, "label a sequence", _FITTING["labels", False])
 
@@ -139,7 +141,7 @@ def check_next_token(model: SequenceModel, dataset: str = "that is given") -> No
     if not model.backbone.causal:
         raise ConfigError(
             f"{asks} backbone {_name(model, 'backbone')} sees. Choose a causal backbone, such as 'residual', or a "
-            f"dataset of labels or of masked tokens."
+            f"dataset of labels or of masked tokens (data.objective masked, where a dataset has it)."
         )
     causal = getattr(model.encoder, "causal", None)
     if causal is None:
@@ -152,6 +154,16 @@ def check_next_token(model: SequenceModel, dataset: str = "that is given") -> No
         raise ConfigError(
             f"{asks} encoder {_name(model, 'encoder')} sees. Choose a causal encoder, such as 'tokens', or a dataset "
             f"of labels."
+        )
+
+
+def check_masked(model: SequenceModel, dataset: str = "that is given") -> None:
+    """Raise ConfigError where a model that is to tell masked tokens from both sides sees one side alone."""
+    if model.backbone.causal:
+        raise ConfigError(
+            f"The dataset {dataset} asks for masked tokens, which are told from both sides, and the backbone "
+            f"{_name(model, 'backbone')} is causal. Choose one that reads both ways, such as 'bidirectional', or ask "
+            f"for the next token (data.objective next_token)."
         )
 
 

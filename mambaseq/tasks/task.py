@@ -19,7 +19,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
 from mambaseq.tasks.finetuning import FinetuneConfig
-from mambaseq.tasks.fitting import check_kinds, check_next_token, probe_future, probe_neighbours, rehearse
+from mambaseq.tasks.fitting import check_kinds, check_masked, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -145,6 +145,8 @@ class Task(lightning.LightningModule):
         next_token = asks_for_the_next(self.trainer.datamodule.data, batch)  # type: ignore[attr-defined]
         if next_token:
             check_next_token(self.model)
+        if self.trainer.datamodule.data.task == "masked":  # type: ignore[attr-defined]
+            check_masked(self.model)
         # the parts of a sharded model do not run alone
         if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             probe_neighbours(self.model, batch)

@@ -216,3 +216,30 @@ def test_baselines_by_hand() -> None:
     found = unigram_bigram(train, test, smoothing=1)
     assert found["unigram"] == pytest.approx(-np.log2(2 / 258))
     assert found["bigram"] == pytest.approx(-np.log2(2 / 258))
+
+
+def test_masked_text_counts_the_bytes_behind_its_targets(tmp_path: Path, tokenizer_json: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("the beginning of the café and the end of it\n" * 40)
+    options: dict[str, Any] = {"files": str(path), "length": 16, "objective": "masked", "validation_fraction": 0.3}
+    for more in ({}, {"tokenizer": "text/hf", "tokenizer_options": {"path": str(tokenizer_json)}}):
+        data = CorpusData(**options, **more)
+        data.setup()
+        assert data.tokenizer is not None
+        assert data.vocab_size == data.tokenizer.vocab_size + 1
+        tiles = data.validation()
+        assert tiles is not None
+        text = data.raw("validation")[0].tobytes().decode()
+        ids, counts = data.tokenizer.encode_counted(text)
+        at = 0
+        for index in range(len(tiles)):
+            item = tiles[index]
+            asked = (item.targets != -100)[0].numpy()
+            assert asked.any()
+            assert item.targets[0].numpy()[asked].tolist() == ids[at : at + len(asked)][asked].tolist()
+            if more:
+                assert int(item.n_units) == counts[at : at + len(asked)][asked].sum()
+            else:
+                assert item.n_units is None
+            at += len(asked)
+        assert at == len(ids)
