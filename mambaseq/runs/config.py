@@ -25,7 +25,7 @@ from mambaseq.checkpoints.card import check_generation
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown, under_key
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, paragraph, shown, under_key
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.models import check_mixer_options
@@ -206,12 +206,23 @@ class RunConfig:
                 if known[argument] is None:
                     raise ConfigError(
                         f"The {part} {shown(model[part]['name'])} needs {argument}, which the dataset "
-                        f"{shown(self.settings['data']['name'])} does not have. Choose another {part} or dataset."
+                        f"{shown(self.settings['data']['name'])} does not have{self._data_as_set()}. Choose another "
+                        f"{part} or dataset."
                     )
                 spec[part][argument] = known[argument]
         if "mixers" in model:
             spec["mixers"] = {name: dict(options) for name, options in model["mixers"].items()}
         return spec
+
+    def _data_as_set(self) -> str:
+        """The dataset's settings that are not its defaults, in words: what it has may depend on them."""
+        defaults = inspect.signature(self.classes["data"]).parameters
+        given = [
+            f"data.{key} {shown(value)}"
+            for key, value in self.settings["data"].items()
+            if key in defaults and value != defaults[key].default
+        ]
+        return f" with {cut_list(given)}" if given else ""
 
     def make_metrics(self, data: SequenceData) -> dict[str, Metric]:
         registry: Registry[type[Metric]] = catalog()["metrics"]

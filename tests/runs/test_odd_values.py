@@ -64,6 +64,14 @@ def test_what_once_ended_otherwise(key: str, value: Any, tmp_path: Path) -> None
         parse_config(str(tmp_path / "odd.yaml"), [])
 
 
+def test_what_the_data_do_not_have_is_told_with_how_they_are_set(tmp_path: Path) -> None:
+    raw = read_settings(resolve_config("synthetic/pathfinder"))
+    assert try_value(raw, "data.continuous", True, tmp_path / "odd.yaml") is None
+    run = parse_config(str(tmp_path / "odd.yaml"), [])
+    with pytest.raises(ConfigError, match=r"does not have with .*data\.continuous True"):
+        run.model_spec(run.make_data())
+
+
 def test_several_machines_are_refused_where_nothing_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from mambaseq.runs.trainer import _check_nodes
 
