@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mambaseq.atomic import atomic_folder, settle
 from mambaseq.checkpoints.card import ModelCard, read_card
-from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.lightning_io import AVERAGE, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
@@ -203,6 +203,8 @@ def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
 
 
 def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's tensors in a training checkpoint of a `Task`."""
-    prefix = "model."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    """The model's tensors in a training checkpoint of a `Task`; their averages where it has those."""
+    prefix, tensors = "model.", checkpoint["state_dict"]
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    average = {k: v for k, v in checkpoint.get(AVERAGE, {}).items() if k in tensors}
+    return tensors | {name: value.to(tensors[name].dtype) for name, value in average.items()}

@@ -12,6 +12,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError, shown
 
+AVERAGE = "average"
+"""The key of a checkpoint's averaged weights, by the model's names; they are what is exported."""
+
 # what Lightning's loops count
 _COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
 
@@ -50,6 +53,8 @@ def _check_contents(contents: Any) -> None:
         _check_kind(key, contents[key], kind)
     for name, tensor in contents["state_dict"].items():
         _check_kind(f"state_dict.{name}", tensor, torch.Tensor)
+    for name, tensor in _kind_of(AVERAGE, contents.get(AVERAGE, {}), dict).items():
+        _check_kind(f"{AVERAGE}.{name}", tensor, torch.Tensor)
     for key in ("callbacks", "loops"):
         _check_kind(key, contents.get(key, {}), dict)
     for key in ("optimizer_states", "lr_schedulers"):
@@ -72,6 +77,11 @@ def _check_contents(contents: Any) -> None:
 def _check_kind(key: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"its {key[:200]} is a {type(value).__name__}")
+
+
+def _kind_of(key: str, value: Any, kind: Any) -> Any:
+    _check_kind(key, value, kind)
+    return value
 
 
 def _check_counts(key: str, value: Any) -> None:

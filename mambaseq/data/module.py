@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -71,11 +72,12 @@ class SequenceData(abc.ABC):
         """The training set: an `ItemDataset`, or an iterable dataset of batches of one (see `StreamedWindows`)."""
 
     def validation(self) -> Any | None:
-        """The validation set, the same at every call; None when there is none."""
+        """The validation set, the same at every call; None when there is none. Several of them: a mapping from their
+        names, each of which is measured alone; what is said of all is the mean over them."""
         return None
 
     def test(self) -> Any | None:
-        """The test set, the same at every call; None when there is none."""
+        """The test set, or several by their names, as `validation`."""
         return None
 
     def sources(self) -> dict[str, str]:
@@ -213,9 +215,23 @@ class _StreamLoader(DataLoader):
         return super().__iter__()
 
 
+def named_sets(sets: Any | None) -> dict[str, Any]:
+    """What `SequenceData.validation` or `test` gives, by name: "" for a set without one. Raises DataError for names
+    that are none."""
+    if not isinstance(sets, Mapping):
+        return {} if sets is None else {"": sets}
+    for name in sets:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise DataError(
+                f"A validation or test set is named {shown(name)}. Names are made of letters, digits, - and _."
+            )
+    return dict(sets)
+
+
 class SequenceDataModule(lightning.LightningDataModule):
     """Loaders over a `SequenceData`.
 
+    set_names: by "val" and "test", the names of the sets that the loaders last made are of (see `named_sets`).
     batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint, and
         all that the order of the data depends on beside the seed.
     """
@@ -232,6 +248,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.collate = pack_collate if pack else data.collate
         self.batches_done = 0
+        self.set_names: dict[str, list[str]] = {}
 
     def setup(self, stage: str) -> None:
         self.data.setup()
@@ -277,9 +294,12 @@ class SequenceDataModule(lightning.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
 
-    def _evaluation_loader(self, dataset: Any | None, what: str) -> DataLoader | list[Any]:
-        if dataset is None:
-            return []
+    def _evaluation_loaders(self, sets: Any | None, stage: str, what: str) -> list[DataLoader]:
+        named = named_sets(sets)
+        self.set_names[stage] = list(named)
+        return [self._evaluation_loader(part, f"{what} {name}".rstrip()) for name, part in named.items()]
+
+    def _evaluation_loader(self, dataset: Any, what: str) -> DataLoader:
         if len(dataset) == 0:
             raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
         if self.trainer is not None and self.trainer.world_size > 1:  # every item once, whatever the processes
@@ -292,8 +312,8 @@ class SequenceDataModule(lightning.LightningDataModule):
             dataset = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
         return DataLoader(dataset, batch_size=self.batch_size, **self._common())
 
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self._evaluation_loader(self.data.validation(), "validation")
+    def val_dataloader(self) -> list[DataLoader]:
+        return self._evaluation_loaders(self.data.validation(), "val", "validation")
 
-    def test_dataloader(self) -> DataLoader | list[Any]:
-        return self._evaluation_loader(self.data.test(), "test")
+    def test_dataloader(self) -> list[DataLoader]:
+        return self._evaluation_loaders(self.data.test(), "test", "test")

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +34,7 @@ from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values, whole_first
+from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
@@ -70,17 +71,24 @@ class LoaderConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """every_n_steps: a resumable checkpoint every so many optimizer steps. monitor: the validation metric by which the
+    """every_n_steps: a resumable checkpoint every so many optimizer steps. every_n_tokens: another one every so many
+    tokens (0: none). val_every_n_tokens: a validation every so many tokens, instead of trainer.val_check_interval and
+    check_val_every_n_epoch (0: those count). monitor: the validation metric by which the
     best weights are chosen ("" keeps the last). mode: whether its smallest or its largest value is the best; left out,
     what the metric says of itself."""
 
     every_n_steps: int = 100
+    every_n_tokens: int = 0
+    val_every_n_tokens: int = 0
     monitor: str = ""
     mode: Literal["min", "max"] | None = None
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
             raise ConfigError(f"checkpoint.every_n_steps must be at least 1; it is {self.every_n_steps}.")
+        for name in ("every_n_tokens", "val_every_n_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"checkpoint.{name} must not be negative; it is {getattr(self, name)}.")
 
 
 @dataclasses.dataclass
@@ -100,6 +108,7 @@ SECTIONS = {
     "loader": LoaderConfig,
     "optimizer": OptimizerConfig,
     "finetune": FinetuneConfig,
+    "ema": EmaConfig,
     "length_warmup": LengthWarmup,
     "checkpoint": CheckpointConfig,
     "generation": GenerationConfig,
@@ -231,9 +240,10 @@ class RunConfig:
             for label, name in metric_labels(self.settings["metrics"]).items()
         }
 
-    def best(self, metrics: Mapping[str, Metric]) -> tuple[str, str]:
+    def best(self, metrics: Mapping[str, Metric], sets: Iterable[str] = ()) -> tuple[str, str]:
         """By which logged metric the best weights are chosen, and whether "min" or "max" of it ("" and "min" when the
-        last are kept). Raises ConfigError when it is not logged, or does not say which of the two."""
+        last are kept). sets: names of the validation sets where there are several. Raises ConfigError when it is not
+        logged, or does not say which of the two."""
         chosen = CheckpointConfig(**self.settings["checkpoint"])
         if not chosen.monitor:
             return "", "min"
@@ -245,6 +255,7 @@ class RunConfig:
             meant = [name for name in higher if name == f"val/{word}"] or [n for n in higher if n.endswith(f"/{word}")]
             if word and len(meant) == 1:
                 chosen.monitor = meant[0]
+        higher |= {f"val/{name}/{key.removeprefix('val/')}": how for name in sets for key, how in [*higher.items()]}
         if chosen.monitor not in higher:
             raise ConfigError(
                 f"checkpoint.monitor is {shown(chosen.monitor)}, which this run does not log."
@@ -262,6 +273,9 @@ class RunConfig:
 
     def finetune(self) -> FinetuneConfig:
         return FinetuneConfig(**self.settings["finetune"])
+
+    def ema(self) -> EmaConfig:
+        return EmaConfig(**self.settings["ema"])
 
     def length_warmup(self) -> LengthWarmup:
         return LengthWarmup(**self.settings["length_warmup"])

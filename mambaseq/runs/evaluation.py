@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints.export import load_model
-from mambaseq.data.module import SequenceData
+from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
@@ -40,7 +40,7 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     before = _identities(folder)  # of all that may be loaded, before any of it is
     loaded = load_model(folder.path)
     data = settings.make_data(setup=True)
-    if (data.validation() if command == "validate" else data.test()) is None:
+    if not named_sets(data.validation() if command == "validate" else data.test()):
         raise UserError(
             f"The dataset {shown(settings.settings['data']['name'])} has no {command} set; nothing was evaluated."
         )

@@ -12,7 +12,7 @@ import torch
 
 from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
 from mambaseq.errors import UserError
 from mambaseq.models import build_model
 from mambaseq.plain import read_json
@@ -71,7 +71,7 @@ class Training:
         exported, in words; "" in processes that write nothing."""
         results: dict[str, Any] = self.checkpoints.results
         if self.checkpoints.score is None:
-            validates = trainer.limit_val_batches != 0 and self.data.validation() is not None
+            validates = trainer.limit_val_batches != 0 and bool(named_sets(self.data.validation()))
             if self.checkpoints.validated_step != step and validates:
                 with plain_interrupts(), misconfigured("The validation set cannot be read with these settings"):
                     trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
@@ -101,7 +101,7 @@ class Training:
             exported_step=step,
             train_tokens=throughput.tokens,
             train_seconds=round(throughput.seconds, 2),
-            tokens_per_second=round(throughput.tokens / max(throughput.seconds, 1e-9)),
+            tokens_per_second=round(throughput.rate),
             **results,
         )
         scalars = {key: value for key, value in results.items() if key.startswith("val/") and isinstance(value, float)}

@@ -25,6 +25,7 @@ from mambaseq.errors import ConfigError, cut_list
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.bar import Bar
+from mambaseq.tasks.callbacks import NEVER
 
 _DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
     ("default_root_dir", None, "a run writes to its own folder, --out"),
@@ -63,6 +64,8 @@ def make_trainer(
         callbacks = [*callbacks, Bar()]
     # the user's come first, so that a checkpoint holds what they have counted
     options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
+    if settings.settings["checkpoint"]["val_every_n_tokens"]:  # `RunCheckpoints` says when
+        options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
     options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
     defaults = inspect.signature(lightning.Trainer).parameters
     given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]

@@ -14,7 +14,7 @@ from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from
 from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.data.module import SequenceData
+from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import task_of
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.models import SequenceModel, build_model
@@ -35,7 +35,8 @@ from mambaseq.runs.resuming import (
     write_record,
 )
 from mambaseq.runs.trainer import explained, make_trainer, quiet
-from mambaseq.tasks.callbacks import Interrupted, RunCheckpoints, StoppedAtOnce, Throughput
+from mambaseq.tasks.averaging import WeightAverage
+from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput
 from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
@@ -130,7 +131,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     data = settings.make_data(setup=True)
     record = record_of(settings, data)
     metrics = settings.make_metrics(data)
-    monitor, mode = settings.best(metrics)
+    monitor, mode = settings.best(metrics, filter(None, named_sets(data.validation())))
     model = _make_model(settings, data)
     finetune = settings.finetune()
     finetune.check(model)
@@ -141,17 +142,19 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         TensorBoardLogger(folder.path, name="tensorboard", version=""),
     ]
     guard = FiniteGuard()
-    every = settings.settings["checkpoint"]["every_n_steps"]
+    chosen, throughput = settings.settings["checkpoint"], Throughput()
+    often = Often(chosen["every_n_steps"], chosen["every_n_tokens"], chosen["val_every_n_tokens"], throughput)
     run = Training(
         folder=folder,
         data=data,
         datamodule=settings.make_datamodule(data),
         card=model_card(settings, data, model.spec or {}),
         task=task,
-        throughput=Throughput(),
-        checkpoints=RunCheckpoints(folder.last, folder.best, every, monitor, mode, record, guard),
+        throughput=throughput,
+        checkpoints=RunCheckpoints(folder.last, folder.best, often, monitor, mode, record, guard),
     )
-    callbacks: list[lightning.Callback] = [run.throughput, guard, run.checkpoints]
+    average = [WeightAverage(model, ema.decay)] if (ema := settings.ema()).decay else []
+    callbacks: list[lightning.Callback] = [throughput, *average, guard, run.checkpoints]
     begins = not folder.last.exists()
     if finetune.freeze:
         callbacks.append(Freezing(model, finetune))

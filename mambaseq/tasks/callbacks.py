@@ -6,16 +6,20 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.errors import UserError
@@ -35,11 +39,25 @@ class StoppedAtOnce(BaseException):
     """The run was asked a second time to stop, and stopped in the middle of what it did."""
 
 
+NEVER = 2**62
+"""An interval of validations that never ends."""
+
+
+class Often(NamedTuple):
+    """How often a run saves and validates: a checkpoint every so many optimizer steps, and every so many tokens; a
+    validation every so many tokens (0: never for this reason). Tokens are those that `throughput` counts."""
+
+    n_steps: int
+    n_tokens: int
+    val_n_tokens: int
+    throughput: Throughput
+
+
 class RunCheckpoints(Checkpoint):
     """Keeps `last.ckpt`, from which a run goes on, and `best.ckpt`, and stops the run when it is asked to.
 
-    last: every so many optimizer steps, once all of the step is over. Where a validation is due after the step it is
-        saved after that: a run that is killed in between validates again, and knows the score.
+    last: every so many optimizer steps or tokens, once all of the step is over. Where a validation is due after the
+        step it is saved after that: a run that is killed in between validates again, and knows the score.
     best: after a validation that scored better than the one on disk, whose score is read from the file itself, so that
         no resumed run can put worse weights in its place. A score that was measured on other data is none, and so is
         NaN.
@@ -58,14 +76,15 @@ class RunCheckpoints(Checkpoint):
         self,
         last: Path,
         best: Path,
-        every_n_steps: int,
+        often: Often,
         monitor: str = "",
         mode: str = "min",
         data: DataRecord | None = None,
         guard: FiniteGuard | None = None,
     ) -> None:
         self.last, self.best = last, best
-        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.often, self.monitor, self.mode = often, monitor, mode
+        self._tokens = 0  # at the end of the last optimizer step
         self.data, self.guard = data, guard or FiniteGuard()
         self.score: float | None = None
         self.results: dict[str, float] = {}
@@ -132,7 +151,7 @@ class RunCheckpoints(Checkpoint):
             os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.began = True
+        self.began, self._tokens = True, self.often.throughput.tokens
         self.saved_step = trainer.global_step if self.last.is_file() else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -154,7 +173,17 @@ class RunCheckpoints(Checkpoint):
         stepped = not loop._should_accumulate()  # gradients so far are in no checkpoint
         if stepped and _is_last(trainer):
             trainer.should_stop = True  # Lightning then validates this step as well, whatever the interval
-        self._due = stepped and trainer.global_step % self.every_n_steps == 0
+        self._due, validates = False, False
+        if stepped:
+            before, self._tokens = self._tokens, self.often.throughput.tokens
+
+            def crossed(interval: int) -> bool:
+                return interval > 0 and before // interval < self._tokens // interval
+
+            self._due = trainer.global_step % self.often.n_steps == 0 or crossed(self.often.n_tokens)
+            validates = crossed(self.often.val_n_tokens)
+        if self.often.val_n_tokens:
+            trainer.val_check_batch = 1 if validates else NEVER
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         validates = sum(trainer.num_val_batches) > 0 and loop._should_check_val_fx(fetcher)
@@ -217,30 +246,100 @@ def _is_last(trainer: lightning.Trainer) -> bool:
 
 
 class Throughput(lightning.Callback):
-    """Tokens a second of training alone (validation and saving excluded), over the whole run."""
+    """Counts tokens, and logs how a training goes every `log_every_n_steps` steps: `train/tokens_per_second` of
+    training alone over the whole run (without validation, saving and a process's first batch, which compiles kernels),
+    `train/lr` of the first parameter group, `train/grad_norm` before clipping, `train/memory_gib` (the most that was
+    held so far: of the GPU, else of this process), and on a GPU whose peak is known `train/mfu`, the share of it that
+    products with the weights take: 6 floating point operations a token and parameter, embeddings left out.
+
+    tokens, seconds: all of the run. rate: tokens a second.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self._first_tokens = 0
+        self._first_seconds = 0.0
         self._started = 0.0
+        self._is_first = True
+        self._flops: float | None = None  # of a token, over the peak of all devices a second
+
+    @property
+    def rate(self) -> float:
+        tokens, seconds = self.tokens - self._first_tokens, self.seconds - self._first_seconds
+        if tokens <= 0 or seconds <= 0:  # there was no other batch
+            tokens, seconds = self.tokens, self.seconds
+        return tokens / max(seconds, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        first = {"first_tokens": self._first_tokens, "first_seconds": self._first_seconds}
+        return {"tokens": self.tokens, "seconds": self.seconds, **first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.seconds = int(state_dict["tokens"]), float(state_dict["seconds"])
+        self._first_tokens = int(state_dict.get("first_tokens", 0))
+        self._first_seconds = float(state_dict.get("first_seconds", 0.0))
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._is_first = True
+        self._flops = _share_of_peak(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._started = time.perf_counter()
 
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if pl_module.device.type == "cuda" and batch_idx % 10 == 0:
+        on_gpu = pl_module.device.type == "cuda"
+        if on_gpu and (batch_idx % 10 == 0 or self._is_first):
             torch.cuda.synchronize(pl_module.device)
-        self.seconds += time.perf_counter() - self._started
-        self.tokens += batch.inputs.shape[0] * batch.inputs.shape[1] * trainer.world_size
-        if batch_idx % 10 == 0 and self.seconds > 0:
-            pl_module.log("train/tokens_per_second", self.tokens / self.seconds)
+        seconds = time.perf_counter() - self._started
+        tokens = batch.inputs.shape[0] * batch.inputs.shape[1] * trainer.world_size
+        self.seconds += seconds
+        self.tokens += tokens
+        if self._is_first:
+            self._first_tokens, self._first_seconds = self._first_tokens + tokens, self._first_seconds + seconds
+            self._is_first = False
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log("train/tokens_per_second", self.rate)
+            held = torch.cuda.max_memory_allocated(pl_module.device) if on_gpu else _largest_memory()
+            pl_module.log("train/memory_gib", held / 2**30)
+            if self._flops is not None:
+                pl_module.log("train/mfu", self.rate * self._flops)
+
+
+def _largest_memory() -> int:
+    """The most bytes that this process has held; 0 where that cannot be told."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _share_of_peak(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> float | None:
+    """What products with the weights take of a token, over what all devices can do in a second; None where that is not
+    known."""
+    model: Any = pl_module.model
+    if pl_module.device.type != "cuda":
+        return None
+    precision = str(trainer.precision)
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of chips that it does not know
+        try:
+            peak = get_available_flops(pl_module.device, dtype)
+        except ValueError:
+            peak = None
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables -= {id(p) for p in model.head.parameters()}  # a tied one is multiplied with
+    count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    return 6 * count / (peak * trainer.world_size) if peak else None

@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceData
+from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import asks_for_the_next
 from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
@@ -61,8 +60,7 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
 
 def _example(data: SequenceData) -> Batch | None:
     """A batch of one, with a target if there is one among the first."""
-    for make in (data.train, data.validation):
-        dataset: Any = make()
+    for dataset in itertools.chain([data.train()], named_sets(data.validation()).values()):
         if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset) or len(dataset) == 0:
             continue
         examples = (dataset[index] for index in range(min(_EXAMPLES, len(dataset))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +89,8 @@ class Task(lightning.LightningModule):
 
     Every target counts alike: a batch's loss is a mean over its targets, and where an optimizer step is made of several
     batches, those of accumulated gradients or of other processes, each weighs as many targets as it has. `train/loss`
-    is that of one batch on one process; `val/loss` and `test/loss` are means over all targets of the set.
+    is that of one batch on one process; `val/loss` and `test/loss` are means over all targets of the set. Where
+    there are several sets, each has its own `val/SET/loss`, and `val/loss` is the mean of those that have targets.
 
     metrics: name to metric; logged as `val/NAME` and `test/NAME`, the tables among them kept in `tables`.
     finetune: which parameters have learning rates of their own, and which `Freezing` keeps as they are.
@@ -114,6 +116,8 @@ class Task(lightning.LightningModule):
             {stage: nn.ModuleDict({k: m.clone() for k, m in (metrics or {}).items()}) for stage in ("val_", "test_")}
         )
         self.losses = nn.ModuleDict({stage: MeanLoss() for stage in ("val_", "test_")})
+        # of sets beyond the first, by stage and number
+        self._others: dict[tuple[str, int], tuple[MeanLoss, dict[str, Metric]]] = {}
         # of the accumulation window at hand: targets of its first batch, and of all so far, over all processes
         self._window: tuple[Tensor, Tensor] | None = None
         self._fits = False
@@ -193,50 +197,77 @@ class Task(lightning.LightningModule):
         """Lightning has divided by the number of batches of a whole window, however many there were, and `_weighted` by
         the targets of the first; it is to be the targets of all. This is called before gradients are clipped, and after
         those of fp16 are unscaled."""
-        if self._window is None:
-            return
-        (first, targets), self._window = self._window, None
-        batches = self.trainer.accumulate_grad_batches
-        if batches == 1:
-            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        if gradients:
-            torch._foreach_mul_(gradients, (first * batches).float() / targets.clamp(min=1).float())
+        batches = self.trainer.accumulate_grad_batches
+        if self._window is not None:
+            (first, targets), self._window = self._window, None
+            if batches > 1 and gradients:
+                local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+                torch._foreach_mul_(local, (first * batches).float() / targets.clamp(min=1).float())
+        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if whole and gradients and self.trainer._logger_connector.should_update_logs:
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients).float())
+
+    def _measures(self, stage: str, number: int) -> tuple[MeanLoss, dict[str, Metric]]:
+        """Loss and metrics of a set."""
+        loss: MeanLoss = self.losses[f"{stage}_"]  # type: ignore[assignment]
+        if number == 0:
+            return loss, self._metrics(stage)
+        if (stage, number) not in self._others:
+            fresh = {name: metric.clone().to(self.device) for name, metric in self._metrics(stage).items()}
+            for metric in fresh.values():
+                metric.reset()
+            self._others[stage, number] = MeanLoss().to(self.device), fresh
+        return self._others[stage, number]
 
     def _metrics(self, stage: str) -> dict[str, Metric]:
         return dict(self.stages[f"{stage}_"].items())  # type: ignore[operator]
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        metrics = self._metrics(stage)
+    def _evaluate(self, batch: Batch, stage: str, number: int) -> None:
+        loss, metrics = self._measures(stage, number)
         check_kinds(self.model, batch, metrics)
         output = self.run_model(batch, any(metric.needs_logits for metric in metrics.values()) or None)
-        for metric in (self.losses[f"{stage}_"], *metrics.values()):
-            metric.update(output, batch)  # type: ignore[operator]
+        for metric in (loss, *metrics.values()):
+            metric.update(output, batch)
 
     def _finish(self, stage: str) -> None:
-        loss: MeanLoss = self.losses[f"{stage}_"]  # type: ignore[assignment]
-        self.log(f"{stage}/loss", loss.compute().float(), prog_bar=True, sync_dist=True)
-        loss.reset()
-        for name, metric in self.stages[f"{stage}_"].items():  # type: ignore[operator]
-            value = metric.compute()
-            metric.reset()
-            if metric.scalar:
-                self.results[f"{stage}/{name}"] = float(value)
-                # the same on every process: the metric has gathered itself
-                self.log(f"{stage}/{name}", value.float(), prog_bar=True, sync_dist=True)
-            else:
-                self.tables[f"{stage}/{name}"] = value.tolist()
+        names = getattr(self.trainer.datamodule, "set_names", {}).get(stage) or [""]  # type: ignore[attr-defined]
+        found: dict[str, list[Tensor]] = {}  # of each number, those of the sets that have targets
+        empty = True
+        for number, name in enumerate(names):
+            loss, metrics = self._measures(stage, number)
+            values = {"loss": loss.compute(), **{key: metric.compute() for key, metric in metrics.items()}}
+            empty &= loss.empty
+            for key, value in values.items():
+                if key == "loss" or metrics[key].scalar:
+                    if name:
+                        self._say(f"{stage}/{name}/{key}", value, bar=False)
+                    if not loss.empty or len(names) == 1:
+                        found.setdefault(key, []).append(value)
+                else:
+                    self.tables[f"{stage}/{name}/{key}" if name else f"{stage}/{key}"] = value.tolist()
+            for metric in (loss, *metrics.values()):
+                metric.reset()
+        for key in ("loss", *(key for key, metric in self._metrics(stage).items() if metric.scalar)):
+            several = found.get(key, [torch.tensor(math.nan, device=self.device)])
+            self._say(f"{stage}/{key}", several[0] if len(several) == 1 else torch.stack(several).mean())
+        self.losses[f"{stage}_"].empty = empty  # type: ignore[assignment]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def _say(self, key: str, value: Tensor, bar: bool = True) -> None:
+        """Keep and log a number, which is the same on every process: a metric has gathered itself."""
+        if not key.endswith("/loss"):
+            self.results[key] = float(value)
+        self.log(key, value.float(), prog_bar=bar, sync_dist=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "val", dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test", dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         self._finish("test")

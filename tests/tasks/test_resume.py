@@ -126,6 +126,7 @@ VARIANTS = [
         (5, 8),
         id="muon-thawing",
     ),
+    pytest.param(("--ema.decay=0.9", "--checkpoint.val_every_n_tokens=256"), (5, 9), id="average-by-tokens"),
 ]
 
 

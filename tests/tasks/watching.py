@@ -24,3 +24,15 @@ class Watcher(lightning.Callback):
     def _shape(self, arguments, handle) -> None:
         self.length = arguments[0].shape[1]
         handle.remove()
+
+
+NORMS: list[float] = []
+
+
+class Norms(lightning.Callback):
+    """The norm of the gradients of each step, as the optimizer had them."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            total = sum(float(p.grad.square().sum()) for p in pl_module.parameters() if p.grad is not None)
+            NORMS.append(total**0.5)

@@ -1,0 +1,114 @@
+"""An exponential moving average of the weights: what is validated and exported in the place of the last ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mambaseq.checkpoints.lightning_io import AVERAGE
+from mambaseq.errors import ConfigError
+
+
+@dataclasses.dataclass
+class EmaConfig:
+    """An exponential moving average of the weights, which is validated and exported in their place.
+
+    decay: what is kept of the average in each optimizer step, such as 0.999; 0 is off. Early steps keep less, at most
+        (1 + step) / (10 + step), so that the first weights are soon forgotten.
+    """
+
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"ema.decay must be at least 0 and below 1; it is {self.decay}.")
+
+
+class WeightAverage(lightning.Callback):
+    """Keeps the average of a model's parameters, in fp32; puts it into the model for each validation, and the weights
+    back after it. It follows from weights and steps alone, and every checkpoint has it beside the weights.
+
+    model: whose parameters. decay: see `EmaConfig`. To be placed before what saves checkpoints.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.average: dict[str, Tensor] = {}
+        self._step = 0
+        self._kept: list[Tensor] = []  # the weights, while the average stands in their place
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.is_floating_point() or p.is_complex()}
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigError(
+                f"ema.decay works on one device and under ddp, not under {type(trainer.strategy).__name__}, where no "
+                f"process has whole weights. Set it to 0, or set trainer.strategy."
+            )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._step = trainer.global_step
+        with torch.no_grad():
+            self.average = {
+                name: torch.empty_like(p, dtype=_wide(p)).copy_(self.average.get(name, p))
+                for name, p in self._parameters().items()
+            }
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are gathered still
+            return
+        self._step = trainer.global_step
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        weights = [p.detach().to(_wide(p)) for p in self._parameters().values()]
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, self._step)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.average and not self._kept:
+            own = self._parameters()
+            self._kept = [p.detach().clone() for p in own.values()]
+            self._put({name: self.average[name] for name in own})
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._kept:
+            self._put(dict(zip(self._parameters(), self._kept, strict=True)))
+            self._kept = []
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_validation_end(trainer, pl_module)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters().items():
+            parameter.copy_(values[name])
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Under all the names that a state dict has; those that share a tensor share its average."""
+        names = {id(p): name for name, p in self._parameters().items()}
+        checkpoint[AVERAGE] = {
+            name: self.average[names[id(p)]]
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if id(p) in names and self.average
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.average = dict(checkpoint.get(AVERAGE, {}))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """A dtype in which small steps are not lost."""
+    return torch.promote_types(tensor.dtype, torch.float32)
