@@ -88,6 +88,8 @@ def _check_counts(key: str, value: Any) -> None:
     """Raise unless all that is counted is a number of at least 0."""
     if isinstance(value, dict):
         for name, inner in value.items():
+            if name in _COUNTED and isinstance(inner, dict):
+                raise TypeError(f"its {key[:200]}.{name} is a dict")
             if isinstance(inner, dict) or name in _COUNTED:
                 _check_counts(f"{key}.{name}", inner)
     elif not isinstance(value, int) or not 0 <= value < 2**63:

@@ -82,6 +82,10 @@ def test_what_torch_does_not_write_is_refused(tmp_path: Path) -> None:
             r"its loops\.fit_loop\.epoch_progress\.current\.ready is 'x'",
         ),
         (
+            lambda whole: whole["loops"]["fit_loop"]["epoch_progress"]["current"].update(ready={}),
+            r"its loops\.fit_loop\.epoch_progress\.current\.ready is a dict",
+        ),
+        (
             lambda whole: whole["optimizer_states"][0]["state"][0].update(exp_avg="x"),
             r"its optimizer_states\.0\.state\.0\.exp_avg is a str",
         ),
