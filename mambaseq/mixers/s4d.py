@@ -16,8 +16,9 @@ from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
-from mambaseq.ops import lti_scan
-from mambaseq.ops.lti import discretise, discretize
+from mambaseq.ops import lti_scan, sequences
+from mambaseq.ops.lti import cuda, discretise, discretize
+from mambaseq.ops.lti.arguments import LtiArguments
 from mambaseq.ops.step import lti_update_
 
 Init = Literal["lin", "inv", "legs", "real"]
@@ -94,12 +95,17 @@ class DiagonalSSM(nn.Module):
         A = torch.complex(A, self.A_imag.float())
         return self.log_dt.float().exp(), A, self.B.to(A.dtype), torch.view_as_complex(self.C.float())
 
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        return self.log_dt, self.A_log_real, None if self.real else self.A_imag, self.B
+
+    def _holds_by_kernel(self) -> bool:
+        return self.discretization == "zoh" and discretise.can_run(*self._parts())
+
     def discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """Abar, Bbar and C `(channels, d_state)`: what a step multiplies by; see `lti.discretize`."""
-        parameters = (self.log_dt, self.A_log_real, None if self.real else self.A_imag, self.B)
-        if self.discretization == "zoh" and discretise.can_run(*parameters):
+        if self._holds_by_kernel():
             C = self.C.float()
-            return (*discretise.zero_order_hold(*parameters), C if self.real else torch.view_as_complex(C))
+            return (*discretise.zero_order_hold(*self._parts()), C if self.real else torch.view_as_complex(C))
         dt, A, B, C = self.system()
         log_decay, B = discretize(dt, A, B, self.discretization)
         return torch.exp(log_decay), B, C
@@ -114,6 +120,13 @@ class DiagonalSSM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, z `(batch, length, channels)` to y, and the state `(sequences, channels,
         d_state)`, made if `return_state`."""
+        if self.mode is None and self._holds_by_kernel():
+            a, B, C = self.discrete()
+            arguments = LtiArguments(x, a, B, C, state, cu_seqlens, False, "scan", self.D, z)
+            if cuda.why_not(arguments) is None:
+                if cu_seqlens is not None:
+                    sequences.check(cu_seqlens, *x.shape[:2])
+                return cuda.run(arguments, a)
         dt, A, B, C = self.system()
         return lti_scan(
             x,

@@ -38,11 +38,13 @@ def why_not(arguments: LtiArguments) -> str | None:
     return scan.why_not(arguments)
 
 
-def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
-    """y in the dtype of x, D and the gate in it, and the final state."""
+def run(arguments: LtiArguments, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x, D and the gate in it, and the final state. decay: exp of log_decay, where that is known
+    already; log_decay is then not read."""
     wide = arguments.state_dtype
     x, log_decay, B, C, state, cu_seqlens, reverse, _, D, z = arguments
-    values = (x, torch.exp(log_decay.to(wide)), B.to(wide), C.to(wide), D, z, state, cu_seqlens, reverse)
+    a = torch.exp(log_decay.to(wide)) if decay is None else decay
+    values = (x, a, B.to(wide), C.to(wide), D, z, state, cu_seqlens, reverse)
     call = _Eager.apply if is_eager(*values) else _forward_op
     y, final = call(*values)[:2]
     return y, final
