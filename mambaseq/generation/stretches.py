@@ -118,7 +118,7 @@ class Stretches:
         norm: RMSNorm = backbone.norm_f
         logits = self._vector(-(-len(weight) // 4) * 4)
         self._phases[0] = self._phases[0]._replace(flags=self._phases[0].flags | stretch.EMBEDS)
-        self._phases.append(self._linear(stretch.LINEAR, 0, weight, None, logits, source=stream, **_norm(norm)))
+        self._phases.append(self._linear(stretch.LINEAR, 0, weight, None, logits, source=stream, norm=norm))
         counts = torch.tensor([0] * stretch.MOST_POOLS, dtype=torch.int64, device=self._device)
         for number, (pool_state, window) in enumerate(self._windows):
             counts[number] = pool_state.count[0]
@@ -161,10 +161,21 @@ class Stretches:
         return behind
 
     def _linear(
-        self, kind: int, level: int, weight: Tensor, bias: Tensor | None, out: Tensor, halves: int = 1, **more: Any
+        self,
+        kind: int,
+        level: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        halves: int = 1,
+        norm: RMSNorm | None = None,
+        **more: Any,
     ) -> Phase:
-        """Of a weight `(halves * rows, cols)`."""
+        """Of a weight `(halves * rows, cols)`; norm: what its input passes first."""
         weight = weight.detach()
+        if norm is not None:
+            weight = weight * norm.weight.detach()
+            more = {**more, "normed": 1, "eps": float(norm.eps or 0.0)}
         return Phase(
             kind,
             level,
@@ -180,7 +191,7 @@ class Stretches:
         """Phases of residual layers over a stream, which is changed in place; `last` are fields of their last one."""
         for number, (layer, state) in enumerate(zip(layers, states, strict=True)):
             mixer: Any = layer.mixer
-            more = {"source": stream, "residual": stream, **_norm(layer.norm)}
+            more = {"source": stream, "residual": stream, "norm": layer.norm}
             flags = 0
             if isinstance(mixer, Mamba) and not mixer.lti:
                 made = self._add_selective(mixer, state, level, more)
@@ -203,7 +214,16 @@ class Stretches:
             elif isinstance(mixer, S4D):
                 made, width = self._vector(mixer.d_model), mixer.d_model
                 system = _system(mixer.ssm, state.ssm)
-                self._phases.append(Phase(stretch.LTI, level, width, width, out=made, **more, **system))
+                norm = layer.norm.weight.detach()
+                system["D"] = system["D"] * norm
+                system["b"] = (system["b"].flatten(1) * norm[:, None]).view_as(system["b"]).contiguous()
+                given: dict[str, Any] = {
+                    "source": stream,
+                    "residual": stream,
+                    "normed": 1,
+                    "eps": float(layer.norm.eps or 0.0),
+                }
+                self._phases.append(Phase(stretch.LTI, level, width, width, out=made, **given, **system))
                 flags = stretch.GLU
             else:
                 made = self._vector(mixer.hidden)
@@ -265,10 +285,6 @@ def _convolution(mixer: Mamba, state: Any) -> dict[str, Any]:
     conv = mixer.conv1d
     bias = None if conv.bias is None else conv.bias.detach()
     return {"conv": conv.weight.detach(), "conv_bias": bias, "conv_state": state.conv, "width": mixer.d_conv}
-
-
-def _norm(norm: RMSNorm) -> dict[str, Any]:
-    return {"norm": norm.weight.detach(), "eps": float(norm.eps or 0.0)}
 
 
 def _system(ssm: DiagonalSSM, state: Tensor) -> dict[str, Any]:

@@ -17,8 +17,8 @@ enum { EMBEDS = 1, GLU = 2, COMPLEX = 4, SWIGLU = 8 };
 // As `mambaseq.ops.stretch.Phase` lays it out.
 struct Phase {
     i64 kind, level, rows, cols;
-    const float *in, *norm;
-    i64 eps;  // bits of a float
+    const float *in;
+    i64 normed, eps;  // eps: bits of a float
     const float *weight, *bias;
     float *out;
     i64 flags;
@@ -90,6 +90,9 @@ struct Ahead {
     Vec weight, other, up;
     float2 a[HELD], b[HELD], c[HELD], h[HELD];
     float bias, other_bias, D, past, tap, conv_bias;
+    // of what is made while the row's input is on its way: y is from_states + u from_input, the convolution from_past + tap v
+    float from_states, from_input, from_past, last_tap;
+    float v, u;  // what goes into the states when the row is done: nobody waits for those
 };
 __device__ __forceinline__ bool has_conv(const Phase &p) { return p.kind == MAMBA || p.kind == CONV; }
 __device__ __forceinline__ bool has_other(const Phase &p) { return has_conv(p) || (p.flags & (GLU | SWIGLU)); }
@@ -109,7 +112,7 @@ __device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slo
         const int width = (int)p.width;
         f.past = lane < width - 1 ? p.conv_state[(i64)row * (width - 1) + lane] : 0.f;
         f.tap = lane < width ? p.conv[(i64)row * width + lane] : 0.f;
-        f.conv_bias = p.conv_bias ? p.conv_bias[row] : 0.f;
+        f.conv_bias = p.conv_bias ? p.conv_bias[row] : 0.f, f.last_tap = p.conv[(i64)row * width + width - 1];
     }
     if (!p.state) return;
     f.D = p.D[row];
@@ -150,26 +153,51 @@ __device__ __forceinline__ void select(Ahead &f, const Phase &p, const float *pr
         }
     }
 }
-// One step of a channel's states; the sum over states of what C reads.
-__device__ __forceinline__ float advance(const Ahead &f, const Phase &p, int channel, float u) {
-    const int lane = threadIdx.x % 32, n = (int)p.n_states;
+// What comes of a row's states before its input is known.
+__device__ __forceinline__ void prepare(Ahead &f, const Phase &p) {
+    if (has_conv(p)) f.from_past = sum_of_warp(threadIdx.x % 32 < p.width - 1 ? f.past * f.tap : 0.f) + f.conv_bias;
+    if (!p.state || p.kind == SCAN) return;
+    float y = 0.f, more = 0.f;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const float2 a = f.a[i], b = f.b[i], c = f.c[i], h = f.h[i];
+        y = fmaf(c.x, fmaf(a.x, h.x, -a.y * h.y), fmaf(c.y, fmaf(a.x, h.y, a.y * h.x), y));
+        more = fmaf(c.x, b.x, fmaf(c.y, b.y, more));
+    }
+    f.from_states = sum_of_warp(y), f.from_input = sum_of_warp(more);
+}
+// The same where it depends on the input.
+__device__ __forceinline__ float read_out(const Ahead &f, float u) {
     float y = 0.f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
+        const float2 a = f.a[i], b = f.b[i], c = f.c[i], h = f.h[i];
+        y = fmaf(c.x, fmaf(a.x, h.x, fmaf(-a.y, h.y, b.x * u)), fmaf(c.y, fmaf(a.x, h.y, fmaf(a.y, h.x, b.y * u)), y));
+    }
+    return sum_of_warp(y);
+}
+// A row's states and last inputs after this step.
+__device__ __forceinline__ void keep(const Ahead &f, const Phase &p, int row) {
+    const int lane = threadIdx.x % 32, n = (int)p.n_states, width = (int)p.width;
+    if (has_conv(p)) {
+        const float later = __shfl_down_sync(FULL, lane == width - 1 ? f.v : f.past, 1);
+        if (lane < width - 1) p.conv_state[(i64)row * (width - 1) + lane] = later;
+    }
+    if (!p.state) return;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
         const int state = i * 32 + lane;
-        const i64 at = (i64)channel * n + state;
+        const i64 at = (i64)row * n + state;
         const float2 a = f.a[i], b = f.b[i], h = f.h[i];
-        const float2 now = make_float2(fmaf(a.x, h.x, fmaf(-a.y, h.y, b.x * u)), fmaf(a.x, h.y, fmaf(a.y, h.x, b.y * u)));
-        y = fmaf(f.c[i].x, now.x, fmaf(f.c[i].y, now.y, y));
+        const float2 now = make_float2(fmaf(a.x, h.x, fmaf(-a.y, h.y, b.x * f.u)), fmaf(a.x, h.y, fmaf(a.y, h.x, b.y * f.u)));
         if (state >= n) continue;
         if (p.flags & COMPLEX) ((float2 *)p.state)[at] = now;
         else p.state[at] = now.x;
     }
-    return sum_of_warp(y);
 }
 
 // The token whose share the number falls in, or, where there is none, the likeliest; every warp by itself, all alike.
-__device__ __forceinline__ int draw(const float *logits, int n, double temperature, const double *uniform, bool &finite) {
+__device__ __forceinline__ int draw(const float *logits, int n, double inverse, const double *uniform, bool &finite) {
     const int lane = threadIdx.x % 32;
     float v[CHOICES], most = -__int_as_float(0x7f800000);
     bool odd = false;
@@ -192,7 +220,7 @@ __device__ __forceinline__ int draw(const float *logits, int n, double temperatu
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < CHOICES; i++) {
-        v[i] = expf((float)((double)(v[i] - most) / temperature));
+        v[i] = v[i] == most ? 1.f : expf((float)((double)(v[i] - most) * inverse));
         total += v[i];
     }
     total = sum_of_warp(total);
@@ -223,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = threadIdx.x; i < n_phases * (int)(sizeof(Phase) / 8); i += THREADS) ((i64 *)program)[i] = ((const i64 *)phases)[i];
     __syncthreads();
     const int lane = threadIdx.x % 32, worker = threadIdx.x / 32 * gridDim.x + blockIdx.x, workers = WARPS * gridDim.x;
+    const double inverse = 1. / *temperature;
     u32 goal = 0;
     int token = (int)*first;
     int count[POOLS];
@@ -247,74 +276,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const Phase &p = program[k];
             const int rows = (int)p.rows, cols = (int)p.cols, slot = slot_of(p);
             float input = 0.f, gate = 0.f;
-            if (p.kind == SCAN && worker < rows) input = __ldcg(p.residual + worker), gate = __ldcg(p.copy + worker);
+            int done = -1;  // the row whose states are still to be kept
+            if ((p.kind == OUT || p.kind == SCAN) && worker < rows) input = __ldcg(p.residual + worker);
+            if (p.kind == SCAN && worker < rows) gate = __ldcg(p.copy + worker);
             if ((int)blockIdx.x < rows) {
+                const int at = threadIdx.x * 4, n = p.kind == SCAN ? (int)p.held_cols : cols;
+                float4 some = make_float4(0.f, 0.f, 0.f, 0.f), more = some;
+                if (!(p.flags & EMBEDS) && at < n) some = __ldcg((const float4 *)(p.in + at));
+                if (p.held && at < p.held_cols) more = __ldcg((const float4 *)(p.held + at));
+                if (worker < rows) prepare(ahead, p);
                 if (p.flags & EMBEDS) {
                     for (int at = threadIdx.x; at < cols; at += THREADS) {
                         const float v = embedding[(i64)token * d_model + at] + (condition ? condition[at] : 0.f);
                         vector[at] = v;
                         if (blockIdx.x == 0) p.residual[at] = v;
                     }
-                } else {
-                    stage(vector, p.in, p.kind == SCAN ? (int)p.held_cols : cols);
+                } else if (at < n) {
+                    *(float4 *)(vector + at) = some;
                 }
-                if (p.held) stage(held, p.held, (int)p.held_cols);
+                if (p.held && at < p.held_cols) *(float4 *)(held + at) = more;
                 __syncthreads();
             }
             if (worker < rows) {
-                Vec x = part_of(vector, cols);
-                if (p.norm) {
-                    const Vec w = part_of(p.norm, cols);
-                    const float scale = rsqrtf(sum_of_warp(dot(x, x)) / cols + __int_as_float((int)p.eps));
-#pragma unroll
-                    for (int i = 0; i < PIECES; i++) {
-                        x.v[i].x *= scale * w.v[i].x, x.v[i].y *= scale * w.v[i].y;
-                        x.v[i].z *= scale * w.v[i].z, x.v[i].w *= scale * w.v[i].w;
-                    }
-                }
+                const Vec x = part_of(vector, cols);
+                // its weight is in the rows'
+                const float scale = p.normed ? rsqrtf(sum_of_warp(dot(x, x)) / cols + __int_as_float((int)p.eps)) : 1.f;
                 for (int row = worker; row < rows; row += workers) {
                     if (row != worker) {
+                        keep(ahead, p, done);
                         fetch(ahead, p, row, slot);
-                        if (p.kind == SCAN) input = __ldcg(p.residual + row), gate = __ldcg(p.copy + row);
+                        prepare(ahead, p);
+                        if (p.kind == OUT || p.kind == SCAN) input = __ldcg(p.residual + row);
+                        if (p.kind == SCAN) gate = __ldcg(p.copy + row);
                     }
+                    done = row;
                     float v = 0.f, other = 0.f;
                     if (p.weight) {
-                        v = sum_of_warp(dot(x, ahead.weight)) + ahead.bias;
-                        if (has_other(p)) other = sum_of_warp(dot(x, ahead.other)) + ahead.other_bias;
+                        v = fmaf(scale, sum_of_warp(dot(x, ahead.weight)), ahead.bias);
+                        if (has_other(p)) other = fmaf(scale, sum_of_warp(dot(x, ahead.other)), ahead.other_bias);
                     }
                     if (p.kind == OUT) {
                         const float given = p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
                         if (p.flags & GLU) v *= 1.f / (1.f + __expf(-other));
                         if (lane == 0) {
-                            v += __ldcg(p.residual + row);
+                            v += input;
                             if (p.window) p.window[(i64)slot * rows + row] = v;
                             v += given;
                             if (p.copy) p.copy[row] = v;
                         }
                     } else if (has_conv(p)) {
-                        const int width = (int)p.width;
-                        const float was = lane == width - 1 ? v : ahead.past;
-                        const float later = __shfl_down_sync(FULL, was, 1);
-                        if (lane < width - 1) p.conv_state[(i64)row * (width - 1) + lane] = later;
-                        const float u = silu(sum_of_warp(was * ahead.tap) + ahead.conv_bias);
+                        ahead.v = v, ahead.u = v = silu(fmaf(ahead.last_tap, v, ahead.from_past));
                         if (p.kind == MAMBA) {
-                            v = fmaf(ahead.D, u, advance(ahead, p, row, u)) * silu(other);
+                            v = fmaf(ahead.D + ahead.from_input, v, ahead.from_states) * silu(other);
                         } else {
-                            v = u;
                             if (lane == 0) p.copy[row] = silu(other);
                         }
                     } else if (p.kind == SCAN) {
                         select(ahead, p, vector, softplus(v));
-                        v = fmaf(ahead.D, input, advance(ahead, p, row, input)) * gate;
+                        ahead.u = input, v = fmaf(ahead.D, input, read_out(ahead, input)) * gate;
                     } else if (p.kind == LTI) {
-                        float u = 0.f;
-#pragma unroll
-                        for (int i = 0; i < PIECES; i++) {
-                            const int at = row - i * 128 - lane * 4;
-                            if (at >= 0 && at < 4) u = at == 0 ? x.v[i].x : at == 1 ? x.v[i].y : at == 2 ? x.v[i].z : x.v[i].w;
-                        }
-                        u = __shfl_sync(FULL, u, row % 128 / 4);
-                        v = gelu(fmaf(ahead.D, u, advance(ahead, p, row, u)));
+                        ahead.u = scale * vector[row];
+                        v = gelu(fmaf(ahead.D + ahead.from_input, ahead.u, ahead.from_states));
                     } else if (p.kind == GATED) {
                         v = p.flags & SWIGLU ? silu(v) * other : gelu(v);
                     }
@@ -322,6 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             arrive(counter);
+            if (done >= 0) keep(ahead, p, done);
             k++;
             while (k < n_phases && program[k].level > whole) k++;
             const Phase &next = program[k < n_phases ? k : 0];
@@ -331,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         stage(staged, logits, vocabulary);
         __syncthreads();
         bool finite;
-        token = draw(staged, vocabulary, *temperature, uniforms ? uniforms + step : nullptr, finite);
+        token = draw(staged, vocabulary, inverse, uniforms ? uniforms + step : nullptr, finite);
         all_finite &= finite;
         if (worker == 0 && lane == 0) tokens[step] = token;
 #pragma unroll

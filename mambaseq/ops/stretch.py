@@ -30,20 +30,22 @@ _THREADS = 256
 class Phase(NamedTuple):
     """`rows` of a linear map, each by a warp, and what is done with them. Tensors are float32 and contiguous.
 
-    LINEAR  out = weight norm(in) + bias.
-    OUT     the same, without a norm, gated by its other half (GLU) and added to `residual`. The sum goes to `out`, with
+    LINEAR  out = weight in + bias.
+    OUT     the same, gated by its other half (GLU) and added to `residual`. The sum goes to `out`, with
             what row `count * rows + row` of `up` makes of `held`, and to `copy`; without that to `window`, at the
             place of the pool's count.
     MAMBA   a channel of the time-invariant Mamba block: two rows, convolution, states, gate.
-    LTI     a channel of norm(in) through its states, GELU.
+    LTI     a channel of `in` through its states, GELU.
     GATED   silu(row) times its other half (SWIGLU), or GELU of the row.
     CONV    a channel of the selective Mamba block: two rows and convolution; the gate goes to `copy`.
     SCAN    the same channel, whose step size is the softplus of a row, through its states: `in` has `held_cols`
             numbers, those of the row, B and C; `residual` has the inputs, `copy` the gates.
 
-    level: pools that must be whole with a position for it to be run. flags: EMBEDS takes the token's embedding instead
-    of `in`, and puts it into `residual`. a, b, c: `(channels, n_states)`, real or (COMPLEX) as pairs of numbers, with
-    the state's new value a h + b x and the output the sum of all numbers' products with c; for SCAN a is A.
+    normed: `in` is divided by the root of its mean square and eps, and a norm's weight is a factor of `weight`, or of b
+    and D. level: pools that must be whole with a position for it to be run. flags: EMBEDS takes the token's embedding
+    instead of `in`, and puts it into `residual`. a, b, c: `(channels, n_states)`, real or (COMPLEX) as pairs of
+    numbers, with the state's new value a h + b x and the output the sum of all numbers' products with c; for SCAN a is
+    A.
     """
 
     kind: int
@@ -51,7 +53,7 @@ class Phase(NamedTuple):
     rows: int
     cols: int
     source: Tensor | None = None
-    norm: Tensor | None = None
+    normed: int = 0
     eps: float = 0.0
     weight: Tensor | None = None
     bias: Tensor | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mambaseq.generation import decode, generate
+from mambaseq.generation.sampling import Draws
 from mambaseq.generation.stretches import Stretches, why_not
 from mambaseq.models import SequenceModel, build_model
 
@@ -126,3 +127,13 @@ def test_what_the_kernel_does_not_run_is_told() -> None:
         assert "does not know Mamba without selection" in str(why_not(plain, 1, 0, 1.0))
         assert "more than one sequence" in str(why_not(plain, 2, 0, 1.0))
         assert "top_k" in str(why_not(plain, 1, 5, 1.0))
+
+
+def test_draws_for_many_steps_are_those_of_each() -> None:
+    prompt = torch.randint(0, 50, (2, 4))
+    many, each = (Draws(7, prompt, None, 3, None, "cpu") for _ in range(2))
+    expected = torch.stack([each.next() for _ in range(200)])
+    found = [many.next()[None] for _ in range(5)]
+    found += [many.many(70), many.next()[None], many.next()[None], many.many(1), many.many(100)]
+    found += [many.next()[None] for _ in range(22)]
+    assert torch.equal(torch.cat(found), expected)
