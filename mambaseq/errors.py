@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 
 _COMPARED = 200  # characters of a name that are looked at for near ones
@@ -66,14 +67,29 @@ def _texts(value: object) -> list[str]:
     return [value] if isinstance(value, str) and len(value) > 3 else []
 
 
+def folded(text: str) -> str:
+    """A text without what is easily mistyped: case and accents.
+
+    >>> folded("Théo")
+    'theo'
+    """
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest of the known names, else ``""``.
+    """``" Did you mean 'x'?"`` for the nearest of the known names, else ``""``. Case and accents do not count; of
+    several names with commas, the first that is near one counts.
 
     >>> did_you_mean("mambda", ["mamba", "s4d"])
     " Did you mean 'mamba'?"
     """
-    near = difflib.get_close_matches(name[:_COMPARED], list(known), n=1, cutoff=0.6)
-    return f" Did you mean {shown(near[0])}?" if near else ""
+    names = {folded(one): one for one in known}
+    given = folded(name[:_COMPARED])
+    for part in (given, *(given.split(",") if "," in given else ())):
+        if near := difflib.get_close_matches(part.strip(), list(names), n=1, cutoff=0.6):
+            return f" Did you mean {shown(names[near[0]])}?"
+    return ""
 
 
 def shown(value: object, most: int = 80) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from mambaseq.atomic import atomic_file
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
 from mambaseq.outputs import safe_cell
 from mambaseq.plain import read_yaml
 from mambaseq.reporting.runs import RunFolder
@@ -99,7 +99,7 @@ def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
     ]
     if len(names) != 1:
         told = f" It may be {cut_list(names)}." if names else did_you_mean(column, runs.columns)
-        raise ConfigError(f"No column is named {column[:80]!r}.{told} Columns: {cut_list(runs.columns)}.")
+        raise ConfigError(f"No column is named {shown(column)}.{told} Columns: {cut_list(runs.columns)}.")
     place = runs.columns.index(names[0])
     numeric = all(isinstance(row[place], int | float) or row[place] == "" for row in runs.rows)
 
@@ -143,7 +143,7 @@ def curves(runs: Runs, metric: str = "val/loss") -> Figure:
                 share = results[each] / results["steps"]
                 axes.plot([step * share for step in steps], values, marker="o", ms=2.5)
     if not drawn:
-        raise UserError(f"None of these runs logged {metric[:80]!r}. Give another --curve, such as train/loss.")
+        raise UserError(f"None of these runs logged {shown(metric)}. Give another --curve, such as train/loss.")
     for axes, label in zip(panels, ("step", "tokens", "seconds of training"), strict=True):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mambaseq.backbones.residual import ResidualLayer
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span
 
 Pool = Literal["mean", "last", "positions"]
@@ -33,7 +33,7 @@ class Embeddings(Answer):
     ) -> None:
         super().__init__(loaded, condition, window)
         if pool not in ("mean", "last", "positions"):
-            raise ConfigError(f"Embeddings are pooled by mean, last or positions, not by {str(pool)[:80]!r}.")
+            raise ConfigError(f"Embeddings are pooled by mean, last or positions, not by {shown(pool)}.")
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
         self.pool, self.layer = pool, None if layer is None else self._layer(layer)
@@ -43,7 +43,7 @@ class Embeddings(Answer):
         layers = [module for module in backbone.modules() if isinstance(module, ResidualLayer)]
         if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or len(backbone.layers) != len(layers):  # type: ignore[arg-type]
             raise ConfigError(
-                f"The layers of the backbone {self.loaded.card.spec['backbone']['name']!r} are not one behind the "
+                f"The layers of the backbone {shown(self.loaded.card.spec['backbone']['name'])} are not one behind the "
                 f"other; only its output can be embedded. Leave --layer out."
             )
         if not 1 <= number <= len(layers):

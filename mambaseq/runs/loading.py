@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown, under_key
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, folded, shown, under_key
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LISTED = 12
@@ -75,7 +75,7 @@ def _near(given: str, names: list[str]) -> str:
 
 
 def _words(text: str) -> list[str]:
-    words = re.findall(r"[^\W_]+", text.lower())
+    words = re.findall(r"[^\W_]+", folded(text))
     return [str(_DIGITS.index(word)) if word in _DIGITS else word.lstrip("0") or "0" for word in words]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.config import keys_of
 from mambaseq.runs.evaluation import evaluate
@@ -42,7 +43,7 @@ class Run:
         return self.folder.path
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"Run({shown(self.path)})"
 
     @property
     def results(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Run:
         Raises UserError when there is no such set or model.
         """
         if split not in ("validation", "test"):
-            raise ConfigError(f"split must be 'validation' or 'test', not {str(split)[:80]!r}.")
+            raise ConfigError(f"split must be 'validation' or 'test', not {shown(split)}.")
         overrides = as_overrides(str(self.folder.require().config), settings, keys)
         return evaluate(self.folder, "validate" if split == "validation" else "test", overrides, progress=progress)
 
@@ -175,7 +176,7 @@ def as_overrides(config: str, settings: Mapping[str, Any] | None, keys: Mapping[
             if len(fitting) != 1:
                 told = f" Several end so: {cut_list(fitting)}." if fitting else did_you_mean(word, _last(known))
                 raise ConfigError(
-                    f"{word[:80]!r} is not the end of one key of {config}.{told} Whole keys: settings={{...}}."
+                    f"{shown(word)} is not the end of one key of {config}.{told} Whole keys: settings={{...}}."
                 )
             written[fitting[0]] = value
     return [_override(key, value) for key, value in written.items()]
@@ -201,8 +202,9 @@ def _override(key: str, value: Any) -> str:
         value = str(value)
     if isinstance(value, str):
         return f"--{key}={value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} cannot be {value}; no setting is infinite or NaN.")
     try:
-        text = json.dumps(list(value) if isinstance(value, Sequence) else value, default=str, allow_nan=True)
+        return f"--{key}={json_text(value)}"
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} cannot be {str(value)[:80]!r}: {error}.") from error
-    return f"--{key}={text.replace('NaN', '.nan').replace('Infinity', '.inf')}"
+        raise ConfigError(f"{key} cannot be {shown(value)}: {cut(error)}.") from error
