@@ -24,10 +24,9 @@ SIZES = {
 PEERS_CHUNK = 256  # mamba-ssm's own default
 
 
-def dual_inputs(
-    batch: int, length: int, heads: int, head_dim: int, d_state: int, device: torch.device
-) -> dict[str, Any]:
+def dual_inputs(shape: dict[str, int], device: torch.device) -> dict[str, Any]:
     """As a Mamba-2 block has them, with step sizes of 1e-3 … 1e-1; one group."""
+    batch, length, heads, head_dim, d_state = shape.values()
     generator = torch.Generator(device).manual_seed(0)
     dtype = training_dtype(device)
 
@@ -60,7 +59,7 @@ def duals(device: torch.device, scale: str) -> Iterator[Plan]:
         return scan(x, dt, A, B, C, PEERS_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
 
     def case(shape: dict[str, int]) -> Case:
-        inputs = dual_inputs(*shape.values(), device)
+        inputs = dual_inputs(shape, device)
         run = functools.partial(output_of, ssd, dt_softplus=True)
         backend = our_backend("ssd", SsdArguments(**inputs, dt_softplus=True, wants_final_state=False))
         contenders = [

@@ -19,9 +19,13 @@ from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
 from mambaseq.ops.dtypes import working_dtype
-from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.linear import apply_linear, is_plain
+from mambaseq.ops.mamba2_block import Mamba2BlockArguments, mamba2_block
+from mambaseq.ops.mamba2_block import why_not as why_not_whole
 from mambaseq.ops.ssd.step import ssd_update_
 from mambaseq.ops.step import causal_conv_update_
+
+_LAYERS = ("in_proj", "conv1d", "out_proj", "norm")
 
 
 @dataclasses.dataclass
@@ -35,6 +39,8 @@ class Mamba2State(State):
 
 class GatedRMSNorm(nn.Module):
     """`gated_rms_norm` over groups of channels, and its weight."""
+
+    adds_bias = False  # so that `is_plain` knows it
 
     def __init__(self, channels: int, eps: float, group_size: int, norm_before_gate: bool) -> None:
         super().__init__()
@@ -154,6 +160,11 @@ class Mamba2(Mixer):
         """See `Mixer.forward`."""
         if state is not None:
             self._check(state, x, cu_seqlens)
+        if _runs_whole(x) and self.backend in (None, "triton") and self._has_plain_layers():
+            whole = self._block_arguments(x, state, cu_seqlens, return_state)
+            if why_not_whole(whole) is None:
+                y, *new = mamba2_block(whole)
+                return (y, Mamba2State(*new)) if return_state else y
         z, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv(
             xBC,
@@ -182,6 +193,36 @@ class Mamba2(Mixer):
         )
         y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
         return (y, Mamba2State(conv_state, ssm_state)) if return_state else y
+
+    def _has_plain_layers(self) -> bool:
+        """Whether kernels may do what the layers would: none is wrapped, hooked or quantised."""
+        return all(is_plain(self._modules[name]) for name in _LAYERS)  # type: ignore[arg-type]
+
+    def _block_arguments(
+        self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, wants_state: bool
+    ) -> Mamba2BlockArguments:
+        """Computed in autocast's dtype where it is on, as the linear layers by themselves would be."""
+        device = x.device.type
+        return Mamba2BlockArguments(
+            x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            None if state is None else state.conv,
+            None if state is None else state.ssm,
+            cu_seqlens,
+            self.n_groups,
+            self.norm.eps,
+            self.norm.norm_before_gate,
+            wants_state,
+        )
 
     def _check(self, state: Mamba2State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)
@@ -226,3 +267,8 @@ class Mamba2(Mixer):
         x, B, C = self._heads(xBC)
         y = ssd_update_(state.ssm, x, dt, self._A(x), B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         return apply_linear(self.out_proj, self.norm(y.flatten(-2), z)).unsqueeze(1)
+
+
+def _runs_whole(x: Tensor) -> bool:
+    """Whether a block is one operator there, if it can be."""
+    return x.is_cuda

@@ -17,7 +17,7 @@ class Block(NamedTuple):
     """What makes a block an operator.
 
     arguments: a NamedTuple of its arguments: tensors or None, the first `differentiable` of which get gradients, and
-        last the bool `wants_state`. schema: the same as PyTorch writes them.
+        last `plain` others, of which the bool `wants_state` is the last. schema: the same as PyTorch writes them.
     kept: how many tensors forward keeps for backward.
     matrices(a): the weights in the dtype that is computed in.
     forward(a, matrices, keep): `(output, conv_state, ssm_state, *kept)`. fake(a, keep): empty tensors of their shapes.
@@ -33,6 +33,7 @@ class Block(NamedTuple):
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor | None, ...]]
     fake: Callable[..., tuple[Tensor, ...]]
+    plain: int = 1
 
 
 def register(block: Block) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
@@ -72,7 +73,8 @@ def register(block: Block) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
     )
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.wants_state, _ = inputs
+        values = inputs[:-1]
+        tensors, ctx.plain = values[: -block.plain], values[-block.plain :]
         ctx.save_for_backward(*tensors, *output[3:])
         ctx.set_materialize_grads(False)
 
@@ -81,11 +83,11 @@ def register(block: Block) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
         inputs, kept = saved[: -block.kept], saved[-block.kept :]
         if dout is None:
             dout = torch.zeros_like(inputs[0])
-        if not ctx.wants_state:
+        if not ctx.plain[-1]:
             dconv = dssm = None
-        found = find(dout, dconv, dssm, *inputs, ctx.wants_state, *kept)
+        found = find(dout, dconv, dssm, *inputs, *ctx.plain, *kept)
         given = [None if v is None else g for v, g in zip(inputs[:wanted], found, strict=True)]
-        return (*given, *[None] * (len(inputs) + 2 - wanted))
+        return (*given, *[None] * (len(inputs) + block.plain + 1 - wanted))
 
     forward_op.register_autograd(
         lambda ctx, dout, dconv, dssm, *_: gradients(ctx, dout, dconv, dssm, backward_op), setup_context=remember
@@ -137,6 +139,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def weight_gradient(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
     """left^T right in the weight's dtype."""
-    if weight.dtype == torch.float32 and left.dtype != torch.float32 and torch.version.hip is None:
+    if weight.dtype == torch.float32 and left.dtype != torch.float32 and left.is_cuda and torch.version.hip is None:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return (left.t() @ right).to(weight.dtype)

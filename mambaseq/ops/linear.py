@@ -41,7 +41,7 @@ def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling this linear or convolution layer does nothing but its arithmetic, which a kernel may do instead:
+    """Whether calling this linear layer, convolution or norm does nothing but arithmetic, which a kernel may do:
     no subclass (unless it says so by `adds_bias`), no adapter in its place, no forward of its own, no hooks, no
     quantised or sharded weight."""
     kind, state = type(module), module.__dict__  # looked up without nn.Module's detours: decoding asks for every layer

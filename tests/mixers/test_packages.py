@@ -1,4 +1,5 @@
-"""Mixers whose state-space dual a package computes: what it is handed, and that the result is the same."""
+"""Mixers whose state-space dual a package or our kernels compute in half precision: what they are handed, and that
+the result is the same."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def test_full_precision_is_handed_on(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
-@pytest.mark.parametrize("backend", ["fla", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["triton", "fla", "mamba_ssm"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_packages_on_a_gpu(name: str, options: dict, backend: str, packed: bool) -> None:
     own, other = pair(name, options, backend, "cuda")
@@ -142,7 +143,7 @@ def test_packages_on_a_gpu(name: str, options: dict, backend: str, packed: bool)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
-@pytest.mark.parametrize("backend", ["fla", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["triton", "fla", "mamba_ssm"])
 def test_gradients_of_packages_on_a_gpu(name: str, options: dict, backend: str) -> None:
     own, other = pair(name, options, backend, "cuda")
     x = torch.randn(2, 1000, 64, device="cuda")

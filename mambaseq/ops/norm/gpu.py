@@ -142,7 +142,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int, before: bool) -> tuple[Tensor, Tensor]:
+def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int, before: bool) -> tuple[Tensor, Tensor]:
     """(y, 1 / rms of each row and group)."""
     xs, zs = _rows(x), _rows(z)
     n_rows, channels = xs.shape
@@ -157,14 +157,22 @@ def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int,
     return y, rstd
 
 
-def _gated_backward(
-    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, width: int, before: bool
+def gated_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    width: int,
+    before: bool,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dz and dweight. dz: where to write it, `(rows, channels)`, its channels side by side."""
     xs, zs = _rows(x), _rows(z)
     n_rows, channels = xs.shape
     groups = channels // width
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=x.device) if dz is None else dz
     tile = _tile(width, _TILE_BACKWARD)
     n_tiles = -(-n_rows // tile["ROWS"])
     programs = min(n_tiles, max(1, _programs(x.device) // groups))
@@ -172,7 +180,7 @@ def _gated_backward(
     with portable.on(x):
         _kernels().gated_backward[(programs, groups)](
             dy.contiguous(), xs, zs, weight.contiguous(), rstd, dx, dz, shares,
-            n_rows, n_tiles, xs.stride(0), zs.stride(0), groups, BEFORE=before, **tile,
+            n_rows, n_tiles, xs.stride(0), zs.stride(0), dz.view(-1, channels).stride(0), groups, BEFORE=before, **tile,
         )  # fmt: skip
     return dx, dz, shares.sum(0).to(weight.dtype)
 
@@ -192,13 +200,13 @@ _add_backward_op = torch.library.custom_op(
 )
 _gated_op = torch.library.custom_op(
     "mambaseq::gated_rms_norm",
-    _gated_forward,
+    gated_forward,
     mutates_args=(),
     schema="(Tensor x, Tensor z, Tensor weight, float eps, int width, bool before) -> (Tensor, Tensor)",
 )
 _gated_backward_op = torch.library.custom_op(
     "mambaseq::gated_rms_norm_backward",
-    _gated_backward,
+    gated_backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor rstd, int width, bool before) "
     "-> (Tensor, Tensor, Tensor)",
@@ -301,7 +309,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
-        outputs = _gated_forward(*values)
+        outputs = gated_forward(*values)
         _remember_gated(ctx, values, outputs)
         ctx.mark_non_differentiable(outputs[1])
         return outputs
@@ -309,4 +317,4 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return _gated_gradients(ctx, _gated_backward, dy)
+        return _gated_gradients(ctx, gated_backward, dy)

@@ -87,10 +87,10 @@ def gated_forward(
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def gated_backward(
-    dy, x, z, weight, rstd, dx, dz, dweight, n_rows, n_tiles, x_stride, z_stride, n_groups,
+    dy, x, z, weight, rstd, dx, dz, dweight, n_rows, n_tiles, x_stride, z_stride, dz_stride, n_groups,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """dy, dx, dz contiguous; dweight `(programs, n_groups x WIDTH)` fp32: the share of each program."""
+    """dy, dx contiguous; dweight `(programs, n_groups x WIDTH)` fp32: the share of each program."""
     program = tl.program_id(0)
     group = tl.program_id(1)
     columns = tl.arange(0, COLUMNS)
@@ -104,13 +104,14 @@ def gated_backward(
         d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         xs = tl.load(x + rows[:, None] * x_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         zs = tl.load(z + rows[:, None] * z_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        to_dz = dz + rows[:, None] * dz_stride + channels[None, :]
         scale = tl.load(rstd + rows * n_groups + group, mask=rows < n_rows, other=0.0)
         sig = tl.sigmoid(zs)
         gate = zs * sig
         slope = sig * (1.0 + zs * (1.0 - sig))
         if BEFORE:
             normed = xs * scale[:, None]
-            tl.store(dz + at, (d * normed * w[None, :] * slope).to(dz.dtype.element_ty), mask=inside)
+            tl.store(to_dz, (d * normed * w[None, :] * slope).to(dz.dtype.element_ty), mask=inside)
             d *= gate
         else:
             normed = xs * gate * scale[:, None]
@@ -119,7 +120,7 @@ def gated_backward(
         mean = tl.sum(d * normed, axis=1) / WIDTH
         d = (d - normed * mean[:, None]) * scale[:, None]
         if not BEFORE:
-            tl.store(dz + at, (d * xs * slope).to(dz.dtype.element_ty), mask=inside)
+            tl.store(to_dz, (d * xs * slope).to(dz.dtype.element_ty), mask=inside)
             d *= gate
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
     to = dweight + program.to(tl.int64) * (WIDTH * n_groups) + channels

@@ -51,7 +51,8 @@ def ssd(
 
     Args:
         x: `(batch, length, heads, head_dim)`, float64, float32, bfloat16 or float16. Float64 is computed in
-            float64, all others in float32, under autocast too.
+            float64, all others in float32, under autocast too; but the kernels of GPUs, which take half precision
+            alone, round what they multiply to it and keep sums and states in float32.
         dt: step sizes `(batch, length, heads)`.
         A: `(heads,)`; the decay, as a rule negative.
         B, C: `(batch, length, groups, d_state)`; each group serves `heads / groups` neighbouring heads.

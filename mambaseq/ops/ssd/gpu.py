@@ -17,13 +17,14 @@ from mambaseq.ops import portable, sequences
 from mambaseq.ops.ssd import library
 from mambaseq.ops.ssd.arguments import SsdArguments
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_MOST_HEAD_DIM, _MOST_STATES = 128, 256
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_HEAD_DIM, MOST_STATES = 128, 256
 _MOST_PIECES = 16  # that a wider head is cut into
 _LONGEST = 2**30  # row: steps are counted in 32 bits
 _LEAST = 16  # rows and columns of a matrix product
 _STEPS_HEADS = 16  # of a program
 _LEAST_CHUNKS = 4  # that a program walks over
+_MANY = 2  # times the programs that a walk wants
 
 
 class Shape(NamedTuple):
@@ -62,7 +63,7 @@ def why_not(arguments: SsdArguments) -> str | None:
     x, B, C = arguments.x, arguments.B, arguments.C
     if (reason := portable.why_not(x.device.type)) is not None:
         return reason
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"x is {x.dtype}, the kernels multiply matrices of bfloat16 or float16"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"x is {x.dtype}, B {B.dtype} and C {C.dtype}: the kernels want one dtype"
@@ -72,10 +73,10 @@ def why_not(arguments: SsdArguments) -> str | None:
             return f"{name} is float64, the kernels compute in float32"
     if x.numel() == 0 or B.numel() == 0:
         return "x or B is empty"
-    if x.shape[3] > _MOST_PIECES * _MOST_HEAD_DIM:
-        return f"heads are {x.shape[3]} wide, the kernels take {_MOST_PIECES * _MOST_HEAD_DIM}"
-    if B.shape[3] > _MOST_STATES:
-        return f"there are {B.shape[3]} states, the kernels hold {_MOST_STATES}"
+    if x.shape[3] > _MOST_PIECES * MOST_HEAD_DIM:
+        return f"heads are {x.shape[3]} wide, the kernels take {_MOST_PIECES * MOST_HEAD_DIM}"
+    if B.shape[3] > MOST_STATES:
+        return f"there are {B.shape[3]} states, the kernels hold {MOST_STATES}"
     if x.shape[1] >= _LONGEST:
         return "a row is longer than 2^30"
     return None
@@ -96,7 +97,7 @@ class _Call:
         self.state_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         self.sequences = arguments.n_sequences
         size = self.plan.size
-        self.table, self.used = None, None
+        self.table = None
         self.chunks_of_row = -(-self.length // size)
         if cu_seqlens is not None:
             self.table = _table(cu_seqlens, self.length, size, reverse)
@@ -181,12 +182,25 @@ def forward_into(arguments: SsdArguments) -> tuple[Tensor, Tensor | None]:
     return y, final
 
 
-def backward_into(arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None) -> library.Gradients:
+class Into(NamedTuple):
+    """Where gradients are written: of the shapes and dtypes of x, dt, B and C, the last axes side by side."""
+
+    dx: Tensor
+    ddt: Tensor
+    dB: Tensor
+    dC: Tensor
+
+
+def backward_into(
+    arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None, into: Into | None = None
+) -> library.Gradients:
     """The gradients of x, dt, A, B, C, D, dt_bias and initial_state, without autograd; None for what is None.
 
-    Nothing of the forward is needed. The same inputs give the same bits.
+    Nothing of the forward is needed. The same inputs give the same bits. Without `into` there is new room.
     """
-    x, dt, A, B, _, D, dt_bias, softplus, initial, _, reverse, *_ = arguments
+    x, dt, A, B, C, D, dt_bias, softplus, initial, _, reverse, *_ = arguments
+    if into is None:
+        into = Into(*(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, dt, B, C)))
     with portable.on(x):
         call = _Call(arguments)
         dy = _rows(dy.to(x.dtype))
@@ -203,40 +217,39 @@ def backward_into(arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None) ->
         dB_parts, dC_parts = call.empty(2, parts, chunks, groups, size, call.d_state).unbind(0)
         direct, inner = call.empty(2, chunks, heads, size).unbind(0)
         shares = call.empty(3, chunks, heads)
-        dx = call.empty(*x.shape, dtype=x.dtype)
         call.kernels.inner_backward[(chunks, heads // taken)](
             call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
             call.decay, call.step, call.D, dy, *dy.stride()[:3], left, *call.place,
-            dx, dB_parts, dC_parts, direct, inner, shares, heads, call.heads_of_group, groups,
-            HEADS=taken, **call.whole(shape),
+            into.dx, *into.dx.stride()[:3], dB_parts, dC_parts, direct, inner, shares,
+            heads, call.heads_of_group, groups, HEADS=taken, **call.whole(shape),
         )  # fmt: skip
 
         shape = call.plan.outer
         columns = min(_block(call.d_state), shape.columns)
         blocks = -(-call.d_state // columns)
         outer = call.empty(blocks, chunks, heads, size)
-        dB, dC = (call.empty(*B.shape, dtype=B.dtype) for _ in range(2))
         for of_C in (False, True):
-            rows, matrix = (dy, call.C) if of_C else (call.x, call.B)
+            rows, matrix, found = (dy, call.C, into.dC) if of_C else (call.x, call.B, into.dB)
             call.kernels.outer_backward[(chunks, groups * blocks)](
                 rows, *rows.stride()[:3], matrix, *matrix.stride()[:3], call.decay, call.step,
-                entered if of_C else left, *call.place, dC_parts if of_C else dB_parts, parts, dC if of_C else dB,
-                outer, heads, call.heads_of_group, groups, OF_C=of_C, **{**call.whole(shape), "BLOCK_N": columns},
+                entered if of_C else left, *call.place, dC_parts if of_C else dB_parts, parts,
+                found, *found.stride()[:3], outer, heads, call.heads_of_group, groups,
+                OF_C=of_C, **{**call.whole(shape), "BLOCK_N": columns},
             )  # fmt: skip
         del entered, left, dB_parts, dC_parts
 
-        ddt = call.empty(*dt.shape, dtype=dt.dtype)
         call.kernels.steps_backward[(chunks, -(-heads // _STEPS_HEADS))](
-            *call.raw(), call.step, *call.place, direct, inner, outer, flow, ddt, shares, heads,
+            *call.raw(), call.step, *call.place, direct, inner, outer, flow,
+            into.ddt, *into.ddt.stride(), shares, heads,
             SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS, OUTER=blocks, FLOW=flow.shape[2],
         )  # fmt: skip
         dD, dA, dbias = shares.sum(1).unbind(0)
     return (
-        dx,
-        ddt,
+        into.dx,
+        into.ddt,
         dA.to(A.dtype),
-        dB,
-        dC,
+        into.dB,
+        into.dC,
         None if D is None else dD.to(D.dtype),
         None if dt_bias is None else dbias.to(dt_bias.dtype),
         None if initial is None or dinitial is None else dinitial.to(initial.dtype),
@@ -244,8 +257,12 @@ def backward_into(arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None) ->
 
 
 def _segments(tiles: int, chunks: int, programs: int) -> tuple[int, int]:
-    """Into how many parts walks over `chunks` chunks are cut, so that there are programs enough, and chunks of each."""
-    segments = max(1, min(programs // tiles, chunks // _LEAST_CHUNKS))
+    """Into how many parts walks over `chunks` chunks are cut, so that there are programs enough, and chunks of each.
+
+    Each part is walked over twice: only where there are few programs, and then there may be many parts.
+    """
+    segments = 1 if 2 * tiles > programs else _MANY * programs // tiles
+    segments = max(1, min(segments, chunks // _LEAST_CHUNKS))
     length = -(-chunks // segments)
     return -(-chunks // length), length
 
@@ -276,7 +293,7 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state, an empty tensor where it is not wanted."""
     x, initial = arguments.x, arguments.initial_state
     head_dim = x.shape[3]
-    pieces = -(-head_dim // _MOST_HEAD_DIM)
+    pieces = -(-head_dim // MOST_HEAD_DIM)
     if pieces == 1:
         return _run(arguments)
     padding = -head_dim % pieces

@@ -19,7 +19,6 @@ _ARGUMENTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
     "Tensor? initial_state, Tensor? cu_seqlens, bool reverse, bool wants_final_state, int chunk_size"
 )
-_SOFTPLUS = 7  # where it stands, amid the tensors
 
 
 def register(
@@ -72,17 +71,17 @@ def register(
     backward_op.register_fake(fake_backward)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.given = SsdArguments(*inputs)._replace(
-            **{name: None for name, value in zip(SsdArguments._fields, inputs, strict=True) if _is_tensor(value)}
-        )
-        ctx.names = [name for name, value in zip(SsdArguments._fields, inputs, strict=True) if _is_tensor(value)]
-        ctx.save_for_backward(*(value for value in inputs if _is_tensor(value)))
+        given: dict[str, Any] = dict(zip(SsdArguments._fields, inputs, strict=True))
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        ctx.given, ctx.names = given | dict.fromkeys(tensors), list(tensors)
+        ctx.save_for_backward(*tensors.values())
         ctx.set_materialize_grads(False)
 
     def gradients(
         ctx: Any, dy: Tensor | None, dfinal: Tensor | None, find: Callable[..., Gradients]
     ) -> tuple[Any, ...]:
-        arguments = ctx.given._replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        values = ctx.given | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        arguments = SsdArguments(**values)
         if dy is None:
             dy = torch.zeros_like(arguments.x)
         found = find(dy, dfinal if arguments.wants_final_state else None, *arguments)
@@ -115,13 +114,10 @@ def register(
     return run
 
 
-def _differentiable(arguments: SsdArguments) -> tuple[Tensor | None, ...]:
-    return (*arguments[:_SOFTPLUS], arguments.initial_state)
+def _differentiable(arguments: SsdArguments) -> Gradients:
+    x, dt, A, B, C, D, dt_bias, _, initial_state, *_ = arguments
+    return x, dt, A, B, C, D, dt_bias, initial_state
 
 
 def _is_part(value: Tensor) -> bool:
     return value.untyped_storage().nbytes() != value.numel() * value.element_size()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

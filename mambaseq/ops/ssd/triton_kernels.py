@@ -274,7 +274,7 @@ def output(
 def inner_backward(
     x, x_batch, x_row, x_head, B, B_batch, B_row, B_group, C, C_batch, C_row, C_group, decay, dt, D,
     dy, dy_batch, dy_row, dy_head, dstates, table, chunks, chunks_of_row, length,
-    dx, dB, dC, direct, ddecay, shares, heads, heads_of_group, groups,
+    dx, dx_batch, dx_row, dx_head, dB, dC, direct, ddecay, shares, heads, heads_of_group, groups,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -303,7 +303,7 @@ def inner_backward(
     all_weights = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     x = _row(x, x_batch, x_row, batch, first) + row[:, None] * x_row + p[None, :]
     dy = _row(dy, dy_batch, dy_row, batch, first) + row[:, None] * dy_row + p[None, :]
-    dx = dx + (batch * length + first) * heads * P + row[:, None] * (heads * P) + p[None, :]
+    dx = _row(dx, dx_batch, dx_row, batch, first) + row[:, None] * dx_row + p[None, :]
     for head in range(h, h + HEADS):
         which = c.to(tl.int64) * heads + head
         sums_to = tl.load(decay + which * SIZE + k)
@@ -341,7 +341,7 @@ def inner_backward(
             wide = dys.to(tl.float32)
             du += tl.load(D + head).to(tl.float32) * wide
             tl.store(shares + which, tl.sum(wide * xs.to(tl.float32)))
-        tl.store(dx + head * P, _rounded(du, dx.dtype.element_ty), mask=known)
+        tl.store(dx + head * dx_head, _rounded(du, dx.dtype.element_ty), mask=known)
         of_decay = of_rows - step * (of_pairs + of_state)
         of_decay += tl.where(k == SIZE - 1, tl.sum(step * of_state), 0.0)
         tl.store(direct + which * SIZE + k, same + of_pairs + of_state)
@@ -357,7 +357,7 @@ def inner_backward(
 @triton.jit(do_not_specialize=_CHANGING)
 def outer_backward(
     x, x_batch, x_row, x_head, m, m_batch, m_row, m_group, decay, dt, states, table, chunks, chunks_of_row, length,
-    parts, n_parts, dm, ddecay, heads, heads_of_group, groups,
+    parts, n_parts, dm, dm_batch, dm_row, dm_group, ddecay, heads, heads_of_group, groups,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr, OF_C: tl.constexpr,
 ):  # fmt: skip
@@ -406,18 +406,18 @@ def outer_backward(
     for part in range(0, n_parts):
         at = ((part * tl.full([1, 1], 1, tl.int64) * chunks + c) * groups + g) * (SIZE * N)
         total += tl.load(parts + at + k[:, None] * N + n[None, :], mask=inside, other=0.0)
-    dm += (batch * length + first) * groups * N + g * N
-    tl.store(dm + row[:, None] * (groups * N) + n[None, :], _rounded(total, dm.dtype.element_ty), mask=inside)
+    dm = _row(dm, dm_batch, dm_row, batch, first) + g * dm_group
+    tl.store(dm + row[:, None] * dm_row + n[None, :], _rounded(total, dm.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def steps_backward(
     raw, s_batch, s_row, s_head, A, dt_bias, dt, table, chunks, chunks_of_row, length,
-    direct, inner, outer, flow, draw, shares, heads,
+    direct, inner, outer, flow, draw, draw_batch, draw_row, draw_head, shares, heads,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr,
     OUTER: tl.constexpr, FLOW: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of dt as it was given `(batch, length, heads)`, contiguous; `shares` (3, chunks, heads) get those of
+    """The gradient of dt as it was given `(batch, length, heads)`; `shares` (3, chunks, heads) get those of
     A and dt_bias in its second and third part. OUTER, FLOW: how many blocks `outer` and `flow` have."""
     c = tl.program_id(0)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -448,8 +448,10 @@ def steps_backward(
             value += tl.load(dt_bias + h, mask=valid, other=0.0).to(tl.float32)[None, :]
         gradient *= tl.sigmoid(value)
     gradient = tl.where(inside, gradient, 0.0)
-    draw += (batch * length + first) * heads
-    tl.store(draw + row[:, None] * heads + h[None, :], _rounded(gradient, draw.dtype.element_ty), mask=inside)
+    draw = _row(draw, draw_batch, draw_row, batch, first)
+    tl.store(
+        draw + row[:, None] * draw_row + h[None, :] * draw_head, _rounded(gradient, draw.dtype.element_ty), mask=inside
+    )
     share = shares + chunks.to(tl.int64) * heads + which
     tl.store(share, tl.sum(step * found, axis=0), mask=valid)
     tl.store(share + chunks.to(tl.int64) * heads, tl.sum(gradient, axis=0), mask=valid)

@@ -1,0 +1,264 @@
+"""A Mamba-2 block on a GPU as one operator, as `mamba_block` is: what is quick to make again (the convolution's output,
+decays and states, the gated norm) is not kept for the backward pass, and nothing is written twice.
+
+Kept are the input, in_proj's product and the state-space dual's output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops import portable, sequences
+from mambaseq.ops.block_operator import Block, linear, register, weight_gradient
+from mambaseq.ops.causal_conv import gpu as conv
+from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.norm import gpu as norm
+from mambaseq.ops.norm.arguments import GatedNormArguments
+from mambaseq.ops.ssd import gpu as dual
+from mambaseq.ops.ssd.arguments import SsdArguments
+
+_ARGUMENTS = (
+    "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, "
+    "Tensor D, Tensor norm, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
+    "Tensor? cu_seqlens, int n_groups, float eps, bool norm_before_gate, bool wants_state"
+)
+_DIFFERENTIABLE = 13  # of them, the first
+_PLAIN = 4  # of them, the last
+_ALIGNED = 16
+
+
+class Mamba2BlockArguments(NamedTuple):
+    """Parameters have the names and shapes of the published checkpoints; d_inner = heads * head_dim.
+
+    x: `(batch, length, d_model)`. conv `(d_inner + 2 * n_groups * d_state, 1, d_conv)`, dt_bias, A_log and D
+    `(heads,)`, norm `(d_inner,)`. States are those of `Mamba2State`. cu_seqlens as in `ssd`.
+    """
+
+    x: Tensor
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    out_proj: Tensor
+    out_bias: Tensor | None
+    conv_state: Tensor | None
+    ssm_state: Tensor | None
+    cu_seqlens: Tensor | None
+    n_groups: int
+    eps: float
+    norm_before_gate: bool
+    wants_state: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """batch, length, d_inner."""
+        return self.x.shape[0], self.x.shape[1], self.norm.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.norm.shape[0] // self.dt_bias.shape[0]
+
+    @property
+    def d_state(self) -> int:
+        return (self.conv.shape[0] - self.norm.shape[0]) // (2 * self.n_groups)
+
+
+def why_not(arguments: Mamba2BlockArguments) -> str | None:
+    """The reason why the block cannot run as one, or None."""
+    x = arguments.x
+    if (reason := portable.why_not(x.device.type)) is not None:
+        return reason
+    if x.dtype not in dual.DTYPES:
+        return f"x is {x.dtype}, the kernels multiply matrices of bfloat16 or float16"
+    if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
+        return f"x is {tuple(x.shape)}"
+    if arguments.head_dim > dual.MOST_HEAD_DIM or arguments.d_state > dual.MOST_STATES:
+        return f"heads are {arguments.head_dim} wide and have {arguments.d_state} states"
+    if arguments.conv.shape[-1] > conv.WIDEST:
+        return f"the filter is wider than {conv.WIDEST}"
+    for name, value in arguments._asdict().items():
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    return norm.why_not_gated(GatedNormArguments(x, x, arguments.norm, group_size=_group(arguments)))
+
+
+def mamba2_block(arguments: Mamba2BlockArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's output `(batch, length, d_model)` in the dtype of x and, if wanted, what `Mamba2State` holds after
+    the last position; all carry gradients. Matrices are used in the dtype of x, all else in float32.
+
+    Raises:
+        ValueError: the block cannot run as one (see `why_not`), or cu_seqlens does not fit.
+    """
+    if (reason := why_not(arguments)) is not None:
+        raise ValueError(f"mamba2_block: cannot run these arguments: {reason}")
+    if arguments.cu_seqlens is not None:
+        sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
+    return _run(arguments)
+
+
+def _group(a: Mamba2BlockArguments) -> int:
+    """Channels that are normed together."""
+    return a.norm.shape[0] // a.n_groups
+
+
+def _split(a: Mamba2BlockArguments, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate `(batch * length, d_inner)`, what is convolved `(batch, length, channels)` and dt `(batch, length,
+    heads)`: views of in_proj's product or of its gradient."""
+    batch, length, d_inner = a.sizes
+    rows = product.view(batch, length, -1)
+    end = d_inner + a.conv.shape[0]
+    return product[:, :d_inner], rows[..., d_inner:end], rows[..., end:]
+
+
+def _strides(a: Mamba2BlockArguments) -> tuple[int, int]:
+    """Of in_proj's product: rows begin where kernels can read and write many numbers at a time."""
+    return -(-a.in_proj.shape[0] // _ALIGNED) * _ALIGNED, 1
+
+
+def _room(a: Mamba2BlockArguments) -> Tensor:
+    """For in_proj's product or its gradient, `(batch * length, width)`."""
+    shape = (a.x.shape[0] * a.x.shape[1], a.in_proj.shape[0])
+    return torch.empty_strided(shape, _strides(a), dtype=a.x.dtype, device=a.x.device)
+
+
+def _heads(a: Mamba2BlockArguments, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x `(batch, length, heads, head_dim)`, B and C `(batch, length, n_groups, d_state)`: views."""
+    d_inner, width = a.norm.shape[0], a.n_groups * a.d_state
+    x, B, C = xBC.split([d_inner, width, width], dim=-1)
+    B, C = (M.unflatten(-1, (a.n_groups, a.d_state)) for M in (B, C))
+    return x.unflatten(-1, (-1, a.head_dim)), B, C
+
+
+def _conv_arguments(a: Mamba2BlockArguments, product: Tensor) -> ConvArguments:
+    weight = a.conv.view(a.conv.shape[0], -1)
+    return ConvArguments(
+        _split(a, product)[1], weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state
+    )
+
+
+def _dual_arguments(a: Mamba2BlockArguments, product: Tensor, xBC: Tensor) -> SsdArguments:
+    x, B, C = _heads(a, xBC)
+    dt, A = _split(a, product)[2], -torch.exp(a.A_log.float())
+    return SsdArguments(
+        x, dt, A, B, C, a.D, a.dt_bias, True, a.ssm_state, a.cu_seqlens, wants_final_state=a.wants_state
+    )
+
+
+class _Matrices(NamedTuple):
+    """In the dtype that is computed in."""
+
+    in_proj: Tensor
+    out_proj: Tensor
+
+
+def _matrices(a: Mamba2BlockArguments) -> _Matrices:
+    return _Matrices(a.in_proj.to(a.x.dtype), a.out_proj.to(a.x.dtype))
+
+
+def _forward(a: Mamba2BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
+    batch, length, d_inner = a.sizes
+    with portable.on(a.x), torch.autocast(a.x.device.type, enabled=False):
+        hidden = a.x.reshape(batch * length, -1)
+        if a.in_bias is None:
+            product = torch.mm(hidden, m.in_proj.t(), out=_room(a))
+        else:
+            product = linear(hidden, m.in_proj, a.in_bias)
+        xBC, conv_state = conv.forward_into(_conv_arguments(a, product))
+        y, ssm_state = dual.forward_into(_dual_arguments(a, product, xBC))
+        del xBC
+        y = y.view(batch * length, d_inner)
+        normed, _ = norm.gated_forward(y, _split(a, product)[0], a.norm, a.eps, _group(a), a.norm_before_gate)
+        out = linear(normed, m.out_proj, a.out_bias).view(batch, length, -1)
+    if conv_state is None or ssm_state is None:
+        conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return out, conv_state, ssm_state, product, y
+
+
+def _backward(
+    dout: Tensor,
+    dconv: Tensor | None,
+    dssm: Tensor | None,
+    a: Mamba2BlockArguments,
+    m: _Matrices,
+    product: Tensor,
+    y: Tensor,
+) -> tuple[Tensor | None, ...]:
+    batch, length, _ = a.sizes
+    with portable.on(a.x), torch.autocast(a.x.device.type, enabled=False):
+        hidden = a.x.reshape(batch * length, -1)
+        dout = dout.to(product.dtype).reshape(batch * length, -1)
+        gate = _split(a, product)[0]
+        dproduct = _room(a)
+        dgate, dx_of_conv, ddt = _split(a, dproduct)
+
+        normed, rstd = norm.gated_forward(y, gate, a.norm, a.eps, _group(a), a.norm_before_gate)
+        dout_proj = weight_gradient(dout, normed, a.out_proj)
+        del normed
+        dnormed = dout @ m.out_proj
+        dy, _, dnorm = norm.gated_backward(dnormed, y, gate, a.norm, rstd, _group(a), a.norm_before_gate, dgate)
+        del dnormed
+
+        conv_arguments = _conv_arguments(a, product)._replace(wants_final_state=False)
+        xBC, _ = conv.forward_into(conv_arguments)
+        dxBC = torch.empty_like(xBC)
+        arguments = _dual_arguments(a, product, xBC)
+        dx, dB, dC = _heads(a, dxBC)
+        found = dual.backward_into(arguments, dy.view(arguments.x.shape), dssm, dual.Into(dx, ddt, dB, dC))
+        del xBC, dy
+        _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, dxBC, dconv, dx_of_conv)
+        del dxBC
+        dA, dD, ddt_bias, dstate = found[2], *found[5:]
+        assert dA is not None
+        return (
+            (dproduct @ m.in_proj).view(a.x.shape),
+            weight_gradient(dproduct, hidden, a.in_proj),
+            None if a.in_bias is None else dproduct.sum(0).to(a.in_bias.dtype),
+            dconv_weight.view(a.conv.shape),
+            dconv_bias,
+            ddt_bias,
+            (dA * arguments.A).to(a.A_log.dtype),
+            dD,
+            dnorm,
+            dout_proj,
+            None if a.out_bias is None else dout.sum(0).to(a.out_bias.dtype),
+            dconv_state,
+            dstate,
+        )
+
+
+def _fake(a: Mamba2BlockArguments, keep: bool) -> tuple[Tensor, ...]:
+    batch, length, d_inner = a.sizes
+    n_sequences = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+    conv_shape = (n_sequences, a.conv.shape[0], a.conv.shape[-1] - 1)
+    product = _room(a) if a.in_bias is None else a.x.new_empty(batch * length, a.in_proj.shape[0])
+    ssm_shape = (n_sequences, a.dt_bias.shape[0], a.head_dim, a.d_state)
+    return (
+        a.x.new_empty(batch, length, a.out_proj.shape[0]),
+        a.x.new_empty(conv_shape if a.wants_state else (0,), dtype=torch.float32),
+        a.x.new_empty(ssm_shape if a.wants_state else (0,), dtype=torch.float32),
+        product,
+        a.x.new_empty(batch * length, d_inner),
+    )
+
+
+_run = register(
+    Block(
+        "mamba2_block",
+        Mamba2BlockArguments,
+        _ARGUMENTS,
+        _DIFFERENTIABLE,
+        2,
+        _matrices,
+        _forward,
+        _backward,
+        _fake,
+        _PLAIN,
+    )
+)
