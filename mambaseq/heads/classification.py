@@ -21,9 +21,9 @@ class _PooledHead(Head):
     def __init__(self, d_model: int, n_classes: int, pooling: Pool, scale: float, dropout: float) -> None:
         super().__init__()
         check_positive("The classification head", d_model=d_model, n_classes=n_classes)
-        if not math.isfinite(scale) or not 0 <= dropout < 1:
+        if not 0 < scale < math.inf or not 0 <= dropout < 1:
             raise ConfigError(
-                f"The classification head needs a finite scale, and a dropout from 0 to below 1, not {scale} and "
+                f"The classification head needs a finite scale above 0, and a dropout in [0, 1), not {scale} and "
                 f"{dropout}."
             )
         self.pooling: Pool = pooling

@@ -72,6 +72,14 @@ def test_what_the_data_do_not_have_is_told_with_how_they_are_set(tmp_path: Path)
         run.model_spec(run.make_data())
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
+def test_a_scale_that_leaves_nothing_of_the_pooled_vector_is_refused(scale: float) -> None:
+    from mambaseq.heads.classification import ClassificationHead
+
+    with pytest.raises(ConfigError, match="finite scale above 0"):
+        ClassificationHead(8, 3, scale=scale)
+
+
 def test_several_machines_are_refused_where_nothing_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from mambaseq.runs.trainer import _check_nodes
 
