@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mambaseq.atomic import atomic_folder, settle
+from mambaseq.checkpoints.adapters import FOLDER, add_adapter, merged, save_adapter
 from mambaseq.checkpoints.card import ModelCard, read_card
-from mambaseq.checkpoints.lightning_io import AVERAGE, read_checkpoint
+from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model, count_parameters
+from mambaseq.plain import read_json
+from mambaseq.specs import fits
 
 
 @dataclasses.dataclass
@@ -57,10 +61,13 @@ def save_model(
     model: SequenceModel | None,
     card: ModelCard,
     tokenizer: Tokenizer | None = None,
+    *,
+    adapter: tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the folder atomically; an older model in it stays until the new one is whole.
 
     model None writes the description without weights (a run that has just begun).
+    adapter: what is added to the weights when the model is loaded, and its settings; see `save_adapter`.
 
     Raises UserError when the disk is full or not writable.
     """
@@ -72,6 +79,8 @@ def save_model(
             )
         if model is not None:
             save_file(weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        if adapter is not None:
+            save_adapter(temporary / FOLDER, *adapter)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
         card = dataclasses.replace(card, sha256=sums)
@@ -164,6 +173,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     source = folder / "model.safetensors"
     if source.is_file():
         tensors = read_safetensors(source)
+        if f"{FOLDER}/adapter_config.json" in card.sha256:
+            tensors = _with_adapter(tensors, folder / FOLDER)
     else:
         checkpoints = folder.parent / "checkpoints"
         source = checkpoints / ("best.ckpt" if (checkpoints / "best.ckpt").is_file() else "last.ckpt")
@@ -175,6 +186,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if card.tokenizer is not None:
         tokenizer = _tokenizer(folder, card.tokenizer)
     return LoadedModel(model.to(device).eval(), card, tokenizer, source)
+
+
+def _with_adapter(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    settings = read_json(folder / "adapter_config.json")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not (fits(rank, int) and fits(alpha, float) and rank > 0):
+        raise UserError(
+            f"{folder / 'adapter_config.json'} must have a whole number r above 0 and a number lora_alpha, not "
+            f"{shown(rank)} and {shown(alpha)}. Export the model again."
+        )
+    path = folder / "adapter_model.safetensors"
+    return add_adapter(tensors, read_safetensors(path), alpha / rank, path)
 
 
 def _model(path: Path, card: ModelCard, tensors: dict[str, torch.Tensor], source: Path) -> SequenceModel:
@@ -203,7 +226,14 @@ def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
 
 
 def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's tensors in a training checkpoint of a `Task`; their averages where it has those."""
+    """The model's tensors in a training checkpoint of a `Task`; their averages where it has those, with adapters added
+    to the weights."""
+    tensors, lora = raw_weights(checkpoint), checkpoint.get(LORA)
+    return merged(tensors, lora["alpha"] / lora["rank"]) if lora else tensors
+
+
+def raw_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """As `task_weights`, with adapters beside the weights."""
     prefix, tensors = "model.", checkpoint["state_dict"]
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     average = {k: v for k, v in checkpoint.get(AVERAGE, {}).items() if k in tensors}

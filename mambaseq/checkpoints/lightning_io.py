@@ -15,6 +15,9 @@ from mambaseq.errors import UserError, shown
 AVERAGE = "average"
 """The key of a checkpoint's averaged weights, by the model's names; they are what is exported."""
 
+LORA = "lora"
+"""The key of the settings of a checkpoint's adapters, `rank` and `alpha` among them."""
+
 # what Lightning's loops count
 _COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
 
@@ -55,6 +58,11 @@ def _check_contents(contents: Any) -> None:
         _check_kind(f"state_dict.{name}", tensor, torch.Tensor)
     for name, tensor in _kind_of(AVERAGE, contents.get(AVERAGE, {}), dict).items():
         _check_kind(f"{AVERAGE}.{name}", tensor, torch.Tensor)
+    lora = _kind_of(LORA, contents.get(LORA, {}), dict)
+    for name in ("rank", "alpha") if lora else ():
+        _check_kind(f"{LORA}.{name}", lora.get(name), (int, float))
+        if not 0 < lora[name] < 2**31:
+            raise ValueError(f"its {LORA}.{name} is {shown(lora[name])}")
     for key in ("callbacks", "loops"):
         _check_kind(key, contents.get(key, {}), dict)
     for key in ("optimizer_states", "lr_schedulers"):

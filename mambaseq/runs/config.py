@@ -36,6 +36,7 @@ from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters,
 from mambaseq.runs.values import PATHS, check_values, whole_first
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
+from mambaseq.tasks.lora import LoraConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
@@ -108,6 +109,7 @@ SECTIONS = {
     "loader": LoaderConfig,
     "optimizer": OptimizerConfig,
     "finetune": FinetuneConfig,
+    "lora": LoraConfig,
     "ema": EmaConfig,
     "length_warmup": LengthWarmup,
     "checkpoint": CheckpointConfig,
@@ -273,6 +275,9 @@ class RunConfig:
 
     def finetune(self) -> FinetuneConfig:
         return FinetuneConfig(**self.settings["finetune"])
+
+    def lora(self) -> LoraConfig:
+        return LoraConfig(**self.settings["lora"])
 
     def ema(self) -> EmaConfig:
         return EmaConfig(**self.settings["ema"])

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import lightning
 import torch
 
-from mambaseq.checkpoints.export import ModelCard, load_weights, save_model, task_weights
+from mambaseq.checkpoints.adapters import split
+from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
 from mambaseq.errors import UserError
@@ -21,6 +22,7 @@ from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.trainer import misconfigured
 from mambaseq.tasks.callbacks import RunCheckpoints, Throughput
 from mambaseq.tasks.finite import Diverged
+from mambaseq.tasks.lora import LoraConfig
 from mambaseq.tasks.task import Task
 
 
@@ -45,6 +47,7 @@ class Training:
     datamodule: SequenceDataModule
     card: ModelCard
     task: Task
+    lora: LoraConfig
     throughput: Throughput
     checkpoints: RunCheckpoints
 
@@ -89,10 +92,14 @@ class Training:
         folder, exported = self.folder, self._exported()
         checkpoint = read_checkpoint(exported)
         model = build_model(self.card.spec)
-        load_weights(model, task_weights(checkpoint), exported)
+        tensors, adapter = task_weights(checkpoint), None
+        if self.lora.rank and self.lora.export == "kept":
+            tensors, factors = split(raw_weights(checkpoint))
+            adapter = factors, dataclasses.asdict(self.lora)
+        load_weights(model, tensors, exported)
         folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
         step, of = checkpoint["global_step"], results["steps"]
-        save_model(folder.model, model, dataclasses.replace(self.card, step=step), self.data.tokenizer)
+        save_model(folder.model, model, dataclasses.replace(self.card, step=step), self.data.tokenizer, adapter=adapter)
         scale, unit = loss_unit(model.head)
         save_png(folder.curves, learning_curves(folder, scale, unit))
         throughput = self.throughput

@@ -122,6 +122,9 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
 FIXED = {
     "finetune.init_from": "a run takes the weights that it begins with before its first step",
     "optimizer.name": "what one optimizer has gathered of the gradients is nothing to the other",
+    "lora.rank": "its adapters are part of the model",
+    "lora.alpha": "its adapters are part of the model",
+    "lora.targets": "its adapters are part of the model",
     "finetune.lr_of": "only the factors of its patterns can, which sort what the optimizer has gathered",
 }
 

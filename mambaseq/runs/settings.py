@@ -19,7 +19,7 @@ from mambaseq.runs.trainer_classes import KEYS, names_class
 
 PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 GROUPS = (
-    *("data", "model", "loader", "optimizer", "finetune", "ema"),
+    *("data", "model", "loader", "optimizer", "finetune", "lora", "ema"),
     *("length_warmup", "checkpoint", "generation", "trainer"),
 )
 TOP = ("seed", "metrics", *GROUPS)

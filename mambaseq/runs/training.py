@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from
-from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, save_model, task_weights
+from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import task_of
@@ -41,6 +41,7 @@ from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
+from mambaseq.tasks.lora import AdapterRecord, add_adapters
 from mambaseq.tasks.record import KEY, DataRecord
 from mambaseq.tasks.task import Task
 
@@ -133,8 +134,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics, filter(None, named_sets(data.validation())))
     model = _make_model(settings, data)
-    finetune = settings.finetune()
-    finetune.check(model)
+    finetune, lora = settings.finetune(), settings.lora()
     task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed, finetune)
     # made in every process; those of the first alone write
     loggers: list[Logger] = [
@@ -150,18 +150,28 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         datamodule=settings.make_datamodule(data),
         card=model_card(settings, data, model.spec or {}),
         task=task,
+        lora=lora,
         throughput=throughput,
         checkpoints=RunCheckpoints(folder.last, folder.best, often, monitor, mode, record, guard),
     )
     average = [WeightAverage(model, ema.decay)] if (ema := settings.ema()).decay else []
     callbacks: list[lightning.Callback] = [throughput, *average, guard, run.checkpoints]
     begins = not folder.last.exists()
-    if finetune.freeze:
-        callbacks.append(Freezing(model, finetune))
-    if begins and finetune.init_from:
-        _begin_from(finetune.init_from, run)
     if not begins:
         callbacks.append(_resumption(run, settings, record, allow_changed_data))
+    elif finetune.init_from:
+        _begin_from(finetune.init_from, run)
+    elif lora.rank:
+        raise ConfigError(
+            "lora.rank is set, whose adapters are beside weights that stay as they are: finetune.init_from must say "
+            "whose (fit --init-from RUN)."
+        )
+    if lora.rank:
+        add_adapters(model, lora)
+        callbacks.append(AdapterRecord(lora))
+    finetune.check(model)
+    if finetune.freeze:
+        callbacks.append(Freezing(model, finetune))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
     if begins:
         if resume and trainer.is_global_zero:
@@ -171,7 +181,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         return ended
     if trainer.is_global_zero:
         kept = finetune.frozen(model, 0)
-        still = sum(p.numel() for name, p in model.named_parameters() if name in kept)
+        still = sum(p.numel() for name, p in model.named_parameters() if name in kept or not p.requires_grad)
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
     return _trained(run, settings, trainer, begins)
@@ -207,7 +217,7 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
     """
     folder = run.folder
     checkpoint = read_checkpoint(folder.last)
-    load_weights(run.task.model, task_weights(checkpoint), folder.last)
+    load_weights(run.task.model, raw_weights(checkpoint), folder.last)
     changed, step = changed_settings(folder, settings), checkpoint["global_step"]
     ended = not changed and checkpoint.get(KEY, {}).get("ended")  # by a callback, or because its time was over
     if not (key := is_over(checkpoint, trainer)) and not ended:

@@ -91,6 +91,8 @@ CHANGED = {
     "optimizer.min_lr_ratio": 0.2,
     "finetune.freeze": ["encoder"],
     "finetune.unfreeze": {"encoder": 5},
+    "lora.dropout": 0.1,
+    "lora.export": "kept",
     "ema.decay": 0.5,
     "length_warmup.start": 4,
     "length_warmup.steps_per_stage": 2,
@@ -105,7 +107,14 @@ CHANGED = {
     "generation.top_p": 0.9,
 }
 
-REFUSED = {"finetune.init_from": "first", "optimizer.name": "muon", "finetune.lr_of": '{"backbone": 0.5}'}
+REFUSED = {
+    "optimizer.name": "muon",
+    "finetune.init_from": "first",
+    "finetune.lr_of": '{"backbone": 0.5}',
+    "lora.rank": 2,
+    "lora.alpha": 3.0,
+    "lora.targets": ["*.in_proj"],
+}
 
 
 def options(changed: dict[str, Any]) -> list[str]:

@@ -1,0 +1,79 @@
+"""Weights with low-rank adapters beside them (LoRA), under the names that `peft` gives them: told apart, put together,
+and written as `peft` writes an adapter. None of it needs `peft`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mambaseq.atomic import json_text
+from mambaseq.errors import UserError
+
+FOLDER = "adapter"
+"""Beside a model's weights: the adapter, where it is kept apart."""
+
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """A model's tensors as they are without adapters, by the model's own names, and for each adapted weight the two
+    factors `(rank, in)` and `(out, rank)` whose scaled product is added to it.
+
+    Raises UserError for one factor without the other, or without what it is added to.
+    """
+    base = {name.replace(_BASE, "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in tensors:
+        if name.endswith(_A):
+            path = name.removesuffix(_A)
+            if f"{path}{_B}" not in tensors or f"{path}.weight" not in base:
+                raise UserError(f"The adapter of {path[:200]} is not whole. Copy or export the model again.")
+            factors[f"{path}.weight"] = tensors[name], tensors[f"{path}{_B}"]
+    return base, factors
+
+
+def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A model's tensors with the adapters among them added to the weights. scale: alpha / rank."""
+    base, factors = split(tensors)
+    for name, (down, up) in factors.items():
+        base[name] = base[name] + scale * (up @ down)
+    return base
+
+
+def save_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]) -> None:
+    """Write an adapter as `peft.PeftModel.from_pretrained` reads it. settings: `rank`, `alpha`, `dropout`."""
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in factors.items():
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{path}.lora_A.weight": down.contiguous(), f"{path}.lora_B.weight": up.contiguous()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": settings["dropout"],
+        "target_modules": sorted(name.removesuffix(".weight") for name in factors),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json_text(described, indent=2) + "\n", encoding="utf-8")
+
+
+def add_adapter(
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, source: Path
+) -> dict[str, Tensor]:
+    """A model's tensors with those of a saved adapter added to them.
+
+    Raises UserError that names the file for an adapter that does not fit.
+    """
+    ours = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
+    named = {name.replace(".lora_A.weight", _A).replace(".lora_B.weight", _B): t for name, t in ours.items()}
+    try:
+        return merged({**base, **named}, scale)
+    except (UserError, RuntimeError) as error:
+        raise UserError(f"The adapter in {source} does not fit the model: {str(error)[:300]}") from error
