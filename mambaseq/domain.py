@@ -85,8 +85,8 @@ CORE: dict[str, Entries] = {
         "signal": ("mambaseq.encoders:SignalEncoder", "a linear map of continuous channels"),
     },
     "datasets": {},
-    "readers": {},
-    "writers": {},
+    "readers": {"csv": ("mambaseq.data.signals:read_csv", "a signal: a column a channel, a row a step")},
+    "writers": {"csv": ("mambaseq.data.signals:write_csv", "signals: a column a channel, a row a step")},
     "mixers": {
         "mamba": (
             "mambaseq.mixers.mamba:Mamba",
@@ -126,6 +126,7 @@ CORE: dict[str, Entries] = {
         "token_classification": ("mambaseq.heads.positions:TokenClassificationHead", "one label a position or bin"),
         "token_multilabel": ("mambaseq.heads.positions:TokenMultilabelHead", "any of several labels a position or bin"),
         "token_regression": ("mambaseq.heads.positions:TokenRegressionHead", "real values for a position or bin"),
+        "forecast": ("mambaseq.heads.forecast:ForecastHead", "next values of a signal, as normal or by quantiles"),
         "rc_lm": ("mambaseq.heads.reverse_complement:RCLMHead", "a token each, the same on either strand"),
         "rc_classification": (
             "mambaseq.heads.reverse_complement:RCClassificationHead",
@@ -144,6 +145,7 @@ CORE: dict[str, Entries] = {
         "multilabel_f1": ("mambaseq.metrics.multilabel:MultilabelF1", "mean of the labels' F1 at probability 1/2"),
         "mae": ("mambaseq.metrics.values:MAE", "mean absolute error of the values that are known"),
         "rmse": ("mambaseq.metrics.values:RMSE", "root of the mean squared error of the values that are known"),
+        "crps": ("mambaseq.metrics.values:CRPS", "continuous ranked probability score of the values that are known"),
         "correlation": (
             "mambaseq.metrics.values:Correlation",
             "mean of the outputs' Pearson's r, of known values",

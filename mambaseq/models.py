@@ -15,6 +15,7 @@ from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
+from mambaseq.heads.distributions import Distribution
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
 from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting
@@ -22,16 +23,18 @@ from mambaseq.specs import check_layers, check_options, check_size, check_spec, 
 
 @dataclasses.dataclass
 class ModelOutput:
-    """loss: scalar, when labels were given. logits: None where only the loss was needed. state: one a layer."""
+    """loss: scalar, when labels were given. logits: None where only the loss was needed. state: one a layer.
+    distribution: what the logits of a head such as `forecast` say of the values that come next."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: list[Any] | None = None
+    distribution: Distribution | None = None
 
     @property
     def values(self) -> Tensor | None:
         """Of a head that learns values one for each target, of the targets' shape."""
-        return self.logits
+        return self.logits if self.distribution is None else self.distribution.point()
 
 
 class SequenceModel(nn.Module):
@@ -132,7 +135,9 @@ class SequenceModel(nn.Module):
         if return_logits is None:
             return_logits = labels is None or not self.head.per_token
         loss, logits = self.head(x, labels, mask, cu_seqlens, return_logits)
-        return ModelOutput(loss, logits, new_state)
+        distribution = getattr(self.head, "distribution", None)
+        told = None if logits is None or distribution is None else distribution(logits)
+        return ModelOutput(loss, logits, new_state, told)
 
     @staticmethod
     def given_mask(part: nn.Module, kind: str, mask: Tensor | None) -> dict[str, Tensor]:

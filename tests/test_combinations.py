@@ -40,6 +40,10 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "token_classification": [{"n_classes": 6}, {"n_classes": 6, "stride": 3}],
     "token_multilabel": [{"n_classes": 3, "stride": 2}],
     "token_regression": [{"n_outputs": 2}, {"n_outputs": 2, "stride": 4}],
+    "forecast": [
+        {"n_channels": 2, "horizon": 3},
+        {"n_channels": 2, "horizon": 2, "loss": "quantile", "quantiles": [0.1, 0.5, 0.8]},
+    ],
     "rc_lm": [PAIRS],
     "rc_classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "last")],
 }
@@ -92,7 +96,7 @@ def targets_of(model: SequenceModel, number: int, length: int, last: bool) -> Te
     if head.learns == "labels" and not head.per_token:
         return torch.tensor([-100 if last else number % 3])
     if head.learns != "labels":
-        shape = (*shape, head.linear.out_features)
+        shape = (*shape, getattr(head, "n_channels", head.linear.out_features))
     unknown = torch.rand(shape) < (1 if last else 0.3)
     if head.learns == "values":
         return torch.where(unknown, float("nan"), torch.randn(shape))

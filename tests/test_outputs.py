@@ -25,12 +25,14 @@ WRITERS = {
     "dna/fasta": (BaseTokenizer(), {}, "out.fa"),
     "audio/wav": (MuLaw(), {"sample_rate": 8000}, "out.wav"),
     "text/text": (ByteTokenizer(), {}, "out.txt"),
+    "csv": (None, {"columns": ["level"]}, "out.csv"),
 }
 
 
 def write(name: str, path: Path, count: int = 1) -> list[Path]:
     tokenizer, options, _ = WRITERS[name]
     ids = np.arange(50, dtype=np.uint8) % 4
+    ids = ids if tokenizer is not None else ids[:, None].astype(np.float32)
     files: list[Path] = catalog()["writers"].get(name)(path, [ids] * count, tokenizer, **options)
     return files
 

@@ -70,6 +70,39 @@ class TinyValues(TinyTokens):
         return self._valued(super().validation())
 
 
+class TinySeries(SequenceData):
+    """Two channels of a wave, from anywhere in it: the next values of a signal.
+
+    Args:
+        length: steps a window.
+    """
+
+    n_channels = 2
+    reader, writer = "csv", "csv"
+
+    def __init__(self, length: int = 24) -> None:
+        self.length = length
+
+    def setup(self) -> None:
+        pass
+
+    def _windows(self, first: int, count: int) -> list[Batch]:
+        steps = first + 3 * torch.arange(count)[:, None] + torch.arange(self.length + 1)
+        waves = torch.stack([(steps / 4).sin(), (steps / 4).cos()], -1)
+        return [Batch(inputs=one[None, :-1], targets=one[None, 1:]) for one in waves]
+
+    def train(self) -> list[Batch]:
+        return self._windows(0, 40)
+
+    def validation(self) -> list[Batch]:
+        return self._windows(1000, 4)
+
+    def reader_options(self) -> dict[str, list[str]]:
+        return {"columns": ["sine", "cosine"]}
+
+    writer_options = reader_options
+
+
 def read_digits(path, tokenizer):
     """A record of a line of digits."""
     for number, line in enumerate(path.read_text().split()):

@@ -24,9 +24,9 @@ def run(argv: list[str], command: str) -> int:
         help="what to generate, for conditional models: a name, or several with commas; may be given again",
     )
     parser.add_argument("--out", required=True, metavar="FILE")
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="tokens to add (bases, samples, bytes)")
+    parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="to add (bases, samples, bytes, steps)")
     parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each prompt and condition)")
-    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token, or the mean")
     parser.add_argument("--top-k", type=int, default=None)
     parser.add_argument("--top-p", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)

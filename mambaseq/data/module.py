@@ -61,7 +61,7 @@ class SequenceData(abc.ABC):
     start_ids: Sequence[int] = (0,)
     reader: str | None = None
     writer: str | None = None
-    task: Literal["next_token", "masked", "labels", "classes", "multilabels", "values"] | None = None
+    task: Literal["next_token", "masked", "labels", "classes", "multilabels", "values", "next_values"] | None = None
 
     @abc.abstractmethod
     def setup(self) -> None:

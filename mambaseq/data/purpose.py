@@ -10,12 +10,14 @@ from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, shown
 
-Task = Literal["next_token", "masked", "labels", "classes", "multilabels", "values"]
+Task = Literal["next_token", "masked", "labels", "classes", "multilabels", "values", "next_values"]
 TASKS: tuple[str, ...] = get_args(Task)
 """next_token: each position asks for the token behind it. masked: some positions ask for the token that is hidden
 there, which a data set has to say itself. labels: a label a position, or bin of positions. classes: one a sequence.
 multilabels: any of several labels, a sequence, a position or a bin. values: numbers, a sequence, a position or a
-bin."""
+bin. next_values: each position of a signal asks for the values behind it, of all channels."""
+
+NEXT = ("next_token", "next_values")
 
 _LOOKED_AT = 5
 
@@ -42,7 +44,11 @@ def task_of(data: SequenceData) -> Task:
         if (example := train[index]).targets is None:
             continue
         if example.targets.is_floating_point():
-            return "values"
+            follows = _follows(example) if example.per_token else False
+            if follows is False:
+                return "values"
+            found, silent = ("next_values" if follows else found), "values"
+            continue
         if example.kind == "multilabels":
             return "multilabels"
         if not example.per_token:
@@ -56,10 +62,11 @@ def task_of(data: SequenceData) -> Task:
 
 
 def asks_for_the_next(data: SequenceData, batch: Batch) -> bool:
-    """Whether a data set's batch is of next tokens: by `task_of`, and unless it says it itself by the batch too."""
+    """Whether a data set's batch is of next tokens or next values: by `task_of`, and unless it says it itself by the
+    batch too."""
     if data.task is not None:
-        return data.task == "next_token"
-    return batch.per_token and is_next_token(batch) and task_of(data) == "next_token"
+        return data.task in NEXT
+    return batch.per_token and is_next_token(batch) and task_of(data) in NEXT
 
 
 def is_next_token(batch: Batch) -> bool:

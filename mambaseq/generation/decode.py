@@ -21,7 +21,7 @@ from mambaseq.models import SequenceModel
 # Tokens of prompts that are read at once, those of all sequences together.
 _PREFILL = 8192
 # New tokens from which a CUDA graph is worth its capture.
-_WORTH_A_GRAPH = 16
+WORTH_A_GRAPH = 16
 # Positions that one kernel takes where it can, after which their tokens are looked at.
 _STRETCH = 256
 # Tokens after which it is looked whether all sequences have ended: on a GPU looking means waiting for it.
@@ -102,14 +102,14 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        state, logits = _prefill(model, prompt, condition)
+        state, logits = prefill(model, prompt, condition)
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
         peak = logits.amax(-1)  # NaN, and infinity, stay in it
-        cuda_graph = cuda_graph and max_new_tokens >= _WORTH_A_GRAPH
+        cuda_graph = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
         if cuda_graph and why_not_stretches(model, len(every), top_k, top_p) is None:
-            _check_finite(peak)
+            check_finite(peak)
             token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
             with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
                 stretches = Stretches(model, state, condition)
@@ -137,8 +137,8 @@ def generate(
                     logits = decoder.step(token)
                     peak = torch.maximum(peak, logits.amax(-1))
                 if i % 64 == 63:
-                    _check_finite(peak)
-        _check_finite(peak)
+                    check_finite(peak)
+        check_finite(peak)
     finally:
         model.train(was_training)
     return torch.cat(out, dim=1)
@@ -188,20 +188,20 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
         raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {str(value)[:40]}.")
 
 
-def _check_finite(peak: Tensor) -> None:
+def check_finite(peak: Tensor) -> None:
     if not peak.isfinite().all():
         raise _not_finite()
 
 
 def _not_finite() -> NotFinite:
     return NotFinite(
-        "What the model says of the next token is not a finite number: its training diverged, its weights are "
+        "What the model says comes next is not a finite number: its training diverged, its weights are "
         "damaged or what it computes overflows. Use an earlier checkpoint, or train again with a lower learning "
         "rate."
     )
 
 
-def _prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
+def prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
     """State after the prompt and the logits of its last position (only those: a long prompt's would not fit). The
     prompt is read in parts, the state handed on, so that memory does not grow with it."""
     part = max(1, _PREFILL // len(prompt))

@@ -80,8 +80,9 @@ class Draws:
     """Numbers in [0, 1) for each sequence, from a stream of its own: a function of the seed, its prompt, its condition
     and its number among the samples of that prompt, so that what is generated beside it does not matter.
 
-    prompt: `(batch, length)` int64. condition: `(batch,)` int64 or None. numbers: `(batch, samples)` int64; None counts
-        samples from 0, those of an equal prompt before it (under an equal condition) first.
+    prompt: `(batch, length)` int64, or `(batch, length, channels)` fp32. condition: `(batch,)` int64 or None. numbers:
+        `(batch, samples)` int64; None counts samples from 0, those of an equal prompt before it (under an equal
+        condition) first.
     """
 
     _BLOCK = 64
@@ -126,7 +127,8 @@ class Draws:
 
 def _digest(seed: int, condition: int, prompt: np.ndarray) -> int:
     head = np.array([condition, len(prompt)], dtype="<i8").tobytes()
+    kind = "<f4" if prompt.dtype.kind == "f" else "<i8"
     return int.from_bytes(
-        hashlib.blake2b(seed.to_bytes(8, "little") + head + prompt.astype("<i8").tobytes(), digest_size=8).digest(),
+        hashlib.blake2b(seed.to_bytes(8, "little") + head + prompt.astype(kind).tobytes(), digest_size=8).digest(),
         "little",
     )

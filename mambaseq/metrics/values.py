@@ -76,6 +76,18 @@ class RMSE(_Errors):
         return super().compute().sqrt()
 
 
+class CRPS(_Errors):
+    """Mean continuous ranked probability score: of a head that tells a distribution by it (see
+    `heads/distributions.py`), of another one the mean absolute error, which is the same of a value alone."""
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        self._told = output.distribution
+        super().update(output, batch)
+
+    def _errors(self, values: Tensor, targets: Tensor) -> Tensor:
+        return (values - targets).abs() if self._told is None else self._told.crps(targets.float()).double()
+
+
 class Correlation(Metric):
     """Pearson's r of each output over the values that are known, and the mean over outputs. Those of which fewer than
     two values are known, or that are constant, are left out; NaN where all are."""

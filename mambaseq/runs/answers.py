@@ -278,7 +278,9 @@ class Sequences(Answer):
         """Cells of outputs `(n, outputs)` fp32. Sets the columns."""
         if self.classes is None:
             count = output.shape[1]
-            self.columns = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
+            columns = getattr(self.model.head, "columns", None)
+            numbered = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
+            self.columns = numbered if columns is None else columns()
             return output.tolist()
         names = class_names(self.loaded, self.classes, output.shape[1])
         if self.several:
@@ -420,7 +422,7 @@ def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None
             f"{here} was trained on masked tokens, and its model.json has no tokenizer, whose next id the mask token "
             f"is. Embed records by it instead (--what embeddings), or begin another run with it (--init-from)."
         )
-    if task == "values":
+    if task in ("values", "next_values"):
         return Positions(loaded, condition, window, None)
     if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):
         if window == 1:

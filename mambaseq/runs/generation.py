@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.generation import generate
 from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.sampling import check_settings
+from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import condition_ids, fitting_options, records_of
@@ -28,7 +30,8 @@ _AT_ONCE = 256  # sequences that are generated together: their states are in mem
 class Generated(NamedTuple):
     """What was generated.
 
-    ids: `(length,)` int64 each: for each prompt, each condition, each sample. model: by which. files: those written.
+    ids: for each prompt, each condition, each sample: `(length,)` int64 each, or of a signal that was continued
+        `(length, channels)` float32. model: by which. files: those written.
     """
 
     ids: list[np.ndarray]
@@ -37,8 +40,9 @@ class Generated(NamedTuple):
 
     @property
     def sequences(self) -> list[Any]:
-        """Each as the tokenizer decodes it: text, bases, a waveform."""
-        assert self.model.tokenizer is not None
+        """Each as the tokenizer decodes it: text, bases, a waveform; a signal as it is."""
+        if self.model.tokenizer is None:
+            return self.ids
         return [self.model.tokenizer.decode(ids) for ids in self.ids]
 
     def _repr_html_(self) -> str:
@@ -91,16 +95,17 @@ def generate_from(
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     card = loaded.card
-    if loaded.tokenizer is None:
-        raise ConfigError(f"The model at {checkpoint} cannot generate: its model.json has no tokenizer.")
-    if not continues(loaded.model, "tokens"):
+    signal = loaded.tokenizer is None
+    if signal:
+        _check_continues(loaded, prompt, top_k, top_p)
+    elif not continues(loaded.model, "tokens"):
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
             f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."
         )
     _writer(loaded, writer)
     conditions = condition_ids(loaded, condition)
-    prompts = prompt_ids(loaded, prompt)
+    prompts = prompt_signals(loaded, str(prompt)) if signal else prompt_ids(loaded, prompt)
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:
@@ -109,18 +114,40 @@ def generate_from(
             f"its model.json); give --max-new-tokens."
         )
     _check_amount(len(prompts) * max(len(conditions), 1) * samples, count)
-    settings = {
+    settings: dict[str, Any] = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
-        "top_k": defaults.get("top_k", 0) if top_k is None else top_k,
-        "top_p": defaults.get("top_p", 1.0) if top_p is None else top_p,
         "seed": seed,
-        "stop_ids": () if (end := getattr(loaded.tokenizer, "eos_id", None)) is None else (end,),
     }
+    if not signal:
+        end = getattr(loaded.tokenizer, "eos_id", None)
+        settings |= {
+            "top_k": defaults.get("top_k", 0) if top_k is None else top_k,
+            "top_p": defaults.get("top_p", 1.0) if top_p is None else top_p,
+            "stop_ids": () if end is None else (end,),
+        }
     with memory_told("--samples or --max-new-tokens"):
         sequences = _sequences(loaded, prompts, conditions, samples, count, place, settings, progress)
     # what was made up to begin from is not part of the result; a prompt that was given is
     sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
     return Generated(sequences, loaded)
+
+
+def _check_continues(loaded: LoadedModel, prompt: str | None, top_k: int | None, top_p: float | None) -> None:
+    """Raise ConfigError unless a model of signals can go on with one, and nothing is asked that is for tokens."""
+    where = loaded.source.parent
+    if loaded.card.task not in (None, "next_values") or not continues(loaded.model, "values"):
+        raise ConfigError(
+            f"The model at {where} cannot generate: it has no tokenizer, and was not trained to tell the next values "
+            f"of its own channels. Give another --checkpoint, of a run with the head forecast and a causal backbone, "
+            f"such as residual, on data of next values."
+        )
+    if top_k is not None or top_p is not None:
+        raise ConfigError(
+            f"--top-k and --top-p choose among tokens, and the model at {where} tells values. Leave them away; "
+            f"--temperature 0 takes the mean or the median."
+        )
+    if prompt is None:
+        raise ConfigError(f"The model at {where} continues signals. Give one: --prompt FILE.")
 
 
 def _writer(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str, Any]] | None:
@@ -186,8 +213,9 @@ def _sequences(
     settings: dict[str, Any],
     progress: bool,
 ) -> list[np.ndarray]:
-    """`(length,)` int64 each: for each prompt, each condition, each sample. Prompts of one length are read together, so
-    that nothing is padded."""
+    """`(length,)` int64, or `(length, channels)` float32, each: for each prompt, each condition, each sample. Prompts
+    of one length are read together, so that nothing is padded."""
+    go_on: Any = generate if loaded.tokenizer is not None else continue_values
     found: dict[tuple[int, int], np.ndarray] = {}
     batches = list(_batches(prompts, conditions, samples))
     with tqdm(total=len(batches), unit="batch", disable=not progress or len(batches) == 1) as bar:
@@ -197,7 +225,7 @@ def _sequences(
                 given = torch.tensor([job.condition for job in batch], device=place)
             width = batch[0].stop - batch[0].first
             try:
-                tokens = generate(
+                made = go_on(
                     loaded.model,
                     torch.from_numpy(np.stack([job.prompt for job in batch])).to(place),
                     count,
@@ -211,9 +239,9 @@ def _sequences(
                 ).cpu()
             except NotFinite as error:
                 raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
-            for job, rows in zip(batch, tokens.view(len(batch), width, -1).numpy(), strict=True):
+            for job, rows in zip(batch, made.unflatten(0, (len(batch), width)).numpy(), strict=True):
                 for number, row in enumerate(rows, start=job.first):
-                    found[job.place, number] = _ended(row, len(job.prompt), settings["stop_ids"])
+                    found[job.place, number] = _ended(row, len(job.prompt), settings.get("stop_ids", ()))
             bar.update()
     return [found[key] for key in sorted(found)]
 
@@ -239,8 +267,49 @@ def _batches(prompts: list[np.ndarray], conditions: list[int], samples: int) -> 
 
 def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
     """The sequence up to its first stop: what others beside it went on with is not its own."""
+    if not stop_ids:
+        return row
     stops = np.flatnonzero(np.isin(row[prompt:], list(stop_ids)))
     return row[: prompt + int(stops[0]) + 1] if len(stops) else row
+
+
+def _prompt_records(loaded: LoadedModel, reader: str, prompt: str) -> list[Record]:
+    """The records of a prompt's file, by the model's reader. Raises ConfigError for none, and for an empty one."""
+    found = []
+    read = catalog()["readers"].get(reader)
+    options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
+    for record in records_of(read, Path(prompt), loaded.tokenizer, options):
+        if not len(record):
+            raise ConfigError(
+                f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
+                f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
+            )
+        found.append(record)
+        limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
+    if not found:
+        raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
+    return found
+
+
+def prompt_signals(loaded: LoadedModel, prompt: str) -> list[np.ndarray]:
+    """`(length, channels)` float32 of every record of a prompt's file. Raises ConfigError for what the model's reader
+    does not read as signals of its channels."""
+    card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
+    if not _is_file(prompt):
+        raise ConfigError(f"--prompt {shown(prompt)} is no file, and a signal is read from one. Check the path.")
+    if card.reader is None:
+        raise ConfigError(f"The model at {loaded.source.parent} names no reader, so that no prompt can be read.")
+    found = []
+    for record in _prompt_records(loaded, card.reader, prompt):
+        signal = record.signal
+        if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
+            kind = "ids" if signal is None else f"a signal {signal.shape}"
+            raise ConfigError(
+                f"The record {shown(record.name, 300)} of {prompt} is {kind}, and the model reads (length, "
+                f"{channels}). Give a file of its channels."
+            )
+        found.append(signal.astype(np.float32))
+    return found
 
 
 def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
@@ -251,19 +320,9 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
     assert loaded.tokenizer is not None
     if card.reader is not None and _is_file(prompt):
         found = []
-        read = catalog()["readers"].get(card.reader)
-        options = fitting_options("reader", card.reader, read, card.reader_options, own=True)
-        for record in records_of(read, Path(prompt), loaded.tokenizer, options):
-            if not len(record):
-                raise ConfigError(
-                    f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
-                    f"least one token. Remove it."
-                )
+        for record in _prompt_records(loaded, card.reader, prompt):
             assert record.ids is not None  # of a reader that has a tokenizer
             found.append(record.ids.astype(np.int64))
-            limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
-        if not found:
-            raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
         return found
     try:
         ids = loaded.tokenizer.encode(prompt)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, named_sets
-from mambaseq.data.purpose import asks_for_the_next
+from mambaseq.data.purpose import NEXT, asks_for_the_next
 from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.heads.positions import PositionHead
@@ -26,7 +26,7 @@ _FITTING: dict[tuple[str, bool], tuple[str, ...]] = {  # kind and whether it is 
     ("multilabels", False): ("multilabel",),
     ("multilabels", True): ("token_multilabel",),
     ("values", False): ("regression",),
-    ("values", True): ("token_regression",),
+    ("values", True): ("token_regression", "forecast"),
 }
 _EXAMPLES = 8  # that are looked at for one with a target
 _PROBED = 64  # positions
@@ -49,9 +49,9 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
         check_kinds(model, batch, metrics, dataset)
         _check_labels(model, batch, dataset)
         if asks_for_the_next(data, batch):
-            check_next_token(model, dataset)
-    elif data.task == "next_token":
-        check_next_token(model, dataset)
+            check_next_token(model, dataset, batch.kind)
+    elif data.task in NEXT:
+        check_next_token(model, dataset, "values" if data.task == "next_values" else "labels")
     if data.task == "masked":
         check_masked(model, dataset)
     elif data.class_names and data.task in (None, "classes") and model.head.per_token:
@@ -133,9 +133,10 @@ def _name(model: SequenceModel, part: str) -> str:
     return repr((model.spec or {}).get(part, {}).get("name") or type(getattr(model, part)).__name__)
 
 
-def check_next_token(model: SequenceModel, dataset: str = "that is given") -> None:
-    """Raise ConfigError where a model that is to predict the next token can see it, or an encoder does not say."""
-    asks = f"The dataset {dataset} asks for the next token, which the"
+def check_next_token(model: SequenceModel, dataset: str = "that is given", kind: str = "labels") -> None:
+    """Raise ConfigError where a model that is to predict the next token, or value, can see it, or an encoder does not
+    say."""
+    asks = f"The dataset {dataset} asks for the next {'value' if kind == 'values' else 'token'}, which the"
     if not model.backbone.causal:
         raise ConfigError(
             f"{asks} backbone {_name(model, 'backbone')} sees. Choose a causal backbone, such as 'residual', or a "

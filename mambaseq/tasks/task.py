@@ -148,7 +148,7 @@ class Task(lightning.LightningModule):
         check_kinds(self.model, batch, metrics)
         next_token = asks_for_the_next(self.trainer.datamodule.data, batch)  # type: ignore[attr-defined]
         if next_token:
-            check_next_token(self.model)
+            check_next_token(self.model, kind=batch.kind)
         if self.trainer.datamodule.data.task == "masked":  # type: ignore[attr-defined]
             check_masked(self.model)
         # the parts of a sharded model do not run alone

@@ -23,6 +23,7 @@ class Examples(TinyTokens):
         return list(self.examples)
 
 
+SIGNAL = torch.arange(10.0).view(1, 5, 2).sin()
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -39,6 +40,9 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
         (Examples(Batch(IDS, torch.ones(1, 5, 2, dtype=torch.long))), "multilabels"),
         (Examples(Batch(IDS, torch.tensor([[1, 0, 1]]), stride=2)), "labels"),
         (Examples(Batch(IDS, torch.zeros(1, 3, 2), stride=2)), "values"),
+        (Examples(Batch(SIGNAL[:, :-1], SIGNAL[:, 1:])), "next_values"),
+        (Examples(Batch(SIGNAL[:, :-1], SIGNAL[:, 1:, :1])), "values"),
+        (Examples(Batch(SIGNAL[:, :-1], torch.full((1, 4, 2), float("nan")))), "values"),
         # two documents, of which the first one's last target is not the second one's first token; a padded one
         (Examples(Batch(IDS, torch.tensor([[1, 6, 1, 5, 0]]), cu_seqlens=torch.tensor([0, 2, 2, 5]))), "next_token"),
         (

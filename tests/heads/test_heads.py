@@ -11,6 +11,8 @@ import torch
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Head, pool
 from mambaseq.heads.classification import ClassificationHead, MultilabelHead
+from mambaseq.heads.distributions import Gaussian, Quantiles
+from mambaseq.heads.forecast import ForecastHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.losses import BinaryLoss, LabelLoss
 from mambaseq.heads.positions import TokenClassificationHead, TokenMultilabelHead, TokenRegressionHead, bin_means
@@ -63,6 +65,8 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         (TokenClassificationHead(6, 4, stride=2), torch.full((2, 2), -100)),
         (TokenMultilabelHead(6, 4), torch.full((2, 3, 4), -100)),
         (TokenRegressionHead(6, 4, stride=3), torch.full((2, 1, 4), float("nan"))),
+        (ForecastHead(6, 2, horizon=4), torch.full((2, 3, 2), float("nan"))),
+        (ForecastHead(6, 2, loss="quantile"), torch.full((2, 3, 2), float("nan"))),
     ],
 )
 def test_no_target_at_all_gives_zero_not_nan(head: Head, targets: torch.Tensor) -> None:
@@ -105,6 +109,8 @@ LABELS, VALUES = torch.tensor([1, 0]), torch.tensor([1.0, 0.0])
         (TokenClassificationHead(6, 4, stride=2), torch.zeros(2, 5, dtype=torch.long)),
         (TokenMultilabelHead(6, 4), torch.zeros(2, 3, 3, dtype=torch.long)),
         (TokenRegressionHead(6, 4), torch.randn(2, 5)),
+        (ForecastHead(6, 2), torch.randn(2, 5, 3)),
+        (ForecastHead(6, 2), LABELS),
     ],
 )
 def test_targets_of_another_kind_are_refused(head: Head, targets: torch.Tensor) -> None:
@@ -175,11 +181,58 @@ def test_options_of_several_labels_by_hand() -> None:
         (MultilabelHead, {"focal_gamma": -1.0}, "focal_gamma of at least 0"),
         (TokenRegressionHead, {"stride": 0}, r"model\.head\.stride must be 1"),
         (TokenMultilabelHead, {"dropout": 1.0}, "dropout from 0"),
+        (ForecastHead, {"horizon": 0}, r"model\.head\.horizon must be 1"),
+        (ForecastHead, {"loss": "quantile", "quantiles": [0.5, 0.5]}, r"model\.head\.quantiles must ascend"),
+        (ForecastHead, {"loss": "quantile", "quantiles": []}, r"model\.head\.quantiles must ascend"),
+        (ForecastHead, {"min_scale": 0.0}, "min_scale must be positive"),
     ],
 )
 def test_options_out_of_range_are_refused(head: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         head(6, 4, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "quantile", "quantiles": [0.2, 0.5, 0.9]}])
+def test_a_forecast_weighs_every_target_alike(options: dict[str, Any]) -> None:
+    """A target is told from one, two and three steps before it, as far as the sequence goes back; one is not known."""
+    head = ForecastHead(4, 1, horizon=3, **options)
+    labels = torch.tensor([[[0.5], [float("nan")], [-1.0], [2.0]]])
+    loss, logits = head(torch.randn(1, 4, 4), labels)
+    assert logits.shape == (1, 4, 3, 1, 3 if options else 2)
+    targets = []
+    for at in (0, 2, 3):
+        value, found = labels[0, at, 0], []
+        for behind in range(min(3, at + 1)):
+            told = logits[0, at - behind, behind, 0]
+            if not options:
+                found.append(-torch.distributions.Normal(told[0], told[1]).log_prob(value))
+            else:
+                errors = value - told
+                pinball = [max(q * e, (q - 1) * e) for q, e in zip((0.2, 0.5, 0.9), errors.tolist(), strict=True)]
+                found.append(torch.tensor(2 * sum(pinball) / 3))
+                assert (told.diff() > 0).all()
+        targets.append(torch.stack(found).mean())
+    torch.testing.assert_close(loss, torch.stack(targets).mean())
+
+
+def test_forecasts_name_their_numbers() -> None:
+    assert ForecastHead(4, 2).columns() == ["mean_1", "std_1", "mean_2", "std_2"]
+    head = ForecastHead(4, 1, 2, loss="quantile", quantiles=[0.1, 0.5])
+    assert head.columns() == ["q0.1_1_ahead_1", "q0.5_1_ahead_1", "q0.1_1_ahead_2", "q0.5_1_ahead_2"]
+
+
+def test_distributions_by_hand() -> None:
+    share = torch.tensor([[0.1], [0.5], [0.75], [0.95]], dtype=torch.float64)
+    quantiles = Quantiles(torch.tensor([0.0, 2.0, 3.0]).expand(4, 1, 3), torch.tensor([0.25, 0.5, 0.75]))
+    # straight lines: 8 a unit of share below, 4 above the median
+    torch.testing.assert_close(quantiles.quantile(share)[:, 0], torch.tensor([-1.2, 2.0, 3.0, 3.8]).double())
+    assert quantiles.point().tolist() == [[2.0]] * 4
+    normal = Gaussian(torch.full((4, 1), 2.0), torch.full((4, 1), 3.0))
+    expected = torch.distributions.Normal(2.0, 3.0).icdf(share.float())
+    torch.testing.assert_close(normal.quantile(share).float(), expected)
+    assert normal.sample(share, 0).tolist() == [[2.0]] * 4
+    torch.testing.assert_close(normal.sample(share, 0.5) - 2, (expected - 2) / 2)
+    assert normal.sample(torch.tensor([[0.0]] * 4).double()).isfinite().all()
 
 
 def test_bins_are_means_of_real_positions() -> None:

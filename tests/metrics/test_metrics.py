@@ -12,12 +12,14 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
+from mambaseq.heads.distributions import Gaussian, Quantiles
 from mambaseq.metrics.classification import MCC, Accuracy, Confusion, MacroF1
 from mambaseq.metrics.likelihood import BitsPerByte, BitsPerToken, Perplexity, TokenAccuracy
 from mambaseq.metrics.multilabel import AUROC, MultilabelF1
-from mambaseq.metrics.values import MAE, RMSE, Correlation
+from mambaseq.metrics.values import CRPS, MAE, RMSE, Correlation
 from mambaseq.models import ModelOutput
 
+NAN = float("nan")
 NAMES = ("a", "b", "c")
 
 
@@ -150,6 +152,29 @@ def test_values_against_second_libraries(offset: float) -> None:
     assert in_two(Correlation(), guess, targets) == pytest.approx(expected, rel=1e-9)
 
 
+def test_crps_against_its_definition() -> None:
+    """The integral of the squared difference of distribution functions, by the trapezoid rule."""
+    grid = torch.linspace(-30, 30, 120_001, dtype=torch.float64)
+    told, values = Gaussian(torch.tensor([[0.5], [-1.0]]), torch.tensor([[1.0], [3.0]])), torch.tensor([[1.2], [-4.0]])
+    expected = []
+    for mean, scale, value in zip(told.mean[:, 0], told.scale[:, 0], values[:, 0], strict=True):
+        difference = torch.special.ndtr((grid - mean) / scale) - (grid >= value).double()
+        expected.append(float(torch.trapezoid(difference.square(), grid)))
+    metric = CRPS()
+    output = ModelOutput(logits=torch.zeros(2, 1), distribution=told)
+    metric.update(output, Batch(torch.zeros(2, 1), values))
+    assert float(metric.compute()) == pytest.approx(sum(expected) / 2, rel=1e-3)
+    # quantiles of the same as levels get dense; of a value alone it is the absolute error, and NaN is left out
+    levels = (torch.arange(2000) + 0.5) / 2000
+    dense = Quantiles(told.quantile(levels.expand(2, -1).double())[:, None].float(), levels)
+    assert dense.crps(values)[:, 0].tolist() == pytest.approx(expected, rel=1e-3)
+    metric.reset()
+    metric.update(
+        ModelOutput(logits=torch.tensor([[1.0], [5.0]])), Batch(torch.zeros(2, 1), torch.tensor([[3.0], [NAN]]))
+    )
+    assert float(metric.compute()) == 2
+
+
 def test_a_constant_has_no_correlation() -> None:
     values, targets = torch.tensor([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]]), torch.tensor([[3.0, 1], [2, 2], [1, 3]])
     metric = Correlation()
@@ -174,6 +199,7 @@ def test_every_registered_metric_is_known_here() -> None:
         "multilabel_f1",
         "mae",
         "rmse",
+        "crps",
         "correlation",
     }
     assert {entry.name for entry in catalog()["metrics"] if "/" not in entry.name} == known

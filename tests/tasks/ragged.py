@@ -30,6 +30,7 @@ HEADS: dict[str, dict[str, Any]] = {
         "focal_gamma": 0.5,
     },
     "token_regression": {"name": "token_regression", "n_outputs": 2, "stride": 3},
+    "forecast": {"name": "forecast", "n_channels": 2, "horizon": 3, "loss": "quantile"},
 }
 
 
@@ -47,6 +48,9 @@ def clip(number: int, length: int, head: str) -> Batch:
         several = torch.randint(0, 2, (1, 3), generator=draw)
         several[0, number % 3] = -100
         return Batch(inputs=ids, targets=several, target_of="sequence")
+    if head == "forecast":
+        values = torch.randn(1, length + 1, 2, generator=draw)
+        return Batch(inputs=ids, targets=values.masked_fill(values > 1, NAN))
     if head == "token_regression":
         values = torch.randn(1, -(-(length + 1) // 3), 2, generator=draw)
         return Batch(inputs=ids, targets=values.masked_fill(values > 1, NAN), stride=3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mambaseq_dna.encoders import KmerEncoder
 from tasks.ragged import NAN, model_of
-from tiny import TinyTokens
+from tiny import TinySeries, TinyTokens
 from torch import Tensor, nn
 
 from mambaseq.batch import Batch
@@ -22,8 +22,8 @@ from mambaseq.metrics.base import Metric
 from mambaseq.metrics.classification import Accuracy, MacroF1
 from mambaseq.metrics.likelihood import BitsPerToken, TokenAccuracy
 from mambaseq.metrics.multilabel import MultilabelF1
-from mambaseq.metrics.values import MAE
-from mambaseq.models import SequenceModel
+from mambaseq.metrics.values import CRPS, MAE
+from mambaseq.models import SequenceModel, build_model
 from mambaseq.tasks.fitting import check_data, check_kinds, probe_future, probe_neighbours
 from mambaseq.tasks.task import Task
 
@@ -243,6 +243,26 @@ def test_next_tokens_need_an_encoder_that_is_causal() -> None:
             with pytest.raises(ConfigError, match=message):
                 check_data(with_encoder(encoder), TinyTokens(), "'tiny'", {})
     fit(TinyTokens(size=4), with_encoder(Convolution()))
+
+
+def test_next_values_must_not_be_seen() -> None:
+    """A signal's next values, of which the data set says nothing, by a backbone that reads both ways."""
+    for backbone in ("residual", "bidirectional"):
+        spec = {
+            "d_model": 8,
+            "encoder": {"name": "signal", "n_channels": 2},
+            "backbone": {"name": backbone, "n_layers": 1},
+            "mixer": {"name": "mamba"},
+            "head": {"name": "forecast", "n_channels": 2, "horizon": 2},
+        }
+        if backbone == "residual":
+            task = fit(TinySeries(), build_model(spec), {"mae": MAE(), "crps": CRPS()}, val_check_interval=1)
+            assert all(0 < task.results[f"val/{name}"] < 2 for name in ("mae", "crps"))
+            continue
+        with pytest.raises(ConfigError, match=r"asks for the next value, which the backbone 'bidirectional' sees"):
+            check_data(build_model(spec), TinySeries(), "'x'", {})
+        with pytest.raises(ConfigError, match=r"asks for the next value"):
+            fit(TinySeries(), build_model(spec))
 
 
 def test_other_targets_may_be_seen() -> None:

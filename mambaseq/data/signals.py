@@ -1,0 +1,51 @@
+"""Continuous signals in and out of CSV files: a column a channel, a row a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambaseq.data.records import Record
+from mambaseq.data.tables import read_table
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.outputs import numbered, output_file
+
+
+def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None) -> Iterator[Record]:
+    """The signal of a file, `(rows, columns)` float32, as one record that has the file's name.
+
+    columns: what its first line must name; None takes those that there are. Raises DataError (see `read_table`).
+    """
+    path = Path(path)
+    if columns is None:
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                columns = [name.strip() for name in file.readline(10_000).strip().split(",")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}.") from error
+    yield Record(path.stem, signal=read_table(path, columns).astype(np.float32))
+
+
+def write_csv(
+    path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Any, columns: list[str] | None = None
+) -> list[Path]:
+    """Write signals `(length, channels)` as CSV, each file whole or not at all; returns the files written.
+
+    One goes to `path` itself, several to `NAME-000.csv`, ... beside it. columns: names of the channels; value_1, ... if
+    not given. Raises ConfigError for what is no signal of so many channels, UserError when the place is not writable.
+    """
+    files = numbered(Path(path), len(sequences), ".csv")
+    for file, values in zip(files, sequences, strict=True):
+        if values.ndim != 2 or (columns is not None and len(columns) != values.shape[1]):
+            raise ConfigError(
+                f"The writer csv writes signals (length, channels){f' of {len(columns)} channels' if columns else ''}, "
+                f"not what has the shape {values.shape}. Use the model's own writer."
+            )
+        names = columns or [f"value_{number}" for number in range(1, values.shape[1] + 1)]
+        lines = [",".join(names), *(",".join(f"{value:.9g}" for value in row) for row in values.tolist())]
+        with output_file(file) as target:
+            target.write(("\n".join(lines) + "\n").encode("utf-8"))
+    return files

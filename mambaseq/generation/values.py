@@ -1,0 +1,101 @@
+"""Signals continued: what a model says comes next is drawn, and read as if it had come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mambaseq import limits
+from mambaseq.errors import ConfigError
+from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues, prefill
+from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.sampling import Draws, check_settings
+from mambaseq.heads.distributions import Distribution, Point
+from mambaseq.models import SequenceModel
+
+
+@torch.no_grad()
+def continue_values(
+    model: SequenceModel,
+    prompt: Tensor,
+    steps: int,
+    *,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    condition: Tensor | None = None,
+    progress: bool = False,
+    cuda_graph: bool = True,
+    samples: int = 1,
+    numbers: Tensor | None = None,
+) -> Tensor:
+    """Continue signals by the distributions of a head `forecast`; see `generate`.
+
+    Args:
+        prompt: `(batch, prompt_length, channels)` float, at least one step each.
+        steps: to add. temperature: how far what is drawn is from the mean or the median, which 0 takes itself.
+        seed, condition, progress, cuda_graph, samples, numbers: see `generate`.
+
+    Returns:
+        `(batch * samples, prompt_length + steps, channels)` fp32; a prompt's samples one after the other.
+
+    Raises:
+        ConfigError: an empty prompt, settings out of range, or a model that is not causal or does not tell next values.
+            UserError: more steps or sequences than `limits` allows. NotFinite: values that are no finite numbers.
+    """
+    if prompt.dim() != 3 or prompt.numel() == 0:
+        raise ConfigError("A signal that is to be continued must be (batch, length, channels), of one step at least.")
+    if not continues(model, "values"):
+        raise ConfigError(
+            "Only a causal model that tells next values can continue a signal; this one cannot. Train one with the "
+            "head forecast and a causal backbone, such as residual."
+        )
+    model.check_stateful()
+    check_settings(temperature, 0, 1.0)
+    check_whole("steps", steps, 0)
+    check_whole("samples", samples, 1)
+    limits.SEQUENCES.check(len(prompt) * samples, "Generation")
+    limits.GENERATED.check(len(prompt) * samples * steps, "Generation")
+    if numbers is not None and numbers.shape != (len(prompt), samples):
+        raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    check_whole("seed", seed, 0, 2**63 - 1)
+    prompt = prompt.float()
+    draws = None if temperature == 0 else Draws(seed, prompt, condition, samples, numbers, prompt.device)
+    every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
+    out = [prompt[every]]
+    was_training = model.training
+    model.eval()
+    try:
+        state, logits = prefill(model, prompt, condition)
+        if samples > 1:
+            state, logits = [layer.select(every) for layer in state], logits[every]
+            condition = None if condition is None else condition[every]
+        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and steps >= WORTH_A_GRAPH)
+        with tqdm(total=steps, unit="step", disable=not progress) as bar:
+            for i in range(steps):
+                told = distribution(model, logits)
+                uniform = None if draws is None else draws.many(prompt.shape[2]).t()
+                values = told.point() if uniform is None else told.sample(uniform, temperature)
+                if values.shape != out[0][:, 0].shape:
+                    raise ConfigError(
+                        f"The model reads {prompt.shape[2]} channels and tells {values.shape[-1]} values, so that "
+                        f"they cannot be read again. Train a head that tells all channels."
+                    )
+                out.append(values[:, None].float())
+                bar.update()
+                if i + 1 < steps:
+                    logits = decoder.step(values)
+                if i % 64 == 63:
+                    check_finite(out[-1])  # what is not finite stays so in all that comes behind it
+        check_finite(out[-1])
+    finally:
+        model.train(was_training)
+    return torch.cat(out, dim=1)
+
+
+def distribution(model: SequenceModel, logits: Tensor) -> Distribution:
+    """What a model's head says of next values."""
+    make = getattr(model.head, "distribution", None)
+    return Point(logits) if make is None else make(logits)

@@ -1,0 +1,129 @@
+"""What comes next in a continuous signal, and how certain that is."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError, check_positive, shown
+from mambaseq.heads.base import Head, Kind, check_targets
+from mambaseq.heads.distributions import Distribution, Gaussian, Quantiles
+from mambaseq.limits import WINDOW, check_setting
+
+
+class ForecastHead(Head):
+    """The next values of each channel, some steps ahead, by their distributions: a normal one (the loss is its negative
+    log likelihood, in nats), or quantiles (the loss is twice their mean pinball loss, in units of the values).
+
+    The data give the next values alone, `(batch, length, n_channels)`: what stands h steps ahead of a position is the
+    target of the position h - 1 steps behind it. A target's loss is the mean over the positions that told it, so that
+    each target weighs alike whatever the horizon.
+
+    Args:
+        d_model: width of the backbone's output.
+        n_channels: channels of the signal.
+        horizon: steps ahead that are told.
+        loss: "gaussian" or "quantile".
+        quantiles: the levels, ascending in (0, 1), of the loss "quantile".
+        min_scale: standard deviations are this at least, in units of the values.
+    """
+
+    per_token: ClassVar[bool] = True
+    learns: ClassVar[Kind | None] = "values"
+    continues: ClassVar[Literal["tokens", "values", ""] | None] = "values"
+
+    def __init__(
+        self,
+        d_model: int,
+        n_channels: int,
+        horizon: int = 1,
+        loss: Literal["gaussian", "quantile"] = "gaussian",
+        quantiles: tuple[float, ...] | list[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        min_scale: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        check_positive("The forecast head", d_model=d_model, n_channels=n_channels, min_scale=min_scale)
+        check_setting("model.head.horizon", horizon, 1, WINDOW.value)
+        if loss not in ("gaussian", "quantile"):
+            raise ConfigError(f"The forecast head has the loss gaussian or quantile, not {shown(loss)}.")
+        levels = list(quantiles)
+        steps = zip([0.0, *levels], [*levels, 1.0], strict=True)
+        if loss == "quantile" and not (levels and all(low < high for low, high in steps)):
+            raise ConfigError(f"model.head.quantiles must ascend, all above 0 and below 1, not {shown(levels)}.")
+        self.n_channels, self.horizon, self.loss, self.min_scale = n_channels, horizon, loss, min_scale
+        self.levels: Tensor
+        self.register_buffer("levels", torch.tensor(levels, dtype=torch.float64), persistent=False)
+        self.n_parameters = 2 if loss == "gaussian" else len(levels)
+        self.linear = nn.Linear(d_model, horizon * n_channels * self.n_parameters)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """hidden `(batch, length, d_model)`, labels `(batch, length, n_channels)` float, the values behind each
+        position, NaN where one is not known. Returns (loss, logits `(batch, length, horizon, n_channels, 2)` fp32, mean
+        and standard deviation, or `(..., levels)`, ascending values). Raises ConfigError for labels of another kind or
+        shape."""
+        raw = self.linear(hidden.to(self.linear.weight.dtype)).float()
+        raw = raw.unflatten(-1, (self.horizon, self.n_channels, self.n_parameters))
+        first, more = raw[..., :1], F.softplus(raw[..., 1:])
+        logits = torch.cat([first, more + self.min_scale if self.loss == "gaussian" else first + more.cumsum(-1)], -1)
+        if labels is None:
+            return None, logits
+        check_targets(self, labels, (*hidden.shape[:2], self.n_channels))
+        return self._loss(logits, labels.float(), mask, cu_seqlens), logits
+
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        length = labels.shape[1]
+        known = ~labels.isnan()
+        if mask is not None:
+            known = known & mask[..., None]
+        values = labels.masked_fill(~known, 0)
+        sequence = torch.zeros(length, dtype=torch.long, device=labels.device)
+        if cu_seqlens is not None:  # which packed sequence a position is of
+            places = torch.arange(length, device=labels.device)
+            sequence = torch.searchsorted(cu_seqlens[1:].long(), places, right=True)
+        total, told = torch.zeros_like(values), torch.zeros_like(values)
+        for ahead in range(min(self.horizon, length)):
+            behind = length - ahead
+            losses = self._of(logits[:, :behind, ahead], values[:, ahead:])
+            same = (sequence[:behind] == sequence[ahead:])[None, :, None]
+            # each step's place among the targets: those before it were told by no position so far behind
+            total = total + F.pad(losses.masked_fill(~(same & known[:, ahead:]), 0), (0, 0, ahead, 0))
+            told = told + F.pad(same.to(told), (0, 0, ahead, 0))
+        return (total / told.clamp(min=1)).sum() / known.sum().clamp(min=1)
+
+    def _of(self, parameters: Tensor, values: Tensor) -> Tensor:
+        """Losses `(batch, length, n_channels)` of parameters of the distributions, of a shape `(..., parameters)`."""
+        found = self._distribution(parameters)
+        if isinstance(found, Gaussian):
+            z = (values - found.mean) / found.scale
+            return z.square() / 2 + found.scale.log() + math.log(2 * math.pi) / 2
+        return found.crps(values)
+
+    def _distribution(self, parameters: Tensor) -> Distribution:
+        if self.loss == "gaussian":
+            return Gaussian(parameters[..., 0], parameters[..., 1])
+        return Quantiles(parameters, self.levels)
+
+    def distribution(self, logits: Tensor) -> Distribution:
+        """Of the next values, `(..., n_channels)`, from logits `(..., horizon, n_channels, parameters)`."""
+        return self._distribution(logits[..., 0, :, :])
+
+    def columns(self) -> list[str]:
+        """Names of the numbers in the logits of a position."""
+        kinds = ["mean", "std"] if self.loss == "gaussian" else [f"q{level:g}" for level in self.levels.tolist()]
+        return [
+            f"{kind}_{channel}" + (f"_ahead_{ahead}" if self.horizon > 1 else "")
+            for ahead in range(1, self.horizon + 1)
+            for channel in range(1, self.n_channels + 1)
+            for kind in kinds
+        ]
