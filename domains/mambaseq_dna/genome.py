@@ -98,7 +98,8 @@ class GenomeData(FastaData):
         )
         self.lowercase = lowercase
         self.tokenizer = BaseTokenizer("keep" if lowercase == "keep" else "fold")
-        self.rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random) if objective == "masked" else None
+        rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random)  # checked even where it is not used
+        self.rule = rule if objective == "masked" else None
         self.vocab_size = self.tokenizer.vocab_size + (self.rule is not None)
         self.task = objective
 

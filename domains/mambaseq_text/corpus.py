@@ -117,7 +117,8 @@ class CorpusData(SequenceData):
         mask_replaced: float = 0.8,
         mask_random: float = 0.1,
     ) -> None:
-        self.rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random) if objective == "masked" else None
+        rule = MaskRule(mask_share, mask_span, mask_replaced, mask_random)  # checked even where it is not used
+        self.rule = rule if objective == "masked" else None
         self.task = objective
         self.files, self.validation_files, self.test_files = files, validation_files, test_files
         self.fractions = {

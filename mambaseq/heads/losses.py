@@ -116,8 +116,8 @@ def check_loss_options(label_smoothing: float, focal_gamma: float) -> None:
     """Raise ConfigError for values out of range."""
     if not 0 <= label_smoothing < 1 or not 0 <= focal_gamma < math.inf:
         raise ConfigError(
-            f"A head of labels needs label_smoothing from 0 to below 1 and a finite focal_gamma of at least 0, not "
-            f"{label_smoothing} and {focal_gamma}."
+            f"model.head.label_smoothing must be from 0 to below 1, and model.head.focal_gamma finite and at least 0, "
+            f"not {label_smoothing} and {focal_gamma}."
         )
 
 

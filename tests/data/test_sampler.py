@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import TinyTokens
@@ -131,6 +133,21 @@ def test_several_labels_a_sequence_are_no_tokens(collate) -> None:
     assert batch.targets.tolist() == [[0, 1, 1], [0, 1, 1]]
     with pytest.raises(DataError, match=r"one for each position.*target_of='sequence'"):
         _ = Batch(torch.ones(1, 5, dtype=torch.long), torch.tensor([[0, 1, 1]])).per_token
+
+
+def test_bins_are_padded_and_packed_by_themselves() -> None:
+    items = [Batch(torch.ones(1, n, dtype=torch.long), torch.full((1, -(-n // 3)), n), stride=3) for n in (7, 2)]
+    padded, packed = pad_collate(items), pack_collate(items)
+    assert padded.targets.tolist() == [[7, 7, 7], [2, -100, -100]]
+    assert packed.targets.tolist() == [[7, 7, 7, 2]]
+    for batch in (padded, packed, padded.to("cpu")):
+        assert (batch.per_token, batch.stride, int(batch.n_targets)) == (True, 3, 4)
+    cut = pad_collate([Batch(torch.ones(1, 7), torch.ones(1, 3, 1), torch.arange(7)[None] < 4, stride=3)])
+    assert (cut.inputs.shape, cut.targets.shape) == ((1, 4), (1, 2, 1))
+    with pytest.raises(DataError, match=r"a target for 2 positions, and others for 3 \(Batch.stride\)"):
+        pad_collate([items[1], dataclasses.replace(items[1], stride=2)])
+    with pytest.raises(DataError, match=r"Batch.stride must be at least 1"):
+        _ = dataclasses.replace(items[1], stride=0).per_token
 
 
 def test_sequences_that_do_not_go_together_are_refused() -> None:

@@ -178,7 +178,7 @@ def test_options_of_several_labels_by_hand() -> None:
             r"finite numbers of at least 0, some above",
         ),
         (MultilabelHead, {"positive_weights": [0.0] * 4}, "finite numbers of at least 0, some above"),
-        (MultilabelHead, {"focal_gamma": -1.0}, "focal_gamma of at least 0"),
+        (MultilabelHead, {"focal_gamma": -1.0}, r"model\.head\.focal_gamma finite and at least 0"),
         (TokenRegressionHead, {"stride": 0}, r"model\.head\.stride must be 1"),
         (TokenMultilabelHead, {"dropout": 1.0}, "dropout from 0"),
         (ForecastHead, {"horizon": 0}, r"model\.head\.horizon must be 1"),

@@ -20,6 +20,18 @@ def test_next_token_batches_are_folded() -> None:
     assert batch.condition.tolist() == [5, 5, 6, 6]
 
 
+def test_bins_stay_whole() -> None:
+    """Eleven positions in bins of three at five positions: three windows of one bin, what is left over falls away."""
+    bins = torch.arange(4.0).view(1, 4, 1)
+    batch = shorten(Batch(torch.arange(11)[None], bins, stride=3), 5)
+    assert batch.inputs.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert batch.targets is not None
+    assert batch.targets.flatten().tolist() == [0, 1, 2]
+    assert (batch.per_token, batch.stride) == (True, 3)
+    whole = Batch(torch.arange(11)[None], bins, stride=3)
+    assert shorten(whole, 11) is whole
+
+
 @pytest.mark.parametrize("targets", [torch.tensor([1, 0]), torch.randn(2), torch.randn(2, 3), torch.randn(2, 8)])
 def test_labels_and_values_stay_with_a_cut_sequence(targets: torch.Tensor) -> None:
     signal = torch.randn(2, 8, 2)
