@@ -190,7 +190,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
 
 def _with_adapter(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     settings = read_json(folder / "adapter_config.json")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
     if not (fits(rank, int) and fits(alpha, float) and rank > 0):
         raise UserError(
             f"{folder / 'adapter_config.json'} must have a whole number r above 0 and a number lora_alpha, not "

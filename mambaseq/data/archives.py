@@ -274,5 +274,5 @@ def _decompressed(archive: Path) -> IO[bytes]:
         begin = file.read(6)
     for magic, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", XzFile), (b"BZh", bz2.open)):
         if begin.startswith(magic):
-            return opened(archive, "rb")  # type: ignore[return-value, operator]
+            return opened(archive, "rb")  # type: ignore[return-value]
     return archive.open("rb")

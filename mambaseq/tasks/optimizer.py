@@ -117,7 +117,7 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callabl
             return (step + 1) / config.warmup_steps
         if config.schedule == "constant":
             return 1.0
-        begins = config.warmup_steps
+        begins: float = config.warmup_steps
         if config.schedule == "wsd":
             begins = max(begins, total_steps * (1 - config.decay_share))
         done = min(1.0, max(0.0, (step - begins) / max(1, total_steps - begins)))

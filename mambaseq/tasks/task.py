@@ -215,7 +215,7 @@ class Task(lightning.LightningModule):
         if number == 0:
             return loss, self._metrics(stage)
         if (stage, number) not in self._others:
-            fresh = {name: metric.clone().to(self.device) for name, metric in self._metrics(stage).items()}
+            fresh: dict[str, Any] = {name: one.clone().to(self.device) for name, one in self._metrics(stage).items()}
             for metric in fresh.values():
                 metric.reset()
             self._others[stage, number] = MeanLoss().to(self.device), fresh
