@@ -25,6 +25,7 @@ domain = Domain(
         "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
         "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
+        "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy beside k-mer logistic regression")},

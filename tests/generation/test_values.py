@@ -50,6 +50,15 @@ def test_the_mean_fed_back_equals_the_full_forward(head: dict[str, Any]) -> None
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_replayed_steps_equal_the_cpu(cuda: torch.device) -> None:
+    """From a CUDA graph, whose output the next step overwrites."""
+    model, prompt = forecaster(), torch.randn(2, 5, 2)
+    expected = continue_values(model, prompt, 40, temperature=0)
+    found = continue_values(model.to(cuda), prompt.to(cuda), 40, temperature=0).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_each_sample_is_what_it_is_alone() -> None:
     model, prompts = forecaster(), torch.randn(3, 4, 2)
     condition = torch.tensor([0, 1, 1])
