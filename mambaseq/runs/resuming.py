@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError, cut_list, cut_path, shown
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import SECTIONS, RunConfig
+from mambaseq.runs.config import RunConfig, parse_config
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
 from mambaseq.tasks.record import KEY, DataRecord, flatten
@@ -48,17 +47,20 @@ def write_record(folder: RunFolder, record: DataRecord) -> None:
 def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values are not those that the run was last gone on with, each with both. What an earlier version did
     not write down had the value that is now the default."""
-    defaults = flatten({section: dataclasses.asdict(kind()) for section, kind in SECTIONS.items()})
     former = flatten(read_yaml(folder.config))
-    for key, value in defaults.items():
-        if not any(name == key or name.startswith(f"{key}.") for name in former):
-            former[key] = value
     now = flatten(parse_yaml(settings.yaml, "the configuration"))
+    if any(not _holds(former, key) for key in now):
+        today = flatten(parse_yaml(parse_config(str(folder.config), []).yaml, "the configuration"))
+        former |= {key: value for key, value in today.items() if not _holds(former, key)}
     return {
         key: (former.get(key), now.get(key))
         for key in sorted(former.keys() | now.keys())
         if former.get(key) != now.get(key)
     }
+
+
+def _holds(settings: dict[str, Any], key: str) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for name in settings)
 
 
 def _told(value: Any) -> str:

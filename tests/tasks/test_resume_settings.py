@@ -18,6 +18,7 @@ from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import shown
+from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import PARTS, make_parser
 from mambaseq.runs.resuming import moved
@@ -273,3 +274,15 @@ def test_a_checkpoint_does_not_say_how_the_optimizer_works() -> None:
     optimizer.load_state_dict(saved)
     reapply(optimizer, schedule)
     assert not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
+
+
+def test_what_an_earlier_version_did_not_write_is_no_change(run: Path, capsys: pytest.CaptureFixture) -> None:
+    path = run / "config.yaml"
+    written = parse_yaml(path.read_text(), "test")
+    del written["finetune"], written["data"]["size"], written["model"]["mixer"]["d_conv"], written["optimizer"]["beta2"]
+    path.write_text(dump_yaml(written))
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=4"]) == 0
+    told = capsys.readouterr().err
+    assert "trainer.max_steps changed: 3 -> 4" in told
+    assert told.count(" changed: ") == 1 + told.count("callbacks changed: ")
