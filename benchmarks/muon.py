@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    text = read_bytes(arguments.data or [find("data/text/tinyshakespeare.txt")])
+    text = read_bytes(arguments.data or [find("mambaseq:data/text/tinyshakespeare.txt")])
     cut = len(text) * 9 // 10
     bench = Bench(arguments, text[:cut], text[cut:])
     # a step's time in turns, so that a machine that slows down slows both
