@@ -29,6 +29,8 @@ COMMANDS = {
         "mambaseq.cli.listing",
         "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs",
     ),
+    "new": ("mambaseq.cli.new", "write a package of a domain, to be changed into yours: domain NAME [--out FOLDER]"),
+    "check": ("mambaseq.cli.check", "hold a domain against the laws, and say what fails: NAME"),
     "doctor": (
         "mambaseq.cli.doctor",
         "what runs on this machine, which backend each op would use, and whether it is right",

@@ -1,0 +1,5 @@
+"""A domain is held against the laws: `mambaseq check NAME`."""
+
+from mambaseq.checking.domain import Finding, check
+
+__all__ = ["Finding", "check"]

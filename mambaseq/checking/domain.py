@@ -1,0 +1,312 @@
+"""A domain's parts, one after another: each as the domain's configurations use it, and made up where none does."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+
+from mambaseq.backbones.base import Backbone
+from mambaseq.checking import laws
+from mambaseq.checking.datasets import check_items, check_order, check_sources, ragged, training_items
+from mambaseq.checking.files import check_reader, check_writer
+from mambaseq.checking.laws import LawBroken
+from mambaseq.checking.samples import CHANNELS, TOKENS, sequences
+from mambaseq.checking.training import STEPS, check_training
+from mambaseq.data.module import SequenceData
+from mambaseq.domain import KINDS, catalog
+from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
+from mambaseq.mixers.base import Mixer
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.reporting.sections import Section
+from mambaseq.runs.config import RunConfig, keys_of, parse_config
+
+T = TypeVar("T")
+
+_LONGEST = 256  # positions of a window, where data.length can be set
+_SMALL = {
+    "--loader.batch_size": "2",
+    "--loader.num_workers": "0",
+    "--length_warmup.start": "0",
+    "--checkpoint.every_n_steps": "2",
+    "--trainer.max_steps": str(STEPS),
+    "--trainer.max_epochs": "null",
+    "--trainer.accelerator": "cpu",
+    "--trainer.devices": "1",
+    "--trainer.precision": "32-true",
+    "--trainer.limit_val_batches": "2",
+    "--trainer.val_check_interval": "2",
+    "--trainer.check_val_every_n_epoch": "null",
+    "--trainer.accumulate_grad_batches": "1",
+}
+_SMALLER = {"--model.d_model": "16", "--model.backbone.n_layers": "2"}
+_GIVEN = {"vocab_size": TOKENS, "n_channels": CHANNELS, "n_classes": TOKENS, "n_outputs": 2, "n_labels": 3}
+_GIVEN_LISTS = {"complement": [3, 2, 1, 0, 4, 5]}
+_AROUND = {  # by strands
+    1: {"encoder": "tokens", "backbone": "residual", "head": "classification"},
+    2: {"encoder": "rc_tokens", "backbone": "reverse_complement", "head": "rc_classification"},
+}
+
+
+class Finding(NamedTuple):
+    """What came out: a part holds to a law, or fails, with a reason in plain words, or could not be checked."""
+
+    part: str
+    law: str
+    state: Literal["ok", "fails", "not checked"]
+    reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.state == "fails"
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.part}: {self.law}{f': {self.reason}' if self.reason else ''}"
+
+
+class _Domain:
+    """name: of the domain. used: what its configurations use, by kind and class."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.findings: list[Finding] = []
+        self.own: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        self.used: set[Any] = set()
+        self.data: dict[str, SequenceData] = {}
+        self.models: list[tuple[SequenceModel, list[Any], SequenceData]] = []
+
+    def hold(self, part: str, law: str, check: Callable[[], T]) -> T | None:
+        """Note whether a check raises; what it gives, None where it raises."""
+        try:
+            found = check()
+        except (LawBroken, UserError) as error:
+            self.findings.append(Finding(part, law, "fails", paragraph(error)))
+        except Exception as error:  # whatever a third party's part does
+            self.findings.append(Finding(part, law, "fails", paragraph(f"{type(error).__name__}: {error}")))
+        else:
+            self.findings.append(Finding(part, law, "ok"))
+            return found
+        return None
+
+    def skip(self, part: str, law: str, reason: str) -> None:
+        self.findings.append(Finding(part, law, "not checked", reason))
+
+    def load(self) -> None:
+        for kind in KINDS:
+            for entry in catalog()[kind]:
+                if not entry.name.startswith(f"{self.name}/"):
+                    continue
+                if kind == "configs":
+                    self.own[kind][entry.name] = entry
+                    continue
+                loaded = self.hold(
+                    f"{kind.removesuffix('s')} {entry.name}",
+                    "can be imported, and is of its kind",
+                    lambda kind=kind, entry=entry: catalog()[kind].get(entry.name),  # type: ignore[misc]
+                )
+                if loaded is not None:
+                    self.own[kind][entry.name] = loaded
+
+    def is_own(self, kind: str, part: Any) -> str | None:
+        """The name of a part of this domain, None for another's."""
+        return next((name for name, loaded in self.own[kind].items() if loaded is type(part)), None)
+
+    def configuration(self, name: str) -> None:
+        part = f"config {name}"
+        made = self.hold(part, "its model is made and its data are set up", lambda: _small(name))
+        if made is None:
+            return
+        settings, overrides, model, data = made
+        chosen = settings.settings["data"]["name"]
+        if chosen in self.own["datasets"] and chosen not in self.data:
+            self.dataset(chosen, lambda: settings.make_data(setup=True))
+        self.data.setdefault(chosen, data)
+        items = self.hold(part, "training gives batches", lambda: _items(model, data))
+        if items is None:
+            return
+        self.models.append((model, items, data))
+        self.model(part, model, items)
+        run = self.hold(
+            part,
+            f"{STEPS} steps are the same when they are killed and gone on with",
+            lambda: check_training(name, overrides, Path(tempfile.mkdtemp(dir=self.folder))),
+        )
+        for report in {name, chosen} & self.own["reports"].keys() if run else ():
+            self.hold(f"report {report}", "gives a Section", lambda: _report(self.own["reports"][report], run.path))  # noqa: B023
+
+    def model(self, part: str, model: SequenceModel, items: list[Any]) -> None:
+        """A model, and those of its parts that are this domain's."""
+        self.used |= {type(one) for one in (model.encoder, model.head, model.backbone, *model.backbone.mixers())}
+        told = part
+        if (name := self.is_own("encoders", model.encoder)) is not None:
+            told = f"encoder {name}"
+        self.hold(told, "the encoder sees what it says that it sees", lambda: laws.check_encoder(model, items))
+        for mixer in {type(one): one for one in model.backbone.mixers()}.values():
+            if (name := self.is_own("mixers", mixer)) is not None:
+                self.stateful(f"mixer {name}", mixer, mixer.d_model)
+        if (name := self.is_own("backbones", model.backbone)) is not None:
+            width = (model.spec or {})["d_model"] * model.backbone.strands
+            self.stateful(f"backbone {name}", model.backbone, width)
+        told = part if (name := self.is_own("heads", model.head)) is None else f"head {name}"
+        self.hold(told, "alone, padded and packed are the same", lambda: laws.check_joined(model, items))
+
+    def stateful(self, part: str, one: Mixer | Backbone, width: int) -> None:
+        if not one.causal:
+            self.hold(part, "packed sequences are what they are alone", lambda: laws.check_packed(one, width))
+            return
+        ways = "full, in chunks, step by step and packed are the same"
+        self.hold(part, ways, lambda: laws.check_ways_to_run(one, width))
+        self.hold(part, "the future is not seen", lambda: laws.check_future(one, width))
+        self.hold(part, "a given state stays as it is", lambda: laws.check_given_state(one, width))
+
+    def dataset(self, name: str, make: Callable[[], SequenceData]) -> None:
+        part = f"dataset {name}"
+        data = self.hold(part, "it is made and set up, twice", lambda: _set_up_twice(make))
+        if data is None:
+            return
+        self.data[name] = data
+        self.hold(part, "items are batches of one, as declared", lambda: check_items(data))
+        self.hold(part, "the order is a function of the seed", lambda: check_order(make))
+        self.hold(part, "sources and options are plain and stay the same", lambda: check_sources(make))
+
+    def rest(self) -> None:
+        """What no configuration uses."""
+        for name, kind in self.own["datasets"].items():
+            if name in self.data:
+                continue
+            if needed := _needed(kind, 0):
+                self.skip(f"dataset {name}", "data", f"no configuration uses it, and it needs {', '.join(needed)}")
+            else:
+                self.dataset(name, kind)
+        for kinds in ("encoders", "mixers", "backbones", "heads"):
+            for name, loaded in self.own[kinds].items():
+                if loaded not in self.used:
+                    self.made_up(kinds.removesuffix("s"), name, loaded)
+        for kind, key, check in (("readers", "reader", check_reader), ("writers", "writer", check_writer)):
+            for name, function in self.own[kind].items():
+                data = next((one for one in self.data.values() if getattr(one, key) == name), None)
+                part = f"{key} {name}"
+                if data is None:
+                    self.skip(part, "files", f"no data set that was checked names it as its {key}")
+                else:
+                    self.hold(part, "files", lambda f=function, d=data, c=check: c(f, d, self.folder))  # type: ignore[misc]
+        for name, metric in self.own["metrics"].items():
+            self.metric(name, metric)
+
+    def made_up(self, kind: str, name: str, loaded: Any) -> None:
+        part = f"{kind} {name}"
+        options = {key: value for key, value in (_GIVEN | _GIVEN_LISTS).items() if key in _arguments(loaded)}
+        if needed := [key for key in _needed(loaded, 1) if key not in options]:
+            self.skip(part, "laws", f"no configuration uses it, and it needs {', '.join(needed)}")
+            return
+        model = self.hold(part, "it can be made", lambda: _model_around(kind, name, loaded, options))
+        if model is not None:
+            signal = kind == "encoder" and "n_channels" in options
+            self.model(part, model, sequences(model, signal))
+
+    def metric(self, name: str, kind: Any) -> None:
+        part, law = f"metric {name}", "one by one it is the same as in batches"
+        for model, items, data in self.models:
+            batch = items[0]
+            fits = kind.per_token in (None, batch.per_token) and kind.measures in (None, batch.kind)
+            if batch.targets is not None and fits:
+                self.hold(part, law, lambda: laws.check_metric(kind(data.class_names), model, items))  # noqa: B023
+                return
+        self.skip(part, law, "no configuration has targets that it measures")
+
+
+def check(name: str, told: Callable[[Finding], None] | None = None) -> list[Finding]:
+    """Hold a domain against the laws. told: is given each finding as it is made.
+
+    Every configuration is trained for a few steps, on the CPU and small. Raises ConfigError for a name of no domain.
+    """
+    names = catalog()
+    if name not in names.domains:
+        broken = [reason for point, reason in names.broken.items() if point.partition(" ")[0] == name]
+        why = f" Its package cannot be loaded: {broken[0]}." if broken else did_you_mean(name, names.domains)
+        raise ConfigError(f"No domain is named {shown(name)}.{why} `mambaseq list domains` shows them.")
+    with tempfile.TemporaryDirectory(prefix="mambaseq-check-") as folder:
+        checked = _Domain(name, Path(folder))
+        for step in _steps(checked):
+            before = len(checked.findings)
+            torch.manual_seed(0)
+            step()
+            for finding in checked.findings[before:] if told else ():
+                told(finding)  # type: ignore[misc]
+    return checked.findings
+
+
+def _steps(checked: _Domain) -> Iterator[Callable[[], None]]:
+    yield checked.load
+    for name in checked.own["configs"]:
+        yield lambda name=name: checked.configuration(name)  # type: ignore[misc]
+    yield checked.rest
+
+
+def _small(name: str) -> tuple[RunConfig, list[str], SequenceModel, SequenceData]:
+    """A configuration as small as it can be made, its model and its data."""
+    known = set(keys_of(name, []))
+    options = {key: value for key, value in _SMALL.items() if key[2:] in known}
+    smaller = {key: value for key, value in _SMALLER.items() if key[2:] in known}
+    length = parse_config(name, []).settings["data"].get("length")
+    if isinstance(length, int) and length > _LONGEST:
+        smaller["--data.length"] = str(_LONGEST)
+    for more in (smaller, {}):  # not every model can be small
+        overrides = [f"{key}={value}" for key, value in (options | more).items()]
+        try:
+            settings = parse_config(name, overrides)
+            data = settings.make_data(setup=True)
+            model = build_model(settings.model_spec(data)).eval()
+        except UserError:
+            if not more:
+                raise
+        else:
+            break
+    settings.make_metrics(data)
+    return settings, overrides, model, data
+
+
+def _items(model: SequenceModel, data: SequenceData) -> list[Any]:
+    items = training_items(data, 3)
+    if any(item.cu_seqlens is not None for item in items):
+        raise LawBroken("its items are packed; a batch of one is one sequence (loader.pack packs them).")
+    return ragged(items, getattr(model.encoder, "min_length", 1))
+
+
+def _set_up_twice(make: Callable[[], SequenceData]) -> SequenceData:
+    data = make()
+    data.setup()
+    data.setup()
+    return data
+
+
+def _report(report: Callable[[Path], Section], folder: Path) -> None:
+    found = report(folder)
+    if not isinstance(found, Section):
+        raise LawBroken(f"it gives a {type(found).__name__}, not a mambaseq.reporting.Section.")
+
+
+def _arguments(kind: Any) -> list[str]:
+    return list(inspect.signature(kind).parameters)
+
+
+def _needed(kind: Any, given: int) -> list[str]:
+    """The arguments that have no default, without the first ones."""
+    parameters = list(inspect.signature(kind).parameters.values())[given:]
+    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    return [one.name for one in named if one.default is one.empty]
+
+
+def _model_around(kind: str, name: str, loaded: Any, options: dict[str, Any]) -> SequenceModel:
+    spec: dict[str, Any] = {"d_model": 12, "mixer": {"name": "mamba"}}
+    for part, usual in _AROUND[getattr(loaded, "strands", 1)].items():
+        arguments = _arguments(catalog()[f"{part}s"].get(usual))
+        given = {key: value for key, value in (_GIVEN | _GIVEN_LISTS).items() if key in arguments}
+        spec[part] = {"name": usual, **given}
+    spec["backbone"]["n_layers"] = 1
+    spec[kind] = {"name": name, **options}
+    return build_model(spec).eval()

@@ -1,0 +1,44 @@
+"""Made-up sequences that fit a model, for parts that no configuration of their domain uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.batch import Batch
+from mambaseq.models import SequenceModel
+
+LENGTHS = (11, 4, 1, 7)
+CHANNELS, TOKENS, CLASSES, CONDITIONS = 2, 6, 3, 3
+
+
+def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGTHS) -> list[Batch]:
+    """Batches of one that fit the model; some targets are not known, those of the last sequence are not at all.
+
+    signal: the inputs are `CHANNELS` continuous channels, not ids below `TOKENS` - 1.
+    """
+    found = []
+    for number, n in enumerate(lengths):
+        inputs = torch.randn(1, n, CHANNELS) if signal else torch.randint(0, TOKENS - 1, (1, n))
+        conditional = getattr(model.encoder, "condition", None) is not None
+        condition = torch.tensor([number % CONDITIONS]) if conditional else None
+        targets = _targets_of(model.head, number, n, number == len(lengths) - 1)
+        item = Batch(inputs=inputs, targets=targets, condition=condition, stride=model.head.stride)
+        item.target_of = "position" if model.head.per_token else "sequence"
+        found.append(item)
+    return found
+
+
+def _targets_of(head: Any, number: int, length: int, last: bool) -> Tensor:
+    shape: tuple[int, ...] = (1, -(-length // head.stride)) if head.per_token else (1,)
+    if head.learns == "labels" and not head.per_token:
+        return torch.tensor([-100 if last else number % CLASSES])
+    if head.learns != "labels":
+        shape = (*shape, head.linear.out_features)
+    unknown = torch.rand(shape) < (1 if last else 0.3)
+    if head.learns == "values":
+        return torch.where(unknown, float("nan"), torch.randn(shape))
+    return torch.where(unknown, -100, torch.randint(0, TOKENS if head.learns == "labels" else 2, shape))

@@ -1,0 +1,68 @@
+"""Law 6 for a configuration: a short run, and the same one killed and gone on with, end with the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import lightning
+import torch
+
+from mambaseq.checking.laws import LawBroken
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.registry import allow_imports
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.finishing import Outcome
+from mambaseq.runs.training import fit
+
+STEPS, KILLED_AFTER = 4, 2
+
+
+class Killed(Exception):
+    """A run's death, as far as the run can tell."""
+
+
+class Kill(lightning.Callback):
+    """Ends a run in the middle of a step, as a crash does: nothing is saved then."""
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.global_step == KILLED_AFTER + 1:
+            raise Killed
+
+
+def check_training(config: str, overrides: list[str], folder: Path) -> RunFolder:
+    """Train for four steps; killed after the third and gone on with from the checkpoint of the second, the weights are
+    the same. Returns the finished run. Raises LawBroken, and what training raises."""
+    whole, killed = RunFolder(folder / "whole"), RunFolder(folder / "killed")
+    _done(whole, config, overrides)
+    callback = json.dumps([{"class_path": f"{__name__}.Kill", "init_args": {}}])
+    with allow_imports(__name__):
+        try:
+            _fit(config, killed, [*overrides, f"--trainer.callbacks={callback}"])
+        except Killed:
+            pass
+        else:
+            raise LawBroken(f"the run ended before step {STEPS}.")
+        _done(killed, str(killed.config), ["--trainer.callbacks=null"], resume=True)
+    one, other = (read_checkpoint(run.last)["state_dict"] for run in (whole, killed))
+    wrong = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
+    if wrong or one.keys() != other.keys():
+        raise LawBroken(
+            f"killed and gone on with, a run ends with other weights than one that was not ({wrong[:1] or 'names'}): "
+            f"something that it depends on is not in its checkpoint."
+        )
+    return whole
+
+
+def _fit(config: str, run: RunFolder, overrides: list[str], resume: bool = False) -> Outcome:
+    """Train and say nothing: nobody asked for these runs."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return fit(config, run, overrides, resume=resume, progress=False)
+
+
+def _done(run: RunFolder, config: str, overrides: list[str], resume: bool = False) -> None:
+    outcome = _fit(config, run, overrides, resume)
+    if outcome.status != "finished":
+        raise LawBroken(outcome.message)

@@ -1,0 +1,254 @@
+"""`mambaseq check` finds planted faults, says which, and lets what is right alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TinyTokens
+from torch import Tensor, nn
+
+from mambaseq.batch import Batch
+from mambaseq.checking import check
+from mambaseq.checking.laws import LawBroken
+from mambaseq.checking.training import check_training
+from mambaseq.cli.main import main
+from mambaseq.domain import Domain, catalog
+from mambaseq.encoders import Encoder
+from mambaseq.metrics import Metric
+from mambaseq.mixers.mamba import Mamba
+
+HERE = "checking.test_check"
+
+
+class Near(Encoder):
+    """Each position and the one before it, or behind it."""
+
+    def __init__(self, d_model: int, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, d_model)
+
+    def moved(self, x: Tensor, cu_seqlens: Tensor | None, turn: int) -> Tensor:
+        bounds = torch.tensor([0, x.shape[1]]) if cu_seqlens is None else cu_seqlens.long()
+        moved = x.roll(turn, 1).clone()
+        ends = bounds[:-1] if turn > 0 else bounds[1:] - 1
+        moved[:, ends] = 0
+        return moved
+
+
+class Honest(Near):
+    causal = True
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.table(inputs)
+        return x + self.moved(x, cu_seqlens, 1)
+
+
+class Ahead(Near):
+    """Says that it is causal, and is not."""
+
+    causal = True
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.table(inputs)
+        return x + self.moved(x, cu_seqlens, -1)
+
+
+class Bleeds(Near):
+    """Sees the end of the sequence before it in a pack."""
+
+    causal = True
+
+    def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.table(inputs)
+        return x + self.moved(x, None, 1)
+
+
+class Silent(Near):
+    """Does not say whether it is causal."""
+
+    takes_mask = True
+
+    def forward(self, inputs, condition=None, cu_seqlens=None, mask=None):
+        return self.table(inputs)
+
+
+class Forgets(Mamba):
+    """Its chunks begin anew."""
+
+    def forward(self, x, state=None, cu_seqlens=None, return_state=False):
+        fresh = None if state is None else self.init_state(len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        return super().forward(x, fresh, cu_seqlens, return_state)
+
+
+class Leaks(Mamba):
+    """Sees the mean of the whole sequence."""
+
+    def forward(self, x, state=None, cu_seqlens=None, return_state=False):
+        return super().forward(x - x.mean(1, keepdim=True), state, cu_seqlens, return_state)
+
+
+class Plain(TinyTokens):
+    pass
+
+
+class Drifts(TinyTokens):
+    """What an item holds depends on how many were read."""
+
+    def train(self):
+        return Drifting(super().train())
+
+
+class Drifting:
+    def __init__(self, items) -> None:
+        self.items, self.read = items, 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Batch:
+        self.read += 1
+        item = self.items[index]
+        return Batch(inputs=(item.inputs + self.read) % 7, targets=item.targets)
+
+
+class Beyond(TinyTokens):
+    """Has ids that its vocabulary has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size = 3
+
+
+class LastOnly(Metric):
+    """The last batch's, whatever came before."""
+
+    def __init__(self, class_names=()) -> None:
+        super().__init__(class_names)
+        self.add_state("value", torch.tensor(0.0))
+
+    def update(self, output, batch) -> None:
+        self.value = output.loss
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+class Unsaved(Honest):
+    """Counts its calls where no checkpoint sees it."""
+
+    def __init__(self, d_model: int, vocab_size: int) -> None:
+        super().__init__(d_model, vocab_size)
+        self.calls = 0
+
+    def forward(self, inputs, condition=None, cu_seqlens=None):
+        self.calls += self.training
+        return super().forward(inputs, condition, cu_seqlens) * (1 + self.calls)
+
+
+def read_naively(path: Path, tokenizer: None):
+    return [int(word) for word in path.read_text().split()]
+
+
+CONFIG = """
+data: {name: faulty/plain, size: 12}
+metrics: [faulty/last]
+model:
+  d_model: 8
+  encoder: {name: faulty/honest}
+  backbone: {name: residual, n_layers: 1}
+  mixer: {name: mamba, d_state: 4}
+checkpoint: {every_n_steps: 2}
+trainer: {max_steps: 4, accelerator: cpu}
+"""
+OPTIONS = ["--loader.batch_size=2", "--trainer.max_steps=4", "--checkpoint.every_n_steps=2"]
+Plain.reader = "faulty/digits"
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A domain `faulty` among the others, and without a package of its own."""
+
+    def named(**classes: type) -> dict[str, tuple[str, str]]:
+        return {name: (f"{HERE}:{kind.__name__}", "") for name, kind in classes.items()}
+
+    domain = Domain(
+        "faulty",
+        "faults",
+        encoders=named(honest=Honest, ahead=Ahead, bleeds=Bleeds, silent=Silent, unsaved=Unsaved),
+        mixers=named(forgets=Forgets, leaks=Leaks) | {"right": ("mambaseq.mixers.mamba:Mamba", "")},
+        datasets=named(plain=Plain, drifts=Drifts, beyond=Beyond),
+        readers={"digits": (f"{HERE}:read_naively", "")},
+        metrics=named(last=LastOnly),
+    )
+    names = catalog()
+    monkeypatch.setitem(names.domains, "faulty", (domain, "tests"))
+    added = []
+    for kind, registry in names.registries.items():
+        for name, (target, summary) in getattr(domain, kind).items():
+            registry.add(f"faulty/{name}", target, summary, "tests")
+            added.append((registry, f"faulty/{name}"))
+    yield
+    for registry, name in added:
+        del registry._entries[name]
+
+
+def test_planted_faults_are_found_and_nothing_else(faulty: None) -> None:
+    found = check("faulty")
+    failed = {(one.part, one.law): one.reason for one in found if one.failed}
+    sees = "the encoder sees what it says that it sees"
+    ways = "full, in chunks, step by step and packed are the same"
+    wanted = {
+        ("encoder faulty/ahead", sees): "says that it is causal",
+        ("encoder faulty/bleeds", sees): "sees the others of a pack",
+        ("encoder faulty/silent", sees): "does not say whether it is causal",
+        ("mixer faulty/forgets", ways): "in chunks of",
+        ("mixer faulty/leaks", "the future is not seen"): "changes with position 25, which comes after it",
+        ("dataset faulty/drifts", "the order is a function of the seed"): "training item",
+        ("dataset faulty/beyond", "items are batches of one, as declared"): "vocab_size is 3",
+        ("reader faulty/digits", "files"): "FileNotFoundError",
+    }
+    for key, reason in wanted.items():
+        assert reason in failed[key], (key, failed.get(key))
+    parts = {part for part, _ in wanted}
+    assert {part for part, _ in failed} == parts
+    assert all(len(str(one)) < 1100 for one in found)
+    assert any(one.part == "mixer faulty/right" and one.state == "ok" for one in found)
+
+
+def test_what_no_checkpoint_holds_is_found(faulty: None, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    with pytest.raises(LawBroken, match="something that it depends on is not in its checkpoint"):
+        check_training(str(path), [*OPTIONS, "--model.encoder.name=faulty/unsaved"], tmp_path / "unsaved")
+
+
+def test_the_exit_code_says_whether_something_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from mambaseq import checking
+    from mambaseq.checking import Finding
+
+    for state, code in (("ok", 0), ("not checked", 0), ("fails", 1)):
+        one = Finding("encoder x", "law", state, "why")  # type: ignore[arg-type]
+        monkeypatch.setattr(checking, "check", lambda name, told, one=one: [told(one) or one])
+        assert main(["check", "dna"]) == code
+        assert f"{state}: encoder x: law: why" in capsys.readouterr().out
+
+
+def test_a_domain_that_is_none_is_named(capsys) -> None:
+    assert main(["check", "dnna"]) == 2
+    assert "Did you mean 'dna'?" in capsys.readouterr().err
+
+
+def test_a_metric_of_the_last_batch_is_found(faulty: None) -> None:
+    from mambaseq.checking.laws import check_metric
+    from mambaseq.checking.samples import sequences
+    from mambaseq.metrics.likelihood import BitsPerToken
+    from mambaseq.models import causal_lm
+
+    model = causal_lm(6, 8, 1).eval()
+    items = sequences(model, signal=False)[:3]
+    check_metric(BitsPerToken(), model, items)
+    with pytest.raises(LawBroken, match="it depends on the batches"):
+        check_metric(LastOnly(), model, items)
