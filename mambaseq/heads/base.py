@@ -52,6 +52,18 @@ def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
     value."""
     kind = "values" if labels.is_floating_point() else "labels"
     learns = "labels" if head.learns == "multilabels" else head.learns
+    if kind == learns and len(shape) > 1 and labels.shape[:-1] == shape[:-1] and labels.shape[-1] != shape[-1]:
+        several = f"{labels.shape[-1]} {kind} for each sequence, position or bin"
+        channels = hasattr(head, "n_channels")
+        remedy = {
+            "values": "Give the next values of all channels (n_channels)" if channels else "Set model.head.n_outputs",
+            "multilabels": "Name the data's labels (class_names)",
+        }
+        if head.learns in remedy:
+            raise ConfigError(
+                f"{type(head).__name__} tells {shape[-1]}, and the data's targets are {several}. "
+                f"{remedy[head.learns]} to fit, or choose other data."
+            )
     if kind != learns or tuple(labels.shape) != shape:
         raise ConfigError(
             f"{type(head).__name__} learns {learns} {shape}, and the targets are {kind} {tuple(labels.shape)}. "

@@ -107,9 +107,9 @@ LABELS, VALUES = torch.tensor([1, 0]), torch.tensor([1.0, 0.0])
         (MultilabelHead(6, 4), LABELS),
         (MultilabelHead(6, 4), torch.randn(2, 4)),
         (TokenClassificationHead(6, 4, stride=2), torch.zeros(2, 5, dtype=torch.long)),
-        (TokenMultilabelHead(6, 4), torch.zeros(2, 3, 3, dtype=torch.long)),
+        (TokenMultilabelHead(6, 4), torch.zeros(2, 3, 4, dtype=torch.long)),
         (TokenRegressionHead(6, 4), torch.randn(2, 5)),
-        (ForecastHead(6, 2), torch.randn(2, 5, 3)),
+        (ForecastHead(6, 2), torch.randn(2, 4, 2)),
         (ForecastHead(6, 2), LABELS),
     ],
 )
@@ -213,6 +213,20 @@ def test_a_forecast_weighs_every_target_alike(options: dict[str, Any]) -> None:
                 assert (told.diff() > 0).all()
         targets.append(torch.stack(found).mean())
     torch.testing.assert_close(loss, torch.stack(targets).mean())
+
+
+@pytest.mark.parametrize(
+    ("head", "targets", "remedy"),
+    [
+        (TokenRegressionHead(6, 2), torch.randn(2, 5, 3), r"tells 2, .* 3 values .*Set model\.head\.n_outputs"),
+        (ForecastHead(6, 2), torch.randn(2, 5, 1), r"tells 2, .* 1 values .*next values of all channels"),
+        (MultilabelHead(6, 2), torch.zeros(2, 3, dtype=torch.long), r"tells 2, .* 3 labels .*class_names"),
+        (TokenMultilabelHead(6, 2), torch.zeros(2, 5, 3, dtype=torch.long), r"tells 2, .* 3 labels .*class_names"),
+    ],
+)
+def test_too_many_targets_are_told_by_what_mends_it(head: Head, targets: torch.Tensor, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        head(torch.randn(2, 5, 6), targets)
 
 
 def test_forecasts_name_their_numbers() -> None:
