@@ -16,7 +16,7 @@ from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
-from mambaseq.ops import lti_scan, sequences
+from mambaseq.ops import lti_scan, sequences, step_gpu
 from mambaseq.ops.lti import cuda, discretise, discretize
 from mambaseq.ops.lti.arguments import LtiArguments
 from mambaseq.ops.step import lti_update_
@@ -145,6 +145,9 @@ class DiagonalSSM(nn.Module):
 
     def step_(self, x: Tensor, state: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""
+        parts = (*self._parts(), self.C, self.D, z)
+        if step_gpu.can_run(state, x, *parts) and step_gpu.can_update(state):
+            return step_gpu.system_update_(state, x, *parts, self.discretization)
         dt, A, B, C = self.system()
         return lti_update_(state, x, dt, A, B, C, D=self.D, z=z, discretization=self.discretization)
 

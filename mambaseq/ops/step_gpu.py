@@ -153,9 +153,44 @@ def lti_update_(
     discretization: str,
 ) -> Tensor:
     """See `mambaseq.ops.step.lti_update_`."""
+    A, B, C = (_numbers(v) if state.is_complex() else v.contiguous() for v in (A, B, C))
+    return _lti_update_(state, x, dt, A, None, B, C, D, z, discretization, False)
+
+
+def system_update_(
+    state: Tensor,
+    x: Tensor,
+    log_dt: Tensor,
+    A_log: Tensor,
+    A_imag: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    discretization: str,
+) -> Tensor:
+    """The same from what is learned of a system, of dt = exp(log_dt) and A = -exp(A_log) + i A_imag: B real, C
+    `(channels, d_state, 2)` where A_imag is given."""
+    A_log, B, C = (v.contiguous() for v in (A_log, B, C))
+    imaginary = None if A_imag is None else A_imag.contiguous()
+    return _lti_update_(state, x, log_dt, A_log, imaginary, B, C, D, z, discretization, True)
+
+
+def _lti_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    A_imag: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    discretization: str,
+    raw: bool,
+) -> Tensor:
     batch, channels, d_state = state.shape
     is_complex = state.is_complex()
-    A, B, C = (_numbers(v) if is_complex else v.contiguous() for v in (A, B, C))
     x, z = _rows(x), None if z is None else _rows(z)
     y = x.new_empty((batch, channels))
     if y.numel() == 0:
@@ -168,6 +203,7 @@ def lti_update_(
             x.stride(0),
             dt.contiguous(),
             A,
+            A_imag,
             B,
             C,
             None if D is None else _rows(D),
@@ -178,6 +214,7 @@ def lti_update_(
             channels,
             D_STATE=d_state,
             COMPLEX=is_complex,
+            RAW=raw,
             RULE=discretization,
             HAS_D=D is not None,
             HAS_Z=z is not None,

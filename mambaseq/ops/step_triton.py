@@ -166,6 +166,7 @@ def lti_update(
     x_stride,
     dt,
     A,
+    A_imag,
     B,
     C,
     D,
@@ -176,6 +177,7 @@ def lti_update(
     channels,
     D_STATE: tl.constexpr,
     COMPLEX: tl.constexpr,
+    RAW: tl.constexpr,
     RULE: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -184,21 +186,32 @@ def lti_update(
     ROWS: tl.constexpr,
 ):
     """CHANNELS channels of ROWS sequences, for which the system is discretised once. RULE: zoh, bilinear or mamba (see
-    `lti.discretize`). COMPLEX: state, A, B and C hold pairs of real and imaginary parts."""
+    `lti.discretize`). COMPLEX: state, A, B and C hold pairs of real and imaginary parts. RAW: dt holds its logarithm, A
+    log(-Re A) and A_imag the rest of it, and B is real."""
     N: tl.constexpr = 2 if COMPLEX else 1
     blocks = tl.cdiv(channels, CHANNELS)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)[None, :]
     real = c < channels
     tile = real[:, None] & (n < D_STATE)
-    at = (c.to(tl.int64)[:, None] * D_STATE + n) * N
+    number = c.to(tl.int64)[:, None] * D_STATE + n
+    at = number * N
     step = tl.load(dt + c, mask=real, other=0.0).to(tl.float32)[:, None]
-    v = step * tl.load(A + at, mask=tile, other=0.0).to(tl.float32)
-    b = step * tl.load(B + at, mask=tile, other=0.0).to(tl.float32)
+    if RAW:
+        step = tl.exp(step)
+        v = -step * tl.exp(tl.load(A + number, mask=tile, other=0.0).to(tl.float32))
+        b = step * tl.load(B + number, mask=tile, other=0.0).to(tl.float32)
+    else:
+        v = step * tl.load(A + at, mask=tile, other=0.0).to(tl.float32)
+        b = step * tl.load(B + at, mask=tile, other=0.0).to(tl.float32)
     read = tl.load(C + at, mask=tile, other=0.0).to(tl.float32)
     if COMPLEX:
-        w = step * tl.load(A + at + 1, mask=tile, other=0.0).to(tl.float32)
-        b_i = step * tl.load(B + at + 1, mask=tile, other=0.0).to(tl.float32)
+        if RAW:
+            w = step * tl.load(A_imag + number, mask=tile, other=0.0).to(tl.float32)
+            b_i = tl.zeros_like(b)
+        else:
+            w = step * tl.load(A + at + 1, mask=tile, other=0.0).to(tl.float32)
+            b_i = step * tl.load(B + at + 1, mask=tile, other=0.0).to(tl.float32)
         read_i = tl.load(C + at + 1, mask=tile, other=0.0).to(tl.float32)
         if RULE == "bilinear":
             # 1 / (1 - z / 2)

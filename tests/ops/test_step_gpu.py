@@ -184,6 +184,46 @@ def test_lti_update(
         )
 
 
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_system_update(is_complex: bool, rule: str) -> None:
+    """From what is learned, as from what is made of it."""
+    draw = Draw(f"system {is_complex}")
+    dtype = torch.complex64 if is_complex else torch.float32
+    x, z = views(draw, torch.float32, (3, 70), (3, 70))
+    log_dt, A_log, A_imag, B, C, D = (
+        v.to(DEVICE)
+        for v in (
+            draw.uniform(-9, -1, 70),
+            draw.normal(70, 5),
+            draw.uniform(-60, 60, 70, 5),
+            draw.normal(70, 5),
+            draw.normal(70, 5, dtype=dtype),
+            draw.normal(70),
+        )
+    )
+    state = draw.normal(3, 70, 5, dtype=dtype).to(DEVICE)
+    A = -torch.exp(A_log.double())
+    A = torch.complex(A, A_imag.double()) if is_complex else A
+    expected_state = _wider(state)
+    assert isinstance(expected_state, Tensor)
+    expected = step.lti_update_(
+        expected_state,
+        x.double(),
+        log_dt.double().exp(),
+        A,
+        B.to(A.dtype),
+        C.to(A.dtype),
+        D=D.double(),
+        z=z.double(),
+        discretization=rule,  # type: ignore[arg-type]
+    )
+    numbers = torch.view_as_real(C) if is_complex else C
+    y = step_gpu.system_update_(state, x, log_dt, A_log, A_imag if is_complex else None, B, numbers, D, z, rule)
+    assert relative_rms_error(y, expected) <= TOLERANCE[torch.float32]
+    assert relative_rms_error(state, expected_state) <= TOLERANCE[torch.float32]
+
+
 def test_small_steps_stay_exact() -> None:
     """softplus of very negative numbers, which log(1 + exp(v)) loses to rounding, and of large ones."""
     dt = torch.linspace(-20, 20, 97, device=DEVICE)[None]
