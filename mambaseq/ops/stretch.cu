@@ -5,11 +5,16 @@
 //   PIECES   of 128 numbers that the longest vector has, at most
 //   HELD     states of a channel that a lane has, at most
 //   CHOICES  tokens that a lane has, at most
+//   KINDS    bits: the kinds of phases that there are      FLAGS    all of their flags
+//   COMPLEX_STATES   0 or 1 where all states are alike, else 2      BIASED, POOLED   whether any phase has a bias, a pool
+//   SINGLE   whether no warp has more than one row of a phase
 typedef unsigned int u32;
 typedef long long i64;
 #define WARPS (THREADS / 32)
 #define FULL ~0u
-#define POOLS 4  // at most
+#define POOLS (POOLED ? 4 : 0)  // at most
+#define IS(k) ((KINDS >> (k) & 1) && p.kind == (k))
+#define HAS(flag) ((FLAGS & (flag)) && (p.flags & (flag)))
 
 enum { LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN };
 enum { EMBEDS = 1, GLU = 2, COMPLEX = 4, SWIGLU = 8 };
@@ -41,6 +46,13 @@ __device__ __forceinline__ float sum_of_warp(float v) {
     for (int far = 16; far; far /= 2) v += __shfl_xor_sync(FULL, v, far);
     return v;
 }
+__device__ __forceinline__ void sums_of_warp(float &u, float &v, float &w) {
+#pragma unroll
+    for (int far = 16; far; far /= 2) {
+        const float a = __shfl_xor_sync(FULL, u, far), b = __shfl_xor_sync(FULL, v, far), c = __shfl_xor_sync(FULL, w, far);
+        u += a, v += b, w += c;
+    }
+}
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
 __device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
 __device__ __forceinline__ float gelu(float v) { return .5f * v * (1.f + erff(v * .70710678f)); }
@@ -56,13 +68,13 @@ __device__ __forceinline__ Vec part_of(const float *row, int cols) {
     return x;
 }
 __device__ __forceinline__ float dot(const Vec &x, const Vec &y) {
-    float total = 0.f;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);  // short chains: little else is there to hide them
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        total = fmaf(x.v[i].x, y.v[i].x, total), total = fmaf(x.v[i].y, y.v[i].y, total);
-        total = fmaf(x.v[i].z, y.v[i].z, total), total = fmaf(x.v[i].w, y.v[i].w, total);
+        sum.x = fmaf(x.v[i].x, y.v[i].x, sum.x), sum.y = fmaf(x.v[i].y, y.v[i].y, sum.y);
+        sum.z = fmaf(x.v[i].z, y.v[i].z, sum.z), sum.w = fmaf(x.v[i].w, y.v[i].w, sum.w);
     }
-    return total;
+    return (sum.x + sum.y) + (sum.z + sum.w);
 }
 // What other blocks have written, for all threads of this one.
 __device__ __forceinline__ void stage(float *to, const float *from, int n) {
@@ -71,12 +83,13 @@ __device__ __forceinline__ void stage(float *to, const float *from, int n) {
 
 // The barrier over the grid, in two parts. What was written before `arrive` may be read after `wait`, past this
 // multiprocessor's own cache (`stage`): the wait is no acquire, which would empty that cache of the weights.
+#define WATCH (THREADS - 32)  // the thread that arrives and waits for its block: its warp seldom has a row
 __device__ __forceinline__ void arrive(u32 *counter) {
     __syncthreads();
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    if (threadIdx.x == WATCH) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 __device__ __forceinline__ void wait(const u32 *counter, u32 goal) {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == WATCH) {
         u32 now;
         do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
         while ((int)(now - goal) < 0);
@@ -94,27 +107,29 @@ struct Ahead {
     float from_states, from_input, from_past, last_tap;
     float v, u;  // what goes into the states when the row is done: nobody waits for those
 };
-__device__ __forceinline__ bool has_conv(const Phase &p) { return p.kind == MAMBA || p.kind == CONV; }
-__device__ __forceinline__ bool has_other(const Phase &p) { return has_conv(p) || (p.flags & (GLU | SWIGLU)); }
+__device__ __forceinline__ bool has_conv(const Phase &p) { return IS(MAMBA) || IS(CONV); }
+__device__ __forceinline__ bool has_states(const Phase &p) { return IS(MAMBA) || IS(LTI) || IS(SCAN); }
+__device__ __forceinline__ bool is_complex(const Phase &p) { return COMPLEX_STATES == 2 ? p.flags & COMPLEX : COMPLEX_STATES; }
+__device__ __forceinline__ bool has_other(const Phase &p) { return has_conv(p) || HAS(GLU) || HAS(SWIGLU); }
 __device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slot) {
     const int rows = (int)p.rows, cols = (int)p.cols, lane = threadIdx.x % 32;
     if (row >= rows) return;
-    if (p.weight) {
+    if (!IS(LTI)) {
         f.weight = part_of(p.weight + (i64)row * cols, cols);
-        f.bias = p.bias ? p.bias[row] : 0.f;
+        f.bias = BIASED && p.bias ? p.bias[row] : 0.f;
         if (has_other(p)) {
             f.other = part_of(p.weight + (i64)(rows + row) * cols, cols);
-            f.other_bias = p.bias ? p.bias[rows + row] : 0.f;
+            f.other_bias = BIASED && p.bias ? p.bias[rows + row] : 0.f;
         }
     }
-    if (p.up) f.up = part_of(p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
+    if (POOLED && p.up) f.up = part_of(p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
     if (has_conv(p)) {
         const int width = (int)p.width;
         f.past = lane < width - 1 ? p.conv_state[(i64)row * (width - 1) + lane] : 0.f;
         f.tap = lane < width ? p.conv[(i64)row * width + lane] : 0.f;
         f.conv_bias = p.conv_bias ? p.conv_bias[row] : 0.f, f.last_tap = p.conv[(i64)row * width + width - 1];
     }
-    if (!p.state) return;
+    if (!has_states(p)) return;
     f.D = p.D[row];
     const int n = (int)p.n_states;
 #pragma unroll
@@ -123,12 +138,12 @@ __device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slo
         const i64 at = (i64)row * n + state;
         f.a[i] = f.b[i] = f.c[i] = f.h[i] = make_float2(0.f, 0.f);
         if (state >= n) continue;
-        if (p.flags & COMPLEX) {
+        if (is_complex(p)) {
             f.a[i] = ((const float2 *)p.a)[at], f.h[i] = ((const float2 *)p.state)[at];
-            if (p.kind != SCAN) f.b[i] = ((const float2 *)p.b)[at], f.c[i] = ((const float2 *)p.c)[at];
+            if (!IS(SCAN)) f.b[i] = ((const float2 *)p.b)[at], f.c[i] = ((const float2 *)p.c)[at];
         } else {
             f.a[i].x = p.a[at], f.h[i].x = p.state[at];
-            if (p.kind != SCAN) f.b[i].x = p.b[at], f.c[i].x = p.c[at];
+            if (!IS(SCAN)) f.b[i].x = p.b[at], f.c[i].x = p.c[at];
         }
     }
 }
@@ -136,13 +151,13 @@ __device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slo
 // `products`.
 __device__ __forceinline__ void select(Ahead &f, const Phase &p, const float *products, float delta) {
     const int n = (int)p.n_states;
-    const float *const B = products + p.cols, *const C = B + n * (p.flags & COMPLEX ? 2 : 1);
+    const float *const B = products + p.cols, *const C = B + n * (is_complex(p) ? 2 : 1);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int state = i * 32 + threadIdx.x % 32;
         if (state >= n) continue;
         const float size = expf(delta * f.a[i].x);
-        if (p.flags & COMPLEX) {
+        if (is_complex(p)) {
             float sine, cosine;
             sincosf(delta * f.a[i].y, &sine, &cosine);
             f.a[i] = make_float2(size * cosine, size * sine);
@@ -156,7 +171,7 @@ __device__ __forceinline__ void select(Ahead &f, const Phase &p, const float *pr
 // What comes of a row's states before its input is known.
 __device__ __forceinline__ void prepare(Ahead &f, const Phase &p) {
     if (has_conv(p)) f.from_past = sum_of_warp(threadIdx.x % 32 < p.width - 1 ? f.past * f.tap : 0.f) + f.conv_bias;
-    if (!p.state || p.kind == SCAN) return;
+    if (!has_states(p) || IS(SCAN)) return;
     float y = 0.f, more = 0.f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -183,7 +198,7 @@ __device__ __forceinline__ void keep(const Ahead &f, const Phase &p, int row) {
         const float later = __shfl_down_sync(FULL, lane == width - 1 ? f.v : f.past, 1);
         if (lane < width - 1) p.conv_state[(i64)row * (width - 1) + lane] = later;
     }
-    if (!p.state) return;
+    if (!has_states(p)) return;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int state = i * 32 + lane;
@@ -191,7 +206,7 @@ __device__ __forceinline__ void keep(const Ahead &f, const Phase &p, int row) {
         const float2 a = f.a[i], b = f.b[i], h = f.h[i];
         const float2 now = make_float2(fmaf(a.x, h.x, fmaf(-a.y, h.y, b.x * f.u)), fmaf(a.x, h.y, fmaf(a.y, h.x, b.y * f.u)));
         if (state >= n) continue;
-        if (p.flags & COMPLEX) ((float2 *)p.state)[at] = now;
+        if (is_complex(p)) ((float2 *)p.state)[at] = now;
         else p.state[at] = now.x;
     }
 }
@@ -254,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const double inverse = 1. / *temperature;
     u32 goal = 0;
     int token = (int)*first;
-    int count[POOLS];
+    int count[POOLS + 1];
 #pragma unroll
     for (int i = 0; i < POOLS; i++) count[i] = i < n_pools ? (int)counts[i] : 0;
     auto slot_of = [&](const Phase &p) {
@@ -262,6 +277,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < POOLS; i++) slot = p.pool == i ? count[i] : slot;
         return slot;
+    };
+    // where a phase's input comes from: for all blocks that have rows, and for a warp's first row
+    const float *from = nullptr, *from_row = nullptr;
+    int n_from = 0;
+    auto look = [&](const Phase &p) {
+        from = p.in, n_from = p.flags & EMBEDS || (int)blockIdx.x >= p.rows ? 0 : IS(SCAN) ? (int)p.held_cols : (int)p.cols;
+        from_row = (IS(OUT) || IS(SCAN)) && worker < p.rows ? p.residual + worker : nullptr;
     };
     bool all_finite = true;
     Ahead ahead;
@@ -275,15 +297,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int k = 0; k < n_phases;) {
             const Phase &p = program[k];
             const int rows = (int)p.rows, cols = (int)p.cols, slot = slot_of(p);
-            float input = 0.f, gate = 0.f;
+            const int at = threadIdx.x * 4;
+            float4 some = make_float4(0.f, 0.f, 0.f, 0.f), more = some;
+            if (at < n_from) some = __ldcg((const float4 *)(from + at));
+            float input = from_row ? __ldcg(from_row) : 0.f, gate = 0.f;
+            if (IS(SCAN) && worker < rows) gate = __ldcg(p.copy + worker);
+            if (POOLED && p.held && at < p.held_cols) more = __ldcg((const float4 *)(p.held + at));
             int done = -1;  // the row whose states are still to be kept
-            if ((p.kind == OUT || p.kind == SCAN) && worker < rows) input = __ldcg(p.residual + worker);
-            if (p.kind == SCAN && worker < rows) gate = __ldcg(p.copy + worker);
+            const float share = 1.f / cols, eps = __int_as_float((int)p.eps);
+            const bool normed = p.normed;
             if ((int)blockIdx.x < rows) {
-                const int at = threadIdx.x * 4, n = p.kind == SCAN ? (int)p.held_cols : cols;
-                float4 some = make_float4(0.f, 0.f, 0.f, 0.f), more = some;
-                if (!(p.flags & EMBEDS) && at < n) some = __ldcg((const float4 *)(p.in + at));
-                if (p.held && at < p.held_cols) more = __ldcg((const float4 *)(p.held + at));
                 if (worker < rows) prepare(ahead, p);
                 if (p.flags & EMBEDS) {
                     for (int at = threadIdx.x; at < cols; at += THREADS) {
@@ -291,56 +314,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         vector[at] = v;
                         if (blockIdx.x == 0) p.residual[at] = v;
                     }
-                } else if (at < n) {
+                } else if (at < n_from) {
                     *(float4 *)(vector + at) = some;
                 }
-                if (p.held && at < p.held_cols) *(float4 *)(held + at) = more;
+                if (POOLED && p.held && at < p.held_cols) *(float4 *)(held + at) = more;
                 __syncthreads();
             }
             if (worker < rows) {
                 const Vec x = part_of(vector, cols);
-                // its weight is in the rows'
-                const float scale = p.normed ? rsqrtf(sum_of_warp(dot(x, x)) / cols + __int_as_float((int)p.eps)) : 1.f;
                 for (int row = worker; row < rows; row += workers) {
-                    if (row != worker) {
+                    if (!SINGLE && row != worker) {
                         keep(ahead, p, done);
                         fetch(ahead, p, row, slot);
                         prepare(ahead, p);
-                        if (p.kind == OUT || p.kind == SCAN) input = __ldcg(p.residual + row);
-                        if (p.kind == SCAN) gate = __ldcg(p.copy + row);
+                        if (IS(OUT) || IS(SCAN)) input = __ldcg(p.residual + row);
+                        if (IS(SCAN)) gate = __ldcg(p.copy + row);
                     }
                     done = row;
-                    float v = 0.f, other = 0.f;
-                    if (p.weight) {
-                        v = fmaf(scale, sum_of_warp(dot(x, ahead.weight)), ahead.bias);
-                        if (has_other(p)) other = fmaf(scale, sum_of_warp(dot(x, ahead.other)), ahead.other_bias);
-                    }
-                    if (p.kind == OUT) {
-                        const float given = p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
-                        if (p.flags & GLU) v *= 1.f / (1.f + __expf(-other));
+                    // sums that are not wanted cost nothing beside those that are
+                    float v = dot(x, ahead.weight), other = dot(x, ahead.other), squares = dot(x, x);
+                    sums_of_warp(v, other, squares);
+                    // a norm's weight is in the rows'
+                    const float scale = normed ? rsqrtf(fmaf(squares, share, eps)) : 1.f;
+                    v = fmaf(scale, v, ahead.bias), other = fmaf(scale, other, ahead.other_bias);
+                    if (IS(OUT)) {
+                        const float given = POOLED && p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
+                        if (HAS(GLU)) v *= 1.f / (1.f + __expf(-other));
                         if (lane == 0) {
                             v += input;
-                            if (p.window) p.window[(i64)slot * rows + row] = v;
+                            if (POOLED && p.window) p.window[(i64)slot * rows + row] = v;
                             v += given;
-                            if (p.copy) p.copy[row] = v;
+                            if (POOLED && p.copy) p.copy[row] = v;
                         }
                     } else if (has_conv(p)) {
                         ahead.v = v, ahead.u = v = silu(fmaf(ahead.last_tap, v, ahead.from_past));
-                        if (p.kind == MAMBA) {
+                        if (IS(MAMBA)) {
                             v = fmaf(ahead.D + ahead.from_input, v, ahead.from_states) * silu(other);
                         } else {
                             if (lane == 0) p.copy[row] = silu(other);
                         }
-                    } else if (p.kind == SCAN) {
+                    } else if (IS(SCAN)) {
                         select(ahead, p, vector, softplus(v));
                         ahead.u = input, v = fmaf(ahead.D, input, read_out(ahead, input)) * gate;
-                    } else if (p.kind == LTI) {
+                    } else if (IS(LTI)) {
                         ahead.u = scale * vector[row];
                         v = gelu(fmaf(ahead.D + ahead.from_input, ahead.u, ahead.from_states));
-                    } else if (p.kind == GATED) {
-                        v = p.flags & SWIGLU ? silu(v) * other : gelu(v);
+                    } else if (IS(GATED)) {
+                        v = HAS(SWIGLU) ? silu(v) * other : gelu(v);
                     }
                     if (lane == 0) p.out[row] = v;
+                    if (SINGLE) break;
                 }
             }
             arrive(counter);
@@ -349,6 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             while (k < n_phases && program[k].level > whole) k++;
             const Phase &next = program[k < n_phases ? k : 0];
             fetch(ahead, next, worker, slot_of(next));
+            look(next);
             wait(counter, goal += gridDim.x);
         }
         stage(staged, logits, vocabulary);

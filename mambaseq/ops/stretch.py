@@ -6,6 +6,7 @@ from a graph or not, takes longer than a small model's phases do.
 from __future__ import annotations
 
 import functools
+import operator
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -116,11 +117,8 @@ class Stretch:
         self._embedding, self._condition, self._logits = embedding, condition, logits
         self.counts, self._pools = counts, torch.tensor(pools or [1], dtype=torch.int64, device=device)
         self._n_pools = len(pools)
-        longest = max(max(phase.cols, phase.held_cols) for phase in phases)
-        states = max(phase.n_states for phase in phases)
-        self._kernel = _kernel(
-            -(-longest // 128), -(-max(1, states) // 32), -(-len(embedding) // 32), device.index, len(phases)
-        )
+        settings = macros(phases, len(embedding), processors(device.index))
+        self._kernel = _kernel(tuple(settings.items()), device.index, len(phases))
 
     def run(self, token: Tensor, n_steps: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take a token `(1,)` int64 and `n_steps` steps, each step's token drawn of what it makes: by a number of
@@ -155,12 +153,26 @@ class Stretch:
         return tokens, shared[1:]
 
 
-def macros(pieces: int, held: int, choices: int) -> dict[str, int]:
-    """What stretch.cu is compiled with."""
-    return {"THREADS": _THREADS, "PIECES": pieces, "HELD": held, "CHOICES": choices}
+def macros(phases: list[Phase], vocabulary: int, blocks: int) -> dict[str, int]:
+    """What stretch.cu is compiled with: no more than these phases need, since a phase is as fast as one warp is."""
+    longest = max(max(phase.cols, phase.held_cols) for phase in phases)
+    states = max(phase.n_states for phase in phases)
+    alike = {bool(phase.flags & COMPLEX) for phase in phases if phase.n_states}
+    return {
+        "THREADS": _THREADS,
+        "PIECES": -(-longest // 128),
+        "HELD": -(-max(1, states) // 32),
+        "CHOICES": -(-vocabulary // 32),
+        "KINDS": functools.reduce(operator.or_, (1 << phase.kind for phase in phases)),
+        "FLAGS": functools.reduce(operator.or_, (phase.flags for phase in phases)),
+        "COMPLEX_STATES": 2 if len(alike) > 1 else int(True in alike),
+        "BIASED": int(any(phase.bias is not None for phase in phases)),
+        "POOLED": int(any(phase.pool >= 0 for phase in phases)),
+        "SINGLE": int(max(phase.rows for phase in phases) <= blocks * _THREADS // 32),
+    }
 
 
 @functools.cache
-def _kernel(pieces: int, held: int, choices: int, device: int, phases: int) -> nvrtc.Kernel:
+def _kernel(settings: tuple[tuple[str, int], ...], device: int, phases: int) -> nvrtc.Kernel:
     shared = phases * len(Phase._fields) * 8
-    return nvrtc.kernel((FILE,), "stretch", macros(pieces, held, choices), _THREADS, shared, device, cooperative=True)
+    return nvrtc.kernel((FILE,), "stretch", dict(settings), _THREADS, shared, device, cooperative=True)

@@ -97,7 +97,10 @@ def test_sums_compile(name: str, is_complex: bool, monkeypatch: pytest.MonkeyPat
 def test_the_zero_order_hold_and_stretches_compile() -> None:
     for is_complex in (0, 1):
         assert len(nvrtc.compile_to_cubin(discretise.FILE.read_text(), {"COMPLEX": is_complex}, "80")) > 1000
-    assert len(nvrtc.compile_to_cubin(stretch.FILE.read_text(), stretch.macros(2, 1, 2), "80")) > 1000
+    every = [stretch.Phase(kind, 0, 8, 8, flags=stretch.GLU | stretch.COMPLEX, pool=kind - 1) for kind in range(7)]
+    for phases, blocks in ((every, 132), (every[:3], 0)):
+        settings = stretch.macros(phases, 50, blocks)
+        assert len(nvrtc.compile_to_cubin(stretch.FILE.read_text(), settings, "80")) > 1000
 
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
