@@ -18,6 +18,8 @@ metrics: [bits_per_token]
 data: {name: "tiny:TinyTokens", size: 32}
 model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4}}
 optimizer: {lr: 1.0e-2}
+finetune: {freeze: [backbone], unfreeze: {backbone.layers.0.mixer: 4}}
+ema: {decay: 0.5}
 trainer: {max_steps: 10, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
@@ -32,7 +34,8 @@ def test_two_processes_get_the_loss_of_one(tmp_path: Path) -> None:
     command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
+    saved = [read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two")]
+    one, two = ({**checkpoint["state_dict"], **checkpoint["average"]} for checkpoint in saved)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
