@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambaseq.mixers import mamba2
 from mambaseq.mixers.mamba2 import Mamba2
+from mambaseq.ops import mamba2_block
 from mambaseq.ops.dispatch import relative_rms_error
 
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not
@@ -18,7 +19,7 @@ SMALL = {"d_state": 16, "head_dim": 16}
 GPU = [
     {},
     {"n_groups": 2, "bias": True, "norm_before_gate": True},
-    {"d_state": 100, "head_dim": 24, "conv_bias": False},
+    {"d_state": 100, "head_dim": 32, "conv_bias": False},
 ]
 
 
@@ -101,6 +102,18 @@ def test_compiled_equals_eager_and_both_repeat() -> None:
     for first, second, third in zip(*found, strict=True):
         assert torch.equal(first, second)
         assert relative_rms_error(third, first) < 1e-5
+
+
+def test_gradients_share_no_memory() -> None:
+    """What an operator returns must not, and it is compiled on a GPU alone."""
+    mixer, x, _, _ = made(32, 5, False, False, SMALL)
+    a = mixer._block_arguments(x, None, None, False)
+    with torch.no_grad():
+        matrices = mamba2_block._matrices(a)
+        out, _, _, *kept = mamba2_block._forward(a, matrices, True)
+        found = mamba2_block._backward(torch.ones_like(out), None, None, a, matrices, *kept)
+    places = [gradient.untyped_storage().data_ptr() for gradient in found if gradient is not None]
+    assert len(places) == len(set(places))
 
 
 def test_a_layer_that_is_hooked_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

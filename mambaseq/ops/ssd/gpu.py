@@ -243,7 +243,7 @@ def backward_into(
             into.ddt, *into.ddt.stride(), shares, heads,
             SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS, OUTER=blocks, FLOW=flow.shape[2],
         )  # fmt: skip
-        dD, dA, dbias = shares.sum(1).unbind(0)
+        dD, dA, dbias = (share.sum(0) for share in shares)  # an operator's results share no memory
     return (
         into.dx,
         into.ddt,
