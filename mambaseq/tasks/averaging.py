@@ -19,8 +19,9 @@ from mambaseq.errors import ConfigError
 class EmaConfig:
     """An exponential moving average of the weights, which is validated and exported in their place.
 
-    decay: what is kept of the average in each optimizer step, such as 0.999; 0 is off. Early steps keep less, at most
-        (1 + step) / (10 + step), so that the first weights are soon forgotten.
+    Args:
+        decay: what is kept of the average in each optimizer step, such as 0.999; 0 is off. Early steps keep less, at
+            most (1 + step) / (10 + step), so that the first weights are soon forgotten.
     """
 
     decay: float = 0.0

@@ -16,14 +16,17 @@ from mambaseq.tasks.optimizer import matches
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    """Training that begins from something. Patterns stand for parameters by their names, or for all that is in a module
-    (backbone, encoder.embedding, "backbone.layers.*.norm").
+    """Training that begins from something.
 
-    init_from: a run, or the model folder of one, whose weights a run begins with, by name; a head or an encoder that
-        does not fit stays as it is initialised. "": nothing.
-    freeze: patterns of what stays as it is. unfreeze: pattern to the optimizer step from which on it is trained all the
-        same.
-    lr_of: pattern to a factor of the learning rate; where several match, the longest counts.
+    Patterns stand for parameters by their names, or for all that is in a module (backbone, encoder.embedding,
+    "backbone.layers.*.norm").
+
+    Args:
+        init_from: a run, or the model folder of one, whose weights a run begins with, by name; a head or an encoder
+            that does not fit stays as it is initialised. Nothing when empty.
+        freeze: patterns of what stays as it is, bit for bit.
+        unfreeze: pattern to the optimizer step from which on it is trained all the same.
+        lr_of: pattern to a factor of the learning rate; where several match, the longest counts.
     """
 
     init_from: str = ""

@@ -17,12 +17,17 @@ from mambaseq.tasks.optimizer import matches
 
 @dataclasses.dataclass
 class LoraConfig:
-    """Low-rank adapters (LoRA) beside the backbone's linear maps: they and the head are trained, all else stays as
-    finetune.init_from has it. Needs peft: pip install 'mambaseq[finetune]'.
+    """Low-rank adapters (LoRA) beside the backbone's linear maps.
 
-    rank: of the adapters; 0 is off. alpha: their product is scaled by alpha / rank. dropout: on their inputs.
-    targets: patterns of the linear maps that have one ("*.in_proj"), all of the backbone's when empty.
-    export: merged adds the adapters to the exported weights; kept writes them beside these, as peft reads them.
+    They and the head are trained, all else stays as finetune.init_from has it. Needs peft: pip install
+    'mambaseq[finetune]'.
+
+    Args:
+        rank: of the adapters; 0 is off.
+        alpha: their product is scaled by alpha / rank.
+        dropout: on the adapters' inputs.
+        targets: patterns of the linear maps that have one ("*.in_proj"), all of the backbone's when empty.
+        export: merged adds the adapters to the exported weights; kept writes them beside these, as peft reads them.
     """
 
     rank: int = 0

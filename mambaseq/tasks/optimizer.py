@@ -30,11 +30,20 @@ def matches(name: str, pattern: str) -> bool:
 class OptimizerConfig:
     """The optimizer and its schedule.
 
-    name: adamw, or muon: Muon for the matrices of the backbone's linear maps, AdamW for all else.
-    lr: peak learning rate. weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the
-        state-space dynamics (A_log, D, dt_bias, ...) have none. beta1, beta2, eps: AdamW's. momentum: Muon's.
-    warmup_steps: linear warm-up. schedule: what follows, to min_lr_ratio * lr at the last step: cosine, linear, wsd
-        (lr, and over the last decay_share of all steps linear), or constant (lr to the end).
+    Args:
+        name: adamw, or muon: Muon for the matrices of the backbone's linear maps, AdamW for all else.
+        lr: peak learning rate.
+        weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the state-space dynamics
+            (A_log, D, dt_bias, ...) have none.
+        beta1: AdamW's, of the mean of gradients.
+        beta2: AdamW's, of the mean of their squares.
+        eps: AdamW's, added to the root of that.
+        momentum: Muon's.
+        warmup_steps: steps of a linear warm-up.
+        schedule: what follows, to min_lr_ratio * lr at the last step: cosine, linear, wsd (lr, and over the last
+            decay_share of all steps linear), or constant (lr to the end).
+        decay_share: of all steps, for wsd.
+        min_lr_ratio: what is left of lr at the last step.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
