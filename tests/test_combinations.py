@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mambaseq.batch import Batch
+from mambaseq.checking.laws import poisoned, run
+from mambaseq.checking.samples import sequences
 from mambaseq.data.module import pack_collate, pad_collate
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
@@ -17,7 +19,6 @@ from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel
 
 WIDTH = 8
-LENGTHS = [11, 4, 1, 7]
 PAIRS: dict[str, Any] = {"vocab_size": 6, "complement": [3, 2, 1, 0, 4, 5]}
 TABLE = {"vocab_size": 6}
 ENCODERS: dict[str, list[dict[str, Any]]] = {
@@ -75,53 +76,11 @@ def build(encoder: tuple, backbone: tuple, head: tuple, mixer: str = "mamba") ->
     ).eval()
 
 
-def sequences(model: SequenceModel, lengths: list[int] = LENGTHS) -> list[Batch]:
-    """Batches of one that fit the model; some targets are not known, those of the last sequence are not at all."""
-    found = []
-    for number, n in enumerate(lengths):
-        signal = type(model.encoder).__name__ == "SignalEncoder"
-        inputs = torch.randn(1, n, 2) if signal else torch.randint(0, 5, (1, n))
-        condition = torch.tensor([number % 3]) if getattr(model.encoder, "condition", None) is not None else None
-        targets = targets_of(model, number, n, number == len(lengths) - 1)
-        item = Batch(inputs=inputs, targets=targets, condition=condition, stride=model.head.stride)
-        item.target_of = "position" if model.head.per_token else "sequence"
-        assert item.kind == model.head.learns
-        found.append(item)
-    return found
-
-
-def targets_of(model: SequenceModel, number: int, length: int, last: bool) -> Tensor:
-    head = model.head
-    shape: tuple[int, ...] = (1, -(-length // head.stride)) if head.per_token else (1,)
-    if head.learns == "labels" and not head.per_token:
-        return torch.tensor([-100 if last else number % 3])
-    if head.learns != "labels":
-        shape = (*shape, getattr(head, "n_channels", head.linear.out_features))
-    unknown = torch.rand(shape) < (1 if last else 0.3)
-    if head.learns == "values":
-        return torch.where(unknown, float("nan"), torch.randn(shape))
-    return torch.where(unknown, -100, torch.randint(0, 6 if head.learns == "labels" else 2, shape))
-
-
-def run(model: SequenceModel, batch: Batch, **options: Any) -> Any:
-    with torch.no_grad():
-        return model(
-            batch.inputs,
-            batch.targets,
-            mask=batch.mask,
-            condition=batch.condition,
-            cu_seqlens=batch.cu_seqlens,
-            return_logits=True,
-            **options,
-        )
-
-
-def poisoned(batch: Batch) -> Batch:
-    """The padding holds what nobody may see."""
-    assert batch.mask is not None
-    real = batch.mask if batch.inputs.dim() == 2 else batch.mask[..., None]
-    batch.inputs = torch.where(real, batch.inputs, 3 if batch.inputs.dim() == 2 else 7.0)
-    return batch
+def sequences_of(model: SequenceModel) -> list[Batch]:
+    """See `sequences`."""
+    items = sequences(model, signal=type(model.encoder).__name__ == "SignalEncoder")
+    assert all(item.kind == model.head.learns for item in items)
+    return items
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -143,7 +102,7 @@ def same_states(model: SequenceModel, joined: list[Any], alone: list[list[Any]])
 
 
 def alone_padded_and_packed_agree(model: SequenceModel, states: bool) -> None:
-    items = sequences(model)
+    items = sequences_of(model)
     stateful = model.backbone.causal and getattr(model.encoder, "position_wise", False)
     options = {"return_state": True} if stateful and states else {}
     alone = [run(model, item, **options) for item in items]

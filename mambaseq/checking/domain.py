@@ -16,7 +16,7 @@ from mambaseq.checking.datasets import check_items, check_order, check_sources, 
 from mambaseq.checking.files import check_reader, check_writer
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checking.samples import CHANNELS, TOKENS, sequences
-from mambaseq.checking.training import STEPS, check_training
+from mambaseq.checking.training import STEPS, check_training, unsaid
 from mambaseq.data.module import SequenceData
 from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
@@ -135,8 +135,11 @@ class _Domain:
             f"{STEPS} steps are the same when they are killed and gone on with",
             lambda: check_training(name, overrides, Path(tempfile.mkdtemp(dir=self.folder))),
         )
-        for report in {name, chosen} & self.own["reports"].keys() if run else ():
-            self.hold(f"report {report}", "gives a Section", lambda: _report(self.own["reports"][report], run.path))  # noqa: B023
+        if run is None:
+            return
+        for report in sorted({name, chosen} & self.own["reports"].keys()):
+            write = self.own["reports"][report]
+            self.hold(f"report {report}", "gives a Section", lambda write=write: _report(write, run.path))  # type: ignore[misc]
 
     def model(self, part: str, model: SequenceModel, items: list[Any]) -> None:
         """A model, and those of its parts that are this domain's."""
@@ -205,8 +208,12 @@ class _Domain:
             return
         model = self.hold(part, "it can be made", lambda: _model_around(kind, name, loaded, options))
         if model is not None:
-            signal = kind == "encoder" and "n_channels" in options
-            self.model(part, model, sequences(model, signal))
+            try:
+                items = sequences(model, kind == "encoder" and "n_channels" in options)
+            except AttributeError:
+                self.skip(part, "laws", "no configuration uses it, and what its targets are cannot be told")
+                return
+            self.model(part, model, items)
 
     def metric(self, name: str, kind: Any) -> None:
         part, law = f"metric {name}", "one by one it is the same as in batches"
@@ -285,7 +292,8 @@ def _set_up_twice(make: Callable[[], SequenceData]) -> SequenceData:
 
 
 def _report(report: Callable[[Path], Section], folder: Path) -> None:
-    found = report(folder)
+    with unsaid():
+        found = report(folder)
     if not isinstance(found, Section):
         raise LawBroken(f"it gives a {type(found).__name__}, not a mambaseq.reporting.Section.")
 

@@ -115,8 +115,8 @@ def check_given_state(part: Mixer | Backbone, width: int) -> None:
     before = copy.deepcopy(state)
     for length in (1, 5):
         part(torch.randn(1, length, width), state=state, return_state=True)
-    fork = [one.clone() for one in _listed(state)]
-    part.step_(torch.randn(1, 1, width), fork if isinstance(state, list) else fork[0])
+    fork: Any = [one.clone() for one in state] if isinstance(state, list) else state.clone()
+    part.step_(torch.randn(1, 1, width), fork)
     for now, then in zip(tensors(state), tensors(before), strict=True):
         if not torch.equal(now, then):
             raise LawBroken("states: forward, or a step of a copy, changed the state that was given.")

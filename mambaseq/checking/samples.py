@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ CHANNELS, TOKENS, CLASSES, CONDITIONS = 2, 6, 3, 3
 def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGTHS) -> list[Batch]:
     """Batches of one that fit the model; some targets are not known, those of the last sequence are not at all.
 
-    signal: the inputs are `CHANNELS` continuous channels, not ids below `TOKENS` - 1.
+    signal: the inputs are `CHANNELS` continuous channels, not ids below `TOKENS` - 1. Raises AttributeError for a head
+    of values or of several labels that does not show how many (`n_channels`, or its map `linear`).
     """
-    found = []
+    found, head = [], cast(Any, model.head)
     for number, n in enumerate(lengths):
         inputs = torch.randn(1, n, CHANNELS) if signal else torch.randint(0, TOKENS - 1, (1, n))
         conditional = getattr(model.encoder, "condition", None) is not None
         condition = torch.tensor([number % CONDITIONS]) if conditional else None
-        targets = _targets_of(model.head, number, n, number == len(lengths) - 1)
-        item = Batch(inputs=inputs, targets=targets, condition=condition, stride=model.head.stride)
-        item.target_of = "position" if model.head.per_token else "sequence"
+        targets = _targets_of(head, number, n, number == len(lengths) - 1)
+        item = Batch(inputs=inputs, targets=targets, condition=condition, stride=head.stride)
+        item.target_of = "position" if head.per_token else "sequence"
         found.append(item)
     return found
 
@@ -37,7 +38,7 @@ def _targets_of(head: Any, number: int, length: int, last: bool) -> Tensor:
     if head.learns == "labels" and not head.per_token:
         return torch.tensor([-100 if last else number % CLASSES])
     if head.learns != "labels":
-        shape = (*shape, head.linear.out_features)
+        shape = (*shape, getattr(head, "n_channels", head.linear.out_features))
     unknown = torch.rand(shape) < (1 if last else 0.3)
     if head.learns == "values":
         return torch.where(unknown, float("nan"), torch.randn(shape))

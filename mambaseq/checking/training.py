@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
@@ -56,9 +57,15 @@ def check_training(config: str, overrides: list[str], folder: Path) -> RunFolder
     return whole
 
 
-def _fit(config: str, run: RunFolder, overrides: list[str], resume: bool = False) -> Outcome:
-    """Train and say nothing: nobody asked for these runs."""
+@contextlib.contextmanager
+def unsaid() -> Iterator[None]:
+    """Nothing is printed in the block: nobody asked for these runs."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _fit(config: str, run: RunFolder, overrides: list[str], resume: bool = False) -> Outcome:
+    with unsaid():
         return fit(config, run, overrides, resume=resume, progress=False)
 
 

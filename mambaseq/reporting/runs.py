@@ -21,7 +21,17 @@ from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.errors import UserError, shown
 from mambaseq.plain import read_json
 
-_OURS = ("config.yaml", "data.json", "checkpoints", "model", "logs", "tensorboard", "results.json", "curves.png")
+_OURS = (
+    "config.yaml",
+    "data.json",
+    "checkpoints",
+    "model",
+    "logs",
+    "tensorboard",
+    "results.json",
+    "curves.png",
+    "report.html",
+)
 _WAIT = 2.0  # seconds that another process may need to write its results
 _WAIT_FOR_THE_DEAD = 20.0  # loader processes notice within seconds that their run was killed, and may hold its lock
 
@@ -56,6 +66,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.results = self.path / "results.json"
         self.curves = self.path / "curves.png"
+        self.report = self.path / "report.html"
         self.data = self.path / "data.json"
         self._lock, self._holder = self.path / ".lock", self.path / ".holder"
 

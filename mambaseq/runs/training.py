@@ -22,6 +22,7 @@ from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
 from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
 from mambaseq.runs.finishing import Outcome, Training, diverged, interrupted
+from mambaseq.runs.report import write_report
 from mambaseq.runs.resuming import (
     Resumption,
     changed_settings,
@@ -119,7 +120,11 @@ def fit(
                 f"it away, or begin another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
             )
         with quiet():
-            return _train(settings, folder, resume, progress, allow_changed_data)
+            outcome = _train(settings, folder, resume, progress, allow_changed_data)
+    if outcome.status != "finished" or rank() != 0:
+        return outcome
+    told = write_report(folder, settings.settings["data"]["name"])  # the lock is free: a report may evaluate the run
+    return outcome._replace(message=f"{outcome.message}\n{told}") if told else outcome
 
 
 def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool) -> Outcome:
