@@ -57,7 +57,8 @@ class Domain:
     readers: functions from a path to records for `predict`. writers: functions from tokens to a file for `generate`.
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
     configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
-    reports: functions that turn a finished run into sections of the demo's report.
+    reports: functions from a finished run's folder to a `mambaseq.reporting.Section`. One named as a dataset is called
+        by `fit` at the end of a run of it, one named "demo" by `mambaseq demo`.
     recipes: `mambaseq.reproduction.Recipe` values: what `mambaseq reproduce` runs.
     """
 
