@@ -122,11 +122,23 @@ def check_sources(make: Callable[[], SequenceData]) -> None:
         raise LawBroken("sources() is to be a mapping from names to checksums, both text.")
     if found != make().sources():
         raise LawBroken("sources() says something else of the same files.")
+    _check_tokenizer(data)
     for name in ("reader_options", "writer_options"):
         try:
             json.dumps(getattr(data, name)())
         except (TypeError, ValueError) as error:
             raise LawBroken(f"{name}() cannot be saved with a model: {error}.") from error
+
+
+def _check_tokenizer(data: SequenceData) -> None:
+    tokenizer = data.tokenizer
+    if tokenizer is None:
+        return
+    if data.tokenizer_name is None:
+        raise LawBroken("it has a tokenizer and no tokenizer_name, without which no model can be saved.")
+    again = type(tokenizer)(**json.loads(json.dumps(tokenizer.options)))
+    if again.options != tokenizer.options or again.vocab_size != tokenizer.vocab_size:
+        raise LawBroken("its tokenizer, made again of its options, has other options or another vocab_size.")
 
 
 def ragged(items: list[Batch], least: int, most: int = 48) -> list[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -69,10 +69,11 @@ class Finding(NamedTuple):
 
 
 class _Domain:
-    """name: of the domain. used: what its configurations use, by kind and class."""
+    """told: is given each finding as it is made. own: the domain's parts, by kind and name. used: the classes of parts
+    that were checked as its configurations use them."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, name: str, folder: Path, told: Callable[[Finding], None] | None) -> None:
+        self.name, self.folder, self.told = name, folder, told
         self.findings: list[Finding] = []
         self.own: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         self.used: set[Any] = set()
@@ -84,16 +85,21 @@ class _Domain:
         try:
             found = check()
         except (LawBroken, UserError) as error:
-            self.findings.append(Finding(part, law, "fails", paragraph(error)))
+            self.note(Finding(part, law, "fails", paragraph(error)))
         except Exception as error:  # whatever a third party's part does
-            self.findings.append(Finding(part, law, "fails", paragraph(f"{type(error).__name__}: {error}")))
+            self.note(Finding(part, law, "fails", paragraph(f"{type(error).__name__}: {error}")))
         else:
-            self.findings.append(Finding(part, law, "ok"))
+            self.note(Finding(part, law, "ok"))
             return found
         return None
 
     def skip(self, part: str, law: str, reason: str) -> None:
-        self.findings.append(Finding(part, law, "not checked", reason))
+        self.note(Finding(part, law, "not checked", reason))
+
+    def note(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        if self.told is not None:
+            self.told(finding)
 
     def load(self) -> None:
         for kind in KINDS:
@@ -237,21 +243,14 @@ def check(name: str, told: Callable[[Finding], None] | None = None) -> list[Find
         why = f" Its package cannot be loaded: {broken[0]}." if broken else did_you_mean(name, names.domains)
         raise ConfigError(f"No domain is named {shown(name)}.{why} `mambaseq list domains` shows them.")
     with tempfile.TemporaryDirectory(prefix="mambaseq-check-") as folder:
-        checked = _Domain(name, Path(folder))
-        for step in _steps(checked):
-            before = len(checked.findings)
+        checked = _Domain(name, Path(folder), told)
+        checked.load()
+        for config in checked.own["configs"]:
             torch.manual_seed(0)
-            step()
-            for finding in checked.findings[before:] if told else ():
-                told(finding)  # type: ignore[misc]
+            checked.configuration(config)
+        torch.manual_seed(0)
+        checked.rest()
     return checked.findings
-
-
-def _steps(checked: _Domain) -> Iterator[Callable[[], None]]:
-    yield checked.load
-    for name in checked.own["configs"]:
-        yield lambda name=name: checked.configuration(name)  # type: ignore[misc]
-    yield checked.rest
 
 
 def _small(name: str) -> tuple[RunConfig, list[str], SequenceModel, SequenceData]:

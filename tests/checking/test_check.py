@@ -15,6 +15,7 @@ from mambaseq.checking import check
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checking.training import check_training
 from mambaseq.cli.main import main
+from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import Domain, catalog
 from mambaseq.encoders import Encoder
 from mambaseq.metrics import Metric
@@ -122,6 +123,27 @@ class Beyond(TinyTokens):
         self.vocab_size = 3
 
 
+class Words(Tokenizer):
+    """Its options do not say how many words it knows."""
+
+    def __init__(self, vocab_size: int = 7) -> None:
+        self.vocab_size = vocab_size
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {}
+
+    def encode(self, raw):
+        return raw
+
+    def decode(self, ids):
+        return ids
+
+
+class Forgetful(TinyTokens):
+    tokenizer, tokenizer_name = Words(9), "faulty/words"
+
+
 class LastOnly(Metric):
     """The last batch's, whatever came before."""
 
@@ -179,7 +201,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "faults",
         encoders=named(honest=Honest, ahead=Ahead, bleeds=Bleeds, silent=Silent, unsaved=Unsaved),
         mixers=named(forgets=Forgets, leaks=Leaks) | {"right": ("mambaseq.mixers.mamba:Mamba", "")},
-        datasets=named(plain=Plain, drifts=Drifts, beyond=Beyond),
+        datasets=named(plain=Plain, drifts=Drifts, beyond=Beyond, forgetful=Forgetful),
+        tokenizers=named(words=Words),
         readers={"digits": (f"{HERE}:read_naively", "")},
         metrics=named(last=LastOnly),
     )
@@ -208,6 +231,7 @@ def test_planted_faults_are_found_and_nothing_else(faulty: None) -> None:
         ("mixer faulty/leaks", "the future is not seen"): "changes with position 25, which comes after it",
         ("dataset faulty/drifts", "the order is a function of the seed"): "training item",
         ("dataset faulty/beyond", "items are batches of one, as declared"): "vocab_size is 3",
+        ("dataset faulty/forgetful", "sources and options are plain and stay the same"): "another vocab_size",
         ("reader faulty/digits", "files"): "FileNotFoundError",
     }
     for key, reason in wanted.items():
