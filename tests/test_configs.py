@@ -12,7 +12,7 @@ from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.resources import find, share
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 NAMES = [entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:")]
 SMALL = {

@@ -12,8 +12,8 @@ from mambaseq.atomic import atomic_file
 from mambaseq.reporting import Section, audio_player, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import parse_config
 from mambaseq.runs.generation import generate_to
+from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData
 from mambaseq_audio.mulaw import MuLaw

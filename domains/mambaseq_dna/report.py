@@ -9,8 +9,8 @@ from scipy.stats import binomtest
 from mambaseq.reporting import Section, picture, table
 from mambaseq.reporting.pictures import confusion_matrix, learning_curves
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import parse_config
 from mambaseq.runs.evaluation import evaluate
+from mambaseq.runs.parsing import parse_config
 from mambaseq_dna.baselines import kmer_baseline
 from mambaseq_dna.species import SpeciesData
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from mambaseq.reporting import Section, picture, table
 from mambaseq.reporting.pictures import learning_curves
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import parse_config
 from mambaseq.runs.generation import generate_to
+from mambaseq.runs.parsing import parse_config
 from mambaseq_text.baselines import unigram_bigram
 from mambaseq_text.corpus import CorpusData
 

@@ -23,7 +23,8 @@ from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, sho
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.sections import Section
-from mambaseq.runs.config import RunConfig, keys_of, parse_config
+from mambaseq.runs.config import RunConfig
+from mambaseq.runs.parsing import keys_of, parse_config
 
 T = TypeVar("T")
 

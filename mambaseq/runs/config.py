@@ -1,39 +1,20 @@
-"""A run's configuration: YAML and command-line overrides into checked, typed settings.
-
-The names in a configuration (`data.name`, `model.mixer.name`, ...) decide which classes there are; their typed
-`__init__` arguments are the keys beside the name. So the names are read first, and a parser is built for them.
-"""
+"""A run's configuration, checked: its sections, and what a run is made of by it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
 import inspect
-import os
-import re
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import jsonargparse
-
-from mambaseq.backbones.patterns import mixer_names
 from mambaseq.checkpoints.card import check_generation
-from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, paragraph, shown, under_key
+from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown, under_key
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
-from mambaseq.models import check_mixer_options
-from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.registry import Registry
-from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
-from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
-from mambaseq.runs.values import PATHS, check_values, whole_first
+from mambaseq.runs.settings import PARTS
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.lora import LoraConfig
@@ -42,14 +23,6 @@ from mambaseq.tasks.task import LengthWarmup
 
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "trainer.max_steps": 1000,
-    "trainer.gradient_clip_val": 1.0,
-    "trainer.log_every_n_steps": 10,
-    "trainer.num_sanity_val_steps": 0,
-    "trainer.enable_model_summary": False,
-    "trainer.use_distributed_sampler": False,
-}
 
 
 @dataclasses.dataclass
@@ -117,62 +90,6 @@ SECTIONS = {
 }
 
 
-# what is named under a key, as `mambaseq list` calls it
-KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in PARTS}}
-
-
-def _override(argv: list[str], key: str) -> str | None:
-    found = None
-    for index, argument in enumerate(argv):
-        if argument == f"--{key}" and index + 1 < len(argv):
-            found = argv[index + 1]
-        elif argument.startswith(f"--{key}="):
-            found = argument.partition("=")[2]
-    return found
-
-
-def _written(raw: dict[str, Any], key: str) -> Any:
-    value: Any = raw
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, dict) else None
-    return value
-
-
-def _setting(raw: dict[str, Any], argv: list[str], key: str) -> Any:
-    text = _override(argv, key)
-    if text is None:
-        return _written(raw, key)
-    try:
-        return parse_yaml(text, f"--{key}")
-    except UserError:
-        return None  # the parser will tell
-
-
-def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -> str:
-    name = _override(argv, f"{key}.name") or _written(raw, f"{key}.name") or default
-    if not isinstance(name, str):
-        raise ConfigError(f"The configuration needs {key}.name. `mambaseq list {KINDS_OF[key]}` shows names.")
-    return name
-
-
-def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
-    """The names of the mixers that the backbone has: the model's own, or those of its pattern, and MLPs.
-
-    Raises ConfigError for names that do not exist, and for a pattern that is none.
-    """
-    takes = _arguments(catalog()["backbones"].get(names["backbone"], "model.backbone.name"))
-    pattern: Any
-    pattern, mlp = (
-        _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
-        for key, default in (("pattern", None), ("mlp", False))
-    )
-
-    def kind_of(name: str) -> Any:
-        return catalog()["mixers"].get(name, "model.mixer.name" if name == names["mixer"] else "model.backbone.pattern")
-
-    return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of)
-
-
 @dataclasses.dataclass
 class RunConfig:
     """A checked configuration.
@@ -213,7 +130,7 @@ class RunConfig:
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
         for part in PARTS:
             spec[part] = dict(model[part])
-            for argument in PROVIDED & known.keys() & _arguments(self.classes[part]):
+            for argument in PROVIDED & known.keys() & arguments_of(self.classes[part]):
                 if known[argument] is None:
                     raise ConfigError(
                         f"The {part} {shown(model[part]['name'])} needs {argument}, which the dataset "
@@ -297,302 +214,5 @@ def metric_labels(names: Sequence[str]) -> dict[str, str]:
     return {one if short.count(one) == 1 else name: name for one, name in zip(short, names, strict=True)}
 
 
-def _arguments(part: Any) -> set[str]:
+def arguments_of(part: Any) -> set[str]:
     return set(inspect.signature(part).parameters)
-
-
-def _code_arguments(kind: Any, key: str, skip: set[str]) -> dict[str, Any]:
-    """The arguments of a class that may be functions, classes or objects, each with the part of its type that values in
-    a file can have (None: there is none). jsonargparse imports what is written for such an argument."""
-    probe = jsonargparse.ArgumentParser(exit_on_error=False)
-    probe.add_class_arguments(kind, key, instantiate=False, skip=set(skip))
-    found: dict[str, Any] = {}
-    for action in probe._actions:
-        hint = getattr(action, "_typehint", None)
-        if hint is not None and action.dest.startswith(f"{key}.") and plain_type(hint) != hint:
-            name, _, inner = action.dest.removeprefix(f"{key}.").partition(".")
-            found[name] = None if inner else plain_type(hint)
-    return found
-
-
-def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: set[str]) -> None:
-    """Give the parser those arguments of a class that plain values can be, as `--key.ARGUMENT`.
-
-    Raises ConfigError for a class that cannot be made without code.
-    """
-    code = _code_arguments(kind, key, skip)
-    if _arguments(kind) - skip - code.keys():
-        parser.add_class_arguments(kind, key, instantiate=False, skip=skip | code.keys())
-    for name, accepted in code.items():
-        parameter = inspect.signature(kind).parameters.get(name)
-        default = None if parameter is None else parameter.default
-        required = default is inspect.Parameter.empty
-        if accepted is not None and not callable(default):
-            parser.add_argument(f"--{key}.{name}", type=accepted, default=None if required else default)
-        elif required:
-            raise ConfigError(
-                f"{key}: {kind.__name__} cannot be made, since its {name} takes code, which no file names."
-            )
-
-
-def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any]) -> None:
-    """Raise ConfigError for a setting that takes a function, a class or an object. parts: the class behind each key."""
-    given = [argument[2:].partition("=")[0].rstrip("+") for argument in overrides if argument.startswith("--")]
-    for key, kind in parts.items():
-        written = _written(raw, key)
-        for name, accepted in _code_arguments(
-            kind, key, PROVIDED & _arguments(kind) if key != "data" else set()
-        ).items():
-            where = f"{key}.{name}"
-            told = [other for other in given if other == where or other.startswith(f"{where}.")]
-            if accepted is None and (told or (isinstance(written, dict) and name in written)):
-                raise ConfigError(
-                    f"{where} of {kind.__name__} takes code, which no file or option may name. Leave it out, or set it "
-                    f"in Python."
-                )
-
-
-def make_parser(
-    names: dict[str, str], mixers: list[str] | None = None
-) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
-    """The parser for the classes behind these names, and the classes. mixers: names of those that the backbone has
-    beside the model's own; an import path's dots would be steps of a key, so that it is made with its defaults."""
-    import lightning
-
-    registries = catalog()
-    classes = {"data": registries["datasets"].get(names["data"], "data.name")}
-    parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a registered name or a YAML file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
-    parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
-    parser.add_argument("--data.name", type=str, default=names["data"])
-    _add_plain(parser, classes["data"], "data", set())
-    parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
-    parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
-    for part in PARTS:
-        classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
-        parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
-        skip = PROVIDED & _arguments(classes[part])
-        if skip != _arguments(classes[part]):
-            _add_plain(parser, classes[part], f"model.{part}", skip)
-    for name in mixers or []:
-        kind = registries["mixers"].get(name)
-        skip = PROVIDED & _arguments(kind)
-        if "." not in name and skip != _arguments(kind):
-            _add_plain(parser, kind, f"model.mixers.{name}", skip)
-    for section, kind in SECTIONS.items():
-        parser.add_class_arguments(kind, section, instantiate=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trainer's own docstrings and annotations
-        parser.add_class_arguments(lightning.Trainer, "trainer", instantiate=False, fail_untyped=False, skip=set(KEYS))
-    for key in KEYS:
-        default = inspect.signature(lightning.Trainer).parameters[key].default
-        parser.add_argument(
-            f"--trainer.{key}",
-            type=TrainerClasses,
-            default=default,
-            help="class_path and init_args of Lightning's classes",
-        )
-    for action in parser._actions:
-        if (hint := getattr(action, "_typehint", None)) is not None:
-            setattr(action, "_typehint", whole_first(hint))  # noqa: B010 - an attribute that argparse does not know
-    parser.set_defaults(TRAINER_DEFAULTS)
-    return parser, classes
-
-
-def _without_former_parts(
-    raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: list[str]
-) -> str:
-    """What the parser is to read: the file's settings; where the command line names another class for a part, without
-    those of the former class that the new one does not take, and without those of mixers that the backbone had. Of
-    another mixer all, since options of one name are not one thing (d_state), so that mixers are compared as they are by
-    default."""
-    model = raw.get("model")
-    options = _written(raw, "model.mixers")
-    if isinstance(options, dict):
-        former = {part: _name(raw, [], f"model.{part}", default) for part, default in PARTS.items()}
-        for name in options.keys() & set(_mixers(raw, [], former)) - {former["mixer"], *mixers}:
-            del options[name]
-        check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
-    for part, default in {"data": None, **PARTS}.items():
-        holder = raw if part == "data" else model
-        settings = holder.get(part) if isinstance(holder, dict) else None
-        if isinstance(settings, dict) and (former_name := settings.get("name", default)) != names[part]:
-            left = settings.keys() - {"name"}
-            dropped = sorted(left if part == "mixer" else left - _arguments(classes[part]))
-            if dropped and part == "mixer":
-                values = ", ".join(f"{key} {settings[key]}" for key in dropped)
-                note = f"{names[part]} has its own defaults; {former_name}'s settings are dropped: {values}."
-                print(note, file=sys.stderr)
-            for key in dropped:
-                del settings[key]
-    return dump_yaml(raw)
-
-
-def _absolute(value: Any, key: str, kind: Any) -> Any:
-    """A setting of the data, relative paths and patterns of files that are there made absolute, so that a run can be
-    gone on with from another folder: values that the class's annotation (`kind`) calls a Path, those of `PATHS` and of
-    mappings. Others may look like a file's name (patterns for the names of records)."""
-    if _has_path(kind):
-        if isinstance(value, list | tuple):
-            return type(value)(_absolute(inner, key, kind) for inner in value)
-        if isinstance(value, dict):
-            return {name: _absolute(inner, key, kind) for name, inner in value.items()}
-        local = isinstance(value, str | Path) and str(value) and not re.match(r"\w[\w.-]+:", str(value))
-        return str(Path.cwd() / value) if local else value
-    if isinstance(value, dict):
-        return {name: _absolute(inner, PATHS[0], None) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_absolute(inner, key, None) for inner in value)
-    if not isinstance(value, str) or not value or not key.endswith(PATHS) or re.match(r"\w[\w.-]*:", value):
-        return value
-    there = os.path.lexists(value) or next(glob.iglob(value, recursive=True), None)  # noqa: PTH207 - as `data.files.expand`
-    return str(Path.cwd() / value) if there else value
-
-
-def _has_path(kind: Any) -> bool:
-    """Whether a type is a path, or has one in it."""
-    if isinstance(kind, type) and issubclass(kind, os.PathLike):
-        return True
-    return kind is os.PathLike or any(_has_path(inner) for inner in get_args(kind))
-
-
-def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
-    """Keys under `model` whose values are not those of a configuration.
-
-    Raises ConfigError when the configuration cannot be used.
-    """
-
-    def flat(value: Any, key: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {key: value}
-        return {name: leaf for step, inner in value.items() for name, leaf in flat(inner, f"{key}.{step}").items()}
-
-    former, new = flat(parse_config(config, []).settings["model"], "model"), flat(settings["model"], "model")
-    return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
-
-
-def _plain(value: Any) -> Any:
-    return value.written if isinstance(value, TrainerClasses) else value
-
-
-_EXPLAINED = 400  # characters of the parser's own words, which quote the value
-
-_UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
-    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
-    re.compile(r"Key ['\"](?P<key>[\w.]+)['\"] is not expected", re.IGNORECASE),
-    re.compile(r"Unrecognized arguments?: --(?P<key>[\w.]+)", re.IGNORECASE),
-    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
-    re.compile(r"No action for key ['\"](?P<key>[\w.]+)['\"]", re.IGNORECASE),
-)
-
-
-def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
-    text, chosen = redacted(" ".join(str(error).split()).rstrip(".")), ""
-    for pattern in _UNKNOWN_KEY:
-        if (found := pattern.search(text)) is not None:
-            parts = found.groupdict()
-            key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-            known = vars(parser.get_defaults().as_flat())
-            text, hint = f"there is no key {shown(key)}", did_you_mean(key, known)
-            part = key.rpartition(".")[0]
-            if (name := known.get(f"{part}.name")) is not None:  # a class's options
-                keys = [other for other in known if other.startswith(f"{part}.") and other != f"{part}.name"]
-                options = ", ".join(sorted(other.removeprefix(f"{part}.") for other in keys))
-                hint = f"{did_you_mean(key, keys)} {name} has {options or 'no options'}."
-                chosen = f" --{part}.name {name}"
-            break
-    else:
-        text, hint = paragraph(text, _EXPLAINED), ""
-    return ConfigError(
-        f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source}{chosen} "
-        f"--help` lists the keys."
-    )
-
-
-def keys_of(config: str, overrides: list[str]) -> list[str]:
-    """All keys that can be set in a configuration: those of its parts' classes, sections and the trainer.
-
-    Raises ConfigError for a configuration that cannot be read, or names that do not exist.
-    """
-    raw = read_settings(resolve_config(config))
-    check_overrides(overrides)
-    names = {"data": _name(raw, overrides, "data", None)}
-    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    mixers = [name for name in _mixers(raw, overrides, names) if name != names["mixer"]]
-    parser, _ = make_parser(names, mixers)
-    return sorted({action.dest for action in parser._actions} - {"help", "config", "print_config"})
-
-
-def parse_config(config: str, overrides: list[str]) -> RunConfig:
-    """Read a configuration (registered name or YAML file) and `--key value` overrides.
-
-    Raises ConfigError for unknown names and keys (with the nearest known one) and for values of a wrong type or out of
-    range.
-    """
-    path = resolve_config(config)
-    raw = read_settings(path)
-    check_overrides(overrides)
-    names = {"data": _name(raw, overrides, "data", None)}
-    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    all_mixers = _mixers(raw, overrides, names)
-    own = [argument for argument in overrides if argument.startswith("--model.mixer.")]
-    own = [text for text in own if not text.startswith("--model.mixer.name")]
-    if own and names["mixer"] not in all_mixers:
-        raise ConfigError(
-            f"{own[0].partition('=')[0]} is an option of {names['mixer']}, which model.backbone.pattern does not name. "
-            f"Options of its mixers are --model.mixers.NAME.OPTION: {', '.join(all_mixers)}."
-        )
-    mixers = [name for name in all_mixers if name != names["mixer"]]
-    named = [
-        argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
-    ]
-    check_mixer_options(named, names["mixer"], [names["mixer"], *mixers])
-    parser, classes = make_parser(names, mixers)
-    _refuse_code(
-        raw,
-        overrides,
-        {
-            "data": classes["data"],
-            **{f"model.{part}": classes[part] for part in PARTS},
-            **{f"model.mixers.{name}": catalog()["mixers"].get(name) for name in mixers},
-        },
-    )
-    if "--help" in overrides or "-h" in overrides:
-        parser.print_help()
-        raise SystemExit(0)
-    if "seed" in _arguments(classes["data"]) and (seed := _override(overrides, "seed") or raw.get("seed")):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
-            parser.set_defaults({"data.seed": int(seed)})
-    try:
-        parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])
-        parsed.pop("config")
-        classes_written = {key: _plain(parsed["trainer"].get(key)) for key in KEYS}
-        check_settings({**parsed.as_dict(), "trainer": {**parsed["trainer"].as_dict(), **classes_written}})
-        annotated, _ = init_parameters(classes["data"])
-        for key, value in vars(parsed["data"]).items():
-            if key != "name":
-                parsed["data"][key] = _absolute(value, key, annotated.get(key))
-        made = {key: make_classes(key, value) for key, value in classes_written.items()}
-        check_values(parser, parsed, lambda key: _override(overrides, key) or _written(raw, key))
-        if parsed["finetune"]["init_from"]:
-            parsed["finetune"]["init_from"] = str(Path.cwd() / parsed["finetune"]["init_from"])
-    except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, SystemExit) and not error.code:
-            raise  # it was asked to print something (--print_config)
-        raise _explain(error, parser, config) from error
-    settings = parsed.as_dict()
-    trainer = {**settings.pop("trainer"), **made}
-    if not 0 <= settings["seed"] < 2**32:
-        raise ConfigError(f"seed must be at least 0 and below 2**32; it is {settings['seed']}.")
-    for section, kind in SECTIONS.items():
-        try:
-            kind(**settings[section])  # each checks its values
-        except TypeError as error:
-            given = ", ".join(f"{section}.{key} {shown(value)}" for key, value in settings[section].items())
-            raise ConfigError(f"A value under {section} is of another kind than it must be: {given}.") from error
-    for name in settings["metrics"]:
-        catalog()["metrics"].get(name, "metrics")
-    # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
-    text = parser.dump(parsed, "parser_mode", False)
-    return RunConfig(settings, trainer, classes, text)

@@ -11,8 +11,9 @@ from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
-from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
+from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import plain_interrupts
+from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
 from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
 from mambaseq.tasks.task import Task

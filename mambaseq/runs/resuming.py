@@ -14,7 +14,8 @@ from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError, cut_list, cut_path, shown
 from mambaseq.plain import parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import RunConfig, parse_config
+from mambaseq.runs.config import RunConfig
+from mambaseq.runs.parsing import parse_config
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
 from mambaseq.tasks.record import KEY, DataRecord, flatten

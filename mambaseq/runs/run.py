@@ -11,9 +11,9 @@ from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.reporting.runs import RunFolder, default_folder
-from mambaseq.runs.config import keys_of
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, write_generated
+from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
 from mambaseq.runs.training import fit as train
 

@@ -20,8 +20,9 @@ from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
-from mambaseq.runs.config import RunConfig, changed_model_settings, parse_config
+from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Outcome, Training, diverged, interrupted
+from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.report import write_report
 from mambaseq.runs.resuming import (
     Resumption,

@@ -13,7 +13,7 @@ from mambaseq_audio.mulaw import MuLaw
 
 from mambaseq.data.module import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 LENGTHS = (300, 100, 250, 40)
 

@@ -18,7 +18,7 @@ from mambaseq.generation import generate
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.ops.sequences import reversal
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 D_MODEL = 12
 NAMES = ["mamba", "s4d"]

@@ -16,7 +16,7 @@ from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import SequenceModel, build_model, causal_lm
 from mambaseq.registry import Entry
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 DATA = 'data: {name: "tiny:TinyTokens"}\n'
 

@@ -14,7 +14,7 @@ from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 TOKENIZER = BaseTokenizer("keep")
 COMPLEMENT = TOKENIZER.complement.tolist()

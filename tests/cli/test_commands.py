@@ -14,7 +14,7 @@ import torch
 
 from mambaseq.benchmarking import backends
 from mambaseq.cli.main import COMMANDS, main
-from mambaseq.runs.config import KINDS_OF
+from mambaseq.runs.parsing import KINDS_OF
 
 DNA = [
     "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",

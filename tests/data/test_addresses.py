@@ -6,7 +6,7 @@ import yaml
 from mambaseq.data.addresses import check_address, expanded, redacted
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, DataError
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 SECRET = "hunter2/+%@x"
 

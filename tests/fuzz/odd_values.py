@@ -92,7 +92,7 @@ def small(config: str) -> dict[str, Any]:
 
 def owned_keys(config: str) -> Iterator[tuple[str, str]]:
     """The keys of a configuration, each with the name of the class that it is an argument of ("" for the core's)."""
-    from mambaseq.runs.config import parse_config
+    from mambaseq.runs.parsing import parse_config
 
     run = parse_config(config, [])
     for key in flat({**run.settings, "trainer": run.trainer}):
@@ -133,7 +133,8 @@ BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", 
 @functools.lru_cache
 def actions(config: str) -> dict[str, Any]:
     """The parser's knowledge of each key that is no section: its type and its default."""
-    from mambaseq.runs.config import PARTS, make_parser, parse_config
+    from mambaseq.runs.parsing import make_parser, parse_config
+    from mambaseq.runs.settings import PARTS
 
     settings = parse_config(config, []).settings
     names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in PARTS}}
@@ -165,9 +166,9 @@ def senseless(pair: Pair) -> str:
 def keep_parsers() -> None:
     """Let this process build the parser of the same classes once: that is most of the time of a refusal. A parser keeps
     nothing of what it read but the default of data.seed, which is put back."""
-    from mambaseq.runs import config
+    from mambaseq.runs import parsing
 
-    make, kept = config.make_parser, {}
+    make, kept = parsing.make_parser, {}
 
     def make_parser(names: dict[str, str], mixers: list[str] | None = None) -> Any:
         key = (tuple(names.values()), tuple(mixers or ()))
@@ -178,7 +179,7 @@ def keep_parsers() -> None:
             parser.set_defaults({"data.seed": 0})
         return parser, dict(classes)
 
-    config.make_parser = make_parser
+    parsing.make_parser = make_parser
 
 
 def step_all() -> None:

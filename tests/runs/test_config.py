@@ -19,7 +19,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mambaseq.errors import ConfigError
-from mambaseq.runs.config import parse_config
 from mambaseq.runs.loading import condition_ids
+from mambaseq.runs.parsing import parse_config
 
 NAMES = ["7, Nicolas", "7, Théo", "8, Théo", "rock, pop", "rock", "Ålesund", "a b"]
 

@@ -10,7 +10,7 @@ from keys import flat, written
 
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import dump_yaml
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.settings import read_settings, resolve_config
 
 # a configuration of each domain

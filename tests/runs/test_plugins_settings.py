@@ -13,7 +13,8 @@ from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
 from mambaseq.metrics import Metric
 from mambaseq.metrics.likelihood import Perplexity
-from mambaseq.runs.config import metric_labels, parse_config
+from mambaseq.runs.config import metric_labels
+from mambaseq.runs.parsing import parse_config
 
 HERE = "runs.test_plugins_settings"
 CONFIG = f"""

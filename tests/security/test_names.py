@@ -287,7 +287,7 @@ def test_what_is_allowed_is_made_if_it_is_what_is_wanted(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"name": "allowed_names:call"}}))
     refused(["fit", "--config", str(tmp_path / "c.yaml"), "--allow-import", "allowed_names"], capsys, "is no mambaseq")
-    from mambaseq.runs.config import parse_config
+    from mambaseq.runs.parsing import parse_config
 
     (tmp_path / "c.yaml").write_text("data: {name: synthetic/induction_heads}\n")
     config = str(tmp_path / "c.yaml")
@@ -334,7 +334,7 @@ def test_arguments_of_a_part_are_no_code(
     (tmp_path / "with_code.py").write_text(WITH_CODE)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("with_code", None)
-    from mambaseq.runs.config import parse_config
+    from mambaseq.runs.parsing import parse_config
 
     data = {"name": "with_code:Data"}
     with allow_imports("with_code", "tiny"):
@@ -353,7 +353,8 @@ def test_arguments_of_a_part_are_no_code(
 
 
 def test_shipped_parts_take_no_code() -> None:
-    from mambaseq.runs.config import PROVIDED, _code_arguments
+    from mambaseq.runs.config import PROVIDED
+    from mambaseq.runs.parsing import _code_arguments
 
     for kind in ("datasets", "encoders", "backbones", "mixers", "heads"):
         for entry in catalog()[kind]:

@@ -21,7 +21,7 @@ from mambaseq.cli.main import main
 from mambaseq.errors import UserError
 from mambaseq.models import build_model
 from mambaseq.registry import allow_imports
-from mambaseq.runs.config import parse_config
+from mambaseq.runs.parsing import parse_config
 
 PATHS = ("os:system", "subprocess:Popen", "timeit:timeit")
 CONFIG: dict[str, Any] = {

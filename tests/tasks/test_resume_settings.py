@@ -20,8 +20,9 @@ from mambaseq.cli.main import main
 from mambaseq.errors import shown
 from mambaseq.plain import dump_yaml, parse_yaml
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.config import PARTS, make_parser
+from mambaseq.runs.parsing import make_parser
 from mambaseq.runs.resuming import moved
+from mambaseq.runs.settings import PARTS
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
 from mambaseq.tasks.record import flatten
 
