@@ -17,13 +17,15 @@ from mambaseq.checking.files import check_reader, check_writer
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checking.samples import CHANNELS, TOKENS, sequences
 from mambaseq.checking.training import STEPS, check_training, unsaid
-from mambaseq.data.module import SequenceData
+from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.reporting.sections import Section
 from mambaseq.runs.config import RunConfig
+from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.parsing import keys_of, parse_config
 
 T = TypeVar("T")
@@ -144,6 +146,8 @@ class _Domain:
         )
         if run is None:
             return
+        if name in self.own["reports"] and named_sets(data.test()):  # the demo's reports come after the test
+            self.hold(part, "its test set is evaluated", lambda: _evaluate(run))
         for report in sorted({name, chosen} & self.own["reports"].keys()):
             write = self.own["reports"][report]
             self.hold(f"report {report}", "gives a Section", lambda write=write: _report(write, run.path))  # type: ignore[misc]
@@ -289,6 +293,11 @@ def _set_up_twice(make: Callable[[], SequenceData]) -> SequenceData:
     data.setup()
     data.setup()
     return data
+
+
+def _evaluate(run: RunFolder) -> None:
+    with unsaid():
+        evaluate(run, "test", [], progress=False)
 
 
 def _report(report: Callable[[Path], Section], folder: Path) -> None:
