@@ -34,7 +34,7 @@ def report(run: Path) -> Section:
     bits = results["test/bits_per_token"]
     folder.update_results((), **{f"report/{name}": value for name, value in floors.items()})
     names = list(data.condition_names)
-    files = generate_to(run, folder.path / "generated", condition=names, seed=0, progress=True)
+    files = generate_to(run, folder.path / "generated", condition=names, seed=0, progress=True).files
     generated = {name: soundfile.read(file, dtype="float32")[0] for name, file in zip(names, files, strict=True)}
     real = real_clips(data)
     shown = {}

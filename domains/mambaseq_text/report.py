@@ -26,7 +26,7 @@ def report(run: Path) -> Section:
     data.setup()
     floors = unigram_bigram(data.raw("train"), data.raw("test"))
     bits = results["test/bits_per_byte"]
-    written = generate_to(run, folder.path / "sample.txt", prompt=PROMPT, seed=0)
+    written = generate_to(run, folder.path / "sample.txt", prompt=PROMPT, seed=0).files
     text = written[0].read_text(encoding="utf-8")
     folder.update_results((), **{f"report/{name}": value for name, value in floors.items()})
     body = (

@@ -39,6 +39,6 @@ def run(argv: list[str], command: str) -> int:
 
     checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for path in generate_to(checkpoint, out, progress=True, **settings):
+    for path in generate_to(checkpoint, out, progress=True, **settings).files:
         print(path, file=sys.stderr if is_stream(path) else sys.stdout)
     return 0

@@ -75,7 +75,9 @@ class Embeddings(Answer):
             options: dict[str, Any] = {"state": state, "return_state": True} if return_state else {}
             output = self.model.backbone(x, **options)
         y, new = output if return_state else (output, None)
-        return (found[0] if found else y).float(), new
+        if self.layer is not None:  # with chunk_length a layer is run once a chunk
+            y = torch.cat(found, 1)
+        return y.float(), new
 
     def _made(self, first: int, stop: int, hidden: Tensor) -> list[Row] | NotFinite:
         """Rows of `(positions, d_model)`: of one vector for [first, stop), or of one a position."""

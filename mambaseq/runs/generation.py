@@ -54,15 +54,16 @@ class Generated(NamedTuple):
 
 def generate_to(
     checkpoint: str | Path, out: Path, *, prompt: str | None = None, writer: str | None = None, **options: Any
-) -> list[Path]:
-    """Generate and write. Returns the files written. options: see `generate_from`.
+) -> Generated:
+    """Generate and write; what was generated, with its files. options: see `generate_from`.
 
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     output_target(out, folder=True)  # which is for the writer to judge
     if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
         raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
-    return write_generated(generate_from(checkpoint, prompt=prompt, writer=writer, **options), out, writer)
+    generated = generate_from(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
+    return generated._replace(files=_write(generated, out, writer))
 
 
 def generate_from(
@@ -77,13 +78,15 @@ def generate_from(
     top_p: float | None = None,
     seed: int = 0,
     writer: str | None = None,
+    writes: bool = False,
     device: str | None = None,
     progress: bool = False,
 ) -> Generated:
     """Generate; settings that are None are the run's own.
 
     Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
-    Each is what it would be without the others. writer: by which they are to be written; checked first.
+    Each is what it would be without the others. writer: by which they are to be written; checked first, and must be
+    there if it `writes`.
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     check_whole("--samples", samples, 1)
@@ -103,7 +106,10 @@ def generate_from(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
             f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."
         )
-    _writer(loaded, writer)
+    if _writer(loaded, writer) is None and writes:
+        raise ConfigError(
+            f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
+        )
     conditions = condition_ids(loaded, condition)
     prompts = prompt_signals(loaded, str(prompt)) if signal else prompt_ids(loaded, prompt)
     defaults = card.generation
@@ -159,16 +165,14 @@ def _writer(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str
     return name, write, fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
 
 
-def write_generated(generated: Generated, out: Path, writer: str | None = None) -> list[Path]:
+def _write(generated: Generated, out: Path, writer: str | None = None) -> list[Path]:
     """Write sequences by the model's own writer, or another one. Returns the files.
 
     Raises ConfigError where there is none, or another one cannot write them.
     """
     loaded, card = generated.model, generated.model.card
-    if (found := _writer(loaded, writer)) is None:
-        raise ConfigError(
-            f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
-        )
+    found = _writer(loaded, writer)
+    assert found is not None
     name, write, options = found
     try:
         return write(out, generated.ids, loaded.tokenizer, **options)

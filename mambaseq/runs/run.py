@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,13 +13,17 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.evaluation import evaluate
-from mambaseq.runs.generation import Generated, generate_from, write_generated
+from mambaseq.runs.generation import Generated, generate_from, generate_to
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
+from mambaseq.runs.settings import GROUPS, PARTS
 from mambaseq.runs.training import fit as train
 
 if TYPE_CHECKING:
     import pandas
+
+
+_SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(PARTS)}|mixers(\.[^.]+)?)")
 
 
 class NotFinished(UserError):
@@ -116,11 +121,9 @@ class Run:
         out: a file for what comes out, in the run's own format.
         options: see `mambaseq.runs.generation.generate_from` (max_new_tokens, samples, condition, temperature, ...).
         """
-        writer = options.pop("writer", None)
-        generated = generate_from(self.path, prompt=prompt, **options)
-        if out is not None:
-            generated = generated._replace(files=write_generated(generated, Path(out), writer))
-        return generated
+        if out is None:
+            return generate_from(self.path, prompt=prompt, **options)
+        return generate_to(self.path, Path(out), prompt=prompt, **options)
 
 
 def load(path: str | Path) -> Run:
@@ -187,13 +190,14 @@ def _last(keys: Iterable[str]) -> list[str]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by whole keys; a mapping that is a setting's value stays one."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        # what a mapping holds below a section are its keys; classes under trainer are values
-        if isinstance(value, Mapping) and value and "class_path" not in value:
-            found |= _flat(value, f"{prefix}{key}.")
+        whole = f"{prefix}{key}"
+        if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
+            found |= _flat(value, f"{whole}.")
         else:
-            found[f"{prefix}{key}"] = value
+            found[whole] = value
     return found
 
 

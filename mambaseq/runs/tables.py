@@ -55,9 +55,15 @@ class Table(abc.ABC):
         self.notes: collections.Counter[str] = collections.Counter()
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Say what the values' columns are, once there is a prediction."""
+        """Say what the values' columns are, once there is a prediction. Names that are taken get an underscore."""
         if self._columns is None:
-            self._columns = list(columns)
+            taken, names = {*COLUMNS, "note"}, []
+            for name in columns:  # a class may be named as another column is
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                names.append(name)
+            self._columns = names
             self._header(self._columns)
             for place in self._waiting:
                 self._write(place, None)
@@ -118,10 +124,8 @@ class _Columns(Table):
     """Rows gathered as columns."""
 
     def _header(self, columns: list[str]) -> None:
-        # a class may be named as one of ours is
-        names = [f"{name}_" if name in (*COLUMNS, "note") else name for name in columns]
-        self.gathered: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *names, "note")}
-        self._names = names
+        self.gathered: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns, "note")}
+        self._names = columns
 
     def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
         for name, value in zip((*COLUMNS, "note"), place, strict=True):
@@ -152,8 +156,8 @@ class ParquetTable(_Columns):
 
     def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
         super()._write(place, values)
-        if len(self.gathered["note"]) >= _GROUP:
-            self._flush()
+        if len(self.gathered["note"]) >= _GROUP and (values is not None or self._writer is not None):
+            self._flush()  # the first time with a prediction, whose values have the columns' types
 
     def _flush(self) -> None:
         import pyarrow

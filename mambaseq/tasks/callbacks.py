@@ -172,7 +172,8 @@ class RunCheckpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         stepped = not loop._should_accumulate()  # gradients so far are in no checkpoint
         if stepped and _is_last(trainer):
-            trainer.should_stop = True  # Lightning then validates this step as well, whatever the interval
+            # Lightning then validates this step as well, whatever the interval
+            trainer.should_stop, trainer.check_val_every_n_epoch = True, None
         self._due, validates = False, False
         if stepped:
             before, self._tokens = self._tokens, self.often.throughput.tokens

@@ -13,8 +13,12 @@ from test_prediction import fasta, language_model
 
 import mambaseq as ms
 from mambaseq.checkpoints import load_model
+from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, UserError
+from mambaseq.runs.answers import Span
+from mambaseq.runs.embeddings import Embeddings
 from mambaseq.runs.run import NotFinished, as_overrides
+from mambaseq.runs.tables import ENDINGS, table
 
 CONFIG = """
 metrics: [bits_per_token]
@@ -55,6 +59,12 @@ def test_a_run_that_diverges_raises(config: Path, tmp_path: Path) -> None:
 def test_keys_by_their_last_word() -> None:
     found = as_overrides("dna/demo", {"data": {"length": 64}, "metrics": ["a"]}, {"max_steps": 5, "lr": 1e-3})
     assert found == ["--data.length=64", '--metrics=["a"]', "--trainer.max_steps=5", "--optimizer.lr=0.001"]
+    deep = {"finetune": {"lr_of": {"a.b": 0.1}}, "model": {"mixer": {"d_state": 4}, "mixers": {"s4d": {"d_state": 2}}}}
+    assert as_overrides("dna/demo", deep, {}) == [
+        '--finetune.lr_of={"a.b": 0.1}',
+        "--model.mixer.d_state=4",
+        "--model.mixers.s4d.d_state=2",
+    ]
     with pytest.raises(ConfigError, match=r"Several end so: .*model\.head\.name"):
         as_overrides("dna/demo", {}, {"name": "x"})
     with pytest.raises(ConfigError, match=r"Did you mean 'max_steps'"):
@@ -169,6 +179,54 @@ def test_finished_rows_are_kept_whatever_the_kind(model: Path, tmp_path: Path, e
         assert np.load(kept)["tokens"].tolist() == [10]
     else:
         assert len(pandas.read_csv(kept, sep="\t")) == 1
+
+
+def test_layers_of_a_model_that_runs_in_chunks(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("a sentence of some words")
+    run = ms.load(model)
+    whole = run.embed(source, layer=1)
+    run.model().model.backbone.chunk_length = 5
+    again = embeddings_of(run, source)
+    assert whole is not None
+    np.testing.assert_allclose(again, whole.filter(like="embedding").to_numpy(), rtol=2e-5, atol=1e-6)
+
+
+def embeddings_of(run: ms.Run, source: Path) -> np.ndarray:
+    loaded = run.model()
+    answer = Embeddings(loaded, None, None, "mean", 1)
+    assert loaded.tokenizer is not None
+    record = Record("r", loaded.tokenizer.encode(source.read_text()))
+    (rows,) = answer.rows([(record, Span(0, len(record)))])
+    assert isinstance(rows, list)
+    return np.array([rows[0].values])
+
+
+def test_columns_whose_types_come_late_and_whose_names_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambaseq.runs.tables._GROUP", 2)
+    for ending in ENDINGS:
+        with table(tmp_path / f"out{ending}") as rows:
+            for number in range(5):
+                rows.add("f", str(number), 0, 0, None, "empty")
+            rows.begin(["predicted", "file", "predicted"])
+            rows.add("f", "5", 0, 9, ["cat", 0.25, 0.75])
+    found = pandas.read_parquet(tmp_path / "out.parquet")
+    assert list(found.columns[4:]) == ["predicted", "file_", "predicted_", "note"]
+    assert found["predicted"].tolist()[-1] == "cat"
+    assert len(found) == 6
+    assert list(pandas.read_csv(tmp_path / "out.csv").columns) == list(found.columns)
+
+
+def test_generation_keeps_its_prompt_and_knows_its_writer(model: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "past.txt"
+    prompt.write_text("abc")
+    run = ms.load(model)
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        run.generate(str(prompt), out=prompt)
+    with pytest.raises(ConfigError, match="Did you mean"):
+        run.generate("abc", out=tmp_path / "o.txt", writer="text/txet", max_new_tokens=10**6)
 
 
 def test_generation_is_text(model: Path, tmp_path: Path) -> None:
