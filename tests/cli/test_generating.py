@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_text.tokenization import ByteTokenizer
-from test_prediction import DNA, TEXT, classifier, language_model, saved, spoil
+from runs.test_prediction import DNA, TEXT, classifier, language_model, saved, spoil
 
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record

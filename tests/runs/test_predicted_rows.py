@@ -15,7 +15,7 @@ import torch
 from mambaseq_audio.io import write_wav
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_dna.tokenizer import BaseTokenizer
-from test_prediction import DNA, classifier, fasta, language_model, predict, saved, spans, spoil
+from runs.test_prediction import DNA, classifier, fasta, language_model, predict, saved, spans, spoil
 
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main

@@ -9,7 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from test_prediction import fasta, language_model
+from runs.test_prediction import fasta, language_model
 
 import mambaseq as ms
 from mambaseq.checkpoints import load_model

@@ -193,7 +193,7 @@ def test_loaders(file: Path, num_workers: int) -> None:
     batch = next(iter(module.train_dataloader()))
     train = module.data.train()
     assert torch.equal(batch.inputs, module.data.collate([train[i] for i in range(4)]).inputs)
-    loader = module.test_dataloader()
+    loader = module.test_dataloader()[0]
     n_targets = sum(int((batch.targets != -100).sum()) for batch in loader)
     assert n_targets == len(module.data.raw("test")[0]) - 1  # type: ignore[attr-defined]
 

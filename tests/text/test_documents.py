@@ -334,7 +334,7 @@ def test_streamed_through_the_module(shards: list[str]) -> None:
     batch = next(iter(module.train_dataloader()))
     assert torch.equal(batch.inputs, batches(shards[:2], 4)[3])
     assert module.val_dataloader() == []
-    for batch in module.test_dataloader():
+    for batch in module.test_dataloader()[0]:
         assert batch.cu_seqlens is not None
 
 

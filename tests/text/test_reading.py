@@ -191,9 +191,9 @@ def test_bombs(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_xz_file_that_asks_for_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambaseq.data.unpacking._XZ_MEMORY", 2**20)
+    monkeypatch.setattr("mambaseq.data.unpacking.XZ_MEMORY", 2**20)
     name = write(tmp_path / "a.txt.xz", lzma.compress(b"text"))
-    with pytest.raises(DataError, match=r"a\.txt\.xz is damaged: it cannot be unpacked \(Memory usage limit exceeded"):
+    with pytest.raises(DataError, match=r"a\.txt\.xz is damaged: .*\(its header asks for more than 1 MiB"):
         whole(name)
 
 
