@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.data.records import Record
-from mambaseq.data.tables import read_table
+from mambaseq.data.tables import HEADER, read_table
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.outputs import numbered, output_file
 
@@ -23,7 +23,7 @@ def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None)
     if columns is None:
         try:
             with path.open(encoding="utf-8-sig") as file:
-                columns = [name.strip() for name in file.readline(10_000).strip().split(",")]
+                columns = [name.strip() for name in file.readline(HEADER).strip().split(",")]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}.") from error
     yield Record(path.stem, signal=read_table(path, columns).astype(np.float32))

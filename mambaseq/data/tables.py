@@ -14,6 +14,9 @@ from mambaseq.limits import WINDOW
 LARGEST = 1e9
 """Of a number: nothing that is measured is larger, and squares of what is would not be numbers any more."""
 
+HEADER = 100_000
+"""Characters of the first line that are read."""
+
 
 def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
     """The rows of a CSV file whose first line names these columns, `(rows, columns)` float64, none or more.
@@ -21,12 +24,12 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
     Raises DataError that names the file, and the line where there is one: no file, not UTF-8, another first line, a row
     of other than finite numbers up to `LARGEST`; UserError for more rows than `limits.WINDOW`.
     """
-    path, header = Path(path), ",".join(columns)
+    path, header = Path(path), ",".join(name.strip() for name in columns)
     if not path.is_file():
         raise DataError(f"There is no file {path}. Check the path.")
     try:
         with path.open(encoding="utf-8-sig") as file:
-            first = file.readline(1000).strip().replace(" ", "")
+            first = ",".join(name.strip() for name in file.readline(HEADER).split(","))
             if first != header:
                 raise DataError(f"{path}: the first line must be {shown(header)}, not {shown(first)}. Add that header.")
             lines = list(itertools.islice(file, WINDOW.value + 1))

@@ -89,6 +89,13 @@ class Freezing(lightning.Callback):
         self._kept: list[nn.Parameter] = []
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        for pattern in self.config.freeze if any(".lora_" in name for name in names) else ():
+            if met := [name for name in names if name.startswith("backbone.") and matches(name, pattern)]:
+                raise ConfigError(
+                    f"finetune.freeze: {shown(pattern)} names {cut_list(met, 3)}, and with lora.rank the backbone "
+                    f"stays as it is but for its adapters. Leave the pattern out."
+                )
         if self.config.unfreeze and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
                 f"finetune.unfreeze works on one device and under ddp, not under {type(trainer.strategy).__name__}, "

@@ -171,3 +171,16 @@ def test_values_that_are_not_those_that_come_next_are_no_continuation(
     arguments = ["--prompt", "x.csv", "--out", str(tmp_path / "o.csv"), "-n", "1", "--device", "cpu"]
     assert main(["generate", "--checkpoint", str(tmp_path / "m"), *arguments]) == 2
     assert "was not trained to tell the next values of its own channels" in capsys.readouterr().err
+
+
+def test_a_header_may_have_spaces_and_many_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("room temp, load\n1,2\n")
+    (record,) = read_csv(path, None)
+    assert record.signal is not None
+    assert record.signal.tolist() == [[1.0, 2.0]]
+    names = [f"a rather long name of channel {number}" for number in range(400)]
+    path.write_text(",".join(names) + "\n" + ",".join("1" for _ in names) + "\n")
+    (record,) = read_csv(path, None)
+    assert record.signal is not None
+    assert record.signal.shape == (1, 400)

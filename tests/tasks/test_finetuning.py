@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tasks.test_resume import CONFIG, fit, weights
 
 from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError
+from mambaseq.tasks.finetuning import FinetuneConfig, Freezing
 
 
 @pytest.fixture
@@ -62,3 +65,14 @@ def test_thawing_names_what_is_frozen(config: Path, tmp_path: Path, capsys) -> N
     options = ["--finetune.freeze=[backbone]", "--finetune.unfreeze={head: 2}"]
     assert main(["fit", "--config", str(config), "--out", str(tmp_path / "run"), *options]) == 2
     assert "finetune.unfreeze: no parameter that is frozen is named 'head'" in capsys.readouterr().err
+
+
+def test_adapters_are_not_frozen_with_the_backbone() -> None:
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "base": torch.nn.Linear(2, 2)})
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(), global_step=0)
+    with pytest.raises(ConfigError, match=r"finetune\.freeze: 'backbone' names .*with lora\.rank"):
+        Freezing(Adapted(), FinetuneConfig(freeze=["backbone"])).setup(trainer, Adapted(), "fit")  # type: ignore[arg-type]
