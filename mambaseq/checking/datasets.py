@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambaseq.atomic import json_text
 from mambaseq.batch import Batch
 from mambaseq.checking.laws import LawBroken
 from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
@@ -125,7 +126,7 @@ def check_sources(make: Callable[[], SequenceData]) -> None:
     _check_tokenizer(data)
     for name in ("reader_options", "writer_options"):
         try:
-            json.dumps(getattr(data, name)())
+            json.dumps(getattr(data, name)(), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise LawBroken(f"{name}() cannot be saved with a model: {error}.") from error
 
@@ -136,7 +137,7 @@ def _check_tokenizer(data: SequenceData) -> None:
         return
     if data.tokenizer_name is None:
         raise LawBroken("it has a tokenizer and no tokenizer_name, without which no model can be saved.")
-    again = type(tokenizer)(**json.loads(json.dumps(tokenizer.options)))
+    again = type(tokenizer)(**json.loads(json_text(tokenizer.options)))
     if again.options != tokenizer.options or again.vocab_size != tokenizer.vocab_size:
         raise LawBroken("its tokenizer, made again of its options, has other options or another vocab_size.")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
 import torch
 
+from mambaseq.atomic import json_text
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.registry import allow_imports
@@ -38,7 +38,7 @@ def check_training(config: str, overrides: list[str], folder: Path) -> RunFolder
     the same. Returns the finished run. Raises LawBroken, and what training raises."""
     whole, killed = RunFolder(folder / "whole"), RunFolder(folder / "killed")
     _done(whole, config, overrides)
-    callback = json.dumps([{"class_path": f"{__name__}.Kill", "init_args": {}}])
+    callback = json_text([{"class_path": f"{__name__}.Kill", "init_args": {}}])
     with allow_imports(__name__):
         try:
             _fit(config, killed, [*overrides, f"--trainer.callbacks={callback}"])
