@@ -272,3 +272,15 @@ def _whole(text: str) -> int:
     if len(text) > _DIGITS:
         raise ValueError(f"the number {text[:40]}… has more than {_DIGITS} digits")
     return int(text)
+
+
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; an empty mapping is a value.
+
+    >>> flatten({"data": {"name": "x", "files": {}}})
+    {'data.name': 'x', 'data.files': {}}
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    inner = [flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
+    return {name: leaf for part in inner for name, leaf in part.items()}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mambaseq.atomic import atomic_file
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
 from mambaseq.outputs import safe_cell
-from mambaseq.plain import read_yaml
+from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting.runs import RunFolder
 
 # of results.json, beside the metrics
@@ -51,7 +51,7 @@ def compare(folders: Sequence[Path]) -> Runs:
     bad: list[str] = []
     for run in find_runs(folders):
         try:
-            found.append((run, _flat(read_yaml(run.config, "It is no run's.")), run.read_results()))
+            found.append((run, flatten(read_yaml(run.config, "It is no run's.")), run.read_results()))
         except UserError as error:
             bad.append(str(error))
     if not found:
@@ -79,14 +79,6 @@ def _cell(value: Any) -> Any:
     return (
         value if isinstance(value, int | float) and not isinstance(value, bool) else "" if value is None else str(value)
     )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {
-        k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()
-    }
 
 
 def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:

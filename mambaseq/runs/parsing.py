@@ -23,7 +23,7 @@ from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.models import check_mixer_options
-from mambaseq.plain import dump_yaml, parse_yaml
+from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.runs.config import PROVIDED, SECTIONS, RunConfig, arguments_of
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
@@ -257,12 +257,7 @@ def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
     Raises ConfigError when the configuration cannot be used.
     """
 
-    def flat(value: Any, key: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {key: value}
-        return {name: leaf for step, inner in value.items() for name, leaf in flat(inner, f"{key}.{step}").items()}
-
-    former, new = flat(parse_config(config, []).settings["model"], "model"), flat(settings["model"], "model")
+    former, new = flatten(parse_config(config, []).settings["model"], "model"), flatten(settings["model"], "model")
     return sorted(key for key in former.keys() | new.keys() if former.get(key) != new.get(key))
 
 

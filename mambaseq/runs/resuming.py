@@ -12,13 +12,13 @@ import torch
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError, UserError, cut_list, cut_path, shown
-from mambaseq.plain import parse_yaml, read_json, read_yaml
+from mambaseq.plain import flatten, parse_yaml, read_json, read_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.parsing import parse_config
 from mambaseq.tasks.callbacks import RunCheckpoints
 from mambaseq.tasks.optimizer import OptimizerConfig, reapply
-from mambaseq.tasks.record import KEY, DataRecord, flatten
+from mambaseq.tasks.record import KEY, DataRecord
 
 LIMITS = {"max_steps": "trainer.max_steps", "max_epochs": "trainer.max_epochs"}
 
@@ -201,6 +201,13 @@ class Resumption(lightning.Callback):
         """Raise UserError for moments that are not of the weights that they are for: they would fail, or be spread over
         them, in the first step."""
         for parameter, state in optimizer.state.items():
+            missing: list[list[str]] = [sorted(needed - state.keys()) for needed in _STATES]
+            least = min(missing, key=len)
+            if state and least:  # a weight that was frozen has none
+                raise UserError(
+                    f"The checkpoint {self.folder.last} lacks an optimizer's {cut_list(least)} for "
+                    f"{tuple(parameter.shape)} weights. It was changed; use another one."
+                )
             for name, value in state.items():
                 if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and not (
                     isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.isfinite().all()
@@ -209,6 +216,9 @@ class Resumption(lightning.Callback):
                         f"The checkpoint {self.folder.last} has an optimizer's {name} that is not a finite number for "
                         f"each of {tuple(parameter.shape)} weights. It was changed; use another one."
                     )
+
+
+_STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})  # of a weight, by AdamW and by Muon
 
 
 def moved(batches: int, size: int, former: int, now: int) -> int:

@@ -14,18 +14,6 @@ KEY = "mambaseq"  # of a checkpoint's part that is ours
 _NEUTRAL = {"data.cache"}  # says where derived files are kept
 
 
-def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; an empty mapping is a value.
-
-    >>> flatten({"data": {"name": "x", "files": {}}})
-    {'data.name': 'x', 'data.files': {}}
-    """
-    if not isinstance(value, Mapping) or not value:
-        return {key: value}
-    inner = [flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
-    return {name: leaf for part in inner for name, leaf in part.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class DataRecord:
     """settings: those that the data follow from, dotted key to plain value. sources: the name of each file to a

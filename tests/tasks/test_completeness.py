@@ -291,3 +291,11 @@ def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run"):
         RunFolder(tmp_path).remove()
     assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(tmp_path: Path) -> None:
+    more = ["--trainer.max_steps=-1", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
+    assert main(begin(tmp_path, "run", *more, "--trainer.val_check_interval=null")) == 0
+    run = RunFolder(tmp_path / "run")
+    steps = run.read_results()["steps"]
+    assert [step + 1 for step, _ in run.curve("val/bits_per_token")] == [steps * 2 // 3, steps]

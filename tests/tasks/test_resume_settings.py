@@ -18,13 +18,12 @@ from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import shown
-from mambaseq.plain import dump_yaml, parse_yaml
+from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.parsing import make_parser
 from mambaseq.runs.resuming import moved
 from mambaseq.runs.settings import PARTS
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
-from mambaseq.tasks.record import flatten
 
 CONFIG = """
 seed: 1
@@ -264,6 +263,17 @@ def test_moments_stay_when_the_optimizer_changes(run: Path) -> None:
     )
     after = read_checkpoint(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"][0]["exp_avg"]
     assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_an_optimizer_without_a_moment_is_refused(run: Path, capsys, name: str) -> None:
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    del checkpoint["optimizer_states"][0]["state"][0][name]
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=4"]) == 2
+    assert f"last.ckpt lacks an optimizer's {name} for" in capsys.readouterr().err
 
 
 def test_a_checkpoint_does_not_say_how_the_optimizer_works() -> None:
