@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
 from mambaseq.errors import ConfigError, cut_list
+from mambaseq.limits import DEVICES
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.bar import Bar
@@ -51,6 +52,7 @@ def make_trainer(
             raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
     if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
+    _check_devices(options.get("devices"))
     _check_nodes(options.get("num_nodes", 1), options.get("plugins"))
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
@@ -71,6 +73,16 @@ def make_trainer(
     given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
     with explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
         return lightning.Trainer(**options)
+
+
+def _check_devices(devices: Any) -> None:
+    """Raise UserError for more than `limits.DEVICES`: on CPUs Lightning starts as many processes as it is told."""
+    if isinstance(devices, str) and devices.strip().isdecimal():
+        devices = int(devices)
+    if isinstance(devices, str | list):
+        devices = len(devices.split(",") if isinstance(devices, str) else devices)
+    if isinstance(devices, int):
+        DEVICES.check(devices, "trainer.devices")
 
 
 def _check_nodes(count: Any, plugins: Any) -> None:

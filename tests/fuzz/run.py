@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "MAMBASEQ_MAX_PARAMETERS": "2000000",
     "MAMBASEQ_MAX_LAYERS": "50",
     "MAMBASEQ_MAX_WORKERS": "3",
+    "MAMBASEQ_MAX_DEVICES": "1",  # a second one is a second process, and a case must start none
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
     "MPLBACKEND": "agg",

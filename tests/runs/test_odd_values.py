@@ -135,3 +135,13 @@ def test_what_cannot_be_meant_is_refused_by_its_key(key: str, value: Any, tmp_pa
     path.write_text(dump_yaml(written(read_settings(resolve_config("dna/demo")), key, value)))
     with pytest.raises(UserError, match=re.escape(key)):
         parse_config(str(path), [])
+
+
+@pytest.mark.parametrize("devices", [100_000, "100000", [0] * 300])
+def test_more_processes_than_a_machine_has_room_for_are_refused_by_their_key(devices: Any) -> None:
+    from mambaseq.runs.trainer import _check_devices
+
+    with pytest.raises(UserError, match=r"trainer\.devices asks for .*MAMBASEQ_MAX_DEVICES"):
+        _check_devices(devices)
+    for fine in (2, "auto", "2", "0,1", [0, 1], -1, None):
+        _check_devices(fine)
