@@ -16,7 +16,7 @@ from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, raw
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import task_of
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
@@ -285,7 +285,8 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
 
 def _begin_from(source: str, run: Training) -> None:
     """Give the model, as initialised, the weights of another run; says which."""
-    loaded = load_model(source)
+    with under_key("finetune.init_from", {}):
+        loaded = load_model(source)
     found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer)
     if rank() == 0:
         step = "" if loaded.card.step is None else f" (step {loaded.card.step})"

@@ -69,7 +69,7 @@ def test_from_its_model_folder_and_by_its_key(config: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--config=run.yaml", "--out=x", "--init-from=nowhere"], "There is no model at"),
+        (["--config=run.yaml", "--out=x", "--init-from=nowhere"], "finetune.init_from: There is no model at"),
         (["--config=run.yaml", "--out=x", "--init-from=first", "--model.d_model=16"], "finetune.init_from: the model"),
         (["--resume=first", "--init-from=first"], "--init-from is for a run that begins"),
         (["--resume=first", "--trainer.max_steps=9", "--finetune.init_from=first"], "finetune.init_from cannot change"),
