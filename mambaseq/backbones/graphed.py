@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from mambaseq.ops import capture
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import capture
 
 Run = Callable[[Tensor], Tensor]
 

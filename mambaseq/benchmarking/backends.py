@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mambaseq.benchmarking.timing import Attempt, attempt, measure
 from mambaseq.mixers.mamba import Mamba
+from mambaseq.ops.blocks.mamba import why_not as why_not_whole
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.dispatch import Op, leaves, relative_rms_error
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 from mambaseq.ops.lti.arguments import LtiArguments
-from mambaseq.ops.mamba_block import why_not as why_not_whole
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.ssd.arguments import SsdArguments

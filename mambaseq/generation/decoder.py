@@ -14,8 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from mambaseq.backbones.unet import UNet
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel
-from mambaseq.ops import capture
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import capture
 
 
 class Decoder:

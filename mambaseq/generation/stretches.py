@@ -1,5 +1,5 @@
-"""A model's steps as one kernel that stays (`mambaseq.ops.stretch`): for one sequence of few tokens, by Mamba blocks,
-diagonal systems and MLPs, at one resolution or several."""
+"""A model's steps as one kernel that stays on the GPU (`ops.decoding.stretch`): for one sequence of few tokens, by
+Mamba blocks, diagonal systems and MLPs, at one resolution or several."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mambaseq.mixers.mlp import MLP
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.mixers.s4d import S4D, DiagonalSSM
 from mambaseq.models import SequenceModel
-from mambaseq.ops import nvrtc, stretch
+from mambaseq.ops.decoding import stretch
+from mambaseq.ops.decoding.stretch import Phase, Stretch
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.linear import is_plain
-from mambaseq.ops.stretch import Phase, Stretch
 
 
 def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> str | None:

@@ -16,8 +16,8 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, lti_scan, sequences
+from mambaseq.ops.decoding.step import causal_conv_update_, lti_update_
 from mambaseq.ops.linear import apply_linear
-from mambaseq.ops.step import causal_conv_update_, lti_update_
 
 
 @dataclasses.dataclass

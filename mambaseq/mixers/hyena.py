@@ -19,10 +19,10 @@ from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
+from mambaseq.ops.decoding.step import causal_conv_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.lti.fft import convolution
-from mambaseq.ops.step import causal_conv_update_
 
 # the window of a channel falls to this share within its decay length
 _DECAYED = 1e-2

@@ -20,14 +20,14 @@ from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, selective_scan, sequences
-from mambaseq.ops.block_step import BlockWeights, block_step_, can_step
+from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
+from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
+from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
+from mambaseq.ops.blocks.mamba import why_not as why_not_whole
+from mambaseq.ops.decoding.block import BlockWeights, block_step_, can_step
+from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
-from mambaseq.ops.lti_block import LtiBlockArguments, lti_block
-from mambaseq.ops.lti_block import why_not as why_not_whole_lti
-from mambaseq.ops.mamba_block import BlockArguments, mamba_block
-from mambaseq.ops.mamba_block import why_not as why_not_whole
-from mambaseq.ops.step import causal_conv_update_, selective_state_update_
 
 
 @dataclasses.dataclass

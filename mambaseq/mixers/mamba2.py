@@ -18,12 +18,11 @@ from mambaseq.errors import ConfigError, check_not_negative, shown
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
+from mambaseq.ops.blocks.mamba2 import Mamba2BlockArguments, mamba2_block
+from mambaseq.ops.blocks.mamba2 import why_not as why_not_whole
+from mambaseq.ops.decoding.step import causal_conv_update_, ssd_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
-from mambaseq.ops.mamba2_block import Mamba2BlockArguments, mamba2_block
-from mambaseq.ops.mamba2_block import why_not as why_not_whole
-from mambaseq.ops.ssd.step import ssd_update_
-from mambaseq.ops.step import causal_conv_update_
 
 _LAYERS = ("in_proj", "conv1d", "out_proj", "norm")
 

@@ -16,10 +16,11 @@ from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
-from mambaseq.ops import lti_scan, sequences, step_gpu
+from mambaseq.ops import lti_scan, sequences
+from mambaseq.ops.decoding import gpu as step_gpu
+from mambaseq.ops.decoding.step import lti_update_
 from mambaseq.ops.lti import cuda, discretise, discretize
 from mambaseq.ops.lti.arguments import LtiArguments
-from mambaseq.ops.step import lti_update_
 
 Init = Literal["lin", "inv", "legs", "real"]
 

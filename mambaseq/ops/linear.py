@@ -82,8 +82,8 @@ def bits(weight: Tensor | None) -> np.ndarray:
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x `(rows, in)`, weight `(out, in)`, both fp32 or both bf16; accumulates in fp32."""
-    kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
-    team: Any = importlib.import_module("mambaseq.ops.team")
+    kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
+    team: Any = importlib.import_module("mambaseq.ops.cpu.team")
     rows, table = x.float().contiguous().numpy(), bits(weight)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     out, counters = y.numpy(), np.zeros(2 * team.STRIDE, dtype=np.int64)

@@ -21,7 +21,7 @@ from mambaseq.backbones.base import Backbone
 from mambaseq.batch import Batch
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel
-from mambaseq.ops import capture
+from mambaseq.ops.gpu import capture
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer
 
 BatchOf = Callable[[Tensor], Batch]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambaseq.mixers import mamba
 from mambaseq.mixers.mamba import Mamba
-from mambaseq.ops import team
+from mambaseq.ops.cpu import team
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 

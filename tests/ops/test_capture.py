@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from mambaseq.ops import capture
+from mambaseq.ops.gpu import capture
 
 
 def test_only_the_watch_for_waiting_keeps_its_warnings_to_itself() -> None:

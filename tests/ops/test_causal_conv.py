@@ -20,10 +20,11 @@ from agreement import (
 )
 from torch import Tensor
 
-from mambaseq.ops import OPS, causal_conv, portable
+from mambaseq.ops import OPS, causal_conv
 from mambaseq.ops.causal_conv import gpu
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
+from mambaseq.ops.gpu import portable
 
 OP = OPS["causal_conv"]
 BACKENDS = [backend.name for backend in OP.backends if backend.name != "reference"]

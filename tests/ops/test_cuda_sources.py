@@ -9,7 +9,8 @@ import pytest
 import torch
 from agreement import calls_of
 
-from mambaseq.ops import nvrtc, stretch
+from mambaseq.ops.decoding import stretch
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.lti import discretise
 from mambaseq.ops.lti import launches as lti
 from mambaseq.ops.selective_scan import cuda, launches, segments

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numba import njit, vectorize
 
-from mambaseq.ops import blocks, flat, threads, vector_math
+from mambaseq.ops.cpu import blocking, flat, threads, vector_math
 
 
 def in_float32(function):  # type: ignore[no-untyped-def]
@@ -119,7 +119,7 @@ def test_rows_of_shares_the_memory_of_slices() -> None:
 
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (64, 1), (130, 1), (130, 2), (12, 4)])
 def test_blocks(channels: int, groups: int) -> None:
-    found = blocks.of_channels(channels, groups, 64)
+    found = blocking.of_channels(channels, groups, 64)
     value = torch.randn(channels, 3)
     assert torch.equal(found.gather(found.spread(value)), value)
     assert (found.spread(value)[~found.real] == 0).all()
@@ -131,8 +131,8 @@ def test_blocks(channels: int, groups: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[5], [0], [], [0, 0, 3], [1] * 100, [1000, 1, 1, 1, 5, 0]])
 def test_tasks_cover_every_sequence_of_every_block(lengths: list[int]) -> None:
-    found = blocks.of_channels(130, 1, 64)
+    found = blocking.of_channels(130, 1, 64)
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    tasks = blocks.tasks_of(found, bounds)
+    tasks = blocking.tasks_of(found, bounds)
     seen = sorted((block, s) for block, *_, s0, s1 in tasks for s in range(s0, s1))
     assert seen == [(block, s) for block in range(3) for s in range(len(lengths))]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambaseq.mixers import mamba2
 from mambaseq.mixers.mamba2 import Mamba2
-from mambaseq.ops import mamba2_block
+from mambaseq.ops.blocks import mamba2 as mamba2_block
 from mambaseq.ops.dispatch import relative_rms_error
 
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not

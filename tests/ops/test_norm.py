@@ -16,8 +16,9 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.mixers import norm as norm_module
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.norm import RMSNorm
-from mambaseq.ops import OPS, add_rms_norm, gated_rms_norm, portable
+from mambaseq.ops import OPS, add_rms_norm, gated_rms_norm
 from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 
 ADD, GATED = OPS["add_rms_norm"], OPS["gated_rms_norm"]

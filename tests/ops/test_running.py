@@ -15,7 +15,8 @@ import torch
 from agreement import Draw, poisoned_memory
 from torch import Tensor
 
-from mambaseq.ops import OPS, causal_conv, dispatch, flat, lti_scan, selective_scan, threads
+from mambaseq.ops import OPS, causal_conv, dispatch, lti_scan, selective_scan
+from mambaseq.ops.cpu import flat, threads
 from mambaseq.ops.dispatch import Backend, Op, outputs_and_gradients
 from mambaseq.ops.lti import cpu as lti_cpu
 from mambaseq.ops.selective_scan.arguments import ScanArguments

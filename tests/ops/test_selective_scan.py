@@ -11,8 +11,9 @@ import pytest
 import torch
 from agreement import DEVICES, Draw, assert_equals_reference, backend_or_skip, device_or_skip, moved
 
-from mambaseq.ops import OPS, nvrtc, selective_scan
+from mambaseq.ops import OPS, selective_scan
 from mambaseq.ops.dispatch import outputs_and_gradients
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan import chunked, cuda, segments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 

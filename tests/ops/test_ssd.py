@@ -23,10 +23,10 @@ from agreement import (
 )
 
 from mambaseq.ops import OPS, selective_scan, ssd
+from mambaseq.ops.decoding.step import ssd_update_
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 from mambaseq.ops.ssd import chunked, fla, gpu
 from mambaseq.ops.ssd.arguments import SsdArguments
-from mambaseq.ops.ssd.step import ssd_update_
 
 OP = OPS["ssd"]
 BACKENDS = [backend.name for backend in OP.backends if backend.name != "reference"]

@@ -9,7 +9,8 @@ import torch
 from agreement import Draw, relative_rms_error
 from torch import Tensor
 
-from mambaseq.ops import causal_conv, lti_scan, selective_scan, step
+from mambaseq.ops import causal_conv, lti_scan, selective_scan
+from mambaseq.ops.decoding import step
 
 # From the whole sequence in float64; half-precision inputs are rounded alike for both.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3}

@@ -9,8 +9,9 @@ import torch
 from agreement import Draw, calls_of, poisoned_memory, relative_rms_error
 from torch import Tensor
 
-from mambaseq.ops import step, step_gpu
-from mambaseq.ops.ssd.step import ssd_update_
+from mambaseq.ops.decoding import gpu as step_gpu
+from mambaseq.ops.decoding import step
+from mambaseq.ops.decoding.step import ssd_update_
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

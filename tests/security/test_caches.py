@@ -20,7 +20,8 @@ from mambaseq.cli.main import main
 from mambaseq.data import cache
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError
-from mambaseq.ops import kept, nvrtc
+from mambaseq.ops.cpu import kept
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.resources import make_private, why_unsafe
 
 SOURCE, MACROS, ARCHITECTURE = "source", {"N": 1}, "90"

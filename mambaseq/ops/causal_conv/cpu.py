@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.ops import blocks, threads
 from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
-from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.cpu import blocking, threads
+from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 
 _SEGMENT = 128
 _TASKS = 64
@@ -44,7 +44,7 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     x, weight, bias, activation, state, cu_seqlens, reverse, _ = arguments
     batch, length, channels = x.shape
     width = weight.shape[1]
-    bounds = blocks.bounds_of(cu_seqlens, batch, length)
+    bounds = blocking.bounds_of(cu_seqlens, batch, length)
     lengths = np.diff(bounds)
     # An empty sequence has one empty segment, which hands its state on.
     count = np.maximum(1, -(-lengths // _SEGMENT))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambaseq.ops import portable
 from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.gpu import portable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8  # filter

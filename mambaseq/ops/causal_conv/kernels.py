@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from mambaseq.ops.kept import kept_njit
-from mambaseq.ops.vector_math import FASTMATH, sigmoid
+from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.vector_math import FASTMATH, sigmoid
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops import portable
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 
 # bytes of a chunk's logits: large products, few additions to the gradient of the weight

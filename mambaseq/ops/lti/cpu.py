@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.ops import blocks as blocking
-from mambaseq.ops import threads
-from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.cpu import blocking, threads
+from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.lti import scan
 from mambaseq.ops.lti.arguments import LtiArguments
 

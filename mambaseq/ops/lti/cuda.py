@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops import portable
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.lti import launches, scan
 from mambaseq.ops.lti.arguments import LtiArguments
 from mambaseq.ops.lti.launches import STATES, Inputs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops import nvrtc, portable
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import nvrtc, portable
 from mambaseq.ops.selective_scan.cuda import why_not_on
 
 FILE = Path(__file__).parent / "discretise.cu"

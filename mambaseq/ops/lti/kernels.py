@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from mambaseq.ops.intrinsics import prefetch
-from mambaseq.ops.kept import kept_njit
-from mambaseq.ops.vector_math import FASTMATH, copy
+from mambaseq.ops.cpu.intrinsics import prefetch
+from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.vector_math import FASTMATH, copy
 
 WIDTH = 64
 CHUNK = 32

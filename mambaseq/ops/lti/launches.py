@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import nvrtc
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan import segments
 from mambaseq.ops.selective_scan.launches import CODES, Rows, alignment, processors
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops import portable
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 
 _WIDEST = 8192  # the widest row (of a group) that a program holds

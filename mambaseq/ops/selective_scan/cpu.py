@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.ops import blocks as blocking
-from mambaseq.ops import threads
-from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.cpu import blocking, threads
+from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 

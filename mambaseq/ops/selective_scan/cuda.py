@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.ops import nvrtc, portable
+from mambaseq.ops.gpu import nvrtc, portable
 from mambaseq.ops.selective_scan import launches, library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.selective_scan.launches import CHANNELS, CODES, STATES, Inputs, Rows

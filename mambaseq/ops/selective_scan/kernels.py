@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from mambaseq.ops.intrinsics import prefetch
-from mambaseq.ops.kept import kept_njit
-from mambaseq.ops.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
+from mambaseq.ops.cpu.intrinsics import prefetch
+from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
 
 WIDTH = 64
 CHUNK = 32

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import nvrtc
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan import segments
 
 CHANNELS = 64  # of a block

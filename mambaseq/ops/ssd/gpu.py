@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.ops import portable, sequences
+from mambaseq.ops import sequences
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.ssd import library
 from mambaseq.ops.ssd.arguments import SsdArguments
 

@@ -19,7 +19,7 @@ import os
 import triton
 import triton.language as tl
 
-from mambaseq.ops.step_triton import softplus
+from mambaseq.ops.gpu.triton_math import softplus
 
 _CHANGING = ["chunks", "chunks_of_row", "length", "segments", "chunks_of_segment", "n_parts"]
 # its matrix products know no bfloat16

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import portable, sequences
-from mambaseq.ops.block_operator import Block, linear, register, weight_gradient
+from mambaseq.ops import sequences
+from mambaseq.ops.blocks.operator import Block, linear, register, weight_gradient
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm import gpu as norm
 from mambaseq.ops.norm.arguments import GatedNormArguments
 from mambaseq.ops.ssd import gpu as dual

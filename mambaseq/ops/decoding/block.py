@@ -51,8 +51,8 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
     Returns:
         `(batch, d_model)` in the dtype of x.
     """
-    kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
-    team: Any = importlib.import_module("mambaseq.ops.team")
+    kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
+    team: Any = importlib.import_module("mambaseq.ops.cpu.team")
     w = weights
     batch, d_inner, _ = ssm_state.shape
     n_blocks = -(-d_inner // _CHANNELS)

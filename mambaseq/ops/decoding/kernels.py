@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from mambaseq.ops.intrinsics import fetch_add, load
-from mambaseq.ops.kept import kept_njit
-from mambaseq.ops.team import STRIDE
-from mambaseq.ops.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
+from mambaseq.ops.cpu.intrinsics import fetch_add, load
+from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.team import STRIDE
+from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
 
 _ZERO = np.float32(0)
 # The usual number of states: a loop of this constant length becomes vector instructions without a rest.

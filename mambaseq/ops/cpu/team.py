@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mambaseq.ops.intrinsics import load
-from mambaseq.ops.kept import kept_njit
+from mambaseq.ops.cpu.intrinsics import load
+from mambaseq.ops.cpu.kept import kept_njit
 
 # Between the counters of a kernel, so that no two share a cache line.
 STRIDE = 16

@@ -1,6 +1,6 @@
 """One decode step of the convolution and of the scan on a GPU: a kernel each, bound by reading and writing the state.
 
-`mambaseq.ops.step` hands over GPU tensors; under Triton's interpreter the functions here also take CPU tensors.
+`mambaseq.ops.decoding.step` passes GPU tensors on to this; under Triton's interpreter, CPU tensors work here too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambaseq.ops import portable
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)
 _COMPLEX = (*_REAL, torch.complex64)
@@ -52,7 +52,7 @@ def can_update(state: Tensor) -> bool:
 
 
 def causal_conv_update_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """See `mambaseq.ops.step.causal_conv_update_`."""
+    """See `decoding.step.causal_conv_update_`."""
     batch, channels = x.shape
     x, width = _rows(x), weight.shape[1]
     y = x.new_empty((batch, channels))
@@ -89,7 +89,7 @@ def selective_state_update_(
     dt_softplus: bool,
     A_is_log: bool,
 ) -> Tensor:
-    """See `mambaseq.ops.step.selective_state_update_`; B, C `(batch, groups, d_state)`, groups of their own each."""
+    """See `decoding.step.selective_state_update_`; B, C `(batch, groups, d_state)`, groups of their own each."""
     batch, channels, d_state = state.shape
     is_complex = state.is_complex()
     groups_of_B, groups_of_C = B.shape[1], C.shape[1]
@@ -152,7 +152,7 @@ def lti_update_(
     z: Tensor | None,
     discretization: str,
 ) -> Tensor:
-    """See `mambaseq.ops.step.lti_update_`."""
+    """See `decoding.step.lti_update_`."""
     A, B, C = (_numbers(v) if state.is_complex() else v.contiguous() for v in (A, B, C))
     return _lti_update_(state, x, dt, A, None, B, C, D, z, discretization, False)
 
@@ -238,7 +238,7 @@ def ssd_update_(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    """See `mambaseq.ops.ssd.step.ssd_update_`."""
+    """See `decoding.step.ssd_update_`."""
     batch, heads, head_dim, d_state = state.shape
     channels, groups = heads * head_dim, B.shape[1]
     y = x.new_empty(x.shape)
@@ -297,7 +297,7 @@ def _numbers(value: Tensor) -> Tensor:
 
 @functools.cache
 def _kernels() -> Any:
-    return importlib.import_module("mambaseq.ops.step_triton")
+    return importlib.import_module("mambaseq.ops.decoding.triton_kernels")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ typedef long long i64;
 enum { LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN };
 enum { EMBEDS = 1, GLU = 2, COMPLEX = 4, SWIGLU = 8 };
 
-// As `mambaseq.ops.stretch.Phase` lays it out.
+// As `mambaseq.ops.decoding.stretch.Phase` lays it out.
 struct Phase {
     i64 kind, level, rows, cols;
     const float *in;

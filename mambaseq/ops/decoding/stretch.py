@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import nvrtc
+from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan.launches import processors
 
 FILE = Path(__file__).parent / "stretch.cu"

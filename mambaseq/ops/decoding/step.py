@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.errors import shown
-from mambaseq.ops import step_gpu
 from mambaseq.ops.causal_conv import Activation
-from mambaseq.ops.flat import flat, rows_of, scratch
+from mambaseq.ops.cpu.flat import flat, rows_of, scratch
+from mambaseq.ops.decoding import gpu as step_gpu
 from mambaseq.ops.lti import Discretization, discretize
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read; they compute in float32
@@ -56,7 +56,7 @@ def selective_state_update_(
         A = -torch.exp(A.to(state.dtype))
     channels = x.shape[1]
     if _can_run_kernels(state, x, dt, A, B, C, D, z, dt_bias) and B.shape == C.shape:
-        kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
+        kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
         y = torch.empty(x.shape, dtype=torch.float32)
         kernels.selective_state_update(
             state.view(-1).numpy(),
@@ -121,6 +121,50 @@ def lti_update_(
     return _read_out(state, C.to(wide), x, D, z)
 
 
+def ssd_update_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One step of `mambaseq.ops.ssd`; changes `state` in place.
+
+    Args:
+        state: `(batch, heads, head_dim, d_state)`, float32.
+        x: `(batch, heads, head_dim)`.
+        dt: `(batch, heads)`.
+        A, D, dt_bias: `(heads,)`.
+        B, C: `(batch, groups, d_state)`.
+
+    Returns:
+        y, the shape and dtype of x.
+    """
+    if (
+        state.dtype == torch.float32
+        and step_gpu.can_run(state, x, dt, A, B, C, D, dt_bias)
+        and step_gpu.can_update(state)
+    ):
+        return step_gpu.ssd_update_(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
+    wide, heads = state.dtype, x.shape[1]
+    dt, u = dt.to(wide), x.to(wide)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    B, C = (M.to(wide).repeat_interleave(heads // M.shape[1], dim=1) for M in (B, C))
+    state.mul_(torch.exp(dt * A.to(wide))[..., None, None]).add_((dt[..., None] * u)[..., None] * B[:, :, None])
+    y = (state * C[:, :, None]).sum(-1)
+    if D is not None:
+        y = y + D.to(wide)[:, None] * u
+    return y.to(x.dtype)
+
+
 def causal_conv_update_(
     state: Tensor,
     x: Tensor,
@@ -146,7 +190,7 @@ def causal_conv_update_(
     if step_gpu.can_run(state, x, weight, bias):
         return step_gpu.causal_conv_update_(state, x, weight, bias, activation == "silu")
     if _can_run_kernels(state, x, weight, bias):
-        kernels: Any = importlib.import_module("mambaseq.ops.step_kernels")
+        kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
         y = torch.empty(x.shape, dtype=torch.float32)
         kernels.causal_conv_update(
             state.view(-1).numpy(),

@@ -1,0 +1,1 @@
+"""What kernels on GPUs stand on: Triton, CUDA C++ compiled by NVRTC, CUDA graphs."""
