@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,50 @@ from mambaseq.specs import check_layers, check_options, check_size, check_spec, 
 @dataclasses.dataclass
 class ModelOutput:
     """loss: scalar, when labels were given. logits: None where only the loss was needed. state: one a layer.
-    distribution: what the logits of a head such as `forecast` say of the values that come next."""
+    distribution: what the logits of a head such as `forecast` say of the values that come next.
+
+    It is read by names and by numbers too, as the outputs of transformers are: what is None is left out, so that
+    `output[0]` is the loss, or the logits where no labels were given. Iterating gives the names. `values` is not a
+    method here.
+
+    >>> output = ModelOutput(logits=torch.zeros(1, 2, 3))
+    >>> list(output), output["logits"].shape, len(output[1:])
+    (['logits'], torch.Size([1, 2, 3]), 0)
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: list[Any] | None = None
     distribution: Distribution | None = None
+
+    def keys(self) -> list[str]:
+        """The names of what is there."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values of what is there."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values of what is there."""
+        return tuple(value for _, value in self.items())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """Raises KeyError for a name, IndexError for a number, of what is not there."""
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
 
     @property
     def values(self) -> Tensor | None:
@@ -44,7 +83,12 @@ class SequenceModel(nn.Module):
     whole sequences. A head of positions may have one: see `Batch.stride`. Parts are trusted with what they say of
     themselves (see `Encoder`, `Backbone`, `Head`).
     spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
+
+    A tensor with several names (a tied head's, a shared mixer's) is once in a state dict, under the first of them, as
+    safetensors want it; what is loaded may have it under any of them, or all.
     """
+
+    main_input_name: ClassVar[str] = "inputs"  # asked for by transformers' Trainer
 
     def __init__(self, encoder: nn.Module, backbone: Backbone, head: nn.Module, tie_embeddings: bool = False) -> None:
         super().__init__()
@@ -74,6 +118,22 @@ class SequenceModel(nn.Module):
         """Inputs to a position of the backbone."""
         return getattr(self.encoder, "stride", 1)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See `nn.Module.state_dict`; without the further names of a tensor."""
+        found = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in further_names(self):
+            found.pop(prefix + name, None)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # parts look for their tensors after this one, in the same dict, and miss names that are not there
+        for names in _shared(self):
+            given = [prefix + name for name in names if prefix + name in state_dict]
+            for name in names if given else ():
+                state_dict.setdefault(prefix + name, state_dict[given[0]])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def check_stateful(self) -> None:
         """Raise ConfigError for an encoder or a head that cannot be run part by part."""
         if getattr(self.head, "stride", 1) != 1:
@@ -95,6 +155,7 @@ class SequenceModel(nn.Module):
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         condition: Tensor | None = None,
         state: list[Any] | None = None,
         cu_seqlens: Tensor | None = None,
@@ -104,20 +165,28 @@ class SequenceModel(nn.Module):
         """Run the model.
 
         inputs: `(batch, length)` int64 ids or `(batch, length, channels)` float; right padding only.
-        labels: what the head learns (see `Batch.targets`).
+        labels: what the head learns (see `Batch.targets`); next tokens are already shifted, which labels for models of
+            transformers are not.
         mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64.
+        attention_mask: the mask as tokenizers of transformers give it, `(batch, length)` of ones and zeros. Its values
+            are always looked at, since theirs may pad on the left.
         state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.
         return_state: with a mask, the states are those at each row's own end; the host then reads the mask.
         return_logits: None returns them unless labels are given to a head that predicts every token.
 
         Raises ConfigError where encoder or backbone cannot do what is asked, ValueError for a mask that is none: of
-        another shape, beside cu_seqlens, or of anything but right padding (its values are looked at where that costs
-        nothing, or the states depend on them).
+        another shape, beside cu_seqlens, or of anything but right padding (a mask's values are looked at where that
+        costs nothing, or the states depend on them).
         """
+        untrusted = attention_mask is not None
+        if attention_mask is not None:
+            if mask is not None:
+                raise ValueError("mask and attention_mask are the same; give one of them.")
+            mask = attention_mask != 0
         if mask is not None:
             if cu_seqlens is not None or mask.shape != inputs.shape[:2]:
                 raise ValueError("A mask must be (batch, length) as the inputs are, which are not packed then.")
-            if return_state or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
+            if untrusted or return_state or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
                 _check_right_padding(mask)
         if state is not None or return_state:
             self.check_stateful()
@@ -187,9 +256,35 @@ class SequenceModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+_PADDING = (
+    "The mask must be one of right padding: True up to each row's end, then False. Pad sequences at their ends (of "
+    "tokenizers in transformers: padding_side='right')."
+)
+
+
 def _check_right_padding(mask: Tensor) -> None:
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError("The mask must be one of right padding: True up to each row's end, then False.")
+    right = ~(mask[:, 1:] & ~mask[:, :-1]).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(right, _PADDING)  # in the graph, since there are no values to look at yet
+    elif not bool(right):
+        raise ValueError(_PADDING)
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several, in the model's order."""
+    names: dict[int, list[str]] = {}
+    tensors = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name)
+    return [some for some in names.values() if len(some) > 1]
+
+
+def further_names(model: nn.Module) -> dict[str, str]:
+    """Names of tensors that the model has under an earlier name too (a tied head's, those of a shared mixer), each with
+    the earlier one."""
+    return {name: names[0] for names in _shared(model) for name in names[1:]}
 
 
 def causal_lm(

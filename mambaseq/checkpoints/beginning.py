@@ -12,7 +12,7 @@ from mambaseq.checkpoints.card import ModelCard
 from mambaseq.checkpoints.export import LoadedModel, weights
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, cut_list, shown
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, further_names
 
 _MOST = 6  # names in a message
 _COMPARED = 4096  # ids of two tokenizers
@@ -56,7 +56,8 @@ def begin_from(
     card, tokenizer: what the model is for; they are compared with the source's.
     Raises ConfigError, naming the tensors, where the backbone has others under the same names, or none fits.
     """
-    own, theirs = weights(model), loaded.model.state_dict()
+    own, theirs = weights(model), weights(loaded.model)
+    theirs |= {name: theirs[earlier] for name, earlier in further_names(loaded.model).items() if earlier in theirs}
     source = f"the model at {loaded.source.parent}"
     others, notes = _others(model, loaded, card)
     found = Beginning([], [], [], [], notes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
-from mambaseq.models import SequenceModel, build_model, count_parameters
+from mambaseq.models import SequenceModel, build_model, count_parameters, further_names
 from mambaseq.plain import read_json
 from mambaseq.specs import fits
 
@@ -36,24 +35,10 @@ class LoadedModel:
     source: Path
 
 
-def _copies(model: SequenceModel) -> dict[str, str]:
-    """Names of tensors that the model has under an earlier name too (a tied head's, those of a shared mixer), each with
-    the earlier one."""
-    first: dict[int, str] = {}
-    tensors = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
-    return {name: earlier for name, earlier in names.items() if name != earlier}
-
-
 def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
     """The model's tensors by name, contiguous, each once: a tied head is left out (the embedding has it), and so are
     all places of a shared mixer but the first."""
-    copies = _copies(model)
-    return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in copies
-    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def save_model(
@@ -109,11 +94,11 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
     """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, are not finite, or
     differ where the model has one tensor for both."""
     own = model.state_dict()
-    for name, earlier in _copies(model).items():
-        if (one := tensors.get(earlier)) is None:
+    for name, earlier in further_names(model).items():
+        if (other := tensors.get(name)) is None:
             continue
-        other = tensors.get(name, one)
-        if other.shape == one.shape and not torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True):
+        one = tensors.get(earlier, other)
+        if other.shape != one.shape or not torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True):
             raise UserError(
                 f"The weights in {source} have an embedding and an output layer that differ, and the model has one "
                 f"tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
@@ -121,7 +106,7 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
                 else f"The weights in {source} have a {name} that differs from {earlier}, and the model has one tensor "
                 f"for both. Use a pattern whose mixers are not shared."
             )
-        tensors = {**tensors, name: other}
+        tensors = {key: value for key, value in tensors.items() if key != name} | {earlier: one}
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
         for name in sorted(own.keys() & tensors.keys())

@@ -1,0 +1,106 @@
+"""What other people's tools ask of a model: outputs and masks as in transformers, their Trainer, safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mambaseq.models import ModelOutput, SequenceModel, causal_lm
+
+
+def small(seed: int = 0, **options) -> SequenceModel:
+    torch.manual_seed(seed)
+    return causal_lm(**{"vocab_size": 13, "d_model": 8, "n_layers": 2, **options})
+
+
+def test_outputs_are_read_by_names_and_by_numbers() -> None:
+    ids = torch.randint(0, 13, (2, 5))
+    output = small()(ids, ids, return_logits=True)
+    assert output["logits"] is output.logits is output[1] is output[-1]
+    assert output[0] is output.loss
+    assert output[1:] == (output.logits,)
+    assert list(output) == output.keys() == ["loss", "logits"]
+    assert len(output) == 2
+    assert dict(output) == dict(output.items())
+    assert "loss" in output
+    assert "state" not in output
+    only = ModelOutput(logits=output.logits)
+    assert only[0] is output.logits
+    assert only.to_tuple() == (output.logits,)
+    with pytest.raises(KeyError, match="loss"):
+        only["loss"]
+    with pytest.raises(IndexError):
+        only[1]
+
+
+def test_attention_masks_are_of_right_padding() -> None:
+    model, ids = small(pattern=["mamba", "attention"]).eval(), torch.randint(0, 13, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    with torch.no_grad():
+        padded = model(ids, attention_mask=mask, return_state=True)
+        same = model(ids, mask=mask.bool(), return_state=True)
+        alone = model(ids[:1, :4], return_state=True)
+    assert torch.equal(padded.logits, same.logits)
+    torch.testing.assert_close(padded.logits[:1, :4], alone.logits)
+    torch.testing.assert_close(padded.state[0].ssm[:1], alone.state[0].ssm)
+    with pytest.raises(ValueError, match=r"right padding.*padding_side='right'"):
+        model(ids, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="are the same"):
+        model(ids, mask=mask.bool(), attention_mask=mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False, "pattern": ["s4d*", "mamba"], "n_layers": 4}])
+def test_tensors_with_several_names_are_saved_once(tmp_path: Path, options: dict) -> None:
+    model = small(1, **options)
+    once = model.state_dict()
+    further = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    assert further
+    assert once.keys() == {name for name, _ in model.named_parameters()}
+    save_file(once, tmp_path / "weights.safetensors")  # refuses tensors that share memory
+
+    outer = torch.nn.ModuleDict({"inside": model})
+    assert outer.state_dict().keys() == {f"inside.{name}" for name in once}
+    other = torch.nn.ModuleDict({"inside": small(**options)})
+    other.load_state_dict(outer.state_dict())
+    assert all(torch.equal(tensor, once[name]) for name, tensor in other["inside"].state_dict().items())
+
+    one = min(further)  # under a further name alone, as others' tools may choose to save it
+    kept = dict(model.named_parameters(remove_duplicate=False))[one]
+    first = next(name for name, tensor in model.named_parameters() if tensor is kept)
+    again = small(**options)
+    saved = load_file(tmp_path / "weights.safetensors")
+    again.load_state_dict({one if name == first else name: tensor for name, tensor in saved.items()})
+    assert torch.equal(again.state_dict()[first], kept)
+    with pytest.raises(RuntimeError, match=f"Missing key.*{first}"):
+        again.load_state_dict({name: tensor for name, tensor in once.items() if name != first})
+
+
+def test_the_trainer_of_transformers_trains_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(0, 13, (8, 9))
+    rows = [{"inputs": row[:-1], "labels": row[1:], "attention_mask": torch.ones(8)} for row in ids]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    once, resumed = small(), small(1)
+    trainer = transformers.Trainer(model=once, args=arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == once.state_dict().keys()
+    trainer = transformers.Trainer(model=resumed, args=arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+        assert torch.equal(tensor, once.state_dict()[name]), name
