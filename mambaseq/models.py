@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone
+from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
@@ -299,7 +300,7 @@ def causal_lm(
     dropout: float = 0.0,
     checkpoint: bool = False,
     chunk_length: int | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: CudaGraph = "auto",
     pattern: list[str] | None = None,
     mlp: bool | None = None,
     mixers: dict[str, dict[str, Any]] | None = None,

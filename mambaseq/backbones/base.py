@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.graphed import StepGraphs
+from mambaseq.backbones.graphed import CudaGraph, StepGraphs
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
@@ -56,7 +56,7 @@ class Backbone(nn.Module, abc.ABC):
         dropout: float = 0.0,
         checkpoint: bool = False,
         chunk_length: int | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: CudaGraph = "auto",
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -66,7 +66,7 @@ class Backbone(nn.Module, abc.ABC):
         self.checkpoint = checkpoint
         self.chunk_length = chunk_length
         self.cuda_graph = cuda_graph
-        self.graphs = StepGraphs()
+        self.graphs = StepGraphs(cuda_graph == "auto")
 
     def check_chunks(self) -> None:
         """Raise ConfigError where there is a chunk_length and a mixer that cannot be run over chunks."""

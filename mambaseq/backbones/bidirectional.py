@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone
+from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
@@ -73,7 +74,7 @@ class BidirectionalStack(Backbone):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         checkpoint: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: CudaGraph = "auto",
     ) -> None:
         super().__init__(checkpoint=checkpoint, cuda_graph=cuda_graph, dropout=dropout)
         ahead: list[Mixer] = make_mixers(make_mixer, n_layers, pattern, mlp)

@@ -11,17 +11,19 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from mambaseq.backbones.automatic import Automatic, is_safe, leaving_room
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
 
 Run = Callable[[Tensor], Tensor]
+CudaGraph = bool | Literal["auto"]
+"""True: capture training steps; False: never; "auto": where that is safe and of use (see `automatic`)."""
 
 MOST_GRAPHS = 4  # pairs of a module: each holds the activations of a step
 EAGER_CALLS = 2  # with a key before its capture: kernels are compiled by then, and odd batches never get there
@@ -45,21 +47,24 @@ class StepGraphs:
 
     What `run` does on the host is not repeated by a replay, and all that it learns must be a parameter of the module.
     Replays read and write parameters and buffers where they are: they may change in place; moved or replaced ones are
-    captured anew. There are no gradients of gradients, and one backward pass for each forward. Under
+    captured anew. There are no gradients of gradients, and one backward pass for each forward, unless graphs are
+    automatic: what a replay cannot give is then made as usual. Under
     DistributedDataParallel the gradients come all at once, so that their reduction does not overlap the module's
     backward; sharded parameters (DTensor, FSDP) are never captured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, automatic: bool = False) -> None:
+        self._policy = Automatic() if automatic else None
         self._pairs: dict[Key, _Pair] = {}
         self._calls: dict[Key, int] = {}
+        self._refused: set[Key] = set()
         self._addresses: tuple[int, ...] = ()
         self._may_capture = True
         self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS keeps a workspace for each
         self.replays = 0
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), (self._policy is not None,)
 
     @property
     def captured(self) -> int:
@@ -69,6 +74,8 @@ class StepGraphs:
     def __call__(self, module: nn.Module, run: Run, x: Tensor) -> Tensor | None:
         """`run(x)` with its gradients, or None where it must be run as usual. x `(batch, length, d_model)`."""
         if not self._may_capture or not _is_training_step(module, x):
+            return None
+        if self._policy is not None and not self._policy.is_of_use(x):
             return None
         found = inspect(module, x.device)
         if found is None:
@@ -80,9 +87,13 @@ class StepGraphs:
             self._addresses = addresses
             self._pairs.clear()
             self._calls.clear()
+            self._refused.clear()
         pair = self._pairs.get(key)
         if pair is None:
-            if not self.is_due(key):
+            if key in self._refused or not self.is_due(key):
+                return None
+            if self._policy is not None and not is_safe(module):
+                self._refused.add(key)
                 return None
             pair = self._capture(module, run, x, key, learned)
             if pair is None:
@@ -90,26 +101,34 @@ class StepGraphs:
         if pair.is_busy():
             return None
         self.replays += 1
-        return _Replay.apply(pair, x, *learned)
+        return _Replay.apply(pair, None if self._policy is None else run, x, *learned)
 
     def is_due(self, key: Key) -> bool:
         """Count a call; whether it is the one to capture."""
-        if len(self._pairs) >= MOST_GRAPHS:
+        if self._policy is None and len(self._pairs) >= MOST_GRAPHS:
             return False
         if key not in self._calls and len(self._calls) >= _MOST_KEYS:
             self._calls.clear()
+            self._refused.clear()
         calls = self._calls[key] = self._calls.get(key, 0) + 1
-        return calls > EAGER_CALLS
+        return calls > (EAGER_CALLS if self._policy is None else self._policy.eager_calls)
 
     def _capture(self, module: nn.Module, run: Run, x: Tensor, key: Key, learned: list[nn.Parameter]) -> _Pair | None:
+        if self._policy is not None and self._pairs:  # of a shape that came before: one at a time
+            self._pairs.clear()
+            self._policy.eager_calls *= 2
         try:
             with torch.cuda.device(x.device), capture.capturing:
                 if self._stream is None or self._stream.device != x.device:
                     self._stream = torch.cuda.Stream()
-                pair = _Pair(module, run, x, learned, key.autocast, self._stream)
+                room = contextlib.nullcontext() if self._policy is None else leaving_room()
+                with room:
+                    pair = _Pair(module, run, x, learned, key.autocast, self._stream)
         except RuntimeError as error:
             self._may_capture = False
             self._pairs.clear()
+            if self._policy is not None:  # nobody asked for it
+                return None
             reason = str(error).partition("\n")[0].rstrip(".")
             warnings.warn(f"Training without CUDA graphs: {reason}.", RuntimeWarning, stacklevel=4)
             return None
@@ -133,8 +152,8 @@ def _is_training_step(module: nn.Module, x: Tensor) -> bool:
 
 
 class Inspection(NamedTuple):
-    """addresses: of parameters and buffers. switches: what training may switch: modes, what is learned, dropout.
-    learned: the parameters that have gradients."""
+    """addresses: of parameters and buffers. switches: what training may switch: classes, modes, what is learned,
+    dropout. learned: the parameters that have gradients."""
 
     addresses: tuple[int, ...]
     switches: tuple[Any, ...]
@@ -153,7 +172,7 @@ def inspect(root: nn.Module, device: torch.device) -> Inspection | None:
         inside = module.__dict__  # without nn.Module's detours: every step asks all modules
         if "_parameters" not in inside or (module is not root and any(inside[name] for name in _HOOKS)):
             return None
-        switches.append(inside["training"])
+        switches += (type(module), "forward" in inside, inside["training"])
         if isinstance(module, nn.Dropout):
             switches.append(module.p)
         for parameter in inside["_parameters"].values():
@@ -199,6 +218,7 @@ class _Pair:
         autocast: torch.dtype | None,
         stream: torch.cuda.Stream,
     ) -> None:
+        self.autocast = autocast
         self._turn: weakref.ref[_Turn] | None = None
         self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
         # leaves of their own: autograd would add to those of the model on the stream that first used them
@@ -206,11 +226,11 @@ class _Pair:
         inputs = [*([self._x] if x.requires_grad else []), *leaves.values()]
 
         def forward() -> Tensor:
-            casting = torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
-            with casting, torch.enable_grad(), _in_place_of(module, leaves):
+            with _casting(autocast), torch.enable_grad(), _in_place_of(module, leaves):
                 return run(self._x)
 
         dy = self._warm_up(module, forward, inputs, stream)
+        torch.cuda.empty_cache()  # what that took: a capture takes memory of its own, and cannot free other
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         y = capture.capture(self._forward, forward, stream, pool)
@@ -247,6 +267,10 @@ class _Pair:
         turn = None if self._turn is None else self._turn()
         return turn is not None and not turn.over
 
+    def holds(self, turn: _Turn) -> bool:
+        """Whether the activations of this forward pass are there."""
+        return not turn.over and self._turn is not None and self._turn() is turn
+
     def forward(self, x: Tensor) -> tuple[Tensor, _Turn]:
         turn = _Turn()
         self._turn = weakref.ref(turn)
@@ -255,11 +279,6 @@ class _Pair:
         return self._y.clone(), turn
 
     def backward(self, dy: Tensor, turn: _Turn) -> tuple[Tensor | None, list[Tensor | None]]:
-        if turn.over or self._turn is None or self._turn() is not turn:
-            raise RuntimeError(
-                "A training step replayed from CUDA graphs has one backward pass; its activations are gone. "
-                "For several (retain_graph=True), make the backbone with cuda_graph=False."
-            )
         turn.over = True
         self._dy.copy_(dy)
         self._backward.replay()
@@ -271,21 +290,49 @@ class _Pair:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pair: _Pair, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, pair: _Pair, again: Run | None, x: Tensor, *parameters: Tensor) -> Tensor:
+        """again: what makes the activations once more where they are gone or gradients of gradients are wanted."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*parameters)  # the backward reads them: autograd sees to it that they are the same
-        ctx.pair = pair
+        # the backward reads the parameters: autograd sees to it that they are the same
+        ctx.save_for_backward(x if again is not None else None, *parameters)
+        ctx.pair, ctx.again = pair, again
         y, ctx.turn = pair.forward(x)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        parameters = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
         if dy is None:
-            return (None, None, *(None for _ in parameters))
-        dx, found = ctx.pair.backward(dy, ctx.turn)
-        return (None, dx, *found)
+            return (None, None, None, *(None for _ in parameters))
+        if ctx.pair.holds(ctx.turn) and not torch.is_grad_enabled():
+            dx, found = ctx.pair.backward(dy, ctx.turn)
+        elif ctx.again is not None:
+            dx, *found = _as_usual(ctx.again, x, parameters, ctx.pair.autocast, dy)
+        else:
+            raise RuntimeError(
+                "A training step replayed from CUDA graphs has one backward pass, whose gradients have none; its "
+                "activations are gone. For several (retain_graph=True, create_graph=True), make the backbone with "
+                'cuda_graph="auto" or False.'
+            )
+        return (None, None, dx, *found)
+
+
+def _as_usual(
+    run: Run, x: Tensor, parameters: Sequence[Tensor], autocast: torch.dtype | None, dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x and the parameters by another forward pass, with a graph of theirs where one is wanted."""
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
+        x = x.detach().requires_grad_(x.requires_grad)
+    with torch.enable_grad(), _casting(autocast):
+        y = run(x)
+    inputs = [*([x] if x.requires_grad else []), *parameters]
+    found = torch.autograd.grad(y, inputs, dy, allow_unused=True, create_graph=create_graph)
+    return found if x.requires_grad else (None, *found)
+
+
+def _casting(autocast: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ResidualLayer
+from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
@@ -33,8 +34,9 @@ class ResidualStack(Backbone):
         chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
             the backward pass: the memory of a token no longer grows with the layers (see `backbones/chunks.py`).
         cuda_graph: replay the forward and backward of training steps as CUDA graphs, one pair for each shape of input
-            (see `backbones/graphed.py`); for models whose kernels are shorter than their launches. Calls with states,
-            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual.
+            (see `backbones/graphed.py`): faster where kernels are shorter than their launches. Calls with states,
+            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: where it
+            changes no number and is of use (see `backbones/automatic.py`).
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ResidualStack(Backbone):
         dropout: float = 0.0,
         checkpoint: bool = False,
         chunk_length: int | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: CudaGraph = "auto",
         pattern: list[str] | None = None,
         mlp: bool | None = None,
     ) -> None:

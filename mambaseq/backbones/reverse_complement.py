@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.bidirectional import BidirectionalStack, refuse_states, reverse
+from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.mixers.base import Mixer
@@ -53,7 +54,7 @@ class ReverseComplementStack(Backbone):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         checkpoint: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: CudaGraph = "auto",
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {

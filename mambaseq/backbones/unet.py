@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ResidualLayer
+from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
 from mambaseq.errors import ConfigError, shown
@@ -65,7 +66,7 @@ class UNet(Backbone):
         dropout: float = 0.0,
         checkpoint: bool = False,
         chunk_length: int | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: CudaGraph = "auto",
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         pool = [4, 4] if pool is None else pool

@@ -107,7 +107,7 @@ class Report:
 
     def ratios(self) -> list[Ratio]:
         """Of every peer that ran where we did, and their geometric means over the shapes of an op; ours that are run in
-        another way ("mambaseq, graphs") are an op of their own."""
+        another way ("mambaseq, no graphs") are an op of their own."""
         found = []
         for variant in dict.fromkeys(row.contender for row in self.rows if _is_ours(row.contender)):
             rows = [row for row in self.rows if row.contender == variant and row.status == "ok"]

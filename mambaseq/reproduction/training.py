@@ -157,7 +157,7 @@ class _Run:
         self.model, self.batch_of, self.clip, self.autocast = model, batch_of, clip, autocast
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type == "cuda"
-        has_graphs = any(isinstance(module, Backbone) and module.cuda_graph for module in model.modules())
+        has_graphs = any(isinstance(module, Backbone) and module.cuda_graph is True for module in model.modules())
         self.may_capture = self.on_gpu and cuda_graph and not has_graphs
         self.stream = torch.cuda.Stream(self.device) if self.may_capture else None
         self.waits = False  # whether the last step waited for the GPU

@@ -15,15 +15,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mambaseq.backbones import graphed
-from mambaseq.backbones.graphed import EAGER_CALLS, MOST_GRAPHS, Key, StepGraphs, inspect
+from mambaseq.backbones import automatic, graphed
+from mambaseq.backbones.graphed import EAGER_CALLS, MOST_GRAPHS, CudaGraph, Key, StepGraphs, inspect
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model, causal_lm
 
 VOCABULARY = 29
 CPU = torch.device("cpu")
 
 
-def make(device: torch.device = CPU, *, cuda_graph: bool = True, d_model: int = 64, **options: Any) -> SequenceModel:
+def make(
+    device: torch.device = CPU, *, cuda_graph: CudaGraph = True, d_model: int = 64, **options: Any
+) -> SequenceModel:
     torch.manual_seed(0)
     return causal_lm(VOCABULARY, d_model, 2, cuda_graph=cuda_graph, **options).to(device).train()
 
@@ -84,7 +88,9 @@ def test_models_take_the_options() -> None:
     assert again.backbone.cuda_graph
     assert again.backbone.chunk_length == 16
     plain = causal_lm(VOCABULARY, 8, 1).backbone
-    assert not plain.cuda_graph
+    assert plain.cuda_graph == "auto"
+    with pytest.raises(ConfigError, match="for cuda_graph, not 'always'"):
+        causal_lm(VOCABULARY, 8, 1, cuda_graph="always")
     assert plain.chunk_length is None
 
 
@@ -175,6 +181,59 @@ def test_a_shape_is_captured_when_it_comes_again_and_again() -> None:
     for length in range(MOST_GRAPHS):
         graphs._pairs[key(length)] = None  # type: ignore[assignment]
     assert not any(graphs.is_due(key(9)) for _ in range(EAGER_CALLS + 1))
+
+
+def test_what_is_captured_unasked_changes_no_number() -> None:
+    def is_safe(change: Callable[[Any], Any], **options: Any) -> bool:
+        stack = make(d_model=16, **options).backbone
+        change(stack)
+        return automatic.is_safe(stack)
+
+    class Other(nn.Linear):
+        pass
+
+    def with_a_layer_of_others(stack: Any) -> None:
+        stack.layers[0].mixer.out_proj = Other(4, 4)
+
+    assert is_safe(lambda stack: None)
+    assert not is_safe(lambda stack: None, dropout=0.1)
+    assert is_safe(lambda stack: stack.eval(), dropout=0.1)
+    assert not is_safe(with_a_layer_of_others)
+    assert not is_safe(lambda stack: spoil_mixer(stack.mixers()[0], id))
+    policy = automatic.Automatic()
+    assert policy.is_of_use(torch.zeros(8, 2048, 1))
+    assert not policy.is_of_use(torch.zeros(1, 2**15 + 1, 1))
+    with automatic.capture.capturing:
+        assert not policy.is_of_use(torch.zeros(8, 2048, 1))
+
+
+def test_a_shape_that_takes_another_s_place_must_come_more_often() -> None:
+    graphs = StepGraphs(automatic=True)
+    one, other = (Key(torch.Size([2, length, 8]), torch.float32, True, None, ()) for length in (3, 4))
+    assert [graphs.is_due(one) for _ in range(automatic.EAGER_CALLS + 1)] == [False] * automatic.EAGER_CALLS + [True]
+    graphs._pairs[one] = None  # type: ignore[assignment]
+    assert [graphs.is_due(other) for _ in range(automatic.EAGER_CALLS + 1)][-1]
+    assert copy.deepcopy(graphs)._policy is not None
+
+
+def test_what_a_replay_cannot_give_is_made_as_usual() -> None:
+    stack = make(d_model=16, backend="reference").backbone
+    x, dy = torch.randn(2, 5, 16, requires_grad=True), torch.randn(2, 5, 16)
+    parameters = list(stack.parameters())
+
+    def run(x: Tensor) -> Tensor:
+        return stack._run(x, None, None, False)[0]
+
+    expected = torch.autograd.grad(run(x), [x, *parameters], dy, create_graph=True)
+    with torch.no_grad():
+        found = graphed._as_usual(run, x, parameters, None, dy)
+    torch.testing.assert_close(found, expected)
+    assert not any(d.requires_grad for d in found if d is not None)
+    assert graphed._as_usual(run, x.detach(), parameters, None, dy)[0] is None
+    again = graphed._as_usual(run, x, parameters, None, dy)
+    sums = [sum((d.square().sum() for d in ds if d is not None), torch.zeros(())) for ds in (again, expected)]
+    for a, b in zip(*(torch.autograd.grad(s, [x, *parameters]) for s in sums), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_gradient_that_would_be_lost_is_seen() -> None:
@@ -408,7 +467,10 @@ def test_what_is_not_a_whole_training_step_runs_as_usual(cuda: torch.device) -> 
 
 def spoil(model: SequenceModel, wait: Callable[[Tensor], Any]) -> None:
     """Make the first layer one that cannot be captured."""
-    mixer: Any = model.backbone.mixers()[0]
+    spoil_mixer(model.backbone.mixers()[0], wait)
+
+
+def spoil_mixer(mixer: Any, wait: Callable[[Tensor], Any]) -> None:
     forward = mixer.forward
 
     def waits(x: Tensor, **options: Any) -> Tensor:
@@ -452,3 +514,54 @@ def test_after_a_failed_capture_training_goes_on(cuda: torch.device) -> None:
     code = f"import sys; sys.path = {sys.path!r}; import test_graphed; test_graphed.check_a_failed_capture()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [entry.name for entry in catalog()["mixers"]])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_unasked_graphs_change_no_bit(cuda: torch.device, mixer: str, half: bool) -> None:
+    models = [make(cuda, mixer=mixer, cuda_graph=how) for how in ("auto", False)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    for tokens in batches(cuda, automatic.EAGER_CALLS + 4, (2, 64)):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+                losses.append(loss_of(model, tokens))
+            losses[-1].backward()
+        assert torch.equal(*losses)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert models[0].backbone.graphs.replays == 4
+
+
+@pytest.mark.gpu
+def test_unasked_graphs_refuse_nothing(cuda: torch.device) -> None:
+    graphs, usual = (make(cuda, cuda_graph=how, backend="reference").backbone for how in ("auto", False))
+    x = torch.randn(2, 9, 64, device=cuda)
+
+    def twice(stack: Any) -> list[Tensor]:
+        stack.zero_grad()
+        y = stack(x).square().sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        (d,) = torch.autograd.grad(stack(x).sum(), [stack.norm_f.weight], create_graph=True)
+        d.square().sum().backward()
+        return [p.grad for p in stack.parameters()]
+
+    for _ in range(automatic.EAGER_CALLS + 2):
+        for found, expected in zip(twice(graphs), twice(usual), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert graphs.graphs.captured == 1
+    assert graphs.graphs.replays > 0
+
+
+@pytest.mark.gpu
+def test_unasked_graphs_are_one_at_a_time(cuda: torch.device) -> None:
+    graphs, usual = make(cuda, cuda_graph="auto"), make(cuda, cuda_graph=False)
+    data = [b for pair in zip(batches(cuda, 20), batches(cuda, 20, (3, 16)), strict=True) for b in pair]
+    train(graphs, usual, data)
+    assert graphs.backbone.graphs.captured == 1
+    assert graphs.backbone.graphs.replays >= 1

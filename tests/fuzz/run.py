@@ -154,7 +154,8 @@ class Worker:
         command = [sys.executable, str(HERE / "run.py"), "--worker", str(self.world), str(self.scratch), *self.runs]
         environment = {**os.environ, **ENVIRONMENT}
         try:  # where Numba keeps what it compiled, so that no case has to make it
-            (OPS / "__pycache__").mkdir(exist_ok=True)
+            for folder in {source.parent for source in OPS.rglob("*.py")}:
+                (folder / "__pycache__").mkdir(exist_ok=True)
         except OSError:
             environment.setdefault("NUMBA_CACHE_DIR", str(self.scratch.parent / "numba"))
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
