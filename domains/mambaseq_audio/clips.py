@@ -89,20 +89,25 @@ class ClipData(SequenceData):
     batch are padded on the right, masked and without targets there. Validation and test predict every sample
     of every clip once.
 
-    files: a folder, a pattern, or a resource; the shipped spoken digits if not given.
-    pattern: regular expression with named groups that is searched in each file's name, without folder and
-        suffix.
-    condition: the groups that make the condition, such as `[digit]` or `[digit, speaker]`; none if empty.
-    split: the group that `validation` and `test` speak of. validation, test: its values there, such as `0-4`
-        or `theo,lucas`, or a list of them where they hold commas; `""` for none. All others are for training.
-    validation_list, test_list: text files that name one clip a line (the end of its path); they take the
-        place of `validation` and `test`.
-    length: longest sequence; in training a longer clip is cropped at random, in validation and test it is cut
-        up.
-    sample_rate, resample, channels: see `mambaseq_audio.io.signal_blocks`.
-    seed: of the order and the crops in training.
-
     Names are compared with their accents composed (NFC), however a file system or an editor writes them.
+
+    Args:
+        files: a folder of sound files, a pattern (`*`, `?`), or a resource; the default is the spoken digits that ship.
+        pattern: a regular expression with named groups, searched in each file's name without folder and suffix.
+        condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`; none if empty.
+        split: the group of the name that decides which set a clip is in.
+        validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
+            they hold commas; `""` for none. All values that neither set takes are for training.
+        test: the same for the test set.
+        validation_list: a text file that names the validation clips, one a line (the end of its path); it replaces
+            `validation`. Not used when left out.
+        test_list: the same for the test set.
+        length: samples of the longest sequence. A longer clip is cropped at random in training, and cut into pieces in
+            validation and test.
+        sample_rate: samples a second.
+        resample: convert files of another rate; false refuses them.
+        channels: several channels are averaged (`mean`), or the file is refused (`refuse`).
+        seed: of the order of clips and of the crops in training.
     """
 
     reader, writer = "audio/audio", "audio/wav"

@@ -23,11 +23,16 @@ class WaveformData(SequenceData):
 
     Every recording is split by time: training first, then validation, then test.
 
-    files: a folder, a pattern, a resource, or a list of them. length: samples a window.
-    validation_fraction, test_fraction: of every recording's time.
-    epoch_size: windows that count as one epoch of training.
-    sample_rate, resample, channels: see `mambaseq_audio.io.signal_blocks`.
-    seed: of the windows in training.
+    Args:
+        files: a folder of sound files, a pattern (`*`, `?`), a resource, or a list of them.
+        length: samples a window.
+        validation_fraction: share of every recording's time for validation, just before the test's.
+        test_fraction: share of every recording's time for the test, at its end.
+        epoch_size: windows that count as one epoch of training.
+        sample_rate: samples a second.
+        resample: convert files of another rate; false refuses them.
+        channels: several channels are averaged (`mean`), or the file is refused (`refuse`).
+        seed: of the places of windows in training.
     """
 
     reader, writer = "audio/audio", "audio/wav"

@@ -57,10 +57,12 @@ def is_lowercase(ids: np.ndarray) -> np.ndarray:
 class BaseTokenizer(Tokenizer):
     """One token a base. U reads as T, IUPAC ambiguity codes as N.
 
-    lowercase: `"fold"` reads lower case as upper case (5 ids: A C G T N); `"keep"` gives it ids of its own
-        (10 ids: A C G T N a c g t n), which is how a soft mask is kept (see `fold_case`, `is_lowercase`).
     complement: `(vocab_size,)` uint8, the id of each base's partner; an involution, N being its own partner.
     table: the id of each of the 256 bytes, 255 for what is no base.
+
+    Args:
+        lowercase: `"fold"` reads lower case as upper case (5 ids: A C G T N); `"keep"` gives it ids of its own
+            (10 ids: A C G T N a c g t n), which is how a soft mask is kept (see `fold_case`, `is_lowercase`).
     """
 
     def __init__(self, lowercase: Literal["fold", "keep"] = "fold") -> None:

@@ -74,23 +74,29 @@ class CorpusData(SequenceData):
     token of their texts, but the first, once. Texts are split before they are tokenised, and tokenised once
     into a cache.
 
-    files: what to train on: a file, a pattern, a resource, or a list; tinyshakespeare if not given. Plain
-        text is taken byte by byte; documents of jsonl and parquet files are laid end to end.
-    validation_files, test_files: of their own. A split that has none gets a share of every training file, the
-        end of it being for the test and what stands before for validation.
-    validation_fraction, test_fraction: those shares.
-    duplicates: whether a training document of jsonl and parquet files that is in validation or test files too is
-        refused (`refuse`), or left out of training (`drop`). Plain files are compared as wholes, and always refused.
-        See `mambaseq_text.copies` for what is a copy.
-    field: of jsonl and parquet rows. encoding: of the files.
-    tokenizer, tokenizer_options: a registered name and what it takes.
-    objective: next_token, or masked: tokens are hidden and told from both sides, by a backbone that reads both ways.
-        The vocabulary then has one more id, the last: the mask token.
-    mask_share: share of the tokens of a window that are asked for. mask_span: tokens that are hidden together.
-    mask_replaced, mask_random: shares of those that are replaced by the mask token, and by random tokens; the others
-        stay as they are.
-    length: tokens a window. epoch_size: windows that count as one epoch of training.
-    seed: of the windows in training.
+    Args:
+        files: what to train on: a file, a pattern (`*`, `?`), a resource, or a list of them; the default is
+            tinyshakespeare, which ships. Plain text is taken byte by byte; documents of jsonl and parquet files are
+            laid end to end.
+        validation_files: files of the validation set. When left out, it is a share of every training file.
+        test_files: files of the test set. When left out, it is a share of every training file.
+        validation_fraction: that share for validation, before the test's. Not used with `validation_files`.
+        test_fraction: that share for the test, at the end of every file. Not used with `test_files`.
+        duplicates: a training document of jsonl or parquet files that is in validation or test files too is refused
+            (`refuse`) or left out of training (`drop`). Copies of whole plain files are always refused.
+        field: the field of jsonl and parquet rows that holds the text.
+        encoding: of the files.
+        tokenizer: a registered tokenizer (`mambaseq list tokenizers`).
+        tokenizer_options: its options, such as `{path: tokenizer.json}` of `text/hf`; its defaults when left out.
+        length: tokens a window.
+        epoch_size: windows that count as one epoch of training.
+        seed: of the places of windows in training, and of what is masked.
+        objective: `next_token`, or `masked`: tokens are hidden and predicted from both sides, by a backbone that reads
+            both ways. The vocabulary then has one more id, the last: the mask token.
+        mask_share: share of the tokens of a window that are hidden and predicted.
+        mask_span: tokens that are hidden together.
+        mask_replaced: share of those spans that become the mask token.
+        mask_random: share of those spans that become random tokens; the rest stays as it is.
     """
 
     reader, writer = "text/text", "text/text"

@@ -87,21 +87,25 @@ class DocumentData(SequenceData):
     tokens, and no state crosses from one to the next. Streamed: windows of `length` tokens of a stream that
     never ends.
 
-    files: jsonl or parquet (a document a row), or plain text; names, patterns, resources, or addresses with
-        `://`, in which `${NAME}` stands for an environment variable (passwords are never written out).
-    validation_files, test_files: of their own. Without streaming, a split that has none gets a share of the
-        documents, chosen by their content, so that copies of one are never on two sides.
-    validation_fraction, test_fraction: those shares.
-    field: of jsonl and parquet rows. encoding: of the files. unit: what a document is in plain text: file,
-        paragraph, line.
-    duplicates: whether a training document that is in validation or test files too is refused (`refuse`), or left out
-        of training (`drop`). See `mambaseq_text.copies` for what is a copy.
-    tokenizer, tokenizer_options: a registered name and what it takes; `bos` and `eos` mark where documents
-        begin and end.
-    length: tokens a pack or window; a batch has `loader.batch_size` of them.
-    streaming: read the training files as the run goes, without a cache; set `trainer.max_steps`.
-    shuffle_windows: how many windows of the stream are mixed at a time.
-    seed: of the packing, or of the stream's order.
+    Args:
+        files: what to train on: jsonl or parquet (a document a row), or plain text; file names, patterns (`*`, `?`),
+            resources, or addresses with `://`, in which `${NAME}` stands for an environment variable.
+        validation_files: files of the validation set. When left out, it is a share of the training documents (none when
+            streaming), chosen by their content, so that copies of one never are in two sets.
+        test_files: the same for the test set.
+        validation_fraction: that share for validation. Not used with `validation_files`.
+        test_fraction: that share for the test. Not used with `test_files`.
+        field: the field of jsonl and parquet rows that holds the text.
+        encoding: of the files.
+        unit: what a document is in plain text: the whole `file`, a `paragraph`, or a `line`.
+        duplicates: a training document that is in validation or test files too is refused (`refuse`) or left out of
+            training (`drop`).
+        tokenizer: a registered tokenizer (`mambaseq list tokenizers`).
+        tokenizer_options: its options; `bos` and `eos` mark where documents begin and end. Its defaults when left out.
+        length: tokens a pack or window; a batch has `loader.batch_size` of them.
+        streaming: read the training files as the run goes, without a cache; set `trainer.max_steps`.
+        shuffle_windows: windows of the stream that are mixed at a time.
+        seed: of the packing, or of the stream's order.
     """
 
     reader, writer = "text/text", "text/text"

@@ -101,7 +101,9 @@ _LARGE = re.compile(rb'"(?!max_length")(?:[^"\\]++|\\.)*+"\s*:\s*([0-9]{8,})')
 class ByteTokenizer(TextTokenizer):
     """UTF-8 bytes as ids 0 to 255.
 
-    bos, eos: mark where a document begins and ends, by the ids that follow 255.
+    Args:
+        bos: mark where a document begins, by id 256.
+        eos: mark where a document ends, by the id behind 255 and bos.
     """
 
     def __init__(self, bos: bool = False, eos: bool = False) -> None:
@@ -131,8 +133,10 @@ class ByteTokenizer(TextTokenizer):
 class HFTokenizer(TextTokenizer):
     """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`; the file is saved with a model.
 
-    path: the file. bos, eos: tokens of its vocabulary that mark where a document begins and ends, such as
-    `<|endoftext|>`; None for none.
+    Args:
+        path: the file `tokenizer.json`.
+        bos: token of its vocabulary that marks where a document begins, such as `<|endoftext|>`; None for none.
+        eos: token that marks where a document ends; None for none.
     """
 
     FILE = "tokenizer.json"

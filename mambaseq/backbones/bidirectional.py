@@ -55,7 +55,10 @@ class BidirectionalStack(Backbone):
         make_mixer: makes the mixer of layer i (see `MakeMixer`).
         n_layers: number of layers; MLPs come on top.
         shared: both directions have one mixer; otherwise each has its own.
-        pattern, mlp: see `ResidualStack`. A mixer with a star is shared among layers, within each direction.
+        pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`). A mixer
+            with a star is shared among layers, within each direction.
+        mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
+            `ResidualStack`).
         norm_eps: epsilon of the RMSNorms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.

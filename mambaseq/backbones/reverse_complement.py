@@ -36,7 +36,12 @@ class ReverseComplementStack(Backbone):
         n_layers: number of layers; MLPs come on top.
         bidirectional: layers that read each strand both ways (see `BidirectionalStack`), or its own way only.
         shared: both directions of a bidirectional layer have one mixer.
-        pattern, mlp, norm_eps, dropout, checkpoint: see `ResidualStack`.
+        pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`).
+        mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
+            `ResidualStack`).
+        norm_eps: epsilon of the RMSNorms.
+        dropout: probability with which a layer's contribution is dropped, element by element, in training.
+        checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         cuda_graph: replay training steps as CUDA graphs, but for packed and padded batches (see `ResidualStack`).
     """
 

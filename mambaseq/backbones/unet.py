@@ -50,8 +50,16 @@ class UNet(Backbone):
         n_layers: layers of each tier on the way down, and again on the way up; of the coarsest tier once. MLPs on top.
         pool: how many positions become one from each tier to the next; [4, 4] if not given.
         expand: each tier is so many times as wide as the one above it.
-        pattern, mlp, norm_eps, dropout, checkpoint, chunk_length, cuda_graph: see `ResidualStack`; the pattern goes on
-            through a tier's layers. A mixer with a star is shared within a tier's way down or up.
+        pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`). It
+            continues through a tier's layers. A mixer with a star is shared within a tier's way down or up.
+        mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
+            `ResidualStack`).
+        norm_eps: epsilon of the RMSNorms.
+        dropout: probability with which a layer's contribution is dropped, element by element, in training.
+        checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
+        chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
+            the backward pass (see `ResidualStack`); None runs them whole.
+        cuda_graph: replay training steps as CUDA graphs (see `ResidualStack`).
     """
 
     def __init__(

@@ -32,3 +32,17 @@ def refuse_words(argv: list[str], left: list[str], option: str, program: str) ->
         raise ConfigError(
             f"{shown(argv[0])} is given without an option. Is it {option}? {program} {option} {argv[0][:80]}"
         )
+
+
+def asks_for_help(left: list[str]) -> bool:
+    """Whether --help is among what a command's own options left."""
+    return "--help" in left or "-h" in left
+
+
+def print_keys(parser: argparse.ArgumentParser, config: str, overrides: list[str]) -> int:
+    """Print a command's options and, below them, all keys of a configuration."""
+    print(parser.format_help(), flush=True)  # before anything slow is imported
+    from mambaseq.runs.parsing import explained
+
+    print(explained(config, [text for text in overrides if text not in ("--help", "-h")]))
+    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.cli.arguments import Arguments, refuse_words
+from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.reporting.runs import RunFolder
 
@@ -10,13 +10,17 @@ from mambaseq.reporting.runs import RunFolder
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog=f"mambaseq {command}",
-        description="Evaluate a run; --key value overrides its configuration (--data.length 4096).",
+        description="Evaluate a run; --key value overrides its configuration (--data.length 4096), and `mambaseq "
+        f"{command} --checkpoint RUN --help` lists the keys.",
+        add_help=not any(argument.partition("=")[0] == "--checkpoint" for argument in argv),
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--checkpoint", parser.prog)
+    if asks_for_help(overrides):
+        return print_keys(parser, str(RunFolder(arguments.checkpoint).require().config), overrides)
     from mambaseq.runs.evaluation import evaluate
 
     results = evaluate(RunFolder(arguments.checkpoint), command, overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mambaseq.cli.arguments import Arguments, refuse_words
+from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
@@ -15,7 +15,7 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq fit",
         description="Train a model. Everything else on the command line is --key value, over the configuration; "
         "`mambaseq fit --config NAME --help` lists the keys.",
-        add_help=not any(argument.partition("=")[0] == "--config" for argument in argv),
+        add_help=not any(argument.partition("=")[0] in ("--config", "--resume") for argument in argv),
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")
@@ -32,6 +32,8 @@ def run(argv: list[str], command: str) -> int:
     )
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--config", parser.prog)
+    if asks_for_help(overrides):
+        return print_keys(parser, arguments.config or str(RunFolder(arguments.resume).require().config), overrides)
     if (arguments.config is None) == (arguments.resume is None):
         raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")
     if arguments.resume is not None:

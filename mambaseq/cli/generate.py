@@ -23,13 +23,20 @@ def run(argv: list[str], command: str) -> int:
         metavar="NAME",
         help="what to generate, for conditional models: a name, or several with commas; may be given again",
     )
-    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="file to write, in the domain's format; numbered for several",
+    )
     parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="to add (bases, samples, bytes, steps)")
     parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each prompt and condition)")
     parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token, or the mean")
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--top-p", type=float, default=None)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-k", type=int, default=None, help="draw from so many of the likeliest tokens; 0 from all")
+    parser.add_argument(
+        "--top-p", type=float, default=None, help="draw from the likeliest tokens that together have this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_allow_import(parser)

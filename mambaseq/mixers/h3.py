@@ -44,7 +44,8 @@ class H3(Mixer):
             a few are enough to compare a token with those before it.
         init: initialisation of the diagonal SSM's A: lin, inv or legs, or, for a real A, real. None takes lin or real.
         real: a real A in the diagonal SSM instead of a complex one.
-        dt_min, dt_max: range of its initial step size.
+        dt_min: smallest initial step size; they are spread log-uniformly from it to dt_max.
+        dt_max: largest initial step size.
         bias: biases of the linear maps.
         mode: "fft" (convolution), "scan" (recurrence), or None for the faster of the two where both can run.
     """

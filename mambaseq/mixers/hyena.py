@@ -130,7 +130,8 @@ class Hyena(Mixer):
         filter_order: width of the network that makes the filters.
         emb_dim: features of a lag that it sees; odd: the lag, and cosines and sines.
         sine_frequency: initial frequency of its activations.
-        fast_decay, slow_decay: shares of l_max over which the fastest and the slowest channel's window fall to 1e-2.
+        fast_decay: share of l_max over which the window of the fastest channel falls to 1e-2.
+        slow_decay: the same of the slowest channel; the others are spread evenly between the two.
         shift: what windows fall to.
         bias: biases of in_proj and out_proj.
     """

@@ -110,7 +110,8 @@ class LSSL(LTILayer):
         measure: HiPPO matrix that A and B are at initialisation: legs (all of the past) or legt (a window of 1 / dt).
         trainable_A: train A and B, rather than keep them.
         alpha: of the generalised bilinear rule: 0.5 the bilinear, 1 the backward Euler rule.
-        dt_min, dt_max: range of the initial step size.
+        dt_min: smallest initial step size; they are spread log-uniformly from it to dt_max.
+        dt_max: largest initial step size.
     """
 
     def __init__(

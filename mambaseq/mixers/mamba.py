@@ -62,18 +62,24 @@ class Mamba(Mixer):
         d_conv: width of the causal convolution.
         expand: d_inner = expand * d_model.
         dt_rank: rank of the projection to dt; "auto" is ceil(d_model / 16).
-        dt_min, dt_max: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_min: smallest initial step size: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_max: largest initial step size.
         dt_init_floor: no initial dt is below it.
-        conv_bias, bias: biases of the convolution and of in_proj and out_proj.
-        selective_dt, selective_B, selective_C: whether each depends on the input (Table 7). If not, dt is
-            softplus(dt_bias), a constant a channel, and B or C a learned `(d_inner, d_state)`, as in S4D (algorithm 1):
-            B is 1 and C standard normal at initialisation.
+        conv_bias: a bias in the convolution.
+        bias: biases in in_proj and out_proj.
+        selective_dt: dt depends on the input (Table 7); if not, it is softplus(dt_bias), a constant a channel.
+        selective_B: B depends on the input; if not, it is a learned `(d_inner, d_state)`, 1 at initialisation, as in
+            S4D (algorithm 1).
+        selective_C: C depends on the input; if not, it is a learned `(d_inner, d_state)`, standard normal at
+            initialisation.
         complex: complex A, and B and C read as pairs of real and imaginary part (Table 8). The d_state states a
             channel are one half of conjugate pairs, so twice as many real numbers.
         A_init: initial A: s4d-real -(n + 1), constant -1/2, random -exp(N(0, 1)), or s4d-lin -1/2 + n i, which goes
             with `complex: true`. None takes s4d-real, or s4d-lin for a complex A.
         lti: make dt, B and C independent of the input (time-invariant: the paper's audio ablation, section 4.4.2).
-        lti_init, lti_complex: the S4D initialisation of the time-invariant variant, and whether A is complex.
+        lti_init: the S4D initialisation of A with `lti: true`: lin, inv or legs, or, for a real A, real. None takes lin
+            or real.
+        lti_complex: a complex A with `lti: true`.
         backend: what runs the ops; None for the fastest that can (see `mambaseq doctor`).
     """
 

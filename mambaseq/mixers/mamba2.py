@@ -66,11 +66,13 @@ class Mamba2(Mixer):
             of at most 64, which is 64 for all usual widths.
         n_groups: groups of heads with B and C of their own; must divide the number of heads, d_inner / head_dim.
         A_init_range: -A is uniform in it at initialisation.
-        dt_min, dt_max: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_min: smallest initial step size: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_max: largest initial step size.
         dt_init_floor: no initial dt is below it.
         norm_before_gate: gate what is normed instead of norming what is gated.
         eps: epsilon of the gated norm.
-        conv_bias, bias: biases of the convolution and of in_proj and out_proj.
+        conv_bias: a bias in the convolution.
+        bias: biases in in_proj and out_proj.
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
         backend: what runs the state-space dual; None for the fastest that can (see `mambaseq doctor`).
     """

@@ -169,7 +169,8 @@ class S4D(LTILayer):
         init: initialisation of A: lin, inv or legs, or, for a real A, real. None takes lin or real.
         real: real A instead of complex.
         discretization: zoh or bilinear.
-        dt_min, dt_max: range of the initial step size.
+        dt_min: smallest initial step size; they are spread log-uniformly from it to dt_max.
+        dt_max: largest initial step size.
         mode: "fft" (convolution), "scan" (recurrence), or None for the faster of the two where both can run.
     """
 

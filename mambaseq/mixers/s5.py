@@ -100,7 +100,8 @@ class S5(LTILayer):
         d_model: width of the residual stream.
         d_state: states of the layer, shared by all channels; one half of the conjugate pairs.
         blocks: how many times the normal part of HiPPO-LegS, of 2 d_state / blocks states, is in A at initialisation.
-        dt_min, dt_max: range of the initial step sizes, one a state.
+        dt_min: smallest initial step size, one a state; they are spread log-uniformly from it to dt_max.
+        dt_max: largest initial step size.
     """
 
     def __init__(

@@ -27,8 +27,13 @@ PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions",
 
 @dataclasses.dataclass
 class LoaderConfig:
-    """batch_size: sequences a process and step. num_workers: loader processes. pack: join sequences of different
-    lengths end to end instead of padding them."""
+    """How batches are put together.
+
+    Args:
+        batch_size: sequences in a batch of each process; an optimizer step has trainer.accumulate_grad_batches of them.
+        num_workers: processes that read data beside the training; 0 reads in the training's own process.
+        pack: join sequences of different lengths end to end instead of padding them.
+    """
 
     batch_size: int = 8
     num_workers: int = 0
@@ -45,11 +50,16 @@ class LoaderConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """every_n_steps: a resumable checkpoint every so many optimizer steps. every_n_tokens: another one every so many
-    tokens (0: none). val_every_n_tokens: a validation every so many tokens, instead of trainer.val_check_interval and
-    check_val_every_n_epoch (0: those count). monitor: the validation metric by which the
-    best weights are chosen ("" keeps the last). mode: whether its smallest or its largest value is the best; left out,
-    what the metric says of itself."""
+    """When a run is saved and validated, and which weights are the best.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints that a run can be resumed from.
+        every_n_tokens: tokens between further checkpoints; 0 for none.
+        val_every_n_tokens: tokens between validations, instead of trainer.val_check_interval and
+            trainer.check_val_every_n_epoch; 0 leaves it to those.
+        monitor: the validation metric that chooses the best weights, such as val/loss; "" takes the last weights.
+        mode: whether its smallest (min) or largest (max) value is the best; null takes what the metric says.
+    """
 
     every_n_steps: int = 100
     every_n_tokens: int = 0
@@ -67,7 +77,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass
 class GenerationConfig:
-    """Defaults of `mambaseq generate` for this run. max_new_tokens 0: the data's length."""
+    """Defaults of `mambaseq generate` for this run.
+
+    Args:
+        max_new_tokens: tokens (or steps of a signal) to add; 0 takes the length of the data's sequences.
+        temperature: below 1 likely tokens are drawn more often, above 1 less often; 0 takes the likeliest.
+        top_k: draw from so many of the likeliest tokens; 0 from all.
+        top_p: draw from the likeliest tokens that together have this probability; 1 from all.
+    """
 
     max_new_tokens: int = 0
     temperature: float = 1.0

@@ -6,6 +6,7 @@ The names in a configuration (`data.name`, `model.mixer.name`, ...) decide which
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import glob
 import inspect
@@ -25,6 +26,7 @@ from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, sho
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.runs.config import PROVIDED, SECTIONS, RunConfig, arguments_of
+from mambaseq.runs.help import OF_CLASSES, keys_text
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values, whole_first
@@ -95,17 +97,18 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list
     return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of)
 
 
-def _code_arguments(kind: Any, key: str, skip: set[str]) -> dict[str, Any]:
+def _code_arguments(kind: Any, key: str, skip: set[str]) -> dict[str, tuple[Any, str]]:
     """The arguments of a class that may be functions, classes or objects, each with the part of its type that values in
-    a file can have (None: there is none). jsonargparse imports what is written for such an argument."""
+    a file can have (None: there is none) and what its class says of it. jsonargparse imports what is written for such
+    an argument."""
     probe = jsonargparse.ArgumentParser(exit_on_error=False)
     probe.add_class_arguments(kind, key, instantiate=False, skip=set(skip))
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for action in probe._actions:
         hint = getattr(action, "_typehint", None)
         if hint is not None and action.dest.startswith(f"{key}.") and plain_type(hint) != hint:
             name, _, inner = action.dest.removeprefix(f"{key}.").partition(".")
-            found[name] = None if inner else plain_type(hint)
+            found[name] = (None if inner else plain_type(hint), action.help or "")
     return found
 
 
@@ -117,12 +120,12 @@ def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: s
     code = _code_arguments(kind, key, skip)
     if arguments_of(kind) - skip - code.keys():
         parser.add_class_arguments(kind, key, instantiate=False, skip=skip | code.keys())
-    for name, accepted in code.items():
+    for name, (accepted, told) in code.items():
         parameter = inspect.signature(kind).parameters.get(name)
         default = None if parameter is None else parameter.default
         required = default is inspect.Parameter.empty
         if accepted is not None and not callable(default):
-            parser.add_argument(f"--{key}.{name}", type=accepted, default=None if required else default)
+            parser.add_argument(f"--{key}.{name}", type=accepted, default=None if required else default, help=told)
         elif required:
             raise ConfigError(
                 f"{key}: {kind.__name__} cannot be made, since its {name} takes code, which no file names."
@@ -134,7 +137,7 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
     given = [argument[2:].partition("=")[0].rstrip("+") for argument in overrides if argument.startswith("--")]
     for key, kind in parts.items():
         written = _written(raw, key)
-        for name, accepted in _code_arguments(
+        for name, (accepted, _) in _code_arguments(
             kind, key, PROVIDED & arguments_of(kind) if key != "data" else set()
         ).items():
             where = f"{key}.{name}"
@@ -156,16 +159,22 @@ def make_parser(
     registries = catalog()
     classes = {"data": registries["datasets"].get(names["data"], "data.name")}
     parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a registered name or a YAML file")
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
     parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
-    parser.add_argument("--data.name", type=str, default=names["data"])
+    parser.add_argument(
+        "--data.name",
+        type=str,
+        default=names["data"],
+        help="the dataset (`mambaseq list datasets`)",
+    )
     _add_plain(parser, classes["data"], "data", set())
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
     for part in PARTS:
         classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
-        parser.add_argument(f"--model.{part}.name", type=str, default=names[part])
+        told = f"the {part} (`mambaseq list {part}s`)"
+        parser.add_argument(f"--model.{part}.name", type=str, default=names[part], help=told)
         skip = PROVIDED & arguments_of(classes[part])
         if skip != arguments_of(classes[part]):
             _add_plain(parser, classes[part], f"model.{part}", skip)
@@ -185,7 +194,7 @@ def make_parser(
             f"--trainer.{key}",
             type=TrainerClasses,
             default=default,
-            help="class_path and init_args of Lightning's classes",
+            help=f"{OF_CLASSES[key]} by class_path and init_args",
         )
     for action in parser._actions:
         if (hint := getattr(action, "_typehint", None)) is not None:
@@ -299,8 +308,8 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
     )
 
 
-def keys_of(config: str, overrides: list[str]) -> list[str]:
-    """All keys that can be set in a configuration: those of its parts' classes, sections and the trainer.
+def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What a configuration's file holds, the names that stand in it and in the overrides, and those of all mixers.
 
     Raises ConfigError for a configuration that cannot be read, or names that do not exist.
     """
@@ -308,9 +317,31 @@ def keys_of(config: str, overrides: list[str]) -> list[str]:
     check_overrides(overrides)
     names = {"data": _name(raw, overrides, "data", None)}
     names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    mixers = [name for name in _mixers(raw, overrides, names) if name != names["mixer"]]
-    parser, _ = make_parser(names, mixers)
+    return raw, names, _mixers(raw, overrides, names)
+
+
+def keys_of(config: str, overrides: list[str]) -> list[str]:
+    """All keys that can be set in a configuration: those of its parts' classes, sections and the trainer.
+
+    Raises ConfigError for a configuration that cannot be read, or names that do not exist.
+    """
+    _, names, mixers = _names(config, overrides)
+    parser, _ = make_parser(names, [name for name in mixers if name != names["mixer"]])
     return sorted({action.dest for action in parser._actions} - {"help", "config", "print_config"})
+
+
+def explained(config: str, overrides: list[str]) -> str:
+    """All those keys in words, for a terminal: what each is, its type and default. Raises ConfigError as `keys_of`."""
+    _, names, mixers = _names(config, overrides)
+    others = [name for name in mixers if name != names["mixer"]]
+    parser, _ = make_parser(names, others)
+    found = {"data": ("datasets", names["data"]), **{f"model.{part}": (f"{part}s", names[part]) for part in PARTS}}
+    found |= {f"model.mixers.{name}": ("mixers", name) for name in others}
+    titles = {}
+    for key, (kind, name) in found.items():
+        registry = catalog()[kind]
+        titles[key] = f" ({name}){f': {registry.entry(name).summary}' if name in registry else ''}"
+    return keys_text(parser, titles)
 
 
 def parse_config(config: str, overrides: list[str]) -> RunConfig:
@@ -319,12 +350,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     Raises ConfigError for unknown names and keys (with the nearest known one) and for values of a wrong type or out of
     range.
     """
-    path = resolve_config(config)
-    raw = read_settings(path)
-    check_overrides(overrides)
-    names = {"data": _name(raw, overrides, "data", None)}
-    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
-    all_mixers = _mixers(raw, overrides, names)
+    raw, names, all_mixers = _names(config, overrides)
     own = [argument for argument in overrides if argument.startswith("--model.mixer.")]
     own = [text for text in own if not text.startswith("--model.mixer.name")]
     if own and names["mixer"] not in all_mixers:
@@ -347,9 +373,6 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             **{f"model.mixers.{name}": catalog()["mixers"].get(name) for name in mixers},
         },
     )
-    if "--help" in overrides or "-h" in overrides:
-        parser.print_help()
-        raise SystemExit(0)
     if "seed" in arguments_of(classes["data"]) and (seed := _override(overrides, "seed") or raw.get("seed")):
         with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
             parser.set_defaults({"data.seed": int(seed)})

@@ -22,11 +22,11 @@ class FinetuneConfig:
     "backbone.layers.*.norm").
 
     Args:
-        init_from: a run, or the model folder of one, whose weights a run begins with, by name; a head or an encoder
-            that does not fit stays as it is initialised. Nothing when empty.
-        freeze: patterns of what stays as it is, bit for bit.
-        unfreeze: pattern to the optimizer step from which on it is trained all the same.
-        lr_of: pattern to a factor of the learning rate; where several match, the longest counts.
+        init_from: a run, or the model folder of one, to take the weights from, by name; a head or an encoder that does
+            not fit is initialised anew. Empty for none.
+        freeze: patterns of parameters that are not trained, such as "encoder" or "backbone.layers.0".
+        unfreeze: pattern to the optimizer step at which frozen parameters begin to be trained.
+        lr_of: pattern to a factor of the learning rate; where several match, the longest pattern counts.
     """
 
     init_from: str = ""

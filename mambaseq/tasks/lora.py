@@ -23,10 +23,10 @@ class LoraConfig:
     'mambaseq[finetune]'.
 
     Args:
-        rank: of the adapters; 0 is off.
-        alpha: their product is scaled by alpha / rank.
-        dropout: on the adapters' inputs.
-        targets: patterns of the linear maps that have one ("*.in_proj"), all of the backbone's when empty.
+        rank: rank of the two matrices of each adapter; 0 is off.
+        alpha: what an adapter adds is scaled by alpha / rank.
+        dropout: probability with which an input of an adapter is dropped in training.
+        targets: patterns of the linear maps that get an adapter, such as "*.in_proj"; all of the backbone's when empty.
         export: merged adds the adapters to the exported weights; kept writes them beside these, as peft reads them.
     """
 

@@ -35,15 +35,15 @@ class OptimizerConfig:
         lr: peak learning rate.
         weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the state-space dynamics
             (A_log, D, dt_bias, ...) have none.
-        beta1: AdamW's, of the mean of gradients.
-        beta2: AdamW's, of the mean of their squares.
-        eps: AdamW's, added to the root of that.
-        momentum: Muon's.
-        warmup_steps: steps of a linear warm-up.
-        schedule: what follows, to min_lr_ratio * lr at the last step: cosine, linear, wsd (lr, and over the last
-            decay_share of all steps linear), or constant (lr to the end).
-        decay_share: of all steps, for wsd.
-        min_lr_ratio: what is left of lr at the last step.
+        beta1: AdamW: how much of its mean of gradients a step keeps.
+        beta2: AdamW: how much of its mean of squared gradients a step keeps.
+        eps: AdamW: added to the root of that mean before it divides.
+        momentum: Muon: how much of its mean of gradients a step keeps.
+        warmup_steps: optimizer steps in which the learning rate rises linearly to lr; 0 for none.
+        schedule: how it falls after that, to min_lr_ratio * lr at the last step: cosine, linear, wsd (stays at lr and
+            falls linearly over the last decay_share of all steps), or constant (stays at lr to the end).
+        decay_share: share of all steps in which wsd lets the learning rate fall.
+        min_lr_ratio: learning rate at the last step, as a share of lr.
     """
 
     name: Literal["adamw", "muon"] = "adamw"

@@ -28,8 +28,11 @@ from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 class LengthWarmup:
     """Shorter sequences at first (HyenaDNA's sequence-length warm-up, arXiv:2306.15794).
 
-    start: length at the first step; doubles every `steps_per_stage` steps until it reaches the data's own; 0 is off.
     Next-token batches are folded, so that tokens a step stay the same; labelled sequences are cut.
+
+    Args:
+        start: length at the first step, in positions. It doubles stage by stage until it is the data's own. 0 is off.
+        steps_per_stage: optimizer steps before the length doubles.
     """
 
     start: int = 0

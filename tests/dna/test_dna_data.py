@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from mambaseq_dna import domain
 from mambaseq_dna.baselines import kmer_baseline, kmer_frequencies
 from mambaseq_dna.genome import GenomeData
@@ -201,14 +200,6 @@ def test_settings_that_cannot_be(cache: str, tmp_path: Path) -> None:
     files = {name: [fasta(tmp_path, f"{name}.fa", a=bases(n, n))] for name, n in lengths.items()}
     with pytest.raises(DataError, match=r"training set: no stretch of 'short'.*record 'a' of short\.fa"):
         SpeciesData(species=files, length=100, cache=str(tmp_path)).train()
-
-
-def test_every_setting_has_a_help_text() -> None:
-    for kind in (SpeciesData, GenomeData):
-        parser = ArgumentParser()
-        parser.add_class_arguments(kind, "data")
-        for action in parser._actions:
-            assert action.help, action.dest
 
 
 def test_loaders_take_the_data(shipped: SpeciesData) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
-from mambaseq_synthetic import domain, induction_heads, selective_copying
+from mambaseq_synthetic import induction_heads, selective_copying
 from mambaseq_synthetic.drawing import TEST
 from mambaseq_synthetic.induction_heads import InductionHeadsData
 from mambaseq_synthetic.listops import ListOpsData
@@ -22,7 +21,6 @@ from mambaseq_synthetic.selective_copying import SelectiveCopyingData
 
 from mambaseq.data.drawing import below, distinct, splitmix64, words
 from mambaseq.data.module import SequenceDataModule, pad_collate
-from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 
 ENDLESS = (
@@ -38,16 +36,6 @@ def test_examples_in_the_docstrings(module: str) -> None:
     done = doctest.testmod(importlib.import_module(f"mambaseq_synthetic.{module}"))
     assert done.attempted >= 2
     assert done.failed == 0
-
-
-def test_everything_registered_can_be_loaded_and_has_help_texts() -> None:
-    for name in domain.datasets:
-        parser = ArgumentParser()
-        parser.add_class_arguments(catalog()["datasets"].get(f"synthetic/{name}"), "data")
-        for action in parser._actions:
-            assert action.help, action.dest
-    for name in domain.metrics:
-        assert callable(catalog()["metrics"].get(f"synthetic/{name}"))
 
 
 def same(one: Any, other: Any) -> bool:
