@@ -15,6 +15,20 @@ from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
 from mambaseq.limits import LAYERS, PARAMETERS
 
 PARTS = ("encoder", "backbone", "mixer", "head")
+
+# options that are not in the meaning of a model's weights: how it is computed, and what regularizes its training
+NOT_IN_WEIGHTS = {
+    "backend",
+    "checkpoint",
+    "chunk_length",
+    "class_weights",
+    "cuda_graph",
+    "dropout",
+    "focal_gamma",
+    "label_smoothing",
+    "positive_weights",
+}
+
 _AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0}  # what the data says of itself
 
 

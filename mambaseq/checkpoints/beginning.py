@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mambaseq.checkpoints.card import ModelCard
-from mambaseq.checkpoints.export import LoadedModel, weights
+from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, weights
+from mambaseq.checkpoints.upstream import load_upstream, weights_in
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, cut_list, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.models import SequenceModel, further_names
+from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
 
 _MOST = 6  # names in a message
 _COMPARED = 4096  # ids of two tokenizers
+_PADDING = 128  # rows that published vocabularies are filled up with, at most, to a multiple that suits a GPU
 
 
 @dataclasses.dataclass
@@ -44,16 +51,52 @@ class Beginning:
         return "; ".join(parts)
 
 
+def load_source(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[LoadedModel, bool]:
+    """The model that another begins with: that of a run, an exported one, or a published Mamba or Mamba-2 (a folder
+    with `config.json` and weights, see `load_upstream`); and whether it is a published one.
+
+    tokenizer: of the model that begins. Where its files are beside published weights, they are read as the source's.
+    Raises UserError when there is no model, or it is damaged.
+    """
+    folder = Path(path)
+    if has_model(folder) or not (folder / "config.json").is_file():
+        return load_model(folder), False
+    model = load_upstream(folder)
+    assert model.spec is not None
+    theirs = None if tokenizer is None else _tokenizer_in(folder, tokenizer)
+    return LoadedModel(model, ModelCard(model.spec, task="next_token"), theirs, weights_in(folder)), True
+
+
+def _tokenizer_in(folder: Path, like: Tokenizer) -> Tokenizer | None:
+    """The tokenizer of this kind whose files are in a folder; None where it has none there, or they are not its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        options = like.save_files(Path(temporary))
+        files = [path.relative_to(temporary) for path in Path(temporary).rglob("*") if path.is_file()]
+    if not files or not all((folder / name).is_file() for name in files):
+        return None
+    try:
+        return type(like).load_files(folder, options)
+    except UserError:
+        return None
+
+
 def begin_from(
-    model: SequenceModel, loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None = None
+    model: SequenceModel,
+    loaded: LoadedModel,
+    card: ModelCard,
+    tokenizer: Tokenizer | None = None,
+    *,
+    published: bool = False,
 ) -> Beginning:
     """Give a model, as initialised, the weights of another one, by name.
 
     A head or an encoder of another kind, or of other shapes, stays as it was initialised, and so does what is for other
-    classes or conditions. Where the vocabulary is larger than the source's, ids that both have take over its rows.
-    Layers of the backbone that the source does not have stay as they were.
+    classes, conditions or values. Where the vocabulary is larger than the source's, ids that both have take over its
+    rows; the mask token, which is the last of a vocabulary that has one, takes over that of the source, and nothing
+    else does. Layers of the backbone that the source does not have stay as they were.
 
     card, tokenizer: what the model is for; they are compared with the source's.
+    published: the source's vocabulary may be filled up with rows that no token has; those are left out.
     Raises ConfigError, naming the tensors, where the backbone has others under the same names, or none fits.
     """
     own, theirs = weights(model), weights(loaded.model)
@@ -67,15 +110,15 @@ def begin_from(
         part, given = name.partition(".")[0], theirs.get(name)
         if given is None or name.startswith(others):
             found.new.append(name)
+        elif _is_vocabulary(name, tensor, given, model, loaded.model):
+            if (rows := _rows(tensor, given, loaded.card.task, card.task, published)) is None:
+                found.new.append(name)
+                continue
+            values[name], whole = rows
+            (found.taken if whole else found.grown).append(name)
         elif given.shape == tensor.shape:
             found.taken.append(name)
             values[name] = given.to(tensor)
-        elif _is_vocabulary(part, tensor, given, model, loaded.model):
-            found.grown.append(name)
-            values[name] = torch.cat([given.to(tensor), tensor[len(given) :]])
-        elif loaded.card.task == "masked" and _is_vocabulary(part, given, tensor, loaded.model, model, most=1):
-            found.taken.append(name)  # of all tokens but the mask token, which is the last
-            values[name] = given[:-1].to(tensor)
         elif part == "backbone":
             wrong.append(f"{name} is {tuple(given.shape)} there and {tuple(tensor.shape)} here")
         else:
@@ -94,7 +137,8 @@ def begin_from(
         )
     used = {*found.taken, *found.grown}
     found.left = [name for name in weights(loaded.model) if name not in used]
-    _note_vocabulary(found, loaded, card, tokenizer)
+    _note_vocabulary(found, loaded, card, tokenizer, published)
+    _note_options(found, loaded.card.spec, card.spec)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in values:
@@ -111,6 +155,12 @@ def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple
             names.append(f"{part}.")
             kinds = (shown(spec[part]["name"]) for spec in (loaded.card.spec, card.spec))
             notes.append(f"the {part} is another, {' -> '.join(kinds)}")
+            continue
+        # what each number of the output is, where a head says it: the same shape may be other steps, channels, levels
+        former, now = (list(one.columns()) if hasattr(one, "columns") else None for one in (other, ours))
+        if former != now:
+            names.append(f"{part}.")
+            notes.append(f"the {part} tells other values, {cut_list(former or [], 3)} -> {cut_list(now or [], 3)}")
     for what, prefix, former, now in (
         ("classes", "head.", loaded.card.class_names, card.class_names),
         ("conditions", "encoder.condition.", loaded.card.condition_names, card.condition_names),
@@ -121,31 +171,82 @@ def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple
     return tuple(names), notes
 
 
-def _is_vocabulary(
-    part: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel, most: int | None = None
-) -> bool:
-    """Whether the rows of both are those of ids, of which there are more in the first (`most` more at most)."""
-    if part not in ("encoder", "head") or ours.shape[1:] != theirs.shape[1:] or ours.dim() != theirs.dim():
+def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel) -> bool:
+    """Whether the rows of both are those of ids."""
+    part = name.partition(".")[0]
+    if part not in ("encoder", "head") or name.startswith("encoder.condition."):
         return False
     sizes = [(one.spec or {}).get(part, {}).get("vocab_size") for one in (model, source)]
-    more = ours.shape[0] - theirs.shape[0]
-    return sizes == [ours.shape[0], theirs.shape[0]] and more > 0 and (most is None or more <= most)
+    return (
+        ours.dim() == theirs.dim() > 0
+        and ours.shape[1:] == theirs.shape[1:]
+        and sizes == [ours.shape[0], theirs.shape[0]]
+    )
 
 
-def _note_vocabulary(found: Beginning, loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None) -> None:
-    before, now = (spec["encoder"].get("vocab_size") for spec in (loaded.card.spec, card.spec))
-    if found.grown:
-        found.notes.append(f"the vocabulary grew from {before} to {now} ids, of which the new ones are as initialised")
-    elif before != now and not (before is None or now is None):
-        found.notes.append(f"the vocabulary has {now} ids, not {before}")
-    by_id = any(not name.startswith("backbone.") for name in (*found.taken, *found.grown))
-    if by_id and loaded.tokenizer is not None and tokenizer is not None:
+def _rows(
+    ours: Tensor, theirs: Tensor, former: str | None, now: str | None, published: bool
+) -> tuple[Tensor, bool] | None:
+    """A vocabulary's rows with those of the source, and whether that is all of them; None where the source has ids that
+    are not there. former, now: what the source and the model are for; those of masked tokens end with the mask token.
+    """
+    masked = former == "masked", now == "masked"
+    before, after = len(theirs) - masked[0], len(ours) - masked[1]
+    if before > after and not (published and before - after < _PADDING):
+        return None
+    given, rows = theirs.to(ours), ours.clone()
+    shared = min(before, after)
+    rows[:shared] = given[:shared]
+    if all(masked):
+        rows[-1] = given[-1]
+    return rows, after <= before and (masked[0] or not masked[1])
+
+
+def _note_vocabulary(
+    found: Beginning, loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None, published: bool
+) -> None:
+    before, now = (
+        None if (size := one.spec["encoder"].get("vocab_size")) is None else size - (one.task == "masked")
+        for one in (loaded.card, card)
+    )
+    if before is not None and now is not None and before != now:
+        if found.grown and now > before:
+            found.notes.append(
+                f"the vocabulary grew from {before} to {now} ids, of which the new ones are as initialised"
+            )
+        else:
+            found.notes.append(f"the vocabulary has {now} ids, not {before}")
+    if found.grown and card.task == "masked" and loaded.card.task != "masked":
+        found.notes.append("the mask token is as initialised")
+    if not any(not name.startswith("backbone.") for name in (*found.taken, *found.grown)):
+        return  # nothing goes by the id
+    if loaded.tokenizer is not None and tokenizer is not None:
         count = min(loaded.tokenizer.vocab_size, tokenizer.vocab_size, _COMPARED)
         if other := [i for i in range(count) if not _same(i, loaded.tokenizer, tokenizer)]:
             found.notes.append(
                 f"the tokenizers differ: {len(other):,} of {count:,} ids stand for something else (the first is "
                 f"{other[0]}), and rows go by the id"
             )
+    elif published:
+        found.notes.append("no tokenizer of this run's kind is beside its weights, and rows go by the id")
+
+
+def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say which options of parts that were taken are others, though their tensors fit."""
+    taken = {name.partition(".")[0] for name in (*found.taken, *found.grown)}
+    changed = [
+        f"{part}.{key} {shown(former[part][key], 20)} -> {shown(value, 20)}"
+        for part in PARTS
+        if (part if part != "mixer" else "backbone") in taken
+        for key, value in now[part].items()
+        if key in former[part] and key not in _TOLD and key not in NOT_IN_WEIGHTS and former[part][key] != value
+    ]
+    if changed:
+        found.notes.append(f"settings differ: {cut_list(changed, _MOST)}")
+
+
+# of a part's options, those that are told otherwise: by its tensors, its names or the vocabulary
+_TOLD = {"vocab_size", "n_channels", "n_classes", "n_conditions", "n_layers", "complement"}
 
 
 def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:

@@ -138,6 +138,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.") from error
 
 
+def has_model(path: str | Path) -> bool:
+    """Whether a folder is that of a run or of an exported model."""
+    folder = settle(path)  # a run may be replacing it just now
+    names = (folder / "model.json", settle(folder / "model") / "model.json")
+    return any(os.path.isfile(name) for name in names)  # noqa: PTH113 - False too for what cannot be a file's name
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
 

@@ -233,14 +233,8 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     if not config_path.is_file():
         raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
     options = _options(config_path)
-    source = folder / "model.safetensors"
-    if source.is_file():
-        tensors = read_safetensors(source)
-    else:
-        source = folder / "pytorch_model.bin"
-        if not source.is_file():
-            raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
-        tensors = _read_bin(source)
+    source = weights_in(folder)
+    tensors = read_safetensors(source) if source.suffix == ".safetensors" else _read_bin(source)
     with torch.device("meta"):  # no memory yet: the configuration may ask for more than the weights have
         asked = _made(config_path, options).n_parameters()
     if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
@@ -250,6 +244,14 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     model = _made(config_path, options)
     load_weights(model, from_upstream(tensors), source)
     return model.eval()
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of the weights of a published model. Raises UserError when there is none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
 
 
 _REMEDY = "Download it again, from the same place as the weights."

@@ -24,7 +24,10 @@ def run(argv: list[str], command: str) -> int:
         "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
     )
     parser.add_argument(
-        "--init-from", metavar="RUN", help="begin with the weights of another run, or of an exported model, by name"
+        "--init-from",
+        metavar="RUN",
+        help="begin with the weights of another run, of an exported model, or of a published Mamba (the folder of its "
+        "config.json and weights), by name",
     )
     add_allow_import(parser)
     parser.add_argument(

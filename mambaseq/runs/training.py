@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.atomic import atomic_file, remove_leftovers
-from mambaseq.checkpoints.beginning import begin_from
-from mambaseq.checkpoints.export import ModelCard, load_model, load_weights, raw_weights, save_model
+from mambaseq.checkpoints.beginning import begin_from, load_source
+from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import task_of
@@ -37,6 +37,7 @@ from mambaseq.runs.resuming import (
     write_record,
 )
 from mambaseq.runs.trainer import explained, make_trainer, quiet
+from mambaseq.specs import NOT_IN_WEIGHTS
 from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput
 from mambaseq.tasks.finetuning import Freezing
@@ -73,20 +74,6 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
     )
 
 
-# settings of a model that are not in its weights' meaning: how it is computed, and what regularizes its training
-CHANGEABLE = {
-    "backend",
-    "checkpoint",
-    "chunk_length",
-    "class_weights",
-    "cuda_graph",
-    "dropout",
-    "focal_gamma",
-    "label_smoothing",
-    "positive_weights",
-}
-
-
 def fit(
     config: str,
     folder: RunFolder,
@@ -115,7 +102,7 @@ def fit(
                 f"another --out, or remove it."
             )
         changed = changed_model_settings(config, settings.settings) if resume and overrides else []
-        if changed := [key for key in changed if key.rpartition(".")[2] not in CHANGEABLE]:
+        if changed := [key for key in changed if key.rpartition(".")[2] not in NOT_IN_WEIGHTS]:
             raise ConfigError(
                 f"The model of a run cannot change, and {', '.join(changed)} would change that of {folder.path}. Leave "
                 f"it away, or begin another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
@@ -284,10 +271,10 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
 
 
 def _begin_from(source: str, run: Training) -> None:
-    """Give the model, as initialised, the weights of another run; says which."""
+    """Give the model, as initialised, the weights of another run or of a published model; says which."""
     with under_key("finetune.init_from", {}):
-        loaded = load_model(source)
-    found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer)
+        loaded, published = load_source(source, run.data.tokenizer)
+    found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer, published=published)
     if rank() == 0:
         step = "" if loaded.card.step is None else f" (step {loaded.card.step})"
         say(run.folder, found.told(f"{source}{step}"))

@@ -22,8 +22,8 @@ class FinetuneConfig:
     "backbone.layers.*.norm").
 
     Args:
-        init_from: a run, or the model folder of one, to take the weights from, by name; a head or an encoder that does
-            not fit is initialised anew. Empty for none.
+        init_from: a run, the model folder of one, or that of a published Mamba or Mamba-2 (config.json and weights), to
+            take the weights from, by name; a head or an encoder that does not fit is initialised anew. Empty for none.
         freeze: patterns of parameters that are not trained, such as "encoder" or "backbone.layers.0".
         unfreeze: pattern to the optimizer step at which frozen parameters begin to be trained.
         lr_of: pattern to a factor of the learning rate; where several match, the longest pattern counts.

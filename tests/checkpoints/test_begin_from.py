@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mambaseq.checkpoints import LoadedModel, ModelCard
-from mambaseq.checkpoints.beginning import Beginning, begin_from
+from mambaseq.checkpoints.beginning import Beginning, begin_from, load_source
+from mambaseq.checkpoints.export import weights
+from mambaseq.checkpoints.upstream import to_upstream
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError
-from mambaseq.models import SequenceModel, build_model
+from mambaseq.models import SequenceModel, build_model, causal_lm
 
 
 class Letters(Tokenizer):
@@ -29,6 +33,18 @@ class Letters(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         return "".join(self.letters[int(i)] for i in ids)
+
+
+class Filed(Letters):
+    """One that has a file of its own."""
+
+    def save_files(self, folder: Path) -> dict[str, Any]:
+        (folder / "letters.txt").write_text(self.letters)
+        return {}
+
+    @classmethod
+    def load_files(cls, folder: Path, options: dict[str, Any]) -> Filed:
+        return cls((folder / "letters.txt").read_text())
 
 
 def spec(vocabulary: int = 7, layers: int = 2, **parts: Any) -> dict[str, Any]:
@@ -50,8 +66,8 @@ def begun(
     source, model = build_model(former), build_model(now)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one, other = (Letters(text) if text else None for text in letters)
-    class_names = card.pop("former_classes", [])
-    loaded = LoadedModel(source, ModelCard(former, class_names=class_names), one, Path("x/model/model.safetensors"))
+    theirs = ModelCard(former, class_names=card.pop("former_classes", []), task=card.pop("former_task", None))
+    loaded = LoadedModel(source, theirs, one, Path("x/model/model.safetensors"))
     return model, before, source, begin_from(model, loaded, ModelCard(now, **card), other)
 
 
@@ -106,6 +122,94 @@ def test_other_tokenizers_and_smaller_vocabularies_are_said() -> None:
     model, before, _, found = begun(spec(5), spec(7))
     assert torch.equal(model.encoder.embedding.weight, before["encoder.embedding.weight"])
     assert found.notes == ["the vocabulary has 5 ids, not 7"]
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "shared", "mask"),
+    [
+        (("masked", 8), ("next_token", 9), 7, False),  # row 7 is the mask there, and a token here
+        (("masked", 8), ("next_token", 8), 7, False),  # also where the shapes are equal
+        (("masked", 8), ("next_token", 7), 7, False),
+        (("masked", 8), ("masked", 10), 7, True),
+        (("masked", 8), ("masked", 8), 7, True),
+        (("next_token", 7), ("masked", 8), 7, False),
+        (("next_token", 8), ("masked", 8), 0, False),  # a token there that is not here
+    ],
+)
+def test_the_row_of_the_mask_is_that_of_the_mask_alone(former, now, shared: int, mask: bool) -> None:
+    tasks = {"former_task": former[0], "task": now[0]}
+    model, before, source, found = begun(spec(now[1]), spec(former[1]), **tasks)
+    for name in ("encoder.embedding.weight", "head.linear.weight"):
+        rows, theirs, initial = model.state_dict()[name], source.state_dict()[name], before[name]
+        assert torch.equal(rows[:shared], theirs[:shared])
+        last = len(rows) - mask
+        assert torch.equal(rows[shared:last], initial[shared:last])
+        assert torch.equal(rows[last:], theirs[-1:] if mask else initial[last:])
+        group = found.new if not shared else found.grown if shared + mask < len(rows) else found.taken
+        assert name in group
+    assert any("ids, not 8" in note for note in found.notes) == (not shared)
+    assert ("the mask token is as initialised" in found.notes) == (former == ("next_token", 7))
+
+
+WAVES = {"name": "forecast", "n_channels": 2, "horizon": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_channels": 1, "horizon": 2}, "mean_1, std_1, mean_2 and 1 more -> mean_1_ahead_1, std_1_ahead_1"),
+        ({"loss": "quantile", "quantiles": [0.1, 0.9]}, "-> q0.1_1, q0.9_1"),
+        ({}, ""),
+    ],
+)
+def test_forecasts_of_one_shape_and_another_meaning_are_new(change: dict[str, Any], told: str) -> None:
+    signal = {"encoder": {"name": "signal", "n_channels": 2}}
+    model, before, source, found = begun(spec(head=WAVES | change, **signal), spec(head=WAVES, **signal))
+    wanted = before if change else source.state_dict()
+    assert model.head.linear.weight.shape == source.head.linear.weight.shape
+    assert torch.equal(model.head.linear.weight, wanted["head.linear.weight"])
+    assert told in "; ".join(found.notes)
+    assert bool(found.notes) == bool(change)
+
+
+def test_other_settings_of_what_fits_are_said() -> None:
+    bins = {"name": "token_regression", "n_outputs": 1, "stride": 2, "dropout": 0.1}
+    _, _, _, found = begun(spec(head=bins | {"stride": 4, "dropout": 0.0}), spec(head=bins))
+    assert found.notes == ["settings differ: head.stride 2 -> 4"]
+
+
+def test_a_published_model(tmp_path: Path) -> None:
+    """As mamba-ssm writes it: rows behind the last token fill the vocabulary up to a multiple of 8."""
+    source = causal_lm(16, 8, 2, d_state=4)
+    config = {"d_model": 8, "n_layer": 2, "vocab_size": 13, "ssm_cfg": {"d_state": 4}, "pad_vocab_size_multiple": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(to_upstream(source), tmp_path / "pytorch_model.bin")
+    loaded, published = load_source(tmp_path, Letters("abcdefghijklm"))
+    assert published
+    model = build_model(spec(13, head=CLASSIFIER))
+    own = ModelCard(model.spec or {}, task="classes")
+    found = begin_from(model, loaded, own, Letters("abcdefghijklm"), published=published)
+    assert torch.equal(model.encoder.embedding.weight, source.encoder.embedding.weight[:13])
+    for name, tensor in source.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], tensor)
+    told = found.told("x")
+    assert "the head is another" in told
+    assert "the vocabulary has 13 ids, not 16; no tokenizer of this run's kind is beside its weights" in told
+    grown = build_model(spec(20))
+    found = begin_from(grown, loaded, ModelCard(grown.spec or {}, task="next_token"), published=published)
+    assert torch.equal(grown.head.linear.weight[:16], source.encoder.embedding.weight)
+    assert found.grown == ["encoder.embedding.weight", "head.linear.weight"]
+
+
+def test_a_tokenizer_beside_published_weights_is_compared(tmp_path: Path) -> None:
+    causal = {"d_model": 8, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"d_state": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(causal))
+    save_file(weights(causal_lm(8, 8, 1, d_state=4)), tmp_path / "model.safetensors")
+    (tmp_path / "letters.txt").write_text("abdcefgh")
+    model, own = build_model(spec(8, layers=1)), Filed("abcdefgh")
+    loaded, published = load_source(tmp_path, own)
+    found = begin_from(model, loaded, ModelCard(model.spec or {}), own, published=published)
+    assert "2 of 8 ids stand for something else (the first is 2)" in found.told("x")
 
 
 @pytest.mark.parametrize("tied", [(True, False), (False, True), (True, True)])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.upstream import to_upstream
 from mambaseq.cli.main import main
 from mambaseq.plain import read_yaml
 
@@ -64,6 +67,18 @@ def test_from_its_model_folder_and_by_its_key(config: Path, tmp_path: Path) -> N
     assert main(["fit", "--config", "more.yaml", "--out", "more"]) == 0
     one, other = (load_model(run).model.state_dict() for run in ("first", "more"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_from_a_published_model(config: Path, capsys) -> None:
+    first = load_model("first").model
+    Path("hub").mkdir()
+    ssm = {"d_model": 8, "n_layer": 1, "vocab_size": 7, "pad_vocab_size_multiple": 1, "tie_embeddings": False}
+    Path("hub/config.json").write_text(json.dumps(ssm | {"ssm_cfg": {"d_state": 4}}))
+    save_file(to_upstream(first), "hub/model.safetensors")
+    capsys.readouterr()
+    assert main(["fit", "--config", str(config), "--init-from", "hub", "--out", "x", "--optimizer.lr=0"]) == 0
+    assert f"x: 13 of 13 tensors are those of {config.parent}/hub; no tokenizer of" in capsys.readouterr().err
+    assert all(torch.equal(one, first.state_dict()[name]) for name, one in load_model("x").model.state_dict().items())
 
 
 @pytest.mark.parametrize(
