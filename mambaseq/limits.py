@@ -91,3 +91,4 @@ SEQUENCES = Limit("MAMBASEQ_MAX_SEQUENCES", 1_000_000, "sequences that are gener
 UNPACKED_BYTES = Limit("MAMBASEQ_MAX_UNPACKED_BYTES", 500 * 10**9, "bytes of unpacked files")
 ARCHIVE_MEMBERS = Limit("MAMBASEQ_MAX_ARCHIVE_MEMBERS", 500_000, "files and folders")
 DOWNLOADED_BYTES = Limit("MAMBASEQ_MAX_DOWNLOADED_BYTES", 500 * 10**9, "bytes of a file to download")
+HUB_FILES = Limit("MAMBASEQ_MAX_HUB_FILES", 1_000, "files of a model to download")

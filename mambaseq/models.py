@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -252,6 +254,22 @@ class SequenceModel(nn.Module):
         assert logits is not None
         return logits[:, -1]
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model's folder; see `mambaseq.checkpoints.hub.save_pretrained`."""
+        _hub().save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> SequenceModel:
+        """The model in a folder or on the Hugging Face Hub, in eval mode; its description and its tokenizer too are
+        given by `mambaseq.checkpoints.hub.from_pretrained`, see there."""
+        model: SequenceModel = _hub().from_pretrained(source, **options).model
+        return model
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the model's folder, without a tokenizer; see `mambaseq.checkpoints.hub.push_to_hub`."""
+        address: str = _hub().push_to_hub(self, repository, **options)
+        return address
+
     def n_parameters(self) -> int:
         """Number of parameters, a tied weight counted once."""
         return sum(p.numel() for p in self.parameters())
@@ -286,6 +304,11 @@ def further_names(model: nn.Module) -> dict[str, str]:
     """Names of tensors that the model has under an earlier name too (a tied head's, those of a shared mixer), each with
     the earlier one."""
     return {name: names[0] for names in _shared(model) for name in names[1:]}
+
+
+def _hub() -> Any:
+    # a door upwards: files of models are a layer above, which is loaded by whoever uses it
+    return importlib.import_module("mambaseq.checkpoints.hub")
 
 
 def causal_lm(

@@ -1,0 +1,203 @@
+"""Models on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, as its mixins have them.
+
+What is saved and loaded is the folder that every run exports, no second format: the mixins of `huggingface_hub`
+themselves would put a description of their own (config.json) beside model.json, and read it before all checks. Of a
+repository only model.json and the files with a checksum in it are downloaded; nothing is unpickled, and parts of a
+model are looked up in the registry, as in every model's folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambaseq.checkpoints.card import ModelCard, read_card
+from mambaseq.checkpoints.export import LoadedModel, load_model, save_model
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
+from mambaseq.limits import HUB_FILES
+from mambaseq.models import SequenceModel, build_model
+
+_DESCRIPTION, _WEIGHTS, _README = "model.json", "model.safetensors", "README.md"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def save_pretrained(model: SequenceModel | LoadedModel, folder: str | Path) -> None:
+    """Write a model's folder, which `from_pretrained`, `load_model` and `mambaseq predict` read.
+
+    model: one alone, or with its description and tokenizer as `load_model` gives it; those are kept then.
+    folder: it is replaced where it holds a model and nothing else.
+
+    Raises ConfigError for a model that no description makes again, UserError for a folder that holds other files or
+    cannot be written.
+    """
+    loaded = model if isinstance(model, LoadedModel) else None
+    bare = model.model if isinstance(model, LoadedModel) else model
+    folder = Path(folder)
+    _check_description(bare)
+    _check_folder(folder)
+    assert bare.spec is not None
+    card = ModelCard(spec=bare.spec) if loaded is None else loaded.card
+    save_model(folder, bare, card, None if loaded is None else loaded.tokenizer)
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """A model, its description and its tokenizer from a local folder (a run's too), or else from the Hub.
+
+    source: the folder, or a repository's name, "user/name". revision, token, cache_dir, force_download,
+    local_files_only: as of `huggingface_hub.hf_hub_download`.
+
+    Raises what `load_model` does, and UserError where nothing can be downloaded.
+    """
+    if not Path(source).is_dir():
+        source = download(
+            str(source),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+    return load_model(source, device)
+
+
+def download(repository: str, **options: Any) -> Path:
+    """The folder of a repository's model in the local cache, which `mambaseq.load` takes too.
+
+    options: revision, token, cache_dir, force_download, local_files_only, as of `huggingface_hub.hf_hub_download`.
+
+    Raises UserError for a name that is none, a repository that is not there or holds no exported model, and where the
+    package is missing.
+    """
+    if not _REPOSITORY.fullmatch(repository) or len(repository) > 200:
+        raise UserError(
+            f"{shown(repository)} is no folder here, nor the name of a repository on the Hugging Face Hub (user/name)."
+        )
+    description = _fetch(repository, _DESCRIPTION, options)
+    card = read_card(description)
+    HUB_FILES.check(len(card.sha256), f"{_DESCRIPTION} of {repository}")
+    if _WEIGHTS not in card.sha256:
+        raise UserError(
+            f"{_DESCRIPTION} of {repository} has no checksum of {_WEIGHTS}: that is no model that was exported whole. "
+            f"Export it again and push it (push_to_hub)."
+        )
+    for name in card.sha256:
+        if _fetch(repository, name, options) != description.parent / name:
+            raise UserError(f"{repository} was changed while it was downloaded. Download it again.")
+    return description.parent
+
+
+def push_to_hub(
+    model: SequenceModel | LoadedModel,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+    commit_message: str = "Push model using mambaseq",
+) -> str:
+    """Upload what `save_pretrained` writes; the repository is made where there is none, with a README that says how to
+    load the model. Returns the address of the commit. Arguments are those of `huggingface_hub`'s mixins.
+
+    Raises what `save_pretrained` does, and UserError where the package is missing; the Hub's errors are handed on.
+    """
+    api = _hub().HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save_pretrained(model, folder)
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repository, _README):
+            (folder / _README).write_text(_readme(repository), encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+    return str(commit)
+
+
+def _hub() -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UserError(
+            f"Models on the Hugging Face Hub need the package huggingface_hub ({cut(error, 100)}). Install it: pip "
+            f"install huggingface_hub."
+        ) from error
+
+
+def _fetch(repository: str, name: str, options: dict[str, Any]) -> Path:
+    hub = _hub()
+    try:
+        return Path(hub.hf_hub_download(repository, name, **options))
+    except Exception as error:  # the Hub's own, those of the network and of the disk are of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name} of {shown(repository)} cannot be downloaded from the Hugging Face Hub ({type(error).__name__}: "
+            f"{reason}). Check the name, the revision, the token and the connection; a folder of that name is not here."
+        ) from error
+
+
+def _check_description(model: SequenceModel) -> None:
+    """Raise ConfigError unless a model of its own description has the tensors that it has."""
+    if model.spec is None:
+        raise ConfigError(
+            "The model has no description (spec), so that it could not be made again. Make it by build_model or "
+            "causal_lm."
+        )
+    with torch.device("meta"):
+        made = build_model(model.spec).state_dict()
+    own = model.state_dict()
+    shapes, others = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (own, made))
+    if wrong := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
+        raise ConfigError(
+            f"The model is not the one of its description (spec) any more: {cut_list(wrong, 3)} is another there. "
+            f"Merge adapters into the weights and undo what was wrapped before saving it."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError where a folder holds more than a model."""
+    if not folder.is_dir():
+        return
+    there = {path.name for path in folder.iterdir()}
+    known = {_DESCRIPTION, _README}
+    if _DESCRIPTION in there:
+        known |= {Path(name).parts[0] for name in read_card(folder / _DESCRIPTION).sha256}
+    if others := sorted(there - known):
+        raise UserError(
+            f"{folder} holds other files than a model's ({cut_list(others, 3)}), which would be lost: the folder is "
+            f"replaced. Name a folder inside of it, or another one."
+        )
+
+
+def _readme(repository: str) -> str:
+    return f"""---
+library_name: mambaseq
+tags: [mamba, mambaseq]
+---
+
+# {repository.rpartition("/")[2]}
+
+```python
+from mambaseq import SequenceModel
+
+model = SequenceModel.from_pretrained("{repository}")
+```
+"""

@@ -1,0 +1,157 @@
+"""`save_pretrained`, `from_pretrained` and `push_to_hub`, with a Hub in a local folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from mambaseq_text.tokenization import ByteTokenizer
+from torch import nn
+
+import mambaseq as ms
+from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
+from mambaseq.checkpoints.hub import download, from_pretrained, push_to_hub
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.models import SequenceModel, causal_lm
+
+
+def small(**options) -> SequenceModel:
+    return causal_lm(vocab_size=256, d_model=8, n_layers=1, **options)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Repositories in a folder; `asked` lists what was downloaded."""
+    repositories, cache, asked = tmp_path / "repositories", tmp_path / "cache", []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            self.token = token
+
+        def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+            (repositories / "me" / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def file_exists(self, repo_id: str, name: str) -> bool:
+            return (repositories / repo_id / name).exists()
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, revision: str | None, **_) -> str:
+            shutil.copytree(folder_path, repositories / repo_id, dirs_exist_ok=True)
+            return f"commit of {repo_id}: {commit_message}"
+
+    def hf_hub_download(repo_id: str, filename: str, *, revision: str | None = None, **_) -> str:
+        asked.append(filename)
+        there = repositories / repo_id / filename
+        if not there.is_file():
+            raise huggingface_hub.errors.LocalEntryNotFoundError(f"no {filename}")
+        copy = cache / repo_id / (revision or "main") / filename
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(there, copy)
+        return str(copy)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return SimpleNamespace(repositories=repositories, asked=asked)
+
+
+def test_what_is_pushed_is_what_is_loaded(hub: SimpleNamespace, tmp_path: Path) -> None:
+    model = small()
+    assert model.push_to_hub("tiny") == "commit of me/tiny: Push model using mambaseq"
+    repository = hub.repositories / "me" / "tiny"
+    assert sorted(path.name for path in repository.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    assert 'from_pretrained("me/tiny")' in (repository / "README.md").read_text()
+    (repository / "README.md").write_text("mine")
+    (repository / "pytorch_model.bin").write_bytes(b"\x80pickle")
+    model.push_to_hub("tiny")
+    assert (repository / "README.md").read_text() == "mine"
+
+    again = SequenceModel.from_pretrained("me/tiny", revision="v2")
+    assert hub.asked == ["model.json", "model.safetensors"]  # and nothing else that the repository has
+    assert not again.training
+    ids = torch.randint(0, 256, (1, 5))
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+    # with a tokenizer: all that a folder holds
+    made = load_model(_with_tokenizer(tmp_path / "run"))
+    push_to_hub(made, "bytes")
+    loaded = from_pretrained("me/bytes")
+    assert isinstance(loaded.tokenizer, ByteTokenizer)
+    assert loaded.card == made.card
+    assert ms.load(download("me/bytes")).model("cpu").card.length == 4
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    model = small()
+    assert model.spec is not None
+    card = ModelCard(spec=model.spec, length=4, tokenizer={"name": "text/bytes", "options": {}})
+    save_model(folder, model, card, ByteTokenizer())
+    return folder
+
+
+def test_what_is_on_the_hub_may_be_anybodys(hub: SimpleNamespace) -> None:
+    repository = hub.repositories / "me" / "tiny"
+    small().push_to_hub("tiny")
+    whole = json.loads((repository / "model.json").read_text())
+    digest = "0" * 64
+    for sums, said in (
+        ({"../escaped": digest}, "must hold checksums of files beside it"),
+        ({}, "no checksum of model.safetensors"),
+        ({"model.safetensors": digest}, "is damaged or not the one"),
+        ({"model.safetensors": digest, "gone.json": digest}, r"gone\.json of 'me/tiny' cannot be downloaded"),
+        ({"model.safetensors": digest} | {f"{i}.json": digest for i in range(1000)}, "MAMBASEQ_MAX_HUB_FILES"),
+    ):
+        (repository / "model.json").write_text(json.dumps(whole | {"sha256": sums}))
+        hub.asked.clear()
+        with pytest.raises(UserError, match=said):
+            from_pretrained("me/tiny")
+        assert not [name for name in hub.asked if ".." in name]
+        assert len(hub.asked) <= 3
+    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*LocalEntryNotFoundError"):
+        from_pretrained("me/none")
+    hub.asked.clear()
+    for name in ("a/b/c", "../up", "/etc", "x\n", "", "a" * 300):
+        with pytest.raises(UserError, match="nor the name of a repository"):
+            download(name)
+    assert not hub.asked
+
+
+def test_a_folder_is_replaced_only_where_it_holds_a_model_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    small().save_pretrained(folder)
+    last = small(tie_embeddings=False)
+    last.save_pretrained(folder)
+    loaded = from_pretrained(folder)
+    assert isinstance(loaded, LoadedModel)
+    assert torch.equal(loaded.model.head.linear.weight, last.head.linear.weight)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"other files than a model's \(notes\.txt\)"):
+        last.save_pretrained(folder)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(UserError, match=r"checkpoint-2, m"):
+        last.save_pretrained(tmp_path)
+
+
+def test_what_no_description_makes_again_is_not_saved(tmp_path: Path) -> None:
+    model = small()
+    model.backbone.layers[0].mixer.in_proj = nn.Linear(8, 16, bias=True)
+    with pytest.raises(ConfigError, match=r"not the one of its description.*in_proj\.bias"):
+        model.save_pretrained(tmp_path / "m")
+    model.spec = None
+    with pytest.raises(ConfigError, match="no description"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_without_the_package_folders_work_and_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    small().save_pretrained(tmp_path / "m")
+    SequenceModel.from_pretrained(tmp_path / "m")
+    for call in (lambda: SequenceModel.from_pretrained("me/tiny"), lambda: small().push_to_hub("tiny")):
+        with pytest.raises(UserError, match=r"need the package huggingface_hub .*pip install huggingface_hub"):
+            call()
