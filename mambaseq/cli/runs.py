@@ -37,7 +37,9 @@ def run(argv: list[str], command: str) -> int:
     if arguments.csv:
         write_csv(found, Path(arguments.csv))
     if arguments.picture:
-        save_png(Path(arguments.picture), curves(found, arguments.curve))
+        figure, notes = curves(found, arguments.curve)
+        save_png(Path(arguments.picture), figure)
+        print("".join(f"{note}\n" for note in notes), end="")
     return 0
 
 

@@ -113,32 +113,39 @@ def write_csv(runs: Runs, path: Path) -> None:
         writer.writerows([safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in runs.rows)
 
 
-def curves(runs: Runs, metric: str = "val/loss") -> Figure:
-    """A logged metric of all runs over steps, tokens and seconds of training.
+def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
+    """A logged metric of all runs over steps, and over tokens and seconds of training as they were logged; and messages
+    about runs that did not log those, which are drawn over steps alone.
 
-    Raises UserError where none of them logged it.
+    Raises UserError where none of them logged the metric.
     """
     figure = Figure(figsize=(13, 3.6))
     panels = figure.subplots(1, 3, sharey=True)
-    drawn = 0
+    drawn, old = 0, []
     for run in runs.folders:
-        points, results = run.curve(metric), run.read_results()
-        if not points:
+        if not (points := run.points(metric)):
             continue
+        label, colour = str(run.path), f"C{drawn}"
         drawn += 1
-        steps = [step + 1 for step, _ in points]
-        values = [value for _, value in points]
-        for axes, each in zip(panels, (None, "train_tokens", "train_seconds"), strict=True):
-            if each is None:
-                axes.plot(steps, values, marker="o", ms=2.5, label=str(run.path))
-            elif results.get(each) and results.get("steps"):
-                share = results[each] / results["steps"]
-                axes.plot([step * share for step in steps], values, marker="o", ms=2.5)
+        places: tuple[list[float | None], ...] = (
+            [point.step + 1 for point in points],
+            [point.tokens for point in points],
+            [point.seconds for point in points],
+        )
+        for axes, found in zip(panels, places, strict=True):
+            known = [(x, point.value) for x, point in zip(found, points, strict=True) if x is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), marker="o", ms=2.5, label=label, color=colour)
+        if any(None in found for found in places):
+            old.append(label)
     if not drawn:
         raise UserError(f"None of these runs logged {shown(metric)}. Give another --curve, such as train/loss.")
     for axes, label in zip(panels, ("step", "tokens", "seconds of training"), strict=True):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(metric)
-    figure.legend(loc="lower center", bbox_to_anchor=(0.5, -0.05 - 0.05 * ((drawn + 2) // 3)), ncols=3, fontsize=8)
-    return figure
+    handles, labels = panels[0].get_legend_handles_labels()
+    anchor = (0.5, -0.05 - 0.05 * ((drawn + 2) // 3))
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=anchor, ncols=3, fontsize=8)
+    told = "an earlier version did not log tokens and seconds of"
+    return figure, [f"over steps alone: {told} {cut_list(old)}"] if old else []

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.errors import UserError, shown
@@ -47,6 +48,16 @@ def rank() -> int:
 def default_folder(config: str) -> Path:
     """Where a run goes that is given no folder: `dna/demo` → `runs/dna-demo`."""
     return Path("runs") / config.replace("/", "-").removesuffix(".yaml")
+
+
+class Point(NamedTuple):
+    """A logged number after an optimizer step (0 the first), and the tokens and seconds that the run had trained by
+    then; None where a run of an earlier version did not log those."""
+
+    step: int
+    value: float
+    tokens: int | None
+    seconds: float | None
 
 
 class RunInUse(UserError):
@@ -183,17 +194,34 @@ class RunFolder:
         with atomic_file(self.results, "w", encoding="utf-8") as file:
             file.write(json_text(merged, indent=2) + "\n")
 
-    def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of a logged metric over all starts of the run, a repeated step's last value."""
-        points: dict[int, float] = {}
+    def points(self, metric: str) -> list[Point]:
+        """A logged metric over all starts of the run, in the order of the steps; a repeated step's last value."""
+        points: dict[int, Point] = {}
         for path in sorted(self.logs.glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])):
             text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
             whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
             for row in csv.DictReader(io.StringIO(whole)):
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     if row.get(metric):
-                        points[int(row["step"])] = float(row[metric])
-        return sorted(points.items())
+                        tokens, seconds = _number(row.get("tokens")), _number(row.get("seconds"))
+                        point = Point(
+                            int(row["step"]), float(row[metric]), None if tokens is None else int(tokens), seconds
+                        )
+                        points[point.step] = point
+        return [points[step] for step in sorted(points)]
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of a logged metric over all starts of the run, a repeated step's last value."""
+        return [(point.step, point.value) for point in self.points(metric)]
+
+
+def _number(text: str | None) -> float | None:
+    """A finite number; None for what is none."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _lives(pid: int) -> bool:

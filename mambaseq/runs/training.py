@@ -129,13 +129,13 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     model = _make_model(settings, data)
     finetune, lora = settings.finetune(), settings.lora()
     task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed, finetune)
+    chosen, throughput = settings.settings["checkpoint"], Throughput()
     # made in every process; those of the first alone write
     loggers: list[Logger] = [
-        RunLog(folder.path, name="logs", version=folder.next_version()),
+        RunLog(folder.path, name="logs", version=folder.next_version(), throughput=throughput),
         TensorBoardLogger(folder.path, name="tensorboard", version=""),
     ]
     guard = FiniteGuard()
-    chosen, throughput = settings.settings["checkpoint"], Throughput()
     often = Often(chosen["every_n_steps"], chosen["every_n_tokens"], chosen["val_every_n_tokens"], throughput)
     run = Training(
         folder=folder,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from mambaseq.atomic import atomic_file
+from mambaseq.tasks.callbacks import Throughput
 
 
 class _Writer(ExperimentWriter):
@@ -24,7 +28,17 @@ class _Writer(ExperimentWriter):
 
 
 class RunLog(CSVLogger):
-    """Lightning's CSV logger; a column that comes later does not put the rows before it at risk."""
+    """Lightning's CSV logger, with two more columns: `tokens` and `seconds` that the run has trained so far, those
+    before a resume counted. A column that comes later does not put the rows before it at risk."""
+
+    def __init__(self, *arguments: Any, throughput: Throughput, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._throughput = throughput
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        spent = {"tokens": self._throughput.tokens, "seconds": round(self._throughput.seconds, 3)}
+        super().log_metrics({**metrics, **spent}, step)
 
     @property
     @rank_zero_experiment

@@ -11,16 +11,17 @@ import pytest
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.reporting.comparison import compare, ordered
+from mambaseq.reporting.comparison import compare, curves, ordered
 
 
-def made(folder: Path, lr: float, results: dict[str, Any], losses: list[float]) -> None:
+def made(folder: Path, lr: float, results: dict[str, Any], losses: list[float], spent: bool = True) -> None:
     for name in ("model", "logs/version_0"):
         (folder / name).mkdir(parents=True)
     (folder / "config.yaml").write_text(f"seed: 1\noptimizer: {{lr: {lr}, name: adamw}}\n")
     (folder / "results.json").write_text(json.dumps(results))
-    rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(losses))
-    (folder / "logs/version_0/metrics.csv").write_text(f"step,val/loss\n{rows}")
+    rows = ["step,val/loss,tokens,seconds", *(f"{n},{loss},{7 * (n + 1)},{n * n}.5" for n, loss in enumerate(losses))]
+    text = "".join(",".join(row.split(",")[: 4 if spent else 2]) + "\n" for row in rows)
+    (folder / "logs/version_0/metrics.csv").write_text(text)
 
 
 @pytest.fixture
@@ -52,6 +53,18 @@ def test_a_run_that_cannot_be_read_is_said(runs: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr().out
     assert "left out" in told
     assert len(compare([runs]).rows) == 2
+
+
+def test_curves_are_over_the_tokens_and_seconds_that_were_logged(tmp_path: Path, capsys) -> None:
+    made(tmp_path / "a", 0.1, {"steps": 2, "train_tokens": 1000, "train_seconds": 99}, [3.0, 2.0])
+    made(tmp_path / "b", 0.2, {"steps": 2, "train_tokens": 1000, "train_seconds": 99}, [3.0, 1.0], spent=False)
+    figure, notes = curves(compare([tmp_path]))
+    lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
+    assert lines[0] == [[[1, 3], [2, 2]], [[1, 3], [2, 1]]]
+    assert lines[1:] == [[[[7, 3], [14, 2]]], [[[0.5, 3], [1.5, 2]]]]
+    assert main(["runs", str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 0
+    assert notes == [f"over steps alone: an earlier version did not log tokens and seconds of {tmp_path / 'b'}"]
+    assert notes[0] in capsys.readouterr().out
 
 
 def test_the_command(runs: Path, capsys: pytest.CaptureFixture) -> None:

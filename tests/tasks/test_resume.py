@@ -103,9 +103,15 @@ def assert_same_end(one: Path, other: Path, *, curves: bool = False) -> None:
     assert found["exported_step"] == best["global_step"]
     if curves:
         for name in ("train/loss", "val/bits_per_token"):
-            points = RunFolder(one).curve(name)
+            points, others = (
+                [(point.step, point.value, point.tokens) for point in RunFolder(out).points(name)]
+                for out in (one, other)
+            )
             assert len(points) > 2
-            assert points == RunFolder(other).curve(name)
+            assert points == others
+            assert all(tokens == 64 * (step + 1) for step, _, tokens in points)
+            seconds = [point.seconds or 0 for point in RunFolder(other).points(name)]
+            assert 0 < seconds[0] <= seconds[-1] == sorted(seconds)[-1]
 
 
 # validation and checkpoint after the same steps; the loss falls, so "max" keeps the first weights
