@@ -29,9 +29,12 @@ KINDS = (
     "backbones",
     "heads",
     "metrics",
+    "optimizers",
+    "callbacks",
     "configs",
     "reports",
     "recipes",
+    "commands",
 )
 WANTED = {  # what is named in a configuration or a model, and what it must be: see `Registry`
     "tokenizers": "mambaseq.data.tokenizer:Tokenizer",
@@ -43,7 +46,10 @@ WANTED = {  # what is named in a configuration or a model, and what it must be: 
     "backbones": "mambaseq.backbones.base:Backbone",
     "heads": "torch.nn:Module",
     "metrics": "mambaseq.metrics.base:Metric",
+    "optimizers": "torch.optim:Optimizer",
+    "callbacks": "lightning.pytorch.callbacks:Callback",
     "reports": FUNCTION,
+    "commands": FUNCTION,
 }
 
 
@@ -56,10 +62,13 @@ class Domain:
     datasets: `mambaseq.data.module.SequenceData` subclasses: train, validation and test data of one kind.
     readers: functions from a path to records for `predict`. writers: functions from tokens to a file for `generate`.
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
+    optimizers: `torch.optim.Optimizer` subclasses, made as `(groups, lr=..., **optimizer.options)`: `optimizer.name`.
+    callbacks: `lightning.pytorch.callbacks.Callback` subclasses: `trainer.callbacks`.
     configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
     reports: functions from a finished run's folder to a `mambaseq.reporting.Section`. One named as a dataset is called
         by `fit` at the end of a run of it, one named "demo" by `mambaseq demo`.
     recipes: `mambaseq.reproduction.Recipe` values: what `mambaseq reproduce` runs.
+    commands: functions from the command line's words behind `mambaseq DOMAIN/NAME` to an exit code, None for 0.
     """
 
     name: str
@@ -73,9 +82,12 @@ class Domain:
     backbones: Entries = dataclasses.field(default_factory=dict)
     heads: Entries = dataclasses.field(default_factory=dict)
     metrics: Entries = dataclasses.field(default_factory=dict)
+    optimizers: Entries = dataclasses.field(default_factory=dict)
+    callbacks: Entries = dataclasses.field(default_factory=dict)
     configs: Entries = dataclasses.field(default_factory=dict)
     reports: Entries = dataclasses.field(default_factory=dict)
     recipes: Entries = dataclasses.field(default_factory=dict)
+    commands: Entries = dataclasses.field(default_factory=dict)
 
 
 CORE: dict[str, Entries] = {
@@ -153,9 +165,15 @@ CORE: dict[str, Entries] = {
         ),
         "confusion": ("mambaseq.metrics.classification:Confusion", "confusion matrix, rows are true classes"),
     },
+    "optimizers": {
+        "adamw": ("torch.optim:AdamW", "AdamW: moments of gradients, decoupled weight decay"),
+        "muon": ("mambaseq.tasks.optimizer:MuonAdamW", "Muon for matrices of the backbone's linear maps, AdamW else"),
+    },
+    "callbacks": {},
     "configs": {},
     "reports": {},
     "recipes": {},
+    "commands": {},
 }
 
 

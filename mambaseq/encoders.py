@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.heads.reverse_complement import complement_table
+from mambaseq.heads.scaling import ChannelScale
 from mambaseq.ops.embedding import Embedding
 
 
@@ -102,18 +103,29 @@ class SignalEncoder(Encoder):
         d_model: width.
         n_channels: channels of the signal.
         n_conditions: number of conditions; 0 for none.
+        channel_mean: of each channel, in its units: the model reads (value - mean) / std. Left out, what the data say,
+            or the values as they are.
+        channel_std: of each channel, in its units.
     """
 
     causal = True
     position_wise: ClassVar[bool] = True
 
-    def __init__(self, d_model: int, n_channels: int, n_conditions: int = 0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_channels: int,
+        n_conditions: int = 0,
+        channel_mean: list[float] | None = None,
+        channel_std: list[float] | None = None,
+    ) -> None:
         super().__init__()
+        self.scale = ChannelScale(n_channels, channel_mean, channel_std)
         self.linear = nn.Linear(n_channels, d_model)
         self.condition = Embedding(n_conditions, d_model) if n_conditions else None
 
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = self.linear(inputs.to(self.linear.weight.dtype))
+        x = self.linear(self.scale(inputs).to(self.linear.weight.dtype))
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
 
 

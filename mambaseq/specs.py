@@ -29,7 +29,8 @@ NOT_IN_WEIGHTS = {
     "positive_weights",
 }
 
-_AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0}  # what the data says of itself
+# what the data says of itself
+_AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0, "n_outputs": 1}
 
 
 def check_spec(spec: Any) -> None:

@@ -65,6 +65,9 @@ def _check_item(data: SequenceData, item: Any, name: str) -> None:
         _within(name, "an id of inputs", int(inputs.max()), "vocab_size", data.vocab_size)
     if item.condition is not None:
         _within(name, "a condition", int(item.condition.max()), "n_conditions", data.n_conditions)
+    if data.n_outputs is not None and item.kind == "values" and item.targets is not None:
+        count = item.targets.shape[-1] if item.targets.dim() == 2 + item.per_token else 1
+        _within(name, "the numbers of a target", count - 1, "n_outputs", data.n_outputs, exactly=True)
     _ = item.per_token  # raises what is wrong with the targets
     if data.class_names and item.kind == "labels" and item.targets is not None and int(item.n_targets):
         _within(name, "a label", int(item.targets.max()), "len(class_names)", len(data.class_names))

@@ -130,6 +130,7 @@ class _Domain:
         if made is None:
             return
         settings, overrides, model, data = made
+        self.used |= {type(one) for one in settings.trainer["callbacks"] or []}
         chosen = settings.settings["data"]["name"]
         if chosen in self.own["datasets"] and chosen not in self.data:
             self.dataset(chosen, lambda: settings.make_data(setup=True))
@@ -210,6 +211,15 @@ class _Domain:
                     self.hold(part, "files", lambda f=function, d=data, c=check: c(f, d, self.folder))  # type: ignore[misc]
         for name, metric in self.own["metrics"].items():
             self.metric(name, metric)
+        for name, kind in self.own["optimizers"].items():
+            part, law = f"optimizer {name}", "saved and gone on with, its steps are the same"
+            if needed := [one for one in _needed(kind, 1) if one != "lr"]:
+                self.skip(part, law, f"it needs {', '.join(needed)}")
+            else:
+                self.hold(part, law, lambda kind=kind: laws.check_optimizer(lambda groups: kind(groups, lr=0.1)))  # type: ignore[misc]
+        for name, kind in self.own["callbacks"].items():
+            if kind not in self.used:
+                self.skip(f"callback {name}", "exact resume", "no configuration uses it")
 
     def made_up(self, kind: str, name: str, loaded: Any) -> None:
         part = f"{kind} {name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,6 +209,33 @@ def check_encoder(model: SequenceModel, items: Sequence[Batch]) -> None:
 
 
 @torch.no_grad()
+def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> None:
+    """An optimizer that is made anew, with the state of another, goes on as that one does: law 6. make: of groups of
+    parameters. Raises LawBroken."""
+    start, gradients = torch.randn(2, 3), torch.randn(4, 2, 3)
+
+    def stepped(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, first: int, stop: int) -> None:
+        for gradient in gradients[first:stop]:
+            weight.grad = gradient.clone()
+            optimizer.step()
+
+    one = torch.nn.Parameter(start.clone())
+    optimizer = make([{"params": [one], "weight_decay": 0.1}])
+    stepped(one, optimizer, 0, 2)
+    if torch.equal(one, start):
+        raise LawBroken("two steps change nothing of a weight that has gradients.")
+    other = torch.nn.Parameter(one.detach().clone())
+    again = make([{"params": [other], "weight_decay": 0.1}])
+    again.load_state_dict(optimizer.state_dict())
+    stepped(one, optimizer, 2, 4)
+    stepped(other, again, 2, 4)
+    if not torch.equal(one, other):
+        raise LawBroken(
+            "made anew with the state of another, it goes on otherwise than that one does: something that its steps "
+            "depend on is neither in its state nor in its groups."
+        )
+
+
 def check_metric(metric: Metric, model: SequenceModel, items: Sequence[Batch]) -> None:
     """A metric of sequences one by one is that of a batch of them, a tensor, and none is left after a reset. items: as
     `check_joined`. Raises LawBroken."""

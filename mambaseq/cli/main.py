@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 
 from mambaseq import __version__
+from mambaseq.domain import catalog
 from mambaseq.errors import UserError, did_you_mean, paragraph, shown
 from mambaseq.registry import allow_imports
 
@@ -43,10 +45,12 @@ COMMANDS = {
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
+    told = {name: text for name, (_, text) in COMMANDS.items()}
+    told |= {entry.name: f"{entry.summary} [{entry.origin}]" for entry in catalog()["commands"]}
+    width = min(max(map(len, told)), 20)
     lines = "\n".join(
         textwrap.fill(text, 100, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
-        for name, (_, text) in COMMANDS.items()
+        for name, text in told.items()
     )
     return (
         f"mambaseq {__version__}: one Mamba backbone for long sequences of any kind\n\n"
@@ -74,14 +78,16 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        told = paragraph(f"no command is named {shown(command)}.{did_you_mean(command, COMMANDS)}")
+    ours = catalog()["commands"] if command not in COMMANDS else ()
+    if command not in COMMANDS and command not in ours:
+        known = [*COMMANDS, *(entry.name for entry in ours)]
+        told = paragraph(f"no command is named {shown(command)}.{did_you_mean(command, known)}")
         print(f"mambaseq: {told}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(COMMANDS[command][0])
+        run = _function(command)
         with allow_imports():  # whatever the command allows ends with it
-            return int(module.run(rest, command) or 0)
+            return int(run(rest) or 0)
     except UserError as error:
         from mambaseq.data.addresses import redacted
 
@@ -97,6 +103,14 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
         return 130
+
+
+def _function(command: str) -> Callable[[list[str]], int | None]:
+    """What runs a command: a module of ours, or what a domain registered, which is given the words behind the name."""
+    if command not in COMMANDS:
+        return catalog()["commands"].get(command)
+    module = importlib.import_module(COMMANDS[command][0])
+    return lambda rest: module.run(rest, command)
 
 
 if __name__ == "__main__":

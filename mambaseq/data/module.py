@@ -41,6 +41,9 @@ class SequenceData(abc.ABC):
     Known after `setup`:
     vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
+    n_outputs: numbers that the targets of a sequence, position or bin are, where they are values. channel_mean,
+        channel_std: of each channel of a continuous input, in its units, by which models see them in one size (encoder
+        signal, head forecast); None leaves them as they are.
     complement: of DNA, the id paired with each id; None for what has no other strand.
     condition_names: their names. length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
@@ -53,6 +56,9 @@ class SequenceData(abc.ABC):
     n_channels: int | None = None
     class_names: Sequence[str] = ()
     n_conditions: int = 0
+    n_outputs: int | None = None
+    channel_mean: Sequence[float] | None = None
+    channel_std: Sequence[float] | None = None
     complement: Sequence[int] | None = None
     condition_names: Sequence[str] = ()
     length: int = 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, check_positive, shown
 from mambaseq.heads.base import Head, Kind, check_targets
 from mambaseq.heads.distributions import Distribution, Gaussian, Quantiles
+from mambaseq.heads.scaling import ChannelScale
 from mambaseq.limits import WINDOW, check_setting
 
 
@@ -29,7 +30,10 @@ class ForecastHead(Head):
         horizon: steps ahead that are told.
         loss: "gaussian" or "quantile".
         quantiles: the levels, ascending in (0, 1), of the loss "quantile"; 0.1 to 0.9 if not given.
-        min_scale: standard deviations are this at least, in units of the values.
+        min_scale: standard deviations are this at least, in units of the values, or of channel_std.
+        channel_mean: of each channel, in its units: the loss is of (value - mean) / std, so that channels weigh alike;
+            what is told is in units of the values. Left out, what the data say, or the values as they are.
+        channel_std: of each channel, in its units.
     """
 
     per_token: ClassVar[bool] = True
@@ -44,6 +48,8 @@ class ForecastHead(Head):
         loss: Literal["gaussian", "quantile"] = "gaussian",
         quantiles: list[float] | None = None,
         min_scale: float = 1e-3,
+        channel_mean: list[float] | None = None,
+        channel_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         check_positive("The forecast head", d_model=d_model, n_channels=n_channels, min_scale=min_scale)
@@ -57,6 +63,7 @@ class ForecastHead(Head):
         self.n_channels, self.horizon, self.loss, self.min_scale = n_channels, horizon, loss, min_scale
         self.levels: Tensor
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float64), persistent=False)
+        self.scale = ChannelScale(n_channels, channel_mean, channel_std)
         self.n_parameters = 2 if loss == "gaussian" else len(levels)
         self.linear = nn.Linear(d_model, horizon * n_channels * self.n_parameters)
 
@@ -77,9 +84,19 @@ class ForecastHead(Head):
         first, more = raw[..., :1], F.softplus(raw[..., 1:])
         logits = torch.cat([first, more + self.min_scale if self.loss == "gaussian" else first + more.cumsum(-1)], -1)
         if labels is None:
-            return None, logits
+            return None, self._in_units(logits)
         check_targets(self, labels, (*hidden.shape[:2], self.n_channels))
-        return self._loss(logits, labels.float(), mask, cu_seqlens), logits
+        loss = self._loss(logits, self.scale(labels.float()), mask, cu_seqlens)
+        return loss, self._in_units(logits)
+
+    def _in_units(self, logits: Tensor) -> Tensor:
+        """Parameters of the distributions of values in their units, from those of `scale`."""
+        if (numbers := self.scale.numbers) is None:
+            return logits
+        mean, std = (number[:, None] for number in numbers)
+        if self.loss == "gaussian":
+            return torch.cat([logits[..., :1] * std + mean, logits[..., 1:] * std], -1)
+        return logits * std + mean
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         length = labels.shape[1]

@@ -24,6 +24,13 @@ from mambaseq.tasks.task import LengthWarmup
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
 
+# arguments that the data say of themselves where the configuration leaves them out: type and help
+OFFERED: dict[str, tuple[Any, str]] = {
+    "n_outputs": (int | None, "numbers that a target is; left out, what the data say, or the default of the part"),
+    "channel_mean": (list[float] | None, "of each channel, in its units; left out, what the data say"),
+    "channel_std": (list[float] | None, "of each channel, in its units; left out, what the data say"),
+}
+
 
 @dataclasses.dataclass
 class LoaderConfig:
@@ -155,9 +162,24 @@ class RunConfig:
                         f"{part} or dataset."
                     )
                 spec[part][argument] = known[argument]
+            self._fill_in(spec[part], part, data)
         if "mixers" in model:
             spec["mixers"] = {name: dict(options) for name, options in model["mixers"].items()}
         return spec
+
+    def _fill_in(self, options: dict[str, Any], part: str, data: SequenceData) -> None:
+        """Give a part what the data say of `OFFERED`. Raises ConfigError where nobody says what it needs."""
+        parameters = inspect.signature(self.classes[part]).parameters
+        for argument in sorted(OFFERED.keys() & parameters.keys()):
+            value = options.pop(argument, None)
+            said = getattr(data, argument) if value is None else value
+            if said is not None:
+                options[argument] = [float(one) for one in said] if isinstance(said, Sequence) else int(said)
+            elif parameters[argument].default is inspect.Parameter.empty:
+                raise ConfigError(
+                    f"The {part} {shown(options['name'])} needs {argument}, which the dataset "
+                    f"{shown(self.settings['data']['name'])} does not have. Set model.{part}.{argument}."
+                )
 
     def _data_as_set(self) -> str:
         """The dataset's settings that are not its defaults, in words: what it has may depend on them."""

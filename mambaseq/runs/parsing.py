@@ -25,7 +25,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
-from mambaseq.runs.config import PROVIDED, SECTIONS, RunConfig, arguments_of
+from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig, arguments_of
 from mambaseq.runs.help import OF_CLASSES, keys_text
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
@@ -175,9 +175,12 @@ def make_parser(
         classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
         told = f"the {part} (`mambaseq list {part}s`)"
         parser.add_argument(f"--model.{part}.name", type=str, default=names[part], help=told)
-        skip = PROVIDED & arguments_of(classes[part])
+        skip = (PROVIDED | OFFERED.keys()) & arguments_of(classes[part])
         if skip != arguments_of(classes[part]):
             _add_plain(parser, classes[part], f"model.{part}", skip)
+        for name in OFFERED.keys() & skip:
+            accepted, told = OFFERED[name]
+            parser.add_argument(f"--model.{part}.{name}", type=accepted, default=None, help=told)
     for name in mixers or []:
         kind = registries["mixers"].get(name)
         skip = PROVIDED & arguments_of(kind)
@@ -403,6 +406,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         except TypeError as error:
             given = ", ".join(f"{section}.{key} {shown(value)}" for key, value in settings[section].items())
             raise ConfigError(f"A value under {section} is of another kind than it must be: {given}.") from error
+    catalog()["optimizers"].get(settings["optimizer"]["name"], "optimizer.name")
     for name in settings["metrics"]:
         catalog()["metrics"].get(name, "metrics")
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)

@@ -125,6 +125,7 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
 FIXED = {
     "finetune.init_from": "a run takes the weights that it begins with before its first step",
     "optimizer.name": "what one optimizer has gathered of the gradients is nothing to the other",
+    "optimizer.options": "what the optimizer has gathered was by them",
     "lora.rank": "its adapters are part of the model",
     "lora.alpha": "its adapters are part of the model",
     "lora.targets": "its adapters are part of the model",
@@ -203,7 +204,8 @@ class Resumption(lightning.Callback):
         for parameter, state in optimizer.state.items():
             missing: list[list[str]] = [sorted(needed - state.keys()) for needed in _STATES]
             least = min(missing, key=len)
-            if state and least:  # a weight that was frozen has none
+            ours = self.optimizer.name in ("adamw", "muon")
+            if ours and state and least:  # a weight that was frozen has none
                 raise UserError(
                     f"The checkpoint {self.folder.last} lacks an optimizer's {cut_list(least)} for "
                     f"{tuple(parameter.shape)} weights. It was changed; use another one."

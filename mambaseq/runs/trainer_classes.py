@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jsonargparse
 from jsonargparse.typing import register_type
 
+from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.plain import parse_yaml
 from mambaseq.registry import import_allowed, is_allowed
@@ -146,13 +147,21 @@ def _public(key: str) -> dict[str, str]:
     return found
 
 
+def _registered(key: str) -> list[str]:
+    """The names that domains have registered for a key."""
+    return [entry.name for entry in catalog()[key]] if key == "callbacks" else []
+
+
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _resolve(key: str, path: str, where: str) -> Any:
-    """The class of a short name, of its path in Lightning, or of an import path that is allowed."""
+    """The class of a short name, of its path in Lightning, of a registered name, or of an import path that is
+    allowed."""
+    if path in _registered(key):
+        return catalog()[key].get(path, where)
     public = _public(key)
     module, _, name = path.replace(":", ".").rpartition(".")
     if name in public:
@@ -162,9 +171,12 @@ def _resolve(key: str, path: str, where: str) -> Any:
             return kind
     if not module or not is_allowed(module):
         remedy = f" If you trust the package: --allow-import {module.partition('.')[0]}" if module else ""
+        ours = _registered(key)
+        nor = ", nor registered" if ours else ""
         raise ConfigError(
-            f"{where}: {shown(path, 200)} is not one of Lightning's classes for it, and nothing is imported because a "
-            f"file names it.{did_you_mean(name[:80], public)} Known: {cut_list(sorted(public), most=40)}.{remedy}"
+            f"{where}: {shown(path, 200)} is not one of Lightning's classes for it{nor}, "
+            f"and nothing is imported because a file names it.{did_you_mean(name[:80], [*public, *ours])} Known: "
+            f"{cut_list([*ours, *sorted(public)], most=40)}.{remedy}"
         )
     wanted = KEYS[key].wanted
     for index, base in enumerate(wanted):

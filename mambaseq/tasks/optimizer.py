@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, shown
+from mambaseq.specs import check_options
 
 # dynamics are never pulled towards zero: decay of A_log, B, D or dt would change the memory that was learned
 NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
@@ -31,7 +33,9 @@ class OptimizerConfig:
     """The optimizer and its schedule.
 
     Args:
-        name: adamw, or muon: Muon for the matrices of the backbone's linear maps, AdamW for all else.
+        name: adamw, muon (Muon for the matrices of the backbone's linear maps, AdamW for all else), or another one of
+            `mambaseq list optimizers`.
+        options: arguments of such another one by their names, beside lr.
         lr: peak learning rate.
         weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the state-space dynamics
             (A_log, D, dt_bias, ...) have none.
@@ -46,7 +50,8 @@ class OptimizerConfig:
         min_lr_ratio: learning rate at the last step, as a share of lr.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = "adamw"
+    options: dict[str, bool | int | float | str | list[float] | None] = dataclasses.field(default_factory=dict)
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -233,13 +238,22 @@ def make_optimizer(
             f"trainer.max_steps or trainer.max_epochs, or optimizer.schedule to constant."
         )
     muon = config.name == "muon"
+    if capturable and config.name != "adamw":
+        raise ConfigError(
+            f"optimizer.name is {shown(config.name)}, whose step cannot be captured in a CUDA graph. Use 'adamw'."
+        )
+    if config.options and config.name in ("adamw", "muon"):
+        raise ConfigError(
+            f"optimizer.options are those of optimizers beside adamw and muon, and optimizer.name is {config.name}. "
+            f"Leave them away: what these two take are keys of optimizer itself (beta1, eps, momentum, ...)."
+        )
     groups = parameter_groups(model, config.weight_decay, muon=muon, factors=factors, frozen=frozen)
     betas = (config.beta1, config.beta2)
     optimizer: torch.optim.Optimizer
     if muon:
-        if capturable:
-            raise ConfigError("optimizer.name is 'muon', whose step cannot be captured in a CUDA graph. Use 'adamw'.")
         optimizer = MuonAdamW(groups, config.lr, betas, config.eps, config.momentum)
+    elif config.name != "adamw":
+        optimizer = _registered(config, groups)
     else:
         optimizer = torch.optim.AdamW(
             groups,
@@ -251,6 +265,21 @@ def make_optimizer(
         )
         optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
     return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
+
+
+def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """An optimizer of a domain. Raises ConfigError for options that it does not take, and where it cannot be made."""
+    kind = catalog()["optimizers"].get(config.name, "optimizer.name")
+    check_options("optimizer", config.name, kind, {"lr": config.lr, **config.options}, given=1)
+    # those without a weight would be an error to some
+    groups = [group for group in groups if group["params"]]
+    try:
+        return kind(groups, lr=config.lr, **config.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"The optimizer {shown(config.name)} cannot be made ({' '.join(str(error).split())[:300].rstrip('.')}). "
+            f"Change optimizer.lr or optimizer.options."
+        ) from error
 
 
 def reapply(optimizer: torch.optim.Optimizer, schedule: Schedule) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mambaseq.encoders import SignalEncoder
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Head, pool
 from mambaseq.heads.classification import ClassificationHead, MultilabelHead
@@ -185,6 +186,9 @@ def test_options_of_several_labels_by_hand() -> None:
         (ForecastHead, {"loss": "quantile", "quantiles": [0.5, 0.5]}, r"model\.head\.quantiles must ascend"),
         (ForecastHead, {"loss": "quantile", "quantiles": []}, r"model\.head\.quantiles must ascend"),
         (ForecastHead, {"min_scale": 0.0}, "min_scale must be positive"),
+        (ForecastHead, {"channel_mean": [0.0] * 4}, "one number for each of 4 channels"),
+        (ForecastHead, {"channel_mean": [0.0] * 3, "channel_std": [1.0] * 3}, "one number for each of 4 channels"),
+        (ForecastHead, {"channel_mean": [0.0] * 4, "channel_std": [1.0, 1.0, 0.0, 1.0]}, "all of channel_std above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(head: Any, options: dict[str, Any], message: str) -> None:
@@ -227,6 +231,30 @@ def test_a_forecast_weighs_every_target_alike(options: dict[str, Any]) -> None:
 def test_too_many_targets_are_told_by_what_mends_it(head: Head, targets: torch.Tensor, remedy: str) -> None:
     with pytest.raises(ConfigError, match=remedy):
         head(torch.randn(2, 5, 6), targets)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "quantile", "quantiles": [0.2, 0.5, 0.9]}])
+def test_channels_of_any_size_are_told_in_their_units(options: dict[str, Any]) -> None:
+    """As without units on (value - mean) / std; what is told is in units. A dtype does not round the numbers."""
+    mean, std = torch.tensor([1000.0, -3.0]), torch.tensor([50.0, 0.01])
+    plain = ForecastHead(4, 2, horizon=2, **options)
+    scaled = ForecastHead(4, 2, horizon=2, channel_mean=mean.tolist(), channel_std=std.tolist(), **options)
+    assert scaled.state_dict().keys() == plain.state_dict().keys()
+    scaled.load_state_dict(plain.state_dict())
+    hidden, small = torch.randn(2, 5, 4), torch.randn(2, 5, 2)
+    small[0, 1, 0] = float("nan")
+    loss, logits = scaled(hidden, small * std + mean)
+    expected, told = plain(hidden, small)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    found, wanted = scaled.distribution(logits), plain.distribution(told)
+    torch.testing.assert_close(found.point(), wanted.point() * std + mean)
+    torch.testing.assert_close(found.crps(mean.expand(2, 5, 2)), wanted.crps(torch.zeros(2, 5, 2)) * std)
+    numbers = scaled.bfloat16().scale.numbers
+    assert numbers is not None
+    assert torch.equal(numbers[1], std)
+    encoder = SignalEncoder(4, 2, channel_mean=mean.tolist(), channel_std=std.tolist())
+    expected = encoder.linear(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(encoder(mean + torch.tensor([1, -2]) * std), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_forecasts_name_their_numbers() -> None:

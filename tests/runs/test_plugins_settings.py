@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TinyTokens
+from tiny import TinyTokens, TinyValues
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
+from mambaseq.heads.regression import RegressionHead
 from mambaseq.metrics import Metric
 from mambaseq.metrics.likelihood import Perplexity
 from mambaseq.runs.config import metric_labels
@@ -38,6 +39,15 @@ class InFolder(TinyTokens):
         super().setup()
 
 
+class Three(TinyValues):
+    n_outputs = 3
+
+
+class Needing(RegressionHead):
+    def __init__(self, d_model: int, n_outputs: int) -> None:
+        super().__init__(d_model, n_outputs)
+
+
 class Mine(Perplexity):
     pass
 
@@ -50,6 +60,26 @@ def test_metrics_keep_their_names() -> None:
         "c.d:Mine": "c.d:Mine",
     }
     assert issubclass(Mine, Metric)
+
+
+def test_the_data_say_how_many_outputs_there_are(tmp_path: Path) -> None:
+    """Unless the configuration does; a run's own configuration leaves it to the data again."""
+    config = tmp_path / "run.yaml"
+
+    def outputs(data: str, head: str, *more: str) -> Any:
+        config.write_text(f'data: {{name: "{HERE}:{data}"}}\nmodel: {{d_model: 8, head: {{name: "{head}"}}}}\n')
+        settings = parse_config(str(config), list(more))
+        config.write_text(settings.yaml)
+        again, spec = parse_config(str(config), []), settings.model_spec(settings.make_data())
+        assert again.model_spec(again.make_data()) == spec
+        return spec["head"].get("n_outputs")
+
+    for head in ("regression", "token_regression", f"{HERE}:Needing"):
+        assert outputs("Three", head) == 3
+        assert outputs("Three", head, "--model.head.n_outputs=2") == 2
+    assert outputs("TinyValues", "regression") is None  # its own default
+    with pytest.raises(ConfigError, match=r"needs n_outputs, which the dataset .* Set model\.head\.n_outputs"):
+        outputs("TinyValues", f"{HERE}:Needing")
 
 
 @pytest.mark.parametrize(

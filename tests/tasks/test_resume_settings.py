@@ -110,6 +110,7 @@ CHANGED = {
 
 REFUSED = {
     "optimizer.name": "muon",
+    "optimizer.options": '{"beta": 0.5}',
     "finetune.init_from": "first",
     "finetune.lr_of": '{"backbone": 0.5}',
     "lora.rank": 2,
