@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench test-matrix clean
+.PHONY: demo test lint bench docs test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mambaseq demo --out runs/demo
@@ -19,6 +19,11 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pip install -q -e '.[eval]'
 	$(BIN)/python benchmarks/cpu.py
+
+# the documentation's site, into site/
+docs: $(VENV)/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the oldest dependencies on the oldest Python, the newest on the newest
 test-matrix:
@@ -39,4 +44,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from pages import blocks, run_cell
 
 from mambaseq import causal_lm
 from mambaseq.checkpoints import load_upstream
@@ -26,10 +28,6 @@ BRIEFLY = {
 NOT_HERE = ("make ", "git ", "cd ", "pip ", "python3 -m venv ", ". .venv/", "python benchmarks/")
 
 
-def blocks(path: Path) -> list[tuple[str, str]]:
-    return re.findall(r"^```(sh|python)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 def published(folder: Path) -> None:
     """A folder like those of state-spaces/mamba-*, of a small random model."""
     folder.mkdir()
@@ -44,17 +42,17 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     published(tmp_path / "mamba-130m")
     names: dict = {}
     ran = 0
-    for language, text in blocks(ROOT / "README.md"):
+    for language, text, line in blocks(ROOT / "README.md"):
         if language == "python":
-            exec(compile(text, "README.md", "exec"), names)
+            run_cell(text, ROOT / "README.md", line, names)
             ran += 1
             continue
-        for line in text.replace("\\\n", " ").splitlines():
-            command = shlex.split(line, comments=True)
-            if not command or line.startswith(NOT_HERE):
+        for written in text.replace("\\\n", " ").splitlines():
+            command = shlex.split(written, comments=True)
+            if not command or written.startswith(NOT_HERE):
                 continue
-            assert command[0] == "mambaseq", f"README.md has a command that no test runs: {line}"
-            assert main(command[1:] + BRIEFLY.get(command[1], [])) == 0, line
+            assert command[0] == "mambaseq", f"README.md has a command that no test runs: {written}"
+            assert main(command[1:] + BRIEFLY.get(command[1], [])) == 0, written
             ran += 1
     assert ran >= 8
     first, second = load_upstream("mamba-130m").state_dict(), load_upstream("mine").state_dict()
@@ -67,3 +65,24 @@ def test_readme_pictures_and_links_exist() -> None:
         path = ROOT / name
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_pages_of_the_documentation_are_in_its_menu_and_name_what_exists() -> None:
+    """`make docs` builds them; here, without its packages: pages, links and the names of the reference."""
+    menu = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    docs = ROOT / "docs"
+    made = re.findall(r'": f?"([\w/{}.]+\.md)"', (docs / "site.py").read_text(encoding="utf-8"))
+    written = {str(path.relative_to(docs)) for path in docs.rglob("*.md")}
+    assert len(made) >= 4
+    assert written <= menu
+    elsewhere = {name for name in menu - written if not name.startswith(("domains/", "examples/"))}
+    assert elsewhere <= set(made)
+    names = 0
+    for page in docs.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE):
+            assert pkgutil.resolve_name(name) is not None, f"{page.name} names {name}"
+            names += 1
+    assert names > 50

@@ -109,7 +109,9 @@ def lti_scan(
         x: `(batch, length, channels)`, float64, float32, bfloat16 or float16. Float64 is computed in float64,
             all others in float32.
         dt: `(channels,)`, the step sizes.
-        A, B, C: `(channels, d_state)`, real or complex; B and C may be complex only if A is.
+        A: `(channels, d_state)`, real or complex.
+        B: `(channels, d_state)`; it may be complex only if A is.
+        C: the same.
         D: `(channels,)`, the skip connection.
         z: the gate, the shape of x.
         initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;

@@ -52,9 +52,10 @@ def selective_scan(
             all others accumulate in float32.
         dt: step sizes, the shape of x.
         A: `(channels, d_state)`, real or complex; the decay of each state.
-        B, C: `(batch, length, d_state)`; or `(batch, length, groups, d_state)`, each group serving
-            `channels / groups` neighbouring channels; or `(channels, d_state)`, constant in time. They may be
+        B: `(batch, length, d_state)`; or `(batch, length, groups, d_state)`, each group serving
+            `channels / groups` neighbouring channels; or `(channels, d_state)`, constant in time. It may be
             complex if A is.
+        C: the same.
         D: `(channels,)`, the skip connection.
         z: the gate, the shape of x.
         dt_bias: `(channels,)`, added to dt before the softplus.

@@ -55,7 +55,8 @@ def ssd(
             alone, round what they multiply to it and keep sums and states in float32.
         dt: step sizes `(batch, length, heads)`.
         A: `(heads,)`; the decay, as a rule negative.
-        B, C: `(batch, length, groups, d_state)`; each group serves `heads / groups` neighbouring heads.
+        B: `(batch, length, groups, d_state)`; each group serves `heads / groups` neighbouring heads.
+        C: the same.
         D: `(heads,)`, the skip connection.
         dt_bias: `(heads,)`, added to dt before the softplus.
         initial_state: `(batch, heads, head_dim, d_state)`, or `(sequences, ...)` with `cu_seqlens`; zeros if None.

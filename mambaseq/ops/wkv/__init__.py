@@ -39,8 +39,9 @@ def wkv(
               / (sum_{i<t} exp(-(t-1-i) w + k_i)     + exp(u + k_t))
 
     Args:
-        k, v: `(batch, length, channels)`, float64, float32, bfloat16 or float16; any size of k is safe. Float64 is
-            computed in float64, all others in float32.
+        k: `(batch, length, channels)`, float64, float32, bfloat16 or float16; any size is safe. Float64 is computed in
+            float64, all others in float32.
+        v: what is averaged, as k.
         w: `(channels,)`, not negative: how fast the past is forgotten.
         u: `(channels,)`, the bonus of the present.
         initial_state: `(batch, 3, channels)`, or `(sequences, 3, channels)` with `cu_seqlens`: numerator and
