@@ -83,7 +83,7 @@ def continue_values(
                         f"The model reads {prompt.shape[2]} channels and tells {values.shape[-1]} values, so that "
                         f"they cannot be read again. Train a head that tells all channels."
                     )
-                out.append(values[:, None].float())
+                out.append(values[:, None].to(torch.float32, copy=True))  # the next step may overwrite the logits
                 bar.update()
                 if i + 1 < steps:
                     logits = decoder.step(values)

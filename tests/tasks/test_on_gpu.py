@@ -79,8 +79,8 @@ def test_every_head_learns_the_same_as_on_a_cpu(encoder: tuple, head: tuple) -> 
             )
             outcome.loss.backward()
             found[device] = [
-                outcome.loss.detach().cpu(),
-                *(p.grad.cpu() for p in model.parameters() if p.grad is not None),
+                outcome.loss.detach().cpu().clone(),
+                *(p.grad.cpu().clone() for p in model.parameters() if p.grad is not None),
             ]
         assert len(found["cpu"]) == len(found["cuda"]) > 1
         for here, there in zip(*found.values(), strict=True):

@@ -214,7 +214,8 @@ def _backward(
         dx = dxz @ m.in_proj
         dA, dA_imag = found.dA, None
         if a.A_imag is not None:  # through A = -exp(A_log) + i A_imag
-            dA, dA_imag = -torch.exp(a.A_log.float()) * dA.real, dA.imag.to(a.A_imag.dtype)
+            dA, imaginary = -torch.exp(a.A_log.float()) * dA.real, dA.imag
+            dA_imag = torch.empty_like(a.A_imag).copy_(imaginary)  # side by side, as a compiler is told
         gradients = (
             dx.view(a.x.shape),
             weight_gradient(dxz, hidden, a.in_proj),
