@@ -222,3 +222,28 @@ def test_lti_compiles(
     for files, macros in seen:
         source = "".join(path.read_text() for path in files)
         assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000
+
+
+def test_sequences_that_are_cut_and_those_that_are_not() -> None:
+    whole = segments.cut(3, 100, 112, 112, None, False)
+    assert (whole.is_cut, whole.pieces, whole.total, whole.arguments()) == (
+        False,
+        1,
+        3,
+        (*[None] * 5, 100, 112, 112, 1),
+    )
+    some = segments.cut(2, 100, 16, 48, None, False)
+    assert (some.is_cut, some.pieces, some.total) == (True, 3, 6)
+    packed = segments.cut(2, 100, 48, 48, torch.tensor([0, 10, 100]), False)
+    assert packed.is_cut
+    assert packed.table is not None
+    assert packed.table.length.tolist() == [10, 48, 42, 0]
+
+
+def test_states_of_packed_sequences_of_no_length_are_kept() -> None:
+    system, state, bounds = torch.ones(3, 2), torch.randn(4, 3, 2), torch.tensor([0, 1, 1, 2, 5])
+    assert segments.room_for_states(system, 4, None, state).shape == state.shape
+    kept = segments.room_for_states(system, 4, bounds, state)
+    assert torch.equal(kept, state)
+    assert kept.data_ptr() != state.data_ptr()
+    assert not segments.room_for_states(system, 4, bounds, None).any()

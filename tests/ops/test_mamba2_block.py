@@ -111,7 +111,7 @@ def test_gradients_share_no_memory() -> None:
     with torch.no_grad():
         matrices = mamba2_block._matrices(a)
         out, _, _, *kept = mamba2_block._forward(a, matrices, True)
-        found = mamba2_block._backward(torch.ones_like(out), None, None, a, matrices, *kept)
+        found = mamba2_block._backward(a, matrices, torch.ones_like(out), None, None, *kept)
     places = [gradient.untyped_storage().data_ptr() for gradient in found if gradient is not None]
     assert len(places) == len(set(places))
 

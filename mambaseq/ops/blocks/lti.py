@@ -11,16 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import sequences
-from mambaseq.ops.blocks.operator import Block, linear, register, vector, weight_gradient
+from mambaseq.ops.blocks.parts import (
+    Block,
+    block_operator,
+    convolution,
+    linear,
+    vector,
+    weight_gradient,
+    why_not_cuda,
+    why_not_sizes,
+)
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.lti import launches as scan
-from mambaseq.ops.selective_scan.cuda import why_not_on
-from mambaseq.ops.selective_scan.launches import CODES, Rows
+from mambaseq.ops.selective_scan.launches import Rows
 
-_ARGUMENTS = (
+_SCHEMA = (
     "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor decay, Tensor B, Tensor C, "
     "Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, Tensor? cu_seqlens, "
     "bool wants_state"
@@ -56,44 +63,14 @@ class LtiBlockArguments(NamedTuple):
 
 def why_not(arguments: LtiBlockArguments) -> str | None:
     """The reason why the block cannot run as one, or None."""
-    x = arguments.x
-    if not x.is_cuda:
-        return f"the kernels run on CUDA, x is on {x.device}"
-    if (reason := portable.why_not("cuda") or why_not_on(x.device)) is not None:
+    if (reason := why_not_cuda(arguments.x) or why_not_sizes(arguments)) is not None:
         return reason
-    if x.dtype not in CODES:
-        return f"x is {x.dtype}"
-    if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
-        return f"x is {tuple(x.shape)}"
-    if arguments.decay.shape[1] > scan.STATES:
-        return f"there are more than {scan.STATES} states a channel"
-    if arguments.conv.shape[-1] > conv.WIDEST:
-        return f"the filter is wider than {conv.WIDEST}"
-    for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128):
-            return f"{name} is {value.dtype}, the kernels compute in float32"
-    return None
-
-
-def lti_block(arguments: LtiBlockArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's output `(batch, length, d_model)` in the dtype of x and, if wanted, what `MambaState` holds after the
-    last position; all carry gradients. Matrices are used in the dtype of x, all else in float32.
-
-    Raises:
-        ValueError: the block cannot run as one (see `why_not`), or cu_seqlens does not fit.
-    """
-    if (reason := why_not(arguments)) is not None:
-        raise ValueError(f"lti_block: cannot run these arguments: {reason}")
-    if arguments.cu_seqlens is not None:
-        sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
-    return _run(arguments)
+    return f"there are more than {scan.STATES} states a channel" if arguments.decay.shape[1] > scan.STATES else None
 
 
 def _conv_arguments(a: LtiBlockArguments, xz: Tensor) -> ConvArguments:
     batch, length, d_inner = a.sizes
-    x = xz.view(batch, length, -1)[..., :d_inner]
-    weight = a.conv.view(d_inner, -1)
-    return ConvArguments(x, weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state)
+    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])
 
 
 def _scan_inputs(a: LtiBlockArguments, xz: Tensor, u: Tensor) -> scan.Inputs:
@@ -140,11 +117,11 @@ def _forward(a: LtiBlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ..
 
 
 def _backward(
+    a: LtiBlockArguments,
+    m: _Matrices,
     dout: Tensor,
     dconv: Tensor | None,
     dssm: Tensor | None,
-    a: LtiBlockArguments,
-    m: _Matrices,
     xz: Tensor,
     entering: Tensor,
 ) -> tuple[Tensor | None, ...]:
@@ -199,6 +176,6 @@ def _fake(a: LtiBlockArguments, keep: bool) -> tuple[Tensor, ...]:
     )
 
 
-_run = register(
-    Block("lti_block", LtiBlockArguments, _ARGUMENTS, _DIFFERENTIABLE, 2, _matrices, _forward, _backward, _fake)
+lti_block = block_operator(
+    Block("lti_block", LtiBlockArguments, _SCHEMA, _DIFFERENTIABLE, 2, _matrices, _forward, _backward, _fake, why_not)
 )

@@ -11,15 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import sequences
-from mambaseq.ops.blocks.operator import Block, linear, register, vector, weight_gradient
+from mambaseq.ops.blocks.parts import (
+    Block,
+    block_operator,
+    convolution,
+    linear,
+    vector,
+    weight_gradient,
+    why_not_cuda,
+    why_not_sizes,
+)
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.selective_scan import launches as scan
-from mambaseq.ops.selective_scan.cuda import too_large_for, why_not_on
+from mambaseq.ops.selective_scan.cuda import too_large_for
 
-_ARGUMENTS = (
+_SCHEMA = (
     "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
     "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
     "Tensor? A_imag, Tensor? cu_seqlens, bool wants_state"
@@ -62,45 +70,16 @@ class BlockArguments(NamedTuple):
 def why_not(arguments: BlockArguments) -> str | None:
     """The reason why the block cannot run as one, or None."""
     x = arguments.x
-    if not x.is_cuda:
-        return f"the kernels run on CUDA, x is on {x.device}"
-    if (reason := portable.why_not("cuda") or why_not_on(x.device)) is not None:
+    if (reason := why_not_cuda(x) or why_not_sizes(arguments)) is not None:
         return reason
-    if x.dtype not in scan.CODES:
-        return f"x is {x.dtype}"
-    if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
-        return f"x is {tuple(x.shape)}"
     if arguments.A_log.shape[1] > scan.STATES:
         return f"there are more than {scan.STATES} states a channel"
-    if (reason := too_large_for(x.device, x.dtype, scan.STATES, True, arguments.A_imag is not None)) is not None:
-        return reason
-    if arguments.conv.shape[-1] > conv.WIDEST:
-        return f"the filter is wider than {conv.WIDEST}"
-    for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128):
-            return f"{name} is {value.dtype}, the kernels compute in float32"
-    return None
-
-
-def mamba_block(arguments: BlockArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's output `(batch, length, d_model)` in the dtype of x and, if wanted, what `MambaState` holds after the
-    last position; all carry gradients. Matrices are used in the dtype of x, all else in float32.
-
-    Raises:
-        ValueError: the block cannot run as one (see `why_not`), or cu_seqlens does not fit.
-    """
-    if (reason := why_not(arguments)) is not None:
-        raise ValueError(f"mamba_block: cannot run these arguments: {reason}")
-    if arguments.cu_seqlens is not None:
-        sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
-    return _run(arguments)
+    return too_large_for(x.device, x.dtype, scan.STATES, True, arguments.A_imag is not None)
 
 
 def _conv_arguments(a: BlockArguments, xz: Tensor) -> ConvArguments:
     batch, length, d_inner = a.sizes
-    x = xz.view(batch, length, -1)[..., :d_inner]
-    weight = a.conv.view(d_inner, -1)
-    return ConvArguments(x, weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state)
+    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])
 
 
 def _A(a: BlockArguments) -> Tensor:
@@ -177,11 +156,11 @@ def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
 
 
 def _backward(
+    a: BlockArguments,
+    m: _Matrices,
     dout: Tensor,
     dconv: Tensor | None,
     dssm: Tensor | None,
-    a: BlockArguments,
-    m: _Matrices,
     xz: Tensor,
     products: Tensor,
     kept: Tensor,
@@ -255,6 +234,6 @@ def _fake(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
     )
 
 
-_run = register(
-    Block("mamba_block", BlockArguments, _ARGUMENTS, _DIFFERENTIABLE, 3, _matrices, _forward, _backward, _fake)
+mamba_block = block_operator(
+    Block("mamba_block", BlockArguments, _SCHEMA, _DIFFERENTIABLE, 3, _matrices, _forward, _backward, _fake, why_not)
 )

@@ -11,8 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.ops import sequences
-from mambaseq.ops.blocks.operator import Block, linear, register, weight_gradient
+from mambaseq.ops.blocks.parts import (
+    Block,
+    block_operator,
+    convolution,
+    linear,
+    weight_gradient,
+    why_not_sizes,
+)
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.gpu import portable
@@ -21,13 +27,12 @@ from mambaseq.ops.norm.arguments import GatedNormArguments
 from mambaseq.ops.ssd import gpu as dual
 from mambaseq.ops.ssd.arguments import SsdArguments
 
-_ARGUMENTS = (
+_SCHEMA = (
     "Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, "
     "Tensor D, Tensor norm, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
     "Tensor? cu_seqlens, int n_groups, float eps, bool norm_before_gate, bool wants_state"
 )
 _DIFFERENTIABLE = 13  # of them, the first
-_PLAIN = 4  # of them, the last
 _ALIGNED = 16
 
 
@@ -78,30 +83,11 @@ def why_not(arguments: Mamba2BlockArguments) -> str | None:
         return reason
     if x.dtype not in dual.DTYPES:
         return f"x is {x.dtype}, the kernels multiply matrices of bfloat16 or float16"
-    if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
-        return f"x is {tuple(x.shape)}"
+    if (reason := why_not_sizes(arguments)) is not None:
+        return reason
     if arguments.head_dim > dual.MOST_HEAD_DIM or arguments.d_state > dual.MOST_STATES:
         return f"heads are {arguments.head_dim} wide and have {arguments.d_state} states"
-    if arguments.conv.shape[-1] > conv.WIDEST:
-        return f"the filter is wider than {conv.WIDEST}"
-    for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor) and value.dtype == torch.float64:
-            return f"{name} is float64, the kernels compute in float32"
     return norm.why_not_gated(GatedNormArguments(x, x, arguments.norm, group_size=_group(arguments)))
-
-
-def mamba2_block(arguments: Mamba2BlockArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's output `(batch, length, d_model)` in the dtype of x and, if wanted, what `Mamba2State` holds after
-    the last position; all carry gradients. Matrices are used in the dtype of x, all else in float32.
-
-    Raises:
-        ValueError: the block cannot run as one (see `why_not`), or cu_seqlens does not fit.
-    """
-    if (reason := why_not(arguments)) is not None:
-        raise ValueError(f"mamba2_block: cannot run these arguments: {reason}")
-    if arguments.cu_seqlens is not None:
-        sequences.check(arguments.cu_seqlens, *arguments.x.shape[:2])
-    return _run(arguments)
 
 
 def _group(a: Mamba2BlockArguments) -> int:
@@ -138,10 +124,7 @@ def _heads(a: Mamba2BlockArguments, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _conv_arguments(a: Mamba2BlockArguments, product: Tensor) -> ConvArguments:
-    weight = a.conv.view(a.conv.shape[0], -1)
-    return ConvArguments(
-        _split(a, product)[1], weight, a.conv_bias, "silu", a.conv_state, a.cu_seqlens, False, a.wants_state
-    )
+    return convolution(a, _split(a, product)[1])
 
 
 def _dual_arguments(a: Mamba2BlockArguments, product: Tensor, xBC: Tensor) -> SsdArguments:
@@ -183,11 +166,11 @@ def _forward(a: Mamba2BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor,
 
 
 def _backward(
+    a: Mamba2BlockArguments,
+    m: _Matrices,
     dout: Tensor,
     dconv: Tensor | None,
     dssm: Tensor | None,
-    a: Mamba2BlockArguments,
-    m: _Matrices,
     product: Tensor,
     y: Tensor,
 ) -> tuple[Tensor | None, ...]:
@@ -249,17 +232,17 @@ def _fake(a: Mamba2BlockArguments, keep: bool) -> tuple[Tensor, ...]:
     )
 
 
-_run = register(
+mamba2_block = block_operator(
     Block(
         "mamba2_block",
         Mamba2BlockArguments,
-        _ARGUMENTS,
+        _SCHEMA,
         _DIFFERENTIABLE,
         2,
         _matrices,
         _forward,
         _backward,
         _fake,
-        _PLAIN,
+        why_not,
     )
 )

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.causal_conv.library import conv_operator
 from mambaseq.ops.cpu import blocking, threads
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 
@@ -72,7 +72,7 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     )
 
 
-def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
+def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor | None]:
     kernels = _kernels()
     x, inputs = arguments.x, _prepare(arguments, kernels)
     y = torch.empty(x.shape, dtype=torch.float32)
@@ -84,10 +84,10 @@ def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
         return lambda first, end: kernels.forward(first, end, inputs, *outputs, out)
 
     threads.share(len(inputs.cuts) - 1, make_worker, serial=x.numel() < _LITTLE_WORK)
-    return y.to(x.dtype), final.transpose(1, 2).contiguous()
+    return y.to(x.dtype), final.transpose(1, 2).contiguous() if arguments.wants_final_state else None
 
 
-def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> library.Gradients:
+def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     kernels = _kernels()
     x, weight, bias, state = arguments.x, arguments.weight, arguments.bias, arguments.initial_state
     inputs = _prepare(arguments, kernels)
@@ -116,4 +116,4 @@ def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> li
     )
 
 
-run = library.register("causal_conv_cpu", _forward, _backward, "cpu")
+run = conv_operator("causal_conv_cpu", _forward, _backward, "cpu")

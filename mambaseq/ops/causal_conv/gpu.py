@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambaseq.ops.causal_conv import library
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.causal_conv.library import conv_operator
 from mambaseq.ops.gpu import portable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -259,4 +259,4 @@ def _steps(batch: int, length: int, blocks: int, programs: int) -> int:
     return max(_LEAST_STEPS, min(1 << wanted.bit_length() >> 1, 1 << max(0, longest - 1).bit_length()))
 
 
-run = library.register("causal_conv_triton", forward_into, backward_into)
+run = conv_operator("causal_conv_triton", forward_into, backward_into)

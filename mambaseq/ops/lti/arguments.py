@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.ops import sequences
 from mambaseq.ops.dtypes import working_dtype
 
 
@@ -36,6 +37,38 @@ class LtiArguments(NamedTuple):
     @property
     def state_dtype(self) -> torch.dtype:
         return working_dtype(self.x, self.log_decay)
+
+
+class System(NamedTuple):
+    """What the operators of `lti_scan` receive: B, C and the state `(sequences, channels, d_state)` have the dtype of
+    decay, which is Abar, real or complex."""
+
+    x: Tensor
+    decay: Tensor
+    B: Tensor
+    C: Tensor
+    initial_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    reverse: bool = False
+    D: Tensor | None = None
+    z: Tensor | None = None
+
+    @property
+    def n_sequences(self) -> int:
+        return sequences.count(self.x, self.cu_seqlens)
+
+
+def system_of(arguments: LtiArguments, decay: Tensor | None = None) -> System:
+    """The arguments, the system and its states in the dtype of those. decay: exp of log_decay, where that is known
+    already; log_decay is then not read."""
+    wide = arguments.state_dtype
+    x, log_decay, B, C, state, cu_seqlens, reverse, _, D, z = arguments
+    decay = torch.exp(log_decay.to(wide)) if decay is None else decay
+    state = None if state is None else state.to(wide)
+    return System(x, decay, B.to(wide), C.to(wide), state, cu_seqlens, reverse, D, z)
+
+
+SCHEMA = "Tensor x, Tensor decay, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
 
 
 def samples(device: torch.device) -> Iterator[tuple[str, LtiArguments]]:

@@ -13,12 +13,11 @@ from torch import Tensor
 from mambaseq.ops.cpu import blocking, threads
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.lti import scan
-from mambaseq.ops.lti.arguments import LtiArguments
+from mambaseq.ops.lti.arguments import SCHEMA, LtiArguments, System, system_of
+from mambaseq.ops.operators import Operator, register
 
 # Updates of a state below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
-_ARGUMENTS = "Tensor x, Tensor decay, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool reverse"
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def why_not(arguments: LtiArguments) -> str | None:
@@ -32,11 +31,8 @@ def why_not(arguments: LtiArguments) -> str | None:
 
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y and the final state in float32 or complex64."""
-    x, log_decay, B, C, state, cu_seqlens, reverse = arguments[:7]
-    wide = arguments.state_dtype
-    decay = torch.exp(log_decay.to(wide))
-    state = None if state is None else state.to(wide)
-    y, final = _forward_op(x.float(), decay, B.to(wide), C.to(wide), state, cu_seqlens, reverse)
+    system = system_of(arguments)
+    y, final = _run(system._replace(x=system.x.float()))
     return y, final
 
 
@@ -64,27 +60,19 @@ def _signs(decay: Tensor) -> Tensor:
     return torch.tensor([2.0, -2.0] if decay.is_complex() else [1.0, 0.0], dtype=torch.float32)
 
 
-def _prepare(
-    kernels: ModuleType,
-    x: Tensor,
-    decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[blocking.Blocks, Any]:
+def _prepare(kernels: ModuleType, system: System) -> tuple[blocking.Blocks, Any]:
     """The blocks of channels and the kernels' `Inputs`."""
+    x, decay, B, C, state, cu_seqlens, reverse, *_ = system
     batch, length, channels = x.shape
     blocks = blocking.of_channels(channels, 1, kernels.WIDTH)
     bounds = blocking.bounds_of(cu_seqlens, batch, length)
-    system = torch.cat([_parts(decay), _parts(B), _parts(C) * _signs(decay)], dim=-1)
+    matrices = torch.cat([_parts(decay), _parts(B), _parts(C) * _signs(decay)], dim=-1)
     inputs = kernels.Inputs(
         blocking.tasks_of(blocks, bounds),
         bounds,
         reverse,
         *rows_of(x),
-        flat(blocks.spread(system).permute(0, 2, 3, 1)),
+        flat(blocks.spread(matrices).permute(0, 2, 3, 1)),
         flat(None if state is None else _parts(state)),
         state is not None,
         channels,
@@ -93,9 +81,9 @@ def _prepare(
     return blocks, inputs
 
 
-def _forward(x: Tensor, decay: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
-    kernels = _kernels()
-    _, inputs = _prepare(kernels, x, decay, *values)
+def _forward(system: System) -> tuple[Tensor, Tensor]:
+    kernels, x, decay = _kernels(), system.x, system.decay
+    _, inputs = _prepare(kernels, system)
     y = torch.empty(x.shape, dtype=torch.float32)
     final = torch.empty(len(inputs.bounds) - 1, *decay.shape, 2, dtype=torch.float32)
     outputs = y.view(-1).numpy(), final.view(-1).numpy()
@@ -109,10 +97,10 @@ def _forward(x: Tensor, decay: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     return y, _joined(final, decay.is_complex())
 
 
-def _backward(dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, *values: Any) -> tuple[Tensor, ...]:
-    kernels = _kernels()
+def _backward(given: System, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    kernels, x, decay = _kernels(), given.x, given.decay
     width, chunk = kernels.WIDTH, kernels.CHUNK
-    blocks, inputs = _prepare(kernels, x, decay, *values)
+    blocks, inputs = _prepare(kernels, given)
     d_state, n_tasks, complex_ = inputs.d_state, len(inputs.tasks), decay.is_complex()
     gradients = kernels.Gradients(
         x=torch.empty(x.shape, dtype=torch.float32),
@@ -120,7 +108,7 @@ def _backward(dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, *values: Any
         initial=torch.empty(len(inputs.bounds) - 1, *decay.shape, 2, dtype=torch.float32),
     )
     outputs = kernels.Gradients(*(value.view(-1).numpy() for value in gradients))
-    given = *rows_of(dy), flat(_parts(dfinal))
+    cotangents = *rows_of(dy), flat(_parts(dfinal))
     longest = int(np.diff(inputs.bounds).max(initial=0))
 
     def make_worker() -> Any:
@@ -131,7 +119,7 @@ def _backward(dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, *values: Any
             history=scratch((chunk + 1) * 2 * width),
             dstate=scratch(d_state * 8 * width),
         )
-        return lambda first, end: kernels.backward(first, end, inputs, *given, outputs, working)
+        return lambda first, end: kernels.backward(first, end, inputs, *cotangents, outputs, working)
 
     threads.share(n_tasks, make_worker, serial=x.numel() * d_state < _LITTLE_WORK)
 
@@ -143,51 +131,24 @@ def _backward(dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, *values: Any
         _joined(ddecay, complex_),
         _joined(dB, complex_),
         _joined(dC * _signs(decay), complex_),
-        _joined(gradients.initial, complex_) if inputs.has_initial else dy.new_empty(0),
+        _joined(gradients.initial, complex_),
     )
 
 
-_forward_op = torch.library.custom_op(
-    "mambaseq::lti_scan_cpu",
-    _forward,
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+def _fake(s: System) -> tuple[Tensor, Tensor]:
+    return s.x.new_empty(s.x.shape), s.decay.new_empty((s.n_sequences, *s.decay.shape))
+
+
+_run = register(
+    Operator(
+        "lti_scan_cpu",
+        System,
+        SCHEMA,
+        ("x", "decay", "B", "C", "initial_state"),
+        _forward,
+        _backward,
+        _fake,
+        zeros=True,
+        device_types="cpu",
+    )
 )
-_backward_op = torch.library.custom_op(
-    "mambaseq::lti_scan_cpu_backward",
-    _backward,
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> {_GRADIENTS}",
-)
-
-
-@_forward_op.register_fake
-def _(
-    x: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Any, cu_seqlens: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    n_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), decay.new_empty((n_sequences, *decay.shape))
-
-
-@_backward_op.register_fake
-def _(
-    dy: Tensor, dfinal: Tensor, x: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
-    dstate = dy.new_empty(0) if state is None else dfinal.new_empty(dfinal.shape)
-    return *(value.new_empty(value.shape) for value in (x, decay, B, C)), dstate
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    x, decay, B, C, state, cu_seqlens = ctx.saved_tensors
-    *found, dstate = _backward_op(dy, dfinal, x, decay, B, C, state, cu_seqlens, ctx.reverse)
-    return *found, None if state is None else dstate, None, None
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_setup_context)

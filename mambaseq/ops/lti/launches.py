@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,24 +164,6 @@ def _kernel(file: str, inputs: Inputs, *rows: Rows, gated: bool = True, from_end
     )
 
 
-class Cut(NamedTuple):
-    """How sequences are cut: tables of segments where they are packed, else three numbers."""
-
-    table: segments.Segments | None
-    whole: int
-    steps: int
-    pieces: int  # of a sequence
-    total: int  # of all sequences
-
-    @property
-    def is_cut(self) -> bool:
-        return self.table is not None or self.pieces > 1
-
-    def arguments(self) -> tuple[Any, ...]:
-        tables = (None,) * 5 if self.table is None else self.table[:5]
-        return (*tables, self.whole, self.steps, self.steps, self.pieces)
-
-
 def steps_of(n_sequences: int, length: int, blocks: int, places: int, packed: bool) -> int:
     """Steps of a segment. blocks: of channels. places: thread blocks that the GPU takes side by side."""
     if packed:  # a sequence takes at least one segment, however short
@@ -211,15 +193,11 @@ def n_kept(n_sequences: int, length: int, a: Tensor, packed: bool, device: torch
     return count if packed or count > n_sequences else 0
 
 
-def cut(inputs: Inputs) -> Cut:
+def _cut(inputs: Inputs) -> segments.Cut:
     """The same forward and backward: what entered each segment is kept."""
     n_sequences, length, packed = inputs.n_sequences, inputs.length, inputs.cu_seqlens is not None
     steps = _steps(n_sequences, length, *inputs.a.shape, inputs.a.is_complex(), packed, inputs.a.device.index)
-    count = segments.n_segments(n_sequences, length, steps, steps, packed)
-    table = None
-    if inputs.cu_seqlens is not None:
-        table = segments.of_packed(inputs.cu_seqlens, length, steps, inputs.reverse)
-    return Cut(table, length, steps, count // n_sequences if n_sequences else 0, count)
+    return segments.cut(n_sequences, length, steps, steps, inputs.cu_seqlens, inputs.reverse)
 
 
 def _numbers(value: Tensor | None) -> Tensor | None:
@@ -231,21 +209,13 @@ def _go(inputs: Inputs) -> int:
     return -1 if inputs.reverse else 1
 
 
-def _grid(file: str, inputs: Inputs, here: Cut, gated: bool = True) -> int:
+def _grid(file: str, inputs: Inputs, here: segments.Cut, gated: bool = True) -> int:
     has_z = gated and inputs.z is not None
     shape = _shape(file, inputs.a.is_complex(), inputs.d_state, inputs.x.data.element_size(), has_z)
     return here.total * -(-inputs.channels // shape.channels)
 
 
-def _left_over(inputs: Inputs, state: Tensor | None) -> Tensor:
-    """Where a kernel writes states; what it leaves there is that of sequences of length 0, which keep theirs."""
-    shape = (inputs.n_sequences, inputs.channels, inputs.d_state)
-    if inputs.cu_seqlens is None and inputs.length:
-        return inputs.a.new_empty(shape)
-    return inputs.a.new_zeros(shape) if state is None else state.clone()
-
-
-def _across(inputs: Inputs, here: Cut, local: Tensor, gain: Tensor, first: Tensor | None, go: int) -> Tensor:
+def _across(inputs: Inputs, here: segments.Cut, local: Tensor, gain: Tensor, first: Tensor | None, go: int) -> Tensor:
     """What enters every segment `(segments, channels, d_state)`."""
     entering = torch.empty_like(local)
     table = here.table
@@ -268,9 +238,9 @@ def _across(inputs: Inputs, here: Cut, local: Tensor, gain: Tensor, first: Tenso
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y `(rows, channels)` of the dtype of x, the final state, and what entered each segment (empty where nothing is
     cut)."""
-    here = cut(inputs)
+    here = _cut(inputs)
     y = torch.empty(inputs.batch * inputs.length, inputs.channels, dtype=inputs.x.data.dtype, device=inputs.a.device)
-    final = _left_over(inputs, inputs.state)
+    final = segments.room_for_states(inputs.a, inputs.n_sequences, inputs.cu_seqlens, inputs.state)
     entering, kept = inputs.state, inputs.a.new_empty(0)
     sizes = (_go(inputs), inputs.channels, inputs.d_state)
     if here.is_cut:
@@ -307,7 +277,7 @@ def backward(
 ) -> Gradients:
     """The gradients. kept: what `forward` returned. dfinal: contiguous, or None for zeros. into: where dz and y, made
     once more, are written, rows of numbers that lie beside each other."""
-    here = cut(inputs)
+    here = _cut(inputs)
     dtype, rows = inputs.x.data.dtype, inputs.batch * inputs.length
     sizes = (_go(inputs), inputs.channels, inputs.d_state)
     z = (None, 0) if inputs.z is None else inputs.z
@@ -323,7 +293,7 @@ def backward(
     dz, gated = into or (None if inputs.z is None else torch.empty_like(dx), None)
     da, db, dc = (inputs.a.new_empty(here.total, *inputs.a.shape) for _ in range(3))
     dD = None if inputs.D is None else inputs.D.new_empty(here.total, inputs.channels)
-    dinitial = _left_over(inputs, dfinal)
+    dinitial = segments.room_for_states(inputs.a, inputs.n_sequences, inputs.cu_seqlens, dfinal)
     arguments = (
         *inputs.x,
         *z,

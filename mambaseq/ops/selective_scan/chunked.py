@@ -16,8 +16,8 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.recurrence import linear_scan_
-from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
+from mambaseq.ops.selective_scan.library import scan_operator, wanted
 
 # States held at once, in elements: large enough to keep a GPU busy, small beside its memory.
 _ELEMENTS_OF_CHUNK = 2**24
@@ -71,7 +71,7 @@ def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return y, final.clone(memory_format=torch.contiguous_format)
 
 
-def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradients:
+def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     arguments = _forward_in_time(given)
     packing, initial = _packing(arguments), _initial_state(arguments)
     x, _, A, B, C, D, z, dt_bias, dt_softplus, *_ = arguments
@@ -144,8 +144,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradi
         dB, dC = (dM if dM.ndim == 2 else dM.flip(1) for dM in (dB, dC))
         dinitial = dinitial if packing is None else dinitial.flip(0)
     found = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial)
-    wanted = (*given[:8], given.initial_state)
-    return tuple(_like(gradient, value) for gradient, value in zip(found, wanted, strict=True))
+    return tuple(_like(gradient, value) for gradient, value in zip(found, wanted(given), strict=True))
 
 
 def _forward_in_time(arguments: ScanArguments) -> ScanArguments:
@@ -272,4 +271,4 @@ def _like(gradient: Tensor | None, value: Tensor | None) -> Tensor | None:
     return gradient.to(value.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-run = library.register("selective_scan_torch", _forward, _backward)
+run = scan_operator("selective_scan_torch", _forward, _backward)

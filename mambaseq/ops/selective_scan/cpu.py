@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mambaseq.ops.cpu import blocking, threads
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
-from mambaseq.ops.selective_scan import library
 from mambaseq.ops.selective_scan.arguments import ScanArguments
+from mambaseq.ops.selective_scan.library import scan_operator, wanted
 
 # Updates of a state below which starting threads costs more than it saves.
 _LITTLE_WORK = 2**16
@@ -61,7 +61,7 @@ def _forward(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final
 
 
-def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.Gradients:
+def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     kernels = _kernels()
     width, chunk = kernels.WIDTH, kernels.CHUNK
     x, A, B, C = arguments.x, arguments.A, arguments.B, arguments.C
@@ -102,10 +102,9 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> library.G
     dD, dbias = (blocks.gather(value.view(-1, n_blocks, width).sum(0)) for value in (gradients.D, gradients.bias))
     dB, dC = (_sum_of_blocks(value, M) for value, M in ((gradients.B, B), (gradients.C, C)))
     found = (gradients.x, gradients.dt, dA, dB, dC, dD, gradients.z, dbias, gradients.initial)
-    wanted = (*arguments[:8], arguments.initial_state)
     return tuple(
         None if value is None else gradient.to(value.dtype).contiguous()
-        for gradient, value in zip(found, wanted, strict=True)
+        for gradient, value in zip(found, wanted(arguments), strict=True)
     )
 
 
@@ -166,4 +165,4 @@ def _is_little(x: Tensor, inputs: Any) -> bool:
     return x.numel() * inputs.n_states < _LITTLE_WORK
 
 
-run = library.register("selective_scan_cpu", _forward, _backward, device_types="cpu")
+run = scan_operator("selective_scan_cpu", _forward, _backward, "cpu")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops.gpu import nvrtc, portable
-from mambaseq.ops.selective_scan import launches, library
+from mambaseq.ops.selective_scan import launches
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.selective_scan.launches import CHANNELS, CODES, STATES, Inputs, Rows
+from mambaseq.ops.selective_scan.library import scan_operator, wanted
 
 
 def why_not(arguments: ScanArguments) -> str | None:
@@ -184,17 +185,16 @@ def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tens
     return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept
 
 
-def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept: Tensor) -> library.Gradients:
+def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept: Tensor) -> tuple[Tensor | None, ...]:
     with portable.on(arguments.x):
         inputs = prepare(arguments)
         dstate = None if dfinal is None else dfinal.resolve_conj().contiguous()
         found = launches.backward(inputs, as_rows(dy, inputs.x.data.dtype), dstate, kept)
     dB, dC = (_of_own_groups(g, M) for g, M in ((found.dB, arguments.B), (found.dC, arguments.C)))
     gradients = (found.dx, found.ddt, found.dA, dB, dC, found.dD, found.dz, found.dbias, found.dinitial)
-    wanted = (*arguments[:8], arguments.initial_state)
     return tuple(
         None if value is None or gradient is None else _as_value(gradient, value)
-        for gradient, value in zip(gradients, wanted, strict=True)
+        for gradient, value in zip(gradients, wanted(arguments), strict=True)
     )
 
 
@@ -213,4 +213,4 @@ def _of_own_groups(gradient: Tensor, M: Tensor) -> Tensor:
     return gradient.float().unflatten(1, (own, -1)).sum(2).contiguous()
 
 
-_op = library.register("selective_scan_cuda", _forward, _backward, "cuda", _shape_kept)
+_op = scan_operator("selective_scan_cuda", _forward, _backward, "cuda", _shape_kept)

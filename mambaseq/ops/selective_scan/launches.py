@@ -296,36 +296,13 @@ def shape_kept(n_sequences: int, length: int, packed: bool, channels: int, numbe
     return segments.n_checkpoints(n_sequences, length, packed), channels, padded(numbers)
 
 
-class _Cut(NamedTuple):
-    """How sequences are cut: tables of segments where they are packed, else four numbers."""
-
-    table: segments.Segments | None
-    whole: int
-    first: int
-    steps: int
-    pieces: int  # of a sequence
-    total: int  # of all sequences
-
-    @property
-    def is_cut(self) -> bool:
-        return self.table is not None or self.pieces > 1
-
-    def arguments(self) -> tuple[Any, ...]:
-        tables = (None,) * 5 if self.table is None else self.table[:5]
-        return (*tables, self.whole, self.first, self.steps, self.pieces)
-
-
-def _cut(inputs: Inputs, leads: bool) -> _Cut:
+def _cut(inputs: Inputs, leads: bool) -> segments.Cut:
     n_sequences, length = inputs.n_sequences, inputs.length
     packed = inputs.cu_seqlens is not None
     available = processors(inputs.A.device.index)
     wide = padded(inputs.numbers) == 32
     first, steps = segments.steps_of(n_sequences, length, inputs.blocks, available, packed, leads, wide)
-    count = segments.n_segments(n_sequences, length, first, steps, packed)
-    table = None
-    if inputs.cu_seqlens is not None:
-        table = segments.of_packed(inputs.cu_seqlens, length, steps, inputs.reverse)
-    return _Cut(table, length, first, steps, count // n_sequences if n_sequences else 0, count)
+    return segments.cut(n_sequences, length, first, steps, inputs.cu_seqlens, inputs.reverse)
 
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,7 +310,7 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     every 16th step."""
     device = inputs.A.device
     n_sequences, channels = inputs.n_sequences, inputs.channels
-    final = _left_over(inputs, inputs.state)
+    final = segments.room_for_states(inputs.A, n_sequences, inputs.cu_seqlens, inputs.state)
     y = torch.empty(inputs.batch * inputs.length, channels, dtype=inputs.x.data.dtype, device=device)
     packed = inputs.cu_seqlens is not None
     shape = shape_kept(n_sequences, inputs.length, packed, channels, inputs.numbers) if keep else (0,)
@@ -404,7 +381,7 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
         made(count, *inputs.A.shape, dtype=inputs.A.dtype, device=device) if constant else None
         for constant in (inputs.constant_B, inputs.constant_C)
     )
-    dinitial = _left_over(inputs, dstate)
+    dinitial = segments.room_for_states(inputs.A, inputs.n_sequences, inputs.cu_seqlens, dstate)
     kernel_of("backward", inputs, dy)(
         grid,
         *inputs.addresses(),
@@ -452,14 +429,6 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
     return Gradients(dx, ddt, dz, dB, dC, dA, dD, dbias, dinitial)
 
 
-def _left_over(inputs: Inputs, state: Tensor | None) -> Tensor:
-    """Where a kernel writes states; what it leaves there is that of sequences of length 0, which keep theirs."""
-    shape = (inputs.n_sequences, inputs.channels, inputs.d_state)
-    if inputs.cu_seqlens is None:
-        return inputs.A.new_empty(shape)
-    return inputs.A.new_zeros(shape) if state is None else state.clone()
-
-
 def _buffers(inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of `count` segments: what they make of no state, the sums of their step sizes, what enters them."""
     shape = (count, inputs.channels, inputs.d_state)
@@ -468,7 +437,7 @@ def _buffers(inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _combine(
-    inputs: Inputs, cut: _Cut, local: Tensor, sum_dt: Tensor, first: Tensor | None, go: int, to: Tensor
+    inputs: Inputs, cut: segments.Cut, local: Tensor, sum_dt: Tensor, first: Tensor | None, go: int, to: Tensor
 ) -> None:
     tables = (None, None) if cut.table is None else cut.table[5:]
     grid = (inputs.n_sequences, -(-inputs.channels * inputs.d_state // _SUMS))

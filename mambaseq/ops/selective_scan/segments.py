@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,3 +128,39 @@ def of_packed(cu_seqlens: Tensor, length: int, steps: int, reverse: bool) -> Seg
         begin,
         count,
     )
+
+
+class Cut(NamedTuple):
+    """How sequences are cut: tables of segments where they are packed, else four numbers."""
+
+    table: Segments | None
+    whole: int
+    first: int
+    steps: int
+    pieces: int  # of a sequence
+    total: int  # of all sequences
+
+    @property
+    def is_cut(self) -> bool:
+        return self.table is not None or self.pieces > 1
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        tables = (None,) * 5 if self.table is None else self.table[:5]
+        return (*tables, self.whole, self.first, self.steps, self.pieces)
+
+
+def cut(n_sequences: int, length: int, first: int, steps: int, cu_seqlens: Tensor | None, reverse: bool) -> Cut:
+    """Sequences of `length`, or packed into one row of it, cut into segments of `steps`, the first of `first`."""
+    total = n_segments(n_sequences, length, first, steps, cu_seqlens is not None)
+    table = None if cu_seqlens is None else of_packed(cu_seqlens, length, steps, reverse)
+    return Cut(table, length, first, steps, total // n_sequences if n_sequences else 0, total)
+
+
+def room_for_states(like: Tensor, n_sequences: int, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
+    """Where a kernel writes a state `(sequences, channels, d_state)` for each sequence, of the dtype of `like`
+    `(channels, d_state)`. What it leaves there is that of packed sequences of length 0, which keep theirs."""
+    shape = (n_sequences, *like.shape)
+    if cu_seqlens is None:
+        return like.new_empty(shape)
+    return like.new_zeros(shape) if state is None else state.clone()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.gpu import portable
-from mambaseq.ops.ssd import library
+from mambaseq.ops.operators import Operator, register
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -194,7 +194,7 @@ class Into(NamedTuple):
 
 def backward_into(
     arguments: SsdArguments, dy: Tensor, dfinal: Tensor | None, into: Into | None = None
-) -> library.Gradients:
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, dt, A, B, C, D, dt_bias and initial_state, without autograd; None for what is None.
 
     Nothing of the forward is needed. The same inputs give the same bits. Without `into` there is new room.
@@ -325,4 +325,21 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     return joined(y, 3), joined(final, 2) if arguments.wants_final_state else final
 
 
-_run = library.register("ssd_triton", forward_into, backward_into)
+def _fake(a: SsdArguments) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(a.x, memory_format=torch.contiguous_format)
+    shape = (a.n_sequences, *a.x.shape[2:], a.B.shape[3])
+    return y, a.x.new_empty(shape, dtype=torch.float32) if a.wants_final_state else None
+
+
+_run = register(
+    Operator(
+        "ssd_triton",
+        SsdArguments,
+        "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+        "Tensor? initial_state, Tensor? cu_seqlens, bool reverse, bool wants_final_state, int chunk_size",
+        ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"),
+        forward_into,
+        backward_into,
+        _fake,
+    )
+)

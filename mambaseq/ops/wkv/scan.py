@@ -9,13 +9,14 @@ tensors of the shape of k.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.operators import Operator, register
 from mambaseq.ops.recurrence import linear_scan_, tree
 from mambaseq.ops.wkv.arguments import EMPTY, WkvArguments
 
@@ -115,8 +116,7 @@ def _positions(arguments: WkvArguments, rows: _Rows, state: Tensor) -> _Position
     return _Positions(v, keep, enter, m, sums, sums_before, past, present, num / den, den)
 
 
-def _forward(*values: Any) -> tuple[Tensor, Tensor]:
-    arguments = WkvArguments(*values)
+def _forward(arguments: WkvArguments) -> tuple[Tensor, Tensor]:
     state, rows = arguments.state(), _Rows(arguments.cu_seqlens, arguments.k.shape[1])
     if arguments.k.shape[1] == 0:
         return torch.empty_like(arguments.k), state.clone()
@@ -125,8 +125,7 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor]:
     return p.y.to(arguments.k.dtype), torch.cat([sums, m[:, None]], dim=1)
 
 
-def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
-    arguments = WkvArguments(*values)
+def _backward(arguments: WkvArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     state, rows = arguments.state(), _Rows(arguments.cu_seqlens, arguments.k.shape[1])
     dsums = dfinal[:, :2]  # nothing is differentiated through the exponents
     if arguments.k.shape[1] == 0:
@@ -147,49 +146,26 @@ def _backward(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
         dsums = rows.at_first(from_output + p.keep[:, :, None] * total, dsums)
     gradients = [gradient.to(value.dtype) for gradient, value in zip((dk, dv, dw, du), arguments[:4], strict=True)]
     if arguments.initial_state is None:
-        return *gradients, dy.new_empty(0)  # an operator cannot return None
+        return *gradients, None
     dstate = torch.cat([dsums, torch.zeros_like(dsums[:, :1])], dim=1)
     return *gradients, dstate.to(arguments.initial_state.dtype)
 
 
-_ARGUMENTS = "Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state, Tensor? cu_seqlens"
-_forward_op = torch.library.custom_op(
-    "mambaseq::wkv", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+def _fake(a: WkvArguments) -> tuple[Tensor, Tensor]:
+    final = a.k.new_empty((a.n_sequences, 3, a.k.shape[2]), dtype=working_dtype(a.k))
+    return torch.empty_like(a.k, memory_format=torch.contiguous_format), final
+
+
+# y in the dtype of k, and the final state in the working precision
+run = register(
+    Operator(
+        "wkv",
+        WkvArguments,
+        "Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state, Tensor? cu_seqlens",
+        ("k", "v", "w", "u", "initial_state"),
+        _forward,
+        _backward,
+        _fake,
+        zeros=True,
+    )
 )
-_backward_op = torch.library.custom_op(
-    "mambaseq::wkv_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(*values: Any) -> tuple[Tensor, Tensor]:
-    arguments = WkvArguments(*values)
-    k = arguments.k
-    final = k.new_empty((arguments.n_sequences, 3, k.shape[2]), dtype=working_dtype(k))
-    return torch.empty_like(k, memory_format=torch.contiguous_format), final
-
-
-@_backward_op.register_fake
-def _(dy: Tensor, dfinal: Tensor, *values: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0) if value is None else value.new_empty(value.shape) for value in values[:5])
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Any, ...]:
-    *gradients, dstate = _backward_op(dy, dfinal, *ctx.saved_tensors)
-    return *gradients, None if ctx.saved_tensors[4] is None else dstate, None
-
-
-_forward_op.register_autograd(_gradients, setup_context=_remember)
-
-
-def run(arguments: WkvArguments) -> tuple[Tensor, Tensor]:
-    """y in the dtype of k, and the final state in the working precision."""
-    y, final = _forward_op(*arguments)
-    return y, final
