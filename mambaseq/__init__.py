@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mambaseq.generation import generate
     from mambaseq.models import SequenceModel, build_model, causal_lm
     from mambaseq.runs.run import Run, fit, load
+    from mambaseq.runs.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _LAZY = {
     "Run": "mambaseq.runs.run",
     "fit": "mambaseq.runs.run",
     "load": "mambaseq.runs.run",
+    "sweep": "mambaseq.runs.sweep",
     "Domain": "mambaseq.domain",
     "SequenceModel": "mambaseq.models",
     "build_model": "mambaseq.models",
@@ -40,6 +42,7 @@ __all__ = [
     "fit",
     "generate",
     "load",
+    "sweep",
 ]
 
 

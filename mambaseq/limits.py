@@ -85,6 +85,7 @@ STATE = Limit("MAMBASEQ_MAX_STATE", 2_048, "numbers of state a channel, whose ma
 
 WORKERS = Limit("MAMBASEQ_MAX_WORKERS", 256, "processes that load data")
 DEVICES = Limit("MAMBASEQ_MAX_DEVICES", 256, "devices, each with a process of its own")
+TRIALS = Limit("MAMBASEQ_MAX_TRIALS", 10_000, "runs of a sweep")
 BATCH = Limit("MAMBASEQ_MAX_BATCH", 65_536, "windows at once")
 GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "tokens that are generated, those of all samples together")
 SEQUENCES = Limit("MAMBASEQ_MAX_SEQUENCES", 1_000_000, "sequences that are generated")

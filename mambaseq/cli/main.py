@@ -19,6 +19,10 @@ COMMANDS = {
         "mambaseq.cli.fit",
         "train a model: --config NAME_OR_FILE [--out RUN] [--init-from RUN] [--key value ...]; --resume RUN",
     ),
+    "sweep": (
+        "mambaseq.cli.sweep",
+        "train runs of several settings, a grid or a search, by one YAML: SWEEP.yaml [--out FOLDER]",
+    ),
     "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN"),
     "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
     "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambaseq.cli.arguments import Arguments
+
+if TYPE_CHECKING:
+    from mambaseq.reporting.comparison import Runs
 
 
 def run(argv: list[str], command: str) -> int:
@@ -28,12 +31,7 @@ def run(argv: list[str], command: str) -> int:
     found = compare([Path(folder) for folder in arguments.folders])
     if arguments.sort:
         found = ordered(found, arguments.sort, arguments.descending)
-    cells = [[_shown(cell) for cell in row] for row in [found.columns, *found.rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(found.columns))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for message in found.bad:
-        print(f"left out: {message}")
+    print_table(found)
     if arguments.csv:
         write_csv(found, Path(arguments.csv))
     if arguments.picture:
@@ -41,6 +39,16 @@ def run(argv: list[str], command: str) -> int:
         save_png(Path(arguments.picture), figure)
         print("".join(f"{note}\n" for note in notes), end="")
     return 0
+
+
+def print_table(found: Runs) -> None:
+    """Print runs, a row each, and those that cannot be read."""
+    cells = [[_shown(cell) for cell in row] for row in [found.columns, *found.rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(found.columns))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for message in found.bad:
+        print(f"left out: {message}")
 
 
 def _shown(cell: Any) -> str:

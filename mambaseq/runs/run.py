@@ -169,7 +169,7 @@ def as_overrides(config: str, settings: Mapping[str, Any] | None, keys: Mapping[
 
     Raises ConfigError for a word that ends no key of this configuration, or several.
     """
-    written = _flat(settings or {})
+    written = whole_keys(settings or {})
     if keys:
         known = keys_of(config, [_override(key, value) for key, value in written.items()])
         for word, value in keys.items():
@@ -189,13 +189,13 @@ def _last(keys: Iterable[str]) -> list[str]:
     return sorted({key.rpartition(".")[2] for key in keys})
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by whole keys; a mapping that is a setting's value stays one."""
+def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings, nested as in YAML or not, by whole keys; a mapping that is a setting's value stays one."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         whole = f"{prefix}{key}"
         if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
-            found |= _flat(value, f"{whole}.")
+            found |= whole_keys(value, f"{whole}.")
         else:
             found[whole] = value
     return found
