@@ -160,6 +160,18 @@ def test_kernels() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("d_state", [16, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_kernels_of_every_size(head_dim: int, d_state: int, bare: bool) -> None:
+    made = sized("sizes", 2, 200, 4, head_dim, 4, d_state)
+    if bare:  # as retention has it
+        made = made._replace(D=None, dt_bias=None, initial_state=None, dt_softplus=False, wants_final_state=False)
+        made = made._replace(A=-torch.tensor([1, 0.5, 0.25, 0.1]) / 32, dt=torch.ones(()).expand(2, 200, 4))
+    assert_near(lambda: made, torch.bfloat16, PLACE)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, *SIZED])
 @pytest.mark.parametrize("dtype", HALF)
 def test_kernels_on_a_gpu(case: str, dtype: torch.dtype) -> None:

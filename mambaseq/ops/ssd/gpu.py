@@ -22,7 +22,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM, MOST_STATES = 128, 256
 _MOST_PIECES = 16  # that a wider head is cut into
 _LONGEST = 2**30  # row: steps are counted in 32 bits
-_LEAST = 16  # rows and columns of a matrix product
+# Rows and columns of a matrix product. 16 would do, but on Hopper Triton 3.6 compiles 16 beside a wider block wrong:
+# outputs of 16 x 32, gradients of B of 32 x 16; at 64 x 16 it reads out of bounds.
+_LEAST = 32
 _STEPS_HEADS = 16  # of a program
 _LEAST_CHUNKS = 4  # that a program walks over
 _MANY = 2  # times the programs that a walk wants
