@@ -26,7 +26,7 @@ TOLERANCE = 4e-3  # relative RMS of outputs and gradients in bfloat16
 BACKENDS = {backend.name: backend for backend in OPS["ssd"].backends}
 MODELS: tuple[dict[str, Any], ...] = (
     {"mixer": "mamba2"},
-    {"mixer": "mamba2", "cuda_graph": True},
+    {"mixer": "mamba2", "cuda_graph": False},
     {"mixer": "retention"},
     {"mixer": "linear_attention"},
     {},
