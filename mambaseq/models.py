@@ -23,6 +23,7 @@ from mambaseq.heads.distributions import Distribution
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
 from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting
+from mambaseq.trees import register_tree
 
 
 @dataclasses.dataclass
@@ -77,6 +78,9 @@ class ModelOutput:
     def values(self) -> Tensor | None:
         """Of a head that learns values one for each target, of the targets' shape."""
         return self.logits if self.distribution is None else self.distribution.point()
+
+
+register_tree(ModelOutput)
 
 
 class SequenceModel(nn.Module):

@@ -1,14 +1,20 @@
-"""What other people's tools ask of a model: outputs and masks as in transformers, their Trainer, safetensors."""
+"""What others' tools ask of a model: outputs and masks as in transformers, their Trainer, safetensors, export."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.export import Dim, ExportedProgram, export
+from torch.utils import _pytree as tree
 
+from mambaseq.heads.distributions import Gaussian
 from mambaseq.models import ModelOutput, SequenceModel, causal_lm
+from mambaseq.ops import OPS, dispatch, only_reference
+from mambaseq.ops.linear import can_read_few_rows
 
 
 def small(seed: int = 0, **options) -> SequenceModel:
@@ -104,3 +110,84 @@ def test_the_trainer_of_transformers_trains_and_resumes(tmp_path: Path) -> None:
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, saved[name]), name
         assert torch.equal(tensor, once.state_dict()[name]), name
+
+
+def operators(program: ExportedProgram) -> set[str]:
+    """Names of what the graph calls, but for the taking apart of tuples."""
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    return {name for name in names if not name.startswith(("aten.", "<built-in function getitem>"))}
+
+
+def test_states_and_outputs_are_containers_of_tensors() -> None:
+    model, ids = small(pattern=["mamba", "attention"]), torch.randint(0, 13, (2, 5))
+    output = model(ids, return_state=True)
+    leaves, form = tree.tree_flatten(output)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    again = tree.tree_unflatten(leaves, form)
+    assert isinstance(again, ModelOutput)
+    assert again.loss is None
+    assert again.state[1] == output.state[1]
+    assert again.state[1].longest == 5  # belongs to the form
+    assert tree.treespec_loads(tree.treespec_dumps(form)) == form
+    mean = torch.zeros(2, 3)
+    doubled = tree.tree_map(lambda tensor: tensor + 2, Gaussian(mean, mean))
+    assert torch.equal(doubled.scale, mean + 2)
+
+
+def test_a_forward_pass_is_exported() -> None:
+    model, ids = small().eval(), torch.randint(0, 13, (2, 6))
+    # with the kernels of this package, for any batch and length
+    sizes = {"inputs": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    program, more = export(model, (ids,), dynamic_shapes=sizes), torch.randint(0, 13, (3, 40))
+    assert operators(program) == {"mambaseq.causal_conv_cpu.default", "mambaseq.selective_scan_cpu.default"}
+    assert torch.equal(program.module()(more).logits, model(more).logits)
+    # in PyTorch's operators alone; left padding is refused by the graph
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    with only_reference():
+        program = export(model, (ids,), {"attention_mask": mask})
+        expected = model(ids, attention_mask=mask).logits
+    assert not operators(program)
+    assert torch.equal(program.module()(ids, attention_mask=mask).logits, expected)
+    torch.testing.assert_close(expected, model(ids, attention_mask=mask).logits)
+    with pytest.raises(RuntimeError, match="right padding"):
+        program.module()(ids, attention_mask=mask.flip(1))
+
+
+def test_a_decoding_step_is_exported() -> None:
+    model = small(pattern=["mamba", "s4d", "rwkv4"], n_layers=3, mlp=False).eval()
+    ids, batch, saved = torch.randint(0, 13, (3, 7)), Dim("batch"), io.BytesIO()
+    with torch.no_grad(), only_reference():
+        state = model.init_state(2)
+        sizes = {
+            "inputs": {0: batch},
+            "state": [[{0: batch} for _ in one.tensors()] for one in state],
+            "return_state": None,
+        }
+        program = export(model, (ids[:2, :1],), {"state": state, "return_state": True}, dynamic_shapes=sizes)
+    assert not operators(program)
+    program.example_inputs = None  # which are pickled beside the graph, and a loader refuses classes in a pickle
+    torch.export.save(program, saved)
+    saved.seek(0)
+    step = torch.export.load(saved).module()
+    with torch.no_grad():
+        full, given = model(ids).logits, model(ids[:, :5], return_state=True).state
+        state = given
+        for position in (5, 6):
+            output = step(ids[:, position : position + 1], state=state, return_state=True)
+            torch.testing.assert_close(output.logits[:, 0], full[:, position])
+            state = output.state
+    assert [type(one) for one in state] == [type(one) for one in given]
+
+
+def test_the_reference_is_what_every_op_runs() -> None:
+    x, weight = torch.zeros(1, 8), torch.zeros(8, 8)
+    with torch.no_grad(), only_reference():
+        for op in OPS.values():
+            arguments = next(a for _, a in op.samples(torch.device("cpu")) if op.backends[-1].why_not(a) is None)
+            for found, expected in zip(
+                dispatch.run(op, arguments, op.backends[0].name), op.backends[-1].run(arguments), strict=True
+            ):
+                assert torch.equal(found, expected), op.name
+        assert not can_read_few_rows(x, weight)
+    with torch.no_grad():
+        assert can_read_few_rows(x, weight)

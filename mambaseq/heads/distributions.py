@@ -9,9 +9,15 @@ import math
 import torch
 from torch import Tensor
 
+from mambaseq.trees import register_tree
+
 
 class Distribution(abc.ABC):
-    """Of values of one shape, `(..., outputs)`."""
+    """Of values of one shape, `(..., outputs)`: dataclasses of tensors."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_tree(cls)
 
     @abc.abstractmethod
     def point(self) -> Tensor:

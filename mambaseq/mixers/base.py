@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.ops import OPS
+from mambaseq.trees import register_tree
 
 
 @dataclasses.dataclass
@@ -19,8 +20,13 @@ class State:
     """What a mixer remembers of the past: a value of tensors whose first dimension is the sequence.
 
     Saved, copied, forked and resumed like any value; `forward` never changes the one that it was given. A field that
-    is no tensor (a bound on lengths, say) holds for all sequences alike and is handed on as it is.
+    is no tensor (a bound on lengths, say) holds for all sequences alike and is handed on as it is. To `torch.export`
+    it is a container of its tensors (see `register_tree`).
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_tree(cls)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A state whose every tensor is `function(tensor)`."""

@@ -20,7 +20,7 @@ from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
 from mambaseq.ops.decoding.step import causal_conv_update_
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.dtypes import without_autocast, working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.lti.fft import convolution
 
@@ -84,7 +84,7 @@ class ImplicitFilter(nn.Module):
         bands = torch.linspace(1e-4, max(n_bands - 1, 1e-4), n_bands, device=device, dtype=torch.float64)
         angle = 2 * math.pi / self.l_max * lag * bands
         time = lag / (self.l_max - 1)
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device.type):
             h = torch.cat([time, angle.cos(), -angle.sin()], -1).to(dtype)
             for layer in self.layers:
                 h = torch.sin(self.frequency.to(dtype) * layer(h))

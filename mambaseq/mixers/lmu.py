@@ -19,7 +19,7 @@ from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.hippo import constant, keep_constant, transition
 from mambaseq.mixers.lti_layer import check_sizes
 from mambaseq.ops import sequences, state_space_scan
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.dtypes import without_autocast, working_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 
@@ -126,7 +126,7 @@ class LMU(Mixer):
         x, dtype = x[:, 0], state.memory.dtype
         u = self.in_proj(x).to(dtype)[..., None]
         change, B = (constant(self, name).to(dtype) for name in ("Abar_less_one", "Bbar"))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             # (Abar - 1) m, for m's digits where Abar is near 1
             state.memory.add_(state.memory @ change.mT + u * B)
         return self._output(state.memory, x).unsqueeze(1)

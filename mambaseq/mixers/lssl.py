@@ -15,7 +15,7 @@ from mambaseq.mixers.hippo import Measure, constant, keep_constant, transition
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import state_space_scan
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.dtypes import without_autocast, working_dtype
 
 
 class FullSSM(nn.Module):
@@ -84,7 +84,7 @@ class FullSSM(nn.Module):
         """x `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""
         change, B = (value.to(state.dtype) for value in self._system())
         u = x.to(state.dtype)[..., None]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             # (Abar - 1) h, for h's digits where Abar is near 1
             state.add_((change @ state[..., None])[..., 0] + B * u)
             y = (self.C.to(state.dtype) @ state[..., None])[..., 0]

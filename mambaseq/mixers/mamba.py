@@ -80,7 +80,7 @@ class Mamba(Mixer):
         lti_init: the S4D initialisation of A with `lti: true`: lin, inv or legs, or, for a real A, real. None takes lin
             or real.
         lti_complex: a complex A with `lti: true`.
-        backend: what runs the ops; None for the fastest that can (see `mambaseq doctor`).
+        backend: what runs the scan; None for the fastest that can (see `mambaseq doctor`).
     """
 
     def __init__(

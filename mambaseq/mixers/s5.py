@@ -13,7 +13,7 @@ from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
 from mambaseq.ops import state_space_scan
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.dtypes import without_autocast, working_dtype
 
 
 class DiagonalMIMO(nn.Module):
@@ -62,7 +62,7 @@ class DiagonalMIMO(nn.Module):
         change, gain = self._system()
         one = torch.ones_like(change)[:, None]
         # what writes to the states and reads from them is kept in full precision, as they are
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             u = x.to(working_dtype(x))
             h, final = state_space_scan(
                 self._write(u, gain),
@@ -80,7 +80,7 @@ class DiagonalMIMO(nn.Module):
         """x `(batch, channels)`; changes state `(batch, d_state)` in place."""
         change, gain = self._system()
         u = x.to(state.real.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             # (Abar - 1) h, for h's digits where Abar is near 1
             state.add_(change.to(state.dtype) * state + self._write(u, gain))
             return self._read(state, u).to(x.dtype)

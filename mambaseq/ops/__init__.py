@@ -11,6 +11,7 @@ from mambaseq.ops import ssd as _ssd
 from mambaseq.ops import state_space as _state_space
 from mambaseq.ops import wkv as _wkv
 from mambaseq.ops.dispatch import Op
+from mambaseq.ops.eager import only_reference
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -44,6 +45,7 @@ __all__ = [
     "gated_rms_norm",
     "linear_cross_entropy",
     "lti_scan",
+    "only_reference",
     "selective_scan",
     "ssd",
     "state_space_scan",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.errors import shown
+from mambaseq.ops.eager import wants_reference
 
 Result = tuple[Tensor, Tensor]
 
@@ -55,11 +56,13 @@ def never(arguments: Any) -> str | None:
 
 
 def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
-    """Run the named backend, or the fastest that accepts the arguments.
+    """Run the named backend, or the fastest that accepts the arguments; within `only_reference` the reference.
 
     Raises:
         ValueError: there is no backend of that name, or it does not accept these arguments; says why.
     """
+    if wants_reference():
+        backend = "reference"
     for candidate in op.backends:
         if backend is not None and candidate.name != backend:
             continue

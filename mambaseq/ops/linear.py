@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from mambaseq.ops.eager import has_kernels
+
 # rows of x above which a matrix product is faster
 FEW_ROWS = 4
 # weights below which starting threads costs more than it saves
@@ -65,7 +67,7 @@ def can_read_few_rows(x: Tensor, *weights: Tensor | None) -> bool:
         or not x.is_cpu
         or dtype not in (torch.float32, torch.bfloat16)
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or not has_kernels()
         or torch.is_autocast_enabled("cpu")
     ):
         return False
@@ -96,7 +98,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 def _can_run_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        has_kernels()
         and weight.dtype == x.dtype == torch.float32
         and x.is_cpu
         and weight.is_cpu

@@ -12,6 +12,7 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.causal_conv import gpu as conv
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 from mambaseq.ops.selective_scan.cuda import why_not_on
@@ -84,7 +85,10 @@ def why_not_cuda(x: Tensor) -> str | None:
 
 
 def why_not_sizes(arguments: Any) -> str | None:
-    """The reason why no block can run these arguments: the shape of x, the filter's width, float64; or None."""
+    """The reason why no block can run these arguments: the shape of x, the filter's width, float64; or that the
+    reference alone is wanted; or None."""
+    if wants_reference():
+        return "the reference alone is wanted"
     x = arguments.x
     if x.numel() == 0 or x.shape[1] >= conv.LONGEST:
         return f"x is {tuple(x.shape)}"

@@ -17,6 +17,7 @@ from mambaseq.errors import shown
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.decoding import gpu as step_gpu
+from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.lti import Discretization, discretize
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read; they compute in float32
@@ -222,7 +223,7 @@ def _read_out(state: Tensor, C: Tensor, x: Tensor, D: Tensor | None, z: Tensor |
 
 
 def _can_run_kernels(state: Tensor, *values: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not state.is_contiguous() or state.dtype != torch.float32:
+    if not has_kernels() or not state.is_contiguous() or state.dtype != torch.float32:
         return False
     needs_gradient = torch.is_grad_enabled()
     for value in (state, *values):

@@ -12,6 +12,7 @@ from torch import Tensor
 from mambaseq.errors import shown
 from mambaseq.ops import dispatch, sequences
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.lti import arguments as _arguments
 from mambaseq.ops.lti import cpu, cuda, fft, reference, scan
 from mambaseq.ops.lti.arguments import LtiArguments
@@ -140,6 +141,8 @@ def lti_scan(
     if becomes_complex:  # and the output 2 Re of what it should be
         C = C / 2
     arguments = LtiArguments(x, log_decay, B, C, initial_state, cu_seqlens, reverse, mode, D, z)
+    if wants_reference():
+        arguments, backend = arguments._replace(mode=None), "reference"
     if backend is None and (mode is None or cu_seqlens is not None):
         arguments = arguments._replace(mode=_faster_mode(arguments))
     y, final_state = dispatch.run(OP, arguments, backend)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops.dtypes import without_autocast
 from mambaseq.ops.lti.arguments import LtiArguments
 
 
@@ -38,7 +39,7 @@ def why_not(arguments: LtiArguments) -> str | None:
 def run(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
     """y in the working precision, float64 if x is float64 and otherwise float32, and the final state."""
     # Autocast would round the powers of Abar to half precision in the matrix products.
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    with without_autocast(arguments.x.device.type):
         return _convolve(arguments)
 
 

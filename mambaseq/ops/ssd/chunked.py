@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.dtypes import without_autocast, working_dtype
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 # chunks whose states are passed on by one matrix product
@@ -43,7 +43,7 @@ class _Layout(NamedTuple):
 
 def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state."""
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    with without_autocast(arguments.x.device.type):
         return _run(arguments)
 
 

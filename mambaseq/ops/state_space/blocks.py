@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.dtypes import without_autocast
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
 # Steps of a block at the most: a step costs T + 2 d_state multiplications, a block d_state numbers of memory.
@@ -49,7 +50,7 @@ class _Layout(NamedTuple):
 def run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     """y and the final state, in the working precision."""
     # Autocast would round states and powers to half precision in the matrix products.
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    with without_autocast(arguments.x.device.type):
         return _run(arguments)
 
 
