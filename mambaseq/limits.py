@@ -76,6 +76,8 @@ SAMPLES = Limit("MAMBASEQ_MAX_SAMPLES", 2**32, "samples of sound")
 """Of one file, all channels together: 12 hours of stereo at 48 kHz."""
 DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one document")
 
+TABLE_BYTES = Limit("MAMBASEQ_MAX_TABLE_BYTES", 2**28, "bytes of a table")
+
 YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")
 YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases counted each time")
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -138,19 +138,30 @@ def documents(
     Raises DataError that names the file, and line, row or byte; UserError for a document over the limit
     `DOCUMENT_BYTES`, and for a file that unpacks to too much.
     """
+    for where, text, _ in _rows(name, field, encoding, unit, ()):
+        yield where, text
+
+
+_Row = tuple[str, str, dict[str, Any]]
+
+
+def _rows(name: str, field: str, encoding: str, unit: Unit, more: Sequence[str]) -> Iterator[_Row]:
+    """As `documents`, with the values in other columns, `more`. Raises DataError for a file that has none."""
+    if more and is_plain(name):
+        raise DataError(f"{name} is plain text, without a column {shown(more[0])}. Give jsonl or parquet, or a table.")
     try:
         if suffix_of(name) == ".parquet":
-            yield from _parquet(name, field)
+            yield from _parquet(name, field, more)
         elif suffix_of(name) in _JSONL:
             for number, line in enumerate(lines(name, characters(name, encoding)), start=1):
                 if line.strip():
-                    yield f"{name}, line {number}", _field_of_line(name, number, line, field)
+                    yield f"{name}, line {number}", *_fields_of_line(name, number, line, field, more)
         elif unit == "file":
-            yield from ((name, text) for text in whole(name, characters(name, encoding)))
+            yield from ((name, text, {}) for text in whole(name, characters(name, encoding)))
         else:
             cut = paragraphs if unit == "paragraph" else lines
             for number, text in enumerate(cut(name, characters(name, encoding)), start=1):
-                yield f"{name}, {unit} {number}", text
+                yield f"{name}, {unit} {number}", text, {}
     except DataError as error:
         if isinstance(error, Unreadable) or not _is_packed(name):
             raise
@@ -159,7 +170,8 @@ def documents(
         raise
 
 
-def _field_of_line(name: str, number: int, line: str, field: str) -> str:
+def _fields_of_line(name: str, number: int, line: str, field: str, more: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The text of a line of jsonl, and other values in it."""
     if line.startswith("\ufeff"):
         raise DataError(
             f"Line {number} of {name} begins with a mark of the byte order (BOM), which is not JSON. Set encoding to "
@@ -185,6 +197,12 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
             f"Line {number} of {name} has no field {shown(field)}.{_known(field, list(row))} Set field, or correct the "
             f"line."
         )
+    for other in more:
+        if other not in row:
+            raise DataError(
+                f"Line {number} of {name} has no field {shown(other)}.{_known(other, list(row))} Name another column, "
+                f"or correct the line."
+            )
     if not isinstance(row[field], str):
         raise DataError(
             f"Field {shown(field)} in line {number} of {name} is not text but {type(row[field]).__name__}. "
@@ -199,7 +217,7 @@ def _field_of_line(name: str, number: int, line: str, field: str) -> str:
             f"(\\u{ord(text[error.start]):04x}) at character {error.start:,}, which is no text. Correct or "
             f"remove the line."
         ) from error
-    return text
+    return text, {other: row[other] for other in more}
 
 
 def _known(field: str, names: Sequence[str]) -> str:
@@ -207,7 +225,7 @@ def _known(field: str, names: Sequence[str]) -> str:
     return f"{did_you_mean(field, short)} It has: {cut_list(map(repr, short), 8)}."
 
 
-def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
+def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
     import pyarrow.parquet
 
     # pyarrow raises errors of many kinds for a damaged file
@@ -216,14 +234,18 @@ def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
         columns = table.schema_arrow.names
         if field not in columns:
             raise DataError(f"{name} has no column {shown(field)}.{_known(field, columns)} Set field to one of them.")
+        for other in more:
+            if other not in columns:
+                raise DataError(f"{name} has no column {shown(other)}.{_known(other, columns)} Name one of them.")
         # not by columns: asking for one that a damaged index lacks ends the process
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         check_unpacked(sum(sizes), size or sum(sizes), name)
         # a value may be as long as its group, and is given anew for each row that refers to it
         rows = max(_ROWS[0], min(_ROWS[1], _BATCH_BYTES // max([1, *sizes])))
         number = taken = 0
-        for batch in table.iter_batches(batch_size=rows, columns=[field]):
-            for text in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=rows, columns=list(dict.fromkeys([field, *more]))):
+            found = {column: batch.column(column).to_pylist() for column in (field, *more)}
+            for place, text in enumerate(found[field]):
                 number += 1
                 if not isinstance(text, str):
                     raise DataError(
@@ -233,23 +255,24 @@ def _parquet(name: str, field: str) -> Iterator[tuple[str, str]]:
                 taken += len(text)
                 DOCUMENT_BYTES.check(len(text), f"{name}, row {number}")
                 check_unpacked(taken, size or taken, name)
-                yield f"{name}, row {number}", text
+                yield f"{name}, row {number}", text, {other: found[other][place] for other in more}
 
 
 def read_text(
-    path: str | Path, tokenizer: Tokenizer, *, field: str = "text", encoding: str = "utf-8"
+    path: str | Path, tokenizer: Tokenizer, *, field: str = "text", encoding: str = "utf-8", fields: Sequence[str] = ()
 ) -> Iterator[Record]:
     """Records for `predict`: a plain text file is one, named as the file (with the folders that are not the same for
     all, see `mambaseq.data.files.relative_names`); a row of jsonl or parquet is one.
 
-    Raises DataError as `documents` does, and when there is nothing in the files.
+    fields: other columns of jsonl and parquet that go with each record.
+    Raises DataError as `documents` does, and when there is nothing in the files, or no such column.
     """
     files = text_files(str(path))
     for name, short in zip(files, _record_names(files, str(path)), strict=True):
         count = 0
-        for where, text in _texts(name, short, field, encoding):
+        for where, text, more in _texts(name, short, field, encoding, fields):
             count += 1
-            yield Record(name=where, ids=tokenizer.encode(text), source=name)
+            yield Record(name=where, ids=tokenizer.encode(text), source=name, fields=more)
         if not count:
             raise DataError(f"{name} holds no document. Put text into it, or name another file.")
 
@@ -261,9 +284,9 @@ def _record_names(files: Sequence[str], given: str) -> list[str]:
     return [(Path(stem).parent / Path(name).name).as_posix() for stem, name in zip(short, files, strict=True)]
 
 
-def _texts(name: str, short: str, field: str, encoding: str) -> Iterator[tuple[str, str]]:
-    if not is_plain(name):
-        yield from documents(name, field=field, encoding=encoding)
+def _texts(name: str, short: str, field: str, encoding: str, more: Sequence[str]) -> Iterator[_Row]:
+    if more or not is_plain(name):
+        yield from _rows(name, field, encoding, "file", more)
         return
     data = read_bytes(name, encoding)
-    yield short, "".join(decoded(name, data, 0, len(data)))
+    yield short, "".join(decoded(name, data, 0, len(data))), {}

@@ -24,6 +24,16 @@ def run(argv: list[str], command: str) -> int:
         help="what to generate, for conditional models: a name, or several with commas; may be given again",
     )
     parser.add_argument(
+        "--condition-column",
+        metavar="NAME",
+        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table",
+    )
+    parser.add_argument(
+        "--condition-table",
+        metavar="FILE",
+        help="a .csv, .tsv or .jsonl that has the column, and a column record or file that says of which record",
+    )
+    parser.add_argument(
         "--out",
         required=True,
         metavar="FILE",

@@ -45,6 +45,16 @@ def run(argv: list[str], command: str) -> int:
         "--condition", action="append", metavar="NAME", help="what the records are, for conditional models: one name"
     )
     parser.add_argument(
+        "--condition-column",
+        metavar="NAME",
+        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table",
+    )
+    parser.add_argument(
+        "--condition-table",
+        metavar="FILE",
+        help="a .csv, .tsv or .jsonl that has the column, and a column record or file that says of which record",
+    )
+    parser.add_argument(
         "--window",
         type=int,
         help="tokens that are read by themselves; when left out, as in training, and whole records by language models",
@@ -70,6 +80,8 @@ def run(argv: list[str], command: str) -> int:
         layer=arguments.layer,
         reader=arguments.reader,
         condition=arguments.condition,
+        condition_column=arguments.condition_column,
+        condition_table=arguments.condition_table,
         window=arguments.window,
         batch_size=arguments.batch_size,
         device=arguments.device,

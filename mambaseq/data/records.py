@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,9 @@ class Record:
     source: the file that it is in, where a reader was given a folder.
     scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out those that training
         never asks for (N of a genome): a model has learned nothing about them.
+    fields: values of other columns of the row that it is, by their names. A reader of tables takes an option `fields`,
+        the names that are asked for, and gives those.
+    condition: the id of its condition, for conditional models. `predict` and `generate` set it; readers do not.
     """
 
     name: str
@@ -23,6 +28,8 @@ class Record:
     description: str = ""
     scored: np.ndarray | None = None
     source: str = ""
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    condition: int | None = None
 
     def __len__(self) -> int:
         values = self.ids if self.ids is not None else self.signal

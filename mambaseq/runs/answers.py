@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -62,9 +62,9 @@ class Answer(abc.ABC):
     whole: ClassVar[bool] = False
     gathered: ClassVar[int] = 2**20
 
-    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
         self.loaded, self.model = loaded, loaded.model
-        self.condition, self.window = condition, window
+        self.window = window
         self.device = next(self.model.parameters()).device
         encoder, backbone = self.model.encoder, self.model.backbone
         # with the results of one reading
@@ -95,8 +95,10 @@ class Answer(abc.ABC):
         """Spans of one length, `(spans, length)` ids or `(spans, length, channels)`."""
         return torch.stack([self.tensor(record, span.start, span.stop) for record, span in pieces])
 
-    def conditions(self, count: int) -> Tensor | None:
-        return None if self.condition is None else self.condition.expand(count)
+    def conditions(self, pieces: Iterable[tuple[Record, Span]]) -> Tensor | None:
+        """Those of the records, `(spans,)` int64; None for a model that has none."""
+        found = [record.condition for record, _ in pieces]
+        return None if None in found else torch.tensor(found, device=self.device)
 
     def long(self, span: Span) -> bool:
         """Whether a span is read part by part."""
@@ -116,8 +118,8 @@ class Likelihood(Answer):
 
     least = 2
 
-    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
-        super().__init__(loaded, condition, window)
+    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
+        super().__init__(loaded, window)
         self.columns = ["tokens", "bits_per_token"]
 
     def too_short(self, length: int) -> str:
@@ -134,7 +136,7 @@ class Likelihood(Answer):
         labels = torch.stack(
             [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
         )
-        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(len(ids))))
+        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
         nats, counts = self._nats(hidden, labels[:, 1:])
         return [
             self._row(span, total, count)
@@ -148,7 +150,7 @@ class Likelihood(Answer):
             stop = min(start + CHUNK, span.stop - 1)
             ids = self.tensor(record, start, stop + 1)
             labels = self._labels(record, start, stop + 1, ids)
-            x = self.model.encoder(ids[None, :-1], self.conditions(1))
+            x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
             hidden, state = self.model.backbone(x, state=state, return_state=True)
             nats, counts = self._nats(hidden, labels[None, 1:])
             total, count = total + float(nats), count + int(counts)
@@ -184,8 +186,8 @@ class Tokens(Likelihood):
 
     gathered = 2**16
 
-    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
-        super().__init__(loaded, condition, window)
+    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
+        super().__init__(loaded, window)
         self.columns = ["bits"]
 
     def _each(self, first: int, hidden: Tensor, labels: Tensor) -> list[Row] | NotFinite:
@@ -201,7 +203,7 @@ class Tokens(Likelihood):
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
         ids = self.batch(pieces)
-        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(len(ids))))
+        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
         return [
             self._each(span.start + 1, one[None], self._labels(record, span.start, span.stop, row)[None, 1:])
             for (record, span), row, one in zip(pieces, ids, hidden, strict=True)
@@ -212,7 +214,7 @@ class Tokens(Likelihood):
         for start in range(span.start, span.stop - 1, CHUNK):
             stop = min(start + CHUNK, span.stop - 1)
             ids = self.tensor(record, start, stop + 1)
-            x = self.model.encoder(ids[None, :-1], self.conditions(1))
+            x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
             hidden, state = self.model.backbone(x, state=state, return_state=True)
             rows = self._each(start + 1, hidden, self._labels(record, start, stop + 1, ids)[None, 1:])
             if isinstance(rows, NotFinite):
@@ -228,9 +230,9 @@ class PseudoLikelihood(Likelihood):
     least = 1
     _TIMES = 7
 
-    def __init__(self, loaded: LoadedModel, condition: Tensor | None, window: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
         assert loaded.tokenizer is not None
-        super().__init__(loaded, condition, window or loaded.card.length or None)
+        super().__init__(loaded, window or loaded.card.length or None)
         self.mask_id = loaded.tokenizer.vocab_size
 
     def too_short(self, length: int) -> str:
@@ -247,7 +249,7 @@ class PseudoLikelihood(Likelihood):
             hidden[:, first :: self._TIMES] = self.mask_id
             asked = torch.full_like(labels, -100)
             asked[:, first :: self._TIMES] = labels[:, first :: self._TIMES]
-            found = self.model.backbone(self.model.encoder(hidden, self.conditions(len(ids))))
+            found = self.model.backbone(self.model.encoder(hidden, self.conditions(pieces)))
             nats += self._nats(found, asked)[0]
         counts = (labels != -100).sum(1).tolist()
         return [
@@ -266,12 +268,11 @@ class Sequences(Answer):
     def __init__(
         self,
         loaded: LoadedModel,
-        condition: Tensor | None,
         window: int | None,
         classes: list[str] | None,
         several: bool = False,
     ) -> None:
-        super().__init__(loaded, condition, window)
+        super().__init__(loaded, window)
         self.classes, self.several = classes, several
 
     def cells(self, output: Tensor) -> list[list[Value]]:
@@ -292,7 +293,7 @@ class Sequences(Answer):
         return [[names[label], *row] for label, row in zip(best, shares, strict=True)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
+        output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
         output = output.view(len(pieces), -1)
         finite = output.isfinite().all(1).tolist()
         return [
@@ -311,12 +312,11 @@ class Positions(Sequences):
     def __init__(
         self,
         loaded: LoadedModel,
-        condition: Tensor | None,
         window: int | None,
         classes: list[str] | None,
         several: bool = False,
     ) -> None:
-        super().__init__(loaded, condition, window, classes, several)
+        super().__init__(loaded, window, classes, several)
         self.stride = getattr(self.model.head, "stride", 1)
         self.in_parts = self.in_parts and self.stride == 1
         if window is None and not self.in_parts:
@@ -344,7 +344,7 @@ class Positions(Sequences):
         return [Row(start, min(start + self.stride, stop), one) for start, one in zip(starts, cells, strict=True)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        output = self.model(self.batch(pieces), condition=self.conditions(len(pieces))).logits.float().cpu()
+        output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
         return [
             self._rows(span.start, span.stop, one.reshape(len(one), -1))
             for (_, span), one in zip(pieces, output, strict=True)
@@ -355,7 +355,7 @@ class Positions(Sequences):
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
             inputs = self.tensor(record, start, stop)[None]
-            output = self.model(inputs, condition=self.conditions(1), state=state, return_state=True)
+            output = self.model(inputs, condition=self.conditions([(record, span)]), state=state, return_state=True)
             state = output.state
             rows = self._rows(start, stop, output.logits[0].float().cpu().reshape(stop - start, -1))
             if isinstance(rows, NotFinite):
@@ -377,13 +377,13 @@ def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str
     return classes or [str(number) for number in range(count)]
 
 
-def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None, each_token: bool = False) -> Answer:
+def answer_of(loaded: LoadedModel, window: int | None, each_token: bool = False) -> Answer:
     """What comes out of a model. window: tokens that are read at once, where the user wants another number.
     each_token: the likelihood of each token, not of records.
 
     Raises ConfigError, naming model and head, where it cannot be known what the head's numbers mean.
     """
-    found = _answer_of(loaded, condition, window)
+    found = _answer_of(loaded, window)
     if not each_token:
         return found
     if type(found) is not Likelihood:
@@ -391,10 +391,10 @@ def answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None,
             f"The likelihood of each token is for language models, and the model at {loaded.source} is none. Leave "
             f"--what away."
         )
-    return Tokens(loaded, condition, window)
+    return Tokens(loaded, window)
 
 
-def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None) -> Answer:
+def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:
     card, model = loaded.card, loaded.model
     head, task, names = model.head, card.task, list(card.class_names)
     here = f"The model at {loaded.source} (head {shown(card.spec['head']['name'])})"
@@ -406,30 +406,30 @@ def _answer_of(loaded: LoadedModel, condition: Tensor | None, window: int | None
             )
         span = window or card.length or None
         if task == "multilabels":
-            return Sequences(loaded, condition, span, names, several=True)
+            return Sequences(loaded, span, names, several=True)
         values = isinstance(head, RegressionHead) or task == "values"
         classes = not values and (task == "classes" or bool(names) or isinstance(head, ClassificationHead))
-        return Sequences(loaded, condition, span, names if classes else None)
+        return Sequences(loaded, span, names if classes else None)
     if task is None:  # saved by an older version
         next_token = not names and isinstance(head, LMHead) and model.backbone.causal
         task = "labels" if names else "next_token" if next_token else None
     if task in ("labels", "multilabels"):
-        return Positions(loaded, condition, window, names, several=task == "multilabels")
+        return Positions(loaded, window, names, several=task == "multilabels")
     if task == "masked" and loaded.tokenizer is not None:
-        return PseudoLikelihood(loaded, condition, window)
+        return PseudoLikelihood(loaded, window)
     if task == "masked":
         raise ConfigError(
             f"{here} was trained on masked tokens, and its model.json has no tokenizer, whose next id the mask token "
             f"is. Embed records by it instead (--what embeddings), or begin another run with it (--init-from)."
         )
     if task in ("values", "next_values"):
-        return Positions(loaded, condition, window, None)
+        return Positions(loaded, window, None)
     if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):
         if window == 1:
             raise ConfigError(
                 "--window must be at least 2 for a language model, not 1: it predicts from what precedes."
             )
-        return Likelihood(loaded, condition, window)
+        return Likelihood(loaded, window)
     if task == "next_token":
         raise ConfigError(
             f"{here} was trained for the next token, which its encoder {shown(card.spec['encoder']['name'])} or its "

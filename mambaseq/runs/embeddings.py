@@ -28,10 +28,8 @@ class Embeddings(Answer):
 
     gathered = 2**14
 
-    def __init__(
-        self, loaded: LoadedModel, condition: Tensor | None, window: int | None, pool: Pool, layer: int | None
-    ) -> None:
-        super().__init__(loaded, condition, window)
+    def __init__(self, loaded: LoadedModel, window: int | None, pool: Pool, layer: int | None) -> None:
+        super().__init__(loaded, window)
         if pool not in ("mean", "last", "positions"):
             raise ConfigError(f"Embeddings are pooled by mean, last or positions, not by {shown(pool)}.")
         if window is None and not self.in_parts:
@@ -68,9 +66,11 @@ class Embeddings(Answer):
         finally:
             handle.remove()
 
-    def _hidden(self, inputs: Tensor, state: Any = None, return_state: bool = False) -> tuple[Tensor, Any]:
+    def _hidden(
+        self, inputs: Tensor, condition: Tensor | None, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
         """`(batch, positions, d_model)` fp32 of inputs `(batch, length, ...)`, and the states."""
-        x = self.model.encoder(inputs, self.conditions(len(inputs)))
+        x = self.model.encoder(inputs, condition)
         with self._watched() as found:
             options: dict[str, Any] = {"state": state, "return_state": True} if return_state else {}
             output = self.model.backbone(x, **options)
@@ -95,7 +95,7 @@ class Embeddings(Answer):
         return [Row(place, place + 1, row) for place, row in enumerate(rows, start=first)]
 
     def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        hidden, _ = self._hidden(self.batch(pieces))
+        hidden, _ = self._hidden(self.batch(pieces), self.conditions(pieces))
         if self.pool == "mean":
             hidden = hidden.mean(1, keepdim=True)
         elif self.pool == "last":
@@ -107,7 +107,8 @@ class Embeddings(Answer):
         state, total, last = None, torch.zeros((), dtype=torch.float64), None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
-            hidden, state = self._hidden(self.tensor(record, start, stop)[None], state, True)
+            given = self.conditions([(record, span)])
+            hidden, state = self._hidden(self.tensor(record, start, stop)[None], given, state, True)
             if self.pool == "positions":
                 rows = self._made(start, stop, hidden[0])
                 if isinstance(rows, NotFinite):

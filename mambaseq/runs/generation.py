@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.sampling import check_settings
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
+from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import condition_ids, fitting_options, records_of
+from mambaseq.runs.loading import columns_given, fitting_options, records_of
 
 _AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
@@ -71,6 +73,8 @@ def generate_from(
     *,
     prompt: str | None = None,
     condition: str | Sequence[str] | None = None,
+    condition_column: str | None = None,
+    condition_table: str | Path | None = None,
     samples: int = 1,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -85,8 +89,10 @@ def generate_from(
     """Generate; settings that are None are the run's own.
 
     Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
-    Each is what it would be without the others. writer: by which they are to be written; checked first, and must be
-    there if it `writes`.
+    Each is what it would be without the others.
+    condition_column, condition_table: each record under a condition of its own instead; see
+        `mambaseq.runs.conditions.Conditions`.
+    writer: by which they are to be written; checked first, and must be there if it `writes`.
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     check_whole("--samples", samples, 1)
@@ -110,8 +116,8 @@ def generate_from(
         raise ConfigError(
             f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
         )
-    conditions = condition_ids(loaded, condition)
-    prompts = prompt_signals(loaded, str(prompt)) if signal else prompt_ids(loaded, prompt)
+    conditions = Conditions(loaded, condition, condition_column, condition_table)
+    prompts = _signals(loaded, str(prompt), conditions) if signal else _ids(loaded, prompt, conditions)
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:
@@ -119,7 +125,7 @@ def generate_from(
             f"The model at {checkpoint} does not say how much to generate (length and generation in "
             f"its model.json); give --max-new-tokens."
         )
-    _check_amount(len(prompts) * max(len(conditions), 1) * samples, count)
+    _check_amount(sum(len(prompt.conditions) for prompt in prompts) * samples, count)
     settings: dict[str, Any] = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
         "seed": seed,
@@ -132,7 +138,7 @@ def generate_from(
             "stop_ids": () if end is None else (end,),
         }
     with memory_told("--samples or --max-new-tokens"):
-        sequences = _sequences(loaded, prompts, conditions, samples, count, place, settings, progress)
+        sequences = _sequences(loaded, prompts, samples, count, place, settings, progress)
     # what was made up to begin from is not part of the result; a prompt that was given is
     sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
     return Generated(sequences, loaded)
@@ -193,10 +199,19 @@ def _check_amount(sequences: int, new_tokens: int) -> None:
     )
 
 
+class _Prompt(NamedTuple):
+    """What is continued, `(length,)` int64 or `(length, channels)` float32, and under which conditions, [None] for a
+    model that has none."""
+
+    values: np.ndarray
+    conditions: Sequence[int | None]
+
+
 class _Job(NamedTuple):
     """Samples `[first, stop)` of a prompt under a condition.
 
-    place: among all (prompt, condition). earlier: how many samples prompts before it have that are equal to it.
+    place: among all (prompt, condition). earlier: how many samples prompts before it have that are equal to it, under
+    the same condition.
     """
 
     place: int
@@ -209,8 +224,7 @@ class _Job(NamedTuple):
 
 def _sequences(
     loaded: LoadedModel,
-    prompts: list[np.ndarray],
-    conditions: list[int],
+    prompts: list[_Prompt],
     samples: int,
     count: int,
     place: torch.device,
@@ -221,11 +235,11 @@ def _sequences(
     of one length are read together, so that nothing is padded."""
     go_on: Any = generate if loaded.tokenizer is not None else continue_values
     found: dict[tuple[int, int], np.ndarray] = {}
-    batches = list(_batches(prompts, conditions, samples))
+    batches = list(_batches(prompts, samples))
     with tqdm(total=len(batches), unit="batch", disable=not progress or len(batches) == 1) as bar:
         for batch in batches:
             given = None
-            if conditions:
+            if batch[0].condition is not None:
                 given = torch.tensor([job.condition for job in batch], device=place)
             width = batch[0].stop - batch[0].first
             try:
@@ -250,15 +264,16 @@ def _sequences(
     return [found[key] for key in sorted(found)]
 
 
-def _batches(prompts: list[np.ndarray], conditions: list[int], samples: int) -> Iterator[list[_Job]]:
+def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
     """Jobs of one prompt length and one number of samples, not more than `_AT_ONCE` sequences."""
     by_shape: dict[tuple[int, int], list[_Job]] = {}
-    seen: collections.Counter[bytes] = collections.Counter()
-    for number, prompt in enumerate(prompts):
-        earlier = seen[prompt.tobytes()] * samples
-        seen[prompt.tobytes()] += 1
-        for which, condition in enumerate(conditions or [None]):
-            place = number * max(len(conditions), 1) + which
+    seen: collections.Counter[tuple[bytes, int | None]] = collections.Counter()
+    place = -1
+    for prompt, conditions in prompts:
+        for condition in conditions:
+            place += 1
+            earlier = seen[prompt.tobytes(), condition] * samples
+            seen[prompt.tobytes(), condition] += 1
             for first in range(0, samples, _AT_ONCE):
                 stop = min(first + _AT_ONCE, samples)
                 job = _Job(place, prompt, condition, first, stop, earlier)
@@ -277,17 +292,20 @@ def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
     return row[: prompt + int(stops[0]) + 1] if len(stops) else row
 
 
-def _prompt_records(loaded: LoadedModel, reader: str, prompt: str) -> list[Record]:
+def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: Conditions) -> list[Record]:
     """The records of a prompt's file, by the model's reader. Raises ConfigError for none, and for an empty one."""
     found = []
     read = catalog()["readers"].get(reader)
     options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
+    options = {**options, **columns_given(reader, read, conditions.fields)}
     for record in records_of(read, Path(prompt), loaded.tokenizer, options):
         if not len(record):
             raise ConfigError(
                 f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
                 f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
             )
+        if conditions.column is not None:
+            record = dataclasses.replace(record, condition=conditions.of(record, record.source or prompt))
         found.append(record)
         limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
     if not found:
@@ -295,7 +313,12 @@ def _prompt_records(loaded: LoadedModel, reader: str, prompt: str) -> list[Recor
     return found
 
 
-def prompt_signals(loaded: LoadedModel, prompt: str) -> list[np.ndarray]:
+def _under(record: Record, conditions: Conditions) -> Sequence[int | None]:
+    """The conditions of a prompt."""
+    return [record.condition] if conditions.column is not None else conditions.each or [None]
+
+
+def _signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[_Prompt]:
     """`(length, channels)` float32 of every record of a prompt's file. Raises ConfigError for what the model's reader
     does not read as signals of its channels."""
     card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
@@ -304,7 +327,7 @@ def prompt_signals(loaded: LoadedModel, prompt: str) -> list[np.ndarray]:
     if card.reader is None:
         raise ConfigError(f"The model at {loaded.source.parent} names no reader, so that no prompt can be read.")
     found = []
-    for record in _prompt_records(loaded, card.reader, prompt):
+    for record in _prompt_records(loaded, card.reader, prompt, conditions):
         signal = record.signal
         if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
             kind = "ids" if signal is None else f"a signal {signal.shape}"
@@ -312,22 +335,26 @@ def prompt_signals(loaded: LoadedModel, prompt: str) -> list[np.ndarray]:
                 f"The record {shown(record.name, 300)} of {prompt} is {kind}, and the model reads (length, "
                 f"{channels}). Give a file of its channels."
             )
-        found.append(signal.astype(np.float32))
+        found.append(_Prompt(signal.astype(np.float32), _under(record, conditions)))
     return found
 
 
-def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
+def _ids(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> list[_Prompt]:
     """`(length,)` int64 ids of each prompt: of every record when it is a file, else of the text itself."""
     card = loaded.card
-    if prompt is None:
-        return [np.asarray(card.start_ids, dtype=np.int64)]
-    assert loaded.tokenizer is not None
-    if card.reader is not None and _is_file(prompt):
+    if prompt is not None and card.reader is not None and _is_file(prompt):
         found = []
-        for record in _prompt_records(loaded, card.reader, prompt):
+        for record in _prompt_records(loaded, card.reader, prompt, conditions):
             assert record.ids is not None  # of a reader that has a tokenizer
-            found.append(record.ids.astype(np.int64))
+            found.append(_Prompt(record.ids.astype(np.int64), _under(record, conditions)))
         return found
+    if conditions.column is not None:
+        raise ConfigError(
+            "--condition-column is of the records of a file, and --prompt is none. Say on what with --condition."
+        )
+    if prompt is None:
+        return [_Prompt(np.asarray(card.start_ids, dtype=np.int64), conditions.each or [None])]
+    assert loaded.tokenizer is not None
     try:
         ids = loaded.tokenizer.encode(prompt)
     except UserError as error:
@@ -338,7 +365,7 @@ def prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[np.ndarray]:
         raise ConfigError(
             f"--prompt {shown(prompt)} is neither a file nor something this model's tokenizer reads."
         ) from error
-    return [ids.astype(np.int64)]
+    return [_Prompt(ids.astype(np.int64), conditions.each or [None])]
 
 
 def _is_file(prompt: str) -> bool:

@@ -1,87 +1,15 @@
-"""What `predict` and `generate` share: the device, the condition, and readers and writers that fit the model."""
+"""What `predict` and `generate` share: readers and writers that fit the model."""
 
 from __future__ import annotations
 
 import inspect
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, folded, shown, under_key
-
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_LISTED = 12
-
-
-def condition_ids(loaded: LoadedModel, condition: str | Sequence[str] | None) -> list[int]:
-    """Ids of condition names (numbers where the model's conditions have no names).
-
-    condition: one name or several with commas, or a sequence of such. A name that holds commas itself is found before
-        it is taken for several.
-
-    Raises ConfigError for unknown ones, or where one is needed.
-    """
-    count = loaded.card.spec["encoder"].get("n_conditions", 0)
-    names = (loaded.card.condition_names or [str(number) for number in range(count)]) if count else []
-    if len(names) != count:
-        raise ConfigError(
-            f"The model at {loaded.source} has {count} conditions and its description names {len(names)}. Export it "
-            f"again."
-        )
-    if condition is None:
-        if names:
-            raise ConfigError(f"This model is conditional; say on what with --condition: {_listed(names)}.")
-        return []
-    # accents may be typed or stored as characters of their own
-    names = [unicodedata.normalize("NFC", name) for name in names]
-    given = [unicodedata.normalize("NFC", one) for one in ([condition] if isinstance(condition, str) else condition)]
-    return [names.index(name) for one in given for name in _split(one, names)]
-
-
-def _split(given: str, names: list[str]) -> list[str]:
-    """The names in a text with commas, the longest that fits first."""
-    if given in names:
-        return [given]
-    parts, found = given.split(","), []
-    while parts:
-        for end in range(len(parts), 0, -1):
-            if (name := ",".join(parts[:end]).strip()) in names:
-                found.append(name)
-                parts = parts[end:]
-                break
-        else:
-            raise ConfigError(f"No condition is named {shown(parts[0].strip())}.{_near(parts[0].strip(), names)}")
-    return found
-
-
-def _near(given: str, names: list[str]) -> str:
-    """What could be meant: names with all the given words in them (digits may be written as words), else a similar
-    one."""
-    if not names:
-        return " The model is not conditional; leave --condition out."
-    wanted = set(_words(given))
-    fitting = [name for name in names if wanted and wanted <= set(_words(name))]
-    fitting = fitting or [name for name in names if given and given.lower() in name.lower()]
-    if fitting:
-        if len(fitting) == 1:
-            return f" Did you mean {shown(fitting[0])}?"
-        return f" Did you mean one of these: {_listed(fitting)}?"
-    return f"{did_you_mean(given, names)} The model knows: {_listed(names)}."
-
-
-def _words(text: str) -> list[str]:
-    words = re.findall(r"[^\W_]+", folded(text))
-    return [str(_DIGITS.index(word)) if word in _DIGITS else word.lstrip("0") or "0" for word in words]
-
-
-def _listed(names: list[str]) -> str:
-    """Names for a message, not more than a few; in quotes where they hold commas."""
-    return cut_list((shown(name) if "," in name else name for name in names), _LISTED)
+from mambaseq.errors import ConfigError, cut, did_you_mean, shown, under_key
 
 
 def _check_options(kind: str, name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -142,3 +70,18 @@ def records_of(
     its options says where they stand."""
     with under_key("reader_options", options, "model.json", ConfigError):
         yield from read(path, tokenizer, **options)
+
+
+def columns_given(kind: str, read: Callable[..., Any], fields: list[str]) -> dict[str, Any]:
+    """The option by which a reader is asked for columns of what it reads. kind: the reader, for the message.
+
+    Raises ConfigError for a reader that has none.
+    """
+    if not fields:
+        return {}
+    if "fields" not in inspect.signature(read).parameters:
+        raise ConfigError(
+            f"The reader {shown(kind)} reads no columns, so that there is no {shown(fields[0])} (--condition-column). "
+            f"Give a table that has a row for each record: --condition-table FILE.csv, with a column record or file."
+        )
+    return {"fields": fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
+from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
-from mambaseq.runs.loading import condition_ids, fitting_options, records_of
+from mambaseq.runs.loading import columns_given, fitting_options, records_of
 from mambaseq.runs.tables import ENDINGS, Frame, Table, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
@@ -53,6 +55,8 @@ def predict(
     layer: int | None = None,
     reader: str | None = None,
     condition: str | Sequence[str] | None = None,
+    condition_column: str | None = None,
+    condition_table: str | Path | None = None,
     window: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
@@ -63,7 +67,8 @@ def predict(
     out: the file, of the kind that its ending says (`mambaseq.runs.tables`); None returns a table.
     what: "answers" of the head, bits of all "tokens" of a language model, or "embeddings", by pool and layer
         (`mambaseq.runs.embeddings`).
-    condition: name of the one condition that every record is taken under, for conditional models.
+    condition: name of the one condition that every record is taken under, for conditional models; or of each record
+        its own, by condition_column and condition_table: see `mambaseq.runs.conditions.Conditions`.
     window: tokens that are read by themselves; as in training when None (whole records for models of the next token,
         and for labels of positions by a causal model).
     batch_size: windows that are read together; of shorter ones, as many as have the same number of tokens.
@@ -84,16 +89,16 @@ def predict(
         raise ConfigError("--pool and --layer are for --what embeddings.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
-    given = condition_ids(loaded, condition)
-    if len(given) > 1:
+    conditions = Conditions(loaded, condition, condition_column, condition_table)
+    if len(conditions.each) > 1:
         raise ConfigError(
-            f"Records are predicted under one condition, not under {len(given)} (--condition). Run once for each."
+            f"Records are predicted under one condition, not under {len(conditions.each)} (--condition). Run once for "
+            f"each, or name a column that has one a record (--condition-column)."
         )
-    under = torch.tensor(given, device=place) if given else None
     if what == "embeddings":
-        answer: Answer = Embeddings(loaded, under, window, pool, layer)
+        answer: Answer = Embeddings(loaded, window, pool, layer)
     else:
-        answer = answer_of(loaded, under, window, each_token=what == "tokens")
+        answer = answer_of(loaded, window, each_token=what == "tokens")
     if window is not None and window < answer.least:
         raise ConfigError(
             f"--window must be at least {answer.least} for this model, not {window}: it reads that many at once."
@@ -107,7 +112,7 @@ def predict(
         bad.append(str(error))
 
     with table(out) as rows, torch.no_grad(), memory_told("--batch-size, or --window"):
-        records = _records(loaded, checkpoint, files, reader, refuse)
+        records = _records(loaded, checkpoint, files, reader, conditions, refuse)
         for file, name, row in _rows(answer, records, batch_size, refuse):
             if row.values is not None:
                 rows.begin(answer.columns)
@@ -159,15 +164,21 @@ def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
 
 
 def _records(
-    loaded: LoadedModel, checkpoint: str | Path, files: list[Path], reader: str | None, refuse: Bad
+    loaded: LoadedModel,
+    checkpoint: str | Path,
+    files: list[Path],
+    reader: str | None,
+    conditions: Conditions,
+    refuse: Bad,
 ) -> Iterator[tuple[str, Record]]:
-    """Each record, and the file it is in."""
+    """Each record, with its condition, and the file it is in."""
     name = reader or loaded.card.reader
     if name is None:
         raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")
     read = catalog()["readers"].get(name)
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
+    options = {**options, **columns_given(name, read, conditions.fields)}
     other = f"The reader {shown(name)} does not go with this model"
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
@@ -194,7 +205,13 @@ def _records(
                     reason = " ".join(str(error).split()).rstrip(".")
                     raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
                 bar.update()
-                yield record.source or str(path), record
+                file = record.source or str(path)
+                try:
+                    record = dataclasses.replace(record, condition=conditions.of(record, file))
+                except DataError as error:
+                    refuse(error)
+                    continue
+                yield file, record
 
 
 def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, remedy: str) -> None:

@@ -194,7 +194,7 @@ def test_layers_of_a_model_that_runs_in_chunks(model: Path, tmp_path: Path) -> N
 
 def embeddings_of(run: ms.Run, source: Path) -> np.ndarray:
     loaded = run.model()
-    answer = Embeddings(loaded, None, None, "mean", 1)
+    answer = Embeddings(loaded, None, "mean", 1)
     assert loaded.tokenizer is not None
     record = Record("r", loaded.tokenizer.encode(source.read_text()))
     (rows,) = answer.rows([(record, Span(0, len(record)))])
