@@ -41,7 +41,7 @@ class BidirectionalLayer(nn.Module):
 
 def reverse(x: Tensor, order: Tensor | None) -> Tensor:
     """x `(batch, length, ...)` backwards; order as `sequences.reversal` gives it."""
-    return x.flip(1) if order is None else x.flatten(0, 1).index_select(0, order).view_as(x)
+    return x.flip(1) if order is None else x.flatten(0, 1).index_select(0, order).view_as(x)  # (batch, length, d_model)
 
 
 class BidirectionalStack(Backbone):

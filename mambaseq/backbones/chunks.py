@@ -154,7 +154,7 @@ class _Job:
             return list(carried)
         if not new:
             new = _tensors(self.init_state(begun))
-        return [torch.cat([old, more.to(old)]) for old, more in zip(carried, new, strict=True)]
+        return [torch.cat([old, more.to(old)]) for old, more in zip(carried, new, strict=True)]  # (sequences, ...)
 
     def run_chunk(
         self, chunk: Chunk, x: Tensor, states: list[Tensor] | None, cu_seqlens: Tensor | None
@@ -198,7 +198,7 @@ class _Job:
             if chunk.finished:
                 carried = [tensor.clone() for tensor in carried]
         assert y is not None
-        return y, [torch.cat(parts) for parts in zip(*finished, strict=True)], kept
+        return y, [torch.cat(parts) for parts in zip(*finished, strict=True)], kept  # states (sequences, ...)
 
     @contextlib.contextmanager
     def with_parameters(self, leaves: Sequence[Tensor]) -> Iterator[None]:

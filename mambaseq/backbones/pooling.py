@@ -70,19 +70,19 @@ def windows(cu_seqlens: Tensor, positions: int, count: Tensor, pool: int) -> Win
     filler = owner == n
     owner = owner.clamp(max=n - 1)
     window = torch.arange(length, device=device) - begins[owner]
-    place = (window * pool - count[owner])[:, None] + torch.arange(pool, device=device)
+    place = (window * pool - count[owner])[:, None] + torch.arange(pool, device=device)  # (length, pool)
 
     def row(place: Tensor, owner: Tensor) -> Tensor:
         """Of [x, begun], for a place counted from the sequence's first position here; those before it are in begun."""
         before = positions + owner * (pool - 1) + place + count[owner]
         return torch.where(place >= 0, bounds[owner] + place, before)
 
-    sources = torch.where(filler[:, None], 0, row(place, owner[:, None]))
+    sources = torch.where(filler[:, None], 0, row(place, owner[:, None]))  # (length, pool)
     left = total % pool
     slot = torch.arange(pool - 1, device=device)
-    is_kept = slot < left[:, None]
-    everyone = torch.arange(n, device=device)[:, None]
-    kept = torch.where(is_kept, row((lengths - left)[:, None] + slot, everyone), 0)
+    is_kept = slot < left[:, None]  # (sequences, pool - 1)
+    everyone = torch.arange(n, device=device)[:, None]  # (sequences, 1)
+    kept = torch.where(is_kept, row((lengths - left)[:, None] + slot, everyone), 0)  # (sequences, pool - 1)
 
     fine = sequences.of_positions(cu_seqlens, positions)
     since = count[fine] + torch.arange(positions, device=device) - bounds[fine]
@@ -119,10 +119,12 @@ class Pool(nn.Module):
     def shorten_packed(self, x: Tensor, state: PoolState, at: Windows) -> Tensor:
         """x `(positions, d_model)` fp32 to `(at.length, d_coarse)` fp32."""
         rows = torch.cat([x, state.begun.flatten(0, 1)])
+        # (at.length, d_coarse)
         return self._apply_linear(self.down, rows.index_select(0, at.sources).view(at.length, -1))
 
     def lengthen_packed(self, y: Tensor, state: PoolState, at: Windows) -> Tensor:
         """y `(at.length, d_coarse)` fp32 to `(positions, d_model)` fp32."""
+        # rows of a fine position, (…, d_model)
         fine = self._apply_linear(self.up, torch.cat([y, state.held])).view(-1, self.d_model)
         return fine.index_select(0, at.targets)
 
@@ -131,7 +133,8 @@ class Pool(nn.Module):
         rows = torch.cat([x, state.begun.flatten(0, 1)])
         begun = rows.index_select(0, at.kept).view_as(state.begun)
         last = (at.cu_seqlens[1:-1].long() - 1).clamp(min=0)
-        held = torch.where(at.completed[:, None] > 0, y.index_select(0, last), state.held)
+        held = torch.where(at.completed[:, None] > 0, y.index_select(0, last), state.held)  # (sequences, d_coarse)
+        # begun (sequences, pool - 1, d_model)
         return PoolState(torch.where(at.is_kept[..., None], begun, 0.0), held, at.left)
 
     def final_state(self, x: Tensor, y: Tensor) -> PoolState:
@@ -164,16 +167,17 @@ class Pool(nn.Module):
         `(batch, 1, d_coarse)`, both fp32, and whose windows are whole, `(batch,)` bool; the others' input is not one.
         """
         everyone = torch.arange(len(x), device=x.device)
-        parts = self._apply_linear(self.up, state.held).view(len(x), self.pool, self.d_model)
-        given = parts[everyone, state.count][:, None]
+        parts = self._apply_linear(self.up, state.held).view(len(x), self.pool, self.d_model)  # (batch, pool, d_model)
+        given = parts[everyone, state.count][:, None]  # (batch, 1, d_model)
+        # (batch, 1, d_coarse)
         coarse = self._apply_linear(self.down, torch.cat([state.begun, x], 1).flatten(1))[:, None]
         whole = state.count == self.pool - 1
         if active is not None:
             whole = whole & active
-        here = torch.arange(self.pool - 1, device=x.device) == state.count[:, None]
+        here = torch.arange(self.pool - 1, device=x.device) == state.count[:, None]  # (batch, pool - 1)
         if active is not None:
             here = here & active[:, None]
-        begun = torch.where(here[..., None], x, state.begun)
+        begun = torch.where(here[..., None], x, state.begun)  # (batch, pool - 1, d_model)
         state.begun.copy_(torch.where(whole[:, None, None], 0.0, begun))
         steps = torch.ones_like(state.count) if active is None else active.long()
         state.count.copy_((state.count + steps) % self.pool)

@@ -104,12 +104,14 @@ class ReverseComplementStack(Backbone):
         this, other = x.chunk(2, dim=-1)
         # the strands are sequences of their own: more rows of a batch, or more of a packed row
         dim = 0 if cu_seqlens is None else 1
+        # (2 batch, length, d_model), or packed (1, 2 length, d_model)
         both = torch.cat([this, reverse(other, order)], dim)
         if cu_seqlens is not None:
-            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])
+            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])  # (2 sequences + 1,)
+        # (2 batch, length)
         options = {"mask": torch.cat([mask, mask])} if mask is not None and self.stack.takes_mask else {}
         this, other = self.stack(both, cu_seqlens=cu_seqlens, **options).chunk(2, dim)
-        return torch.cat([this, reverse(other, order)], dim=-1)
+        return torch.cat([this, reverse(other, order)], dim=-1)  # (batch, length, 2 d_model)
 
     def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
         refuse_states("reverse_complement")

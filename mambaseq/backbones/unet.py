@@ -179,14 +179,15 @@ class UNet(Backbone):
         if pooled is None:
             pooled = pool.init_state(n, x.device)
         pool.check(pooled, n, x.device)
-        row = x.flatten(0, 1)
+        row = x.flatten(0, 1)  # (batch * length, width of the tier)
         at = windows(cu_seqlens, len(row), pooled.count, pool.pool)
         if inner is not None:
             with_filler = torch.arange(n + 1, device=x.device) % n
             inner = [state.select(with_filler) for state in inner]
         coarse = pool.shorten_packed(row, pooled, at)
+        # coarse (1, at.length, d_coarse)
         coarse, states = self._tier(tier.inner, coarse[None], inner, at.cu_seqlens, return_state)
-        given = pool.lengthen_packed(coarse[0], pooled, at).view_as(x)
+        given = pool.lengthen_packed(coarse[0], pooled, at).view_as(x)  # (batch, length, width of the tier)
         if not return_state:
             return given, None, []
         everyone = torch.arange(n, device=x.device)
@@ -255,7 +256,7 @@ class UNet(Backbone):
         if some:
             below = None if known is None else known - 1
             held = self._step(tier.inner, coarse, inner, None if every else whole, below)[:, 0]
-            pooled.held.copy_(torch.where(whole[:, None], held, pooled.held))
+            pooled.held.copy_(torch.where(whole[:, None], held, pooled.held))  # (batch, d_coarse)
         return _step_layers(tier.up, x + given, up, active)
 
 
@@ -276,14 +277,16 @@ def _step_some(mixer: Mixer, x: Tensor, state: Any, active: Tensor) -> Tensor:
         before = state.clone()
         y = mixer.step_(x, state)
         for name, tensor in state.tensors().items():
+            # active (batch, 1, ...)
             tensor.copy_(torch.where(active.view(-1, *[1] * (tensor.dim() - 1)), tensor, getattr(before, name)))
         return y
     # A state that grows: one packed row of sequences of one position or none, first those of the active, then the
     # others' steps from copies of their states, which nobody reads.
     n = len(x)
     order = torch.argsort(active.logical_not().int(), stable=True)
-    cu_seqlens = F.pad(torch.cat([active, ~active]).cumsum(0), (1, 0)).int()
+    cu_seqlens = F.pad(torch.cat([active, ~active]).cumsum(0), (1, 0)).int()  # (2 batch + 1,)
     sequences = torch.arange(n, device=x.device)
+    # row (1, batch, d_model)
     row, new = mixer(x[order].transpose(0, 1), state.select(sequences.repeat(2)), cu_seqlens, return_state=True)
     new = new.select(sequences)
     for field in dataclasses.fields(new):

@@ -41,7 +41,7 @@ def turns(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> 
     """Cosines and sines `(..., 1, head_dim / 2)` of position theta^(-2i / head_dim), positions `(...)` int64."""
     # in float64: at position a million, angles in float32 would be off by 0.03
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float64) / head_dim)
-    angle = position[..., None, None] * frequency
+    angle = position[..., None, None] * frequency  # (..., 1, head_dim / 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -49,7 +49,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x `(..., heads, head_dim)`: features i and i + head_dim / 2 as a complex number,
     turned by the angle of i (arXiv:2104.09864, eq. 34, which pairs neighbours; LLaMA's code pairs halves)."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)  # (..., heads, head_dim)
 
 
 class Attention(Mixer):
@@ -132,7 +132,7 @@ class Attention(Mixer):
             y = self._look_back(q, new, state, places, cu_seqlens)
         else:
             y = self._from_nothing(q, k, v, places, cu_seqlens)
-        y = apply_linear(self.out_proj, y.flatten(-2))
+        y = apply_linear(self.out_proj, y.flatten(-2))  # from (batch, length, n_heads * head_dim)
         return (y, new) if return_state else y
 
     def _check(self, state: KVCache, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
@@ -143,6 +143,7 @@ class Attention(Mixer):
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `(..., n_heads, head_dim)`, k, v `(..., n_kv_heads, head_dim)` of x `(..., d_model)`."""
+        # (..., n_heads + 2 n_kv_heads, head_dim)
         qkv = apply_linear(self.in_proj, x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -160,11 +161,11 @@ class Attention(Mixer):
         if (cu_seqlens is not None or windowed) and _can_run_flash(q):
             if cu_seqlens is None:
                 cu_seqlens = length * torch.arange(batch + 1, device=q.device, dtype=torch.int32)
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (batch * length, heads, head_dim)
             bounds, window = cu_seqlens.int(), (-1 if self.window is None else self.window - 1, 0)
             y = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=window)
             assert isinstance(y, Tensor)
-            return y.unflatten(0, (batch, length))
+            return y.unflatten(0, (batch, length))  # (batch, length, heads, head_dim)
         if cu_seqlens is None:
             return self._local(q, k, v) if windowed else _attention(q, k, v)
         longest = longest_new(q, cu_seqlens)
@@ -178,13 +179,17 @@ class Attention(Mixer):
         assert self.window is not None
         window, (batch, length, heads, _) = self.window, q.shape
         n = -(-length // window)
+        # (batch, n, window, heads, head_dim)
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, n * window - length)).unflatten(1, (n, window)) for t in (q, k, v))
+        # (batch, n, 2 window, heads, head_dim)
         k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], t], dim=2) for t in (k, v))
+        # (n, window or 2 window, batch * heads, head_dim)
         q, k, v = (t.permute(1, 2, 0, 3, 4).flatten(2, 3) for t in (q, k, v))
         at = torch.arange(2 * window, device=q.device)
         age = at[window:, None] - at  # of each key, seen from each query
-        real = (at >= window) | (torch.arange(n, device=q.device)[:, None, None, None] > 0)
+        real = (at >= window) | (torch.arange(n, device=q.device)[:, None, None, None] > 0)  # (n, 1, 1, 2 window)
         y = _attention(q, k, v, (age >= 0) & (age < window) & real)
+        # (batch, length, heads, head_dim)
         return y.unflatten(2, (batch, heads)).permute(2, 0, 1, 3, 4).flatten(1, 2)[:, :length]
 
     def _look_back(self, q: Tensor, cache: KVCache, old: KVCache, places: Places, cu_seqlens: Tensor | None) -> Tensor:
@@ -193,9 +198,9 @@ class Attention(Mixer):
         if cu_seqlens is not None:
             q = written(None, q, places, places.offset, n)
         k, v = (t[:, : cache.longest].to(q.dtype) for t in (cache.k, cache.v))
-        position = old.length[:, None] + torch.arange(n, device=q.device)
+        position = old.length[:, None] + torch.arange(n, device=q.device)  # (sequences, n)
         seen = self._seen(position, k.shape[1])
-        y = _attention(q, self._repeated(k), self._repeated(v), seen[:, None])
+        y = _attention(q, self._repeated(k), self._repeated(v), seen[:, None])  # the mask: (sequences, 1, n, keys)
         return y if cu_seqlens is None else gathered(y, places, places.offset)
 
     def _seen(self, position: Tensor, n: int) -> Tensor:
@@ -206,7 +211,7 @@ class Attention(Mixer):
     def _repeated(self, x: Tensor) -> Tensor:
         """Keys or values of every head: not all of SDPA's kernels can share them."""
         group = self.n_heads // self.n_kv_heads
-        return x if group == 1 else x.repeat_interleave(group, dim=-2)
+        return x if group == 1 else x.repeat_interleave(group, dim=-2)  # (..., n_heads, head_dim)
 
     def init_state(
         self,
@@ -227,7 +232,7 @@ class Attention(Mixer):
         """See `Mixer.step_`. Where there is room, nothing is allocated for the state and no GPU waited for."""
         self._check(state, x)
         state.make_room_()
-        q, k, v = self._project(x, state.length[:, None])
+        q, k, v = self._project(x, state.length[:, None])  # (batch, 1, heads, head_dim)
         at = (torch.arange(x.shape[0], device=x.device), state.length)
         state.k.index_put_(at, k[:, 0].to(state.k.dtype))
         state.v.index_put_(at, v[:, 0].to(state.v.dtype))
@@ -236,10 +241,10 @@ class Attention(Mixer):
         n = state.capacity if x.is_cuda else state.longest
         keys, values = state.k[:, :n].to(q.dtype), state.v[:, :n].to(q.dtype)
         # heads that share keys are queries of one head
-        q = q.unflatten(2, (self.n_kv_heads, -1)).squeeze(1).transpose(1, 2)
-        y = _attention(q, keys, values, self._seen(state.length, n)[:, None, None])
+        q = q.unflatten(2, (self.n_kv_heads, -1)).squeeze(1).transpose(1, 2)  # (batch, group, n_kv_heads, head_dim)
+        y = _attention(q, keys, values, self._seen(state.length, n)[:, None, None])  # the mask: (batch, 1, 1, n)
         state.length.add_(1)
-        return apply_linear(self.out_proj, y.transpose(1, 2).flatten(1)).unsqueeze(1)
+        return apply_linear(self.out_proj, y.transpose(1, 2).flatten(1)).unsqueeze(1)  # (batch, 1, d_model)
 
 
 def _heads(d_model: int, n_heads: int | None, head_dim: int | None) -> tuple[int, int]:
@@ -265,7 +270,7 @@ def _heads(d_model: int, n_heads: int | None, head_dim: int | None) -> tuple[int
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """q, k, v and the result `(batch, length, heads, head_dim)`; causal without a mask of what is seen."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, length, head_dim)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
 
 

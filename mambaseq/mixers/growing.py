@@ -44,7 +44,7 @@ class GrowingState(State):
             tensor = getattr(self, name)
             if tensor.shape[1] < length:
                 room = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-                setattr(self, name, torch.cat([tensor, room], 1))
+                setattr(self, name, torch.cat([tensor, room], 1))  # (sequences, length, ...)
 
     def make_room_(self) -> None:
         """Room for one position more; doubles the capacity where it is used up."""
@@ -69,13 +69,13 @@ class Places(NamedTuple):
     def of(cls, x: Tensor, state: GrowingState | None, cu_seqlens: Tensor | None) -> Places:
         """The places of x `(batch, length, ...)`, which goes on from the state's lengths."""
         batch, length = x.shape[:2]
-        offset = torch.arange(length, device=x.device)[None]
+        offset = torch.arange(length, device=x.device)[None]  # (1, length)
         if cu_seqlens is None:
-            sequence = torch.arange(batch, device=x.device)[:, None]
+            sequence = torch.arange(batch, device=x.device)[:, None]  # (batch, 1)
             new = torch.full((batch,), length, dtype=torch.int64, device=x.device)
         else:
             sequences.check(cu_seqlens, batch, length)
-            sequence = sequences.of_positions(cu_seqlens, length)[None]
+            sequence = sequences.of_positions(cu_seqlens, length)[None]  # (1, length)
             offset = offset - cu_seqlens.long()[sequence]
             new = cu_seqlens.diff().long()
             batch = cu_seqlens.shape[0] - 1
@@ -99,10 +99,12 @@ def written(old: Tensor | None, rows: Tensor, places: Places, at: Tensor, capaci
     if old is None:
         old = rows.new_zeros(places.n_sequences, 0, *rows.shape[2:])
     room = old.new_zeros(old.shape[0], max(capacity - old.shape[1], 0), *old.shape[2:])
+    # (sequences, capacity or more, ...)
     return torch.cat([old, room], 1).index_put_((places.sequence, at), rows.to(old.dtype))
 
 
 def gathered(padded: Tensor, places: Places, at: Tensor) -> Tensor:
     """The rows `(batch, length, ...)` of a call from `(sequences, n, ...)`: what `written` put there."""
+    # (batch * length, ...)
     rows = padded.flatten(0, 1).index_select(0, (places.sequence * padded.shape[1] + at).flatten())
-    return rows.unflatten(0, at.shape)
+    return rows.unflatten(0, at.shape)  # (batch, length, ...)

@@ -125,19 +125,21 @@ class H3(Mixer):
         """dt, A, B, C and D of each product of a head."""
         copies = self.head_dim**2
         parameters = (*self.ssm.system(), self.ssm.D)
+        # (d_model * head_dim, ...)
         return tuple(p.repeat_interleave(copies, dim=0) for p in parameters) if copies > 1 else parameters
 
     def _outer(self, k: Tensor, v: Tensor) -> Tensor:
         """k, v `(..., d_model)` to every product inside of a head, `(..., d_model * head_dim)`."""
         if self.head_dim == 1:
             return k * v
-        k, v = (M.unflatten(-1, (-1, self.head_dim)) for M in (k, v))
+        k, v = (M.unflatten(-1, (-1, self.head_dim)) for M in (k, v))  # (..., heads, head_dim)
         return (k[..., :, None] * v[..., None, :]).flatten(-3)
 
     def _read(self, q: Tensor, y: Tensor) -> Tensor:
         """q `(..., d_model)` with y, of the shape of `_outer`, to `(..., d_model)`: summed over the index of k."""
         if self.head_dim == 1:
             return q * y
+        # (..., heads, head_dim), (..., heads, head_dim of k, head_dim of v)
         q, y = q.unflatten(-1, (-1, self.head_dim)), y.unflatten(-1, (-1, self.head_dim, self.head_dim))
         return (q[..., None] * y).sum(-2).flatten(-2)
 
@@ -168,4 +170,4 @@ class H3(Mixer):
         k = causal_conv_update_(state.conv, k, self.shift)
         dt, A, B, C, D = self._system()
         y = lti_update_(state.ssm, self._outer(k, v), dt, A, B, C, D=D)
-        return apply_linear(self.out_proj, self._read(q, y)).unsqueeze(1)
+        return apply_linear(self.out_proj, self._read(q, y)).unsqueeze(1)  # (batch, 1, d_model)

@@ -27,11 +27,11 @@ def transition(measure: Measure, order: int) -> tuple[Tensor, Tensor]:
     STATE.check(order, "The mixer's d_state")
     n = torch.arange(order, dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
-    scale = root[:, None] * root
+    scale = root[:, None] * root  # (order, order)
     if measure == "legs":
         return -(scale.tril(-1) + torch.diag(n + 1)), root
     if measure == "legt":
-        alternating = 1 - 2 * ((n[:, None] - n) % 2)
+        alternating = 1 - 2 * ((n[:, None] - n) % 2)  # (order, order)
         return -(scale.tril() + (scale * alternating).triu(1)), root
     raise ConfigError(f"The measure is legs or legt, not {shown(measure)}.")
 
@@ -43,7 +43,7 @@ def legs_normal(order: int) -> tuple[Tensor, Tensor]:
     The others are their conjugates, so that a real h is 2 Re(V z) with z = V^* h.
     """
     A, root = transition("legs", order)
-    skew = A + root[:, None] * root / 2
+    skew = A + root[:, None] * root / 2  # (order, order)
     skew.diagonal().zero_()  # -1/2, which the eigenvalues get back
     imag, vectors = torch.linalg.eigh(skew * -1j)
     return torch.complex(torch.full_like(imag, -0.5), imag)[order // 2 :], vectors[:, order // 2 :]

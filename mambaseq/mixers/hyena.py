@@ -79,13 +79,13 @@ class ImplicitFilter(nn.Module):
         """`(length, channels)`: the filters at lags 0 to length - 1, in float32 (float64 if the weights are)."""
         device, dtype = self.frequency.device, working_dtype(self.frequency)
         # features in float64: lags of a million are far into the bands' periods
-        lag = torch.arange(length, device=device, dtype=torch.float64)[:, None]
+        lag = torch.arange(length, device=device, dtype=torch.float64)[:, None]  # (length, 1)
         n_bands = (self.emb_dim - 1) // 2
         bands = torch.linspace(1e-4, max(n_bands - 1, 1e-4), n_bands, device=device, dtype=torch.float64)
         angle = 2 * math.pi / self.l_max * lag * bands
         time = lag / (self.l_max - 1)
         with without_autocast(device.type):
-            h = torch.cat([time, angle.cos(), -angle.sin()], -1).to(dtype)
+            h = torch.cat([time, angle.cos(), -angle.sin()], -1).to(dtype)  # (length, emb_dim)
             for layer in self.layers:
                 h = torch.sin(self.frequency.to(dtype) * layer(h))
             return self.last(h) * (torch.exp(-time.to(dtype) * self._decay(device, dtype)) + self.shift)
@@ -203,7 +203,7 @@ class Hyena(Mixer):
             cu_seqlens=cu_seqlens,
         )
         last, *gates, v = x.split(self.d_model, dim=-1)
-        taps = self.filter(longest).unflatten(-1, (self.order - 1, self.d_model))
+        taps = self.filter(longest).unflatten(-1, (self.order - 1, self.d_model))  # (longest, order - 1, d_model)
         inputs = []
         for i, gate in enumerate(reversed(gates)):
             v = v * gate
@@ -219,6 +219,7 @@ class Hyena(Mixer):
         if not return_state:
             return y
         old = None if state is None else state.history
+        # (sequences, longest, order - 1, d_model)
         signals = written(old, torch.stack(inputs, 2), places, places.position, longest)
         length = places.new if state is None else state.length + places.new
         return y, HyenaState(length, longest, conv_state, signals, None if state is None else state.taps)
@@ -258,8 +259,8 @@ class Hyena(Mixer):
         x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         last, *gates, v = x.split(self.d_model, dim=-1)
         sequence = torch.arange(x.shape[0], device=x.device)
-        lag = state.length[:, None] - torch.arange(n, device=x.device)
-        taps = state.taps.values[lag.clamp(min=0)].masked_fill_((lag < 0)[..., None], 0)
+        lag = state.length[:, None] - torch.arange(n, device=x.device)  # (batch, n)
+        taps = state.taps.values[lag.clamp(min=0)].masked_fill_((lag < 0)[..., None], 0)  # (batch, n, channels)
         taps = taps.unflatten(-1, (self.order - 1, self.d_model))  # (sequences, n, order - 1, d_model)
         for i, gate in enumerate(reversed(gates)):
             v = v * gate
@@ -267,12 +268,12 @@ class Hyena(Mixer):
             y = (taps[:, :, i] * state.history[:, :n, i]).sum(1)
             v = (y + self.D[i].to(y.dtype) * v).to(v.dtype)
         state.length.add_(1)
-        return apply_linear(self.out_proj, v * last).unsqueeze(1)
+        return apply_linear(self.out_proj, v * last).unsqueeze(1)  # (batch, 1, d_model)
 
 
 def _convolution(x: Tensor, taps: Tensor) -> Tensor:
     """x `(batch, length, d_model)` with the taps `(length, d_model)` of each channel, in the taps' dtype."""
-    signal = x.to(taps.dtype).transpose(1, 2).contiguous()
+    signal = x.to(taps.dtype).transpose(1, 2).contiguous()  # (batch, d_model, length)
     return convolution(signal, taps.t().contiguous()).transpose(1, 2)
 
 

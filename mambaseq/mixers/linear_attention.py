@@ -105,7 +105,7 @@ class LinearAttention(Mixer):
         if self.rope:
             sums, keys = (None, None) if state is None else state.kv.split([self.head_dim, 1], dim=2)
             y, sums = self._sums(*self._turned(q, k, position), v, sums, cu_seqlens, return_state, self.backend)
-            ones = v.new_ones(()).expand(*v.shape[:3], 1)
+            ones = v.new_ones(()).expand(*v.shape[:3], 1)  # (batch, length, heads, 1)
             total, keys = self._sums(q, k, ones, keys, cu_seqlens, return_state, None)
             parts = [sums, keys]
         else:  # the sum of weights is one more column of values
@@ -114,6 +114,7 @@ class LinearAttention(Mixer):
             parts = [sums]
             y, total = y.split([self.head_dim, 1], dim=-1)
         y = self._output(y, total, x)
+        # kv (batch, heads, head_dim + 1, head_dim)
         return (y, LinearAttentionState(length, torch.cat(parts, dim=2))) if return_state else y
 
     def _check(self, state: LinearAttentionState, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
@@ -123,6 +124,7 @@ class LinearAttention(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """φ(q), φ(k) in full precision, and v, all `(..., heads, head_dim)`."""
+        # each (..., heads, head_dim)
         q, k, v = apply_linear(self.qkv_proj, x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(-3)
         q, k = (value.to(working_dtype(value)) for value in (q, k))
         return F.elu(q) + 1, F.elu(k) + 1, v
@@ -146,7 +148,7 @@ class LinearAttention(Mixer):
         taken = packages.input_dtype(backend, v.dtype, v.device)
         y, state = ssd(
             v.to(taken),
-            q.new_ones(()).expand(v.shape[:3]),
+            q.new_ones(()).expand(v.shape[:3]),  # (batch, length, heads)
             q.new_zeros(self.n_heads),
             k.to(taken),
             q.to(taken),
@@ -161,7 +163,7 @@ class LinearAttention(Mixer):
     def _output(self, y: Tensor, total: Tensor, like: Tensor) -> Tensor:
         """y: sums of weighted values `(..., heads, head_dim)`; total: of the weights `(..., heads, 1)`."""
         y = y / total.clamp(min=self.eps)
-        return apply_linear(self.out_proj, y.flatten(-2).to(like.dtype))
+        return apply_linear(self.out_proj, y.flatten(-2).to(like.dtype))  # from (..., d_model)
 
     def init_state(
         self,
@@ -183,9 +185,10 @@ class LinearAttention(Mixer):
         q, k, v = self._project(x[:, 0])
         turned_q, turned_k = self._turned(q, k, state.length) if self.rope else (q, k)
         sums, keys = state.kv[:, :, :-1], state.kv[:, :, -1]
-        sums.add_(v[..., None] * turned_k[:, :, None])
+        sums.add_(v[..., None] * turned_k[:, :, None])  # (batch, heads, head_dim of v, head_dim of k)
         keys.add_(k)
         state.length.add_(1)
+        # (batch, 1, d_model)
         return self._output((sums * turned_q[:, :, None]).sum(-1), (keys * q).sum(-1, keepdim=True), x).unsqueeze(1)
 
 

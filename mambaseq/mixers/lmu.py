@@ -69,7 +69,7 @@ class LMU(Mixer):
         A, B = transition("legt", d_state)
         # the exponential of [[A, B], [0, 0]] has that of A and the zero-order hold of B in its upper rows
         both = torch.zeros(d_state + 1, d_state + 1, dtype=A.dtype)
-        both[:-1] = torch.cat([A, B[:, None]], 1) / theta
+        both[:-1] = torch.cat([A, B[:, None]], 1) / theta  # (d_state, d_state + 1)
         held = torch.linalg.matrix_exp(both)[:-1]
         keep_constant(self, Abar_less_one=held[:, :-1] - torch.eye(d_state, dtype=A.dtype), Bbar=held[:, -1])
         self.in_proj = nn.Linear(d_model, d_memory)
@@ -90,8 +90,8 @@ class LMU(Mixer):
         change = constant(self, "Abar_less_one")
         memory, final = state_space_scan(
             u.to(working_dtype(u)),
-            (torch.eye(self.d_state, dtype=change.dtype, device=change.device) + change)[None],
-            constant(self, "Bbar")[None],
+            (torch.eye(self.d_state, dtype=change.dtype, device=change.device) + change)[None],  # (1, d_state, d_state)
+            constant(self, "Bbar")[None],  # (1, d_state)
             initial_state=None if state is None else state.memory,
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
@@ -105,7 +105,7 @@ class LMU(Mixer):
 
     def _output(self, memory: Tensor, x: Tensor) -> Tensor:
         """memory `(…, d_memory, d_state)` and x `(…, d_model)` to y."""
-        read = self.memory_proj(memory.flatten(-2).to(x.dtype))
+        read = self.memory_proj(memory.flatten(-2).to(x.dtype))  # (…, d_hidden)
         return self.out_proj(_ACTIVATIONS[self.activation](read + self.x_proj(x)))
 
     def init_state(
@@ -124,9 +124,9 @@ class LMU(Mixer):
         """See `Mixer.step_`."""
         self._check(state, x)
         x, dtype = x[:, 0], state.memory.dtype
-        u = self.in_proj(x).to(dtype)[..., None]
+        u = self.in_proj(x).to(dtype)[..., None]  # (batch, d_memory, 1)
         change, B = (constant(self, name).to(dtype) for name in ("Abar_less_one", "Bbar"))
         with without_autocast(x.device.type):
             # (Abar - 1) m, for m's digits where Abar is near 1
             state.memory.add_(state.memory @ change.mT + u * B)
-        return self._output(state.memory, x).unsqueeze(1)
+        return self._output(state.memory, x).unsqueeze(1)  # (batch, 1, d_model)

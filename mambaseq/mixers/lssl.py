@@ -53,9 +53,10 @@ class FullSSM(nn.Module):
             A, B = self.A.double(), self.B.double()
         else:
             A, B = constant(self, "A"), constant(self, "B")
-        dt = self.log_dt.double().exp()[:, None, None]
+        dt = self.log_dt.double().exp()[:, None, None]  # (channels, 1, 1)
         one = torch.eye(self.d_state, dtype=A.dtype, device=A.device)
         # both at once; no check, for which the host would wait
+        # (channels, d_state, d_state), (channels, d_state, d_state + 1)
         matrix, right = one - self.alpha * dt * A, dt * torch.cat([A, B[:, None]], 1)
         if self.triangular:  # HiPPO-LegS; what the others take cannot be captured in a CUDA graph
             solved = torch.linalg.solve_triangular(matrix, right, upper=False)
@@ -83,11 +84,11 @@ class FullSSM(nn.Module):
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """x `(batch, channels)`; changes state `(batch, channels, d_state)` in place."""
         change, B = (value.to(state.dtype) for value in self._system())
-        u = x.to(state.dtype)[..., None]
+        u = x.to(state.dtype)[..., None]  # (batch, channels, 1)
         with without_autocast(x.device.type):
             # (Abar - 1) h, for h's digits where Abar is near 1
-            state.add_((change @ state[..., None])[..., 0] + B * u)
-            y = (self.C.to(state.dtype) @ state[..., None])[..., 0]
+            state.add_((change @ state[..., None])[..., 0] + B * u)  # (batch, channels, d_state)
+            y = (self.C.to(state.dtype) @ state[..., None])[..., 0]  # (batch, channels, outputs)
         return (y + self.D * u).to(x.dtype)
 
     @property
@@ -135,4 +136,4 @@ class LSSL(LTILayer):
         return nn.Linear(self.d_model * self.ssm.C.shape[1], self.d_model)
 
     def _output(self, y: Tensor) -> Tensor:
-        return self.out_proj(F.gelu(y.flatten(-2)))
+        return self.out_proj(F.gelu(y.flatten(-2)))  # from (…, channels * outputs)

@@ -73,7 +73,7 @@ class LTILayer(Mixer):
     def step_(self, x: Tensor, state: LTIState) -> Tensor:
         """See `Mixer.step_`."""
         self._check(state, x)
-        return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)
+        return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)  # (batch, 1, d_model)
 
 
 def check_sizes(name: str, **sizes: int) -> None:

@@ -319,7 +319,7 @@ class Mamba(Mixer):
         if self._is_plain():
             weights = self._weights()
             if can_step(x[:, 0], state.conv, state.ssm, weights):
-                return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)
+                return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)  # (batch, 1, d_model)
         x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
         x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         if self.lti:
@@ -333,7 +333,7 @@ class Mamba(Mixer):
                 x,
                 dt,
                 self._A() if self.complex else self.A_log,
-                B if "B" in self._widths else B.expand(constant),
+                B if "B" in self._widths else B.expand(constant),  # constant: (batch, d_inner, d_state)
                 C if "C" in self._widths else C.expand(constant),
                 D=self.D,
                 z=z,
@@ -341,7 +341,7 @@ class Mamba(Mixer):
                 dt_softplus=True,
                 A_is_log=not self.complex,
             )
-        return apply_linear(self.out_proj, y).unsqueeze(1)
+        return apply_linear(self.out_proj, y).unsqueeze(1)  # (batch, 1, d_model)
 
     def _weights(self) -> BlockWeights:
         # by nn.Module's own tables: a token asks for all of them in every layer, which `is_plain` has looked at

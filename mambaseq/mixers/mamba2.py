@@ -192,7 +192,7 @@ class Mamba2(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))
+        y = apply_linear(self.out_proj, self.norm(y.flatten(-2), z))  # from (batch, length, d_inner)
         return (y, Mamba2State(conv_state, ssm_state)) if return_state else y
 
     def _has_plain_layers(self) -> bool:
@@ -267,7 +267,7 @@ class Mamba2(Mixer):
         xBC = causal_conv_update_(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         x, B, C = self._heads(xBC)
         y = ssd_update_(state.ssm, x, dt, self._A(x), B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
-        return apply_linear(self.out_proj, self.norm(y.flatten(-2), z)).unsqueeze(1)
+        return apply_linear(self.out_proj, self.norm(y.flatten(-2), z)).unsqueeze(1)  # (batch, 1, d_model)
 
 
 def _runs_whole(x: Tensor) -> bool:

@@ -88,4 +88,4 @@ class MLP(Mixer):
     def step_(self, x: Tensor, state: MLPState) -> Tensor:
         """See `Mixer.step_`."""
         check_state("mlp", state, MLPState, x.device)
-        return self._layer(x[:, 0]).unsqueeze(1)
+        return self._layer(x[:, 0]).unsqueeze(1)  # (batch, 1, d_model)

@@ -99,12 +99,12 @@ class Retention(Mixer):
         if cu_seqlens is not None:
             sequences.check(cu_seqlens, *x.shape[:2])
         bounds = length * torch.arange(2, device=x.device) if cu_seqlens is None else cu_seqlens
-        bounds = bounds[:, None, None]
-        turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])
+        bounds = bounds[:, None, None]  # (bounds, 1, 1)
+        turns = self._turns(torch.arange(1, length + 1, device=x.device)[:, None])  # (length, 1, head_dim // 2) each
         wide, taken = v.dtype, packages.input_dtype(self.backend, gate.dtype, x.device)
         y, kv = ssd(
             v.to(taken),
-            v.new_ones(()).expand(v.shape[:3]),
+            v.new_ones(()).expand(v.shape[:3]),  # (batch, length, heads)
             torch.log1p(-self._forgotten(x.device)).to(wide),
             _turn(k, turns).to(taken),
             _turn(q, turns).to(taken),
@@ -131,9 +131,9 @@ class Retention(Mixer):
     def _output(self, y: Tensor, gate: Tensor, like: Tensor) -> Tensor:
         """y `(..., heads, v_dim)`: the norm of each head at each position, gate and last projection."""
         norm, wide = self.norm, y.dtype
-        rows = y.reshape(-1, self.d_inner)
+        rows = y.reshape(-1, self.d_inner)  # (rows, d_inner)
         rows = F.group_norm(rows, self.n_heads, norm.weight.to(wide), norm.bias.to(wide), norm.eps)
-        gated = F.silu(gate.to(wide)) * rows.view(gate.shape)
+        gated = F.silu(gate.to(wide)) * rows.view(gate.shape)  # (..., d_inner)
         return apply_linear(self.out_proj, gated.to(like.dtype))
 
     def _forgotten(self, device: torch.device) -> Tensor:
@@ -145,7 +145,7 @@ class Retention(Mixer):
         positions may be large."""
         pairs = self.head_dim // 2
         exponents = torch.arange(pairs, device=positions.device, dtype=torch.float64) / max(1, pairs)
-        turned = positions.double()[..., None] * self.rotary_base**-exponents
+        turned = positions.double()[..., None] * self.rotary_base**-exponents  # (*positions.shape, head_dim // 2)
         return torch.cos(turned), torch.sin(turned)
 
     def init_state(
@@ -167,8 +167,9 @@ class Retention(Mixer):
         q, k, v, gate = self._project(x[:, 0])
         back = self._turns(torch.full((1,), -1, device=x.device))
         gamma = (1 - self._forgotten(x.device)).to(state.kv.dtype)
+        # (batch, heads, v_dim, head_dim)
         state.kv.copy_(_turn(state.kv, back).mul_(gamma[:, None, None]).add_(v[..., None] * k[:, :, None]))
-        return self._output((state.kv * q[:, :, None]).sum(-1), gate, x).unsqueeze(1)
+        return self._output((state.kv * q[:, :, None]).sum(-1), gate, x).unsqueeze(1)  # (batch, 1, d_model)
 
 
 def _turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:

@@ -71,7 +71,7 @@ class RWKV4(Mixer):
 
         def shifted(mix: Tensor, wanted: bool = False) -> tuple[Tensor, Tensor]:
             """mix x_t + (1 - mix) x_{t-1}, a causal filter of two taps a channel."""
-            taps = torch.stack([1 - mix, mix], dim=1)
+            taps = torch.stack([1 - mix, mix], dim=1)  # (d_model, 2)
             return causal_conv(x, taps, initial_state=last, return_final_state=wanted, cu_seqlens=cu_seqlens)
 
         gate = torch.sigmoid(self.receptance(shifted(self.time_mix_r)[0]))
@@ -121,4 +121,4 @@ class RWKV4(Mixer):
         r, k, v = (torch.lerp(last, now, mix.to(real)).to(x.dtype) for mix in mixes)
         state.shift[..., 0] = x
         y = wkv_update_(state.wkv, self.key(k), self.value(v), *self._dynamics())
-        return self.out_proj(torch.sigmoid(self.receptance(r)) * y).unsqueeze(1)
+        return self.out_proj(torch.sigmoid(self.receptance(r)) * y).unsqueeze(1)  # (batch, 1, d_model)

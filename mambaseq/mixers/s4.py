@@ -42,7 +42,7 @@ class DPLRSystem:
         It is (1 - dt/2 A)^-1 dt (A h + B x).
         """
         change = self.diagonal * h - self.P * (2 * (self.P.conj() * h).sum(-1, keepdim=True).real)
-        change = self.inverse * self.dt * (change + self.B * x[..., None])
+        change = self.inverse * self.dt * (change + self.B * x[..., None])  # (…, channels, d_state)
         return change - self.solved_P * (self.coupling * (self.P.conj() * change).sum(-1, keepdim=True).real)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +52,8 @@ class DPLRSystem:
         n = 2 * d_state
         basis = torch.eye(n, dtype=self.dt.dtype, device=self.dt.device)
         zeros = basis.new_zeros(n, channels)
-        change = self.increment(torch.view_as_complex(basis.view(n, 1, d_state, 2)), zeros)
-        Abar = basis + torch.view_as_real(change).flatten(2).permute(1, 2, 0)
+        change = self.increment(torch.view_as_complex(basis.view(n, 1, d_state, 2)), zeros)  # (n, channels, d_state)
+        Abar = basis + torch.view_as_real(change).flatten(2).permute(1, 2, 0)  # (channels, n, n)
         Bbar = self.increment(torch.zeros_like(self.diagonal), torch.ones_like(zeros[0]))
         C = 2 * torch.view_as_real(self.C.conj().resolve_conj())
         return Abar, torch.view_as_real(Bbar).flatten(1), C.flatten(1)[:, None]
@@ -71,10 +71,10 @@ class DPLRSSM(nn.Module):
         n = torch.arange(order, dtype=torch.float64)
         P, B = (vectors.mH @ torch.sqrt(value).to(vectors.dtype) for value in (n + 0.5, 2 * n + 1))
         self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
-        self.A_log_real = nn.Parameter((-diagonal.real).log().float().repeat(n_ssm, 1))
-        self.A_imag = nn.Parameter(diagonal.imag.float().repeat(n_ssm, 1))
-        self.P = nn.Parameter(torch.view_as_real(P).float().repeat(n_ssm, 1, 1))
-        self.B = nn.Parameter(torch.view_as_real(B).float().repeat(n_ssm, 1, 1))
+        self.A_log_real = nn.Parameter((-diagonal.real).log().float().repeat(n_ssm, 1))  # (n_ssm, d_state)
+        self.A_imag = nn.Parameter(diagonal.imag.float().repeat(n_ssm, 1))  # (n_ssm, d_state)
+        self.P = nn.Parameter(torch.view_as_real(P).float().repeat(n_ssm, 1, 1))  # (n_ssm, d_state, 2)
+        self.B = nn.Parameter(torch.view_as_real(B).float().repeat(n_ssm, 1, 1))  # (n_ssm, d_state, 2)
         self.C = nn.Parameter(torch.randn(channels, d_state, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.ones(channels))
 
@@ -83,7 +83,7 @@ class DPLRSSM(nn.Module):
 
         def of_channels(value: Tensor) -> Tensor:
             copies = self.channels // self.n_ssm
-            return value.double()[:, None].expand(-1, copies, *value.shape[1:]).flatten(0, 1)
+            return value.double()[:, None].expand(-1, copies, *value.shape[1:]).flatten(0, 1)  # (channels, ...)
 
         diagonal = torch.complex(-torch.exp(of_channels(self.A_log_real)), of_channels(self.A_imag))
         P, B = (torch.view_as_complex(of_channels(value).contiguous()) for value in (self.P, self.B))
@@ -107,16 +107,18 @@ class DPLRSSM(nn.Module):
         y, final = state_space_scan(
             x.to(real),
             *system.matrices(),
+            # (sequences, channels, 2 d_state)
             initial_state=None if state is None else torch.view_as_real(state).flatten(2),
             return_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
         if return_state:
-            final = torch.view_as_complex(final.unflatten(2, (-1, 2)))
+            final = torch.view_as_complex(final.unflatten(2, (-1, 2)))  # (sequences, channels, d_state)
         return (y[..., 0] + skip).to(x.dtype), final
 
     def _convolve(self, x: Tensor, system: DPLRSystem) -> Tensor:
         kernel = dplr_kernel(system.dt[:, 0], system.diagonal, system.P, system.B, system.C, x.shape[1])
+        # (batch, length, channels)
         return convolution(x.transpose(1, 2).contiguous(), kernel.to(x.dtype)).transpose(1, 2)
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:

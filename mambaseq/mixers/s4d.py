@@ -80,9 +80,9 @@ class DiagonalSSM(nn.Module):
                 raise ConfigError(f"{name} is one of {', '.join(map(str, known))}, not {shown(value)}.")
         A = initial_A(init or ("real" if real else "lin"), d_state, real)
         self.log_dt = nn.Parameter(log_uniform_dt(channels, dt_min, dt_max))
-        self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))
+        self.A_log_real = nn.Parameter((-A.real).log().repeat(channels, 1))  # (channels, d_state)
         if not real:
-            self.A_imag = nn.Parameter(A.imag.repeat(channels, 1))
+            self.A_imag = nn.Parameter(A.imag.repeat(channels, 1))  # (channels, d_state)
         parts = () if real else (2,)
         self.C = nn.Parameter(torch.randn(channels, d_state, *parts) * (1.0 if real else math.sqrt(0.5)))
         self.B = nn.Parameter(torch.ones(channels, d_state))

@@ -28,10 +28,10 @@ class DiagonalMIMO(nn.Module):
         C = torch.randn(channels, order, dtype=torch.float64) * order**-0.5
         V = torch.block_diag(*[vectors] * blocks)  # (order, d_state)
         self.log_dt = nn.Parameter(log_uniform_dt(d_state, dt_min, dt_max))
-        self.A_log_real = nn.Parameter((-A.real).log().float().repeat(blocks))
-        self.A_imag = nn.Parameter(A.imag.float().repeat(blocks))
-        self.B = nn.Parameter(torch.view_as_real(V.mH @ B.to(V.dtype)).float())
-        self.C = nn.Parameter(torch.view_as_real(C.to(V.dtype) @ V).float())
+        self.A_log_real = nn.Parameter((-A.real).log().float().repeat(blocks))  # (d_state,)
+        self.A_imag = nn.Parameter(A.imag.float().repeat(blocks))  # (d_state,)
+        self.B = nn.Parameter(torch.view_as_real(V.mH @ B.to(V.dtype)).float())  # (d_state, channels, 2)
+        self.C = nn.Parameter(torch.view_as_real(C.to(V.dtype) @ V).float())  # (channels, d_state, 2)
         self.D = nn.Parameter(torch.randn(channels))
 
     def _system(self) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class DiagonalMIMO(nn.Module):
 
     def _write(self, x: Tensor, gain: Tensor) -> Tensor:
         """Bbar x: `(…, channels)` → `(…, d_state)` complex."""
-        B = gain[:, None] * torch.view_as_complex(self.B.double())
+        B = gain[:, None] * torch.view_as_complex(self.B.double())  # (d_state, channels)
         weight = torch.view_as_real(B).to(x.dtype)  # (d_state, channels, 2)
         return torch.view_as_complex((x @ weight.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, 2)))
 
@@ -60,16 +60,16 @@ class DiagonalMIMO(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x `(batch, length, channels)` to y, and the state `(sequences, d_state)`, made if `return_state`."""
         change, gain = self._system()
-        one = torch.ones_like(change)[:, None]
+        one = torch.ones_like(change)[:, None]  # (d_state, 1)
         # what writes to the states and reads from them is kept in full precision, as they are
         with without_autocast(x.device.type):
             u = x.to(working_dtype(x))
             h, final = state_space_scan(
                 self._write(u, gain),
-                (1 + change)[:, None, None],
+                (1 + change)[:, None, None],  # (d_state, 1, 1)
                 one,
-                one[..., None],
-                initial_state=None if state is None else state[..., None],
+                one[..., None],  # (d_state, 1, 1)
+                initial_state=None if state is None else state[..., None],  # (sequences, d_state, 1)
                 return_final_state=return_state,
                 cu_seqlens=cu_seqlens,
             )

@@ -59,7 +59,7 @@ class _FewRows(torch.autograd.Function):
 def _summed(ids: Tensor, values: Tensor, rows: int) -> Tensor:
     """The values `(n, features)` of each id summed, `(rows, features)`."""
     total = values.new_zeros(rows, values.shape[1], dtype=working_dtype(values))
-    known, many = torch.arange(rows, device=ids.device)[:, None], _ONES // rows
+    known, many = torch.arange(rows, device=ids.device)[:, None], _ONES // rows  # known (rows, 1)
     for some, theirs in zip(ids.split(many), values.split(many), strict=True):
         total += (known == some).to(theirs.dtype) @ theirs
     return total.to(values.dtype)

@@ -126,5 +126,5 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = _OneDNN.apply(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None  # (out, in)
         return dx, dweight

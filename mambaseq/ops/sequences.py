@@ -89,7 +89,7 @@ def reversal(batch: int, length: int, cu_seqlens: Tensor | None = None, mask: Te
     positions = torch.arange(length, device=mask.device)
     real = mask.sum(1, keepdim=True)
     order = torch.where(positions < real, real - 1 - positions, positions)
-    return (order + length * torch.arange(batch, device=mask.device)[:, None]).flatten()
+    return (order + length * torch.arange(batch, device=mask.device)[:, None]).flatten()  # (batch * length,)
 
 
 def _shortened(values: list[int]) -> str:

@@ -70,7 +70,7 @@ def why_not(arguments: LtiBlockArguments) -> str | None:
 
 def _conv_arguments(a: LtiBlockArguments, xz: Tensor) -> ConvArguments:
     batch, length, d_inner = a.sizes
-    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])
+    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])  # x (batch, length, d_inner)
 
 
 def _scan_inputs(a: LtiBlockArguments, xz: Tensor, u: Tensor) -> scan.Inputs:
@@ -107,10 +107,10 @@ def _matrices(a: LtiBlockArguments) -> _Matrices:
 def _forward(a: LtiBlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
     batch, length, d_inner = a.sizes
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)
+        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)  # (rows, 2 d_inner)
         u, conv_state = conv.forward_into(_conv_arguments(a, xz))
         y, ssm_state, entering = scan.forward(_scan_inputs(a, xz, u.view(-1, d_inner)))
-        out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
+        out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)  # (batch, length, d_model)
     if conv_state is None or not a.wants_state:
         conv_state, ssm_state = out.new_empty(0, dtype=torch.float32), a.decay.new_empty(0)
     return out, conv_state, ssm_state, xz, entering
@@ -128,10 +128,10 @@ def _backward(
     batch, length, d_inner = a.sizes
     dtype = xz.dtype
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        hidden = a.x.reshape(batch * length, -1)
-        dout = dout.to(dtype).reshape(batch * length, -1)
+        hidden = a.x.reshape(batch * length, -1)  # (rows, d_model)
+        dout = dout.to(dtype).reshape(batch * length, -1)  # (rows, d_model)
         conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
-        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)
+        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)  # (rows, d_inner)
         dxz, gated = torch.empty_like(xz), torch.empty_like(u)
         dstate = None if dssm is None else dssm.resolve_conj().contiguous()
         dy = Rows(dout @ m.out_proj, d_inner)
@@ -141,7 +141,7 @@ def _backward(
         dout_proj = weight_gradient(dout, gated, a.out_proj)
         del gated
         du = found.dx.view(batch, length, d_inner)
-        dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
+        dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]  # (batch, length, d_inner)
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
         dx = dxz @ m.in_proj
         assert found.dD is not None

@@ -79,7 +79,7 @@ def why_not(arguments: BlockArguments) -> str | None:
 
 def _conv_arguments(a: BlockArguments, xz: Tensor) -> ConvArguments:
     batch, length, d_inner = a.sizes
-    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])
+    return convolution(a, xz.view(batch, length, -1)[..., :d_inner])  # x (batch, length, d_inner)
 
 
 def _A(a: BlockArguments) -> Tensor:
@@ -143,13 +143,13 @@ def _matrices(a: BlockArguments) -> _Matrices:
 def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
     batch, length, d_inner = a.sizes
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)
+        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)  # (rows, 2 d_inner)
         u, conv_state = conv.forward_into(_conv_arguments(a, xz))
-        u = u.view(-1, d_inner)
+        u = u.view(-1, d_inner)  # (rows, d_inner)
         products = u @ m.x_proj.t()
         dt = _split(a, products)[0] @ m.dt_proj.t()
         y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
-        out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)
+        out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)  # (batch, length, d_model)
     if conv_state is None or not a.wants_state:
         conv_state, ssm_state = (out.new_empty(0, dtype=dtype) for dtype in (torch.float32, ssm_state.dtype))
     return out, conv_state, ssm_state, xz, products, kept
@@ -168,10 +168,10 @@ def _backward(
     batch, length, d_inner = a.sizes
     dtype = xz.dtype
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        hidden = a.x.reshape(batch * length, -1)
-        dout = dout.to(dtype).reshape(batch * length, -1)
+        hidden = a.x.reshape(batch * length, -1)  # (rows, d_model)
+        dout = dout.to(dtype).reshape(batch * length, -1)  # (rows, d_model)
         conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
-        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)
+        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)  # (rows, d_inner)
         low = _split(a, products)[0]
         dt = low @ m.dt_proj.t()
         dxz, dproducts, gated = torch.empty_like(xz), torch.empty_like(products), torch.empty_like(u)
@@ -188,7 +188,7 @@ def _backward(
         ddt_proj = weight_gradient(found.ddt, low, a.dt_proj)
         dx_proj = weight_gradient(dproducts, u, a.x_proj)
         du = found.dx.addmm_(dproducts, m.x_proj).view(batch, length, d_inner)
-        dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]
+        dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]  # (batch, length, d_inner)
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
         dx = dxz @ m.in_proj
         dA, dA_imag = found.dA, None

@@ -99,7 +99,7 @@ def _split(a: Mamba2BlockArguments, product: Tensor) -> tuple[Tensor, Tensor, Te
     """The gate `(batch * length, d_inner)`, what is convolved `(batch, length, channels)` and dt `(batch, length,
     heads)`: views of in_proj's product or of its gradient."""
     batch, length, d_inner = a.sizes
-    rows = product.view(batch, length, -1)
+    rows = product.view(batch, length, -1)  # (batch, length, width)
     end = d_inner + a.conv.shape[0]
     return product[:, :d_inner], rows[..., d_inner:end], rows[..., end:]
 
@@ -157,9 +157,9 @@ def _forward(a: Mamba2BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor,
         xBC, conv_state = conv.forward_into(_conv_arguments(a, product))
         y, ssm_state = dual.forward_into(_dual_arguments(a, product, xBC))
         del xBC
-        y = y.view(batch * length, d_inner)
+        y = y.view(batch * length, d_inner)  # (rows, d_inner)
         normed, _ = norm.gated_forward(y, _split(a, product)[0], a.norm, a.eps, _group(a), a.norm_before_gate)
-        out = linear(normed, m.out_proj, a.out_bias).view(batch, length, -1)
+        out = linear(normed, m.out_proj, a.out_bias).view(batch, length, -1)  # (batch, length, d_model)
     if conv_state is None or ssm_state is None:
         conv_state, ssm_state = (out.new_empty(0, dtype=torch.float32) for _ in range(2))
     return out, conv_state, ssm_state, product, y
@@ -177,7 +177,7 @@ def _backward(
     batch, length, _ = a.sizes
     with portable.on(a.x), torch.autocast(a.x.device.type, enabled=False):
         hidden = a.x.reshape(batch * length, -1)
-        dout = dout.to(product.dtype).reshape(batch * length, -1)
+        dout = dout.to(product.dtype).reshape(batch * length, -1)  # (rows, d_model)
         gate = _split(a, product)[0]
         dproduct = _room(a)
         dgate, dx_of_conv, ddt = _split(a, dproduct)

@@ -56,15 +56,15 @@ def _prepare(arguments: ConvArguments, kernels: ModuleType) -> Any:
     if state is None:
         history = np.zeros(len(lengths) * (width - 1) * channels, dtype=np.float32)
     else:
-        history = flat(state.transpose(1, 2))
+        history = flat(state.transpose(1, 2))  # laid out (sequences, width - 1, channels)
     return kernels.Inputs(
         cuts,
-        np.stack([sequence, begin, end], axis=1),
+        np.stack([sequence, begin, end], axis=1),  # (segments, 3)
         bounds,
         reverse,
         *rows_of(x),
         history,
-        flat(weight.t()),
+        flat(weight.t()),  # (width, channels)
         flat(x.new_zeros(channels) if bias is None else bias),
         activation == "silu",
         channels,
@@ -84,6 +84,7 @@ def _forward(arguments: ConvArguments) -> tuple[Tensor, Tensor | None]:
         return lambda first, end: kernels.forward(first, end, inputs, *outputs, out)
 
     threads.share(len(inputs.cuts) - 1, make_worker, serial=x.numel() < _LITTLE_WORK)
+    # the state: (sequences, channels, width - 1)
     return y.to(x.dtype), final.transpose(1, 2).contiguous() if arguments.wants_final_state else None
 
 
@@ -100,7 +101,7 @@ def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> tu
     )
     if dfinal is None:
         dfinal = x.new_zeros(arguments.n_sequences, channels, width - 1, dtype=torch.float32)
-    given = *rows_of(dy), flat(dfinal.transpose(1, 2))
+    given = *rows_of(dy), flat(dfinal.transpose(1, 2))  # laid out (sequences, width - 1, channels)
     outputs = [value.view(-1).numpy() for value in (dx, dhistory, dweight, dbias)]
 
     def make_worker() -> Any:
@@ -110,8 +111,9 @@ def _backward(arguments: ConvArguments, dy: Tensor, dfinal: Tensor | None) -> tu
     threads.share(n_tasks, make_worker, serial=x.numel() < _LITTLE_WORK)
     return (
         dx.to(x.dtype),
-        dweight.sum(0).t().to(weight.dtype).contiguous(),
+        dweight.sum(0).t().to(weight.dtype).contiguous(),  # (channels, width)
         None if bias is None else dbias.sum(0).to(bias.dtype),
+        # (sequences, channels, width - 1)
         None if state is None else dhistory.transpose(1, 2).to(state.dtype).contiguous(),
     )
 

@@ -148,6 +148,7 @@ def backward_into(
         history = _history(state, width, cu_seqlens is not None)
         filters = weight.contiguous(), None if bias is None else bias.contiguous()
         # The kernels read the gradient of the state as they read x: channels beside each other.
+        # (sequences, width - 1, channels)
         later = None if dfinal is None or not dfinal.numel() else dfinal.transpose(1, 2).contiguous()
         steps = _steps(batch, length, blocks, _BACKWARD_PROGRAMS)
         # A run walks over `width - 1` steps more than its own.

@@ -37,12 +37,12 @@ def run(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
         y = y + bias.to(real)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype), final.transpose(1, 2).contiguous()
+    return y.to(x.dtype), final.transpose(1, 2).contiguous()  # the state: (sequences, channels, width - 1)
 
 
 def _convolve(u: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     length, width = u.shape[1], weight.shape[1]
-    padded = torch.cat([history, u], dim=1)
+    padded = torch.cat([history, u], dim=1)  # (batch, width - 1 + length, channels)
     y = padded[:, :length] * weight[:, 0]
     for k in range(1, width):
         y = y + padded[:, k : k + length] * weight[:, k]
@@ -60,10 +60,11 @@ def _convolve_packed(u: Tensor, history: Tensor, weight: Tensor, cu_seqlens: Ten
     room = before * torch.arange(n_sequences, device=device)
     padded = u.new_zeros(length + n_sequences * before, channels)
     padded = padded.index_copy(0, place, u)
-    places_of_history = (cu_seqlens[:-1] + room)[:, None] + steps
+    places_of_history = (cu_seqlens[:-1] + room)[:, None] + steps  # (sequences, width - 1)
+    # (length + sequences * (width - 1), channels)
     padded = padded.index_copy(0, places_of_history.flatten(), history.reshape(-1, channels))
     y = padded[place - before] * weight[:, 0]
     for k in range(1, before + 1):
         y = y + padded[place - before + k] * weight[:, k]
-    places_of_final = (cu_seqlens[1:] + room)[:, None] + steps
-    return y[None], padded[places_of_final]
+    places_of_final = (cu_seqlens[1:] + room)[:, None] + steps  # (sequences, width - 1)
+    return y[None], padded[places_of_final]  # (1, length, channels), (sequences, width - 1, channels)

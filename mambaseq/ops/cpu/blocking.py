@@ -42,12 +42,12 @@ def of_channels(channels: int, groups: int, width: int) -> Blocks:
     each). Made once for the same arguments."""
     per_group = channels // groups
     starts = np.arange(0, per_group, width)
-    first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)
+    first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)  # (blocks,)
     group = np.repeat(np.arange(groups), len(starts))
     widths = np.minimum(width, (group + 1) * per_group - first)
     column = np.arange(width)
-    real = column < widths[:, None]
-    channel = np.where(real, first[:, None] + column, channels)
+    real = column < widths[:, None]  # (blocks, width)
+    channel = np.where(real, first[:, None] + column, channels)  # (blocks, width)
     return Blocks(first, widths, group, torch.from_numpy(channel), torch.from_numpy(real))
 
 

@@ -244,7 +244,7 @@ def ssd_update_(
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    rows, dt, B, C = _rows(x.flatten(1)), _rows(dt), _rows(B), _rows(C)
+    rows, dt, B, C = _rows(x.flatten(1)), _rows(dt), _rows(B), _rows(C)  # rows (batch, channels)
     states = _power_of_two(d_state)
     per_program = max(_LITTLE[0] // states, 1)
     with portable.on(x):

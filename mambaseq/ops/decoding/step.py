@@ -50,7 +50,7 @@ def selective_state_update_(
     Returns:
         y `(batch, channels)` in the dtype of x.
     """
-    B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))
+    B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))  # (batch, groups, d_state)
     if step_gpu.can_run(state, x, dt, A, B, C, D, z, dt_bias) and step_gpu.can_update(state):
         return step_gpu.selective_state_update_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
     if A_is_log:
@@ -84,7 +84,9 @@ def selective_state_update_(
     if dt_softplus:
         delta = F.softplus(delta)
     u = x.to(delta.dtype)
+    # (batch, channels, d_state)
     B, C = (M.to(state.dtype).repeat_interleave(channels // M.shape[1], dim=1) for M in (B, C))
+    # (batch, channels, d_state)
     state.mul_(torch.exp(delta[..., None] * A.to(state.dtype))).add_((delta * u)[..., None] * B)
     return _read_out(state, C, x, D, z)
 
@@ -118,7 +120,7 @@ def lti_update_(
     log_decay, B = discretize(dt.to(state.real.dtype), A.to(wide), B.to(wide), discretization)
     decay = torch.exp(log_decay)
     decay = decay if wide.is_complex else decay.real if decay.is_complex() else decay
-    state.mul_(decay).add_(B * x.to(wide)[..., None])
+    state.mul_(decay).add_(B * x.to(wide)[..., None])  # (batch, channels, d_state)
     return _read_out(state, C.to(wide), x, D, z)
 
 
@@ -158,9 +160,10 @@ def ssd_update_(
         dt = dt + dt_bias.to(wide)
     if dt_softplus:
         dt = F.softplus(dt)
-    B, C = (M.to(wide).repeat_interleave(heads // M.shape[1], dim=1) for M in (B, C))
+    B, C = (M.to(wide).repeat_interleave(heads // M.shape[1], dim=1) for M in (B, C))  # (batch, heads, d_state)
+    # (batch, heads, head_dim, d_state)
     state.mul_(torch.exp(dt * A.to(wide))[..., None, None]).add_((dt[..., None] * u)[..., None] * B[:, :, None])
-    y = (state * C[:, :, None]).sum(-1)
+    y = (state * C[:, :, None]).sum(-1)  # (batch, heads, head_dim)
     if D is not None:
         y = y + D.to(wide)[:, None] * u
     return y.to(x.dtype)
@@ -204,7 +207,7 @@ def causal_conv_update_(
             y.view(-1).numpy(),
         )
         return y.to(x.dtype)
-    window = torch.cat([state, x.to(state.dtype)[..., None]], dim=-1)
+    window = torch.cat([state, x.to(state.dtype)[..., None]], dim=-1)  # (batch, channels, width)
     state.copy_(window[..., 1:])
     y = (window * weight.to(state.dtype)).sum(-1)
     if bias is not None:

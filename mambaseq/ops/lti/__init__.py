@@ -64,7 +64,7 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
         two tensors `(channels, d_state)`. The bilinear rule makes a real Abar negative where dt A < -2, so
         its logarithm is complex, also for real A.
     """
-    z = dt[:, None] * A
+    z = dt[:, None] * A  # (channels, d_state)
     if discretization == "zoh":
         # (exp(z) - 1) / z tends to 1 at 0, where the quotient itself is undefined.
         near = z.abs() < 1e-6

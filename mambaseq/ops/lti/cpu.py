@@ -45,7 +45,7 @@ def _parts(value: Tensor) -> Tensor:
     """`(…)` → `(…, 2)`: real and imaginary part."""
     if value.is_complex():
         return torch.view_as_real(value.detach().resolve_conj())
-    return torch.stack([value, torch.zeros_like(value)], dim=-1)
+    return torch.stack([value, torch.zeros_like(value)], dim=-1)  # (…, 2)
 
 
 def _joined(parts: Tensor, complex_: bool) -> Tensor:
@@ -66,13 +66,13 @@ def _prepare(kernels: ModuleType, system: System) -> tuple[blocking.Blocks, Any]
     batch, length, channels = x.shape
     blocks = blocking.of_channels(channels, 1, kernels.WIDTH)
     bounds = blocking.bounds_of(cu_seqlens, batch, length)
-    matrices = torch.cat([_parts(decay), _parts(B), _parts(C) * _signs(decay)], dim=-1)
+    matrices = torch.cat([_parts(decay), _parts(B), _parts(C) * _signs(decay)], dim=-1)  # (channels, d_state, 6)
     inputs = kernels.Inputs(
         blocking.tasks_of(blocks, bounds),
         bounds,
         reverse,
         *rows_of(x),
-        flat(blocks.spread(matrices).permute(0, 2, 3, 1)),
+        flat(blocks.spread(matrices).permute(0, 2, 3, 1)),  # (blocks, d_state, 6, width)
         flat(None if state is None else _parts(state)),
         state is not None,
         channels,
@@ -124,8 +124,8 @@ def _backward(given: System, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None,
     threads.share(n_tasks, make_worker, serial=x.numel() * d_state < _LITTLE_WORK)
 
     # A sum over the tasks of a block, in a fixed order.
-    system = gradients.system.view(-1, len(blocks.first), d_state, 6, width).sum(0)
-    ddecay, dB, dC = blocks.gather(system.permute(0, 3, 1, 2)).split(2, dim=-1)
+    system = gradients.system.view(-1, len(blocks.first), d_state, 6, width).sum(0)  # (blocks, d_state, 6, width)
+    ddecay, dB, dC = blocks.gather(system.permute(0, 3, 1, 2)).split(2, dim=-1)  # each (channels, d_state, 2)
     return (
         gradients.x,
         _joined(ddecay, complex_),

@@ -59,7 +59,7 @@ def _inputs(s: System) -> Inputs:
 def _forward(s: System, keep: bool) -> tuple[Tensor, ...]:
     with portable.on(s.x):
         y, final, kept = launches.forward(_inputs(s))
-    return y.view(s.x.shape).to(s.x.dtype), final, kept
+    return y.view(s.x.shape).to(s.x.dtype), final, kept  # (batch, length, channels)
 
 
 def _backward(s: System, dy: Tensor, dfinal: Tensor | None, kept: Tensor) -> tuple[Tensor | None, ...]:

@@ -54,7 +54,7 @@ def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
         return x, empty if state is None else state.to(wide, copy=True)
     if arguments.reverse:
         x = x.flip(1)
-    signal = x.transpose(1, 2).contiguous()
+    signal = x.transpose(1, 2).contiguous()  # (batch, channels, length)
 
     step = math.ceil(math.sqrt(length))
     n_steps = math.ceil(length / step)
@@ -66,12 +66,14 @@ def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
         """sum_n weight[..., n] Abar_n^l for all l: `(…, channels, d_state)` → `(…, channels, length)`."""
         left, right = coarse * weight[..., None, :], fine
         if left.is_complex():
+            # (…, channels, n_steps or T, 2 d_state)
             left, right = 2 * torch.cat([left.real, -left.imag], -1), torch.cat([right.real, right.imag], -1)
         return (left @ right.transpose(-1, -2)).flatten(-2)[..., :length]
 
     y = convolution(signal, sum_of_decays(C * B))
 
     # sum_t Abar^(length - 1 - t) x_t, with time running backwards so that powers grow.
+    # (batch, channels, n_steps, T)
     ages = F.pad(signal.flip(-1), (0, step * n_steps - length)).unflatten(-1, (n_steps, step))
     if fine.is_complex():
         inner = torch.complex(ages @ fine.real, ages @ fine.imag)
@@ -82,5 +84,5 @@ def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
         state = state.to(wide)
         y = y + sum_of_decays(C * torch.exp(log_decay) * state)
         final = final + torch.exp(length * log_decay) * state
-    y = y.transpose(1, 2)
+    y = y.transpose(1, 2)  # (batch, length, channels)
     return (y.flip(1) if arguments.reverse else y), final

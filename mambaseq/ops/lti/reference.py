@@ -33,7 +33,7 @@ def _scan(x: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor, reverse: bo
     length = x.shape[1]
     ys: list[Tensor] = [x] * length
     for t in reversed(range(length)) if reverse else range(length):
-        h = decay * h + B * x[:, t, :, None]
+        h = decay * h + B * x[:, t, :, None]  # (batch, channels, d_state)
         y = (h * C).sum(-1)
         ys[t] = 2 * y.real if y.is_complex() else y
-    return (torch.stack(ys, dim=1) if ys else x), h
+    return (torch.stack(ys, dim=1) if ys else x), h  # (batch, length, channels)

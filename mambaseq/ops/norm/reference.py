@@ -28,7 +28,7 @@ def run_gated(arguments: GatedNormArguments) -> Any:
     u, gate = x.to(wide), F.silu(z.to(wide))
     if not norm_before_gate:
         u = u * gate
-    grouped = u.unflatten(-1, (-1, arguments.width))
+    grouped = u.unflatten(-1, (-1, arguments.width))  # (..., groups, width)
     normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-    y = normed.flatten(-2) * weight.to(wide)
+    y = normed.flatten(-2) * weight.to(wide)  # (..., channels)
     return ((y * gate if norm_before_gate else y).to(x.dtype),)

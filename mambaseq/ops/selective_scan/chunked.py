@@ -106,7 +106,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor 
             dy_here = dy_here * gate * sigmoid
 
         # The gradient of the states follows the same recurrence with conjugate decays, back in time.
-        dout = (2 * dy_here if A.is_complex() else dy_here)[..., None]
+        dout = (2 * dy_here if A.is_complex() else dy_here)[..., None]  # (b, t, c, 1)
         dh = (dout * chunk.C.conj()).expand_as(chunk.h).contiguous()
         dh[:, -1] += carry
         kept = chunk.decay if chunk.first is None else chunk.decay.masked_fill(chunk.first, 0)
@@ -114,7 +114,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor 
         if packing is not None:
             ending, index = _inside(packing, packing.ends - 1, start, end)
             dh[0].index_add_(0, index, torch.where(ending, dfinal, 0))
-        back = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, 1:].flip(1)], dim=1)
+        back = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, 1:].flip(1)], dim=1)  # (b, t, c, n), in reverse
         dh = linear_scan_(back, dh.flip(1)).flip(1)
         carry = kept[:, 0] * dh[:, 0]
         if packing is not None:
@@ -122,7 +122,7 @@ def _backward(given: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor 
             dinitial = torch.where(starting, chunk.decay[0, index].conj() * dh[0, index], dinitial)
 
         dexponent = dh * (chunk.decay * chunk.entering).conj()
-        dA += (dexponent * chunk.delta[..., None]).sum((0, 1))
+        dA += (dexponent * chunk.delta[..., None]).sum((0, 1))  # (c, n)
         ddelta = _real_part((dexponent * A.conj()).sum(-1))
         dinput = _real_part((dh * chunk.B.conj()).sum(-1))  # of delta · x
         ddelta = ddelta + dinput * chunk.u
@@ -209,19 +209,19 @@ def _states(
         raw = raw + arguments.dt_bias.to(real)
     delta = F.softplus(raw) if arguments.dt_softplus else raw
     B, C = (_per_channel(M, start, end, channels).to(wide) for M in (arguments.B, arguments.C))
-    decay = torch.exp(delta[..., None] * arguments.A.to(wide))
-    h = (delta * u)[..., None] * B
+    decay = torch.exp(delta[..., None] * arguments.A.to(wide))  # (b, t, c, n)
+    h = (delta * u)[..., None] * B  # (b, t, c, n)
     if packing is None:
         first = None
         kept = decay.clone()
     else:
-        first = packing.first[start:end, None, None]
+        first = packing.first[start:end, None, None]  # (t, 1, 1)
         begin = initial[packing.of_position[start:end]]
         h += torch.where(first, decay[0] * begin, 0)
         kept = decay.masked_fill(first, 0)
     h[:, 0] += kept[:, 0] * state
     h = linear_scan_(kept, h)
-    entering = torch.cat([state[:, None], h[:, :-1]], dim=1)
+    entering = torch.cat([state[:, None], h[:, :-1]], dim=1)  # (b, t, c, n)
     if first is not None:
         entering = torch.where(first, begin, entering)
     return _Chunk(u, raw, delta, B, C, decay, first, entering, h)
@@ -243,10 +243,10 @@ def _inside(packing: _Packing, points: Tensor, start: int, end: int) -> tuple[Te
 def _per_channel(M: Tensor, start: int, end: int, channels: int) -> Tensor:
     """B or C at positions `start:end`, broadcastable to (b, t, c, n)."""
     if M.ndim == 2:
-        return M[None, None]
+        return M[None, None]  # (1, 1, c, n)
     if M.ndim == 3:
-        return M[:, start:end, None]
-    return M[:, start:end].repeat_interleave(channels // M.shape[2], dim=2)
+        return M[:, start:end, None]  # (b, t, 1, n)
+    return M[:, start:end].repeat_interleave(channels // M.shape[2], dim=2)  # (b, t, c, n)
 
 
 def _accumulate_(total: Tensor, per_channel: Tensor, here: slice) -> None:
@@ -256,7 +256,7 @@ def _accumulate_(total: Tensor, per_channel: Tensor, here: slice) -> None:
     elif total.ndim == 3:
         total[:, here] = per_channel.sum(2)
     else:
-        total[:, here] = per_channel.unflatten(2, (total.shape[2], -1)).sum(3)
+        total[:, here] = per_channel.unflatten(2, (total.shape[2], -1)).sum(3)  # (b, t, groups, n)
 
 
 def _real_part(value: Tensor) -> Tensor:

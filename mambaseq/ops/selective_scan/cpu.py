@@ -97,8 +97,9 @@ def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor) -> tuple[Ten
     threads.share(n_tasks, make_worker, serial=_is_little(x, inputs))
 
     # Sums in a fixed order: over the tasks of a block, and over the blocks of a group.
-    dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)
+    dA = gradients.A.view(-1, n_blocks, n_states, width).sum(0).transpose(1, 2)  # (blocks, width, n_states)
     dA = blocks.gather(dA)[:, :d_state]
+    # (channels,)
     dD, dbias = (blocks.gather(value.view(-1, n_blocks, width).sum(0)) for value in (gradients.D, gradients.bias))
     dB, dC = (_sum_of_blocks(value, M) for value, M in ((gradients.B, B), (gradients.C, C)))
     found = (gradients.x, gradients.dt, dA, dB, dC, dD, gradients.z, dbias, gradients.initial)
@@ -124,8 +125,8 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[blocking.Bl
     def in_groups(M: Tensor) -> np.ndarray:
         """B or C as `(rows, groups, n_states)`, flat."""
         own_groups = M.shape[2] if M.ndim == 4 else 1
-        M = M.reshape(batch * length, own_groups, d_state).float()
-        M = M.repeat_interleave(groups // own_groups, dim=1) if own_groups != groups else M
+        M = M.reshape(batch * length, own_groups, d_state).float()  # (rows, groups of its own, d_state)
+        M = M.repeat_interleave(groups // own_groups, dim=1) if own_groups != groups else M  # (rows, groups, d_state)
         M = F.pad(M, (0, n_states - d_state)) if n_states != d_state else M
         return flat(M)
 
@@ -142,7 +143,7 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[blocking.Bl
         in_groups(C),
         groups,
         n_states,
-        flat(blocks.spread(A2).transpose(1, 2)),
+        flat(blocks.spread(A2).transpose(1, 2)),  # (blocks, n_states, width)
         by_block(arguments.D),
         by_block(arguments.dt_bias),
         arguments.dt_softplus,
@@ -157,7 +158,7 @@ def _prepare(arguments: ScanArguments, kernels: ModuleType) -> tuple[blocking.Bl
 def _sum_of_blocks(partial: Tensor, M: Tensor) -> Tensor:
     """The gradient of `M`, B or C, from those of the blocks `(blocks, rows, n_states)`."""
     own_groups = M.shape[2] if M.ndim == 4 else 1
-    total = partial.unflatten(0, (own_groups, -1)).sum(1)
+    total = partial.unflatten(0, (own_groups, -1)).sum(1)  # (groups of its own, rows, n_states)
     return total[..., : M.shape[-1]].transpose(0, 1).reshape(M.shape)
 
 

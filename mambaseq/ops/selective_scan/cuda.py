@@ -109,7 +109,7 @@ def as_rows(value: Tensor, dtype: torch.dtype) -> Rows:
     """`(batch, length, ...)` as rows of numbers of a dtype, copied where they do not lie so."""
     value = value.to(dtype)
     batch, length = value.shape[:2]
-    row = value.flatten(2)
+    row = value.flatten(2)  # (batch, length, numbers)
     inner = row.stride(2) == 1 or row.shape[2] == 1
     if not inner or (batch > 1 and length > 1 and row.stride(0) != length * row.stride(1)):
         row = row.contiguous()
@@ -169,6 +169,7 @@ def prepare(arguments: ScanArguments) -> Inputs:
 
 def _in_groups(M: Tensor, groups: int) -> Tensor:
     own = _groups(M)
+    # (batch, length, groups, d_state)
     return M if own == groups else M.reshape(*M.shape[:2], own, -1).repeat_interleave(groups // own, dim=2)
 
 
@@ -182,7 +183,7 @@ def _shape_kept(arguments: ScanArguments) -> tuple[int, ...]:
 def _forward(arguments: ScanArguments, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     with portable.on(arguments.x):
         y, final, kept = launches.forward(prepare(arguments), keep)
-    return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept
+    return y.view(arguments.x.shape).to(arguments.x.dtype), final, kept  # (batch, length, channels)
 
 
 def _backward(arguments: ScanArguments, dy: Tensor, dfinal: Tensor | None, kept: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,7 +211,7 @@ def _of_own_groups(gradient: Tensor, M: Tensor) -> Tensor:
     own = _groups(M)
     if M.ndim == 2 or gradient.shape[1] == own:
         return gradient
-    return gradient.float().unflatten(1, (own, -1)).sum(2).contiguous()
+    return gradient.float().unflatten(1, (own, -1)).sum(2).contiguous()  # (rows, groups of its own, numbers)
 
 
 _op = scan_operator("selective_scan_cuda", _forward, _backward, "cuda", _shape_kept)

@@ -69,7 +69,7 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     scan = importlib.import_module(_MODULE).selective_scan_fn
 
     def time_last(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(x.dtype).movedim(1, -1)
+        return None if value is None else value.to(x.dtype).movedim(1, -1)  # (batch, ..., length)
 
     def matrix(M: Tensor) -> Tensor | None:
         return M.float() if M.ndim == 2 else time_last(M)
@@ -86,7 +86,7 @@ def run(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         delta_softplus=dt_softplus,
         return_last_state=True,
     )
-    return y.transpose(1, 2).to(x.dtype), final_state.float()
+    return y.transpose(1, 2).to(x.dtype), final_state.float()  # (batch, length, channels)
 
 
 def _needs_gradient(arguments: ScanArguments) -> bool:

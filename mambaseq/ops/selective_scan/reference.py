@@ -50,11 +50,11 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, rev
     length, channels = x.shape[1], x.shape[2]
     ys: list[Tensor] = [x] * length
     for t in reversed(range(length)) if reverse else range(length):
-        dt_t = dt[:, t, :, None]
-        h = torch.exp(dt_t * A) * h + dt_t * x[:, t, :, None] * _at(B, t, channels)
+        dt_t = dt[:, t, :, None]  # (batch, channels, 1)
+        h = torch.exp(dt_t * A) * h + dt_t * x[:, t, :, None] * _at(B, t, channels)  # (batch, channels, d_state)
         y = (h * _at(C, t, channels)).sum(-1)
         ys[t] = 2 * y.real if y.is_complex() else y
-    return (torch.stack(ys, dim=1) if ys else x), h
+    return (torch.stack(ys, dim=1) if ys else x), h  # (batch, length, channels)
 
 
 def _at(M: Tensor, t: int, channels: int) -> Tensor:
@@ -62,5 +62,5 @@ def _at(M: Tensor, t: int, channels: int) -> Tensor:
     if M.ndim == 2:
         return M
     if M.ndim == 3:
-        return M[:, t, None]
-    return M[:, t].repeat_interleave(channels // M.shape[2], dim=1)
+        return M[:, t, None]  # (batch, 1, d_state)
+    return M[:, t].repeat_interleave(channels // M.shape[2], dim=1)  # (batch, channels, d_state)

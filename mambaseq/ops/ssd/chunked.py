@@ -74,16 +74,17 @@ def _run(given: SsdArguments) -> tuple[Tensor, Tensor]:
     log_decay = in_chunks(dt * A.to(wide)).double().unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # b c g r q
     sums = _sums(log_decay)  # b c g r q
     decay = _segment_decay(sums, wide)  # b c g r q k
-    scores = (C_in @ B_in.mT).unsqueeze(3) * decay
+    scores = (C_in @ B_in.mT).unsqueeze(3) * decay  # b c g r q k
     y = (scores @ u.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)  # b c q g r p
 
     to_end = decay[..., -1, :].permute(0, 1, 4, 2, 3)  # b c q g r
     states = B_in.mT @ (u * to_end[..., None]).transpose(2, 3).flatten(4)  # b c g n rp
     states = states.unflatten(4, (-1, head_dim)).permute(0, 2, 4, 1, 3, 5).flatten(4)  # b g r c np
     if initial is not None:
+        # b sequences g r p n
         initial = initial.to(wide).reshape(batch, len(layout.begin), groups, heads // groups, head_dim, d_state)
         initial = initial.permute(0, 2, 3, 1, 5, 4).flatten(4)  # b g r sequences np
-    entering, final = _pass_on(sums[..., -1].permute(0, 2, 3, 1), states, initial, layout)
+    entering, final = _pass_on(sums[..., -1].permute(0, 2, 3, 1), states, initial, layout)  # decays b g r c
 
     entering = entering.unflatten(4, (d_state, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4)  # b c g n rp
     from_start = sums.to(wide).exp().transpose(3, 4)  # b c g q r
@@ -91,9 +92,9 @@ def _run(given: SsdArguments) -> tuple[Tensor, Tensor]:
     y = (y + y_entered.transpose(2, 3)).flatten(3, 4).flatten(1, 2)  # b, length and padding, heads, head_dim
     y = y[:, :length] if layout.place is None else y.index_select(1, layout.place)
     if D is not None:
-        y = y + D.to(wide)[:, None] * x.to(wide)
+        y = y + D.to(wide)[:, None] * x.to(wide)  # (b, length, heads, head_dim)
 
-    final = final.unflatten(4, (d_state, -1)).permute(0, 3, 1, 2, 5, 4)
+    final = final.unflatten(4, (d_state, -1)).permute(0, 3, 1, 2, 5, 4)  # b sequences g r p n
     final = final.reshape(arguments.n_sequences, heads, head_dim, d_state)
     if given.reverse:
         y, final = y.flip(1), final if given.cu_seqlens is None else final.flip(0)
@@ -136,10 +137,10 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
         return _segment_decay(_sums(log_decay), v.dtype, sequence) @ v
     # `_WIDTH` at a time as if nothing came before, then what does come before each of those, by the same scan
     padding = -n % _WIDTH
-    log_decay = F.pad(log_decay, (0, padding)).unflatten(-1, (-1, _WIDTH))
-    v = F.pad(v, (0, 0, 0, padding)).unflatten(-2, (-1, _WIDTH))
+    log_decay = F.pad(log_decay, (0, padding)).unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
+    v = F.pad(v, (0, 0, 0, padding)).unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
     if sequence is not None:
-        sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))
+        sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))  # (pieces, _WIDTH)
     sums = _sums(log_decay)
     own = _segment_decay(sums, v.dtype, sequence) @ v
     last = None if sequence is None else sequence[:, -1]
@@ -147,8 +148,8 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
     reaching = sums.to(v.dtype).exp()
     if sequence is not None and last is not None:
         reaching = torch.where(sequence == F.pad(last, (1, 0), value=-1)[:-1, None], reaching, 0)
-    h = own + reaching[..., None] * before[..., None, :]
-    return h.flatten(-3, -2)[..., :n, :]
+    h = own + reaching[..., None] * before[..., None, :]  # (..., pieces, _WIDTH, features)
+    return h.flatten(-3, -2)[..., :n, :]  # (..., n, features)
 
 
 def _sums(log_decay: Tensor) -> Tensor:
@@ -163,10 +164,10 @@ def _segment_decay(sums: Tensor, dtype: torch.dtype, sequence: Tensor | None = N
     sums `(..., n)`, float64: their difference is exact to what `dtype` holds. sequence `(..., n)`.
     """
     n = sums.shape[-1]
-    exponent = (sums[..., :, None] - sums[..., None, :]).to(dtype)
+    exponent = (sums[..., :, None] - sums[..., None, :]).to(dtype)  # (..., q, k)
     hidden = torch.ones(n, n, dtype=torch.bool, device=sums.device).triu(1)
     if sequence is not None:
-        hidden = hidden | (sequence[..., :, None] != sequence[..., None, :])
+        hidden = hidden | (sequence[..., :, None] != sequence[..., None, :])  # (..., q, k)
     return exponent.masked_fill(hidden, -torch.inf).exp()
 
 

@@ -37,11 +37,12 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     heads = x.shape[2]
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = F.softplus(dt) if dt_softplus else dt
+    # (batch, length, heads, d_state)
     k, q = (M.to(x.dtype).repeat_interleave(heads // M.shape[2], dim=2) for M in (B, C))
     y, final_state = importlib.import_module(_MODULE).chunk_simple_gla(
         q=q,
         k=k,
-        v=(x * dt[..., None]).to(x.dtype),
+        v=(x * dt[..., None]).to(x.dtype),  # (batch, length, heads, head_dim)
         g=dt * A.float(),
         scale=1.0,
         initial_state=None if initial_state is None else _transposed(initial_state),
@@ -56,7 +57,7 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
 
 def _transposed(state: Tensor) -> Tensor:
     """Ours is `(..., head_dim, d_state)`, the package's has d_state first."""
-    return state.float().transpose(-1, -2).contiguous()
+    return state.float().transpose(-1, -2).contiguous()  # the last two axes change places
 
 
 @functools.cache

@@ -107,7 +107,7 @@ class _Call:
             self.chunks_of_row = self.table.shape[1]
         self.chunks = self.batch * self.chunks_of_row
         self.place = (self.table, self.chunks, self.chunks_of_row, self.length)
-        self.decay, self.step = self.empty(2, self.chunks, self.heads, size).unbind(0)
+        self.decay, self.step = self.empty(2, self.chunks, self.heads, size).unbind(0)  # each (chunks, heads, size)
         self.blocks = {"P": self.head_dim, "N": self.d_state, "SIZE": size, "REVERSE": reverse}
         self.kernels.steps[(self.chunks, -(-self.heads // _STEPS_HEADS))](
             *self.raw(), *self.place, self.decay, self.step, self.heads,
@@ -217,8 +217,9 @@ def backward_into(
         shape = call.plan.inner
         taken = call.parts(shape)
         parts = call.heads_of_group // taken
+        # each (parts, chunks, groups, size, d_state)
         dB_parts, dC_parts = call.empty(2, parts, chunks, groups, size, call.d_state).unbind(0)
-        direct, inner = call.empty(2, chunks, heads, size).unbind(0)
+        direct, inner = call.empty(2, chunks, heads, size).unbind(0)  # each (chunks, heads, size)
         shares = call.empty(3, chunks, heads)
         call.kernels.inner_backward[(chunks, heads // taken)](
             call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
@@ -289,6 +290,7 @@ def _table(cu_seqlens: Tensor, length: int, size: int, reverse: bool) -> Tensor:
     first = bounds[chunks.owner] + bounds[chunks.owner + 1] - 1 - begin if reverse else begin
     some = count > 0
     starts, ends = some & (number == 0), some & (number == chunks.counts[chunks.owner] - 1)
+    # (4, chunks)
     return torch.stack([first.where(some, 0), count, chunks.owner, starts.long() + 2 * ends.long()]).int()
 
 
@@ -305,9 +307,11 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
         """head_dim, which is at `axis`, into pieces, each of which is a head with zeros where it is not full."""
         if padding:
             value = F.pad(value, (*(0, 0) * (value.ndim - 1 - axis), 0, padding))
+        # (..., heads * pieces, piece of head_dim, ...)
         return value.unflatten(axis, (pieces, -1)).flatten(axis - 1, axis)
 
     def joined(value: Tensor, axis: int) -> Tensor:
+        # (..., heads, head_dim and padding, ...)
         value = value.unflatten(axis - 1, (-1, pieces)).flatten(axis, axis + 1)
         return value.narrow(axis, 0, head_dim)
 

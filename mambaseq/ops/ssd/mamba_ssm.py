@@ -43,6 +43,7 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
         D=None if D is None else D.float(),
         dt_bias=None if dt_bias is None else dt_bias.float(),
         initial_states=None if initial_state is None else initial_state.float(),
+        # (1, length)
         seq_idx=None if cu_seqlens is None else sequences.of_positions(cu_seqlens, x.shape[1]).int()[None],
         dt_softplus=dt_softplus,
         return_final_states=wants_state,

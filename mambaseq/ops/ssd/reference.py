@@ -18,7 +18,7 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, dt_bias, dt_softplus, state, cu_seqlens, reverse, *_ = arguments
     wide, heads = working_dtype(x), x.shape[2]
     u, dt, A = x.to(wide), dt.to(wide), A.to(wide)
-    B, C = (M.to(wide).repeat_interleave(heads // M.shape[2], dim=2) for M in (B, C))
+    B, C = (M.to(wide).repeat_interleave(heads // M.shape[2], dim=2) for M in (B, C))  # (batch, length, heads, d_state)
     if dt_bias is not None:
         dt = dt + dt_bias.to(wide)
     if dt_softplus:
@@ -47,7 +47,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, rev
     length = x.shape[1]
     ys: list[Tensor] = [x] * length
     for t in reversed(range(length)) if reverse else range(length):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        ys[t] = (h * C[:, t, :, None]).sum(-1)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (batch, heads, 1, 1)
+        h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]  # (batch, heads, head_dim, d_state)
+        ys[t] = (h * C[:, t, :, None]).sum(-1)  # (batch, heads, head_dim)
     return (torch.stack(ys, dim=1) if ys else x), h

@@ -61,9 +61,10 @@ def _run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     x = x.to(arguments.dtype)
     if initial is not None:
         # a row for every sequence of each channel
+        # (systems, channels of each, sequences, d_state)
         initial = initial.to(x.dtype).permute(1, 0, 2).unflatten(0, (systems, channels // systems))
     if batch == 0 or length == 0:
-        empty = x[..., None].expand(-1, -1, -1, outputs)
+        empty = x[..., None].expand(-1, -1, -1, outputs)  # (batch, length, channels, outputs)
         if initial is None:
             initial = x.new_zeros(systems, channels // systems, arguments.n_sequences, d_state)
         return empty, _of_sequences(initial.clone())
@@ -71,7 +72,8 @@ def _run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     tables = _tables(A, B, C, layout.steps, x.dtype)
 
     signal = _split(x, layout)  # (blocks, steps, channels)
-    rows = signal.permute(2, 0, 1).reshape(systems, -1, layout.steps)
+    rows = signal.permute(2, 0, 1).reshape(systems, -1, layout.steps)  # (systems, channels of each * blocks, steps)
+    # (systems, channels of each, blocks, d_state)
     sums = (rows @ tables.summed).unflatten(1, (channels // systems, layout.blocks))
     over_block = tables.powers[-1]
     if initial is not None:
@@ -81,8 +83,9 @@ def _run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     after = _scan(sums, ~layout.first, over_block) if several else sums
     before = F.pad(after[:, :, :-1], (0, 0, 1, 0))
     before = torch.where(layout.first, 0 if initial is None else initial[:, :, layout.sequence], before)
+    # (systems, channels of each * blocks, steps * outputs)
     y = torch.baddbmm(before.flatten(1, 2) @ tables.carried, rows, tables.within)
-    y = y.view(channels, layout.blocks, layout.steps, outputs).permute(1, 2, 0, 3)
+    y = y.view(channels, layout.blocks, layout.steps, outputs).permute(1, 2, 0, 3)  # (blocks, steps, channels, outputs)
     y = _join(y, layout, batch, length)
     if not wants_final_state:
         return y, y.new_empty(0)
@@ -101,18 +104,19 @@ def _apply(state: Tensor, power: Tensor) -> Tensor:
 
 def _tables(A: Tensor, B: Tensor, C: Tensor, steps: int, dtype: torch.dtype) -> _Tables:
     double = torch.complex128 if dtype.is_complex else torch.float64
+    # (systems, n, n), (systems, 1, n), (systems, n, m)
     A, B, C = A.to(double).mT, B.to(double)[:, None], C.to(double).mT
     powers = [A]
     impulse = B  # (systems, l, n): A^l B
     readout = A @ C  # (systems, n, l · m): C A^(l+1)
     while impulse.shape[1] < steps:
-        impulse = torch.cat([impulse, impulse @ powers[-1]], 1)
-        readout = torch.cat([readout, powers[-1] @ readout], 2)
+        impulse = torch.cat([impulse, impulse @ powers[-1]], 1)  # (systems, 2 l, n)
+        readout = torch.cat([readout, powers[-1] @ readout], 2)  # (systems, n, 2 l · m)
         powers.append(powers[-1] @ powers[-1])
     kernel = (impulse @ C).to(dtype)
     # all its shifts: window t holds the kernel's values at t - (T - 1), ..., t, those before 0 being 0
-    shifts = F.pad(kernel, (0, 0, steps - 1, 0)).unfold(1, steps, 1)
-    within = shifts.flip(-1).permute(0, 3, 1, 2).flatten(2)
+    shifts = F.pad(kernel, (0, 0, steps - 1, 0)).unfold(1, steps, 1)  # (systems, t, m, s from the last)
+    within = shifts.flip(-1).permute(0, 3, 1, 2).flatten(2)  # (systems, s, t · m)
     return _Tables(within, readout.to(dtype), impulse.flip(1).to(dtype), powers)
 
 
@@ -127,12 +131,12 @@ def _layout(arguments: StateSpaceArguments) -> _Layout:
     if arguments.cu_seqlens is None:
         per_row = -(-length // steps)
         numbers = torch.arange(batch * per_row, device=device)
-        first = (numbers % per_row == 0)[:, None]
+        first = (numbers % per_row == 0)[:, None]  # (blocks, 1)
         rest = torch.full((batch, 1), length - (per_row - 1) * steps, device=device)
         return _Layout(steps, batch * per_row, None, first, numbers // per_row, numbers[per_row - 1 :: per_row], rest)
     # blocks that are left over go on from the last sequence, where nobody reads them
     blocks = sequences.in_chunks(arguments.cu_seqlens, length, steps)
-    first = (torch.arange(blocks.n, device=device) == blocks.begin[blocks.owner])[:, None]
+    first = (torch.arange(blocks.n, device=device) == blocks.begin[blocks.owner])[:, None]  # (blocks, 1)
     rest = arguments.cu_seqlens.diff().long() - (blocks.counts - 1).clamp(min=0) * steps
     return _Layout(steps, blocks.n, blocks.place, first, blocks.owner, blocks.last, rest[:, None])
 
@@ -170,7 +174,7 @@ def _scan(h: Tensor, keep: Tensor, power: Tensor) -> Tensor:
     odd = _scan(pairs, keep_left & keep_right, power @ power)
     before = F.pad(odd[:, :, :-1], (0, 0, 1, 0))
     even = left + torch.where(keep_left, _apply(before, power), 0)
-    return torch.stack([even, odd], 3).flatten(2, 3)[:, :, :blocks]
+    return torch.stack([even, odd], 3).flatten(2, 3)[:, :, :blocks]  # (systems, channels of each, blocks, d_state)
 
 
 def _final(signal: Tensor, before: Tensor, initial: Tensor | None, tables: _Tables, layout: _Layout) -> Tensor:
@@ -184,6 +188,6 @@ def _final(signal: Tensor, before: Tensor, initial: Tensor | None, tables: _Tabl
     moved = torch.arange(steps, device=signal.device) - (steps - layout.rest)
     tail = signal.flatten(0, 1)[(layout.last[:, None] * steps + moved).clamp(min=0)]
     tail = torch.where((moved >= 0)[..., None], tail, 0)  # (sequences, steps, channels)
-    rows = tail.permute(2, 0, 1).reshape(state.shape[0], -1, steps)
-    state = state + (rows @ tables.summed).view(state.shape)
+    rows = tail.permute(2, 0, 1).reshape(state.shape[0], -1, steps)  # (systems, channels of each * sequences, steps)
+    state = state + (rows @ tables.summed).view(state.shape)  # (systems, channels of each, sequences, d_state)
     return torch.where(layout.rest > 0, state, 0 if initial is None else initial)

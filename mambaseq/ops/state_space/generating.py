@@ -33,7 +33,7 @@ def dplr_kernel(dt: Tensor, diagonal: Tensor, P: Tensor, B: Tensor, C: Tensor, l
     channels, d_state = diagonal.shape
     # v / (w - s diagonal) and its conjugate pair together are 2 (Re(v) w - Re(v diagonal^*) s) / |w - s diagonal|^2,
     # where |.|^2 is a polynomial of complex w and s with real coefficients
-    values = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], 1)
+    values = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], 1)  # (channels, 4, d_state)
     weights = 2 * torch.cat([values.real, (values * diagonal.conj()[:, None]).real], 1)  # (channels, 8, d_state)
     size = 2 * length
     radius = math.exp(math.log(_WRAPPED) / size)
@@ -54,10 +54,10 @@ def dplr_kernel(dt: Tensor, diagonal: Tensor, P: Tensor, B: Tensor, C: Tensor, l
 
 def _values(nodes: Tensor, dt: Tensor, diagonal: Tensor, weights: Tensor) -> Tensor:
     """The generating function at nodes `(nodes,)`: `(channels, nodes)`."""
-    w, s = 1 - nodes, (dt / 2)[:, None] * (1 + nodes)
+    w, s = 1 - nodes, (dt / 2)[:, None] * (1 + nodes)  # (nodes,), (channels, nodes)
     absolute = diagonal.real.square() + diagonal.imag.square()
     poles = w.square() - 2 * diagonal.real[..., None] * (w * s)[:, None] + absolute[..., None] * s.square()[:, None]
     poles = poles.reciprocal()  # (channels, d_state, nodes)
     sums = torch.complex(weights @ poles.real, weights @ poles.imag)
-    cb, cp, pb, pp = (w[None, None] * sums[:, :4] - s[:, None] * sums[:, 4:]).unbind(1)
+    cb, cp, pb, pp = (w[None, None] * sums[:, :4] - s[:, None] * sums[:, 4:]).unbind(1)  # each (channels, nodes)
     return dt[:, None] * (cb - s * cp * pb / (1 + s * pp))

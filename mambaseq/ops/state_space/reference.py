@@ -16,7 +16,7 @@ def run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     x, A, B, C, state, cu_seqlens, _ = arguments
     wide, channels = arguments.dtype, x.shape[2]
     x = x.to(wide)
-    A, B, C = (value.to(wide).repeat_interleave(channels // A.shape[0], 0) for value in (A, B, C))
+    A, B, C = (value.to(wide).repeat_interleave(channels // A.shape[0], 0) for value in (A, B, C))  # (channels, ...)
     if state is None:
         state = x.new_zeros(arguments.n_sequences, *B.shape)
     state = state.to(wide, copy=True)  # of length 0, it is what is returned
@@ -33,11 +33,11 @@ def run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
 def _scan(x: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     ys = [_nothing(x, C)]
     for t in range(x.shape[1]):
-        h = torch.einsum("cnk,bck->bcn", A, h) + B * x[:, t, :, None]
-        ys.append(torch.einsum("cmn,bcn->bcm", C, h)[:, None])
+        h = torch.einsum("cnk,bck->bcn", A, h) + B * x[:, t, :, None]  # (batch, channels, d_state)
+        ys.append(torch.einsum("cmn,bcn->bcm", C, h)[:, None])  # (batch, 1, channels, outputs)
     return torch.cat(ys, dim=1), h
 
 
 def _nothing(x: Tensor, C: Tensor) -> Tensor:
     """y of no steps."""
-    return x[:, :0, :, None].expand(-1, -1, -1, C.shape[1])
+    return x[:, :0, :, None].expand(-1, -1, -1, C.shape[1])  # (batch, 0, channels, outputs)

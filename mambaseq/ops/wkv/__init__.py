@@ -78,5 +78,5 @@ def wkv_update_(state: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Te
     y = (past * num + present * v) / (past * den + present)
     top = torch.maximum(m - w, k)
     keep, enter = torch.exp((m - top) - w), torch.exp(k - top)
-    state.copy_(torch.stack([keep * num + enter * v, keep * den + enter, top], dim=1))
+    state.copy_(torch.stack([keep * num + enter * v, keep * den + enter, top], dim=1))  # (batch, 3, channels)
     return y.to(dtype)

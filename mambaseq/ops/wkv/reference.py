@@ -41,4 +41,4 @@ def _loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Te
         top = torch.maximum(exponent - w, k_t).detach()
         before, now = torch.exp(exponent - w - top), torch.exp(k_t - top)
         num, den, exponent = before * num + now * v_t, before * den + now, top
-    return (torch.stack(ys, dim=1) if ys else k), torch.stack([num, den, exponent], dim=1)
+    return (torch.stack(ys, dim=1) if ys else k), torch.stack([num, den, exponent], dim=1)  # (b, t, c), (b, 3, c)

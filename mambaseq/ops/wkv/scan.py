@@ -77,7 +77,7 @@ class _Rows:
 
 def _along(mask: Tensor, values: Tensor, axis: int = 1) -> Tensor:
     """A mask of positions (or of sequences, axis 0), broadcastable to values."""
-    return mask.view(-1, *[1] * (values.ndim - axis - 1))
+    return mask.view(-1, *[1] * (values.ndim - axis - 1))  # (positions, 1, ...)
 
 
 class _Positions(NamedTuple):
@@ -103,10 +103,10 @@ def _positions(arguments: WkvArguments, rows: _Rows, state: Tensor) -> _Position
     m_before = rows.before(m, state[:, 2])
     # m_{t-1} - m_t is exact where they are close, so w is subtracted last
     keep, enter = torch.exp((m_before - m) - w), torch.exp(k - m)
-    added = torch.stack([enter * v, enter], dim=2)
+    added = torch.stack([enter * v, enter], dim=2)  # (b, t, 2, c)
     added += keep[:, :, None] * rows.before(torch.zeros_like(added), state[:, :2])
     decay = keep.masked_fill(rows.first[:, None], 0) if rows.packed else keep.clone()
-    sums = linear_scan_(decay[:, :, None], added)
+    sums = linear_scan_(decay[:, :, None], added)  # (b, t, 2, c)
     sums_before = rows.before(sums, state[:, :2])
     top = torch.maximum(m_before, u + k)
     past, present = torch.exp(m_before - top), torch.exp((k - top) + u)
@@ -122,7 +122,7 @@ def _forward(arguments: WkvArguments) -> tuple[Tensor, Tensor]:
         return torch.empty_like(arguments.k), state.clone()
     p = _positions(arguments, rows, state)
     sums, m = rows.at_last(p.sums, state[:, :2]), rows.at_last(p.m, state[:, 2])
-    return p.y.to(arguments.k.dtype), torch.cat([sums, m[:, None]], dim=1)
+    return p.y.to(arguments.k.dtype), torch.cat([sums, m[:, None]], dim=1)  # the state: (sequences, 3, c)
 
 
 def _backward(arguments: WkvArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,10 +135,10 @@ def _backward(arguments: WkvArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tens
         dnum = dy.to(p.den.dtype) / p.den
         dden = -dnum * p.y
         dpresent = (dnum * p.v + dden) * p.present  # of u + k
-        from_output = p.past[:, :, None] * torch.stack([dnum, dden], dim=2)
+        from_output = p.past[:, :, None] * torch.stack([dnum, dden], dim=2)  # (b, t, 2, c)
         # The gradient of the sums runs back in time: from what the next position reads and what it keeps.
         decay = rows.after(p.keep, torch.zeros_like(dsums[:, 0]))
-        total = linear_scan_(decay.flip(1)[:, :, None], rows.after(from_output, dsums).flip(1)).flip(1)
+        total = linear_scan_(decay.flip(1)[:, :, None], rows.after(from_output, dsums).flip(1)).flip(1)  # (b, t, 2, c)
         dw = -((total * p.sums_before).sum(2) * p.keep).sum((0, 1))
         dk = (total[:, :, 0] * p.v + total[:, :, 1]) * p.enter + dpresent
         dv = total[:, :, 0] * p.enter + dnum * p.present
@@ -147,7 +147,7 @@ def _backward(arguments: WkvArguments, dy: Tensor, dfinal: Tensor) -> tuple[Tens
     gradients = [gradient.to(value.dtype) for gradient, value in zip((dk, dv, dw, du), arguments[:4], strict=True)]
     if arguments.initial_state is None:
         return *gradients, None
-    dstate = torch.cat([dsums, torch.zeros_like(dsums[:, :1])], dim=1)
+    dstate = torch.cat([dsums, torch.zeros_like(dsums[:, :1])], dim=1)  # (sequences, 3, c)
     return *gradients, dstate.to(arguments.initial_state.dtype)
 
 
