@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_utilities.core.imports import RequirementCache
 from safetensors.torch import load_file, save_file
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as tree
 
+from mambaseq.cli.main import main
 from mambaseq.heads.distributions import Gaussian
 from mambaseq.models import ModelOutput, SequenceModel, causal_lm
 from mambaseq.ops import OPS, dispatch, only_reference
@@ -191,3 +193,16 @@ def test_the_reference_is_what_every_op_runs() -> None:
         assert not can_read_few_rows(x, weight)
     with torch.no_grad():
         assert can_read_few_rows(x, weight)
+
+
+@pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])
+def test_a_logger_whose_package_is_missing_is_told_in_a_line(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = f"lightning.pytorch.loggers.{package}"
+    monkeypatch.setattr(f"{module}._{package.upper()}_AVAILABLE", RequirementCache(f"{package}>=9999"))
+    options = ["--config", "synthetic/induction_heads", "--out", str(tmp_path / "run")]
+    assert main(["fit", *options, f"--trainer.logger=[{name}]"]) == 2
+    told = f"trainer.logger[0]: {name} needs the package {package}, which is not installed or is too old. "
+    assert capsys.readouterr().err.splitlines() == [f"mambaseq fit: {told}Install it: pip install -U {package}."]
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import enum
 import importlib
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -28,6 +29,8 @@ from mambaseq.plain import parse_yaml
 from mambaseq.registry import import_allowed, is_allowed
 
 PYTORCH = "lightning.pytorch"
+# how Lightning and Python say that a package is not there
+_ABSENT = re.compile(r"Requirement '([\w.-]+)[^']*' not met|No module named '([\w.-]+)'")
 
 
 class Key(NamedTuple):
@@ -125,6 +128,12 @@ def _make(key: str, value: Any, where: str) -> Any:
     try:
         return kind(**checked)
     except Exception as error:  # whatever the class does not like about its settings
+        if isinstance(error, ImportError) and (found := _ABSENT.search(str(error))) is not None:
+            package = found[1] or found[2].partition(".")[0]
+            raise ConfigError(
+                f"{where}: {kind.__name__} needs the package {package}, which is not installed or is too old. Install "
+                f"it: pip install -U {package}."
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{where}: {kind.__name__} cannot be made ({type(error).__name__}: {reason}).") from error
 
