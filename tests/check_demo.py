@@ -22,9 +22,11 @@ def main(folder: Path) -> int:
         "audio below the mu-law bigram": audio["test/bits_per_token"] < min(MULAW_BIGRAM, audio["report/bigram"]),
         "text below the byte bigram": text["test/bits_per_byte"] < text["report/bigram"],
         f"at most {SECONDS} s": sum(r["demo_seconds"] for r in results.values()) <= SECONDS,
-        "the report holds its pictures and sounds itself": page.count("data:image/png") >= 6
+        "the report holds its pictures and sounds itself": page.count("<svg") >= 10
+        and page.count("data:image/png") >= 20  # a spectrogram beside each sound
         and page.count("data:audio/wav") >= 20
         and 'src="http' not in page,
+        "every run has a page": all("training, smoothed" in (folder / d / "report.html").read_text() for d in results),
     }
     for domain, found in results.items():
         print(domain, {k: v for k, v in found.items() if isinstance(v, int | float)})

@@ -282,7 +282,7 @@ def write_wav(
     suffix = path.suffix.lower()
     if suffix not in ("", ".wav", ".flac"):
         raise ConfigError(f"Sound is written as .wav or .flac, not as {path.name}. Give another name with --out.")
-    if suffix or is_stream(path):
+    if suffix or (not path.is_dir() and is_stream(path)):
         files = numbered(path, len(sequences))
     else:
         digits = max(3, len(str(len(sequences) - 1)))

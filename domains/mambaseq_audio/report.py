@@ -9,15 +9,16 @@ import numpy as np
 import soundfile
 
 from mambaseq.atomic import atomic_file
-from mambaseq.reporting import Section, audio_player, picture, table
-from mambaseq.reporting.pictures import learning_curves
+from mambaseq.reporting import Section, audio_player, drawing, side_by_side, table
+from mambaseq.reporting.charts import Bar, bars
+from mambaseq.reporting.curves import loss_charts
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.generation import generate_to
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.spectrogram import draw
+from mambaseq_audio.spectrogram import draw, sketch
 
 SHOWN = 5
 # bits a sample of the bigram on the official test split of the full data set, which does not ship
@@ -37,34 +38,38 @@ def report(run: Path) -> Section:
     files = generate_to(run, folder.path / "generated", condition=names, seed=0, progress=True).files
     generated = {name: soundfile.read(file, dtype="float32")[0] for name, file in zip(names, files, strict=True)}
     real = real_clips(data)
-    shown = {}
-    for name in names[:SHOWN]:
-        shown[f"{name}: real"], shown[f"{name}: generated"] = real[name], generated[name]
-    players = "".join(
-        audio_player(real[name], data.sample_rate, f"{name}, real")
-        + audio_player(generated[name], data.sample_rate, f"{name}, generated")
-        for name in names
-    )
-    drawn = draw(shown, data.sample_rate)
+    sounds = {f"{name}, {kind}": of[name] for name in names for kind, of in (("real", real), ("generated", generated))}
+    seconds = max(map(len, sounds.values())) / data.sample_rate
+    peak = max(float(np.abs(sound).max(initial=0.0)) for sound in sounds.values())
+    drawn = {
+        told: audio_player(sound, data.sample_rate, told, sketch(sound, data.sample_rate, seconds, peak, told))
+        for told, sound in sounds.items()
+    }
+    pairs = {name: side_by_side(drawn[f"{name}, real"], drawn[f"{name}, generated"]) for name in names}
+    shown = {told.replace(",", ":"): sound for told, sound in list(sounds.items())[: 2 * SHOWN]}
     with atomic_file(folder.path / "digits.png") as file:
-        file.write(drawn)
-    body = (
-        table(
-            ("method", "bits a sample on the test clips"),
-            [
-                ("mambaseq", bits),
-                ("mu-law bigram, the same clips", floors["bigram"]),
-                ("mu-law unigram, the same clips", floors["unigram"]),
-                ("mu-law bigram, all six speakers of the full data set", SIX_SPEAKERS),
-            ],
-        )
-        + picture(learning_curves(folder, 1 / math.log(2), "bits a sample"), "Learning curves")
-        + picture(drawn, "Real and generated: waveform above log spectrogram")
-        + players
-    )
+        file.write(draw(shown, data.sample_rate))
+    rows: list[tuple[str, float]] = [
+        ("mambaseq", bits),
+        ("mu-law bigram, the same clips", floors["bigram"]),
+        ("mu-law unigram, the same clips", floors["unigram"]),
+        ("mu-law bigram, all six speakers of the full data set", SIX_SPEAKERS),
+    ]
+    chart = bars([Bar(name, value, 0 if name == "mambaseq" else 2) for name, value in rows])
+    chart = drawing(chart, "Bits a sample on the test clips: fewer are better")
+    figures = table(("method", "bits a sample on the test clips"), rows)
+    curves = loss_charts(folder, 1 / math.log(2), "bits a sample")
     verdict = "below" if bits < floors["bigram"] else "above"
     summary = f"{bits:.3f} bits a sample on held-out takes, {verdict} the mu-law bigram ({floors['bigram']:.3f})"
-    return Section("Audio: spoken digits, sample by sample", summary, body)
+    body = (
+        "<p>A model of sound without a vocoder: it predicts each of 8,000 samples a second from those before it, told "
+        "which digit is spoken.</p>"
+        f'<div class="wide">{side_by_side(chart + figures, curves)}</div>'
+        "<p>Each digit as it was said in a take that the model never heard, and as the model says it. All pictures "
+        "have one scale of time and loudness.</p>"
+        f'<div class="pairs">{"".join(f"""<div class="tile">{pairs[name]}</div>""" for name in names)}</div>'
+    )
+    return Section("Audio: spoken digits, sample by sample", summary, body, pairs[names[0]] + chart)
 
 
 def real_clips(data: ClipData) -> dict[str, np.ndarray]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import torch
 import torchaudio.transforms
@@ -13,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mambaseq.atomic import atomic_file
+from mambaseq.reporting.charts import frame, text, ticks
 
 WINDOW_SECONDS = 0.032
 FLOOR_DB = 80.0
@@ -60,6 +64,43 @@ def draw(signals: Mapping[str, np.ndarray], sample_rate: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def sketch(signal: np.ndarray, sample_rate: int, seconds: float, peak: float, told: str) -> str:
+    """The waveform above its spectrogram as an SVG text in the page's colours, of a signal `(length,)` float.
+
+    seconds, peak: what the width and the waveform's height stand for, equal in pictures that are to be compared. told:
+    what is seen, in words.
+    """
+    wide, tall, left, wave = 320.0, 200.0, 30.0, 44.0
+    width = wide - left - 4
+    share = min(len(signal) / sample_rate / seconds, 1.0)
+    edges = np.linspace(0, len(signal), 200 + 1).astype(int)
+    heights = [np.abs(signal[a:b]).max(initial=0.0) / (peak or 1.0) for a, b in itertools.pairwise(edges)]
+    xs = left + (np.arange(200) + 0.5) / 200 * width * share
+    ends = [(x, 0.5 * wave * min(float(h), 1.0)) for x, h in zip(xs, heights, strict=True)]
+    upper = "L".join(f"{x:.1f} {wave / 2 + 2 - h:.1f}" for x, h in ends)
+    lower = "L".join(f"{x:.1f} {wave / 2 + 2 + h:.1f}" for x, h in reversed(ends))
+    decibel = log_spectrogram(signal, sample_rate)
+    buffer = io.BytesIO()
+    levels = (decibel[::-1] - decibel.max()) / FLOOR_DB + 1
+    matplotlib.image.imsave(buffer, levels, vmin=0, vmax=1, cmap="magma", format="png", metadata={"Software": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    top, bottom = wave + 8, tall - 18
+    parts = [
+        f'<path class="c0 area" d="M{upper}L{lower}Z"/>',
+        f'<rect x="{left}" y="{top}" width="{width}" height="{bottom - top}" rx="3"/>',
+        f'<image x="{left}" y="{top}" width="{width * share:.1f}" height="{bottom - top}" preserveAspectRatio="none" '
+        f'href="data:image/png;base64,{encoded}"/>',
+        text(left - 5, top + 9, f"{sample_rate / 2000:g}", "end"),
+        text(left - 5, bottom, "kHz", "end"),
+    ]
+    for second in ticks(0, seconds, 3):
+        place = left + second / seconds * width
+        words = f"{second:g}" if second + 0.1 * seconds < seconds else ""
+        parts.append(text(place, tall - 5, words, "middle"))
+    parts.append(text(left + width, tall - 5, "s", "end"))
+    return frame(wide, tall, told, "".join(parts))
 
 
 def write_picture(path: str | Path, signals: Mapping[str, np.ndarray], sample_rate: int) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from mambaseq.reporting import Section, picture, table
-from mambaseq.reporting.pictures import confusion_matrix, learning_curves
+from mambaseq.reporting import Section, drawing, side_by_side, table
+from mambaseq.reporting.charts import Bar, bars, confusion
+from mambaseq.reporting.curves import loss_charts
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.parsing import parse_config
@@ -21,7 +22,8 @@ def report(run: Path) -> Section:
     """Section of a finished `dna/species` run: accuracy on the test region at 1 kb and at 4 kb."""
     folder = RunFolder(run)
     rows: list[tuple[object, ...]] = []
-    summaries, pictures = [], [picture(learning_curves(folder), "Learning curves")]
+    chart: list[Bar | str] = []
+    summaries, matrices = [], []
     for length in LENGTHS:
         overrides = ["--data.length", str(length)]
         data = parse_config(str(folder.config), overrides).make_data()
@@ -37,8 +39,12 @@ def report(run: Path) -> Section:
         rows.append((where, baseline.name, baseline.accuracy, between, baseline.n))
         verdict = "ahead of" if correct / n > baseline.accuracy else "behind"
         summaries.append(f"{correct / n:.3f} at {where}, {verdict} {baseline.name} ({baseline.accuracy:.3f})")
-        caption = f"Confusion matrix on the held-out region, windows of {where}"
-        pictures.append(picture(confusion_matrix(counts, data.class_names), caption))
+        matrices.append(drawing(confusion(counts, data.class_names), f"The held-out region, windows of {where}"))
+        chart += [
+            f"Windows of {where}",
+            Bar("mambaseq", correct / n, 0, (float(interval.low), float(interval.high))),
+            Bar(baseline.name, baseline.accuracy, 2, (baseline.low, baseline.high)),
+        ]
         folder.update_results(
             **{
                 f"report/accuracy_{length}": correct / n,
@@ -46,12 +52,14 @@ def report(run: Path) -> Section:
                 f"report/baseline_{length}": baseline.accuracy,
             }
         )
-    species = ", ".join(data.class_names)
+    species, chance = ", ".join(data.class_names), 1 / len(data.class_names)
+    accuracy = drawing(bars(chart, mark=(chance, f"chance {chance:.2f}")), "Accuracy, with 95% intervals")
     body = (
         f"<p>Which mammal does a window of DNA come from: {species}? Trained on ENCODE region ENm001 at "
         "2,048 bases, tested on ENm002, which lies on another chromosome; upper case, no N. Chance is "
-        f"{1 / len(data.class_names):.2f}.</p>"
+        f"{chance:.2f}.</p>"
+        + f'<div class="wide">{side_by_side(accuracy, loss_charts(folder, unit="loss (nats)"))}</div>'
         + table(("window", "method", "accuracy", "95% interval", "windows"), rows)
-        + "".join(pictures)
+        + f'<div class="wide">{side_by_side(*matrices)}</div>'
     )
-    return Section("DNA: species of a window", "; ".join(summaries), body)
+    return Section("DNA: species of a window", "; ".join(summaries), body, accuracy)

@@ -18,9 +18,12 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--domains", nargs="*", help="only these domains")
     parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try it out")
+    parser.add_argument(
+        "--redraw", action="store_true", help="train nothing: write report.html of the runs in --out anew"
+    )
     arguments = parser.parse_args(argv)
     from mambaseq.runs.demo import demo
 
-    outcome = demo(Path(arguments.out), arguments.domains, arguments.steps)
+    outcome = demo(Path(arguments.out), arguments.domains, arguments.steps, arguments.redraw)
     print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)
     return outcome.code

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mambaseq.reporting.sections import Report, Section, audio_player, picture, table
+from mambaseq.reporting.sections import Report, Section, audio_player, drawing, picture, side_by_side, table
 
-__all__ = ["Report", "Section", "audio_player", "picture", "table"]
+__all__ = ["Report", "Section", "audio_player", "drawing", "picture", "side_by_side", "table"]

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mambaseq.atomic import atomic_file
+from mambaseq.reporting.curves import smoothed
 from mambaseq.reporting.runs import RunFolder
 
 
@@ -27,14 +28,20 @@ def save_png(path: Path, figure: Figure) -> None:
 
 
 def learning_curves(run: RunFolder, scale: float = 1.0, unit: str = "loss (nats)") -> Figure:
-    """Training and validation loss over steps. scale multiplies the losses (1/ln 2 for bits)."""
+    """Training loss, smoothed above its faint values, and validation loss over steps. scale multiplies the losses
+    (1/ln 2 for bits)."""
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()
-    for metric, style in (("train/loss", {"alpha": 0.7, "lw": 1}), ("val/loss", {"marker": "o", "ms": 3})):
+    for metric, colour in (("train/loss", "C0"), ("val/loss", "C1")):
         points = run.curve(metric)
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, np.array(values) * scale, label=metric.split("/")[0], **style)
+            losses, name = np.array(values) * scale, metric.split("/")[0]
+            if name == "train":
+                axes.plot(steps, losses, color=colour, alpha=0.3, lw=1)
+                axes.plot(steps, smoothed(losses), color=colour, label=name)
+            else:
+                axes.plot(steps, losses, color=colour, label=name, marker="o", ms=3)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)

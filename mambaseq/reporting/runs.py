@@ -1,7 +1,8 @@
 """A run's folder: what lies where, and what is read from it.
 
 config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
-logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png   .lock (held while it trains)
+logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png
+report.html (the run's page)   .lock (held while it trains)
 """
 
 from __future__ import annotations
@@ -194,25 +195,35 @@ class RunFolder:
         with atomic_file(self.results, "w", encoding="utf-8") as file:
             file.write(json_text(merged, indent=2) + "\n")
 
-    def points(self, metric: str) -> list[Point]:
-        """A logged metric over all starts of the run, in the order of the steps; a repeated step's last value."""
-        points: dict[int, Point] = {}
-        for path in sorted(self.logs.glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])):
+    def log(self) -> dict[str, list[Point]]:
+        """All metrics that were logged, over all starts of the run, in the order of the steps; a repeated step's last
+        value."""
+        points: dict[str, dict[int, Point]] = {}
+        for path in self.starts():
             text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
             whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
             for row in csv.DictReader(io.StringIO(whole)):
+                tokens, seconds = _number(row.get("tokens")), _number(row.get("seconds"))
+                spent = None if tokens is None else int(tokens), seconds
                 with contextlib.suppress(ValueError, TypeError, KeyError):
-                    if row.get(metric):
-                        tokens, seconds = _number(row.get("tokens")), _number(row.get("seconds"))
-                        point = Point(
-                            int(row["step"]), float(row[metric]), None if tokens is None else int(tokens), seconds
-                        )
-                        points[point.step] = point
-        return [points[step] for step in sorted(points)]
+                    step = int(row["step"])
+                    for metric in row.keys() - {None, "epoch", "step", "tokens", "seconds"}:
+                        with contextlib.suppress(ValueError, TypeError):
+                            if row[metric]:
+                                points.setdefault(metric, {})[step] = Point(step, float(row[metric]), *spent)
+        return {metric: [its[step] for step in sorted(its)] for metric, its in points.items()}
+
+    def points(self, metric: str) -> list[Point]:
+        """A logged metric, as `log` has it; empty where it was not logged."""
+        return self.log().get(metric, [])
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a logged metric over all starts of the run, a repeated step's last value."""
         return [(point.step, point.value) for point in self.points(metric)]
+
+    def starts(self) -> list[Path]:
+        """The metrics files of a run, one for each time that it was begun or gone on with, in their order."""
+        return sorted(self.logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
 
 
 def _number(text: str | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from mambaseq.checkpoints.card import check_generation
@@ -120,12 +120,14 @@ class RunConfig:
 
     settings: everything but `trainer`, as plain values. trainer: arguments of `lightning.Trainer`, its classes made.
     classes: the class behind each name ("data", "encoder", ...). yaml: all of it, as it is saved with the run.
+    defaults: gives what each key has that nobody sets, by whole keys.
     """
 
     settings: dict[str, Any]
     trainer: dict[str, Any]
     classes: dict[str, Any]
     yaml: str
+    defaults: Callable[[], dict[str, Any]]
 
     def make_data(self, *, setup: bool = False) -> SequenceData:
         """The dataset. setup: set up, else not yet. Raises UserError that names the setting under `data` that it is

@@ -12,8 +12,9 @@ from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig
-from mambaseq.runs.finishing import plain_interrupts
+from mambaseq.runs.finishing import Facts, Outcome, plain_interrupts
 from mambaseq.runs.parsing import changed_model_settings, parse_config
+from mambaseq.runs.report import has_section, write_report
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
 from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
 from mambaseq.tasks.task import Task
@@ -70,6 +71,9 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
         if len(table) != len(data.class_names):
             continue  # not a table of classes
         save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
+    # a page with a domain's section is left as it is: that may take long, and evaluate as well
+    if folder.report.is_file() and "steps" in folder.read_results() and not has_section(settings):
+        write_report(folder, settings, Outcome("finished", "", Facts.of(loaded.model, data)))
     return results
 
 

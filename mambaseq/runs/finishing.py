@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, sa
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
 from mambaseq.errors import UserError
-from mambaseq.models import build_model
+from mambaseq.models import SequenceModel, build_model
 from mambaseq.plain import read_json
 from mambaseq.reporting.pictures import learning_curves, save_png
 from mambaseq.reporting.runs import RunFolder
@@ -26,11 +27,27 @@ from mambaseq.tasks.lora import LoraConfig
 from mambaseq.tasks.task import Task
 
 
+class Facts(NamedTuple):
+    """What a run's page says of it that its folder does not. parameters: of the model. class_names: of the data.
+    scale, unit: see `loss_unit`. resumed: whether it was gone on with just now."""
+
+    parameters: int
+    class_names: Sequence[str]
+    scale: float
+    unit: str
+    resumed: bool = False
+
+    @classmethod
+    def of(cls, model: SequenceModel, data: SequenceData, resumed: bool = False) -> Facts:
+        return cls(model.n_parameters(), data.class_names, *loss_unit(model.head), resumed)
+
+
 class Outcome(NamedTuple):
-    """How a training ended. message: what there is to say, "" where nothing is."""
+    """How a training ended. message: what there is to say, "" where nothing is. facts: None where no model was made."""
 
     status: Literal["finished", "diverged", "interrupted"]
     message: str = ""
+    facts: Facts | None = None
 
     @property
     def code(self) -> int:

@@ -311,6 +311,13 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
     )
 
 
+def _defaults(parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+    """What each key of a configuration has when nobody sets it; the data has no name then."""
+    values = {action.dest: _plain(action.default) for action in parser._actions}
+    names = {"data.name": None, **{f"model.{part}.name": name for part, name in PARTS.items()}}
+    return {whole: leaf for key, value in (values | names).items() for whole, leaf in flatten(value, key).items()}
+
+
 def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """What a configuration's file holds, the names that stand in it and in the overrides, and those of all mixers.
 
@@ -376,7 +383,9 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             **{f"model.mixers.{name}": catalog()["mixers"].get(name) for name in mixers},
         },
     )
-    if "seed" in arguments_of(classes["data"]) and (seed := _override(overrides, "seed") or raw.get("seed")):
+    if any(action.dest == "data.seed" for action in parser._actions) and (
+        seed := _override(overrides, "seed") or raw.get("seed")
+    ):
         with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
             parser.set_defaults({"data.seed": int(seed)})
     try:
@@ -411,4 +420,4 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         catalog()["metrics"].get(name, "metrics")
     # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
     text = parser.dump(parsed, "parser_mode", False)
-    return RunConfig(settings, trainer, classes, text)
+    return RunConfig(settings, trainer, classes, text, lambda: _defaults(parser))

@@ -1,35 +1,194 @@
-"""A run's page: what its domain has to say of it, and what was trained."""
+"""A run's page: how it went, what came of it, what was set, and what its domain has to say of it."""
 
 from __future__ import annotations
 
+import html
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from mambaseq.domain import catalog
-from mambaseq.errors import paragraph
+from mambaseq.errors import UserError, cut, paragraph
+from mambaseq.plain import flatten, read_yaml
+from mambaseq.reporting import Section, drawing, side_by_side, table
+from mambaseq.reporting.charts import confusion
+from mambaseq.reporting.curves import loss_charts, other_charts
+from mambaseq.reporting.numbers import number
 from mambaseq.reporting.page import write_page
-from mambaseq.reporting.runs import RunFolder
-from mambaseq.reporting.sections import Section, picture, table
+from mambaseq.reporting.runs import Point, RunFolder
+from mambaseq.runs.config import RunConfig
+from mambaseq.runs.finishing import Facts, Outcome
+
+_BADGES = {"finished": ("good", "finished"), "diverged": ("bad", "diverged"), "interrupted": ("bad", "interrupted")}
+_STAGES = {"val": "validation", "test": "test"}
+_LARGEST_TABLE = 60  # classes: more are not drawn
 
 
-def write_report(folder: RunFolder, dataset: str) -> str:
-    """Write `report.html` of a finished run where its domain registers a report under the data set's name: the report's
-    section, the learning curves and the results. Returns what there is to say: "" where all is well.
+def has_section(settings: RunConfig) -> bool:
+    """Whether a domain has something to say of runs on this data set."""
+    return settings.settings["data"]["name"] in catalog()["reports"]
 
-    A report that fails, in whatever way, takes nothing from the run.
+
+def write_report(folder: RunFolder, settings: RunConfig, outcome: Outcome) -> str:
+    """Write `report.html` of a run that has ended, however it did: a line of what it is, curves, results, settings that
+    are not the defaults, size and speed; where its domain registers a report under the data set's name and the run has
+    finished, that section first. Returns what there is to say: "" where all is well.
+
+    A report that fails, in whatever way, takes nothing from the run, nor the rest of its page.
     """
-    if dataset not in catalog()["reports"]:
-        return ""
+    dataset = settings.settings["data"]["name"]
+    sections, notes, told = [], [], ""
+    if outcome.status != "finished":
+        notes.append(outcome.message)
+    elif has_section(settings):
+        try:
+            section = catalog()["reports"].get(dataset)(folder.path)
+            if not isinstance(section, Section):
+                raise TypeError(f"it gives a {type(section).__name__}, not a mambaseq.reporting.Section")
+            sections.append(section)
+        except Exception as error:  # whatever a third party's function does
+            reason = paragraph(f"{type(error).__name__}: {error}", 300)
+            told = f"{folder.path}: the run is complete, and its report {dataset} failed ({reason})."
+            notes.append(told)
     try:
-        section = catalog()["reports"].get(dataset)(folder.path)
-        if not isinstance(section, Section):
-            raise TypeError(f"it gives a {type(section).__name__}, not a mambaseq.reporting.Section")
-        write_page(folder.report, f"{folder.path.name}: {dataset}", section.summary, [section, _training(folder)])
-    except Exception as error:  # whatever a third party's function does
-        told = paragraph(f"{type(error).__name__}: {error}", 300)
-        return f"{folder.path}: the run is complete, and its report {dataset} failed ({told})."
-    return ""
+        _write(folder, settings, outcome, sections, notes)
+    except UserError as error:  # a full disk: the run is complete all the same
+        return f"{told}\n{error}" if told else str(error)
+    return told
 
 
-def _training(folder: RunFolder) -> Section:
-    results = {key: value for key, value in folder.read_results().items() if isinstance(value, int | float | str)}
-    curves = picture(folder.curves.read_bytes(), "Learning curves") if folder.curves.is_file() else ""
-    steps = f"{results.get('steps', 0):,} steps"
-    return Section("Training", steps, curves + table(("result", "value"), list(results.items())))
+def _write(folder: RunFolder, settings: RunConfig, outcome: Outcome, sections: list[Section], notes: list[str]) -> None:
+    results, facts, logged = folder.read_results(), outcome.facts, folder.log()
+    assert facts is not None
+    if results:
+        results = _losses(logged, results.get("exported_step", 0)) | results
+    badges = [_BADGES[outcome.status]]
+    again = max(len(folder.starts()) - 1, int(facts.resumed))  # a start may have ended before it logged anything
+    if again > 0:
+        badges.append(("soft", f"resumed {'once' if again == 1 else f'{again} times'}"))
+    if "device" in results:
+        badges.append(("soft", str(results["device"])))
+    charts = loss_charts(folder, facts.scale, facts.unit) or "<p>Nothing was logged: the run was too short.</p>"
+    more = other_charts(folder)
+    more = f"<details><summary>Everything else that was logged</summary>{more}</details>" if more else ""
+    body = f'<div class="wide">{side_by_side(charts, _results(results))}</div>{more}{_tables(results, facts)}'
+    sections += [
+        Section("How it went", "", body),
+        _costs(results, facts, logged),
+        _settings(folder, settings),
+    ]
+    write_page(
+        folder.report, folder.path.name, _lead(settings, results, facts, logged), sections, badges=badges, notes=notes
+    )
+
+
+def _losses(logged: Mapping[str, list[Point]], step: int) -> dict[str, Any]:
+    """The validation losses that were logged after a step, or else last; they are no metric of a run's results."""
+    losses = {name: points for name, points in logged.items() if name.startswith("val/") and name.endswith("/loss")}
+    return {
+        name: next((point for point in points if point.step == step - 1), points[-1]).value
+        for name, points in losses.items()
+    }
+
+
+def _lead(settings: RunConfig, results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[Point]]) -> str:
+    """What was trained, on what, for how long, and how good it is."""
+    model, dataset = settings.settings["model"], settings.settings["data"]["name"]
+    of = model["backbone"].get("pattern")
+    mixer = model["mixer"]["name"] if not of else " and ".join(sorted({str(name).rstrip("*") for name in of}))
+    steps = results.get("steps") or max((points[-1].step + 1 for points in logged.values()), default=0)
+    said = f"{facts.parameters:,} parameters of {mixer} on {dataset}, {steps:,} steps"
+    metrics = [key for key, value in results.items() if key.startswith("val/") and _is_number(value)]
+    word = settings.settings["checkpoint"]["monitor"].removeprefix("val/")
+    best = next((key for key in metrics if f"/{key}".endswith(f"/{word}")), metrics[0] if metrics else "")
+    if not results:
+        last = logged.get("train/loss", [])
+        return f"{said}." + (f" Its last training loss was {number(last[-1].value)}." if last else "")
+    if not best:
+        return f"{said}."
+    exported = results.get("exported_step")
+    at = f", by the weights of step {exported:,}" if isinstance(exported, int) and exported != steps else ""
+    return f"{said}: {best} {number(float(results[best]))}{at}."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _results(results: Mapping[str, Any]) -> str:
+    """Metrics by stage."""
+    stages = [stage for stage in _STAGES if any(key.startswith(f"{stage}/") for key in results)]
+    names = {
+        key.partition("/")[2]: None
+        for key, value in results.items()
+        if key.partition("/")[0] in stages and _is_number(value)
+    }
+    rows = [
+        [name, *(float(v) if _is_number(v := results.get(f"{stage}/{name}")) else "" for stage in stages)]
+        for name in names
+    ]
+    if not rows:
+        return "<p>There are no results: no validation set, or none that was reached.</p>"
+    notes = ""
+    for stage in stages:
+        changed = results.get(f"{stage}/changed_settings")
+        if isinstance(changed, Mapping) and changed:
+            words = cut(", ".join(f"{key} {value}" for key, value in changed.items()), 300)
+            notes += f"<p>The {_STAGES[stage]} was done with {html.escape(words)}.</p>"
+    return table(("metric", *(_STAGES[stage] for stage in stages)), rows, alike="rows") + notes
+
+
+def _tables(results: Mapping[str, Any], facts: Facts) -> str:
+    """Tables of classes among the results, drawn."""
+    drawn = []
+    for key, counts in results.items():
+        if key.partition("/")[0] not in _STAGES or not isinstance(counts, list):
+            continue
+        size = len(facts.class_names)
+        if len(counts) == size <= _LARGEST_TABLE and all(isinstance(row, list) and len(row) == size for row in counts):
+            drawn.append(drawing(confusion(counts, facts.class_names), key))
+    return f'<div class="wide">{side_by_side(*drawn)}</div>' if drawn else ""
+
+
+def _costs(results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[Point]]) -> Section:
+    """Size, speed and memory."""
+
+    def last(name: str) -> float | None:
+        points = logged.get(f"train/{name}")
+        return points[-1].value if points else None
+
+    spent = logged.get("train/loss", [Point(0, 0.0, None, None)])[-1]
+    tokens, seconds = results.get("train_tokens", spent.tokens), results.get("train_seconds", spent.seconds)
+    rate = results.get("tokens_per_second", last("tokens_per_second"))
+    rows: list[tuple[str, object]] = [("parameters", facts.parameters)]
+    rows += [("tokens trained on", round(tokens))] if tokens is not None else []
+    rows += [("seconds of training alone", round(seconds) if seconds > 10 else float(seconds))] if seconds else []
+    rows += [("tokens a second, without each start's first batch", round(rate))] if rate is not None else []
+    rows += [("most memory, GiB", memory)] if (memory := last("memory_gib")) else []
+    rows += [("share of the GPU's peak", share)] if (share := last("mfu")) else []
+    return Section("Size and speed", "", table(("", ""), rows, alike="rows"))
+
+
+def _settings(folder: RunFolder, settings: RunConfig) -> Section:
+    """Settings that are not the defaults, and all of them."""
+    text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else settings.yaml
+    now = flatten(read_yaml(folder.config) if folder.config.is_file() else {})
+    defaults = settings.defaults()
+    rows = [
+        (key, _told(value), _told(defaults[key]) if key in defaults else "")
+        for key, value in now.items()
+        if key not in defaults or not _same(value, defaults[key])
+    ]
+    body = table(("setting", "value", "default"), rows)
+    body += f"<details><summary>All settings</summary><pre>{html.escape(text)}</pre></details>"
+    return Section("Settings that differ from the defaults", "", body)
+
+
+def _same(value: object, default: object) -> bool:
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return len(value) == len(default) and all(map(_same, value, default))
+    return value == default or (str(value) == str(default) and not isinstance(default, str))
+
+
+def _told(value: object) -> str:
+    return "null" if value is None else cut(str(value), 200)

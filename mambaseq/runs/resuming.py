@@ -163,6 +163,14 @@ class Resumption(lightning.Callback):
     ) -> None:
         self.folder, self.optimizer, self.checkpoints, self.go_on = folder, optimizer, checkpoints, go_on
         self.same_data = same_data
+        self._is_first = True
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._is_first:  # by it logs count steps; Lightning's is one ahead after a run that had ended
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._is_first = False
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

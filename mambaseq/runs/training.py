@@ -21,7 +21,7 @@ from mambaseq.models import SequenceModel, build_model
 from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
 from mambaseq.runs.config import RunConfig
-from mambaseq.runs.finishing import Outcome, Training, diverged, interrupted
+from mambaseq.runs.finishing import Facts, Outcome, Training, diverged, interrupted
 from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.report import write_report
 from mambaseq.runs.resuming import (
@@ -109,9 +109,9 @@ def fit(
             )
         with quiet():
             outcome = _train(settings, folder, resume, progress, allow_changed_data)
-    if outcome.status != "finished" or rank() != 0:
+    if rank() != 0 or outcome.facts is None:
         return outcome
-    told = write_report(folder, settings.settings["data"]["name"])  # the lock is free: a report may evaluate the run
+    told = write_report(folder, settings, outcome)  # the lock is free: a report may evaluate the run
     return outcome._replace(message=f"{outcome.message}\n{told}") if told else outcome
 
 
@@ -171,13 +171,13 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
             say(folder, "there is no checkpoint yet; the run begins at its first step")
         _begin(trainer, settings, run, record)
     elif (ended := _rest(run, settings, trainer)) is not None:
-        return ended
+        return ended._replace(facts=Facts.of(model, data))
     if trainer.is_global_zero:
         kept = finetune.frozen(model, 0)
         still = sum(p.numel() for name, p in model.named_parameters() if name in kept or not p.requires_grad)
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
-    return _trained(run, settings, trainer, begins)
+    return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
 
 
 def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
@@ -284,7 +284,8 @@ def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Training, recor
     folder = run.folder
     if not trainer.is_global_zero:
         return
-    for path in (folder.best, folder.results, folder.curves):  # of a run that ended before its first checkpoint
+    # of a run that ended before its first checkpoint
+    for path in (folder.best, folder.results, folder.curves, folder.report):
         _remove(path)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:
@@ -303,7 +304,8 @@ def _go_on(settings: RunConfig, run: Training, record: DataRecord) -> None:
     """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
     was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
     folder = run.folder
-    _remove(folder.results)
+    for path in (folder.results, folder.report):
+        _remove(path)
     if run.checkpoints.score is None:
         _remove(folder.best)  # of another metric, or other data, or the last weights are kept from now on
     save_model(folder.model, None, run.card, run.data.tokenizer)

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's; it says that the first
-    step compiles kernels. Where standard error is no terminal, a line now and then is enough."""
+    """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's, also of one that stops
+    early; it says that the first step compiles kernels, whose time is no part of its speed. Where standard error is no
+    terminal, a line now and then is enough."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
@@ -71,7 +72,16 @@ class Bar(TQDMProgressBar):
             bar.set_description("First step (kernels are compiled)")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
-        if self._first:
-            self._first, self._drawn = False, -1e9
-            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        if not self._first:
+            super().on_train_batch_end(trainer, *arguments)
+            return
+        self._first, self._drawn = False, -1e9
+        bar = self.train_progress_bar
+        bar.set_description(f"Epoch {trainer.current_epoch}", refresh=False)
         super().on_train_batch_end(trainer, *arguments)
+        bar.initial, bar.start_t = bar.n, bar._time()  # what compiling took is no part of the speed
+
+    def on_train_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        bar = self.train_progress_bar
+        bar.total = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed or bar.n
+        super().on_train_end(trainer, *arguments)

@@ -310,7 +310,8 @@ class Throughput(lightning.Callback):
             self._first_tokens, self._first_seconds = self._first_tokens + tokens, self._first_seconds + seconds
             self._is_first = False
         if trainer._logger_connector.should_update_logs:
-            pl_module.log("train/tokens_per_second", self.rate)
+            if self.tokens > self._first_tokens:  # of first batches alone it would be a rate of compiling
+                pl_module.log("train/tokens_per_second", self.rate)
             held = torch.cuda.max_memory_allocated(pl_module.device) if on_gpu else _largest_memory()
             pl_module.log("train/memory_gib", held / 2**30)
             if self._flops is not None:

@@ -295,6 +295,7 @@ def test_write_wav_names(tmp_path: Path) -> None:
     files = write_wav(tmp_path / "digit.flac", three, MuLaw(), sample_rate=8000)
     assert [file.name for file in files] == ["digit-000.flac", "digit-001.flac", "digit-002.flac"]
     files = write_wav(tmp_path / "folder", three, MuLaw(), sample_rate=8000)
+    assert write_wav(tmp_path / "folder", three, MuLaw(), sample_rate=8000) == files  # once more into the same folder
     assert sorted((tmp_path / "folder").iterdir()) == files
     assert soundfile.info(files[2]).format == "WAV"
     with pytest.raises(ConfigError, match=r"\.wav or \.flac"):

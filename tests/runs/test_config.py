@@ -73,6 +73,7 @@ def test_the_seed_is_the_datas_too_unless_it_has_its_own(tmp_path: Path) -> None
     assert parse_config("text/demo", []).settings["data"]["seed"] == 0
     run = parse_config("text/demo", ["--seed", "3"])
     assert run.settings["data"]["seed"] == 3
+    assert parse_config("dna/demo", ["--seed=3"]).settings["data"]["seed"] == 3  # its class has it from another
     assert parse_config("text/demo", ["--seed=3", "--data.seed=0"]).settings["data"]["seed"] == 0
     saved = tmp_path / "saved.yaml"
     saved.write_text(run.yaml)

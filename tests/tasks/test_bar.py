@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from mambaseq.cli.main import main
+from mambaseq.tasks.bar import Bar
 
 CONFIG = """
 data: {name: "tiny:TinyTokens"}
@@ -30,6 +35,26 @@ def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys
     told = capsys.readouterr()
     assert "Validation" in told.err
     assert not re.search(r"\d/\d|it/s", told.out)
+
+
+def test_compiling_is_no_part_of_the_speed_and_the_bar_ends_with_the_run() -> None:
+    clock = [0.0]
+    bar: Any = Bar()
+    bar.get_metrics = lambda *_: {}
+    bar.train_progress_bar = line = Tqdm(total=8, file=io.StringIO())
+    line._time = lambda: clock[0]
+    line.start_t = 0.0
+    progress = SimpleNamespace(current=SimpleNamespace(processed=3))
+    trainer: Any = SimpleNamespace(current_epoch=0, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))
+    trainer.fit_loop.epoch_loop.batch_progress = progress
+    for number, seconds in enumerate((60.0, 1.0, 1.0)):
+        clock[0] += seconds
+        bar._drawn = -1e9
+        bar.on_train_batch_end(trainer, None, None, None, number)
+    told = line.format_dict
+    assert (told["n"], told["initial"], told["elapsed"]) == (3, 1, 2.0)
+    bar.on_train_end(trainer, None)  # of 8: stopped early
+    assert "3/3" in line.fp.getvalue().replace("\r", "\n").splitlines()[-1]
 
 
 @pytest.mark.parametrize(("command", "option"), [("fit", "--config"), ("test", "--checkpoint")])

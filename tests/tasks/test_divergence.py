@@ -118,7 +118,11 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(tmp_path: Path,
     assert f"of step 3. Go on from there: mambaseq fit --resume {out} --optimizer.lr LOWER" in paragraph
     assert read_checkpoint(RunFolder(out).last)["global_step"] == 3
     assert_finite(out)
+    page = RunFolder(out).report
+    for text in ('bad">diverged', "resumed once", "not finite after step 4"):
+        assert text in page.read_text()
     assert main(["fit", "--resume", str(out), "--optimizer.lr=1e-3"]) == 0
+    assert 'good">finished' in page.read_text()
     assert RunFolder(out).read_results()["steps"] == 9
 
 

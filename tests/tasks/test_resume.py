@@ -20,6 +20,7 @@ from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs import training
 
 CONFIG = """
 seed: 1
@@ -281,7 +282,7 @@ def test_an_existing_run_is_not_overwritten(config: Path, tmp_path: Path, capsys
     assert_equal(before, weights(tmp_path / "run"))
 
 
-def test_a_resumed_run_forgets_its_former_end(config: Path, tmp_path: Path, capsys) -> None:
+def test_a_resumed_run_forgets_its_former_end(config: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Stopped after a resume, its weights, results and settings are those of the resume."""
     from mambaseq.checkpoints import load_model
 
@@ -290,7 +291,14 @@ def test_a_resumed_run_forgets_its_former_end(config: Path, tmp_path: Path, caps
     assert load_model(out).card.step == 5
     callback = '[{"class_path": "tasks.test_resume.Signaller", "init_args": {"step": 8}}]'
     more = ["--trainer.max_steps=13", f"--trainer.callbacks={callback}"]
+    page, left = RunFolder(out).report, []
+    assert 'good">finished' in page.read_text()
+    write = training.write_report
+    monkeypatch.setattr(training, "write_report", lambda *rest: (left.append(page.exists()), write(*rest))[1])
     assert main(["fit", "--resume", str(out), *more]) == 130
+    assert left == [False]  # a run that is killed has no page that says it has finished
+    assert 'bad">interrupted' in page.read_text()
+    assert "resumed once" in page.read_text()
     loaded = load_model(out)
     assert loaded.card.step == 9
     assert loaded.source == out / "checkpoints" / "last.ckpt"
@@ -301,6 +309,8 @@ def test_a_resumed_run_forgets_its_former_end(config: Path, tmp_path: Path, caps
     assert "the weights of step 9 (checkpoints/last.ckpt)" in capsys.readouterr().out
     assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0  # as far as the first resume wanted
     assert load_model(out).card.step == RunFolder(out).read_results()["steps"] == 13
+    assert main(["test", "--checkpoint", str(out)]) == 0
+    assert ">test</th>" in page.read_text()  # results that come later are on the page, too
 
 
 def test_a_run_that_goes_on_is_read_from_its_best_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_saving_more_often_is_used(run: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=6", "--checkpoint.every_n_steps=1"]) == 0
     assert [step for step, name in saved if name == "last.ckpt"] == [4, 5, 6, 6]
+    assert [step for step, _ in RunFolder(run).curve("train/loss")] == [*range(6)]  # none twice, none left out
 
 
 def test_a_schedule_that_is_stretched_is_said(run: Path, capsys: pytest.CaptureFixture) -> None:
