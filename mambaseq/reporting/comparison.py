@@ -16,8 +16,8 @@ from mambaseq.outputs import safe_cell
 from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting.runs import RunFolder
 
-# of results.json, beside the metrics
-_NUMBERS = ("steps", "exported_step", "parameters", "train_tokens", "train_seconds", "tokens_per_second")
+NUMBERS = ("steps", "exported_step", "parameters", "train_tokens", "train_seconds", "tokens_per_second")
+"""Of results.json, beside the metrics."""
 
 
 class Runs(NamedTuple):
@@ -59,7 +59,7 @@ def compare(folders: Sequence[Path]) -> Runs:
     keys = sorted({key for _, settings, _ in found for key in settings})
     differing = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in found}) > 1]
     metrics = sorted({key for _, _, results in found for key, value in results.items() if _is_metric(key, value)})
-    numbers = [key for key in _NUMBERS if any(key in results for _, _, results in found)]
+    numbers = [key for key in NUMBERS if any(key in results for _, _, results in found)]
     rows = [
         [
             str(run.path),

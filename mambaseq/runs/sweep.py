@@ -19,7 +19,7 @@ from mambaseq.atomic import atomic_file, json_text, plain_values
 from mambaseq.data.module import named_sets
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, paragraph, shown
 from mambaseq.plain import flatten, read_json
-from mambaseq.reporting.comparison import Runs, compare
+from mambaseq.reporting.comparison import NUMBERS, Runs, compare
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.parsing import parse_config
@@ -38,8 +38,9 @@ Status = Literal["running", "finished", "diverged", "failed"]
 class Trial(NamedTuple):
     """Some settings and what became of them.
 
-    settings: whole keys to values, over those of the configuration. score: the metric, a mean over the seeds; None
-    where it did not finish. runs: the folder of its run for each seed. message: why it failed or diverged.
+    number: from 0 on; lines and folders call it one more. settings: whole keys to values, over those of the
+    configuration. score: the metric, a mean over the seeds; None where it did not finish. runs: the folder of its run
+    for each seed. message: why it failed or diverged.
     """
 
     number: int
@@ -62,7 +63,8 @@ class Sweep(NamedTuple):
     config: Path | None
 
     def table(self) -> Runs:
-        """The runs side by side, as `mambaseq runs` shows them, the best first; those that did not finish last."""
+        """The runs side by side, as `mambaseq runs` shows them, the best first and those that did not finish last. Of
+        the settings that differ, those that were tried: others follow from them."""
         sign = -1 if self.mode == "max" else 1
         order = sorted(self.trials, key=lambda t: (t.score is None, sign * (t.score or 0.0), t.number))
         place = {run: (which, trial) for which, trial in enumerate(order) for run in trial.runs}
@@ -70,11 +72,17 @@ class Sweep(NamedTuple):
         rows = [row for row in zip(found.folders, found.rows, strict=True) if row[0].path in place]
         rows.sort(key=lambda row: place[row[0].path][0])
         scores = [place[run.path][1] for run, _ in rows]
+        tried = ("seed", *self.trials[0].settings)
+        columns = [
+            number
+            for number, name in enumerate(found.columns)
+            if "/" in name or name in NUMBERS or any(name == key or name.startswith(f"{key}.") for key in tried)
+        ]
         return found._replace(
             folders=[run for run, _ in rows],
-            columns=["run", "score", *found.columns[1:]],
+            columns=["run", "score", *(found.columns[number] for number in columns)],
             rows=[
-                [row[0], trial.status if trial.score is None else trial.score, *row[1:]]
+                [row[0], trial.status if trial.score is None else trial.score, *(row[number] for number in columns)]
                 for (_, row), trial in zip(rows, scores, strict=True)
             ],
         )
@@ -236,12 +244,14 @@ def _trial(plan: Plan, folder: Path, raw: Any, number: int, path: Path) -> Trial
         and fits(raw.get("message"), str)
     )
     if not fine:
-        raise UserError(f"{path}: trial {number} is damaged, {shown(raw)}. Choose another --out, or remove the folder.")
+        raise UserError(
+            f"{path}: trial {number + 1} is damaged, {shown(raw)}. Choose another --out, or remove the folder."
+        )
     return Trial(number, raw["settings"], raw["status"], raw["score"], _runs(plan, folder, number), raw["message"])
 
 
 def _runs(plan: Plan, folder: Path, number: int) -> list[Path]:
-    name = f"trial-{number:03}"
+    name = f"trial-{number + 1:03}"
     return [folder / name] if not plan.seeds else [folder / f"{name}-seed-{seed}" for seed in plan.seeds]
 
 
@@ -277,15 +287,17 @@ def _outcome(trial: Trial, trials: list[Trial], metric: str, mode: Mode) -> str:
 
 
 def _best(trials: list[Trial], mode: Mode) -> Trial | None:
-    finished = [trial for trial in trials if trial.score is not None]
-    return (max if mode == "max" else min)(finished, key=lambda trial: trial.score, default=None)
+    sign = -1 if mode == "max" else 1
+    finished = [(sign * trial.score, trial.number, trial) for trial in trials if trial.score is not None]
+    return min(finished)[2] if finished else None
 
 
 def _tried(plan: Plan, trial: Trial, metric: str, alone: list[str], progress: bool) -> Trial:
     """A trial with its outcome. alone: what keeps a run on one device. Raises KeyboardInterrupt, which leaves the trial
     to be gone on with."""
     scores = []
-    for seed, path in zip(plan.seeds or [None], trial.runs, strict=True):
+    seeds: list[int | None] = [*plan.seeds] or [None]
+    for seed, path in zip(seeds, trial.runs, strict=True):
         run = RunFolder(path)
         begun = run.config.is_file()
         try:

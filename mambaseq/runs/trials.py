@@ -143,7 +143,7 @@ def _plan(raw: dict[str, Any], source: str, folder: Path | None) -> Plan:
     for key, values in grid.items():
         _check_choices(key, values, refuse)
     spaces = {key: _space(key, value, refuse) for key, value in search.items()}
-    trials = raw.get("trials", math.prod(map(len, grid.values())) if grid else None)
+    trials: Any = raw.get("trials", math.prod(map(len, grid.values())) if grid else None)
     if grid and "trials" in raw:
         raise refuse("trials is of a search; a grid tries all combinations of its values. Leave it out.")
     if not fits(trials, int) or trials < 1:

@@ -36,7 +36,7 @@ class RunLog(CSVLogger):
         self._throughput = throughput
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         spent = {"tokens": self._throughput.tokens, "seconds": round(self._throughput.seconds, 3)}
         super().log_metrics({**metrics, **spent}, step)
 

@@ -50,17 +50,17 @@ def test_a_grid_goes_on_where_it_was_left(here: Path, capsys: pytest.CaptureFixt
     told = capsys.readouterr()
     assert "trial 1 of 2: optimizer.lr 0.01" in told.out
     assert "Interrupted after step 2. Go on with the same command." in told.err
-    assert not Path("out/trial-001").exists()
+    assert not Path("out/trial-002").exists()
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("trial 2 of 2: diverged: ") for line in lines)
     at = next(number for number, line in enumerate(lines) if line.startswith("run "))
     assert lines[at].split()[:3] == ["run", "score", "optimizer.lr"]
-    assert [line.split()[0] for line in lines[at + 1 : at + 3]] == ["out/trial-000", "out/trial-001"]
+    assert [line.split()[0] for line in lines[at + 1 : at + 3]] == ["out/trial-001", "out/trial-002"]
     assert lines[at + 2].split()[1] == "diverged"
     # a trial is the run that `fit` makes of its settings
     assert main(["fit", "--config", "run.yaml", "--out", "alone", "--optimizer.lr=0.01"]) == 0
-    alone, trial = (load_file(f"{run}/model/model.safetensors") for run in ("alone", "out/trial-000"))
+    alone, trial = (load_file(f"{run}/model/model.safetensors") for run in ("alone", "out/trial-001"))
     assert all(torch.equal(alone[name], trial[name]) for name in alone)
     # what has finished stays
     before = {path: path.stat().st_mtime_ns for path in Path("out").glob("trial-*/**/*")}
@@ -81,7 +81,7 @@ def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, c
     plan = {"config": "run.yaml", "seeds": [3, 4], "metric": "val/loss", "grid": {"data.size": [20, 2]}}
     plan["settings"] = {"trainer": {"max_steps": 1}, "checkpoint.monitor": ""}
     found = ms.sweep(plan, out=here / "out", progress=False)
-    assert [run.name for run in found.trials[0].runs] == ["trial-000-seed-3", "trial-000-seed-4"]
+    assert [run.name for run in found.trials[0].runs] == ["trial-001-seed-3", "trial-001-seed-4"]
     curves = [RunFolder(run).curve("val/loss") for run in found.trials[0].runs]
     assert found.trials[0].score == statistics.fmean(curve[-1][1] for curve in curves)
     assert curves[0] != curves[1]
@@ -193,9 +193,9 @@ def test_what_cannot_be_swept_is_refused_before_the_first_trial(
 
 def test_a_record_that_is_damaged_is_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
     command = written(grid=GRID)
-    Path("out/trial-000").mkdir(parents=True)
+    Path("out/trial-001").mkdir(parents=True)
     assert main(command) == 2
-    assert "out holds trial-000, and no sweep" in capsys.readouterr().err
+    assert "out holds trial-001, and no sweep" in capsys.readouterr().err
     Path("out/sweep.json").write_text('{"plan": {}, "trials": 3}')
     assert main(command) == 2
     assert "out/sweep.json must hold plan and trials" in capsys.readouterr().err
