@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 
 import pytest
 import torch
 from lightning_utilities.core.imports import RequirementCache
+from pages import blocks, run_cell
 from safetensors.torch import load_file, save_file
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as tree
@@ -17,6 +19,8 @@ from mambaseq.heads.distributions import Gaussian
 from mambaseq.models import ModelOutput, SequenceModel, causal_lm
 from mambaseq.ops import OPS, dispatch, only_reference
 from mambaseq.ops.linear import can_read_few_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "ecosystem.md"
 
 
 def small(seed: int = 0, **options) -> SequenceModel:
@@ -156,7 +160,7 @@ def test_a_forward_pass_is_exported() -> None:
 
 
 def test_a_decoding_step_is_exported() -> None:
-    model = small(pattern=["mamba", "s4d", "rwkv4"], n_layers=3, mlp=False).eval()
+    model = small(pattern=["mamba", "s4d"]).eval()
     ids, batch, saved = torch.randint(0, 13, (3, 7)), Dim("batch"), io.BytesIO()
     with torch.no_grad(), only_reference():
         state = model.init_state(2)
@@ -206,3 +210,17 @@ def test_a_logger_whose_package_is_missing_is_told_in_a_line(
     told = f"trainer.logger[0]: {name} needs the package {package}, which is not installed or is too old. "
     assert capsys.readouterr().err.splitlines() == [f"mambaseq fit: {told}Install it: pip install -U {package}."]
     assert not (tmp_path / "run").exists()
+
+
+PACKAGES = {"from transformers": "accelerate", "torch.onnx": "onnxscript"}
+
+
+def test_the_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, ran = {"__name__": "__main__"}, 0
+    for language, text, line in blocks(PAGE):
+        needed = [package for part, package in PACKAGES.items() if part in text]
+        if language == "python" and all(importlib.util.find_spec(package) for package in needed):
+            run_cell(text, PAGE, line, names)
+            ran += 1
+    assert ran >= 6
