@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     first, second = load_upstream("mamba-130m").state_dict(), load_upstream("mine").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert Path("mine/model.safetensors").is_file()
+
+
+def test_the_first_picture_is_of_the_figures_that_are_kept() -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "first_screen.py"))
+    kept = made["PICTURE"].read_text(encoding="utf-8")
+    assert made["picture"]() == kept, "run `python benchmarks/first_screen.py`"
+    assert len(kept) < 150_000
+    figures = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [row for row in made["_rows"]("train_gpu.json") if row["shape"]["length"] == 65_536]
+    for row in rows:  # as in the table further down
+        assert f"{row['tokens_per_s'] / 1000:.0f} k, {row['peak_gib']:.1f} GiB" in figures, row["contender"]
+        assert f">{row['peak_gib']:.1f}<" in kept or row["contender"] == "mambaseq, graphs"
+    assert len(rows) == 4
 
 
 def test_readme_pictures_and_links_exist() -> None:

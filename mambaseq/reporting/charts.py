@@ -15,7 +15,7 @@ import numpy as np
 from mambaseq.reporting.numbers import decimals, number, short
 
 STYLE = """
-.chart { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; }
+.chart { font: 11px system-ui, sans-serif; }
 .chart text { fill: var(--soft); } .chart .strong { fill: var(--ink); font-weight: 600; }
 .chart .on { fill: var(--ground); } .chart .grid { stroke: var(--line); stroke-width: 1; fill: none; }
 .chart .c0 { --c: var(--first); } .chart .c1 { --c: var(--second); } .chart .c2 { --c: var(--third); }
@@ -152,13 +152,20 @@ def _level(level: float, levels: Sequence[float]) -> str:
     return f"{level:.{places}f}"
 
 
-def bars(rows: Sequence[Bar | str], unit: str = "", mark: tuple[float, str] | None = None, told: str = "") -> str:
+def bars(
+    rows: Sequence[Bar | str],
+    unit: str = "",
+    mark: tuple[float, str] | None = None,
+    told: str = "",
+    places: int | None = -1,
+) -> str:
     """Horizontal bars from 0, their numbers behind them; a text between them is a heading of those below. What is not
-    finite has no bar. mark: a value that is marked through all of them, and its name."""
+    finite has no bar. mark: a value that is marked through all of them, and its name. told: what is seen, in words.
+    places: decimals of the numbers; -1: by the largest."""
     values = [row for row in rows if isinstance(row, Bar)]
     ends = [value for bar in values for value in (bar.value, *(bar.interval or ())) if math.isfinite(value)]
     largest = max([*ends, mark[0] if mark else 0.0], default=0.0) or 1.0
-    places = decimals([bar.value for bar in values])
+    places = decimals([bar.value for bar in values]) if places == -1 else places
     x0, x1, top = 4.0, NARROW - 58.0, 4.0
 
     def px(value: float) -> float:

@@ -55,6 +55,7 @@ figcaption { color: var(--soft); font-size: .88rem; }
 img { max-width: 100%; height: auto; border-radius: .4rem; } audio { width: 100%; max-width: 100%; height: 2.4rem; }
 pre { background: var(--card); border-radius: .5rem; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .88rem/1.5 ui-monospace, monospace; margin: .6rem 0; } .tile pre { background: none; padding: 0; }
+.chart { display: block; width: 100%; height: auto; }
 summary { cursor: pointer; color: var(--first); margin: .6rem 0; }
 .small { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem 1rem; }
 .tabs { display: flex; flex-wrap: wrap; max-width: 40rem; } .tabs input { position: absolute; opacity: 0; }
