@@ -79,6 +79,7 @@ DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one docum
 TABLE_BYTES = Limit("MAMBASEQ_MAX_TABLE_BYTES", 2**28, "bytes of a table")
 
 YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")
+INDEX_BYTES = Limit("MAMBASEQ_MAX_INDEX_BYTES", 64 * 2**20, "bytes of an index of weights")
 YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases counted each time")
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")
 TOKEN_IDS = Limit("MAMBASEQ_MAX_TOKEN_IDS", 16_777_216, "token ids")

@@ -18,11 +18,12 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
 from mambaseq.errors import UserError, shown
 from mambaseq.heads.lm import LMHead
-from mambaseq.limits import LAYERS, YAML_BYTES, check_unpacked
+from mambaseq.limits import INDEX_BYTES, LAYERS, YAML_BYTES, check_unpacked
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.models import SequenceModel, TokenEncoder, causal_lm
+from mambaseq.plain import read_json
 
 _FIXED = {
     "encoder.embedding.weight": "backbone.embedding.weight",
@@ -224,7 +225,8 @@ def _check_dt_limit(key: str, limit: Any) -> None:
 
 
 def load_upstream(folder: str | Path) -> SequenceModel:
-    """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`.
+    """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the parts of
+    one of them that an index lists (`model.safetensors.index.json`).
 
     The `.bin` is read without unpickling code. Raises UserError when files are missing, damaged or do not fit.
     """
@@ -234,7 +236,7 @@ def load_upstream(folder: str | Path) -> SequenceModel:
         raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
     options = _options(config_path)
     source = weights_in(folder)
-    tensors = read_safetensors(source) if source.suffix == ".safetensors" else _read_bin(source)
+    tensors = {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
     with torch.device("meta"):  # no memory yet: the configuration may ask for more than the weights have
         asked = _made(config_path, options).n_parameters()
     if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
@@ -249,9 +251,29 @@ def load_upstream(folder: str | Path) -> SequenceModel:
 def weights_in(folder: Path) -> Path:
     """The file of the weights of a published model. Raises UserError when there is none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
+        for kind in ("", ".index.json"):
+            if (folder / f"{name}{kind}").is_file():
+                return folder / f"{name}{kind}"
     raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
+
+
+def _parts(source: Path) -> list[Path]:
+    """The files of weights: one, or those that an index lists. Raises UserError for an index that is none, or that
+    names what is not beside it."""
+    if source.suffix != ".json":
+        return [source]
+    found = read_json(source, _REMEDY, INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{source} must have a weight_map, names of tensors to names of files. {_REMEDY}")
+    names = sorted(set(found.values()))
+    for name in names:
+        if Path(name).name != name or not (source.parent / name).is_file():
+            raise UserError(f"{source} names {shown(name)}, which is no file beside it. {_REMEDY}")
+    return [source.parent / name for name in names]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
 
 
 _REMEDY = "Download it again, from the same place as the weights."

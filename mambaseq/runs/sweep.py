@@ -118,10 +118,14 @@ def sweep(plan: str | Path | Mapping[str, Any], *, out: str | Path | None = None
     metric, mode = _goal(read, first)
     with RunFolder(folder).locked():
         record = _Record.opened(folder, read)
-        several = first.trainer.get("devices", "auto") == "auto" and torch.cuda.device_count() > 1
+        several = first.trainer.get("devices", "auto") == "auto" and _gpus() > 1
         alone = [f"--{_ONE_DEVICE}=1"] if several else []
         trials = _run_all(read, record, metric, mode, alone, progress)
     return _ended(read, folder, metric, mode, trials)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count()
 
 
 def _overrides(plan: Plan, settings: Mapping[str, Any], seed: int | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mambaseq.checkpoints import load_upstream
 from mambaseq.checkpoints.export import weights
@@ -69,6 +70,31 @@ def test_folders_of_both_houses(theirs, tmp_path: Path) -> None:
     torch.save(to_upstream(ours), folder / "pytorch_model.bin")
     with torch.no_grad():
         assert relative(load_upstream(folder)(ids).logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_in_parts(tmp_path: Path, ending: str) -> None:
+    source = causal_lm(**options_from_config(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {name: tensor.clone() for name, tensor in to_upstream(source).items()}
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    names = {name: f"{stem}-{1 + place % 2:05}-of-00002.{ending}" for place, name in enumerate(tensors)}
+    for part in set(names.values()):
+        kept = {name: tensor for name, tensor in tensors.items() if names[name] == part}
+        (save_file if ending == "safetensors" else torch.save)(kept, tmp_path / part)
+    index = tmp_path / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    loaded = load_upstream(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in source.state_dict().items())
+    for text, told in (
+        ("{}", "must have a weight_map"),
+        (json.dumps({"weight_map": {"a": "../x.bin"}}), "is no file beside it"),
+        (json.dumps({"weight_map": {"a": "config.json", "b": 3}}), "must have a weight_map"),
+        ("[", "is not valid JSON"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=told):
+            load_upstream(tmp_path)
 
 
 def test_untied_embeddings(tmp_path: Path) -> None:

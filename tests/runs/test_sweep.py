@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import mambaseq as ms
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.plain import dump_yaml
+from mambaseq.plain import dump_yaml, read_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.trials import Range, propose, read_plan
@@ -77,7 +77,8 @@ def test_a_grid_goes_on_where_it_was_left(here: Path, capsys: pytest.CaptureFixt
     assert "out holds another sweep: grid.optimizer.lr.choices, settings.trainer.callbacks" in capsys.readouterr().err
 
 
-def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, capsys) -> None:
+def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mambaseq.runs.sweep._gpus", lambda: 2)  # each trial on one of them
     plan = {"config": "run.yaml", "seeds": [3, 4], "metric": "val/loss", "grid": {"data.size": [20, 2]}}
     plan["settings"] = {"trainer": {"max_steps": 1}, "checkpoint.monitor": ""}
     found = ms.sweep(plan, out=here / "out", progress=False)
@@ -85,6 +86,11 @@ def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, c
     curves = [RunFolder(run).curve("val/loss") for run in found.trials[0].runs]
     assert found.trials[0].score == statistics.fmean(curve[-1][1] for curve in curves)
     assert curves[0] != curves[1]
+    assert found.config is not None
+    own, best = (
+        read_yaml(path)["trainer"]["devices"] for path in (found.trials[0].runs[0] / "config.yaml", found.config)
+    )
+    assert (own, best) == (1, "auto")
     assert found.trials[1].status == "failed"  # no batch of 4 sequences among 2
     record = json.loads((here / "out/sweep.json").read_text())
     assert "training set has 2" in record["trials"][1]["message"]
