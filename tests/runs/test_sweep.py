@@ -77,7 +77,7 @@ def test_a_grid_goes_on_where_it_was_left(here: Path, capsys: pytest.CaptureFixt
     assert "out holds another sweep: grid.optimizer.lr.choices, settings.trainer.callbacks" in capsys.readouterr().err
 
 
-def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, monkeypatch) -> None:
+def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("mambaseq.runs.sweep._gpus", lambda: 2)  # each trial on one of them
     plan = {"config": "run.yaml", "seeds": [3, 4], "metric": "val/loss", "grid": {"data.size": [20, 2]}}
     plan["settings"] = {"trainer": {"max_steps": 1}, "checkpoint.monitor": ""}
@@ -90,10 +90,15 @@ def test_seeds_are_runs_of_their_own_and_what_fails_is_tried_again(here: Path, m
     own, best = (
         read_yaml(path)["trainer"]["devices"] for path in (found.trials[0].runs[0] / "config.yaml", found.config)
     )
-    assert (own, best) == (1, "auto")
+    assert (str(own), best) == ("1", "auto")
     assert found.trials[1].status == "failed"  # no batch of 4 sequences among 2
     record = json.loads((here / "out/sweep.json").read_text())
     assert "training set has 2" in record["trials"][1]["message"]
+    capsys.readouterr()
+    assert ms.sweep(plan, out=here / "out", progress=False).trials == found.trials
+    again = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert "trial 2 of 2" in again
+    assert "trial 1 of 2" not in again
     Path("run.yaml").write_text(CONFIG.replace("batch_size: 4", "batch_size: 2"))
     with pytest.raises(ConfigError, match=r"another sweep: base\.loader\.batch_size changed"):
         ms.sweep(plan, out=here / "out", progress=False)
