@@ -138,6 +138,7 @@ def begin_from(
     used = {*found.taken, *found.grown}
     found.left = [name for name in weights(loaded.model) if name not in used]
     _note_vocabulary(found, loaded, card, tokenizer, published)
+    _note_channels(found, loaded.card, card)
     _note_options(found, loaded.card.spec, card.spec)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -229,6 +230,14 @@ def _note_vocabulary(
             )
     elif published:
         found.notes.append("no tokenizer of this run's kind is beside its weights, and rows go by the id")
+
+
+def _note_channels(found: Beginning, former: ModelCard, now: ModelCard) -> None:
+    """Say which channels are read, where a reader is told their names and weights of other channels were taken."""
+    before, after = (one.reader_options.get("columns") for one in (former, now))
+    taken = any(not name.startswith("backbone.") for name in found.taken)
+    if taken and isinstance(before, list) and isinstance(after, list) and before != after:
+        found.notes.append(f"the channels are others, {cut_list(before, 3)} -> {cut_list(after, 3)}")
 
 
 def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -66,7 +66,12 @@ def begun(
     source, model = build_model(former), build_model(now)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one, other = (Letters(text) if text else None for text in letters)
-    theirs = ModelCard(former, class_names=card.pop("former_classes", []), task=card.pop("former_task", None))
+    theirs = ModelCard(
+        former,
+        reader_options={"columns": ["a", "b"]},
+        class_names=card.pop("former_classes", []),
+        task=card.pop("former_task", None),
+    )
     loaded = LoadedModel(source, theirs, one, Path("x/model/model.safetensors"))
     return model, before, source, begin_from(model, loaded, ModelCard(now, **card), other)
 
@@ -173,6 +178,9 @@ def test_forecasts_of_one_shape_and_another_meaning_are_new(change: dict[str, An
 
 
 def test_other_settings_of_what_fits_are_said() -> None:
+    signal = {"encoder": {"name": "signal", "n_channels": 2}, "head": WAVES}
+    _, _, _, found = begun(spec(**signal), spec(**signal), reader_options={"columns": ["a", "c"]})
+    assert found.notes == ["the channels are others, a, b -> a, c"]
     bins = {"name": "token_regression", "n_outputs": 1, "stride": 2, "dropout": 0.1}
     _, _, _, found = begun(spec(head=bins | {"stride": 4, "dropout": 0.0}), spec(head=bins))
     assert found.notes == ["settings differ: head.stride 2 -> 4"]
