@@ -84,7 +84,7 @@ def sketch(signal: np.ndarray, sample_rate: int, seconds: float, peak: float, to
     decibel = log_spectrogram(signal, sample_rate)
     buffer = io.BytesIO()
     levels = (decibel[::-1] - decibel.max()) / FLOOR_DB + 1
-    matplotlib.image.imsave(buffer, levels, vmin=0, vmax=1, cmap="magma", format="png", metadata={"Software": None})
+    matplotlib.image.imsave(buffer, levels, vmin=0, vmax=1, cmap="magma", format="png")
     encoded = base64.b64encode(buffer.getvalue()).decode()
     top, bottom = wave + 8, tall - 18
     parts = [

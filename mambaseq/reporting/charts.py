@@ -138,7 +138,7 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, height: float = 2
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
         shape = "faint" if curve.kind == "faint" else "curve"
         parts.append(f'<path class="c{curve.colour} {shape}" d="{path}"/>')
-        if curve.kind == "dots" and len(points) <= 60:
+        if (curve.kind == "dots" and len(points) <= 60) or len(points) == 1:
             parts += [f'<circle class="c{curve.colour} dot" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points]
     names = ", ".join(curve.name for curve, _, _ in drawn if curve.name)
     return frame(WIDTH, height, f"{y_label} over {x_label}: {names}", "".join(parts))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 AXES = (("step", "step"), ("tokens", "tokens"), ("seconds", "seconds of training"))
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """A curve without its noise: means over a twelfth of it, nearer points weighing more. Ends are means of what is
     there; values that are not finite are left out, NaN where there is nothing else."""
     y = np.asarray(values, dtype=np.float64)

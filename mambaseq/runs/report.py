@@ -124,7 +124,7 @@ def _results(results: Mapping[str, Any]) -> str:
         if key.partition("/")[0] in stages and _is_number(value)
     }
     rows = [
-        [name, *(float(v) if _is_number(v := results.get(f"{stage}/{name}")) else "" for stage in stages)]
+        [name, *(float(v) if _is_number(v := results.get(f"{stage}/{name}", "")) else "" for stage in stages)]
         for name in names
     ]
     if not rows:

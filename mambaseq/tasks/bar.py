@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -13,8 +15,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 class Bar(TQDMProgressBar):
     """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's, also of one that stops
-    early; it says that the first step compiles kernels, whose time is no part of its speed. Where standard error is no
-    terminal, a line now and then is enough."""
+    early; it says that the first step, or an evaluation's first batch, compiles kernels, whose time is no part of its
+    speed. Where standard error is no terminal, a line now and then is enough."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
@@ -72,16 +74,40 @@ class Bar(TQDMProgressBar):
             bar.set_description("First step (kernels are compiled)")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
-        if not self._first:
+        with self._first_ends(self.train_progress_bar, f"Epoch {trainer.current_epoch}"):
             super().on_train_batch_end(trainer, *arguments)
+
+    @contextlib.contextmanager
+    def _first_ends(self, bar: Any, description: str) -> Iterator[None]:
+        """After a process's first batch the bar says what it does again, and its speed begins: what compiling took is
+        no part of it."""
+        if not self._first:
+            yield
             return
         self._first, self._drawn = False, -1e9
-        bar = self.train_progress_bar
-        bar.set_description(f"Epoch {trainer.current_epoch}", refresh=False)
-        super().on_train_batch_end(trainer, *arguments)
-        bar.initial, bar.start_t = bar.n, bar._time()  # what compiling took is no part of the speed
+        bar.set_description(description, refresh=False)
+        yield
+        bar.initial, bar.start_t = bar.n, bar._time()
+
+    def on_validation_batch_start(self, trainer: lightning.Trainer, *arguments: Any, **options: Any) -> None:
+        super().on_validation_batch_start(trainer, *arguments, **options)
+        if self._first and trainer.state.fn == "validate":
+            self.val_progress_bar.set_description("First batch (kernels are compiled)")
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, *arguments: Any, **options: Any) -> None:
+        with self._first_ends(self.val_progress_bar, self.validation_description):
+            super().on_validation_batch_end(trainer, *arguments, **options)
+
+    def on_test_batch_start(self, *arguments: Any, **options: Any) -> None:
+        super().on_test_batch_start(*arguments, **options)
+        if self._first:
+            self.test_progress_bar.set_description("First batch (kernels are compiled)")
+
+    def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
+        with self._first_ends(self.test_progress_bar, self.test_description):
+            super().on_test_batch_end(*arguments, **options)
 
     def on_train_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
         bar = self.train_progress_bar
-        bar.total = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed or bar.n
+        bar.total = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready or bar.n
         super().on_train_end(trainer, *arguments)

@@ -97,6 +97,7 @@ def test_charts_of_odd_numbers(tmp_path: Path) -> None:
         assert "nan" not in chart
         assert "inf" not in chart
         assert len(chart) < 20_000
+    assert "<circle" in lines([Curve("a", [1], [2.0])], "step", "loss")  # one point is no line
     assert lines([Curve("a", [1], [float("nan")])], "step", "loss") == ""
     assert "nan" in bars([Bar("a", float("nan")), Bar("b", 0.0)], mark=(0.2, "chance"))  # it is said, and has no bar
     told = confusion([[3, 1], [0, 4]], ["cat <x>", "dog"])

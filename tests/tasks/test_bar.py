@@ -34,6 +34,7 @@ def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys
     assert main(["validate", "--checkpoint", str(out)]) == 0
     told = capsys.readouterr()
     assert "Validation" in told.err
+    assert told.err.count("First batch (kernels are compiled)") == 1
     assert not re.search(r"\d/\d|it/s", told.out)
 
 
@@ -44,7 +45,7 @@ def test_compiling_is_no_part_of_the_speed_and_the_bar_ends_with_the_run() -> No
     bar.train_progress_bar = line = Tqdm(total=8, file=io.StringIO())
     line._time = lambda: clock[0]
     line.start_t = 0.0
-    progress = SimpleNamespace(current=SimpleNamespace(processed=3))
+    progress = SimpleNamespace(current=SimpleNamespace(ready=3))
     trainer: Any = SimpleNamespace(current_epoch=0, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))
     trainer.fit_loop.epoch_loop.batch_progress = progress
     for number, seconds in enumerate((60.0, 1.0, 1.0)):
