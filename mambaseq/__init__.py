@@ -48,7 +48,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        from mambaseq.importing import uncollected
+
+        with uncollected():
+            return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'mambaseq' has no attribute {name!r}")
 
 

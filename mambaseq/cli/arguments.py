@@ -6,6 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from mambaseq.errors import ConfigError, cut_list, shown
+from mambaseq.importing import uncollected
 
 
 class Arguments(argparse.ArgumentParser):
@@ -42,7 +43,8 @@ def asks_for_help(left: list[str]) -> bool:
 def print_keys(parser: argparse.ArgumentParser, config: str, overrides: list[str]) -> int:
     """Print a command's options and, below them, all keys of a configuration."""
     print(parser.format_help(), flush=True)  # before anything slow is imported
-    from mambaseq.runs.parsing import explained
+    with uncollected(for_good=True):
+        from mambaseq.runs.parsing import explained
 
     print(explained(config, [text for text in overrides if text not in ("--help", "-h")]))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mambaseq.cli.arguments import Arguments
 from mambaseq.errors import ConfigError, did_you_mean, shown
+from mambaseq.importing import uncollected
 
 BENCHES = {
     "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
@@ -43,8 +44,9 @@ def run(argv: list[str], command: str) -> int:
     if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture writes PNG files; {arguments.picture} is not named so.")
 
-    from mambaseq.benchmarking.running import run as run_bench
-    from mambaseq.runs.devices import choose_device
+    with uncollected(for_good=True):
+        from mambaseq.benchmarking.running import run as run_bench
+        from mambaseq.runs.devices import choose_device
 
     device = choose_device(arguments.device)
     scale = arguments.scale or ("full" if device.type == "cuda" else "small")

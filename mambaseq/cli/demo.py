@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mambaseq.cli.arguments import Arguments
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
@@ -22,7 +23,8 @@ def run(argv: list[str], command: str) -> int:
         "--redraw", action="store_true", help="train nothing: write report.html of the runs in --out anew"
     )
     arguments = parser.parse_args(argv)
-    from mambaseq.runs.demo import demo
+    with uncollected(for_good=True):
+        from mambaseq.runs.demo import demo
 
     outcome = demo(Path(arguments.out), arguments.domains, arguments.steps, arguments.redraw)
     print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mambaseq.cli.arguments import Arguments
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
@@ -13,6 +14,7 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     arguments = parser.parse_args(argv)
-    from mambaseq.benchmarking.diagnosis import diagnose
+    with uncollected(for_good=True):
+        from mambaseq.benchmarking.diagnosis import diagnose
 
     return diagnose(arguments.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder
 
 
@@ -21,7 +22,8 @@ def run(argv: list[str], command: str) -> int:
     refuse_words(argv, overrides, "--checkpoint", parser.prog)
     if asks_for_help(overrides):
         return print_keys(parser, str(RunFolder(arguments.checkpoint).require().config), overrides)
-    from mambaseq.runs.evaluation import evaluate
+    with uncollected(for_good=True):
+        from mambaseq.runs.evaluation import evaluate
 
     results = evaluate(RunFolder(arguments.checkpoint), command, overrides)
     for name, value in results.items():

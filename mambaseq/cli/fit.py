@@ -7,6 +7,7 @@ import sys
 from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
+from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
 
 
@@ -53,7 +54,8 @@ def run(argv: list[str], command: str) -> int:
     if arguments.init_from is not None:
         overrides = [*overrides, f"--finetune.init_from={arguments.init_from}"]
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
-    from mambaseq.runs.training import fit
+    with uncollected(for_good=True):
+        from mambaseq.runs.training import fit
 
     resume, changed = arguments.resume is not None, arguments.allow_changed_data
     outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed)

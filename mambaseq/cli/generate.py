@@ -8,6 +8,7 @@ from typing import Any
 
 from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
@@ -51,8 +52,9 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
-    from mambaseq.outputs import is_stream
-    from mambaseq.runs.generation import generate_to
+    with uncollected(for_good=True):
+        from mambaseq.outputs import is_stream
+        from mambaseq.runs.generation import generate_to
 
     checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

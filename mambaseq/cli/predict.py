@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
@@ -68,7 +69,8 @@ def run(argv: list[str], command: str) -> int:
     )
     add_allow_import(parser)
     arguments = parser.parse_args(argv)
-    from mambaseq.runs.prediction import predict, report
+    with uncollected(for_good=True):
+        from mambaseq.runs.prediction import predict, report
 
     out = Path(arguments.out)
     found = predict(

@@ -9,6 +9,7 @@ from typing import Any
 from mambaseq.cli.arguments import Arguments
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean, shown
+from mambaseq.importing import uncollected
 
 
 def resolve(name: str) -> str:
@@ -65,8 +66,9 @@ def run(argv: list[str], command: str) -> int:
     numbers = list(range(arguments.seeds)) if arguments.seeds else sorted(set(arguments.seed or [])) or None
     name = resolve(arguments.recipe)
 
-    from mambaseq.reproduction.reproduce import reproduce
-    from mambaseq.runs.devices import choose_device
+    with uncollected(for_good=True):
+        from mambaseq.reproduction.reproduce import reproduce
+        from mambaseq.runs.devices import choose_device
 
     device = choose_device(arguments.device)
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")

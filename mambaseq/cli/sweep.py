@@ -5,6 +5,7 @@ from __future__ import annotations
 from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.cli.runs import print_table
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
@@ -20,7 +21,8 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="folder of the runs; runs/NAME of the file when left out")
     add_allow_import(parser)
     arguments = parser.parse_args(argv)
-    from mambaseq.runs.sweep import sweep
+    with uncollected(for_good=True):
+        from mambaseq.runs.sweep import sweep
 
     found = sweep(arguments.plan, out=arguments.out)
     print_table(found.table())

@@ -5,13 +5,23 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mambaseq.atomic import atomic_file
 from mambaseq.reporting.curves import smoothed
 from mambaseq.reporting.runs import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty one. Matplotlib is imported for it: commands that draw nothing start without."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
 
 
 def png(figure: Figure) -> bytes:
@@ -30,7 +40,7 @@ def save_png(path: Path, figure: Figure) -> None:
 def learning_curves(run: RunFolder, scale: float = 1.0, unit: str = "loss (nats)") -> Figure:
     """Training loss, smoothed above its faint values, and validation loss over steps. scale multiplies the losses
     (1/ln 2 for bits)."""
-    figure = Figure(figsize=(6, 3.2))
+    figure = _figure(6, 3.2)
     axes = figure.subplots()
     for metric, colour in (("train/loss", "C0"), ("val/loss", "C1")):
         points = run.curve(metric)
@@ -54,7 +64,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> F
     """Rows are true classes; a cell shows the count, its colour the share of the row."""
     table = np.asarray(counts)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(0.7 * len(names) + 2, 0.6 * len(names) + 1.6))
+    figure = _figure(0.7 * len(names) + 2, 0.6 * len(names) + 1.6)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in range(len(names)):
