@@ -16,7 +16,7 @@ import mambaseq as ms
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import dump_yaml, read_yaml
-from mambaseq.reporting.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder, RunInUse
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.trials import Range, propose, read_plan
 
@@ -161,6 +161,26 @@ def test_what_a_search_proposes() -> None:
 
 
 GRID = {"optimizer.lr": [0.1]}
+
+
+def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(here: Path, monkeypatch) -> None:
+    def fails(error: BaseException) -> None:
+        def fit(*arguments: Any, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("mambaseq.runs.sweep.fit", fit)
+
+    plan = {"config": "run.yaml", "grid": {"optimizer.lr": [0.1, 0.2]}}
+    fails(torch.OutOfMemoryError("Tried to allocate 9 GiB"))
+    with pytest.raises(
+        UserError, match=r"none of 2 trials finished\. The first failed: out of memory: Tried to allocate"
+    ):
+        ms.sweep(plan, out="out", progress=False)
+    fails(RunInUse("process 7 trains there"))
+    with pytest.raises(RunInUse):
+        ms.sweep(plan, out="out", progress=False)
+    record = json.loads(Path("out/sweep.json").read_text())
+    assert [trial["status"] for trial in record["trials"]] == ["running", "failed"]
 
 
 @pytest.mark.parametrize(
