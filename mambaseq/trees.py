@@ -30,7 +30,7 @@ def register_tree(kind: type) -> None:
 
     def unflatten(contents: Any, form: Any) -> Any:
         names, plain = form
-        absent = {field.name: None for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        absent = {field.name: None for field in dataclasses.fields(kind)}
         return kind(**absent | plain | dict(zip(names, contents, strict=True)))
 
     tree.register_pytree_node(

@@ -32,8 +32,8 @@ def save_pretrained(model: SequenceModel | LoadedModel, folder: str | Path) -> N
     model: one alone, or with its description and tokenizer as `load_model` gives it; those are kept then.
     folder: it is replaced where it holds a model and nothing else.
 
-    Raises ConfigError for a model that no description makes again, UserError for a folder that holds other files or
-    cannot be written.
+    Raises ConfigError for a model that no description makes again, UserError for a folder that holds other files, is
+    none or cannot be written.
     """
     loaded = model if isinstance(model, LoadedModel) else None
     bare = model.model if isinstance(model, LoadedModel) else model
@@ -173,8 +173,10 @@ def _check_description(model: SequenceModel) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise UserError where a folder holds more than a model."""
+    """Raise UserError where a file is in the folder's place, or the folder holds more than a model."""
     if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder} is a file, where the model's folder is to be. Give another name.")
         return
     there = {path.name for path in folder.iterdir()}
     known = {_DESCRIPTION, _README}

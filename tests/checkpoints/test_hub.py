@@ -132,6 +132,8 @@ def test_a_folder_is_replaced_only_where_it_holds_a_model_alone(tmp_path: Path) 
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"other files than a model's \(notes\.txt\)"):
         last.save_pretrained(folder)
+    with pytest.raises(UserError, match="is a file"):
+        last.save_pretrained(folder / "notes.txt")
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(UserError, match=r"checkpoint-2, m"):
         last.save_pretrained(tmp_path)
