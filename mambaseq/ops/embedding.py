@@ -1,8 +1,8 @@
 """A lookup table whose gradient is summed in a fixed order on a GPU, too.
 
-PyTorch sums the gradients of rows that are looked up often by atomics, in whatever order they come (2.11 does, where
-`torch.use_deterministic_algorithms` is off). Few rows, as of bases and bytes, are summed by a product with the lookups
-as zeros and ones, rounded as `torch.set_float32_matmul_precision` says; many as PyTorch does after indexing: sorted.
+Without `torch.use_deterministic_algorithms`, PyTorch 2.11 sums the gradients of a row by atomics, in any order. Here a
+table of few rows (bases, bytes) is summed by a matrix product with the lookups as zeros and ones, rounded as
+`torch.set_float32_matmul_precision` says; a table of many rows as PyTorch does after indexing: sorted.
 """
 
 from __future__ import annotations

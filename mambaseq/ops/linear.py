@@ -1,5 +1,5 @@
-"""Linear maps on CPU where PyTorch's own leave speed behind: of a few rows, for decoding, bound by reading the
-weights once; and large ones in fp32, which oneDNN does faster than MKL on some processors (docs/log.md).
+"""Linear maps on CPU where PyTorch's are slower: of a few rows, for decoding, where reading the weights once takes all
+the time; and large ones in fp32, where oneDNN is faster than MKL on some processors (docs/log.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The linear recurrence h_t = a_t h_{t-1} + b_t over a whole length in a logarithmic number of steps.
+"""The linear recurrence h_t = a_t h_{t-1} + b_t for all t in a logarithmic number of steps.
 
 Brent and Kung's tree (1982) of (a2, b2) ∘ (a1, b1) = (a1 a2, a2 b1 + b2): twice the work of a loop. It multiplies
 decays and never divides by them, so neither fast nor slow decay loses digits.

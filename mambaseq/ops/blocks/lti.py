@@ -1,7 +1,7 @@
-"""The time-invariant variant of the Mamba-1 block on a GPU as one operator, as `mamba_block` is: the convolution's
-output and the gated output are made again in the backward pass.
+"""The time-invariant variant of the Mamba-1 block on a GPU as one operator, like `mamba_block`. The convolution's
+output and the gated output are computed again in the backward pass.
 
-Kept are the input, in_proj's product and what entered each segment of the scan.
+Stored are the input, the product of in_proj and the state that entered each segment of the scan.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _scan_inputs(a: LtiBlockArguments, xz: Tensor, u: Tensor) -> scan.Inputs:
 
 
 class _Matrices(NamedTuple):
-    """In the dtype that is computed in."""
+    """The weight matrices, cast to the dtype of x."""
 
     in_proj: Tensor
     out_proj: Tensor

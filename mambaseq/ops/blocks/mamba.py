@@ -1,7 +1,7 @@
-"""A Mamba-1 block on a GPU as one operator: what is quick to make again (the convolution's output, dt, the gated
-output) is not kept for the backward pass, and nothing is written twice.
+"""A Mamba-1 block on a GPU as one operator. What is cheap to compute (the convolution's output, dt, the gated output)
+is computed again in the backward pass instead of being stored.
 
-Kept are the input, in_proj's and x_proj's products and the scan's states before every 16th step.
+Stored are the input, the products of in_proj and x_proj, and the scan's states before every 16th step.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _split(a: BlockArguments, products: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Matrices(NamedTuple):
-    """In the dtype that is computed in."""
+    """The weight matrices, cast to the dtype of x."""
 
     in_proj: Tensor
     x_proj: Tensor

@@ -1,7 +1,7 @@
-"""A Mamba-2 block on a GPU as one operator, as `mamba_block` is: what is quick to make again (the convolution's output,
-decays and states, the gated norm) is not kept for the backward pass, and nothing is written twice.
+"""A Mamba-2 block on a GPU as one operator, like `mamba_block`. What is cheap to compute (the convolution's output,
+decays and states, the gated norm) is computed again in the backward pass instead of being stored.
 
-Kept are the input, in_proj's product and the state-space dual's output.
+Stored are the input, the product of in_proj and the output of the state-space dual.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ def _split(a: Mamba2BlockArguments, product: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _strides(a: Mamba2BlockArguments) -> tuple[int, int]:
-    """Of in_proj's product: rows begin where kernels can read and write many numbers at a time."""
+    """Strides of in_proj's product: rows are aligned, so that kernels read and write many numbers at a time."""
     return -(-a.in_proj.shape[0] // _ALIGNED) * _ALIGNED, 1
 
 
 def _room(a: Mamba2BlockArguments) -> Tensor:
-    """For in_proj's product or its gradient, `(batch * length, width)`."""
+    """Memory for in_proj's product or its gradient, `(batch * length, width)`."""
     shape = (a.x.shape[0] * a.x.shape[1], a.in_proj.shape[0])
     return torch.empty_strided(shape, _strides(a), dtype=a.x.dtype, device=a.x.device)
 
@@ -136,7 +136,7 @@ def _dual_arguments(a: Mamba2BlockArguments, product: Tensor, xBC: Tensor) -> Ss
 
 
 class _Matrices(NamedTuple):
-    """In the dtype that is computed in."""
+    """The weight matrices, cast to the dtype of x."""
 
     in_proj: Tensor
     out_proj: Tensor

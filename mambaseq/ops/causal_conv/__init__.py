@@ -48,8 +48,8 @@ def causal_conv(
         activation: "silu" or None.
         initial_state: `(batch, channels, width - 1)`, or `(sequences, channels, width - 1)` with
             `cu_seqlens`: the inputs before the first, oldest first; zeros if None.
-        return_final_state: make the last `width - 1` inputs of each sequence, oldest first. Without it an empty tensor
-            may stand in its place, which some backends make sooner.
+        return_final_state: make the last `width - 1` inputs of each sequence, oldest first. Without it some
+            backends return an empty tensor instead, which is faster.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first; "oldest" is then the latest.

@@ -1,6 +1,6 @@
-"""The causal convolution on CPU: hands PyTorch's tensors to the Numba kernels, on several threads.
+"""The causal convolution on CPU: calls the Numba kernels with PyTorch's tensors, on several threads.
 
-The work is cut by lengths alone, never by the number of threads, so results do not depend on it.
+Only lengths decide how the work is cut, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The causal convolution on GPUs: what the Triton kernels are launched with.
+"""The causal convolution on GPUs: launching the Triton kernels.
 
-`forward_into` and `backward_into` are the two halves without autograd, for callers that differentiate more than the
-convolution at once.
+`forward_into` and `backward_into` are the two passes without autograd, for operators that hold more than a convolution.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What kernels on CPUs stand on: Numba's code kept on disk, elementary functions, how work is cut, threads."""
+"""What the CPU kernels share: Numba's code cache, elementary functions, cutting the work, threads."""

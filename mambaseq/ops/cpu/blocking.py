@@ -1,6 +1,6 @@
-"""How the kernels that are vectorised over channels cut their work.
+"""How kernels that are vectorised over channels cut their work into tasks.
 
-They do so by shapes alone: results never depend on the number of threads.
+Only shapes decide, so results never depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def of_channels(channels: int, groups: int, width: int) -> Blocks:
-    """`channels` in blocks of at most `width`, none of which reaches over the border of a group (`channels / groups`
-    each). Made once for the same arguments."""
+    """Cut `channels` into blocks of at most `width`, each inside of one group of `channels / groups`. Cached."""
     per_group = channels // groups
     starts = np.arange(0, per_group, width)
     first = (np.arange(groups)[:, None] * per_group + starts).reshape(-1)  # (blocks,)

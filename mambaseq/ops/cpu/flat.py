@@ -1,7 +1,7 @@
 """Tensors as the flat float32 arrays that Numba kernels work on.
 
-A kernel that gets one-dimensional contiguous arrays and computes its own offsets is compiled once and
-vectorised, whichever slice of a larger tensor it is given.
+Kernels get one-dimensional contiguous arrays and compute offsets themselves. So each is compiled once and vectorised,
+whichever slice of a larger tensor it is given.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What Numba has no word for: atomic counters, and fetching memory ahead of its use. Arrays are flat."""
+"""What Numba lacks: atomic counters, and fetching memory before it is used. Arrays are flat."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _prefetch: Any = _prefetch_line
 
 @njit
 def prefetch(array, stride, first, width, row, go, steps):
-    """Begin to fetch `width` columns from `first` of the rows `row, row + go, …` of a float32 array with this stride
+    """Start fetching columns `first` to `first + width` of rows `row, row + go, …` of a float32 array with this stride
     between its rows. Rows that do not exist do no harm."""
     for t in range(steps):
         at = (row + t * go) * stride + first

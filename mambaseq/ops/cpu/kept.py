@@ -1,8 +1,8 @@
-"""Numba's machine code, kept on disk only where nobody but this user can have put it.
+"""Numba's machine code on disk, only in folders that nobody else can write to.
 
-Numba keeps it as pickles, which run what they hold when they are read: beside the source in `__pycache__`, where who
-may write could as well change what Python runs; if that folder cannot be written, in the user's own cache folder; and
-in NUMBA_CACHE_DIR where that is set, which may be a folder of many users.
+Numba stores it as pickles, and reading a pickle runs code. They are beside the source in `__pycache__`, where whoever
+can write could change the source as well; in the user's own cache folder, if that one cannot be written; or in
+NUMBA_CACHE_DIR, which may be shared with other users.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mambaseq.resources import why_unsafe
 
 @functools.cache
 def why_not_kept(folder: Path, source: Path) -> str | None:
-    """The reason why code is not kept in a folder that Numba chose for a source file, or None; said once."""
+    """The reason why code is not stored in the folder that Numba chose for a source file, or None. It is printed
+    once."""
     if folder == source.parent / "__pycache__" or (reason := why_unsafe(folder)) is None:
         return None
     print(
@@ -36,7 +37,7 @@ def _nothing() -> None:
 
 
 def folder_of_numba() -> tuple[Path | None, str | None]:
-    """Where code of this folder's kernels is kept, None for nowhere; and why it is not kept there."""
+    """The folder where Numba stores code (None: nowhere), and the reason why it does not."""
     try:
         folder = Path(str(njit(cache=True)(_nothing).stats.cache_path))
     except (RuntimeError, AttributeError):
@@ -45,8 +46,7 @@ def folder_of_numba() -> tuple[Path | None, str | None]:
 
 
 def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit(cache=True, ...)` where the folder is safe; without keeping anything where it is not, or where there
-    is none that can be written."""
+    """`numba.njit(cache=True, ...)` if the folder is safe; without `cache` if it is not, or if none can be written."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         source = Path(function.__code__.co_filename)

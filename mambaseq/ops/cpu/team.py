@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
-"""Helper threads for many short parallel kernels in a row, as in decoding, where a thread that must first be woken
-comes too late (a tenth of a millisecond on a virtual machine).
+"""Helper threads for many short parallel kernels in a row, as in decoding. Waking a sleeping thread takes too long
+there (a tenth of a millisecond on a virtual machine).
 
-A kernel hands out its portions by counters in memory and waits until all are done, so it is right with any number of
-helpers, none and late ones included. Between two kernels a helper keeps looking for the next for a moment before it
-goes to sleep.
+A kernel hands out its work by counters in memory and waits until all of it is done, so its result is right with any
+number of helpers: none, or some that come late. After a kernel, helpers watch for the next one for a moment before they
+go to sleep.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _look(posted, seen, looks):
 
 
 class _Helper(threading.Thread):
-    """Runs the latest job that was posted; one that is overtaken by the next is left out."""
+    """Runs the latest posted job; skips one that the next has overtaken."""
 
     def __init__(self) -> None:
         super().__init__(name="mambaseq-helper", daemon=True)
@@ -80,11 +80,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(kernel: Callable[[], None], portions: int) -> None:
-    """Run a kernel here, and at the same time on helpers: `torch.get_num_threads()` threads at the most.
+    """Run a kernel on this thread and on helpers, at most `torch.get_num_threads()` in all.
 
     Args:
         kernel: hands out its work by counters, returns when all of it is done, and raises nothing.
-        portions: how many it hands out, and so how many threads can be of use; 1 for little work.
+        portions: how many pieces of work it hands out, which is how many threads can be of use; 1 for little work.
     """
     n_helpers = min(torch.get_num_threads(), portions) - 1
     while len(_helpers) < n_helpers:

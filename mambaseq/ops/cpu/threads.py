@@ -1,6 +1,6 @@
-"""Runs a kernel that releases the GIL on several threads.
+"""Run a kernel that releases the GIL on several threads.
 
-Numba's own `parallel=True` is not used: two threads must not enter its default threading layer at once.
+Numba's own `parallel=True` is not safe here: two threads must not enter its default threading layer at once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def share(
     Args:
         make_worker: called once on each thread; gives a function of `(first, end)` that does these tasks,
             with scratch memory of its own. Which thread does a task must not change the result.
-        portions: cuts for each thread; several, so that one that is held up leaves its share to the others.
-        serial: stay on the calling thread, for little work.
+        portions: pieces of work per thread; several, so that others take over the share of a thread that is held up.
+        serial: use the calling thread only, for little work.
     """
     n_threads = 1 if serial else min(torch.get_num_threads(), n_tasks)
     portion = n_tasks if n_threads <= 1 else max(1, -(-n_tasks // (portions * n_threads)))

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 """Elementary functions in float32 that LLVM inlines and vectorises, for Numba kernels.
 
-Numba calls the C library for `np.exp` where Intel's SVML is absent, which keeps a loop scalar. These are
-polynomials after a range reduction that rounds by adding a large constant and scales by writing the bits of
-the exponent. Relative errors are below 3e-7; NaN stays NaN. Numba's cache on disk knows a kernel by its own
-file only: after a change here, delete the `__pycache__` folders of the kernels.
+Without Intel's SVML, Numba calls the C library for `np.exp`, and the loop is not vectorised. These are polynomials
+after a range reduction, which rounds by adding a large constant and scales by writing the exponent's bits. Relative
+errors are below 3e-7; NaN stays NaN. Numba's cache looks at a kernel's own file only: after a change here, delete the
+kernels' `__pycache__` folders.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What decodes: one step of each op, of a whole block on a CPU, and of a whole model on a GPU."""
+"""Decoding, one position at a time: steps of single ops, of a whole block (CPU) and of a whole model (GPU)."""

@@ -1,7 +1,7 @@
 """One step of a whole Mamba-1 block on CPU, for decode loops of a few sequences.
 
-Bound by reading the weights once, in fp32 or bf16. A thread takes a range of channels from in_proj to the convolution
-and, once all have given their share of x_proj, from dt_proj to out_proj.
+Its time is that of reading the weights once, in fp32 or bf16. A thread computes a range of channels from in_proj to the
+convolution. When all have added their share of x_proj, it goes on from dt_proj to out_proj.
 """
 
 from __future__ import annotations

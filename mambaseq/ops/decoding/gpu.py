@@ -1,4 +1,5 @@
-"""One decode step of the convolution and of the scan on a GPU: a kernel each, bound by reading and writing the state.
+"""One decode step of the convolution and of the scans on a GPU: a kernel each, whose time is that of reading and
+writing the state.
 
 `mambaseq.ops.decoding.step` passes GPU tensors on to this; under Triton's interpreter, CPU tensors work here too.
 """

@@ -1,7 +1,7 @@
 """One step of the ops for decode loops: length 1, states changed in place.
 
-With a float32 state and without gradients they run as one kernel, Numba on CPU and Triton on GPU, which spares the
-many small operations of the same in PyTorch; everything else, `torch.compile` included, takes PyTorch.
+With a float32 state and without gradients each is one kernel, by Numba on CPU and Triton on GPU, instead of many small
+operations of PyTorch. Everything else, `torch.compile` included, is computed by PyTorch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Many positions of one sequence by one kernel on a GPU (stretch.cu): what a model does at a position, and the drawing
-of the next token, is a list of phases that a barrier over the whole GPU parts. Launching kernels for them, replayed
-from a graph or not, takes longer than a small model's phases do.
+"""Many positions of one sequence by one kernel on a GPU (stretch.cu). What a model computes at a position, and the
+drawing of the next token, is a list of phases with a barrier over the whole GPU between them. For a small model,
+launching a kernel for each phase, even from a graph, takes longer than the phases themselves.
 """
 
 from __future__ import annotations

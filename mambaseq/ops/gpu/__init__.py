@@ -1,1 +1,1 @@
-"""What kernels on GPUs stand on: Triton, CUDA C++ compiled by NVRTC, CUDA graphs."""
+"""What the GPU kernels share: Triton, CUDA C++ compiled by NVRTC, CUDA graphs."""

@@ -1,4 +1,4 @@
-"""What everything that captures CUDA graphs shares: one capture at a time, cleaned up after if it fails."""
+"""Capturing CUDA graphs: one at a time, and cleaned up if it fails."""
 
 from __future__ import annotations
 

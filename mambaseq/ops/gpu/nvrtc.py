@@ -1,7 +1,7 @@
-"""CUDA C++ compiled when it is first needed, by NVRTC through NVIDIA's `cuda-core`: no compiler on the user's machine.
+"""CUDA C++ compiled at first use by NVRTC, through NVIDIA's `cuda-core`; no compiler has to be installed.
 
-What was compiled is kept in the cache folder by source, macros, architecture and compiler, and with its checksum; it is
-read from there only if nobody but this user and root may write to that folder.
+Compiled code is stored in the cache folder with a checksum, under a hash of source, macros, architecture and compiler.
+It is read from there only if nobody but this user and root can write to that folder.
 """
 
 from __future__ import annotations

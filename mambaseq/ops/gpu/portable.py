@@ -1,4 +1,4 @@
-"""Triton, the portable half of the GPU kernels: NVIDIA, AMD, and a CPU under its interpreter (TRITON_INTERPRET=1)."""
+"""Triton, for the kernels that run on NVIDIA and AMD GPUs, and on a CPU in its interpreter (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def why_not(device_type: str) -> str | None:
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the GPU of x the current one, on which kernels are launched, if it is not."""
+    """Make the GPU of x the current one, where kernels are launched."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The time-invariant scan on CPU: hands PyTorch's tensors to the Numba kernels, on several threads."""
+"""The time-invariant scan on CPU: calls the Numba kernels with PyTorch's tensors, on several threads."""
 
 from __future__ import annotations
 

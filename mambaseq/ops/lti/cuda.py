@@ -1,4 +1,4 @@
-"""The time-invariant scan on NVIDIA GPUs: which arguments the kernels take, and how they are handed to launches.py."""
+"""The time-invariant scan on NVIDIA GPUs: which arguments the kernels take, and calling launches.py with them."""
 
 from __future__ import annotations
 

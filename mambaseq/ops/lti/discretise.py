@@ -1,5 +1,5 @@
-"""The zero-order hold of a diagonal system from its parameters: a kernel forward and one backward on an NVIDIA GPU, in
-place of some forty, whose launches take longer than a block's scan."""
+"""The zero-order hold of a diagonal system from its parameters, on an NVIDIA GPU: one kernel forward and one backward
+instead of about forty, whose launches take longer than a block's scan."""
 
 from __future__ import annotations
 

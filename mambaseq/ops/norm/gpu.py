@@ -1,4 +1,4 @@
-"""The norms in Triton: hands tensors to kernels.py, and registers PyTorch operators for `torch.compile`."""
+"""The norms on GPUs: launching the Triton kernels (kernels.py), and PyTorch operators for `torch.compile`."""
 
 from __future__ import annotations
 

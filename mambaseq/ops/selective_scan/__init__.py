@@ -61,8 +61,8 @@ def selective_scan(
         dt_bias: `(channels,)`, added to dt before the softplus.
         initial_state: `(batch, channels, d_state)`, or `(sequences, channels, d_state)` with `cu_seqlens`;
             zeros if None.
-        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
-            may stand in its place, which some backends make sooner.
+        return_final_state: make the state after the last position of each sequence. Without it some
+            backends return an empty tensor instead, which is faster.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at
             `cu_seqlens[s]:cu_seqlens[s + 1]`; no state crosses a boundary. Sequences may be empty.
         reverse: time runs from the last position of each sequence to its first: the initial state enters at

@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs: which arguments the kernels take, and how they are handed to launches.py."""
+"""The selective scan on NVIDIA GPUs: which arguments the kernels take, and calling launches.py with them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def too_large_for(
 
 @torch.compiler.assume_constant_result
 def why_not_on(device: torch.device) -> str | None:
-    """What a compiler takes as it is: it would trace the looking up of packages, and does not see a cache."""
+    """The same for `torch.compile`, as a constant: it should not trace the search for packages, and sees no cache."""
     return _missing_on(device)
 
 

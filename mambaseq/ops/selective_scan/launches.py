@@ -1,8 +1,8 @@
-"""What the kernels of the selective scan's .cu files are compiled and launched with, on rows of numbers.
+"""Compiling and launching the kernels of the selective scan (the .cu files), on rows of numbers.
 
-Sequences are cut into segments where there are too few channels to fill the GPU (see segments.py): what each segment
-does to a state is found first, then taken across the segments, and then all run side by side. Nothing is summed by
-atomics.
+Where there are too few channels to fill the GPU, sequences are cut into segments (see segments.py): first the effect of
+each segment on a state is computed, then the states that enter them, then all segments run in parallel. Nothing is
+summed by atomics.
 """
 
 from __future__ import annotations

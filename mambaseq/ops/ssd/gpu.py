@@ -1,4 +1,4 @@
-"""The state-space dual on GPUs: what the Triton kernels are launched with.
+"""The state-space dual on GPUs: launching the Triton kernels.
 
 Three kernels forward: steps and decays, the states before each chunk, outputs. Nothing is kept for the backward pass
 but the arguments: it makes decays and states again.

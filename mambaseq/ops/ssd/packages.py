@@ -1,4 +1,4 @@
-"""What the packages whose kernels compute the state-space dual in half precision have in common."""
+"""What the backends by other packages share. Their kernels compute the state-space dual in half precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def input_dtype(backend: str | None, activations: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a mixer whose sums need their range hands to `ssd`: full precision, or, of activations in half precision,
-    what the kernels run that are named, or that are the fastest on this device.
+    """The dtype in which a mixer with unbounded sums calls `ssd`: full precision, or, for activations in half
+    precision, what the named kernels take, or the fastest on this device.
 
     Sums over a long past leave the range of float16, so it is bfloat16 in its place.
     """

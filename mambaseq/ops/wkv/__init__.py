@@ -47,8 +47,8 @@ def wkv(
         initial_state: `(batch, 3, channels)`, or `(sequences, 3, channels)` with `cu_seqlens`: numerator and
             denominator, both to be multiplied by exp of the third, which is the largest exponent in them. None for an
             empty history (`empty_state`).
-        return_final_state: make the state after the last position of each sequence. Without it an empty tensor
-            may stand in its place, which some backends make sooner.
+        return_final_state: make the state after the last position of each sequence. Without it some
+            backends return an empty tensor instead, which is faster.
         cu_seqlens: `(sequences + 1,)` int32, with batch 1: sequence s lies at `cu_seqlens[s]:cu_seqlens[s + 1]`.
             Sequences may be empty.
         backend: the name of an implementation; None takes the fastest that can run these arguments.
