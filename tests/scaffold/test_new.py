@@ -33,7 +33,7 @@ def test_what_is_written_installs_and_passes_its_tests(tmp_path: Path, monkeypat
         module.test_it_learns_and_predicts(tmp_path)
         page = (tmp_path / "run" / "report.html").read_text()
         assert "Waves" in page
-        assert page.count("data:image/png") == 1
+        assert page.count("<svg") >= 1  # its curves
         module.test_it_keeps_the_laws()
         assert main(["new", "domain", "tides", "--out", "again"]) == 2
         assert not Path("again").exists()
