@@ -20,6 +20,7 @@ from mambaseq.models import ModelOutput, SequenceModel, causal_lm
 from mambaseq.ops import OPS, dispatch, only_reference
 from mambaseq.ops.linear import can_read_few_rows
 
+IDS = torch.arange(6)[None]
 PAGE = Path(__file__).parents[1] / "docs" / "ecosystem.md"
 
 
@@ -78,6 +79,11 @@ def test_tensors_with_several_names_are_saved_once(tmp_path: Path, options: dict
     other = torch.nn.ModuleDict({"inside": small(**options)})
     other.load_state_dict(outer.state_dict())
     assert all(torch.equal(tensor, once[name]) for name, tensor in other["inside"].state_dict().items())
+
+    other["inside"].load_state_dict(
+        dict(small(2, **options).named_parameters(remove_duplicate=False))
+    )  # as once written
+    assert torch.equal(other["inside"](IDS).logits, small(2, **options)(IDS).logits)
 
     one = min(further)  # under a further name alone, as others' tools may choose to save it
     kept = dict(model.named_parameters(remove_duplicate=False))[one]
