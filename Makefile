@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXAMPLES := examples/ecg:examples/forecast:examples/protein
 
 .PHONY: demo test lint bench docs test-matrix clean
 
@@ -13,7 +14,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/mypy & types=$$!; \
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports; others=$$?; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PYTHONPATH=$(EXAMPLES) $(BIN)/lint-imports; others=$$?; \
 	wait $$types && exit $$others
 
 bench: $(VENV)/.dev

@@ -91,7 +91,7 @@ class Domain:
 
 
 CORE: dict[str, Entries] = {
-    "tokenizers": {},
+    "tokenizers": {"alphabet": ("mambaseq.data.tokenizer:Alphabet", "an id a letter of an alphabet")},
     "encoders": {
         "tokens": ("mambaseq.encoders:TokenEncoder", "an embedding table, with an optional condition added"),
         "rc_tokens": ("mambaseq.encoders:RCTokenEncoder", "tokens of both strands of DNA, for reverse_complement"),

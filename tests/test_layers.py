@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,8 +14,30 @@ ROOT = Path(__file__).parents[1]
 
 def test_layers() -> None:
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    examples = sorted(str(path) for path in (ROOT / "examples").iterdir() if path.is_dir())
+    path = os.pathsep.join([*examples, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_example_is_linted() -> None:
+    """A package under examples/ is held against the same rules as the others."""
+    told, make = tomllib.loads((ROOT / "pyproject.toml").read_text()), (ROOT / "Makefile").read_text()
+    for project in (ROOT / "examples").iterdir():
+        (package,) = (path.name for path in project.glob("mambaseq_*"))
+        assert package in told["tool"]["mypy"]["packages"]
+        assert f"examples/{project.name}" in told["tool"]["mypy"]["mypy_path"]
+        assert package in told["tool"]["importlinter"]["root_packages"]
+        for contract in told["tool"]["importlinter"]["contracts"]:
+            named = [
+                name for key in ("source_modules", "forbidden_modules", "modules") for name in contract.get(key, [])
+            ]
+            assert contract["type"] == "layers" or package in named, contract["name"]
+        assert f"error:::{package}" in told["tool"]["pytest"]["ini_options"]["filterwarnings"]
+        assert f"examples/{project.name}" in make
+    assert "/examples" in told["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
 
 
 def tracked() -> list[Path]:

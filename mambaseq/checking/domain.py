@@ -22,6 +22,7 @@ from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.plain import parse_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.reporting.sections import Section
 from mambaseq.runs.config import RunConfig
@@ -131,6 +132,7 @@ class _Domain:
             return
         settings, overrides, model, data = made
         self.used |= {type(one) for one in settings.trainer["callbacks"] or []}
+        callbacks = parse_yaml(settings.yaml, name)["trainer"]["callbacks"] or []
         chosen = settings.settings["data"]["name"]
         if chosen in self.own["datasets"] and chosen not in self.data:
             self.dataset(chosen, lambda: settings.make_data(setup=True))
@@ -143,7 +145,7 @@ class _Domain:
         run = self.hold(
             part,
             f"{STEPS} steps are the same when they are killed and gone on with",
-            lambda: check_training(name, overrides, Path(tempfile.mkdtemp(dir=self.folder))),
+            lambda: check_training(name, overrides, Path(tempfile.mkdtemp(dir=self.folder)), callbacks),
         )
         if run is None:
             return

@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -13,11 +14,9 @@ import torch
 from mambaseq.atomic import json_text
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.plain import parse_yaml
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.finishing import Outcome
-from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.training import fit
 
 STEPS, KILLED_AFTER = 4, 2
@@ -35,22 +34,21 @@ class Kill(lightning.Callback):
             raise Killed
 
 
-def check_training(config: str, overrides: list[str], folder: Path) -> RunFolder:
+def check_training(config: str, overrides: list[str], folder: Path, callbacks: list[Any]) -> RunFolder:
     """Train for four steps; killed after the third and gone on with from the checkpoint of the second, the weights are
-    the same. Returns the finished run. Raises LawBroken, and what training raises."""
+    the same. callbacks: those of the configuration, as they are written. Returns the finished run. Raises LawBroken,
+    and what training raises."""
     whole, killed = RunFolder(folder / "whole"), RunFolder(folder / "killed")
     _done(whole, config, overrides)
-    written = parse_yaml(parse_config(config, overrides).yaml, config)["trainer"]["callbacks"] or []
-    own = written if isinstance(written, list) else [written]
     kill = {"class_path": f"{__name__}.Kill", "init_args": {}}
     with allow_imports(__name__):
         try:
-            _fit(config, killed, [*overrides, f"--trainer.callbacks={json_text([*own, kill])}"])
+            _fit(config, killed, [*overrides, f"--trainer.callbacks={json_text([*callbacks, kill])}"])
         except Killed:
             pass
         else:
             raise LawBroken(f"the run ended before step {STEPS}.")
-        _done(killed, str(killed.config), [f"--trainer.callbacks={json_text(own)}"], resume=True)
+        _done(killed, str(killed.config), [f"--trainer.callbacks={json_text(callbacks)}"], resume=True)
     one, other = (read_checkpoint(run.last)["state_dict"] for run in (whole, killed))
     wrong = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
     if wrong or one.keys() != other.keys():

@@ -17,7 +17,8 @@ from mambaseq.outputs import numbered, output_file
 def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None) -> Iterator[Record]:
     """The signal of a file, `(rows, columns)` float32, as one record that has the file's name.
 
-    columns: what its first line must name; None takes those that there are. Raises DataError (see `read_table`).
+    columns: those that are read, in this order; others, such as dates, are left out. None takes all that there are.
+    Raises DataError (see `read_table`).
     """
     path = Path(path)
     if columns is None:
@@ -26,7 +27,7 @@ def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None)
                 columns = [name.strip() for name in file.readline(HEADER).strip().split(",")]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}.") from error
-    yield Record(path.stem, signal=read_table(path, columns).astype(np.float32))
+    yield Record(path.stem, signal=read_table(path, columns, others=True).astype(np.float32))
 
 
 def write_csv(

@@ -18,9 +18,10 @@ HEADER = 100_000
 """Characters of the first line that are read."""
 
 
-def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
+def read_table(path: str | Path, columns: Sequence[str], *, others: bool = False) -> np.ndarray:
     """The rows of a CSV file whose first line names these columns, `(rows, columns)` float64, none or more.
 
+    others: it may name others too, in any order, which are left out: dates, names.
     Raises DataError that names the file, and the line where there is one: no file, not UTF-8, another first line, a row
     of other than finite numbers up to `LARGEST`; UserError for more rows than `limits.WINDOW`.
     """
@@ -29,9 +30,13 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
         raise DataError(f"There is no file {path}. Check the path.")
     try:
         with path.open(encoding="utf-8-sig") as file:
-            first = ",".join(name.strip() for name in file.readline(HEADER).split(","))
-            if first != header:
-                raise DataError(f"{path}: the first line must be {shown(header)}, not {shown(first)}. Add that header.")
+            there = [name.strip() for name in file.readline(HEADER).split(",")]
+            first = ",".join(there)
+            if first != header and not (others and all(there.count(name.strip()) == 1 for name in columns)):
+                must = "name each of" if others else "be"
+                raise DataError(
+                    f"{path}: the first line must {must} {shown(header)}, not {shown(first)}. Add that header."
+                )
             lines = list(itertools.islice(file, WINDOW.value + 1))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start:,}). Save it in that encoding.") from error
@@ -42,15 +47,17 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
         lines.pop()
     if not lines:
         return np.zeros((0, len(columns)))
+    places = [there.index(name.strip()) for name in columns] if others else list(range(len(there)))
     try:
-        table = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
-        if table.shape != (len(lines), len(columns)):
+        table = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2, usecols=places)
+        if table.shape != (len(lines), len(columns)) or any(line.count(",") + 1 != len(there) for line in lines):
             raise ValueError("rows are empty or have other columns")
     except ValueError as error:
-        line, row = _first_wrong(lines, len(columns))
+        line, row = _first_wrong(lines, len(there), places)
+        among = f" in {len(there)} columns" if len(there) > len(columns) else ""
         raise DataError(
-            f"{path}: line {line} is not {len(columns)} numbers with points for decimals and commas between them: "
-            f"{shown(row)}. Correct or remove it."
+            f"{path}: line {line} is not {len(columns)} numbers{among} with points for decimals and commas between "
+            f"them: {shown(row)}. Correct or remove it."
         ) from error
     good = (np.abs(table) <= LARGEST).all(axis=1)
     if not good.all():
@@ -59,12 +66,17 @@ def read_table(path: str | Path, columns: Sequence[str]) -> np.ndarray:
     return table
 
 
-def _first_wrong(lines: list[str], columns: int) -> tuple[int, str]:
+def _first_wrong(lines: list[str], columns: int, places: list[int]) -> tuple[int, str]:
     for number, line in enumerate(lines, start=2):
-        try:
-            right = len([float(text) for text in line.split(",")]) == columns and "_" not in line
-        except ValueError:
-            right = False
-        if not right:
+        cells = line.split(",")
+        if len(cells) != columns or not all(_is_number(cells[place]) for place in places):
             return number, line.rstrip("\n")
     return 2, lines[0]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mambaseq.errors import ConfigError, DataError, shown
+
 
 class Tokenizer(abc.ABC):
     """Raw units (a string of bases, text, a waveform) to token ids and back.
@@ -40,3 +42,43 @@ class Tokenizer(abc.ABC):
     def load_files(cls, folder: Path, options: dict[str, Any]) -> Tokenizer:
         """The tokenizer that `save_files` wrote."""
         return cls(**options)
+
+
+class Alphabet(Tokenizer):
+    """One id a letter of an alphabet: residues, secondary structure, notes.
+
+    Args:
+        letters: of ids 0, 1, ...; each once.
+        other: the one of them that stands for all letters that are none; without it those are refused.
+        fold: whether lower and upper case are one; the letters must then be upper case.
+    """
+
+    def __init__(self, letters: str, other: str = "", fold: bool = False) -> None:
+        wrong = letters != letters.upper() if fold else False
+        if not letters or len(set(letters)) < len(letters) or len(letters) > 2**16 or wrong:
+            raise ConfigError(f"An alphabet has different letters, upper case where it folds, not {shown(letters)}.")
+        if other and other not in tuple(letters):
+            raise ConfigError(f"other is {shown(other)}, which is no letter of the alphabet {shown(letters)}.")
+        self.letters, self.other, self.fold = letters, other, fold
+        self.vocab_size = len(letters)
+        self._ids = {letter: number for number, letter in enumerate(letters)}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"letters": self.letters, "other": self.other, "fold": self.fold}
+
+    def encode(self, raw: str) -> np.ndarray:
+        """Raises DataError that names a letter that is none, and where it stands."""
+        raw = raw.upper() if self.fold else raw
+        ids = [self._ids.get(letter, -1) for letter in raw]
+        if -1 in ids and not self.other:
+            at = ids.index(-1)
+            raise DataError(
+                f"The letter {shown(raw[at])} at position {at + 1} is none of {shown(self.letters)}. Remove it, or "
+                f"replace it."
+            )
+        dtype = np.uint8 if self.vocab_size <= 256 else np.uint16
+        return np.array([self._ids[self.other] if number < 0 else number for number in ids], dtype=dtype)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return "".join(self.letters[number] for number in ids.tolist())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import glob
 import inspect
 import os
@@ -97,7 +98,8 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list
     return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of)
 
 
-def _code_arguments(kind: Any, key: str, skip: set[str]) -> dict[str, tuple[Any, str]]:
+@functools.lru_cache(maxsize=256)
+def _code_arguments(kind: Any, key: str, skip: frozenset[str]) -> dict[str, tuple[Any, str]]:
     """The arguments of a class that may be functions, classes or objects, each with the part of its type that values in
     a file can have (None: there is none) and what its class says of it. jsonargparse imports what is written for such
     an argument."""
@@ -117,7 +119,7 @@ def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: s
 
     Raises ConfigError for a class that cannot be made without code.
     """
-    code = _code_arguments(kind, key, skip)
+    code = _code_arguments(kind, key, frozenset(skip))
     if arguments_of(kind) - skip - code.keys():
         parser.add_class_arguments(kind, key, instantiate=False, skip=skip | code.keys())
     for name, (accepted, told) in code.items():
@@ -137,9 +139,8 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
     given = [argument[2:].partition("=")[0].rstrip("+") for argument in overrides if argument.startswith("--")]
     for key, kind in parts.items():
         written = _written(raw, key)
-        for name, (accepted, _) in _code_arguments(
-            kind, key, PROVIDED & arguments_of(kind) if key != "data" else set()
-        ).items():
+        skip = (PROVIDED | OFFERED.keys()) & arguments_of(kind) if key != "data" else set()
+        for name, (accepted, _) in _code_arguments(kind, key, frozenset(skip)).items():
             where = f"{key}.{name}"
             told = [other for other in given if other == where or other.startswith(f"{where}.")]
             if accepted is None and (told or (isinstance(written, dict) and name in written)):

@@ -51,3 +51,22 @@ def test_a_limit_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MAMBASEQ_MAX_LENGTH", "10")
     with pytest.raises(UserError, match="MAMBASEQ_MAX_LENGTH"):
         read_table(path, COLUMNS)
+
+
+def test_other_columns_are_left_out(tmp_path: Path) -> None:
+    """As in files with dates; columns come in the order in which they are asked for."""
+    (path := tmp_path / "t.csv").write_text("date,b,name, a\n2016-07-01 00:00:00,1,x_1,2\n2016-07-01 01:00:00,3,,4\n")
+    assert np.array_equal(read_table(path, COLUMNS, others=True), [[2, 1], [4, 3]])
+    with pytest.raises(DataError, match="first line must be 'a,b'"):
+        read_table(path, COLUMNS)
+    for text, message in (
+        ("date,a\n1,2\n", "must name each of 'a,b', not 'date,a'"),
+        ("a,b,a\n1,2,3\n", "must name each of 'a,b'"),
+        ("date,a,b\nx,1,2\ny,1\n", "line 3 is not 2 numbers in 3 columns"),
+        ("date,a,b\nx,1,2\ny,1,2,3\n", "line 3 is not 2 numbers in 3 columns"),
+        ("date,a,b\nx,1,2\ny,z,2\n", "line 3 is not 2 numbers in 3 columns"),
+        ("date,a,b\nx,1,2\ny,nan,2\n", "line 3 has a gap"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_table(path, COLUMNS, others=True)

@@ -117,7 +117,7 @@ def test_signals_in_csv_files(tmp_path: Path) -> None:
         assert (record.name, record.signal.tolist()) == ("x", values.tolist())
     assert [path.name for path in write_csv(tmp_path / "y.csv", [values] * 2, None)] == ["y-000.csv", "y-001.csv"]
     assert (tmp_path / "y-001.csv").read_text().startswith("value_1,value_2\n")
-    with pytest.raises(DataError, match=r"first line must be 'a,c'"):
+    with pytest.raises(DataError, match=r"first line must name each of 'a,c'"):
         next(read_csv(one, None, ["a", "c"]))
     with pytest.raises(ConfigError, match="not what has the shape"):
         write_csv(tmp_path / "z.csv", [values], None, columns=["a"])

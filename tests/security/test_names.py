@@ -360,4 +360,4 @@ def test_shipped_parts_take_no_code() -> None:
         for entry in catalog()[kind]:
             part = entry.load()
             skip = PROVIDED & set(inspect.signature(part).parameters)
-            assert not _code_arguments(part, "part", skip), entry.name
+            assert not _code_arguments(part, "part", frozenset(skip)), entry.name
