@@ -87,7 +87,8 @@ class Bar(TQDMProgressBar):
         self._first, self._drawn = False, -1e9
         bar.set_description(description, refresh=False)
         yield
-        bar.initial, bar.start_t = bar.n, bar._time()
+        if not bar.disable:  # as it is in all processes of a run but one
+            bar.initial, bar.start_t = bar.n, bar._time()
 
     def on_validation_batch_start(self, trainer: lightning.Trainer, *arguments: Any, **options: Any) -> None:
         super().on_validation_batch_start(trainer, *arguments, **options)

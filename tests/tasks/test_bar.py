@@ -56,6 +56,11 @@ def test_compiling_is_no_part_of_the_speed_and_the_bar_ends_with_the_run() -> No
     assert (told["n"], told["initial"], told["elapsed"]) == (3, 1, 2.0)
     bar.on_train_end(trainer, None)  # of 8: stopped early
     assert "3/3" in line.fp.getvalue().replace("\r", "\n").splitlines()[-1]
+    other: Any = Bar()  # another process's, which shows nothing
+    other.get_metrics = bar.get_metrics
+    other.train_progress_bar = Tqdm(total=8, disable=True)
+    other.on_train_batch_end(trainer, None, None, None, 0)
+    other.on_train_end(trainer, None)
 
 
 @pytest.mark.parametrize(("command", "option"), [("fit", "--config"), ("test", "--checkpoint")])
