@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Kill(lightning.Callback):
             raise Killed
 
 
-def check_training(config: str, overrides: list[str], folder: Path, callbacks: list[Any]) -> RunFolder:
+def check_training(config: str, overrides: list[str], folder: Path, callbacks: Sequence[Any] = ()) -> RunFolder:
     """Train for four steps; killed after the third and gone on with from the checkpoint of the second, the weights are
     the same. callbacks: those of the configuration, as they are written. Returns the finished run. Raises LawBroken,
     and what training raises."""
@@ -48,7 +48,7 @@ def check_training(config: str, overrides: list[str], folder: Path, callbacks: l
             pass
         else:
             raise LawBroken(f"the run ended before step {STEPS}.")
-        _done(killed, str(killed.config), [f"--trainer.callbacks={json_text(callbacks)}"], resume=True)
+        _done(killed, str(killed.config), [f"--trainer.callbacks={json_text([*callbacks])}"], resume=True)
     one, other = (read_checkpoint(run.last)["state_dict"] for run in (whole, killed))
     wrong = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
     if wrong or one.keys() != other.keys():

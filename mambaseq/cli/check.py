@@ -10,7 +10,8 @@ def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq check",
         description="Hold a domain against the laws: its encoders, mixers, backbones, heads, metrics, data sets, "
-        "readers, writers, reports, and a few steps of each configuration. Exits with 1 when something fails.",
+        "readers, writers, reports, optimizers, callbacks, and a few steps of each configuration. Exits with 1 when "
+        "something fails.",
     )
     parser.add_argument("name", metavar="NAME", help="a domain, as `mambaseq list domains` shows it")
     name = parser.parse_args(argv).name

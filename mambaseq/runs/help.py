@@ -8,7 +8,7 @@ import re
 import jsonargparse
 
 OF_CLASSES = {
-    "callbacks": "a list of callbacks, each",
+    "callbacks": "a list of callbacks (Lightning's, or of `mambaseq list callbacks`), each",
     "logger": "true for CSV files and TensorBoard, false for none, or loggers, each",
     "plugins": "a list of plugins (precision, clusters, ...), each",
     "strategy": "how several devices work together: auto, ddp, fsdp, ..., or a class",

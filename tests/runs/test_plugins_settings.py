@@ -43,6 +43,10 @@ class Three(TinyValues):
     n_outputs = 3
 
 
+class Named(TinyTokens):
+    class_names = ("a", "b", "c")
+
+
 class Needing(RegressionHead):
     def __init__(self, d_model: int, n_outputs: int) -> None:
         super().__init__(d_model, n_outputs)
@@ -62,24 +66,26 @@ def test_metrics_keep_their_names() -> None:
     assert issubclass(Mine, Metric)
 
 
-def test_the_data_say_how_many_outputs_there_are(tmp_path: Path) -> None:
+def test_the_data_say_how_many_outputs_and_classes_there_are(tmp_path: Path) -> None:
     """Unless the configuration does; a run's own configuration leaves it to the data again."""
     config = tmp_path / "run.yaml"
 
-    def outputs(data: str, head: str, *more: str) -> Any:
-        config.write_text(f'data: {{name: "{HERE}:{data}"}}\nmodel: {{d_model: 8, head: {{name: "{head}"}}}}\n')
+    def head(data: str, name: str, *more: str, again: bool = False) -> Any:
+        config.write_text(f'data: {{name: "{HERE}:{data}"}}\nmodel: {{d_model: 8, head: {{name: "{name}"}}}}\n')
         settings = parse_config(str(config), list(more))
-        config.write_text(settings.yaml)
-        again, spec = parse_config(str(config), []), settings.model_spec(settings.make_data())
-        assert again.model_spec(again.make_data()) == spec
-        return spec["head"].get("n_outputs")
+        if again:
+            config.write_text(settings.yaml)
+            settings = parse_config(str(config), [])
+        return settings.model_spec(settings.make_data())["head"]
 
-    for head in ("regression", "token_regression", f"{HERE}:Needing"):
-        assert outputs("Three", head) == 3
-        assert outputs("Three", head, "--model.head.n_outputs=2") == 2
-    assert outputs("TinyValues", "regression") is None  # its own default
+    assert head("Three", "regression", again=True)["n_outputs"] == 3
+    assert head("Three", "token_regression", "--model.head.n_outputs=2", again=True)["n_outputs"] == 2
+    assert head("Three", f"{HERE}:Needing")["n_outputs"] == 3
+    assert "n_outputs" not in head("TinyValues", "regression")  # its own default
     with pytest.raises(ConfigError, match=r"needs n_outputs, which the dataset .* Set model\.head\.n_outputs"):
-        outputs("TinyValues", f"{HERE}:Needing")
+        head("TinyValues", f"{HERE}:Needing")
+    for name in ("classification", "token_classification", "multilabel", "token_multilabel"):
+        assert head("Named", name)["n_classes"] == 3
 
 
 @pytest.mark.parametrize(
