@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, sigmoid
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -104,13 +103,13 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, dx, dhistory, dweig
                     _store_input_gradient(i, s, q, length, recent, dfinal, dx, dhistory)
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _row(i, s, p):
     """The row of step p of sequence s."""
     return i.bounds[s + 1] - 1 - p if i.reverse else i.bounds[s] + p
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _source(i, s, p):
     """Where the input of step p lies, which is history for p < 0."""
     if p >= 0:
@@ -118,7 +117,7 @@ def _source(i, s, p):
     return i.history, np.uint64((s * (i.width - 1) + i.width - 1 + p) * i.channels)
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _convolve(i, s, p, out):
     n = np.uint64(i.channels)
     for c in range(n):
@@ -130,7 +129,7 @@ def _convolve(i, s, p, out):
             out[c] += i.weight[at_weight + c] * source[at + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store_input_gradient(i, s, q, length, recent, dfinal, dx, dhistory):
     """Of the input of step q, to which outputs q … q + width - 1 and the final state contribute."""
     n, width = np.uint64(i.channels), i.width

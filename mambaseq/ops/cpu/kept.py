@@ -45,8 +45,20 @@ def folder_of_numba() -> tuple[Path | None, str | None]:
     return folder, why_not_kept(folder, Path(__file__))
 
 
+# What Numba wraps a function in for callers in Python and in C takes a quarter of the time to compile kernels.
+_NOT_FROM_C: dict[str, Any] = {"no_cfunc_wrapper": True}
+_NOT_FROM_PYTHON: dict[str, Any] = _NOT_FROM_C | {"no_cpython_wrapper": True}
+
+
+def inner_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` for functions that kernels alone call: Python cannot."""
+    return njit(**_NOT_FROM_PYTHON, **options)
+
+
 def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit(cache=True, ...)` if the folder is safe; without `cache` if it is not, or if none can be written."""
+
+    options = _NOT_FROM_C | options
 
     def compiled(function: Callable[..., Any]) -> Any:
         source = Path(function.__code__.co_filename)

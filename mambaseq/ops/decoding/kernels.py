@@ -8,11 +8,11 @@ of the single ops have strides between their rows.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from mambaseq.ops.cpu.intrinsics import fetch_add, load
-from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.team import STRIDE
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
 
@@ -33,7 +33,7 @@ def _widen(value):
     return lambda value: np.int32(np.int32(value) << 16).view(np.float32)
 
 
-@njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def _dot(weight, x):
     total = _ZERO
     for i in range(weight.shape[0]):
@@ -58,7 +58,7 @@ def linear(counters, size, x, weight, y):
         pass
 
 
-@njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def _conv_channel(state, at, weight, at_weight, now, before):
     """The convolution's output of one channel; shifts its latest input into the state."""
     out = widen(weight[at_weight + before]) * now
@@ -71,7 +71,7 @@ def _conv_channel(state, at, weight, at_weight, now, before):
     return out
 
 
-@njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def _update_channel(state, at, exponent, A, at_A, drive, B, C, at_B, at_C, d_state):
     """h = 2^(exponent A) h + drive B for the states of one channel; returns h · C."""
     out = _ZERO

@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from mambaseq.ops.cpu.intrinsics import prefetch
-from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, copy
 
 WIDTH = 64
@@ -136,7 +135,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
             copy(gradients.system, to, dstate, at, 6 * WIDTH)
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _first_row(i, s, t0):
     """The row of step t0 of a sequence, and what to add for the next step."""
     if i.reverse:
@@ -144,7 +143,7 @@ def _first_row(i, s, t0):
     return i.bounds[s] + t0, 1
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load_state(i, planes, n_planes, state, s, c0, width):
     """To the first two of the planes of each n."""
     for c in range(width):
@@ -154,7 +153,7 @@ def _load_state(i, planes, n_planes, state, s, c0, width):
             planes[(n * n_planes + 1) * WIDTH + c] = state[at + 1]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store_state(i, planes, n_planes, state, s, c0, width):
     for c in range(width):
         for n in range(i.d_state):
@@ -163,7 +162,7 @@ def _store_state(i, planes, n_planes, state, s, c0, width):
             state[at + 1] = planes[(n * n_planes + 1) * WIDTH + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load(local, plane, rows, stride, c0, width, row, go, steps):
     for t in range(steps):
         to = np.uint64(t * WIDTH) + plane
@@ -172,7 +171,7 @@ def _load(local, plane, rows, stride, c0, width, row, go, steps):
             local[to + c] = rows[at + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store(local, rows, stride, c0, width, row, go, steps):
     for t in range(steps):
         at = np.uint64(t * WIDTH) + _OUT
@@ -181,7 +180,7 @@ def _store(local, rows, stride, c0, width, row, go, steps):
             rows[to + c] = local[at + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _advance(i, local, h, block, n, steps):
     """One state through a chunk."""
     system = i.system
@@ -217,7 +216,7 @@ def _advance(i, local, h, block, n, steps):
             h[j + c], h[j + _W + c] = re, im
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _advance_keeping(i, local, history, dstate, block, n, steps):
     """One state through a chunk, keeping it; and the gradient of C'."""
     system = i.system
@@ -258,7 +257,7 @@ def _advance_keeping(i, local, history, dstate, block, n, steps):
             dstate[g + _W7 + c] += dy * im
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _walk_back(i, local, history, dstate, block, n, steps):
     """The gradient of one state back through a chunk, two steps at a time."""
     system = i.system

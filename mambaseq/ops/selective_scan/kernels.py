@@ -17,10 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from mambaseq.ops.cpu.intrinsics import prefetch
-from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
 
 WIDTH = 64
@@ -156,7 +155,7 @@ def backward(first_task, end_task, i, dy, dy_stride, dfinal, gradients, scratch)
                 gradients.A[(task * i.n_states + n) * WIDTH + c] = dstate[(n // 4 * 8 + 4 + n % 4) * WIDTH + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _first_row(i, s, t0):
     """The row of step t0 of a sequence, and what to add for the next step."""
     if i.reverse:
@@ -164,7 +163,7 @@ def _first_row(i, s, t0):
     return i.bounds[s] + t0, 1
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load_state(i, h, s, c0, width):
     h[:] = _ZERO
     if i.has_initial:
@@ -174,7 +173,7 @@ def _load_state(i, h, s, c0, width):
                 h[n * WIDTH + c] = i.initial[at + n]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load(i, local, slots, block, c0, width, row, go, steps):
     """Step sizes and inputs; clears the output."""
     at_bias = np.uint64(block * WIDTH)
@@ -193,7 +192,7 @@ def _load(i, local, slots, block, c0, width, row, go, steps):
             local[at + _OUT + c] = _ZERO
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _prefetch(i, c0, width, row, go, steps):
     """The rows that come next: they lie pages apart, which the processor does not foresee."""
     prefetch(i.x, i.x_stride, c0, width, row, go, steps)
@@ -202,7 +201,7 @@ def _prefetch(i, c0, width, row, go, steps):
         prefetch(i.z, i.z_stride, c0, width, row, go, steps)
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _advance(i, local, slots, h, block, group, row, go, steps):
     """The recurrence over a chunk."""
     A2, B, C = i.A2, i.B, i.C
@@ -225,7 +224,7 @@ def _advance(i, local, slots, h, block, group, row, go, steps):
                 local[at + _OUT + c] += (h0 * C0 + h1 * C1) + (h2 * C2 + h3 * C3)
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store(i, local, y, block, c0, width, row, go, steps):
     at_D = np.uint64(block * WIDTH)
     for t in range(steps):
@@ -242,7 +241,7 @@ def _store(i, local, y, block, c0, width, row, go, steps):
                 y[at_y + c] = local[at + c] + i.D[at_D + c] * i.x[at_x + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load_dstate(i, dstate, dfinal, s, c0, width):
     for n in range(0, i.n_states, 4):
         dstate[n * 2 * WIDTH : (n * 2 + 4) * WIDTH] = _ZERO
@@ -252,7 +251,7 @@ def _load_dstate(i, dstate, dfinal, s, c0, width):
             dstate[(n // 4 * 8 + n % 4) * WIDTH + c] = dfinal[at + n]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store_dstate(i, dstate, dinitial, s, c0, width):
     for c in range(width):
         at = (s * i.channels + c0 + c) * i.d_state
@@ -260,7 +259,7 @@ def _store_dstate(i, dstate, dinitial, s, c0, width):
             dinitial[at + n] = dstate[(n // 4 * 8 + n % 4) * WIDTH + c]
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps):
     """The gradient of the output before the gate; clears the other gradients."""
     for t in range(steps):
@@ -279,7 +278,7 @@ def _load_dout(i, local, dy, dy_stride, c0, width, row, go, steps):
             local[at + _DEXPONENT + c] = _ZERO
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _advance_keeping(i, local, h, history, dC, block, group, row, go, steps):
     """The recurrence over a chunk, keeping states and decays; and the gradient of C."""
     A2, B, C = i.A2, i.B, i.C
@@ -319,7 +318,7 @@ def _advance_keeping(i, local, h, history, dC, block, group, row, go, steps):
             dC[at_dC + n], dC[at_dC + n + 1], dC[at_dC + n + 2], dC[at_dC + n + 3] = dC0, dC1, dC2, dC3
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _walk_back(i, local, dstate, history, dB, block, group, row, go, steps):
     """The recurrence of the gradients over a chunk."""
     A2, B, C = i.A2, i.B, i.C
@@ -368,7 +367,7 @@ def _walk_back(i, local, dstate, history, dB, block, group, row, go, steps):
             dB[at_dB + n], dB[at_dB + n + 1], dB[at_dB + n + 2], dB[at_dB + n + 3] = dB0, dB1, dB2, dB3
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@inner_njit(fastmath=FASTMATH, error_model="numpy")
 def _store_gradients(i, local, dy, dy_stride, gradients, task, block, c0, width, row, go, steps):
     at_D = np.uint64(block * WIDTH)
     at_sum = np.uint64(task * WIDTH)
