@@ -1,8 +1,8 @@
-"""Files and folders that are either whole or not there: a half-written one never takes a good one's place.
+"""Files and folders that are either complete or absent: a half-written one never replaces a good one.
 
-What is being written stands beside its target as `.NAME.PID-TAG.tmp`, and a folder that is about to be replaced as
-`.NAME.PID-TAG.old`; the tag tells the process. A process that is killed leaves them, and whoever writes there next
-removes them, or puts a folder back whose successor did not arrive.
+While it is written, a file or folder is next to its target as `.NAME.PID-TAG.tmp`; a folder that is being replaced is
+there as `.NAME.PID-TAG.old`. The tag identifies the process. A killed process leaves them behind; the next writer
+removes them, or puts an old folder back if the new one never came.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mambaseq.errors import UserError, shown
 _LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>tmp|old)(\.[^.]*)?"
 )
-_FOREIGN_AFTER = 7 * 24 * 3600  # seconds: another machine's processes cannot be asked whether they live
-_WAIT = 1.0  # seconds that a reader gives a living process to put a folder in place
+_FOREIGN_AFTER = 7 * 24 * 3600  # seconds: whether another machine's process lives cannot be checked
+_WAIT = 1.0  # seconds that a reader waits for a living process to put a folder in place
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -47,7 +47,7 @@ def _read(path: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _host() -> str:
-    """Of the machine and, in a container, of its table of processes: a process id means something there only."""
+    """Identifies the machine and, in a container, its process table: a process id has a meaning only there."""
     table = ""
     with contextlib.suppress(OSError):
         table = str(Path("/proc/self/ns/pid").readlink())
@@ -55,7 +55,7 @@ def _host() -> str:
 
 
 def _process(pid: int) -> str:
-    """Of the process that has the id now, which another one may have had before ("" where there is none)."""
+    """Identifies the process that has this id now, since ids are reused ("" if there is none)."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -64,7 +64,7 @@ def _process(pid: int) -> str:
         pass  # somebody else's
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if fields and fields[0] in "ZX":
-        return ""  # it is over, and its parent has not looked yet
+        return ""  # it has ended, and its parent has not collected it yet
     return _tag(f"{_read('/proc/sys/kernel/random/boot_id')} {fields[19:20]}")  # when it began
 
 
@@ -77,8 +77,8 @@ def _temporary(path: Path, kind: str = "tmp", suffix: str = "") -> Path:
 
 
 def _is_dead(leftover: Path, found: re.Match[str]) -> bool:
-    """Whether the process that wrote a temporary file or folder is gone. One of another machine counts as gone once
-    nothing has been written for a week."""
+    """Whether the process that wrote a temporary file or folder has ended. A process of another machine counts as ended
+    when nothing was written for a week."""
     if found["host"] == _host():
         return _process(int(found["pid"])) != found["process"]
     try:
@@ -101,7 +101,7 @@ def _leftovers(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 
 def remove_leftovers(folder: str | Path, *, deep: bool = False) -> None:
     """Remove what killed processes left half-written in a folder, and put back a folder that was moved aside for one
-    that did not arrive. What a living process writes stays, and so does what cannot be removed.
+    that never came. What a living process writes stays, and so does what cannot be removed.
 
     deep: also in the folders below (links are not followed).
     """
@@ -125,8 +125,8 @@ def remove_leftovers(folder: str | Path, *, deep: bool = False) -> None:
 
 
 def settle(path: str | Path) -> Path:
-    """The path, for a reader: where nothing stands because a process is replacing a folder, or was killed when it did,
-    what stood there is put back, or the new one is waited for (a second at most)."""
+    """The path, for a reader. If nothing is there because a process is replacing the folder, waits for the new one (a
+    second at most); if that process was killed, puts the old folder back."""
     path = Path(path)
     deadline = time.monotonic() + _WAIT
     while not os.path.lexists(path):
@@ -143,21 +143,19 @@ def settle(path: str | Path) -> Path:
 
 
 def write_failed(path: Path, error: BaseException) -> UserError | None:
-    """What to tell the user when writing `path` failed; None when the error is not about the place written
-    to.
+    """The message for a failed write to `path`; None if the error is not about that place.
 
-    Libraries written in other languages report a full disk in a string of their own (safetensors, torch), so
-    the text of the error counts too.
+    Some libraries (safetensors, torch) report a full disk only in the text of an error, so the text counts too.
     """
     named = getattr(error, "filename", None)
     if isinstance(named, str) and path.parent not in Path(named).parents and Path(named) not in path.parents:
-        return None  # some other file: one that is being read
+        return None  # an error about some other file, such as one that is read
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
     if number in _FULL or "No space left on device" in text or "os error 28" in text:
         return UserError(
-            f"The disk is full (or a quota reached): {path} could not be written. What stood there before is "
-            f"untouched and the unfinished copy was removed. Free some space, or choose another place."
+            f"The disk is full (or a quota reached): {path} could not be written. The earlier file, if any, is "
+            "untouched, and the unfinished copy was removed. Free some space, or choose another place."
         )
     if number in _DENIED:
         return UserError(
@@ -171,26 +169,26 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
 
 @contextlib.contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Make the parent folder, and turn what goes wrong with the place into a UserError."""
+    """Make the parent folder, and turn errors about the place into UserError."""
     if "\0" in str(path):
-        raise UserError(f"{shown(path, 300)} cannot be written: a name has no NUL character in it. Choose another one.")
-    if not path.name:
         raise UserError(
-            f"{shown(path, 300)} cannot be written: it is a folder that stays as it is. Give a name inside of it."
+            f"{shown(path, 300)} cannot be written: its name contains a NUL character. Choose another name."
         )
+    if not path.name:
+        raise UserError(f"{shown(path, 300)} cannot be written: it is a folder that must stay. Give a name inside it.")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, FileNotFoundError) as error:  # the latter where no folder can be made, as in /proc
+        except (FileExistsError, FileNotFoundError) as error:  # the latter where no folder can be made (/proc)
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path.parent)) from error
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # a name that is too long is told before the work, not after
+            os.lstat(path)  # a name that is too long is refused before the work, not after
         yield
     except UserError:
         raise
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # torch.save ends with another error on top of the one that matters
+        while cause is not None:  # torch.save raises another error on top of the relevant one
             if (told := write_failed(path, cause)) is not None:
                 raise told from error
             cause = cause.__cause__ or cause.__context__
@@ -207,12 +205,12 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; when the block ends well it is flushed to the disk and takes its
-    place.
+    """Open a temporary file next to `path`. When the block ends without an error, it is flushed to disk and moved to
+    `path`.
 
     mode: `"wb"` or `"w"`; options go to `open` (encoding, newline). Parent folders are made.
-    Raises UserError when the disk is full or the place is not writable; on any error the temporary file is
-    removed and what stood at `path` is untouched.
+    Raises UserError when the disk is full or the place is not writable; on any error the temporary file is removed and
+    `path` is untouched.
     """
     path = Path(path)
     with _reported(path):
@@ -232,7 +230,7 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """The same for libraries that want a file's name: yields the temporary name, which keeps the suffix."""
+    """The same for libraries that need a file name: yields the temporary name, which keeps the suffix."""
     path = Path(path)
     with _reported(path):
         temporary = _temporary(path, suffix=path.suffix)
@@ -249,14 +247,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; when the block ends well it takes its place.
+    """Yield an empty temporary folder next to `path`. When the block ends without an error, it is moved to `path`.
 
-    replace: an existing folder is moved aside, and removed once the new one is in place. No portable call exchanges
-        two folders, so for an instant nothing stands at `path`; a process killed in that instant leaves both beside
-        it, and the next reader (`settle`) or writer puts the old one back. With False an existing one stays and
-        FileExistsError is raised, which is how the loser of a race learns that another was first.
-    Raises UserError as `atomic_file` does; on any error the temporary folder is removed and what stood at
-    `path` is untouched.
+    replace: move an existing folder aside, and remove it once the new one is in place. No portable call exchanges two
+        folders, so for an instant nothing is at `path`. A process killed in that instant leaves both next to it, and
+        the next reader (`settle`) or writer puts the old one back. With False an existing folder stays and
+        FileExistsError is raised: another process was first.
+    Raises UserError as `atomic_file` does; on any error the temporary folder is removed and what stood at `path` is
+    untouched.
     """
     path = Path(path)
     with _reported(path):
@@ -277,7 +275,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
 
 def _install(temporary: Path, path: Path, replace: bool) -> None:
     try:
-        temporary.rename(path)  # fails when `path` is a folder with something in it
+        temporary.rename(path)  # fails if `path` is a folder that is not empty
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -298,7 +296,7 @@ def _install(temporary: Path, path: Path, replace: bool) -> None:
 
 
 def plain_values(value: Any) -> Any:
-    """A value as JSON gives it back: what is not finite is None, tuples are lists."""
+    """A value as JSON would give it back: numbers that are not finite become None, tuples lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -307,7 +305,7 @@ def plain_values(value: Any) -> Any:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON that every reader takes: numbers that are not finite have no place in it and become null.
+    """JSON that every reader accepts: numbers that are not finite become null.
 
     >>> json_text({"loss": float("nan")})
     '{"loss": null}'

@@ -19,20 +19,21 @@ class Batch:
     inputs: `(batch, length)` int64 token ids, or `(batch, length, channels)` float32 for continuous signals.
     targets: of whole sequences `(batch,)` int64 class labels, or float32 values `(batch,)` or `(batch, n_outputs)`; of
         positions `(batch, length)` int64, one each, such as next tokens (already shifted: `targets[:, t]` is what
-        position t predicts), or float32 values `(batch, length, n_outputs)`. Several labels, of which any may hold, are
-        1 and 0 in one more dimension: `(batch, length, n_labels)` int64, or, with `target_of="sequence"`, `(batch,
-        n_labels)`. What is not known, and is to be no part of the loss, is -100 among integers and NaN among floats.
-    mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the
-        right only, so a causal model never sees padding before a real position.
+        position t predicts), or float32 values `(batch, length, n_outputs)`. Several labels, any of which may apply,
+        are 1 and 0 in one more dimension: `(batch, length, n_labels)` int64, or, with `target_of="sequence"`, `(batch,
+        n_labels)`. A target that is unknown, and must not count in the loss, is -100 among integers and NaN among
+        floats.
+    mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the right
+        only, so a causal model never sees padding before a real position.
     cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of sequences are `(sequences, ...)`.
     condition: `(batch,)` int64, what the sequence is conditioned on (a speaker, a digit, a species).
-    n_units: how many units of the raw data the targets stand for (bytes of the text behind the tokens), where
-        it differs from the number of targets; metrics "per byte" divide by it.
-    target_of: whether a target is a position's or a sequence's. None: integers of two dimensions and floats of three
-        are of positions, others of sequences, whatever their sizes are. To be given where that is wrong: "sequence" for
-        several labels a sequence, `(batch, n_labels)` int64; "position" for one float each, `(batch, length)`.
-    stride: positions that share a target of positions (a bin): each sequence has `ceil(length / stride)` of them, those
-        of packed sequences end to end.
+    n_units: how many units of the raw data the targets stand for (bytes of the text), if that differs from the number
+        of targets; metrics "per byte" divide by it.
+    target_of: "position" or "sequence": what a target belongs to. None: integers with two dimensions and floats with
+        three belong to positions, others to sequences. Give it where that is wrong: "sequence" for several labels a
+        sequence, `(batch, n_labels)` int64; "position" for one float each, `(batch, length)`.
+    stride: positions that share one target (a bin). Each sequence has `ceil(length / stride)` bins; those of packed
+        sequences follow each other.
     """
 
     inputs: torch.Tensor
@@ -46,10 +47,10 @@ class Batch:
 
     @property
     def per_token(self) -> bool:
-        """Whether the targets are one (or one row of values) for each position, or each bin of `stride` of them, not
-        those of whole sequences. Nothing waits for a GPU.
+        """Whether there is a target (or a row of values) for each position, or each bin of `stride` positions, rather
+        than for whole sequences. Does not wait for a GPU.
 
-        Raises DataError where they are, and are not as many as the positions.
+        Raises DataError if there is, but their number is not that of the positions.
         """
         targets = self.targets
         if targets is None or self.target_of == "sequence":
@@ -60,7 +61,7 @@ class Batch:
             raise DataError(f"Batch.stride must be at least 1, not {self.stride}.")
         rows, length = self.inputs.shape[:2]
         count = -(-length // self.stride)
-        # every packed sequence may end with a bin that is not full; the head counts them
+        # each packed sequence may end with a bin that is not full; the head counts them
         packed = self.stride > 1 and self.cu_seqlens is not None and targets.shape[1] >= count
         if targets.shape[0] != rows or not (targets.shape[1] == count or packed):
             bins = f" in bins of {self.stride} (Batch.stride)" if self.stride > 1 else ""
@@ -72,8 +73,8 @@ class Batch:
 
     @property
     def kind(self) -> Literal["labels", "multilabels", "values"]:
-        """What the targets are: "values" (floats), "labels" (one of several classes each), or "multilabels" (of each of
-        several labels whether it holds). "labels" where there are none."""
+        """What the targets are: "values" (floats), "labels" (one of several classes each), or "multilabels" (for each
+        of several labels, whether it applies). "labels" if there are none."""
         if self.targets is None:
             return "labels"
         if self.targets.is_floating_point():
@@ -82,8 +83,8 @@ class Batch:
 
     @property
     def n_targets(self) -> torch.Tensor:
-        """How many targets there are, `()` int64: integers that are not -100, floats that are not NaN, sequences where
-        there are no targets. What the mean loss of a batch weighs. Nothing waits for a GPU."""
+        """How many known targets there are, `()` int64: integers that are not -100, floats that are not NaN; the number
+        of sequences if there are no targets. It is the weight of a batch's mean loss. Does not wait for a GPU."""
         targets = self.targets
         if targets is None:
             bounds = self.cu_seqlens
@@ -92,7 +93,7 @@ class Batch:
         return (~targets.isnan() if targets.is_floating_point() else targets != -100).sum()
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """A batch whose every tensor is `function(tensor)`."""
+        """A batch with `function` applied to every tensor."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("target_of", "stride")]
         tensors = {name: getattr(self, name) for name in names}
         mapped: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}

@@ -36,7 +36,7 @@ KINDS = (
     "recipes",
     "commands",
 )
-WANTED = {  # what is named in a configuration or a model, and what it must be: see `Registry`
+WANTED = {  # what each name in a configuration or a model must stand for: see `Registry`
     "tokenizers": "mambaseq.data.tokenizer:Tokenizer",
     "encoders": "torch.nn:Module",
     "datasets": "mambaseq.data.module:SequenceData",
@@ -65,10 +65,10 @@ class Domain:
     optimizers: `torch.optim.Optimizer` subclasses, made as `(groups, lr=..., **optimizer.options)`: `optimizer.name`.
     callbacks: `lightning.pytorch.callbacks.Callback` subclasses: `trainer.callbacks`.
     configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
-    reports: functions from a finished run's folder to a `mambaseq.reporting.Section`. One named as a dataset is called
-        by `fit` at the end of a run of it, one named "demo" by `mambaseq demo`.
+    reports: functions from a finished run's folder to a `mambaseq.reporting.Section`. One with the name of a dataset is
+        called by `fit` at the end of its runs, one named "demo" by `mambaseq demo`.
     recipes: `mambaseq.reproduction.Recipe` values: what `mambaseq reproduce` runs.
-    commands: functions from the command line's words behind `mambaseq DOMAIN/NAME` to an exit code, None for 0.
+    commands: functions from the words after `mambaseq DOMAIN/NAME` on the command line to an exit code, None for 0.
     """
 
     name: str
@@ -109,7 +109,7 @@ CORE: dict[str, Entries] = {
         "h3": ("mambaseq.mixers.h3:H3", "H3: shift and diagonal state spaces between multiplicative gates"),
         "rwkv4": ("mambaseq.mixers.rwkv4:RWKV4", "RWKV-4 time mixing: token shift, WKV with decay and bonus a channel"),
         "attention": ("mambaseq.mixers.attention:Attention", "causal multi-head self-attention, RoPE, grouped KV"),
-        "mlp": ("mambaseq.mixers.mlp:MLP", "position-wise SwiGLU or GELU layer, to stand between other mixers"),
+        "mlp": ("mambaseq.mixers.mlp:MLP", "position-wise SwiGLU or GELU layer, to go between other mixers"),
         "hyena": ("mambaseq.mixers.hyena:Hyena", "gated long convolutions with implicit filters"),
         "s4": ("mambaseq.mixers.s4:S4", "S4: diagonal plus low-rank systems from HiPPO-LegS"),
         "s5": ("mambaseq.mixers.s5:S5", "S5: one diagonal system of many inputs and outputs"),
@@ -127,7 +127,7 @@ CORE: dict[str, Entries] = {
         "bidirectional": ("mambaseq.backbones.bidirectional:BidirectionalStack", "the same, reading both ways"),
         "reverse_complement": (
             "mambaseq.backbones.reverse_complement:ReverseComplementStack",
-            "both strands of DNA alike, to rounding (Caduceus-PS)",
+            "both strands of DNA alike, up to rounding (Caduceus-PS)",
         ),
         "unet": ("mambaseq.backbones.unet:UNet", "layers at several resolutions of time, causal (SaShiMi)"),
     },
@@ -156,18 +156,21 @@ CORE: dict[str, Entries] = {
         "mcc": ("mambaseq.metrics.classification:MCC", "Matthews correlation coefficient"),
         "multilabel_auroc": ("mambaseq.metrics.multilabel:AUROC", "mean of the labels' areas under the ROC curve"),
         "multilabel_f1": ("mambaseq.metrics.multilabel:MultilabelF1", "mean of the labels' F1 at probability 1/2"),
-        "mae": ("mambaseq.metrics.values:MAE", "mean absolute error of the values that are known"),
-        "rmse": ("mambaseq.metrics.values:RMSE", "root of the mean squared error of the values that are known"),
-        "crps": ("mambaseq.metrics.values:CRPS", "continuous ranked probability score of the values that are known"),
+        "mae": ("mambaseq.metrics.values:MAE", "mean absolute error of the known values"),
+        "rmse": ("mambaseq.metrics.values:RMSE", "root of the mean squared error of the known values"),
+        "crps": ("mambaseq.metrics.values:CRPS", "continuous ranked probability score of the known values"),
         "correlation": (
             "mambaseq.metrics.values:Correlation",
-            "mean of the outputs' Pearson's r, of known values",
+            "mean of the outputs' Pearson's r, over known values",
         ),
         "confusion": ("mambaseq.metrics.classification:Confusion", "confusion matrix, rows are true classes"),
     },
     "optimizers": {
         "adamw": ("torch.optim:AdamW", "AdamW: moments of gradients, decoupled weight decay"),
-        "muon": ("mambaseq.tasks.optimizer:MuonAdamW", "Muon for matrices of the backbone's linear maps, AdamW else"),
+        "muon": (
+            "mambaseq.tasks.optimizer:MuonAdamW",
+            "Muon for matrices of the backbone's linear maps, AdamW for all else",
+        ),
     },
     "callbacks": {},
     "configs": {},
@@ -181,7 +184,7 @@ CORE: dict[str, Entries] = {
 class Catalog:
     """Everything that can be named: a registry for each kind, the domains, and the plugins that failed to load.
 
-    broken: entry point (`"name = target (distribution)"`) to the reason. A broken plugin takes nothing else down.
+    broken: entry point (`"name = target (distribution)"`) to the reason. A broken plugin does not affect the others.
     """
 
     domains: dict[str, tuple[Domain, str]]
@@ -202,7 +205,7 @@ def _load(point: importlib.metadata.EntryPoint) -> Domain:
 
 
 def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
-    """Collect the core's names and those of every domain behind the entry points."""
+    """Collect the names of the core and of every domain with an entry point."""
     registries: dict[str, Registry[Any]] = {
         kind: Registry(kind.removesuffix("s"), CORE.get(kind), wanted=WANTED.get(kind)) for kind in KINDS
     }
@@ -218,7 +221,7 @@ def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
             for kind in KINDS:
                 for name, (target, summary) in getattr(domain, kind).items():
                     registries[kind].add(f"{domain.name}/{name}", target, summary, origin)
-        except Exception as error:  # whatever a third party's module does, the others must work
+        except Exception as error:  # a third party's module may raise anything; the others must work
             broken[label] = f"{type(error).__name__}: {error}"
             continue
         domains[domain.name] = (domain, origin)

@@ -1,4 +1,4 @@
-"""Encoders: from what a dataset gives to embeddings. The contract, and those of tokens and of continuous signals."""
+"""Encoders: from a dataset's inputs to embeddings. The contract, and the encoders of tokens and continuous signals."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mambaseq.ops.embedding import Embedding
 class Encoder(nn.Module, abc.ABC):
     """Inputs `(batch, length)` int64 or `(batch, length, channels)` float to embeddings `(batch, length, d_model)`.
 
-    causal: position t sees no input after t. There is no default: whoever predicts the next token has to know it.
-    position_wise: position t sees input t alone. Only such an encoder is run part by part, beside a state (generation,
-        long records), since encoders keep none themselves.
-    takes_mask: whether `forward` takes a `mask=` of real positions, `(batch, length)` bool, because positions are not
-        independent of the padding behind them. What is neither causal nor takes the mask is given no padded batch.
-    stride: inputs to a position of the output, which has `ceil(length / stride)` of them for each sequence, those of
-        packed sequences end to end. min_length: shorter sequences have nothing to be seen.
-    strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
+    causal: position t sees no input after t. There is no default, because next-token prediction depends on it.
+    position_wise: position t sees input t alone. Only such an encoder can be run in parts, with a state (generation,
+        long records), since encoders keep no state.
+    takes_mask: whether `forward` takes a `mask=` of real positions, `(batch, length)` bool, because its positions
+        depend on the padding after them. An encoder that is neither causal nor takes the mask gets no padded batches.
+    stride: inputs for each position of the output, which has `ceil(length / stride)` positions for each sequence; those
+        of packed sequences follow each other. min_length: the shortest sequence that it can read.
+    strands: vectors of size d_model at a position (see `backbones/reverse_complement.py`).
 
-    An encoder that is no subclass is used too; what it does not declare it is not trusted with.
+    Another module may be an encoder too. What it does not declare, it is assumed not to do.
     """
 
     causal: bool
@@ -39,11 +39,11 @@ class Encoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """condition: `(sequences,)` int64. cu_seqlens: `(sequences + 1,)` int32, packs sequences into batch 1; no
-        position sees an input of another sequence than its own."""
+        position sees an input of another sequence."""
 
 
 def output_bounds(cu_seqlens: Tensor, stride: int) -> Tensor:
-    """Where packed sequences begin in the output of an encoder of this stride, as `cu_seqlens`."""
+    """The `cu_seqlens` of packed sequences in the output of an encoder with this stride."""
     if stride == 1:
         return cu_seqlens
     words = (cu_seqlens.diff() + stride - 1) // stride
@@ -74,13 +74,13 @@ class TokenEncoder(Encoder):
 
 
 class RCTokenEncoder(TokenEncoder):
-    """Tokens of both strands of DNA: the embedding of each base beside that of the base paired with it, `(batch,
+    """Tokens of both strands of DNA: the embedding of each base next to that of its paired base, `(batch,
     length, 2 * d_model)` (see `backbones/reverse_complement.py`).
 
     Args:
         d_model: width of one strand.
         vocab_size: number of token ids.
-        complement: the id paired with each id.
+        complement: the id that each id is paired with.
         n_conditions: number of conditions; 0 for none.
     """
 
@@ -103,9 +103,9 @@ class SignalEncoder(Encoder):
         d_model: width.
         n_channels: channels of the signal.
         n_conditions: number of conditions; 0 for none.
-        channel_mean: of each channel, in its units: the model reads (value - mean) / std. Left out, what the data say,
-            or the values as they are.
-        channel_std: of each channel, in its units.
+        channel_mean: mean of each channel, in its units: the model reads (value - mean) / std. The default is what the
+            data say, otherwise the values are read as they are.
+        channel_std: standard deviation of each channel, in its units.
     """
 
     causal = True

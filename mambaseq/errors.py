@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend. The command line prints them as one paragraph and exits with 2."""
+"""Errors that the user has to mend. The command line prints them as one paragraph and exits with 2."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 
-_COMPARED = 200  # characters of a name that are looked at for near ones
+_COMPARED = 200  # characters of a name that are compared with others
 _DIGITS = 80
 
 
 class UserError(Exception):
-    """Something outside of the program is wrong: a file, a name, a setting.
+    """Something outside the program is wrong: a file, a name, a setting.
 
     The message is one paragraph that names what was read (file, record, key), what is wrong with it and the
     remedy.
@@ -35,10 +35,10 @@ class ConfigError(UserError):
 def under_key(
     key: str, settings: Mapping[str, object], file: str = "", kind: type[UserError] = UserError
 ) -> Iterator[None]:
-    """Put the setting that is meant in front of the message of a UserError that does not name it: `KEY.NAME`, of the
-    name among the settings whose value is quoted in the message or that is named there; `KEY` where none is.
+    """Put the setting that a UserError is about in front of its message, if the message does not name it: `KEY.NAME`
+    for the setting whose name or value is in the message; `KEY` if there is none.
 
-    file: where the settings are written, put in front where the message does not name it. kind: of errors.
+    file: where the settings are written; put in front too, if the message does not name it. kind: the class of errors.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def _texts(value: object) -> list[str]:
 
 
 def folded(text: str) -> str:
-    """A text without what is easily mistyped: case and accents.
+    """A text without case and accents, which are easily mistyped.
 
     >>> folded("Théo")
     'theo'
@@ -78,8 +78,8 @@ def folded(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest of the known names, else ``""``. Case and accents do not count; of
-    several names with commas, the first that is near one counts.
+    """``" Did you mean 'x'?"`` for the nearest of the known names, else ``""``. Case and accents do not count. Of
+    several names with commas, the first with a near match counts.
 
     >>> did_you_mean("mambda", ["mamba", "s4d"])
     " Did you mean 'mamba'?"
@@ -93,8 +93,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value for a message, as Python writes it (null for None, a path as its text), cut to `most` characters. Of a
-    large value no more than that is written, whatever it holds.
+    """A value for a message, as Python writes it (null for None, a path as its text), cut to `most` characters. No more
+    than that is made of a large value.
 
     >>> shown("s4d"), shown(None), shown([1, 2]), shown("x" * 100, most=8)
     ("'s4d'", 'null', '[1, 2]', "'xxxxxx…")
@@ -126,7 +126,7 @@ def cut(text: object, most: int = 80) -> str:
 
 
 def cut_path(path: object, most: int = 50) -> str:
-    """A path for a message, without quotes, of which the end is told, cut to `most` characters.
+    """A path for a message, without quotes, cut to its last `most` characters.
 
     >>> cut_path("/a/long/way/to/x.fa", most=8)
     '…to/x.fa'
@@ -136,7 +136,7 @@ def cut_path(path: object, most: int = 50) -> str:
 
 
 def cut_list(items: Iterable[object], most: int = 20, characters: int = 300, separator: str = ", ") -> str:
-    """Items with commas (or `separator`) between them, for a message: so many at most, with a count of the others.
+    """Items with commas (or `separator`) between them, for a message: at most `most`, with a count of the others.
 
     >>> cut_list(["a", "b", "c"], most=2)
     'a, b and 1 more'
@@ -168,8 +168,8 @@ def check_not_negative(owner: str, **values: float) -> None:
 
 
 def paragraph(text: object, longest: int = 980) -> str:
-    """A text as one line for a terminal: what would move the cursor or turn letters around is written as an escape, and
-    of a longer text than `longest` characters the middle is left out, where what was read is quoted.
+    """A text as one line for a terminal. Characters that would move the cursor or reverse the text are escaped. If it
+    has more than `longest` characters, the middle is left out, where what was read is quoted.
 
     >>> paragraph("a file\\n\x1b[31m is wrong")
     'a file \\\\x1b[31m is wrong'

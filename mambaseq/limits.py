@@ -1,4 +1,4 @@
-"""What a file may ask of this machine, at most. A small file can ask for much: 1 MB of gzip for 1 GB of zeros."""
+"""Limits on what a file may ask of this machine. A small file can ask for much: 1 MB of gzip may hold 1 GB of zeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mambaseq.errors import ConfigError, UserError, shown
 class Limit:
     """A limit with a name; the environment variable of that name raises it.
 
-    variable: name of the environment variable. default: the limit without it. unit: of what, for messages ("bytes").
+    variable: name of the environment variable. default: the limit without it. unit: for messages ("bytes").
     """
 
     variable: str
@@ -21,7 +21,7 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """The limit in force. Raises ConfigError when the variable is no whole number of at least 1."""
+        """The limit in force. Raises ConfigError if the variable is not a whole number of at least 1."""
         text = os.environ.get(self.variable)
         if text is None:
             return self.default
@@ -30,14 +30,14 @@ class Limit:
         return int(text)
 
     def check(self, amount: float, subject: str) -> None:
-        """Raise UserError that names subject, limit and variable when `amount` is over the limit.
+        """Raise UserError that names subject, limit and variable if `amount` is above the limit.
 
-        subject: what asks for so much: file and record, or key.
+        subject: what asks for it: file and record, or key.
         """
         if amount > (limit := self.value):
             raise UserError(
-                f"{subject} asks for {_shown(amount)} {self.unit}; the limit is {limit:,}. If this is meant, set the "
-                f"variable {self.variable} to a higher number."
+                f"{subject} asks for {_shown(amount)} {self.unit}; the limit is {limit:,}. If this is intended, set "
+                f"the variable {self.variable} to a higher number."
             )
 
 
@@ -47,14 +47,15 @@ def _shown(amount: float) -> str:
 
 
 UNPACKED_RATIO = Limit("MAMBASEQ_MAX_UNPACKED_RATIO", 200, "bytes for each byte of the packed file")
-"""Applies to what is larger than `UNRATED` bytes once unpacked: genomes and text pack to a third or a tenth."""
+"""For files of more than `UNRATED` bytes unpacked. Genomes and text pack to a third or a tenth."""
 
 UNRATED = 64 * 2**20
 
 
 def check_unpacked(unpacked: int, packed: int, subject: str) -> None:
-    """Raise UserError when `unpacked` bytes come out of a file of `packed` bytes and that is no honest file: more than
-    `UNRATED`, and more than `UNPACKED_RATIO` for each. To be asked while unpacking too: what a file says may not hold.
+    """Raise UserError if a file of `packed` bytes that unpacks to `unpacked` bytes looks like a bomb: more than
+    `UNRATED`, and more than `UNPACKED_RATIO` times its size. Call it while unpacking too: a file may lie about its
+    size.
 
     subject: file and record.
     """
@@ -63,17 +64,17 @@ def check_unpacked(unpacked: int, packed: int, subject: str) -> None:
 
 
 def check_setting(key: str, value: float, least: float, most: float) -> None:
-    """Raise ConfigError unless `least <= value <= most`; NaN is not."""
+    """Raise ConfigError unless `least <= value <= most`; NaN is refused."""
     if not least <= value <= most:
         raise ConfigError(f"{key} must be {least:,} to {most:,}; it is {value}.")
 
 
 SEEDS = (0, 2**63 - 1)
 EPOCH = (1, 2**40)
-"""Of sets that have no end: items that are called an epoch."""
+"""For endless sets: the items that make an epoch."""
 WINDOW = Limit("MAMBASEQ_MAX_LENGTH", 2**28, "tokens in one sequence")
 SAMPLES = Limit("MAMBASEQ_MAX_SAMPLES", 2**32, "samples of sound")
-"""Of one file, all channels together: 12 hours of stereo at 48 kHz."""
+"""In one file, all channels together: 12 hours of stereo at 48 kHz."""
 DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one document")
 
 TABLE_BYTES = Limit("MAMBASEQ_MAX_TABLE_BYTES", 2**28, "bytes of a table")
@@ -84,13 +85,13 @@ YAML_NODES = Limit("MAMBASEQ_MAX_YAML_NODES", 100_000, "values of YAML, aliases 
 PARAMETERS = Limit("MAMBASEQ_MAX_PARAMETERS", 20_000_000_000, "parameters")
 TOKEN_IDS = Limit("MAMBASEQ_MAX_TOKEN_IDS", 16_777_216, "token ids")
 LAYERS = Limit("MAMBASEQ_MAX_LAYERS", 2_000, "layers")
-STATE = Limit("MAMBASEQ_MAX_STATE", 2_048, "numbers of state a channel, whose matrix is worked with whole")
+STATE = Limit("MAMBASEQ_MAX_STATE", 2_048, "states of a channel whose full matrix is computed with")
 
 WORKERS = Limit("MAMBASEQ_MAX_WORKERS", 256, "processes that load data")
 DEVICES = Limit("MAMBASEQ_MAX_DEVICES", 256, "devices, each with a process of its own")
 TRIALS = Limit("MAMBASEQ_MAX_TRIALS", 10_000, "runs of a sweep")
 BATCH = Limit("MAMBASEQ_MAX_BATCH", 65_536, "windows at once")
-GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "tokens that are generated, those of all samples together")
+GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "generated tokens, all samples together")
 SEQUENCES = Limit("MAMBASEQ_MAX_SEQUENCES", 1_000_000, "sequences that are generated")
 UNPACKED_BYTES = Limit("MAMBASEQ_MAX_UNPACKED_BYTES", 500 * 10**9, "bytes of unpacked files")
 ARCHIVE_MEMBERS = Limit("MAMBASEQ_MAX_ARCHIVE_MEMBERS", 500_000, "files and folders")

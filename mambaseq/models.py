@@ -28,12 +28,11 @@ from mambaseq.trees import register_tree
 
 @dataclasses.dataclass
 class ModelOutput:
-    """loss: scalar, when labels were given. logits: None where only the loss was needed. state: one a layer.
-    distribution: what the logits of a head such as `forecast` say of the values that come next.
+    """loss: scalar, if labels were given. logits: None if only the loss was needed. state: one for each layer.
+    distribution: of the next values, by the logits of a head such as `forecast`.
 
-    It is read by names and by numbers too, as the outputs of transformers are: what is None is left out, so that
-    `output[0]` is the loss, or the logits where no labels were given. Iterating gives the names. `values` is not a
-    method here.
+    Names and numbers index it, as in outputs of transformers. What is None is left out, so `output[0]` is the loss, or
+    the logits if no labels were given. Iterating gives the names. `values` is not a method here.
 
     >>> output = ModelOutput(logits=torch.zeros(1, 2, 3))
     >>> list(output), output["logits"].shape, len(output[1:])
@@ -46,15 +45,15 @@ class ModelOutput:
     distribution: Distribution | None = None
 
     def keys(self) -> list[str]:
-        """The names of what is there."""
+        """The names of what is not None."""
         return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
 
     def items(self) -> list[tuple[str, Any]]:
-        """Names and values of what is there."""
+        """Names and values of what is not None."""
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values of what is there."""
+        """The values that are not None."""
         return tuple(value for _, value in self.items())
 
     def __iter__(self) -> Iterator[str]:
@@ -67,7 +66,7 @@ class ModelOutput:
         return name in self.keys()
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        """Raises KeyError for a name, IndexError for a number, of what is not there."""
+        """Raises KeyError or IndexError for a name or number of what is missing."""
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self:
@@ -76,7 +75,7 @@ class ModelOutput:
 
     @property
     def values(self) -> Tensor | None:
-        """Of a head that learns values one for each target, of the targets' shape."""
+        """The predicted values of a head that learns values, one for each target, in the targets' shape."""
         return self.logits if self.distribution is None else self.distribution.point()
 
 
@@ -86,16 +85,16 @@ register_tree(ModelOutput)
 class SequenceModel(nn.Module):
     """Encoder, backbone, head.
 
-    An encoder may have a `stride`: its output then has a position for every `stride`-th input, and the head is one of
-    whole sequences. A head of positions may have one: see `Batch.stride`. Parts are trusted with what they say of
-    themselves (see `Encoder`, `Backbone`, `Head`).
-    spec: the plain description that `build_model` makes an equal model of; it is saved with the weights.
+    An encoder may have a `stride`: its output then has a position for every `stride`-th input, and the head must be one
+    of whole sequences. A head of positions may have one: see `Batch.stride`. What parts declare of themselves is relied
+    on (see `Encoder`, `Backbone`, `Head`).
+    spec: the plain description from which `build_model` makes an equal model; it is saved with the weights.
 
-    A tensor with several names (a tied head's, a shared mixer's) is once in a state dict, under the first of them, as
-    safetensors want it; what is loaded may have it under any of them, or all.
+    A tensor with several names (a tied head's, a shared mixer's) is in a state dict once, under its first name, as
+    safetensors requires. A state dict to load may have it under any or all of them.
     """
 
-    main_input_name: ClassVar[str] = "inputs"  # asked for by transformers' Trainer
+    main_input_name: ClassVar[str] = "inputs"  # transformers' Trainer asks for it
 
     def __init__(self, encoder: nn.Module, backbone: Backbone, head: nn.Module, tie_embeddings: bool = False) -> None:
         super().__init__()
@@ -106,14 +105,14 @@ class SequenceModel(nn.Module):
         if len(set(strands)) > 1:
             raise ConfigError(
                 f"Encoder, backbone and head have {strands[0]}, {strands[1]} and {strands[2]} strands. The backbone "
-                f"reverse_complement goes with the encoder rc_tokens and a head rc_lm or rc_classification, and they "
-                f"with it."
+                "reverse_complement needs the encoder rc_tokens and the head rc_lm or rc_classification, and they "
+                "need it."
             )
         if self.stride != 1 and getattr(head, "per_token", False):
             raise ConfigError(
-                f"The encoder {type(encoder).__name__} gives a position for {self.stride} inputs (stride), and the "
-                f"head {type(head).__name__} answers for each of them. Set model.encoder.stride to 1, or choose a "
-                f"head of whole sequences, such as 'classification'."
+                f"The encoder {type(encoder).__name__} gives one position for {self.stride} inputs (stride), but the "
+                f"head {type(head).__name__} answers for each input. Set model.encoder.stride to 1, or choose a head "
+                "of whole sequences, such as 'classification'."
             )
         if tie_embeddings:
             if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
@@ -126,7 +125,7 @@ class SequenceModel(nn.Module):
         return getattr(self.encoder, "stride", 1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """See `nn.Module.state_dict`; without the further names of a tensor."""
+        """See `nn.Module.state_dict`; a tensor's further names are left out."""
         found = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name in further_names(self):
@@ -134,7 +133,7 @@ class SequenceModel(nn.Module):
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # parts look for their tensors after this one, in the same dict, and miss names that are not there
+        # submodules look for their tensors later, in the same dict, and would report missing names
         for names in _shared(self):
             given = [prefix + name for name in names if prefix + name in state_dict]
             for name in names if given else ():
@@ -142,18 +141,18 @@ class SequenceModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_stateful(self) -> None:
-        """Raise ConfigError for an encoder or a head that cannot be run part by part."""
+        """Raise ConfigError for an encoder or a head that cannot be run in parts."""
         if getattr(self.head, "stride", 1) != 1:
             raise ConfigError(
                 f"The head {type(self.head).__name__} gives one answer for {self.head.stride} positions "
-                f"(model.head.stride), so that no sequence can be gone on with: it can neither give nor take a state. "
-                f"Run it over whole sequences."
+                "(model.head.stride), so no sequence can be continued: it can neither return nor take a state. Run it "
+                "over whole sequences."
             )
         if not getattr(self.encoder, "position_wise", False):
             raise ConfigError(
-                f"The encoder {type(self.encoder).__name__} does not say that a position sees its own input alone "
-                f"(position_wise), so that no sequence can be gone on with: it can neither generate nor give or take a "
-                f"state. Declare position_wise = True where that holds, or use another encoder."
+                f"The encoder {type(self.encoder).__name__} does not declare that a position sees only its own input "
+                "(position_wise), so no sequence can be continued: it can neither generate nor return or take a "
+                "state. Declare position_wise = True if it holds, or use another encoder."
             )
 
     def forward(
@@ -172,18 +171,19 @@ class SequenceModel(nn.Module):
         """Run the model.
 
         inputs: `(batch, length)` int64 ids or `(batch, length, channels)` float; right padding only.
-        labels: what the head learns (see `Batch.targets`); next tokens are already shifted, which labels for models of
-            transformers are not.
+        labels: what the head learns (see `Batch.targets`). Next tokens are already shifted; those of transformers
+            models are not.
         mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64.
-        attention_mask: the mask as tokenizers of transformers give it, `(batch, length)` of ones and zeros. Its values
-            are always looked at, since theirs may pad on the left.
+        attention_mask: the mask of a transformers tokenizer, `(batch, length)` of ones and zeros. Its values are always
+            checked, because these tokenizers may pad on the left.
         state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.
-        return_state: with a mask, the states are those at each row's own end; the host then reads the mask.
+        return_state: also return the states; with a mask those at each row's own end, for which the host reads the
+            mask.
         return_logits: None returns them unless labels are given to a head that predicts every token.
 
-        Raises ConfigError where encoder or backbone cannot do what is asked, ValueError for a mask that is none: of
-        another shape, beside cu_seqlens, or of anything but right padding (a mask's values are looked at where that
-        costs nothing, or the states depend on them).
+        Raises ConfigError if encoder or backbone cannot do what is asked, ValueError for an invalid mask: of another
+        shape, together with cu_seqlens, or not right padding (its values are checked where that is free, or the states
+        depend on them).
         """
         untrusted = attention_mask is not None
         if attention_mask is not None:
@@ -192,7 +192,9 @@ class SequenceModel(nn.Module):
             mask = attention_mask != 0
         if mask is not None:
             if cu_seqlens is not None or mask.shape != inputs.shape[:2]:
-                raise ValueError("A mask must be (batch, length) as the inputs are, which are not packed then.")
+                raise ValueError(
+                    "A mask must have the inputs' shape (batch, length), and the inputs must not be packed."
+                )
             if untrusted or return_state or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
                 _check_right_padding(mask)
         if state is not None or return_state:
@@ -217,28 +219,29 @@ class SequenceModel(nn.Module):
 
     @staticmethod
     def given_mask(part: nn.Module, kind: str, mask: Tensor | None) -> dict[str, Tensor]:
-        """What of the mask goes to encoder or backbone: to those that see what follows a position, all of it."""
+        """Arguments for encoder or backbone: the mask if it takes one, none if it is causal. Raises ConfigError
+        otherwise."""
         if mask is None:
             return {}
         if getattr(part, "takes_mask", False):
             return {"mask": mask}
         if not getattr(part, "causal", False):
             raise ConfigError(
-                f"The {kind} {type(part).__name__} does not say that it is causal and takes no mask, so that it would "
-                f"see the padding behind a sequence. Declare causal = True where a position sees nothing after it, or "
-                f"let it take the mask (takes_mask = True)."
+                f"The {kind} {type(part).__name__} does not declare that it is causal and takes no mask, so it would "
+                "see the padding after a sequence. Declare causal = True if a position sees nothing after it, or let "
+                "it take the mask (takes_mask = True)."
             )
         return {}
 
     def _run_rows(self, x: Tensor, mask: Tensor, state: list[Any] | None) -> tuple[Tensor, list[Any]]:
-        """The backbone over the real positions of each row, as packed sequences, so that a state is that of a row's own
-        end. What is padding comes out as zeros."""
+        """Run the backbone over the real positions of each row, as packed sequences, so that states are those at each
+        row's own end. Padding gives zeros."""
         bounds = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         y, new_state = self.backbone(x[mask][None], state=state, cu_seqlens=bounds, return_state=True)
         return y.new_zeros(*mask.shape, y.shape[-1]).masked_scatter(mask[..., None], y), new_state
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
-        """The state before the first position: one a layer; see `Mixer.init_state`."""
+        """The state before the first position, one for each layer; see `Mixer.init_state`."""
         return self.backbone.init_state(batch_size, max_length)
 
     @torch.no_grad()
@@ -264,8 +267,8 @@ class SequenceModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> SequenceModel:
-        """The model in a folder or on the Hugging Face Hub, in eval mode; its description and its tokenizer too are
-        given by `mambaseq.checkpoints.hub.from_pretrained`, see there."""
+        """The model in a folder or on the Hugging Face Hub, in eval mode. `mambaseq.checkpoints.hub.from_pretrained`
+        also gives its description and tokenizer."""
         model: SequenceModel = _hub().from_pretrained(source, **options).model
         return model
 
@@ -275,26 +278,26 @@ class SequenceModel(nn.Module):
         return address
 
     def n_parameters(self) -> int:
-        """Number of parameters, a tied weight counted once."""
+        """Number of parameters; a tied weight counts once."""
         return sum(p.numel() for p in self.parameters())
 
 
 _PADDING = (
-    "The mask must be one of right padding: True up to each row's end, then False. Pad sequences at their ends (of "
-    "tokenizers in transformers: padding_side='right')."
+    "The mask must be one of right padding: True up to each row's end, then False. Pad sequences at their ends "
+    "(transformers tokenizers: padding_side='right')."
 )
 
 
 def _check_right_padding(mask: Tensor) -> None:
     right = ~(mask[:, 1:] & ~mask[:, :-1]).any()
     if torch.compiler.is_compiling():
-        torch._assert_async(right, _PADDING)  # in the graph, since there are no values to look at yet
+        torch._assert_async(right, _PADDING)  # checked in the graph, since there are no values yet
     elif not bool(right):
         raise ValueError(_PADDING)
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
-    """The names of each tensor that has several, in the model's order."""
+    """The names of each tensor with several names, in the model's order."""
     names: dict[int, list[str]] = {}
     tensors = itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
@@ -305,13 +308,12 @@ def _shared(model: nn.Module) -> list[list[str]]:
 
 
 def further_names(model: nn.Module) -> dict[str, str]:
-    """Names of tensors that the model has under an earlier name too (a tied head's, those of a shared mixer), each with
-    the earlier one."""
+    """Further names of tensors (a tied head's, those of a shared mixer), each with the tensor's first name."""
     return {name: names[0] for names in _shared(model) for name in names[1:]}
 
 
 def _hub() -> Any:
-    # a door upwards: files of models are a layer above, which is loaded by whoever uses it
+    # an upward import: files of models are a layer above, loaded only when used
     return importlib.import_module("mambaseq.checkpoints.hub")
 
 
@@ -335,7 +337,7 @@ def causal_lm(
 ) -> SequenceModel:
     """The usual language model over tokens: embedding, residual stack (see `ResidualStack`), tied head.
 
-    mixer_options: of `mixer`; mixers: those of the other mixers in the pattern, and of the MLP.
+    mixer_options: options of `mixer`. mixers: options of the other mixers in the pattern, and of the MLP.
 
     >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2)
     >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
@@ -365,18 +367,18 @@ def causal_lm(
 
 
 def build_model(spec: dict[str, Any]) -> SequenceModel:
-    """The model of a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
-    `{"name": ..., **options}` with names that `Registry.get` takes; where the backbone has more mixers than
-    one, `mixers`, `{name: options}` of the others.
+    """The model for a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
+    `{"name": ..., **options}` with names that `Registry.get` takes; if the backbone has several mixers, also `mixers`,
+    `{name: options}` of the others.
 
-    It is made without memory first, on the meta device, so that one that is too large is refused before it takes any.
-    Raises ConfigError for a description that is not whole, a name that does not exist, options that a part does not
-    take or that are of another type, and options of mixers that the backbone does not have; UserError for more layers
-    or parameters than `mambaseq.limits` allows.
+    It is first made on the meta device, without memory, so that one that is too large is refused before it takes any.
+    Raises ConfigError for an incomplete description, a name that does not exist, options that a part does not take or
+    of the wrong type, and options of mixers that the backbone does not have; UserError for more layers or parameters
+    than `mambaseq.limits` allows.
     """
     check_spec(spec)
     _check_mixers(spec)
-    if torch.get_default_device().type != "meta":  # where nothing takes memory
+    if torch.get_default_device().type != "meta":  # where tensors take no memory
         check_size(*_sized(spec), _largest(spec))
     model = _build(spec)
     model.spec = spec
@@ -384,9 +386,9 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
 
 
 def count_parameters(spec: dict[str, Any]) -> int:
-    """How many parameters the model of a description has, a tied weight counted once, without making it.
+    """The number of parameters of a description's model, without making it; a tied weight counts once.
 
-    Raises what `build_model` does for one that cannot be made, or has more layers than `mambaseq.limits` allows.
+    Raises what `build_model` raises for a model that cannot be made, or with more layers than `mambaseq.limits` allows.
     """
     check_spec(spec)
     _check_mixers(spec)
@@ -394,14 +396,16 @@ def count_parameters(spec: dict[str, Any]) -> int:
 
 
 def _sized(spec: dict[str, Any]) -> tuple[int, int]:
-    """Parameters of a description's model, and the bytes of all its tensors. Mixers that are alike are made once."""
+    """The parameters of a description's model, and the bytes of all its tensors. Equal mixers are made once."""
     made: dict[tuple[str, int], list[Mixer]] = {}
     try:
         with torch.device("meta"):
             parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
     except ConfigError as error:
         if isinstance(error.__cause__, RuntimeError | OverflowError | TypeError) and "overflow" in str(error).lower():
-            raise ConfigError(f"The model ({_largest(spec)}) has more numbers than can be counted. {error}") from error
+            raise ConfigError(
+                f"The model ({_largest(spec)}) has more numbers than 64 bits can count. {error}"
+            ) from error
         raise
     sizes: dict[int, tuple[int, int]] = {}
     for part in parts:
@@ -417,7 +421,7 @@ def _largest(spec: dict[str, Any]) -> str:
 
 
 def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:
-    """made: mixers by name and width; where there is one of them, it is given again and put into the list."""
+    """made: mixers by name and width; one that exists is used again."""
     own: str = spec["mixer"]["name"]
     count = 0
 
@@ -443,14 +447,16 @@ def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
     check_options(kind, name, part, options, len(args))
     try:
         return part(*args, **options)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # too deep and too large ones among them
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # including too deep and too large models
         reason = " ".join(str(error).split()).partition(" Exception raised from")[0][:300]
         width = {"d_model": args[0]} if args and isinstance(args[0], int) else {}
-        raise ConfigError(f"The {kind} {shown(name)} cannot be made of {shown(width | options)}: {reason}.") from error
+        raise ConfigError(
+            f"The {kind} {shown(name)} cannot be made from {shown(width | options)}: {reason}."
+        ) from error
 
 
 def _check_mixers(spec: dict[str, Any]) -> None:
-    """Raise ConfigError for options of mixers that the backbone does not have, and for those of the model's own mixer
+    """Raise ConfigError for options of mixers that the backbone does not have, and for options of the model's own mixer
     in the wrong place."""
     given, backbone = spec.get("mixers") or {}, spec["backbone"]
     mlp = backbone.get("mlp")
@@ -461,8 +467,8 @@ def _check_mixers(spec: dict[str, Any]) -> None:
 
 
 def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> None:
-    """Raise ConfigError for names in `model.mixers` that are not among those of the backbone's mixers, `names`, or are
-    that of the model's own, `mixer`."""
+    """Raise ConfigError for names in `model.mixers` that are not those of the backbone's mixers (`names`), or that are
+    the model's own mixer (`mixer`)."""
     for name in given:
         if name == mixer:
             raise ConfigError(
@@ -470,6 +476,7 @@ def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> N
             )
         if name not in names:
             raise ConfigError(
-                f"model.mixers has options for {shown(name)}, which is no mixer of this backbone."
-                f"{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern names others."
+                f"model.mixers has options for {shown(name)}, which is not a mixer of this "
+                f"backbone.{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern "
+                "names others."
             )

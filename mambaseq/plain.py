@@ -1,7 +1,7 @@
 """Plain values from files that others may have written: YAML and JSON, within bounds of size, depth and time.
 
-What comes out is made of dict (with keys that are text), list, str, int, float, bool and None, and nothing of it is
-shared: changing one place changes no other.
+The result consists of dict (with text keys), list, str, int, float, bool and None, and shares nothing: changing one
+place changes no other.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mambaseq.errors import UserError, shown
 from mambaseq.limits import YAML_BYTES, YAML_NODES, Limit
 
 DEPTH = 100
-"""Mappings and lists inside of each other, at most: parsers and printers call themselves at each step."""
+"""The most mappings and lists inside each other: parsers and printers recurse at each level."""
 
-_DIGITS = 400  # of a number: converting long ones takes time that grows with their square
-_SHOWN = 200  # characters of a parser's own words
+_DIGITS = 400  # of a number: the time to convert grows with the square of the digits
+_SHOWN = 200  # characters of a parser's own message
 
-# those of YAML 1.1 but for the base 60 (1:30 is text, as dates are), and with 1e-3
+# those of YAML 1.1 without base 60 (1:30 is text, like dates), and with 1e-3
 _NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)",
     "tag:yaml.org,2002:float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|"
@@ -35,10 +35,10 @@ _NUMBERS = {
 def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    remedy: a sentence that every message ends with.
-    Raises UserError that names the file, and the line where there is one, when it is no file, not YAML, no mapping,
-    holds a key twice or a value that is not plain, or is over a limit: `limits.YAML_BYTES`, `limits.YAML_NODES`
-    (aliases are counted each time they expand) or `DEPTH`.
+    remedy: a sentence at the end of every message.
+    Raises UserError that names the file, and the line if there is one, for what is not a file, not YAML or not a
+    mapping, for a key that is there twice, a value that is not plain, or a limit that is exceeded: `limits.YAML_BYTES`,
+    `limits.YAML_NODES` (aliases are counted each time they expand) or `DEPTH`.
     """
     path = Path(path)
     return _mapping(parse_yaml(_text(path, YAML_BYTES, remedy), str(path), remedy), str(path), remedy)
@@ -62,7 +62,7 @@ def read_json(path: str | Path, remedy: str = "", limit: Limit = YAML_BYTES) -> 
 
 
 def parse_yaml(text: str, source: str, remedy: str = "") -> Any:
-    """The value of a YAML text. source: what the messages call it. See `read_yaml`, whose limits apply."""
+    """The value of a YAML text. source: what messages call it. The limits of `read_yaml` apply."""
     import yaml
 
     YAML_BYTES.check(len(text.encode("utf-8", "surrogatepass")), source)
@@ -76,12 +76,12 @@ def parse_yaml(text: str, source: str, remedy: str = "") -> Any:
         line = None if mark is None else mark.line + 1
         raise _refused(source, line, f"is not valid YAML: {problem}", remedy) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        # the wrong text behind a tag written by hand ends in any of them
+        # wrong text after a handwritten tag can raise any of them
         raise _refused(source, None, f"is not valid YAML: {error}", remedy) from error
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `parse_yaml`, and readers of YAML 1.1 too, read back as the same values."""
+    """YAML that `parse_yaml`, like readers of YAML 1.1, reads back as the same values."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -101,14 +101,14 @@ def _refused(source: str, line: int | None, problem: str, remedy: str) -> UserEr
 
 def _text(path: Path, limit: Limit, remedy: str) -> str:
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would wait
             raise _refused(str(path), None, "is not a file" if path.exists() else "does not exist", remedy)
         limit.check(path.stat().st_size, str(path))
         content = path.read_bytes()
     except OSError as error:
         raise _refused(str(path), None, f"cannot be read: {error.strerror or error}", remedy) from error
     except ValueError as error:  # a name with a NUL
-        raise _refused(repr(str(path)), None, f"is no name of a file: {error}", remedy) from error
+        raise _refused(repr(str(path)), None, f"is not a file name: {error}", remedy) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -132,23 +132,23 @@ def _unshared(value: Any) -> Any:
     if isinstance(value, list):
         return [_unshared(inner) for inner in value]
     if isinstance(value, str):
-        value.encode()  # raises ValueError for halves of characters, which nothing can be written with
+        value.encode()  # raises ValueError for surrogate halves, which cannot be written
     if value is None or isinstance(value, str | int | float):
         return value
     raise ValueError(f"a value is a {type(value).__name__}, not plain text, a number, true, false, null, or a list")
 
 
 def _loader() -> Any:
-    """A loader of plain values alone, with `_NUMBERS` for numbers."""
+    """A loader of plain values only, with `_NUMBERS` for numbers."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         pass
 
     def short(node: Any) -> Any:
-        # a tag written by hand brings any text here; colons are for the base 60, in YAML 1.1
+        # a handwritten tag brings any text here; in YAML 1.1, colons mean base 60
         if len(str(node.value)) > _DIGITS or ":" in str(node.value):
-            problem = f"{shown(str(node.value))} is no number, or one of more than {_DIGITS} digits"
+            problem = f"{shown(str(node.value))} is not a number, or has more than {_DIGITS} digits"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
@@ -170,7 +170,7 @@ def _add_numbers(kind: Any) -> None:
 
 @dataclasses.dataclass
 class _Open:
-    """A mapping or list whose end has not been read: its anchor, the values in it, how deep they go, and its keys."""
+    """A mapping or list that is still open: its anchor, the values in it so far, their depth, and its keys."""
 
     anchor: str | None
     mapping: bool
@@ -181,10 +181,10 @@ class _Open:
 
 
 def _check_yaml(text: str, source: str, remedy: str, loader: Any) -> None:
-    """Go through the parser's events, which takes no memory and no calls inside of calls, before anything is made."""
+    """Check the parser's events before anything is made; this takes no memory and no recursion."""
     import yaml
 
-    known: dict[str, tuple[int, int]] = {}  # the values and the depth of what an anchor stands for
+    known: dict[str, tuple[int, int]] = {}  # the number of values and the depth behind each anchor
     stack: list[_Open] = []
     total = 0
     for event in yaml.parse(text, loader):
@@ -235,7 +235,7 @@ def _check_key(event: Any, inside: _Open, source: str, line: int, remedy: str) -
     inside.keys.add(event.value)
 
 
-# outside of quoted text: what opens and closes, and what Python's reader takes for numbers
+# outside quoted text: opening and closing brackets, and what Python reads as numbers
 _JSON = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\Z)|[\[\]{}]|\bNaN\b|-?\bInfinity\b', re.DOTALL)
 
 
@@ -249,7 +249,7 @@ def _check_json(text: str, source: str, remedy: str) -> None:
             depth += 1
         problem = f"has more than {DEPTH} objects and lists inside of each other" if depth > DEPTH else ""
         if token in ("NaN", "Infinity", "-Infinity"):
-            problem = f"has the number {token}, which JSON does not know"
+            problem = f"has the number {token}, which JSON does not have"
         if problem:
             raise _refused(source, text.count("\n", 0, found.start()) + 1, problem, remedy)
 
@@ -258,7 +258,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} is there twice")
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return made
 
 

@@ -5,7 +5,7 @@ name is used, so listing what exists costs no import of torch. Nothing registers
 passes its own table, and domains are found by the entry-point group `mambaseq.domains`.
 
 Names come from files that others wrote (a run's config.yaml, a model's model.json). They are looked up here and nowhere
-else; an import path, `"module:Attr"`, is one only below what `allow_imports` was given.
+else; an import path, `"module:Attr"`, counts only below what `allow_imports` was given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 T = TypeVar("T")
 
 FUNCTION = "function"
-"""In the place of a class: what is wanted is a function."""
+"""Instead of a class: a function is wanted."""
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _allowed: tuple[str, ...] = ()
@@ -43,9 +43,9 @@ def allow_imports(*prefixes: str) -> contextlib.AbstractContextManager:
     """Let names in configurations and models be import paths below these modules or packages: `"mypkg"` allows
     `mypkg:A` and `mypkg.sub:A`, never `mypkg2:A`.
 
-    It holds from the call on, in all threads of this process; used as a context manager, until the block ends. What is
-    imported runs: allow only packages that you trust. On the command line this is `--allow-import PREFIX`.
-    Raises ConfigError for what is no name of a module.
+    It applies from the call on, in all threads of this process; as a context manager, until the block ends. Imported
+    code runs: allow only packages that you trust. On the command line this is `--allow-import PREFIX`. Raises
+    ConfigError for what is not a module name.
     """
     global _allowed
     for prefix in prefixes:
@@ -57,22 +57,22 @@ def allow_imports(*prefixes: str) -> contextlib.AbstractContextManager:
 
 
 def is_allowed(module: str) -> bool:
-    """Whether `allow_imports` was given this module, or a package that it is in."""
+    """Whether `allow_imports` was given this module, or a package that contains it."""
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in _allowed)
 
 
 def import_allowed(path: str, kind: str, wanted: str | None, where: str = "") -> Any:
-    """What an import path names: of the kind that is wanted, and defined below what `allow_imports` was given.
+    """The object of an import path, which must be of the wanted kind, and defined below what `allow_imports` was given.
 
-    kind, where: what the messages call it, and where the path stands. wanted: see `Registry`. Nothing is imported
-    before its module is found to be allowed. Raises ConfigError otherwise.
+    kind, where: for messages: what it is, and where the path is written. wanted: see `Registry`. Nothing is imported
+        unless its module is allowed. Raises ConfigError otherwise.
     """
     module, _, attribute = path.partition(":")
     subject = f"{f'{where}: the' if where else 'The'} {kind} {shown(path, 200)}"
     if wanted is None:
-        raise ConfigError(f"{subject} is an import path; a {kind} is named as it is registered.")
+        raise ConfigError(f"{subject} is an import path; a {kind} must be a registered name.")
     if not _MODULE.fullmatch(module) or not attribute.isidentifier():
-        raise ConfigError(f"{subject} is no import path; those are package.module:Attribute.")
+        raise ConfigError(f"{subject} is not an import path, package.module:Attribute.")
     if not is_allowed(module):
         raise ConfigError(
             f"{subject} is an import path, and nothing is imported because a file names it. If you trust the package, "
@@ -89,9 +89,9 @@ def import_allowed(path: str, kind: str, wanted: str | None, where: str = "") ->
 
 
 def check_kind(found: Any, wanted: str | None, subject: str, *, defined: bool = False) -> None:
-    """Raise ConfigError unless what was imported is of the kind that is wanted (see `Registry`).
+    """Raise ConfigError unless an imported object is of the wanted kind (see `Registry`).
 
-    defined: a function has to be one that Python code defines.
+    defined: a function must be defined in Python.
     """
     if wanted is None:
         return
@@ -102,7 +102,7 @@ def check_kind(found: Any, wanted: str | None, subject: str, *, defined: bool = 
     base = import_target(wanted)
     name = wanted.replace(":", ".")
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{subject} is no {name}, which is needed here (a class below it).")
+        raise ConfigError(f"{subject} is not a {name}: a subclass of it is needed here.")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise ConfigError(f"{subject} cannot be made: it leaves out {missing}, which a {name} needs.")
@@ -110,7 +110,7 @@ def check_kind(found: Any, wanted: str | None, subject: str, *, defined: bool = 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One registered name: where it is (`"module:Attr"`), what it is in a line, and who brought it."""
+    """One registered name: its target (`"module:Attr"`), a one-line summary, and the package that brought it."""
 
     name: str
     target: str
@@ -118,7 +118,7 @@ class Entry:
     origin: str
 
     def load(self) -> Any:
-        """Import the target. Raises ConfigError that names the entry and its origin when that fails."""
+        """Import the target. Raises ConfigError that names the entry and its origin if that fails."""
         try:
             return import_target(self.target)
         except ConfigError as error:
@@ -146,8 +146,8 @@ def import_target(target: str) -> Any:
 class Registry(Generic[T]):
     """Names of one kind of thing (mixers, datasets, ...). Reading it is lazy; adding a taken name is an error.
 
-    wanted: what entries are, checked when one is used: `"module:Class"` for classes below that one, FUNCTION for
-    functions, None for anything, which no import path can name.
+    wanted: what entries must be, checked when one is used: `"module:Class"` for its subclasses, FUNCTION for functions,
+        None for anything; import paths are then refused.
 
     >>> mixers = Registry("mixer", {"mamba": ("mambaseq.mixers.mamba:Mamba", "S6")})
     >>> mixers.entry("mamba").summary
@@ -166,7 +166,7 @@ class Registry(Generic[T]):
         self.add_all(entries or {}, origin)
 
     def add(self, name: str, target: str, summary: str, origin: str) -> None:
-        """Register a name. Raises ConfigError naming both origins when the name is taken."""
+        """Register a name. Raises ConfigError that names both origins if it is taken."""
         if (taken := self._entries.get(name)) is not None:
             raise ConfigError(
                 f"Two {self.kind}s are named {shown(name)}: {taken.target} (from {taken.origin}) and {target} "
@@ -175,14 +175,14 @@ class Registry(Generic[T]):
         self._entries[name] = Entry(name, target, summary, origin)
 
     def add_all(self, entries: Mapping[str, tuple[str, str]], origin: str) -> None:
-        """Register names, each with its target and summary. Raises ConfigError when one is taken."""
+        """Register names, each with its target and summary. Raises ConfigError if one is taken."""
         for name, (target, summary) in entries.items():
             self.add(name, target, summary, origin)
 
     def entry(self, name: str, where: str = "") -> Entry:
-        """The entry of a short name; where: the key or file that names it, for the message.
+        """The entry of a short name. where: the key or file that names it, for the message.
 
-        Raises ConfigError with the nearest name when there is none.
+        Raises ConfigError with the nearest name if there is none.
         """
         try:
             return self._entries[name]
@@ -198,10 +198,10 @@ class Registry(Generic[T]):
         )
 
     def get(self, name: str, where: str = "") -> T:
-        """The object behind a short name, or behind an import path that `allow_imports` allows.
+        """The object of a short name, or of an import path that `allow_imports` allows.
 
-        where: the key or file that names it, for the messages. Raises ConfigError when there is none, it cannot be
-        imported, or it is not of this registry's kind.
+        where: the key or file that names it, for the messages. Raises ConfigError if there is none, it cannot be
+            imported, or it is not of this registry's kind.
         """
         if isinstance(name, str) and ":" in name and name not in self._entries:
             return import_allowed(name, self.kind, self.wanted, where)

@@ -1,4 +1,4 @@
-"""Files that ship with a package, found in a checkout and in an installed wheel alike; and where files are cached."""
+"""Files that ship with a package, in a checkout or an installed wheel; and the cache folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(resource: str) -> Path:
         root = share()
     else:
         outer = package.rpartition(".")[0]
-        try:  # the outer package would be imported, unless it is already: a plugin's
+        try:  # finding a subpackage imports the outer package, unless that is done already: a plugin's
             spec = importlib.util.find_spec(package) if not outer or outer in sys.modules else None
         except (ImportError, ValueError):
             spec = None
@@ -43,17 +43,17 @@ def find(resource: str) -> Path:
         root = Path(spec.origin).parent
     path = root / relative
     if not path.exists():
-        raise ConfigError(f"The resource {shown(resource)} does not exist; it was looked for at {path}.")
+        raise ConfigError(f"The resource {shown(resource)} does not exist; its place would be {path}.")
     return path
 
 
 def cache_dir(override: str | Path | None = None) -> Path:
-    """The cache folder: `override`, else the variable MAMBASEQ_CACHE, else the platform's
-    (`~/.cache/mambaseq`). Raises ConfigError for a home folder that nobody has."""
+    """The cache folder: `override`, otherwise the variable MAMBASEQ_CACHE, otherwise the platform's
+    (`~/.cache/mambaseq`). Raises ConfigError if the home folder is unknown."""
     try:
         if override is not None:
             if "\0" in str(override):
-                raise ConfigError(f"The cache folder {shown(override)} is no name of a folder.")
+                raise ConfigError(f"The cache folder {shown(override)} is not a folder name.")
             return Path(override).expanduser()
         if variable := os.environ.get("MAMBASEQ_CACHE"):
             return Path(variable).expanduser()
@@ -62,13 +62,13 @@ def cache_dir(override: str | Path | None = None) -> Path:
         return Path(pooch.os_cache("mambaseq"))
     except RuntimeError as error:
         raise ConfigError(
-            f"The cache folder cannot be told: {error} Set the variable MAMBASEQ_CACHE to a folder of your own."
+            f"The cache folder is unknown: {error} Set the variable MAMBASEQ_CACHE to a folder of your own."
         ) from error
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder and those above it where they are missing, for this user alone: what is cached is run and trained
-    on. Those that exist stay as they are. Raises OSError."""
+    """Make a folder and its missing parents, for this user alone: cached files are run and trained on. Existing folders
+    stay as they are. Raises OSError."""
     missing = []
     while not folder.exists():
         missing.append(folder)
@@ -78,11 +78,10 @@ def make_private(folder: Path) -> None:
 
 
 def why_unsafe(folder: Path) -> str | None:
-    """The reason why others may have put something into a folder, or may put another in its place; None when only this
-    user and root may.
+    """Why others may have put something into a folder, or may replace it; None if only this user and root can.
 
-    Folders above it count too, and links on the way. A folder that does not exist yet is judged by those above it. On
-    systems without owners of files nothing is known against any.
+    Parent folders and links on the way count too. A folder that does not exist yet is judged by its parents. On systems
+    without file owners, no folder is unsafe.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -94,7 +93,9 @@ def why_unsafe(folder: Path) -> str | None:
             shared = status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)
             if status.st_uid not in trusted:
                 return f"{done} belongs to another user"
-            if shared and not (parts and status.st_mode & stat.S_ISVTX):  # nobody renames what is another's in /tmp
+            if shared and not (
+                parts and status.st_mode & stat.S_ISVTX
+            ):  # in /tmp nobody can rename what belongs to another user
                 return f"{done} may be written to by others"
             if stat.S_ISLNK(status.st_mode):
                 target, links = done.readlink(), links + 1
@@ -111,4 +112,4 @@ def why_unsafe(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"{done} cannot be looked at ({error.strerror})"
+        return f"{done} cannot be checked ({error.strerror})"

@@ -1,4 +1,4 @@
-"""What a model's plain description must be before a model is made of it: it may be in somebody else's file."""
+"""Checks of a model's plain description before a model is made from it: it may come from somebody else's file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mambaseq.limits import LAYERS, PARAMETERS
 
 PARTS = ("encoder", "backbone", "mixer", "head")
 
-# options that are not in the meaning of a model's weights: how it is computed, and what regularizes its training
+# options that do not change what a model's weights mean: how it is computed, and how training is regularized
 NOT_IN_WEIGHTS = {
     "backend",
     "checkpoint",
@@ -34,15 +34,15 @@ _AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0
 
 
 def check_spec(spec: Any) -> None:
-    """Raise ConfigError, naming the key, unless a description has the parts of one, each with a name, and no number in
-    it is infinite or NaN."""
+    """Raise ConfigError that names the key, unless a description has all parts, each with a name, and only finite
+    numbers."""
     if not isinstance(spec, dict):
-        raise ConfigError(f"A model's description (spec) is made of names and values, not {shown(spec)}.")
+        raise ConfigError(f"A model's description (spec) consists of names and values, not {shown(spec)}.")
     if unknown := spec.keys() - {"d_model", "tie_embeddings", "mixers", *PARTS}:
         raise ConfigError(f"A model's description has no {cut_list(sorted(map(str, unknown)))}.")
     for key in ("d_model", *PARTS):
         if key not in spec:
-            raise ConfigError(f"The model's description has no {key}; it is not whole.")
+            raise ConfigError(f"The model's description has no {key}; it is incomplete.")
     if not fits(spec["d_model"], int) or spec["d_model"] < 1:
         raise ConfigError(f"d_model must be a whole number of at least 1, not {shown(spec['d_model'])}.")
     if not fits(spec.get("tie_embeddings", False), bool):
@@ -67,10 +67,10 @@ def _check_finite(value: Any, key: str) -> None:
 
 
 def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], given: int) -> None:
-    """Raise ConfigError for options that a part does not take, does not get though it needs them, or that are of
-    another type than its signature says.
+    """Raise ConfigError for options that a part does not take, that it needs but does not get, or whose type differs
+    from its signature.
 
-    kind, name: of the part, for messages. given: how many of its first arguments it gets otherwise.
+    kind, name: of the part, for messages. given: how many of its first arguments it gets in another way.
     """
     parameters = inspect.signature(part).parameters
     takes = list(parameters)[given:]
@@ -99,12 +99,12 @@ def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], g
 def _hints(part: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(getattr(part, "__init__") if isinstance(part, type) else part)  # noqa: B009 - of a class
-    except Exception:  # names that only type checkers know: its own code will say what it cannot use
+    except Exception:  # names that exist only for type checkers: the part's own code will refuse what it cannot use
         return {}
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain value is of a type; types that plain values do not have are left to who uses them.
+    """Whether a plain value has a type. Types that plain values cannot have are left to whoever uses them.
 
     >>> fits(1, float), fits(True, int), fits([1, "a"], list[int])
     (True, False, False)
@@ -139,14 +139,14 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def check_layers(count: int) -> None:
-    """Raise UserError when a backbone makes more mixers than `limits.LAYERS`."""
+    """Raise UserError if a backbone has more mixers than `limits.LAYERS`."""
     LAYERS.check(count, "The model's backbone (n_layers, pattern)")
 
 
 def largest_setting(spec: Mapping[str, Any], part_of: Callable[[str, str], Any]) -> str:
     """The number in a description that is furthest above its default, for a message: "model.mixer.d_conv 4,000".
 
-    part_of: kind and name to the class, whose defaults these are; those that have none are held against 100.
+    part_of: kind and name to the class with the defaults; settings without one are compared with 100.
     """
     found = [("model.d_model", spec["d_model"], 1.0)]
     options = [(f"model.{part}", part, spec[part]["name"], spec[part]) for part in PARTS]
@@ -167,9 +167,9 @@ def _largest(value: Any) -> float:
 
 
 def check_size(parameters: int, needed: int, largest: str) -> None:
-    """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine has memory.
+    """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine's memory.
 
-    largest: the setting that asks for most of them, for the message.
+    largest: the setting that causes most of them, for the message.
     """
     PARAMETERS.check(parameters, f"The model ({largest}; d_model, and the options of its parts)")
     try:
@@ -178,6 +178,6 @@ def check_size(parameters: int, needed: int, largest: str) -> None:
         return
     if needed > there:
         raise ConfigError(
-            f"The model's weights need {needed / 2**30:,.0f} GiB and this machine has {there / 2**30:,.0f} GiB of "
+            f"The model's weights need {needed / 2**30:,.0f} GiB, but this machine has {there / 2**30:,.0f} GiB of "
             f"memory. Make {largest} smaller (or d_model, n_layers, the vocabulary), or use a larger machine."
         )

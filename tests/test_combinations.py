@@ -164,7 +164,7 @@ def test_a_mask_of_anything_but_right_padding_is_refused() -> None:
         for options in ({}, {"return_state": True}):
             with pytest.raises(ValueError, match="right padding"):
                 model(ids, mask=torch.tensor([[True] * 4, row]), **options)
-    with pytest.raises(ValueError, match="as the inputs are"):
+    with pytest.raises(ValueError, match="must have the inputs"):
         model(ids, mask=torch.ones(2, 3, dtype=torch.bool))
 
 

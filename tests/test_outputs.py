@@ -101,16 +101,16 @@ def refused(path: Any, message: str) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "is a folder, and a file is to be written")
+    refused(tmp_path, "is a folder, but the result is a file")
     (tmp_path / "linked").symlink_to(tmp_path)
-    refused(tmp_path / "linked", "is a folder, and a file is to be written")
+    refused(tmp_path / "linked", "is a folder, but the result is a file")
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     refused(tmp_path / "a", "leads back to itself")
-    refused("", "is no name of a file")
-    refused(".", "is no name of a file")
-    refused("x/..", "is no name of a file")
-    refused("a\0b", "is no name of a file")
+    refused("", "is not a file name")
+    refused(".", "is not a file name")
+    refused("x/..", "is not a file name")
+    refused("a\0b", "is not a file name")
     refused(tmp_path / ("n" * 300), "too long for a file's name")
     refused("/proc/nothing/x", "cannot be written")
     with socket.socket(socket.AF_UNIX) as place:

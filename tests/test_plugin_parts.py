@@ -136,8 +136,8 @@ def test_its_parts_are_listed_and_used(parts: None, capsys: pytest.CaptureFixtur
 def test_they_are_held_against_the_laws(parts: None) -> None:
     found = {str(finding) for finding in check("parts")}
     assert not [text for text in found if text.startswith("fails")]
-    resumed = "ok: config parts/run: 4 steps are the same when they are killed and gone on with"
-    assert {resumed, "ok: optimizer parts/sign: saved and gone on with, its steps are the same"} <= found
+    resumed = "ok: config parts/run: 4 steps are the same when killed and resumed"
+    assert {resumed, "ok: optimizer parts/sign: saved and resumed, its steps are the same"} <= found
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,16 @@ def test_import_paths_work_below_what_is_allowed_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "path", "message"),
     [
-        ("mixers", "tiny:TinyTokens", r"'tiny:TinyTokens' is no mambaseq\.mixers\.base\.Mixer"),
-        ("datasets", "tiny:read_digits", r"is no mambaseq\.data\.module\.SequenceData"),
+        ("mixers", "tiny:TinyTokens", r"'tiny:TinyTokens' is not a mambaseq\.mixers\.base\.Mixer"),
+        ("datasets", "tiny:read_digits", r"is not a mambaseq\.data\.module\.SequenceData"),
         ("readers", "tiny:TinyTokens", r"a function is needed"),
         ("datasets", "tiny:SequenceData", r"defined in 'mambaseq\.data\.module', which --allow-import does not allow"),
         ("readers", "tiny:np", r"defined in null, which --allow-import does not allow"),
         ("datasets", "tiny:Nothing", r"has no 'Nothing'"),
-        ("datasets", "tiny:TinyTokens.setup", r"no import path"),
-        ("datasets", ":TinyTokens", r"no import path"),
-        ("datasets", "tiny:", r"no import path"),
-        ("recipes", "tiny:TinyTokens", r"named as it is registered"),
+        ("datasets", "tiny:TinyTokens.setup", r"not an import path"),
+        ("datasets", ":TinyTokens", r"not an import path"),
+        ("datasets", "tiny:", r"not an import path"),
+        ("recipes", "tiny:TinyTokens", r"must be a registered name"),
     ],
 )
 def test_an_import_path_names_what_is_wanted_where_it_is_defined(kind: str, path: str, message: str) -> None:
@@ -78,7 +78,7 @@ def test_only_modules_can_be_allowed(prefix: str) -> None:
 def test_what_a_plugin_registers_is_of_its_kind() -> None:
     registry: Registry = Registry("mixer", wanted="mambaseq.mixers.base:Mixer")
     registry.add("theirs/wrong", "tiny:TinyTokens", "no mixer", "their-plugin 1.0")
-    with pytest.raises(ConfigError, match=r"theirs/wrong.*their-plugin 1\.0.*is no mambaseq\.mixers\.base\.Mixer"):
+    with pytest.raises(ConfigError, match=r"theirs/wrong.*their-plugin 1\.0.*is not a mambaseq\.mixers\.base\.Mixer"):
         registry.get("theirs/wrong")
 
 

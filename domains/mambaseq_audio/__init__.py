@@ -6,18 +6,18 @@ from mambaseq.domain import Domain
 
 domain = Domain(
     name="audio",
-    summary="waveforms sample by sample: spoken digits on condition, long recordings",
+    summary="waveforms sample by sample: spoken digits with a condition, long recordings",
     tokenizers={"mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale")},
     datasets={
         "clips": ("mambaseq_audio.clips:ClipData", "short clips, conditioned on what their file names say"),
         "waveform": ("mambaseq_audio.waveform:WaveformData", "windows of long recordings, split by time"),
     },
-    readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and what else libsndfile reads")},
-    writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file a sequence")},
+    readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and other formats of libsndfile")},
+    writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file for each sequence")},
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
-        "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same over three resolutions of time, on a GPU"),
-        "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits on condition, minutes on a CPU"),
+        "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),
+        "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
-    reports={"demo": ("mambaseq_audio.report:report", "bits a sample beside counts, and sounds")},
+    reports={"demo": ("mambaseq_audio.report:report", "bits a sample next to count models, and sounds")},
 )

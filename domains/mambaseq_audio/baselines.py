@@ -1,4 +1,4 @@
-"""What predicts a sample without a model: its frequency, or that of the pair with the sample before."""
+"""Count models: predict a sample by its frequency, or by that of the pair with the previous sample."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def unigram_bigram(
     first: int = MuLaw.start_id,
     smoothing: float = 1.0,
 ) -> dict[str, float]:
-    """Bits a sample on `test` of the two count models made from `train`.
+    """Bits a sample on `test` of the unigram and bigram models of `train`.
 
-    train, test: clips, `(length,)` integer levels. first: what stands before a clip's first sample, which is
-    predicted too. smoothing: added to the count of every level, above 0.
+    train, test: clips, `(length,)` integer levels. first: the level before a clip's first sample, which is predicted
+        too. smoothing: added to the count of every level, above 0.
     """
     counts = _pair_counts(train, first) + 0.0
     pairs = _pair_counts(test, first)

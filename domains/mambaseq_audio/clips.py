@@ -1,4 +1,4 @@
-"""Short clips, each one sequence, on condition of what its file name says."""
+"""Short clips, each one sequence, with a condition from its file name."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
 
 
 def composed(text: str) -> str:
-    """Accents and letters as one character each: macOS gives names of files in two."""
+    """Letters with accents as one character: macOS gives them as two in file names."""
     return unicodedata.normalize("NFC", text)
 
 
 def selection_parts(selection: str | Sequence[str]) -> list[str]:
-    """The values that a selection names: those of a list as they are, those of a string between its commas."""
+    """The values in a selection: the items of a list, or the parts of a string between commas."""
     parts = [part.strip() for part in selection.split(",")] if isinstance(selection, str) else selection
     return [composed(part) for part in parts if part]
 
 
 def selector(selection: str | Sequence[str]) -> Callable[[str], bool]:
-    """Which values `"theo,lucas"`, `"0-4,9"` or `["Smith, Ann", "0-4"]` take: names, numbers and ranges of numbers,
-    joined by commas or in a list; `""` none.
+    """A function that tells which values a selection takes: `"theo,lucas"`, `"0-4,9"` or `["Smith, Ann", "0-4"]`, with
+    names, numbers and ranges of numbers; `""` takes none.
 
     >>> [take for take in ("0", "03", "7", "9") if selector("0-4,9")(take)]
     ['0', '03', '9']
@@ -56,8 +56,8 @@ def selector(selection: str | Sequence[str]) -> Callable[[str], bool]:
 
 
 class RandomClips:
-    """Endless training set: index i is a function of (seed, i). Every clip comes once in `len(clips)`
-    indices, in an order drawn anew each time; a clip longer than `length` is cropped at a random place."""
+    """Endless training set: item i depends only on (seed, i). Each clip comes once in `len(clips)` items, in a new
+    random order each time; a clip longer than `length` is cropped at a random place."""
 
     endless = True
 
@@ -85,11 +85,11 @@ class RandomClips:
 class ClipData(SequenceData):
     """Short clips, each one sequence of 8-bit samples to be predicted one by one.
 
-    The first sample is predicted from silence, so a model can begin from nothing but a condition. Clips of a
+    The first sample is predicted from silence, so a model can start from a condition alone. Clips of a
     batch are padded on the right, masked and without targets there. Validation and test predict every sample
     of every clip once.
 
-    Names are compared with their accents composed (NFC), however a file system or an editor writes them.
+    Names are compared in Unicode's composed form (NFC), however a file system or an editor writes accents.
 
     Args:
         files: a folder of sound files, a pattern (`*`, `?`), or a resource; the default is the spoken digits that ship.
@@ -197,9 +197,7 @@ class ClipData(SequenceData):
             else:
                 chosen[split] = self._listed(paths, name)
         if both := chosen["validation"] & chosen["test"]:
-            raise ConfigError(
-                f"{paths[min(both)]} is chosen for validation and for test. Choose it for one of them only."
-            )
+            raise ConfigError(f"{paths[min(both)]} is chosen for both validation and test. Choose it for only one.")
         for i in range(len(paths)):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)
@@ -208,15 +206,15 @@ class ClipData(SequenceData):
         return splits
 
     def _check_selection(self, split: str, values: set[str]) -> None:
-        """Raise ConfigError for what is asked for and no clip has."""
+        """Raise ConfigError for selected values that no clip has."""
         for part in selection_parts(self.selections[split]):
             if not any(map(selector([part]), values)):
                 known = sorted(values)
                 raise ConfigError(
-                    f"data.{split} asks for {shown(part)}, which is no clip's {self.split}."
-                    f"{did_you_mean(part, known)} There are: {', '.join(known[:8])[:300]}"
-                    f"{', ...' if len(known) > 8 else ''}. Correct it; data.{split}: '' chooses none, and names with "
-                    f"commas go into a list."
+                    f"data.{split} asks for {shown(part)}, but no clip has this "
+                    f"{self.split}.{did_you_mean(part, known)} There are: "
+                    f"{', '.join(known[:8])[:300]}{', ...' if len(known) > 8 else ''}. Correct it; data.{split}: '' "
+                    "chooses none, and names with commas go into a list."
                 )
 
     def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
@@ -248,7 +246,7 @@ class ClipData(SequenceData):
         return members
 
     def _label(self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]) -> None:
-        """Number the conditions; a condition that training never sees means nothing to the model."""
+        """Number the conditions. Raises for one that training never sees, which would mean nothing to the model."""
         self._conditions: list[int] | None = None
         if not self.condition:
             return
@@ -270,12 +268,12 @@ class ClipData(SequenceData):
         for name, count in Counter(self.condition_names).items():
             if count > 1:
                 raise DataError(
-                    f"{count} conditions of {self.files} are called {shown(name)}, their values joined by blanks. "
-                    f"Change data.pattern so that values hold none, or the names of the files."
+                    f"{count} conditions of {self.files} are called {shown(name)}, since values are joined by blanks. "
+                    "Change data.pattern so that values have no blanks, or rename the files."
                 )
 
     def _refuse_copies(self, paths: Sequence[Path], store: TokenStore, splits: dict[str, list[int]]) -> None:
-        """By the samples, as they are stored: whatever the files are called and however they are packed."""
+        """Compares stored samples, whatever the files are called and however they are packed."""
         first: dict[tuple[int, int], tuple[str, Path]] = {}
         for split, members in splits.items():
             for i in members:

@@ -1,4 +1,4 @@
-"""Sound files in and out, through libsndfile."""
+"""Reads and writes sound files with libsndfile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Channels = Literal["mean", "refuse"]
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"))
 SLOWEST, FASTEST = 1_000, 768_000
-"""Samples a second that a recording may have."""
+"""The lowest and highest number of samples a second of a recording."""
 
 # A float file may peak a little above full scale; one that holds integers as floats peaks thousands of times
 # above.
@@ -48,7 +48,7 @@ def audio_files(name: str | Path) -> list[Path]:
     try:
         folder = Path(name).expanduser()
         is_folder = bool(str(name)) and folder.is_dir()
-    except (OSError, RuntimeError):  # too long; the home of a user that there is not
+    except (OSError, RuntimeError):  # too long; the home of a user that does not exist
         is_folder = False
     if not is_folder:
         return locate(name)
@@ -62,7 +62,7 @@ def audio_files(name: str | Path) -> list[Path]:
 
 
 def check_rate(sample_rate: int, key: str = "sample_rate") -> None:
-    """Raise ConfigError for a rate that nothing is recorded at. key: what the setting is called."""
+    """Raise ConfigError for a rate that no recording has. key: the name of the setting."""
     if not isinstance(sample_rate, int) or not SLOWEST <= sample_rate <= FASTEST:
         raise ConfigError(
             f"{key} must be a whole number of {SLOWEST:,} to {FASTEST:,} samples a second; it is {shown(sample_rate)}."
@@ -87,13 +87,13 @@ def signal_blocks(
     """The waveform of a sound file piece by piece, `(length,)` float32 each, full scale being [-1, 1]. Memory does not
     grow with the file.
 
-    sample_rate: samples a second that are wanted. resample: bring another rate to it (band-limited, by soxr at high
-        quality), else refuse it; n samples become n * sample_rate / rate, rounded up, the first of both at the same
-        time. channels: what is done with more than one: "mean" averages them, "refuse" raises.
-    clipped: is told of samples of float files beyond full scale; when None, a warning is logged.
-    Integer formats (8, 16, 24, 32 bits) are divided by their full scale; float ones are taken as they are.
-    Raises DataError when the file is missing, is not audio, is cut short, is empty, holds values that are not
-    finite or far beyond full scale, or has a rate or channels that were not allowed; UserError when it holds more than
+    sample_rate: wanted samples a second. resample: convert another rate (band-limited, by soxr at high quality),
+        otherwise refuse it; n samples become n * sample_rate / rate, rounded up, and both first samples are at the same
+        time. channels: several channels are averaged ("mean") or refused ("refuse").
+    clipped: counts samples of float files beyond full scale; if None, a warning is logged. Integer formats (8, 16, 24,
+        32 bits) are divided by their full scale; float ones are taken as they are.
+    Raises DataError when the file is missing, is not audio, is cut short, is empty, holds values that are not finite or
+    far beyond full scale, or has a rate or channels that were not allowed; UserError if it holds more than
     `limits.SAMPLES`, or is small and unpacks to very much.
     """
     path = Path(path)
@@ -118,30 +118,30 @@ def signal_blocks(
 
 
 def _check_header(path: Path, file: soundfile.SoundFile, sample_rate: int, resample: bool, channels: str) -> None:
-    """Refuse by what the header says, before anything is decoded."""
+    """Refuse files by their header, before anything is decoded."""
     _refuse_cut(path, file.extra_info)
     rate, frames = file.samplerate, file.frames
     if not frames:
         raise DataError(f"{path} is a sound file of zero length. Record or copy it again, or leave it out.")
     if file.channels > 1 and channels == "refuse":
         raise DataError(
-            f"{path} has {file.channels} channels and one is wanted. Convert it to mono, or set channels: "
-            f"mean to average them."
+            f"{path} has {file.channels} channels, but one is wanted. Convert it to mono, or set channels: mean to "
+            "average them."
         )
     if rate != sample_rate and not resample:
         raise DataError(
-            f"{path} has {rate:,} samples a second and {sample_rate:,} are wanted. Set resample: true, set "
+            f"{path} has {rate:,} samples a second, but {sample_rate:,} are wanted. Set resample: true, set "
             f"sample_rate: {rate}, or convert the file."
         )
     if not SLOWEST <= rate <= FASTEST:
         raise DataError(
-            f"{path} says that it has {rate:,} samples a second, which no recording has ({SLOWEST:,} to {FASTEST:,}). "
-            f"Its header may be damaged: copy or convert it again, or leave it out."
+            f"{path} claims {rate:,} samples a second, which no recording has ({SLOWEST:,} to {FASTEST:,}). Its header "
+            "may be damaged: copy or convert it again, or leave it out."
         )
     if frames >= _UNKNOWN:
         raise DataError(
-            f"{path} does not say how many samples it has, as files that were streamed. Convert it (16-bit wav or "
-            f"flac), or leave it out."
+            f"{path} does not say how many samples it has, like files that were streamed. Convert it (16-bit wav or "
+            "flac), or leave it out."
         )
     _check_size(path, frames, file.channels, rate, sample_rate)
 
@@ -153,7 +153,7 @@ def _check_size(path: Path, frames: int, channels: int, rate: int, sample_rate: 
 
 
 def _mono_blocks(path: Path, file: soundfile.SoundFile, clipped: Clipped) -> Iterator[np.ndarray]:
-    """The mean of the channels, `(length,)` float32 each."""
+    """The mean of the channels in blocks, `(length,)` float32 each."""
     size = max(_BLOCK // file.channels, 1)
     floats = file.subtype in ("FLOAT", "DOUBLE")
     length = 0
@@ -162,9 +162,9 @@ def _mono_blocks(path: Path, file: soundfile.SoundFile, clipped: Clipped) -> Ite
         if floats:
             clipped.add(path, samples)
         length += len(samples)
-        _check_size(path, length, file.channels, 1, 1)  # the header may have said less
+        _check_size(path, length, file.channels, 1, 1)  # the header may have claimed less
         yield np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
-    if length < file.frames and file.format != "MP3":  # whose frames are guessed from the bit rate
+    if length < file.frames and file.format != "MP3":  # for these, frames are guessed from the bit rate
         raise _cut(path, f"it has {length:,} of {file.frames:,} samples")
     if not length:
         raise DataError(f"{path} is a sound file of zero length. Record or copy it again, or leave it out.")
@@ -179,14 +179,14 @@ def _resampled(blocks: Iterator[np.ndarray], rate: int, wanted: int) -> Iterator
         taken += len(out)
         if len(out):
             yield out
-    # what follows the end is silence; so much of it that the last sample, rounded up, is among what comes out
+    # silence after the end, enough for the output to contain the last, rounded-up sample
     left = -(-given * wanted // rate) - taken
     silence = np.zeros(2 * -(-rate // wanted) + 16, dtype=np.float32)
     yield stream.resample_chunk(silence, last=True)[:left]
 
 
 class Clipped:
-    """Which float files have samples beyond full scale, where mu-law and 16 bits end."""
+    """Counts samples of float files beyond full scale, which mu-law and 16 bits cannot represent."""
 
     def __init__(self) -> None:
         self.samples: Counter[str] = Counter()
@@ -200,12 +200,12 @@ class Clipped:
             self.peak = max(self.peak, float(beyond.max()))
 
     def tell(self) -> None:
-        """Say it in one line, if there is anything to say."""
+        """Log one line, if there are any."""
         if self.samples:
             path, count = self.samples.most_common(1)[0]
             logger.warning(
-                "Float files with samples beyond full scale, which mu-law clips: %s (%s samples of %s; the peak "
-                "is %.3g). Lower their volume if that is not meant.",
+                "Float files with samples beyond full scale, which mu-law clips: %s (%s samples of %s; the peak is "
+                "%.3g). Lower their volume if this is not intended.",
                 f"{len(self.samples):,}",
                 f"{count:,}",
                 path,
@@ -218,16 +218,16 @@ def _cut(path: Path, how: str) -> DataError:
 
 
 def _refuse_cut(path: Path, log: str) -> None:
-    """libsndfile reads what is left of a truncated wav or ogg file without an error; its log tells."""
+    """libsndfile reads a truncated wav or ogg file without an error; only its log shows it."""
     for declared, present in ((int(a), int(b)) for a, b in _DECLARED.findall(log)):
         if present < declared < _STREAMED:
-            raise _cut(path, f"its header announces {declared:,} bytes and {present:,} are there")
+            raise _cut(path, f"its header announces {declared:,} bytes, but {present:,} are there")
     if _OGG_CUT.search(log):
         raise _cut(path, "its stream has no proper end")
 
 
 def _check_values(path: Path, samples: np.ndarray, start: int) -> None:
-    peak = float(np.abs(samples).max())  # NaN and infinity go through max
+    peak = float(np.abs(samples).max())  # NaN and infinity propagate through max
     if not np.isfinite(peak):
         position = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
         raise DataError(
@@ -249,11 +249,11 @@ def read_audio(
     resample: bool = True,
     channels: Channels = "mean",
 ) -> Iterator[Record]:
-    """Records of a sound file, a folder of them or a pattern. Each is named as its file, without the suffix and with
-    the folders that are not the same for all (see `mambaseq.data.files.relative_names`).
+    """Records of a sound file, a folder of them or a pattern. Each has the name of its file, without the suffix and
+    with the folders that differ (see `mambaseq.data.files.relative_names`).
 
-    tokenizer: makes ids of the waveform; None gives it as a signal, `(length, 1)` float32. For the rest and
-    the errors see `signal_blocks`.
+    tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. See `signal_blocks` for the rest
+        and the errors.
     """
     files = audio_files(path)
     clipped = Clipped()
@@ -261,7 +261,7 @@ def read_audio(
         blocks = signal_blocks(file, sample_rate, resample=resample, channels=channels, clipped=clipped)
         if tokenizer is None:
             yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=str(file))
-        elif isinstance(tokenizer, MuLaw):  # a level is a function of its sample alone
+        elif isinstance(tokenizer, MuLaw):  # a level depends only on its sample
             yield Record(name=name, ids=np.concatenate([tokenizer.encode(block) for block in blocks]), source=str(file))
         else:
             yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=str(file))
@@ -271,11 +271,11 @@ def read_audio(
 def write_wav(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer, *, sample_rate: int
 ) -> list[Path]:
-    """Write sequences of ids as 16-bit mono wav (or flac, by the suffix), each file whole or not at all.
+    """Write sequences of ids as 16-bit mono wav (or flac, by the suffix), each file completely or not at all.
 
-    One sequence goes to `path` itself; several to `NAME-000.wav`, `NAME-001.wav`, ... beside it. A path
+    One sequence goes to `path` itself; several to `NAME-000.wav`, `NAME-001.wav`, ... next to it. A path
     without a suffix is a folder that gets `000.wav`, `001.wav`, ... Returns the files written.
-    Raises ConfigError for another suffix; UserError when the disk is full or the place is not writable.
+    Raises ConfigError for another suffix; UserError if the disk is full or the place is not writable.
     """
     path = Path(path)
     check_rate(sample_rate)

@@ -16,12 +16,11 @@ LEVELS = 256
 class MuLaw(Tokenizer):
     """A waveform to 256 levels and back: round((sign(x) · ln(1 + 255·|x|) / ln 256 + 1) / 2 · 255).
 
-    The scale is fixed: full scale is [-1, 1], as the file's samples say, and what lies outside is clipped.
-    Nothing is scaled by what a clip happens to contain, so bits a sample do not depend on where a recording
-    is cut.
+    The scale is fixed: full scale is [-1, 1], as in the file's samples, and values outside are clipped. A clip's
+    contents do not change the scale, so bits a sample do not depend on where a recording is cut.
 
-    start_id: the level of silence (amplitude 0), from which generation begins and which stands before the
-        first sample of a clip in training.
+    start_id: the level of silence (amplitude 0), from which generation starts, and which precedes the first sample of a
+        clip in training.
     """
 
     vocab_size = LEVELS

@@ -1,4 +1,4 @@
-"""The demo's section on sound: bits a sample beside counts, and what the model says beside what was said."""
+"""The demo's section on sound: bits a sample next to count models, and generated digits next to real ones."""
 
 from __future__ import annotations
 

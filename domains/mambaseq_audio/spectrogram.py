@@ -25,12 +25,12 @@ FLOOR_DB = 80.0
 def log_spectrogram(signal: np.ndarray, sample_rate: int) -> np.ndarray:
     """Power in dB, `(frequencies, frames)` float32, at most 80 dB below its peak.
 
-    Hann windows of about 32 ms (a power of two), a quarter of that apart; row k is the frequency
+    Hann windows of about 32 ms (a power of two samples), a quarter of that apart; row k is the frequency
     `k * sample_rate / 2 / (frequencies - 1)`.
     """
     n_fft = 2 ** max(4, round(np.log2(WINDOW_SECONDS * sample_rate)))
     wave = torch.from_numpy(np.ascontiguousarray(signal, dtype=np.float32))
-    if len(wave) < n_fft:  # the transform reflects at the ends, which needs half a window
+    if len(wave) < n_fft:  # the transform reflects at the ends and needs half a window
         wave = torch.nn.functional.pad(wave, (0, n_fft - len(wave)))
     power = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4)(wave)
     decibel: np.ndarray = torchaudio.transforms.AmplitudeToDB("power", top_db=FLOOR_DB)(power).numpy()
@@ -38,7 +38,7 @@ def log_spectrogram(signal: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def draw(signals: Mapping[str, np.ndarray], sample_rate: int) -> bytes:
-    """A PNG of waveforms above their spectrograms, a column for each title; signals are `(length,)` float.
+    """A PNG of waveforms above their spectrograms, one column for each title; signals are `(length,)` float.
 
     All share one scale of amplitude and one of time, so that they can be compared.
     """
@@ -69,8 +69,8 @@ def draw(signals: Mapping[str, np.ndarray], sample_rate: int) -> bytes:
 def sketch(signal: np.ndarray, sample_rate: int, seconds: float, peak: float, told: str) -> str:
     """The waveform above its spectrogram as an SVG text in the page's colours, of a signal `(length,)` float.
 
-    seconds, peak: what the width and the waveform's height stand for, equal in pictures that are to be compared. told:
-    what is seen, in words.
+    seconds, peak: the width and the waveform's height in units; equal in pictures to compare. told: a description in
+        words.
     """
     wide, tall, left, wave = 320.0, 200.0, 30.0, 44.0
     width = wide - left - 4

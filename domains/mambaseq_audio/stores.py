@@ -13,7 +13,7 @@ from mambaseq_audio.io import Channels, Clipped, signal_blocks
 from mambaseq_audio.mulaw import MuLaw
 
 RESAMPLER = "soxr HQ"
-"""Levels depend on it: another one makes another store."""
+"""Levels depend on this version: another one makes another store."""
 
 
 def sound_store(
@@ -21,7 +21,7 @@ def sound_store(
 ) -> TokenStore:
     """The store whose record i holds the levels of `paths[i]`, `(length,)` uint8, built at first use.
 
-    For the settings and errors see `mambaseq_audio.io.signal_blocks`.
+    See `mambaseq_audio.io.signal_blocks` for the settings and errors.
     """
     codec = MuLaw()
     meta = {
@@ -43,5 +43,5 @@ def sound_store(
 
 
 def checksums(paths: Sequence[Path], store: TokenStore) -> dict[str, str]:
-    """The sha256 of each of the files that a store of `sound_store` was made of."""
+    """The sha256 of each file behind a store of `sound_store`."""
     return {str(path): str(source["sha256"]) for path, source in zip(paths, store.meta["sources"], strict=True)}

@@ -1,4 +1,4 @@
-"""Every sample of a set as a target exactly once, and next-sample batches."""
+"""Sets in which every sample is a target exactly once, and next-sample batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mambaseq.data.windows import Interval
 
 
 def next_sample(previous: int, levels: np.ndarray, condition: int | None = None) -> Batch:
-    """Targets are `levels`, `(length,)`; inputs are the same one step later, `previous` standing first."""
+    """A batch whose targets are `levels`, `(length,)`; inputs are the same shifted by one, starting with `previous`."""
     targets = torch.from_numpy(levels.astype(np.int64))
     inputs = torch.cat([torch.tensor([previous]), targets[:-1]])
     return Batch(
@@ -23,12 +23,11 @@ def next_sample(previous: int, levels: np.ndarray, condition: int | None = None)
 
 
 class Tiles:
-    """Intervals cut into pieces of at most `length` targets; what is left at an interval's end is a shorter
-    piece.
+    """Intervals cut into pieces of at most `length` targets; the last piece of an interval may be shorter.
 
-    first: the input before an interval's first sample, which is then predicted too; None leaves that sample
-        as an input only, for intervals that begin in the middle of a recording.
-    conditions: one of each interval.
+    first: the input before an interval's first sample, which is then predicted too; None makes that sample an input
+        only, for intervals that begin within a recording.
+    conditions: one for each interval.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ from mambaseq_audio.tiles import Tiles
 
 
 class WaveformData(SequenceData):
-    """Long recordings as 8-bit samples to be predicted one by one: random windows to train on; validation and
-    test cut up their part of every recording, so that each of its samples but the first is predicted once.
+    """Long recordings as 8-bit samples to be predicted one by one: random windows in training; validation and test cut
+    their part of every recording into pieces, so that each of its samples but the first is predicted once.
 
     Every recording is split by time: training first, then validation, then test.
 
@@ -95,7 +95,8 @@ class WaveformData(SequenceData):
         self._splits = splits
 
     def _refuse_copies(self, store: TokenStore) -> None:
-        """A recording that is there twice counts twice in every result, whatever the files are called."""
+        """Refuse copies: a recording that is there twice would count twice in every result, whatever the files are
+        called."""
         first: dict[tuple[int, int], Path] = {}
         for path, length, content in zip(
             self._paths, store.lengths.tolist(), store.checksums[:, 0].tolist(), strict=True
@@ -109,7 +110,7 @@ class WaveformData(SequenceData):
         return checksums(self._paths, self._store)
 
     def intervals(self, split: str) -> list[Interval]:
-        """What of the recordings is in `"train"`, `"validation"` or `"test"`."""
+        """The parts of recordings in `"train"`, `"validation"` or `"test"`."""
         self.setup()
         assert self._splits is not None
         return self._splits[split]

@@ -28,5 +28,5 @@ domain = Domain(
         "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
-    reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy beside k-mer logistic regression")},
+    reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy next to k-mer logistic regression")},
 )

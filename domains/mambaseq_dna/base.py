@@ -1,4 +1,4 @@
-"""What the data sets of windows over FASTA files have in common."""
+"""The base of datasets of windows over FASTA files."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from mambaseq_dna.splits import Duplicates, SplitRules, Splits
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 Names = list[str | int | float | bool] | str | int | float | bool | None
-"""Names of records as YAML may read them: `8` is a number there, and `NO` is false."""
+"""Names of records as YAML may read them: `8` becomes a number, and `NO` false."""
 
 
 def names_of(key: str, names: Names) -> list[str]:
-    """Names and patterns as text; a whole number is the name that it is written as.
+    """Names and patterns as text; a whole number becomes the name with its digits.
 
-    Raises ConfigError for other numbers and for true and false, of which YAML has not kept how they were written.
+    Raises ConfigError for other numbers and for true and false: YAML does not keep how they were written.
     """
     if names is None:
         return []
     found = names if isinstance(names, list) else [names]
     for name in found:
         if isinstance(name, bool | float) or not isinstance(name, str | int):
-            raise ConfigError(f"data.{key} holds {shown(name)}, which is no name. Write names like this in quotes.")
+            raise ConfigError(f"data.{key} holds {shown(name)}, which is not a name. Write names like this in quotes.")
     return [str(name) for name in found]
 
 
 class FastaData(SequenceData):
-    """Windows over groups of FASTA files: random ones to train on, tiles to validate and test on.
+    """Windows over groups of FASTA files: random ones in training, tiles in validation and test.
 
     Args:
         files: name of each group to its FASTA files.
         length: bases a window.
-        test_records: patterns (`*`, `?`) for the names of the records or files that are test data, for
-            instance `chr8`. The default for the data that ship with the project is their region ENm002.
+        test_records: patterns (`*`, `?`) for the names of the records or files that are test data, for instance `chr8`.
+            The default for the data that ship with the project is their region ENm002.
         validation_records: the same for validation data.
-        validation_fraction: without `validation_records`, the share of each training record held out at its
-            end.
+        validation_fraction: share of each training record, at its end, for validation. Not used with
+            `validation_records`.
         drop_n: leave out windows with N in them.
         reverse_complement: turn a training window into the other strand's with probability 1/2.
         samples_per_epoch: training windows that make an epoch.
-        n_validation: at most this many validation windows a group; all that there are if not given.
-        n_test: at most this many test windows a group; all that there are if not given.
-        duplicates: whether copies of a record, on either strand, in two splits or groups are refused (`refuse`), or
-            left out of training before validation, and of validation before test data (`drop`).
-        seed: of the draws of windows; the seed of weights is the run's.
+        n_validation: the most validation windows of a group; all if not given.
+        n_test: the most test windows of a group; all if not given.
+        duplicates: copies of a record, on either strand, in two splits or groups are refused (`refuse`), or kept only
+            in test before validation before training data (`drop`).
+        seed: of the random windows; the run's seed is for weights.
         cache: where token stores are kept; MAMBASEQ_CACHE or the platform's cache folder if not given.
     """
 

@@ -31,11 +31,11 @@ class Baseline:
 
 
 def kmer_frequencies(ids: np.ndarray, k: int, both_strands: bool = True) -> np.ndarray:
-    """How often each word of k bases is among the words of a sequence.
+    """The frequency of each word of k bases in a sequence.
 
     ids: `(length,)` or `(sequences, length)`, A C G T N = 0..4; words with N are left out.
-    both_strands: a word and its reverse complement count as one, as they do in double-stranded DNA.
-    Returns `(sequences, words)` float32, rows of sum 1; words is 4^k, or about half of it for both strands.
+    both_strands: a word and its reverse complement count as one, as in double-stranded DNA. Returns `(sequences,
+        words)` float32, rows of sum 1; words is 4^k, or about half of it for both strands.
     """
     ids = np.atleast_2d(ids)
     n_sequences, length = ids.shape
@@ -68,11 +68,11 @@ def _features(windows: GridWindows, k: int, both_strands: bool) -> tuple[np.ndar
 def kmer_baseline(
     data: SpeciesData, k: int = 6, *, both_strands: bool = True, regularisation: float = 1e-3
 ) -> Baseline:
-    """Logistic regression on k-mer frequencies: trained on the tiles of the training regions, tested on the
-    very windows that a model of `data` is tested on.
+    """Logistic regression on k-mer frequencies, trained on the tiles of the training regions and tested on the same
+    windows as a model of `data`.
 
-    regularisation: C of scikit-learn's LogisticRegression on standardised frequencies; the default is the
-        best on the validation windows of the shipped species, of 1e-5 ... 1e-2, at 1 kb and at 4 kb.
+    regularisation: C of scikit-learn's LogisticRegression on standardised frequencies; the default is the best on the
+        validation windows of the shipped species, of 1e-5 ... 1e-2, at 1 kb and at 4 kb.
     """
     from scipy.stats import binomtest
     from sklearn.linear_model import LogisticRegression

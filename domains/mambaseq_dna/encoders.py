@@ -19,9 +19,9 @@ N = 4  # its id in mambaseq_dna.tokenizer
 class KmerEncoder(Encoder):
     """Bases `(batch, length)` to embeddings of the k-mers that begin at every `stride`-th base.
 
-    The k-mer is read off the base tokens here, so data, windows and predictions stay in bases while the backbone sees
-    `ceil(length / stride)` positions. Positions look ahead by k - 1 bases: for classifiers, not for next-base models.
-    A word with an N, or that reaches over its sequence's end, has an embedding of its own.
+    K-mers are computed here from base tokens, so data, windows and predictions stay in bases, while the backbone sees
+    `ceil(length / stride)` positions. A position looks ahead by k - 1 bases, so the encoder is for classifiers, not for
+    next-base models. Words with an N, or that extend past their sequence's end, share one embedding.
 
     Args:
         d_model: width.
@@ -42,8 +42,8 @@ class KmerEncoder(Encoder):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def words(self, inputs: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`(batch, length)` base ids to `(batch, ceil(length / stride))` word ids; 4^k for words that are none. Packed,
-        the words of each sequence end to end; where the stride is not 1 the host reads how many there are."""
+        """`(batch, length)` base ids to `(batch, ceil(length / stride))` word ids; 4^k for words with an N or past the
+        end. For packed sequences the words follow each other; if the stride is not 1, the host reads their number."""
         bases = inputs if mask is None else inputs.masked_fill(~mask, N)
         step = self.stride if cu_seqlens is None else 1
         windows = F.pad(bases, (0, self.k - 1), value=N).unfold(1, self.k, step)
@@ -73,6 +73,6 @@ class KmerEncoder(Encoder):
     ) -> Tensor:
         if condition is not None:
             raise ConfigError(
-                "The encoder dna/kmer takes no condition, and the data have some. Use the encoder tokens."
+                "The encoder dna/kmer takes no condition, but the data have some. Use the encoder tokens."
             )
         return self.embedding(self.words(inputs, cu_seqlens, mask))

@@ -1,4 +1,4 @@
-"""FASTA in and out: plain, gzip and bgzip; one record in memory at a time."""
+"""Reads and writes FASTA: plain, gzip and bgzip, with one record in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
     """The records of a FASTA file as ids, in file order: name (the header's first word), description (the
     rest), and which bases count in a likelihood: N never does.
 
-    lowercase: as in the data that a model was trained on; `"unscored"`: lower case does not count either.
+    lowercase: as in the model's training data; with `"unscored"` lower case does not count either.
     Raises DataError as `fasta_pieces` does, ConfigError for another value of lowercase.
     """
     if lowercase not in get_args(Lowercase):
@@ -64,10 +64,10 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
 
 
 def strand_checksums(ids: np.ndarray) -> tuple[int, int]:
-    """Checksums of a record of a store: of its bases in upper case, and of those of its other strand.
+    """Checksums of a record in a store: of its bases in upper case, and of its other strand's.
 
-    ids: `(length,)` uint8 of `BaseTokenizer("keep")`. A record and its reverse complement have the same two numbers,
-    the other way round.
+    ids: `(length,)` uint8 of `BaseTokenizer("keep")`. A record and its reverse complement have the same two numbers in
+        the other order.
     """
     if len(ids) <= _SHORT:
         forward = ids.tobytes().translate(_FOLD)
@@ -84,8 +84,7 @@ def strand_checksums(ids: np.ndarray) -> tuple[int, int]:
 def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
     """The token store of a FASTA file, built at first use: ids of `BaseTokenizer("keep")`, uint8.
 
-    Lower case is kept in the store, so that folding it or using it as a mask is decided where windows are
-    read.
+    The store keeps lower case; whether it is folded or used as a mask is decided when windows are read.
     """
     tokenizer = BaseTokenizer("keep")
     meta = {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}

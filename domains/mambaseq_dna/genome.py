@@ -1,4 +1,4 @@
-"""Which base comes next, or is masked? Pretraining on genomes."""
+"""Pretraining on genomes: predicting the next base, or masked bases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
 
 @dataclasses.dataclass(frozen=True)
 class _NextBase:
-    """Tokens of a window → inputs and next bases; -100 where that is N, or lower case and not scored."""
+    """Tokens of a window → inputs and next bases; -100 for N, and for lower case that is not scored."""
 
     lowercase: Lowercase
     augment: bool
@@ -35,7 +35,7 @@ class _NextBase:
 
 @dataclasses.dataclass(frozen=True)
 class _Bases:
-    """Tokens of a window → the same as inputs and targets; -100 where that is N, or lower case and not scored."""
+    """Tokens of a window → equal inputs and targets; -100 for N, and for lower case that is not scored."""
 
     lowercase: Lowercase
     augment: bool
@@ -50,30 +50,29 @@ class _Bases:
 
 
 def _unscored(tokens: np.ndarray, lowercase: Lowercase) -> np.ndarray:
-    """Which tokens, as the store keeps them, are never a target; bool."""
+    """Tokens of a store that are never a target; bool."""
     unscored = fold_case(tokens) == N
     return unscored | is_lowercase(tokens) if lowercase == "unscored" else unscored
 
 
 class GenomeData(FastaData):
-    """Next-base modelling of FASTA files, or the modelling of masked bases. Bits per base is the metric
-    `bits_per_token`.
+    """Next-base or masked-base modelling of FASTA files. The metric `bits_per_token` is bits per base.
 
-    Training windows are drawn uniformly over positions, so that a record counts by its length. Validation and
-    test windows are tiles: every base of the region but the first of a stretch is predicted at most once.
+    Training windows are uniform over positions, so a record counts by its length. Validation and test windows are
+    tiles: every base of the region except the first of a stretch is predicted at most once.
 
     Args:
-        fasta: FASTA files (paths, patterns, `fetched:` or `mambaseq:` names). The default is the human ENCODE
-            regions that ship with the project.
+        fasta: FASTA files (paths, patterns, `fetched:` or `mambaseq:` names). The default is the human ENCODE regions
+            that ship with the project.
         test_records: patterns for the names of the records or files that are test data.
-        lowercase: soft-masked bases are read as upper case (`fold`), have ids of their own (`keep`), or are
-            read as upper case and never a target (`unscored`). N is never a target.
-        objective: `next_token`, or `masked`: bases are hidden and told from both sides, by a backbone that reads both
-            ways. The vocabulary then has one more id, the last: the mask token.
-        mask_share: share of the bases of a window that are asked for.
+        lowercase: soft-masked bases are read as upper case (`fold`), have ids of their own (`keep`), or are read as
+            upper case and never a target (`unscored`). N is never a target.
+        objective: `next_token`, or `masked`: bases are hidden and predicted from both sides, by a backbone that reads
+            both ways. The vocabulary then has one more id, the last: the mask token.
+        mask_share: share of the bases of a window that are hidden and predicted.
         mask_span: bases that are hidden together.
-        mask_replaced: share of those that are replaced by the mask token.
-        mask_random: share of those that are replaced by a random base; the others stay as they are.
+        mask_replaced: share of those spans that become the mask token.
+        mask_random: share of those spans that become random bases; the rest stays as it is.
         options: see `FastaData`.
     """
 

@@ -1,4 +1,4 @@
-"""FASTA, piece by piece: what is in a file becomes ids while it is read, however long its records are or how many."""
+"""Parses FASTA in pieces: bases become ids while the file is read, for any length and number of records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOOKS_LIKE = {
     b"\x43\x27\x41\x1a": "it is 2bit; convert it (twoBitToFa)",
     b"LOCUS": "it looks like GenBank; convert it to FASTA",
     b"ID ": "it looks like EMBL; convert it to FASTA",
-    b"##gff": "it looks like GFF, which holds places, not bases",
+    b"##gff": "it looks like GFF, which holds positions, not bases",
     b"\xff\xfe": "it looks like UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "it looks like UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
 }
@@ -32,16 +32,17 @@ Piece = tuple[str | None, str, bytes]
 
 
 def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
-    """(name, description, ids) in file order; where a record is long, (None, "", more ids of it) follow.
+    """(name, description, ids) in file order; for a long record, (None, "", more of its ids) follow.
 
-    table: the id of each of the 256 bytes, 255 for what is no base.
-    Lines may end in any way; blank lines, spaces and tabs between bases, lines that begin with `;` (comments) and a
-    UTF-8 byte order mark are passed over. Names and descriptions are UTF-8.
-    Raises DataError naming file and record: no such file, an empty one, a cut or damaged gzip, no header, a header
-    without a name or that is not UTF-8, a name that occurs twice, a record without sequence, a letter that is no base.
+    table: the id of each of the 256 bytes; 255 for those that are not a base. Lines may end in any way; blank lines,
+        spaces and tabs between bases, lines that begin with `;` (comments) and a UTF-8 byte order mark are passed over.
+        Names and descriptions are UTF-8.
+    Raises DataError that names file and record: for a missing or empty file, a cut or damaged gzip, no header, a header
+    without a name or in another encoding than UTF-8, a name that occurs twice, a record without sequence, a letter that
+    is not a base.
     """
     parser = _Parser(path, table)
-    tail, mid = b"", False  # the begin of a line; whether it is one of bases that was handed out up to here
+    tail, mid = b"", False  # the beginning of a line, and whether it is a line of bases returned so far
     try:
         for piece in read_pieces(path):
             if parser.untouched:
@@ -65,7 +66,7 @@ def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
 
 
 class _Parser:
-    """What was read up to here. place: where that is, for messages."""
+    """The parser's state. place: the current place, for messages."""
 
     def __init__(self, path: Path, table: bytes) -> None:
         self.path, self.table = path, table
@@ -83,8 +84,8 @@ class _Parser:
         return shown(self.name)
 
     def lines(self, data: bytes, mid: bool) -> Iterator[Piece]:
-        """What is in whole lines; with `mid`, the first is the rest of one of bases."""
-        if b";" in data and (b"\n;" in data or data.startswith(b";")):  # one byte is looked for ten times faster
+        """The contents of complete lines; with `mid`, the first is the rest of a line of bases."""
+        if b";" in data and (b"\n;" in data or data.startswith(b";")):  # searching for one byte is ten times faster
             first = (data.find(b"\n") + 1 or len(data)) if mid else 0
             left = _COMMENT.sub(b"", data[first:])
             self.comments |= len(left) < len(data) - first
@@ -129,7 +130,7 @@ class _Parser:
             raise DataError(
                 f"{self.path}: the header of record {self.number:,} is not UTF-8: byte 0x{raw[error.start]:02x} in "
                 f"{shown(raw.decode(errors='replace'))}. Convert the file (iconv -f ISO-8859-1 -t UTF-8, if that is "
-                "what it is)."
+                "its encoding)."
             ) from error
         if self.name in self.seen:
             raise DataError(
@@ -156,7 +157,7 @@ class _Parser:
 
     def _no_header(self, data: bytes) -> DataError:
         if self.comments:
-            kind = "lines that begin with ';' are comments; write '>' for those that are headers"
+            kind = "lines that begin with ';' are comments; write '>' for headers"
         else:
             kind = next((told for begin, told in _LOOKS_LIKE.items() if data.startswith(begin)), "is it FASTA?")
         begin = data[:200].partition(b"\n")[0].decode(errors="replace").strip()[:30]
@@ -169,14 +170,14 @@ class _Parser:
         return DataError(f"{self.path}: record {self.named} has a header and no sequence. Remove it, or complete it.")
 
     def check_line(self, line: bytes) -> None:
-        """Refuse a line before the first header, a header or a comment that does not end."""
+        """Refuse an overlong line before the first header, header or comment."""
         if len(line) <= _LONGEST_HEADER:
             return
         if not self.number and not line.startswith((b">", b";")) and line.strip():
             raise self._no_header(line.lstrip())
         raise DataError(
-            f"{self.path} has a line of more than {_LONGEST_HEADER:,} bytes where a header is expected "
-            f"({self.place}). Is it FASTA, with lines that end?"
+            f"{self.path} has a line of more than {_LONGEST_HEADER:,} bytes where a header is expected ({self.place}). "
+            "Is it FASTA, with line ends?"
         )
 
     def finish(self) -> None:
@@ -188,6 +189,6 @@ class _Parser:
             )
         if not self.number:
             only = "blank lines and comments" if self.comments else "blank lines"
-            raise DataError(f"{self.path} has no sequence: only {only}. Check that it is the file you mean.")
+            raise DataError(f"{self.path} has no sequence: only {only}. Check that it is the right file.")
         if not self.length:
             raise self._without_sequence()

@@ -1,4 +1,4 @@
-"""Which species does a window of DNA come from?"""
+"""Classification of DNA windows by species."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHIPPED_TEST: Names = ["*.ENm002.fa.gz"]
 
 @dataclasses.dataclass(frozen=True)
 class _LabelledWindow:
-    """Tokens of a window → ids in upper case, maybe of the other strand, and the species as the label."""
+    """Tokens of a window → ids in upper case, possibly of the other strand, and the species as the label."""
 
     tokenizer: BaseTokenizer
     augment: bool
@@ -36,14 +36,13 @@ class _LabelledWindow:
 class SpeciesData(FastaData):
     """Windows of genomes, labelled with their species.
 
-    Training windows are drawn uniformly over species, then over the species' records, then over positions.
-    Validation and test windows are tiles that do not overlap, the same at every call and equally many for
-    each species. Case is folded and N left out: masking and gaps differ between genomes and would give the
-        label away.
+    Training windows are drawn uniformly over species, then over records, then over positions. Validation and test
+    windows are tiles without overlap, the same at every call, and equally many for each species. Case is folded and N
+    left out, because masking and gaps differ between genomes and would reveal the label.
 
     Args:
-        species: name of each species to its FASTA files (paths, patterns, `fetched:` or `mambaseq:` names).
-            The default is the five mammals of the ENCODE regions that ship with the project.
+        species: name of each species to its FASTA files (paths, patterns, `fetched:` or `mambaseq:` names). The default
+            is the five mammals of the ENCODE regions that ship with the project.
         test_records: patterns for the names of the records or files that are test data.
         options: see `FastaData`.
     """

@@ -1,4 +1,4 @@
-"""FASTA files to disjoint training, validation and test intervals."""
+"""Splits FASTA files into disjoint training, validation and test intervals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The longest stretches of `ids[start:stop]` without N, as `(stretches, 2)` int64 of begin and end."""
+    """The maximal stretches of `ids[start:stop]` without N, `(stretches, 2)` int64: start and end."""
     edges = []
     previous = True
     for first in range(start, stop, _CHUNK):
@@ -46,9 +46,9 @@ def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The same groups, in the same order, in each split; validation and test are empty when there is none.
+    """The same groups, in the same order, in each split; validation and test are empty if there is none.
 
-    sources: name of each file to the sha256 of what it holds.
+    sources: name of each file to the sha256 of its contents.
     """
 
     train: list[Group]
@@ -58,7 +58,7 @@ class Splits:
 
 
 class _Patterns:
-    """Names and patterns of one setting, and which of them were met."""
+    """Names and patterns of one setting, and which of them matched."""
 
     def __init__(self, key: str, patterns: Iterable[str]) -> None:
         self.key = key
@@ -78,20 +78,19 @@ class _Patterns:
         return found
 
     def records(self, file: str, store: TokenStore) -> np.ndarray:
-        """Which records of a file are meant, by their names or the file's; `(records,)` bool."""
+        """The records of a file that match, by their names or the file's; `(records,)` bool."""
         return self._meant(store.names) | self._meant([file])
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitRules:
-    """Which part of which record goes where.
+    """Rules for which part of which record goes into which split.
 
-    test_records, validation_records: patterns (`*`, `?`) for the names of records or files. The rest is
-        training data. validation_fraction: without validation_records, the last part of each training record
-            is held out.
-    drop_n: leave out N and what is too short between two of them; windows then hold no N.
-    duplicates: whether copies of a record in two splits or groups are refused, or left out of the split that is less
-        protected (see `mambaseq.data.leakage`).
+    test_records, validation_records: patterns (`*`, `?`) for the names of records or files. The rest is training data.
+        validation_fraction: without validation_records, the last part of each training record is held out.
+    drop_n: leave out N and stretches between them that are too short; windows then contain no N.
+    duplicates: copies of a record in two splits or groups are refused, or left out of the less protected split (see
+        `mambaseq.data.leakage`).
     """
 
     test_records: Sequence[str] = ()
@@ -109,8 +108,8 @@ class SplitRules:
     def apply(self, files: Mapping[str, Sequence[str]], cache: str | Path | None = None) -> Splits:
         """Read the files of each group (building their token stores at first use) and split them.
 
-        Raises DataError when a file cannot be used, when a pattern matches nothing, when a record is asked for in two
-        splits, when a sequence is in two splits or two groups, or when a split that is asked for is empty.
+        Raises DataError if a file cannot be used, a pattern matches nothing, a record is named for two splits, a
+        sequence is in two splits or groups, or a requested split is empty.
         """
         test = _Patterns("test_records", self.test_records)
         validation = _Patterns("validation_records", self.validation_records)
@@ -128,7 +127,7 @@ class SplitRules:
             for split, label in enumerate(SPLITS):
                 splits[label].append(Group(name, Intervals(own, np.delete(table[table[:, 1] == split], 1, axis=1))))
         if not stores:
-            raise ConfigError("The data name no FASTA file. Give data.fasta or data.species some.")
+            raise ConfigError("The data have no FASTA file. Name some in data.fasta or data.species.")
         for used in (test, validation):
             if used.missing:
                 raise _matches_nothing(used, stores)
@@ -141,14 +140,14 @@ class SplitRules:
         return Splits(**found, sources=_sources(stores))
 
     def _rows(self, file: str, store: TokenStore, test: _Patterns, validation: _Patterns) -> np.ndarray:
-        """`(intervals, 4)` int64: split (its place in SPLITS), record, start, stop; in order."""
+        """`(intervals, 4)` int64: split (index in SPLITS), record, start, stop; in order."""
         for_test, for_validation = test.records(file, store), validation.records(file, store)
         if len(both := np.flatnonzero(for_test & for_validation)):
             more = f" (and {len(both) - 1:,} more)" if len(both) > 1 else ""
             name = shown(store.names[both[0]])
             raise DataError(
-                f"The record {name} of {file}{more} is meant by data.test_records and by "
-                "data.validation_records. Name every record in one of them."
+                f"The record {name} of {file}{more} matches both data.test_records and data.validation_records. Name "
+                "each record in only one."
             )
         split = np.where(for_test, 2, np.where(for_validation, 1, 0))
         lengths = store.lengths
@@ -178,12 +177,12 @@ class SplitRules:
         return kept
 
     def _refuse_empty(self, splits: dict[str, list[Group]], stores: Mapping[Path, TokenStore]) -> None:
-        """Raise DataError when training data or a split that is asked for has nothing of a group."""
+        """Raise DataError if the training data or a requested split has nothing from a group."""
         names = cut_list((path.name for path in stores), most=3)
-        bases = "no base (N is none, and data.drop_n leaves it out)" if self.drop_n else "no base"
+        bases = "no base (N does not count, and data.drop_n leaves it out)" if self.drop_n else "no base"
         by_name = "Name other records in data.{}_records, or leave the setting out"
         remedies = {
-            "train": "Look into the files, and at what data.test_records and data.validation_records leave",
+            "train": "Check the files, and what data.test_records and data.validation_records leave",
             "test": by_name.format("test") if self.test_records else "",
             "validation": by_name.format("validation") if self.validation_records else "",
         }
@@ -199,7 +198,7 @@ class SplitRules:
 
 
 def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:
-    """Parts of records, which follow each other without gaps, cut into their stretches without N."""
+    """Parts of records that follow each other without gaps, cut into stretches without N."""
     first = store.starts[parts[:, 1]]
     begin = first + parts[:, 2]
     found = stretches_without_n(store.tokens, 0, len(store.tokens))

@@ -16,14 +16,14 @@ _INVALID = 255
 
 
 class InvalidBase(DataError):
-    """A letter that stands for no base: `letter` at `position` (from 0) of a sequence."""
+    """A letter that is not a base: `letter` at `position` (from 0) of a sequence."""
 
     def __init__(self, letter: str, position: int) -> None:
         self.letter, self.position = letter, position
         super().__init__(
-            f"The letter {shown(letter)} at position {position + 1} is no base. Bases are A C G T U N and the "
+            f"The letter {shown(letter)} at position {position + 1} is not a base. Bases are A C G T U N and the "
             f"ambiguity codes {' '.join(_AMBIGUOUS)}, in either case; remove gaps (and a '*' at the end), and write N "
-            "for what is unknown."
+            "for unknown bases."
         )
 
 
@@ -45,7 +45,7 @@ def fold_case(ids: np.ndarray) -> np.ndarray:
 
 
 def complement(folded: np.ndarray) -> np.ndarray:
-    """Ids 0..4, uint8 → those of the other strand, in the same order."""
+    """Ids 0..4, uint8 → ids of the complementary bases, in the same order."""
     return np.minimum(np.uint8(3) - folded, np.uint8(N))  # N, 4, wraps around
 
 
@@ -57,12 +57,12 @@ def is_lowercase(ids: np.ndarray) -> np.ndarray:
 class BaseTokenizer(Tokenizer):
     """One token a base. U reads as T, IUPAC ambiguity codes as N.
 
-    complement: `(vocab_size,)` uint8, the id of each base's partner; an involution, N being its own partner.
-    table: the id of each of the 256 bytes, 255 for what is no base.
+    complement: `(vocab_size,)` uint8, the id of each base's partner; N is its own.
+    table: the id of each of the 256 bytes; 255 for those that are not a base.
 
     Args:
-        lowercase: `"fold"` reads lower case as upper case (5 ids: A C G T N); `"keep"` gives it ids of its own
-            (10 ids: A C G T N a c g t n), which is how a soft mask is kept (see `fold_case`, `is_lowercase`).
+        lowercase: `"fold"` reads lower case as upper case (5 ids: A C G T N); `"keep"` gives it ids of its own (10 ids:
+            A C G T N a c g t n), which is how a soft mask is kept (see `fold_case`, `is_lowercase`).
     """
 
     def __init__(self, lowercase: Literal["fold", "keep"] = "fold") -> None:
@@ -81,7 +81,7 @@ class BaseTokenizer(Tokenizer):
         return {"lowercase": self.lowercase}
 
     def encode(self, raw: str) -> np.ndarray:
-        """Ids of a sequence of letters, `(length,)` uint8. Raises InvalidBase for what is no base."""
+        """Ids of a sequence of letters, `(length,)` uint8. Raises InvalidBase for a letter that is not a base."""
         ids = self._encoding[np.frombuffer(raw.encode("latin-1", "replace"), dtype=np.uint8)]
         if len(wrong := np.flatnonzero(ids == _INVALID)):
             raise InvalidBase(raw[wrong[0]], int(wrong[0]))

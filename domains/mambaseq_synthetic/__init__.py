@@ -1,4 +1,4 @@
-"""Synthetic tasks: what a mixer can remember, pick out, and work out over distance."""
+"""Synthetic tasks that measure what a mixer can remember, select and compute over distance."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from mambaseq.domain import Domain
 
 domain = Domain(
     name="synthetic",
-    summary="tasks made to measure: selective copying, induction heads, ListOps, Pathfinder, pixels of digits",
+    summary="tasks for measurements: selective copying, induction heads, ListOps, Pathfinder, pixels of digits",
     datasets={
         "selective_copying": (
             "mambaseq_synthetic.selective_copying:SelectiveCopyingData",
-            "repeat the tokens that stood among noise, in order",
+            "repeat the data tokens among noise, in order",
         ),
         "induction_heads": (
             "mambaseq_synthetic.induction_heads:InductionHeadsData",
-            "what followed the special token when it was seen before; tested at other lengths",
+            "which token followed the special token earlier; tested at other lengths",
         ),
         "digits": ("mambaseq_synthetic.digits:DigitsData", "handwritten digits pixel by pixel, in order or permuted"),
         "listops": ("mambaseq_synthetic.listops:ListOpsData", "the value of nested MIN, MAX, MED, SM expressions"),
@@ -23,7 +23,7 @@ domain = Domain(
     metrics={
         "sequence_accuracy": (
             "mambaseq_synthetic.metrics:SequenceAccuracy",
-            "share of sequences whose every target is ranked first",
+            "share of sequences with all targets ranked first",
         ),
         "accuracy_by_length": (
             "mambaseq_synthetic.metrics:AccuracyByLength",
@@ -45,7 +45,7 @@ domain = Domain(
         ),
         "selection": (
             "mambaseq_synthetic.recipes.selection:recipe",
-            "Mamba paper, Table 7 on selective copying: which of dt, B and C has to be selective",
+            "Mamba paper, Table 7 on selective copying: which of dt, B and C must be selective",
         ),
     },
     configs={

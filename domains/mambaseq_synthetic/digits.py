@@ -49,12 +49,12 @@ class DigitsData(SequenceData):
     '2'
 
     Args:
-        permuted: put the pixels into an order that is drawn once, the same for all images (as in sequential MNIST's
-            permuted variant, arXiv:1504.00941): neighbours in the image are then far from each other.
+        permuted: put the pixels into a random order, the same for all images (as in permuted sequential MNIST,
+            arXiv:1504.00941), so that neighbours in the image are far from each other.
         continuous: give pixels as a signal of one channel in [0, 1] instead of 17 tokens; for the encoder `signal`.
-        n_validation: images held out to validate on.
-        n_test: images held out to test on.
-        split_seed: of the draws of the split and of the order of pixels, which a run's own seed does not change.
+        n_validation: images of the validation set.
+        n_test: images of the test set.
+        split_seed: of the split and the order of pixels; independent of the run's seed.
     """
 
     class_names = tuple("0123456789")
@@ -81,7 +81,7 @@ class DigitsData(SequenceData):
         self._parts: dict[str, LabelledRows] | None = None
 
     def setup(self) -> None:
-        """Read the images. Raises ConfigError when none is left for training."""
+        """Read the images. Raises ConfigError if none is left for training."""
         if self._parts is not None:
             return
         from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""Sets of sequences that are drawn as a function of (seed, item)."""
+"""Sets of random sequences that depend only on (seed, item)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mambaseq.errors import ConfigError
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 
 VALIDATION, TEST = -1, -2
-"""The seeds of validation and test sets, whatever a run's own seed is, which is never negative."""
+"""The seeds of validation and test sets, for any run; a run's own seed is never negative."""
 
 
 class DrawnSet(Dataset[Batch]):
     """Sequences drawn by a function of (seed, items).
 
     draw: seed and `(items,)` int64 → inputs `(items, length)` and targets, of tokens `(items, length)` or of sequences
-        `(items,)`. size: items of the set; of an endless one, items that make an epoch.
+        `(items,)`. size: items of the set; for an endless one, items that make an epoch.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class DrawnSet(Dataset[Batch]):
         return item
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """What a torch `DataLoader` asks for: the items of a batch at once."""
+        """The items of a batch at once, as a torch `DataLoader` asks for them."""
         if not self.endless and not all(0 <= index < self.size for index in indices):
             raise IndexError(f"The set has {self.size} items; asked for {list(indices)}.")
         inputs, targets = self.draw(self.seed, torch.tensor(indices, dtype=torch.int64))
@@ -47,7 +47,7 @@ class DrawnSet(Dataset[Batch]):
 def check_sets(
     seed: int, samples_per_epoch: int, n_validation: int, n_test: int, length: int, vocab_size: int = 1
 ) -> None:
-    """Raise ConfigError for a seed that is not a training set's, a set without an item, or one that no machine holds.
+    """Raise ConfigError for a negative seed, an empty set, or one too large for any machine.
 
     length: of the longest sequence.
     """

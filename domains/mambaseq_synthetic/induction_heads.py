@@ -15,11 +15,11 @@ from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
 
 
 def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -> tuple[Tensor, Tensor]:
-    """Random tokens in which the special token (id vocab_size - 1) stands twice: once at a random place, and at the
-    end, where the token that followed it is to be given.
+    """Random tokens in which the special token (id vocab_size - 1) occurs twice: at a random place, and at the end,
+    where the target is the token that followed it.
 
-    items: `(items,)` int64 on any device, the numbers of the sequences; sequence i depends on (seed, i) alone.
-    Returns inputs and labels, `(items, length)` int64 each, labels -100 but at the last position.
+    items: `(items,)` int64 on any device, the numbers of the sequences; sequence i depends only on (seed, i). Returns
+        inputs and labels, `(items, length)` int64 each; labels are -100 except at the last position.
 
     >>> inputs, labels = draw(0, torch.tensor([0, 1]), length=10, vocab_size=8)
     >>> inputs.tolist()
@@ -38,18 +38,18 @@ def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -
 
 
 class InductionHeadsData(SequenceData):
-    """Induction heads: which token followed the special one when it was seen before?
+    """Induction heads: which token followed the special one earlier?
 
-    The loss is that of the last token only. Trained at one length and tested at many, to see whether what was learned
-    holds at lengths that were never seen; the metric `synthetic/accuracy_by_length` tells them apart.
+    Only the last token counts in the loss. Trained at one length and tested at many, to see whether the model
+    generalises to unseen lengths; the metric `synthetic/accuracy_by_length` reports each.
 
     Args:
         length: tokens of a training and validation sequence.
-        vocab_size: token ids, the special one among them.
+        vocab_size: number of token ids, including the special one.
         test_lengths: lengths of the test sequences; `length` alone if not given.
         samples_per_epoch: training sequences that make an epoch.
         n_validation: validation sequences.
-        n_test: test sequences of each length. A multiple of the batch size keeps lengths apart, so that none is padded.
+        n_test: test sequences of each length. A multiple of the batch size keeps lengths apart, so nothing is padded.
         seed: of the training sequences; validation and test sequences are the same for any seed.
     """
 
@@ -90,5 +90,5 @@ class InductionHeadsData(SequenceData):
         return self._set(VALIDATION, self.n_validation, self.length)
 
     def test(self) -> ConcatDataset:
-        """Length after length, in the order in which they are named."""
+        """All lengths, in the order in which they are given."""
         return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])

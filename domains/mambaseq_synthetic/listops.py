@@ -14,7 +14,7 @@ from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 MIN, MAX, MED, SM, END = range(10, 15)
 OPERATOR_SHARE = 0.25
-"""How often an argument is an expression of its own, as published."""
+"""The probability that an argument is itself an expression, as published."""
 
 _ATTEMPTS = 100_000
 
@@ -59,7 +59,7 @@ def value(ids: np.ndarray) -> int:
     (9, 6, 4)
     """
     stack = np.zeros(len(ids) + 1, dtype=np.int64)
-    opened = np.zeros(len(ids) + 1, dtype=np.int64)  # where each open expression has its operator on the stack
+    opened = np.zeros(len(ids) + 1, dtype=np.int64)  # for each open expression, the place of its operator on the stack
     top = depth = 0
     for token in ids:
         if token == END:
@@ -78,10 +78,10 @@ def value(ids: np.ndarray) -> int:
 
 @njit(nogil=True, cache=True)
 def _grow(rng: np.random.Generator, out: np.ndarray, max_depth: int, max_args: int) -> int:
-    """Write one random expression into `out`; returns its length, 0 when it does not fit."""
-    missing = np.zeros(max_depth + 1, dtype=np.int64)  # arguments still to come, a level
+    """Write one random expression into `out`; returns its length, 0 if it does not fit."""
+    missing = np.zeros(max_depth + 1, dtype=np.int64)  # arguments still to come at each level
     depth = length = 0
-    needed = 1  # tokens that must follow at least
+    needed = 1  # the fewest tokens that must follow
     missing[0] = 1
     while True:
         if missing[depth] == 0:
@@ -129,16 +129,16 @@ def draw(
 ) -> np.ndarray:
     """A random expression, `(length,)` int64.
 
-    An argument is an expression with probability 1/4, else a digit; at depth `max_depth`, the whole expression being
-    at depth 1, always a digit. The operator and the number of arguments, 2 to `max_args`, are drawn uniformly.
-    Expressions shorter than `min_length` or longer than `max_length` tokens are drawn anew.
-    Raises DataError when none of 100,000 has such a length.
+    An argument is an expression with probability 1/4, otherwise a digit; at depth `max_depth` (the whole expression has
+    depth 1) it is always a digit. The operator and the number of arguments, 2 to `max_args`, are uniform. Expressions
+    shorter than `min_length` or longer than `max_length` tokens are drawn again.
+    Raises DataError if none of 100,000 fits.
 
     >>> decode(draw(np.random.default_rng(0), min_length=10, max_length=20))
     '[MED 0 [SM 0 2 ] [MIN 5 6 ] 4 9 9 6 8 1 ]'
     """
     out = np.zeros(max_length, dtype=np.int64)
-    depth = min(max_depth, max_length)  # which no expression can leave
+    depth = min(max_depth, max_length)  # bounds that every expression keeps
     length = _sample(rng, out, min_length, depth, max_args, _ATTEMPTS)
     if length == 0:
         raise DataError(
@@ -149,8 +149,8 @@ def draw(
 
 
 class Expressions:
-    """Random expressions and their values; item i is drawn by a generator seeded with `(seed + 2, i)`, the seeds of
-    validation and test sets being -1 and -2."""
+    """Random expressions and their values; item i depends only on `(seed + 2, i)`; the seeds of validation and test
+    sets are -1 and -2."""
 
     def __init__(self, seed: int, size: int, *, endless: bool = False, **options: int) -> None:
         self.seed, self.size, self.endless, self.options = seed, size, endless, options
@@ -175,7 +175,7 @@ class ListOpsData(SequenceData):
     Args:
         length: tokens of the longest expression.
         min_length: tokens of the shortest expression.
-        max_depth: depth at which there are only digits, the whole expression being at depth 1.
+        max_depth: depth at which there are only digits; the whole expression has depth 1.
         max_args: most arguments of an operator.
         samples_per_epoch: training expressions that make an epoch.
         n_validation: validation expressions.

@@ -24,7 +24,8 @@ def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
 
 
 def _right_and_all(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """How many targets of each sequence are ranked first, and how many it has: `(sequences,)` int64 each."""
+    """The number of targets of each sequence that are ranked first, and the number of its targets: `(sequences,)` int64
+    each."""
     assert output.logits is not None
     assert batch.targets is not None
     valid = batch.targets != -100
@@ -33,7 +34,7 @@ def _right_and_all(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class SequenceAccuracy(Metric):
-    """Share of the sequences whose every target is ranked first; sequences without a target do not count."""
+    """Share of the sequences with all targets ranked first; sequences without a target do not count."""
 
     higher_is_better = True
     per_token: ClassVar[bool | None] = True

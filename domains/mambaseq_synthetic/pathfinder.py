@@ -1,5 +1,5 @@
-"""Pathfinder at small sizes: does a dashed path join the two dots? The task is that of Linsley et al.
-(arXiv:1805.08315), in the Long Range Arena (arXiv:2011.04006) at 32 by 32 pixels; the generator is our own."""
+"""Pathfinder at small sizes: does a dashed path join the two dots? The task is from Linsley et al. (arXiv:1805.08315),
+and in the Long Range Arena (arXiv:2011.04006) at 32 by 32 pixels; the generator is our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mambaseq.limits import check_setting
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 BACKGROUND, DASH, DOT = 0, 1, 2
-CLEARANCE = 3  # pixels that belong to different paths, or to far parts of one, are at least so far apart
+CLEARANCE = 3  # smallest distance of pixels of different paths, or of distant parts of one path
 TURN = 0.5  # the heading changes by at most this at a pixel, in radians
 SHORT = 5  # pixels of a distractor
 _LONG_ATTEMPTS, _SHORT_ATTEMPTS = 50, 30
@@ -25,8 +25,8 @@ _LONG_ATTEMPTS, _SHORT_ATTEMPTS = 50, 30
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """pixels: `(size, size)` uint8 of `BACKGROUND`, `DASH`, `DOT`. paths: `(paths, pixels, 2)` int64, row and column of
-    every pixel of the two long paths, gaps among them. dots: `(2, 2)` int64. connected: whether both dots are ends of
-    one path, or each of another."""
+    every pixel of the two long paths, including gaps. dots: `(2, 2)` int64. connected: whether both dots are ends of
+    the same path."""
 
     pixels: np.ndarray
     paths: np.ndarray
@@ -39,13 +39,14 @@ class Picture:
 
 
 def path_length(size: int) -> int:
-    """Pixels of a long path: at most 3/4 of the side, and such that it begins and ends with a dash of two pixels."""
+    """Number of pixels of a long path: at most 3/4 of the side, and so that it begins and ends with a dash of two
+    pixels."""
     return (3 * size // 4 - 2) // 3 * 3 + 2
 
 
 @njit(nogil=True, cache=True)
 def _grow(rng: np.random.Generator, owner: np.ndarray, path: np.ndarray) -> bool:
-    """Draw a path of neighbouring pixels that keeps clear of itself and of what is near other paths (owner > 0)."""
+    """Draw a path of neighbouring pixels that keeps its distance from itself and from other paths (owner > 0)."""
     size = len(owner)
     y, x = int(rng.integers(0, size)), int(rng.integers(0, size))
     row, column = float(y), float(x)
@@ -79,8 +80,9 @@ def _claim(owner: np.ndarray, path: np.ndarray) -> None:
 
 @njit(nogil=True, cache=True)
 def _view(a: np.ndarray, b: np.ndarray) -> int:
-    """What is to be seen at two ends of paths, each its last pixel and the one before: how the one lies from the other,
-    and where each path comes from. A number, the same for views that a turn or a mirror makes the same."""
+    """A number for the view at two ends of paths, each given by its last pixel and the one before: their relative
+    place, and the directions that the paths come from. Views that are equal after a rotation or reflection have the
+    same number."""
     least = 1 << 62
     for way in range(16):
         first, second = (a, b) if way < 8 else (b, a)
@@ -106,9 +108,9 @@ def _end(path: np.ndarray, which: int) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, ends: np.ndarray) -> int:
-    """Draw the two long paths, such that two ends of different paths look as both ends of one of them do.
+    """Draw the two long paths so that two ends of different paths look like the two ends of one of them.
 
-    ends: gets which ends those are, 0 or -1 of the first and of the second path. Returns the number of that one path.
+    ends: receives these ends, 0 or -1 of the first and of the second path. Returns the number of that one path.
     """
     while True:
         owner[:] = 0
@@ -215,8 +217,8 @@ def draw(rng: np.random.Generator, connected: bool, *, size: int = 16, n_distrac
 
 
 class Pictures:
-    """Random pictures as sequences of pixels, row by row; odd items are connected, so that classes are balanced. Item i
-    is drawn by a generator seeded with `(seed + 2, i)`, the seeds of validation and test sets being -1 and -2."""
+    """Random pictures as sequences of pixels, row by row; odd items are connected, so classes are balanced. Item i
+    depends only on `(seed + 2, i)`; the seeds of validation and test sets are -1 and -2."""
 
     def __init__(
         self, seed: int, n: int, *, size: int, n_distractors: int, continuous: bool, endless: bool = False
@@ -243,13 +245,13 @@ class Pictures:
 class PathfinderData(SequenceData):
     """Pathfinder: does a dashed path join the two dots, or are they on two paths?
 
-    Pictures of `size` by `size` pixels, read row by row: background 0, dashes 1, dots 2. To tell, a path has to be
-    followed across its gaps: the numbers of pixels and the dashes beside the dots say nothing, and with the places of
-    the dots in the picture little (see the domain's README).
+    Pictures of `size` by `size` pixels, read row by row: background 0, dashes 1, dots 2. A path must be followed across
+    its gaps: the numbers of pixels and the dashes next to the dots carry no information, and the places of the dots
+    very little (see the domain's README).
 
     Args:
         size: pixels of a side.
-        n_distractors: short paths beside the two long ones, where they find room.
+        n_distractors: short paths besides the two long ones, if there is room.
         continuous: give pixels as a signal of one channel in [0, 1] instead of 3 tokens; for the encoder `signal`.
         samples_per_epoch: training pictures that make an epoch.
         n_validation: validation pictures.

@@ -19,10 +19,10 @@ def draw(
     seed: int, items: Tensor, *, length: int = 4096, n_data: int = 16, vocab_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Sequences of noise (id 0) with `n_data` data tokens (ids 1 to vocab_size - 2) at random places, and `n_data`
-    markers (id vocab_size - 1) at the end, where the data tokens are to be given in order.
+    markers (id vocab_size - 1) at the end, where the targets are the data tokens in order.
 
-    items: `(items,)` int64 on any device, the numbers of the sequences; sequence i depends on (seed, i) alone.
-    Returns inputs and labels, `(items, length)` int64 each, labels -100 but at the markers.
+    items: `(items,)` int64 on any device, the numbers of the sequences; sequence i depends only on (seed, i). Returns
+        inputs and labels, `(items, length)` int64 each; labels are -100 except at the markers.
 
     >>> inputs, labels = draw(0, torch.tensor([0, 1]), length=12, n_data=3, vocab_size=6)
     >>> inputs.tolist()
@@ -44,13 +44,13 @@ def draw(
 
 
 class SelectiveCopyingData(SequenceData):
-    """Selective copying: data tokens stand at random places among noise; at the end they are to be given in order.
+    """Selective copying: data tokens are at random places among noise, and must be repeated in order at the end.
 
-    A time-invariant model cannot do it: which inputs to remember depends on what they are, not on when they come.
-    The metrics `token_accuracy` and `synthetic/sequence_accuracy` see the data tokens alone.
+    A time-invariant model cannot do it: which inputs to remember depends on their values, not on their times. The
+    metrics `token_accuracy` and `synthetic/sequence_accuracy` count only the data tokens.
 
     Args:
-        length: tokens of a sequence, the markers at its end among them.
+        length: tokens of a sequence, including the markers at its end.
         n_data: data tokens of a sequence.
         vocab_size: token ids: noise, data tokens and the marker.
         samples_per_epoch: training sequences that make an epoch.

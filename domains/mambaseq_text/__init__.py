@@ -10,7 +10,7 @@ domain = Domain(
     tokenizers={
         "bytes": (
             "mambaseq_text.tokenization:ByteTokenizer",
-            "UTF-8 bytes; nothing to download, nothing unknown",
+            "UTF-8 bytes; no download, no unknown tokens",
         ),
         "hf": ("mambaseq_text.tokenization:HFTokenizer", "a Hugging Face tokenizer.json"),
     },
@@ -37,5 +37,5 @@ domain = Domain(
         "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
-    reports={"demo": ("mambaseq_text.report:report", "bits a byte beside counts, and a sample")},
+    reports={"demo": ("mambaseq_text.report:report", "bits a byte next to count models, and a sample")},
 )

@@ -1,4 +1,4 @@
-"""What predicts a byte without a model: its frequency, or that of the pair with the byte before."""
+"""Count models: predict a byte by its frequency, or by that of the pair with the previous byte."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 def unigram_bigram(
     train: Iterable[np.ndarray], test: Iterable[np.ndarray], *, smoothing: float = 0.1
 ) -> dict[str, float]:
-    """Bits a byte on `test` of the two count models made from `train`.
+    """Bits a byte on `test` of the unigram and bigram models of `train`.
 
-    train, test: texts, `(length,)` uint8. The first byte of a test text is not predicted, as for a model
-    without a mark of the beginning. smoothing: added to the count of every byte, above 0.
+    train, test: texts, `(length,)` uint8. The first byte of a test text is not predicted, as in a model without a start
+        token. smoothing: added to the count of every byte, above 0.
     """
     counts = _pair_counts(train) + 0.0
     pairs = _pair_counts(test)

@@ -1,6 +1,6 @@
-"""Is a text in training and held out as well? Texts are compared by what they say: line ends, a mark of the byte order,
-blank lines at the end, packing and the name of the file do not hide a copy. What is changed in any other way, or a part
-of a longer text, is not seen."""
+"""Finds texts that are both in training and held out. Texts are compared by their contents: line ends, a byte order
+mark, blank lines at the end, packing and file names do not hide a copy. A text with any other change, or a part of a
+longer text, is not found."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mambaseq.errors import DataError
 Duplicates = Literal["refuse", "drop"]
 
 SHORT = 64
-"""Characters. Texts that are shorter are not compared: they are alike by chance ("Yes.")."""
+"""Characters. Shorter texts are not compared: they may be equal by chance ("Yes.")."""
 
 logger = logging.getLogger(__name__)
 
 
 class Content:
-    """A hash of a text that comes in pieces, the same for texts that say the same."""
+    """A hash of a text that comes in pieces; equal for texts with equal contents."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -59,7 +59,7 @@ def content(pieces: Iterable[str]) -> Content:
 class HeldOut:
     """The texts of validation and test, by their content.
 
-    duplicates: what becomes of a copy in training: `refuse` raises, `drop` says to leave it out.
+    duplicates: what to do with a copy in training: `refuse` raises, `drop` leaves it out.
     """
 
     def __init__(self, duplicates: Duplicates = "refuse") -> None:
@@ -71,7 +71,7 @@ class HeldOut:
         return len(self._seen)
 
     def add(self, split: str, where: str, pieces: Iterable[str]) -> None:
-        """Take note of a text of a split. Raises DataError when another split has it."""
+        """Note a text of a split. Raises DataError if another split has it."""
         found = content(pieces)
         if found.length >= SHORT:
             other, earlier = self._seen.setdefault(found.digest(), (split, where))
@@ -79,7 +79,7 @@ class HeldOut:
                 raise _copy(where, split, earlier, other, "")
 
     def takes(self, where: str, pieces: Iterable[str]) -> bool:
-        """Whether a text is for training. Raises DataError when it is held out and copies are refused."""
+        """Whether a text is for training. Raises DataError if it is held out and copies are refused."""
         if not self._seen or (found := content(pieces)).length < SHORT or found.digest() not in self._seen:
             return True
         if self.duplicates == "refuse":
@@ -91,7 +91,7 @@ class HeldOut:
         return False
 
     def tell(self) -> None:
-        """Say in one line how many were left out."""
+        """Log in one line how many were left out."""
         if self.dropped:
             logger.warning("Left out of training: %s texts that are in validation or test.", f"{self.dropped:,}")
 

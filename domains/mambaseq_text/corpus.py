@@ -25,16 +25,16 @@ from mambaseq_text.tokenization import make_tokenizer
 SHAKESPEARE = "mambaseq:data/text/tinyshakespeare.txt"
 
 Part = tuple[str, Callable[[], Iterator[Iterator[str]]]]
-"""A file's name and what makes its documents, each in pieces of text."""
+"""A file's name, and a function that makes its documents, each in pieces of text."""
 
 
 class TextTiles:
-    """Texts cut into pieces of at most `length` targets, so that every token but a text's first is predicted
-    once; what is left at its end is a shorter piece.
+    """Texts cut into pieces of at most `length` targets, so that every token but a text's first is predicted once; the
+    last piece may be shorter.
 
-    texts: whole records. counts: the bytes behind the tokens of each (see `TextTokenizer.encode_counted`), or
-        None when every token is one byte. shifted: targets are the next tokens; else they are the tokens themselves,
-        all of a text's, without bytes behind them (see `MaskedItems`).
+    texts: whole records. counts: the bytes of each token (see `TextTokenizer.encode_counted`), or None if every token
+        is one byte. shifted: targets are the next tokens; otherwise they are a text's own tokens, without byte counts
+        (see `MaskedItems`).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TextTiles:
         return len(self._pieces)
 
     def n_bytes(self, index: int) -> np.ndarray | None:
-        """The bytes behind each target of a piece, `(targets,)` uint32; None when every token is one."""
+        """The bytes of each target of a piece, `(targets,)` uint32; None if every token is one byte."""
         which, start, stop = self._pieces[index]
         return None if self.counts is None else self.counts[which][start:stop]
 
@@ -70,9 +70,8 @@ class TextTiles:
 
 
 class CorpusData(SequenceData):
-    """Long texts as a language model's data: random windows to train on; validation and test predict every
-    token of their texts, but the first, once. Texts are split before they are tokenised, and tokenised once
-    into a cache.
+    """Long texts as a language model's data: random windows in training; validation and test predict every token of
+    their texts except the first once. Texts are split before they are tokenised, and tokenised once into a cache.
 
     Args:
         files: what to train on: a file, a pattern (`*`, `?`), a resource, or a list of them; the default is
@@ -160,7 +159,7 @@ class CorpusData(SequenceData):
         }
 
         def tokenised(splits: Sequence[str], column: int) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-            # a generator of its own for each record: the store drains it before it asks for the next
+            # a new generator for each record: the store finishes it before the next
             def tokens(make: Callable[[], Iterator[Iterator[str]]]) -> Iterator[np.ndarray]:
                 for pieces in make():
                     for both in tokenizer.document(pieces, joint="\n" if joined else ""):
@@ -204,9 +203,9 @@ class CorpusData(SequenceData):
                             parts[share].append((name, _stretch(name, data, start, stop)))
                 elif split == "train" and any(self.fractions.values()):
                     raise ConfigError(
-                        f"{name} holds documents, which data.validation_fraction and data.test_fraction do "
-                        f"not split. Give data.validation_files and data.test_files, set the fractions to 0, "
-                        f"or use the dataset text/documents, which splits by document."
+                        f"{name} holds documents, which data.validation_fraction and data.test_fraction cannot split. "
+                        "Give data.validation_files and data.test_files, set the fractions to 0, or use the dataset "
+                        "text/documents, which splits by document."
                     )
                 else:
                     parts[split].append((name, self._documents(name, training=split == "train")))
@@ -221,7 +220,7 @@ class CorpusData(SequenceData):
 
     @functools.cached_property
     def _held_out(self) -> HeldOut:
-        """What the validation and test files hold: plain ones as wholes."""
+        """The contents of the validation and test files; plain ones as a whole."""
         found = HeldOut(self.duplicates)
         for split in SPLITS[1:]:
             for name in self._files[split]:
@@ -237,8 +236,8 @@ class CorpusData(SequenceData):
         for name in filter(is_plain, self._files["train"] if len(self._held_out) else ()):
             if not self._held_out.takes(name, self._whole(name)):
                 raise DataError(
-                    f"{name} (train) is a copy of a text that is in validation or test. Remove one: of plain files no "
-                    f"part is left out."
+                    f"{name} (train) is a copy of a text in validation or test. Remove one: duplicates: drop works for "
+                    "documents, not for plain files."
                 )
 
     def _whole(self, name: str) -> Iterator[str]:
@@ -246,12 +245,12 @@ class CorpusData(SequenceData):
         return decoded(name, data, 0, len(data))
 
     def sources(self) -> dict[str, str]:
-        """sha256 of each file; of an address what the server says of the contents (an ETag), if it does."""
+        """sha256 of each file; for an address, the server's identifier of the contents (an ETag), if any."""
         self.setup()
         return checksums(self._files, self._sources)
 
     def _cut(self, data: np.ndarray) -> dict[str, tuple[int, int]]:
-        """Where the splits of a training file begin and end, at whole characters."""
+        """Where the splits of a training file start and end, at whole characters."""
         n = len(data)
         test = character_start(data, int(n * (1 - self.fractions["test"])))
         validation = character_start(data, int(n * (1 - self.fractions["test"] - self.fractions["validation"])))

@@ -22,13 +22,13 @@ from mambaseq_text.tokenization import TextTokenizer, make_tokenizer
 
 
 class PackedDocuments:
-    """Items are packs: batches of one with `cu_seqlens`, of documents that no state crosses between.
+    """Items are packs: batches of one with `cu_seqlens`; no state crosses between documents.
 
     A document with more than `length` targets is cut into pieces of that many (every token but its first is a
-    target once); whole pieces are put into a pack as long as they fit into `length` together.
+    target once); whole pieces go into a pack while they fit into `length` together.
 
-    store, records: the documents. counts: the bytes behind their tokens, or None where every token is one
-    byte or nobody asks. rng: draws which pieces meet in a pack; None keeps their order.
+    store, records: the documents. counts: the bytes of their tokens, or None if every token is one byte or counts are
+        not needed. rng: shuffles the pieces; None keeps their order.
     """
 
     def __init__(
@@ -175,13 +175,13 @@ class DocumentData(SequenceData):
         self._records = records
 
     def sources(self) -> dict[str, str]:
-        """sha256 of each file; size and time of change of a training file that is streamed; of an address what the
-        server says of the contents (an ETag), if it does."""
+        """sha256 of each file; size and time of change of a streamed training file; for an address, the server's
+        identifier of the contents (an ETag), if any."""
         self.setup()
         return checksums(self._files, self._sources)
 
     def read(self, name: str) -> Iterator[tuple[str, str]]:
-        """The documents of a file, each with where it stands."""
+        """The documents of a file, each with its place."""
         return documents(name, field=self.field, encoding=self.encoding, unit=self.unit)
 
     @functools.cached_property
@@ -199,7 +199,7 @@ class DocumentData(SequenceData):
     def _store_documents(self, tokenizer: TextTokenizer, splits: Sequence[str]) -> None:
         files = {split: self._files[split] for split in splits}
         meta = {
-            "reading": 2,  # the first lost what stands before a line feed
+            "reading": 2,  # the first one lost what was before a line feed
             "duplicates": self.duplicates,
             "tokenizer": tokenizer.identity,
             "field": self.field,

@@ -1,4 +1,4 @@
-"""Texts in pieces to lines and paragraphs, whatever ends their lines; nothing of a line is changed."""
+"""Splits texts in pieces into lines and paragraphs, for any line ends; lines are not changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _END = re.compile(r"(?:\r\n|\r|\n)\Z")
 def lines(name: str, pieces: Iterator[str]) -> Iterator[str]:
     """Lines with their ends: `\\n`, `\\r\\n` or `\\r`; the last may have none.
 
-    name: of the file, for messages. Raises UserError for a line over the limit `DOCUMENT_BYTES`.
+    name: of the file, for messages. Raises UserError for a line that exceeds the limit `DOCUMENT_BYTES`.
     """
     held: list[str] = []
     size = number = 0
@@ -32,7 +32,7 @@ def lines(name: str, pieces: Iterator[str]) -> Iterator[str]:
 
 
 def paragraphs(name: str, pieces: Iterator[str]) -> Iterator[str]:
-    """What stands between blank lines, without the two line ends that part it from the next; the last keeps its end.
+    """Paragraphs between blank lines, without the two line ends before the next; the last keeps its end.
 
     Raises UserError for a paragraph over the limit `DOCUMENT_BYTES`.
     """
@@ -54,7 +54,7 @@ def paragraphs(name: str, pieces: Iterator[str]) -> Iterator[str]:
 
 
 def whole(name: str, pieces: Iterator[str]) -> Iterator[str]:
-    """All in one, if there is anything. Raises UserError when it is over the limit `DOCUMENT_BYTES`."""
+    """The whole text as one, unless it is empty. Raises UserError if it exceeds the limit `DOCUMENT_BYTES`."""
     held: list[str] = []
     size = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""What a text file or an address holds: bytes unpacked, characters decoded, piece by piece."""
+"""Opens text files and addresses: unpacks bytes and decodes characters, in pieces."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# what tells the contents of an address, as file systems call it, the best first
+# file systems' keys that identify the contents of an address, the best first
 _VERSIONS = ("ETag", "etag", "sha256", "blob_id", "md5", "checksum", "mtime", "LastModified", "last_modified")
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name, lower case, that of its packing left out: `.jsonl` of `https://host/a.jsonl.gz?x`."""
+    """The ending of a file's name in lower case, without that of its packing: `.jsonl` of
+    `https://host/a.jsonl.gz?x`."""
     path = Path(urlsplit(name.split("::")[0]).path if is_address(name) else name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
 
 
 def source(name: str, *, hashed: bool = True) -> dict[str, Any]:
-    """What tells whether a file has changed: see `mambaseq.data.cache.fingerprint`. Of an address its name and, where
-    the server says it, what stands for the contents (an ETag, say).
+    """The identity of a file: see `mambaseq.data.cache.fingerprint`. For an address, its name and the server's
+    identifier of the contents (such as an ETag), if any.
 
-    hashed: with False, of a file that is not to be read to its end for this: size and time of change.
+    hashed: False identifies a file by size and time of change, without reading all of it.
     """
     if is_address(name):
         version = _version(name)
@@ -50,7 +51,7 @@ def source(name: str, *, hashed: bool = True) -> dict[str, Any]:
 
 
 def checksum(found: dict[str, Any]) -> str:
-    """What of a `source` stands for the contents; empty when nothing is known."""
+    """The part of a `source` that identifies the contents; empty if nothing is known."""
     if "sha256" in found:
         return str(found["sha256"])
     if "mtime_ns" in found:
@@ -66,14 +67,14 @@ def _version(address: str) -> str | None:
         info = system.info(path)
     except UserError:
         raise
-    except Exception:  # whatever file systems raise: reading will tell
+    except Exception:  # file systems may raise anything; reading will report it
         return None
     return next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
 
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """An address or a file, as it is, and its size, 0 when it is not known."""
+    """An address or a file, opened without unpacking, and its size; 0 if unknown."""
     if not is_address(name):
         with Path(name).open("rb") as local:
             yield local, Path(name).stat().st_size
@@ -86,9 +87,9 @@ def opened(name: str) -> Iterator[tuple[BinaryIO, int]]:
 
 @contextlib.contextmanager
 def explained(name: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong with a file, or anything that goes wrong with an address, into DataError.
+    """Turn errors about a file, or any error about an address, into DataError.
 
-    kinds: what may be raised for a file, beside OSError.
+    kinds: further error types for a file, besides OSError.
     """
     try:
         yield
@@ -98,20 +99,21 @@ def explained(name: str, *kinds: type[Exception]) -> Iterator[None]:
         reason = redacted(" ".join(str(error).split()), name)[:300].rstrip(".") or type(error).__name__
         if is_address(name):
             raise DataError(
-                f"{redacted(name)} cannot be read: {reason}. Check the address and the network, or fetch the file and "
-                f"give its path."
-            ) from None  # the error that caused it names the address as it was used
+                f"{redacted(name)} cannot be read: {reason}. Check the address and the network, or download the file "
+                "and give its path."
+            ) from None  # the causing error contains the full address
         if not isinstance(error, (OSError, *kinds)):
             raise
         raise DataError(
-            f"{name} cannot be read: {reason}. It is damaged, cut short or not what its name says; copy it again."
+            f"{name} cannot be read: {reason}. It is damaged, cut short, or of another type than its name says; copy "
+            "it again."
         ) from error
 
 
 def unpacked(name: str) -> Iterator[bytes]:
-    """The bytes of a file or an address in pieces, unpacked when they are packed (see `read_pieces`).
+    """The bytes of a file or an address in pieces, unpacked if they are packed (see `read_pieces`).
 
-    Raises DataError for what is missing, cut short or damaged, saying after which line; UserError for what unpacks to
+    Raises DataError for a file that is missing, cut short or damaged, with the line; UserError for one that unpacks to
     too much.
     """
     line = 1
@@ -130,7 +132,7 @@ def unpacked(name: str) -> Iterator[bytes]:
 
 
 def check_encoding(name: str, encoding: str) -> None:
-    """Raise DataError when no text can be in this encoding."""
+    """Raise DataError if there is no such text encoding."""
     try:
         bytes(4).decode(encoding, "replace")
         codecs.getincrementaldecoder(encoding)
@@ -142,9 +144,9 @@ def check_encoding(name: str, encoding: str) -> None:
 
 
 def characters(name: str, encoding: str) -> Iterator[str]:
-    """The text of a file in pieces; line ends, tabs and a mark of the byte order stay as they are.
+    """The text of a file in pieces; line ends, tabs and a byte order mark are kept.
 
-    Raises DataError as `unpacked` does, and naming the byte where the text is not in this encoding.
+    Raises DataError as `unpacked` does, and one that names the byte if the text is not in this encoding.
     """
     check_encoding(name, encoding)
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -169,36 +171,31 @@ def _decode(
     try:
         text = decoder.decode(chunk, final)
         if not is_utf8(encoding):
-            text.encode("utf-8")  # some encodings have halves of characters
+            text.encode("utf-8")  # some encodings have incomplete characters
     except UnicodeDecodeError as error:
-        # the decoder may have taken off a mark before it looked
+        # the decoder may have removed a byte order mark first
         at = held + len(chunk) - len(error.object) + error.start
         raise not_encoded(name, done - held + at, encoding, error.object[error.start], head) from error
     except UnicodeError as error:
-        raise DataError(
-            f"{name} is not {encoding.upper()} text: {error}. Set encoding to what the file is written in."
-        ) from error
+        raise DataError(f"{name} is not {encoding.upper()} text: {error}. Set encoding to the file's own.") from error
     if text:
         yield text
 
 
 def is_utf8(encoding: str) -> bool:
-    """Whether this is a name of UTF-8, without a mark before it."""
+    """Whether this is a name of UTF-8 without a byte order mark."""
     return encoding.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def not_encoded(name: str, offset: int, encoding: str, value: int, head: bytes) -> DataError:
-    """What to say of a byte that does not belong. head: how the file begins."""
+    """The remedy for a byte that does not belong. head: the beginning of the file."""
     marked = next((other for mark, other in _MARKS.items() if head.startswith(mark)), None)
     if marked is not None and marked != "utf-8-sig":
-        remedy = f"It begins as {marked.upper()} does: set encoding to {marked}, or convert it, for example with iconv."
+        remedy = f"It begins like {marked.upper()}: set encoding to {marked}, or convert it, for example with iconv."
     elif b"\0" in head:
-        remedy = "It seems to be no text at all. Name another file, or leave it out."
+        remedy = "It does not seem to be text. Name another file, or leave it out."
     else:
-        remedy = (
-            "Set encoding to what the file is written in (latin-1, cp1252, utf-16, ...), or convert it, for example "
-            "with iconv."
-        )
+        remedy = "Set encoding to the file's own (latin-1, cp1252, utf-16, ...), or convert it, for example with iconv."
     return DataError(
         f"{name} is not {encoding.upper()} text: byte 0x{value:02x} at offset {offset:,} does not belong there. "
         f"{remedy}"

@@ -1,4 +1,4 @@
-"""Text files in: whole files byte by byte, and documents one by one."""
+"""Reads text files: whole files byte by byte, or documents one by one."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _ROWS, _BATCH_BYTES = (8, 256), 2**28
 
 
 def text_files(names: str | Sequence[str], key: str = "files") -> list[str]:
-    """The files that names stand for, in their order, each once: paths, patterns and resources (see
-    `mambaseq.data.cache.locate`); an address with `://` stays as it is. key: the setting that they are in.
+    """The files that names stand for, in order, each once: paths, patterns and resources (see
+    `mambaseq.data.cache.locate`); an address with `://` stays as it is. key: the setting with the names.
 
-    Raises DataError when there is none, and for a folder; ConfigError for an address with a secret written out.
+    Raises DataError if there is none, and for a folder; ConfigError for an address that contains a secret.
     """
     found: list[str] = []
     for name in [names] if isinstance(names, str) else names:
@@ -65,15 +65,15 @@ def _is_folder(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file is plain text, by its name: neither jsonl nor parquet."""
+    """Whether a file is plain text by its name: neither jsonl nor parquet."""
     return suffix_of(name) not in (*_JSONL, ".parquet")
 
 
 def read_bytes(name: str, encoding: str = "utf-8") -> np.ndarray:
-    """A plain text file as UTF-8 bytes, `(size,)` uint8; mapped, not read, where it is UTF-8 already and not packed.
+    """A plain text file as UTF-8 bytes, `(size,)` uint8; memory-mapped if it is UTF-8 and not packed.
 
-    Raises DataError when it is empty, cannot be read or decoded, UserError when it unpacks to too much. UTF-8 itself is
-    checked by `decoded`.
+    Raises DataError if it is empty or cannot be read or decoded, UserError if it unpacks to too much. `decoded` checks
+    UTF-8 itself.
     """
     check_encoding(name, encoding)
     data = np.zeros(0, np.uint8)
@@ -107,8 +107,7 @@ def character_start(data: np.ndarray, position: int) -> int:
 
 
 def decoded(name: str, data: np.ndarray, start: int, stop: int) -> Iterator[str]:
-    """Text of the bytes `[start, stop)` of a file in pieces of at most 1 MiB, cut after a line's end where
-    there is one.
+    """Text of the bytes `[start, stop)` of a file in pieces of at most 1 MiB, cut after a line's end if possible.
 
     Raises DataError that names the file and the byte where it is not UTF-8.
     """
@@ -129,13 +128,12 @@ def decoded(name: str, data: np.ndarray, start: int, stop: int) -> Iterator[str]
 def documents(
     name: str, *, field: str = "text", encoding: str = "utf-8", unit: Unit = "file"
 ) -> Iterator[tuple[str, str]]:
-    """Documents of one file, one after the other, as `(where, text)`; nothing is kept in memory or in a
-    cache.
+    """Documents of one file in order, as `(where, text)`; nothing is kept in memory or in a cache.
 
-    jsonl (`.jsonl`, `.ndjson`, `.json`: an object a line) and parquet hold a document in `field` of each row;
-    of any other file, `unit` says what a document is. Files may be packed (gz, xz, zst, bz2). Line ends inside of a
-    document stay as they are.
-    Raises DataError that names the file, and line, row or byte; UserError for a document over the limit
+    jsonl (`.jsonl`, `.ndjson`, `.json`: an object a line) and parquet hold a document in `field` of each row; in any
+    other file, `unit` says what a document is. Files may be packed (gz, xz, zst, bz2). Line ends inside a document are
+    kept.
+    Raises DataError that names the file, and line, row or byte; UserError for a document that exceeds the limit
     `DOCUMENT_BYTES`, and for a file that unpacks to too much.
     """
     for where, text, _ in _rows(name, field, encoding, unit, ()):
@@ -148,7 +146,7 @@ _Row = tuple[str, str, dict[str, Any]]
 def _rows(name: str, field: str, encoding: str, unit: Unit, more: Sequence[str]) -> Iterator[_Row]:
     """As `documents`, with the values in other columns, `more`. Raises DataError for a file that has none."""
     if more and is_plain(name):
-        raise DataError(f"{name} is plain text, without a column {shown(more[0])}. Give jsonl or parquet, or a table.")
+        raise DataError(f"{name} is plain text and has no column {shown(more[0])}. Give jsonl or parquet, or a table.")
     try:
         if suffix_of(name) == ".parquet":
             yield from _parquet(name, field, more)
@@ -165,26 +163,26 @@ def _rows(name: str, field: str, encoding: str, unit: Unit, more: Sequence[str])
     except DataError as error:
         if isinstance(error, Unreadable) or not _is_packed(name):
             raise
-        for _ in unpacked(name):  # a damaged file is more than a bad line in it: its checksum tells
+        for _ in unpacked(name):  # a damaged file is worse than a bad line: its checksum shows it
             pass
         raise
 
 
 def _fields_of_line(name: str, number: int, line: str, field: str, more: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The text of a line of jsonl, and other values in it."""
+    """The text in a line of jsonl, and other values of the line."""
     if line.startswith("\ufeff"):
         raise DataError(
-            f"Line {number} of {name} begins with a mark of the byte order (BOM), which is not JSON. Set encoding to "
-            f"utf-8-sig, or save the file without it."
+            f"Line {number} of {name} begins with a byte order mark (BOM), which is not JSON. Set encoding to "
+            "utf-8-sig, or save the file without it."
         )
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"Line {number} of {name} is not JSON: {error.msg} at column {error.colno}. Each line must be "
-            f"one whole JSON object; correct or remove the line."
+            f"Line {number} of {name} is not JSON: {error.msg} at column {error.colno}. Each line must be one complete "
+            "JSON object; correct or remove the line."
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; endlessly nested lists
         raise DataError(
             f"Line {number} of {name} cannot be read as JSON: {str(error)[:100]}. Correct or remove the line."
         ) from error
@@ -228,7 +226,7 @@ def _known(field: str, names: Sequence[str]) -> str:
 def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
     import pyarrow.parquet
 
-    # pyarrow raises errors of many kinds for a damaged file
+    # pyarrow raises many types of errors for a damaged file
     with explained(name, Exception), opened(name) as (file, size):
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         columns = table.schema_arrow.names
@@ -237,10 +235,10 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
         for other in more:
             if other not in columns:
                 raise DataError(f"{name} has no column {shown(other)}.{_known(other, columns)} Name one of them.")
-        # not by columns: asking for one that a damaged index lacks ends the process
+        # not by columns: asking for one that a damaged index lacks crashes the process
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         check_unpacked(sum(sizes), size or sum(sizes), name)
-        # a value may be as long as its group, and is given anew for each row that refers to it
+        # a value may be as long as its group, and is repeated for each row that refers to it
         rows = max(_ROWS[0], min(_ROWS[1], _BATCH_BYTES // max([1, *sizes])))
         number = taken = 0
         for batch in table.iter_batches(batch_size=rows, columns=list(dict.fromkeys([field, *more]))):
@@ -261,11 +259,11 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
 def read_text(
     path: str | Path, tokenizer: Tokenizer, *, field: str = "text", encoding: str = "utf-8", fields: Sequence[str] = ()
 ) -> Iterator[Record]:
-    """Records for `predict`: a plain text file is one, named as the file (with the folders that are not the same for
-    all, see `mambaseq.data.files.relative_names`); a row of jsonl or parquet is one.
+    """Records for `predict`: a plain text file is one record, with the file's name (and the folders that differ, see
+    `mambaseq.data.files.relative_names`); each row of jsonl or parquet is one.
 
-    fields: other columns of jsonl and parquet that go with each record.
-    Raises DataError as `documents` does, and when there is nothing in the files, or no such column.
+    fields: further columns of jsonl and parquet to return with each record.
+    Raises DataError as `documents` does, and if the files are empty or have no such column.
     """
     files = text_files(str(path))
     for name, short in zip(files, _record_names(files, str(path)), strict=True):

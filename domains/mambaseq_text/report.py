@@ -1,4 +1,4 @@
-"""The demo's section on text: bits a byte beside counts, and what the model writes."""
+"""The demo's section on text: bits a byte next to count models, and generated text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def report(run: Path) -> Section:
 
 
 def _first_lines(text: str, most: int = 140) -> str:
-    """The beginning of a text, as far as a whole line or word ends within so many characters."""
+    """The beginning of a text, up to the last complete line or word within so many characters."""
     if len(text) <= most:
         return text
     part = text[:most]

@@ -1,4 +1,4 @@
-"""Which files and which documents are for training, validation and test."""
+"""Splits files and documents into training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Names = str | Sequence[str] | None
 def split_files(
     train: Names, validation: Names, test: Names, *, streaming: bool = False
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    """Files of each split, and what tells whether each file has changed.
+    """Files of each split, and the identity of each file (see `opening.source`).
 
-    streaming: the training files are not read to their ends for this.
-    Raises DataError when a file is missing, or is in two splits (also as a copy under another name), ConfigError when
-    an address has a secret written out.
+    streaming: training files are not read for this.
+    Raises DataError if a file is missing or in two splits (also as a copy with another name), ConfigError for an
+    address that contains a secret.
     """
     files = {
         split: text_files(names, key) if names else []
@@ -36,14 +36,14 @@ def split_files(
             other, earlier = seen.setdefault(sources[name].get("sha256", name), (split, name))
             if other != split:
                 raise DataError(
-                    f"{name} ({split}) is {'' if name == earlier else f'a copy of {earlier}, which is '}in "
-                    f"{other} too. Give every file to one split only."
+                    f"{name} ({split}) is {'' if name == earlier else f'a copy of {earlier}, which is '}in {other} "
+                    "too. Give each file to only one split."
                 )
     return files, sources
 
 
 def checksums(files: Mapping[str, Sequence[str]], sources: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """What stands for the contents of each file that is known."""
+    """The checksum of each file whose contents are known."""
     names = [name for members in files.values() for name in members]
     return {name: found for name in names if (found := checksum(sources[name]))}
 
@@ -58,8 +58,8 @@ def check_fractions(validation: float, test: float) -> None:
 
 
 def split_of_text(text: str, fractions: Mapping[str, float]) -> str:
-    """The split of a document, from its content: copies of a document stay together (however their lines end), and more
-    data moves none.
+    """The split of a document, by its contents: copies stay together (with any line ends), and adding documents moves
+    none.
 
     fractions: shares of `"validation"` and `"test"`.
     """

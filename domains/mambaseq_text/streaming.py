@@ -1,4 +1,4 @@
-"""Windows of a stream of documents, for what does not fit or is not worth a cache."""
+"""Windows of a stream of documents, for data that do not fit into a cache or are not worth one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from mambaseq_text.tokenization import TextTokenizer
 
 
 class StreamedWindows(IterableDataset):
-    """Endless next-token windows; the n-th of them is a function of (seed, n), whoever reads it.
+    """Endless next-token windows; the n-th depends only on (seed, n), whichever process reads it.
 
-    A pass goes through the files in an order drawn anew, lays their documents end to end, cuts that into
-    windows of `length` targets (a rest at the end of the pass is dropped) and mixes them in a buffer. The
-    next pass follows.
+    Each pass goes through the files in a new random order, lays their documents end to end, cuts them into windows of
+    `length` targets (the rest at the end is dropped) and mixes the windows in a buffer.
 
-    Every loader worker goes through the whole stream and keeps every N-th batch, so workers overlap loading
-    with training but do not divide the tokenising; going on in the middle of a run reads what stands before
-    without building it into batches, and leaves out whole passes once it has counted one. A corpus that fits
-    the disk is quicker tokenised once.
+    Every loader worker goes through the whole stream and keeps every N-th batch, so workers overlap loading with
+    training but do not divide the tokenising; resuming a run reads the earlier part without building batches, and skips
+    whole passes once it has counted one. A corpus that fits on disk is faster if it is tokenised once.
 
-    files: what to read. read: makes the documents of a file, as text. tokenizer: see
-        `TextTokenizer.document`.
-    length: targets a window. shuffle: windows that the buffer holds; 0 keeps their order. seed: of both
-        orders.
+    files: what to read. read: gives the documents of a file, as text. tokenizer: see `TextTokenizer.document`.
+    length: targets a window. shuffle: windows that the buffer holds; 0 keeps their order. seed: of both orders.
     """
 
     def __init__(
@@ -47,9 +43,9 @@ class StreamedWindows(IterableDataset):
         self.place(batch_size=1)
 
     def place(self, *, batch_size: int, start_batch: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        """Say where iteration begins and whose part it gives.
+        """Set where iteration starts, and for which process.
 
-        Global batch j is made of the windows `[j * n, (j + 1) * n)`, n = batch_size * world_size, of which
+        Global batch j consists of the windows `[j * n, (j + 1) * n)`, n = batch_size * world_size, of which
         process `rank` gets its own slice. Iteration begins with batch `start_batch`; a loader must take
         batches of `batch_size`.
         """
@@ -61,7 +57,7 @@ class StreamedWindows(IterableDataset):
         which, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         per_step = self.batch_size * self.world_size
         windows = self._windows(self.start_batch * per_step)
-        # a loader takes its batches from the workers in turn, beginning with the first
+        # a loader takes batches from its workers in turn, starting with the first
         for number in itertools.count():
             step = list(itertools.islice(windows, per_step))
             if number % n_workers == which:

@@ -1,4 +1,4 @@
-"""Text to ids and back: bytes, or what a tokenizer.json says."""
+"""Text to ids and back: bytes, or a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from mambaseq.limits import TOKEN_IDS
 class TextTokenizer(Tokenizer):
     """A tokenizer of text that also knows which bytes each token stands for.
 
-    bos_id, eos_id: ids put before and after a document; None for none. `encode` puts the first only, so that
-        what it returns is a prompt; `decode` leaves both out.
-    start_ids: from which generation begins when there is no prompt: what stands before a document, else a
-        line's end.
-    bytewise: every token is exactly one byte, so that targets and bytes are the same number.
+    bos_id, eos_id: ids put before and after a document; None for none. `encode` adds only the first, so its result is a
+        prompt; `decode` leaves both out.
+    start_ids: what generation starts from without a prompt: the mark before a document, otherwise a line end.
+    bytewise: every token is exactly one byte, so targets and bytes are equal in number.
     """
 
     bos_id: int | None = None
@@ -61,8 +60,7 @@ class TextTokenizer(Tokenizer):
     def document(self, pieces: Iterable[str], *, joint: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and byte counts of a document, piece by piece, between bos and eos.
 
-        joint: text that ends the document where there is no eos to do so, for documents that are laid end to
-            end.
+        joint: text that ends the document if there is no eos, for documents laid end to end.
         """
         none = np.zeros(1, dtype=np.uint32)
         if self.bos_id is not None:
@@ -77,7 +75,7 @@ class TextTokenizer(Tokenizer):
     def encode(self, raw: str | bytes) -> np.ndarray:
         """Ids of a text (or of its UTF-8 bytes), bos before them where there is one.
 
-        Raises DataError when bytes are not UTF-8.
+        Raises DataError if bytes are not UTF-8.
         """
         ids, _ = self.encode_counted(_decoded(raw))
         return ids if self.bos_id is None else np.concatenate([np.array([self.bos_id], ids.dtype), ids])
@@ -103,7 +101,7 @@ class ByteTokenizer(TextTokenizer):
 
     Args:
         bos: mark where a document begins, by id 256.
-        eos: mark where a document ends, by the id behind 255 and bos.
+        eos: mark where a document ends, by the id after 255 or bos.
     """
 
     def __init__(self, bos: bool = False, eos: bool = False) -> None:
@@ -156,7 +154,7 @@ class HFTokenizer(TextTokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None  # it would cut the same text differently at every call
+            self._tokenizer.model.dropout = None  # it would tokenise the same text differently at every call
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if len(vocabulary) < 2:
             raise DataError(

@@ -1,4 +1,4 @@
-"""What backbones have in common: residual layers, and how a call is run (over chunks of time, by CUDA graphs)."""
+"""The base of backbones: residual layers, and how a call is run (over chunks of time, by CUDA graphs)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mambaseq.mixers.norm import RMSNorm
 
 
 class ResidualLayer(nn.Module):
-    """mixer(norm(residual + x)) and residual + x: the addition of what a layer writes to the residual stream, which is
-    kept in fp32, is left to the next norm, which reads both anyway. x is None where there is nothing to add yet."""
+    """Computes mixer(norm(residual + x)) and residual + x. The addition to the fp32 residual stream is left to the next
+    norm, which reads both anyway. x is None if there is nothing to add yet."""
 
     def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualLayer(nn.Module):
     def forward(
         self, x: Tensor | None, residual: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Tensor, Any]:
-        """(what the next norm adds, the residual stream, the state or None)."""
+        """Returns what the next norm adds, the residual stream, and the state or None."""
         y, residual = self.norm(x, residual)
         y = self.mixer(y, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
         y, new = y if return_state else (y, None)
@@ -43,8 +43,8 @@ class Backbone(nn.Module, abc.ABC):
     """Embeddings `(batch, length, d_model)` to the same, called like a mixer: a list of states in, a list out.
 
     A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
-    takes_mask: whether `forward` takes a `mask=` of the positions that are real, because they are not independent of
-        the padding behind them. strands: how many vectors of d_model a position has.
+    takes_mask: whether `forward` takes a `mask=` of real positions, because these depend on the padding after them.
+        strands: how many vectors of size d_model a position has.
     """
 
     takes_mask: ClassVar[bool] = False
@@ -69,16 +69,16 @@ class Backbone(nn.Module, abc.ABC):
         self.graphs = StepGraphs(cuda_graph == "auto")
 
     def check_chunks(self) -> None:
-        """Raise ConfigError where there is a chunk_length and a mixer that cannot be run over chunks."""
+        """Raise ConfigError for a chunk_length with a mixer that cannot be run in chunks."""
         for mixer in self.mixers() if self.chunk_length else []:
             if not (mixer.causal and mixer.bounded_state):
                 raise ConfigError(
-                    f"chunk_length needs causal mixers whose state is bounded, which {type(mixer).__name__} is not."
+                    f"chunk_length needs causal mixers with a bounded state; {type(mixer).__name__} is not one."
                 )
 
     @abc.abstractmethod
     def mixers(self) -> list[Mixer]:
-        """The mixer of each residual layer, the first layer's first; a shared one at each of its layers."""
+        """The mixer of each residual layer, in order; a shared mixer once for each of its layers."""
 
     @property
     def causal(self) -> bool:
@@ -86,7 +86,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def n_states(self) -> int:
-        """How many states its list has."""
+        """The number of states in its list."""
         return len(self.mixers())
 
     def forward(
@@ -107,7 +107,7 @@ class Backbone(nn.Module, abc.ABC):
                     return replayed
             y, states = self._run(x, state, cu_seqlens, return_state)
         else:
-            from mambaseq.backbones.chunks import run_in_chunks  # loads the compiler, which most runs do without
+            from mambaseq.backbones.chunks import run_in_chunks  # imports the compiler, which most runs do not need
 
             y, states = run_in_chunks(
                 self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
@@ -116,12 +116,12 @@ class Backbone(nn.Module, abc.ABC):
 
     def _check_states(self, state: list[Any]) -> None:
         if len(state) != self.n_states:
-            raise ValueError(f"The backbone has {self.n_states} states and was given {len(state)}.")
+            raise ValueError(f"The backbone has {self.n_states} states, but was given {len(state)}.")
 
     def _run(
         self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
-        """y and the states, whatever these are where they are not returned."""
+        """y and the states; if states are not returned, they may be anything."""
         raise NotImplementedError
 
     def _through(
@@ -132,7 +132,8 @@ class Backbone(nn.Module, abc.ABC):
         cu_seqlens: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor | None, Tensor, list[Any]]:
-        """Residual layers, from the residual stream: (what is still to be added, the stream, the states)."""
+        """Run residual layers over the residual stream. Returns what is still to be added, the stream, and the
+        states."""
         branch: Tensor | None = None
         states: list[Any] = []
         for index, layer in enumerate(layers):
@@ -154,7 +155,7 @@ class Backbone(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> list[Any]:
-        """States of an empty history, each of which has the sequence first."""
+        """States of an empty history; the sequence is their first dimension."""
 
     @abc.abstractmethod
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:

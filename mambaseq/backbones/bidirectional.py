@@ -1,4 +1,4 @@
-"""A stack whose every layer reads the sequence both ways: for classifying sequences and for masked modelling."""
+"""A stack whose layers all read the sequence both ways: for classification and masked modelling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mambaseq.ops import sequences
 class BidirectionalLayer(nn.Module):
     """ahead(x) + reversed(back(reversed(x))) of the normed residual stream; see `ResidualLayer` for who adds what.
 
-    back None is `ahead` itself; a mixer to which a position is all there is (an MLP) has one direction.
+    back: None takes `ahead` itself; a position-wise mixer (an MLP) has one direction.
     """
 
     def __init__(self, ahead: Mixer, back: Mixer | None, norm_eps: float, dropout: float) -> None:
@@ -40,7 +40,7 @@ class BidirectionalLayer(nn.Module):
 
 
 def reverse(x: Tensor, order: Tensor | None) -> Tensor:
-    """x `(batch, length, ...)` backwards; order as `sequences.reversal` gives it."""
+    """x `(batch, length, ...)` backwards. order: from `sequences.reversal`."""
     return x.flip(1) if order is None else x.flatten(0, 1).index_select(0, order).view_as(x)  # (batch, length, d_model)
 
 
@@ -48,8 +48,8 @@ class BidirectionalStack(Backbone):
     """Pre-norm residual layers that run their mixer over the sequence and over the sequence reversed, and add the two
     (as BiMamba, arXiv:2403.03234, section 3.1, and Vision Mamba, arXiv:2401.09417, do).
 
-    A packed sequence is reversed within its own bounds, a padded one within its mask. There is no state: nothing can be
-    generated, and no sequence be gone on with.
+    A packed sequence is reversed within its own bounds, a padded one within its mask. There is no state, so nothing can
+    be generated or continued.
 
     Args:
         make_mixer: makes the mixer of layer i (see `MakeMixer`).
@@ -62,7 +62,7 @@ class BidirectionalStack(Backbone):
         norm_eps: epsilon of the RMSNorms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
-        cuda_graph: replay training steps as CUDA graphs, but for packed and padded batches (see `ResidualStack`).
+        cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
     """
 
     takes_mask: ClassVar[bool] = True
@@ -87,13 +87,13 @@ class BidirectionalStack(Backbone):
             for one, other in zip(ahead, back, strict=True)
         )
         for mixer in dict.fromkeys(self.mixers()):
-            directions = 1 if mixer.position_wise else 2  # what a layer writes is the sum of as many
+            directions = 1 if mixer.position_wise else 2  # a layer writes the sum of this many outputs
             mixer.scale_residual_((len(self.layers) * directions) ** -0.5)
         self.d_model = ahead[0].d_model
         self.norm_f = RMSNorm(self.d_model, norm_eps)
 
     def mixers(self) -> list[Mixer]:
-        """The mixers of each layer, that of the reversed sequence behind the other where it has its own."""
+        """The mixers of each layer; one for the reversed sequence, if it is separate, comes second."""
         pairs = [(layer.ahead, layer.back) for layer in self.layers]
         return [mixer for pair in pairs for mixer in pair if mixer is not None]  # type: ignore[misc]
 
@@ -109,10 +109,10 @@ class BidirectionalStack(Backbone):
         return_state: bool = False,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x `(batch, length, d_model)` to the same. mask: `(batch, length)` bool, of positions that are real; what is
-        padded on the right is seen by no other position.
+        """x `(batch, length, d_model)` to the same. mask: `(batch, length)` bool, of real positions; no other position
+        sees the padding on the right.
 
-        Raises ConfigError where a state is given or wanted.
+        Raises ConfigError if a state is given or wanted.
         """
         if state is not None or return_state:
             refuse_states("bidirectional")
@@ -144,8 +144,8 @@ class BidirectionalStack(Backbone):
 
 
 def refuse_states(backbone: str) -> NoReturn:
-    """Raise ConfigError: what a backbone sees of the future cannot be gone on with."""
+    """Raise ConfigError: a backbone that sees the future has no state."""
     raise ConfigError(
         f"A {backbone} backbone sees whole sequences and keeps no state: it can neither generate nor read a sequence "
-        f"part by part. Use a causal backbone (residual) for that."
+        "in parts. Use a causal backbone (residual) for that."
     )

@@ -1,11 +1,11 @@
-"""Training over sequences whose activations do not fit: a chunk of time after another, gradients exact.
+"""Training over sequences whose activations do not fit into memory: one chunk of time after another, with exact
+gradients.
 
-Forward, the layers run over one chunk at a time and hand their states on; nothing is kept but the input, the output
-and the states between chunks. Backward, the chunks are run again from the last to the first, each from the state
-that entered it, and the gradient of the state that left it comes from the chunk behind. That is checkpointing
-(Chen et al., arXiv:1604.06174) along time. Memory a token is that of input, output and their gradients, `batch x
-length x d_model` each, however many layers there are; activations are those of one chunk. The time of one more
-forward pass is paid for it.
+In the forward pass the layers run over one chunk at a time and pass their states on; only the input, the output and the
+states between chunks are kept. In the backward pass the chunks are run again from the last to the first, each from its
+initial state; the gradient of its final state comes from the next chunk. This is checkpointing (Chen et al.,
+arXiv:1604.06174) along time. Memory a token is that of input, output and their gradients, `batch x length x d_model`
+each, for any number of layers, plus the activations of one chunk. The cost is the time of one more forward pass.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Run = Callable[[Tensor, list[Any] | None, Tensor | None, bool], tuple[Tensor, li
 
 
 class Chunk(NamedTuple):
-    """Positions `begin` to `end`, in which sequences `first` to `stop` lie. The first `carried_in` of them began in
-    an earlier chunk, the last `carried_out` go on in the next."""
+    """Positions `begin` to `end`, with sequences `first` to `stop`. The first `carried_in` of them began in an earlier
+    chunk, the last `carried_out` continue in the next."""
 
     begin: int
     end: int
@@ -46,15 +46,15 @@ class Chunk(NamedTuple):
 
     @property
     def finished(self) -> int:
-        """How many of its sequences end here: the first ones."""
+        """How many of its sequences end here; these come first."""
         return self.stop - self.first - self.carried_out
 
 
 def plan(length: int, chunk_length: int, batch: int, bounds: list[int] | None = None) -> list[Chunk]:
     """The chunks of `batch` rows of this length, or of one row of packed sequences.
 
-    bounds: where the packed sequences begin, and the length. Every sequence begins in one chunk and ends in one,
-    empty ones included.
+    bounds: the starts of the packed sequences, and the length. Every sequence, also an empty one, begins in one chunk
+        and ends in one.
     """
     chunks: list[Chunk] = []
     first = carried = 0
@@ -74,7 +74,7 @@ def plan(length: int, chunk_length: int, batch: int, bounds: list[int] | None = 
 
 
 class _Layout(NamedTuple):
-    """What the tensors of a list of states are called, to make states of tensors again."""
+    """The names of the tensors in a list of states, to make states from tensors again."""
 
     kinds: list[tuple[type, list[str]]]
 
@@ -96,10 +96,10 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 class _Surroundings:
-    """Autocast and random state as they are now, to run a chunk again just as it ran.
+    """The current autocast and random state, to run a chunk again in the same way.
 
-    Autocast's cache is off: weights cast without gradients must not be found there by a later call that needs
-    them, and weights cast once would gather the gradients of all chunks in half precision.
+    Autocast's cache is off: a later call that needs gradients must not find weights there that were cast without them,
+    and weights cast only once would accumulate the gradients of all chunks in half precision.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -132,11 +132,11 @@ def _random_state(x: Tensor) -> Any:
 
 @dataclasses.dataclass
 class _Job:
-    """One call: what is run, where the chunks are, and what a backward pass needs beside tensors."""
+    """One call: what is run, the chunks, and what a backward pass needs besides tensors."""
 
     run: Run
     init_state: Callable[[int], list[Any]]
-    # where each parameter is: the module that has it, its name there, its number
+    # each parameter's module, its name there, and its number
     places: list[tuple[nn.Module, str, int]]
     chunks: list[Chunk]
     return_state: bool
@@ -159,7 +159,7 @@ class _Job:
     def run_chunk(
         self, chunk: Chunk, x: Tensor, states: list[Tensor] | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """y of a chunk and the states of all its sequences, which are left out where nobody needs them."""
+        """y of a chunk and the states of all its sequences, which are left out if they are not needed."""
         wanted = self.return_state or bool(chunk.carried_out)
         if cu_seqlens is not None:
             inside = cu_seqlens[chunk.first : chunk.stop + 1] - chunk.begin
@@ -176,7 +176,7 @@ class _Job:
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, given: Sequence[Tensor], keep: bool
     ) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
-        """y, the final states if they are returned, and with `keep` the states handed to each chunk by the last."""
+        """y, the final states if they are returned, and with `keep` the states passed to each chunk."""
         y: Tensor | None = None
         carried: list[Tensor] = []
         kept: list[list[Tensor]] = []
@@ -193,7 +193,7 @@ class _Job:
             y[:, chunk.begin : chunk.end] = part
             if self.return_state and chunk.finished:
                 finished.append([tensor[: chunk.finished] for tensor in states])
-            # a copy where this is a part of a larger one, which would be kept alive
+            # a copy if this is a part of a larger tensor, which would be kept alive
             carried = [tensor[chunk.finished :] for tensor in states] if chunk.carried_out else []
             if chunk.finished:
                 carried = [tensor.clone() for tensor in carried]
@@ -202,8 +202,8 @@ class _Job:
 
     @contextlib.contextmanager
     def with_parameters(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """The module with other tensors in place of its parameters: hooks of the parameters themselves must see the
-        sum over all chunks only."""
+        """The module with other tensors in place of its parameters: hooks of the parameters must see only the sum over
+        all chunks."""
         found = [module._parameters[name] for module, name, _ in self.places]
         try:
             for module, name, index in self.places:
@@ -281,7 +281,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _joined(state: Tensor, dfinal: Tensor | None, rest: Tensor | None, chunk: Chunk) -> Tensor | None:
-    """The gradient of a chunk's states: of the sequences that ended in it, and of those that go on."""
+    """The gradient of a chunk's states: of the sequences that ended in it, and of those that continue."""
     if dfinal is None and rest is None:
         return None
     ended, going = state[: chunk.finished], state[chunk.finished :]
@@ -296,7 +296,7 @@ def _joined(state: Tensor, dfinal: Tensor | None, rest: Tensor | None, chunk: Ch
 def _gradients(
     outputs: list[Tensor], doutputs: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """`torch.autograd.grad` that leaves out what has no gradient, on both sides."""
+    """`torch.autograd.grad` without inputs and outputs that have no gradient."""
     known = [(y, d) for y, d in zip(outputs, doutputs, strict=True) if d is not None and y.requires_grad]
     wanted = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
@@ -310,7 +310,7 @@ def _gradients(
 
 
 def _accumulate(totals: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
-    """Add in place, in fp32 at least."""
+    """Add in place, at least in fp32."""
     for index, d in enumerate(more):
         if d is not None:
             total = totals[index]
@@ -321,7 +321,8 @@ def _accumulate(totals: list[Tensor | None], more: Sequence[Tensor | None]) -> N
 
 
 def _check_whole(parameters: Sequence[Tensor]) -> None:
-    """Leaves stand in for the parameters; where a wrapper gathers a layer's shards they would stay shards."""
+    """Refuse sharded parameters: leaf tensors replace the parameters, and if a wrapper gathers a layer's shards, they
+    would stay shards."""
     for parameter in parameters:
         if type(parameter) not in (Tensor, nn.Parameter):
             raise ConfigError(
@@ -343,15 +344,15 @@ def run_in_chunks(
 ) -> tuple[Tensor, list[Any]]:
     """`run(x, state, cu_seqlens, return_state)`, over `chunk_length` positions at a time.
 
-    Outputs, states and gradients are those of the one call, up to rounding. `run` must be causal, with states
-    (`State`) that have the sequence first and are all that it remembers; it is called again in the backward pass,
-    under the same autocast and with the same random numbers. Everything learned must be an input of it or a
-    parameter of `module`. There are no gradients of gradients. `torch.compile` leaves the graph here.
+    Outputs, states and gradients are those of the one call, up to rounding. `run` must be causal, and its states
+    (`State`), with the sequence as first dimension, must be all that it remembers. It is called again in the backward
+    pass, with the same autocast and random numbers. Everything learned must be an input of it or a parameter of
+    `module`. There are no second derivatives. `torch.compile` leaves the graph here.
 
-    module: what `run` computes with. init_state: n → states of n empty histories.
-    x `(batch, length, d_model)`, any float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once
-    (a GPU waits), since they decide how sequences are cut. Raises ValueError for states of another number of
-    sequences, and ConfigError for gradients of parameters that are shards, as FSDP's of single layers are.
+    module: what `run` computes with. init_state: n → states of n empty histories. x `(batch, length, d_model)`, any
+        float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once (waiting for the GPU), since
+        they decide how sequences are cut. Raises ValueError for states of another number of sequences, and ConfigError
+        for gradients of parameters that are shards, as FSDP's of single layers are.
     """
     batch, length = x.shape[:2]
     bounds = None
@@ -362,7 +363,7 @@ def run_in_chunks(
     given = [] if state is None else _tensors(state)
     for tensor in given:
         if tensor.shape[:1] != (n_sequences,):
-            raise ValueError(f"A state is {tuple(tensor.shape)}; {n_sequences} sequences need one a sequence.")
+            raise ValueError(f"A state is {tuple(tensor.shape)}, but there are {n_sequences} sequences.")
     parameters = [p for p in module.parameters() if p.requires_grad]
     numbers = {id(p): index for index, p in enumerate(parameters)}
     job = _Job(

@@ -1,8 +1,8 @@
-"""Training steps replayed from CUDA graphs, a pair of them (forward, backward) for each shape of input: the kernels of
-small models are shorter than their launches.
+"""Replays training steps from CUDA graphs, a pair (forward, backward) for each shape of input, because kernels of small
+models are shorter than their launches.
 
-A pair's activations are in its own memory. They are those of one forward pass at a time: the next one before its
-backward is run as usual. All that leaves a pair (the output, gradients) is copied out of that memory.
+A pair's activations are in its own memory, those of one forward pass at a time: another forward pass before its
+backward runs without the graph. Everything that leaves a pair (output, gradients) is copied out of that memory.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from mambaseq.ops.gpu import capture
 
 Run = Callable[[Tensor], Tensor]
 CudaGraph = bool | Literal["auto"]
-"""True: capture training steps; False: never; "auto": where that is safe and of use (see `automatic`)."""
+"""True: capture training steps; False: never; "auto": if that is safe and faster (see `automatic`)."""
 
 MOST_GRAPHS = 4  # pairs of a module: each holds the activations of a step
-EAGER_CALLS = 2  # with a key before its capture: kernels are compiled by then, and odd batches never get there
+EAGER_CALLS = 2  # calls with a key before its capture: by then kernels are compiled, and rare shapes never get there
 _WARM_UPS = 2
 _MOST_KEYS = 64  # that are counted
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Key(NamedTuple):
-    """What a replay takes for granted, beside the addresses of the parameters and buffers."""
+    """What a replay relies on, besides the addresses of parameters and buffers."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -45,12 +45,12 @@ class Key(NamedTuple):
 class StepGraphs:
     """The graphs of a module's training steps. A copy, or one read from a file, has none.
 
-    What `run` does on the host is not repeated by a replay, and all that it learns must be a parameter of the module.
-    Replays read and write parameters and buffers where they are: they may change in place; moved or replaced ones are
-    captured anew. There are no gradients of gradients, and one backward pass for each forward, unless graphs are
-    automatic: what a replay cannot give is then made as usual. Under
-    DistributedDataParallel the gradients come all at once, so that their reduction does not overlap the module's
-    backward; sharded parameters (DTensor, FSDP) are never captured.
+    A replay does not repeat what `run` does on the host, and everything learned must be a parameter of the module.
+    Replays read and write parameters and buffers at their addresses: these may change in place; moved or replaced ones
+    are captured again. There are no second derivatives, and there is one backward pass for each forward pass, unless
+    graphs are automatic: what a replay cannot give is then computed without it. Under DistributedDataParallel all
+    gradients come at once, so their reduction does not overlap the module's backward pass; sharded parameters (DTensor,
+    FSDP) are never captured.
     """
 
     def __init__(self, automatic: bool = False) -> None:
@@ -60,7 +60,7 @@ class StepGraphs:
         self._refused: set[Key] = set()
         self._addresses: tuple[int, ...] = ()
         self._may_capture = True
-        self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS keeps a workspace for each
+        self._stream: torch.cuda.Stream | None = None  # one for all captures: cuBLAS keeps a workspace for each
         self.replays = 0
 
     def __reduce__(self) -> Any:
@@ -68,11 +68,11 @@ class StepGraphs:
 
     @property
     def captured(self) -> int:
-        """How many pairs there are."""
+        """The number of pairs."""
         return len(self._pairs)
 
     def __call__(self, module: nn.Module, run: Run, x: Tensor) -> Tensor | None:
-        """`run(x)` with its gradients, or None where it must be run as usual. x `(batch, length, d_model)`."""
+        """`run(x)` with its gradients, or None if it must be run without a graph. x `(batch, length, d_model)`."""
         if not self._may_capture or not _is_training_step(module, x):
             return None
         if self._policy is not None and not self._policy.is_of_use(x):
@@ -114,7 +114,7 @@ class StepGraphs:
         return calls > (EAGER_CALLS if self._policy is None else self._policy.eager_calls)
 
     def _capture(self, module: nn.Module, run: Run, x: Tensor, key: Key, learned: list[nn.Parameter]) -> _Pair | None:
-        if self._policy is not None and self._pairs:  # of a shape that came before: one at a time
+        if self._policy is not None and self._pairs:  # of an earlier shape: one at a time
             self._pairs.clear()
             self._policy.eager_calls *= 2
         try:
@@ -127,7 +127,7 @@ class StepGraphs:
         except RuntimeError as error:
             self._may_capture = False
             self._pairs.clear()
-            if self._policy is not None:  # nobody asked for it
+            if self._policy is not None:  # not requested by the user
                 return None
             reason = str(error).partition("\n")[0].rstrip(".")
             warnings.warn(f"Training without CUDA graphs: {reason}.", RuntimeWarning, stacklevel=4)
@@ -144,7 +144,7 @@ def _is_training_step(module: nn.Module, x: Tensor) -> bool:
         and x.numel() > 0
         and torch.is_grad_enabled()
         and is_eager(x)
-        and not getattr(module, "_is_replica", False)  # of DataParallel: its parameters are no parameters
+        and not getattr(module, "_is_replica", False)  # DataParallel's replicas have no real parameters
         and not torch.is_anomaly_enabled()
         and not _has_any_global_hook()
         and not torch.cuda.is_current_stream_capturing()
@@ -152,8 +152,8 @@ def _is_training_step(module: nn.Module, x: Tensor) -> bool:
 
 
 class Inspection(NamedTuple):
-    """addresses: of parameters and buffers. switches: what training may switch: classes, modes, what is learned,
-    dropout. learned: the parameters that have gradients."""
+    """addresses: of parameters and buffers. switches: what may change in training: classes, modes, which parameters are
+    learned, dropout. learned: the parameters with gradients."""
 
     addresses: tuple[int, ...]
     switches: tuple[Any, ...]
@@ -161,15 +161,15 @@ class Inspection(NamedTuple):
 
 
 def inspect(root: nn.Module, device: torch.device) -> Inspection | None:
-    """A module as it is now. None where replays may not stand for calls: modules inside have hooks, tensors are
-    elsewhere, sharded or of other kinds, or nothing is learned."""
+    """Describe a module's current state. None if replays may differ from calls: modules inside have hooks, tensors are
+    on other devices, sharded or of other kinds, or nothing is learned."""
     addresses: list[int] = []
     switches: list[Any] = []
-    learned: dict[nn.Parameter, None] = {}  # once, however many layers share it
+    learned: dict[nn.Parameter, None] = {}  # once, even if layers share it
     waiting = [root]
     while waiting:
         module = waiting.pop()
-        inside = module.__dict__  # without nn.Module's detours: every step asks all modules
+        inside = module.__dict__  # without nn.Module's overhead: every step asks all modules
         if "_parameters" not in inside or (module is not root and any(inside[name] for name in _HOOKS)):
             return None
         switches += (type(module), "forward" in inside, inside["training"])
@@ -195,7 +195,7 @@ def inspect(root: nn.Module, device: torch.device) -> Inspection | None:
 
 
 class _Turn:
-    """A forward pass whose activations are in a pair's memory; it ends with its backward or with its graph."""
+    """A forward pass whose activations are in a pair's memory, until its backward pass or the end of its graph."""
 
     __slots__ = ("__weakref__", "over")
 
@@ -206,7 +206,7 @@ class _Turn:
 class _Pair:
     """The graphs of a forward pass and of its backward.
 
-    Raises RuntimeError where they cannot be captured.
+    Raises RuntimeError if they cannot be captured.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class _Pair:
         self.autocast = autocast
         self._turn: weakref.ref[_Turn] | None = None
         self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
-        # leaves of their own: autograd would add to those of the model on the stream that first used them
+        # separate leaves: autograd would accumulate into the model's own on the stream that first used them
         leaves = {p: p.detach().requires_grad_() for p in learned}
         inputs = [*([self._x] if x.requires_grad else []), *leaves.values()]
 
@@ -230,7 +230,7 @@ class _Pair:
                 return run(self._x)
 
         dy = self._warm_up(module, forward, inputs, stream)
-        torch.cuda.empty_cache()  # what that took: a capture takes memory of its own, and cannot free other
+        torch.cuda.empty_cache()  # memory that this took: a capture takes its own memory, and cannot free other
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         y = capture.capture(self._forward, forward, stream, pool)
@@ -244,7 +244,7 @@ class _Pair:
     def _warm_up(
         self, module: nn.Module, forward: Callable[[], Tensor], inputs: Sequence[Tensor], stream: torch.cuda.Stream
     ) -> Tensor:
-        """Leaves buffers and random numbers as they were. Returns the memory for the output's gradient."""
+        """Run once and restore buffers and random numbers. Returns the memory for the output's gradient."""
 
         def steps() -> Tensor:
             for _ in range(_WARM_UPS):
@@ -268,7 +268,7 @@ class _Pair:
         return turn is not None and not turn.over
 
     def holds(self, turn: _Turn) -> bool:
-        """Whether the activations of this forward pass are there."""
+        """Whether the activations of this forward pass are still in memory."""
         return not turn.over and self._turn is not None and self._turn() is turn
 
     def forward(self, x: Tensor) -> tuple[Tensor, _Turn]:
@@ -282,7 +282,7 @@ class _Pair:
         turn.over = True
         self._dy.copy_(dy)
         self._backward.replay()
-        # copies, by few launches (a product with 1 is exact): `.grad` would else be overwritten by the next replay
+        # copies, with few launches (a product with 1 is exact): otherwise the next replay would overwrite `.grad`
         copies = iter(torch._foreach_mul(self._gradients, 1.0) if self._gradients else ())
         dx = None if self._dx is None else self._dx.clone()
         return dx, [next(copies) if has else None for has in self._has_gradient]
@@ -291,9 +291,9 @@ class _Pair:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: _Pair, again: Run | None, x: Tensor, *parameters: Tensor) -> Tensor:
-        """again: what makes the activations once more where they are gone or gradients of gradients are wanted."""
+        """again: recomputes the activations if they are gone or second derivatives are wanted."""
         ctx.set_materialize_grads(False)
-        # the backward reads the parameters: autograd sees to it that they are the same
+        # the backward pass reads the parameters; autograd checks that they are unchanged
         ctx.save_for_backward(x if again is not None else None, *parameters)
         ctx.pair, ctx.again = pair, again
         y, ctx.turn = pair.forward(x)
@@ -310,7 +310,7 @@ class _Replay(torch.autograd.Function):
             dx, *found = _as_usual(ctx.again, x, parameters, ctx.pair.autocast, dy)
         else:
             raise RuntimeError(
-                "A training step replayed from CUDA graphs has one backward pass, whose gradients have none; its "
+                "A training step replayed from CUDA graphs has one backward pass and no second derivatives; its "
                 "activations are gone. For several (retain_graph=True, create_graph=True), make the backbone with "
                 'cuda_graph="auto" or False.'
             )
@@ -320,7 +320,7 @@ class _Replay(torch.autograd.Function):
 def _as_usual(
     run: Run, x: Tensor, parameters: Sequence[Tensor], autocast: torch.dtype | None, dy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x and the parameters by another forward pass, with a graph of theirs where one is wanted."""
+    """The gradients of x and the parameters from another forward pass; with a graph if one is wanted."""
     create_graph = torch.is_grad_enabled()
     if not create_graph:
         x = x.detach().requires_grad_(x.requires_grad)
@@ -354,12 +354,12 @@ def _in_place_of(module: nn.Module, leaves: dict[nn.Parameter, Tensor]) -> Itera
 
 
 def _gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast("cuda", enabled=False):  # on in the forward only, as usual
+    with torch.autocast("cuda", enabled=False):  # on only in the forward pass, as usual
         return torch.autograd.grad(y, inputs, dy, allow_unused=True)
 
 
 def _check_leaves(y: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where something is learned that is no parameter of the module: its gradient would be lost."""
+    """Raise RuntimeError if a learned tensor is not a parameter of the module: its gradient would be lost."""
     known = {id(tensor) for tensor in inputs}
     seen: set[Any] = set()
     waiting: list[Any] = [y.grad_fn]

@@ -1,9 +1,8 @@
-"""From one resolution of time to a coarser one and back, causally, with a state.
+"""Changes between a resolution of time and a coarser one, causally, with a state.
 
-Goel et al., "It's Raw! Audio Generation with State-Space Models" (SaShiMi), arXiv:2202.09729, section 4.2: `pool`
-neighbouring positions become one by a linear map; on the way up a linear map makes `pool` positions of one, shifted by
-one coarse position, so that a window's result serves the window behind it.
-"""
+Goel et al., "It's Raw! Audio Generation with State-Space Models" (SaShiMi), arXiv:2202.09729, section 4.2: a linear map
+turns `pool` neighbouring positions into one; on the way up a linear map turns one into `pool` positions, shifted by one
+coarse position, so that a window's result is used in the next window."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ from mambaseq.ops import sequences
 
 @dataclasses.dataclass
 class PoolState(State):
-    """Where a sequence is in its window, a value for each: sequences of a batch need not be at the same position.
+    """Each sequence's place in its window; sequences of a batch may be at different places.
 
-    begun `(batch, pool - 1, d_model)` fp32: the positions of the window that is not whole yet, zeros behind them.
-    held `(batch, d_coarse)` fp32: the coarse output that serves this window, zeros in the first.
-    count `(batch,)` int64: how many positions of the window there are.
+    begun `(batch, pool - 1, d_model)` fp32: the positions of the incomplete window, followed by zeros.
+    held `(batch, d_coarse)` fp32: the coarse output that is used in this window; zeros in the first.
+    count `(batch,)` int64: how many positions the window has so far.
     """
 
     begun: Tensor
@@ -33,15 +32,15 @@ class PoolState(State):
 
 
 class Windows(NamedTuple):
-    """Where the windows of packed sequences lie, in tensors alone: nothing is read on the host.
+    """The places of windows of packed sequences, in tensors only: nothing is read on the host.
 
-    How many windows a sequence completes depends on where it was in its window, so the coarse row has the length that
-    is enough wherever they were; what is not used of it is one more sequence at its end.
+    How many windows a sequence completes depends on its place in its window, so the coarse row is as long as could be
+    needed; its unused part is one more sequence at the end.
 
-    cu_seqlens: int32, of the coarse row, the filler included. length: of the coarse row.
-    completed `(sequences,)`: windows that each completes. sources `(length * pool,)`, kept `(sequences * (pool - 1),)`:
-        rows of [x, begun], of which the windows and the new `begun` are made. is_kept `(sequences, pool - 1)`.
-    targets `(positions,)`: rows of [coarse, held] times pool, of which each fine position has its part.
+    cu_seqlens: int32, of the coarse row, the filler included. length: of the coarse row. completed `(sequences,)`:
+        windows that each completes. sources `(length * pool,)`, kept `(sequences * (pool - 1),)`: rows of [x, begun],
+        from which the windows and the new `begun` are made. is_kept `(sequences, pool - 1)`. targets `(positions,)`:
+        for each fine position its row in [coarse, held], times pool.
     left: the new count.
     """
 
@@ -73,7 +72,8 @@ def windows(cu_seqlens: Tensor, positions: int, count: Tensor, pool: int) -> Win
     place = (window * pool - count[owner])[:, None] + torch.arange(pool, device=device)  # (length, pool)
 
     def row(place: Tensor, owner: Tensor) -> Tensor:
-        """Of [x, begun], for a place counted from the sequence's first position here; those before it are in begun."""
+        """The row of [x, begun] for a place counted from the sequence's first position here; earlier places are in
+        begun."""
         before = positions + owner * (pool - 1) + place + count[owner]
         return torch.where(place >= 0, bounds[owner] + place, before)
 
@@ -92,12 +92,12 @@ def windows(cu_seqlens: Tensor, positions: int, count: Tensor, pool: int) -> Win
 
 
 class Pool(nn.Module):
-    """The linear maps between a resolution and the next, without biases: an empty past then gives zeros.
+    """The linear maps between a resolution and the next, without biases, so an empty past gives zeros.
 
     Args:
         d_model: width of the finer resolution.
         d_coarse: width of the coarser one.
-        pool: positions that become one.
+        pool: positions that are joined into one.
     """
 
     def __init__(self, d_model: int, d_coarse: int, pool: int) -> None:
@@ -129,7 +129,7 @@ class Pool(nn.Module):
         return fine.index_select(0, at.targets)
 
     def next_state(self, x: Tensor, y: Tensor, state: PoolState, at: Windows) -> PoolState:
-        """The state behind positions x `(positions, d_model)`, whose coarse outputs are y `(at.length, d_coarse)`."""
+        """The state after positions x `(positions, d_model)`, whose coarse outputs are y `(at.length, d_coarse)`."""
         rows = torch.cat([x, state.begun.flatten(0, 1)])
         begun = rows.index_select(0, at.kept).view_as(state.begun)
         last = (at.cu_seqlens[1:-1].long() - 1).clamp(min=0)
@@ -161,10 +161,12 @@ class Pool(nn.Module):
         check_state("unet", state, PoolState, device, **shapes)
 
     def step_(self, x: Tensor, state: PoolState, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(batch, 1, d_model)` fp32, and who takes a step, `(batch,)` bool (None: all); changes begun and count.
+        """x `(batch, 1, d_model)` fp32, and which sequences take a step, `(batch,)` bool (None: all); changes begun and
+        count.
 
-        Returns what the coarser resolution gives to this position `(batch, 1, d_model)`, the window's coarse input
-        `(batch, 1, d_coarse)`, both fp32, and whose windows are whole, `(batch,)` bool; the others' input is not one.
+        Returns the coarser resolution's contribution to this position `(batch, 1, d_model)`, the window's coarse input
+        `(batch, 1, d_coarse)`, both fp32, and whose windows are complete, `(batch,)` bool; the input of the others is
+        meaningless.
         """
         everyone = torch.arange(len(x), device=x.device)
         parts = self._apply_linear(self.up, state.held).view(len(x), self.pool, self.d_model)  # (batch, pool, d_model)

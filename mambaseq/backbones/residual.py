@@ -18,25 +18,26 @@ class ResidualStack(Backbone):
     """`n_layers` pre-norm residual layers of one mixer or of a pattern of several, and a last norm.
 
     Called like a mixer over embeddings: a list of states in, a list out. The output has the parameters' dtype, or
-    autocast's where it is on (see `RMSNorm`).
+    autocast's if it is on (see `RMSNorm`).
 
     Args:
         make_mixer: makes the mixer of layer i (see `MakeMixer`).
         n_layers: number of layers; MLPs come on top.
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention]`. A name with a star
-            (`attention*`) is one mixer that all of its layers share (norms and states are a layer's own). Their options
-            are `model.mixers.NAME`, those of the model's own mixer `model.mixer`.
+            (`attention*`) is one mixer that all of its layers share (norms and states are a layer's own). Options of
+            the model's own mixer are under `model.mixer`, those of others under `model.mixers.NAME`.
         mlp: follow each mixer by a residual layer of the `mlp` mixer (options: `model.mixers.mlp`). None: as the
-            mixer's class says (attention has one, mamba has not), unless the pattern places MLPs itself.
+            mixer's class says (attention has one, mamba does not), unless the pattern contains MLPs itself.
         norm_eps: epsilon of the RMSNorms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
-        chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
-            the backward pass: the memory of a token no longer grows with the layers (see `backbones/chunks.py`).
+        chunk_length: run longer sequences in chunks of this many positions, and recompute each chunk's activations in
+            the backward pass: memory a token then does not grow with the layers (see `backbones/chunks.py`). None runs
+            them whole.
         cuda_graph: replay the forward and backward of training steps as CUDA graphs, one pair for each shape of input
             (see `backbones/graphed.py`): faster where kernels are shorter than their launches. Calls with states,
-            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: where it
-            changes no number and is of use (see `backbones/automatic.py`).
+            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes
+            no number and is faster (see `backbones/automatic.py`).
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ResidualStack(Backbone):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> list[Any]:
-        """States of an empty history, a list of one a layer."""
+        """States of an empty history, a list with one for each layer."""
         return [mixer.init_state(batch_size, max_length, dtype, device) for mixer in self.mixers()]
 
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:

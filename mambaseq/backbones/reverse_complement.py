@@ -1,9 +1,9 @@
-"""DNA has two strands and either may be read: a backbone that treats them alike.
+"""A backbone that treats the two strands of DNA alike.
 
 Schiff et al., "Caduceus: Bi-Directional Equivariant Long-Range DNA Sequence Modeling", arXiv:2403.03234, section 3.2,
 the parameter-sharing model (Caduceus-PS): one half of the channels reads the sequence, the other its reverse
-complement, with the same weights, and nothing passes between them. What the model says of the other strand is then what
-it says of this one, reversed, whatever the weights are. Encoder and head take part in it (`rc_tokens`, `rc_lm`,
+complement, with the same weights, and nothing passes between them. For any weights, the model's output for the other
+strand is then its output for this one, reversed. Encoder and head must take part (`rc_tokens`, `rc_lm`,
 `rc_classification`).
 """
 
@@ -26,15 +26,15 @@ from mambaseq.ops import sequences
 class ReverseComplementStack(Backbone):
     """One stack over both strands, `(batch, length, 2 * d_model)` to the same.
 
-    The first d_model channels of a position are of its base, the others of the base paired with it. The second strand
-    is read backwards, as strands run, and given back at the positions of the first. A packed sequence is reversed
-    within its own bounds, a padded one within its mask. The model as a whole is not causal, whatever its layers are:
-    there is no state.
+    The first d_model channels of a position belong to its base, the others to the paired base. The second strand is
+    read backwards, as strands run, and its output is returned at the positions of the first. A packed sequence is
+    reversed within its own bounds, a padded one within its mask. The whole model is not causal, even with causal
+    layers, and has no state.
 
     Args:
         make_mixer: makes the mixer of layer i (see `MakeMixer`).
         n_layers: number of layers; MLPs come on top.
-        bidirectional: layers that read each strand both ways (see `BidirectionalStack`), or its own way only.
+        bidirectional: layers read each strand both ways (see `BidirectionalStack`); false: only in its own direction.
         shared: both directions of a bidirectional layer have one mixer.
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`).
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
@@ -42,7 +42,7 @@ class ReverseComplementStack(Backbone):
         norm_eps: epsilon of the RMSNorms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
-        cuda_graph: replay training steps as CUDA graphs, but for packed and padded batches (see `ResidualStack`).
+        cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
     """
 
     takes_mask: ClassVar[bool] = True
@@ -94,15 +94,15 @@ class ReverseComplementStack(Backbone):
         return_state: bool = False,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x `(batch, length, 2 * d_model)` to the same. mask: `(batch, length)` bool, of positions that are real.
+        """x `(batch, length, 2 * d_model)` to the same. mask: `(batch, length)` bool, of real positions.
 
-        Raises ConfigError where a state is given or wanted.
+        Raises ConfigError if a state is given or wanted.
         """
         if state is not None or return_state:
             refuse_states("reverse_complement")
         order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
         this, other = x.chunk(2, dim=-1)
-        # the strands are sequences of their own: more rows of a batch, or more of a packed row
+        # the strands are separate sequences: more rows of a batch, or more sequences of a packed row
         dim = 0 if cu_seqlens is None else 1
         # (2 batch, length, d_model), or packed (1, 2 length, d_model)
         both = torch.cat([this, reverse(other, order)], dim)

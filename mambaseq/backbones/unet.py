@@ -1,4 +1,4 @@
-"""A stack over several resolutions of time, causal and with a state, as SaShiMi is."""
+"""A stack over several resolutions of time, causal and with a state, like SaShiMi."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from mambaseq.mixers.norm import RMSNorm
 
 
 class Tier(nn.Module):
-    """One resolution: layers on the way down, the coarser tier behind a pooling, layers on the way up. The coarsest has
-    only the first."""
+    """One resolution: layers on the way down, the coarser tier after a pooling, layers on the way up. The coarsest tier
+    has only the first."""
 
     def __init__(self, down: nn.ModuleList, pool: Pool | None, inner: Tier | None, up: nn.ModuleList) -> None:
         super().__init__()
         self.down, self.pool, self.inner, self.up = down, pool, inner, up
 
     def states(self, state: list[Any]) -> tuple[list[Any], PoolState, list[Any], list[Any]]:
-        """The states of its layers down, of its pooling, of the tiers below, of its layers up."""
+        """The states of its layers down, its pooling, the tiers below, and its layers up."""
         down, up = len(self.down), len(state) - len(self.up)
         return state[:down], state[down], state[down + 1 : up], state[up:]
 
 
 class UNet(Backbone):
-    """Pre-norm residual layers at several resolutions: at the top every position, one tier down every `pool[0]`
-    positions as one, and so on; what a tier gives is added to what entered the pooling before it (Goel et al.,
+    """Pre-norm residual layers at several resolutions: the top tier has every position, the next joins every `pool[0]`
+    positions into one, and so on; a tier's output is added to the input of the pooling before it (Goel et al.,
     arXiv:2202.09729).
 
-    Causal: what a window of positions gives serves the positions behind the window (see `backbones/pooling.py`). The
-    states are one list: a tier's layers down, its pooling, all tiers below, its layers up. Each sequence has its own
-    place in its windows, so any may be selected, packed or gone on with together.
+    Causal: a window's coarse result is used by the positions after the window (see `backbones/pooling.py`). The states
+        are one list: a tier's layers down, its pooling, all tiers below, its layers up. Each sequence has its own place
+        in its windows, so any sequences may be selected, packed or continued together.
 
-    Steps (`step_`) on a GPU compute all tiers at every position and keep the results of those whose windows are whole,
-    unless they are told which are (`whole`): nothing waits for the GPU and a CUDA graph can hold the step, but for
-    mixers whose state grows. On a CPU, tiers with nothing to do are left out.
+    Steps (`step_`) on a GPU compute all tiers at every position and keep the results of tiers with a complete window,
+    unless `whole` says which these are. So nothing waits for the GPU, and a CUDA graph can hold the step, except with
+    mixers whose state grows. On a CPU, tiers with nothing to do are skipped.
 
     Args:
-        make_mixer: makes the mixer of layer i at a width (see `MakeMixer`); tiers count on from each other.
-        n_layers: layers of each tier on the way down, and again on the way up; of the coarsest tier once. MLPs on top.
-        pool: how many positions become one from each tier to the next; [4, 4] if not given.
-        expand: each tier is so many times as wide as the one above it.
+        make_mixer: makes the mixer of layer i at a width (see `MakeMixer`); layer numbers continue through the tiers.
+        n_layers: layers of each tier on the way down and again on the way up; the coarsest tier has them once. MLPs
+            come on top.
+        pool: how many positions are joined into one from each tier to the next; [4, 4] if not given.
+        expand: factor by which each tier is wider than the one above it.
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`). It
             continues through a tier's layers. A mixer with a star is shared within a tier's way down or up.
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
@@ -113,7 +114,7 @@ class UNet(Backbone):
         return tiers
 
     def mixers(self) -> list[Mixer]:
-        """The mixers of all layers, in the order in which they are run."""
+        """The mixers of all layers, in the order in which they run."""
         tiers = self._tiers()
         layers = [layer for tier in tiers for layer in tier.down]
         layers += [layer for tier in reversed(tiers) for layer in tier.up]
@@ -133,7 +134,7 @@ class UNet(Backbone):
     def _tier(
         self, tier: Tier, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
-        """x `(batch, length, d_model)` fp32 to the residual stream behind the tier, and its states."""
+        """x `(batch, length, d_model)` fp32 to the residual stream after the tier, and its states."""
         if tier.pool is None:
             return self._stream(tier.down, x, state, cu_seqlens, return_state)
         assert tier.inner is not None
@@ -168,8 +169,8 @@ class UNet(Backbone):
         cu_seqlens: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, PoolState | None, list[Any]]:
-        """What the tiers below give to each position, where sequences may be anywhere in their windows: one packed row
-        of them all. The filler at the row's end goes on from a copy of the first sequence's states."""
+        """The output of the tiers below for each position, with sequences anywhere in their windows: all are one packed
+        row. The filler at the row's end continues from a copy of the first sequence's states."""
         pool, batch, length = tier.pool, x.shape[0], x.shape[1]
         assert pool is not None
         assert tier.inner is not None
@@ -201,7 +202,7 @@ class UNet(Backbone):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> list[Any]:
-        """States of an empty history, a list of one for each layer and each pooling."""
+        """States of an empty history, a list with one for each layer and each pooling."""
         return self._states(self.top, batch_size, max_length, dtype, device)
 
     def _states(
@@ -217,7 +218,7 @@ class UNet(Backbone):
         return [*of(tier.down), tier.pool.init_state(batch_size, device), *inner, *of(tier.up)]
 
     def places(self, state: list[Any]) -> list[tuple[int, int]] | None:
-        """Where the sequences are in each tier's window and how long that is, the finest first, read from the states;
+        """The place of the sequences in each tier's window, and its length, the finest first, read from the states;
         None if they are not all at one place."""
         found, tier = [], self.top
         while tier.pool is not None and tier.inner is not None:
@@ -232,14 +233,14 @@ class UNet(Backbone):
     @torch.no_grad()
     def step_(self, x: Tensor, state: list[Any], whole: int | None = None) -> Tensor:
         """x `(batch, 1, d_model)`; changes the states in place. whole: how many windows, from the finest on, this
-        position makes whole, of all sequences alike (see `places`); None where that is not known."""
+        position completes, for all sequences alike (see `places`); None if unknown."""
         self._check_states(state)
         y, _ = self.norm_f(None, self._step(self.top, x.float(), state, None, whole))
         return y
 
     def _step(self, tier: Tier, x: Tensor, state: list[Any], active: Tensor | None, known: int | None) -> Tensor:
-        """x `(batch, 1, d_model)` fp32, a position of the sequences that are active (None: all) to the stream behind
-        the tier; what comes of the others has no meaning, and their states stay. known: windows that are whole."""
+        """x `(batch, 1, d_model)` fp32, a position of the active sequences (None: all) to the stream after the tier;
+        the output of the others has no meaning, and their states stay. known: number of complete windows."""
         if tier.pool is None:
             return _step_layers(tier.down, x, state, active)
         assert tier.inner is not None
@@ -249,7 +250,7 @@ class UNet(Backbone):
         given, coarse, whole = tier.pool.step_(x, pooled, active)
         if known is not None:
             some = every = known > 0
-        elif x.device.type == "cpu":  # a look that costs nothing there
+        elif x.device.type == "cpu":  # checking is free there
             some, every = bool(whole.any()), bool(whole.all())
         else:
             some, every = True, False

@@ -1,4 +1,4 @@
-"""A domain is held against the laws: `mambaseq check NAME`."""
+"""Testing a domain against the laws: `mambaseq check NAME`."""
 
 from mambaseq.checking.domain import Finding, check
 

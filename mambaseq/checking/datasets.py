@@ -1,4 +1,4 @@
-"""What a data set owes: batches of one that hold what it declares, an order that is a function of the seed, sources."""
+"""Checks of datasets: batches of one as declared, an order that depends only on the seed, sources."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LOOKED_AT = 6
 
 
 def training_items(data: SequenceData, count: int = _LOOKED_AT) -> list[Batch]:
-    """The first batches of one of a training set, in the order of training."""
+    """The first items of a training set, in the order of training."""
     return list(itertools.islice(SequenceDataModule(data, batch_size=1).train_dataloader(), count))
 
 
 def check_items(data: SequenceData) -> None:
-    """Items of every set are batches of one that hold what the data set declares. Raises LawBroken."""
+    """Items of every set are batches of one as the dataset declares. Raises LawBroken."""
     for name, item in _all_items(data):
         _check_item(data, item, name)
 
@@ -57,18 +57,18 @@ def _check_item(data: SequenceData, item: Any, name: str) -> None:
         raise LawBroken(f"{name}: inputs are {inputs.dtype} {tuple(inputs.shape)}; ids have no channels, floats have.")
     if inputs.is_floating_point():
         if inputs.dtype != torch.float32 or not inputs.isfinite().all():
-            raise LawBroken(f"{name}: inputs are to be finite float32 numbers, and are {inputs.dtype}, or not finite.")
+            raise LawBroken(f"{name}: inputs must be finite float32 numbers, but are {inputs.dtype}, or not finite.")
         _within(name, "the channels of inputs", inputs.shape[2] - 1, "n_channels", data.n_channels, exactly=True)
     else:
         if inputs.dtype != torch.int64 or int(inputs.min()) < 0:
-            raise LawBroken(f"{name}: ids are to be int64 of at least 0, and are {inputs.dtype} from {inputs.min()}.")
+            raise LawBroken(f"{name}: ids must be int64 of at least 0, but are {inputs.dtype} from {inputs.min()}.")
         _within(name, "an id of inputs", int(inputs.max()), "vocab_size", data.vocab_size)
     if item.condition is not None:
         _within(name, "a condition", int(item.condition.max()), "n_conditions", data.n_conditions)
     if data.n_outputs is not None and item.kind == "values" and item.targets is not None:
         count = item.targets.shape[-1] if item.targets.dim() == 2 + item.per_token else 1
         _within(name, "the numbers of a target", count - 1, "n_outputs", data.n_outputs, exactly=True)
-    _ = item.per_token  # raises what is wrong with the targets
+    _ = item.per_token  # raises if the targets are wrong
     if data.class_names and item.kind == "labels" and item.targets is not None and int(item.n_targets):
         _within(name, "a label", int(item.targets.max()), "len(class_names)", len(data.class_names))
 
@@ -80,8 +80,8 @@ def _within(name: str, what: str, largest: int, declared: str, count: int | None
 
 
 def check_order(make: Callable[[], SequenceData]) -> None:
-    """The order of training data is a function of the seed and the number of batches done, and what an item holds is
-    one of its index: nothing depends on what was read before. make: gives the data set, set up. Raises LawBroken."""
+    """The order of training data depends only on the seed and the number of batches done, and an item only on its
+    index: nothing depends on what was read before. make: gives the dataset after `setup`. Raises LawBroken."""
     one, other = make(), make()
     train = one.train()
     if not isinstance(train, torch.utils.data.IterableDataset):
@@ -90,20 +90,20 @@ def check_order(make: Callable[[], SequenceData]) -> None:
         again = {index: train[index] for index in reversed(indices)}
         fresh = other.train()
         for index in indices:
-            _same(first[index], again[index], f"training item {index} is another one when it is read again")
-            _same(first[index], fresh[index], f"training item {index} is another one in a data set made anew")
+            _same(first[index], again[index], f"training item {index} differs when it is read again")
+            _same(first[index], fresh[index], f"training item {index} differs in a new instance of the dataset")
     for what in ("validation", "test"):
         sets = [named_sets(getattr(data, what)()) for data in (one, one, other)]
         for name, part in sets[0].items():
             for index in range(min(2, len(part))):
                 for same in sets[1:]:
-                    _same(part[index], same[name][index], f"the {what} set is another one at each call")
+                    _same(part[index], same[name][index], f"the {what} set differs at each call")
     size = 1 if isinstance(train, torch.utils.data.IterableDataset) else max(min(2, len(train) // 4), 1)
     whole = list(itertools.islice(SequenceDataModule(one, batch_size=size).train_dataloader(), 4))
     module = SequenceDataModule(other, batch_size=size)
     module.load_state_dict({"batches_done": 2})
     for number, (left, right) in enumerate(zip(whole[2:], _taken(module.train_dataloader(), 2), strict=False), 2):
-        _same(left, right, f"training batch {number} is another one in a run that is gone on with after batch 2")
+        _same(left, right, f"training batch {number} differs in a run that is resumed after batch 2")
 
 
 def _taken(batches: Iterable[Batch], count: int) -> list[Batch]:
@@ -115,17 +115,17 @@ def _same(one: Batch, other: Batch, told: str) -> None:
         left, right = getattr(one, field.name), getattr(other, field.name)
         tensor = isinstance(left, Tensor) and isinstance(right, Tensor)
         if not (torch.equal(left.nan_to_num(), right.nan_to_num()) if tensor else left is right or left == right):
-            raise LawBroken(f"{told} ({field.name}). Let it depend on the seed and its index alone.")
+            raise LawBroken(f"{told} ({field.name}). Let it depend only on the seed and its index.")
 
 
 def check_sources(make: Callable[[], SequenceData]) -> None:
-    """`sources` names checksums, the same ones whenever it is asked; options are plain. Raises LawBroken."""
+    """`sources` gives the same checksums at every call, and options are plain. Raises LawBroken."""
     data = make()
     found = data.sources()
     if not all(isinstance(key, str) and isinstance(value, str) for key, value in found.items()):
-        raise LawBroken("sources() is to be a mapping from names to checksums, both text.")
+        raise LawBroken("sources() must be a mapping from names to checksums, both text.")
     if found != make().sources():
-        raise LawBroken("sources() says something else of the same files.")
+        raise LawBroken("sources() gives other checksums for the same files.")
     _check_tokenizer(data)
     for name in ("reader_options", "writer_options"):
         try:
@@ -139,15 +139,15 @@ def _check_tokenizer(data: SequenceData) -> None:
     if tokenizer is None:
         return
     if data.tokenizer_name is None:
-        raise LawBroken("it has a tokenizer and no tokenizer_name, without which no model can be saved.")
+        raise LawBroken("it has a tokenizer but no tokenizer_name, which saving a model needs.")
     again = type(tokenizer)(**json.loads(json_text(tokenizer.options)))
     if again.options != tokenizer.options or again.vocab_size != tokenizer.vocab_size:
-        raise LawBroken("its tokenizer, made again of its options, has other options or another vocab_size.")
+        raise LawBroken("its tokenizer, made again from its options, has other options or another vocab_size.")
 
 
 def ragged(items: list[Batch], least: int, most: int = 48) -> list[Batch]:
-    """Batches of one, cut to different lengths, but for those that would have no target left. least: the fewest inputs
-    that the model reads."""
+    """Batches of one, cut to different lengths; those that would have no target left are not cut. least: the fewest
+    inputs that the model reads."""
     found = []
     for number, item in enumerate(items):
         bin_ = item.stride

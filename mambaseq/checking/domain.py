@@ -1,4 +1,4 @@
-"""A domain's parts, one after another: each as the domain's configurations use it, and made up where none does."""
+"""Checks a domain's parts one after another: as its configurations use them, or on made-up data if none does."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _AROUND = {  # by strands
 
 
 class Finding(NamedTuple):
-    """What came out: a part holds to a law, or fails, with a reason in plain words, or could not be checked."""
+    """The result of a check: a part keeps a law, breaks it (with the reason), or could not be checked."""
 
     part: str
     law: str
@@ -73,8 +73,8 @@ class Finding(NamedTuple):
 
 
 class _Domain:
-    """told: is given each finding as it is made. own: the domain's parts, by kind and name. used: the classes of parts
-    that were checked as its configurations use them."""
+    """told: called with each finding when it is made. own: the domain's parts, by kind and name. used: the classes of
+    parts that its configurations use, which are checked."""
 
     def __init__(self, name: str, folder: Path, told: Callable[[Finding], None] | None) -> None:
         self.name, self.folder, self.told = name, folder, told
@@ -85,12 +85,12 @@ class _Domain:
         self.models: list[tuple[SequenceModel, list[Any], SequenceData]] = []
 
     def hold(self, part: str, law: str, check: Callable[[], T]) -> T | None:
-        """Note whether a check raises; what it gives, None where it raises."""
+        """Note whether a check raises. Returns its result, None if it raises."""
         try:
             found = check()
         except (LawBroken, UserError) as error:
             self.note(Finding(part, law, "fails", paragraph(error)))
-        except Exception as error:  # whatever a third party's part does
+        except Exception as error:  # a third party's part may raise anything
             self.note(Finding(part, law, "fails", paragraph(f"{type(error).__name__}: {error}")))
         else:
             self.note(Finding(part, law, "ok"))
@@ -122,12 +122,12 @@ class _Domain:
                     self.own[kind][entry.name] = loaded
 
     def is_own(self, kind: str, part: Any) -> str | None:
-        """The name of a part of this domain, None for another's."""
+        """The name of a part of this domain; None for parts of others."""
         return next((name for name, loaded in self.own[kind].items() if loaded is type(part)), None)
 
     def configuration(self, name: str) -> None:
         part = f"config {name}"
-        made = self.hold(part, "its model is made and its data are set up", lambda: _small(name))
+        made = self.hold(part, "its model can be made and its data set up", lambda: _small(name))
         if made is None:
             return
         settings, overrides, model, data = made
@@ -144,24 +144,24 @@ class _Domain:
         self.model(part, model, items)
         run = self.hold(
             part,
-            f"{STEPS} steps are the same when they are killed and gone on with",
+            f"{STEPS} steps are the same when killed and resumed",
             lambda: check_training(name, overrides, Path(tempfile.mkdtemp(dir=self.folder)), callbacks),
         )
         if run is None:
             return
-        if name in self.own["reports"] and named_sets(data.test()):  # the demo's reports come after the test
+        if name in self.own["reports"] and named_sets(data.test()):  # the demo's reports need the test's results
             self.hold(part, "its test set is evaluated", lambda: _evaluate(run))
         for report in sorted({name, chosen} & self.own["reports"].keys()):
             write = self.own["reports"][report]
             self.hold(f"report {report}", "gives a Section", lambda write=write: _report(write, run.path))  # type: ignore[misc]
 
     def model(self, part: str, model: SequenceModel, items: list[Any]) -> None:
-        """A model, and those of its parts that are this domain's."""
+        """A model, and those of its parts that belong to this domain."""
         self.used |= {type(one) for one in (model.encoder, model.head, model.backbone, *model.backbone.mixers())}
         told = part
         if (name := self.is_own("encoders", model.encoder)) is not None:
             told = f"encoder {name}"
-        self.hold(told, "the encoder sees what it says that it sees", lambda: laws.check_encoder(model, items))
+        self.hold(told, "the encoder sees only what it declares", lambda: laws.check_encoder(model, items))
         for mixer in {type(one): one for one in model.backbone.mixers()}.values():
             if (name := self.is_own("mixers", mixer)) is not None:
                 self.stateful(f"mixer {name}", mixer, mixer.d_model)
@@ -169,13 +169,13 @@ class _Domain:
             width = (model.spec or {})["d_model"] * model.backbone.strands
             self.stateful(f"backbone {name}", model.backbone, width)
         told = part if (name := self.is_own("heads", model.head)) is None else f"head {name}"
-        self.hold(told, "alone, padded and packed are the same", lambda: laws.check_joined(model, items))
+        self.hold(told, "alone, padded and packed give the same", lambda: laws.check_joined(model, items))
 
     def stateful(self, part: str, one: Mixer | Backbone, width: int) -> None:
         if not one.causal:
-            self.hold(part, "packed sequences are what they are alone", lambda: laws.check_packed(one, width))
+            self.hold(part, "packed sequences give the same as alone", lambda: laws.check_packed(one, width))
             return
-        ways = "full, in chunks, step by step and packed are the same"
+        ways = "full, in chunks, step by step and packed give the same"
         self.hold(part, ways, lambda: laws.check_ways_to_run(one, width))
         self.hold(part, "the future is not seen", lambda: laws.check_future(one, width))
         self.hold(part, "a given state stays as it is", lambda: laws.check_given_state(one, width))
@@ -187,11 +187,11 @@ class _Domain:
             return
         self.data[name] = data
         self.hold(part, "items are batches of one, as declared", lambda: check_items(data))
-        self.hold(part, "the order is a function of the seed", lambda: check_order(make))
-        self.hold(part, "sources and options are plain and stay the same", lambda: check_sources(make))
+        self.hold(part, "the order depends only on the seed", lambda: check_order(make))
+        self.hold(part, "sources and options are plain and constant", lambda: check_sources(make))
 
     def rest(self) -> None:
-        """What no configuration uses."""
+        """Check the parts that no configuration uses."""
         for name, kind in self.own["datasets"].items():
             if name in self.data:
                 continue
@@ -208,13 +208,13 @@ class _Domain:
                 data = next((one for one in self.data.values() if getattr(one, key) == name), None)
                 part = f"{key} {name}"
                 if data is None:
-                    self.skip(part, "files", f"no data set that was checked names it as its {key}")
+                    self.skip(part, "files", f"no checked dataset names it as its {key}")
                 else:
                     self.hold(part, "files", lambda f=function, d=data, c=check: c(f, d, self.folder))  # type: ignore[misc]
         for name, metric in self.own["metrics"].items():
             self.metric(name, metric)
         for name, kind in self.own["optimizers"].items():
-            part, law = f"optimizer {name}", "saved and gone on with, its steps are the same"
+            part, law = f"optimizer {name}", "saved and resumed, its steps are the same"
             if needed := [one for one in _needed(kind, 1) if one != "lr"]:
                 self.skip(part, law, f"it needs {', '.join(needed)}")
             else:
@@ -234,25 +234,25 @@ class _Domain:
             try:
                 items = sequences(model, kind == "encoder" and "n_channels" in options)
             except AttributeError:
-                self.skip(part, "laws", "no configuration uses it, and what its targets are cannot be told")
+                self.skip(part, "laws", "no configuration uses it, and its targets are unknown")
                 return
             self.model(part, model, items)
 
     def metric(self, name: str, kind: Any) -> None:
-        part, law = f"metric {name}", "one by one it is the same as in batches"
+        part, law = f"metric {name}", "one by one it gives the same as in batches"
         for model, items, data in self.models:
             batch = items[0]
             fits = kind.per_token in (None, batch.per_token) and kind.measures in (None, batch.kind)
             if batch.targets is not None and fits:
                 self.hold(part, law, lambda: laws.check_metric(kind(data.class_names), model, items))  # noqa: B023
                 return
-        self.skip(part, law, "no configuration has targets that it measures")
+        self.skip(part, law, "no configuration has targets for it")
 
 
 def check(name: str, told: Callable[[Finding], None] | None = None) -> list[Finding]:
-    """Hold a domain against the laws. told: is given each finding as it is made.
+    """Test a domain against the laws. told: called with each finding when it is made.
 
-    Every configuration is trained for a few steps, on the CPU and small. Raises ConfigError for a name of no domain.
+    Every configuration is made small and trained for a few steps on the CPU. Raises ConfigError for an unknown domain.
     """
     names = catalog()
     if name not in names.domains:
@@ -271,14 +271,14 @@ def check(name: str, told: Callable[[Finding], None] | None = None) -> list[Find
 
 
 def _small(name: str) -> tuple[RunConfig, list[str], SequenceModel, SequenceData]:
-    """A configuration as small as it can be made, its model and its data."""
+    """A configuration made as small as possible, its model and its data."""
     known = set(keys_of(name, []))
     options = {key: value for key, value in _SMALL.items() if key[2:] in known}
     smaller = {key: value for key, value in _SMALLER.items() if key[2:] in known}
     length = parse_config(name, []).settings["data"].get("length")
     if isinstance(length, int) and length > _LONGEST:
         smaller["--data.length"] = str(_LONGEST)
-    for more in (smaller, {}):  # not every model can be small
+    for more in (smaller, {}):  # not every model can be made small
         overrides = [f"{key}={value}" for key, value in (options | more).items()]
         try:
             settings = parse_config(name, overrides)

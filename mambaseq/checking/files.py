@@ -1,4 +1,4 @@
-"""What readers and writers owe: they take what a model saves for them, and refuse other files in words."""
+"""Checks of readers and writers: they take what a model saves for them, and refuse other files with a message."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _takes(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
 
 
 def check_reader(read: Any, data: SequenceData, folder: Path) -> None:
-    """A reader takes a path, a tokenizer and `reader_options`; what is no file of its kind is refused by a UserError,
-    or gives records. Raises LawBroken."""
+    """A reader takes a path, a tokenizer and `reader_options`. A file of another kind gives a UserError, or records.
+    Raises LawBroken."""
     options = data.reader_options()
     _takes(read, (folder, data.tokenizer), options)
     for name, content in _BAD.items():
@@ -36,20 +36,20 @@ def check_reader(read: Any, data: SequenceData, folder: Path) -> None:
             records = list(read(path, data.tokenizer, **options))
         except UserError:
             continue
-        except Exception as error:  # whatever a third party's reader does
+        except Exception as error:  # a third party's reader may raise anything
             raise LawBroken(
-                f"of a file with {name} content it raises {type(error).__name__} ({str(error)[:100]}); raise a "
-                f"DataError that names file and remedy."
+                f"for a file with {name} content it raises {type(error).__name__} ({str(error)[:100]}); raise a "
+                "DataError that names file and remedy."
             ) from error
         if content is None:
-            raise LawBroken("a file that is not there gives no error; raise a DataError that names it.")
+            raise LawBroken("a missing file gives no error; raise a DataError that names it.")
         if wrong := [type(record).__name__ for record in records if not isinstance(record, Record)]:
             raise LawBroken(f"it gives a {wrong[0]}, not a mambaseq.data.records.Record.")
 
 
 def check_writer(write: Any, data: SequenceData, folder: Path) -> None:
-    """A writer takes a path, sequences, a tokenizer and `writer_options`, and returns the files that it wrote. One that
-    refuses the name of the file in words is believed. Raises LawBroken."""
+    """A writer takes a path, sequences, a tokenizer and `writer_options`, and returns the files that it wrote. A writer
+    may refuse the file's name with a UserError. Raises LawBroken."""
     ids = np.array(list(data.start_ids) or [0])
     arguments = (folder / "out.dat", [ids, ids], data.tokenizer)
     _takes(write, arguments, data.writer_options())

@@ -1,4 +1,4 @@
-"""Laws 2 and 3, for a mixer or a backbone and for whole models: what has to be equal, and what must not be seen."""
+"""Laws 2 and 3 for mixers, backbones and whole models: what must be equal, and what must not be seen."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ LENGTH = 67
 
 
 class LawBroken(AssertionError):
-    """What a part does against its contract, in plain words."""
+    """A part breaks its contract; the message says how."""
 
 
 def close(actual: Tensor, expected: Tensor, what: str = "", tolerance: float = 2e-6) -> None:
-    """Raise LawBroken unless two tensors are of one shape and equal by relative RMS error; whole numbers exactly."""
+    """Raise LawBroken unless two tensors have the same shape and are equal by relative RMS error; integers exactly."""
     if actual.shape != expected.shape:
-        raise LawBroken(f"{what}: the shape is {tuple(actual.shape)}, and {tuple(expected.shape)} is needed.")
+        raise LawBroken(f"{what}: the shape is {tuple(actual.shape)}, but must be {tuple(expected.shape)}.")
     if not (expected.is_floating_point() or expected.is_complex()):
         if not torch.equal(actual, expected):
             raise LawBroken(f"{what}: whole numbers differ.")
         return
     error = float((actual.detach() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-30))
     if not error <= tolerance:
-        raise LawBroken(f"{what}: the relative error is {error:.1e}, and at most {tolerance:.0e} is rounding.")
+        raise LawBroken(f"{what}: the relative error is {error:.1e}; rounding gives at most {tolerance:.0e}.")
 
 
 def _listed(state: Any) -> list[State]:
@@ -57,7 +57,7 @@ def _bounded(part: Mixer | Backbone) -> bool:
 
 
 def same_states(part: Mixer | Backbone, width: int, one: Any, other: Any, what: str = "states") -> None:
-    """Equal tensors; where the state grows, and may have room to spare, equal outputs of what follows."""
+    """Compare two states: equal tensors or, for states that grow and may have spare room, equal outputs afterwards."""
     if _bounded(part):
         for left, right in zip(tensors(one), tensors(other), strict=True):
             close(left, right, what)
@@ -100,17 +100,17 @@ def check_future(part: Mixer | Backbone, width: int) -> None:
     changed = x.clone()
     changed[:, 25] += 10
     difference = (part(x) - part(changed)).abs()
-    # an FFT spreads rounding over all positions: nothing but rounding may differ
+    # an FFT spreads rounding over all positions, so only rounding may differ
     if not difference[:, :25].max() <= 1e-5:
         first = int((difference[0] > 1e-5).any(-1).nonzero()[0])
         raise LawBroken(f"causal: position {first} changes with position 25, which comes after it.")
     if not difference[:, 25:].max() > 1e-3:
-        raise LawBroken("causal: a position that changes by 10 changes nothing, neither there nor later.")
+        raise LawBroken("causal: changing a position by 10 changes nothing, neither there nor later.")
 
 
 @torch.no_grad()
 def check_given_state(part: Mixer | Backbone, width: int) -> None:
-    """`forward` never changes the state that it was given, and forks are apart. Raises LawBroken."""
+    """`forward` never changes the given state, and forks are independent. Raises LawBroken."""
     _, state = part(torch.randn(1, 9, width), return_state=True)
     before = copy.deepcopy(state)
     for length in (1, 5):
@@ -119,14 +119,14 @@ def check_given_state(part: Mixer | Backbone, width: int) -> None:
     part.step_(torch.randn(1, 1, width), fork)
     for now, then in zip(tensors(state), tensors(before), strict=True):
         if not torch.equal(now, then):
-            raise LawBroken("states: forward, or a step of a copy, changed the state that was given.")
+            raise LawBroken("states: forward, or a step of a copy, changed the given state.")
     if tensors(state) and all(torch.equal(a, b) for a, b in zip(tensors(fork), tensors(state), strict=True)):
         raise LawBroken("states: step_ does not change its state in place.")
 
 
 @torch.no_grad()
 def check_packed(part: Mixer | Backbone, width: int) -> None:
-    """Packed sequences are what they are alone, of a mixer or backbone without a state. Raises LawBroken."""
+    """For a mixer or backbone without a state: packed sequences give the same as alone. Raises LawBroken."""
     x, bounds = torch.randn(1, 30, width), torch.tensor([0, 11, 30], dtype=torch.int32)
     packed = part(x, cu_seqlens=bounds)
     close(packed, torch.cat([part(x[:, :11]), part(x[:, 11:])], 1), "packed sequences (cu_seqlens)")
@@ -147,16 +147,16 @@ def run(model: SequenceModel, batch: Batch, **options: Any) -> Any:
 
 
 def poisoned(batch: Batch) -> Batch:
-    """A padded batch whose padding holds what nobody may see."""
+    """A padded batch with values in its padding that must not be seen."""
     if batch.mask is not None:
         real = batch.mask if batch.inputs.dim() == 2 else batch.mask[..., None]
-        # a real token, so that every table has it
+        # a real token, which every table has
         batch.inputs = torch.where(real, batch.inputs, batch.inputs.max() if batch.inputs.dim() == 2 else 7.0)
     return batch
 
 
 def near(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raise LawBroken unless two tensors are equal to rounding, number by number."""
+    """Raise LawBroken unless two tensors are equal up to rounding, element by element."""
     try:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
     except AssertionError as error:
@@ -164,7 +164,8 @@ def near(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def joined(model: SequenceModel, items: Sequence[Batch]) -> Iterator[tuple[str, Batch]]:
-    """The sequences together, as "padded" and "packed". What neither is causal nor takes a mask is never padded."""
+    """The sequences together, as "padded" and "packed"; not padded for a model that is neither causal nor takes a
+    mask."""
     parts = (model.encoder, model.backbone)
     if all(getattr(part, "causal", False) or getattr(part, "takes_mask", False) for part in parts):
         yield "padded", poisoned(pad_collate(list(items)))
@@ -179,8 +180,8 @@ def check_joined(model: SequenceModel, items: Sequence[Batch]) -> None:
     mean = (torch.stack([one.loss for one in alone]).double() * counts).sum() / counts.sum().clamp(min=1)
     for how, batch in joined(model, items):
         together = run(model, batch)
-        near(together.loss.double(), mean, f"{how}: the loss is not the mean of those of the sequences alone")
-        told = f"{how}: a sequence gives something else than alone"
+        near(together.loss.double(), mean, f"{how}: the loss is not the mean of the losses of single sequences")
+        told = f"{how}: a sequence gives another result than alone"
         if not model.head.per_token:
             near(together.logits, torch.cat([one.logits for one in alone]), told)
         elif how == "packed":
@@ -194,8 +195,8 @@ def check_joined(model: SequenceModel, items: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def check_encoder(model: SequenceModel, items: Sequence[Batch]) -> None:
-    """An encoder sees what it says: whether the future, its own input alone, padding or other sequences. items: as
-    `check_joined`. Raises LawBroken, and ConfigError by the probes that a run makes."""
+    """An encoder sees only what it declares: of the future, of other inputs, of padding and other sequences. items: as
+    in `check_joined`. Raises LawBroken, or ConfigError from the probes that a run makes."""
     encoder, first = model.encoder, items[0]
     if getattr(encoder, "causal", None) is None:
         raise LawBroken(f"{type(encoder).__name__} does not say whether it is causal. Declare causal = True or False.")
@@ -210,7 +211,7 @@ def check_encoder(model: SequenceModel, items: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> None:
-    """An optimizer that is made anew, with the state of another, goes on as that one does: law 6. make: of groups of
+    """Law 6: a new optimizer with the saved state of another continues like that one. make: makes one from groups of
     parameters. Raises LawBroken."""
     start, gradients = torch.randn(2, 3), torch.randn(4, 2, 3)
 
@@ -223,7 +224,7 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
     optimizer = make([{"params": [one], "weight_decay": 0.1}])
     stepped(one, optimizer, 0, 2)
     if torch.equal(one, start):
-        raise LawBroken("two steps change nothing of a weight that has gradients.")
+        raise LawBroken("two steps do not change a weight with gradients.")
     other = torch.nn.Parameter(one.detach().clone())
     again = make([{"params": [other], "weight_decay": 0.1}])
     again.load_state_dict(optimizer.state_dict())
@@ -231,14 +232,14 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
     stepped(other, again, 2, 4)
     if not torch.equal(one, other):
         raise LawBroken(
-            "made anew with the state of another, it goes on otherwise than that one does: something that its steps "
-            "depend on is neither in its state nor in its groups."
+            "a new one with the saved state continues differently: something that its steps depend on is neither in "
+            "its state nor in its groups."
         )
 
 
 def check_metric(metric: Metric, model: SequenceModel, items: Sequence[Batch]) -> None:
-    """A metric of sequences one by one is that of a batch of them, a tensor, and none is left after a reset. items: as
-    `check_joined`. Raises LawBroken."""
+    """A metric gives the same for sequences one by one and in a batch, returns a tensor, and is empty after a reset.
+    items: as in `check_joined`. Raises LawBroken."""
     values = []
     for batches in (items, [batch for _, batch in joined(model, items)][:1], items):
         metric.reset()
@@ -247,9 +248,9 @@ def check_metric(metric: Metric, model: SequenceModel, items: Sequence[Batch]) -
         value = metric.compute()
         if not isinstance(value, Tensor) or (metric.scalar and value.numel() != 1):
             raise LawBroken(
-                f"compute() gives {str(value)[:80]}; a tensor is needed, of one number where scalar is True."
+                f"compute() gives {str(value)[:80]}; it must be a tensor, with one number if scalar is True."
             )
         values.append(value.double())
-    for other, told in ((values[2], "after reset() it is another number"), (values[1], "it depends on the batches")):
+    for other, told in ((values[2], "after reset() the number differs"), (values[1], "it depends on the batches")):
         if not torch.allclose(values[0], other, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise LawBroken(f"{told}: {values[0].tolist()} and {other.tolist()}. Accumulate sums and counts.")

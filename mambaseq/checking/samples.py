@@ -16,10 +16,10 @@ CHANNELS, TOKENS, CLASSES, CONDITIONS = 2, 6, 3, 3
 
 
 def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGTHS) -> list[Batch]:
-    """Batches of one that fit the model; some targets are not known, those of the last sequence are not at all.
+    """Batches of one that fit the model. Some targets are unknown, and all of the last sequence's.
 
     signal: the inputs are `CHANNELS` continuous channels, not ids below `TOKENS` - 1. Raises AttributeError for a head
-    of values or of several labels that does not show how many (`n_channels`, or its map `linear`).
+        of values or several labels whose number is unknown (no `n_channels`, nor a map `linear`).
     """
     found, head = [], cast(Any, model.head)
     for number, n in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""Law 6 for a configuration: a short run, and the same one killed and gone on with, end with the same weights."""
+"""Law 6 for a configuration: a short run, and the same run killed and resumed, end with the same weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STEPS, KILLED_AFTER = 4, 2
 
 
 class Killed(Exception):
-    """A run's death, as far as the run can tell."""
+    """Stands for a kill: the run cannot handle it."""
 
 
 class Kill(lightning.Callback):
-    """Ends a run in the middle of a step, as a crash does: nothing is saved then."""
+    """Ends a run within a step, like a crash: nothing is saved."""
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.global_step == KILLED_AFTER + 1:
@@ -53,15 +53,15 @@ def check_training(config: str, overrides: list[str], folder: Path, callbacks: S
     wrong = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
     if wrong or one.keys() != other.keys():
         raise LawBroken(
-            f"killed and gone on with, a run ends with other weights than one that was not ({wrong[:1] or 'names'}): "
-            f"something that it depends on is not in its checkpoint."
+            f"a killed and resumed run ends with other weights than one that was not ({wrong[:1] or 'names'}): "
+            "something that it depends on is not in its checkpoint."
         )
     return whole
 
 
 @contextlib.contextmanager
 def unsaid() -> Iterator[None]:
-    """Nothing is printed in the block: nobody asked for these runs."""
+    """Runs the block without output, since the user did not ask for these runs."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

@@ -1,5 +1,5 @@
-"""Weights with low-rank adapters beside them (LoRA), under the names that `peft` gives them: told apart, put together,
-and written as `peft` writes an adapter. None of it needs `peft`."""
+"""Weights with low-rank adapters (LoRA) under `peft`'s names: splitting and merging them, and writing an adapter as
+`peft` does. None of this needs `peft`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mambaseq.atomic import json_text
 from mambaseq.errors import UserError
 
 FOLDER = "adapter"
-"""Beside a model's weights: the adapter, where it is kept apart."""
+"""The adapter's file next to a model's weights, if it is kept apart."""
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """A model's tensors as they are without adapters, by the model's own names, and for each adapted weight the two
-    factors `(rank, in)` and `(out, rank)` whose scaled product is added to it.
+    """A model's tensors without adapters, by the model's own names, and for each adapted weight the two factors `(rank,
+    in)` and `(out, rank)` whose scaled product is added to it.
 
-    Raises UserError for one factor without the other, or without what it is added to.
+    Raises UserError for a factor without the other one, or without the weight.
     """
     base = {name.replace(_BASE, "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -31,13 +31,13 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, t
         if name.endswith(_A):
             path = name.removesuffix(_A)
             if f"{path}{_B}" not in tensors or f"{path}.weight" not in base:
-                raise UserError(f"The adapter of {path[:200]} is not whole. Copy or export the model again.")
+                raise UserError(f"The adapter of {path[:200]} is incomplete. Copy or export the model again.")
             factors[f"{path}.weight"] = tensors[name], tensors[f"{path}{_B}"]
     return base, factors
 
 
 def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A model's tensors with the adapters among them added to the weights. scale: alpha / rank."""
+    """A model's tensors with their adapters merged into the weights. scale: alpha / rank."""
     base, factors = split(tensors)
     for name, (down, up) in factors.items():
         base[name] = base[name] + scale * (up @ down)
@@ -67,9 +67,9 @@ def save_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], set
 def add_adapter(
     base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, source: Path
 ) -> dict[str, Tensor]:
-    """A model's tensors with those of a saved adapter added to them.
+    """A model's tensors with a saved adapter merged into them.
 
-    Raises UserError that names the file for an adapter that does not fit.
+    Raises UserError that names the file, for an adapter that does not fit.
     """
     ours = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
     named = {name.replace(".lora_A.weight", _A).replace(".lora_B.weight", _B): t for name, t in ours.items()}

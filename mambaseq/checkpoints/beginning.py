@@ -1,4 +1,4 @@
-"""A model that begins with the weights of another: by name, where they mean the same."""
+"""Starting a model with the weights of another, by name, where they mean the same."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
 
 _MOST = 6  # names in a message
 _COMPARED = 4096  # ids of two tokenizers
-_PADDING = 128  # rows that published vocabularies are filled up with, at most, to a multiple that suits a GPU
+_PADDING = 128  # the most rows that published vocabularies are padded with, to a multiple that suits a GPU
 
 
 @dataclasses.dataclass
 class Beginning:
-    """What became of the tensors when a model began with another's.
+    """What became of the tensors when a model started with another's weights.
 
-    taken: names of those that the model has from there. grown: those of a vocabulary, whose first rows are.
-    new: those that are as initialised. left: those of the source that the model has no place for.
-    notes: why, one phrase each.
+    taken: names of tensors taken from the source. grown: those of a vocabulary whose first rows were taken.
+    new: those that stay initialised. left: those of the source without a place in the model.
+    notes: the reasons, a phrase each.
     """
 
     taken: list[str]
@@ -43,7 +43,7 @@ class Beginning:
     def told(self, source: str) -> str:
         """It in one line."""
         count = len(self.taken) + len(self.grown)
-        parts = [f"{count} of {count + len(self.new)} tensors are those of {source}", *self.notes]
+        parts = [f"{count} of {count + len(self.new)} tensors come from {source}", *self.notes]
         if self.new:
             parts.append(f"new: {cut_list(_modules(self.new), _MOST)}")
         if self.left:
@@ -52,11 +52,11 @@ class Beginning:
 
 
 def load_source(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[LoadedModel, bool]:
-    """The model that another begins with: that of a run, an exported one, or a published Mamba or Mamba-2 (a folder
+    """The model to start from: a run's, an exported one, or a published Mamba or Mamba-2 (a folder
     with `config.json` and weights, see `load_upstream`); and whether it is a published one.
 
-    tokenizer: of the model that begins. Where its files are beside published weights, they are read as the source's.
-    Raises UserError when there is no model, or it is damaged.
+    tokenizer: of the new model. If its files are next to published weights, they are read as the source's tokenizer.
+    Raises UserError if there is no model, or it is damaged.
     """
     folder = Path(path)
     if has_model(folder) or not (folder / "config.json").is_file():
@@ -68,7 +68,7 @@ def load_source(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[L
 
 
 def _tokenizer_in(folder: Path, like: Tokenizer) -> Tokenizer | None:
-    """The tokenizer of this kind whose files are in a folder; None where it has none there, or they are not its own."""
+    """The tokenizer of this kind in a folder; None if its files are missing or of another kind."""
     with tempfile.TemporaryDirectory() as temporary:
         options = like.save_files(Path(temporary))
         files = [path.relative_to(temporary) for path in Path(temporary).rglob("*") if path.is_file()]
@@ -88,16 +88,16 @@ def begin_from(
     *,
     published: bool = False,
 ) -> Beginning:
-    """Give a model, as initialised, the weights of another one, by name.
+    """Copy the weights of another model into an initialised one, by name.
 
-    A head or an encoder of another kind, or of other shapes, stays as it was initialised, and so does what is for other
-    classes, conditions or values. Where the vocabulary is larger than the source's, ids that both have take over its
-    rows; the mask token, which is the last of a vocabulary that has one, takes over that of the source, and nothing
-    else does. Layers of the backbone that the source does not have stay as they were.
+    A head or an encoder of another kind or other shapes stays initialised, and so do parts for other classes,
+    conditions or values. If the vocabulary is larger than the source's, ids in both take its rows; the mask token, the
+    last id of a vocabulary that has one, takes the source's mask token only. Layers of the backbone that the source
+    does not have stay initialised.
 
-    card, tokenizer: what the model is for; they are compared with the source's.
-    published: the source's vocabulary may be filled up with rows that no token has; those are left out.
-    Raises ConfigError, naming the tensors, where the backbone has others under the same names, or none fits.
+    card, tokenizer: of the new model; they are compared with the source's.
+    published: the source's vocabulary may be padded with rows without a token, which are left out.
+    Raises ConfigError that names the tensors, if the backbone's do not fit those of the same names, or none fits.
     """
     own, theirs = weights(model), weights(loaded.model)
     theirs |= {name: theirs[earlier] for name, earlier in further_names(loaded.model).items() if earlier in theirs}
@@ -125,15 +125,15 @@ def begin_from(
             found.new.append(name)
     if wrong:
         raise ConfigError(
-            f"finetune.init_from: {source} has a backbone that is not this one: {cut_list(wrong, 3, separator='; ')}. "
-            f"Give model the settings that it was trained with (d_model, backbone, mixer), or leave it away."
+            f"finetune.init_from: {source} has another backbone: {cut_list(wrong, 3, separator='; ')}. Give model the "
+            "settings that it was trained with (d_model, backbone, mixer), or leave it out."
         )
     if not any(theirs[name].dim() > 1 for name in found.taken if name.startswith("backbone.")):
         raise ConfigError(
-            f"finetune.init_from: nothing of the backbone of {source} fits; its mixer is "
+            f"finetune.init_from: nothing in the backbone of {source} fits; its mixer is "
             f"{shown(loaded.card.spec['mixer']['name'])} in {shown(loaded.card.spec['backbone']['name'])}, this one's "
             f"{shown(card.spec['mixer']['name'])} in {shown(card.spec['backbone']['name'])}. Give model the settings "
-            f"that it was trained with, or leave it away."
+            "that it was trained with, or leave it out."
         )
     used = {*found.taken, *found.grown}
     found.left = [name for name in weights(loaded.model) if name not in used]
@@ -148,32 +148,32 @@ def begin_from(
 
 
 def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple[tuple[str, ...], list[str]]:
-    """Beginnings of the names of tensors that mean something else than the source's of the same names, and why."""
+    """Prefixes of names of tensors that mean something else than the source's of the same names, and why."""
     names, notes = [], []
     for part in ("encoder", "head"):
         ours, other = getattr(model, part), getattr(loaded.model, part)
         if not isinstance(ours, type(other)) and not isinstance(other, type(ours)):
             names.append(f"{part}.")
             kinds = (shown(spec[part]["name"]) for spec in (loaded.card.spec, card.spec))
-            notes.append(f"the {part} is another, {' -> '.join(kinds)}")
+            notes.append(f"the {part} differs, {' -> '.join(kinds)}")
             continue
-        # what each number of the output is, where a head says it: the same shape may be other steps, channels, levels
+        # what each output is, if a head says it: an equal shape may mean other steps, channels or levels
         former, now = (list(one.columns()) if hasattr(one, "columns") else None for one in (other, ours))
         if former != now:
             names.append(f"{part}.")
-            notes.append(f"the {part} tells other values, {cut_list(former or [], 3)} -> {cut_list(now or [], 3)}")
+            notes.append(f"the {part} predicts other values, {cut_list(former or [], 3)} -> {cut_list(now or [], 3)}")
     for what, prefix, former, now in (
         ("classes", "head.", loaded.card.class_names, card.class_names),
         ("conditions", "encoder.condition.", loaded.card.condition_names, card.condition_names),
     ):
         if former and now and former != now:
             names.append(prefix)
-            notes.append(f"the {what} are others, {cut_list(former, 3)} -> {cut_list(now, 3)}")
+            notes.append(f"the {what} differ, {cut_list(former, 3)} -> {cut_list(now, 3)}")
     return tuple(names), notes
 
 
 def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel) -> bool:
-    """Whether the rows of both are those of ids."""
+    """Whether the rows of both tensors belong to ids."""
     part = name.partition(".")[0]
     if part not in ("encoder", "head") or name.startswith("encoder.condition."):
         return False
@@ -188,8 +188,9 @@ def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel
 def _rows(
     ours: Tensor, theirs: Tensor, former: str | None, now: str | None, published: bool
 ) -> tuple[Tensor, bool] | None:
-    """A vocabulary's rows with those of the source, and whether that is all of them; None where the source has ids that
-    are not there. former, now: what the source and the model are for; those of masked tokens end with the mask token.
+    """A vocabulary's rows with those of the source, and whether all rows come from there; None if the source has ids
+    that the model lacks. former, now: the cards of source and model; vocabularies with masked tokens end with the mask
+    token.
     """
     masked = former == "masked", now == "masked"
     before, after = len(theirs) - masked[0], len(ours) - masked[1]
@@ -212,24 +213,22 @@ def _note_vocabulary(
     )
     if before is not None and now is not None and before != now:
         if found.grown and now > before:
-            found.notes.append(
-                f"the vocabulary grew from {before} to {now} ids, of which the new ones are as initialised"
-            )
+            found.notes.append(f"the vocabulary grew from {before} to {now} ids; the new ones are initialised")
         else:
             found.notes.append(f"the vocabulary has {now} ids, not {before}")
     if found.grown and card.task == "masked" and loaded.card.task != "masked":
-        found.notes.append("the mask token is as initialised")
+        found.notes.append("the mask token is initialised")
     if not any(not name.startswith("backbone.") for name in (*found.taken, *found.grown)):
-        return  # nothing goes by the id
+        return  # no rows belong to ids
     if loaded.tokenizer is not None and tokenizer is not None:
         count = min(loaded.tokenizer.vocab_size, tokenizer.vocab_size, _COMPARED)
         if other := [i for i in range(count) if not _same(i, loaded.tokenizer, tokenizer)]:
             found.notes.append(
-                f"the tokenizers differ: {len(other):,} of {count:,} ids stand for something else (the first is "
-                f"{other[0]}), and rows go by the id"
+                f"the tokenizers differ: {len(other):,} of {count:,} ids mean something else (the first is "
+                f"{other[0]}), and rows belong to ids"
             )
     elif published:
-        found.notes.append("no tokenizer of this run's kind is beside its weights, and rows go by the id")
+        found.notes.append("there is no tokenizer of this run's kind next to its weights, and rows belong to ids")
 
 
 def _note_channels(found: Beginning, former: ModelCard, now: ModelCard) -> None:
@@ -241,7 +240,7 @@ def _note_channels(found: Beginning, former: ModelCard, now: ModelCard) -> None:
 
 
 def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say which options of parts that were taken are others, though their tensors fit."""
+    """Note options of taken parts that differ although their tensors fit."""
     taken = {name.partition(".")[0] for name in (*found.taken, *found.grown)}
     changed = [
         f"{part}.{key} {shown(former[part][key], 20)} -> {shown(value, 20)}"
@@ -254,17 +253,17 @@ def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str,
         found.notes.append(f"settings differ: {cut_list(changed, _MOST)}")
 
 
-# of a part's options, those that are told otherwise: by its tensors, its names or the vocabulary
+# options of a part that show in its tensors, its names or the vocabulary
 _TOLD = {"vocab_size", "n_channels", "n_classes", "n_conditions", "n_layers", "complement"}
 
 
 def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether an id stands for the same in two tokenizers, as far as each can say what it stands for."""
+    """Whether an id means the same in two tokenizers, as far as they can say."""
     found = []
     for tokenizer in (one, other):
         try:
             found.append(tokenizer.decode(np.array([number])))
-        except Exception:  # an id that stands for nothing alone, in a plugin's words
+        except Exception:  # an id that has no meaning alone, by a plugin's tokenizer
             found.append(None)
     return bool(np.array_equal(found[0], found[1]))
 

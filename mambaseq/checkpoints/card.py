@@ -1,4 +1,5 @@
-"""`model.json`: what a model's weights do not tell, written in one order and read strictly: it may be anybody's."""
+"""`model.json`: what a model's weights do not say. It is written in a fixed order and read strictly, since it may come
+from anybody."""
 
 from __future__ import annotations
 
@@ -21,12 +22,13 @@ FORMAT = 1
 
 @dataclasses.dataclass
 class ModelCard:
-    """What a model's weights do not tell: how to build it, and what it was trained on.
+    """What a model's weights do not say: how to build it, and what it was trained on.
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
-    generation: the run's defaults for `mambaseq generate`. step: optimizer steps behind the weights, None if unknown.
-    sha256: checksums of the files beside the description, by name; empty in one of an older version.
-    task: what the model was trained for (see `mambaseq.data.purpose.TASKS`); None in a description that does not say.
+    generation: the run's defaults for `mambaseq generate`. step: optimizer steps that made the weights, None if
+        unknown.
+    sha256: checksums of the files next to the description, by name; empty in an older version.
+    task: what the model was trained for (see `mambaseq.data.purpose.TASKS`); None if the description does not say.
     """
 
     spec: dict[str, Any]
@@ -45,13 +47,13 @@ class ModelCard:
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of model.json: equal cards give equal texts, whatever order their options were given in."""
+        """The text of model.json: equal cards give equal texts, in whatever order their options are."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json_text({"format": FORMAT, **_sorted(fields, top=True)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _sorted(value: Any, top: bool = False) -> Any:
-    """Mappings in the order of their keys, a part's name before its options; the card's own fields as they are."""
+    """Mappings sorted by key, a part's name before its options; the card's own fields in their order."""
     if isinstance(value, dict):
         order = list(value) if top else sorted(value, key=lambda key: (key != "name", str(key)))
         return {key: _sorted(value[key]) for key in order}
@@ -61,7 +63,8 @@ def _sorted(value: Any, top: bool = False) -> Any:
 
 
 def read_card(path: Path) -> ModelCard:
-    """The card in a model.json. Raises UserError that names file and key when it is none that this version wrote."""
+    """The card in a model.json. Raises UserError that names file and key, for one that this version cannot have
+    written."""
     remedy = "Export the model again."
     fields = read_json(path, remedy)
     version = fields.pop("format", None)
@@ -111,7 +114,7 @@ def _check(card: ModelCard) -> None:
 
 
 def check_generation(settings: dict[str, Any]) -> None:
-    """Raise ConfigError for defaults of `mambaseq generate` that it has not, or that are out of range."""
+    """Raise ConfigError for defaults of `mambaseq generate` that do not exist or are out of range."""
     known = {"max_new_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if unknown := settings.keys() - known.keys():
         raise ConfigError(f"generation has no {cut_list(sorted(unknown))}; it has {cut_list(known)}.")

@@ -36,8 +36,8 @@ class LoadedModel:
 
 
 def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, contiguous, each once: a tied head is left out (the embedding has it), and so are
-    all places of a shared mixer but the first."""
+    """The model's tensors by name, contiguous, each once: a tied head is left out (it is the embedding), and so are all
+    uses of a shared mixer after the first."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
@@ -49,12 +49,12 @@ def save_model(
     *,
     adapter: tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write the folder atomically; an older model in it stays until the new one is whole.
+    """Write the folder atomically; an older model in it stays until the new one is complete.
 
-    model None writes the description without weights (a run that has just begun).
+    model: None writes the description without weights (for a run that has just started).
     adapter: what is added to the weights when the model is loaded, and its settings; see `save_adapter`.
 
-    Raises UserError when the disk is full or not writable.
+    Raises UserError if the disk is full or not writable.
     """
     with atomic_folder(Path(folder)) as temporary:
         if tokenizer is not None:
@@ -78,21 +78,21 @@ def _digest(path: Path) -> str:
 
 
 def _check_files(folder: Path, card: ModelCard) -> None:
-    """Raise UserError that names the file when one is not what was exported."""
+    """Raise UserError that names the file, if one is not what was exported."""
     for name, digest in card.sha256.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing; {folder / 'model.json'} names it. Copy or export the model again.")
         if _digest(path) != digest:
             raise UserError(
-                f"{path} is damaged or not the one that was exported: its SHA-256 differs from that in model.json. "
-                f"Copy or export the model again."
+                f"{path} is damaged, or not what was exported: its SHA-256 differs from that in model.json. Copy or "
+                "export the model again."
             )
 
 
 def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Load tensors by name. Raises UserError that names the file and the tensors which do not fit, are not finite, or
-    differ where the model has one tensor for both."""
+    """Load tensors by name. Raises UserError that names the file and the tensors, if some do not fit, are not finite,
+    or differ although the model shares one tensor."""
     own = model.state_dict()
     for name, earlier in further_names(model).items():
         if (other := tensors.get(name)) is None:
@@ -100,11 +100,11 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
         one = tensors.get(earlier, other)
         if other.shape != one.shape or not torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True):
             raise UserError(
-                f"The weights in {source} have an embedding and an output layer that differ, and the model has one "
-                f"tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
+                f"The weights in {source} have an embedding and an output layer that differ, but the model has one "
+                "tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
                 if name == "head.linear.weight"
-                else f"The weights in {source} have a {name} that differs from {earlier}, and the model has one tensor "
-                f"for both. Use a pattern whose mixers are not shared."
+                else f"The weights in {source} have a {name} that differs from {earlier}, but the model has one tensor "
+                "for both. Use a pattern without shared mixers."
             )
         tensors = {key: value for key, value in tensors.items() if key != name} | {earlier: one}
     wrong = [
@@ -118,7 +118,7 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
             f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration "
-            f"that they were trained with (d_model, n_layers, mixer, vocabulary), or start anew without them."
+            "that they were trained with (d_model, n_layers, mixer, vocabulary), or train without them."
         )
     for name in own:
         if not torch.isfinite(tensors[name]).all():
@@ -139,7 +139,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def has_model(path: str | Path) -> bool:
-    """Whether a folder is that of a run or of an exported model."""
+    """Whether a folder is a run or an exported model."""
     folder = settle(path)  # a run may be replacing it just now
     names = (folder / "model.json", settle(folder / "model") / "model.json")
     return any(os.path.isfile(name) for name in names)  # noqa: PTH113 - False too for what cannot be a file's name
@@ -148,10 +148,10 @@ def has_model(path: str | Path) -> bool:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
 
-    A run that has not exported the weights of its end (it was interrupted, or goes on) is read from its checkpoints:
-    the best one where there is one, else the last. Files are compared with their checksums in model.json; a model of an
-    older version, which has none, is loaded as it is.
-    Raises UserError when there is no model, it is damaged or its weights do not fit.
+    If a run has not exported its final weights (it was interrupted, or is still training), its checkpoints are read:
+    the best one if there is one, otherwise the last. Files are compared with their checksums in model.json; a model of
+    an older version has none and is loaded as it is.
+    Raises UserError if there is no model, it is damaged or its weights do not fit.
     """
     folder = settle(path)  # a run may be replacing it just now
     if not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
@@ -194,14 +194,14 @@ def _with_adapter(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, t
 
 
 def _model(path: Path, card: ModelCard, tensors: dict[str, torch.Tensor], source: Path) -> SequenceModel:
-    """The model that a description asks for, with no memory taken for one that is far larger than the weights."""
+    """The model of a description. One that is far larger than the weights is refused before it takes memory."""
     try:
         asked = count_parameters(card.spec)
         if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
-            raise ConfigError(f"It asks for {asked:,} parameters, and {source} has {found:,}. Export the model again.")
+            raise ConfigError(f"It asks for {asked:,} parameters, but {source} has {found:,}. Export the model again.")
         return build_model(card.spec)
     except UserError as error:
-        raise UserError(f"{path} describes no model that can be used. {error}") from error
+        raise UserError(f"{path} does not describe a usable model. {error}") from error
 
 
 def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
@@ -219,14 +219,14 @@ def _tokenizer(folder: Path, saved: dict[str, Any]) -> Tokenizer:
 
 
 def task_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's tensors in a training checkpoint of a `Task`; their averages where it has those, with adapters added
-    to the weights."""
+    """The model's tensors in a training checkpoint of a `Task`: their averages if it has them, with adapters merged
+    into the weights."""
     tensors, lora = raw_weights(checkpoint), checkpoint.get(LORA)
     return merged(tensors, lora["alpha"] / lora["rank"]) if lora else tensors
 
 
 def raw_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """As `task_weights`, with adapters beside the weights."""
+    """As `task_weights`, with separate adapters."""
     prefix, tensors = "model.", checkpoint["state_dict"]
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     average = {k: v for k, v in checkpoint.get(AVERAGE, {}).items() if k in tensors}

@@ -1,9 +1,10 @@
-"""Models on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, as its mixins have them.
+"""Models on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, with the arguments of its
+mixins.
 
-What is saved and loaded is the folder that every run exports, no second format: the mixins of `huggingface_hub`
-themselves would put a description of their own (config.json) beside model.json, and read it before all checks. Of a
-repository only model.json and the files with a checksum in it are downloaded; nothing is unpickled, and parts of a
-model are looked up in the registry, as in every model's folder.
+They save and load the folder that every run exports, not a second format: the mixins of `huggingface_hub` would add a
+description of their own (config.json) next to model.json, and read it before all checks. Only model.json and the files
+with a checksum in it are downloaded from a repository. Nothing is unpickled, and parts of a model are looked up in the
+registry, as for every model's folder.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def save_pretrained(model: SequenceModel | LoadedModel, folder: str | Path) -> None:
     """Write a model's folder, which `from_pretrained`, `load_model` and `mambaseq predict` read.
 
-    model: one alone, or with its description and tokenizer as `load_model` gives it; those are kept then.
-    folder: it is replaced where it holds a model and nothing else.
+    model: a model alone, or with its description and tokenizer, as from `load_model`; these are then kept.
+    folder: replaced if it holds a model and nothing else.
 
-    Raises ConfigError for a model that no description makes again, UserError for a folder that holds other files, is
-    none or cannot be written.
+    Raises ConfigError for a model that cannot be made again from a description, UserError for a folder that holds other
+    files, is a file or cannot be written.
     """
     loaded = model if isinstance(model, LoadedModel) else None
     bare = model.model if isinstance(model, LoadedModel) else model
@@ -55,12 +56,12 @@ def from_pretrained(
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
 ) -> LoadedModel:
-    """A model, its description and its tokenizer from a local folder (a run's too), or else from the Hub.
+    """A model, its description and its tokenizer, from a local folder (also a run's) or from the Hub.
 
     source: the folder, or a repository's name, "user/name". revision, token, cache_dir, force_download,
     local_files_only: as of `huggingface_hub.hf_hub_download`.
 
-    Raises what `load_model` does, and UserError where nothing can be downloaded.
+    Raises what `load_model` raises, and UserError if nothing can be downloaded.
     """
     if not Path(source).is_dir():
         source = download(
@@ -75,24 +76,25 @@ def from_pretrained(
 
 
 def download(repository: str, **options: Any) -> Path:
-    """The folder of a repository's model in the local cache, which `mambaseq.load` takes too.
+    """The folder of a repository's model in the local cache; `mambaseq.load` takes it too.
 
     options: revision, token, cache_dir, force_download, local_files_only, as of `huggingface_hub.hf_hub_download`.
 
-    Raises UserError for a name that is none, a repository that is not there or holds no exported model, and where the
+    Raises UserError for an invalid name, a repository that does not exist or holds no exported model, and if the
     package is missing.
     """
     if not _REPOSITORY.fullmatch(repository) or len(repository) > 200:
         raise UserError(
-            f"{shown(repository)} is no folder here, nor the name of a repository on the Hugging Face Hub (user/name)."
+            f"{shown(repository)} is neither a folder here nor the name of a repository on the Hugging Face Hub "
+            "(user/name)."
         )
     description = _fetch(repository, _DESCRIPTION, options)
     card = read_card(description)
     HUB_FILES.check(len(card.sha256), f"{_DESCRIPTION} of {repository}")
     if _WEIGHTS not in card.sha256:
         raise UserError(
-            f"{_DESCRIPTION} of {repository} has no checksum of {_WEIGHTS}: that is no model that was exported whole. "
-            f"Export it again and push it (push_to_hub)."
+            f"{_DESCRIPTION} of {repository} has no checksum of {_WEIGHTS}, so it is not a completely exported model. "
+            "Export it again and push it (push_to_hub)."
         )
     for name in card.sha256:
         if _fetch(repository, name, options) != description.parent / name:
@@ -110,10 +112,10 @@ def push_to_hub(
     create_pr: bool | None = None,
     commit_message: str = "Push model using mambaseq",
 ) -> str:
-    """Upload what `save_pretrained` writes; the repository is made where there is none, with a README that says how to
-    load the model. Returns the address of the commit. Arguments are those of `huggingface_hub`'s mixins.
+    """Upload what `save_pretrained` writes. A missing repository is created, with a README that says how to load the
+    model. Returns the address of the commit. The arguments are those of `huggingface_hub`'s mixins.
 
-    Raises what `save_pretrained` does, and UserError where the package is missing; the Hub's errors are handed on.
+    Raises what `save_pretrained` raises, and UserError if the package is missing; the Hub's own errors are passed on.
     """
     api = _hub().HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
@@ -146,20 +148,20 @@ def _fetch(repository: str, name: str, options: dict[str, Any]) -> Path:
     hub = _hub()
     try:
         return Path(hub.hf_hub_download(repository, name, **options))
-    except Exception as error:  # the Hub's own, those of the network and of the disk are of many kinds
+    except Exception as error:  # errors of the Hub, the network and the disk have many types
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name} of {shown(repository)} cannot be downloaded from the Hugging Face Hub ({type(error).__name__}: "
-            f"{reason}). Check the name, the revision, the token and the connection; a folder of that name is not here."
+            f"{reason}). Check the name, the revision, the token and the connection; there is no local folder of that "
+            "name."
         ) from error
 
 
 def _check_description(model: SequenceModel) -> None:
-    """Raise ConfigError unless a model of its own description has the tensors that it has."""
+    """Raise ConfigError unless the model of its description would have the same tensors."""
     if model.spec is None:
         raise ConfigError(
-            "The model has no description (spec), so that it could not be made again. Make it by build_model or "
-            "causal_lm."
+            "The model has no description (spec), so it could not be made again. Make it with build_model or causal_lm."
         )
     with torch.device("meta"):
         made = build_model(model.spec).state_dict()
@@ -167,13 +169,13 @@ def _check_description(model: SequenceModel) -> None:
     shapes, others = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (own, made))
     if wrong := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
         raise ConfigError(
-            f"The model is not the one of its description (spec) any more: {cut_list(wrong, 3)} is another there. "
-            f"Merge adapters into the weights and undo what was wrapped before saving it."
+            f"The model no longer fits its description (spec): {cut_list(wrong, 3)} differs. Merge adapters into the "
+            "weights and undo what was wrapped before saving it."
         )
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise UserError where a file is in the folder's place, or the folder holds more than a model."""
+    """Raise UserError if a file has the folder's name, or the folder holds more than a model."""
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{folder} is a file, where the model's folder is to be. Give another name.")
@@ -184,8 +186,8 @@ def _check_folder(folder: Path) -> None:
         known |= {Path(name).parts[0] for name in read_card(folder / _DESCRIPTION).sha256}
     if others := sorted(there - known):
         raise UserError(
-            f"{folder} holds other files than a model's ({cut_list(others, 3)}), which would be lost: the folder is "
-            f"replaced. Name a folder inside of it, or another one."
+            f"{folder} holds other files than a model's ({cut_list(others, 3)}), which would be lost, since the folder "
+            "is replaced. Name a folder inside it, or another one."
         )
 
 

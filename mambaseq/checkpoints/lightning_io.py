@@ -1,4 +1,4 @@
-"""Training checkpoints that are whole or not there, and that are read without unpickling code."""
+"""Training checkpoints that are either complete or absent, and are read without unpickling code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError, shown
 
 AVERAGE = "average"
-"""The key of a checkpoint's averaged weights, by the model's names; they are what is exported."""
+"""The key of a checkpoint's averaged weights, by the model's names; these are exported."""
 
 LORA = "lora"
 """The key of the settings of a checkpoint's adapters, `rank` and `alpha` among them."""
 
-# what Lightning's loops count
+# the counters of Lightning's loops
 _COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through a temporary file, so a full disk or a kill leaves the old checkpoint as it was."""
+    """Writes through a temporary file, so after a full disk or a kill the old checkpoint is unchanged."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_file(Path(path)) as file:
@@ -34,8 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _check_sums(file: IO[bytes]) -> None:
-    """Raise BadZipFile when a part of the archive differs from its checksum. torch writes them and does not look at
-    them; 500 MB take 0.2 s beside the 0.5 s of loading, which then finds them in memory."""
+    """Raise BadZipFile if a part of the archive differs from its checksum. torch writes checksums but does not compare
+    them. 500 MB take 0.2 s, next to 0.5 s for loading, which then finds the file in memory."""
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -46,8 +46,8 @@ def _check_sums(file: IO[bytes]) -> None:
 
 
 def _check_contents(contents: Any) -> None:
-    """Raise TypeError or ValueError that names a part which is missing, or which no training run writes: whatever reads
-    a part later may take it for what it should be."""
+    """Raise TypeError or ValueError that names a part which is missing, or which no training run writes, so that later
+    readers can rely on the parts."""
     if not isinstance(contents, dict):
         raise TypeError(f"it holds a {type(contents).__name__}")
     for key, kind in (("state_dict", dict), ("global_step", int)):
@@ -93,7 +93,7 @@ def _kind_of(key: str, value: Any, kind: Any) -> Any:
 
 
 def _check_counts(key: str, value: Any) -> None:
-    """Raise unless all that is counted is a number of at least 0."""
+    """Raise unless all counters are numbers of at least 0."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name in _COUNTED and isinstance(inner, dict):
@@ -117,8 +117,8 @@ def _check_groups(key: str, groups: Any) -> None:
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The contents of a training checkpoint: tensors and plain values only.
 
-    Raises UserError when it does not exist, is damaged (each part is held against its checksum), holds anything else,
-    or lacks what every checkpoint has.
+    Raises UserError if it does not exist, is damaged (each part is compared with its checksum), holds anything else, or
+    lacks what every checkpoint has.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}. Give the folder of a run (it holds checkpoints/last.ckpt).")
@@ -131,6 +131,6 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except Exception as error:
         text = (str(error).splitlines() or [""])[0][:300]
         raise UserError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {text}). It is "
-            f"damaged or was not written by mambaseq; use another one, or start the run anew in another folder."
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {text}). It is damaged or was not written "
+            "by mambaseq; use another one, or start the run again in another folder."
         ) from error

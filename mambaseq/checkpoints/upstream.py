@@ -1,5 +1,5 @@
-"""Names of `state-spaces/mamba-*` and `mamba2-*` checkpoints and of transformers' Mamba and Mamba2, to ours and back,
-one to one."""
+"""Conversion of names, in both directions: `state-spaces/mamba-*` and `mamba2-*` checkpoints, and transformers' Mamba
+and Mamba2."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bo
     `embeddings`). A tied head is written out.
 
     Raises UserError for what upstream's Mamba and Mamba-2 do not have: other mixers, encoders, heads and backbones,
-    several kinds of layers, MLPs, shared mixers, conditions, and options that change what is computed. Some options of
-    the latter do not show in the tensors, so give the model where you have it.
+    several kinds of layers, MLPs, shared mixers, conditions, and options that change the computation. Some of these
+    options do not show in the tensors, so pass the model if you have it.
     """
     if isinstance(model, SequenceModel):
         _check_options(model, transformers)
@@ -71,8 +71,8 @@ def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bo
 
 def _no_form(problem: str) -> UserError:
     return UserError(
-        f"This model has no form as a published Mamba or Mamba-2: {problem}. Those are language models of one kind of "
-        f"layer, mamba or mamba2 as published, over tokens. Save others with save_model."
+        f"This model cannot be written as a published Mamba or Mamba-2: {problem}. Those are language models over "
+        "tokens with one kind of layer, mamba or mamba2 as published. Save others with save_model."
     )
 
 
@@ -82,7 +82,7 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
         if found := _OF_LAYER.fullmatch(name):
             layers.setdefault(int(found[1]), set()).add(found[2])
         elif name not in _FIXED:
-            raise _no_form(f"it has {shown(name)}, which those have not")
+            raise _no_form(f"it has {shown(name)}, which those do not have")
     if missing := [name for name in _FIXED if name not in tensors and name != "head.linear.weight"]:
         raise _no_form(f"{shown(missing[0])} is missing")
     if sorted(layers) != list(range(len(layers))) or not layers:
@@ -98,15 +98,15 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_options(model: SequenceModel, transformers: bool) -> None:
-    """What is computed and does not show in names."""
+    """Refuse options that change the computation but do not show in names."""
     parts = {"encoder": TokenEncoder, "backbone": ResidualStack, "head": LMHead}
     for part, kind in parts.items():
         if type(found := getattr(model, part)) is not kind:
             raise _no_form(f"its {part} is a {type(found).__name__}, not a {kind.__name__}")
     eps = {norm.eps or 0.0 for norm in model.backbone.modules() if isinstance(norm, RMSNorm | GatedRMSNorm)}
-    if len(eps) > 1 or (not transformers and eps != {1e-5}):  # a setting of transformers; fixed in the other house
+    if len(eps) > 1 or (not transformers and eps != {1e-5}):  # a setting in transformers; fixed upstream
         theirs = "one for all" if transformers else "1e-05"
-        raise _no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, and theirs is {theirs}")
+        raise _no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, but theirs is {theirs}")
     for number, mixer in enumerate(model.backbone.mixers()):
         if type(mixer) not in (Mamba, Mamba2):
             raise _no_form(f"the mixer of layer {number} is a {type(mixer).__name__}")
@@ -115,20 +115,20 @@ def _check_options(model: SequenceModel, transformers: bool) -> None:
 
 
 def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's names (either house's) to ours."""
+    """Upstream's or transformers' names to ours."""
     ours = {theirs: mine for mine, theirs in _FIXED.items()}
     ours["backbone.embeddings.weight"] = "encoder.embedding.weight"
     return {ours.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-# what a Mamba-2's ssm_cfg calls otherwise, what does not change what it computes, and what only one value is known of
+# Mamba-2's ssm_cfg: other names, options without an effect on the result, and options with one supported value
 _RENAMED = {"headdim": "head_dim", "ngroups": "n_groups"}
 _WITHOUT_EFFECT = ("chunk_size", "conv_init", "use_mem_eff_path", "sequence_parallel")
 _ONLY = {"activation": "swish", "rmsnorm": True, "D_has_hdim": False, "d_ssm": None}
 
 
 def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `causal_lm` from a `config.json` of either house.
+    """Arguments of `causal_lm` from a `config.json` of upstream or transformers.
 
     Raises UserError for an architecture that is neither Mamba-1 nor Mamba-2 and for a setting of the wrong type,
     KeyError for one that is missing.
@@ -219,8 +219,7 @@ def _check_dt_limit(key: str, limit: Any) -> None:
     low, high = (float(value["__float__"] if isinstance(value, dict) else value) for value in limit)
     if low > 0 or high < math.inf:
         raise UserError(
-            f"The checkpoint's step sizes are held between {low} and {high} ({key}); only those without limit can be "
-            "loaded."
+            f"The checkpoint limits its step sizes to {low} to {high} ({key}); only unlimited ones can be loaded."
         )
 
 
@@ -228,7 +227,7 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the parts of
     one of them that an index lists (`model.safetensors.index.json`).
 
-    The `.bin` is read without unpickling code. Raises UserError when files are missing, damaged or do not fit.
+    The `.bin` is read without unpickling code. Raises UserError if files are missing, damaged or do not fit.
     """
     folder = Path(folder)
     config_path = folder / "config.json"
@@ -237,11 +236,11 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     options = _options(config_path)
     source = weights_in(folder)
     tensors = {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
-    with torch.device("meta"):  # no memory yet: the configuration may ask for more than the weights have
+    with torch.device("meta"):  # without memory: the configuration may ask for far more than the weights have
         asked = _made(config_path, options).n_parameters()
     if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
         raise UserError(
-            f"{config_path} describes a model of {asked:,} parameters, and {source} has {found:,}. {_REMEDY}"
+            f"{config_path} describes a model of {asked:,} parameters, but {source} has {found:,}. {_REMEDY}"
         )
     model = _made(config_path, options)
     load_weights(model, from_upstream(tensors), source)
@@ -249,7 +248,7 @@ def load_upstream(folder: str | Path) -> SequenceModel:
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of the weights of a published model. Raises UserError when there is none."""
+    """The file with the weights of a published model. Raises UserError if there is none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         for kind in ("", ".index.json"):
             if (folder / f"{name}{kind}").is_file():
@@ -280,7 +279,7 @@ _REMEDY = "Download it again, from the same place as the weights."
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """What `causal_lm` takes, of the configuration in a file."""
+    """The arguments of `causal_lm` in a configuration file."""
     try:
         YAML_BYTES.check(path.stat().st_size, str(path))
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +298,7 @@ def _made(path: Path, options: dict[str, Any]) -> SequenceModel:
     try:
         return causal_lm(**options)
     except UserError as error:
-        raise UserError(f"{path} describes no model that can be built. {error}") from error
+        raise UserError(f"{path} does not describe a model that can be built. {error}") from error
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise _not_one(path, error) from error
 
@@ -309,7 +308,8 @@ def _not_one(path: Path, error: Exception) -> UserError:
 
 
 def _check_unpacked(path: Path) -> None:
-    """A file of tensors is a zip whose members are not packed; PyTorch would unpack those that are."""
+    """Refuse compressed members: a file of tensors is an uncompressed zip, but PyTorch would unpack compressed
+    members."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             size = sum(member.file_size for member in file.infolist())
@@ -323,12 +323,12 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what torch raises depends on where the file was cut
+    except Exception as error:  # torch's error depends on where the file was cut
         first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged or holds "
+            f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged, or holds "
             f"more than tensors. {remedy}"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} holds no mapping of names to tensors. {remedy}")
+        raise UserError(f"{path} is not a mapping of names to tensors. {remedy}")
     return tensors

@@ -1,4 +1,4 @@
-"""The parser of a command's options, whose refusals are paragraphs as all others are."""
+"""The parser of a command's options. Its errors are paragraphs like all others."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from mambaseq.importing import uncollected
 
 
 class Arguments(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that raises ConfigError for what it cannot use, and prints nothing itself."""
+    """An `argparse.ArgumentParser` that raises ConfigError for what it cannot use, instead of printing and exiting."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; what is left over is quoted, so that blanks and control characters can be seen."""
+        """Like argparse's. Words that are left over are quoted in the error, so that blanks and control characters can
+        be seen."""
         parsed, left = self.parse_known_args(args, namespace)
         if left:
             words = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
             raise ConfigError(
-                f"{words} on the command line is not used: there is no such option, and every INPUT is read already. "
+                f"{words} on the command line is not used: there is no such option, and all inputs are given. "
                 f"`{self.prog} --help` lists the options (unrecognized arguments)."
             )
         return parsed
@@ -28,7 +29,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def refuse_words(argv: list[str], left: list[str], option: str, program: str) -> None:
-    """Raise ConfigError for a command line that begins with a word that is no option, and say which it may be for."""
+    """Raise ConfigError for a command line that begins with a word instead of an option, and suggest one."""
     if left and argv and not argv[0].startswith("-") and left[0] == argv[0]:
         raise ConfigError(
             f"{shown(argv[0])} is given without an option. Is it {option}? {program} {option} {argv[0][:80]}"
@@ -36,7 +37,7 @@ def refuse_words(argv: list[str], left: list[str], option: str, program: str) ->
 
 
 def asks_for_help(left: list[str]) -> bool:
-    """Whether --help is among what a command's own options left."""
+    """Whether --help is among the words that a command's own options leave."""
     return "--help" in left or "-h" in left
 
 

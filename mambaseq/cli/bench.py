@@ -1,4 +1,4 @@
-"""`mambaseq bench ops|block|train|decode`: speed beside every peer that is installed, correctness first."""
+"""`mambaseq bench ops|block|train|decode`: speed next to every installed peer, after a check of correctness."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mambaseq.importing import uncollected
 BENCHES = {
     "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
     "block": "a Mamba block, forward and backward",
-    "train": "training steps of a language model, beside a Transformer of equal size",
-    "decode": "generation throughput, beside a Transformer with a cache of keys and values",
+    "train": "training steps of a language model, next to a Transformer of equal size",
+    "decode": "generation throughput, next to a Transformer with a cache of keys and values",
 }
 SCALES = ("full", "small", "tiny")
 
@@ -24,25 +24,27 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq bench",
         usage="mambaseq bench {" + ",".join(BENCHES) + "} [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure speed and memory beside every peer that is installed (mamba-ssm, causal-conv1d: none is\n"
-        "needed). Results are checked first: what is wrong gets no time, and the exit code is 1.\n\n" + listing,
+        description="Measure speed and memory next to every installed peer (mamba-ssm, causal-conv1d: none is\n"
+        "needed). Results are checked first: a wrong one gets no time, and the exit code is 1.\n\n" + listing,
     )
     parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument("--scale", choices=SCALES, default=None, help="size of the shapes; full on a GPU, else small")
-    parser.add_argument("--repeats", type=int, default=20, help="samples that a median is of, at most (default 20)")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="measurements of each, at most; the median counts (default 20)"
+    )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write rows and ratios")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="draw them")
     arguments = parser.parse_args(argv)
     if arguments.bench not in BENCHES:
         raise ConfigError(
-            f"nothing is measured by the name {shown(arguments.bench)}.{did_you_mean(arguments.bench, BENCHES)} "
-            f"Known: {', '.join(BENCHES)}."
+            f"there is no benchmark {shown(arguments.bench)}.{did_you_mean(arguments.bench, BENCHES)} Known: "
+            f"{', '.join(BENCHES)}."
         )
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {arguments.repeats}.")
     if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture writes PNG files; {arguments.picture} is not named so.")
+        raise ConfigError(f"--picture writes PNG files; {arguments.picture} does not end in .png.")
 
     with uncollected(for_good=True):
         from mambaseq.benchmarking.running import run as run_bench

@@ -1,4 +1,4 @@
-"""`mambaseq check`: a domain is held against the laws."""
+"""`mambaseq check`: test a domain against the laws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mambaseq.importing import uncollected
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq check",
-        description="Hold a domain against the laws: its encoders, mixers, backbones, heads, metrics, data sets, "
+        description="Test a domain against the laws: its encoders, mixers, backbones, heads, metrics, data sets, "
         "readers, writers, reports, optimizers, callbacks, and a few steps of each configuration. Exits with 1 when "
         "something fails.",
     )

@@ -13,7 +13,7 @@ def run(argv: list[str], command: str) -> int:
     for action, text in (
         ("list", "names, licences, and which are here already"),
         ("info", "files, addresses, checksums of one"),
-        ("fetch", "download one (goes on where an earlier try stopped) and verify it"),
+        ("fetch", "download one (continues an interrupted download) and verify it"),
     ):
         sub = actions.add_parser(action, help=text)
         if action != "list":
@@ -37,11 +37,11 @@ def run(argv: list[str], command: str) -> int:
         found = manifest(arguments.name)
         print(f"{found.name}: {found.summary}\nlicence: {found.licence}\nhomepage: {found.homepage}")
         print(f"folder: {found.folder(arguments.cache)}")
-        print("once fetched, a configuration names a file by what follows `use`; * and ? work in it")
+        print("once fetched, name a file in a configuration by what follows `use`; * and ? may be used")
         for file in found.files:
             size = "" if file.size is None else f"  {file.size:,} bytes"
             print(f"  {file.name}{size}\n    {file.url}\n    {file.checksum or 'no checksum: ' + file.checksum_note}")
-            inside = f"{file.unpacked_name}/PATH, PATH being inside of the archive" if file.unpack else file.name
+            inside = f"{file.unpacked_name}/PATH, where PATH is a path inside the archive" if file.unpack else file.name
             print(f"    use fetched:{found.name}/{inside}")
     else:
         print(fetch(arguments.name, arguments.cache))

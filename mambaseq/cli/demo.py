@@ -1,4 +1,4 @@
-"""`mambaseq demo`: every domain's demo run on the data that ship with it, and one report."""
+"""`mambaseq demo`: every domain's demo run on the shipped data, and one report."""
 
 from __future__ import annotations
 

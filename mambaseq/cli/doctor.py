@@ -1,4 +1,4 @@
-"""`mambaseq doctor`: which backend each op would use on this machine, whether each is right, and how fast."""
+"""`mambaseq doctor`: which backend each op would use on this machine, whether it is right, and how fast it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mambaseq.importing import uncollected
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq doctor",
-        description="List, for each op, its backends, which one would run here, why the others would not, and the "
-        "error of each against the reference in float64 (relative RMS, outputs and gradients), and its speed.",
+        description="For each op, list its backends: which one would run here and why the others would not, their "
+        "errors against the reference in float64 (relative RMS, outputs and gradients), and their speeds.",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     arguments = parser.parse_args(argv)

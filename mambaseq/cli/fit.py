@@ -1,4 +1,4 @@
-"""`mambaseq fit`: train a model from a configuration, or go on with a run."""
+"""`mambaseq fit`: train a model from a configuration, or resume a run."""
 
 from __future__ import annotations
 
@@ -14,42 +14,40 @@ from mambaseq.reporting.runs import RunFolder, default_folder, rank
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq fit",
-        description="Train a model. Everything else on the command line is --key value, over the configuration; "
-        "`mambaseq fit --config NAME --help` lists the keys.",
+        description="Train a model. Further options, --key value, override the configuration; `mambaseq fit --config "
+        "NAME --help` lists the keys.",
         add_help=not any(argument.partition("=")[0] in ("--config", "--resume") for argument in argv),
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")
     parser.add_argument("--out", help="folder of the run; runs/NAME when left out")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="go on with an interrupted run, exactly where its last checkpoint is"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="continue a run exactly from its last checkpoint")
     parser.add_argument(
         "--init-from",
         metavar="RUN",
-        help="begin with the weights of another run, of an exported model, or of a published Mamba (the folder of its "
-        "config.json and weights), by name",
+        help="start with the weights of another run, of an exported model, or of a published Mamba (the folder with "
+        "its config.json and weights); they are matched by name",
     )
     add_allow_import(parser)
     parser.add_argument(
-        "--allow-changed-data", action="store_true", help="with --resume: go on though files of the data changed"
+        "--allow-changed-data", action="store_true", help="with --resume: continue although files of the data changed"
     )
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--config", parser.prog)
     if asks_for_help(overrides):
         return print_keys(parser, arguments.config or str(RunFolder(arguments.resume).require().config), overrides)
     if (arguments.config is None) == (arguments.resume is None):
-        raise ConfigError("Give either --config NAME_OR_FILE to begin a run or --resume RUN to go on with one.")
+        raise ConfigError("Give either --config NAME_OR_FILE to start a run or --resume RUN to continue one.")
     if arguments.resume is not None:
         if arguments.out is not None:
-            raise ConfigError("--resume goes on in the run's own folder; leave --out away.")
+            raise ConfigError("--resume continues in the run's own folder; do not give --out.")
         if arguments.init_from is not None:
-            raise ConfigError("--init-from is for a run that begins; one that is gone on with has its own weights.")
+            raise ConfigError("--init-from is for a new run; a resumed one has its own weights.")
         folder = RunFolder(arguments.resume).require()
         config = str(folder.config)
     else:
         if arguments.allow_changed_data:
-            raise ConfigError("--allow-changed-data is for --resume; a run that begins takes its data as they are.")
+            raise ConfigError("--allow-changed-data is for --resume; a new run takes its data as they are.")
         folder, config = RunFolder(arguments.out or default_folder(arguments.config)), arguments.config
     if arguments.init_from is not None:
         overrides = [*overrides, f"--finetune.init_from={arguments.init_from}"]

@@ -1,4 +1,4 @@
-"""`mambaseq generate`: continue a prompt and write what comes out in the domain's own format."""
+"""`mambaseq generate`: continue a prompt and write the result in the domain's own format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = Arguments(prog="mambaseq generate", description="Continue a prompt, or begin from nothing.")
+    parser = Arguments(prog="mambaseq generate", description="Continue a prompt, or start without one.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument(
         "--prompt",
@@ -40,7 +40,9 @@ def run(argv: list[str], command: str) -> int:
         metavar="FILE",
         help="file to write, in the domain's format; numbered for several",
     )
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=None, help="to add (bases, samples, bytes, steps)")
+    parser.add_argument(
+        "-n", "--max-new-tokens", type=int, default=None, help="how many to add (bases, samples, bytes, steps)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="sequences to generate (for each prompt and condition)")
     parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token, or the mean")
     parser.add_argument("--top-k", type=int, default=None, help="draw from so many of the likeliest tokens; 0 from all")

@@ -1,4 +1,4 @@
-"""`--allow-import`: which packages the names in a configuration or model may be import paths of."""
+"""`--allow-import`: packages that names in a configuration or model may be imported from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ class _Allow(argparse.Action):
 
 
 def add_allow_import(parser: argparse.ArgumentParser) -> None:
-    """Give a command the option. It takes effect while the command line is read; `main` takes it back at the end."""
+    """Add the option to a command. It takes effect while the command line is read; `main` undoes it at the end."""
     parser.add_argument(
         "--allow-import",
         action=_Allow,
         default=argparse.SUPPRESS,
         metavar="PREFIX",
-        help="let names in the configuration or model be import paths (package.module:Class) below this package, which "
-        "then runs; may be given several times. Without it names are looked up among what is registered, and nothing "
-        "else is imported",
+        help="allow import paths (package.module:Class) from this package as names in the configuration or model; "
+        "the package's code then runs. May be given several times. Without it only registered names are allowed",
     )

@@ -1,4 +1,5 @@
-"""`mambaseq list`: what can be named, and who brought it. Imports neither torch nor lightning."""
+"""`mambaseq list`: what can be named in a configuration, and which package brought it. Imports neither torch nor
+lightning."""
 
 from __future__ import annotations
 

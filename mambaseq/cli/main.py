@@ -1,4 +1,5 @@
-"""`mambaseq COMMAND ...`: finds the command's module; the user's errors become one paragraph and exit code 2."""
+"""`mambaseq COMMAND ...`: finds the command's module. Errors that the user has to mend become one paragraph and exit
+code 2."""
 
 from __future__ import annotations
 
@@ -33,16 +34,19 @@ COMMANDS = {
     ),
     "list": (
         "mambaseq.cli.listing",
-        "what can be named: domains, datasets, tokenizers, mixers, heads, metrics, configs",
+        "list what configurations can name: domains, datasets, tokenizers, mixers, heads, metrics, configs",
     ),
-    "new": ("mambaseq.cli.new", "write a package of a domain, to be changed into yours: domain NAME [--out FOLDER]"),
-    "check": ("mambaseq.cli.check", "hold a domain against the laws, and say what fails: NAME"),
+    "new": (
+        "mambaseq.cli.new",
+        "write the package of a new domain, to be changed into yours: domain NAME [--out FOLDER]",
+    ),
+    "check": ("mambaseq.cli.check", "test a domain against the laws, and say what fails: NAME"),
     "doctor": (
         "mambaseq.cli.doctor",
-        "what runs on this machine, which backend each op would use, and whether it is right",
+        "check this machine: which backend each op would use, and whether it is right",
     ),
-    "bench": ("mambaseq.cli.bench", "speed beside the peers that are installed: ops, block, train, decode"),
-    "reproduce": ("mambaseq.cli.reproduce", "repeat a published result and set the paper's figures beside ours"),
+    "bench": ("mambaseq.cli.bench", "measure speed next to installed peers: ops, block, train, decode"),
+    "reproduce": ("mambaseq.cli.reproduce", "repeat a published result and compare the paper's figures with ours"),
     "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
     "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
 }
@@ -63,11 +67,11 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
+    """Run one command. Returns its exit code: 0, 2 for an error that the user has to mend, 130 when interrupted."""
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
-        finally:  # also when argparse exits: what is buffered may find the pipe closed only now
+        finally:  # also when argparse exits: a closed pipe may be noticed only when the buffer is flushed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe left (mambaseq list | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
@@ -90,7 +94,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     try:
         run = _function(command)
-        with allow_imports():  # whatever the command allows ends with it
+        with allow_imports():  # what the command allows ends with it
             return int(run(rest) or 0)
     except UserError as error:
         from mambaseq.data.addresses import redacted
@@ -100,7 +104,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        # Lightning makes an exit of Ctrl-C before and after training, and leaves the signal ignored
+        # before and after training, Lightning turns Ctrl-C into an exit and leaves the signal ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"\nmambaseq {command}: interrupted.", file=sys.stderr)
         return 130
@@ -110,7 +114,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _function(command: str) -> Callable[[list[str]], int | None]:
-    """What runs a command: a module of ours, or what a domain registered, which is given the words behind the name."""
+    """The function of a command: ours, or one that a domain registered, which gets the words after the name."""
     if command not in COMMANDS:
         return catalog()["commands"].get(command)
     module = importlib.import_module(COMMANDS[command][0])

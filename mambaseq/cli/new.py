@@ -1,4 +1,4 @@
-"""`mambaseq new domain NAME`: a package of a domain to begin with."""
+"""`mambaseq new domain NAME`: write the package of a new domain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from mambaseq.cli.arguments import Arguments
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq new",
-        description="Write a package of a domain that installs, trains and passes its tests, to be changed into yours.",
+        description="Write the package of a new domain. It installs, trains and passes its tests; change it into "
+        "yours.",
     )
     parser.add_argument("what", choices=("domain",), help="what to write: a domain")
     parser.add_argument("name", metavar="NAME", help="the domain's name: small letters, digits and _")

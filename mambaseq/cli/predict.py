@@ -12,14 +12,13 @@ from mambaseq.importing import uncollected
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq predict",
-        description="Label windows of records (classifiers), give their values (regression), label each position "
-        "(heads with a label a token), or measure bits a token of records (language models): what comes out follows "
-        "the head and what it was trained for; --what asks for something else. Writes a table in the order of the "
-        "records: CSV, TSV, parquet or npz, by the name's ending.",
-        epilog="A row without a prediction (an empty record, say) has empty cells and a note that says why. Text that "
-        "begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, so that no "
-        "spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, the rows that "
-        "were finished before are kept in FILE.partial.csv (or .tsv, ...) and the exit code is 2.",
+        description="Classify windows of records, give their values (regression), label each position, or measure "
+        "bits a token (language models): the model's head decides, unless --what asks for something else. Writes a "
+        "table in the order of the records: CSV, TSV, parquet or npz, by the name's ending.",
+        epilog="A row without a prediction (of an empty record, for instance) has empty cells and a note that says "
+        "why. Text that begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, "
+        "so that no spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, "
+        "the rows that were finished before are kept in FILE.partial.csv (or .tsv, ...) and the exit code is 2.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")
@@ -39,11 +38,16 @@ def run(argv: list[str], command: str) -> int:
         help="embeddings: the mean over a record (the default), its last position, or all positions",
     )
     parser.add_argument(
-        "--layer", type=int, help="embeddings: behind this layer, 1 the first; the backbone's output else"
+        "--layer",
+        type=int,
+        help="embeddings: after this layer, 1 being the first; the default is the backbone's output",
     )
     parser.add_argument("--reader", help="another reader (`mambaseq list readers`)")
     parser.add_argument(
-        "--condition", action="append", metavar="NAME", help="what the records are, for conditional models: one name"
+        "--condition",
+        action="append",
+        metavar="NAME",
+        help="for conditional models: the condition of the records, one name",
     )
     parser.add_argument(
         "--condition-column",
@@ -58,10 +62,10 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--window",
         type=int,
-        help="tokens that are read by themselves; when left out, as in training, and whole records by language models",
+        help="tokens of each window; the default is the length of training, and whole records for language models",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="windows that are read together; of shorter ones more (default 16)"
+        "--batch-size", type=int, default=16, help="windows that are read together; more if they are short (default 16)"
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`mambaseq reproduce NAME`: repeat a published result and set the paper's figures beside ours."""
+"""`mambaseq reproduce NAME`: repeat a published result and compare the paper's figures with ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mambaseq.importing import uncollected
 
 
 def resolve(name: str) -> str:
-    """The full name of a recipe that is given by its full name or by the part after the slash, if only one has it."""
+    """The full name of a recipe, given as such or as the part after the slash, if that is unique."""
     names = [entry.name for entry in catalog()["recipes"]]
     found = [full for full in names if name in (full, full.rpartition("/")[2])]
     if len(found) == 1:
@@ -32,22 +32,26 @@ def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq reproduce",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Repeat a published result: train, print the paper's figures beside ours, and write report.json\n"
-        "and report.md (part.json and part.md with --only or --seed). An interrupted run goes on when it is started\n"
-        "again: finished trainings are kept, the last one to 15 seconds.\n\n"
+        description="Repeat a published result: train, print the paper's figures next to ours, and write report.json\n"
+        "and report.md (part.json and part.md with --only or --seed). Start an interrupted run again to continue it:\n"
+        "finished trainings are kept, and at most 15 seconds of the last one are lost.\n\n"
         + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
     )
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
     parser.add_argument("--scale", choices=("full", "small", "tiny"), default=None, help="full on a GPU, else small")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=int, default=None, metavar="N", help="how many; the recipe's own number else")
-    seeds.add_argument("--seed", type=int, nargs="+", default=None, metavar="N", help="only these: one a GPU, say")
+    seeds.add_argument(
+        "--seeds", type=int, default=None, metavar="N", help="number of seeds; the default is the recipe's own"
+    )
+    seeds.add_argument(
+        "--seed", type=int, nargs="+", default=None, metavar="N", help="only these seeds, for instance one on each GPU"
+    )
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="LINE",
-        help="only these lines of the table, or columns where a recipe lets choose",
+        help="only these lines of the table, or columns if the recipe has a choice of them",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument(
@@ -55,7 +59,8 @@ def run(argv: list[str], command: str) -> int:
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="runs/reproduce/NAME-SCALE else; processes with other --only or --seed can share one; a last one collects",
+        help="default: runs/reproduce/NAME-SCALE. Processes with different --only or --seed can share one; run it "
+        "last without them to collect",
     )
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:

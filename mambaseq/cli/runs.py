@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(
         prog="mambaseq runs",
-        description="Compare runs: the settings in which they differ, their metrics, speed and size.",
+        description="Compare runs: settings that differ, metrics, speed and size.",
     )
     parser.add_argument(
-        "folders", nargs="*", default=["runs"], metavar="FOLDER", help="runs, or what they are in (runs)"
+        "folders", nargs="*", default=["runs"], metavar="FOLDER", help="runs, or folders that hold runs (default: runs)"
     )
-    parser.add_argument("--sort", metavar="COLUMN", help="order by a column, or the end of its name: accuracy, lr")
+    parser.add_argument("--sort", metavar="COLUMN", help="sort by a column, or the end of its name: accuracy, lr")
     parser.add_argument("--descending", action="store_true", help="the largest first")
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw a curve of all runs over steps, tokens and time")
-    parser.add_argument("--curve", default="val/loss", metavar="METRIC", help="which one: val/loss (the default)")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw a metric of all runs over steps, tokens and time")
+    parser.add_argument("--curve", default="val/loss", metavar="METRIC", help="the metric to draw (default: val/loss)")
     arguments = parser.parse_args(argv)
     from mambaseq.reporting.comparison import compare, curves, ordered, write_csv
     from mambaseq.reporting.pictures import save_png

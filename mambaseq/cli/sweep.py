@@ -13,9 +13,9 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq sweep",
         description="Train a run for each of several settings, one after the other. The YAML has config (a name or a "
         "file), and grid (keys, each with a list of values) or search (keys, each with {low, high, log, step} or a "
-        "list to choose from; with trials, their number); if wanted settings (of all trials), seeds (a run each), and "
-        "metric and mode (min or max), by which the best is found. The same command goes on with a sweep that was "
-        "interrupted. At the end the runs are listed, and FOLDER/best.yaml has the best settings.",
+        "list to choose from; with trials, their number). Optional are settings (for all trials), seeds (a run "
+        "each), and metric and mode (min or max), which choose the best. The same command continues an interrupted "
+        "sweep. At the end the runs are listed, and FOLDER/best.yaml has the best settings.",
     )
     parser.add_argument("plan", metavar="SWEEP.yaml", help="what is tried")
     parser.add_argument("--out", metavar="FOLDER", help="folder of the runs; runs/NAME of the file when left out")

@@ -1,7 +1,7 @@
 """Addresses (`https://...`, `s3://...`, `hf://...`) whose secrets are neither kept nor shown.
 
-A secret stands in an address as `${NAME}`, the name of an environment variable, and is put in when the address is used,
-nowhere else: configurations, stores, names of records and messages keep `${NAME}`.
+In an address, a secret is written as `${NAME}`, the name of an environment variable. It is filled in only when the
+address is used: configurations, stores, names of records and messages keep `${NAME}`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mambaseq.errors import ConfigError, shown
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 # fsspec chains addresses: zip://a.txt::https://host/b.zip
 _LINK = re.compile(r"::(?=\w[\w+.-]*:/)")
-# what stands before the host; in a second form a password with a slash, which is not what follows a port. With bounds,
-# so that the time does not grow as the square of a text that is all letters
+# what comes before the host; the second form allows a slash in a password, if no port precedes it. With bounds,
+# so that a long text of letters does not take quadratic time
 _USER = re.compile(
     r"(?<![\w+.-])(?P<scheme>\w[\w+.-]{0,40}):(?P<slashes>/{1,2})"
     r"(?P<user>[^\s/?#]{0,1000}|[^\s/?#:@\[]{0,1000}:(?!\d*(?:[/?#\s]|$))\S{0,1000})@"
@@ -45,7 +45,7 @@ def is_address(name: str) -> bool:
 
 
 def check_address(address: str, key: str) -> None:
-    """Raise ConfigError when a secret is written out in an address. key: the setting that it is in."""
+    """Raise ConfigError if an address contains a secret. key: the setting with the address."""
     for what in _secrets(address):
         raise ConfigError(
             f"{key} holds an address with {what} in it ({redacted(address)[:300]}), which would be kept in "
@@ -67,9 +67,9 @@ def check_settings(settings: Any, key: str = "") -> None:
 
 
 def expanded(address: str) -> str:
-    """The address with the values of the variables that it names, each as it is to stand there.
+    """The address with the values of the variables that it names filled in.
 
-    Raises ConfigError when a variable is not set.
+    Raises ConfigError if a variable is not set.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -84,14 +84,14 @@ def expanded(address: str) -> str:
 def redacted(text: object, address: str = "") -> str:
     """A text without the secrets of any address in it, for messages.
 
-    address: an address with references whose values, too, are shown as references (a library's error names what it was
-        given).
+    address: an address with references; their values in the text become references too (a library's error may contain
+        them).
     """
     told = str(text)
     for name in _REFERENCE.findall(address):
         value = os.environ.get(name, "")
         for form in dict.fromkeys((value, quote(value, safe=""))):
-            if len(form) > 3:  # what is shorter would be found in words
+            if len(form) > 3:  # shorter values would occur in ordinary words
                 told = told.replace(form, f"${{{name}}}")
 
     def user(match: re.Match[str]) -> str:
@@ -119,7 +119,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _secrets(address: str) -> Iterator[str]:
-    """What of an address is secret and written out."""
+    """The part of an address that is a secret in plain text."""
     for piece in _LINK.split(address):
         if match := _USER.search(piece):
             name, mark, password = match["user"].partition(":")

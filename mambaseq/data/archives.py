@@ -1,6 +1,6 @@
-"""Zip and tar archives of others, unpacked: inside of one folder, as plain files, within bounds of size and number.
+"""Unpacks zip and tar archives from others: inside one folder, as plain files, with limits on size and number.
 
-Headers may lie, so what is counted is what is written. Permissions and owners in an archive are not applied.
+Headers may lie, so written bytes are counted. Permissions and owners in an archive are not applied.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mambaseq.data.unpacking import XzFile
 from mambaseq.errors import DataError, shown
 from mambaseq.limits import ARCHIVE_MEMBERS, UNPACKED_BYTES, check_unpacked
 
-_AT_ONCE = 2**16  # bytes that are read: no header of a tar needs more
+_AT_ONCE = 2**16  # bytes that are read at once: no header of a tar needs more
 _PACKED_AT_ONCE = 2**12
-_DIRECTORY_ENTRY = 64  # bytes of a zip's directory for each member that is allowed
+_DIRECTORY_ENTRY = 64  # bytes of a zip's directory for each allowed member
 _NEVER_IN_NAMES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control and direction characters, halves of characters, line ends
 _PARTS, _NAME_LENGTH, _PART_LENGTH = 50, 1_000, 255
 _LINK_LENGTH = 1_000
@@ -40,13 +40,13 @@ _DAMAGED = (
     zlib.error,
     lzma.LZMAError,
     RuntimeError,  # a zip with a password; recursion
-    NotImplementedError,  # a way to pack that Python does not know
+    NotImplementedError,  # a compression method that Python does not know
     ValueError,
     IndexError,
     OverflowError,
     MemoryError,  # a dictionary that xz should have
 )
-# what an OSError is about unless it is about the disk; those of the unpackers have no number
+# numbers of OSErrors that are not about the disk; those of the unpackers have none
 _OF_NAMES = {None, errno.ENAMETOOLONG, errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMLINK}
 
 
@@ -55,9 +55,10 @@ class _Refused(ValueError):
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that gives no more than `most` bytes at a time. Python's readers of archives ask for what a header says.
+    """A stream that gives at most `most` bytes at a time, since Python's archive readers ask for whatever a header
+    says.
 
-    spend: is told of the bytes that were read; the stream goes forward only then. last: what was read last.
+    spend: called with the number of bytes read; the stream can then only go forward. last: what was read last.
     """
 
     def __init__(self, file: IO[bytes], most: int, spend: Callable[[int], None] | None = None) -> None:
@@ -78,7 +79,7 @@ class _Bounded(io.RawIOBase):
             self._at = self._file.seek(offset, whence)
             return self._at
         if whence != os.SEEK_SET or offset < self._at:
-            raise _Refused("its members are not one after the other")
+            raise _Refused("its members are not in order")
         while self._at < offset and self.read(min(_AT_ONCE, offset - self._at)):
             pass
         return self._at
@@ -95,10 +96,9 @@ class _Bounded(io.RawIOBase):
 
 @dataclasses.dataclass
 class _Target:
-    """The folder that is filled, and what has been put there.
+    """The folder that is filled, and what has been put there so far.
 
-    places: each path (folders too), as it is where upper and lower case are one, to its name and whether it is a
-        folder.
+    places: each path (also of folders), with case folded, to its name and whether it is a folder.
     """
 
     archive: Path
@@ -120,7 +120,7 @@ class _Target:
         check_unpacked(self.size, self.packed, str(self.archive))
 
     def _claim(self, name: str, is_folder: bool) -> str:
-        """The path of a member in the folder, whose parents are made. Raises _Refused for one that may not be."""
+        """The path of a member in the folder; its parents are made. Raises _Refused for a path that is not allowed."""
         told = shown(name)
         parts = [part for part in name.split("/") if part != "."]
         if is_folder and parts and not parts[-1]:
@@ -128,9 +128,9 @@ class _Target:
         if not parts:
             return ""  # the folder itself
         if name.startswith("/") or ".." in parts or "\\" in name or (len(parts[0]) > 1 and parts[0][1] == ":"):
-            raise _Refused(f"its member {told} is not named by a relative path with /, inside of the folder")
+            raise _Refused(f"its member {told} is not a relative path with / inside the folder")
         if "" in parts or any(unicodedata.category(character) in _NEVER_IN_NAMES for character in name):
-            raise _Refused(f"its member {told} has a name that no file should have")
+            raise _Refused(f"its member {told} has an unsafe name")
         if len(parts) > _PARTS or len(name) > _NAME_LENGTH or any(len(p.encode()) > _PART_LENGTH for p in parts):
             raise _Refused(f"the name of its member {told} is too long")
         for end in range(1, len(parts) + 1):
@@ -142,7 +142,7 @@ class _Target:
                 if folder:
                     (self.folder / path).mkdir()
             elif self.places[key] != (path, True) or not folder:
-                raise _Refused(f"its member {told} would be at the place of {shown(self.places[key][0])}")
+                raise _Refused(f"its member {told} would take the place of {shown(self.places[key][0])}")
         return "/".join(parts)
 
     def add_folder(self, name: str) -> None:
@@ -158,7 +158,7 @@ class _Target:
                 file.write(piece)
 
     def add_link(self, name: str, leads_to: str) -> None:
-        """A symbolic link. It is made after all files are, so that none is written through it."""
+        """A symbolic link. It is made after all files, so that nothing is written through it."""
         path = self._file_path(name)
         if (
             len(leads_to) > _LINK_LENGTH
@@ -166,24 +166,24 @@ class _Target:
             or not leads_to
             or "\\" in leads_to
         ):
-            raise _Refused(f"its link {shown(name)} leads to what is no name of a file")
+            raise _Refused(f"its link {shown(name)} leads to an invalid file name")
         self.links[path] = leads_to
 
     def add_copy(self, name: str, earlier: str) -> None:
-        """A second name of a file that came before (a hard link)."""
+        """A second name of an earlier file (a hard link)."""
         path = self._file_path(name)
         place = self.places.get(unicodedata.normalize("NFC", earlier.removeprefix("./")).casefold())
         if place is None or place[1] or place[0] in self.links or place[0] == path:
-            raise _Refused(f"its link {shown(name)} leads to no file that came before it")
+            raise _Refused(f"its link {shown(name)} leads to no earlier file")
         (self.folder / path).hardlink_to(self.folder / place[0])
 
     def _file_path(self, name: str) -> str:
         if not (path := self._claim(name, False)):
-            raise _Refused(f"its member {shown(name)} has a name that no file should have")
+            raise _Refused(f"its member {shown(name)} has an unsafe name")
         return path
 
     def finish(self) -> None:
-        """Make the links. Raises _Refused for one that leads out of the folder, by way of others too."""
+        """Make the links. Raises _Refused for a link that leads out of the folder, directly or through others."""
         root = self.folder.resolve()
         for path, leads_to in self.links.items():
             (self.folder / path).symlink_to(leads_to)
@@ -195,13 +195,13 @@ class _Target:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack an archive (.zip, or a tar that may be packed by gzip, xz or bzip2) into a folder that takes `target`'s
-    place when it is whole.
+    """Unpack an archive (.zip, or a tar, possibly compressed by gzip, xz or bzip2) into a folder that replaces `target`
+    when it is complete.
 
     Symbolic and hard links are kept where they stay inside.
-    Raises DataError for an archive that is damaged, or has a member that would be outside of the folder, is a device
-    or a pipe, or has another one's place (also where upper and lower case are the same); UserError where it is over
-    `limits.ARCHIVE_MEMBERS`, `UNPACKED_BYTES` or `UNPACKED_RATIO`, or the disk is full. Nothing is left behind then.
+    Raises DataError for an archive that is damaged, or has a member that would be outside the folder, is a device or a
+    pipe, or has the same path as another (ignoring case); UserError if it exceeds `limits.ARCHIVE_MEMBERS`,
+    `UNPACKED_BYTES` or `UNPACKED_RATIO`, or the disk is full. Nothing is left behind in these cases.
     """
     if target.is_symlink():
         raise DataError(f"{target} is a link; {archive} is not unpacked through it. Remove the link.")
@@ -212,8 +212,8 @@ def unpack(archive: Path, target: Path) -> None:
             found.finish()
         except _Refused as error:
             raise DataError(
-                f"{archive} cannot be unpacked: {error}. Nothing of it was kept. Get it from elsewhere, or unpack what "
-                f"you need of it by hand."
+                f"{archive} cannot be unpacked: {error}. Nothing was kept. Get it from elsewhere, or unpack by hand "
+                "what you need."
             ) from error
         except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno not in _OF_NAMES:
@@ -237,7 +237,7 @@ def _unzip(archive: Path, target: _Target) -> None:
                         target.add_link(name, source.read(_LINK_LENGTH + 1).decode())
                 elif kind in (0, stat.S_IFREG):
                     known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                    with file.open(member) as source:  # others are unpacked as far as their input goes
+                    with file.open(member) as source:  # other streams are unpacked as far as their input goes
                         target.add_file(name, source, _AT_ONCE if known else _PACKED_AT_ONCE, target.spend)
                 else:
                     raise _Refused(f"its member {shown(name)} is a device or a pipe")
@@ -263,9 +263,9 @@ def _untar(archive: Path, target: _Target) -> None:
                         target.add_file(name, source, _AT_ONCE)
                 else:
                     raise _Refused(f"its member {shown(name)} is a device, a pipe or a file with holes")
-        if bounded.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header, or none, for the end
-            raise tarfile.ReadError("it is damaged, or was cut short: its mark of the end is missing")
-        while bounded.read(_AT_ONCE):  # what unpacks it compares a checksum at its end
+        if bounded.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged or missing header for the end
+            raise tarfile.ReadError("it is damaged, or was cut short: its end mark is missing")
+        while bounded.read(_AT_ONCE):  # the decompressor compares a checksum at the end
             pass
 
 

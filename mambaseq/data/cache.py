@@ -1,4 +1,4 @@
-"""Where derived and fetched data are kept, and how a data file is named in a configuration."""
+"""Finding the data files that a configuration names, and noticing changes in them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.resources import cache_dir, make_private
 
 REMEMBERED_FROM = 8 * 2**20
-_SETTLED = 2.0  # seconds: file systems stamp changes by a clock that is no finer than this
+_SETTLED = 2.0  # seconds: the resolution of file systems' clocks
 
 
 def locate(name: str | Path) -> list[Path]:
     """The files that a name in a configuration stands for, sorted.
 
-    name: a path, which may hold `*`, `?` and, for folders at any depth, `**`; `mambaseq:data/...` for a file that
-        ships with the project (or `package:...` for any package's); `fetched:NAME/...` for one that `mambaseq data
-        fetch NAME` brought, in the folder of the variable MAMBASEQ_CACHE or else the platform's cache folder.
-    How patterns are read, and what they leave out, says `mambaseq.data.files.expand`.
-    Raises DataError when there is no such file, and for a folder.
+    name: a path, which may hold `*`, `?` and, for folders at any depth, `**`; `mambaseq:data/...` for a file that ships
+        with the project (or `package:...` for any package's); `fetched:NAME/...` for a file from `mambaseq data fetch
+        NAME`, in the folder of the variable MAMBASEQ_CACHE or the platform's cache folder. See
+        `mambaseq.data.files.expand` for patterns and what they leave out.
+    Raises DataError if there is no such file, and for a folder.
     """
     text = str(name)
     if is_address(text):
-        raise DataError(f"{redacted(text)} is an address, which is not read here. Fetch the file, and give its path.")
+        raise DataError(
+            f"{redacted(text)} is an address, which cannot be read here. Download the file, and give its path."
+        )
     scheme, separator, relative = text.partition(":")
     remedy = "Check the path; it is relative to the folder that the command runs in."
     if separator and scheme == "fetched":
@@ -51,7 +53,7 @@ def locate(name: str | Path) -> list[Path]:
     else:
         try:
             pattern = Path(text).expanduser()
-        except RuntimeError as error:  # a user that there is not
+        except RuntimeError as error:  # a user that does not exist
             raise DataError(f"There is no data file {shown(text, 300)}: {error} {remedy}") from error
     try:
         if pattern.is_file():
@@ -61,19 +63,19 @@ def locate(name: str | Path) -> list[Path]:
                 f"{shown(text, 300)} is a folder. Name the files in it, with a pattern: {shown(pattern / '*', 300)}."
             )
         found = expand(pattern)
-    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a NUL
-        raise DataError(f"{shown(text)} is no name of a file: {getattr(error, 'strerror', error)}. {remedy}") from error
+    except (OSError, ValueError) as error:  # an impossible file name: too long, or with a NUL
+        raise DataError(f"{shown(text)} is not a file name: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:
         raise DataError(f"There is no data file {shown(text, 300)} (looked for at {pattern}). {remedy}")
     return found
 
 
 def fingerprint(path: Path, cache: str | Path | None = None) -> dict[str, Any]:
-    """What tells whether a source file has changed: its name, its size and the sha256 of all that it holds.
+    """The identity of a source file: its name, its size and the sha256 of its contents.
 
-    A large file is read once: its checksum is remembered in the cache folder beside what the file system says of it
-    (device, number, size, times of change), and a file of which any of that differs is read again. The time of the last
-    change of status is one of them, which no program can set back.
+    A large file is read once: its checksum is kept in the cache folder together with its device, inode, size and times
+    of change, and the file is read again if one of these differs. The time of the last status change is among them, and
+    no program can set that back.
 
     cache: the cache folder; see `cache_dir`. Raises DataError when the file cannot be read.
     """
@@ -86,7 +88,7 @@ def fingerprint(path: Path, cache: str | Path | None = None) -> dict[str, Any]:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if _state(path.stat()) != _state(status):
-                    continue  # it was written to while it was read
+                    continue  # it was written while it was read
                 memory.keep(digest)
             return {"name": path.name, "size": status.st_size, "sha256": digest}
     except OSError as error:
@@ -99,7 +101,7 @@ def _state(status: os.stat_result) -> list[int]:
 
 
 class _Memory:
-    """The checksum of a large file, remembered as long as the file system says that nothing changed."""
+    """The checksum of a large file, remembered while the file system reports no change."""
 
     def __init__(self, path: Path, status: os.stat_result, cache: str | Path | None) -> None:
         self.state = [str(path.absolute()), *_state(status)]
@@ -112,7 +114,7 @@ class _Memory:
         return hashlib.sha256(json_text([self.state, digest]).encode()).hexdigest()[:16]
 
     def recall(self) -> str | None:
-        """The checksum; None when it is not known, or the file may have changed since."""
+        """The checksum; None if it is unknown, or the file may have changed since."""
         if not self.worth:
             return None
         try:
@@ -122,7 +124,7 @@ class _Memory:
         return str(digest) if state == self.state and seal == self._seal(digest) else None
 
     def keep(self, digest: str) -> None:
-        """Remember it. A cache that cannot be written costs time, nothing else."""
+        """Remember it. A cache that cannot be written only costs time."""
         if not (self.worth and self.settled):
             return
         with contextlib.suppress(UserError, OSError):

@@ -1,4 +1,4 @@
-"""Downloads that go on where an interrupted one stopped."""
+"""Downloads that continue where an interrupted one stopped."""
 
 from __future__ import annotations
 
@@ -16,33 +16,32 @@ from tqdm import tqdm
 from mambaseq.errors import DataError, UserError
 from mambaseq.limits import DOWNLOADED_BYTES
 
-_CHUNK = 1 << 14  # what a broken connection can lose
+_CHUNK = 1 << 14  # bytes that a broken connection can lose
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_TAG = re.compile(r"[!-~][ -~]{0,199}")  # of a header's value that is sent back
+_TAG = re.compile(r"[!-~][ -~]{0,199}")  # characters of a header's value that is sent back
 
 
 class Unreachable(UserError):
-    """The server cannot be reached, or keeps breaking off."""
+    """The server cannot be reached, or the connection keeps breaking."""
 
 
 class ResumingDownloader:
-    """Downloads to `.NAME.part` beside the file and continues that part by an HTTP range request.
+    """Downloads to `.NAME.part` next to the file, and continues that part with an HTTP range request.
 
-    The part is continued only if the server says that the file is still the same one (`If-Range` with its
-    ETag or date, kept in `.NAME.part.version`); otherwise it starts again. An interruption, by the network or
-    by Ctrl-C, leaves the part. attempts: how often in a row it is tried without getting a byte. wait: seconds
-        between them.
+    The part is continued only if the server says that the file is still the same one (`If-Range` with its ETag or date,
+    kept in `.NAME.part.version`); otherwise it starts again. An interruption by the network or Ctrl-C leaves the part.
+    attempts: tries in a row without a new byte. wait: seconds between them.
     """
 
     def __init__(self, *, progress: bool = True, attempts: int = 3, wait: float = 2.0, timeout: float = 60.0) -> None:
         self.progress, self.attempts, self.wait, self.timeout = progress, attempts, wait, timeout
 
     def __call__(self, url: str, path: Path, size: int | None = None) -> Path:
-        """Download what is to become `path`; returns the part, whole but not verified. The caller moves it to its place
+        """Download the file for `path`; returns the part, complete but not verified. The caller moves it to its place
         or calls `forget`.
 
-        size: bytes that it should have, None if not known.
-        Raises Unreachable; UserError where the server has no such file, sends more than `size` bytes (or than
+        size: its bytes, None if unknown.
+        Raises Unreachable; UserError if the server has no such file or sends more than `size` bytes (or
         `limits.DOWNLOADED_BYTES`), or the disk is full.
         """
         import requests
@@ -72,7 +71,7 @@ class ResumingDownloader:
             failures = failures + 1 if _size(part) <= before else 0
             if failures >= self.attempts:
                 raise Unreachable(
-                    f"{urlsplit(url).netloc} cannot be reached, or broke off ({type(reason).__name__})"
+                    f"{urlsplit(url).netloc} cannot be reached, or broke the connection ({type(reason).__name__})"
                 ) from reason
             time.sleep(self.wait)
 
@@ -80,15 +79,15 @@ class ResumingDownloader:
         import requests
 
         have = _size(part)
-        headers = {"Accept-Encoding": "identity"}  # the bytes that the checksum is of
+        headers = {"Accept-Encoding": "identity"}  # the bytes that the checksum covers
         if have and (version := _remembered(part)):
             headers |= {"Range": f"bytes={have}-", "If-Range": version}
         with requests.get(url, headers=headers, stream=True, timeout=self.timeout) as response:
-            if response.status_code == 416:  # nothing after the part: it is whole, or not of this file
+            if response.status_code == 416:  # nothing after the part: it is complete, or belongs to another file
                 if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                     return
                 part.unlink()
-                raise requests.ConnectionError("the part did not fit; it is loaded again")
+                raise requests.ConnectionError("the part did not fit; downloading again")
             response.raise_for_status()
             range_ = response.headers.get("Content-Range", "")
             if response.status_code != 206 or not range_.startswith(f"bytes {have}-"):
@@ -98,7 +97,7 @@ class ResumingDownloader:
             total = None if rest is None else have + rest
             _check_size(url, part, total or have, size)
             if rest is not None and rest > (free := shutil.disk_usage(part.parent).free):
-                raise _no_space(part, f"{rest:,} bytes are missing and {free:,} are free")
+                raise _no_space(part, f"{rest:,} bytes are needed, but only {free:,} are free")
             _remember(part, response.headers)
             bar = tqdm(
                 total=total,
@@ -119,7 +118,7 @@ class ResumingDownloader:
 
 
 def forget(path: Path) -> None:
-    """Remove what an interrupted download of a file left."""
+    """Remove what an interrupted download left."""
     for left in (_part(path), _version(_part(path))):
         left.unlink(missing_ok=True)
 
@@ -128,8 +127,8 @@ def _check_size(url: str, part: Path, found: int, size: int | None) -> None:
     if size is not None and found > size:
         part.unlink(missing_ok=True)
         raise DataError(
-            f"{url} sends more than the {size:,} bytes that the manifest says. What came of it was deleted. Correct "
-            f"the manifest's size, if that is wrong."
+            f"{url} sends more than the {size:,} bytes in the manifest. The download was deleted. If the manifest's "
+            "size is wrong, correct it."
         )
     DOWNLOADED_BYTES.check(found, url)
 
@@ -147,7 +146,7 @@ def _version(part: Path) -> Path:
 
 
 def _opened(path: Path, mode: str) -> IO[bytes]:
-    # not through a link that somebody put there
+    # not through a link that somebody may have put there
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
 
 
@@ -169,7 +168,6 @@ def _remember(part: Path, headers: Any) -> None:
 
 def _no_space(part: Path, reason: str) -> UserError:
     return UserError(
-        f"The disk has no room for {part.name[1:].removesuffix('.part')} in {part.parent}: {reason}. Free "
-        "some space, or choose another cache folder (--cache, or the variable MAMBASEQ_CACHE). What was "
-        "downloaded is kept."
+        f"There is no room for {part.name[1:].removesuffix('.part')} in {part.parent}: {reason}. Free some space, or "
+        "choose another cache folder (--cache, or the variable MAMBASEQ_CACHE). What was downloaded is kept."
     )

@@ -1,5 +1,5 @@
-"""Random numbers as a function of (seed, item, position), on any device: the items of a batch are drawn at once, and
-each is the one that would be drawn alone."""
+"""Random numbers that depend only on (seed, item, position), on any device. The items of a batch are drawn together,
+and each equals what would be drawn alone."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def words(seed: int, items: Tensor, n: int) -> Tensor:
 
 
 def below(words: Tensor, bound: int) -> Tensor:
-    """32-bit random numbers → integers in [0, bound), bound < 2**31; a value's probability is off by less than
-    2**-32."""
+    """32-bit random numbers → integers in [0, bound), bound < 2**31. A value's probability is exact to 2**-32."""
     return (words * bound) >> 32
 
 

@@ -16,8 +16,7 @@ from mambaseq.plain import read_json
 from mambaseq.resources import cache_dir, make_private
 
 _REMEDY = (
-    "Delete it, and compare the files beside it with what you know of them: their checksums are recorded anew when "
-    "they are fetched again."
+    "Delete it, and check the files next to it by other means: their checksums are recorded again at the next fetch."
 )
 
 
@@ -31,10 +30,10 @@ def fetch(
 ) -> Path:
     """Bring a data set's files into the cache folder, verify and unpack them; returns their folder.
 
-    What is there and has the right checksum is not downloaded again; what was interrupted goes on.
-    say: gets the lines that the user should see.
-    Raises UserError when a server cannot be reached (saying which file to put where), when the disk is full or the
-    cache not writable, or when a checksum is wrong.
+    Files with the right checksum are not downloaded again; an interrupted download continues.
+    say: called with each line for the user.
+    Raises UserError if a server cannot be reached (the message says which file to put where), the disk is full, the
+    cache is not writable, or a checksum is wrong.
     """
     wanted = manifest(name)
     folder = wanted.folder(cache)
@@ -65,14 +64,14 @@ def _told(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """While no other process fetches the same data set."""
+    """Runs the block while no other process fetches the same data set."""
     import filelock
 
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        say(f"Another process fetches into {folder}. Waiting for it.")
+        say(f"Another process is fetching into {folder}. Waiting for it.")
         lock.acquire()
     try:
         yield
@@ -86,20 +85,20 @@ def _recorded(path: Path) -> dict[str, str]:
     found = read_json(path, _REMEDY)
     for name, checksum in found.items():
         if not is_checksum(checksum):
-            raise UserError(f"{path} is damaged: what it has for {shown(name)} is no checksum. {_REMEDY}")
+            raise UserError(f"{path} is damaged: its entry for {shown(name)} is not a checksum. {_REMEDY}")
     return found
 
 
 def _check_place(folder: Path, file: File) -> None:
-    """Raise UserError where a file would come to be outside of the data set's folder, or has no room there."""
+    """Raise UserError if a file would be outside the data set's folder, or its place is taken."""
     path, root = folder / file.name, folder.resolve()
     for place in {path, folder / file.unpacked_name}:
         if not place.parent.resolve().is_relative_to(root):
-            raise UserError(f"{place.parent} is a link that leads out of {folder}. Remove it.")
+            raise UserError(f"{place.parent} is a link out of {folder}. Remove it.")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is a folder or a device, and a file should be there. Move it away.")
+        raise UserError(f"{path} is a folder or a device, but a file should be there. Move it away.")
     if file.unpack and (target := folder / file.unpacked_name).exists() and not target.is_dir():
-        raise UserError(f"{target} is a file, and {file.name} should be unpacked there. Move it away.")
+        raise UserError(f"{target} is a file, but {file.name} should be unpacked there. Move it away.")
 
 
 def _bring(
@@ -122,9 +121,9 @@ def _bring(
         if known is not None and _checksum(part, known) != known:
             forget(path)
             raise DataError(
-                f"{file.name}, downloaded from {file.url}, does not have the checksum {known}. The file at "
-                "the source was changed or the download was tampered with; it was deleted. Try again; if it "
-                f"stays so, compare with {wanted.homepage}."
+                f"{file.name}, downloaded from {file.url}, does not have the checksum {known}. The file was changed at "
+                "the source, or the download was tampered with; it was deleted. Try again; if the error stays, "
+                f"compare with {wanted.homepage}."
             )
         part.replace(path)
     forget(path)
@@ -133,8 +132,8 @@ def _bring(
         with atomic_file(folder / RECORDED, "w", encoding="utf-8") as out:
             out.write(json_text(recorded, indent=1))
         say(
-            f"{file.name}: no checksum is published ({file.checksum_note}). Recorded "
-            f"{recorded[file.name]}; later downloads must agree with it."
+            f"{file.name}: no checksum is published ({file.checksum_note}). Recorded {recorded[file.name]}; later "
+            "downloads must match it."
         )
     target = folder / file.unpacked_name
     if file.unpack and (is_new or not target.is_dir()):
@@ -142,7 +141,7 @@ def _bring(
 
 
 def _checksum(path: Path, like: str) -> str:
-    """Of a file, by the algorithm that a checksum begins with."""
+    """The checksum of a file, by the algorithm that the known checksum names."""
     kind = like.partition(":")[0]
     with path.open("rb") as file:
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
@@ -150,10 +149,9 @@ def _checksum(path: Path, like: str) -> str:
 
 def _by_hand(error: UserError, wanted: Manifest, file: File, folder: Path, known: str | None) -> UserError:
     size = f"{file.size:,} bytes, " if file.size else ""
-    wrong = " The file that is there has another checksum." if (folder / file.name).exists() else ""
+    wrong = " The existing file has another checksum." if (folder / file.name).exists() else ""
     return UserError(
-        f"{error}. Run the command again to go on from where it stopped; or, without a network, get "
-        f"{file.url} in another way, put it at {folder / file.name} "
-        f"({size}{known or 'checksum not published'}), and run `mambaseq data fetch {wanted.name}` again, "
-        f"which verifies it.{wrong}"
+        f"{error}. Run the command again to continue; or, without a network, get {file.url} in another way, put it at "
+        f"{folder / file.name} ({size}{known or 'checksum not published'}), and run `mambaseq data fetch "
+        f"{wanted.name}` again, which verifies it.{wrong}"
     )

@@ -18,7 +18,7 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 class LeftOut:
-    """What a folder or a pattern holds and nobody reads: counted, and said in one line."""
+    """Files of a folder or pattern that are not read: counted, and reported in one line."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -37,13 +37,13 @@ class LeftOut:
 
 
 def expand(pattern: str | Path) -> list[Path]:
-    """The files that a pattern stands for, sorted; empty when there is none.
+    """The files that match a pattern, sorted; empty if there are none.
 
-    `*`, `?` and `[...]` stand for parts of a name, `**` for any number of folders one inside of the other, none
-    included. Links to folders are followed, and `**` visits each real folder once. Names that begin with a dot
-    are left out (with it what macOS puts beside a file, `._NAME`), as are links that lead nowhere; one line says how
-    many. A part of the pattern that begins with a dot itself takes them.
-    Raises DataError for a folder that cannot be read, and for what cannot be the name of a file.
+    `*`, `?` and `[...]` match parts of a name, `**` any number of nested folders, also none. Links to folders are
+    followed, and `**` visits each real folder once. Names that begin with a dot are left out (including macOS's
+    `._NAME`), and so are broken links; one line says how many. A part of the pattern that begins with a dot matches
+    such names.
+    Raises DataError for a folder that cannot be read, and for an impossible file name.
     """
     path = Path(pattern)
     left_out = LeftOut()
@@ -52,17 +52,17 @@ def expand(pattern: str | Path) -> list[Path]:
         found = dict.fromkeys(_matches(Path(path.anchor), parts, left_out))
     except (ValueError, OSError) as error:  # a NUL, or too long
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{shown(pattern, 300)} is no name of a file: {reason}. Check the path.") from error
+        raise DataError(f"{shown(pattern, 300)} is not a file name: {reason}. Check the path.") from error
     left_out.tell(str(pattern))
     return sorted(found)
 
 
 def walk(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """The files in a folder and the folders in it, at any depth, whose names end in one of `suffixes` (lower case, with
-    the dot), sorted; empty when there is none.
+    """The files in a folder, at any depth, whose names end in one of `suffixes` (lower case, with the dot), sorted;
+    empty if there are none.
 
-    Links are followed, each real folder is visited once. What is left out (see `expand`, and files with other endings)
-    is said in one line. Raises DataError for a folder that cannot be read.
+    Links are followed, and each real folder is visited once. What is left out (see `expand`, and files with other
+    endings) is reported in one line. Raises DataError for a folder that cannot be read.
     """
     left_out = LeftOut()
     found, others = [], []
@@ -81,7 +81,7 @@ def walk(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def relative_names(paths: Sequence[Path], given: str | Path) -> list[str]:
-    """What records of files are called: their paths without suffix, from where a folder or pattern begins to vary on
+    """Names of records from files: their paths without suffix, from where a folder or pattern begins to vary
     (`"b/two"` of `x/b/two.wav`, given `x` or `x/*/*.wav`). Files that would share a name keep their suffixes."""
     base = Path(given).expanduser()
     if not base.is_dir():
@@ -110,7 +110,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
@@ -119,7 +119,8 @@ def _is_hidden(name: str, pattern: str = "*") -> bool:
 
 
 def _folders(top: Path, left_out: LeftOut) -> Iterator[Path]:
-    """A folder and all that are in it, each real one once: first what is really there, then what links lead to."""
+    """A folder and all folders in it, each real one once: first those that are really there, then those that links lead
+    to."""
     seen: set[tuple[int, int]] = set()
     links = [top]
     while links:
@@ -161,7 +162,7 @@ def _files(folder: Path, pattern: str, left_out: LeftOut, suffixes: Collection[s
 
 
 def _matches(base: Path, parts: Sequence[str], left_out: LeftOut) -> Iterator[Path]:
-    """The files under `base` that match the rest of a pattern."""
+    """The files below `base` that match the rest of a pattern."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for folder in _folders(base, left_out) if base.is_dir() else ():

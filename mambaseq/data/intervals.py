@@ -1,4 +1,4 @@
-"""Stretches of records: what of a token store belongs to a split."""
+"""Intervals of records: the parts of a token store that belong to a split."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Interval:
         return f"record {name} of {cut_list(files, most=3) if files else self.store.folder}"
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from `start` on, counted from the record's begin; a copy."""
+        """A copy of `length` tokens from `start` on, counted from the record's beginning."""
         if start < self.start or start + length > self.stop:
             raise IndexError(f"[{start}, {start + length}) leaves the interval [{self.start}, {self.stop})")
         return np.array(self.store[self.record][start : start + length])
 
 
 class Intervals(Sequence[Interval]):
-    """Intervals kept in an array, so that millions of them are no burden.
+    """Intervals in an array, for millions of them.
 
-    stores: what they are of. table: `(intervals, 4)` int64, a row being the number of the store, record, start, stop.
+    stores: the stores they belong to. table: `(intervals, 4)` int64; a row is the number of the store, record, start,
+        stop.
     """
 
     def __init__(self, stores: Sequence[TokenStore], table: np.ndarray) -> None:
@@ -76,12 +77,12 @@ class Intervals(Sequence[Interval]):
         return self.table[:, 3] - self.table[:, 2]
 
     def where(self, chosen: np.ndarray) -> Intervals:
-        """Those for which `chosen`, `(intervals,)` bool, says so."""
+        """Those with True in `chosen`, `(intervals,)` bool."""
         return Intervals(self.stores, self.table[chosen])
 
     def records(self) -> np.ndarray:
-        """A number for each interval, `(intervals,)` int64: the same for those of one record, counted from 0 in the
-        order in which records come up."""
+        """The number of each interval's record, `(intervals,)` int64, counted from 0 in the order in which records
+        appear."""
         store, record = self.table[:, 0], self.table[:, 1]
         _, first, of = np.unique(
             store * (int(record.max(initial=0)) + 1) + record, return_index=True, return_inverse=True
@@ -91,7 +92,7 @@ class Intervals(Sequence[Interval]):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Intervals that are drawn as often as any other group's: the sequences of one species, say."""
+    """Intervals that are drawn as often as those of any other group, such as the sequences of one species."""
 
     name: str
     intervals: Sequence[Interval]

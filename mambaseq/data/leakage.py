@@ -1,8 +1,8 @@
-"""Is a token in two splits? Records are compared by what they hold, whatever they and their files are called.
+"""Finds tokens that are in two splits. Records are compared by their contents, not by their names or files.
 
-A record is told by its checksums (see `TokenStore.checksums`): another name, file, line length, compression or case
-does not hide a copy, and neither does the other strand where the data have one. What is not seen is a copy inside of
-another record that is longer, or a copy with any difference.
+Records are identified by checksums (see `TokenStore.checksums`): another name, file, line length, compression or case
+does not hide a copy, nor does the other strand, if the data have one. A copy inside a longer record, or with any
+difference, is not found.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mambaseq.data.intervals import Group, Interval, Intervals
 from mambaseq.errors import DataError
 
 PROTECTED = ("test", "validation", "train")
-"""Of copies in two splits, those of the one that is named first here are kept."""
+"""Of copies in two splits, those of the split that is named first here are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Claims:
-    """All intervals of all splits, a row each.
+    """All intervals of all splits, one for each row.
 
     owners: (split, group) of the numbers in `owner`, the most protected split first. intervals: their intervals.
-    owner, index: whose interval this is, and which. content: the same number for records that hold the same.
-    start, stop: in the direction in which the smaller of the record's two checksums reads.
+    owner, index: whose interval this is, and which. content: the same number for records with equal contents.
+    start, stop: in the direction of the smaller of the record's two checksums.
     record: the same number for intervals of one record.
     """
 
@@ -72,16 +72,16 @@ class _Claims:
         return "{} ({})".format(*self.owners[self.owner[row]])
 
     def overlapping(self, key: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Which of the rows begin before an earlier one of the same key ends; of rows in order of key and start."""
+        """Which rows begin before an earlier row of the same key ends; rows are sorted by key and start."""
         span = int(self.stop.max(initial=0)) + 1
         ends = np.maximum.accumulate(key[rows] * span + self.stop[rows])
         return rows[1:][key[rows][1:] * span + self.start[rows][1:] < ends[:-1]]
 
 
 def check_disjoint(*, remedy: str = "", **splits: Sequence[Group]) -> None:
-    """Raise DataError when a token is in two of the splits or in two groups, or twice in one of them.
+    """Raise DataError if a token is in two splits or two groups, or twice in one of them.
 
-    Copies of a record (see above) within one group of one split are no leak, and are left alone.
+    Copies of a record (see above) within one group of one split are not a leak, and are left alone.
     remedy: a sentence for the message about copies.
     """
     claims = _Claims.of(splits)
@@ -94,7 +94,7 @@ def check_disjoint(*, remedy: str = "", **splits: Sequence[Group]) -> None:
     meets = (claims.start[same] < claims.stop[row]) & (claims.stop[same] > claims.start[row])
     other = int(same[meets & (claims.owner[same] != claims.owner[row])][0])
     number = len(np.unique(claims.record[copies]))
-    more = f" So it is with {number:,} records." if number > 1 else ""
+    more = f" This is so for {number:,} records." if number > 1 else ""
     one, two = claims.interval(row), claims.interval(other)
     if (one.store.folder, one.record) == (two.store.folder, two.record):
         start, stop = max(one.start, two.start), min(one.stop, two.stop)
@@ -106,16 +106,16 @@ def check_disjoint(*, remedy: str = "", **splits: Sequence[Group]) -> None:
             f"{two.source[0].upper()}{two.source[1:]}, in {claims.where(other)}, holds the same as {one.source}, in "
             f"{claims.where(row)}."
         )
-    raise DataError(f"{told}{more} Give every region to one split and one group only{remedy}.")
+    raise DataError(f"{told}{more} Give every region to only one split and one group{remedy}.")
 
 
 def without_copies(splits: Mapping[str, Sequence[Group]]) -> tuple[dict[str, list[Group]], int, int]:
-    """The splits without the copies (see above) that are in two splits or groups, and how many intervals and tokens
-    were left out.
+    """The splits without copies (see above) that are in two splits or groups, and the number of intervals and tokens
+    left out.
 
-    Of copies in two splits, those in test data are kept before those in validation data, and these before those in
-    training data. Of copies in two groups of a split none is kept, because nobody knows which group is right.
-    Raises DataError when a token is twice in one group of a split.
+    Of copies in two splits, test data are kept before validation data, and these before training data. Of copies in two
+    groups of a split none is kept, because it is unknown which group is right.
+    Raises DataError if a token is twice in one group of a split.
     """
     claims = _Claims.of(splits)
     _refuse_twice(claims)
@@ -129,7 +129,7 @@ def without_copies(splits: Mapping[str, Sequence[Group]]) -> tuple[dict[str, lis
 
 
 def _refuse_twice(claims: _Claims) -> None:
-    """Raise DataError when a position of a record is claimed twice by one group of one split."""
+    """Raise DataError if one group of one split has a position of a record twice."""
     key = claims.record * len(claims.owners) + claims.owner
     order = np.lexsort((claims.start, key))
     if len(twice := claims.overlapping(key, order)):
@@ -142,13 +142,13 @@ def _refuse_twice(claims: _Claims) -> None:
 
 
 def _copies(claims: _Claims) -> np.ndarray:
-    """Which rows to leave out, `(rows,)` bool, so that nothing is in two splits or groups."""
+    """The rows to leave out, `(rows,)` bool, so that nothing is in two splits or groups."""
     found = np.zeros(len(claims.owner), dtype=bool)
     order = np.lexsort((claims.start, claims.content))
     suspicious = np.unique(claims.content[claims.overlapping(claims.content, order)])
     (rows,) = np.nonzero(np.isin(claims.content, suspicious) & (claims.start < claims.stop))
     owner = claims.owner[rows]
-    # all contents on one line; places by rank, so that an owner can be put before them in one number
+    # all contents on one line; places by rank, so that one number can hold an owner and a place
     line = claims.content[rows] * (int(claims.stop.max(initial=0)) + 1)
     places, ranks = np.unique(np.stack((line + claims.start[rows], line + claims.stop[rows])), return_inverse=True)
     spans = ranks.reshape(2, -1)
@@ -165,7 +165,7 @@ def _copies(claims: _Claims) -> np.ndarray:
 
 
 def _meeting(spans: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How many of the other spans share a place with each of these, `(spans,)`: both are `(2, n)`, begin and end, and
-    none is empty. Those that begin before a span ends meet it, but for those that end before it begins."""
+    """The number of other spans that overlap each of these, `(spans,)`. Both are `(2, n)`, start and end, none empty.
+    Overlapping spans are those that start before a span ends, minus those that end before it starts."""
     begun = np.searchsorted(np.sort(others[0]), spans[1], side="left")
     return begun - np.searchsorted(np.sort(others[1]), spans[0], side="right")

@@ -1,6 +1,6 @@
-"""Manifests: which files a data set has, where from, and by which checksums they are known.
+"""Manifests: the files of a data set, their addresses and checksums.
 
-A manifest may come from anybody, so each of its names is a plain one and nothing in it leads out of the cache.
+A manifest may come from anybody, so its names must be plain, and nothing in it may lead out of the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mambaseq.resources import cache_dir
 
 MANIFESTS = Path(__file__).parent / "manifests"
 RECORDED = "checksums.json"
-"""The file, beside a data set's own, that keeps the checksums which no manifest knows."""
+"""The file in a data set's folder that keeps checksums which the manifest does not have."""
 
 ARCHIVES = (".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".tar", ".zip")
 
@@ -34,11 +34,10 @@ _DIGITS = {"md5": 32, "sha256": 64}
 class File:
     """One file of a data set.
 
-    name: where it is put, a path relative to the data set's folder. url: http or https.
-    checksum: `md5:...` or `sha256:...`; None when none is published, for the reason in `checksum_note`: then
-        the sha256 of the first download is recorded, and later ones must agree with it.
-    size: bytes, None when not known. unpack: whether it is an archive to be unpacked, into a folder of its
-        name.
+    name: its path, relative to the data set's folder. url: http or https.
+    checksum: `md5:...` or `sha256:...`; None if none is published, for the reason in `checksum_note`; the sha256 of the
+        first download is then recorded, and later ones must match it.
+    size: in bytes, None if unknown. unpack: whether it is an archive to unpack into a folder of its name.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Manifest:
     files: tuple[File, ...]
 
     def folder(self, cache: str | Path | None = None) -> Path:
-        """Where it is fetched to."""
+        """The folder that it is fetched to."""
         return cache_dir(cache) / "fetched" / self.name
 
     def is_fetched(self, cache: str | Path | None = None) -> bool:
@@ -76,12 +75,12 @@ class Manifest:
                 (folder / file.name).is_file() and (not file.unpack or (folder / file.unpacked_name).is_dir())
                 for file in self.files
             )
-        except OSError:  # a folder that may not be looked into
+        except OSError:  # a folder without permission
             return False
 
 
 def is_checksum(value: Any) -> bool:
-    """Whether it is `md5:` or `sha256:` and as many hexadecimal digits as that has."""
+    """Whether a text is `md5:` or `sha256:` and the right number of hexadecimal digits."""
     kind, _, digits = value.partition(":") if isinstance(value, str) else ("", "", "")
     return re.fullmatch(rf"[0-9a-f]{{{_DIGITS.get(kind, 1)}}}", digits) is not None and kind in _DIGITS
 
@@ -96,7 +95,7 @@ def _name(value: Any, key: str, parts: bool) -> str:
     if not plain:
         allowed = "letters, digits, . _ - " + ("and / between them" if parts else "alone")
         raise _Refused(
-            f"{key} {shown(value)} is no plain name. Use {allowed}, no . or - at the beginning, at most "
+            f"{key} {shown(value)} is not a plain name. Use {allowed}, no . or - at the beginning, at most "
             f"{_NAME_LENGTH} characters"
         )
     return str(value)
@@ -117,8 +116,8 @@ def _url(value: Any, key: str) -> str:
         secret, reachable = "@" in parts.netloc, bool(parts.hostname) and parts.port != 0
     except ValueError as error:
         raise _Refused(f"{written} ({error})") from error
-    if secret:  # not shown: messages are copied into reports
-        raise _Refused(f"{key} has a user name or a password in it. Put those into ~/.netrc, which is looked at")
+    if secret:  # not shown, because messages are copied into reports
+        raise _Refused(f"{key} contains a user name or a password. Put those into ~/.netrc, which is read")
     if parts.scheme not in ("https", "http") or not reachable:
         raise _Refused(f"{written}, not {shown(value)}")
     return value
@@ -142,7 +141,7 @@ def _file(raw: Any, place: str) -> File:
     raw = _known_keys(raw, File, f"{place} ")
     name, checksum, size = _name(raw["name"], f"{place}.name", True), raw.get("checksum"), raw.get("size")
     if name.casefold() == RECORDED:
-        raise _Refused(f"{place}.name is {RECORDED}, which is kept for what mambaseq writes there")
+        raise _Refused(f"{place}.name is {RECORDED}, which is reserved for mambaseq")
     if checksum is not None and not is_checksum(checksum):
         raise _Refused(
             f"{place}.checksum of {name} must start with md5: or sha256: and have 32 or 64 digits of 0-9 and a-f after "
@@ -161,12 +160,12 @@ def _file(raw: Any, place: str) -> File:
         unpack=raw.get("unpack", False),
     )
     if file.unpack and file.unpacked_name == name:
-        raise _Refused(f"{place}.unpack: {name} is no archive ({', '.join(ARCHIVES)})")
+        raise _Refused(f"{place}.unpack: {name} is not an archive ({', '.join(ARCHIVES)})")
     return file
 
 
 def _check_places(files: tuple[File, ...]) -> None:
-    """No two of what is written are at one place, also where upper and lower case are the same."""
+    """Refuse two files at one place, also if case is ignored."""
     places: set[str] = set()
     for file in files:
         for name in (file.name, file.unpacked_name) if file.unpack else (file.name,):
@@ -177,7 +176,7 @@ def _check_places(files: tuple[File, ...]) -> None:
         above = place.split("/")[:-1]
         for end in range(1, len(above) + 1):
             if (other := "/".join(above[:end])) in places:
-                raise _Refused(f"files has {place} inside of {other}, which is a file or the folder of an archive")
+                raise _Refused(f"files has {place} inside {other}, which is a file or the folder of an archive")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -211,8 +210,8 @@ def manifests() -> dict[str, Manifest]:
 def manifest(name: str) -> Manifest:
     """The manifest of this name, or in this YAML file.
 
-    Raises ConfigError with the nearest name, and for a file that takes the name of a data set that comes with mambaseq
-    for other files: a configuration would read them without a word.
+    Raises ConfigError with the nearest name, and for a file that uses the name of a data set that comes with mambaseq
+    for other files: a configuration would read these unnoticed.
     """
     known = manifests()
     if name.endswith((".yaml", ".yml")):
@@ -222,13 +221,13 @@ def manifest(name: str) -> Manifest:
             (f.name, f.checksum) for f in found.files
         ]:
             raise ConfigError(
-                f"The manifest {name} has the name {shown(found.name)} of a data set that comes with mambaseq, and "
-                f"other files or checksums. Give it a name of its own."
+                f"The manifest {name} has the name {shown(found.name)} of a data set that comes with mambaseq, but "
+                "other files or checksums. Give it a name of its own."
             )
         return found
     if name not in known:
         raise ConfigError(
-            f"No data set to fetch is named {shown(name)}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
-            f"The path of a manifest (.yaml) works too."
+            f"There is no data set {shown(name)} to fetch.{did_you_mean(name, known)} Known: {', '.join(known)}. The "
+            "path of a manifest (.yaml) works too."
         )
     return known[name]

@@ -1,4 +1,4 @@
-"""Masked modelling: tokens of a sequence are hidden, and are to be told from what stands on both sides of them."""
+"""Masked modelling: tokens of a sequence are hidden, and predicted from both sides."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError, DataError
 
 Objective = Literal["next_token", "masked"]
-"""What a data set of tokens asks for: the token behind each position, or those that are masked."""
+"""What a dataset of tokens asks for: the token after each position, or the masked tokens."""
 
-_STREAM = 0x6D61736B  # draws of masks are not those of the windows that they are laid on
+_STREAM = 0x6D61736B  # masks are drawn independently of the windows
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskRule:
     """Which tokens are hidden, and how.
 
-    share: of the positions of a sequence that are asked for, above 0 and below 1; at least one span of them is.
-    span: tokens that are hidden together. Spans are drawn uniformly among all ways to lay them side by side.
-    replaced, random: shares of the spans whose tokens are replaced by the mask token, and by random ones; those of the
-        others stay as they are (BERT's rule, Devlin et al., arXiv:1810.04805).
+    share: share of a sequence's positions that are masked, above 0 and below 1; at least one span is.
+    span: tokens that are masked together. All placements of spans without overlap are equally likely.
+    replaced, random: shares of the spans whose tokens become the mask token, or random tokens; the others stay as they
+        are (BERT's rule, Devlin et al., arXiv:1810.04805).
 
     Raises ConfigError for values out of range.
     """
@@ -42,30 +42,31 @@ class MaskRule:
             raise ConfigError(f"data.mask_span must be at least 1 and below 2^31, not {self.span}.")
         if not (self.replaced >= 0 and self.random >= 0 and self.replaced + self.random <= 1):
             raise ConfigError(
-                f"data.mask_replaced and data.mask_random must be shares, 1 together at most, not {self.replaced} and "
-                f"{self.random}."
+                f"data.mask_replaced and data.mask_random must be shares with a sum of at most 1, not {self.replaced} "
+                f"and {self.random}."
             )
 
     def draw(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Spans of a sequence: positions `(spans, span)` int64, ascending, and what is done with each, `(spans,)`
-        int64: 0 it is replaced by the mask token, 1 by random tokens, 2 it stays."""
+        """Spans of a sequence: positions `(spans, span)` int64, ascending, and what becomes of each, `(spans,)` int64:
+        0 the mask token, 1 random tokens, 2 unchanged."""
         span = min(self.span, length)
         count = max(1, min(round(self.share * length / span), length // span))
-        # so many of the starts that are left when each span is drawn together to one position
+        # as many of the starts that remain when each span shrinks to one position
         starts = np.sort(rng.choice(length - count * (span - 1), count, replace=False)) + np.arange(count) * (span - 1)
         kinds = np.searchsorted([self.replaced, self.replaced + self.random], rng.random(count), side="right")
         return starts[:, None] + np.arange(span), kinds
 
 
 class MaskedItems:
-    """The items of a data set of tokens, each with some of its tokens hidden: item i is masked by a generator seeded
-    with (seed, i) and depends on nothing else, so that a run resumes exactly.
+    """The items of a dataset of tokens with some tokens masked. The mask of item i depends only on (seed, i), so a run
+    resumes exactly.
 
-    items: batches of one whose `targets`, where there are any, are the tokens themselves (not shifted), -100 where one
-        is never asked for; such a token may be hidden all the same.
+    items: batches of one. Their `targets`, if any, are the tokens themselves (not shifted), or -100 where one is never
+        a target; such a token may still be masked.
     mask_id: the id of the mask token, the last of the vocabulary.
-    random_ids: those that a token may be replaced by; all below `mask_id` if not given.
-    units: units of the raw data behind each token of an item, `(length,)`, by its index (see `Batch.n_units`).
+    random_ids: ids of random tokens; all below `mask_id` if not given.
+    units: gives, by the item's index, the units of raw data behind each of its tokens, `(length,)` (see
+        `Batch.n_units`).
     """
 
     def __init__(
@@ -86,11 +87,11 @@ class MaskedItems:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Batch:
-        """Raises DataError for what is no sequence of tokens, or has no token."""
+        """Raises DataError for an item that is not a sequence of tokens, or is empty."""
         item: Batch = self.items[index]
         if item.inputs.is_floating_point() or item.inputs.dim() != 2 or not item.inputs.numel():
             raise DataError(
-                f"Only tokens can be masked, and item {index} has inputs {tuple(item.inputs.shape)} of "
+                f"Only tokens can be masked, but item {index} has inputs {tuple(item.inputs.shape)} of "
                 f"{item.inputs.dtype}."
             )
         length = item.inputs.shape[1] if item.mask is None else max(int(item.mask.sum()), 1)
@@ -111,6 +112,6 @@ class MaskedItems:
 
 
 def same_tokens(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Batch:
-    """`(length,)` tokens → inputs and, as targets, the same, `(1, length)` int64 each: what `MaskedItems` takes."""
+    """`(length,)` tokens → inputs and equal targets, `(1, length)` int64 each, as `MaskedItems` takes them."""
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     return Batch(inputs=ids, targets=ids)

@@ -1,4 +1,4 @@
-"""SequenceData: what a domain's dataset is. SequenceDataModule: what Lightning makes of it."""
+"""SequenceData, the base of datasets, and SequenceDataModule, its loaders for Lightning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ItemDataset(Protocol):
 
 
 class SequenceData(abc.ABC):
-    """One kind of data of a domain: training, validation and test sets and what a model must know of them.
+    """One kind of data: training, validation and test sets, and what a model must know about them.
 
     Subclasses take their settings as typed keyword arguments of `__init__` (they become keys of `data:` in YAML,
     with the docstring's text as help), do no work there, and read files in `setup`, which may be called twice.
@@ -41,15 +41,15 @@ class SequenceData(abc.ABC):
     Known after `setup`:
     vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
-    n_outputs: numbers that the targets of a sequence, position or bin are, where they are values. channel_mean,
-        channel_std: of each channel of a continuous input, in its units, by which models see them in one size (encoder
-        signal, head forecast); None leaves them as they are.
-    complement: of DNA, the id paired with each id; None for what has no other strand.
+    n_outputs: how many values the target of a sequence, position or bin has, if targets are values. channel_mean,
+        channel_std: of each channel of a continuous input, in its units; the encoder signal and the head forecast
+            normalise by them. None leaves the values as they are.
+    complement: for DNA, the id that each id is paired with; None for data without another strand.
     condition_names: their names. length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
-    start_ids: what generation begins from when no prompt is given (silence, a line break).
+    start_ids: what generation starts from without a prompt (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
-    task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None leaves it to what a few sequences show.
+    task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None derives it from a few sequences.
     """
 
     vocab_size: int | None = None
@@ -78,17 +78,17 @@ class SequenceData(abc.ABC):
         """The training set: an `ItemDataset`, or an iterable dataset of batches of one (see `StreamedWindows`)."""
 
     def validation(self) -> Any | None:
-        """The validation set, the same at every call; None when there is none. Several of them: a mapping from their
-        names, each of which is measured alone; what is said of all is the mean over them."""
+        """The validation set, the same at every call; None if there is none. Several sets: a mapping from names to
+        sets. Each is measured alone, and the overall numbers are means over them."""
         return None
 
     def test(self) -> Any | None:
-        """The test set, or several by their names, as `validation`."""
+        """The test set, or several by name, as in `validation`."""
         return None
 
     def sources(self) -> dict[str, str]:
-        """What the files of this data set hold now, after `setup`: the name of each, as a person knows it, to a
-        checksum of its contents. By it a run notices that its data changed. Empty for what is not read from files."""
+        """The contents of this dataset's files, after `setup`: the name of each file to a checksum of its contents. A
+        run notices changed data by them. Empty for data that are not read from files."""
         return {}
 
     def reader_options(self) -> dict[str, Any]:
@@ -122,30 +122,30 @@ def _join(items: list[Batch], name: str, dim: int = 0) -> torch.Tensor | None:
         return None
     if len(given) < len(tensors) or len({(t.dtype, t.dim(), t.shape[dim + 1 :]) for t in given}) > 1:
         raise DataError(
-            f"Some sequences of a batch have {name} of another kind than others, or none. Give all the same."
+            f"Some sequences of a batch have {name} of another kind than others, or none. All must have the same."
         )
     return torch.cat(given, dim)
 
 
 def _per_token(items: list[Batch]) -> bool:
-    """Whether the targets are of positions. Raises DataError where they are so for some sequences only, or in bins of
-    different sizes."""
+    """Whether targets belong to positions. Raises DataError if that is so for some sequences only, or bins differ in
+    size."""
     kinds = {item.per_token for item in items}
     if len(kinds) > 1:
         raise DataError(
-            "Some sequences of a batch have a target for each position, and others for the whole sequence. Give all of "
-            "one kind; Batch(target_of=...) says which."
+            "Some sequences of a batch have a target for each position, and others for the whole sequence. All must "
+            "be of one kind; Batch(target_of=...) says which."
         )
     if len(strides := {item.stride for item in items}) > 1:
         raise DataError(
             f"Some sequences of a batch have a target for {min(strides)} positions, and others for {max(strides)} "
-            f"(Batch.stride). Give all the same."
+            "(Batch.stride). All must have the same."
         )
     return kinds.pop()
 
 
 def _unpadded(item: Batch) -> Batch:
-    """A batch of one, cut to what is real of it. Raises DataError where that is not what comes first."""
+    """A batch of one, without its padding. Raises DataError if padding is not at the end."""
     if item.mask is None:
         return item
     length = int(item.mask.sum())
@@ -161,7 +161,7 @@ def pad_collate(items: list[Batch]) -> Batch:
     """Join batches of one sequence, padding on the right (inputs 0, targets of positions -100 or NaN) and masking where
     lengths differ. Labels and values of whole sequences are joined as they are.
 
-    Raises DataError for sequences that do not go together, and for packed ones, which go on in a pack."""
+    Raises DataError for sequences that do not fit together, and for packed ones, which can only be packed."""
     if any(item.cu_seqlens is not None for item in items):
         raise DataError("Packed sequences cannot be padded. Set loader.pack to true.")
     items = [_unpadded(item) for item in items]
@@ -191,10 +191,10 @@ def pad_collate(items: list[Batch]) -> Batch:
 def pack_collate(items: list[Batch]) -> Batch:
     """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding.
 
-    Raises DataError for sequences that do not go together."""
+    Raises DataError for sequences that do not fit together."""
     items = [_unpadded(item) for item in items]
     bounds = [torch.zeros(1, dtype=torch.int32)]
-    for item in items:  # an item may be packed itself
+    for item in items:  # an item may itself be packed
         length = torch.tensor([item.inputs.shape[1]], dtype=torch.int32)
         bounds.append(bounds[-1][-1] + (length if item.cu_seqlens is None else item.cu_seqlens[1:]))
 
@@ -210,7 +210,7 @@ def pack_collate(items: list[Batch]) -> Batch:
 
 
 class _StreamLoader(DataLoader):
-    """Loader of an iterable dataset that is put in its place whenever iteration begins."""
+    """Loader of an iterable dataset, which is moved to its place when iteration begins."""
 
     def __init__(self, dataset: Any, start: Callable[[], None], **options: Any) -> None:
         super().__init__(dataset, **options)
@@ -222,14 +222,14 @@ class _StreamLoader(DataLoader):
 
 
 def named_sets(sets: Any | None) -> dict[str, Any]:
-    """What `SequenceData.validation` or `test` gives, by name: "" for a set without one. Raises DataError for names
-    that are none."""
+    """The sets that `SequenceData.validation` or `test` gives, by name; "" for a set without one. Raises DataError for
+    invalid names."""
     if not isinstance(sets, Mapping):
         return {} if sets is None else {"": sets}
     for name in sets:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise DataError(
-                f"A validation or test set is named {shown(name)}. Names are made of letters, digits, - and _."
+                f"A validation or test set is named {shown(name)}. Names consist of letters, digits, - and _."
             )
     return dict(sets)
 
@@ -237,9 +237,9 @@ def named_sets(sets: Any | None) -> dict[str, Any]:
 class SequenceDataModule(lightning.LightningDataModule):
     """Loaders over a `SequenceData`.
 
-    set_names: by "val" and "test", the names of the sets that the loaders last made are of (see `named_sets`).
-    batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint, and
-        all that the order of the data depends on beside the seed.
+    set_names: for "val" and "test", the names of the sets that the loaders were last made for (see `named_sets`).
+    batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint. The
+        order of the data depends only on it and the seed.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         return DataLoader(dataset, batch_sampler=sampler, **self._common())
 
     def _common(self) -> Mapping[str, Any]:
-        # a generator of its own: worker seeds must not move the global generator, which a resumed run replays
+        # a generator of its own: worker seeds must not advance the global generator, which a resumed run replays
         return {
             "collate_fn": self.collate,
             "num_workers": self.num_workers,
@@ -308,7 +308,7 @@ class SequenceDataModule(lightning.LightningDataModule):
     def _evaluation_loader(self, dataset: Any, what: str) -> DataLoader:
         if len(dataset) == 0:
             raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
-        if self.trainer is not None and self.trainer.world_size > 1:  # every item once, whatever the processes
+        if self.trainer is not None and self.trainer.world_size > 1:  # every item once, for any number of processes
             rank, world = self.trainer.global_rank, self.trainer.world_size
             if len(dataset) < world:
                 raise DataError(

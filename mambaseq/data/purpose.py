@@ -1,4 +1,4 @@
-"""What a data set teaches, which says what comes out of a model that was trained on it."""
+"""What a dataset teaches, and so what a model trained on it predicts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mambaseq.errors import ConfigError, shown
 
 Task = Literal["next_token", "masked", "labels", "classes", "multilabels", "values", "next_values"]
 TASKS: tuple[str, ...] = get_args(Task)
-"""next_token: each position asks for the token behind it. masked: some positions ask for the token that is hidden
-there, which a data set has to say itself. labels: a label a position, or bin of positions. classes: one a sequence.
-multilabels: any of several labels, a sequence, a position or a bin. values: numbers, a sequence, a position or a
-bin. next_values: each position of a signal asks for the values behind it, of all channels."""
+"""next_token: each position asks for the token after it. masked: some positions ask for the token that is hidden there;
+a dataset must declare this. labels: a label for each position or bin. classes: a label for each sequence. multilabels:
+any of several labels, for each sequence, position or bin. values: numbers, for each sequence, position or bin.
+next_values: each position of a signal asks for the next values of all channels."""
 
 NEXT = ("next_token", "next_values")
 
@@ -23,12 +23,11 @@ _LOOKED_AT = 5
 
 
 def task_of(data: SequenceData) -> Task:
-    """The task of a data set that is set up: what it says itself, else what a few of its training sequences show. One
-    alone may lie: it may have no target that counts, or labels that are its next tokens by chance.
+    """The task of a dataset (after `setup`): what it declares, otherwise what a few training sequences show. One
+    sequence is not enough: it may have no known target, or labels that happen to be its next tokens.
 
-    Streams cannot be asked for an example before they are placed; they, and those that show nothing, are taken for
-    something that is to be continued unless they have names of classes. Raises ConfigError for a task that is none of
-    `TASKS`.
+    Streams give no examples before their place is set. They, and datasets that show nothing, count as next-token or
+    next-value data, unless they have class names. Raises ConfigError for a task that is not in `TASKS`.
     """
     if data.task is not None:
         if data.task not in TASKS:
@@ -62,21 +61,21 @@ def task_of(data: SequenceData) -> Task:
 
 
 def asks_for_the_next(data: SequenceData, batch: Batch) -> bool:
-    """Whether a data set's batch is of next tokens or next values: by `task_of`, and unless it says it itself by the
-    batch too."""
+    """Whether a dataset's batch asks for next tokens or next values: by `task_of` and, if the task is not declared, by
+    the batch too."""
     if data.task is not None:
         return data.task in NEXT
     return batch.per_token and is_next_token(batch) and task_of(data) in NEXT
 
 
 def is_next_token(batch: Batch) -> bool:
-    """Whether every target is the input behind it, of the same sequence: targets are of positions, padded or packed or
-    not, labels beside ids or values beside a signal."""
+    """Whether every target is the next input of the same sequence. Targets belong to positions, padded, packed or
+    neither: labels for ids, or values for a signal."""
     return bool(_follows(batch))
 
 
 def _follows(batch: Batch) -> bool | None:
-    """The same; None where no target tells."""
+    """The same; None if no target is known."""
     assert batch.targets is not None
     targets, following = batch.targets[:, :-1], batch.inputs[:, 1:]
     if targets.shape != following.shape or targets.is_floating_point() != following.is_floating_point():

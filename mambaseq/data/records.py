@@ -1,4 +1,4 @@
-"""What readers hand to `predict`."""
+"""What readers give to `predict`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 class Record:
     """One named sequence: token ids `(length,)`, or a continuous signal `(length, channels)` float32.
 
-    description: what the file says about it beyond the name (the rest of a FASTA header).
-    source: the file that it is in, where a reader was given a folder.
-    scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out those that training
-        never asks for (N of a genome): a model has learned nothing about them.
-    fields: values of other columns of the row that it is, by their names. A reader of tables takes an option `fields`,
-        the names that are asked for, and gives those.
+    description: what the file says about it besides the name (the rest of a FASTA header).
+    source: its file, if the reader was given a folder.
+    scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out tokens that are
+        never a target in training (N in a genome), about which a model has learned nothing.
+    fields: values of other columns of its row, by name. A reader of tables takes an option `fields` with the wanted
+        names, and returns these.
     condition: the id of its condition, for conditional models. `predict` and `generate` set it; readers do not.
     """
 

@@ -1,4 +1,4 @@
-"""The order of training data as a function of seed and position, so that a run can be resumed anywhere."""
+"""The order of training data, which depends only on seed and position, so that a run can resume anywhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.data import Sampler
 class PositionedBatchSampler(Sampler[list[int]]):
     """Batches of dataset indices; which indices the k-th batch of a run holds depends on (seed, k) alone.
 
-    A finite dataset is permuted anew in every epoch. An endless one (`dataset.endless`, whose item i is a function
-    of i alone) gets consecutive indices, so that no epoch repeats another. Each of `world_size` processes takes its
-    own slice of every global batch of `batch_size * world_size` items; what is left over at an epoch's end is
-    dropped, so that all processes make the same number of steps.
+    A finite dataset has a new permutation in every epoch. An endless one (`dataset.endless`, whose item i depends only
+    on i) gets consecutive indices, so no epoch repeats another. Each of `world_size` processes takes its own slice of
+    every global batch of `batch_size * world_size` items; the rest at an epoch's end is dropped, so all processes make
+    the same number of steps.
 
-    position: called when iteration begins; returns how many batches the run has trained on. Iteration goes on from
+    position: called when iteration begins; returns how many batches the run has trained on. Iteration continues from
         there to the end of that epoch.
     """
 
@@ -40,7 +40,7 @@ class PositionedBatchSampler(Sampler[list[int]]):
         return self.size // (self.batch_size * self.world_size)
 
     def _order(self, epoch: int) -> np.ndarray | range:
-        if self.endless:  # an epoch may be called as long as one likes
+        if self.endless:  # the length of an epoch is arbitrary
             return range(epoch * self.size, (epoch + 1) * self.size)
         return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 

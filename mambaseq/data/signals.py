@@ -1,4 +1,4 @@
-"""Continuous signals in and out of CSV files: a column a channel, a row a step."""
+"""Reads and writes continuous signals as CSV files: a column for each channel, a row for each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mambaseq.outputs import numbered, output_file
 
 
 def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None) -> Iterator[Record]:
-    """The signal of a file, `(rows, columns)` float32, as one record that has the file's name.
+    """The signal in a file, `(rows, columns)` float32, as one record with the file's name.
 
     columns: those that are read, in this order; others, such as dates, are left out. None takes all that there are.
     Raises DataError (see `read_table`).
@@ -33,10 +33,11 @@ def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None)
 def write_csv(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Any, columns: list[str] | None = None
 ) -> list[Path]:
-    """Write signals `(length, channels)` as CSV, each file whole or not at all; returns the files written.
+    """Write signals `(length, channels)` as CSV, each file completely or not at all. Returns the files.
 
-    One goes to `path` itself, several to `NAME-000.csv`, ... beside it. columns: names of the channels; value_1, ... if
-    not given. Raises ConfigError for what is no signal of so many channels, UserError when the place is not writable.
+    One goes to `path` itself, several to `NAME-000.csv`, ... next to it. columns: names of the channels; value_1, ...
+    if not given. Raises ConfigError for anything but signals with that many channels, UserError if the place is not
+    writable.
     """
     files = numbered(Path(path), len(sequences), ".csv")
     for file, values in zip(files, sequences, strict=True):

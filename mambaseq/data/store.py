@@ -26,24 +26,24 @@ _WRITTEN_AT_ONCE = 1 << 22
 logger = logging.getLogger(__name__)
 
 Records = Iterable[tuple[str | None, np.ndarray | Iterable[np.ndarray]]]
-"""(name, tokens) of records in order; tokens is an array, or an iterable of arrays, which nobody changes afterwards. A
-name of None goes on with the record before."""
+"""(name, tokens) of records in order. tokens is an array, or an iterable of arrays, that must not change afterwards.
+The name None continues the record before."""
 
 Checksums = Callable[[np.ndarray], tuple[int, int]]
-"""Tokens of a record → two numbers below 2^64 that stand for its content: as it is, and as its other strand reads."""
+"""Tokens of a record → two checksums below 2^64: of the record, and of its other strand."""
 
 
 class StoreError(DataError):
-    """A token store is missing, cut short, damaged, or of another version of the format."""
+    """A token store is missing, cut short, damaged, or has another format version."""
 
 
 def smallest_dtype(vocab_size: int) -> str:
-    """The smallest of the unsigned types that holds ids in `[0, vocab_size)`."""
+    """The smallest unsigned type for ids in `[0, vocab_size)`."""
     return next(name for name in DTYPES if vocab_size <= 2 ** (8 * np.dtype(name).itemsize))
 
 
 def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
-    """The checksum of tokens that have no other strand, twice."""
+    """The checksum of tokens without another strand, twice."""
     found = xxhash.xxh3_64_intdigest(tokens.data)
     return found, found
 
@@ -53,7 +53,7 @@ def _seal(index: dict[str, Any]) -> str:
 
 
 class _Tokens:
-    """Writes tokens to a file, many small records at once, and keeps the checksum of what was written."""
+    """Writes tokens to a file, many small records at once, and keeps the checksum of the written bytes."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._file, self._dtype, self._limit = path.open("wb"), np.dtype(dtype), np.iinfo(dtype).max
@@ -62,11 +62,11 @@ class _Tokens:
         self.checksum = xxhash.xxh3_64()
 
     def write(self, name: str, tokens: np.ndarray) -> None:
-        """Append tokens of a record; the name is for messages."""
+        """Append tokens of a record. name: for messages."""
         if tokens.dtype != self._dtype or not tokens.flags.c_contiguous:
             if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self._limit:
                 raise DataError(
-                    f"Record {shown(name)} has token ids outside of [0, {self._limit}], which {self._dtype} holds."
+                    f"Record {shown(name)} has token ids outside [0, {self._limit}], the range of {self._dtype}."
                 )
             tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
         self._pending.append(tokens)
@@ -87,20 +87,19 @@ class _Tokens:
 
 
 class TokenStore:
-    """Records of tokens in one memory-mapped file; `store[i]` is record i, `(length,)`, read from disk when
-    touched.
+    """Records of tokens in one memory-mapped file. `store[i]` is record i, `(length,)`, read from disk when used.
 
     folder: holds `tokens.bin` (the records end to end), `names.json`, `lengths.bin` (int64), `checksums.bin` (uint64,
-        two a record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself).
+        two for each record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself).
     names, starts, lengths: of the records, in file order. meta: what the store was built from.
-    tokens: all records end to end, `(tokens,)`. checksums: `(records, 2)` uint64, see `Checksums`.
-    A store pickles as its path, so loader workers map the same file.
+    tokens: all records end to end, `(tokens,)`. checksums: `(records, 2)` uint64, see `Checksums`. A store pickles as
+        its path, so loader workers map the same file.
     """
 
     def __init__(self, folder: str | Path, *, check: bool = True) -> None:
-        """Open a store. Raises StoreError when it is missing, cut short or damaged.
+        """Open a store. Raises StoreError if it is missing, cut short or damaged.
 
-        check: read all tokens once and compare their checksum; what describes them is checked always.
+        check: read all tokens once and compare their checksum; the files that describe them are always checked.
         """
         self.folder = Path(folder)
         remedy = "Delete the folder; it is rebuilt from its source."
@@ -132,7 +131,7 @@ class TokenStore:
             self.starts = np.cumsum(self.lengths) - self.lengths
             self.tokens = np.memmap(self.folder / TOKENS, dtype=self.dtype, mode="r")
             if not len(self.names) == len(self.lengths) == len(self.checksums):
-                raise ValueError("names, lengths and checksums are not equally many")
+                raise ValueError("names, lengths and checksums differ in number")
             if self.lengths.min() < 0 or int(self.lengths.sum()) != len(self.tokens):
                 raise ValueError("lengths do not add up to the tokens")
         except FileNotFoundError as error:
@@ -169,14 +168,13 @@ class TokenStore:
         checksums: Checksums = content_checksums,
         replace: bool = True,
     ) -> TokenStore:
-        """Write a store and open it. Records are streamed: at no time is more than one of them (or one chunk)
-        held.
+        """Write a store and open it. Records are streamed: at most one of them (or one chunk) is in memory.
 
         records: see `Records`. dtype: uint8, uint16 or uint32. meta: plain values that say what it was built from.
-        checksums: makes those of a record.
-        replace: whether an existing folder gives way; False raises FileExistsError.
-        Raises DataError when there are no tokens, or when an id does not fit the dtype; UserError when the
-        disk is full.
+        checksums: computes those of a record.
+        replace: replace an existing folder; False raises FileExistsError.
+        Raises DataError when there are no tokens, or when an id does not fit the dtype; UserError when the disk is
+        full.
         """
         folder = Path(folder)
         names: list[str] = []
@@ -201,7 +199,7 @@ class TokenStore:
                 sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
                 raise DataError(
                     f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, "
-                    f"or only empty ones: nothing is stored in {folder}. Give files that hold something."
+                    f"or only empty ones; nothing is stored in {folder}. Give files with contents."
                 )
             written = np.array(lengths, dtype="<i8")
             everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
@@ -234,15 +232,15 @@ class TokenStore:
         checksums: Checksums = content_checksums,
         cache: str | Path | None = None,
     ) -> TokenStore:
-        """The store of these sources and options in the cache folder, built when it is not there or damaged.
+        """The store of these sources and options in the cache folder, built if it is missing or damaged.
 
         label: a readable part of the folder's name. records: makes the records, called only to build.
-        meta: everything that the tokens depend on (see `cache.fingerprint`); another meta is another folder.
-        Any number of processes may ask at once: each builds a copy of its own, the first to finish wins.
+        meta: everything that the tokens depend on (see `cache.fingerprint`); a different meta gives a different folder.
+            Any number of processes may call this at once: each builds its own copy, and the first to finish wins.
         """
         key = hashlib.sha256(json_text([FORMAT, dtype, meta], sort_keys=True).encode()).hexdigest()[:20]
-        folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names end at 255 bytes
-        for _ in range(3):  # a folder that another process found damaged may vanish between two looks at it
+        folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names have at most 255 bytes
+        for _ in range(3):  # a folder that another process found damaged may vanish between two checks
             try:
                 found = cls(folder)
                 if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json_text(meta))]:
@@ -252,7 +250,7 @@ class TokenStore:
                 damaged = os.path.lexists(folder)
                 if damaged:
                     logger.warning("%s It is rebuilt.", error)
-            with contextlib.suppress(OSError):  # told when the store is written
+            with contextlib.suppress(OSError):  # reported when the store is written
                 make_private(folder.parent)
             try:
                 return cls.build(folder, records(), dtype, meta, checksums=checksums, replace=damaged)

@@ -12,18 +12,19 @@ from mambaseq.errors import DataError, shown
 from mambaseq.limits import WINDOW
 
 LARGEST = 1e9
-"""Of a number: nothing that is measured is larger, and squares of what is would not be numbers any more."""
+"""The largest number: measurements are smaller, and squares of larger ones could overflow."""
 
 HEADER = 100_000
-"""Characters of the first line that are read."""
+"""Characters of the first line that are read at most."""
 
 
 def read_table(path: str | Path, columns: Sequence[str], *, others: bool = False) -> np.ndarray:
-    """The rows of a CSV file whose first line names these columns, `(rows, columns)` float64, none or more.
+    """The rows of a CSV file whose first line names these columns, `(rows, columns)` float64; there may be none.
 
     others: it may name others too, in any order, which are left out: dates, names.
-    Raises DataError that names the file, and the line where there is one: no file, not UTF-8, another first line, a row
-    of other than finite numbers up to `LARGEST`; UserError for more rows than `limits.WINDOW`.
+    Raises DataError that names the file, and the line if there is one: for a missing file, other text than UTF-8,
+    another first line, or a row with anything but finite numbers up to `LARGEST`; UserError for more rows than
+    `limits.WINDOW`.
     """
     path, header = Path(path), ",".join(name.strip() for name in columns)
     if not path.is_file():

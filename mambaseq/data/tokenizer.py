@@ -1,4 +1,4 @@
-"""What every tokenizer or codec offers."""
+"""The base of tokenizers and codecs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Tokenizer(abc.ABC):
         """The raw sequence of `(length,)` ids."""
 
     def save_files(self, folder: Path) -> dict[str, Any]:
-        """Write the files that the tokenizer needs into a model's folder; return the options that read them there
-        (paths relative to that folder). Most tokenizers need none."""
+        """Write the tokenizer's files into a model's folder. Returns the options that read them there (paths relative
+        to that folder). Most tokenizers have no files."""
         return self.options
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Files as they are or packed, read in pieces: no more in memory than a piece, and nothing lost in silence."""
+"""Reads plain or packed files in pieces: only a piece is in memory, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _MAGIC = b"\x1f\x8b"
 _OTHERS = {
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
-    "zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or one to be skipped
+    "zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or a skippable one
 }
-XZ_MEMORY = 256 * 2**20  # what `xz -9` asks for is a quarter of it; a header may ask for 4 GiB
+XZ_MEMORY = 256 * 2**20  # `xz -9` needs a quarter of it; a header may ask for 4 GiB
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Unreadable(DataError):
     """A file that cannot be read to its end.
 
-    path: the file. what: what is wrong with it, to follow its name. remedy: a sentence.
+    path: the file. what: what is wrong with it, put after its name. remedy: a sentence.
     """
 
     def __init__(self, path: Path | str, what: str, remedy: str) -> None:
@@ -39,18 +39,18 @@ class Unreadable(DataError):
         super().__init__(f"{path} {what}. {remedy}.")
 
     def at(self, place: str) -> Unreadable:
-        """The same, saying where in the file ("in record 'x'")."""
+        """The same error with the place in the file ("in record 'x'")."""
         return Unreadable(self.path, f"{self.what}, {place}", self.remedy)
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
-    """What a file holds, in order, in pieces of at most a few MiB; unpacked when it is gzip, bgzip, xz, bzip2 or
-    zstandard by its content.
+    """The contents of a file, in order, in pieces of at most a few MiB; unpacked if the contents are gzip, bgzip, xz,
+    bzip2 or zstandard.
 
-    A gzip file may have several members and zeros at its end, as for `gzip -t`. A bgzip file without the block that
-    ends every such file is read with a warning when its text ends with a line's end, and is cut short otherwise.
-    Everything that came before a fault of a gzip file is handed out before it is raised.
-    Raises Unreadable for what is missing, cut short or damaged, UserError for what unpacks to more than
+    A gzip file may have several members and zeros at its end, as for `gzip -t`. A bgzip file without its end block is
+    read with a warning if its text ends with a complete line; otherwise it counts as cut short. Everything before a
+    fault of a gzip file is returned before the error is raised.
+    Raises Unreadable for a file that is missing, cut short or damaged, UserError for one that unpacks to more than
     `limits.UNPACKED_RATIO` allows.
     """
     try:
@@ -64,7 +64,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
 
 def pieces_of(file: BinaryIO, name: Path | str, size: int) -> Iterator[bytes]:
-    """The same of an open file. name: for messages. size: of the file, in bytes; 0 when it is not known."""
+    """The same for an open file. name: for messages. size: of the file, in bytes; 0 if unknown."""
     head = file.read(_PACKED_PIECE)
     if head.startswith(_MAGIC):
         yield from _unpacked(name, file, head, size)
@@ -79,12 +79,12 @@ def pieces_of(file: BinaryIO, name: Path | str, size: int) -> Iterator[bytes]:
 
 
 def packed_by(head: bytes) -> bool:
-    """Whether a file that begins so, by 18 bytes at least, is packed in one of the ways that `read_pieces` unpacks."""
+    """Whether a file with this beginning (at least 18 bytes) is packed in a way that `read_pieces` unpacks."""
     return head.startswith(_MAGIC) or any(magic.match(head) for magic in _OTHERS.values())
 
 
 class _Rejoined(io.RawIOBase):
-    """A file of which the beginning has been read already. consumed: bytes that were asked for."""
+    """A file whose beginning has already been read. consumed: bytes that were asked for."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head, self._file, self.consumed = head, file, 0
@@ -129,7 +129,7 @@ def _unpacked_otherwise(kind: str, name: Path | str, file: BinaryIO, head: bytes
 
 
 def _decompressed(kind: str, file: io.RawIOBase, most: int = PIECE) -> Iterator[bytes]:
-    """Streams end to end, zeros between and after them left out, as `xz` and `bzip2` write and read them."""
+    """Streams end to end, without zeros between and after them, as `xz` and `bzip2` write and read them."""
     data = b""
     while True:
         while not (data := data.lstrip(b"\0")):
@@ -152,13 +152,13 @@ def _decompress(stream: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: bytes
         if "limit" not in str(error):
             raise
         raise lzma.LZMAError(
-            f"its header asks for more than {XZ_MEMORY // 2**20} MiB of memory, and xz -9 for less"
+            f"its header asks for more than {XZ_MEMORY // 2**20} MiB of memory, more than xz -9 needs"
         ) from error
 
 
 class XzFile(io.BufferedReader):
-    """An xz file that is read in order, as `lzma.open` gives it, with no more than `XZ_MEMORY` whatever its header asks
-    for. Raises lzma.LZMAError, in reading, for one that needs more or is damaged, EOFError where it is cut short."""
+    """An xz file read in order, as `lzma.open` would, with at most `XZ_MEMORY`, whatever its header asks for. Reading
+    raises lzma.LZMAError for a file that needs more or is damaged, EOFError for one that is cut short."""
 
     def __init__(self, path: Path, mode: str = "rb") -> None:
         self._file = path.open("rb", buffering=0)
@@ -170,7 +170,7 @@ class XzFile(io.BufferedReader):
 
 
 class _Gathered(io.RawIOBase):
-    """Pieces as a stream."""
+    """A stream of pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._rest = pieces, memoryview(b"")
@@ -193,7 +193,7 @@ def _unpacked(path: Path | str, file: BinaryIO, data: bytes, size: int) -> Itera
     pending: list[bytes] = []
     gathered = 0
     last = b""  # the last byte of the text
-    needs_end = False  # the member before is a block of bgzip with something in it
+    needs_end = False  # the member before is a bgzip block with contents
 
     def more() -> bytes:
         nonlocal consumed
@@ -211,7 +211,7 @@ def _unpacked(path: Path | str, file: BinaryIO, data: bytes, size: int) -> Itera
             if len(data) < 18:  # a header of bgzip
                 data += more()
             if not data.startswith(_MAGIC) and data != _MAGIC[:1]:
-                what = f"holds something else than gzip after its packed data, from byte {consumed - len(data):,} on"
+                what = f"has data that are not gzip after its packed data, from byte {consumed - len(data):,} on"
                 raise Unreadable(path, what, "Remove that, or copy or download the file again")
             blocked = len(data) > 13 and bool(data[3] & 4) and data[12:14] == b"BC"
             member = zlib.decompressobj(wbits=31)
@@ -245,12 +245,12 @@ def _unpacked(path: Path | str, file: BinaryIO, data: bytes, size: int) -> Itera
     if needs_end and last not in b"\r\n":
         raise Unreadable(
             path,
-            "is cut short: it is bgzip without the block that ends such files, and its text stops within a line",
-            "Copy or download it again; if it is whole, pack it anew: gzip -dc FILE | bgzip",
+            "is cut short: it is bgzip without an end block, and its text stops within a line",
+            "Copy or download it again; if it is complete, pack it again: gzip -dc FILE | bgzip",
         )
     if needs_end:
         logger.warning(
-            "%s is bgzip without the block that ends such files. All that it holds is read; if it was cut between two "
-            "blocks, the rest is missing: compare its size with the original.",
+            "%s is bgzip without an end block. All of it is read, but if it was cut between two blocks, the rest is "
+            "missing: compare its size with the original.",
             path,
         )

@@ -17,7 +17,7 @@ from mambaseq.errors import ConfigError, DataError, shown
 logger = logging.getLogger(__name__)
 
 MakeBatch = Callable[[np.ndarray, int, np.random.Generator], Batch]
-"""Tokens of a window, the number of its group and a generator of its own → a batch of one."""
+"""Tokens of a window, the number of its group and a random generator → a batch of one."""
 
 
 def next_token(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Batch:
@@ -34,7 +34,7 @@ def group_label(tokens: np.ndarray, group: int, rng: np.random.Generator) -> Bat
 def _too_short(group: Group, span: int, length: int, what: str) -> DataError:
     name = shown(group.name)
     if not len(group.intervals):
-        return DataError(f"{what}: {name} has no sequence at all. Check its files and the split settings.")
+        return DataError(f"{what}: {name} has no sequence. Check its files and the split settings.")
     intervals = Intervals.of(group.intervals)
     longest = intervals[int(intervals.lengths.argmax())]
     fits = len(longest) - (span - length)
@@ -48,15 +48,15 @@ def _too_short(group: Group, span: int, length: int, what: str) -> DataError:
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """Log a warning, once a process however often it comes up."""
+    """Log a warning once in a process, however often it occurs."""
     logger.warning("%s", message)
 
 
-_WORTH_TELLING = 0.01  # share of tokens in stretches that are too short, where no whole record is
+_WORTH_TELLING = 0.01  # share of tokens in too short stretches that is reported when no whole record is too short
 
 
 def _tell_left_out(groups: Sequence[Group], span: int, what: str) -> None:
-    """Warn of records, and of stretches of them, that are shorter than a window."""
+    """Warn about records, and stretches of them, that are shorter than a window."""
     records = lost_records = tokens = lost_tokens = 0
     for group in groups:
         intervals = Intervals.of(group.intervals)
@@ -71,7 +71,7 @@ def _tell_left_out(groups: Sequence[Group], span: int, what: str) -> None:
     if lost_records or lost_tokens > _WORTH_TELLING * tokens:
         stretches = f"{lost_records:,} of {records:,} records" if lost_records else "some stretches of records"
         warn_once(
-            f"{what}: {stretches} are left out, with {lost_tokens / tokens:.1%} of its tokens: they are shorter than a "
+            f"{what}: {stretches} are left out, with {lost_tokens / tokens:.1%} of the tokens: they are shorter than a "
             f"window, which reads {span:,}. A lower data.length leaves out less."
         )
 
@@ -82,18 +82,17 @@ def _check_seed(seed: int) -> None:
 
 
 class RandomWindows:
-    """Endless random windows. Item i is drawn by a generator seeded with `(seed, i)` and depends on nothing
-    else.
+    """Endless random windows. Item i depends only on `(seed, i)`.
 
     Drawn uniformly over groups, then over the group's records (or over its positions: see `by_position`),
     then over the positions in the record where a whole window fits into one interval.
 
     groups: what to draw from. span: tokens that a window reads (length + 1 for next-token targets).
-    make_batch: see `MakeBatch`; `next_token`, `group_label`, or a domain's own (augmentation draws from the
-        generator it gets). size: items that make an epoch.
+    make_batch: see `MakeBatch`; `next_token`, `group_label`, or a domain's own (augmentation draws from the generator
+        it gets). size: items that make an epoch.
     by_position: draw positions uniformly over the whole group, so that a record counts by its length.
-    length: the length of windows as it was set, for messages; span - 1 if not given.
-    Raises DataError when a group has no interval of `span` tokens; logs a warning when some records have none.
+    length: the set length of windows, for messages; span - 1 if not given.
+    Raises DataError if a group has no interval of `span` tokens; logs a warning if some records have none.
     """
 
     endless = True
@@ -125,7 +124,7 @@ class RandomWindows:
             record = np.zeros(len(intervals), np.int64) if by_position else intervals.records()
             order = np.argsort(record, kind="stable")
             intervals = intervals.where(order)
-            # intervals of record k: bounds[k] up to bounds[k + 1]; positions in all intervals up to each
+            # intervals of record k: bounds[k] to bounds[k + 1]; cumulative positions of the intervals
             bounds = np.searchsorted(record[order], np.arange(int(record.max()) + 2))
             positions = np.concatenate(([0], np.cumsum(intervals.lengths - span + 1)))
             self._groups.append((intervals, bounds, positions))
@@ -135,7 +134,7 @@ class RandomWindows:
         return self.size
 
     def draw(self, index: int) -> tuple[Interval, int, int, np.random.Generator]:
-        """Interval, start and group of item `index`, and the generator that goes on to `make_batch`."""
+        """Interval, start and group of item `index`, and the generator for `make_batch`."""
         rng = np.random.default_rng((self.seed, index))
         group = int(rng.integers(len(self._groups)))
         intervals, bounds, positions = self._groups[group]
@@ -152,14 +151,14 @@ class RandomWindows:
 
 
 class GridWindows:
-    """Fixed windows: each interval is tiled from its start, without overlap; a rest shorter than a window is
+    """Fixed windows: each interval is tiled from its start, without overlap; a rest that is shorter than a window is
     left out.
 
-    groups, span, make_batch, length: as in `RandomWindows`. stride: distance of the tiles' starts, `span` if not
-        given; span - 1 for next-token targets, so that every token but the first is a target exactly once.
-    balanced: take as many of every group as the one with the fewest has. at_most: take at most this many of a
-        group. What is left out is decided by a seeded draw.
-    Raises DataError when a group has no tile; logs a warning when some records have none.
+    groups, span, make_batch, length: as in `RandomWindows`. stride: distance of the tiles' starts, `span` if not given;
+        span - 1 for next-token targets, so that every token but the first is a target exactly once.
+    balanced: take as many of each group as the smallest group has. at_most: take at most this many of a group. A seeded
+        draw decides what is left out.
+    Raises DataError if a group has no tile; logs a warning if some records have none.
     """
 
     def __init__(

@@ -18,13 +18,13 @@ from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
-# Tokens of prompts that are read at once, those of all sequences together.
+# Tokens of prompts that are read at once, all sequences together.
 _PREFILL = 8192
-# New tokens from which a CUDA graph is worth its capture.
+# Fewest new tokens for which a CUDA graph is worth its capture.
 WORTH_A_GRAPH = 16
-# Positions that one kernel takes where it can, after which their tokens are looked at.
+# Positions that one kernel takes, if it can, before their tokens are read.
 _STRETCH = 256
-# Tokens after which it is looked whether all sequences have ended: on a GPU looking means waiting for it.
+# Tokens between checks whether all sequences have ended: on a GPU a check waits.
 _TOKENS_A_LOOK = {"cuda": 8}
 
 
@@ -56,24 +56,24 @@ def generate(
     Args:
         prompt: `(batch, prompt_length)` int64, at least one token each.
         max_new_tokens: tokens to add. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
-        seed: makes each sequence a function of model, prompt, condition, settings and its number among the samples of
-            its prompt, whatever is generated beside it. In [0, 2^63); None draws one from PyTorch's generator.
+        seed: each sequence then depends only on model, prompt, condition, settings and its number among the samples of
+            its prompt, not on the other sequences. In [0, 2^63); None draws one from PyTorch's generator.
         condition: `(batch,)` int64 for conditional models.
         stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
         progress: show a bar.
-        cuda_graph: on a CUDA device, take many positions by one kernel where there can be one (see
-            `generation/stretches.py`), or replay the steps from a CUDA graph (see `Decoder`).
+        cuda_graph: on a CUDA device, compute many positions in one kernel if possible (see `generation/stretches.py`),
+            or replay the steps from a CUDA graph (see `Decoder`).
         samples: continuations of each prompt.
-        numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on, where equal prompts
-            of the batch are counted together.
+        numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on; equal prompts of
+            the batch are counted together.
 
     Returns:
-        `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens; a prompt's samples one after the other.
+        `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens; a prompt's samples follow each other.
 
     Raises:
         ConfigError: an empty prompt, settings out of range, or a model that is not causal, whose encoder looks ahead,
-            or that has no lm head. UserError: more tokens or sequences than `limits` allows. NotFinite: logits that
-            are no finite numbers.
+            or that has no lm head. UserError: more tokens or sequences than `limits` allows. NotFinite: logits that are
+            not finite numbers.
     """
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
@@ -97,7 +97,7 @@ def generate(
     every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
     out = [prompt[every]]
     ended = torch.zeros(len(every), dtype=torch.bool, device=prompt.device)
-    all_ended: list[Tensor] = []  # after each token since the last look
+    all_ended: list[Tensor] = []  # after each token since the last check
     tokens_a_look = _TOKENS_A_LOOK.get(prompt.device.type, 1)
     was_training = model.training
     model.eval()
@@ -106,7 +106,7 @@ def generate(
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
-        peak = logits.amax(-1)  # NaN, and infinity, stay in it
+        peak = logits.amax(-1)  # NaN and infinity stay in it
         cuda_graph = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
         if cuda_graph and why_not_stretches(model, len(every), top_k, top_p) is None:
             check_finite(peak)
@@ -153,7 +153,7 @@ def _by_stretches(
     stop_ids: Collection[int],
     bar: tqdm,
 ) -> list[Tensor]:
-    """The tokens from the first one on, `(1, n)` each, up to one of `stop_ids`."""
+    """The tokens from the first one on, in pieces `(1, n)`, up to one of `stop_ids`."""
     out, left = [token[:, None]], max_new_tokens - 1
     bar.update()
     while left and not (stop_ids and int(token) in stop_ids):
@@ -171,7 +171,7 @@ def _by_stretches(
 
 
 def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
-    """Whether sequences of tokens, or of values, can be gone on with by what a model says of a position."""
+    """Whether a model's outputs can continue sequences of tokens, or of values."""
     head = model.head
     says = getattr(head, "continues", None)
     if says is None:  # a plugin's
@@ -195,15 +195,14 @@ def check_finite(peak: Tensor) -> None:
 
 def _not_finite() -> NotFinite:
     return NotFinite(
-        "What the model says comes next is not a finite number: its training diverged, its weights are "
-        "damaged or what it computes overflows. Use an earlier checkpoint, or train again with a lower learning "
-        "rate."
+        "The model's prediction is not a finite number: its training diverged, its weights are damaged or its "
+        "computation overflows. Use an earlier checkpoint, or train again with a lower learning rate."
     )
 
 
 def prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
-    """State after the prompt and the logits of its last position (only those: a long prompt's would not fit). The
-    prompt is read in parts, the state handed on, so that memory does not grow with it."""
+    """The state after the prompt, and the logits of its last position only, since all of a long prompt's would not fit.
+    The prompt is read in parts and the state passed on, so memory does not grow with it."""
     part = max(1, _PREFILL // len(prompt))
     state: list | None = None
     for start in range(0, prompt.shape[1], part):

@@ -1,5 +1,5 @@
-"""A model's step together with its state; on a GPU replayed from a CUDA graph, since launching a token's many small
-kernels one by one takes longer than they run."""
+"""A model's step together with its state. On a GPU it is replayed from a CUDA graph, since launching the many small
+kernels of a token takes longer than running them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from mambaseq.ops.gpu import capture
 
 
 class Decoder:
-    """One position after the other: a token of each sequence in, its logits out.
+    """Decodes one position after the other: takes a token of each sequence, gives its logits.
 
-    On a CUDA device the first step runs as it is and the second is captured in a CUDA graph, which every later step
-    replays; a `unet` whose sequences are at one place has a graph for each number of its windows that a step makes
-    whole, so that no tier runs which is not due. What cannot be captured runs step by step: on other devices, under
-    autocast, with hooks, with mixers whose state grows or is not changed in place, or that wait for the GPU (a
-    RuntimeWarning names those).
+    On a CUDA device the first step runs normally and the second is captured in a CUDA graph, which all later steps
+    replay. A `unet` whose sequences are all at one place has a graph for each number of windows that a step completes,
+    so only tiers that are due run. Without capture steps run normally: on other devices, under autocast, with hooks,
+    and with mixers whose state grows, is not changed in place, or that wait for the GPU (a RuntimeWarning names the
+    last).
 
     Args:
         model: its weights may change in place while it is decoded, but must not be replaced or moved.
-        state: one a layer, of `model.init_state` or a prefill; changed in place, and by nobody else.
+        state: one for each layer, from `model.init_state` or a prefill; it is changed in place, and nothing else may
+            change it.
         condition: `(batch,)` int64 for conditional models.
         cuda_graph: False never captures.
     """
@@ -40,13 +41,13 @@ class Decoder:
         self.model, self.state, self.condition = model, state, condition
         self._may_capture = cuda_graph
         self._token: Tensor | None = None
-        # by the number of windows that a step makes whole
+        # by the number of windows that a step completes
         self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._seen: set[int | None] = set()
         self._places: list[tuple[int, int]] | None = None
         backbone = model.backbone
         on_gpu = isinstance(backbone, UNet) and backbone.norm_f.weight.is_cuda
-        # what is wrong with a state is told by the first step
+        # the first step reports what is wrong with a state
         if cuda_graph and on_gpu and isinstance(backbone, UNet) and len(state) == backbone.n_states:
             self._places = backbone.places(state)
 
@@ -74,12 +75,12 @@ class Decoder:
         return logits
 
     def _go_on(self) -> int | None:
-        """How many windows the next step makes whole, where that is known; all are then taken one position on."""
+        """How many windows the next step completes, if known; moves the places of all one position on."""
         if self._places is None:
             return None
         whole = 0
         for number, (count, size) in enumerate(self._places):
-            if whole < number:  # the window above is not whole
+            if whole < number:  # the window above is not complete
                 break
             self._places[number] = ((count + 1) % size, size)
             whole += count + 1 == size
@@ -89,7 +90,8 @@ class Decoder:
         return self.model.step_(token, self.state, self.condition, *(() if whole is None else (whole,)))
 
     def _first(self, token: Tensor, whole: int | None) -> Tensor:
-        """Takes the step on a side stream, as PyTorch asks for before a capture, and looks whether there can be one."""
+        """Run the step on a side stream, as PyTorch requires before a capture, and see whether a capture is
+        possible."""
         before = _tensors(self.state)
         with torch.cuda.device(token.device), capture.capturing:
             logits, waits = capture.warm_up(lambda: self._run(token, whole), torch.cuda.Stream())
@@ -123,8 +125,8 @@ def _tensors(state: list[Any]) -> list[Tensor]:
 
 
 def _can_capture(model: SequenceModel, state: list[Any], token: Tensor) -> bool:
-    """Whether replaying what the GPU did in one step may stand for the step: nothing else changes from one to the next,
-    and nobody watches."""
+    """Whether replaying the GPU's work of one step equals the step: nothing else changes between steps, and there are
+    no hooks."""
     if not token.is_cuda or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
         return False
     if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):

@@ -30,17 +30,17 @@ def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Scale by 1/temperature and set to -inf what is outside of the top k and of the nucleus of mass top_p.
+    """Scale by 1/temperature, and set to -inf what is outside the top k and the nucleus of mass top_p.
 
     logits `(batch, vocab_size)` fp32; the result is fp32, and the largest of a row 0. top_k 0 and top_p 1 keep
     everything. The nucleus is the smallest set of the likeliest tokens whose mass reaches top_p (Holtzman et al.,
-    arXiv:1904.09751); it is never empty. A temperature may be as near to 0 as one likes: in the limit the likeliest
-    tokens are left. Raises ConfigError for values out of range (temperature 0 is for `sample`).
+    arXiv:1904.09751); it is never empty. A temperature may be arbitrarily near 0: in the limit the likeliest tokens are
+    left. Raises ConfigError for values out of range (temperature 0 is for `sample`).
     """
     check_settings(temperature, top_k, top_p)
     if temperature == 0:
         raise ConfigError("temperature must be above 0 to scale by it.")
-    # in fp64, where no quotient of a temperature becomes 0 / 0
+    # in fp64, where no quotient by a temperature becomes 0 / 0
     logits = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).float()
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
@@ -54,13 +54,13 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
-    """One token a row: `(batch,)` int64, by a number in [0, 1) a row: `(batch,)` float64. temperature 0 takes the
-    likeliest and needs none."""
+    """One token for each row, `(batch,)` int64, from a number in [0, 1) for each row, `(batch,)` float64. Temperature 0
+    takes the likeliest token and needs no number."""
     if temperature == 0:
         return logits.argmax(-1)
     assert uniform is not None
     shares = filter_logits(logits, temperature, top_k, top_p).softmax(-1).double().cumsum(-1)
-    # the first token whose sum is above: none whose share is 0
+    # the first token whose cumulative sum is above: never one with share 0
     token = torch.searchsorted(shares, uniform[:, None] * shares[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
@@ -77,12 +77,12 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class Draws:
-    """Numbers in [0, 1) for each sequence, from a stream of its own: a function of the seed, its prompt, its condition
-    and its number among the samples of that prompt, so that what is generated beside it does not matter.
+    """Random numbers in [0, 1) for each sequence, from a stream of its own that depends on the seed, its prompt, its
+    condition and its number among the samples of that prompt, but not on other sequences.
 
     prompt: `(batch, length)` int64, or `(batch, length, channels)` fp32. condition: `(batch,)` int64 or None. numbers:
-        `(batch, samples)` int64; None counts samples from 0, those of an equal prompt before it (under an equal
-        condition) first.
+        `(batch, samples)` int64; None counts samples from 0, after those of equal prompts (with equal conditions)
+        before it.
     """
 
     _BLOCK = 64
@@ -107,7 +107,7 @@ class Draws:
         self._begin = 0  # the step of the block's first numbers
 
     def next(self) -> Tensor:
-        """`(batch * samples,)` float64 on the device; each call's are new."""
+        """`(batch * samples,)` float64 on the device, new at each call."""
         if self._block is None or not 0 <= self._step - self._begin < self._BLOCK:
             self._block, self._begin = self._numbers(self._BLOCK), self._step
         self._step += 1

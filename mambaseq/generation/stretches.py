@@ -1,5 +1,5 @@
-"""A model's steps as one kernel that stays on the GPU (`ops.decoding.stretch`): for one sequence of few tokens, by
-Mamba blocks, diagonal systems and MLPs, at one resolution or several."""
+"""Many steps of a model in one kernel that stays on the GPU (`ops.decoding.stretch`): for one sequence with a small
+vocabulary, and Mamba blocks, diagonal systems and MLPs at one or several resolutions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from mambaseq.ops.linear import is_plain
 
 
 def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> str | None:
-    """The reason why the kernel does not run this model's steps, or None."""
+    """Why the kernel cannot run this model's steps; None if it can."""
     encoder, head, backbone = model.encoder, model.head, model.backbone
     if type(model) is not SequenceModel or type(encoder) is not TokenEncoder or type(head) is not LMHead:
-        return "the model has another encoder or head than tokens and lm"
+        return "the model's encoder is not tokens or its head not lm"
     vocabulary = len(head.linear.weight)
     if not head.linear.weight.is_cuda:
         return "the model is not on a GPU"
@@ -98,7 +98,7 @@ class Stretches:
     """Decodes one sequence many positions at a time.
 
     Args:
-        model: for which `why_not` is None; its weights must not change until this is done with.
+        model: one for which `why_not` is None; its weights must not change while this object is used.
         state: of one sequence, changed in place.
         condition: `(1,)` int64 for conditional models.
     """
@@ -130,7 +130,7 @@ class Stretches:
 
     @torch.no_grad()
     def run(self, token: Tensor, n: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Stretch.run`; the state is then that before the last token of what is returned."""
+        """See `Stretch.run`. Afterwards the state is that before the last returned token."""
         tokens, failed = self._stretch.run(token, n, temperature, uniforms)
         for number, (state, window) in enumerate(self._windows):
             state.count.copy_(self._stretch.counts[number : number + 1])
@@ -143,7 +143,7 @@ class Stretches:
         return torch.zeros(size, device=self._device)
 
     def _add_tier(self, tier: Tier, state: list[Any], stream: Tensor, level: int, copy: Tensor | None) -> Tensor:
-        """A tier's phases; the stream behind it, which its last phase also writes to `copy`."""
+        """A tier's phases. Returns the stream after it, which its last phase also writes to `copy`."""
         if tier.pool is None or tier.inner is None:
             self._add_layers(tier.down, state, stream, level, {"copy": copy})
             return stream
@@ -172,7 +172,7 @@ class Stretches:
         norm: RMSNorm | None = None,
         **more: Any,
     ) -> Phase:
-        """Of a weight `(halves * rows, cols)`; norm: what its input passes first."""
+        """The phase of a weight `(halves * rows, cols)`. norm: applied to its input first."""
         weight = weight.detach()
         if norm is not None:
             weight = weight * norm.weight.detach()
@@ -189,7 +189,7 @@ class Stretches:
         )
 
     def _add_layers(self, layers: Any, states: list[Any], stream: Tensor, level: int, last: dict[str, Any]) -> None:
-        """Phases of residual layers over a stream, which is changed in place; `last` are fields of their last one."""
+        """Phases of residual layers over a stream, which is changed in place; `last`: fields of the last phase."""
         for number, (layer, state) in enumerate(zip(layers, states, strict=True)):
             mixer: Any = layer.mixer
             more = {"source": stream, "residual": stream, "norm": layer.norm}
@@ -251,7 +251,7 @@ class Stretches:
                 self._phases[-1] = self._phases[-1]._replace(**last)
 
     def _add_selective(self, mixer: Mamba, state: Any, level: int, more: dict[str, Any]) -> Tensor:
-        """Phases of a selective block but its last; what that reads."""
+        """All phases of a selective block but the last. Returns what the last one reads."""
         inputs, gates, made = (self._vector(mixer.d_inner) for _ in range(3))
         products = self._vector(-(-len(mixer.x_proj.weight) // 4) * 4)
         in_proj, dt_proj = mixer.in_proj, mixer.dt_proj
@@ -289,7 +289,7 @@ def _convolution(mixer: Mamba, state: Any) -> dict[str, Any]:
 
 
 def _system(ssm: DiagonalSSM, state: Tensor) -> dict[str, Any]:
-    """What a channel's states are stepped by."""
+    """The discrete system that steps a channel's states."""
     a, B, C = (value.detach() for value in ssm.discrete())
     if a.is_complex():  # y is 2 Re(C h)
         a, B, C, state = (torch.view_as_real(v.resolve_conj().contiguous()) for v in (a, B, 2 * C.conj(), state))

@@ -1,4 +1,4 @@
-"""Signals continued: what a model says comes next is drawn, and read as if it had come."""
+"""Continuing signals: next values are drawn from the model's prediction, and read as if observed."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ def continue_values(
 
     Args:
         prompt: `(batch, prompt_length, channels)` float, at least one step each.
-        steps: to add. temperature: how far what is drawn is from the mean or the median, which 0 takes itself.
+        steps: how many to add. temperature: scales the spread of draws around the mean or median; 0 takes the mean or
+            median itself.
         seed, condition, progress, cuda_graph, samples, numbers: see `generate`.
 
     Returns:
-        `(batch * samples, prompt_length + steps, channels)` fp32; a prompt's samples one after the other.
+        `(batch * samples, prompt_length + steps, channels)` fp32; a prompt's samples follow each other.
 
     Raises:
-        ConfigError: an empty prompt, settings out of range, or a model that is not causal or does not tell next values.
-            UserError: more steps or sequences than `limits` allows. NotFinite: values that are no finite numbers.
+        ConfigError: an empty prompt, settings out of range, or a model that is not causal or does not predict next
+            values.
+            UserError: more steps or sequences than `limits` allows. NotFinite: values that are not finite numbers.
     """
     if prompt.dim() != 3 or prompt.numel() == 0:
-        raise ConfigError("A signal that is to be continued must be (batch, length, channels), of one step at least.")
+        raise ConfigError("A signal to continue must be (batch, length, channels), with at least one step.")
     if not continues(model, "values"):
         raise ConfigError(
-            "Only a causal model that tells next values can continue a signal; this one cannot. Train one with the "
+            "Only a causal model that predicts next values can continue a signal; this one cannot. Train one with the "
             "head forecast and a causal backbone, such as residual."
         )
     model.check_stateful()
@@ -80,15 +82,15 @@ def continue_values(
                 values = told.point() if uniform is None else told.sample(uniform, temperature)
                 if values.shape != out[0][:, 0].shape:
                     raise ConfigError(
-                        f"The model reads {prompt.shape[2]} channels and tells {values.shape[-1]} values, so that "
-                        f"they cannot be read again. Train a head that tells all channels."
+                        f"The model reads {prompt.shape[2]} channels but predicts {values.shape[-1]} values, so it "
+                        "cannot read them again. Train a head that predicts all channels."
                     )
                 out.append(values[:, None].to(torch.float32, copy=True))  # the next step may overwrite the logits
                 bar.update()
                 if i + 1 < steps:
                     logits = decoder.step(values)
                 if i % 64 == 63:
-                    check_finite(out[-1])  # what is not finite stays so in all that comes behind it
+                    check_finite(out[-1])  # what is not finite stays so in all later steps
         check_finite(out[-1])
     finally:
         model.train(was_training)
@@ -96,6 +98,6 @@ def continue_values(
 
 
 def distribution(model: SequenceModel, logits: Tensor) -> Distribution:
-    """What a model's head says of next values."""
+    """The head's distribution of the next values."""
     make = getattr(model.head, "distribution", None)
     return Point(logits) if make is None else make(logits)

@@ -1,4 +1,4 @@
-"""Heads: from the backbone's output to numbers and a loss."""
+"""Heads: from the backbone's output to predictions and a loss."""
 
 from mambaseq.heads.base import Head
 

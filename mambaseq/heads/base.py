@@ -1,4 +1,4 @@
-"""What heads share: the contract, and pooling."""
+"""The contract of heads, and pooling."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Kind = Literal["labels", "multilabels", "values"]
 
 
 class Head(nn.Module, abc.ABC):
-    """What a backbone's output is to say, and how wrong it is.
+    """Turns a backbone's output into predictions and a loss.
 
-    per_token: whether it has an answer for each position, not for each sequence.
-    learns: what its targets are (see `Batch.kind`): "labels" (int64, one of several classes), "multilabels" (int64, of
-        each of several labels whether it holds) or "values" (float32); None where a plugin's head does not say.
-    continues: whether a sequence is gone on with by what it says of a position: "tokens", "values", or "" for a head
-        that says something else of them; None where a plugin's head does not say.
-    stride: positions that share an answer; see `Batch.stride`.
+    per_token: whether it predicts for each position instead of each sequence.
+    learns: what its targets are (see `Batch.kind`): "labels" (int64, one of several classes), "multilabels" (int64,
+        whether each of several labels applies) or "values" (float32); None if a plugin's head does not say.
+    continues: what it can continue a sequence with: "tokens", "values", or "" for neither; None if a plugin's head does
+        not say.
+    stride: positions that share a prediction; see `Batch.stride`.
     strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
     """
 
@@ -43,13 +43,12 @@ class Head(nn.Module, abc.ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         """hidden `(batch, length, strands * d_model)` to (loss, logits), the loss None without labels.
 
-        The loss is the mean over the batch's targets (labels that are not -100, values that are not NaN; see
-        `Batch.n_targets`, by which batches are weighed), and 0, with gradients of 0, where there is none."""
+        The loss is the mean over the batch's known targets (labels that are not -100, values that are not NaN;
+        `Batch.n_targets` is their number, by which batches are weighted). Without any it is 0, with gradients of 0."""
 
 
 def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError unless labels are floats or integers, as the head learns, and of this shape. Looks at no
-    value."""
+    """Raise ConfigError unless labels have the head's type (floats or integers) and this shape. Reads no values."""
     kind = "values" if labels.is_floating_point() else "labels"
     learns = "labels" if head.learns == "multilabels" else head.learns
     if kind == learns and len(shape) > 1 and labels.shape[:-1] == shape[:-1] and labels.shape[-1] != shape[-1]:
@@ -61,21 +60,21 @@ def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
         }
         if head.learns in remedy:
             raise ConfigError(
-                f"{type(head).__name__} tells {shape[-1]}, and the data's targets are {several}. "
+                f"{type(head).__name__} predicts {shape[-1]}, but the data's targets are {several}. "
                 f"{remedy[head.learns]} to fit, or choose other data."
             )
     if kind != learns or tuple(labels.shape) != shape:
         raise ConfigError(
-            f"{type(head).__name__} learns {learns} {shape}, and the targets are {kind} {tuple(labels.shape)}. "
-            f"Choose a head that fits the data (`mambaseq list heads`), or other data."
+            f"{type(head).__name__} learns {learns} {shape}, but the targets are {kind} {tuple(labels.shape)}. Choose "
+            "a head that fits the data (`mambaseq list heads`), or other data."
         )
 
 
 def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """One vector a sequence: `(sequences, d_model)` fp32 from hidden `(batch, length, d_model)`.
+    """One vector for each sequence: `(sequences, d_model)` fp32 from hidden `(batch, length, d_model)`.
 
-    mean: over the positions that are real (mask, right padding) or over each packed sequence. last: the last real
-    position. first: position 0. An empty packed sequence gives zeros.
+    mean: over the real positions (mask, right padding), or over each packed sequence. last: the last real position.
+        first: position 0. An empty packed sequence gives zeros.
     """
     if cu_seqlens is not None:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()

@@ -46,12 +46,12 @@ class ClassificationHead(_PooledHead):
         d_model: width of the backbone's output.
         n_classes: number of labels.
         pooling: "mean" over positions, or the "last" or "first" one.
-        scale: multiplies the pooled vector. A mean over many positions differs little between sequences; a scale
-            of about the square root of the length / 4 lets the classifier learn as fast as the rest.
+        scale: multiplies the pooled vector. A mean over many positions differs little between sequences; a scale of
+            about the square root of the length / 4 lets the classifier learn as fast as the rest.
         dropout: applied to the pooled vector in training.
         label_smoothing: of the cross-entropy, in training.
-        class_weights: what a target of each class weighs in training, in the order of the data's classes; 1 each if
-            not given.
+        class_weights: weight of each class's targets in training, in the order of the data's classes; 1 each if not
+            given.
         focal_gamma: in training a target's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
 
@@ -79,9 +79,9 @@ class ClassificationHead(_PooledHead):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(sequences,)` int64, -100 where there is none. Returns (loss,
-        logits), the loss a mean over labels, logits `(sequences, n_classes)` fp32. Raises ConfigError for labels that
-        are not one int64 a sequence."""
+        """hidden `(batch, length, d_model)`, labels `(sequences,)` int64, -100 where unknown. Returns (loss, logits):
+        the mean loss over labels, and logits `(sequences, n_classes)` fp32. Raises ConfigError for labels that are not
+        one int64 for each sequence."""
         logits = self._logits(hidden, mask, cu_seqlens)
         if labels is None:
             return None, logits
@@ -98,8 +98,9 @@ class MultilabelHead(_PooledHead):
         pooling: "mean" over positions, or the "last" or "first" one.
         scale: multiplies the pooled vector; see the head classification.
         dropout: applied to the pooled vector in training.
-        label_smoothing: in training a label that holds is 1 - label_smoothing / 2, another label_smoothing / 2.
-        positive_weights: what a label that holds weighs in training, in the order of the data's classes; 1 each if not
+        label_smoothing: in training the target of a label that applies is 1 - label_smoothing / 2, of another
+            label_smoothing / 2.
+        positive_weights: weights, in training, of labels that apply, in the order of the data's classes; 1 each if not
             given.
         focal_gamma: in training a label's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
@@ -128,8 +129,8 @@ class MultilabelHead(_PooledHead):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(sequences, n_classes)` int64: 1 where a label holds, 0 where not,
-        -100 where that is not known. Returns (loss, logits), the loss a mean over labels, logits `(sequences,
+        """hidden `(batch, length, d_model)`, labels `(sequences, n_classes)` int64: 1 where a label applies, 0 where
+        not, -100 where that is unknown. Returns (loss, logits), the loss a mean over labels, logits `(sequences,
         n_classes)` fp32. Raises ConfigError for labels of another shape or kind."""
         logits = self._logits(hidden, mask, cu_seqlens)
         if labels is None:

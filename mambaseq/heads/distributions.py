@@ -1,4 +1,4 @@
-"""What a head says of values that it does not know for certain: all at once of many values."""
+"""Distributions of values that a head predicts, each for many values at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mambaseq.trees import register_tree
 
 
 class Distribution(abc.ABC):
-    """Of values of one shape, `(..., outputs)`: dataclasses of tensors."""
+    """Distributions of values of one shape, `(..., outputs)`: dataclasses of tensors."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -21,19 +21,20 @@ class Distribution(abc.ABC):
 
     @abc.abstractmethod
     def point(self) -> Tensor:
-        """The one value for each that is best, `(..., outputs)`."""
+        """The best single value of each, `(..., outputs)`."""
 
     @abc.abstractmethod
     def quantile(self, share: Tensor) -> Tensor:
-        """Values that a share of what comes is below: share in (0, 1), `(..., outputs)`."""
+        """The quantile at a share in (0, 1), `(..., outputs)`."""
 
     @abc.abstractmethod
     def crps(self, values: Tensor) -> Tensor:
-        """Continuous ranked probability scores, `(..., outputs)`: in units of the values, 0 is the best (Gneiting and
+        """Continuous ranked probability scores, `(..., outputs)`: in units of the values; 0 is best (Gneiting and
         Raftery, doi:10.1198/016214506000001437)."""
 
     def sample(self, uniform: Tensor, temperature: float = 1.0) -> Tensor:
-        """By numbers in [0, 1), `(..., outputs)`; temperature: how far from `point`, which 0 gives."""
+        """A sample from uniform numbers in [0, 1), `(..., outputs)`. temperature: scales the distance from `point`,
+        which 0 gives."""
         if temperature == 0:
             return self.point()
         share = (uniform.double() + 2.0**-33).clamp(max=1 - 2.0**-33)
@@ -43,7 +44,7 @@ class Distribution(abc.ABC):
 
 @dataclasses.dataclass
 class Point(Distribution):
-    """A value alone, which all of what comes is taken to be."""
+    """A single value with all the probability."""
 
     values: Tensor
 
@@ -78,8 +79,8 @@ class Gaussian(Distribution):
 
 @dataclasses.dataclass
 class Quantiles(Distribution):
-    """Values at some levels, ascending along the last dimension, `(..., outputs, levels)`: in between them, and beyond,
-    they lie on straight lines. The score is twice the mean pinball loss of the levels."""
+    """Quantiles at some levels, ascending along the last dimension, `(..., outputs, levels)`, with linear interpolation
+    and extrapolation. The score is twice the mean pinball loss of the levels."""
 
     values: Tensor
     levels: Tensor

@@ -1,4 +1,4 @@
-"""What comes next in a continuous signal, and how certain that is."""
+"""The next values of a continuous signal, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from mambaseq.limits import WINDOW, check_setting
 
 
 class ForecastHead(Head):
-    """The next values of each channel, some steps ahead, by their distributions: a normal one (the loss is its negative
-    log likelihood, in nats), or quantiles (the loss is twice their mean pinball loss, in units of the values).
+    """Predicts distributions of the next values of each channel, one or several steps ahead: normal ones (the loss is
+    the negative log likelihood, in nats) or quantiles (the loss is twice the mean pinball loss, in units of the
+    values).
 
-    The data give the next values alone, `(batch, length, n_channels)`: what stands h steps ahead of a position is the
-    target of the position h - 1 steps behind it. A target's loss is the mean over the positions that told it, so that
-    each target weighs alike whatever the horizon.
+    The data give only the next values, `(batch, length, n_channels)`: the value h steps ahead of a position is the
+    target of the position h - 1 steps later. A target's loss is the mean over the positions that predict it, so targets
+    weigh alike for every horizon.
 
     Args:
         d_model: width of the backbone's output.
         n_channels: channels of the signal.
-        horizon: steps ahead that are told.
-        loss: "gaussian" or "quantile".
+        horizon: number of steps ahead to predict.
+        loss: "gaussian" (mean and standard deviation) or "quantile".
         quantiles: the levels, ascending in (0, 1), of the loss "quantile"; 0.1 to 0.9 if not given.
-        min_scale: standard deviations are this at least, in units of the values, or of channel_std.
-        channel_mean: of each channel, in its units: the loss is of (value - mean) / std, so that channels weigh alike;
-            what is told is in units of the values. Left out, what the data say, or the values as they are.
-        channel_std: of each channel, in its units.
+        min_scale: smallest standard deviation, in units of the values, or of channel_std if given.
+        channel_mean: mean of each channel, in its units. The loss is that of (value - mean) / std, so that channels
+            weigh alike; predictions are in units of the values. The default is what the data say, otherwise values as
+            they are.
+        channel_std: standard deviation of each channel, in its units.
     """
 
     per_token: ClassVar[bool] = True
@@ -75,9 +77,9 @@ class ForecastHead(Head):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(batch, length, n_channels)` float, the values behind each
-        position, NaN where one is not known. Returns (loss, logits `(batch, length, horizon, n_channels, 2)` fp32, mean
-        and standard deviation, or `(..., levels)`, ascending values). Raises ConfigError for labels of another kind or
+        """hidden `(batch, length, d_model)`, labels `(batch, length, n_channels)` float, the next values at each
+        position, NaN where unknown. Returns (loss, logits `(batch, length, horizon, n_channels, 2)` fp32, mean and
+        standard deviation, or `(..., levels)`, ascending values). Raises ConfigError for labels of another kind or
         shape."""
         raw = self.linear(hidden.to(self.linear.weight.dtype)).float()
         raw = raw.unflatten(-1, (self.horizon, self.n_channels, self.n_parameters))
@@ -90,7 +92,7 @@ class ForecastHead(Head):
         return loss, self._in_units(logits)
 
     def _in_units(self, logits: Tensor) -> Tensor:
-        """Parameters of the distributions of values in their units, from those of `scale`."""
+        """Parameters of the distributions in units of the values, from normalised ones."""
         if (numbers := self.scale.numbers) is None:
             return logits
         mean, std = (number[:, None] for number in numbers)
@@ -105,7 +107,7 @@ class ForecastHead(Head):
             known = known & mask[..., None]
         values = labels.masked_fill(~known, 0)
         sequence = torch.zeros(length, dtype=torch.long, device=labels.device)
-        if cu_seqlens is not None:  # which packed sequence a position is of
+        if cu_seqlens is not None:  # the packed sequence of each position
             places = torch.arange(length, device=labels.device)
             sequence = torch.searchsorted(cu_seqlens[1:].long(), places, right=True)
         total, told = torch.zeros_like(values), torch.zeros_like(values)
@@ -113,13 +115,13 @@ class ForecastHead(Head):
             behind = length - ahead
             losses = self._of(logits[:, :behind, ahead], values[:, ahead:])
             same = (sequence[:behind] == sequence[ahead:])[None, :, None]
-            # each step's place among the targets: those before it were told by no position so far behind
+            # each step's first target: earlier ones have no position that far before them
             total = total + F.pad(losses.masked_fill(~(same & known[:, ahead:]), 0), (0, 0, ahead, 0))
             told = told + F.pad(same.to(told), (0, 0, ahead, 0))
         return (total / told.clamp(min=1)).sum() / known.sum().clamp(min=1)
 
     def _of(self, parameters: Tensor, values: Tensor) -> Tensor:
-        """Losses `(batch, length, n_channels)` of parameters of the distributions, of a shape `(..., parameters)`."""
+        """Losses `(batch, length, n_channels)` from the distributions' parameters `(..., parameters)`."""
         found = self._distribution(parameters)
         if isinstance(found, Gaussian):
             z = (values - found.mean) / found.scale
@@ -132,7 +134,8 @@ class ForecastHead(Head):
         return Quantiles(parameters, self.levels)
 
     def distribution(self, logits: Tensor) -> Distribution:
-        """Of the next values, `(..., n_channels)`, from logits `(..., horizon, n_channels, parameters)`."""
+        """The distribution of the next values, `(..., n_channels)`, from logits `(..., horizon, n_channels,
+        parameters)`."""
         return self._distribution(logits[..., 0, :, :])
 
     def columns(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""A token for each position: the next one, or one that is masked."""
+"""Predicts a token at each position: the next or a masked one."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class LMHead(Head):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(batch, length)` int64 already shifted, -100 where nothing is to
-        be predicted. Returns (loss, logits): the mean loss in nats a label or None, and logits `(batch, length,
-        vocab_size)` fp32 or None. Without `return_logits` large losses are taken in chunks, so that the logits of
-        a whole batch never exist (but for an adapter or hooks around the linear map, which must see them). Raises
-        ConfigError for labels that are not one int64 a position."""
+        """hidden `(batch, length, d_model)`, labels `(batch, length)` int64 already shifted, -100 where there is
+        nothing to predict. Returns (loss, logits): the mean loss in nats a label or None, and logits `(batch, length,
+        vocab_size)` fp32 or None. Without `return_logits`, large losses are computed in chunks, so that the logits of a
+        whole batch never exist (except with an adapter or hooks on the linear map, which must see them). Raises
+        ConfigError for labels that are not one int64 for each position."""
         if labels is not None:
             check_targets(self, labels, tuple(hidden.shape[:2]))
         if return_logits or (labels is not None and not is_plain(self.linear)):

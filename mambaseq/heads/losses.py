@@ -1,4 +1,4 @@
-"""Losses of heads: each a mean over the targets that are known, and 0 where none is."""
+"""Losses of heads: each is a mean over the known targets, and 0 if there is none."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def squared_loss(values: Tensor, labels: Tensor) -> Tensor:
 
 
 class LabelLoss(nn.Module):
-    """Cross-entropy of one of several classes, with what helps training. In evaluation it is the plain one, so that
-    losses of validation can be compared whatever the options.
+    """Cross-entropy of one of several classes, with options for training. In evaluation it is plain, so that validation
+    losses are comparable whatever the options.
 
-    A target's loss is multiplied by its class's weight and, with `focal_gamma`, by `(1 - p)**gamma`, p being the
-    probability that its class is given (Lin et al., arXiv:1708.02002). The mean is over targets, not over weights, so
-    that every target of an optimizer step counts for what it is, however the step is cut into batches.
+    A target's loss is multiplied by its class's weight and, with `focal_gamma`, by `(1 - p)**gamma`, where p is the
+    predicted probability of its class (Lin et al., arXiv:1708.02002). The mean is over targets, not over weights, so
+    the result does not depend on how an optimizer step is cut into batches.
 
     Args:
         n_classes: number of classes.
-        class_weights: one for each class; None for 1.
+        class_weights: a weight for each class; None for 1.
         label_smoothing: share of each target that is spread over all classes.
         focal_gamma: 0 is the plain cross-entropy.
     """
@@ -68,12 +68,12 @@ class LabelLoss(nn.Module):
 
 
 class BinaryLoss(nn.Module):
-    """Cross-entropy of several labels of which any may hold; its options are those of training alone, as `LabelLoss`'s.
+    """Cross-entropy of several labels, any of which may apply. As in `LabelLoss`, its options affect training only.
 
     Args:
         n_classes: number of labels.
-        positive_weights: what a label that holds weighs, one for each label; None for 1.
-        label_smoothing: a label that holds is 1 - label_smoothing / 2, one that does not label_smoothing / 2.
+        positive_weights: weight of each label where it applies; None for 1.
+        label_smoothing: the target of a label that applies is 1 - label_smoothing / 2, of another label_smoothing / 2.
         focal_gamma: see `LabelLoss`; 0 is the plain cross-entropy.
     """
 
@@ -109,7 +109,7 @@ class BinaryLoss(nn.Module):
 
 
 def _focus(p: Tensor, gamma: float) -> Tensor:
-    return (1 - p).clamp(min=1e-6) ** gamma  # whose gradient is finite at p = 1, for gamma below 1 too
+    return (1 - p).clamp(min=1e-6) ** gamma  # so that the gradient is finite at p = 1 even for gamma below 1
 
 
 def check_loss_options(label_smoothing: float, focal_gamma: float) -> None:
@@ -126,7 +126,7 @@ def checked_weights(key: str, weights: list[float] | None, count: int) -> Tensor
     if weights is None:
         return None
     if len(weights) != count:
-        raise ConfigError(f"model.head.{key} are {len(weights)}, and there are {count} classes. Give one for each.")
+        raise ConfigError(f"model.head.{key} are {len(weights)}, but there are {count} classes. Give one for each.")
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ConfigError(
             f"model.head.{key} must be finite numbers of at least 0, some above it, not {shown(list(weights))}."

@@ -16,7 +16,7 @@ from mambaseq.limits import WINDOW, check_setting
 
 class PositionHead(Head):
     """Linear map of each position, or of the mean over each bin of `stride` positions, in fp32. The last bin of a
-    sequence is a mean over those that are left."""
+    sequence is a mean over the remaining positions."""
 
     per_token: ClassVar[bool] = True
     continues: ClassVar[Literal["tokens", "values", ""] | None] = ""
@@ -39,9 +39,9 @@ class PositionHead(Head):
 
 
 def bin_means(hidden: Tensor, stride: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Means over bins of `stride` positions, `(batch, bins, d_model)` fp32 from hidden `(batch, length, d_model)`: of
-    those that are real (mask, right padding), or of each packed sequence by itself, bins end to end. A bin without a
-    real position is 0. For packed sequences the host waits to know how many bins there are."""
+    """Means over bins of `stride` positions, `(batch, bins, d_model)` fp32 from hidden `(batch, length, d_model)`: over
+    real positions only (mask, right padding), or within each packed sequence, with bins end to end. A bin without a
+    real position is 0. For packed sequences the host waits for the number of bins."""
     length = hidden.shape[1]
     if cu_seqlens is None:
         rest = -length % stride
@@ -55,7 +55,7 @@ def bin_means(hidden: Tensor, stride: int, mask: Tensor | None, cu_seqlens: Tens
     number = torch.arange(len(owner), device=hidden.device) - (bins.cumsum(0) - bins)[owner]
     places = (begins[owner] + number * stride)[:, None] + torch.arange(stride, device=hidden.device)
     inside = places < ends[owner][:, None]
-    # what is behind a sequence's end is read from a row of zeros, so that each position is read once
+    # positions after a sequence's end are read from a row of zeros, so that each position is read once
     rows = F.pad(hidden[0].float(), (0, 0, 0, 1))
     x = rows[torch.where(inside, places, length)]
     return (x.sum(1) / inside.sum(1).clamp(min=1)[:, None])[None]
@@ -67,11 +67,11 @@ class TokenClassificationHead(PositionHead):
     Args:
         d_model: width of the backbone's output.
         n_classes: number of labels.
-        stride: positions that share a label; what the data's `Batch.stride` is.
+        stride: positions that share a label; it must equal the data's `Batch.stride`.
         dropout: applied before the linear map in training.
         label_smoothing: of the cross-entropy, in training.
-        class_weights: what a target of each class weighs in training, in the order of the data's classes; 1 each if
-            not given.
+        class_weights: weight of each class's targets in training, in the order of the data's classes; 1 each if not
+            given.
         focal_gamma: in training a target's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
 
@@ -114,10 +114,11 @@ class TokenMultilabelHead(PositionHead):
     Args:
         d_model: width of the backbone's output.
         n_classes: number of labels.
-        stride: positions that share labels; what the data's `Batch.stride` is.
+        stride: positions that share labels; it must equal the data's `Batch.stride`.
         dropout: applied before the linear map in training.
-        label_smoothing: in training a label that holds is 1 - label_smoothing / 2, another label_smoothing / 2.
-        positive_weights: what a label that holds weighs in training, in the order of the data's classes; 1 each if not
+        label_smoothing: in training the target of a label that applies is 1 - label_smoothing / 2, of another
+            label_smoothing / 2.
+        positive_weights: weights, in training, of labels that apply, in the order of the data's classes; 1 each if not
             given.
         focal_gamma: in training a label's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
@@ -145,9 +146,9 @@ class TokenMultilabelHead(PositionHead):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(batch, bins, n_classes)` int64: 1 where a label holds, 0 where
-        not, -100 where that is not known. Returns (loss, logits), logits of the labels' shape, fp32. Raises ConfigError
-        for labels of another shape or kind."""
+        """hidden `(batch, length, d_model)`, labels `(batch, bins, n_classes)` int64: 1 where a label applies, 0 where
+        not, -100 where unknown. Returns (loss, logits), logits of the labels' shape, fp32. Raises ConfigError for
+        labels of another shape or kind."""
         logits = self._outputs(hidden, mask, cu_seqlens)
         if labels is None:
             return None, logits
@@ -156,12 +157,12 @@ class TokenMultilabelHead(PositionHead):
 
 
 class TokenRegressionHead(PositionHead):
-    """Real values for each position, or bin of positions, with mean squared error over all values that are known.
+    """Real values for each position, or bin of positions, with mean squared error over the known values.
 
     Args:
         d_model: width of the backbone's output.
         n_outputs: values a position.
-        stride: positions that share values; what the data's `Batch.stride` is.
+        stride: positions that share values; it must equal the data's `Batch.stride`.
         dropout: applied before the linear map in training.
     """
 
@@ -178,9 +179,9 @@ class TokenRegressionHead(PositionHead):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(batch, bins, n_outputs)` or `(batch, bins)` float, NaN where a
-        value is not known. Returns (loss, values `(batch, bins, n_outputs)` fp32). Raises ConfigError when the labels
-        are not `n_outputs` floats a bin."""
+        """hidden `(batch, length, d_model)`, labels `(batch, bins, n_outputs)` or `(batch, bins)` float, NaN where
+        unknown. Returns (loss, values `(batch, bins, n_outputs)` fp32). Raises ConfigError when the labels are not
+        `n_outputs` floats a bin."""
         values = self._outputs(hidden, mask, cu_seqlens)
         if labels is None:
             return None, values

@@ -12,7 +12,7 @@ from mambaseq.heads.losses import squared_loss
 
 
 class RegressionHead(Head):
-    """Pooled linear regression with mean squared error, over all values that are known.
+    """Pooled linear regression with mean squared error over the known values.
 
     Args:
         d_model: width of the backbone's output.
@@ -37,8 +37,8 @@ class RegressionHead(Head):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, d_model)`, labels `(sequences, n_outputs)` or `(sequences,)` float, NaN where a value
-        is not known. Returns (loss, values `(sequences, n_outputs)` fp32). Raises ConfigError when the labels are not
+        """hidden `(batch, length, d_model)`, labels `(sequences, n_outputs)` or `(sequences,)` float, NaN where
+        unknown. Returns (loss, values `(sequences, n_outputs)` fp32). Raises ConfigError when the labels are not
         `n_outputs` floats a sequence."""
         values = self.linear(pool(hidden, self.pooling, mask, cu_seqlens).to(self.linear.weight.dtype)).float()
         if labels is None:
@@ -48,7 +48,7 @@ class RegressionHead(Head):
         if labels.is_floating_point() and labels.dim() < 3 and labels.shape != values.shape:
             raise ConfigError(
                 f"The regression head gives {values.shape[1]} value(s) a sequence (n_outputs), of which there are "
-                f"{len(values)}, and the data's targets are {tuple(labels.shape)}. Set model.head.n_outputs to fit."
+                f"{len(values)}, but the data's targets are {tuple(labels.shape)}. Set model.head.n_outputs to fit."
             )
         check_targets(self, labels, tuple(values.shape))
         return squared_loss(values, labels), values

@@ -1,5 +1,5 @@
-"""Heads over both strands of DNA (see `backbones/reverse_complement.py`): what they say does not depend on which of the
-two was given. Schiff et al., arXiv:2403.03234, sections 3.2 and 4."""
+"""Heads over both strands of DNA (see `backbones/reverse_complement.py`): their predictions do not depend on which of
+the two was given. Schiff et al., arXiv:2403.03234, sections 3.2 and 4."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mambaseq.heads.losses import label_loss
 
 
 def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:
-    """`(vocab_size,)` int64: the id paired with each. Raises ConfigError for what pairs no ids of the vocabulary."""
+    """`(vocab_size,)` int64: the id that each id is paired with. Raises ConfigError for anything but a pairing of the
+    vocabulary's ids."""
     ids = list(complement)
     if (
         len(ids) != vocab_size
@@ -32,14 +33,14 @@ def complement_table(complement: Sequence[int], vocab_size: int) -> Tensor:
 
 
 class RCLMHead(LMHead):
-    """Logits of each base: from one strand those of the base, from the other those of its complement, added.
+    """Logits of each base: the sum of the base's logits from one strand and its complement's from the other.
 
     The logits of the reverse complement are those of the sequence, reversed, with complementary bases exchanged.
 
     Args:
         d_model: width of one strand.
         vocab_size: number of token ids.
-        complement: the id paired with each id.
+        complement: the id that each id is paired with.
     """
 
     strands: ClassVar[int] = 2
@@ -57,8 +58,8 @@ class RCLMHead(LMHead):
         cu_seqlens: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """hidden `(batch, length, 2 * d_model)`; see `LMHead.forward`. Logits are made even where only the loss is
-        needed: vocabularies that have complements are small."""
+        """hidden `(batch, length, 2 * d_model)`; see `LMHead.forward`. Logits are computed even if only the loss is
+        needed: vocabularies with complements are small."""
         if labels is not None:
             check_targets(self, labels, tuple(hidden.shape[:2]))
         elif not return_logits:
@@ -70,10 +71,10 @@ class RCLMHead(LMHead):
 
 
 class RCClassificationHead(ClassificationHead):
-    """Classes from the mean of both strands' pooled vectors, which is that of the reverse complement too.
+    """Classes from the mean of both strands' pooled vectors, which is the same for the reverse complement.
 
-    Args: see `ClassificationHead`; d_model is the width of one strand, and "last" is the last position of each strand
-    as it is read.
+    Its arguments are those of `ClassificationHead`; d_model is the width of one strand, and "last" is the last position
+    of each strand in reading order.
     """
 
     strands: ClassVar[int] = 2

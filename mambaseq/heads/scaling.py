@@ -1,4 +1,4 @@
-"""Channels whose values are of different sizes, as a model sees them: mean 0 and standard deviation 1 each."""
+"""Normalisation of channels to mean 0 and standard deviation 1."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from mambaseq.mixers.hippo import constant, keep_constant
 
 
 class ChannelScale(nn.Module):
-    """Values in their units to multiples of a channel's standard deviation, and back, in fp32. Its numbers are part of
-    a model's description, not of its weights.
+    """Converts values in their units to multiples of a channel's standard deviation, and back, in fp32. The numbers are
+    part of a model's description, not of its weights.
 
-    n_channels: of the values. mean, std: one a channel, in units of the values; where both are None nothing is changed.
-    Raises ConfigError for one without the other, another number of them, or standard deviations that are not above 0.
+    n_channels: of the values. mean, std: one for each channel, in units of the values; with None for both nothing
+        changes.
+    Raises ConfigError for one without the other, a wrong number of them, or standard deviations that are not above 0.
     """
 
     def __init__(self, n_channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
@@ -28,15 +29,15 @@ class ChannelScale(nn.Module):
         numbers = [list(one) for one in (mean, std) if one is not None]
         if [len(one) for one in numbers] != [n_channels, n_channels]:
             raise ConfigError(
-                f"channel_mean and channel_std are one number for each of {n_channels} channels, not {shown(mean)} "
+                f"channel_mean and channel_std must be one number for each of {n_channels} channels, not {shown(mean)} "
                 f"and {shown(std)}."
             )
         if not all(map(math.isfinite, (*numbers[0], *numbers[1]))) or not all(one > 0 for one in numbers[1]):
             raise ConfigError(
-                f"channel_mean and channel_std are finite numbers, all of channel_std above 0, not {shown(mean)} and "
+                f"channel_mean and channel_std must be finite numbers, and channel_std above 0, not {shown(mean)} and "
                 f"{shown(std)}. A channel that never changes has a channel_std of 1."
             )
-        # which a model's dtype does not round: half precision would move a channel far from 0
+        # a model's dtype must not round them: half precision would shift a channel far from 0
         keep_constant(self, mean=torch.tensor(numbers[0]), std=torch.tensor(numbers[1]))
 
     @property

@@ -1,4 +1,4 @@
-"""Metrics: what a run measures beside its loss."""
+"""Metrics: what a run measures besides its loss."""
 
 from mambaseq.metrics.base import Metric
 

@@ -1,4 +1,4 @@
-"""What a metric is to a task: a torchmetrics metric that is updated with a model's output and its batch."""
+"""The base of metrics: a torchmetrics metric that is updated with a model's output and its batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from mambaseq.models import ModelOutput
 class Metric(torchmetrics.Metric, abc.ABC):
     """Accumulates over batches, and over processes.
 
-    needs_logits: the model must return logits for it. scalar: False for what is saved as a table instead of logged.
-    higher_is_better: for choosing the best checkpoint.
-    per_token: whether it needs a target for each position (True) or for each sequence (False); None: either.
+    needs_logits: the model must return logits for it. scalar: False for a table, which is saved instead of logged.
+    higher_is_better: decides which checkpoint is the best.
+    per_token: whether it needs a target for each position (True) or for each sequence (False);
+        None: either.
     measures: "labels" (one of several classes), "multilabels" (any of several labels) or "values", as `Batch.kind`;
-        None: any of them. By these two what does not fit is refused in time.
+        None: any of them. These two let a run refuse a metric that does not fit before its first step.
     """
 
     full_state_update = False

@@ -1,4 +1,4 @@
-"""Metrics of labels, all read off one confusion matrix."""
+"""Metrics of labels, all computed from one confusion matrix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mambaseq.models import ModelOutput
 
 
 class Confusion(Metric):
-    """Confusion matrix `(n_classes, n_classes)`: rows are true classes, columns predicted ones. Labels are those of
-    sequences or of positions; those that are -100 do not count."""
+    """Confusion matrix `(n_classes, n_classes)`: rows are true classes, columns predicted ones. Labels belong to
+    sequences or positions; -100 does not count."""
 
     scalar = False
     measures: ClassVar[Kind | None] = "labels"
@@ -38,8 +38,8 @@ class Confusion(Metric):
         n = len(self.class_names)
         if output.logits.shape[-1] != n:
             raise ConfigError(
-                f"{type(self).__name__} counts the {n} classes of the data, and the head tells "
-                f"{output.logits.shape[-1]} apart. Choose a head of the data's classes, or remove the metric."
+                f"{type(self).__name__} counts the {n} classes of the data, but the head has "
+                f"{output.logits.shape[-1]}. Choose a head with the data's classes, or remove the metric."
             )
         known = batch.targets.flatten() != -100
         logits, targets = output.logits.flatten(0, -2)[known], batch.targets.flatten()[known]
@@ -50,7 +50,7 @@ class Confusion(Metric):
 
 
 class Accuracy(Confusion):
-    """Share of the labels (of sequences, or of positions) that are ranked first."""
+    """Share of the labels (of sequences or positions) that are ranked first."""
 
     scalar = True
     higher_is_better = True
@@ -60,7 +60,7 @@ class Accuracy(Confusion):
 
 
 class MacroF1(Confusion):
-    """Unweighted mean of the classes' F1; a class that is neither present nor predicted counts 0."""
+    """Unweighted mean of the classes' F1; a class that is neither present nor predicted counts as 0."""
 
     scalar = True
     higher_is_better = True

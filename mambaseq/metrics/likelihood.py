@@ -1,4 +1,4 @@
-"""How well a model predicts: from the mean loss alone, so that logits need not exist."""
+"""How well a model predicts, from the mean loss alone: logits are not needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mambaseq.models import ModelOutput
 
 
 class _Likelihood(Metric):
-    """Sums negative log likelihoods (nats) and what they are divided by, in float64."""
+    """Sums negative log likelihoods (nats) and their counts, in float64."""
 
     needs_logits = False
     higher_is_better = False
@@ -43,17 +43,17 @@ class _Likelihood(Metric):
 
 
 class MeanLoss(_Likelihood):
-    """Mean loss of a target, whatever the head's loss is: NaN where there is no target, which `empty` tells from a loss
-    that is NaN itself.
+    """Mean loss of a target, for any head. NaN if there is no target, which `empty` distinguishes from a loss that is
+    NaN.
 
-    empty: whether what was computed last had no target, in any process.
+    empty: whether the last result had no target in any process.
     """
 
     measures: ClassVar[Kind | None] = None
     empty = False
 
     def compute(self) -> Tensor:
-        self.empty = not bool(self.units > 0)  # in here they are those of all processes
+        self.empty = not bool(self.units > 0)  # here they are sums over all processes
         return self._mean()
 
 
@@ -65,7 +65,7 @@ class BitsPerToken(_Likelihood):
 
 
 class BitsPerByte(_Likelihood):
-    """Negative log2 likelihood for each byte of the raw data (`Batch.n_units`, or the targets where None)."""
+    """Negative log2 likelihood per byte of the raw data (`Batch.n_units`, or the targets if None)."""
 
     def _units(self, batch: Batch, n_targets: Tensor) -> Tensor:
         return n_targets if batch.n_units is None else batch.n_units.sum()

@@ -1,4 +1,4 @@
-"""Metrics of several labels of which any may hold, of sequences or of positions; -100 is no label."""
+"""Metrics of several labels, any of which may apply, for sequences or positions; -100 does not count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mambaseq.models import ModelOutput
 
 
 class _Multilabel(Metric):
-    """Checks that there are as many labels as the data names."""
+    """Checks that there are as many labels as the data name."""
 
     measures: ClassVar[Kind | None] = "multilabels"
     higher_is_better = True
@@ -35,16 +35,16 @@ class _Multilabel(Metric):
         n = len(self.class_names)
         if output.logits.shape[-1] != n or batch.targets.shape[-1] != n:
             raise ConfigError(
-                f"{type(self).__name__} counts the {n} labels that the data names; the head tells "
-                f"{output.logits.shape[-1]} and the targets are {batch.targets.shape[-1]}. Choose a head of the data's "
-                f"labels, or remove the metric."
+                f"{type(self).__name__} counts the {n} labels that the data name, but the head has "
+                f"{output.logits.shape[-1]} and the targets {batch.targets.shape[-1]}. Choose a head with the data's "
+                "labels, or remove the metric."
             )
         return output.logits.flatten(0, -2), batch.targets.flatten(0, -2)
 
 
 class AUROC(_Multilabel):
-    """Area under the ROC curve of each label, exactly, and the mean over the labels that hold somewhere and do not
-    somewhere else; NaN where there is none. Scores are kept until the end of the set: 5 bytes a label of each row."""
+    """Exact area under the ROC curve of each label, and the mean over the labels that have both positive and negative
+    rows; NaN if none has. Scores are kept until the end of the set: 5 bytes for each row and label."""
 
     logits: list[Tensor]
     labels: list[Tensor]
@@ -65,21 +65,21 @@ class AUROC(_Multilabel):
         for score, label in zip(logits.unbind(1), labels.unbind(1), strict=True):
             known = label >= 0
             if label[known].unique().numel() == 2:
-                # torchmetrics would take a sigmoid, in which large scores are all 1: ranks have the same area
+                # torchmetrics would apply a sigmoid, which makes all large scores 1; ranks have the same area
                 ranks = score[known].unique(return_inverse=True)[1]
                 found.append(binary_auroc(ranks.double() / ranks.max().clamp(min=1), label[known].long()))
         return torch.stack(found).double().mean() if found else torch.full((), torch.nan, dtype=torch.float64)
 
 
 class MultilabelF1(_Multilabel):
-    """F1 of each label, which is said to hold where its probability is above 1/2, and the mean over labels; one that
-    neither holds nor is said to counts 0."""
+    """F1 of each label, predicted where its probability is above 1/2, and the mean over labels; a label that neither
+    applies nor is predicted counts as 0."""
 
     counts: Tensor
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         super().__init__(class_names)
-        # true positives, and labels that hold or are said to, each counted once
+        # true positives; labels that apply plus labels that are predicted
         self.add_state("counts", torch.zeros(2, len(self.class_names), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: ModelOutput, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of real values, of sequences or of positions; what is not known (NaN) is left out."""
+"""Metrics of real values, for sequences or positions; unknown ones (NaN) are left out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mambaseq.models import ModelOutput
 
 
 def values_of(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the model says and what is right, `(..., outputs)` float64 both, NaN where that is not known.
+    """Predicted and true values, both `(..., outputs)` float64; NaN where the true one is unknown.
 
-    Raises ConfigError where they are not as many."""
+    Raises ConfigError if their numbers differ."""
     values, targets = output.values, batch.targets
     assert values is not None
     assert targets is not None
@@ -27,14 +27,14 @@ def values_of(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         targets = targets[..., None]
     if values.shape != targets.shape:
         raise ConfigError(
-            f"The data give values {tuple(targets.shape)}, and the head {tuple(values.shape)}. Set the head's number "
-            f"of outputs to that of the data, or remove the metric."
+            f"The data give values {tuple(targets.shape)}, but the head {tuple(values.shape)}. Set the head's number "
+            "of outputs to that of the data, or remove the metric."
         )
     return values.double(), targets.double()
 
 
 class _Errors(Metric):
-    """Sums something of each value that is known, in float64."""
+    """Sums an error of each known value, in float64."""
 
     measures: ClassVar[Kind | None] = "values"
     higher_is_better = False
@@ -77,8 +77,8 @@ class RMSE(_Errors):
 
 
 class CRPS(_Errors):
-    """Mean continuous ranked probability score: of a head that tells a distribution by it (see
-    `heads/distributions.py`), of another one the mean absolute error, which is the same of a value alone."""
+    """Mean continuous ranked probability score of a head with a distribution (see `heads/distributions.py`); for other
+    heads the mean absolute error, which is the same for a single value."""
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         self._told = output.distribution
@@ -89,8 +89,8 @@ class CRPS(_Errors):
 
 
 class Correlation(Metric):
-    """Pearson's r of each output over the values that are known, and the mean over outputs. Those of which fewer than
-    two values are known, or that are constant, are left out; NaN where all are."""
+    """Pearson's r of each output over the known values, and the mean over outputs. Outputs with fewer than two known
+    values, or constant ones, are left out; NaN if all are."""
 
     measures: ClassVar[Kind | None] = "values"
     higher_is_better = True
@@ -98,8 +98,8 @@ class Correlation(Metric):
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         super().__init__(class_names)
-        # (parts, outputs, 6): count, means, sums of squared deviations and of their products; a part a batch, so that
-        # nothing large is subtracted from another: merged by Chan's formula
+        # (parts, outputs, 6): count, means, sums of squared deviations and of their products. One part for each batch,
+        # merged by Chan's formula, so that no large numbers are subtracted
         self.add_state("moments", torch.zeros(0, 0, 6, dtype=torch.float64), dist_reduce_fx=None)
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
@@ -120,7 +120,7 @@ class Correlation(Metric):
         for part in parts[1:]:
             whole = _merged(whole, part)
         count, _, _, xx, yy, xy = whole.unbind(-1)
-        # a constant has no r, and of numbers that are rounded there is none that is exactly constant
+        # a constant has no r; rounding makes constants not exactly constant
         tiny = torch.finfo(torch.float32).eps ** 2
         scale = count * (1 + whole[..., 1:3].square().amax(-1))
         good = (count > 1) & (xx > tiny * scale) & (yy > tiny * scale)

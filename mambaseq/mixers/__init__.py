@@ -1,4 +1,4 @@
-"""Mixers: what mixes positions, with a state."""
+"""Mixers: layers that mix positions, with a state."""
 
 from mambaseq.mixers.base import Mixer, State
 

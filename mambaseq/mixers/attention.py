@@ -66,10 +66,10 @@ class Attention(Mixer):
             even divisor of d_model up to 64.
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None for n_heads.
         head_dim: width of a head; None for d_model / n_heads.
-        rope: rotary position embedding of queries and keys. Without it nothing tells the order of the past.
+        rope: rotary position embedding of queries and keys. Without it the order of the past is not visible.
         rope_theta: base of its wavelengths, the longest of which is near 2 pi rope_theta positions.
         qk_norm: an RMSNorm of each query and key before they are turned (arXiv:2302.05442, section 2).
-        window: positions that a position sees, itself included; None for all of the past. The state keeps all anyway.
+        window: positions that a position sees, including itself; None for all of the past. The state keeps all of them.
         bias: biases of the projections.
     """
 
@@ -99,12 +99,12 @@ class Attention(Mixer):
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
-                f"attention: n_heads must be a multiple of n_kv_heads, and {self.n_heads} is none of "
+                f"attention: n_heads must be a multiple of n_kv_heads, but {self.n_heads} is not a multiple of "
                 f"{self.n_kv_heads}; take a divisor of {self.n_heads}."
             )
         if rope and self.head_dim % 2:
             raise ConfigError(
-                f"attention: rope turns pairs of features and head_dim is odd, {self.head_dim}; set n_heads or "
+                f"attention: rope rotates pairs of features, but head_dim {self.head_dim} is odd; set n_heads or "
                 "head_dim so that head_dim is even, or rope: false."
             )
         self.rope, self.rope_theta, self.window = rope, rope_theta, window
@@ -154,7 +154,7 @@ class Attention(Mixer):
         return q, k, v
 
     def _from_nothing(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cu_seqlens: Tensor | None) -> Tensor:
-        """Attention of `(batch, length, heads, head_dim)` where no history is."""
+        """Attention of `(batch, length, heads, head_dim)` without a history."""
         k, v = self._repeated(k), self._repeated(v)
         batch, length = q.shape[:2]
         windowed = self.window is not None and self.window < length
@@ -174,8 +174,8 @@ class Attention(Mixer):
         return gathered(self._local(q, k, v) if windowed else _attention(q, k, v), places, places.offset)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Blocks as long as the window, each of which sees itself and the one before. Blocks take the place of the
-        batch, and the batch joins the heads, so that one mask `(blocks, 1, window, 2 window)` does."""
+        """Blocks as long as the window, each of which sees itself and the previous one. Blocks take the place of the
+        batch, and the batch joins the heads, so that one mask `(blocks, 1, window, 2 window)` is enough."""
         assert self.window is not None
         window, (batch, length, heads, _) = self.window, q.shape
         n = -(-length // window)
@@ -193,7 +193,7 @@ class Attention(Mixer):
         return y.unflatten(2, (batch, heads)).permute(2, 0, 1, 3, 4).flatten(1, 2)[:, :length]
 
     def _look_back(self, q: Tensor, cache: KVCache, old: KVCache, places: Places, cu_seqlens: Tensor | None) -> Tensor:
-        """Attention of new positions over a cache that they are in already."""
+        """Attention of new positions over a cache that already contains them."""
         n = longest_new(q, cu_seqlens)
         if cu_seqlens is not None:
             q = written(None, q, places, places.offset, n)
@@ -220,7 +220,7 @@ class Attention(Mixer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KVCache:
-        """See `Mixer.init_state`; with room for max_length positions, at first for none if it is None."""
+        """See `Mixer.init_state`; with room for max_length positions; none at first if it is None."""
         weight = self.in_proj.weight
         device = weight.device if device is None else device
         shape = (batch_size, max_length or 0, self.n_kv_heads, self.head_dim)
@@ -229,7 +229,7 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def step_(self, x: Tensor, state: KVCache) -> Tensor:
-        """See `Mixer.step_`. Where there is room, nothing is allocated for the state and no GPU waited for."""
+        """See `Mixer.step_`. If there is room, nothing is allocated for the state, and nothing waits for a GPU."""
         self._check(state, x)
         state.make_room_()
         q, k, v = self._project(x, state.length[:, None])  # (batch, 1, heads, head_dim)
@@ -237,7 +237,7 @@ class Attention(Mixer):
         state.k.index_put_(at, k[:, 0].to(state.k.dtype))
         state.v.index_put_(at, v[:, 0].to(state.v.dtype))
         state.longest += 1
-        # a step that is captured in a CUDA graph must read what later ones will need
+        # a step captured in a CUDA graph must read what later steps will need
         n = state.capacity if x.is_cuda else state.longest
         keys, values = state.k[:, :n].to(q.dtype), state.v[:, :n].to(q.dtype)
         # heads that share keys are queries of one head
@@ -248,7 +248,7 @@ class Attention(Mixer):
 
 
 def _heads(d_model: int, n_heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """n_heads and head_dim, the ones that are None chosen."""
+    """n_heads and head_dim, with defaults for None."""
     if n_heads is None and head_dim is None:
         even = [n for n in range(2, _WIDEST_DEFAULT_HEAD + 1, 2) if d_model % n == 0]
         head_dim = even[-1] if even else d_model
@@ -269,7 +269,7 @@ def _heads(d_model: int, n_heads: int | None, head_dim: int | None) -> tuple[int
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """q, k, v and the result `(batch, length, heads, head_dim)`; causal without a mask of what is seen."""
+    """q, k, v and the result `(batch, length, heads, head_dim)`; causal if no mask is given."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, length, head_dim)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
 
@@ -283,7 +283,7 @@ def _can_run_flash(q: Tensor) -> bool:
 
 
 def _extended(old: KVCache | None, k: Tensor, v: Tensor, places: Places, new: int) -> KVCache:
-    """A cache with these positions added: `new` to a sequence at the most."""
+    """A cache with these positions added, at most `new` to each sequence."""
     longest = new if old is None else old.longest + new
     return KVCache(
         places.new if old is None else old.length + places.new,

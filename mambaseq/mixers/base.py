@@ -17,11 +17,11 @@ from mambaseq.trees import register_tree
 
 @dataclasses.dataclass
 class State:
-    """What a mixer remembers of the past: a value of tensors whose first dimension is the sequence.
+    """What a mixer remembers of the past: a plain value of tensors whose first dimension is the sequence.
 
-    Saved, copied, forked and resumed like any value; `forward` never changes the one that it was given. A field that
-    is no tensor (a bound on lengths, say) holds for all sequences alike and is handed on as it is. To `torch.export`
-    it is a container of its tensors (see `register_tree`).
+    It is saved, copied, forked and resumed like any value; `forward` never changes the given one. A field that is not a
+    tensor (such as a bound on lengths) applies to all sequences and is passed on unchanged. To `torch.export` it is a
+    container of its tensors (see `register_tree`).
     """
 
     def __init_subclass__(cls) -> None:
@@ -29,7 +29,7 @@ class State:
         register_tree(cls)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A state whose every tensor is `function(tensor)`."""
+        """A state with `function` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return type(self)(**{n: function(value) if isinstance(value, Tensor) else value for n, value in values.items()})
 
@@ -38,11 +38,11 @@ class State:
         return self.map(torch.Tensor.clone)
 
     def detach(self) -> Self:
-        """The same values, cut off from the graph of what made them: for truncated backpropagation through time."""
+        """The same values, detached from their graph: for truncated backpropagation through time."""
         return self.map(torch.Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move to a device. The dtype stays: what accumulates must stay in fp32."""
+        """Move to a device. The dtype stays, because accumulators must be fp32."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def select(self, sequences: Tensor) -> Self:
@@ -58,10 +58,10 @@ class State:
 class Mixer(nn.Module, abc.ABC):
     """Mixes along the sequence.
 
-    causal: position t sees nothing after t. bounded_state: the state's size does not grow with the history.
-    The laws that a mixer is tested under follow from these two.
-    companion: the name of the mixer that follows it in a stack unless the stack is told otherwise ("mlp" for those
-        whose published block has a channel MLP). position_wise: position t sees t alone.
+    causal: position t sees nothing after t. bounded_state: the state's size does not grow with the history. These two
+        decide which laws a mixer is tested under.
+    companion: the name of the mixer that follows it in a stack by default ("mlp" for those whose published block has a
+        channel MLP). position_wise: position t sees t alone.
     """
 
     causal: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class Mixer(nn.Module, abc.ABC):
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """x `(batch, 1, d_model)` to y of the same shape; changes `state` in place. For decode loops.
 
-        Wrong states are refused here too: kernels would write past the end of what is smaller.
+        Wrong states are refused here too, because kernels would write past the end of smaller tensors.
         """
         y, new = self.forward(x, state=state, return_state=True)
         for name, tensor in state.tensors().items():
@@ -107,7 +107,7 @@ class Mixer(nn.Module, abc.ABC):
 
 
 def check_backend(mixer: str, op: str, backend: str | None) -> None:
-    """Raise ConfigError where the op has no backend of this name; None is any."""
+    """Raise ConfigError if the op has no backend of this name; None allows any."""
     known = [candidate.name for candidate in OPS[op].backends]
     if backend is not None and backend not in known:
         raise ConfigError(
@@ -116,7 +116,7 @@ def check_backend(mixer: str, op: str, backend: str | None) -> None:
 
 
 def check_state(name: str, state: Any, kind: type[State], device: torch.device, **shapes: tuple[int, ...]) -> None:
-    """Raise ValueError when a given state is not of this kind, these shapes and this device."""
+    """Raise ValueError if a given state has another kind, other shapes or another device."""
     if type(state) is not kind:
         raise ValueError(f"{name}: the state is a {type(state).__name__}; a {kind.__name__} is needed.")
     for key, shape in shapes.items():

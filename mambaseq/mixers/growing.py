@@ -1,7 +1,7 @@
-"""States that grow: rows of the past, one a position, kept for mixers that look back at all of it.
+"""States that grow: one row for each past position, for mixers that look back at all of them.
 
-The tensors have room to spare (their capacity), and a bound on the lengths is kept on the host, so that a step that
-finds room neither waits for a GPU nor allocates.
+The tensors have spare room (their capacity), and the host keeps a bound on the lengths, so a step with room left
+neither waits for a GPU nor allocates.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _FIRST_ROOM = 16
 @dataclasses.dataclass
 class GrowingState(State):
     """length `(sequences,)` int64: positions that each sequence has seen. longest: a number on the host that no length
-    exceeds. The tensors named in `rows` are `(sequences, capacity, ...)`; behind a sequence's length they are finite
-    and mean nothing.
+    exceeds. The tensors named in `rows` are `(sequences, capacity, ...)`; past a sequence's length they hold finite,
+    meaningless values.
 
-    Whoever replays steps from a CUDA graph makes room first (`reserve_`), and adds to `longest` what was replayed.
+    Code that replays steps from a CUDA graph must make room first (`reserve_`), and add the replayed steps to
+    `longest`.
     """
 
     rows: ClassVar[tuple[str, ...]]
@@ -35,11 +36,11 @@ class GrowingState(State):
 
     @property
     def capacity(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions that there is room for."""
         return getattr(self, self.rows[0]).shape[1]
 
     def reserve_(self, length: int) -> None:
-        """Make room for this many positions; replaces the tensors where there is too little."""
+        """Make room for this many positions; replaces the tensors if they are too small."""
         for name in self.rows:
             tensor = getattr(self, name)
             if tensor.shape[1] < length:
@@ -47,16 +48,16 @@ class GrowingState(State):
                 setattr(self, name, torch.cat([tensor, room], 1))  # (sequences, length, ...)
 
     def make_room_(self) -> None:
-        """Room for one position more; doubles the capacity where it is used up."""
+        """Make room for one more position; doubles the capacity if it is used up."""
         if self.longest >= self.capacity:
             self.reserve_(max(2 * self.capacity, _FIRST_ROOM))
 
 
 class Places(NamedTuple):
-    """Where the rows of one call `(batch, length)` stand, as indices that broadcast to that.
+    """The places of the rows of one call `(batch, length)`, as indices that broadcast to that.
 
     sequence: which sequence; offset: which position of this call; position: which position since the sequence began.
-    n_sequences; new `(n_sequences,)` int64: positions that this call adds to each.
+        n_sequences; new `(n_sequences,)` int64: positions that this call adds to each.
     """
 
     sequence: Tensor
@@ -67,7 +68,7 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, state: GrowingState | None, cu_seqlens: Tensor | None) -> Places:
-        """The places of x `(batch, length, ...)`, which goes on from the state's lengths."""
+        """The places of x `(batch, length, ...)`, which continues from the state's lengths."""
         batch, length = x.shape[:2]
         offset = torch.arange(length, device=x.device)[None]  # (1, length)
         if cu_seqlens is None:
@@ -84,8 +85,8 @@ class Places(NamedTuple):
 
 
 def longest_new(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The length of the longest sequence in x `(batch, length, ...)`. Of packed ones it is read on the host, for which
-    a GPU waits; in a graph being compiled it is the length of the row, which bounds it."""
+    """The length of the longest sequence in x `(batch, length, ...)`. For packed sequences it is read on the host,
+    which waits for the GPU; in a graph being compiled it is the row's length, an upper bound."""
     length = x.shape[1]
     if cu_seqlens is None or torch.compiler.is_compiling():
         return length
@@ -94,7 +95,7 @@ def longest_new(x: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def written(old: Tensor | None, rows: Tensor, places: Places, at: Tensor, capacity: int) -> Tensor:
-    """A copy of old `(sequences, n, ...)`, of this capacity or its own if that is larger, with the rows of a call
+    """A copy of old `(sequences, n, ...)`, with this capacity or its own if larger, and with the rows of a call
     `(batch, length, ...)` at the positions `at` of their sequences. Without an old one this pads packed rows."""
     if old is None:
         old = rows.new_zeros(places.n_sequences, 0, *rows.shape[2:])

@@ -1,4 +1,4 @@
-"""The position-wise layer of a Transformer, which stands between mixers that mix along time.
+"""The position-wise layer of a Transformer, used between mixers along time.
 
 SwiGLU: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 6, as in LLaMA (arXiv:2302.13971).
 """
@@ -27,8 +27,8 @@ class MLP(Mixer):
 
     Args:
         d_model: width of the residual stream.
-        hidden: width inside; None for as many weights as a GELU layer four times as wide as d_model has: 4 d_model for
-            gelu, 8/3 d_model rounded up to a multiple of 8 for swiglu.
+        hidden: inner width. None gives as many weights as a GELU layer of width 4 d_model: 4 d_model for gelu, 8/3
+            d_model rounded up to a multiple of 8 for swiglu.
         activation: swiglu or gelu.
         bias: biases of both linear maps.
     """

@@ -13,11 +13,10 @@ from mambaseq.ops import add_rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last dimension (arXiv:1910.07467), computed in fp32 whatever comes in.
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467), computed in fp32 for any input dtype.
 
-    The residual stream that comes in is fp32, what the mixer gets is not: the output has the weight's dtype, or
-    autocast's where it is on for the device. The linear map that follows would cast it to that anyway, at the cost of
-    reading and writing it once more.
+    The input, the residual stream, is fp32. The output has the weight's dtype, or autocast's if it is on for the
+    device: the next linear map would cast it to that anyway, and read and write it once more.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
@@ -31,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
         assert stream is not None
         kind, weight = stream.device.type, self.weight
         out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        if kind != "cuda":  # decoding on CPU calls this often: no detours
+        if kind != "cuda":  # called often in decoding on a CPU, so without overhead
             total = stream.float()
             if residual is not None and x is not None:
                 total = total + x.float()

@@ -17,7 +17,7 @@ from mambaseq.ops import causal_conv, sequences, wkv
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.wkv import empty_state, wkv_update_
 
-# How far up the stack the layer is, from 0 to 1: the published initialisation depends on it, and a mixer does not know.
+# The layer's place in the stack, from 0 to 1: the published initialisation depends on it, but a mixer does not know it.
 _DEPTH = 0.5
 
 

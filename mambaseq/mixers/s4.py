@@ -146,8 +146,8 @@ class S4(LTILayer):
         n_ssm: how many A and B there are; each is shared by d_model / n_ssm channels, whose dt and C are their own.
         dt_min: smallest initial step size; they are spread log-uniformly from it to dt_max.
         dt_max: largest initial step size.
-        mode: "blocks", the recurrence over blocks of time; "fft", as published a convolution with a kernel from the
-            generating function, except for packed sequences and states: the slower, by far where sequences are long.
+        mode: "blocks", the recurrence over blocks of time; "fft", as published, a convolution with a kernel from the
+            generating function, except for packed sequences and states. "fft" is slower, by far for long sequences.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at."""
+"""Reports: what a run leaves for people to look at."""
 
 from __future__ import annotations
 

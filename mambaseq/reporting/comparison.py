@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their settings, how good, how fast and how large they are, and their curves."""
+"""Runs side by side: settings that differ, metrics, speed, size and curves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NUMBERS = ("steps", "exported_step", "parameters", "train_tokens", "train_second
 
 
 class Runs(NamedTuple):
-    """folders: of the runs, a row each. columns: `run`, settings that differ, metrics and numbers. rows: cells, ""
-    where a run has none. bad: runs that cannot be read, with why."""
+    """folders: of the runs, one for each row. columns: `run`, settings that differ, metrics and numbers. rows: cells;
+    "" if a run has none. bad: messages about runs that cannot be read."""
 
     folders: list[RunFolder]
     columns: list[str]
@@ -31,13 +31,13 @@ class Runs(NamedTuple):
 
 
 def find_runs(folders: Sequence[Path]) -> Iterator[RunFolder]:
-    """Runs at and below these folders, in the order of their names; links are not followed.
+    """Runs at and below these folders, sorted by name; links are not followed.
 
-    Raises UserError for a folder that is not there.
+    Raises UserError for a folder that does not exist.
     """
     for top in folders:
         if not top.is_dir():
-            raise UserError(f"{top} is no folder. Give one that runs are in.")
+            raise UserError(f"{top} is not a folder. Give one with runs in it.")
         for path, below, names in os.walk(top):
             below.sort()
             if "config.yaml" in names and (Path(path) / "model").is_dir():
@@ -46,7 +46,7 @@ def find_runs(folders: Sequence[Path]) -> Iterator[RunFolder]:
 
 
 def compare(folders: Sequence[Path]) -> Runs:
-    """Runs below folders, side by side. Raises UserError when there is none."""
+    """Runs below folders, side by side. Raises UserError if there are none."""
     found: list[tuple[RunFolder, dict[str, Any], dict[str, Any]]] = []
     bad: list[str] = []
     for run in find_runs(folders):
@@ -55,7 +55,7 @@ def compare(folders: Sequence[Path]) -> Runs:
         except UserError as error:
             bad.append(str(error))
     if not found:
-        raise UserError(f"No run is in {cut_list(folders)}. Give a folder that `mambaseq fit` wrote runs to.")
+        raise UserError(f"There is no run in {cut_list(folders)}. Give a folder that `mambaseq fit` wrote runs to.")
     keys = sorted({key for _, settings, _ in found for key in settings})
     differing = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in found}) > 1]
     metrics = sorted({key for _, _, results in found for key, value in results.items() if _is_metric(key, value)})
@@ -82,9 +82,9 @@ def _cell(value: Any) -> Any:
 
 
 def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
-    """The runs by a column, or by the end of its name; those without a value last.
+    """The runs sorted by a column, or by the end of its name; runs without a value come last.
 
-    Raises ConfigError for a name that is no column's, or several columns'.
+    Raises ConfigError for a name that fits no column, or several.
     """
     names = [name for name in runs.columns if name == column] or [
         name for name in runs.columns if name.endswith((f".{column}", f"/{column}"))
@@ -106,7 +106,7 @@ def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
 
 
 def write_csv(runs: Runs, path: Path) -> None:
-    """Write the table; text that a spreadsheet would run is written with an apostrophe before it."""
+    """Write the table; text that a spreadsheet would run gets an apostrophe before it."""
     with atomic_file(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(map(safe_cell, runs.columns))
@@ -114,10 +114,10 @@ def write_csv(runs: Runs, path: Path) -> None:
 
 
 def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
-    """A logged metric of all runs over steps, and over tokens and seconds of training as they were logged; and messages
-    about runs that did not log those, which are drawn over steps alone.
+    """A picture of a logged metric of all runs over steps, and over logged tokens and seconds of training; and messages
+    about runs that did not log those, which are drawn over steps only.
 
-    Raises UserError where none of them logged the metric.
+    Raises UserError if none of them logged the metric.
     """
     figure = Figure(figsize=(13, 3.6))
     panels = figure.subplots(1, 3, sharey=True)

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, and what is read from it.
+"""A run's folder: where things are, and reading them.
 
 config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
 logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png
@@ -35,11 +35,11 @@ _OURS = (
     "report.html",
 )
 _WAIT = 2.0  # seconds that another process may need to write its results
-_WAIT_FOR_THE_DEAD = 20.0  # loader processes notice within seconds that their run was killed, and may hold its lock
+_WAIT_FOR_THE_DEAD = 20.0  # loader processes notice a killed run only after seconds, and may hold its lock
 
 
 def rank() -> int:
-    """The number of this process among those of a run, before Lightning knows it."""
+    """The rank of this process in a run, before Lightning knows it."""
     for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
         if (text := os.environ.get(variable, "")).isdecimal():
             return int(text)
@@ -47,13 +47,13 @@ def rank() -> int:
 
 
 def default_folder(config: str) -> Path:
-    """Where a run goes that is given no folder: `dna/demo` → `runs/dna-demo`."""
+    """The default folder of a run: `dna/demo` → `runs/dna-demo`."""
     return Path("runs") / config.replace("/", "-").removesuffix(".yaml")
 
 
 class Point(NamedTuple):
-    """A logged number after an optimizer step (0 the first), and the tokens and seconds that the run had trained by
-    then; None where a run of an earlier version did not log those."""
+    """A logged number after an optimizer step (0 is the first), and the tokens and seconds trained until then; None if
+    an earlier version did not log those."""
 
     step: int
     value: float
@@ -83,11 +83,11 @@ class RunFolder:
         self._lock, self._holder = self.path / ".lock", self.path / ".holder"
 
     def check_place(self, *, begins: bool) -> None:
-        """Raise UserError when no run can be begun or gone on with here: a name that is none, a file, a folder that may
-        not be written to, or, for one that begins, where a run's names are taken by what is not a run's."""
+        """Raise UserError if no run can start or resume here: an invalid name, a file, a folder without write
+        permission, or, for a new run, a folder where other files have a run's names."""
         if "\0" in str(self.path):
             raise UserError(
-                f"{shown(self.path, 300)} is no folder: a name has no NUL character in it. Choose another --out."
+                f"{shown(self.path, 300)} is not a folder: its name contains a NUL character. Choose another --out."
             )
         try:
             self.path.lstat()
@@ -104,16 +104,16 @@ class RunFolder:
         taken = [name for name in _OURS if os.path.lexists(self.path / name)]
         if begins and taken and not self._lock.exists() and not (self.config.is_file() and self.last.is_file()):
             raise UserError(
-                f"{self.path} holds {', '.join(taken)}, and no run: what a run writes would take its place. Choose "
-                f"another --out, or move it away."
+                f"{self.path} holds {', '.join(taken)} but no run: a run would overwrite it. Choose another --out, or "
+                "move it away."
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process: what is written in the block is written by no other. The kernel gives it back
-        when the process dies. The other processes of a distributed run need not ask.
+        """Lock the run for this process: no other process writes during the block. The kernel releases the lock if the
+        process dies. Other processes of a distributed run need no lock.
 
-        Raises UserError with the process that holds it, or when the folder cannot be written to.
+        Raises UserError that names the process with the lock, or if the folder cannot be written to.
         """
         import filelock
 
@@ -133,8 +133,8 @@ class RunFolder:
                     dead = host == platform.node() and pid.isdecimal() and not _lives(int(pid))
                     if time.monotonic() > (last if dead else deadline):
                         raise RunInUse(
-                            f"{self.path} is in use: process {pid or '?'} on {host or '?'} trains there. Wait for its "
-                            f"end, stop it, or choose another --out."
+                            f"{self.path} is in use: process {pid or '?'} on {host or '?'} trains there. Wait until it "
+                            "ends, stop it, or choose another --out."
                         ) from None
         except OSError as error:
             told = write_failed(self._lock, error)
@@ -157,7 +157,7 @@ class RunFolder:
         return pid[:20], host[:80]
 
     def remove(self) -> None:
-        """Remove a run, and nothing else that lies in its folder. Raises UserError when there is no run."""
+        """Remove a run, and nothing else in its folder. Raises UserError if there is no run."""
         self.require()
         self.check_place(begins=True)
         for name in (*_OURS, self._lock.name, self._holder.name):
@@ -168,7 +168,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def require(self) -> RunFolder:
-        """Raise UserError unless a run was begun here."""
+        """Raise UserError unless there is a run here."""
         if "\0" in str(self.path) or not os.path.isfile(self.config):  # noqa: PTH113 - Path's raises for some names
             raise UserError(
                 f"There is no run at {self.path}: config.yaml is missing. Give the folder that `mambaseq fit` made."
@@ -176,19 +176,19 @@ class RunFolder:
         return self
 
     def next_version(self) -> int:
-        """Number of the next metrics file: a resumed run goes on in one of its own, so that none is lost."""
+        """Number of the next metrics file: a resumed run writes to a new one, so that none is lost."""
         return sum(1 for _ in self.logs.glob("version_*"))
 
     def read_results(self) -> dict[str, Any]:
-        """What results.json holds; nothing when there is none yet. Raises UserError when it is damaged."""
+        """The contents of results.json; {} if there is none yet. Raises UserError if it is damaged."""
         if not self.results.is_file():
             return {}
         return read_json(self.results, "Delete it; `mambaseq validate` and `mambaseq test` write their results again.")
 
     def update_results(self, remove: Iterable[str] = (), **values: Any) -> None:
-        """Merge values into results.json, and take out the keys `remove`. What is not finite becomes null.
+        """Merge values into results.json, and remove the keys `remove`. Numbers that are not finite become null.
 
-        Raises UserError when the file that is there is damaged.
+        Raises UserError if the existing file is damaged.
         """
         merged = {**self.read_results(), **values}
         merged = {key: value for key, value in merged.items() if key not in remove}
@@ -218,7 +218,7 @@ class RunFolder:
         return self.log().get(metric, [])
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of a logged metric over all starts of the run, a repeated step's last value."""
+        """(step, value) of a logged metric over all starts of the run. Of a repeated step, the last value counts."""
         return [(point.step, point.value) for point in self.points(metric)]
 
     def starts(self) -> list[Path]:
@@ -227,7 +227,7 @@ class RunFolder:
 
 
 def _number(text: str | None) -> float | None:
-    """A finite number; None for what is none."""
+    """A finite number; None for anything else."""
     try:
         number = float(text or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained HTML report: sections, tables, pictures and sounds embedded in the page."""
+"""Parts of a self-contained HTML report: sections, tables, pictures and sounds embedded in the page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Section:
-    """A titled piece of a report. summary: a line for the page's head. body: HTML. highlight: HTML of a picture that
-    stands in the page's head, above the summary."""
+    """A section of a report, with a title. summary: a line for the page's head. body: HTML. highlight: HTML of a
+    picture that stands in the page's head, above the summary."""
 
     title: str
     summary: str
@@ -32,7 +32,7 @@ class Section:
 
 
 Report = Callable[[Path], Section]
-"""What a domain registers under `reports`: the folder of a finished run to a section."""
+"""A function that a domain registers under `reports`: from the folder of a finished run to a section."""
 
 
 def table(

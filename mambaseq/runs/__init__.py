@@ -1,1 +1,2 @@
-"""What a run does: it is configured, trained, evaluated, applied, finished. `mambaseq.cli` only parses and prints."""
+"""What a run does: configuration, training, evaluation, prediction, generation. `mambaseq.cli` only parses and
+prints."""

@@ -1,4 +1,5 @@
-"""What comes out of a model, by its head and by what it was trained for: `Answer`s make rows of windows of records."""
+"""What a model's outputs mean, by its head and by what it was trained for: an `Answer` turns windows of records into
+rows."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ from mambaseq.heads.regression import RegressionHead
 from mambaseq.runs.tables import Value
 
 CHUNK = 8192
-"""Positions that are read at once where the state is handed on."""
+"""Positions read at once where the state is passed on."""
 
 _LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's would not fit
-_COLUMNS = 100  # classes that get a column of probabilities each, where there is a row a position
+_COLUMNS = 100  # classes that get a column of probabilities each, in tables with a row for each position
 
 
 class Row(NamedTuple):
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop) of a record that are read by themselves; with a note they are not read."""
+    """Tokens [start, stop) of a record that are read by themselves. One with a note is not read."""
 
     start: int
     stop: int
@@ -45,16 +46,16 @@ class Span(NamedTuple):
 
 
 class NotFinite(DataError):
-    """A prediction that is no finite number; begins with where."""
+    """A prediction that is not a finite number. Its message begins with where."""
 
 
 class Answer(abc.ABC):
-    """What is made of sequences.
+    """What a table says of sequences.
 
-    window: tokens that are read by themselves; None for whole records. columns: names of the values, known once there
-    was an output. least: tokens without which there is no answer. whole: there is one of all positions together.
-    gathered: tokens of windows that are gathered, so that those of one length are read together; what stands in memory
-        is bounded by it.
+    window: tokens that are read by themselves; None for whole records. columns: names of the values, known after the
+        first output. least: fewest tokens that give an answer. whole: one answer for all positions together.
+    gathered: windows are gathered up to this many tokens, so that those of one length are read together; this bounds
+        the memory.
     """
 
     columns: list[str]
@@ -72,7 +73,7 @@ class Answer(abc.ABC):
         self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
 
     def spans(self, record: Record) -> Iterator[Span]:
-        """Tiles of a record, in order; what is left at the end is a shorter one. All its tokens are in one."""
+        """Tiles of a record, in order; the last one may be shorter. Each token is in exactly one."""
         length = len(record)
         if length == 0:
             yield Span(0, 0, "empty")
@@ -82,7 +83,7 @@ class Answer(abc.ABC):
             yield Span(start, stop, self.too_short(stop - start) if stop - start < self.least else "")
 
     def too_short(self, length: int) -> str:
-        """The note of what is shorter than `least`."""
+        """The note for what is shorter than `least`."""
         return f"shorter than the {self.least} tokens that the model reads at once"
 
     def tensor(self, record: Record, start: int, stop: int) -> Tensor:
@@ -101,7 +102,7 @@ class Answer(abc.ABC):
         return None if None in found else torch.tensor(found, device=self.device)
 
     def long(self, span: Span) -> bool:
-        """Whether a span is read part by part."""
+        """Whether a span is read in parts."""
         return self.in_parts and not self.whole and span.stop - span.start > CHUNK
 
     @abc.abstractmethod
@@ -109,12 +110,12 @@ class Answer(abc.ABC):
         """The rows of spans of one length, read as a batch."""
 
     def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        """The rows of one that is `long`. Raises NotFinite."""
+        """The rows of a span that is `long`. Raises NotFinite."""
         raise NotImplementedError
 
 
 class Likelihood(Answer):
-    """Bits a token of whole records, or of windows each by itself: the first token of each is not predicted."""
+    """Bits a token of whole records, or of separate windows. The first token of each is not predicted."""
 
     least = 2
 
@@ -123,7 +124,7 @@ class Likelihood(Answer):
         self.columns = ["tokens", "bits_per_token"]
 
     def too_short(self, length: int) -> str:
-        return "one token, and nothing to predict behind it"
+        return "only one token, so there is nothing to predict"
 
     def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
         if record.scored is None:
@@ -144,7 +145,7 @@ class Likelihood(Answer):
         ]
 
     def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        """The states are passed on, so that memory does not grow with the record."""
+        """States are passed on, so memory does not grow with the record."""
         state, total, count = None, 0.0, 0
         for start in range(span.start, span.stop - 1, CHUNK):
             stop = min(start + CHUNK, span.stop - 1)
@@ -161,7 +162,7 @@ class Likelihood(Answer):
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Nats `(batch, length)` fp32, 0 where a label does not count."""
-        # a linear map can be taken in slices; another head may look at positions beside each other
+        # a linear map can be applied in slices; another head may look at neighbouring positions
         step = max(1, _LOGITS // len(hidden)) if isinstance(self.model.head, LMHead) else hidden.shape[1]
         parts = []
         for start in range(0, hidden.shape[1], step):
@@ -182,7 +183,7 @@ class Likelihood(Answer):
 
 
 class Tokens(Likelihood):
-    """Bits of each token, given what precedes it in its record or window."""
+    """Bits of each token, given those before it in its record or window."""
 
     gathered = 2**16
 
@@ -223,9 +224,9 @@ class Tokens(Likelihood):
 
 
 class PseudoLikelihood(Likelihood):
-    """Bits a token of windows by themselves, each token told from all others but those that are hidden with it: every
-    seventh token is hidden at once, so that a window is read seven times (after Salazar et al., arXiv:1910.14659, who
-    hide one at a time)."""
+    """Bits a token of separate windows, each token predicted from all others except those hidden with it. Every seventh
+    token is hidden at once, so a window is read seven times (after Salazar et al., arXiv:1910.14659, who hide one at a
+    time)."""
 
     least = 1
     _TIMES = 7
@@ -258,9 +259,9 @@ class PseudoLikelihood(Likelihood):
 
 
 class Sequences(Answer):
-    """A label and its probabilities, the probability of each label of which any may hold, or values, of each window.
+    """For each window: a label and the probabilities, the probability of each of several labels, or values.
 
-    classes: names of the labels; None for values. several: any of the labels may hold.
+    classes: names of the labels; None for values. several: any number of labels may apply.
     """
 
     whole = True
@@ -303,11 +304,11 @@ class Sequences(Answer):
 
 
 class Positions(Sequences):
-    """A label and its probabilities, the probability of each of several, or values, of each position or bin of
-    positions: of whole records where the model can read them part by part, else of windows by themselves."""
+    """For each position, or bin of positions: a label and the probabilities, the probability of each of several labels,
+    or values. Whole records are read where the model can read them in parts, otherwise separate windows."""
 
     whole = False
-    gathered = 2**14  # each of them is a row of up to a hundred cells
+    gathered = 2**14  # each is a row of up to a hundred cells
 
     def __init__(
         self,
@@ -336,8 +337,8 @@ class Positions(Sequences):
             return NotFinite("")
         if -(-(stop - first) // self.stride) != len(output):
             raise ConfigError(
-                f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; a label a "
-                f"position cannot be made of them. Use a head that has one a position."
+                f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; they cannot "
+                "be one label for each position. Use a head with one output a position."
             )
         starts = range(first, stop, self.stride)
         cells = self.cells(output)
@@ -371,25 +372,25 @@ def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str
     if classes and len(classes) != count:
         raise ConfigError(
             f"The head {shown(loaded.card.spec['head']['name'])} of the model at {loaded.source} gives {count} "
-            f"numbers, and its description names {len(classes)} classes, so that nobody can know which is which. "
-            f"Train it with a head that fits (`mambaseq list heads`)."
+            f"numbers, but its description names {len(classes)} classes, so it is unclear which is which. Train it "
+            "with a head that fits (`mambaseq list heads`)."
         )
     return classes or [str(number) for number in range(count)]
 
 
 def answer_of(loaded: LoadedModel, window: int | None, each_token: bool = False) -> Answer:
-    """What comes out of a model. window: tokens that are read at once, where the user wants another number.
-    each_token: the likelihood of each token, not of records.
+    """The `Answer` of a model. window: tokens read at once, if the user wants another number.
+    each_token: the likelihood of each token instead of each record.
 
-    Raises ConfigError, naming model and head, where it cannot be known what the head's numbers mean.
+    Raises ConfigError, naming model and head, where it is unclear what the head's numbers mean.
     """
     found = _answer_of(loaded, window)
     if not each_token:
         return found
     if type(found) is not Likelihood:
         raise ConfigError(
-            f"The likelihood of each token is for language models, and the model at {loaded.source} is none. Leave "
-            f"--what away."
+            f"Only a language model gives the likelihood of each token, and the model at {loaded.source} is not one. "
+            "Leave --what out."
         )
     return Tokens(loaded, window)
 
@@ -401,8 +402,8 @@ def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:
     if not head.per_token:
         if task in ("next_token", "masked", "labels"):
             raise ConfigError(
-                f"{here} gives one answer a sequence and was trained on one a position ({task}), so that its numbers "
-                f"mean nothing. Train it with a head that fits (`mambaseq list heads`)."
+                f"{here} gives one answer a sequence but was trained on one a position ({task}), so its numbers mean "
+                "nothing. Train it with a head that fits (`mambaseq list heads`)."
             )
         span = window or card.length or None
         if task == "multilabels":
@@ -419,8 +420,9 @@ def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:
         return PseudoLikelihood(loaded, window)
     if task == "masked":
         raise ConfigError(
-            f"{here} was trained on masked tokens, and its model.json has no tokenizer, whose next id the mask token "
-            f"is. Embed records by it instead (--what embeddings), or begin another run with it (--init-from)."
+            f"{here} was trained on masked tokens, but its model.json names no tokenizer, so the id of the mask token "
+            "is unknown. Embed records with it instead (--what embeddings), or start another run from it "
+            "(--init-from)."
         )
     if task in ("values", "next_values"):
         return Positions(loaded, window, None)
@@ -433,11 +435,10 @@ def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:
     if task == "next_token":
         raise ConfigError(
             f"{here} was trained for the next token, which its encoder {shown(card.spec['encoder']['name'])} or its "
-            f"backbone {shown(card.spec['backbone']['name'])} lets it see, so that its bits mean nothing. Train one "
-            f"with the encoder tokens and a causal backbone, such as residual."
+            f"backbone {shown(card.spec['backbone']['name'])} lets it see, so its bits mean nothing. Train one with "
+            "the encoder tokens and a causal backbone, such as residual."
         )
     raise ConfigError(
-        f"{here} gives numbers a position, and its description does not say what they are: there are no names of "
-        f"classes "
-        f'and no task. If they are labels, add "task": "labels" to model.json; train it again otherwise.'
+        f"{here} gives numbers for each position, but its description does not say what they are: it has no class "
+        'names and no task. If they are labels, add "task": "labels" to model.json; otherwise train it again.'
     )

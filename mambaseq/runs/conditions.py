@@ -1,4 +1,4 @@
-"""What records are on condition of: one name for all of them, or one of each by a column."""
+"""The conditions of records: one name for all of them, or one for each from a column."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ _LISTED = 12
 def condition_ids(loaded: LoadedModel, condition: str | Sequence[str] | None) -> list[int]:
     """Ids of condition names (numbers where the model's conditions have no names).
 
-    condition: one name or several with commas, or a sequence of such. A name that holds commas itself is found before
-        it is taken for several.
+    condition: one name, several with commas, or a sequence of these. A name that itself holds commas is found first.
 
-    Raises ConfigError for unknown ones, or where one is needed.
+    Raises ConfigError for unknown names, and where a condition is needed.
     """
     names = _names(loaded)
     if condition is None:
         if names:
-            raise ConfigError(f"This model is conditional; say on what with --condition: {_listed(names)}.")
+            raise ConfigError(f"This model needs a condition. Give one with --condition: {_listed(names)}.")
         return []
     given = [_composed(one) for one in ([condition] if isinstance(condition, str) else condition)]
     return [names.index(name) for one in given for name in _split(one, names)]
 
 
 def _composed(text: str) -> str:
-    """Accents may be typed or stored as characters of their own."""
+    """Accents may be typed or stored as separate characters."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -48,14 +47,14 @@ def _names(loaded: LoadedModel) -> list[str]:
     names = (loaded.card.condition_names or [str(number) for number in range(count)]) if count else []
     if len(names) != count:
         raise ConfigError(
-            f"The model at {loaded.source} has {count} conditions and its description names {len(names)}. Export it "
-            f"again."
+            f"The model at {loaded.source} has {count} conditions, but its description names {len(names)}. Export it "
+            "again."
         )
     return [_composed(name) for name in names]
 
 
 def _split(given: str, names: list[str]) -> list[str]:
-    """The names in a text with commas, the longest that fits first."""
+    """The names in a text with commas; longer names are tried first."""
     if given in names:
         return [given]
     parts, found = given.split(","), []
@@ -71,8 +70,8 @@ def _split(given: str, names: list[str]) -> list[str]:
 
 
 def _near(given: str, names: list[str]) -> str:
-    """What could be meant: names with all the given words in them (digits may be written as words), else a similar
-    one."""
+    """A hint at what could be meant: names that hold all the given words (digits may be written as words), or a similar
+    name."""
     if not names:
         return " The model is not conditional; leave --condition out."
     wanted = set(_words(given))
@@ -91,21 +90,21 @@ def _words(text: str) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    """Names for a message, not more than a few; in quotes where they hold commas."""
+    """A few of the names, for a message; in quotes where they hold commas."""
     return cut_list((shown(name) if "," in name else name for name in names), _LISTED)
 
 
 class Conditions:
-    """Which of a model's conditions each record is taken under.
+    """The condition of each record.
 
-    condition: names that hold for all records. column: the name of a column that has one value a record instead: of the
-        rows that the records are of, where the reader reads tables, or of `table`, a CSV, TSV or jsonl file with a row
-        for each record. By its columns `record` and `file` (one of them, or both) a row says of which: the record's
-        name, and the file that it is in, relative to the table's folder or to the current one.
+    condition: names for all records. column: instead, the name of a column with a value for each record: in the files
+        themselves, if the reader reads tables, or in `table`, a CSV, TSV or jsonl file with a row for each record. Its
+        columns `record` and `file` (one or both) say which record a row is for: the record's name, and its file,
+        relative to the table's folder or to the current one.
 
-    each: ids for all records, [] where there is a column or none are needed. fields: columns that the reader is asked
-    for. Raises ConfigError for options that do not go together or with the model, DataError for a table that cannot be
-    used.
+    each: ids for all records, [] with a column or if none are needed. fields: columns that the reader is asked for.
+        Raises ConfigError for options that do not fit each other or the model, DataError for a table that cannot be
+        used.
     """
 
     def __init__(
@@ -121,14 +120,12 @@ class Conditions:
         if column is None:
             if table is not None:
                 raise ConfigError(
-                    "--condition-table has conditions in one of its columns. Name it: --condition-column."
+                    "--condition-table needs the name of the column with the conditions: --condition-column."
                 )
             self.each = condition_ids(loaded, condition)
             return
         if condition is not None:
-            raise ConfigError(
-                "--condition is of all records, and --condition-column says it of each. Give one of them."
-            )
+            raise ConfigError("--condition is for all records, --condition-column for each record. Give one of them.")
         self._known = _names(loaded)
         if not self._known:
             raise ConfigError("The model is not conditional; leave --condition-column out.")
@@ -138,9 +135,9 @@ class Conditions:
             self._by, self._rows = _read_table(self.table, column)
 
     def of(self, record: Record, file: str) -> int | None:
-        """The id of a record's condition, None where none is needed. file: that it is in.
+        """The id of a record's condition; None if none is needed. file: the record's file.
 
-        Raises DataError for a record without one, and for a value that is none of the model's conditions.
+        Raises DataError for a record without one, and for a value that is not a condition of the model.
         """
         if self.column is None:
             return self.each[0] if self.each else None
@@ -165,7 +162,7 @@ class Conditions:
 
 
 def _text(value: Any) -> str | None:
-    """A name, or a whole number as one; None for what is neither."""
+    """A name, or a whole number as text; None for anything else."""
     if isinstance(value, str):
         return _composed(value.strip()) or None
     if isinstance(value, float) and value.is_integer():
@@ -178,7 +175,7 @@ def _key(by: Sequence[str], record: Any, file: Any) -> tuple[str, ...]:
 
 
 def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...], tuple[int, Any]]]:
-    """By which columns rows are found, and line and value of each row by those.
+    """The columns that identify rows, and the line and value of each row by them.
 
     Raises DataError that names the file, and the line where there is one; UserError for one over `limits.TABLE_BYTES`.
     """
@@ -195,8 +192,8 @@ def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...
                     raise DataError(f"{path}, line {line}: there is no {shown(name)}.{near} Correct the line.")
             if not by:
                 raise DataError(
-                    f"{path} has neither a column record nor one called file, so that nobody can know of which records "
-                    f"its rows are. Add one."
+                    f"{path} has neither a column record nor one called file, so it is unclear which records its rows "
+                    "are for. Add one."
                 )
             file = _place(path.parent, str(row["file"])) if "file" in by else None
             key = _key(by, row.get("record"), file)
@@ -216,7 +213,7 @@ def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...
 
 
 def _place(folder: Path, name: str) -> str:
-    """The file that a table means: beside it, or from here."""
+    """The file that a table names: relative to the table, or to the current folder."""
     beside = folder / name
     return os.path.realpath(beside if os.path.lexists(beside) else name)
 
@@ -225,7 +222,7 @@ def _rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line and row of each row of a table, by its name's ending."""
     ending = path.suffix.lower()
     if ending not in (".csv", ".tsv", ".jsonl", ".ndjson"):
-        raise DataError(f"--condition-table {shown(path, 300)} must be called .csv, .tsv or .jsonl. Name it so.")
+        raise DataError(f"--condition-table {shown(path, 300)} must end in .csv, .tsv or .jsonl. Rename it.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         if ending in (".csv", ".tsv"):
             rows = csv.DictReader(file, delimiter="," if ending == ".csv" else "\t", strict=True)

@@ -1,4 +1,4 @@
-"""A run's configuration, checked: its sections, and what a run is made of by it."""
+"""A run's checked configuration: its sections, and the data, model and metrics that it makes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mambaseq.tasks.task import LengthWarmup
 # arguments that a part gets from the model or the data, never from the configuration
 PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
 
-# arguments that the data say of themselves where the configuration leaves them out: type and help
+# arguments that the data give where the configuration leaves them out: type and help
 OFFERED: dict[str, tuple[Any, str]] = {
     "n_outputs": (int | None, "numbers that a target is; left out, what the data say, or the default of the part"),
     "channel_mean": (list[float] | None, "of each channel, in its units; left out, what the data say"),
@@ -130,8 +130,8 @@ class RunConfig:
     defaults: Callable[[], dict[str, Any]]
 
     def make_data(self, *, setup: bool = False) -> SequenceData:
-        """The dataset. setup: set up, else not yet. Raises UserError that names the setting under `data` that it is
-        about."""
+        """The dataset. setup: call its `setup` as well. Raises UserError that names the setting under `data` that is
+        wrong."""
         options = {key: value for key, value in self.settings["data"].items() if key != "name"}
         with under_key("data", options):
             data: SequenceData = self.classes["data"](**options)
@@ -143,7 +143,7 @@ class RunConfig:
         return SequenceDataModule(data, seed=self.settings["seed"], **self.settings["loader"])
 
     def model_spec(self, data: SequenceData) -> dict[str, Any]:
-        """The description for `build_model`, what the data tells filled in. Raises ConfigError when it does not tell
+        """The description for `build_model`, with what the data give filled in. Raises ConfigError when the data lack
         what a part needs."""
         known = {
             "vocab_size": data.vocab_size,
@@ -170,7 +170,8 @@ class RunConfig:
         return spec
 
     def _fill_in(self, options: dict[str, Any], part: str, data: SequenceData) -> None:
-        """Give a part what the data say of `OFFERED`. Raises ConfigError where nobody says what it needs."""
+        """Fill in what the data give of `OFFERED`. Raises ConfigError where neither the data nor the configuration
+        does."""
         parameters = inspect.signature(self.classes[part]).parameters
         for argument in sorted(OFFERED.keys() & parameters.keys()):
             value = options.pop(argument, None)
@@ -184,7 +185,7 @@ class RunConfig:
                 )
 
     def _data_as_set(self) -> str:
-        """The dataset's settings that are not its defaults, in words: what it has may depend on them."""
+        """The dataset's settings that differ from their defaults, for a message: what it has may depend on them."""
         defaults = inspect.signature(self.classes["data"]).parameters
         given = [
             f"data.{key} {shown(value)}"
@@ -201,9 +202,9 @@ class RunConfig:
         }
 
     def best(self, metrics: Mapping[str, Metric], sets: Iterable[str] = ()) -> tuple[str, str]:
-        """By which logged metric the best weights are chosen, and whether "min" or "max" of it ("" and "min" when the
-        last are kept). sets: names of the validation sets where there are several. Raises ConfigError when it is not
-        logged, or does not say which of the two."""
+        """The logged metric that chooses the best weights, and whether its "min" or "max" is best ("" and "min" when
+        the last weights are kept). sets: names of the validation sets where there are several. Raises ConfigError when
+        the metric is not logged, or does not say which of the two."""
         chosen = CheckpointConfig(**self.settings["checkpoint"])
         if not chosen.monitor:
             return "", "min"
@@ -245,8 +246,8 @@ class RunConfig:
 
 
 def metric_labels(names: Sequence[str]) -> dict[str, str]:
-    """What metrics are logged as, each with its name: whole, as registered; an import path's class alone where no other
-    has its name.
+    """The label that each metric is logged under, and its name. The label is the registered name, or the class of an
+    import path where no other class has that name.
 
     >>> metric_labels(["accuracy", "series/mae", "package.module:Mae"])
     {'accuracy': 'accuracy', 'series/mae': 'series/mae', 'Mae': 'package.module:Mae'}

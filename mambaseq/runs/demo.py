@@ -30,7 +30,7 @@ def demo_domains(chosen: list[str] | None) -> list[str]:
 
 
 def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None, redraw: bool = False) -> Outcome:
-    """Run the demos and write `out/report.html`. The first that does not finish ends it.
+    """Run the demos and write `out/report.html`. Stops at the first that does not finish.
 
     redraw: train nothing; write the page again from the runs that are there.
     Raises ConfigError for unknown domains, UserError where there is no run, or none that has finished, to redraw.
@@ -49,7 +49,9 @@ def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None, r
             if outcome.code != 0:
                 return outcome
         elif "steps" not in folder.require().read_results():
-            raise UserError(f"The run {folder.path} has not finished. Go on with: mambaseq fit --resume {folder.path}")
+            raise UserError(
+                f"The run {folder.path} has not finished. Resume it with: mambaseq fit --resume {folder.path}"
+            )
         sections.append(catalog()["reports"].get(f"{domain}/demo")(folder.path))
         if not redraw:
             folder.update_results(demo_seconds=round(time.perf_counter() - started, 1))
@@ -68,7 +70,7 @@ def demo(out: Path, chosen: list[str] | None = None, steps: int | None = None, r
 
 def _train(domain: str, folder: RunFolder, steps: int | None) -> Outcome:
     """Train a domain's demo anew, and test it."""
-    if folder.config.exists():  # an earlier demo's, and nothing else that lies there
+    if folder.config.exists():  # what an earlier demo wrote, and nothing else
         folder.remove()
     overrides = [] if steps is None else ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
     outcome = fit(f"{domain}/demo", folder, overrides)

@@ -1,4 +1,4 @@
-"""The device that a command line names, and what to say when its memory is full."""
+"""The device to run on, and the error for a full memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def memory_told(options: str) -> Iterator[None]:
-    """Turn running out of memory into a UserError; options: what asks for less when it is lowered."""
+    """Turn running out of memory into a UserError. options: what to lower, named in the message."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

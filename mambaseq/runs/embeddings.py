@@ -1,4 +1,4 @@
-"""Embeddings of records: what the backbone makes of them, at any of its layers, of each position or of all together."""
+"""Embeddings of records: the backbone's output, or a layer's, at each position or pooled."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Pool = Literal["mean", "last", "positions"]
 
 
 class Embeddings(Answer):
-    """The backbone's output, or that of a layer (the residual stream behind it), as columns `embedding_1`, ...
+    """The backbone's output, or that of a layer (the residual stream after it), as columns `embedding_1`, ...
 
-    pool: "mean" over the positions of a record (or window), its "last" one, or all "positions", a row each.
-    layer: 1 is the first; None: the backbone's output, which is normed.
-    Raises ConfigError for a layer that the backbone has not, or whose positions are not those of its output.
+    pool: "mean" over the positions of a record (or window), its "last" one, or all "positions", one row each.
+    layer: 1 is the first; None takes the backbone's normed output.
+    Raises ConfigError for a layer that the backbone does not have, or whose positions are not those of its output.
     """
 
     gathered = 2**14
@@ -41,8 +41,8 @@ class Embeddings(Answer):
         layers = [module for module in backbone.modules() if isinstance(module, ResidualLayer)]
         if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or len(backbone.layers) != len(layers):  # type: ignore[arg-type]
             raise ConfigError(
-                f"The layers of the backbone {shown(self.loaded.card.spec['backbone']['name'])} are not one behind the "
-                f"other; only its output can be embedded. Leave --layer out."
+                f"The layers of the backbone {shown(self.loaded.card.spec['backbone']['name'])} do not follow one "
+                "another; only its output can be embedded. Leave --layer out."
             )
         if not 1 <= number <= len(layers):
             raise ConfigError(f"--layer must be 1 to {len(layers)} for this model, not {number}.")
@@ -50,7 +50,7 @@ class Embeddings(Answer):
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        """A list that the layer's output is put into."""
+        """A list to which the layer's output is added."""
         found: list[Tensor] = []
         if self.layer is None:
             yield found
@@ -69,7 +69,7 @@ class Embeddings(Answer):
     def _hidden(
         self, inputs: Tensor, condition: Tensor | None, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:
-        """`(batch, positions, d_model)` fp32 of inputs `(batch, length, ...)`, and the states."""
+        """Inputs `(batch, length, ...)` to hidden `(batch, positions, d_model)` fp32, and the states."""
         x = self.model.encoder(inputs, condition)
         with self._watched() as found:
             options: dict[str, Any] = {"state": state, "return_state": True} if return_state else {}
@@ -80,7 +80,7 @@ class Embeddings(Answer):
         return y.float(), new
 
     def _made(self, first: int, stop: int, hidden: Tensor) -> list[Row] | NotFinite:
-        """Rows of `(positions, d_model)`: of one vector for [first, stop), or of one a position."""
+        """Rows of `(positions, d_model)`: one for [first, stop), or one for each position."""
         if not hidden.isfinite().all():
             return NotFinite("")
         self.columns = [f"embedding_{number}" for number in range(1, hidden.shape[1] + 1)]
@@ -103,7 +103,7 @@ class Embeddings(Answer):
         return [self._made(span.start, span.stop, one) for (_, span), one in zip(pieces, hidden, strict=True)]
 
     def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        """The states are passed on, so that memory does not grow with the record."""
+        """States are passed on, so memory does not grow with the record."""
         state, total, last = None, torch.zeros((), dtype=torch.float64), None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)

@@ -29,8 +29,8 @@ def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress:
     settings = parse_config(str(folder.config), overrides)
     if overrides and (changed := changed_model_settings(str(folder.config), settings.settings)):
         raise ConfigError(
-            f"{', '.join(changed)} cannot be set here: {command} evaluates the model that was trained. Leave it away, "
-            f"or train another model with `mambaseq fit`."
+            f"{', '.join(changed)} cannot be set here: {command} evaluates the model that was trained. Leave it out, "
+            "or train another model with `mambaseq fit`."
         )
     with quiet():
         return _evaluate(settings, folder, command, progress)
@@ -39,7 +39,7 @@ def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress:
 def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
-    before = _identities(folder)  # of all that may be loaded, before any of it is
+    before = _identities(folder)  # of every file that may be loaded, before one is
     loaded = load_model(folder.path)
     data = settings.make_data(setup=True)
     if not named_sets(data.validation() if command == "validate" else data.test()):
@@ -61,11 +61,11 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     try:
         with folder.locked():
             if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):
-                say(folder, "its weights changed while they were evaluated; these results are not written down")
+                say(folder, "its weights changed during the evaluation; these results are not saved")
                 return results
             folder.update_results(remove=[key for key, value in notes.items() if not value], **results, **notes)
     except RunInUse:
-        say(folder, "it is being trained; these results are not written down")
+        say(folder, "it is being trained; these results are not saved")
         return results
     for name, table in task.tables.items():
         if len(table) != len(data.class_names):
@@ -87,8 +87,8 @@ def _identities(folder: RunFolder) -> dict[Path, tuple[int, int, int] | None]:
 
 
 def _notes(settings: RunConfig, folder: RunFolder, data: SequenceData, command: str) -> dict[str, Any]:
-    """What stands beside the results when they are not of the run's own data, and is said: settings that were given
-    here, and files that hold something else than they did in training. Empty values: nothing."""
+    """Notes for results.json on what differs from the run's own data: settings that were given here, and files whose
+    contents changed since training. Empty values where nothing does. Changed files are also printed."""
     stage = "val" if command == "validate" else "test"
     given = {key: now for key, (_, now) in changed_settings(folder, settings).items()}
     given = {key: value for key, value in given.items() if key.startswith("data.") or key.startswith("trainer.limit_")}

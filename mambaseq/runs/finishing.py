@@ -43,7 +43,7 @@ class Facts(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a training ended. message: what there is to say, "" where nothing is. facts: None where no model was made."""
+    """How a training ended. message: for the user; "" for none. facts: None where no model was made."""
 
     status: Literal["finished", "diverged", "interrupted"]
     message: str = ""
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass
 class Training:
-    """What a training is made of."""
+    """The parts of a training."""
 
     folder: RunFolder
     data: SequenceData
@@ -72,8 +72,8 @@ class Training:
         return self.folder.best if self.checkpoints.score is not None else self.folder.last
 
     def is_complete(self, step: int) -> bool:
-        """Whether everything that a run of so many steps leaves is there, and belongs together. Results are written
-        last."""
+        """Whether everything that a run of so many steps leaves behind is there and belongs together. Results are
+        written last."""
         folder = self.folder
         if not (folder.weights.is_file() and folder.curves.is_file() and folder.results.is_file()):
             return False
@@ -87,8 +87,8 @@ class Training:
         return results.get("steps") == step and results.get("exported_step") == described == exported
 
     def finish(self, trainer: lightning.Trainer, step: int) -> str:
-        """Validate what has not been validated, and export. The task has the weights of the last step. Returns what was
-        exported, in words; "" in processes that write nothing."""
+        """Validate what has not been validated yet, and export. The task has the weights of the last step. Returns a
+        message that says what was exported; "" in processes that write nothing."""
         results: dict[str, Any] = self.checkpoints.results
         if self.checkpoints.score is None:
             validates = trainer.limit_val_batches != 0 and bool(named_sets(self.data.validation()))
@@ -104,7 +104,7 @@ class Training:
     def _export(self, **results: Any) -> str:
         """Export the weights of a checkpoint, with the results of these weights and no others.
 
-        They are read from the file: strategies that shard a model leave no process with all of it.
+        They are read from the file: where a strategy shards a model, no process has all of it.
         """
         folder, exported = self.folder, self._exported()
         checkpoint = read_checkpoint(exported)
@@ -136,7 +136,7 @@ class Training:
 
 
 def loss_unit(head: torch.nn.Module) -> tuple[float, str]:
-    """By what the loss of a head is multiplied in curves, and its unit then."""
+    """The factor of a head's loss in curves, and the unit that results."""
     if getattr(head, "learns", "labels") == "values":
         return 1.0, "loss"
     tokens = getattr(head, "per_token", False) and getattr(head, "continues", "tokens") != ""
@@ -144,7 +144,7 @@ def loss_unit(head: torch.nn.Module) -> tuple[float, str]:
 
 
 class plain_interrupts:
-    """Ctrl-C inside of a `with` block over Lightning's evaluation is KeyboardInterrupt, not Lightning's exit with 1."""
+    """Makes Ctrl-C during Lightning's evaluation a KeyboardInterrupt, instead of Lightning's exit with code 1."""
 
     def __enter__(self) -> None:
         return None
@@ -155,20 +155,20 @@ class plain_interrupts:
 
 
 def interrupted(folder: Path, what: str) -> Outcome:
-    return Outcome("interrupted", f"{what} Go on with: mambaseq fit --resume {folder}")
+    return Outcome("interrupted", f"{what} Resume with: mambaseq fit --resume {folder}")
 
 
 def diverged(folder: Path, error: Diverged, saved: int | None) -> Outcome:
-    """Why a run stopped, and what helps."""
+    """The message of a run that diverged: why it stopped, and what helps."""
     advice = "--optimizer.lr LOWER (or a longer optimizer.warmup_steps, trainer.gradient_clip_val, another precision)"
     again = (
-        f"Its last good checkpoint is of step {saved}. Go on from there: mambaseq fit --resume {folder} {advice}. If "
-        f"it diverges again at once, begin anew in another folder."
+        f"Its last good checkpoint is of step {saved}. Resume from there: mambaseq fit --resume {folder} {advice}. If "
+        "it soon diverges again, start over in another folder."
         if saved is not None
-        else f"There is no checkpoint yet. Begin it anew: the same command with {advice}."
+        else f"There is no checkpoint yet. Start over: the same command with {advice}."
     )
     return Outcome(
         "diverged",
-        f"{folder}: the run diverged: {error.what} is not finite after step {error.step}, and nothing of that was "
-        f"saved. {again}",
+        f"{folder}: the run diverged: {error.what} is not finite after step {error.step}, and nothing from that point "
+        f"was saved. {again}",
     )

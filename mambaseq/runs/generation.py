@@ -1,4 +1,4 @@
-"""Generation: prompts continued, and written in the domain's own format."""
+"""Generation: continue prompts, and write the results in the domain's own format."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _AT_ONCE = 256  # sequences that are generated together: their states are in mem
 class Generated(NamedTuple):
     """What was generated.
 
-    ids: for each prompt, each condition, each sample: `(length,)` int64 each, or of a signal that was continued
-        `(length, channels)` float32. model: by which. files: those written.
+    ids: one for each prompt, condition and sample, in this order: `(length,)` int64, or for a signal `(length,
+        channels)` float32. model: what generated them. files: those written.
     """
 
     ids: list[np.ndarray]
@@ -42,7 +42,7 @@ class Generated(NamedTuple):
 
     @property
     def sequences(self) -> list[Any]:
-        """Each as the tokenizer decodes it: text, bases, a waveform; a signal as it is."""
+        """Each one decoded by the tokenizer: text, bases, a waveform. A signal stays as it is."""
         if self.model.tokenizer is None:
             return self.ids
         return [self.model.tokenizer.decode(ids) for ids in self.ids]
@@ -57,11 +57,11 @@ class Generated(NamedTuple):
 def generate_to(
     checkpoint: str | Path, out: Path, *, prompt: str | None = None, writer: str | None = None, **options: Any
 ) -> Generated:
-    """Generate and write; what was generated, with its files. options: see `generate_from`.
+    """Generate and write. Returns what was generated, with the files. options: see `generate_from`.
 
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
-    output_target(out, folder=True)  # which is for the writer to judge
+    output_target(out, folder=True)  # the writer decides whether it may be one
     if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
         raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     generated = generate_from(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
@@ -86,7 +86,7 @@ def generate_from(
     device: str | None = None,
     progress: bool = False,
 ) -> Generated:
-    """Generate; settings that are None are the run's own.
+    """Generate sequences. Settings that are None are the run's own.
 
     Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
     Each is what it would be without the others.
@@ -139,31 +139,31 @@ def generate_from(
         }
     with memory_told("--samples or --max-new-tokens"):
         sequences = _sequences(loaded, prompts, samples, count, place, settings, progress)
-    # what was made up to begin from is not part of the result; a prompt that was given is
+    # a given prompt is part of the result; made-up start tokens are not
     sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
     return Generated(sequences, loaded)
 
 
 def _check_continues(loaded: LoadedModel, prompt: str | None, top_k: int | None, top_p: float | None) -> None:
-    """Raise ConfigError unless a model of signals can go on with one, and nothing is asked that is for tokens."""
+    """Raise ConfigError unless the model can continue signals, and no option for tokens is given."""
     where = loaded.source.parent
     if loaded.card.task not in (None, "next_values") or not continues(loaded.model, "values"):
         raise ConfigError(
-            f"The model at {where} cannot generate: it has no tokenizer, and was not trained to tell the next values "
-            f"of its own channels. Give another --checkpoint, of a run with the head forecast and a causal backbone, "
-            f"such as residual, on data of next values."
+            f"The model at {where} cannot generate: it has no tokenizer, and was not trained to predict the next "
+            "values of its own channels. Give another --checkpoint, of a run with the head forecast and a causal "
+            "backbone, such as residual, on data of next values."
         )
     if top_k is not None or top_p is not None:
         raise ConfigError(
-            f"--top-k and --top-p choose among tokens, and the model at {where} tells values. Leave them away; "
-            f"--temperature 0 takes the mean or the median."
+            f"--top-k and --top-p choose among tokens, but the model at {where} predicts values. Leave them out; "
+            "--temperature 0 takes the mean or the median."
         )
     if prompt is None:
         raise ConfigError(f"The model at {where} continues signals. Give one: --prompt FILE.")
 
 
 def _writer(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str, Any]] | None:
-    """The name, function and options of a model's writer, or of another one; None where there is none."""
+    """The name, function and options of a model's writer, or of the named one; None where there is none."""
     card = loaded.card
     if (name := writer or card.writer) is None:
         return None
@@ -231,8 +231,8 @@ def _sequences(
     settings: dict[str, Any],
     progress: bool,
 ) -> list[np.ndarray]:
-    """`(length,)` int64, or `(length, channels)` float32, each: for each prompt, each condition, each sample. Prompts
-    of one length are read together, so that nothing is padded."""
+    """A sequence for each prompt, condition and sample: `(length,)` int64, or `(length, channels)` float32. Prompts of
+    one length are read together, so nothing is padded."""
     go_on: Any = generate if loaded.tokenizer is not None else continue_values
     found: dict[tuple[int, int], np.ndarray] = {}
     batches = list(_batches(prompts, samples))
@@ -265,7 +265,7 @@ def _sequences(
 
 
 def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
-    """Jobs of one prompt length and one number of samples, not more than `_AT_ONCE` sequences."""
+    """Jobs with one prompt length and one number of samples, at most `_AT_ONCE` sequences together."""
     by_shape: dict[tuple[int, int], list[_Job]] = {}
     seen: collections.Counter[tuple[bytes, int | None]] = collections.Counter()
     place = -1
@@ -285,7 +285,7 @@ def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
 
 
 def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
-    """The sequence up to its first stop: what others beside it went on with is not its own."""
+    """The sequence up to its first stop. What follows was generated only because others in the batch were longer."""
     if not stop_ids:
         return row
     stops = np.flatnonzero(np.isin(row[prompt:], list(stop_ids)))
@@ -293,7 +293,8 @@ def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
 
 
 def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: Conditions) -> list[Record]:
-    """The records of a prompt's file, by the model's reader. Raises ConfigError for none, and for an empty one."""
+    """The records of a prompt's file, from the model's reader. Raises ConfigError where there is none, or an empty
+    one."""
     found = []
     read = catalog()["readers"].get(reader)
     options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
@@ -319,33 +320,33 @@ def _under(record: Record, conditions: Conditions) -> Sequence[int | None]:
 
 
 def _signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[_Prompt]:
-    """`(length, channels)` float32 of every record of a prompt's file. Raises ConfigError for what the model's reader
-    does not read as signals of its channels."""
+    """`(length, channels)` float32 for every record of a prompt's file. Raises ConfigError for a file that the model's
+    reader does not read as signals with its channels."""
     card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
     if not _is_file(prompt):
-        raise ConfigError(f"--prompt {shown(prompt)} is no file, and a signal is read from one. Check the path.")
+        raise ConfigError(f"--prompt {shown(prompt)} is not a file, and a signal is read from a file. Check the path.")
     if card.reader is None:
-        raise ConfigError(f"The model at {loaded.source.parent} names no reader, so that no prompt can be read.")
+        raise ConfigError(f"The model at {loaded.source.parent} names no reader, so no prompt can be read.")
     found = []
     for record in _prompt_records(loaded, card.reader, prompt, conditions):
         signal = record.signal
         if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
             kind = "ids" if signal is None else f"a signal {signal.shape}"
             raise ConfigError(
-                f"The record {shown(record.name, 300)} of {prompt} is {kind}, and the model reads (length, "
-                f"{channels}). Give a file of its channels."
+                f"The record {shown(record.name, 300)} of {prompt} is {kind}, but the model reads (length, "
+                f"{channels}). Give a file with its channels."
             )
         found.append(_Prompt(signal.astype(np.float32), _under(record, conditions)))
     return found
 
 
 def _ids(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> list[_Prompt]:
-    """`(length,)` int64 ids of each prompt: of every record when it is a file, else of the text itself."""
+    """`(length,)` int64 ids of each prompt: every record of a file, or the text itself."""
     card = loaded.card
     if prompt is not None and card.reader is not None and _is_file(prompt):
         found = []
         for record in _prompt_records(loaded, card.reader, prompt, conditions):
-            assert record.ids is not None  # of a reader that has a tokenizer
+            assert record.ids is not None  # from a reader that has a tokenizer
             found.append(_Prompt(record.ids.astype(np.int64), _under(record, conditions)))
         return found
     if conditions.column is not None:
@@ -359,11 +360,11 @@ def _ids(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> lis
         ids = loaded.tokenizer.encode(prompt)
     except UserError as error:
         raise ConfigError(
-            f"--prompt {shown(prompt)} is no file, and cannot be read as the prompt itself. {error}"
+            f"--prompt {shown(prompt)} is not a file, and cannot be used as the prompt itself. {error}"
         ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"--prompt {shown(prompt)} is neither a file nor something this model's tokenizer reads."
+            f"--prompt {shown(prompt)} is neither a file nor text that this model's tokenizer reads."
         ) from error
     return [_Prompt(ids.astype(np.int64), conditions.each or [None])]
 

@@ -22,8 +22,8 @@ _TYPE = re.compile(r"type:\s+<class\s+'TrainerClasses'>,\s+")
 
 
 def keys_text(parser: jsonargparse.ArgumentParser, titles: dict[str, str]) -> str:
-    """The keys of a configuration's parser, a section each. titles: what stands above a section, by its name; where
-    there is none, the first line of its class's docstring does."""
+    """The keys of a configuration's parser, section by section. titles: the title of a section, by its name; the
+    default is the first line of its class's docstring."""
     parser.usage = argparse.SUPPRESS
     parser.description = (
         "Keys of the configuration, each given as --key value. The defaults are those of each class; --print_config "

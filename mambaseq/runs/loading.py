@@ -14,15 +14,15 @@ from mambaseq.errors import ConfigError, cut, did_you_mean, shown, under_key
 
 def _check_options(kind: str, name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
     """Raise ConfigError for options in a model.json that its own reader or writer does not take: unknown ones, or
-    values of another kind than its annotations of plain values say."""
+    values of another type than annotated."""
     parameters = inspect.signature(function, eval_str=True).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     for key, value in options.items():
         if key not in parameters:
             raise ConfigError(
-                f"model.json: {kind}_options.{cut(key)} is no option of the {kind} {shown(name)}."
-                f"{did_you_mean(str(key), parameters)} Export the model again."
+                f"model.json: {kind}_options.{cut(key)} is not an option of the {kind} "
+                f"{shown(name)}.{did_you_mean(str(key), parameters)} Export the model again."
             )
         wanted = parameters[key].annotation
         fits = value in get_args(wanted) if get_origin(wanted) is Literal else True
@@ -38,9 +38,9 @@ def _check_options(kind: str, name: str, function: Callable[..., Any], options: 
 def fitting_options(
     kind: str, name: str, function: Callable[..., Any], options: dict[str, Any], own: bool
 ) -> dict[str, Any]:
-    """What of the options saved with a model goes to its reader or writer.
+    """Those of the options saved with a model that go to a reader or writer.
 
-    own: whether it is the model's own, which takes all of them; another one is given those that it knows.
+    own: it is the model's own, which takes all of them; another one gets those that it knows.
     Raises ConfigError when it needs more.
     """
     parameters = inspect.signature(function).parameters
@@ -66,8 +66,8 @@ def fitting_options(
 def records_of(
     read: Callable[..., Iterable[Record]], path: Path, tokenizer: Tokenizer | None, options: dict[str, Any]
 ) -> Iterator[Record]:
-    """The reader's records; a reader that is no generator reads, and fails, when the first is asked for. A refusal of
-    its options says where they stand."""
+    """The reader's records. A reader that is not a generator reads, and may fail, when the first record is asked for.
+    If it refuses its options, the error says where they are set."""
     with under_key("reader_options", options, "model.json", ConfigError):
         yield from read(path, tokenizer, **options)
 

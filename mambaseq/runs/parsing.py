@@ -1,7 +1,7 @@
 """From YAML and command-line overrides to a `RunConfig`.
 
-The names in a configuration (`data.name`, `model.mixer.name`, ...) decide which classes there are; their typed
-`__init__` arguments are the keys beside the name. So the names are read first, and a parser is built for them.
+The names in a configuration (`data.name`, `model.mixer.name`, ...) choose classes, whose typed `__init__` arguments are
+the keys next to the name. So the names are read first, and a parser is built for them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-# what is named under a key, as `mambaseq list` calls it
+# the kind of thing that a key names, as `mambaseq list` calls it
 KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in PARTS}}
 
 
@@ -83,7 +83,7 @@ def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -
 def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
     """The names of the mixers that the backbone has: the model's own, or those of its pattern, and MLPs.
 
-    Raises ConfigError for names that do not exist, and for a pattern that is none.
+    Raises ConfigError for names that do not exist, and for an invalid pattern.
     """
     takes = arguments_of(catalog()["backbones"].get(names["backbone"], "model.backbone.name"))
     pattern: Any
@@ -101,8 +101,8 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list
 @functools.lru_cache(maxsize=256)
 def _code_arguments(kind: Any, key: str, skip: frozenset[str]) -> dict[str, tuple[Any, str]]:
     """The arguments of a class that may be functions, classes or objects, each with the part of its type that values in
-    a file can have (None: there is none) and what its class says of it. jsonargparse imports what is written for such
-    an argument."""
+    a file can have (None if there is none) and its help. They are kept from jsonargparse, which would import what is
+    written for them."""
     probe = jsonargparse.ArgumentParser(exit_on_error=False)
     probe.add_class_arguments(kind, key, instantiate=False, skip=set(skip))
     found: dict[str, tuple[Any, str]] = {}
@@ -115,7 +115,7 @@ def _code_arguments(kind: Any, key: str, skip: frozenset[str]) -> dict[str, tupl
 
 
 def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: set[str]) -> None:
-    """Give the parser those arguments of a class that plain values can be, as `--key.ARGUMENT`.
+    """Add to the parser, as `--key.ARGUMENT`, those arguments of a class that can be plain values.
 
     Raises ConfigError for a class that cannot be made without code.
     """
@@ -130,7 +130,7 @@ def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: s
             parser.add_argument(f"--{key}.{name}", type=accepted, default=None if required else default, help=told)
         elif required:
             raise ConfigError(
-                f"{key}: {kind.__name__} cannot be made, since its {name} takes code, which no file names."
+                f"{key}: {kind.__name__} cannot be made: its {name} takes code, which a configuration cannot name."
             )
 
 
@@ -153,8 +153,8 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
 def make_parser(
     names: dict[str, str], mixers: list[str] | None = None
 ) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
-    """The parser for the classes behind these names, and the classes. mixers: names of those that the backbone has
-    beside the model's own; an import path's dots would be steps of a key, so that it is made with its defaults."""
+    """The parser for the classes behind these names, and the classes. mixers: names of the backbone's further mixers.
+    One named by an import path is made with its defaults, since the path's dots would be steps of a key."""
     import lightning
 
     registries = catalog()
@@ -210,10 +210,10 @@ def make_parser(
 def _without_former_parts(
     raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: list[str]
 ) -> str:
-    """What the parser is to read: the file's settings; where the command line names another class for a part, without
-    those of the former class that the new one does not take, and without those of mixers that the backbone had. Of
-    another mixer all, since options of one name are not one thing (d_state), so that mixers are compared as they are by
-    default."""
+    """The YAML for the parser: the file's settings, changed where the command line names another class for a part. Then
+    settings that the new class does not take are dropped, and those of mixers that the backbone no longer has. For
+    another mixer all are dropped: an option of the same name (d_state) means something else, and mixers are compared at
+    their defaults."""
     model = raw.get("model")
     options = _written(raw, "model.mixers")
     if isinstance(options, dict):
@@ -237,9 +237,9 @@ def _without_former_parts(
 
 
 def _absolute(value: Any, key: str, kind: Any) -> Any:
-    """A setting of the data, relative paths and patterns of files that are there made absolute, so that a run can be
-    gone on with from another folder: values that the class's annotation (`kind`) calls a Path, those of `PATHS` and of
-    mappings. Others may look like a file's name (patterns for the names of records)."""
+    """A setting of the data with relative paths made absolute, and patterns of files that exist, so that a run can be
+    resumed from another folder. Paths are values that the class's annotation (`kind`) calls a Path, and those of
+    `PATHS` and of mappings. Others may only look like a file's name (patterns for the names of records)."""
     if _has_path(kind):
         if isinstance(value, list | tuple):
             return type(value)(_absolute(inner, key, kind) for inner in value)
@@ -258,14 +258,14 @@ def _absolute(value: Any, key: str, kind: Any) -> Any:
 
 
 def _has_path(kind: Any) -> bool:
-    """Whether a type is a path, or has one in it."""
+    """Whether a type is a path or contains one."""
     if isinstance(kind, type) and issubclass(kind, os.PathLike):
         return True
     return kind is os.PathLike or any(_has_path(inner) for inner in get_args(kind))
 
 
 def changed_model_settings(config: str, settings: dict[str, Any]) -> list[str]:
-    """Keys under `model` whose values are not those of a configuration.
+    """Keys under `model` whose values differ from a configuration's.
 
     Raises ConfigError when the configuration cannot be used.
     """
@@ -278,7 +278,7 @@ def _plain(value: Any) -> Any:
     return value.written if isinstance(value, TrainerClasses) else value
 
 
-_EXPLAINED = 400  # characters of the parser's own words, which quote the value
+_EXPLAINED = 400  # characters of the parser's own message, which quotes the value
 
 _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
@@ -320,7 +320,7 @@ def _defaults(parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """What a configuration's file holds, the names that stand in it and in the overrides, and those of all mixers.
+    """The contents of a configuration's file, the names given in it and in the overrides, and the names of all mixers.
 
     Raises ConfigError for a configuration that cannot be read, or names that do not exist.
     """
@@ -342,7 +342,7 @@ def keys_of(config: str, overrides: list[str]) -> list[str]:
 
 
 def explained(config: str, overrides: list[str]) -> str:
-    """All those keys in words, for a terminal: what each is, its type and default. Raises ConfigError as `keys_of`."""
+    """The help text of all keys: what each is, its type and default. Raises ConfigError like `keys_of`."""
     _, names, mixers = _names(config, overrides)
     others = [name for name in mixers if name != names["mixer"]]
     parser, _ = make_parser(names, others)
@@ -404,7 +404,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             parsed["finetune"]["init_from"] = str(Path.cwd() / parsed["finetune"]["init_from"])
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
-            raise  # it was asked to print something (--print_config)
+            raise  # --print_config has printed
         raise _explain(error, parser, config) from error
     settings = parsed.as_dict()
     trainer = {**settings.pop("trainer"), **made}
@@ -415,7 +415,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             kind(**settings[section])  # each checks its values
         except TypeError as error:
             given = ", ".join(f"{section}.{key} {shown(value)}" for key, value in settings[section].items())
-            raise ConfigError(f"A value under {section} is of another kind than it must be: {given}.") from error
+            raise ConfigError(f"A value under {section} has the wrong type: {given}.") from error
     catalog()["optimizers"].get(settings["optimizer"]["name"], "optimizer.name")
     for name in settings["metrics"]:
         catalog()["metrics"].get(name, "metrics")

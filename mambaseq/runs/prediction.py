@@ -27,14 +27,14 @@ from mambaseq.runs.loading import columns_given, fitting_options, records_of
 from mambaseq.runs.tables import ENDINGS, Frame, Table, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
-_NAMED = 20  # bad records that are named one by one
+_NAMED = 20  # bad records that are named singly
 
 Bad = Callable[[UserError], None]
 
 
 class Predictions(NamedTuple):
-    """rows: written. without: those of them that have no prediction, by the note that says why. bad: files and records
-    that were left out, as messages (`skip_bad`). table: a `pandas.DataFrame`, where no file was asked for."""
+    """rows: number written. without: how many of them have no prediction, by the note that says why. bad: a message for
+    each file and record that was left out (`skip_bad`). table: a `pandas.DataFrame`, if no file was asked for."""
 
     rows: int
     without: dict[str, int]
@@ -64,18 +64,18 @@ def predict(
 ) -> Predictions:
     """Write predictions for every record of the inputs.
 
-    out: the file, of the kind that its ending says (`mambaseq.runs.tables`); None returns a table.
+    out: the file; its ending says the format (`mambaseq.runs.tables`). None returns a table.
     what: "answers" of the head, bits of all "tokens" of a language model, or "embeddings", by pool and layer
         (`mambaseq.runs.embeddings`).
-    condition: name of the one condition that every record is taken under, for conditional models; or of each record
-        its own, by condition_column and condition_table: see `mambaseq.runs.conditions.Conditions`.
-    window: tokens that are read by themselves; as in training when None (whole records for models of the next token,
-        and for labels of positions by a causal model).
-    batch_size: windows that are read together; of shorter ones, as many as have the same number of tokens.
-    skip_bad: go on behind a file that cannot be read and a record whose prediction is not finite.
+    condition: for conditional models, the name of the one condition for all records; or condition_column and
+        condition_table give each record its own: see `mambaseq.runs.conditions.Conditions`.
+    window: tokens read by themselves; None takes the length of training (whole records for language models, and for
+        labels of positions from a causal model).
+    batch_size: windows read together; of shorter windows, as many as make the same number of tokens.
+    skip_bad: continue after a file that cannot be read and after a record whose prediction is not finite.
 
-    Raises UserError for a run, setting, file or record that cannot be used. What was finished before is kept at
-    `mambaseq.runs.tables.partial_path(out)`, and what stood at `out` stays.
+    Raises UserError for a run, setting, file or record that cannot be used. Rows finished before are kept at
+    `mambaseq.runs.tables.partial_path(out)`, and an older file at `out` stays.
     """
     limits.BATCH.check(_at_least_one("--batch-size", batch_size), "--batch-size")
     if window is not None:
@@ -106,7 +106,7 @@ def predict(
     bad: list[str] = []
 
     def refuse(error: UserError) -> None:
-        """Raise what is wrong with a file or a record, or note it."""
+        """Raise the error of a file or record, or note it."""
         if not skip_bad:
             raise error
         bad.append(str(error))
@@ -128,14 +128,14 @@ def _at_least_one(option: str, value: int) -> int:
 
 
 def _files(inputs: list[Path]) -> list[Path]:
-    """What there is to read; of a folder only the reader knows which files it takes. Raises DataError."""
+    """The files to read. A folder stays as it is: only the reader knows which files it takes. Raises DataError."""
     return [file for path in inputs for file in ([path] if _exists(path) else locate(path))]
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # too long, or in a folder that may not be looked into: `locate` says so
+    except OSError:  # a name that is too long, or in a folder without permission: `locate` reports it
         return False
 
 
@@ -144,11 +144,11 @@ def _check_not_overwritten(out: Path, inputs: list[Path], files: list[Path]) -> 
     if is_stream(out):
         return
     folders = [path.resolve() for path in inputs if path.is_dir()]
-    # an older table in a folder of inputs is none of them
+    # an older table in a folder of inputs is not an input
     inside = out.suffix.lower() not in ENDINGS and any(folder in target.resolve().parents for folder in folders)
     for written in (target, partial_path(target)):
         if written.exists() and (inside or any(file.samefile(written) for file in files)):
-            raise ConfigError(f"--out {out} is one of the inputs and would be overwritten. Give another name.")
+            raise ConfigError(f"--out {out} is an input and would be overwritten. Give another name.")
 
 
 def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
@@ -179,7 +179,7 @@ def _records(
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
     options = {**options, **columns_given(name, read, conditions.fields)}
-    other = f"The reader {shown(name)} does not go with this model"
+    other = f"The reader {shown(name)} does not fit this model"
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
         with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
@@ -203,7 +203,7 @@ def _records(
                     if own:
                         raise
                     reason = " ".join(str(error).split()).rstrip(".")
-                    raise ConfigError(f"{other}: {path} cannot be made into its tokens ({reason}). {remedy}") from error
+                    raise ConfigError(f"{other}: {path} cannot be turned into tokens ({reason}). {remedy}") from error
                 bar.update()
                 file = record.source or str(path)
                 try:
@@ -215,7 +215,7 @@ def _records(
 
 
 def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, remedy: str) -> None:
-    """Raise ConfigError where a record is not of the kind that the model reads."""
+    """Raise ConfigError for a record of a kind that the model does not read."""
     encoder = loaded.card.spec["encoder"]
     if record.ids is None:
         if loaded.tokenizer is not None:
@@ -224,7 +224,7 @@ def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, rem
         shape = () if record.signal is None else record.signal.shape
         if channels is not None and shape[1:] != (channels,):
             raise ConfigError(
-                f"{other}: its record {shown(record.name, 300)} of {path} is a signal of shape {shape}, and the model "
+                f"{other}: its record {shown(record.name, 300)} of {path} is a signal of shape {shape}, but the model "
                 f"reads (length, {channels}). {remedy}"
             )
         return
@@ -232,7 +232,7 @@ def _check_fits(loaded: LoadedModel, record: Record, path: Path, other: str, rem
     if size is not None and len(record) and not 0 <= int(record.ids.min()) <= int(record.ids.max()) < size:
         raise ConfigError(
             f"{other}: its record {shown(record.name, 300)} of {path} has ids from {record.ids.min()} to "
-            f"{record.ids.max()}, and the model knows 0 to {size - 1}. {remedy}"
+            f"{record.ids.max()}, but the model knows 0 to {size - 1}. {remedy}"
         )
 
 
@@ -245,7 +245,7 @@ class _Piece(NamedTuple):
 def _rows(
     answer: Answer, records: Iterator[tuple[str, Record]], batch_size: int, refuse: Bad
 ) -> Iterator[tuple[str, str, Row]]:
-    """File, record's name and row, in the order of the records. What was gathered when a file cannot be read is
+    """File, record's name and row, in the order of the records. When a file cannot be read, gathered windows are
     finished before the error is raised."""
     gathered: list[_Piece] = []
     tokens = 0
@@ -281,8 +281,8 @@ def _finished(answer: Answer, gathered: list[_Piece], batch_size: int, refuse: B
 
 
 def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[list[Row] | NotFinite | None]:
-    """The rows of each piece; None for those that are read part by part, or not at all. Spans of one length are read
-    together, so that nothing is padded and a record's prediction does not depend on its neighbours."""
+    """The rows of each piece; None for pieces that are read in parts, or not at all. Spans of one length are read
+    together, so nothing is padded and no prediction depends on other records."""
     rows: list[list[Row] | NotFinite | None] = [None] * len(gathered)
     by_length: dict[int, list[int]] = {}
     for number, (_, _, span) in enumerate(gathered):
@@ -300,19 +300,19 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
 
 
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
-    """Why a prediction is no number. The weights are numbers, or they would not have been loaded."""
+    """Why a prediction is not finite. The weights are finite, or they would not have been loaded."""
     signal, span = piece.record.signal, piece.span
     where = f"{piece.file}, record {shown(piece.record.name, 300)}, {span.start:,} to {span.stop:,}"
     if signal is not None and not np.isfinite(signal[span.start : span.stop]).all():
         return DataError(f"{where}: the signal holds values that are not finite numbers. Fill or cut them out.")
     return DataError(
-        f"{where}: the prediction is not a finite number, since what the model computes overflows. Look for values "
-        f"out of all proportion in the record, or leave it out."
+        f"{where}: the prediction is not a finite number, because the model's computation overflows. Look for extreme "
+        "values in the record, or leave it out."
     )
 
 
 def report(found: Predictions, out: Path) -> None:
-    """Say what was written, and what was not; on standard error where the table itself went to standard output."""
+    """Print what was written and what was not; on standard error if the table itself went to standard output."""
     for message in found.bad[:_NAMED]:
         print(f"mambaseq predict: left out: {message}", file=sys.stderr)
     if len(found.bad) > _NAMED:

@@ -46,9 +46,9 @@ def write_report(folder: RunFolder, settings: RunConfig, outcome: Outcome) -> st
             if not isinstance(section, Section):
                 raise TypeError(f"it gives a {type(section).__name__}, not a mambaseq.reporting.Section")
             sections.append(section)
-        except Exception as error:  # whatever a third party's function does
+        except Exception as error:  # a third party's function may raise anything
             reason = paragraph(f"{type(error).__name__}: {error}", 300)
-            told = f"{folder.path}: the run is complete, and its report {dataset} failed ({reason})."
+            told = f"{folder.path}: the run is complete, but its report {dataset} failed ({reason})."
             notes.append(told)
     try:
         _write(folder, settings, outcome, sections, notes)

@@ -1,4 +1,4 @@
-"""What `mambaseq fit --resume` looks at before it goes on: what changed, and what is left to do."""
+"""What `mambaseq fit --resume` checks before it continues: what changed, and what is left to do."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def say(folder: RunFolder, text: str) -> None:
 
 
 def record_of(settings: RunConfig, data: SequenceData) -> DataRecord:
-    """What the data of these settings are now; `data` is set up."""
+    """The record of the data of these settings as they are now. `data` has been set up."""
     return DataRecord.of(flatten(parse_yaml(settings.yaml, "the configuration")), data.sources())
 
 
 def read_record(folder: RunFolder) -> DataRecord | None:
-    """What the data of a run were when it was begun, or gone on with, last; None where nobody wrote it down."""
+    """The record of a run's data when it was last started or resumed; None if there is none."""
     try:
         return DataRecord.read(read_json(folder.data))
     except UserError:
@@ -46,8 +46,8 @@ def write_record(folder: RunFolder, record: DataRecord) -> None:
 
 
 def changed_settings(folder: RunFolder, settings: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values are not those that the run was last gone on with, each with both. What an earlier version did
-    not write down had the value that is now the default."""
+    """Keys whose values changed since the run was last started or resumed, each with both values. A key that an earlier
+    version did not save had the value that is now the default."""
     former = flatten(read_yaml(folder.config))
     now = flatten(parse_yaml(settings.yaml, "the configuration"))
     if any(not _holds(former, key) for key in now):
@@ -65,20 +65,20 @@ def _holds(settings: dict[str, Any], key: str) -> bool:
 
 
 def _told(value: Any) -> str:
-    """A setting for a message; of paths the ends, in which they differ."""
+    """A setting for a message; of paths only the ends, where they differ."""
     if isinstance(value, list | tuple) and value:
         return f"[{cut_list(map(_told, value), 3)}]"
     return cut_path(value, 120) if isinstance(value, str) and "/" in value else shown(value)
 
 
 def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: bool) -> list[str]:
-    """Lines that say what of the data changed since the run was last gone on with.
+    """Messages about what changed in the data since the run was last started or resumed.
 
-    Raises DataError when files hold something else than they did and that is not allowed.
+    Raises DataError when files changed and that is not allowed.
     """
     former = read_record(folder)
     if former is None:
-        return ["what its data were was not written down (by an earlier version), so no change of them can be told"]
+        return ["an earlier version did not record its data, so changes cannot be noticed"]
     lines = [
         f"{key} changed: {_told(former.settings.get(key))} -> {_told(record.settings.get(key))}"
         for key in former.changed_settings(record)
@@ -88,21 +88,22 @@ def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: 
         told = cut_list(files, 5, separator="; ")
         if not allow_changed:
             raise DataError(
-                f"The data of {folder.path} changed since it was trained: {told}. Bring back what was there, "
-                f"or go on with what is there now by --allow-changed-data; scores from before then do not count."
+                f"The data of {folder.path} changed since it was trained: {told}. Restore the files, or continue with "
+                "the new ones by --allow-changed-data; earlier scores then do not count."
             )
         lines += [f"the data changed: {told}"]
     return lines
 
 
 def is_over(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> str:
-    """The setting that ends the run where the checkpoint is ("trainer.max_steps"); "" when none does."""
+    """The setting by which the run is over at its checkpoint ("trainer.max_steps"); "" if it is not over."""
     try:
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"The run cannot go on from checkpoints/last.ckpt of {trainer.default_root_dir}: it does not say how many "
-            f"epochs are done ({error}). It is of another version or was changed; use another one."
+            f"The run cannot be resumed from checkpoints/last.ckpt of {trainer.default_root_dir}: the number of "
+            f"finished epochs is missing ({error}). The file is from another version or was changed; use another "
+            "checkpoint."
         ) from error
     done = {"max_steps": checkpoint["global_step"], "max_epochs": epochs}
     for name, key in LIMITS.items():
@@ -113,43 +114,43 @@ def is_over(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> str:
 
 
 def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]], step: int) -> None:
-    """Raise ConfigError for settings that a run which is over would not use."""
+    """Raise ConfigError for settings that would have no effect because the run is over."""
     idle = [key for key in changed if key not in LIMITS.values()]
     if idle:
         raise ConfigError(
-            f"{cut_list(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it away, "
-            f"or train further with it: --trainer.max_steps MORE."
+            f"{cut_list(idle)} would have no effect: the run at {folder.path} is over, at step {step}. Leave it out, "
+            "or train further: --trainer.max_steps MORE."
         )
 
 
 FIXED = {
-    "finetune.init_from": "a run takes the weights that it begins with before its first step",
-    "optimizer.name": "what one optimizer has gathered of the gradients is nothing to the other",
-    "optimizer.options": "what the optimizer has gathered was by them",
+    "finetune.init_from": "initial weights are loaded before the first step",
+    "optimizer.name": "the state of one optimizer is of no use to another",
+    "optimizer.options": "the optimizer's state depends on them",
     "lora.rank": "its adapters are part of the model",
     "lora.alpha": "its adapters are part of the model",
     "lora.targets": "its adapters are part of the model",
-    "finetune.lr_of": "only the factors of its patterns can, which sort what the optimizer has gathered",
+    "finetune.lr_of": "only its factors can: the patterns group the optimizer's state",
 }
 
 
 def refuse_fixed(folder: RunFolder, changed: dict[str, tuple[Any, Any]]) -> None:
-    """Raise ConfigError for settings that a run which has begun cannot change."""
+    """Raise ConfigError for settings that cannot change once a run has begun."""
     for key, why in FIXED.items():
         found = [values for name, values in changed.items() if name == key or name.startswith(f"{key}.")]
         if any(key != "finetune.lr_of" or {type(value) for value in values} - {int, float} for values in found):
             raise ConfigError(
-                f"{key} cannot change in a run that has begun: {why}. Leave it away, or begin another run: "
-                f"mambaseq fit --config {folder.config} --out ANOTHER --key value."
+                f"{key} cannot change in a run that has begun: {why}. Leave it out, or start another run: mambaseq fit "
+                f"--config {folder.config} --out ANOTHER --key value."
             )
 
 
 class Resumption(lightning.Callback):
-    """Lets a resumed run use the settings that it is given, where a checkpoint brings its own: the optimizer's, and the
-    place in the data where the size of a batch, or the number of processes, changed.
+    """Makes a resumed run use the given settings instead of those in the checkpoint: the optimizer's, and the place in
+    the data if the batch size or the number of processes changed.
 
-    go_on: called once training really begins, in the first process. same_data: whether the training data are those of
-        the checkpoint, so that a place in them means the same.
+    go_on: called when training really begins, in the first process. same_data: the training data are those of the
+        checkpoint, so a place in them means the same.
     """
 
     def __init__(
@@ -198,22 +199,22 @@ class Resumption(lightning.Callback):
             if before != now and trainer.is_global_zero:
                 say(
                     self.folder,
-                    f"the learning rate goes on at {now:.3g}; as it was, it would have been {before:.3g} "
+                    f"the learning rate continues at {now:.3g}; without the change it would be {before:.3g} "
                     f"({self.optimizer.schedule} to step {trainer.estimated_stepping_batches:,.0f})",
                 )
         if trainer.is_global_zero:
             if self.checkpoints.forgotten:
-                say(self.folder, f"the best score so far does not count any more: {self.checkpoints.forgotten}")
+                say(self.folder, f"the best score so far no longer counts: {self.checkpoints.forgotten}")
             self.go_on()
 
     def _check_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise UserError for moments that are not of the weights that they are for: they would fail, or be spread over
-        them, in the first step."""
+        """Raise UserError for optimizer moments that do not have the shape of their weights. They would fail, or be
+        broadcast, in the first step."""
         for parameter, state in optimizer.state.items():
             missing: list[list[str]] = [sorted(needed - state.keys()) for needed in _STATES]
             least = min(missing, key=len)
             ours = self.optimizer.name in ("adamw", "muon")
-            if ours and state and least:  # a weight that was frozen has none
+            if ours and state and least:  # a frozen weight has none
                 raise UserError(
                     f"The checkpoint {self.folder.last} lacks an optimizer's {cut_list(least)} for "
                     f"{tuple(parameter.shape)} weights. It was changed; use another one."
@@ -228,12 +229,12 @@ class Resumption(lightning.Callback):
                     )
 
 
-_STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})  # of a weight, by AdamW and by Muon
+_STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})  # of a weight: those of AdamW and of Muon
 
 
 def moved(batches: int, size: int, former: int, now: int) -> int:
-    """Where a run that has done so many batches is in the same data when a step takes another number of sequences: in
-    the same epoch, none of whose sequences is seen twice. size: sequences an epoch, 0 for a stream.
+    """The number of batches that a run has done after the sequences of a step changed: the place in the data stays in
+    the same epoch, and no sequence of it is seen twice. size: sequences an epoch, 0 for a stream.
 
     >>> moved(7, 20, 4, 2)  # one epoch and 8 of 20 sequences
     14

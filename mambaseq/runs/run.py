@@ -27,7 +27,7 @@ _SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(PARTS)}|mixers(\.[
 
 
 class NotFinished(UserError):
-    """A training that diverged, with what helps."""
+    """A training diverged. The message says what helps."""
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
         allow_changed_data: bool = False,
         **keys: Any,
     ) -> Run:
-        """Go on where the last checkpoint is, with settings over those of the run. See `fit` for the arguments."""
+        """Continue from the last checkpoint, with these settings over the run's own. See `fit` for the arguments."""
         config = str(self.folder.require().config)
         overrides = as_overrides(config, settings, keys)
         return _trained(config, self.folder, overrides, True, progress, allow_changed_data)
@@ -103,9 +103,9 @@ class Run:
     def predict(self, *inputs: str | Path, out: str | Path | None = None, **options: Any) -> pandas.DataFrame | None:
         """Predictions for every record of files that the run's reader understands.
 
-        out: a file for them, as with `mambaseq predict`; without one they are returned as a table.
-        options: see `mambaseq.runs.prediction.predict` (reader, condition, condition_column, window,
-            batch_size, device, skip_bad, ...).
+        out: a file to write, as with `mambaseq predict`; without one they are returned as a table.
+        options: see `mambaseq.runs.prediction.predict` (reader, condition, condition_column, window, batch_size,
+            device, skip_bad, ...).
         """
         if not inputs:
             raise ConfigError("predict needs at least one file: run.predict('records.fa').")
@@ -119,7 +119,7 @@ class Run:
     def generate(self, prompt: str | None = None, *, out: str | Path | None = None, **options: Any) -> Generated:
         """Continue a prompt (text, or a file of prompts), or begin from nothing.
 
-        out: a file for what comes out, in the run's own format.
+        out: a file to write, in the run's own format.
         options: see `mambaseq.runs.generation.generate_from` (max_new_tokens, samples, condition, temperature, ...).
         """
         if out is None:
@@ -143,11 +143,11 @@ def fit(
     """Train a model, and export the best weights, results and pictures.
 
     config: a name of `mambaseq list configs`, or a YAML file. out: the run's folder; `runs/NAME` when left out.
-    settings: over the configuration, nested as in YAML or by whole keys: `{"data.length": 4096}`.
+    settings: over the configuration's, nested as in YAML or by whole keys: `{"data.length": 4096}`.
     keys: the same by the last word of a key, where it is the only one of that name: `max_steps=100`, `lr=1e-3`.
 
-    Raises UserError for what has to be mended, NotFinished when the run diverged, and KeyboardInterrupt when it was
-    interrupted; it can then be gone on with: `ms.load(out).resume()`.
+    Raises UserError for what the user has to mend, NotFinished when the run diverged, and KeyboardInterrupt when it was
+    interrupted; `ms.load(out).resume()` then continues it.
     """
     name = str(config)
     folder = RunFolder(default_folder(name) if out is None else out)
@@ -168,7 +168,7 @@ def _trained(
 def as_overrides(config: str, settings: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> list[str]:
     """`--key=value` of settings that are given in Python.
 
-    Raises ConfigError for a word that ends no key of this configuration, or several.
+    Raises ConfigError for a word that ends no key of this configuration, or more than one.
     """
     written = whole_keys(settings or {})
     if keys:

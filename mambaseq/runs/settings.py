@@ -1,7 +1,7 @@
-"""A configuration as it is written: found, read and checked for what must not reach the parser of its values.
+"""A configuration's file: found, read, and checked for what must not reach the parser of its values.
 
-jsonargparse, which that is, imports what looks like a class and reads other files that a value names. Neither is for a
-file that somebody else may have written.
+That parser, jsonargparse, imports what looks like a class and reads other files that a value names. A file that
+somebody else may have written must be able to do neither.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def resolve_config(name: str) -> Path:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a configuration's file holds. Raises ConfigError naming the file, and the line or key, when it is none."""
+    """The contents of a configuration's file. Raises ConfigError that names the file, and the line or key, if it is not
+    one."""
     try:
         raw = read_yaml(path, "A configuration is a YAML mapping with at least data.name.")
     except UserError as error:
@@ -73,7 +74,7 @@ def _require_settings(value: Any, key: str, path: Path) -> None:
 
 
 def _refuse_classes(value: Any, key: str, source: str) -> None:
-    """Raise ConfigError for what jsonargparse would take for a class to be imported, whatever the type of the key."""
+    """Raise ConfigError for what jsonargparse would import as a class, whatever the type of the key."""
     if (where := names_class(value, key, source)) is not None:
         raise ConfigError(f"{source}: {cut(where, 200)} names a class; only keys of trainer can ({', '.join(KEYS)}).")
 

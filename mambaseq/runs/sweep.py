@@ -39,8 +39,8 @@ class Trial(NamedTuple):
     """Some settings and what became of them.
 
     number: from 0 on; lines and folders call it one more. settings: whole keys to values, over those of the
-    configuration. score: the metric, a mean over the seeds; None where it did not finish. runs: the folder of its run
-    for each seed. message: why it failed or diverged.
+        configuration. score: the metric, a mean over the seeds; None if it did not finish. runs: the folder of its run
+        for each seed. message: why it failed or diverged.
     """
 
     number: int
@@ -52,8 +52,8 @@ class Trial(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """metric, mode: what was to be the smallest or the largest. trials: all of them, in their order. best: the best
-    one; None where none finished. config: its settings as a YAML file that `fit --config` takes."""
+    """metric, mode: the metric to minimize or maximize. trials: all of them, in order. best: the best one; None if none
+    finished. config: its settings as a YAML file that `fit --config` takes."""
 
     folder: Path
     metric: str
@@ -94,9 +94,9 @@ def sweep(plan: str | Path | Mapping[str, Any], *, out: str | Path | None = None
     plan: a YAML file, or what it would hold: `config`, and a `grid` of values or a `search` among ranges; see
         `mambaseq.runs.trials.Plan`. out: a folder for the runs; `runs/NAME` of the file when left out.
 
-    The same call goes on with a sweep that was interrupted: what has finished stays, a run that was interrupted is
-    resumed, and what failed is tried again; only the number of a search's `trials` may have changed. A run that
-    diverges, or fails for a reason that the settings may have, is a row of the table as others are.
+    The same call continues an interrupted sweep: finished runs stay, an interrupted run is resumed, and failed ones are
+    tried again; only the number of a search's `trials` may have changed. A run that diverges, or fails for a reason
+    that may be in its settings, is a row of the table like others.
 
     Raises ConfigError before the first trial for a sweep or settings that cannot be used, UserError when no trial
     finished, and KeyboardInterrupt when one was interrupted.
@@ -109,7 +109,7 @@ def sweep(plan: str | Path | Mapping[str, Any], *, out: str | Path | None = None
         check_optuna()
     if rank() != 0:
         raise ConfigError(
-            "A sweep trains each trial in one process. Start it by itself, not by torchrun or SLURM's srun."
+            "A sweep trains each trial in one process. Start it directly, not by torchrun or SLURM's srun."
         )
     RunFolder(folder).check_place(begins=False)
     if (folder / "config.yaml").exists():
@@ -154,13 +154,13 @@ def _check_one_device(config: RunConfig) -> None:
     several = len(devices) != 1 if isinstance(devices, list) else devices not in ("auto", 1, "1")
     if several or config.trainer.get("num_nodes", 1) != 1:
         raise ConfigError(
-            f"{_ONE_DEVICE} is {cut(devices)} (trainer.num_nodes {config.trainer.get('num_nodes', 1)}), and a sweep "
-            f"trains each trial on one device. Set both to 1 under settings."
+            f"{_ONE_DEVICE} is {cut(devices)} (trainer.num_nodes {config.trainer.get('num_nodes', 1)}), but a sweep "
+            "trains each trial on one device. Set both to 1 under settings."
         )
 
 
 def _goal(plan: Plan, first: RunConfig) -> tuple[str, Mode]:
-    """By which logged metric trials are compared, and whether its smallest or largest value is the best. Raises
+    """The logged metric that trials are compared by, and whether its smallest or largest value is best. Raises
     ConfigError for one that the runs do not log."""
     data = first.make_data(setup=True)
     chosen = {**first.settings["checkpoint"]}
@@ -171,7 +171,7 @@ def _goal(plan: Plan, first: RunConfig) -> tuple[str, Mode]:
     chosen["monitor"] = chosen["monitor"] or "val/loss"
     sets = named_sets(data.validation())
     if not sets:
-        raise ConfigError(f"{plan.config} has no validation set, so that its trials cannot be compared.")
+        raise ConfigError(f"{plan.config} has no validation set, so its trials cannot be compared.")
     asked = dataclasses.replace(first, settings={**first.settings, "checkpoint": chosen})
     try:
         metric, mode = asked.best(asked.make_metrics(data), filter(None, sets))
@@ -220,7 +220,7 @@ class _Record:
         if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
             raise ConfigError(
                 f"{folder} holds another sweep: {cut_list(changed, 6)} changed since. Choose another --out, or give "
-                f"the sweep that it began with; only trials may change."
+                "the sweep that it started with; only trials may change."
             )
         return cls(folder, described, [_trial(plan, folder, one, number, path) for number, one in enumerate(found)])
 
@@ -297,8 +297,8 @@ def _best(trials: list[Trial], mode: Mode) -> Trial | None:
 
 
 def _tried(plan: Plan, trial: Trial, metric: str, alone: list[str], progress: bool) -> Trial:
-    """A trial with its outcome. alone: what keeps a run on one device. Raises KeyboardInterrupt, which leaves the trial
-    to be gone on with."""
+    """A trial with its outcome. alone: settings that keep a run on one device. Raises KeyboardInterrupt; the trial can
+    then be continued."""
     scores = []
     seeds: list[int | None] = [*plan.seeds] or [None]
     for seed, path in zip(seeds, trial.runs, strict=True):
@@ -317,7 +317,7 @@ def _tried(plan: Plan, trial: Trial, metric: str, alone: list[str], progress: bo
             torch.cuda.empty_cache()
             return trial._replace(status="failed", message=f"out of memory: {cut(' '.join(str(error).split()), 200)}")
         if outcome.status == "interrupted":
-            print(f"{outcome.message.partition(' Go on with')[0]} Go on with the same command.", file=sys.stderr)
+            print(f"{outcome.message.partition(' Resume with')[0]} Continue with the same command.", file=sys.stderr)
             raise KeyboardInterrupt
         if outcome.status == "diverged":
             return trial._replace(status="diverged", message=cut(outcome.message, 900))

@@ -1,6 +1,6 @@
-"""Where predictions go: tables in files (CSV, TSV, parquet, npz, by the name's ending) and in memory.
+"""Tables of predictions: in files (CSV, TSV, parquet, npz, by the name's ending) and in memory.
 
-Rows are in order, no spreadsheet takes a cell for a formula, and nothing is lost.
+Rows are in order, no spreadsheet takes a cell for a formula, and finished rows survive an error.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 COLUMNS = ("file", "record", "start", "stop")
 ENDINGS = (".csv", ".tsv", ".parquet", ".npz")
-_GROUP = 2**14  # rows that are written to a parquet file together
+_GROUP = 2**14  # rows that go to a parquet file together
 
 Value = str | int | float
 
 
 def partial_path(path: Path) -> Path:
-    """Where what was finished before an error is kept: `bits.csv` → `bits.partial.csv`."""
+    """The file that keeps the rows finished before an error: `bits.csv` → `bits.partial.csv`."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
 class Table(abc.ABC):
-    """Rows of predictions: file, record, start, stop, the values' columns, a note.
+    """Rows of predictions: file, record, start, stop, columns of values, a note.
 
-    A row without a prediction has empty cells and a note that says why; such rows that come before the first prediction
-    wait for it, since the columns are not known before.
+    A row without a prediction has empty cells and a note that says why. Such rows before the first prediction wait for
+    it, because the columns are not known earlier.
 
     rows: written so far. predicted: those with a prediction. notes: how often each note was written.
     """
@@ -55,10 +55,10 @@ class Table(abc.ABC):
         self.notes: collections.Counter[str] = collections.Counter()
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Say what the values' columns are, once there is a prediction. Names that are taken get an underscore."""
+        """Set the columns of values, at the first prediction. Names that are taken get an underscore."""
         if self._columns is None:
             taken, names = {*COLUMNS, "note"}, []
-            for name in columns:  # a class may be named as another column is
+            for name in columns:  # a class may have the name of another column
                 while name in taken:
                     name += "_"
                 taken.add(name)
@@ -72,7 +72,7 @@ class Table(abc.ABC):
     def add(
         self, file: str, record: str, start: int, stop: int, values: Sequence[Value] | None, note: str = ""
     ) -> None:
-        """values None: there is no prediction, and `note` says why."""
+        """values: None if there is no prediction; `note` then says why."""
         place = file, record, start, stop, note
         self.rows += 1
         if values is None:
@@ -92,7 +92,7 @@ class Table(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Write what has not been written."""
+        """Write what is still unwritten."""
 
 
 class TextTable(Table):
@@ -157,7 +157,7 @@ class ParquetTable(_Columns):
     def _write(self, place: tuple[str, str, int, int, str], values: Sequence[Value] | None) -> None:
         super()._write(place, values)
         if len(self.gathered["note"]) >= _GROUP and (values is not None or self._writer is not None):
-            self._flush()  # the first time with a prediction, whose values have the columns' types
+            self._flush()  # the first row with a prediction, whose values have the columns' types
 
     def _flush(self) -> None:
         import pyarrow
@@ -180,7 +180,8 @@ class ParquetTable(_Columns):
 
 
 class ArraysTable(_Columns):
-    """An npz file with an array a column; those of an embedding are one, `embedding` `(rows, d_model)` float32."""
+    """An npz file with an array for each column; an embedding's columns are one array, `embedding` `(rows, d_model)`
+    float32."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -211,11 +212,11 @@ class ArraysTable(_Columns):
 
 @contextlib.contextmanager
 def table(out: Path | None) -> Iterator[Table]:
-    """A table that takes its place at `out` when the block ends well, of the kind that the name's ending says (CSV for
-    any other); see `mambaseq.outputs` for links, devices, pipes. None: one in memory.
+    """A table that is moved to `out` when the block ends without an error. The name's ending says the format (CSV for
+    any other); see `mambaseq.outputs` for links, devices and pipes. None: a table in memory.
 
-    Predictions that are finished when the block ends with an error of the user's, with Ctrl-C or for want of memory are
-    kept at `partial_path(out)`; a UserError is raised again and says so. Without any nothing is kept.
+    If the block ends with a UserError, with Ctrl-C or for lack of memory, the finished predictions are kept at
+    `partial_path(out)`, if there are any; a UserError is raised again and says so.
     """
     if out is None:
         yield Frame()
@@ -225,7 +226,7 @@ def table(out: Path | None) -> Iterator[Table]:
     delimiter = "\t" if ending == ".tsv" else ","
     if is_stream(out):
         if ending in (".parquet", ".npz"):
-            raise ConfigError(f"--out {out} is a pipe or device, and {ending[1:]} is for files. Give a file's name.")
+            raise ConfigError(f"--out {out} is a pipe or device, but {ending[1:]} needs a file. Give a file's name.")
         with output_stream(out, "w", **options) as file:
             yield TextTable(file, delimiter)
         return
@@ -247,7 +248,7 @@ def table(out: Path | None) -> Iterator[Table]:
             rows.close()
             kept = partial_path(target)
             temporary.replace(kept)
-            told = f"The {rows.rows:,} rows finished before are in {kept}."
+            told = f"The {rows.rows:,} rows finished before it are in {kept}."
             if isinstance(error, UserError):
                 raise UserError(f"{error} {told}") from error
             print(f"\n{told}", file=sys.stderr)

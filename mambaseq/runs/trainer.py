@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run uses it: its settings checked, our checkpoint writer and bars added."""
+"""Lightning's trainer for a run: settings checked, our checkpoint writer and progress bars added."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.bar import Bar
 from mambaseq.tasks.callbacks import NEVER
 
-_DECIDED = (  # the trainer's settings that a run cannot leave to others: the value that is refused (None: any), and why
+_DECIDED = (  # settings of the trainer that a run needs for itself: the value that is refused (None: any), and why
     ("default_root_dir", None, "a run writes to its own folder, --out"),
     ("logger", False, "a run draws its curves from its logs"),
-    ("enable_checkpointing", False, "a run can always be gone on with, by checkpoints of its own"),
+    ("enable_checkpointing", False, "a run writes checkpoints of its own, so that it can always be resumed"),
 )
 
 
@@ -49,7 +49,7 @@ def make_trainer(
     options = dict(settings.trainer)
     for key, taken, why in _DECIDED:
         if (options.get(key) is False) if taken is False else options.get(key) is not None:
-            raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} away.")
+            raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} out.")
     if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
     _check_devices(options.get("devices"))
@@ -64,7 +64,7 @@ def make_trainer(
         options["enable_progress_bar"] = progress
     if options["enable_progress_bar"]:
         callbacks = [*callbacks, Bar()]
-    # the user's come first, so that a checkpoint holds what they have counted
+    # the user's callbacks come first, so that checkpoints hold their current state
     options |= {"logger": [*loggers, *given] or False, "callbacks": [*own, *callbacks]}
     if settings.settings["checkpoint"]["val_every_n_tokens"]:  # `RunCheckpoints` says when
         options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
@@ -76,7 +76,7 @@ def make_trainer(
 
 
 def _check_devices(devices: Any) -> None:
-    """Raise UserError for more than `limits.DEVICES`: on CPUs Lightning starts as many processes as it is told."""
+    """Raise UserError for more than `limits.DEVICES`: on CPUs Lightning would start that many processes."""
     if isinstance(devices, str) and devices.strip().isdecimal():
         devices = int(devices)
     if isinstance(devices, str | list):
@@ -86,7 +86,7 @@ def _check_devices(devices: Any) -> None:
 
 
 def _check_nodes(count: Any, plugins: Any) -> None:
-    """Raise ConfigError for several machines where nothing says which of them this is: it would wait for the others."""
+    """Raise ConfigError for several machines if nothing says which one this is: it would wait for the others."""
     given = plugins if isinstance(plugins, list) else [plugins]
     if not isinstance(count, int) or count <= 1 or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
         return
@@ -94,15 +94,15 @@ def _check_nodes(count: Any, plugins: Any) -> None:
     by_hand = {"NODE_RANK", "GROUP_RANK"} & os.environ.keys() and "MASTER_ADDR" in os.environ
     if not by_hand and not any(launcher.detect() for launcher in launchers):
         raise ConfigError(
-            f"trainer.num_nodes is {count}, and nothing says which of them this machine is, so that it would wait for "
-            f"the others for ever. Start the run by torchrun or SLURM on each, or set NODE_RANK and MASTER_ADDR; on "
-            f"one machine leave trainer.num_nodes away."
+            f"trainer.num_nodes is {count}, but nothing says which of them this machine is, so it would wait for the "
+            "others forever. Start the run with torchrun or SLURM on each, or set NODE_RANK and MASTER_ADDR; on one "
+            "machine leave trainer.num_nodes out."
         )
 
 
 @contextlib.contextmanager
 def explained(what: str, more: str = "") -> Iterator[None]:
-    """Turn the errors by which Lightning and torch refuse a setting into ConfigError."""
+    """Turn the errors of Lightning and torch about a setting into ConfigError."""
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -111,7 +111,7 @@ def explained(what: str, more: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def misconfigured(what: str) -> Iterator[None]:
-    """Turn Lightning's own refusals, which name the setting, into ConfigError; nothing else."""
+    """Turn Lightning's MisconfigurationException, which names the setting, into ConfigError; no other error."""
     try:
         yield
     except MisconfigurationException as error:
@@ -120,7 +120,7 @@ def misconfigured(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's advice that does not apply here."""
+    """Silences Lightning's advice that does not apply here."""
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",

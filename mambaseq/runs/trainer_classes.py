@@ -1,8 +1,8 @@
-"""Classes under `trainer:` (callbacks, loggers, ...): which may be named, and how they are made of plain values.
+"""Classes under `trainer:` (callbacks, loggers, ...): which may be named, and how they are made from plain values.
 
-A configuration may be somebody else's, so that what it names is looked up before anything is imported: Lightning's own
-classes by their public names, and, below what `--allow-import` allows, classes of the kind that is wanted.
-jsonargparse, which reads everything else, would import whatever a value names; it never sees these.
+A configuration may be somebody else's, so names are looked up before anything is imported: Lightning's own classes by
+their public names, and, below what `--allow-import` allows, classes of the right kind. jsonargparse, which reads
+everything else, would import whatever a value names; it never sees these.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _ABSENT = re.compile(r"Requirement '([\w.-]+)[^']*' not met|No module named '([\
 
 
 class Key(NamedTuple):
-    """A key of `trainer`: the classes that are wanted (`"module:Class"`), the packages of Lightning whose public names
-    are known, whether there may be several, and the plain types that are values too."""
+    """A key of `trainer`: the base classes (`"module:Class"`), the packages of Lightning whose public names are known,
+    whether there may be several, and the plain types that are also allowed."""
 
     wanted: tuple[str, ...]
     packages: tuple[str, ...]
@@ -70,13 +70,13 @@ KEYS = {
 
 
 class TrainerClasses:
-    """The value of such a key as it was written: plain values, `class_path` and `init_args` where a class is named."""
+    """The value of such a key as written: plain values, with `class_path` and `init_args` where a class is named."""
 
     def __init__(self, written: Any) -> None:
         self.written = written
 
 
-# a type of jsonargparse's whose values it hands on: text (of the command line) is read as YAML, nothing else is done
+# jsonargparse passes values of this type on: text (of the command line) is read as YAML, nothing more
 register_type(
     TrainerClasses,
     serializer=lambda value: value.written,
@@ -94,9 +94,9 @@ def _plain_values(value: Any) -> Any:
 
 
 def make_classes(key: str, value: Any) -> Any:
-    """What `lightning.Trainer` takes for `trainer.key`, made of what is written there.
+    """What `lightning.Trainer` takes for `trainer.key`, made from what is written there.
 
-    Raises ConfigError that names the key for classes that may not be named, are of another kind or cannot be made.
+    Raises ConfigError that names the key, for classes that may not be named, are of the wrong kind or cannot be made.
     """
     known, where = KEYS[key], f"trainer.{key}"
     if value is None or (isinstance(value, bool) and bool in known.plain):
@@ -119,7 +119,9 @@ def _make(key: str, value: Any, where: str) -> Any:
             f"{cut_list(sorted(_public(key)), most=40)}."
         )
     if more := spec.keys() - {"class_path", "init_args"}:
-        raise ConfigError(f"{where} has {cut_list(sorted(more))} beside class_path and init_args, which is all it has.")
+        raise ConfigError(
+            f"{where} has {cut_list(sorted(more))} besides class_path and init_args, the only keys it has."
+        )
     arguments = spec.get("init_args") or {}
     if not isinstance(arguments, dict):
         raise ConfigError(f"{where}.init_args must be names and values, not {shown(arguments)}.")
@@ -127,7 +129,7 @@ def _make(key: str, value: Any, where: str) -> Any:
     checked = _check_arguments(kind, arguments, where)
     try:
         return kind(**checked)
-    except Exception as error:  # whatever the class does not like about its settings
+    except Exception as error:  # a class may refuse its settings with any error
         if isinstance(error, ImportError) and (found := _ABSENT.search(str(error))) is not None:
             package = found[1] or found[2].partition(".")[0]
             raise ConfigError(
@@ -167,15 +169,14 @@ def _load(target: str) -> Any:
 
 
 def _resolve(key: str, path: str, where: str) -> Any:
-    """The class of a short name, of its path in Lightning, of a registered name, or of an import path that is
-    allowed."""
+    """The class for a short name, its path in Lightning, a registered name, or an allowed import path."""
     if path in _registered(key):
         return catalog()[key].get(path, where)
     public = _public(key)
     module, _, name = path.replace(":", ".").rpartition(".")
     if name in public:
         kind = getattr(importlib.import_module(public[name]), name)
-        # where it is shown, and where it is written
+        # the public path, and the module that defines it
         if module in ("", public[name], kind.__module__, *KEYS[key].packages):
             return kind
     if not module or not is_allowed(module):
@@ -198,14 +199,14 @@ def _resolve(key: str, path: str, where: str) -> Any:
 
 
 def _check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arguments, of the types that the class says. Raises ConfigError for those that it does not take, that are of
-    another type, or that no plain value can be: functions and classes are not looked up by their names."""
+    """The arguments, checked against the types that the class declares. Raises ConfigError for unknown arguments, wrong
+    types, and arguments that no plain value can be: functions and classes are not looked up by name."""
     parameters, open_ended = init_parameters(kind)
     checked: dict[str, Any] = {}
     for name, value in arguments.items():
         place = f"{where}.init_args.{name[:80]}"
         if names_class(value, place, "trainer") is not None:
-            raise ConfigError(f"{place} names a class inside of another one's arguments; those are plain values.")
+            raise ConfigError(f"{place} names a class inside another one's arguments; those must be plain values.")
         if name not in parameters:
             if not open_ended:
                 raise ConfigError(
@@ -218,8 +219,8 @@ def _check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> di
         if accepted is None:
             if value is not None:
                 raise ConfigError(
-                    f"{place} is no plain value but code, which a configuration cannot give. Leave it out, or write a "
-                    f"class of your own (see --allow-import) that sets it."
+                    f"{place} takes code, which a configuration cannot give. Leave it out, or write a class of your "
+                    "own (see --allow-import) that sets it."
                 )
             continue
         checked[name] = value if _is_open(accepted) else _checked(accepted, value, place)
@@ -237,14 +238,14 @@ def _checked(accepted: Any, value: Any, place: str) -> Any:
 
 
 def _is_open(accepted: Any) -> bool:
-    """Whether anything is accepted, somewhere in it: jsonargparse makes what looks like a class there."""
+    """Whether a type accepts anything somewhere in it: jsonargparse would make a class of what looks like one there."""
     return accepted is Any or any(_is_open(inner) for inner in typing.get_args(accepted))
 
 
 def names_class(value: Any, key: str, source: str) -> str | None:
-    """The key, at `key` or below it, where a value or a text in it names a class (`class_path`); None where none does.
+    """The key, at or below `key`, whose value, or text in it, names a class (`class_path`); None if there is none.
 
-    source: what the messages call the file. Raises ConfigError for text that looks like YAML in quotes and is none.
+    source: what messages call the file. Raises ConfigError for text that looks like quoted YAML but is not.
     """
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -268,8 +269,8 @@ def names_class(value: Any, key: str, source: str) -> str | None:
 
 
 def init_parameters(kind: Any) -> tuple[dict[str, Any], bool]:
-    """The annotations of the arguments of a class (Parameter.empty without one, a string where it cannot be
-    evaluated), those of its bases too where it hands on `**kwargs`; and whether any others are taken."""
+    """The annotations of a class's arguments (Parameter.empty without one, a string where it cannot be evaluated), with
+    those of its bases where it passes on `**kwargs`; and whether it takes any others."""
     found: dict[str, Any] = {}
     open_ended: bool | None = None
     for base in kind.__mro__:
@@ -294,7 +295,7 @@ def _evaluated(annotation: Any, module: str) -> Any:
     holder = type("holder", (), {"__annotations__": {"value": annotation}})
     try:
         return typing.get_type_hints(holder, vars(sys.modules[module]) if module in sys.modules else None)["value"]
-    except Exception:  # names that only type checkers know
+    except Exception:  # names that exist only for type checkers
         return str(annotation)
 
 
@@ -303,7 +304,7 @@ _CONTAINERS = (list, tuple, dict, set, Iterable, Mapping, typing.get_origin(typi
 
 
 def plain_type(annotation: Any) -> Any:
-    """The part of a type that values in a file can have without naming code; None when there is none.
+    """The part of a type that values in a file can have without naming code; None if there is none.
 
     >>> plain_type(int | typing.Callable[[], int])
     <class 'int'>

@@ -1,4 +1,4 @@
-"""Training: a run is begun, gone on with, and brought to its end."""
+"""Training: starts, resumes and finishes a run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from mambaseq.tasks.task import Task
 
 
 def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) -> ModelCard:
-    """What is saved beside the weights."""
+    """The description that is saved with the weights."""
     tokenizer = None
     if data.tokenizer is not None:
         if data.tokenizer_name is None:
@@ -85,27 +85,27 @@ def fit(
 ) -> Outcome:
     """Train, export the best weights, write results and pictures.
 
-    The run's folder is this process's as long as it trains.
+    The run's folder is locked while it trains.
 
     config: a registered name or a YAML file. overrides: `--key value`, over it.
-    resume: go on with the run in the folder, wherever it was left: before its first checkpoint, on the way, or
-        between its last step and its last picture.
-    allow_changed_data: go on though files of the data changed.
-    Raises UserError for anything the user has to mend, before the first step where that can be told.
+    resume: continue the run in the folder, wherever it stopped: before its first checkpoint, in the middle, or between
+        its last step and its last picture.
+    allow_changed_data: resume although files of the data changed.
+    Raises UserError for anything that the user has to mend, before the first step where possible.
     """
     folder.check_place(begins=not resume)
-    settings = parse_config(config, overrides)  # what is refused leaves no folder behind
+    settings = parse_config(config, overrides)  # a refused run leaves no folder behind
     with folder.locked():
         if not resume and folder.last.exists() and rank() == 0:
             raise ConfigError(
-                f"{folder.path} already holds a run. Go on with it (`mambaseq fit --resume {folder.path}`), or give "
-                f"another --out, or remove it."
+                f"{folder.path} already holds a run. Resume it (`mambaseq fit --resume {folder.path}`), give another "
+                "--out, or remove it."
             )
         changed = changed_model_settings(config, settings.settings) if resume and overrides else []
         if changed := [key for key in changed if key.rpartition(".")[2] not in NOT_IN_WEIGHTS]:
             raise ConfigError(
                 f"The model of a run cannot change, and {', '.join(changed)} would change that of {folder.path}. Leave "
-                f"it away, or begin another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
+                f"it out, or start another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
             )
         with quiet():
             outcome = _train(settings, folder, resume, progress, allow_changed_data)
@@ -130,7 +130,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     finetune, lora = settings.finetune(), settings.lora()
     task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed, finetune)
     chosen, throughput = settings.settings["checkpoint"], Throughput()
-    # made in every process; those of the first alone write
+    # made in every process; only those of the first write
     loggers: list[Logger] = [
         RunLog(folder.path, name="logs", version=folder.next_version(), throughput=throughput),
         TensorBoardLogger(folder.path, name="tensorboard", version=""),
@@ -156,8 +156,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         _begin_from(finetune.init_from, run)
     elif lora.rank:
         raise ConfigError(
-            "lora.rank is set, whose adapters are beside weights that stay as they are: finetune.init_from must say "
-            "whose (fit --init-from RUN)."
+            "lora.rank trains adapters beside frozen weights; finetune.init_from must name the run with those weights "
+            "(fit --init-from RUN)."
         )
     if lora.rank:
         add_adapters(model, lora)
@@ -168,7 +168,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
     if begins:
         if resume and trainer.is_global_zero:
-            say(folder, "there is no checkpoint yet; the run begins at its first step")
+            say(folder, "there is no checkpoint yet; the run starts at its first step")
         _begin(trainer, settings, run, record)
     elif (ended := _rest(run, settings, trainer)) is not None:
         return ended._replace(facts=Facts.of(model, data))
@@ -181,8 +181,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
 
 
 def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
-    """What a resumed run needs. Says what changed; raises DataError when the data did, and must not, ConfigError when a
-    setting did that cannot."""
+    """What a resumed run needs. Prints what changed. Raises DataError for changed data that are not allowed,
+    ConfigError for a changed setting that is fixed."""
     changed = changed_settings(run.folder, settings)
     refuse_fixed(run.folder, changed)
     lines = check_changed_data(run.folder, record, allow_changed=allow_changed_data)
@@ -204,15 +204,15 @@ def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_ch
 
 
 def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Outcome | None:
-    """Finish a run that has no step left to train; None for one that trains on.
+    """Finish a run that has no step left to train; returns None if it has.
 
-    Raises UserError when its checkpoint is not of this model, or settings are given that could have no effect.
+    Raises UserError when its checkpoint is of another model, or given settings would have no effect.
     """
     folder = run.folder
     checkpoint = read_checkpoint(folder.last)
     load_weights(run.task.model, raw_weights(checkpoint), folder.last)
     changed, step = changed_settings(folder, settings), checkpoint["global_step"]
-    ended = not changed and checkpoint.get(KEY, {}).get("ended")  # by a callback, or because its time was over
+    ended = not changed and checkpoint.get(KEY, {}).get("ended")  # by a callback, or because its time was up
     if not (key := is_over(checkpoint, trainer)) and not ended:
         return None
     refuse_without_effect(folder, changed, step)
@@ -251,13 +251,13 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
             raise  # nobody's setting
         if not begins and not isinstance(error, MisconfigurationException):
             raise UserError(
-                f"The run cannot go on from {folder.last} with these settings ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}). The checkpoint is of another version or was changed, or a "
-                f"setting that was given does not go with it."
+                f"The run cannot be resumed from {folder.last} with these settings ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}). The checkpoint is from another version or was changed, or a "
+                "given setting does not fit it."
             ) from error
         if not isinstance(error, MisconfigurationException | ValueError):
             raise
-        with explained("The run cannot begin with these settings"):
+        with explained("The run cannot start with these settings"):
             raise
     return Outcome("finished", run.finish(trainer, trainer.global_step))
 
@@ -271,7 +271,7 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
 
 
 def _begin_from(source: str, run: Training) -> None:
-    """Give the model, as initialised, the weights of another run or of a published model; says which."""
+    """Load the weights of another run or of a published model into the new model, and print which."""
     with under_key("finetune.init_from", {}):
         loaded, published = load_source(source, run.data.tokenizer)
     found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer, published=published)
@@ -297,17 +297,17 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path} is to be replaced and cannot be removed: {error.strerror}. Move it away.") from error
+        raise UserError(f"{path} has to be replaced, but cannot be removed: {error.strerror}. Move it away.") from error
 
 
 def _go_on(settings: RunConfig, run: Training, record: DataRecord) -> None:
-    """What changes in the folder once a resumed run really trains: its settings are those of the resume, and what
-    was exported at its former end is not its model any more (its weights are in the checkpoints too)."""
+    """Change the folder once a resumed run really trains: save the new settings, and remove what was exported at its
+    former end (those weights are in the checkpoints too)."""
     folder = run.folder
     for path in (folder.results, folder.report):
         _remove(path)
     if run.checkpoints.score is None:
-        _remove(folder.best)  # of another metric, or other data, or the last weights are kept from now on
+        _remove(folder.best)  # by another metric, on other data, or because the last weights are kept from now on
     save_model(folder.model, None, run.card, run.data.tokenizer)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:

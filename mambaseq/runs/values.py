@@ -1,4 +1,4 @@
-"""Values of settings that no parser of types refuses: whatever their key, and by the least that some keys have."""
+"""Checks of values that types alone do not refuse, for all keys, and the minimum of some keys."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jsonargparse
 from mambaseq.errors import ConfigError, shown
 from mambaseq.specs import fits
 
-# ends of the names of a dataset's arguments that are paths
+# endings of the names of a dataset's arguments that are paths
 PATHS = ("files", "file", "list", "folder", "fasta")
 
 LARGEST = 2**63
-"""No number of a run is as large: what counts is counted in 64 bits."""
-_LARGE = {"optimizer.lr"}  # a run that diverges says so at its first step
+"""No number of a run is this large: counters have 64 bits."""
+_LARGE = {"optimizer.lr"}  # a run that diverges reports it at its first step
 
-_LEAST: dict[str, float] = {  # of what Lightning takes at its word, or refuses without naming it
+_LEAST: dict[str, float] = {  # for keys that Lightning does not check, or refuses without naming
     "trainer.num_nodes": 1,
     "trainer.fast_dev_run": 0,
     "trainer.max_epochs": -1,
@@ -38,15 +38,15 @@ _LEAST: dict[str, float] = {  # of what Lightning takes at its word, or refuses 
     "trainer.gradient_clip_val": 0,
     "trainer.reload_dataloaders_every_n_epochs": 0,
 }
-_SHARES = ("dropout", "label_smoothing")  # of parts of a model: at least 0 and below 1
+_SHARES = ("dropout", "label_smoothing")  # for parts of a model: at least 0 and below 1
 
-_STEPS = (".dt_min", ".dt_max", ".dt_init_floor")  # also of mixers that leave one unread
+_STEPS = (".dt_min", ".dt_max", ".dt_init_floor")  # also for mixers that do not read it
 
 
 def whole_first(hint: Any) -> Any:
-    """A type with its int before its float, where it has both: jsonargparse takes the first that fits, so that 1 batch
-    would become 1.0, all of them. Which comes first is not said by the annotation alone: `typing` keeps what it made,
-    and takes Union[int, float] for Union[float, int] of another module that was imported before."""
+    """A type with int before float, if it has both. jsonargparse takes the first that fits, and 1 (one batch) would
+    become 1.0 (all batches). The annotation alone does not decide the order: `typing` caches unions, and may return
+    Union[float, int] of another module for Union[int, float]."""
     choices = list(get_args(hint))
     if get_origin(hint) not in (Union, types.UnionType) or not {int, float} <= set(choices):
         return hint
@@ -59,11 +59,11 @@ def whole_first(hint: Any) -> Any:
 def check_values(
     parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace, written: Callable[[str], Any]
 ) -> None:
-    """Raise ConfigError that names the key for a setting that cannot be meant: null where there must be a value (the
-    parser lets it pass, since a null in a file reads as a key that is left out), a number that is not finite, negative
-    where nothing is, or of more than 64 bits, true or 1:30 for a number, text with a NUL, the empty path.
+    """Raise ConfigError that names the key, for values that are surely mistakes: null where there must be a value (the
+    parser lets it pass, because a null in a file reads as a key left out), a number that is not finite, is negative
+    where it cannot be, or has more than 64 bits, true or 1:30 for a number, text with a NUL, the empty path.
 
-    written: the value of a key as it is written, of which the parser may have made a number.
+    written: gives the value of a key as it is written, before the parser may have made a number of it.
     """
     for action in parser._actions:
         hint, key = getattr(action, "_typehint", None), action.dest
@@ -72,11 +72,11 @@ def check_values(
         value = parsed.get(key)
         nullable = action.default is None or type(None) in get_args(hint) or hint is Any
         if (value is None or getattr(value, "written", value) is None) and not nullable:
-            raise ConfigError(f"{key} is null; leave it out, and it is {shown(action.default)}.")
+            raise ConfigError(f"{key} is null; leave it out for its default, {shown(action.default)}.")
         if isinstance(value, bool) and not fits(value, hint):
-            raise ConfigError(f"{key} is {str(value).lower()}, which is no value of it. Give a number or text.")
+            raise ConfigError(f"{key} is {str(value).lower()}, which it cannot be. Give a number or text.")
         if isinstance(value, int | float) and isinstance(text := written(key), str) and ":" in text:
-            # in the YAML of the parser's a number to the base 60
+            # a number to the base 60 in the parser's YAML
             raise ConfigError(f"{key} must be a number, not {shown(text)}.")
         _check(key, value)
 
@@ -84,9 +84,9 @@ def check_values(
 def _check(key: str, value: Any) -> None:
     if isinstance(value, str):
         if "\0" in value:
-            raise ConfigError(f"{key} is text with a NUL, {shown(value)}; take that out.")
+            raise ConfigError(f"{key} contains a NUL character: {shown(value)}. Remove it.")
         if not value and key.startswith("data.") and key.endswith(PATHS):
-            raise ConfigError(f"{key} is empty text, which names no file. Name one, or leave it out.")
+            raise ConfigError(f"{key} is empty. Name a file, or leave it out.")
     elif isinstance(value, bool) or value is None:
         return
     elif isinstance(value, int | float):

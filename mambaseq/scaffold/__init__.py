@@ -1,4 +1,4 @@
-"""What `mambaseq new` writes: a package of a domain that installs, trains and passes its tests."""
+"""What `mambaseq new` writes: the package of a new domain, which installs, trains and passes its tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEMPLATES, _ENDING = Path(__file__).parent / "domain", ".template"
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError for what is no name of a domain, or is another's."""
+    """Raise ConfigError for an invalid domain name, or one that is taken."""
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > _LONGEST:
         raise ConfigError(
             f"A domain's name is a Python name of small letters, digits and _, such as 'protein', of at most "
@@ -35,16 +35,16 @@ def check_name(name: str) -> None:
 
 
 def new_domain(name: str, out: Path | None = None) -> Path:
-    """Write the package `mambaseq-NAME` of a domain, with a small sample of made-up data. Returns its folder.
+    """Write the package `mambaseq-NAME` of a new domain, with a small sample of made-up data. Returns its folder.
 
-    out: the folder, which must not be there; `mambaseq-NAME` in the working folder when None.
-    Raises ConfigError for a name that is none or is taken, UserError for a folder that is there or cannot be written.
+    out: the folder, which must not exist; None takes `mambaseq-NAME` in the working folder.
+    Raises ConfigError for a name that is invalid or taken, UserError for a folder that exists or cannot be written.
     """
     check_name(name)
     folder = Path(f"mambaseq-{name}") if out is None else out
     try:
         with atomic_folder(folder, replace=False) as new:
-            if folder.exists() or folder.is_symlink():  # an empty folder would give way
+            if folder.exists() or folder.is_symlink():  # an empty folder would be replaced
                 raise FileExistsError(folder)
             for path in sorted(_TEMPLATES.rglob(f"*{_ENDING}")):
                 inner = str(path.relative_to(_TEMPLATES)).removesuffix(_ENDING)
@@ -55,12 +55,12 @@ def new_domain(name: str, out: Path | None = None) -> Path:
                 target.write_text(text, encoding="utf-8")
             (new / f"mambaseq_{name}" / "sample.csv").write_text(_sample(), encoding="utf-8")
     except FileExistsError as error:
-        raise UserError(f"{folder} exists, and nothing is written over it. Give another --out, or move it.") from error
+        raise UserError(f"{folder} exists and is not overwritten. Give another --out, or move it.") from error
     return folder
 
 
 def _sample() -> str:
-    """Slow and fast waves of different lengths with noise, a line each: label,values."""
+    """Slow and fast waves of different lengths with noise, one for each line: label,values."""
     draw = random.Random(0)
     lines = ["label,values"]
     for row in range(_ROWS):

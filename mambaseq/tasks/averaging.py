@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: what is validated and exported in the place of the last ones."""
+"""An exponential moving average of the weights, validated and exported instead of the last ones."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mambaseq.errors import ConfigError
 
 @dataclasses.dataclass
 class EmaConfig:
-    """An exponential moving average of the weights, which is validated and exported in their place.
+    """An exponential moving average of the weights, validated and exported in their place.
 
     Args:
-        decay: what is kept of the average in each optimizer step, such as 0.999; 0 is off. Early steps keep less, at
-            most (1 + step) / (10 + step), so that the first weights are soon forgotten.
+        decay: share of the average that each optimizer step keeps, such as 0.999; 0 is off. Early steps keep at most (1
+            + step) / (10 + step), so the first weights are soon forgotten.
     """
 
     decay: float = 0.0
@@ -32,17 +32,18 @@ class EmaConfig:
 
 
 class WeightAverage(lightning.Callback):
-    """Keeps the average of a model's parameters, in fp32; puts it into the model for each validation, and the weights
-    back after it. It follows from weights and steps alone, and every checkpoint has it beside the weights.
+    """Keeps the average of a model's parameters, in fp32. Puts it into the model for each validation, and the weights
+    back afterwards. It depends only on weights and steps, and every checkpoint holds it next to the weights.
 
-    model: whose parameters. decay: see `EmaConfig`. To be placed before what saves checkpoints.
+    model: the model whose parameters are averaged. decay: see `EmaConfig`. Must come before the callback that saves
+        checkpoints.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.average: dict[str, Tensor] = {}
         self._step = 0
-        self._kept: list[Tensor] = []  # the weights, while the average stands in their place
+        self._kept: list[Tensor] = []  # the weights, while the average is in their place
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.is_floating_point() or p.is_complex()}
@@ -65,7 +66,7 @@ class WeightAverage(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # gradients are gathered still
+        if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
@@ -96,7 +97,7 @@ class WeightAverage(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Under all the names that a state dict has; those that share a tensor share its average."""
+        """The average under all names of a state dict; names that share a tensor share its average."""
         names = {id(p): name for name, p in self._parameters().items()}
         checkpoint[AVERAGE] = {
             name: self.average[names[id(p)]]
@@ -111,5 +112,5 @@ class WeightAverage(lightning.Callback):
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """A dtype in which small steps are not lost."""
+    """A dtype wide enough for small steps."""
     return torch.promote_types(tensor.dtype, torch.float32)

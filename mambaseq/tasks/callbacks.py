@@ -1,4 +1,4 @@
-"""What a run needs beside Lightning's own callbacks."""
+"""Callbacks of a run, besides Lightning's own."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Interrupted(Exception):
 
 
 class StoppedAtOnce(BaseException):
-    """The run was asked a second time to stop, and stopped in the middle of what it did."""
+    """The run was asked to stop a second time, and stopped at once."""
 
 
 NEVER = 2**62
-"""An interval of validations that never ends."""
+"""An interval so long that no validation comes."""
 
 
 class Often(NamedTuple):
-    """How often a run saves and validates: a checkpoint every so many optimizer steps, and every so many tokens; a
-    validation every so many tokens (0: never for this reason). Tokens are those that `throughput` counts."""
+    """How often a run saves and validates: a checkpoint every so many optimizer steps and every so many tokens, and a
+    validation every so many tokens (0: none of this kind). `throughput` counts the tokens."""
 
     n_steps: int
     n_tokens: int
@@ -54,22 +54,21 @@ class Often(NamedTuple):
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps `last.ckpt`, from which a run goes on, and `best.ckpt`, and stops the run when it is asked to.
+    """Writes `last.ckpt`, from which a run resumes, and `best.ckpt`, and stops the run on request.
 
-    last: every so many optimizer steps or tokens, once all of the step is over. Where a validation is due after the
-        step it is saved after that: a run that is killed in between validates again, and knows the score.
-    best: after a validation that scored better than the one on disk, whose score is read from the file itself, so that
-        no resumed run can put worse weights in its place. A score that was measured on other data is none, and so is
-        NaN.
-    stop: Ctrl-C or SIGTERM finish the step at hand with its validation, save and raise `Interrupted`; a second one
-        raises `StoppedAtOnce`. Stopping in the middle of a step would leave weights and moments of two different steps.
+    last: every so many optimizer steps or tokens, after the whole step. If a validation is due, it is saved after that:
+        a run killed in between validates again and knows the score.
+    best: after a validation that scored better than the checkpoint on disk. That score is read from the file itself, so
+        that no resumed run can replace it by worse weights. A score on other data does not count, nor does NaN.
+    stop: Ctrl-C or SIGTERM finish the current step with its validation, save, and raise `Interrupted`; a second one
+        raises `StoppedAtOnce`. Stopping within a step would leave weights and moments of two different steps.
 
-    monitor: the logged metric that `best` goes by ("" keeps none), mode: "min" or "max" of it.
-    data: what is trained and validated on; written into every checkpoint. guard: see `FiniteGuard`.
+    monitor: the logged metric that decides `best` ("" keeps none); mode: "min" or "max" of it.
+    data: the record of the data, written into every checkpoint. guard: see `FiniteGuard`.
     score, results: of `best`: its monitored value, None before the first, and all of its validation metrics.
-    forgotten: why a score on disk does not count, "" where it does. saved_step: of `last`, None before the first.
+    forgotten: why a score on disk does not count; "" if it does. saved_step: of `last`, None before the first.
     validated_step: the optimizer step after which the last validation ran. began: whether training has.
-    ended: set when training is over, so that `last` says it.
+    ended: set when training is over; `last` then records it.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class RunCheckpoints(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        return f"{type(self).__qualname__}({self.monitor}, {self.mode})"  # another metric's score is no score
+        return f"{type(self).__qualname__}({self.monitor}, {self.mode})"  # another metric's score does not count
 
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "results": self.results}
@@ -117,7 +116,7 @@ class RunCheckpoints(Checkpoint):
         self.recall(trainer)
 
     def recall(self, trainer: lightning.Trainer) -> None:
-        """Read score and results of `best`, where they are of this metric and of these data."""
+        """Read score and results of `best`, if they belong to this metric and these data."""
         found: tuple[Any, str] = None, ""
         if trainer.is_global_zero and self.monitor and self.best.is_file():
             checkpoint = read_checkpoint(self.best)
@@ -130,7 +129,7 @@ class RunCheckpoints(Checkpoint):
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f"The checkpoint {self.best} does not say what its score is ({type(error).__name__}: "
-                    f"{str(error)[:200]}). Remove it, or copy it again; the run then finds its best weights anew."
+                    f"{str(error)[:200]}). Remove it, or copy it again; the run then looks for its best weights again."
                 ) from error
             if state is None:
                 found = None, "it was measured by another metric"
@@ -138,7 +137,7 @@ class RunCheckpoints(Checkpoint):
                 found = None, f"{score:.4g} at step {checkpoint['global_step']} was measured on other data"
             elif score is not None and math.isfinite(score):
                 found = state, ""
-        found = trainer.strategy.broadcast(found)  # all processes have to decide alike, whatever disks they see
+        found = trainer.strategy.broadcast(found)  # all processes must decide alike, even if their disks differ
         state, self.forgotten = found
         if state is not None:
             self.score, self.results = state["score"], state["results"]
@@ -147,7 +146,7 @@ class RunCheckpoints(Checkpoint):
         if self._asked:
             raise StoppedAtOnce
         self._asked = True
-        with contextlib.suppress(OSError):  # print is not safe here: the signal may have come in the middle of one
+        with contextlib.suppress(OSError):  # print is not safe here: the signal may have interrupted one
             os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -160,7 +159,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._flush:  # only now has the step that was saved been logged as well
+        if self._flush:  # only now is the saved step logged as well
             self._save_logs(trainer)
             self._flush = False
         if self._stopping:
@@ -170,7 +169,7 @@ class RunCheckpoints(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        stepped = not loop._should_accumulate()  # gradients so far are in no checkpoint
+        stepped = not loop._should_accumulate()  # accumulated gradients are in no checkpoint
         if stepped and _is_last(trainer):
             # Lightning then validates this step as well, whatever the interval
             trainer.should_stop, trainer.check_val_every_n_epoch = True, None
@@ -214,7 +213,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.fit_loop.epoch_loop._should_accumulate() or not (self._due or asked):
             return
         self.guard.check(trainer, pl_module)
-        self._save_logs(trainer)  # a resumed run does not log again what lies before its checkpoint
+        self._save_logs(trainer)  # a resumed run does not log again what is before its checkpoint
         trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step
         self._due, self._stopping, self._flush = False, asked, True
@@ -239,7 +238,7 @@ class RunCheckpoints(Checkpoint):
 
 
 def _is_last(trainer: lightning.Trainer) -> bool:
-    """Whether the optimizer step that is over is the run's last by its number of steps or epochs."""
+    """Whether the finished optimizer step is the run's last, by its number of steps or epochs."""
     loop = trainer.fit_loop
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     last_epoch = 0 <= epochs <= trainer.current_epoch + 1 and loop.epoch_loop.batch_progress.is_last_batch
@@ -247,11 +246,11 @@ def _is_last(trainer: lightning.Trainer) -> bool:
 
 
 class Throughput(lightning.Callback):
-    """Counts tokens, and logs how a training goes every `log_every_n_steps` steps: `train/tokens_per_second` of
-    training alone over the whole run (without validation, saving and a process's first batch, which compiles kernels),
-    `train/lr` of the first parameter group, `train/grad_norm` before clipping, `train/memory_gib` (the most that was
-    held so far: of the GPU, else of this process), and on a GPU whose peak is known `train/mfu`, the share of it that
-    products with the weights take: 6 floating point operations a token and parameter, embeddings left out.
+    """Counts tokens, and logs every `log_every_n_steps` steps: `train/tokens_per_second` over the whole run (training
+    only, without validation, saving and a process's first batch, which compiles kernels), `train/lr` of the first
+    parameter group, `train/grad_norm` before clipping, `train/memory_gib` (the most held so far, of the GPU or else of
+    this process), and, on a GPU with a known peak, `train/mfu`: the share of the peak that products with the weights
+    use, at 6 floating point operations a token and parameter without embeddings.
 
     tokens, seconds: all of the run. rate: tokens a second.
     """
@@ -319,7 +318,7 @@ class Throughput(lightning.Callback):
 
 
 def _largest_memory() -> int:
-    """The most bytes that this process has held; 0 where that cannot be told."""
+    """The most bytes that this process has held; 0 if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -328,20 +327,19 @@ def _largest_memory() -> int:
 
 
 def _share_of_peak(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> float | None:
-    """What products with the weights take of a token, over what all devices can do in a second; None where that is not
-    known."""
+    """Operations of a token's products with the weights, over what all devices can do in a second; None if unknown."""
     model: Any = pl_module.model
     if pl_module.device.type != "cuda":
         return None
     precision = str(trainer.precision)
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of chips that it does not know
+        warnings.simplefilter("ignore")  # for chips that it does not know
         try:
             peak = get_available_flops(pl_module.device, dtype)
         except ValueError:
             peak = None
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    tables -= {id(p) for p in model.head.parameters()}  # a tied one is multiplied with
+    tables -= {id(p) for p in model.head.parameters()}  # a tied embedding is multiplied with
     count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
     return 6 * count / (peak * trainer.world_size) if peak else None

@@ -1,4 +1,4 @@
-"""What of a model is trained, when, and how fast."""
+"""Which parts of a model are trained, when, and how fast."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mambaseq.tasks.optimizer import matches
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    """Training that begins from something.
+    """Training that starts from given weights.
 
-    Patterns stand for parameters by their names, or for all that is in a module (backbone, encoder.embedding,
+    A pattern is a parameter's name, or that of a module for all parameters in it (backbone, encoder.embedding,
     "backbone.layers.*.norm").
 
     Args:
         init_from: a run, the model folder of one, or that of a published Mamba or Mamba-2 (config.json and weights), to
-            take the weights from, by name; a head or an encoder that does not fit is initialised anew. Empty for none.
+            take the weights from, by name; a head or an encoder that does not fit is initialised. Empty for none.
         freeze: patterns of parameters that are not trained, such as "encoder" or "backbone.layers.0".
         unfreeze: pattern to the optimizer step at which frozen parameters begin to be trained.
         lr_of: pattern to a factor of the learning rate; where several match, the longest pattern counts.
@@ -42,10 +42,10 @@ class FinetuneConfig:
             if step < 0:
                 raise ConfigError(f"finetune.unfreeze.{pattern[:80]} must be a step, at least 0; it is {step}.")
         if self.unfreeze and not self.freeze:
-            raise ConfigError("finetune.unfreeze is of what finetune.freeze names, which is nothing. Leave it out.")
+            raise ConfigError("finetune.unfreeze needs finetune.freeze, which is empty. Leave it out.")
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError for a pattern that stands for nothing, and where nothing is left to be trained."""
+        """Raise ConfigError for a pattern that matches nothing, and if nothing is left to train."""
         names = [name for name, _ in model.named_parameters()]
         frozen = self.frozen(model, 0)
         for key, patterns, among in (
@@ -61,10 +61,10 @@ class FinetuneConfig:
                         f"{shown(pattern)}, or in a module of that name. There are {cut_list(known)}."
                     )
         if frozen and len(frozen) == len(names):
-            raise ConfigError("finetune.freeze leaves nothing to be trained. Freeze less, such as the backbone alone.")
+            raise ConfigError("finetune.freeze leaves nothing to train. Freeze less, such as the backbone alone.")
 
     def frozen(self, model: nn.Module, step: float) -> frozenset[str]:
-        """Names of the parameters that stay as they are in an optimizer step."""
+        """Names of the parameters that are frozen in an optimizer step."""
         thawed = [pattern for pattern, since in self.unfreeze.items() if since <= step]
         return frozenset(
             name
@@ -75,11 +75,11 @@ class FinetuneConfig:
 
 
 class Freezing(lightning.Callback):
-    """Leaves parameters as they are, bit for bit, until their step has come: without a gradient no optimizer moves,
-    decays or counts them. What is frozen follows from the step alone, so that a resumed run goes on exactly.
+    """Keeps parameters unchanged, bit for bit, until their step: without a gradient no optimizer moves, decays or
+    counts them. What is frozen depends only on the step, so a resumed run continues exactly.
 
-    Of several processes each has to take part in the sum of all gradients, so that what is frozen for a while loses its
-    gradients there just before the step.
+    With several processes, each must take part in the sum of all gradients, so temporarily frozen parameters lose
+    theirs just before the step.
 
     model: a `SequenceModel`, whose parameters the patterns of `config` name.
     """
@@ -93,8 +93,8 @@ class Freezing(lightning.Callback):
         for pattern in self.config.freeze if any(".lora_" in name for name in names) else ():
             if met := [name for name in names if name.startswith("backbone.") and matches(name, pattern)]:
                 raise ConfigError(
-                    f"finetune.freeze: {shown(pattern)} names {cut_list(met, 3)}, and with lora.rank the backbone "
-                    f"stays as it is but for its adapters. Leave the pattern out."
+                    f"finetune.freeze: {shown(pattern)} names {cut_list(met, 3)}, but with lora.rank the backbone is "
+                    "frozen except for its adapters. Leave the pattern out."
                 )
         if self.config.unfreeze and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Training stops where the numbers end: nothing that is not finite is saved, validated or exported."""
+"""Stops training when numbers stop being finite: nothing that is not finite is saved, validated or exported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-LARGEST = 1e18  # the square of a larger weight is no fp32 number, so that no norm of it is
+LARGEST = 1e18  # the square of a larger weight overflows fp32, and so does its norm
 
 
 class Diverged(Exception):
@@ -25,17 +25,17 @@ class Diverged(Exception):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's part of a sharded one
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's part of a sharded parameter
 
 
 def largest(tensors: Iterable[Tensor]) -> Tensor | None:
-    """The largest absolute value, NaN where there is one, left on the tensors' device; None without tensors."""
+    """The largest absolute value (NaN if there is a NaN), on the tensors' device; None without tensors."""
     found = [torch.linalg.vector_norm(tensor.detach(), torch.inf).float() for tensor in tensors if tensor.numel()]
     return torch.stack(found).max() if found else None
 
 
 def first_wrong(model: nn.Module) -> str:
-    """The name of the first parameter that is not finite; "" when all are."""
+    """The name of the first parameter that is not finite; "" if all are."""
     for name, parameter in model.named_parameters():
         value = largest([_local(parameter)]) if parameter.is_floating_point() or parameter.is_complex() else None
         if value is not None and not float(value) <= LARGEST:
@@ -46,8 +46,8 @@ def first_wrong(model: nn.Module) -> str:
 class FiniteGuard(lightning.Callback):
     """Raises `Diverged` at the first loss or weight that is not finite.
 
-    On a CPU every step is looked at. Elsewhere that would make the host wait: the first bad step is kept on the device,
-    and read with the weights every `log_every_n_steps` steps and before anything is saved or validated.
+    On a CPU every step is checked. On a GPU that would make the host wait: there the first bad step is kept on the
+    device, and read with the weights every `log_every_n_steps` steps and before anything is saved or validated.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class FiniteGuard(lightning.Callback):
         return 1 if pl_module.device.type == "cpu" else trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def check(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Raise `Diverged`, in all processes, where one of them has seen something."""
+        """Raise `Diverged` in all processes if one of them has seen something."""
         found = self._found(pl_module)
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(found is not None, all=False):
             raise found or Diverged(self._step, "the loss or a weight of another process")
@@ -97,15 +97,15 @@ class FiniteGuard(lightning.Callback):
             self.check(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Weights may be finite, and so large that what comes out of them is not."""
+        """Finite weights may be so large that their outputs are not finite."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             loss = trainer.callback_metrics.get("val/loss")
-            # that of a set without targets is NaN, whatever the weights are
+            # the loss of a set without targets is NaN for any weights
             if loss is not None and not torch.isfinite(loss) and not pl_module.losses["val_"].empty:  # type: ignore[index, union-attr]
                 raise Diverged(trainer.global_step, "val/loss")
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if (found := self._found(pl_module)) is not None:  # of this process: not all may be saving
+        if (found := self._found(pl_module)) is not None:  # of this process: others may not be saving
             raise found

@@ -1,5 +1,5 @@
-"""Do a model, its metrics and the data go together? Asked before the first step, so that nothing is learned, or
-measured, that is not what it seems."""
+"""Checks before the first step that a model, its metrics and the data fit each other, so that nothing else is learned
+or measured than it seems."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _FITTING: dict[tuple[str, bool], tuple[str, ...]] = {  # kind and whether it is 
     ("values", False): ("regression",),
     ("values", True): ("token_regression", "forecast"),
 }
-_EXAMPLES = 8  # that are looked at for one with a target
+_EXAMPLES = 8  # examples to look at for one with a target
 _PROBED = 64  # positions
 
 
 def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: Mapping[str, Metric]) -> None:
-    """Raise ConfigError where the examples of a data set that is set up do not go with the model or the metrics.
+    """Raise ConfigError if the examples of a dataset (after `setup`) do not fit the model or the metrics.
 
-    A stream cannot be asked for an example before it is placed: its validation set is, and the first training batch
-    when it comes (`Task`).
+    A stream gives no example before its place is set: its validation set is checked, and the first training batch when
+    it comes (`Task`).
     """
     batch = _example(data)
     if batch is not None:
         least = getattr(model.encoder, "min_length", 1)
         if batch.cu_seqlens is None and batch.inputs.shape[1] < least:
             raise ConfigError(
-                f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, and the dataset {dataset} gives "
+                f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, but the dataset {dataset} gives "
                 f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
             )
         check_kinds(model, batch, metrics, dataset)
@@ -59,7 +59,7 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
 
 
 def _example(data: SequenceData) -> Batch | None:
-    """A batch of one, with a target if there is one among the first."""
+    """A batch of one, with a target if one of the first has any."""
     for dataset in itertools.chain([data.train()], named_sets(data.validation()).values()):
         if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset) or len(dataset) == 0:
             continue
@@ -72,7 +72,7 @@ def _example(data: SequenceData) -> Batch | None:
 def check_kinds(
     model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric], dataset: str = "that is given"
 ) -> None:
-    """Raise ConfigError where a batch's targets are not what the head learns or a metric measures. Reads no value."""
+    """Raise ConfigError if a batch's targets are not what the head learns or a metric measures. Reads no values."""
     if batch.targets is None:
         return
     per_token, kind, head = batch.per_token, batch.kind, model.head
@@ -84,7 +84,7 @@ def check_kinds(
         has_bins = isinstance(head, PositionHead)
         remedy = f"Set model.head.stride to {batch.stride}" if has_bins else f"Choose the head {shown(binned)}"
         raise ConfigError(
-            f"model.head.name is {_name(model, 'head')}, which answers once for {stride} position(s), and the dataset "
+            f"model.head.name is {_name(model, 'head')}, which answers once for {stride} position(s), but the dataset "
             f"{dataset} gives one {_GIVEN[kind]} for {batch.stride}. {remedy}, or choose another dataset."
         )
     for name, metric in metrics.items():
@@ -92,7 +92,7 @@ def check_kinds(
             takes = "a target" if metric.measures is None else f"a {_GIVEN[metric.measures]}"
             where = {None: "", True: " for each position", False: " for each sequence"}[metric.per_token]
             raise ConfigError(
-                f"The metric {shown(name)} needs {takes}{where}, and the dataset {dataset} gives one {_GIVEN[kind]} a "
+                f"The metric {shown(name)} needs {takes}{where}, but the dataset {dataset} gives one {_GIVEN[kind]} a "
                 f"{place}. Remove it from metrics, or choose another (`mambaseq list metrics`)."
             )
 
@@ -106,7 +106,7 @@ def _wrong_head(model: SequenceModel, dataset: str, given: str, fitting: tuple[s
 
 
 def _check_labels(model: SequenceModel, batch: Batch, dataset: str) -> None:
-    """Raise ConfigError for labels that the head has no output for, or that are neither 1 nor 0 where any may hold."""
+    """Raise ConfigError for labels that the head has no output for, and for multilabels that are neither 1 nor 0."""
     targets, kind = batch.targets, batch.kind
     if targets is None or kind == "values":
         return
@@ -116,26 +116,26 @@ def _check_labels(model: SequenceModel, batch: Batch, dataset: str) -> None:
     least, most = int(known.min()), int(known.max())
     if kind == "multilabels" and (least < 0 or most > 1):
         raise ConfigError(
-            f"The dataset {dataset} gives labels from {least} to {most} where any of several may hold. Give 1 for one "
-            f"that holds, 0 for one that does not, and -100 for one that is not known."
+            f"The dataset {dataset} gives labels from {least} to {most} where any of several may apply. Give 1 for a "
+            "label that applies, 0 for one that does not, and -100 for an unknown one."
         )
     count = getattr(getattr(model.head, "linear", None), "out_features", None)
     if kind == "labels" and (least < 0 or (count is not None and most >= count)):
         raise ConfigError(
             f"The dataset {dataset} gives labels from {least} to {most}, and the head {_name(model, 'head')} tells "
             f"{'those from 0 on' if count is None else f'{count} classes (0 to {count - 1})'} apart. Give labels of "
-            f"these classes (data.class_names, vocab_size), or -100 for what is not known."
+            "these classes (data.class_names, vocab_size), or -100 for unknown ones."
         )
 
 
 def _name(model: SequenceModel, part: str) -> str:
-    """As the configuration has it, where there is one."""
+    """The name in the configuration, if there is one."""
     return repr((model.spec or {}).get(part, {}).get("name") or type(getattr(model, part)).__name__)
 
 
 def check_next_token(model: SequenceModel, dataset: str = "that is given", kind: str = "labels") -> None:
-    """Raise ConfigError where a model that is to predict the next token, or value, can see it, or an encoder does not
-    say."""
+    """Raise ConfigError if a model that predicts the next token, or value, can see it, or an encoder does not say
+    whether it can."""
     asks = f"The dataset {dataset} asks for the next {'value' if kind == 'values' else 'token'}, which the"
     if not model.backbone.causal:
         raise ConfigError(
@@ -145,9 +145,8 @@ def check_next_token(model: SequenceModel, dataset: str = "that is given", kind:
     causal = getattr(model.encoder, "causal", None)
     if causal is None:
         raise ConfigError(
-            f"{asks} encoder {_name(model, 'encoder')} may see: it does not say whether it is causal. Declare "
-            f"causal = True in {type(model.encoder).__name__} where a position sees nothing after it, or "
-            f"choose another encoder."
+            f"{asks} encoder {_name(model, 'encoder')} may see: it does not say whether it is causal. Declare causal = "
+            f"True in {type(model.encoder).__name__} if a position sees nothing after it, or choose another encoder."
         )
     if not causal:
         raise ConfigError(
@@ -157,18 +156,18 @@ def check_next_token(model: SequenceModel, dataset: str = "that is given", kind:
 
 
 def check_masked(model: SequenceModel, dataset: str = "that is given") -> None:
-    """Raise ConfigError where a model that is to tell masked tokens from both sides sees one side alone."""
+    """Raise ConfigError if a model that predicts masked tokens from both sides sees only one side."""
     if model.backbone.causal:
         raise ConfigError(
-            f"The dataset {dataset} asks for masked tokens, which are told from both sides, and the backbone "
+            f"The dataset {dataset} asks for masked tokens, which are predicted from both sides, but the backbone "
             f"{_name(model, 'backbone')} is causal. Choose one that reads both ways, such as 'bidirectional', or ask "
-            f"for the next token (data.objective next_token)."
+            "for the next token (data.objective next_token)."
         )
 
 
 @contextlib.contextmanager
 def _aside(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; nothing of it remains."""
+    """Runs the block in evaluation mode without gradients, and restores the state afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -180,7 +179,8 @@ def _aside(model: nn.Module) -> Iterator[None]:
 
 
 def rehearse(model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric]) -> None:
-    """Hand the first row's output to a copy of each metric that reads it. Raises ConfigError for one that fails."""
+    """Give the first row's output to a copy of each metric that reads it. Raises ConfigError for a metric that
+    fails."""
     reading = {name: metric for name, metric in metrics.items() if metric.needs_logits}
     if not reading:
         return
@@ -200,22 +200,22 @@ def rehearse(model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric]) 
                 metric.clone().update(output, batch)
             except UserError:
                 raise
-            except Exception as error:  # whatever a third party's metric does
+            except Exception as error:  # a third party's metric may raise anything
                 raise ConfigError(
-                    f"The metric {shown(name)} cannot be had of what the head {_name(model, 'head')} gives: "
+                    f"The metric {shown(name)} cannot be computed from the output of the head {_name(model, 'head')}: "
                     f"{' '.join(str(error).split())[:300]}. Remove it from metrics, or choose another."
                 ) from error
 
 
 def probe_future(model: SequenceModel, batch: Batch) -> None:
-    """Change the end of a sequence and see what its beginning says of it: encoders and backbones that declare to be
-    causal are held to it. Raises ConfigError where one is not."""
+    """Change the end of a sequence and see whether the outputs at its beginning change: for encoders and backbones that
+    declare to be causal. Raises ConfigError if one is not."""
     inputs = batch.inputs[:1, :_PROBED]
     changed, at = _other_end(inputs)
     if at == 0:
         return
     condition = None if batch.condition is None else batch.condition[:1]
-    whole = at // model.stride  # positions of which every input stayed as it was
+    whole = at // model.stride  # positions with unchanged inputs
     with _aside(model):
         before, after = model.encoder(inputs, condition), model.encoder(changed, condition)
         if getattr(model.encoder, "causal", False):
@@ -226,8 +226,8 @@ def probe_future(model: SequenceModel, batch: Batch) -> None:
 
 
 def probe_neighbours(model: SequenceModel, batch: Batch) -> None:
-    """Encode sequences of a padded or packed batch alone: encoders that look at more than a position's own input are
-    held to it that padding and other sequences are not seen. Raises ConfigError where they are."""
+    """Encode sequences of a padded or packed batch alone as well, to see whether an encoder that looks at more than a
+    position's own input sees padding or other sequences. Raises ConfigError if it does."""
     encoder, condition = model.encoder, batch.condition
     if getattr(encoder, "position_wise", False) or (batch.mask is None and batch.cu_seqlens is None):
         return
@@ -241,15 +241,15 @@ def probe_neighbours(model: SequenceModel, batch: Batch) -> None:
             if part.shape != alone.shape or _differ(alone, part, model):
                 others = "the others of a pack" if batch.mask is None else "padding"
                 raise ConfigError(
-                    f"The encoder {_name(model, 'encoder')} gives something else for a sequence in a batch than for "
+                    f"The encoder {_name(model, 'encoder')} gives another output for a sequence in a batch than for "
                     f"the same one alone: it sees {others}. Let it honour the mask (takes_mask) and cu_seqlens, or "
-                    f"choose another encoder."
+                    "choose another encoder."
                 )
 
 
 def _places(batch: Batch, stride: int) -> list[tuple[int, int, int, int, int]]:
-    """Number, row, begin and end among the inputs, and begin in the encoder's output: of the shortest row of a padded
-    batch, of the first and the last sequence of a pack."""
+    """Number, row, start and end in the inputs, and start in the encoder's output: for the shortest row of a padded
+    batch, or the first and last sequences of a pack."""
     if batch.mask is not None:
         lengths = batch.mask.sum(1)
         shortest = int(lengths.argmin())
@@ -263,7 +263,7 @@ def _places(batch: Batch, stride: int) -> list[tuple[int, int, int, int, int]]:
 
 
 def _other_end(inputs: Tensor) -> tuple[Tensor, int]:
-    """A row `(1, length, ...)` with other values of its own from some position on, and that; 0 where it has none."""
+    """A row `(1, length, ...)` with different values from some position on, and that position; 0 if there is none."""
     length = inputs.shape[1]
     if inputs.is_floating_point():
         at = length // 2
@@ -277,7 +277,7 @@ def _other_end(inputs: Tensor) -> tuple[Tensor, int]:
 
 
 def _differ(one: Tensor, other: Tensor, model: SequenceModel) -> bool:
-    """By more than rounding, which an FFT spreads over all positions."""
+    """Whether outputs differ by more than rounding, which an FFT spreads over all positions."""
     if not one.numel():
         return False
     one, other = one.float(), other.float()
@@ -288,7 +288,7 @@ def _differ(one: Tensor, other: Tensor, model: SequenceModel) -> bool:
 def _compare(one: Tensor, other: Tensor, part: str, model: SequenceModel, at: int) -> None:
     if _differ(one, other, model):
         raise ConfigError(
-            f"The {part} {_name(model, part)} says that it is causal, and what it gives for the first {at} positions "
-            f"changes with those after them: a model that predicts the next token would see it. Choose another {part}, "
-            f"or mend this one's `causal`."
+            f"The {part} {_name(model, part)} says that it is causal, but its outputs for the first {at} positions "
+            f"change with later inputs: a model that predicts the next token would see it. Choose another {part}, or "
+            "correct its `causal`."
         )

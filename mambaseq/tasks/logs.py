@@ -1,4 +1,4 @@
-"""The metrics file of a run, which a process that is killed does not take with it."""
+"""The metrics file of a run, which survives when the process is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mambaseq.tasks.callbacks import Throughput
 
 class _Writer(ExperimentWriter):
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Lightning's empties the file first."""
+        """Lightning's version empties the file first."""
         path = Path(self.metrics_file_path)
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -28,8 +28,8 @@ class _Writer(ExperimentWriter):
 
 
 class RunLog(CSVLogger):
-    """Lightning's CSV logger, with two more columns: `tokens` and `seconds` that the run has trained so far, those
-    before a resume counted. A column that comes later does not put the rows before it at risk."""
+    """Lightning's CSV logger with two more columns, `tokens` and `seconds`: how much the run has trained so far,
+    including before a resume. A column that is added later does not endanger earlier rows."""
 
     def __init__(self, *arguments: Any, throughput: Throughput, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -19,7 +19,7 @@ from mambaseq.tasks.optimizer import matches
 class LoraConfig:
     """Low-rank adapters (LoRA) beside the backbone's linear maps.
 
-    They and the head are trained, all else stays as finetune.init_from has it. Needs peft: pip install
+    They and the head are trained; all else stays as finetune.init_from has it. Needs peft: pip install
     'mambaseq[finetune]'.
 
     Args:
@@ -46,7 +46,7 @@ class LoraConfig:
 
 
 class AdapterRecord(lightning.Callback):
-    """Writes into each checkpoint what its adapters are, so that they can be added to the weights."""
+    """Describes the adapters in each checkpoint, so that they can be merged into the weights."""
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
@@ -58,15 +58,15 @@ class AdapterRecord(lightning.Callback):
 
 
 def add_adapters(model: SequenceModel, config: LoraConfig) -> None:
-    """Put adapters beside a model's linear maps, which begin as nothing, and freeze encoder and backbone.
+    """Add adapters, which start with no effect, to a model's linear maps, and freeze encoder and backbone.
 
-    Raises ConfigError when `peft` is missing, and for a pattern that stands for no linear map of the backbone.
+    Raises ConfigError if `peft` is missing, and for a pattern that matches no linear map of the backbone.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError(
-            f"lora.rank is {config.rank}, which needs the package peft, and it cannot be imported "
+            f"lora.rank is {config.rank}, which needs the package peft, but that cannot be imported "
             f"({str(error)[:100]}). Install it: pip install 'mambaseq[finetune]'."
         ) from error
     known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("backbone.")]
@@ -78,7 +78,7 @@ def add_adapters(model: SequenceModel, config: LoraConfig) -> None:
             )
     targets = [name for name in known if not config.targets or any(matches(name, p) for p in config.targets)]
     if not targets:
-        raise ConfigError("lora.rank is set, and the backbone has no linear map that could have an adapter.")
+        raise ConfigError("lora.rank is set, but the backbone has no linear map that could have an adapter.")
     trained = {id(p) for p in model.head.parameters()} - {id(p) for p in model.encoder.parameters()}
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets

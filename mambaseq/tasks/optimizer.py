@@ -15,12 +15,12 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, shown
 from mambaseq.specs import check_options
 
-# dynamics are never pulled towards zero: decay of A_log, B, D or dt would change the memory that was learned
+# dynamics have no weight decay: pulling A_log, B, D or dt towards zero would change the learned memory
 NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern stands for a parameter: by its whole name, or that of a module that it is in.
+    """Whether a pattern matches a parameter: its whole name, or that of a module that contains it.
 
     >>> matches("backbone.layers.0.norm.weight", "backbone"), matches("head.linear.weight", "*.weight")
     (True, True)
@@ -35,7 +35,7 @@ class OptimizerConfig:
     Args:
         name: adamw, muon (Muon for the matrices of the backbone's linear maps, AdamW for all else), or another one of
             `mambaseq list optimizers`.
-        options: arguments of such another one by their names, beside lr.
+        options: further arguments of such an optimizer, by name.
         lr: peak learning rate.
         weight_decay: of matrices; biases, norms, embeddings' conditions and the parameters of the state-space dynamics
             (A_log, D, dt_bias, ...) have none.
@@ -83,14 +83,14 @@ def parameter_groups(
     factors: Mapping[str, float] | None = None,
     frozen: Set[str] = frozenset(),
 ) -> list[dict]:
-    """Groups of parameters, shared ones counted once: matrices with weight decay; vectors, biases, `NO_DECAY` and the
-    parameters of modules that declare `has_weight_decay = False` without.
+    """Groups of parameters, shared ones once: matrices with weight decay; without it vectors, biases, `NO_DECAY` and
+    the parameters of modules that declare `has_weight_decay = False`.
 
-    muon: before them, those that Muon is for: the matrices of the linear maps of hidden layers. Embeddings, heads,
-        convolutions and what makes dt are none.
-    factors: of the learning rate, by pattern (see `matches`); where several match, the longest counts. What one of them
-        matches has groups of its own, in the order of the patterns.
-    frozen: names of parameters that have no gradient now, and may have later.
+    muon: put first a group for Muon, with the matrices of linear maps in hidden layers; not embeddings, heads,
+        convolutions and what makes dt.
+    factors: of the learning rate, by pattern (see `matches`); if several match, the longest counts. Each pattern has
+        groups of its own, in the order of the patterns.
+    frozen: names of parameters that have no gradient now, but may have later.
     """
     patterns = ["", *sorted(factors or {})]
     kinds = ["muon", "decay", "rest"] if muon else ["decay", "rest"]
@@ -117,14 +117,14 @@ def parameter_groups(
 
 
 def _is_hidden(path: str, module: nn.Module, name: str) -> bool:
-    """Whether it is the matrix of a linear map of a hidden layer."""
+    """Whether a parameter is the matrix of a linear map in a hidden layer."""
     steps = path.split(".")
     outer = steps[0] in ("encoder", "head") or "dt_proj" in steps
     return isinstance(module, nn.Linear) and name == "weight" and not outer
 
 
 def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
-    """Of the peak learning rate, at each of `total_steps` optimizer steps."""
+    """The factor of the peak learning rate at each of `total_steps` optimizer steps."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -145,17 +145,17 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups that say so, AdamW for the others: one optimizer, one state.
 
     Muon's steps are scaled so that their root mean square is that of AdamW's ("match_rms_adamw", arXiv:2502.16982):
-    learning rate and weight decay of one are those of the other.
+    so both have the same learning rate and weight decay.
 
-    Raises ConfigError when there is nothing for Muon.
+    Raises ConfigError if there is nothing for Muon.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
         muon = [group for group in groups if group["muon"] and group["params"]]
         if not muon:
             raise ConfigError(
-                "optimizer.name is 'muon', which is for the matrices of linear maps in the backbone, and this model "
-                "has none that is trained. Choose 'adamw'."
+                "optimizer.name is 'muon', which is for the matrices of linear maps in the backbone, but this model "
+                "trains none. Choose 'adamw'."
             )
         rest = [group for group in groups if not group["muon"]]
         self._parts: tuple[torch.optim.Optimizer, ...] = (
@@ -166,7 +166,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._wire()
 
     def _wire(self) -> None:
-        """The parts work on this optimizer's groups and state."""
+        """Make both parts work on this optimizer's groups and state."""
         for part, is_muon in zip(self._parts, (True, False), strict=True):
             part.param_groups = [group for group in self.param_groups if group.get("muon", False) == is_muon]
             part.state = self.state
@@ -191,10 +191,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class Schedule(torch.optim.lr_scheduler.LambdaLR):
-    """Leaves parameter groups alone that the optimizer was given later, by callbacks that thaw layers and have learning
-    rates of their own for them.
+    """Leaves parameter groups alone that were added to the optimizer later, by callbacks that thaw layers with learning
+    rates of their own.
 
-    settings: of each group, as it was made; a checkpoint brings its own to the optimizer (see `reapply`).
+    settings: of each group when it was made; a checkpoint overwrites those in the optimizer (see `reapply`).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
@@ -227,15 +227,15 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer and its schedule over `total_steps` optimizer steps.
 
-    capturable: on CUDA, its step is one kernel that can be captured in a CUDA graph; learning rates are tensors then.
+    capturable: on CUDA, make the step one kernel that a CUDA graph can capture; learning rates are then tensors.
     factors, frozen: see `parameter_groups`.
-    Raises ConfigError when there is no last step (`inf`) for the schedule to end at, and for Muon where its step is to
-    be captured, or there is nothing for it.
+    Raises ConfigError if the schedule has no last step to end at (`inf`), and for Muon if its step must be captured, or
+    there is nothing for it.
     """
     if math.isinf(total_steps) and config.schedule != "constant":
         raise ConfigError(
-            f"The schedule {shown(config.schedule)} ends at the last step, and this run has none. Set "
-            f"trainer.max_steps or trainer.max_epochs, or optimizer.schedule to constant."
+            f"The schedule {shown(config.schedule)} ends at the last step, but this run has none. Set "
+            "trainer.max_steps or trainer.max_epochs, or optimizer.schedule to constant."
         )
     muon = config.name == "muon"
     if capturable and config.name != "adamw":
@@ -244,8 +244,8 @@ def make_optimizer(
         )
     if config.options and config.name in ("adamw", "muon"):
         raise ConfigError(
-            f"optimizer.options are those of optimizers beside adamw and muon, and optimizer.name is {config.name}. "
-            f"Leave them away: what these two take are keys of optimizer itself (beta1, eps, momentum, ...)."
+            f"optimizer.options are for other optimizers than adamw and muon, but optimizer.name is {config.name}. "
+            "Leave them out: the options of these two are keys of optimizer itself (beta1, eps, momentum, ...)."
         )
     groups = parameter_groups(model, config.weight_decay, muon=muon, factors=factors, frozen=frozen)
     betas = (config.beta1, config.beta2)
@@ -263,15 +263,15 @@ def make_optimizer(
             capturable=capturable,
             fused=True if capturable else None,
         )
-        optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the steps before a capture
+        optimizer._warned_capturable_if_run_uncaptured = True  # it would warn about the steps before a capture
     return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
 
 
 def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """An optimizer of a domain. Raises ConfigError for options that it does not take, and where it cannot be made."""
+    """An optimizer of a domain. Raises ConfigError for options that it does not take, and if it cannot be made."""
     kind = catalog()["optimizers"].get(config.name, "optimizer.name")
     check_options("optimizer", config.name, kind, {"lr": config.lr, **config.options}, given=1)
-    # those without a weight would be an error to some
+    # some optimizers refuse groups without a weight
     groups = [group for group in groups if group["params"]]
     try:
         return kind(groups, lr=config.lr, **config.options)
@@ -283,14 +283,14 @@ def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.
 
 
 def reapply(optimizer: torch.optim.Optimizer, schedule: Schedule) -> tuple[float, float]:
-    """Give an optimizer that was restored from a checkpoint the settings that it was made with by `make_optimizer`,
-    which a checkpoint overwrites with its own; moments stay. Parameter groups that others added are left alone.
+    """Set an optimizer that was restored from a checkpoint back to the settings from `make_optimizer`, which the
+    checkpoint has overwritten; moments stay. Parameter groups that others added are left alone.
 
-    Returns the learning rate of the next step, as the checkpoint had it and as it is now, of the first group.
+    Returns the first group's learning rate of the next step, in the checkpoint and now.
     """
     before = float(optimizer.param_groups[0]["lr"])
     for number, (group, settings) in enumerate(zip(optimizer.param_groups, schedule.settings, strict=False)):
-        group |= settings  # amsgrad, maximize and others too: a checkpoint does not say how it is trained
+        group |= settings  # amsgrad, maximize and others too: a checkpoint does not decide how to train
         base = schedule.base_lrs[number] = settings["initial_lr"]
         now = base * schedule.lr_lambdas[number](schedule.last_epoch)
         if isinstance(group["lr"], torch.Tensor):

@@ -28,7 +28,7 @@ from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
 class LengthWarmup:
     """Shorter sequences at first (HyenaDNA's sequence-length warm-up, arXiv:2306.15794).
 
-    Next-token batches are folded, so that tokens a step stay the same; labelled sequences are cut.
+    Next-token batches are folded into more sequences, which keeps the tokens of a step; labelled sequences are cut.
 
     Args:
         start: length at the first step, in positions. It doubles stage by stage until it is the data's own. 0 is off.
@@ -53,8 +53,8 @@ class LengthWarmup:
 
 
 def shorten(batch: Batch, length: int) -> Batch:
-    """The batch at a shorter length: folded into more sequences where every token has a target, else cut. Where a bin
-    of positions has one, the length is a multiple of its size.
+    """The batch at a shorter length: folded into more sequences if every token has a target, otherwise cut. With bins
+    of positions, the length is a multiple of their size.
 
     Raises ConfigError for packed batches, whose sequences have lengths of their own.
     """
@@ -90,14 +90,14 @@ def shorten(batch: Batch, length: int) -> Batch:
 class Task(lightning.LightningModule):
     """Trains a model on batches of any modality.
 
-    Every target counts alike: a batch's loss is a mean over its targets, and where an optimizer step is made of several
-    batches, those of accumulated gradients or of other processes, each weighs as many targets as it has. `train/loss`
-    is that of one batch on one process; `val/loss` and `test/loss` are means over all targets of the set. Where
-    there are several sets, each has its own `val/SET/loss`, and `val/loss` is the mean of those that have targets.
+    Every target counts alike: a batch's loss is a mean over its targets, and if an optimizer step has several batches
+    (accumulated, or of several processes), each is weighted by its number of targets. `train/loss` is that of one batch
+    on one process; `val/loss` and `test/loss` are means over all targets of the set. If there are several sets, each
+    has its own `val/SET/loss`, and `val/loss` is the mean over those with targets.
 
-    metrics: name to metric; logged as `val/NAME` and `test/NAME`, the tables among them kept in `tables`.
-    finetune: which parameters have learning rates of their own, and which `Freezing` keeps as they are.
-    seed: randomness of step k (dropout) depends on (seed, k) alone, so that a resumed run repeats it.
+    metrics: name to metric; logged as `val/NAME` and `test/NAME`; tables are kept in `tables`.
+    finetune: which parameters have learning rates of their own, and which `Freezing` keeps frozen.
+    seed: randomness of step k (dropout) depends only on (seed, k), so a resumed run repeats it.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Task(lightning.LightningModule):
             {stage: nn.ModuleDict({k: m.clone() for k, m in (metrics or {}).items()}) for stage in ("val_", "test_")}
         )
         self.losses = nn.ModuleDict({stage: MeanLoss() for stage in ("val_", "test_")})
-        # of sets beyond the first, by stage and number
+        # for sets after the first, by stage and number
         self._others: dict[tuple[str, int], tuple[MeanLoss, dict[str, Metric]]] = {}
-        # of the accumulation window at hand: targets of its first batch, and of all so far, over all processes
+        # in the current accumulation window: targets of its first batch, and of all so far, over all processes
         self._window: tuple[Tensor, Tensor] | None = None
         self._fits = False
         self.tables: dict[str, list] = {}
@@ -129,7 +129,7 @@ class Task(lightning.LightningModule):
 
     @property
     def backbone(self) -> nn.Module:
-        """By this name callbacks that freeze and thaw (Lightning's `BackboneFinetuning`) know it."""
+        """The name that callbacks which freeze and thaw expect (Lightning's `BackboneFinetuning`)."""
         return self.model.backbone
 
     def run_model(self, batch: Batch, return_logits: bool | None = None) -> ModelOutput:
@@ -146,7 +146,7 @@ class Task(lightning.LightningModule):
         self._window, self._fits = None, False
 
     def _check_fit(self, batch: Batch) -> None:
-        """Raise ConfigError where model, metrics and data do not go together; see `fitting`."""
+        """Raise ConfigError if model, metrics and data do not fit each other; see `fitting`."""
         metrics = self._metrics("val")
         check_kinds(self.model, batch, metrics)
         next_token = asks_for_the_next(self.trainer.datamodule.data, batch)  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ class Task(lightning.LightningModule):
             check_next_token(self.model, kind=batch.kind)
         if self.trainer.datamodule.data.task == "masked":  # type: ignore[attr-defined]
             check_masked(self.model)
-        # the parts of a sharded model do not run alone
+        # parts of a sharded model cannot run alone
         if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             probe_neighbours(self.model, batch)
             rehearse(self.model, batch, metrics)
@@ -177,8 +177,8 @@ class Task(lightning.LightningModule):
         return self._weighted(output.loss, batch)
 
     def _weighted(self, loss: Tensor, batch: Batch) -> Tensor:
-        """A mean over the batch's targets, made so that the mean of it over batches and processes, once
-        `on_before_optimizer_step` has mended its scale, is one over all of their targets. Nothing waits for a GPU."""
+        """A mean over the batch's targets, scaled so that its mean over batches and processes becomes, after
+        `on_before_optimizer_step` has corrected the scale, a mean over all their targets. Does not wait for a GPU."""
         processes = self.trainer.world_size
         if self.trainer.strategy.handles_gradient_accumulation or (
             processes == 1 and self.trainer.accumulate_grad_batches == 1
@@ -193,13 +193,13 @@ class Task(lightning.LightningModule):
             self._window = everywhere.clamp(min=1), everywhere
         else:
             self._window = self._window[0], self._window[1] + everywhere
-        # equal counts make this 1 exactly; floats are named, since half-precision runs change the default dtype
+        # equal counts make this exactly 1; the dtype is explicit, since half-precision runs change the default
         return loss * ((here * processes).float() / self._window[0].float())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lightning has divided by the number of batches of a whole window, however many there were, and `_weighted` by
-        the targets of the first; it is to be the targets of all. This is called before gradients are clipped, and after
-        those of fp16 are unscaled."""
+        """Lightning has divided by the number of batches in a whole window, even if there were fewer, and `_weighted`
+        by the targets of the first batch; both should be the targets of all batches. This is called before gradients
+        are clipped, and after those of fp16 are unscaled."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         batches = self.trainer.accumulate_grad_batches
@@ -213,7 +213,7 @@ class Task(lightning.LightningModule):
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients).float())
 
     def _measures(self, stage: str, number: int) -> tuple[MeanLoss, dict[str, Metric]]:
-        """Loss and metrics of a set."""
+        """The loss and metrics of a set."""
         loss: MeanLoss = self.losses[f"{stage}_"]  # type: ignore[assignment]
         if number == 0:
             return loss, self._metrics(stage)
@@ -236,7 +236,7 @@ class Task(lightning.LightningModule):
 
     def _finish(self, stage: str) -> None:
         names = getattr(self.trainer.datamodule, "set_names", {}).get(stage) or [""]  # type: ignore[attr-defined]
-        found: dict[str, list[Tensor]] = {}  # of each number, those of the sets that have targets
+        found: dict[str, list[Tensor]] = {}  # for each number, its values on the sets with targets
         empty = True
         for number, name in enumerate(names):
             loss, metrics = self._measures(stage, number)
@@ -258,7 +258,7 @@ class Task(lightning.LightningModule):
         self.losses[f"{stage}_"].empty = empty  # type: ignore[assignment]
 
     def _say(self, key: str, value: Tensor, bar: bool = True) -> None:
-        """Keep and log a number, which is the same on every process: a metric has gathered itself."""
+        """Keep and log a number. It is the same on every process, because metrics synchronise themselves."""
         if not key.endswith("/loss"):
             self.results[key] = float(value)
         self.log(key, value.float(), prog_bar=bar, sync_dist=True)
@@ -281,7 +281,7 @@ class Task(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning leaves the norm of sharded gradients to FSDP itself."""
+        """Lightning leaves clipping of sharded gradients to FSDP."""
         model = self.trainer.strategy.model
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):

@@ -83,7 +83,7 @@ def test_names_with_commas_and_accents(tmp_path: Path) -> None:
 def test_a_selection_that_no_clip_meets_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.test asks for 'bem', .*Did you mean 'ben'.*There are: anna, ben\."):
         data(folder, split="speaker", validation="", test="bem")
-    with pytest.raises(ConfigError, match=r"data\.validation asks for '47-49', which is no clip's take"):
+    with pytest.raises(ConfigError, match=r"data\.validation asks for '47-49', but no clip has this take"):
         data(folder, validation="47-49")
 
 
@@ -245,7 +245,7 @@ def test_bad_settings(folder: Path) -> None:
         data(folder, condition=["digits"])
     with pytest.raises(ConfigError, match="not a regular expression"):
         data(folder, pattern="(")
-    with pytest.raises(ConfigError, match="for validation and for test"):
+    with pytest.raises(ConfigError, match="both validation and test"):
         data(folder, validation="0-1", test="1-2")
     with pytest.raises(DataError, match="left for training"):
         data(folder, validation="0", test="1-9")

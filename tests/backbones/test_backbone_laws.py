@@ -160,7 +160,7 @@ def test_a_given_state_is_not_changed_and_forks_are_apart(make) -> None:
         for name, tensor in now.tensors().items():
             assert torch.equal(tensor, getattr(then, name))
     for run in (backbone, lambda x, state: backbone.step_(x[:, :1], state)):
-        with pytest.raises(ValueError, match="states and was given"):
+        with pytest.raises(ValueError, match="states, but was given"):
             run(torch.randn(1, 5, D_MODEL), state=state[:-1])
         with pytest.raises(ValueError, match="is needed"):
             run(torch.randn(3, 5, D_MODEL), state=state)

@@ -104,7 +104,7 @@ def test_shared_mixers_share_weights_and_nothing_else(tmp_path: Path) -> None:
         assert torch.equal(again(ids).logits, model(ids).logits)
     tensors = read_safetensors(tmp_path / "m" / "model.safetensors")
     tensors["backbone.layers.6.mixer.out_proj.weight"] = torch.ones(8, 8)
-    with pytest.raises(UserError, match=r"layers\.6\.mixer\.out_proj\.weight that differs.*not shared"):
+    with pytest.raises(UserError, match=r"layers\.6\.mixer\.out_proj\.weight that differs.*without shared"):
         load_weights(again, tensors, tmp_path)
 
 
@@ -147,18 +147,18 @@ def test_it_generates() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": []}, "pattern must name a mixer"),
-        ({"pattern": ["mamba", "*"]}, "pattern must name a mixer"),
+        ({"pattern": []}, "pattern must be a list of mixer names"),
+        ({"pattern": ["mamba", "*"]}, "pattern must be a list of mixer names"),
         ({"pattern": ["mamba", "atention"]}, r"No mixer is named 'atention'\. Did you mean 'attention'"),
-        ({"pattern": ["mamba"], "mixers": {"s4d": {}}}, r"options for 's4d', which is no mixer of this backbone"),
-        ({"mixers": {"mlp": {}}}, r"options for 'mlp', which is no mixer of this backbone"),
+        ({"pattern": ["mamba"], "mixers": {"s4d": {}}}, r"options for 's4d', which is not a mixer of this backbone"),
+        ({"mixers": {"mlp": {}}}, r"options for 'mlp', which is not a mixer of this backbone"),
         ({"pattern": ["mamba"], "mixers": {"mamba": {}}}, r"under model\.mixer and model\.mixers"),
         (
             {"pattern": ["attention"], "mixers": {"attention": {"heads": 2}}},
             r"'attention' has no option 'heads'.*'n_heads'",
         ),
         ({"n_layers": 0, "pattern": ["mamba"]}, "n_layers must be at least 1"),
-        ({"n_layers": 2, "pattern": ["mamba", "mamba", "attention"]}, "names 3 layers, the backbone has 2"),
+        ({"n_layers": 2, "pattern": ["mamba", "mamba", "attention"]}, "names 3 layers, but the backbone has 2"),
     ],
 )
 def test_mistakes(options: dict, message: str) -> None:
@@ -208,9 +208,9 @@ def test_another_pattern_on_the_command_line_drops_the_options_of_the_former(tmp
     [
         ("n_heads", "n_head", r"no key 'model\.mixers\.attention\.n_head'\. Did you mean '.*n_heads'"),
         ("attention*", "atention", r"model.backbone.pattern: no mixer is named 'atention'\. Did you mean 'attention'"),
-        ("{attention: {n_heads: 2}", "{atention: {n_heads: 2}", r"'atention', which is no mixer.*mean 'attention'"),
-        ("[mamba, attention*]", "[]", "pattern must name a mixer"),
-        ("[mamba, attention*]", "mamba", "pattern must name a mixer a layer.*not 'mamba'"),
+        ("{attention: {n_heads: 2}", "{atention: {n_heads: 2}", r"'atention', which is not a mixer.*mean 'attention'"),
+        ("[mamba, attention*]", "[]", "pattern must be a list of mixer names"),
+        ("[mamba, attention*]", "mamba", "pattern must be a list of mixer names.*not 'mamba'"),
         ("n_heads: 2", "n_heads: two", r"model\.mixers\.attention\.n_heads"),
         ("factor: 3}", "factor: 3}, mamba: {d_state: 2}", r"under model\.mixer and model\.mixers"),
     ],

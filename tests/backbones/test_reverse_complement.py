@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("backbone", {"name": "residual"}),
         ("head", {"name": "lm", "vocab_size": N_IDS}),
     ):
-        with pytest.raises(ConfigError, match=r"strands\. The backbone reverse_complement goes with"):
+        with pytest.raises(ConfigError, match=r"strands\. The backbone reverse_complement needs"):
             build_model({**(model.spec or {}), part: changed})
     for complement in ([1, 2, 0], [0, 1], [3, 1, 2]):
         with pytest.raises(ConfigError, match="partner of each of the 3 ids"):

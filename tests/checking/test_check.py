@@ -221,17 +221,17 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_planted_faults_are_found_and_nothing_else(faulty: None) -> None:
     found = check("faulty")
     failed = {(one.part, one.law): one.reason for one in found if one.failed}
-    sees = "the encoder sees what it says that it sees"
-    ways = "full, in chunks, step by step and packed are the same"
+    sees = "the encoder sees only what it declares"
+    ways = "full, in chunks, step by step and packed give the same"
     wanted = {
         ("encoder faulty/ahead", sees): "says that it is causal",
         ("encoder faulty/bleeds", sees): "sees the others of a pack",
         ("encoder faulty/silent", sees): "does not say whether it is causal",
         ("mixer faulty/forgets", ways): "in chunks of",
         ("mixer faulty/leaks", "the future is not seen"): "changes with position 25, which comes after it",
-        ("dataset faulty/drifts", "the order is a function of the seed"): "training item",
+        ("dataset faulty/drifts", "the order depends only on the seed"): "training item",
         ("dataset faulty/beyond", "items are batches of one, as declared"): "vocab_size is 3",
-        ("dataset faulty/forgetful", "sources and options are plain and stay the same"): "another vocab_size",
+        ("dataset faulty/forgetful", "sources and options are plain and constant"): "another vocab_size",
         ("reader faulty/digits", "files"): "FileNotFoundError",
     }
     for key, reason in wanted.items():

@@ -82,7 +82,7 @@ def test_an_equal_model_is_the_other() -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
     assert (found.new, found.left, found.notes) == ([], [], [])
     count = len(source.state_dict())
-    assert found.told("runs/x") == f"{count} of {count} tensors are those of runs/x"
+    assert found.told("runs/x") == f"{count} of {count} tensors come from runs/x"
 
 
 CLASSIFIER = {"name": "classification", "n_classes": 7}
@@ -95,7 +95,7 @@ def test_a_head_of_another_kind_is_new_though_its_shape_fits() -> None:
     assert torch.equal(model.encoder.embedding.weight, source.encoder.embedding.weight)
     assert found.new == ["head.linear.weight", "head.linear.bias"]
     told = found.told("x")
-    assert "the head is another, 'lm' -> 'classification'" in told
+    assert "the head differs, 'lm' -> 'classification'" in told
     assert "new: head.linear; not used: head.linear" in told
 
 
@@ -106,7 +106,7 @@ def test_a_head_goes_with_its_classes(classes: list[str]) -> None:
     model, before, source, found = begun(spec(head=now), spec(head=former), **cards)
     same = classes == ["a", "b"]
     assert torch.equal(model.head.linear.weight, (source.state_dict() if same else before)["head.linear.weight"])
-    assert ("the classes are others" in found.told("x")) == (not same)
+    assert ("the classes differ" in found.told("x")) == (not same)
 
 
 def test_a_vocabulary_grows() -> None:
@@ -116,12 +116,12 @@ def test_a_vocabulary_grows() -> None:
         assert torch.equal(rows[:7], source.state_dict()[name])
         assert torch.equal(rows[7:], before[name][7:])
     assert found.grown == ["encoder.embedding.weight", "head.linear.weight"]
-    assert found.notes == ["the vocabulary grew from 7 to 9 ids, of which the new ones are as initialised"]
+    assert found.notes == ["the vocabulary grew from 7 to 9 ids; the new ones are initialised"]
 
 
 def test_other_tokenizers_and_smaller_vocabularies_are_said() -> None:
     _, _, _, found = begun(spec(9), spec(7), ("abcdefg", "abcdegfhi"))
-    assert "the tokenizers differ: 2 of 7 ids stand for something else (the first is 5), and rows go by the id" in (
+    assert "the tokenizers differ: 2 of 7 ids mean something else (the first is 5), and rows belong to ids" in (
         found.notes
     )
     model, before, _, found = begun(spec(5), spec(7))
@@ -153,7 +153,7 @@ def test_the_row_of_the_mask_is_that_of_the_mask_alone(former, now, shared: int,
         group = found.new if not shared else found.grown if shared + mask < len(rows) else found.taken
         assert name in group
     assert any("ids, not 8" in note for note in found.notes) == (not shared)
-    assert ("the mask token is as initialised" in found.notes) == (former == ("next_token", 7))
+    assert ("the mask token is initialised" in found.notes) == (former == ("next_token", 7))
 
 
 WAVES = {"name": "forecast", "n_channels": 2, "horizon": 1}
@@ -201,8 +201,8 @@ def test_a_published_model(tmp_path: Path) -> None:
     for name, tensor in source.backbone.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[name], tensor)
     told = found.told("x")
-    assert "the head is another" in told
-    assert "the vocabulary has 13 ids, not 16; no tokenizer of this run's kind is beside its weights" in told
+    assert "the head differs" in told
+    assert "the vocabulary has 13 ids, not 16; there is no tokenizer of this run's kind next to its weights" in told
     grown = build_model(spec(20))
     found = begin_from(grown, loaded, ModelCard(grown.spec or {}, task="next_token"), published=published)
     assert torch.equal(grown.head.linear.weight[:16], source.encoder.embedding.weight)
@@ -217,7 +217,7 @@ def test_a_tokenizer_beside_published_weights_is_compared(tmp_path: Path) -> Non
     model, own = build_model(spec(8, layers=1)), Filed("abcdefgh")
     loaded, published = load_source(tmp_path, own)
     found = begin_from(model, loaded, ModelCard(model.spec or {}), own, published=published)
-    assert "2 of 8 ids stand for something else (the first is 2)" in found.told("x")
+    assert "2 of 8 ids mean something else (the first is 2)" in found.told("x")
 
 
 @pytest.mark.parametrize("tied", [(True, False), (False, True), (True, True)])
@@ -241,8 +241,8 @@ def test_more_layers_are_new_and_fewer_are_left() -> None:
     ("now", "told"),
     [
         (spec(mixer={"name": "mamba", "d_state": 8}), "A_log is (16, 4) there and (16, 8) here"),
-        (spec(backbone={"name": "unet", "n_layers": 1, "pool": [2]}), "nothing of the backbone"),
-        (spec() | {"d_model": 16}, "has a backbone that is not this one"),
+        (spec(backbone={"name": "unet", "n_layers": 1, "pool": [2]}), "nothing in the backbone"),
+        (spec() | {"d_model": 16}, "has another backbone"),
     ],
 )
 def test_another_backbone_is_refused(now: dict[str, Any], told: str) -> None:

@@ -211,7 +211,7 @@ def test_a_model_much_larger_than_its_weights_is_not_built(tmp_path: Path) -> No
     for part in ("encoder", "head"):
         fields["spec"][part]["vocab_size"] = 2 * 10**9
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"model\.json.*asks for 16,000,.* parameters, and .*model\.safetensors has"):
+    with pytest.raises(UserError, match=r"model\.json.*asks for 16,000,.* parameters, but .*model\.safetensors has"):
         load_model(tmp_path / "m")
 
 

@@ -102,7 +102,7 @@ def test_what_is_on_the_hub_may_be_anybodys(hub: SimpleNamespace) -> None:
     for sums, said in (
         ({"../escaped": digest}, "must hold checksums of files beside it"),
         ({}, "no checksum of model.safetensors"),
-        ({"model.safetensors": digest}, "is damaged or not the one"),
+        ({"model.safetensors": digest}, "is damaged, or not"),
         ({"model.safetensors": digest, "gone.json": digest}, r"gone\.json of 'me/tiny' cannot be downloaded"),
         ({"model.safetensors": digest} | {f"{i}.json": digest for i in range(1000)}, "MAMBASEQ_MAX_HUB_FILES"),
     ):
@@ -142,7 +142,7 @@ def test_a_folder_is_replaced_only_where_it_holds_a_model_alone(tmp_path: Path) 
 def test_what_no_description_makes_again_is_not_saved(tmp_path: Path) -> None:
     model = small()
     model.backbone.layers[0].mixer.in_proj = nn.Linear(8, 16, bias=True)
-    with pytest.raises(ConfigError, match=r"not the one of its description.*in_proj\.bias"):
+    with pytest.raises(ConfigError, match=r"no longer fits its description.*in_proj\.bias"):
         model.save_pretrained(tmp_path / "m")
     model.spec = None
     with pytest.raises(ConfigError, match="no description"):

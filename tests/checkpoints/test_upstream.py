@@ -178,14 +178,14 @@ def test_damaged_weights_are_named(tmp_path: Path, kept: float) -> None:
         load_upstream(tmp_path)
     assert "\n" not in str(told.value)
     torch.save([torch.zeros(2)], path)
-    with pytest.raises(UserError, match=r"pytorch_model\.bin holds no mapping"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not a mapping"):
         load_upstream(tmp_path)
 
 
 def test_a_configuration_that_asks_for_more_than_the_weights_have(tmp_path: Path) -> None:
     """It is not built: 64 GB here."""
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2 * 10**9}))
-    with pytest.raises(UserError, match=r"config\.json describes a model of 16,000,.* parameters, and .*\.bin has"):
+    with pytest.raises(UserError, match=r"config\.json describes a model of 16,000,.* parameters, but .*\.bin has"):
         with_weights(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_only_mamba_has_upstreams_names(mixer: str) -> None:
         if mixer in ("mamba", "mamba2"):
             assert load_names(to_upstream(given)) == weights(model).keys() | {"head.linear.weight"}
         else:
-            with pytest.raises(UserError, match="no form as a published Mamba"):
+            with pytest.raises(UserError, match="cannot be written as a published Mamba"):
                 to_upstream(given)
 
 
@@ -252,7 +252,7 @@ def test_models_that_upstream_has_not(changes: dict, message: str) -> None:
             "backbone": {"name": "residual", "n_layers": 1}, **changes}  # fmt: skip
     model = build_model(spec)
     for given in (model, weights(model)):
-        with pytest.raises(UserError, match=rf"no form as a published Mamba.*({message})"):
+        with pytest.raises(UserError, match=rf"cannot be written as a published Mamba.*({message})"):
             to_upstream(given)
 
 

@@ -62,7 +62,7 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["-n", "1000000000000"], "MAMBASEQ_MAX_GENERATED"),
         (["--samples", "1000000", "-n", "1000"], "--max-new-tokens 1000 for 1,000,000 sequences asks for"),
         (["-n", "9" * 400], "MAMBASEQ_MAX_GENERATED"),
-        (["--out", "."], "is no name of a file"),
+        (["--out", "."], "is not a file name"),
         (["--out", "n" * 300], "too long for a file's name"),
         (["--out", "/proc/nothing/x"], "cannot be written"),
         (["--checkpoint", "n" * 300], "There is no model at"),
@@ -205,5 +205,5 @@ def test_a_prompt_that_is_no_sequence_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["generate", "--checkpoint", str(model), "--prompt", prompt, "--out", str(out), "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert f"--prompt {prompt[:60]!r}"[:60] in told
-    assert "is no base" in told
+    assert "is not a base" in told
     assert not out.exists()

@@ -102,7 +102,7 @@ def test_help_lists_the_options_and_the_keys(tmp_path: Path, capsys, monkeypatch
     told = " ".join(capsys.readouterr().out.split())
     for words in (
         "usage: mambaseq fit [--config CONFIG]",
-        "--init-from RUN begin with the weights of another run",
+        "--init-from RUN start with the weights of another run",
         f"data (text/corpus): {catalog()['datasets'].entry('text/corpus').summary}",
         "--data.length LENGTH tokens a window.",
         "model.mixer (s4d): diagonal S4",

@@ -49,7 +49,7 @@ def test_smallest_dtype(tmp_path: Path, vocab_size: int, dtype: str) -> None:
 
 
 def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'r' has token ids outside of \[0, 255\]"):
+    with pytest.raises(DataError, match=r"'r' has token ids outside \[0, 255\]"):
         TokenStore.build(tmp_path / "s", [("r", np.array([256]))], "uint8", META)
     assert list(tmp_path.iterdir()) == []
 
@@ -362,7 +362,7 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"is a folder. Name the files in it.*/fetched/\*'"):
         locate(tmp_path / "fetched")
     for name in ("a" * 300, "a\0b", "~nosuchuser/a.fa"):
-        with pytest.raises(DataError, match=r"no name of a file|no data file"):
+        with pytest.raises(DataError, match=r"not a file name|no data file"):
             locate(name)
 
 

@@ -138,13 +138,13 @@ def test_what_is_left_out_is_said_once(store: TokenStore, kind: type, caplog: py
     for _ in range(2):
         kind(groups, 47, group_label, what="data", **options)
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("data: 1 of 3 records are left out, with 5.0% of its tokens: they are shorter than a window")
+    assert told.startswith("data: 1 of 3 records are left out, with 5.0% of the tokens: they are shorter than a window")
     caplog.clear()
     kind(groups[:1], 46, group_label, what="data", **options)
     assert not caplog.records  # one stretch of a record, with less than a hundredth of the tokens
     kind([Group("a", [Interval(store, 0, 0, 900), Interval(store, 0, 901, 940)])], 46, group_label, what="d", **options)
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("d: some stretches of records are left out, with 4.2% of its tokens")
+    assert told.startswith("d: some stretches of records are left out, with 4.2% of the tokens")
 
 
 def test_intervals_in_an_array_are_a_sequence(store: TokenStore) -> None:

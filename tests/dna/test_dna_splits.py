@@ -79,8 +79,8 @@ def test_dropped_copies_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ("n_validation", -1, r"data\.n_validation must be at least 1"),
         ("validation_fraction", float("nan"), r"validation_fraction must be in \[0, 1\)"),
         ("duplicates", "keep", r"data\.duplicates must be 'refuse' or 'drop'"),
-        ("test_records", [True], r"data\.test_records holds True, which is no name.*in quotes"),
-        ("validation_records", [1.1], r"data\.validation_records holds 1\.1, which is no name.*in quotes"),
+        ("test_records", [True], r"data\.test_records holds True, which is not a name.*in quotes"),
+        ("validation_records", [1.1], r"data\.validation_records holds 1\.1, which is not a name.*in quotes"),
     ],
 )
 def test_settings_are_refused_by_name(setting: str, value: Any, told: str) -> None:
@@ -106,7 +106,7 @@ def test_names_of_records_may_be_numbers(tmp_path: Path, names: Any) -> None:
 
 def test_a_record_in_two_splits_is_refused(tmp_path: Path) -> None:
     path = fasta(tmp_path, "x.fa", chr1=bases(90), chr2=bases(90, 1), chr3=bases(90, 2))
-    with pytest.raises(DataError, match=r"record 'chr2' of x\.fa \(and 1 more\) is meant by data\.test_records and"):
+    with pytest.raises(DataError, match=r"record 'chr2' of x\.fa \(and 1 more\) matches both data\.test_records and"):
         GenomeData(
             fasta=[path], test_records=["chr[23]"], validation_records=["chr2", "*3"], cache=str(tmp_path)
         ).setup()
@@ -116,7 +116,7 @@ TRAINING, VALIDATION, TEST = (
     rf"The {split} set has no base .* of 'genome' \(x\.fa\)\. " for split in ("training", "validation", "test")
 )
 EMPTY = {
-    "N alone": ({"a": "NNNNnnnn"}, {}, TRAINING + "Look into the files"),
+    "N alone": ({"a": "NNNNnnnn"}, {}, TRAINING + "Check the files"),
     "test data alone": ({"a": "ACGT"}, {"test_records": ["*"]}, TRAINING),
     "test data of N": ({"a": "ACGT" * 9, "b": "NNN"}, {"test_records": ["b"]}, TEST + r"Name .* data\.test_records"),
     "validation data of N": (
@@ -147,7 +147,7 @@ def test_a_species_that_is_not_in_a_split_is_refused(tmp_path: Path) -> None:
         DataError, match=r"The test set has no base .* of 'y' .*Name other records in data\.test_records"
     ):
         SpeciesData(species=dict(species), test_records=["t"], cache=str(tmp_path)).setup()
-    with pytest.raises(ConfigError, match="name no FASTA file"):
+    with pytest.raises(ConfigError, match="have no FASTA file"):
         GenomeData(fasta=[], cache=str(tmp_path)).setup()
 
 
@@ -188,8 +188,8 @@ def test_records_that_are_too_short_are_counted(tmp_path: Path, caplog: pytest.L
         data.train()
         data.validation()
     train, validation = (record.getMessage() for record in caplog.records)
-    assert train.startswith("training set: 8 of 9 records are left out, with 28.6% of its tokens")
-    assert validation.startswith("validation set: 1 of 2 records are left out, with 5.0% of its tokens")
+    assert train.startswith("training set: 8 of 9 records are left out, with 28.6% of the tokens")
+    assert validation.startswith("validation set: 1 of 2 records are left out, with 5.0% of the tokens")
 
 
 def test_sources_follow_what_files_hold(tmp_path: Path) -> None:

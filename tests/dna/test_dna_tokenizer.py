@@ -32,7 +32,7 @@ def test_ambiguity_codes_are_n(code: str) -> None:
     ("raw", "letter", "position"), [("ACGE", "E", 4), ("A-C", "-", 2), ("é", "é", 1), ("→A", "→", 1)]
 )
 def test_what_is_no_base(raw: str, letter: str, position: int) -> None:
-    with pytest.raises(InvalidBase, match=f"letter '{letter}' at position {position} is no base"):
+    with pytest.raises(InvalidBase, match=f"letter '{letter}' at position {position} is not a base"):
         FOLD.encode(raw)
     assert issubclass(InvalidBase, DataError)
 

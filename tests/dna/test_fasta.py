@@ -136,7 +136,7 @@ GOOD = ">good\nACGT\n"
 BAD = {
     "a protein": (
         GOOD + PROTEIN,
-        r"'sp\|P69905\|HBA_HUMAN'.*'L' at position 3 is no base.*looks like a protein; give the",
+        r"'sp\|P69905\|HBA_HUMAN'.*'L' at position 3 is not a base.*looks like a protein; give the",
     ),
     "a stop": (">x\nACG*\n", r"record 'x': The letter '\*' at position 4"),
     "a gap": (">x\nAC-G\n", r"record 'x': The letter '-' at position 3.*remove gaps"),
@@ -174,7 +174,7 @@ BAD = {
     ),
     "not gzip at the end": (
         gzip.compress(PLAIN.encode()) + b"ACGT",
-        r"something else than gzip .* from byte \d\d on, in or after record .two",
+        r"data that are not gzip .* from byte \d\d on, in or after record .two",
     ),
     "damaged gzip": (
         gzip.compress(PLAIN.encode() * 9)[:10] + b"\xff" * 40,
@@ -221,11 +221,11 @@ def test_bgzip_without_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     write(path, path.read_bytes().removesuffix(end))
     check_plain(path)
     (told,) = caplog.records
-    assert f"{path} is bgzip without the block that ends" in told.getMessage()
+    assert f"{path} is bgzip without an end block" in told.getMessage()
     write(path, path.read_bytes() + gzip.compress(b">three\nAC"))
     assert [record.name for record in read_fasta(path, TOKENIZER)] == ["one", "two", "three"]
     write(path, bgzip(path, PLAIN.rstrip()).read_bytes().removesuffix(end))
-    with pytest.raises(DataError, match=r"stops within a line.*if it is whole, pack it anew"):
+    with pytest.raises(DataError, match=r"stops within a line.*if it is complete, pack it again"):
         list(read_fasta(path, TOKENIZER))
 
 

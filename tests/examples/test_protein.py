@@ -31,7 +31,7 @@ def test_labels_begin_with_what_was_pretrained(capsys: pytest.CaptureFixture) ->
     capsys.readouterr()
     begin = ["fit", "--config", "protein/structure", "--out", "second", "--init-from", "first", *small]
     assert main(begin) == 0
-    assert "the head is another, 'lm' -> 'token_classification'; new: head.linear;" in capsys.readouterr().err
+    assert "the head differs, 'lm' -> 'token_classification'; new: head.linear;" in capsys.readouterr().err
     assert "each residue by itself" in Path("second/report.html").read_text()
     chains = str(EXAMPLE / "chains.fa")
     for run in ("first", "second"):

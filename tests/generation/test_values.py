@@ -91,11 +91,11 @@ def test_samples_follow_what_is_told() -> None:
 
 def test_what_cannot_be_continued_is_refused() -> None:
     prompt = torch.randn(1, 4, 2)
-    with pytest.raises(ConfigError, match="Only a causal model that tells next values"):
+    with pytest.raises(ConfigError, match="Only a causal model that predicts next values"):
         continue_values(forecaster("bidirectional"), prompt, 1)
     with pytest.raises(ConfigError, match="lm head"):
         generate(forecaster(), torch.zeros(1, 3, dtype=torch.long), 1)
-    with pytest.raises(ConfigError, match="of one step at least"):
+    with pytest.raises(ConfigError, match="at least one step"):
         continue_values(forecaster(), prompt[:, :0], 1)
     with pytest.raises(ConfigError, match="temperature"):
         continue_values(forecaster(), prompt, 1, temperature=-1)
@@ -154,7 +154,7 @@ def test_a_forecaster_from_configuration_to_csv(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     for more, message in (
         (["--top-k", "3"], "--top-k and --top-p choose among tokens"),
-        (["--prompt", "no such"], "is no file, and a signal is read from one"),
+        (["--prompt", "no such"], "is not a file, and a signal is read from a file"),
     ):
         assert main([*generate_, "--out", str(tmp_path / "e.csv"), *more]) == 2
         assert message in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_values_that_are_not_those_that_come_next_are_no_continuation(
     save_model(tmp_path / "m", model, card)
     arguments = ["--prompt", "x.csv", "--out", str(tmp_path / "o.csv"), "-n", "1", "--device", "cpu"]
     assert main(["generate", "--checkpoint", str(tmp_path / "m"), *arguments]) == 2
-    assert "was not trained to tell the next values of its own channels" in capsys.readouterr().err
+    assert "was not trained to predict the next values of its own channels" in capsys.readouterr().err
 
 
 def test_a_header_may_have_spaces_and_many_names(tmp_path: Path) -> None:

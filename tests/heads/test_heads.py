@@ -172,7 +172,7 @@ def test_options_of_several_labels_by_hand() -> None:
 @pytest.mark.parametrize(
     ("head", "options", "message"),
     [
-        (ClassificationHead, {"class_weights": [1.0]}, r"class_weights are 1, and there are 4 classes"),
+        (ClassificationHead, {"class_weights": [1.0]}, r"class_weights are 1, but there are 4 classes"),
         (
             TokenClassificationHead,
             {"class_weights": [1.0, -1.0, 1.0, 1.0]},
@@ -188,7 +188,7 @@ def test_options_of_several_labels_by_hand() -> None:
         (ForecastHead, {"min_scale": 0.0}, "min_scale must be positive"),
         (ForecastHead, {"channel_mean": [0.0] * 4}, "one number for each of 4 channels"),
         (ForecastHead, {"channel_mean": [0.0] * 3, "channel_std": [1.0] * 3}, "one number for each of 4 channels"),
-        (ForecastHead, {"channel_mean": [0.0] * 4, "channel_std": [1.0, 1.0, 0.0, 1.0]}, "all of channel_std above 0"),
+        (ForecastHead, {"channel_mean": [0.0] * 4, "channel_std": [1.0, 1.0, 0.0, 1.0]}, "channel_std above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(head: Any, options: dict[str, Any], message: str) -> None:
@@ -222,10 +222,10 @@ def test_a_forecast_weighs_every_target_alike(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("head", "targets", "remedy"),
     [
-        (TokenRegressionHead(6, 2), torch.randn(2, 5, 3), r"tells 2, .* 3 values .*Set model\.head\.n_outputs"),
-        (ForecastHead(6, 2), torch.randn(2, 5, 1), r"tells 2, .* 1 values .*next values of all channels"),
-        (MultilabelHead(6, 2), torch.zeros(2, 3, dtype=torch.long), r"tells 2, .* 3 labels .*class_names"),
-        (TokenMultilabelHead(6, 2), torch.zeros(2, 5, 3, dtype=torch.long), r"tells 2, .* 3 labels .*class_names"),
+        (TokenRegressionHead(6, 2), torch.randn(2, 5, 3), r"predicts 2, .* 3 values .*Set model\.head\.n_outputs"),
+        (ForecastHead(6, 2), torch.randn(2, 5, 1), r"predicts 2, .* 1 values .*next values of all channels"),
+        (MultilabelHead(6, 2), torch.zeros(2, 3, dtype=torch.long), r"predicts 2, .* 3 labels .*class_names"),
+        (TokenMultilabelHead(6, 2), torch.zeros(2, 5, 3, dtype=torch.long), r"predicts 2, .* 3 labels .*class_names"),
     ],
 )
 def test_too_many_targets_are_told_by_what_mends_it(head: Head, targets: torch.Tensor, remedy: str) -> None:

@@ -43,7 +43,7 @@ def test_what_differs_is_a_column(runs: Path) -> None:
     assert [row[1] for row in ordered(found, "lr").rows] == [0.1, 0.2, 0.3]
     with pytest.raises(ConfigError, match="Did you mean 'val/accuracy'"):
         ordered(found, "val/acuracy")
-    with pytest.raises(UserError, match="No run is in"):
+    with pytest.raises(UserError, match="There is no run in"):
         compare([runs / "other"])
 
 

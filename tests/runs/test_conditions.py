@@ -89,9 +89,9 @@ def test_prompts_under_their_own_conditions(model: Path, tmp_path: Path) -> None
         ),
         (["--condition-column", "text"], "no condition is named 'To be or not'. The model knows: low, 'high, very', 3"),
         (["--condition-column", "level", "--condition", "low"], "Give one of them"),
-        (["--condition-table", "t.csv"], "Name it: --condition-column"),
+        (["--condition-table", "t.csv"], "the name of the column with the conditions"),
         (["--condition-column", "level", "--condition-table", "no.csv"], "'no.csv' cannot be read: No such file"),
-        (["--condition-column", "level", "--condition-table", "in.txt"], "must be called .csv, .tsv or .jsonl"),
+        (["--condition-column", "level", "--condition-table", "in.txt"], "must end in .csv, .tsv or .jsonl"),
         (["--condition-column", "level", "--condition-table", "t.csv"], "t.csv, line 3: b has a row already, line 2."),
         (["--condition-column", "l", "--condition-table", "t.csv"], "line 2: there is no 'l'."),
         (["--condition-column", "a", "--condition-table", "u.csv"], "neither a column record nor one called file"),
@@ -128,7 +128,7 @@ def test_what_has_no_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     plain.write_text("To be")
     again = ["--out", str(tmp_path / "o.csv"), "--condition-column", "x"]
     assert main(["predict", "--checkpoint", str(text), str(plain), *again]) == 2
-    assert "is plain text, without a column 'x'" in capsys.readouterr().err
+    assert "is plain text and has no column 'x'" in capsys.readouterr().err
     assert main(["generate", "--checkpoint", str(text), "--prompt", "To be", *again]) == 2
     assert "--prompt is none" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(language_model(tmp_path / "n")), str(plain), *again]) == 2

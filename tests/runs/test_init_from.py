@@ -46,7 +46,7 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_it(config:
     still = ["--trainer.max_steps=1", "--optimizer.lr=0"]
     capsys.readouterr()
     assert main([*begin, "--out", "still", *still]) == 0
-    assert f"still: 13 of 13 tensors are those of {config.parent}/first (step 3)" in capsys.readouterr().err
+    assert f"still: 13 of 13 tensors come from {config.parent}/first (step 3)" in capsys.readouterr().err
     for name, tensor in weights("first").items():
         assert torch.equal(tensor, weights("still")[name]), name
     assert main([*begin, "--out", "whole", "--trainer.max_steps=6"]) == 0
@@ -77,7 +77,7 @@ def test_from_a_published_model(config: Path, capsys) -> None:
     save_file(to_upstream(first), "hub/model.safetensors")
     capsys.readouterr()
     assert main(["fit", "--config", str(config), "--init-from", "hub", "--out", "x", "--optimizer.lr=0"]) == 0
-    assert f"x: 13 of 13 tensors are those of {config.parent}/hub; no tokenizer of" in capsys.readouterr().err
+    assert f"x: 13 of 13 tensors come from {config.parent}/hub; no tokenizer of" in capsys.readouterr().err
     assert all(torch.equal(one, first.state_dict()[name]) for name, one in load_model("x").model.state_dict().items())
 
 
@@ -86,7 +86,7 @@ def test_from_a_published_model(config: Path, capsys) -> None:
     [
         (["--config=run.yaml", "--out=x", "--init-from=nowhere"], "finetune.init_from: There is no model at"),
         (["--config=run.yaml", "--out=x", "--init-from=first", "--model.d_model=16"], "finetune.init_from: the model"),
-        (["--resume=first", "--init-from=first"], "--init-from is for a run that begins"),
+        (["--resume=first", "--init-from=first"], "--init-from is for a new run"),
         (["--resume=first", "--trainer.max_steps=9", "--finetune.init_from=first"], "finetune.init_from cannot change"),
     ],
 )

@@ -67,7 +67,7 @@ def test_every_record_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture) -
         ("0", "0"), ("0", "1"), ("0", "5"), ("0", "0"), ("0", "2"), ("0", "1"),
     ]  # fmt: skip
     assert [bool(row["bits_per_token"]) for row in rows] == [False, False, True, False, True, False]
-    one = "one token, and nothing to predict behind it"
+    one = "only one token, so there is nothing to predict"
     assert [row["note"] for row in rows] == ["empty", one, "", "empty", "", one]
     assert told(capsys) == [f"mambaseq predict: 4 of 6 rows have no prediction: 2 empty; 2 {one}."]
     assert run(model, [jsonl(tmp_path / "none.jsonl", "", "")], tmp_path / "none.csv") == 2
@@ -163,7 +163,7 @@ def test_what_was_finished_before_a_bad_file_is_kept(
     assert run(model, inputs, out, "--batch-size", batch_size) == 2
     (line,) = told(capsys)
     assert "bad.jsonl" in line
-    assert f"The 3 rows finished before are in {tmp_path / 'o.partial.csv'}." in line
+    assert f"The 3 rows finished before it are in {tmp_path / 'o.partial.csv'}." in line
     assert out.read_text() == "older"
     kept = rows_of(tmp_path / "o.partial.csv")
     assert [row["tokens"] for row in kept] == ["4", "11", "6"]
@@ -216,7 +216,7 @@ def test_a_record_whose_prediction_is_no_number(tmp_path: Path, capsys: pytest.C
     spoil(model, 3e38, "head.linear.bias")
     spoil(model, 3e38, "head.linear.weight")
     assert run(model, [source], tmp_path / "p.csv") == 2
-    assert "what the model computes overflows" in capsys.readouterr().err
+    assert "the model's computation overflows" in capsys.readouterr().err
 
 
 def numbers(path, tokenizer):
@@ -300,7 +300,7 @@ def test_values_of_positions_and_many_classes(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"class_names": [], "task": None, "backbone": {"name": "bidirectional", "n_layers": 1}}, "does not say what"),
-        ({"n_classes": 5}, "gives 5 numbers, and its description names 3 classes"),
+        ({"n_classes": 5}, "gives 5 numbers, but its description names 3 classes"),
         ({"task": "next_token", "backbone": {"name": "bidirectional", "n_layers": 1}}, "its bits mean nothing"),
         ({"task": "next_token", "encoder": {"name": "dna/kmer", "k": 3, "stride": 1}}, "its bits mean nothing"),
     ],
@@ -332,7 +332,7 @@ def test_one_answer_a_sequence_for_what_has_one_a_position(tmp_path: Path, capsy
         ("8", "The model knows: 7 theo, '7 ann, the second', 6 theo."),
         ("6 theo,7", "No condition is named '7'."),
         ("6 theo, 7 theo", "under one condition, not under 2"),
-        (None, "say on what with --condition: 7 theo, '7 ann, the second', 6 theo."),
+        (None, "Give one with --condition: 7 theo, '7 ann, the second', 6 theo."),
     ],
 )
 def test_conditions_that_could_be_meant(
@@ -388,8 +388,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         ("/dev/full", "disk is full"),
         ("/proc/nothing/o.csv", "cannot be written"),
         (str(tmp_path), "is a folder"),
-        ("", "is no name of a file"),
-        ("a\0b", "is no name of a file"),
+        ("", "is not a file name"),
+        ("a\0b", "is not a file name"),
         ("n" * 300, "too long for a file's name"),
         (str(source / "o.csv"), "cannot be written"),
     ):

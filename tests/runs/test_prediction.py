@@ -194,7 +194,7 @@ def test_a_conditional_classifier(tmp_path: Path) -> None:
         (["--window", "0"], "--window must be at least 1, not 0"),
         (["--reader", "audio/audio"], "'audio/audio' needs sample_rate"),
         (["--reader", "text/txt"], "Did you mean 'text/text'"),
-        (["--reader", f"{__name__}:numbers"], "cannot be made into its tokens"),
+        (["--reader", f"{__name__}:numbers"], "cannot be turned into tokens"),
         (["--reader", f"{__name__}:signals"], "is a signal"),
         (["--condition", "a"], "not conditional"),
     ],
@@ -239,7 +239,7 @@ def test_inputs_are_looked_at_before_the_first_is_worked_on(tmp_path: Path, caps
         [str(tmp_path), "--out", str(source)],
     ):
         assert main([*command, *given]) == 2
-        assert "is one of the inputs and would be overwritten" in capsys.readouterr().err
+        assert "is an input and would be overwritten" in capsys.readouterr().err
         assert source.read_bytes() == before
     assert main([*command, str(source), str(tmp_path / "nothere.fa"), "--out", str(out)]) == 2
     told = capsys.readouterr().err

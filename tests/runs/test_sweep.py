@@ -49,7 +49,7 @@ def test_a_grid_goes_on_where_it_was_left(here: Path, capsys: pytest.CaptureFixt
     assert main(command) == 130
     told = capsys.readouterr()
     assert "trial 1 of 2: optimizer.lr 0.01" in told.out
-    assert "Interrupted after step 2. Go on with the same command." in told.err
+    assert "Interrupted after step 2. Continue with the same command." in told.err
     assert not Path("out/trial-002").exists()
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()

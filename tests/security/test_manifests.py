@@ -57,12 +57,12 @@ NAMES = ["../x", "/tmp/x", "..", ".", "", ".hidden", "-rf", "a\\b", "C:x", "a\0b
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_that_are_not_plain(tmp_path: Path, name: Any) -> None:
-    refused(write(tmp_path, plain(name=name)), "name .* is no plain name")
-    refused(write(tmp_path, with_file(name=name)), r"files\[0\]\.name .* is no plain name")
+    refused(write(tmp_path, plain(name=name)), "name .* is not a plain name")
+    refused(write(tmp_path, with_file(name=name)), r"files\[0\]\.name .* is not a plain name")
 
 
 def test_a_data_set_has_no_folders_in_its_name_and_a_file_may(tmp_path: Path) -> None:
-    refused(write(tmp_path, plain(name="a/b")), "no plain name")
+    refused(write(tmp_path, plain(name="a/b")), "not a plain name")
     assert read_manifest(write(tmp_path, with_file(name="a/b.bin"))).files[0].name == "a/b.bin"
 
 
@@ -87,11 +87,11 @@ def test_a_data_set_has_no_folders_in_its_name_and_a_file_may(tmp_path: Path) ->
         ({"size": "many"}, "size"),
         ({"size": 1.5}, "size"),
         ({"unpack": "yes"}, r"files\[0\]\.unpack"),
-        ({"unpack": True}, "no archive"),
+        ({"unpack": True}, "not an archive"),
         ({"checksum_note": "a\x1b[2J"}, r"files\[0\]\.checksum_note"),
         ({"link": "x"}, r"files\[0\] has an unknown key 'link'"),
-        ({"name": "checksums.json"}, "is kept for"),
-        ({"name": "Checksums.JSON"}, "is kept for"),
+        ({"name": "checksums.json"}, "is reserved for"),
+        ({"name": "Checksums.JSON"}, "is reserved for"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -120,11 +120,11 @@ def test_files_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], mess
         ("a: &a [1,2,3,4,5,6,7,8,9]\n" + "".join(
             f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefg")), "MAX_YAML_NODES"),
         (plain(files=[*plain()["files"], {"name": "A.bin", "url": "https://example.org"}]), "twice"),
-        (plain(files=[*plain()["files"], {"name": "a.bin/b", "url": "https://example.org"}]), "inside of a.bin"),
+        (plain(files=[*plain()["files"], {"name": "a.bin/b", "url": "https://example.org"}]), "inside a.bin"),
         (plain(files=[{"name": "x.zip", "url": "https://example.org", "unpack": True},
                       {"name": "x", "url": "https://example.org"}]), "twice"),
         (plain(files=[{"name": "x.zip", "url": "https://example.org", "unpack": True},
-                      {"name": "x/y", "url": "https://example.org"}]), "inside of x"),
+                      {"name": "x/y", "url": "https://example.org"}]), "inside x"),
     ],
     ids=range(17),
 )  # fmt: skip
@@ -178,7 +178,7 @@ def test_links_in_the_cache_lead_nowhere_else(tmp_path: Path) -> None:
     outside.mkdir()
     folder.mkdir(parents=True)
     (folder / "d").symlink_to(outside)
-    with pytest.raises(UserError, match="d is a link that leads out of"):
+    with pytest.raises(UserError, match="d is a link out of"):
         get(path, tmp_path / "cache")
     assert not list(outside.iterdir())
     (folder / "d").unlink()

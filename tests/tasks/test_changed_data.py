@@ -86,7 +86,7 @@ def test_a_score_on_other_data_does_not_count(run: Path, tmp_path: Path, capsys:
     assert main(["fit", "--resume", str(run), *others]) == 0
     told = capsys.readouterr().err
     assert f"data.file changed: {tmp_path / 'numbers'} -> {tmp_path / 'others'}" in told
-    assert f"does not count any more: {score:.4g} at step 2 was measured on other data" in told
+    assert f"no longer counts: {score:.4g} at step 2 was measured on other data" in told
     assert_of_the_new_data(run)
 
 
@@ -110,12 +110,12 @@ def test_files_that_changed_are_refused_and_can_be_allowed(run: Path, tmp_path: 
     for more in ([], ["--trainer.max_steps=8"]):
         assert main(["fit", "--resume", str(run), *more]) == 2
         told = capsys.readouterr().err
-        assert "numbers holds something else" in told
+        assert "numbers has other contents" in told
         assert "--allow-changed-data" in told
     assert files(run) == before
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=8", "--allow-changed-data"]) == 0
     told = capsys.readouterr().err
-    assert "the data changed: numbers holds something else" in told
+    assert "the data changed: numbers has other contents" in told
     assert "was measured on other data" in told
     assert_of_the_new_data(run)
     capsys.readouterr()
@@ -128,9 +128,9 @@ def test_evaluation_says_and_records_what_changed(run: Path, tmp_path: Path, cap
     (tmp_path / "numbers").write_text("50")
     capsys.readouterr()
     assert main(["validate", "--checkpoint", str(run)]) == 0
-    assert "the data changed since training: numbers holds something else" in capsys.readouterr().err
+    assert "the data changed since training: numbers has other contents" in capsys.readouterr().err
     results = RunFolder(run).read_results()
-    assert results["val/changed_files"] == ["numbers holds something else"]
+    assert results["val/changed_files"] == ["numbers has other contents"]
     assert results["val/bits_per_token"] != before["val/bits_per_token"]
     (tmp_path / "numbers").write_text("0")
     (tmp_path / "others").write_text("50")
@@ -150,7 +150,7 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(run: Path, capsys:
         torch.save(checkpoint, path)
     capsys.readouterr()
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=8"]) == 0
-    assert "no change of them can be told" in capsys.readouterr().err
+    assert "changes cannot be noticed" in capsys.readouterr().err
     assert RunFolder(run).read_results()["exported_step"] == 2
     assert RunFolder(run).data.is_file()
 
@@ -162,7 +162,7 @@ def test_what_counts_as_the_same_data() -> None:
     assert not one.same(DataRecord.of(settings | {"trainer.limit_val_batches": 2}, one.sources))
     assert not one.same(DataRecord.of(settings | {"data.file": "b"}, one.sources))
     assert one.changed_files(DataRecord.of(settings, {"a": "2", "c": "3"})) == [
-        "a holds something else",
+        "a has other contents",
         "b is gone",
         "c is new",
     ]
@@ -180,7 +180,7 @@ def test_a_long_path_leaves_room_for_what_became_of_it() -> None:
     path = f"/{'a/long/way/' * 20}chr1.fa"
     now = {path: "2", f"{path}x": "1", f"{path}z": "1"}
     phrases = DataRecord({}, {path: "1", f"{path}y": "1"}).changed_files(DataRecord({}, now))
-    ends = ["/chr1.fa holds something else", "/chr1.fay is gone", "/chr1.fax is new", "/chr1.faz is new"]
+    ends = ["/chr1.fa has other contents", "/chr1.fay is gone", "/chr1.fax is new", "/chr1.faz is new"]
     assert len(phrases) == len(ends)
     for phrase, end in zip(phrases, ends, strict=True):
         assert phrase.startswith("…")

@@ -131,7 +131,7 @@ def test_killed_before_the_first_checkpoint(tmp_path: Path, capsys: pytest.Captu
     assert not RunFolder(out).last.exists()
     capsys.readouterr()
     assert main(["fit", "--resume", str(out)]) == 0
-    assert "there is no checkpoint yet; the run begins at its first step" in capsys.readouterr().err
+    assert "there is no checkpoint yet; the run starts at its first step" in capsys.readouterr().err
     assert_whole(tmp_path / "whole", out)
 
 
@@ -171,7 +171,7 @@ def test_a_second_ctrl_c_says_what_it_did(tmp_path: Path, capsys: pytest.Capture
     asker = '--trainer.callbacks=[{{"class_path": "tasks.test_completeness.Asker", "init_args": {{"step": {}}}}}]'
     assert main(begin(tmp_path, "run", asker.format(3))) == 130
     told = capsys.readouterr().err
-    assert f"Stopped at once; the last checkpoint is of step 2. Go on with: mambaseq fit --resume {out}" in told
+    assert f"Stopped at once; the last checkpoint is of step 2. Resume with: mambaseq fit --resume {out}" in told
     assert main(begin(tmp_path, "other", asker.format(0))) == 130
     assert "Stopped at once; there is no checkpoint yet." in capsys.readouterr().err
     assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
@@ -209,7 +209,7 @@ def test_a_second_fit_is_refused_with_the_process_of_the_first(tmp_path: Path, c
             assert f"process {holder.pid} on " in capsys.readouterr().err
         for command in ("test", "validate"):  # they may look, and leave the results to the process that trains
             assert main([command, "--checkpoint", str(out)]) == 0
-            assert "it is being trained; these results are not written down" in capsys.readouterr().err
+            assert "it is being trained; these results are not saved" in capsys.readouterr().err
         assert {
             path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".holder"
         } == before
@@ -234,7 +234,7 @@ def test_results_of_weights_that_are_not_the_runs_any_more_are_not_written_down(
         patch.setattr(evaluation, "load_model", load_and_go_on)
         capsys.readouterr()
         assert main(["test", "--checkpoint", str(out)]) == 0
-    assert "its weights changed while they were evaluated" in capsys.readouterr().err
+    assert "its weights changed during the evaluation" in capsys.readouterr().err
     assert not any(key.startswith("test/") for key in RunFolder(out).read_results())
 
 
@@ -244,7 +244,7 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     (tmp_path / "project" / "model" / "mine.py").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     for name, said in {
-        "a\0b": "no NUL character",
+        "a\0b": "contains a NUL character",
         "x" * 300: "File name too long",
         "file": "is not a folder",
         "file/run": "Not a directory",

@@ -115,7 +115,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(tmp_path: Path,
     paragraph = next(line for line in told.splitlines() if "diverged" in line)
     assert len(paragraph) < 1000
     assert "not finite after step 4" in paragraph
-    assert f"of step 3. Go on from there: mambaseq fit --resume {out} --optimizer.lr LOWER" in paragraph
+    assert f"of step 3. Resume from there: mambaseq fit --resume {out} --optimizer.lr LOWER" in paragraph
     assert read_checkpoint(RunFolder(out).last)["global_step"] == 3
     assert_finite(out)
     page = RunFolder(out).report

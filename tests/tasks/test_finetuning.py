@@ -50,10 +50,10 @@ def test_freezing_may_change_on_resume(config: Path, tmp_path: Path) -> None:
     ("option", "told"),
     [
         ("--finetune.freeze=[bakbone]", "finetune.freeze: no parameter is named 'bakbone'"),
-        ("--finetune.freeze=['*']", "finetune.freeze leaves nothing to be trained"),
+        ("--finetune.freeze=['*']", "finetune.freeze leaves nothing to train"),
         ("--finetune.lr_of={head.lm: 2}", "finetune.lr_of: no parameter is named 'head.lm'"),
         ("--finetune.lr_of={head: -1}", "finetune.lr_of.head must be at least 0"),
-        ("--finetune.unfreeze={head: 2}", "finetune.unfreeze is of what finetune.freeze names"),
+        ("--finetune.unfreeze={head: 2}", "finetune.unfreeze needs finetune.freeze"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(config: Path, tmp_path: Path, capsys, option: str, told: str) -> None:

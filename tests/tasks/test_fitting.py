@@ -172,7 +172,7 @@ def test_bins_of_the_head_are_those_of_the_data() -> None:
     [
         ("classification", torch.tensor([3]), r"labels from 3 to 3, and the head 'classification' tells 3 classes"),
         ("token_classification", TOKENS, r"labels from 1 to 6, and the head 'token_classification' tells 3 classes"),
-        ("multilabel", torch.tensor([[1, 0, 2]]), r"labels from 0 to 2 where any of several may hold\. Give 1"),
+        ("multilabel", torch.tensor([[1, 0, 2]]), r"labels from 0 to 2 where any of several may apply\. Give 1"),
     ],
 )
 def test_labels_that_a_head_has_no_output_for(head: str, targets: Tensor, message: str) -> None:
@@ -200,11 +200,11 @@ class OfSequences(TokenAccuracy):
     [
         ("regression", torch.tensor([[0.5, NAN]]), Accuracy(("a", "b")), "'m' needs a label, .* one value a sequence"),
         ("regression", torch.tensor([[0.5, NAN]]), BitsPerToken(), "'m' needs a label, .* one value a sequence"),
-        ("lm", TOKENS, OfSequences(), "'m' needs a label for each sequence, and .* one label a position"),
-        ("lm", TOKENS, Accuracy(("a", "b")), "counts the 2 classes of the data, and the head tells 7 apart"),
-        ("lm", TOKENS, MAE(), "'m' needs a value, and the dataset .* one label a position"),
-        ("lm", TOKENS, MultilabelF1(("a",)), "'m' needs a set of yes-or-no labels, and .* one label a position"),
-        ("lm", TOKENS, PerPosition(), "'m' cannot be had of what the head 'lm' gives: .*out of bounds"),
+        ("lm", TOKENS, OfSequences(), "'m' needs a label for each sequence, but .* one label a position"),
+        ("lm", TOKENS, Accuracy(("a", "b")), "counts the 2 classes of the data, but the head has 7"),
+        ("lm", TOKENS, MAE(), "'m' needs a value, but the dataset .* one label a position"),
+        ("lm", TOKENS, MultilabelF1(("a",)), "'m' needs a set of yes-or-no labels, but .* one label a position"),
+        ("lm", TOKENS, PerPosition(), "'m' cannot be computed from the output of the head 'lm': .*out of bounds"),
     ],
 )  # fmt: skip
 def test_metrics_that_do_not_fit_are_refused_before_the_first_step(
@@ -234,7 +234,7 @@ def test_next_tokens_need_an_encoder_that_is_causal() -> None:
     for encoder, message in (
         (Ahead(), "encoder 'Ahead' may see: .*Declare causal = True in Ahead"),
         (Honest(), "next token, which the encoder 'Honest' sees"),
-        (Liar(), "'Liar' says that it is causal, and what it gives for the first 8 positions"),
+        (Liar(), "'Liar' says that it is causal, but its outputs for the first 8 positions"),
     ):
         for data in (TinyTokens(size=4), NextTokens(size=4)):
             with pytest.raises(ConfigError, match=message):
@@ -322,7 +322,7 @@ def test_what_sees_padding_or_keeps_no_state_is_refused() -> None:
 def test_sequences_are_long_enough_for_the_encoder() -> None:
     model = with_encoder(TokenEncoder(8, 7))
     model.encoder.min_length = 9  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"reads 9 inputs at once, and the dataset 'x' gives a sequence of 8"):
+    with pytest.raises(ConfigError, match=r"reads 9 inputs at once, but the dataset 'x' gives a sequence of 8"):
         check_data(model, Sets(Batch(IDS, TOKENS)), "'x'", {})
 
 
@@ -384,6 +384,6 @@ def test_a_stride_needs_a_head_of_sequences() -> None:
     encoder = TokenEncoder(8, 7)
     encoder.stride = 2
     with pytest.raises(
-        ConfigError, match=r"TokenEncoder gives a position for 2 inputs \(stride\), and the head LMHead"
+        ConfigError, match=r"TokenEncoder gives one position for 2 inputs \(stride\), but the head LMHead"
     ):
         SequenceModel(encoder, model_of("lm").backbone, LMHead(8, 7))

@@ -91,7 +91,7 @@ def test_adapters_are_kept(config: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--lora.rank=2"], r"finetune.init_from must say whose"),
+        (["--lora.rank=2"], r"finetune.init_from must name the run"),
         (["--lora.rank=2", "--init-from=first"], "pip install 'mambaseq[finetune]'"),
     ],
 )
@@ -114,5 +114,5 @@ def test_the_product_is_added_to_the_weight() -> None:
     torch.testing.assert_close(found["a.weight"], weight + 1.5 * torch.einsum("or,ri->oi", up, down))
     assert found.keys() == {"a.weight", "b"}
     del saved["a.lora_B.default.weight"]
-    with pytest.raises(UserError, match="not whole"):
+    with pytest.raises(UserError, match="incomplete"):
         split(saved)

@@ -92,7 +92,7 @@ def test_groups_that_others_add_are_trained() -> None:
 
 
 def test_muon_without_a_matrix_is_refused() -> None:
-    with pytest.raises(ConfigError, match="none that is trained"):
+    with pytest.raises(ConfigError, match="this model trains none"):
         make_optimizer(torch.nn.LayerNorm(3), OptimizerConfig(name="muon"), 10)  # type: ignore[arg-type]
 
 

@@ -141,7 +141,7 @@ def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture
     for key, value in flatten(changed).items():
         assert f"{key} changed: " in told
         assert f"-> {shown(value)}" in told
-    assert "the best score so far does not count any more: it was measured by another metric" in told
+    assert "the best score so far no longer counts: it was measured by another metric" in told
     config = OptimizerConfig(**{k.removeprefix("optimizer."): v for k, v in CHANGED.items() if k.startswith("opt")})
     factor = learning_rate_factor(config, 12)
     assert len(SEEN) == 9
@@ -211,7 +211,7 @@ def test_a_schedule_that_is_stretched_is_said(run: Path, capsys: pytest.CaptureF
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=30"]) == 0
     told = capsys.readouterr().err
     factor = learning_rate_factor(OptimizerConfig(lr=1e-2), 30)
-    assert f"the learning rate goes on at {1e-2 * factor(3):.3g}; as it was, it would have been 0.001 (" in told
+    assert f"the learning rate continues at {1e-2 * factor(3):.3g}; without the change it would be 0.001 (" in told
     assert SEEN[3]["groups"][0]["lr"] == 1e-2 * factor(3)
 
 
