@@ -35,13 +35,13 @@ def report(run: Path) -> Section:
         bars([Bar(name, value, 0 if name == "mambaseq" else 2) for name, value in rows]),
         "Bits a byte on the test text: fewer are better",
     )
+    figures = table(("method", "bits a byte on the test text"), rows)
     sample = text.removeprefix(PROMPT)
     begun = f"<strong>{html.escape(PROMPT)}</strong>"
     body = (
         "<p>Trained on the first nine tenths of Shakespeare's plays, tested on the last.</p>"
-        f'<div class="wide">{side_by_side(chart, loss_charts(folder, 1 / math.log(2), "bits a byte"))}</div>'
-        + table(("method", "bits a byte on the test text"), rows)
-        + f"<p>What it writes after {html.escape(repr(PROMPT))}:</p><pre>{begun}{html.escape(sample)}</pre>"
+        f'<div class="wide">{side_by_side(chart + figures, loss_charts(folder, 1 / math.log(2), "bits a byte"))}</div>'
+        f"<p>What it writes after {html.escape(repr(PROMPT))}:</p><pre>{begun}{html.escape(sample)}</pre>"
     )
     verdict = "below" if bits < floors["bigram"] else "above"
     summary = f"{bits:.3f} bits a byte on held-out Shakespeare, {verdict} the byte bigram ({floors['bigram']:.3f})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from mambaseq.runs.finishing import Facts, Outcome
 _BADGES = {"finished": ("good", "finished"), "diverged": ("bad", "diverged"), "interrupted": ("bad", "interrupted")}
 _STAGES = {"val": "validation", "test": "test"}
 _LARGEST_TABLE = 60  # classes: more are not drawn
+_LARGEST = 1e300  # a larger number is nobody's result
 
 
 def has_section(settings: RunConfig) -> bool:
@@ -60,8 +60,9 @@ def write_report(folder: RunFolder, settings: RunConfig, outcome: Outcome) -> st
 def _write(folder: RunFolder, settings: RunConfig, outcome: Outcome, sections: list[Section], notes: list[str]) -> None:
     results, facts, logged = folder.read_results(), outcome.facts, folder.log()
     assert facts is not None
+    results = {key: value for key, value in results.items() if not isinstance(value, int | float) or _is_number(value)}
     if results:
-        results = _losses(logged, results.get("exported_step", 0)) | results
+        results = _losses(logged, _whole(results, "exported_step") or 0) | results
     badges = [_BADGES[outcome.status]]
     again = max(len(folder.starts()) - 1, int(facts.resumed))  # a start may have ended before it logged anything
     if again > 0:
@@ -96,9 +97,10 @@ def _lead(settings: RunConfig, results: Mapping[str, Any], facts: Facts, logged:
     model, dataset = settings.settings["model"], settings.settings["data"]["name"]
     of = model["backbone"].get("pattern")
     mixer = model["mixer"]["name"] if not of else " and ".join(sorted({str(name).rstrip("*") for name in of}))
-    steps = results.get("steps") or max((points[-1].step + 1 for points in logged.values()), default=0)
+    steps = _whole(results, "steps") or max((points[-1].step + 1 for points in logged.values()), default=0)
     said = f"{facts.parameters:,} parameters of {mixer} on {dataset}, {steps:,} steps"
     metrics = [key for key, value in results.items() if key.startswith("val/") and _is_number(value)]
+    metrics.sort(key=lambda key: key.endswith("/loss"))  # what has a meaning of its own comes first
     word = settings.settings["checkpoint"]["monitor"].removeprefix("val/")
     best = next((key for key in metrics if f"/{key}".endswith(f"/{word}")), metrics[0] if metrics else "")
     if not results:
@@ -106,13 +108,19 @@ def _lead(settings: RunConfig, results: Mapping[str, Any], facts: Facts, logged:
         return f"{said}." + (f" Its last training loss was {number(last[-1].value)}." if last else "")
     if not best:
         return f"{said}."
-    exported = results.get("exported_step")
-    at = f", by the weights of step {exported:,}" if isinstance(exported, int) and exported != steps else ""
+    exported = _whole(results, "exported_step")
+    at = f", by the weights of step {exported:,}" if exported not in (None, steps) else ""
     return f"{said}: {best} {number(float(results[best]))}{at}."
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _whole(results: Mapping[str, Any], key: str) -> int | None:
+    """A number of the results; None for what somebody else has written there."""
+    value = results.get(key, "")
+    return int(value) if _is_number(value) else None
 
 
 def _results(results: Mapping[str, Any]) -> str:
@@ -145,9 +153,13 @@ def _tables(results: Mapping[str, Any], facts: Facts) -> str:
         if key.partition("/")[0] not in _STAGES or not isinstance(counts, list):
             continue
         size = len(facts.class_names)
-        if len(counts) == size <= _LARGEST_TABLE and all(isinstance(row, list) and len(row) == size for row in counts):
+        if len(counts) == size <= _LARGEST_TABLE and all(_counts(row, size) for row in counts):
             drawn.append(drawing(confusion(counts, facts.class_names), key))
     return f'<div class="wide">{side_by_side(*drawn)}</div>' if drawn else ""
+
+
+def _counts(row: object, size: int) -> bool:
+    return isinstance(row, list) and len(row) == size and all(isinstance(n, int) and 0 <= n < 2**53 for n in row)
 
 
 def _costs(results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[Point]]) -> Section:
@@ -158,8 +170,14 @@ def _costs(results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[P
         return points[-1].value if points else None
 
     spent = logged.get("train/loss", [Point(0, 0.0, None, None)])[-1]
-    tokens, seconds = results.get("train_tokens", spent.tokens), results.get("train_seconds", spent.seconds)
-    rate = results.get("tokens_per_second", last("tokens_per_second"))
+    tokens, seconds, rate = (
+        value if _is_number(value := results.get(key)) else other
+        for key, other in (
+            ("train_tokens", spent.tokens),
+            ("train_seconds", spent.seconds),
+            ("tokens_per_second", last("tokens_per_second")),
+        )
+    )
     rows: list[tuple[str, object]] = [("parameters", facts.parameters)]
     rows += [("tokens trained on", round(tokens))] if tokens is not None else []
     rows += [("seconds of training alone", round(seconds) if seconds > 10 else float(seconds))] if seconds else []

@@ -81,6 +81,14 @@ def test_every_run_has_a_page(settings: RunConfig, tmp_path: Path) -> None:
     assert "model.backbone.name</td>" not in page
 
 
+def test_results_that_somebody_changed_are_left_out(settings: RunConfig, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "run", settings, "odd/other")
+    odd = {"val/accuracy": 10**350, "test/confusion": [["x", 1], [0, None]], "test/accuracy": "high"}
+    folder.update_results(steps="many", exported_step=None, train_tokens=[1], tokens_per_second="fast", **odd)
+    assert write_report(folder, settings, DONE) == ""
+    assert "12 steps: val/loss 0.500" in folder.report.read_text()  # as the log has them
+
+
 @pytest.mark.parametrize("status", ["diverged", "interrupted"])
 def test_the_page_says_how_the_run_ended(settings: RunConfig, tmp_path: Path, status: str) -> None:
     folder = finished(tmp_path / "run", settings, "odd/good")
