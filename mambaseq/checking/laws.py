@@ -217,17 +217,27 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
 
     def stepped(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, first: int, stop: int) -> None:
         for gradient in gradients[first:stop]:
-            weight.grad = gradient.clone()
-            optimizer.step()
+            weight.grad = None
+
+            def closure(gradient: Tensor = gradient) -> float:  # by which Lightning computes gradients
+                weight.grad = gradient.clone()
+                return 0.0
+
+            optimizer.step(closure)
 
     one = torch.nn.Parameter(start.clone())
     optimizer = make([{"params": [one], "weight_decay": 0.1}])
     stepped(one, optimizer, 0, 2)
     if torch.equal(one, start):
-        raise LawBroken("two steps do not change a weight with gradients.")
+        raise LawBroken("two steps do not change a weight that has gradients once the closure of step was called.")
+    for state in optimizer.state.values():
+        if wrong := [name for name, value in state.items() if not isinstance(value, Tensor | int | float | None)]:
+            raise LawBroken(
+                f"its state {wrong[0]} is neither a tensor nor a number; a checkpoint with it cannot be read."
+            )
     other = torch.nn.Parameter(one.detach().clone())
     again = make([{"params": [other], "weight_decay": 0.1}])
-    again.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which would share its tensors
     stepped(one, optimizer, 2, 4)
     stepped(other, again, 2, 4)
     if not torch.equal(one, other):

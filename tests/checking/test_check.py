@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from mambaseq.batch import Batch
 from mambaseq.checking import check
-from mambaseq.checking.laws import LawBroken
+from mambaseq.checking.laws import LawBroken, check_optimizer
 from mambaseq.checking.training import check_training
 from mambaseq.cli.main import main
 from mambaseq.data.tokenizer import Tokenizer
@@ -240,6 +242,37 @@ def test_planted_faults_are_found_and_nothing_else(faulty: None) -> None:
     assert {part for part, _ in failed} == parts
     assert all(len(str(one)) < 1100 for one in found)
     assert any(one.part == "mixer faulty/right" and one.state == "ok" for one in found)
+
+
+class Momentum(torch.optim.Optimizer):
+    """fault: what it does wrong."""
+
+    def __init__(self, params: Any, lr: float, fault: str = "") -> None:
+        super().__init__(params, {"lr": lr})
+        self.fault, self.mean = fault, torch.zeros(2, 3)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.fault != "closure":
+            closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            mean = self.mean if self.fault == "state" else state.setdefault("mean", torch.zeros(2, 3))
+            if self.fault == "kind":
+                state["seen"] = [1]
+            mean.add_(parameter.grad)
+            parameter.sub_(self.param_groups[0]["lr"] * mean)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("", ""), ("closure", "closure"), ("state", "neither in its state"), ("kind", "state seen")]
+)
+def test_faults_of_an_optimizer_are_found(fault: str, told: str) -> None:
+    held = pytest.raises(LawBroken, match=told) if fault else contextlib.nullcontext()
+    with held:
+        check_optimizer(lambda groups: Momentum(groups, lr=0.1, fault=fault))
 
 
 def test_what_no_checkpoint_holds_is_found(faulty: None, tmp_path: Path) -> None:
