@@ -48,7 +48,7 @@ table { border-collapse: collapse; font-size: .95rem; }
 .body > table { display: block; overflow-x: auto; }
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td { max-width: 26rem; }
-td + td { overflow-wrap: anywhere; min-width: 6rem; }
+td + td { overflow-wrap: anywhere; min-width: 9rem; } td.number { min-width: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 figure { margin: .5rem 0; max-width: 40rem; } .pair figure { margin: 0; }
 figcaption { color: var(--soft); font-size: .88rem; }

@@ -209,4 +209,7 @@ def _same(value: object, default: object) -> bool:
 
 
 def _told(value: object) -> str:
-    return "null" if value is None else cut(str(value), 200)
+    """A setting as it is written in YAML, a list without its brackets."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return cut(", ".join(map(_told, value)) if isinstance(value, list | tuple) and value else str(value), 200)
