@@ -77,7 +77,7 @@ def test_from_a_published_model(config: Path, capsys) -> None:
     save_file(to_upstream(first), "hub/model.safetensors")
     capsys.readouterr()
     assert main(["fit", "--config", str(config), "--init-from", "hub", "--out", "x", "--optimizer.lr=0"]) == 0
-    assert f"x: 13 of 13 tensors come from {config.parent}/hub; no tokenizer of" in capsys.readouterr().err
+    assert f"x: 13 of 13 tensors come from {config.parent}/hub; there is no tokenizer of" in capsys.readouterr().err
     assert all(torch.equal(one, first.state_dict()[name]) for name, one in load_model("x").model.state_dict().items())
 
 

@@ -248,7 +248,7 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, mon
         "x" * 300: "File name too long",
         "file": "is not a folder",
         "file/run": "Not a directory",
-        "project": "holds model, and no run",
+        "project": "holds model but no run",
     }.items():
         assert main(begin(tmp_path, name)) == 2
         told = capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "run.yaml") == before
     monkeypatch.chdir(tmp_path / "project")
     assert main([*begin(tmp_path, "x")[:-1], "."]) == 2
-    assert "holds model, and no run" in capsys.readouterr().err
+    assert "holds model but no run" in capsys.readouterr().err
     for command in (["fit", "--resume", "a\0b"], ["test", "--checkpoint", "x" * 300]):
         assert main(command) == 2
         assert "There is no run at" in capsys.readouterr().err
