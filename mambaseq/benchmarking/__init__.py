@@ -3,21 +3,21 @@
 `--json FILE` writes one object:
 
     bench, scale         what ran: "ops", "block", "train" or "decode", at "full", "small" or "tiny" shapes
-    device, gpu          the device's type, and its name (of the processor where there is no GPU)
+    device, gpu          the device's type and name (the processor's if there is no GPU)
     torch, mambaseq      versions
     date                 of the run's end, ISO 8601, UTC
-    rows                 a list of objects, one a contender and shape:
+    rows                 a list of objects, one for each contender and shape:
         op               what was measured: "selective_scan", "scan, attention, convolution", "block", "train step", ...
         shape            names to integers: batch, length, channels, ...
         contender        "mambaseq" or the peer
-        backend          what ran inside of it, "" where there is no choice
-        status           "ok"; "wrong" (its results are not the reference's: there are no times then), "absent" (not
+        backend          what ran inside it, "" if there is no choice
+        status           "ok"; "wrong" (its results are not the reference's, so there are no times), "absent" (not
                          installed), "oom" (out of memory), "failed" (it raised), "skipped" (it would take too long)
-        note             why, for every status but "ok"; else empty or how it was run
-        error            largest relative error of its check, null where none was made
+        note             the reason, unless status is "ok"; otherwise empty or how it was run
+        error            largest relative error of its check, null if there was none
         *_ms             median milliseconds of a call: forward_ms, backward_ms, both_ms (forward and backward),
                          step_ms, prefill_ms, total_ms; host_ms: how long the host is busy with a call of both
-        *_mib, *_gib     most memory allocated at a time beyond what was there before
+        *_mib, *_gib     most memory allocated at a time, beyond what was allocated before
         *tokens_per_s    throughput
     ratios               a list of objects: op, shape, peer, value (the key in the rows), ratio; above 1 mambaseq is
                          ahead. `shape` is null for geometric means, which have `over` ("all", "batch > 1", "batch 1")

@@ -33,8 +33,8 @@ Normal = Callable[..., Tensor]
 
 
 def speeds(op: Op, device: torch.device, in_half: bool = False) -> tuple[str, dict[str, Attempt]]:
-    """What was run, as it is printed, and for every backend that can run it the attempt to find the median milliseconds
-    of forward and backward. in_half: in half precision, for an op that has such inputs."""
+    """A description of the inputs, and for each backend that can run them an attempt with the median milliseconds of
+    forward and backward. in_half: in half precision, for an op that takes it."""
     status, note, made = attempt(lambda: moderate(op, device))
     if made is None:
         return "nothing", {backend.name: (status, note, None) for backend in op.backends}
@@ -67,7 +67,7 @@ class WholeBlock:
         self.what = f"{batch} x {length} x {channels // 2}"
 
     def why_not(self) -> str | None:
-        """The reason why the block would not run as one."""
+        """Why the block would not run as one operator."""
         return why_not_whole(self.block._block_arguments(self.x, None, None, False))
 
     def error(self) -> float:
@@ -98,7 +98,7 @@ def _run(block: Mamba, x: Tensor, cotangent: Tensor) -> list[Tensor]:
 
 
 def moderate(op: Op, device: torch.device) -> tuple[str, Any]:
-    """Arguments that take about a millisecond, in float32; the op's own small sample where none are known here."""
+    """Arguments that take about a millisecond, in float32; the op's own small sample if none are known here."""
     batch, length, channels = SIZES.get(device.type, SIZES["cpu"])
     make = _MAKERS.get(op.name)
     if make is None:

@@ -1,5 +1,5 @@
 """`bench block`: forward and backward of a Mamba block with one set of weights, under bf16 autocast on a GPU: end to
-end, where short calls last as long as their launches take, and the GPU's work alone."""
+end, where short calls take as long as their launches, and the GPU's work alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ D_MODEL = {"full": 768, "small": 128, "tiny": 8}
 SHAPES = {"full": [(8, 2048), (1, 65536)], "small": [(2, 256), (1, 2048)], "tiny": [(2, 33), (1, 65)]}
 # positions that are checked against float64
 CHECKED = 256
-# relative RMS error of the output, under autocast and in fp32; gradients go through more roundings and have twice that
+# tolerated RMS error of the output, under autocast and in fp32; gradients may have twice that
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
@@ -78,7 +78,7 @@ def reference(block: Mamba, x: Tensor) -> list[Tensor]:
 
 
 def results(block: Any, x: Tensor, sequences: int, length: int) -> list[Tensor]:
-    """Output and gradients of the first positions of the first sequences, of which the block is given more."""
+    """Output and gradients of the first positions of the first sequences; the block runs on all."""
     leaf = x.detach().requires_grad_()
     with autocast(x.device) if x.dtype != torch.float64 else torch.autocast(x.device.type, enabled=False):
         y = block(leaf)

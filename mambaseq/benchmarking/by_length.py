@@ -38,7 +38,7 @@ D_STATE = 16
 HEAD = {"full": 64, "small": 64, "tiny": 4}
 # positions of attention and convolution that are checked against float64
 CHECKED = 64
-# attention's time grows with the square of the length: no call longer than this is begun
+# attention's time is quadratic in the length: no longer call is started
 LONGEST_MS = 2000.0
 PASSES: tuple[Pass, ...] = ("forward", "both")
 

@@ -1,4 +1,4 @@
-"""One op at one shape by several contenders: held against float64 first, then timed."""
+"""One op at one shape by several contenders: compared with float64 first, then timed."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ COLUMNS = (
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What models are trained in on this device."""
+    """The dtype that models are trained in on this device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def tolerance(device: torch.device) -> float:
-    """Of a relative RMS error against float64: the rounding of results in `training_dtype`, and of fp32 sums."""
+    """The tolerance of a relative RMS error against float64: rounding of results in `training_dtype`, and of fp32
+    sums."""
     return 4e-3 if device.type == "cuda" else 1e-4
 
 
 def output_of(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callable[..., Tensor]:
-    """An op as its peers are: the output alone, without the final state. options: further arguments of the op."""
+    """An op like its peers: with the output only, without the final state. options: further arguments of the op."""
     return lambda *args, **given: op(*args, **given, **options, return_final_state=False)[0]
 
 
 def our_backend(op: str, arguments: Any) -> str:
-    """The backend that would run, other people's left out."""
+    """Our backend that would run; those of other packages are left out."""
     return next(name for name, why in explain(OPS[op], arguments) if why is None and name not in PACKAGES)
 
 
@@ -57,10 +58,10 @@ def channels_first(tensor: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Who runs it: `run(**inputs)` gives a tensor or a tuple of them.
+    """What runs a case: `run(**inputs)` gives a tensor or a tuple of tensors.
 
     layout: from the case's layout to its own and back (it is its own inverse), applied before anything is timed.
-    absent: why it cannot take part, if so.
+    absent: why it cannot take part; empty if it can.
     """
 
     name: str
@@ -76,8 +77,8 @@ class Case:
 
     inputs: tensors by name; the floating-point ones get gradients.
     reference: the definition, `reference(**inputs)`, run in float64 on `part` of the inputs.
-    part: a view of what the reference can be run on, such that these outputs depend on no other inputs. The contenders
-        are checked at full size: their gradients are those of these outputs.
+    part: a view of the inputs for the reference; its outputs depend on no other inputs. The contenders run at full
+        size, and gradients of these outputs are compared.
     tolerance: of the relative RMS error of each output and gradient.
     """
 
@@ -93,7 +94,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A case whose inputs are made when its turn comes, and whose the row is if there is no room for them."""
+    """A case whose inputs are made only when it runs, and the data of its row if there is no memory for them."""
 
     op: str
     shape: dict[str, int]
@@ -102,7 +103,7 @@ class Plan:
 
 
 def compare(plan: Plan, report: Report, repeats: int) -> None:
-    """A row for every contender: its times where its outputs and gradients are right, else what is wrong with them."""
+    """A row for each contender: its times if outputs and gradients are right, otherwise what is wrong."""
     status, note, case = attempt(plan.make)
     if case is None:
         report.add(Row(plan.op, plan.shape, plan.contender, status=status, note=note))
@@ -113,7 +114,7 @@ def compare(plan: Plan, report: Report, repeats: int) -> None:
             report.add(Row(case.op, case.shape, contender.name, status="absent", note=contender.absent))
             continue
         if expected is None:
-            note = f"there is nothing to check it by: {note}"
+            note = f"there is no reference to check it with: {note}"
             report.add(Row(case.op, case.shape, contender.name, contender.backend, status, note))
             continue
 
@@ -133,7 +134,7 @@ class Results:
 
 
 def reference_results(case: Case) -> Results:
-    """In float64, for pseudo-random cotangents that bf16 can hold."""
+    """The reference in float64, with pseudo-random cotangents that bf16 represents exactly."""
     leaves = {
         name: part.double().requires_grad_() if part.is_floating_point() else part
         for name, part in ((name, case.part(value.detach())) for name, value in case.inputs.items())

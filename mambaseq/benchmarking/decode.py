@@ -1,8 +1,8 @@
 """`bench decode`: greedy generation by a Mamba of 1.4B parameters and by a Transformer of 1.3B with a key-value cache.
 
-Random bf16 weights (fp32 on a CPU). The Transformer's cache has room for the whole sequence from the start, and on a
-GPU each of its steps is a CUDA graph captured beforehand, which its times do not count; the capture of ours is in the
-time of a whole call. The peak is what comes on top of the weights.
+Random bf16 weights (fp32 on a CPU). The Transformer's cache is allocated for the whole sequence, and on a GPU each of
+its steps is a CUDA graph captured beforehand, which its times exclude; our times of a whole call include the capture.
+The peak is memory beyond the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 class Sizes(NamedTuple):
-    """Of the models and of what is generated."""
+    """Sizes of the models and of the generated sequences."""
 
     d_model: int
     n_layers: int
@@ -73,7 +73,7 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
 
 
 def _contend(contender: str, make: Callable[..., Any], sizes: Sizes, report: Report, repeats: int) -> None:
-    """The rows of a contender: one model, batch after batch, until one does not fit."""
+    """The rows of a contender: one model, with growing batches until one does not fit."""
     device = report.device
 
     def checked() -> tuple[Any, str]:
@@ -110,8 +110,8 @@ def _row(
     device: torch.device,
     repeats: int,
 ) -> Row:
-    """Times of a whole call, of the prompt alone, and of the tokens after it. What a call does once, such as capturing
-    a graph, is in the first and not in the last, which is the difference of two calls."""
+    """Times of a whole call, of the prompt alone, and of the tokens after it. Work done once in a call, such as
+    capturing a graph, counts in the first but not in the last, which is a difference of two calls."""
     row = Row(OP, {"batch": batch, "prompt": sizes.prompt}, contender)
     few = sizes.new_tokens // 4
     generator = torch.Generator(device).manual_seed(1)
@@ -140,7 +140,8 @@ def _check_sizes(sizes: Sizes) -> tuple[int, int, int]:
 
 
 def _wrong(model: Any, tokens: Generate, sizes: Sizes, device: torch.device) -> str:
-    """What is wrong with tokens that were generated step by step, as one pass over all of them shows it; or ""."""
+    """What is wrong with tokens that were generated step by step, compared with one pass over all of them; "" if
+    nothing."""
     batch, length, new = _check_sizes(sizes)
     generator = torch.Generator(device).manual_seed(2)
     prompt = torch.randint(sizes.vocab_size, (batch, length), generator=generator, device=device)
@@ -185,7 +186,7 @@ def _shrink(embedding: Tensor) -> None:
 
 
 class CachedGeneration:
-    """Greedy generation by a Transformer in memory set aside once; on a GPU, a CUDA graph for each position."""
+    """Greedy generation by a Transformer in preallocated memory; on a GPU with a CUDA graph for each position."""
 
     def __init__(self, model: Transformer, batch: int, prompt: int, new_tokens: int, device: torch.device) -> None:
         self.model, self.prompt = model, prompt
@@ -200,7 +201,7 @@ class CachedGeneration:
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)
         with torch.cuda.stream(torch.cuda.Stream(device)):
-            self._advance(positions.start)  # what is made once must not be made while capturing
+            self._advance(positions.start)  # initialisations must not happen while capturing
             torch.cuda.synchronize(device)
             for position in positions:
                 graph = torch.cuda.CUDAGraph()

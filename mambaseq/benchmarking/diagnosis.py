@@ -1,4 +1,4 @@
-"""Which backend each op would use on this machine, whether it is right, and how fast."""
+"""Which backend each op would use on this machine, whether it is right, and how fast it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIMIT_OF_HALF = 1e-2
 
 
 def diagnose(device: str | None) -> int:
-    """Print the findings; returns 1 when a backend that would run is wrong, or one of ours raises, else 0."""
+    """Print the findings. Returns 1 if a backend that would run is wrong or one of ours raises, otherwise 0."""
     place = choose_device(device)
     with on(place):
         return _diagnose(place)
@@ -53,7 +53,7 @@ def _diagnose(place: torch.device) -> int:
 
 
 def _caches() -> list[str]:
-    """A line a folder that compiled code is kept in: where it is, and why it is not used, or what is wrong with it."""
+    """A line for each folder of compiled code: where it is, and why it is not used or what is wrong with it."""
     ours = nvrtc.kernel_folder()
     found = [f"cache folder {cache_dir()}", _cache("kernels", ours, why_unsafe(ours), "not used")]
     numba, reason = folder_of_numba()
@@ -73,10 +73,10 @@ def _caches() -> list[str]:
 
 
 def _user() -> str:
-    """As PyTorch names folders by it."""
+    """The user's name as PyTorch uses it in folder names."""
     try:
         name = getpass.getuser()
-    except (KeyError, ImportError, OSError):  # a number that has no name
+    except (KeyError, ImportError, OSError):  # a user id without a name
         name = f"uid_{os.getuid()}"
     return re.sub(r'[\\/:*?"<>|]', "_", name)
 
@@ -86,7 +86,7 @@ def _cache(name: str, folder: Path, reason: str | None, otherwise: str) -> str:
 
 
 def _op_failed(op: Op, place: torch.device) -> bool:
-    """Print what there is to say of an op; whether a backend that would run is wrong, or one of ours raises."""
+    """Print the findings about an op. Returns whether a backend that would run is wrong or one of ours raises."""
     label, arguments = next(iter(op.samples(place)))
     what, times = speeds(op, place)
     print(f"{op.name}  (for {label}; forward + backward of {what} in fp32)")
@@ -115,7 +115,7 @@ def _first(op: Op, place: torch.device) -> Any:
 
 
 def _block_failed(place: torch.device) -> bool:
-    """Print whether a Mamba block would run as one operator; whether it would and is wrong or raises."""
+    """Print whether a Mamba block would run as one operator. Returns whether it would but is wrong or raises."""
     whole, status = WholeBlock(place), "ok"
     reason = whole.why_not()
     mark = "no"
@@ -132,11 +132,11 @@ def _error(op: Op, backend: Backend, place: torch.device) -> float | str:
 
 
 def _verdict(checked: Attempt, timed: Attempt | None, limit: float = LIMIT) -> tuple[str, str]:
-    """What came of attempts to check and to time something: "ok", "wrong", or how it failed; and what to print."""
+    """The outcome of attempts to check and time something: "ok", "wrong", or how it failed; and what to print."""
     status, note, error = checked
     if status != "ok":
         return status, note
-    if isinstance(error, str):  # gradients are more than it can do
+    if isinstance(error, str):  # it cannot compute gradients
         return "ok", error
     if not error <= limit:
         return "wrong", f"relative error {error:.1e} WRONG"

@@ -1,4 +1,4 @@
-"""The state-space dual at the sizes of a Mamba-2 model, beside mamba-ssm's kernels and the same in PyTorch."""
+"""The state-space dual at the sizes of a Mamba-2 model, next to mamba-ssm's kernels and the same in PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEERS_CHUNK = 256  # mamba-ssm's own default
 
 
 def dual_inputs(shape: dict[str, int], device: torch.device) -> dict[str, Any]:
-    """As a Mamba-2 block has them, with step sizes of 1e-3 … 1e-1; one group."""
+    """Inputs like those in a Mamba-2 block, with step sizes of 1e-3 … 1e-1 and one group."""
     batch, length, heads, head_dim, d_state = shape.values()
     generator = torch.Generator(device).manual_seed(0)
     dtype = training_dtype(device)
@@ -45,12 +45,12 @@ def dual_inputs(shape: dict[str, int], device: torch.device) -> dict[str, Any]:
 
 
 def beginning(tensor: Tensor) -> Tensor:
-    """What is checked: the first positions of two sequences."""
+    """The part that is checked: the first positions of two sequences."""
     return tensor[:2, :1000] if tensor.ndim > 2 else tensor
 
 
 def duals(device: torch.device, scale: str) -> Iterator[Plan]:
-    """A plan a size."""
+    """A plan for each size."""
     package, absent = peers.find("mamba_ssm.ops.triton.ssd_combined", device)
 
     def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:

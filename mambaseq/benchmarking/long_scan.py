@@ -1,5 +1,5 @@
-"""The selective scan of one long sequence in float64, which its contenders are checked by from the first position to
-the last: where a GPU cuts time into segments, what goes wrong shows behind the first."""
+"""The selective scan of one long sequence in float64, to check contenders from the first position to the last: where a
+GPU cuts time into segments, errors show after the first segment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEWEST, MOST = 4, 64
 
 
 def first_channels(length: int, d_state: int) -> Callable[[Tensor], Tensor]:
-    """The part that is checked: all positions of some channels, of B and C `(1, length, d_state)` all."""
+    """The part that is checked: all positions of some channels, and all of B and C `(1, length, d_state)`."""
     channels = max(FEWEST, min(MOST, CHECKED // length))
 
     def part(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """`bench ops`: every op with kernels for a GPU, at the sizes of models, and the scan against attention and convolution.
 
-bf16 on a GPU, fp32 on a CPU; each contender in the layout that it likes best.
+bf16 on a GPU, fp32 on a CPU; each contender in its fastest layout.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run(device: torch.device, scale: str, repeats: int) -> Report:
 
 
 def scan_inputs(batch: int, channels: int, length: int, device: torch.device) -> dict[str, Any]:
-    """As a Mamba block has them, with step sizes of 1e-3 … 1e-1."""
+    """Inputs like those in a Mamba block, with step sizes of 1e-3 … 1e-1."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = training_dtype(device)
 
@@ -96,12 +96,13 @@ def scan_inputs(batch: int, channels: int, length: int, device: torch.device) ->
 
 
 def corner(tensor: Tensor) -> Tensor:
-    """What a batched scan or a convolution is checked on: 64 channels of two sequences, as long as a loop may take."""
+    """The part on which a batched scan or a convolution is checked: 64 channels of two sequences, short enough for a
+    loop."""
     return tensor[:2, :1000, :64] if tensor.ndim == 3 else tensor[:64]
 
 
 def scans(device: torch.device, scale: str) -> Iterator[Plan]:
-    """The selective scan at the sizes of models, beside mamba-ssm's kernel."""
+    """The selective scan at the sizes of models, next to mamba-ssm's kernel."""
     interface, absent = peers.find("mamba_ssm.ops.selective_scan_interface", device)
 
     def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def scans(device: torch.device, scale: str) -> Iterator[Plan]:
 
 
 def convs(device: torch.device, scale: str) -> Iterator[Plan]:
-    """The short convolution beside causal-conv1d's kernel and PyTorch's grouped convolution."""
+    """The short convolution next to causal-conv1d's kernel and PyTorch's grouped convolution."""
     package, absent = peers.find("causal_conv1d", device)
     batch, channels, length = CONVS[scale]
     shape = {"batch": batch, "channels": channels, "length": length}
@@ -172,7 +173,7 @@ def convs(device: torch.device, scale: str) -> Iterator[Plan]:
 
 
 def norms(device: torch.device, scale: str) -> Iterator[Plan]:
-    """The norms beside the same in PyTorch."""
+    """The norms next to the same in PyTorch."""
     batch, length, d_model = NORMS[scale]
     dtype = training_dtype(device)
     shape = {"batch": batch, "length": length, "channels": d_model}
@@ -229,7 +230,7 @@ def norms(device: torch.device, scale: str) -> Iterator[Plan]:
 
 
 def losses(device: torch.device, scale: str) -> Iterator[Plan]:
-    """The head and its loss beside PyTorch's, which makes the logits."""
+    """The head and its loss next to PyTorch's, which makes the logits."""
     rows, d_model, vocabulary = LOSSES[scale]
     shape = {"rows": rows, "d_model": d_model, "vocabulary": vocabulary}
 
@@ -256,7 +257,7 @@ def losses(device: torch.device, scale: str) -> Iterator[Plan]:
                 Contender("PyTorch", plain),
             ),
             tolerance=tolerance(device),
-            passes=("forward", "both"),  # ours finds gradients on the way forward
+            passes=("forward", "both"),  # ours computes gradients in the forward pass
         )
 
     yield Plan("linear_cross_entropy", shape, case)

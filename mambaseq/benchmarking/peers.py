@@ -1,4 +1,4 @@
-"""Other people's implementations, where they are installed: none is needed to run."""
+"""Implementations of other packages, if installed; none is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _load(name: str) -> ModuleType | str:
         return f"{package} is not installed"
     try:
         return importlib.import_module(name)
-    except Exception as error:  # compiled for another torch, or something that it needs is missing
+    except Exception as error:  # compiled for another torch, or a dependency is missing
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{name} cannot be imported: {first}"
 

@@ -1,4 +1,4 @@
-"""A benchmark's rows as a picture: bars beside the peers, lines where one size grows."""
+"""A benchmark's rows as a picture: bars next to those of peers, lines over a growing size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mambaseq.benchmarking.report import OURS, Column, Report, Row
 
 _COLOURS = {OURS: "#1f5fa8"}
 _PEERS = ("#d9822b", "#6b8e4e", "#8a5a9e", "#7f7f7f")
-# what lines are drawn over, by benchmark
+# the size that lines are drawn over, by benchmark
 _ALONG = {"decode": "batch"}
 
 
 def draw(report: Report) -> Figure:
-    """One panel for each value that contenders are compared in; the ops' own: `_draw_ops`."""
+    """One panel for each compared value; `_draw_ops` draws those of ops."""
     if report.bench == "ops":
         return _draw_ops(report)
     columns = [
@@ -55,7 +55,7 @@ def _title(report: Report) -> str:
 
 
 def _ratios(axes: Any, report: Report) -> None:
-    """How far ahead of each peer: forward, backward, and both."""
+    """The ratio to each peer: forward, backward, and both."""
     shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
     ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
     groups = list(dict.fromkeys((r.op, tuple(r.shape.values()), r.peer) for r in ratios if r.shape is not None))

@@ -1,4 +1,4 @@
-"""The rows of a benchmark: printed as they come, compared at the end, written as JSON."""
+"""The rows of a benchmark: printed when they are ready, compared at the end, written as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = "mambaseq"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A measured value: its key in the rows, its heading, its digits, and whether more of it is better."""
+    """A measured value: its key in the rows, its heading, its digits, and whether more is better."""
 
     key: str
     heading: str
@@ -63,7 +63,7 @@ class Ratio:
 
 
 class Report:
-    """Collects a benchmark's rows and prints each when it comes."""
+    """Collects a benchmark's rows and prints each when it is ready."""
 
     def __init__(self, bench: str, device: torch.device, scale: str, columns: Sequence[Column]) -> None:
         self.bench, self.device, self.scale, self.columns = bench, device, scale, columns
@@ -94,7 +94,7 @@ class Report:
         return "-" if value is None else f"{value:,.{column.digits}f}"
 
     def attempted(self, op: str, shape: dict[str, int], contender: str, run: Callable[[], Row]) -> Row:
-        """Add the row that `run` gives, or one that says why it could not."""
+        """Add the row from `run`, or one that says why it failed."""
         status, note, row = attempt(run)
         row = row if row is not None else Row(op, shape, contender, status=status, note=note)
         self.add(row)
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether a result was wrong, or something of ours did not run."""
+        """Whether a result was wrong, or one of ours did not run."""
         return any(row.status == "wrong" or (_is_ours(row.contender) and row.status == "failed") for row in self.rows)
 
     def ratios(self) -> list[Ratio]:
@@ -139,7 +139,7 @@ class Report:
             print(f"{op:<30} {where:<42} {peer:<22} {'   '.join(parts)}")
 
     def write(self, path: Path) -> None:
-        """Write everything as JSON, whole or not at all."""
+        """Write everything as JSON, completely or not at all."""
         content = {
             "bench": self.bench,
             "scale": self.scale,
@@ -159,7 +159,7 @@ class Report:
 
 
 def label(shape: dict[str, int]) -> str:
-    """As it is printed: `batch 8, channels 2048`."""
+    """A shape as it is printed: `batch 8, channels 2048`."""
     return ", ".join(f"{name} {size}" for name, size in shape.items())
 
 

@@ -1,4 +1,4 @@
-"""Runs one benchmark and writes what was asked for."""
+"""Runs one benchmark and writes the requested files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BENCHES = {"ops": ops.run, "block": block.run, "train": train.run, "decode": de
 def run(
     bench: str, device: torch.device, scale: str, repeats: int, json: Path | None = None, picture: Path | None = None
 ) -> int:
-    """Run the benchmark of this name; 1 where a result was wrong or ours did not run, else 0."""
+    """Run the benchmark of this name. Returns 1 if a result was wrong or ours did not run, otherwise 0."""
     with on(device):
         report = _BENCHES[bench](device, scale, repeats)
     report.summary()

@@ -1,4 +1,4 @@
-"""How long a call takes and how much memory, and what to do when it cannot be run at all."""
+"""Time and memory of a call, and handling of calls that fail."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-# back to back, as in training; longer calls one by one
+# calls in a row, as in training; longer calls are timed singly
 CALLS = 5
 SHORT_MS = 5.0
-# how much work comes before anything is timed: the clocks of a GPU that was idle have to rise
+# work before anything is timed: the clocks of an idle GPU must rise first
 WARM_UP_S = 0.05
 # spinning of a GPU, cycles a second: not below what its clock can reach, or the queue would run dry
 CYCLES = 2e9
@@ -23,7 +23,7 @@ LONGEST_HOLD_S = 0.02
 
 
 class Timing(NamedTuple):
-    """Median milliseconds of a call, and what the host takes to ask for it."""
+    """Median milliseconds of a call, and of the host's part in it."""
 
     ms: float
     host_ms: float
@@ -44,10 +44,10 @@ def measure(
 
     Args:
         budget_s: samples stop once they took this long together; one is always taken.
-        warm_up_s: calls that are not counted go on for this long; the very first, which may compile, comes before. None
-            if the function is long and has been called already: there are no such calls.
-        hold: keep the GPU busy while the host queues a sample's calls, so that what is timed is the GPU's work
-            alone. Without it a call shorter than its launches lasts as long as they do.
+        warm_up_s: seconds of uncounted calls, after a first one that may compile. None for a long function that has
+            been called already: no such calls.
+        hold: keep the GPU busy while the host queues a sample's calls, so that only the GPU's work is timed. Without
+            it, a call shorter than its launches takes as long as they do.
     """
     on_gpu = device.type == "cuda"
 
@@ -95,12 +95,12 @@ def measure(
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU the current one: events, and what a stream waits for, are of the current device."""
+    """Makes a GPU the current one, since events and waiting streams belong to the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that a call allocates beyond what was there before; None where nobody counts it."""
+    """The most memory that a call allocates beyond what was allocated before; None if it is not counted."""
     if device.type != "cuda":
         function()
         return None
@@ -123,7 +123,7 @@ def attempt(function: Callable[[], Any]) -> Attempt:
         result = function()
     except torch.OutOfMemoryError:
         status, note = "oom", "out of memory"
-    except Exception as error:  # a peer that breaks must not take the other rows with it
+    except Exception as error:  # a failing peer must not end the other rows
         first = (str(error).strip().splitlines() or [""])[0]
         status, note = "failed", f"{type(error).__name__}: {first}"
         if "ALLOC_FAILED" in first:  # of cuBLAS and cuFFT
@@ -134,9 +134,9 @@ def attempt(function: Callable[[], Any]) -> Attempt:
 
 
 def release() -> None:
-    """Give a GPU's freed memory back, so that the next contender begins as the first did.
+    """Return a GPU's freed memory, so that every contender starts alike.
 
-    Without a GPU nobody counts memory, and Python's own collections are enough: one of everything takes half a second.
+    Without a GPU memory is not counted, and Python's own collections are enough: a full one takes half a second.
     """
     if torch.cuda.is_available():
         gc.collect()

@@ -1,6 +1,6 @@
-"""`bench train`: AdamW steps of a language model, beside mamba-ssm's with the same weights and a Transformer.
+"""`bench train`: AdamW steps of a language model, next to mamba-ssm's with the same weights and a Transformer.
 
-bf16 autocast on a GPU, fp32 weights; ours takes its loss without making the logits, the others from theirs.
+bf16 autocast on a GPU, fp32 weights; ours computes the loss without making the logits, the others from logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 class Sizes(NamedTuple):
-    """Of the models. vocab_size is a multiple of 8, as mamba-ssm pads it (50,277 tokens)."""
+    """Sizes of the models. vocab_size is a multiple of 8, as mamba-ssm pads it (50,277 tokens)."""
 
     d_model: int
     n_layers: int

@@ -1,4 +1,4 @@
-"""The Transformer to compare with: RMSNorm, RoPE, SDPA, SwiGLU (LLaMA, arXiv:2302.13971), tied weights."""
+"""The Transformer for comparison: RMSNorm, RoPE, SDPA, SwiGLU (LLaMA, arXiv:2302.13971), tied weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's attention makes a plan for each length that it meets, which a cache that grows would wait for
+# cuDNN's attention makes a plan for each new length, which a growing cache would wait for
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Layer(nn.Module):
-    """Attention and a gated feed-forward layer, each after a norm and added to what came in."""
+    """Attention and a gated feed-forward layer, each after a norm and added to its input."""
 
     def __init__(self, d_model: int, n_heads: int, d_hidden: int) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Tensor | None = None, start: int = 0) -> Tensor:
         """x `(batch, length, d_model)`; turns: cosines and sines of these positions `(length, 1, head)`.
 
-        cache: `(2, batch, positions, heads, head)`, keys and values; those of x are written from `start` on, and
-        attended to together with what is before. Then x is one position, or the first ones (start 0).
+        cache: `(2, batch, positions, heads, head)`, keys and values; those of x are written from `start` on, and x
+            attends to them and to earlier ones. With a cache, x is one position, or the first ones (start 0).
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         q, k = _turned(q, turns), _turned(k, turns)
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
     """A causal language model.
 
     Args:
-        max_length: positions that its rotary embedding knows.
+        max_length: positions of its rotary embedding.
     """
 
     cos: Tensor
@@ -74,14 +74,14 @@ class Transformer(nn.Module):
         return logits if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     def init_cache(self, batch: int, positions: int) -> list[Tensor]:
-        """Room for keys and values, a tensor a layer."""
+        """Memory for keys and values, one tensor for each layer."""
         weight = self.embedding.weight
         shape = (2, batch, positions, self.n_heads, self.head)
         return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
 
     @torch.no_grad()
     def extend_(self, ids: Tensor, cache: list[Tensor], start: int) -> Tensor:
-        """Logits `(batch, vocab_size)` after the last of ids `(batch, length)`, which stand at `start` and after."""
+        """Logits `(batch, vocab_size)` after the last of ids `(batch, length)`, whose positions begin at `start`."""
         with sdpa_kernel(DECODING):
             return F.linear(self._hidden(ids, cache, start)[:, -1], self.embedding.weight)
 

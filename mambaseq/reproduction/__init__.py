@@ -1,4 +1,4 @@
-"""Recipes that repeat published results: what is trained, what the paper reports, what came out.
+"""Recipes that repeat published results: what is trained, what the paper reports, and our results.
 
 A domain registers a `Recipe` under `recipes`; `mambaseq reproduce NAME` runs it, prints its tables and writes them as
 JSON and Markdown.

@@ -1,4 +1,4 @@
-"""Batches of training steps from what lies on the device: drawn anew, from arrays of examples, from one long text."""
+"""Batches of training steps on the device: newly drawn, from arrays of examples, or from one long text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mambaseq.reproduction.training import BatchOf
 
 
 def numbers(step: Tensor, batch_size: int) -> Tensor:
-    """Of the items of a step, `(batch_size,)` int64: those after the items of the step before."""
+    """Numbers of the items of a step, `(batch_size,)` int64, which follow those of the step before."""
     return step * batch_size + torch.arange(batch_size, device=step.device)
 
 
 def drawn(draw: Callable[[int, Tensor], tuple[Tensor, Tensor]], batch_size: int, seed: int) -> BatchOf:
-    """From a function of seed and item numbers to inputs and targets; no item comes twice."""
+    """Batches from a function of seed and item numbers; no item comes twice."""
 
     def batch_of(step: Tensor) -> Batch:
         inputs, targets = draw(seed, numbers(step, batch_size))
@@ -29,7 +29,7 @@ def drawn(draw: Callable[[int, Tensor], tuple[Tensor, Tensor]], batch_size: int,
 
 
 def of_arrays(inputs: Tensor, targets: Tensor, mask: Tensor | None, batch_size: int, seed: int) -> BatchOf:
-    """From arrays of examples, whose first dimension is the example: any of them, each time anew."""
+    """Random batches from arrays of examples, whose first dimension is the example."""
 
     def batch_of(step: Tensor) -> Batch:
         chosen = below(words(seed, numbers(step, batch_size), 1)[:, 0], len(inputs))
@@ -39,7 +39,7 @@ def of_arrays(inputs: Tensor, targets: Tensor, mask: Tensor | None, batch_size: 
 
 
 def of_text(tokens: Tensor, length: int, batch_size: int, seed: int) -> BatchOf:
-    """Windows of `length` tokens and the token after each, from anywhere in `(tokens,)` of any integer dtype.
+    """Windows of `length` tokens and the token after each, at random places of `(tokens,)` with any integer dtype.
 
     Raises DataError for a text that has no such window.
     """

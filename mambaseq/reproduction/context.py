@@ -1,4 +1,4 @@
-"""What a recipe is run with, and what it has found already: a run that was interrupted goes on."""
+"""The context of a recipe: its settings, and finished trials, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _T = TypeVar("_T")
 class Context:
     """Device, sizes, seeds, and the folder in which finished trials are kept.
 
-    scale: "full" is what is reported, on a GPU; "small" takes minutes on a CPU; "tiny" seconds, and learns nothing.
-    only: names of lines, or of what else a recipe lets choose; empty for all of them.
-    hardware: what trials run on. records: of the trials that were asked for, by their names.
+    scale: "full" gives the reported results, on a GPU; "small" takes minutes on a CPU; "tiny" takes seconds and learns
+        nothing.
+    only: names of lines, or of other choices of a recipe; empty for all.
+    hardware: what trials run on. records: of the requested trials, by name.
     """
 
     device: torch.device
@@ -43,24 +44,24 @@ class Context:
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def at(self, *, full: _T, small: _T, tiny: _T) -> _T:
-        """The one of three values that belongs to the scale."""
+        """The value for the scale, out of three."""
         return {"full": full, "small": small, "tiny": tiny}[self.scale]
 
     @property
     def used(self) -> set[str]:
-        """What the trials that were asked for ran on, in earlier runs too."""
+        """The hardware of the requested trials, also in earlier runs."""
         return {hardware for record in self.records.values() for hardware in record["hardware"]}
 
     @property
     def seconds(self) -> float:
-        """That they took together; without what a run that was killed took."""
+        """Seconds that they took together, without those of a killed run."""
         return sum(record["seconds"] for record in self.records.values())
 
     def wanted(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
-        """Those of a recipe's lines that were asked for; all where none was.
+        """The requested lines of a recipe; all if none was named.
 
-        others: what else can be asked for, by a call of its own: columns, say.
-        Raises UserError where what was asked for is in neither.
+        others: further names that may be requested, in a separate call, such as columns.
+        Raises UserError for a name in neither.
         """
         own = list(names)
         known = [*own, *others]
@@ -73,9 +74,9 @@ class Context:
         return [name for name in own if name in self.only] or own
 
     def trial(self, name: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, float]:
-        """What `run` found, given the file for its checkpoint; or what it found when it ran before.
+        """The result of `run`, which gets the file for its checkpoint; or its earlier result.
 
-        name: tells the trial from all others of the recipe, its seed included.
+        name: identifies the trial in the recipe, including its seed.
         run: may write more checkpoints, with another part before the suffix: `checkpoint.with_suffix(".1.pt")`.
         """
         stem = re.sub(r"[^\w.=-]+", "_", name)
@@ -95,7 +96,7 @@ class Context:
         return found
 
     def _begun(self, stem: str) -> Path:
-        """Where a trial that was interrupted has been."""
+        """Hardware on which an interrupted trial has run."""
         return self.folder / "trials" / f"{stem}.begun"
 
     def _run(self, stem: str, name: str, run: Callable[[Path], Mapping[str, float]]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Context:
             record = _read(begun)
         before, start = record["seconds"], time.perf_counter()
         record["hardware"] = sorted({*record["hardware"], self.hardware})
-        _write(begun, record)  # before anything is run: whoever goes on knows of this machine
+        _write(begun, record)  # before anything is run, so that a continued trial records this machine
         try:
             values = dict(run(result.with_suffix(".pt")))
         except BaseException:
@@ -116,7 +117,7 @@ class Context:
         return record
 
     def over_seeds(self, name: str, run: Callable[[int, Path], Mapping[str, float]]) -> dict[str, list[float]]:
-        """A trial for each seed: what each of their values was, a list in the order of the seeds."""
+        """A trial for each seed: a list of each value, in the order of the seeds."""
         found = [
             self.trial(f"{name} seed={seed}", lambda checkpoint, seed=seed: run(seed, checkpoint))  # type: ignore[misc]
             for seed in self.seeds
@@ -127,13 +128,13 @@ class Context:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    """What is not finite is written as null."""
+    """Write a record; numbers that are not finite become null."""
     with atomic_file(path) as file:
         file.write(json_text(record, indent=1).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record as it was written, null being NaN. Raises UserError for a file that is damaged."""
+    """A saved record, with NaN for null. Raises UserError for a damaged file."""
     remedy = "Remove it, and the trial is run again."
     record = read_json(path, remedy)
     hardware, seconds, values = record.get("hardware"), record.get("seconds"), record.get("values", {})

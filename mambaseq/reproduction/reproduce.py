@@ -25,7 +25,7 @@ _FORMAT = "2"  # of trials
 
 
 def _hardware(device: torch.device) -> str:
-    """And what computes on it."""
+    """The hardware, with the software that computes on it."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -34,14 +34,14 @@ def _hardware(device: torch.device) -> str:
 
 
 def _source(recipe: Recipe) -> str:
-    """A digest of the module that a recipe is in, and of those beside it that it takes functions or classes from: its
-    trials are those of these settings."""
+    """A digest of a recipe's module, and of neighbouring modules that it takes functions or classes from: its trials
+    belong to these settings."""
     module = sys.modules[recipe.run.__module__]
     beside = {getattr(value, "__module__", None) or "" for value in vars(module).values()}
     names = sorted({module.__name__, *(name for name in beside if name.startswith(f"{module.__package__}."))})
     try:
         text = "".join(inspect.getsource(sys.modules[name]) for name in names)
-    except (OSError, TypeError):  # there are no sources
+    except (OSError, TypeError):  # without source code
         text = ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -49,7 +49,7 @@ def _source(recipe: Recipe) -> str:
 def _own(folder: Path, mine: dict[str, str]) -> None:
     """Claim the folder for this recipe.
 
-    Raises UserError where it holds what another recipe, scale or version found.
+    Raises UserError if it holds results of another recipe, scale or version.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -66,9 +66,9 @@ def _own(folder: Path, mine: dict[str, str]) -> None:
 def reproduce(
     name: str, device: torch.device, scale: Scale, seeds: list[int] | None, only: list[str], part: bool, folder: Path
 ) -> int:
-    """Run a recipe, all of its trials that have not been run before, of these seeds or of as many as it wants.
+    """Run all trials of a recipe that are not finished, with these seeds or its default number.
 
-    part: whether the report is one of a part. Returns 0.
+    part: the report covers only a part. Returns 0.
     """
     recipe: Recipe = catalog()["recipes"].get(name)
     mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe), "format": _FORMAT}
@@ -79,9 +79,9 @@ def reproduce(
         tables = recipe.run(context)
     finally:
         if not any(path.name != "run.json" for path in folder.iterdir()):
-            (folder / "run.json").unlink()  # nothing was run: the folder is anybody's
+            (folder / "run.json").unlink()  # nothing was run, so the folder stays free
     for line in (line for table in tables for line in table.lines if scale != "full"):
-        line.wanted = ()  # smaller ones prove nothing
+        line.wanted = ()  # smaller scales prove nothing
     short = name.rpartition("/")[2]
     command = f"mambaseq reproduce {short}"
     command += f" --scale {scale}" if scale != "full" or device.type != "cuda" else ""

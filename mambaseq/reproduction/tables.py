@@ -1,4 +1,4 @@
-"""Tables of what a paper reports beside what was measured here."""
+"""Tables of a paper's results next to our measurements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Column:
             return "diverged" if values else "-"
         mean, digits = statistics.mean(finite), self.digits
         while self.percent and digits < _MOST_DIGITS and float(f"{mean:.{digits}f}") == scale > mean:
-            digits += 1  # what is not all is not shown as all
+            digits += 1  # less than 100 % is not rounded to 100 %
         text = f"{mean:,.{digits}f}"
         if len(set(finite)) > 1:
             text += f" ± {statistics.stdev(finite):,.{digits}f}"
@@ -41,7 +41,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What the mean of a column's values has to be for the paper's result to hold here."""
+    """A bound on the mean of a column's values, for the paper's result to hold here."""
 
     column: str
     relation: Literal[">=", "<="]
@@ -56,8 +56,8 @@ class Bound:
 class Line:
     """One thing that was trained or measured.
 
-    paper: what the paper reports of it, in its words or figures; "" where it does not. values: a value a seed for each
-    column that was measured. wanted: what has to be so for the result to hold. note: why something is missing, say.
+    paper: what the paper reports, in its words or figures; "" if nothing. values: one for each seed and measured
+        column. wanted: bounds for the result to hold. note: for instance why something is missing.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """HOLDS, FAILS, or NONE where nothing is wanted or nothing was measured."""
+        """HOLDS, FAILS, or NONE if there is no bound or no measurement."""
         measured = [bound for bound in self.wanted if self.values.get(bound.column)]
         if not measured:
             return NONE
@@ -77,7 +77,7 @@ class Line:
 
 @dataclasses.dataclass
 class Table:
-    """What a recipe found; `about` says what was trained, on what and for how long."""
+    """A table of a recipe; `about` says what was trained, on what and for how long."""
 
     title: str
     about: str
@@ -123,8 +123,8 @@ class Table:
 
 @dataclasses.dataclass
 class Report:
-    """The tables of one run of a recipe, and what they were made with. seconds: of all its trials together, None where
-    that is not known."""
+    """The tables of one run of a recipe, and what they were made with. seconds: of all its trials together, None if
+    unknown."""
 
     recipe: str
     scale: str
@@ -143,7 +143,7 @@ class Report:
         return made + "\n\n" + "\n".join(table.markdown() for table in self.tables)
 
     def write(self, folder: Path, stem: str = "report") -> Path:
-        """Write `report.json` and `report.md`, or others of that stem; the path of the first."""
+        """Write `report.json` and `report.md`, or with another stem. Returns the path of the first."""
         plain = {**vars(self), "tables": [table.as_json() for table in self.tables]}
         for suffix, text in ((".md", self.markdown()), (".json", json_text(plain, indent=1) + "\n")):
             with atomic_file(folder / (stem + suffix)) as file:

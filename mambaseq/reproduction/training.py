@@ -1,5 +1,5 @@
-"""Training of small models, whose kernels are shorter than their launches: the whole step, the drawing of its batch and
-the optimizer included, is captured in a CUDA graph and replayed."""
+"""Training of small models, whose kernels are shorter than their launches: the whole step, including the drawing of its
+batch and the optimizer, is captured in a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mambaseq.ops.gpu import capture
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer
 
 BatchOf = Callable[[Tensor], Batch]
-"""The batch of a training step, whose number is `()` int64 on the device: the same for the same number."""
+"""A function that gives the batch of a training step from the step's number, `()` int64 on the device."""
 
 _SAVE_EVERY_S = 15.0
 _TELL_EVERY_S = 30.0  # where there is no terminal for a bar
 _SHOW_EVERY_S = 1.0
-_EAGER_STEPS = 3  # before a capture, as PyTorch asks for; kernels are compiled by then
+_EAGER_STEPS = 3  # steps before a capture, as PyTorch requires; kernels are compiled by then
 
 
 @dataclasses.dataclass
 class Trained:
-    """How a training went. steps: taken in all. seconds: those before an interruption included. steps_per_second: of
-    the steps after the first three, which compile kernels, without checks and checkpoints. loss: mean of the last
+    """How a training went. steps: all steps taken. seconds: including those before an interruption. steps_per_second:
+    of the steps after the first three, which compile kernels, without checks and checkpoints. loss: mean of the last
     hundred. captured: whether a graph was replayed."""
 
     steps: int
@@ -60,14 +60,14 @@ def train(
     cuda_graph: bool = True,
     label: str = "",
 ) -> Trained:
-    """Train a `SequenceModel` in place; it is in evaluation mode then.
+    """Train a `SequenceModel` in place; afterwards it is in evaluation mode.
 
     Args:
-        clip: norm that gradients are cut to; 0 leaves them.
+        clip: largest norm of gradients; 0 for no limit.
         autocast: the dtype of matrix products, None for that of the parameters.
-        checkpoint: a file that is written every 15 seconds and at the end, and gone on from if it is there: the rest of
-            the run then takes the steps that it would have taken.
-        finished: asked every `check_every` steps, with the model in evaluation mode, whether to stop early.
+        checkpoint: a file written every 15 seconds and at the end. If it exists, training continues from it, with the
+            same steps as without an interruption.
+        finished: called every `check_every` steps, with the model in evaluation mode; says whether to stop early.
         cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
         label: of the progress bar.
 
@@ -114,7 +114,7 @@ def train(
         run.save(checkpoint, done, spent, finish)
     run.close()
     model.eval()
-    # a run that only began or ended here has no steps to measure: those of all its time then
+    # a run that only began or ended here has no measured steps: its total time is used
     rate = (done - measured_from) / (now - measured - aside) if done > measured_from else done / spent
     return Trained(done, spent, rate, run.mean_loss(), run.captured)
 
@@ -135,14 +135,14 @@ def _digest(tensors: list[Any]) -> str:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a tensor in a checkpoint is not what its checksum says: PyTorch does not look."""
+    """Raise BadZipFile if a tensor in a checkpoint differs from its checksum, which PyTorch does not check."""
     with zipfile.ZipFile(path) as file:
         if (damaged := file.testzip()) is not None:
             raise zipfile.BadZipFile(damaged)
 
 
 class _Run:
-    """A model and its optimizer on a device, and the step over and over."""
+    """A model and its optimizer on a device, and their repeated step."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Run:
             "steps": steps,
             "clip": clip,
             "autocast": str(autocast),
-            "initial weights": _digest(self.parameters),  # which tell seeds and a model's options apart
+            "initial weights": _digest(self.parameters),  # which distinguish seeds and a model's options
         }
 
     def step(self, number: int) -> None:
@@ -183,7 +183,7 @@ class _Run:
         if rate != self.rate:
             for group in self.optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)  # where the graph reads it
+                    group["lr"].fill_(rate)  # the address that the graph reads
                 else:
                     group["lr"] = rate
             self.rate = rate
@@ -211,7 +211,7 @@ class _Run:
         self.number.add_(1)
 
     def capture(self) -> None:
-        """Capture the step, if it may be; where that fails, steps go on as they are."""
+        """Capture the step, if possible; otherwise steps continue without a graph."""
         if not self.may_capture:
             return
         self.may_capture = False
@@ -219,7 +219,7 @@ class _Run:
             tqdm.write("Training without a CUDA graph: a step waits for the GPU.")
             return
         graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)  # the graph's gradients are memory of its own
+        self.optimizer.zero_grad(set_to_none=True)  # the graph's gradients have their own memory
         try:
             with torch.cuda.device(self.device), capture.capturing:
                 capture.capture(graph, self._step, self.stream)
@@ -230,12 +230,12 @@ class _Run:
         self.graph, self.captured = graph, True
 
     def close(self) -> None:
-        """Give the graph's memory back, the gradients' in it too."""
+        """Return the graph's memory, including that of gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self.graph = None
 
     def mean_loss(self) -> float:
-        """Of the last steps, a hundred at most."""
+        """The mean loss of the last steps, at most a hundred."""
         n = min(int(self.number), len(self.losses))
         return float(self.losses[:n].mean()) if n else float("nan")
 
@@ -258,9 +258,9 @@ class _Run:
             torch.save(state, file)
 
     def load(self, path: Path) -> tuple[int, float, bool]:
-        """Steps done and seconds spent by what is in the file, and whether it stopped early; none if there is no file.
+        """Load the file: steps done, seconds spent, and whether it stopped early; zeros if there is no file.
 
-        Raises UserError for a file of another run, and changes nothing then.
+        Raises UserError for a file of another run, without changing anything.
         """
         if not path.exists():
             return 0, 0.0, False
@@ -268,7 +268,7 @@ class _Run:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             _check_sums(path)
-        except Exception as error:  # what torch raises depends on where the file is damaged
+        except Exception as error:  # torch's error depends on where the file is damaged
             raise UserError(f"{path} cannot be read as a checkpoint. {remedy}") from error
         found = state.get("run", {}) if isinstance(state, dict) else {}
         different = [key for key, value in self.identity.items() if found.get(key) != value]
@@ -276,9 +276,9 @@ class _Run:
             raise UserError(f"{path} is a checkpoint of another run: {', '.join(different)} differ. {remedy}")
         kept = ("model", "optimizer", "losses", "random", "done", "seconds", "finished")
         if missing := [key for key in kept if key not in state]:
-            raise UserError(f"{path} is no checkpoint of a trial: it has no {', '.join(missing)}. {remedy}")
+            raise UserError(f"{path} is not a checkpoint of a trial: it has no {', '.join(missing)}. {remedy}")
         self.model.load_state_dict(state["model"])
-        # the groups stay ours: their learning rates are where a graph will read them
+        # groups stay ours: a graph will read their learning rates at these addresses
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         self.losses.copy_(state["losses"])
         self.number.fill_(state["done"])
