@@ -91,6 +91,7 @@ def test_pages_of_the_documentation_are_in_its_menu_and_name_what_exists() -> No
     assert written <= menu
     elsewhere = {name for name in menu - written if not name.startswith(("domains/", "examples/"))}
     assert elsewhere <= set(made)
+    assert {f"examples/{path.parent.name}.md" for path in ROOT.glob("examples/*/README.md")} <= menu
     names = 0
     for page in docs.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
