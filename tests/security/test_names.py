@@ -286,7 +286,7 @@ def test_what_is_allowed_is_made_if_it_is_what_is_wanted(
     (tmp_path / "allowed_names.py").write_text(ALLOWED)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"name": "allowed_names:call"}}))
-    refused(["fit", "--config", str(tmp_path / "c.yaml"), "--allow-import", "allowed_names"], capsys, "is no mambaseq")
+    refused(["fit", "--config", str(tmp_path / "c.yaml"), "--allow-import", "allowed_names"], capsys, "is not a mambaseq")
     from mambaseq.runs.parsing import parse_config
 
     (tmp_path / "c.yaml").write_text("data: {name: synthetic/induction_heads}\n")
@@ -295,7 +295,7 @@ def test_what_is_allowed_is_made_if_it_is_what_is_wanted(
         value = '{"class_path": "allowed_names.Counts", "init_args": {"start": 3}}'
         made = parse_config(config, [f"--trainer.callbacks={value}"]).trainer["callbacks"]
         assert (type(made).__name__, made.start) == ("Counts", 3)
-        with pytest.raises(Exception, match=r"trainer\.callbacks.*is no lightning\.pytorch\.callbacks\.Callback"):
+        with pytest.raises(Exception, match=r"trainer\.callbacks.*is not a lightning\.pytorch\.callbacks\.Callback"):
             parse_config(config, ["--trainer.callbacks=allowed_names.call"])
     own = '[{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}, "Timer"]'
     made = parse_config(config, [f"--trainer.callbacks={own}", "--trainer.profiler=simple"]).trainer
