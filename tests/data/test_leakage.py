@@ -49,9 +49,7 @@ def test_positions_of_a_record(store: TokenStore) -> None:
 
 def test_a_copy_under_another_name(store: TokenStore, tmp_path: Path) -> None:
     copy = make(tmp_path, "y", np.arange(7), LONG)
-    told = (
-        r"Record 'a' of x\.fa, in test \(g\), holds the same as record 'b' of y\.fa, in train \(g\)\..* only; do that\."
-    )
+    told = r"Record 'a' of x\.fa, in test \(g\), holds the same as record 'b' of y\.fa, in train \(g\).*; do that\."
     with pytest.raises(DataError, match=told):
         check_disjoint(
             train=[Group("g", [Interval(copy, 1, 0, 500)])],
@@ -79,7 +77,7 @@ def test_a_copy_of_the_other_strand(store: TokenStore, tmp_path: Path) -> None:
 def test_the_number_of_copies_is_said(tmp_path: Path) -> None:
     store = make(tmp_path, "x", *(np.arange(3) for _ in range(4)))
     one, *others = (Interval(store, k, 0, 3) for k in range(4))
-    with pytest.raises(DataError, match=r"So it is with 3 records\."):
+    with pytest.raises(DataError, match=r"This is so for 3 records\."):
         check_disjoint(train=[Group("g", others)], test=[Group("g", [one])])
 
 

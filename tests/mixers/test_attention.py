@@ -157,7 +157,7 @@ def test_heads_by_themselves() -> None:
         ({"n_heads": 5}, "12 is not divisible by n_heads 5; take a divisor"),
         ({"head_dim": 8}, "12 is not divisible by head_dim 8; take a divisor"),
         ({"n_heads": 6, "n_kv_heads": 4}, "6 is not a multiple of 4; take a divisor of 6"),
-        ({"n_heads": 4}, "head_dim is odd, 3; set n_heads or head_dim"),
+        ({"n_heads": 4}, "head_dim 3 is odd; set n_heads or head_dim"),
         ({"n_heads": 0}, "n_heads must be positive, not 0"),
         ({"window": 0}, "window must be positive, not 0"),
         ({"rope_theta": -1.0}, "rope_theta must be positive"),

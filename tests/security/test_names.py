@@ -286,7 +286,7 @@ def test_what_is_allowed_is_made_if_it_is_what_is_wanted(
     (tmp_path / "allowed_names.py").write_text(ALLOWED)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"name": "allowed_names:call"}}))
-    refused(["fit", "--config", str(tmp_path / "c.yaml"), "--allow-import", "allowed_names"], capsys, "is not a mambaseq")
+    refused(["fit", "--config", str(tmp_path / "c.yaml"), "--allow-import", "allowed_names"], capsys, "is not a mamba")
     from mambaseq.runs.parsing import parse_config
 
     (tmp_path / "c.yaml").write_text("data: {name: synthetic/induction_heads}\n")
