@@ -66,15 +66,46 @@ def _check_finite(value: Any, key: str) -> None:
         _check_finite(inner, key if isinstance(value, list | tuple) else f"{key}.{name}".lstrip("."))
 
 
+def arguments_of(part: Any) -> dict[str, inspect.Parameter]:
+    """The arguments of a class or a function, by name; see `arguments_and_owners`."""
+    if not isinstance(part, type):
+        return dict(inspect.signature(part).parameters)
+    return {name: parameter for name, (parameter, _) in arguments_and_owners(part).items()}
+
+
+def arguments_and_owners(kind: type) -> dict[str, tuple[inspect.Parameter, type]]:
+    """The arguments of a class by name, each with the class that declares it. An `__init__` with `**options` hands them
+    on: the arguments of the class that it stands on count as well."""
+    found: dict[str, tuple[inspect.Parameter, type]] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        try:
+            own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        except (TypeError, ValueError):  # one in C
+            break
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, (parameter, base))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break
+    return found
+
+
+def takes_others(part: Any) -> bool:
+    """Whether a class or a function takes arguments by any name."""
+    return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(part).parameters.values())
+
+
 def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], given: int) -> None:
     """Raise ConfigError for options that a part does not take, that it needs but does not get, or whose type differs
     from its signature.
 
     kind, name: of the part, for messages. given: how many of its first arguments it gets in another way.
     """
-    parameters = inspect.signature(part).parameters
+    parameters = arguments_of(part)
     takes = list(parameters)[given:]
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    open_ended = takes_others(part)
     hints = _hints(part)
     for key, value in options.items():
         if key not in takes and not open_ended:
@@ -91,7 +122,7 @@ def check_options(kind: str, name: str, part: Any, options: Mapping[str, Any], g
             raise ConfigError(f"The {kind} {shown(name)} needs {key} of at least {_AT_LEAST[key]}, not {shown(value)}.")
     for key in takes:
         parameter = parameters[key]
-        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)  # of a function
         if key not in options and parameter.default is parameter.empty and not variable:
             raise ConfigError(f"The {kind} {shown(name)} needs {key}, which is not given.")
 
@@ -152,7 +183,7 @@ def largest_setting(spec: Mapping[str, Any], part_of: Callable[[str, str], Any])
     options = [(f"model.{part}", part, spec[part]["name"], spec[part]) for part in PARTS]
     options += [(f"model.mixers.{name}", "mixer", name, one) for name, one in (spec.get("mixers") or {}).items()]
     for key, kind, name, given in options:
-        parameters = inspect.signature(part_of(kind, name)).parameters
+        parameters = arguments_of(part_of(kind, name))
         for option, value in given.items():
             parameter = parameters.get(option)
             usual = _largest(None if parameter is None else parameter.default)

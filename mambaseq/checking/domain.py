@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from mambaseq.reporting.sections import Section
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.parsing import keys_of, parse_config
+from mambaseq.specs import arguments_of
 
 T = TypeVar("T")
 
@@ -320,12 +320,12 @@ def _report(report: Callable[[Path], Section], folder: Path) -> None:
 
 
 def _arguments(kind: Any) -> list[str]:
-    return list(inspect.signature(kind).parameters)
+    return list(arguments_of(kind))
 
 
 def _needed(kind: Any, given: int) -> list[str]:
     """The arguments that have no default, without the first ones."""
-    parameters = list(inspect.signature(kind).parameters.values())[given:]
+    parameters = list(arguments_of(kind).values())[given:]
     named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
     return [one.name for one in named if one.default is one.empty]
 

@@ -15,6 +15,7 @@ from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.registry import Registry
 from mambaseq.runs.settings import PARTS
+from mambaseq.specs import arguments_of
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.lora import LoraConfig
@@ -156,7 +157,7 @@ class RunConfig:
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
         for part in PARTS:
             spec[part] = dict(model[part])
-            for argument in PROVIDED & known.keys() & arguments_of(self.classes[part]):
+            for argument in PROVIDED & known.keys() & arguments_of(self.classes[part]).keys():
                 if known[argument] is None:
                     raise ConfigError(
                         f"The {part} {shown(model[part]['name'])} needs {argument}, which the dataset "
@@ -172,7 +173,7 @@ class RunConfig:
     def _fill_in(self, options: dict[str, Any], part: str, data: SequenceData) -> None:
         """Fill in what the data give of `OFFERED`. Raises ConfigError where neither the data nor the configuration
         does."""
-        parameters = inspect.signature(self.classes[part]).parameters
+        parameters = arguments_of(self.classes[part])
         for argument in sorted(OFFERED.keys() & parameters.keys()):
             value = options.pop(argument, None)
             said = getattr(data, argument) if value is None else value
@@ -186,7 +187,7 @@ class RunConfig:
 
     def _data_as_set(self) -> str:
         """The dataset's settings that differ from their defaults, for a message: what it has may depend on them."""
-        defaults = inspect.signature(self.classes["data"]).parameters
+        defaults = arguments_of(self.classes["data"])
         given = [
             f"data.{key} {shown(value)}"
             for key, value in self.settings["data"].items()
@@ -254,7 +255,3 @@ def metric_labels(names: Sequence[str]) -> dict[str, str]:
     """
     short = [name.rpartition(":")[2] for name in names]
     return {one if short.count(one) == 1 else name: name for one, name in zip(short, names, strict=True)}
-
-
-def arguments_of(part: Any) -> set[str]:
-    return set(inspect.signature(part).parameters)

@@ -26,11 +26,12 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
-from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig, arguments_of
+from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig
 from mambaseq.runs.help import OF_CLASSES, keys_text
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values, whole_first
+from mambaseq.specs import arguments_of
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_steps": 1000,
@@ -120,10 +121,10 @@ def _add_plain(parser: jsonargparse.ArgumentParser, kind: Any, key: str, skip: s
     Raises ConfigError for a class that cannot be made without code.
     """
     code = _code_arguments(kind, key, frozenset(skip))
-    if arguments_of(kind) - skip - code.keys():
+    if arguments_of(kind).keys() - skip - code.keys():
         parser.add_class_arguments(kind, key, instantiate=False, skip=skip | code.keys())
     for name, (accepted, told) in code.items():
-        parameter = inspect.signature(kind).parameters.get(name)
+        parameter = arguments_of(kind).get(name)
         default = None if parameter is None else parameter.default
         required = default is inspect.Parameter.empty
         if accepted is not None and not callable(default):
@@ -139,7 +140,7 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
     given = [argument[2:].partition("=")[0].rstrip("+") for argument in overrides if argument.startswith("--")]
     for key, kind in parts.items():
         written = _written(raw, key)
-        skip = (PROVIDED | OFFERED.keys()) & arguments_of(kind) if key != "data" else set()
+        skip = (PROVIDED | OFFERED.keys()) & arguments_of(kind).keys() if key != "data" else set()
         for name, (accepted, _) in _code_arguments(kind, key, frozenset(skip)).items():
             where = f"{key}.{name}"
             told = [other for other in given if other == where or other.startswith(f"{where}.")]
@@ -176,16 +177,16 @@ def make_parser(
         classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
         told = f"the {part} (`mambaseq list {part}s`)"
         parser.add_argument(f"--model.{part}.name", type=str, default=names[part], help=told)
-        skip = (PROVIDED | OFFERED.keys()) & arguments_of(classes[part])
-        if skip != arguments_of(classes[part]):
+        skip = (PROVIDED | OFFERED.keys()) & arguments_of(classes[part]).keys()
+        if skip != arguments_of(classes[part]).keys():
             _add_plain(parser, classes[part], f"model.{part}", skip)
         for name in OFFERED.keys() & skip:
             accepted, told = OFFERED[name]
             parser.add_argument(f"--model.{part}.{name}", type=accepted, default=None, help=told)
     for name in mixers or []:
         kind = registries["mixers"].get(name)
-        skip = PROVIDED & arguments_of(kind)
-        if "." not in name and skip != arguments_of(kind):
+        skip = PROVIDED & arguments_of(kind).keys()
+        if "." not in name and skip != arguments_of(kind).keys():
             _add_plain(parser, kind, f"model.mixers.{name}", skip)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section, instantiate=False)
@@ -226,7 +227,7 @@ def _without_former_parts(
         settings = holder.get(part) if isinstance(holder, dict) else None
         if isinstance(settings, dict) and (former_name := settings.get("name", default)) != names[part]:
             left = settings.keys() - {"name"}
-            dropped = sorted(left if part == "mixer" else left - arguments_of(classes[part]))
+            dropped = sorted(left if part == "mixer" else left - arguments_of(classes[part]).keys())
             if dropped and part == "mixer":
                 values = ", ".join(f"{key} {settings[key]}" for key in dropped)
                 note = f"{names[part]} has its own defaults; {former_name}'s settings are dropped: {values}."

@@ -27,6 +27,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.plain import parse_yaml
 from mambaseq.registry import import_allowed, is_allowed
+from mambaseq.specs import arguments_and_owners, takes_others
 
 PYTORCH = "lightning.pytorch"
 # how Lightning and Python say that a package is not there
@@ -271,24 +272,9 @@ def names_class(value: Any, key: str, source: str) -> str | None:
 def init_parameters(kind: Any) -> tuple[dict[str, Any], bool]:
     """The annotations of a class's arguments (Parameter.empty without one, a string where it cannot be evaluated), with
     those of its bases where it passes on `**kwargs`; and whether it takes any others."""
-    found: dict[str, Any] = {}
-    open_ended: bool | None = None
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        try:
-            signature = inspect.signature(vars(base)["__init__"])
-        except (TypeError, ValueError):  # one in C
-            break
-        parameters = list(signature.parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                found.setdefault(parameter.name, _evaluated(parameter.annotation, base.__module__))
-        rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        open_ended = rest if open_ended is None else open_ended
-        if not rest:
-            break
-    return found, bool(open_ended)
+    owned = arguments_and_owners(kind).items()
+    found = {name: _evaluated(parameter.annotation, base.__module__) for name, (parameter, base) in owned}
+    return found, takes_others(kind)
 
 
 def _evaluated(annotation: Any, module: str) -> Any:

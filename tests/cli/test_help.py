@@ -14,8 +14,9 @@ from mambaseq.cli.arguments import Arguments
 from mambaseq.cli.main import COMMANDS, main
 from mambaseq.domain import catalog
 from mambaseq.registry import import_target
-from mambaseq.runs.config import PROVIDED, SECTIONS, arguments_of
+from mambaseq.runs.config import PROVIDED, SECTIONS
 from mambaseq.runs.parsing import _add_plain, make_parser
+from mambaseq.specs import arguments_of
 
 PARTS = ("datasets", "encoders", "mixers", "backbones", "heads", "tokenizers")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,7 +46,7 @@ def test_every_key_of_what_is_registered_is_explained(monkeypatch: pytest.Monkey
     found = [name for kind in SECTIONS.values() for name in keys_without_words(kind, set())]
     for kind, members in classes.items():
         for member in dict.fromkeys(members):
-            skip = set() if kind == "datasets" else PROVIDED & arguments_of(member)
+            skip = set() if kind == "datasets" else PROVIDED & arguments_of(member).keys()
             found += keys_without_words(member, skip)
     assert found == []
     metrics = [entry.load() for entry in catalog()["metrics"]]

@@ -11,6 +11,7 @@ from tiny import TinyTokens, TinyValues
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
+from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.regression import RegressionHead
 from mambaseq.metrics import Metric
 from mambaseq.metrics.likelihood import Perplexity
@@ -66,6 +67,17 @@ def test_metrics_keep_their_names() -> None:
     assert issubclass(Mine, Metric)
 
 
+class Standing(ClassificationHead):
+    """On another, to which it hands on what it does not know itself.
+
+    Args:
+        weight: of nothing.
+    """
+
+    def __init__(self, d_model: int, weight: float = 1.0, **options: Any) -> None:
+        super().__init__(d_model, **options)
+
+
 def test_the_data_say_how_many_outputs_and_classes_there_are(tmp_path: Path) -> None:
     """Unless the configuration does; a run's own configuration leaves it to the data again."""
     config = tmp_path / "run.yaml"
@@ -84,7 +96,7 @@ def test_the_data_say_how_many_outputs_and_classes_there_are(tmp_path: Path) -> 
     assert "n_outputs" not in head("TinyValues", "regression")  # its own default
     with pytest.raises(ConfigError, match=r"needs n_outputs, which the dataset .* Set model\.head\.n_outputs"):
         head("TinyValues", f"{HERE}:Needing")
-    for name in ("classification", "token_classification", "multilabel", "token_multilabel"):
+    for name in ("classification", "token_classification", "multilabel", "token_multilabel", f"{HERE}:Standing"):
         assert head("Named", name)["n_classes"] == 3
 
 
