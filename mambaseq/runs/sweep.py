@@ -9,6 +9,7 @@ import io
 import math
 import statistics
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -95,8 +96,8 @@ def sweep(plan: str | Path | Mapping[str, Any], *, out: str | Path | None = None
         `mambaseq.runs.trials.Plan`. out: a folder for the runs; `runs/NAME` of the file when left out.
 
     The same call continues an interrupted sweep: finished runs stay, an interrupted run is resumed, and failed ones are
-    tried again; only the number of a search's `trials` may have changed. A run that diverges, or fails for a reason
-    that may be in its settings, is a row of the table like others.
+    tried again; only the number of a search's `trials` may have changed. A run that diverges or fails, for whatever
+    reason, is a row of the table like others.
 
     Raises ConfigError before the first trial for a sweep or settings that cannot be used, UserError when no trial
     finished, and KeyboardInterrupt when one was interrupted.
@@ -316,6 +317,11 @@ def _tried(plan: Plan, trial: Trial, metric: str, alone: list[str], progress: bo
             gc.collect()
             torch.cuda.empty_cache()
             return trial._replace(status="failed", message=f"out of memory: {cut(' '.join(str(error).split()), 200)}")
+        except Exception as error:  # of a plugin, say; the other trials may do without what failed
+            traceback.print_exc()
+            gc.collect()
+            told_of = f"{type(error).__name__}: {cut(' '.join(str(error).split()), 200)}"
+            return trial._replace(status="failed", message=told_of)
         if outcome.status == "interrupted":
             print(f"{outcome.message.partition(' Resume with')[0]} Continue with the same command.", file=sys.stderr)
             raise KeyboardInterrupt

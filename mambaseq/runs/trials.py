@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,14 @@ from mambaseq.specs import fits
 Mode = Literal["min", "max"]
 
 _DIGITS = 6  # of a number that is drawn: more would not be told apart, and are hard to read
+_STEPS = 2**53  # of a range: floats, which Optuna calculates with, count no further
 _STARTING = 10  # trials of a search that are drawn at random, as many as Optuna's own default
 _DECIDES = (".name", "model.backbone.pattern", "model.backbone.mlp")  # ends of keys on which depends which others exist
+
+
+def _exact(value: float) -> Fraction:
+    """A number as it is written: 0.1 is a tenth."""
+    return Fraction(str(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +48,29 @@ class Range:
     def whole(self) -> bool:
         return all(isinstance(value, int) for value in (self.low, self.high, self.step or 1))
 
-    def rounded(self, value: float) -> float:
-        """A number that was drawn, as it is tried."""
+    @property
+    def steps(self) -> int:
+        """How many steps the last number is from low; of a range with a step."""
+        return (_exact(self.high) - _exact(self.low)) // _exact(self.step or 1)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest number that can be tried: the step may not reach high."""
+        return self.low, self.high if self.step is None else self.drawn(self.steps)
+
+    def drawn(self, value: float) -> float:
+        """A number as it is tried, from what Optuna draws: with a step, the number of steps from low. Optuna does not
+        draw the numbers themselves, since it refuses those that float arithmetic puts beside its own grid."""
+        if self.step is not None:
+            number = _exact(self.low) + int(value) * _exact(self.step)
+            return int(number) if self.whole else float(number)
         if self.whole:
             return int(value)
         return min(max(float(f"{value:.{_DIGITS}g}"), float(self.low)), float(self.high))
+
+    def place(self, value: float) -> float:
+        """What Optuna draws for a number that is tried."""
+        return value if self.step is None else round((_exact(value) - _exact(self.low)) / _exact(self.step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +103,7 @@ class Plan:
         """Settings that together have each value of each key, and both ends of each range; with all combinations of
         those values on which it depends what other keys there are."""
         values = {
-            key: list(dict.fromkeys((one.low, one.high))) if isinstance(one, Range) else one
-            for key, one in (self.grid or self.search).items()
+            key: list(one.ends) if isinstance(one, Range) else one for key, one in (self.grid or self.search).items()
         }
         deciding = {key: found for key, found in values.items() if key.endswith(_DECIDES)}
         others = {key: found for key, found in values.items() if key not in deciding}
@@ -186,11 +210,16 @@ def _space(key: str, value: Any, refuse: Any) -> Range | list[Any]:
     low, high, log, step = value["low"], value["high"], value.get("log", False), value.get("step")
     if not (fits(low, float) and fits(high, float) and low < high):
         raise refuse(f"{cut(key)} must have low and high, finite numbers, the first below the second.")
+    if not math.isfinite(float(high) - float(low)):
+        raise refuse(f"{cut(key)}: high - low, of {high} and {low}, is more than a number can be. Narrow the range.")
     if not fits(log, bool) or (log and low <= 0):
         raise refuse(f"{cut(key)}: log must be true or false, and low above 0 with it, not {shown(log)} and {low}.")
     if step is not None and (log or not fits(step, float) or not 0 < step <= high - low):
         raise refuse(f"{cut(key)}: step must be a number above 0, no larger than the range, and not with log.")
-    return Range(low, high, log, step)
+    space = Range(low, high, log, step)
+    if step is not None and space.steps > _STEPS:
+        raise refuse(f"{cut(key)}: step {step} is too small for {low} to {high}. Give a larger one, or none.")
+    return space
 
 
 def check_optuna() -> None:
@@ -219,11 +248,12 @@ def propose(
     for key, space in plan.search.items():
         if not isinstance(space, Range):  # by their places: values may be lists, which Optuna does not take
             spaces[key] = optuna.distributions.CategoricalDistribution(list(range(len(space))))
+        elif space.step is not None:
+            spaces[key] = optuna.distributions.IntDistribution(0, space.steps)
         elif space.whole:
-            step = 1 if space.step is None else int(space.step)
-            spaces[key] = optuna.distributions.IntDistribution(int(space.low), int(space.high), space.log, step)
+            spaces[key] = optuna.distributions.IntDistribution(int(space.low), int(space.high), space.log)
         else:
-            spaces[key] = optuna.distributions.FloatDistribution(space.low, space.high, space.log, space.step)
+            spaces[key] = optuna.distributions.FloatDistribution(space.low, space.high, space.log)
     drawn = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
     sampler = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=_STARTING)
     verbosity = optuna.logging.get_verbosity()
@@ -234,7 +264,9 @@ def propose(
         )
         for settings, score in former:
             places = {
-                key: settings[key] if isinstance(space, Range) else [*map(repr, space)].index(repr(settings[key]))
+                key: space.place(settings[key])
+                if isinstance(space, Range)
+                else [*map(repr, space)].index(repr(settings[key]))
                 for key, space in plan.search.items()
             }
             state = optuna.trial.TrialState.PRUNED if score is None else optuna.trial.TrialState.COMPLETE
@@ -243,6 +275,6 @@ def propose(
     finally:
         optuna.logging.set_verbosity(verbosity)
     return {
-        key: space.rounded(asked[key]) if isinstance(space, Range) else space[asked[key]]
+        key: space.drawn(asked[key]) if isinstance(space, Range) else space[asked[key]]
         for key, space in plan.search.items()
     }

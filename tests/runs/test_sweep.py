@@ -160,6 +160,25 @@ def test_what_a_search_proposes() -> None:
     assert plan.search["model.d_model"] == Range(8, 32, step=8)
 
 
+def test_steps_that_floats_do_not_hit_exactly() -> None:
+    pytest.importorskip("optuna")
+    spaces = {
+        "optimizer.weight_decay": {"low": 0, "high": 1, "step": 0.3333333333},
+        "optimizer.lr": {"low": 10000.5, "high": 20000.5, "step": 12.25},
+        "trainer.gradient_clip_val": {"low": 1e9, "high": 1e9 + 1, "step": 1e-4},
+        "model.d_model": {"low": 8, "high": 31, "step": 8},
+    }
+    plan = read_plan({"config": "x", "search": spaces, "trials": 12})
+    former: list[tuple[dict[str, Any], float | None]] = []
+    for number in range(12):
+        former.append((propose(plan, number, former, "min"), float(number)))
+    found = [settings for settings, _ in former]
+    assert {one["optimizer.weight_decay"] for one in found} <= {0.0, 0.3333333333, 0.6666666666, 0.9999999999}
+    assert all((one["optimizer.lr"] - 10000.5) % 12.25 == 0 for one in found)
+    assert {one["model.d_model"] for one in found} == {8, 16, 24}
+    assert max(one["model.d_model"] for one in plan.to_check()) == 24
+
+
 GRID = {"optimizer.lr": [0.1]}
 
 
@@ -175,6 +194,9 @@ def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(her
     with pytest.raises(
         UserError, match=r"none of 2 trials finished\. The first failed: out of memory: Tried to allocate"
     ):
+        ms.sweep(plan, out="out", progress=False)
+    fails(RuntimeError("no such\nkernel"))
+    with pytest.raises(UserError, match=r"none of 2 trials finished\. The first failed: RuntimeError: no such kernel"):
         ms.sweep(plan, out="out", progress=False)
     fails(RunInUse("process 7 trains there"))
     with pytest.raises(RunInUse):
@@ -207,6 +229,8 @@ def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(her
         ({"search": {"optimizer.lr": {"low": 1}}, "trials": 1}, "or {low: ..., high: ...}"),
         ({"search": {"optimizer.lr": {"low": 0, "high": 1, "log": True}}, "trials": 1}, "low above 0"),
         ({"search": {"optimizer.lr": {"low": 2, "high": 1}}, "trials": 1}, "the first below the second"),
+        ({"search": {"optimizer.lr": {"low": -1e308, "high": 1e308}}, "trials": 1}, "optimizer.lr: high - low"),
+        ({"search": {"optimizer.lr": {"low": 0, "high": 1, "step": 1e-99}}, "trials": 1}, "step 1e-99 is too small"),
         ({"search": {"optimizer.lr": {"low": 1, "high": 2}}}, "trials must say how many"),
         ({"search": {"optimizer.lr": {"low": 1, "high": 2}}, "trials": 1}, "pip install 'mambaseq[sweep]'"),
     ],
