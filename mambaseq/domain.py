@@ -218,9 +218,15 @@ def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
             domain = _load(point)
             if domain.name in domains:
                 raise ValueError(f"the domain name is taken by {domains[domain.name][1]}")
-            for kind in KINDS:
-                for name, (target, summary) in getattr(domain, kind).items():
-                    registries[kind].add(f"{domain.name}/{name}", target, summary, origin)
+            found = {  # all of them before any is added: a broken plugin leaves no names
+                kind: {
+                    f"{domain.name}/{name}": (target, summary)
+                    for name, (target, summary) in getattr(domain, kind).items()
+                }
+                for kind in KINDS
+            }
+            for kind, entries in found.items():
+                registries[kind].add_all(entries, origin)
         except Exception as error:  # a third party's module may raise anything; the others must work
             broken[label] = f"{type(error).__name__}: {error}"
             continue

@@ -110,20 +110,26 @@ def test_broken_plugins_are_reported_and_take_nothing_down(tmp_path, monkeypatch
     )
     (tmp_path / "raising_plugin.py").write_text("raise RuntimeError('boom')\n")
     (tmp_path / "wrong_plugin.py").write_text("domain = 3\n")
+    (tmp_path / "half_plugin.py").write_text(
+        "from mambaseq.domain import Domain\n"
+        "domain = Domain('half', 'names', heads={'a': ('m:A', 's')}, commands={'b': 'm:b'})\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     made = build_catalog(
         [
             point("raising", "raising_plugin:domain"),
             point("missing", "no_such_plugin:domain"),
             point("wrong", "wrong_plugin:domain"),
+            point("half", "half_plugin:domain"),
             point("fine", "fine_plugin:domain"),
             point("other", "fine_plugin:domain"),
         ]
     )
     assert set(made.domains) == {"fine"}
     assert "fine/h" in made["heads"]
+    assert "half/a" not in made["heads"]
     reasons = {label.split(" = ")[0]: reason for label, reason in made.broken.items()}
-    assert set(reasons) == {"raising", "missing", "wrong", "other"}
+    assert set(reasons) == {"raising", "missing", "wrong", "half", "other"}
     assert "boom" in reasons["raising"]
     assert "no_such_plugin" in reasons["missing"]
     assert "int" in reasons["wrong"]

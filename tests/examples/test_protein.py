@@ -51,9 +51,9 @@ def test_it_keeps_the_laws_and_is_short() -> None:
     assert sum(len(path.read_text().splitlines()) for path in files) <= 150
 
 
-def test_chains_are_those_of_a_hidden_markov_model(tmp_path: Path) -> None:
+def test_chains_are_those_of_a_hidden_markov_model() -> None:
     """The README's figures: who knows the rules labels 0.80 of residues from all of a chain, 0.53 from each alone."""
-    from mambaseq_protein.chains import STATES, STAY, Chains, preferences, read_fasta
+    from mambaseq_protein.chains import STATES, STAY, Chains, preferences
 
     data, found = Chains("labels"), preferences()
     move = STAY * np.eye(len(STATES)) + (1 - STAY) / len(STATES)
@@ -72,6 +72,25 @@ def test_chains_are_those_of_a_hidden_markov_model(tmp_path: Path) -> None:
     assert np.mean(right) == pytest.approx(0.80, abs=0.015)
     assert np.mean(alone) == pytest.approx(0.53, abs=0.015)
     assert np.mean(stays) == pytest.approx(STAY + (1 - STAY) / 3, abs=0.01)
-    (tmp_path / "bad.fa").write_text(">one\nACDZ\n")
-    with pytest.raises(DataError, match=r"bad\.fa cannot be read .* 'Z' at position 4"):
-        list(read_fasta(tmp_path / "bad.fa", data.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (">one\nAC\n>two x\nAC\nDX\n", r"bad\.fa, chain 'two x': The letter 'X' at position 4 .* Remove it"),
+        ("hello\nworld\n", r"bad\.fa: its first line is not > and"),
+        ("AC\n>one\nAC\n", r"bad\.fa: its first line is not > and"),
+        ("", r"bad\.fa: its first line is not > and"),
+        (">one\nAC\n>two\n\n>three\nAC\n", r"bad\.fa, chain 'two': it has no residues\. Remove it"),
+    ],
+)
+def test_what_is_no_chain_is_refused_by_its_name(tmp_path: Path, text: str, told: str) -> None:
+    from mambaseq_protein.chains import Chains, read_fasta
+
+    (tmp_path / "bad.fa").write_text(text)
+    with pytest.raises(DataError, match=told) as caught:
+        list(read_fasta(tmp_path / "bad.fa", Chains.tokenizer))
+    assert "FASTA file" not in str(caught.value)  # one remedy
+    (tmp_path / "good.fa").write_text("\ufeff\n>one\nac\nd\n", encoding="utf-8")
+    (record,) = read_fasta(tmp_path / "good.fa", Chains.tokenizer)
+    assert (record.name, record.ids.tolist()) == ("one", [0, 1, 2])

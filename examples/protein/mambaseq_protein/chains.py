@@ -15,7 +15,7 @@ from mambaseq.data.masking import MaskedItems, MaskRule
 from mambaseq.data.module import SequenceData
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Alphabet, Tokenizer
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, shown
 
 RESIDUES, STATES = "ACDEFGHIKLMNPQRSTVWY", ("helix", "strand", "coil")
 STAY = 0.9  # a residue keeps the state of the one before it; else it draws one
@@ -41,21 +41,29 @@ class Drawn:
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.seed, index))
-        begins = rng.random(self.length) > STAY
-        begins[0] = True
+        begins = np.append(True, rng.random(self.length)[1:] > STAY)
         states = rng.integers(len(STATES), size=self.length)[np.maximum.accumulate(begins * np.arange(self.length))]
         residues = (self.upto[states] < rng.random((self.length, 1))).sum(1)
         return Batch(torch.from_numpy(residues)[None], torch.from_numpy(states)[None] if self.labelled else None)
 
 
 def read_fasta(path: Path, tokenizer: Tokenizer) -> Iterator[Record]:
-    """A record a chain. Raises DataError for what is no FASTA file of amino acids."""
+    """A record a chain. Raises DataError, with the file and the chain, for what is no FASTA file of amino acids."""
+    where = str(path)
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            if not next(filter(str.strip, file), "").startswith(">"):
+                raise DataError("its first line is not > and the name of a chain. Begin it with one.")
+            file.seek(0)
             for title, chain in SimpleFastaParser(file):
+                where = f"{path}, chain {shown(title)}"
+                if not chain:
+                    raise DataError("it has no residues. Remove it.")
                 yield Record(title, ids=tokenizer.encode(chain))
-    except (OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(f"{path} cannot be read as chains of amino acids: {error} Give a FASTA file.") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Give a FASTA file.") from error
 
 
 class Chains(SequenceData):
@@ -68,8 +76,7 @@ class Chains(SequenceData):
         seed: of the chains.
     """
 
-    tokenizer, tokenizer_name = Alphabet(RESIDUES, fold=True), "alphabet"
-    reader = "protein/fasta"
+    tokenizer, tokenizer_name, reader = Alphabet(RESIDUES, fold=True), "alphabet", "protein/fasta"
 
     def __init__(
         self, objective: Literal["masked", "labels"] = "masked", labelled: int = 8, length: int = 96, seed: int = 0
