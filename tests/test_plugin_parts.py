@@ -50,7 +50,7 @@ class Weighed(LMHead):
 
 class Sign(torch.optim.Optimizer):
     def __init__(self, params, lr: float, beta: float = 0.0):
-        super().__init__(params, {"lr": lr, "beta": beta})
+        super().__init__(params, {"lr": lr, "beta": beta, "count": 1})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,7 +59,8 @@ class Sign(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["beta"])
-                p.sub_(group["lr"] * mean.sign())
+                p.sub_(group["lr"] / group["count"] * mean.sign())
+            group["count"] += 1
         return loss
 
 

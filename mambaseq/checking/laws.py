@@ -16,6 +16,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel
 from mambaseq.tasks.fitting import probe_future, probe_neighbours
+from mambaseq.tasks.optimizer import Schedule, reapply
 
 LENGTH = 67
 
@@ -215,6 +216,10 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
     parameters. Raises LawBroken."""
     start, gradients = torch.randn(2, 3), torch.randn(4, 2, 3)
 
+    def with_schedule(weight: torch.nn.Parameter) -> tuple[torch.optim.Optimizer, Schedule]:
+        optimizer = make([{"params": [weight], "weight_decay": 0.1, "muon": False, "factor": 1.0}])
+        return optimizer, Schedule(optimizer, lambda step: 1.0)
+
     def stepped(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, first: int, stop: int) -> None:
         for gradient in gradients[first:stop]:
             weight.grad = None
@@ -226,7 +231,7 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
             optimizer.step(closure)
 
     one = torch.nn.Parameter(start.clone())
-    optimizer = make([{"params": [one], "weight_decay": 0.1}])
+    optimizer, _ = with_schedule(one)
     stepped(one, optimizer, 0, 2)
     if torch.equal(one, start):
         raise LawBroken("two steps do not change a weight that has gradients once the closure of step was called.")
@@ -236,8 +241,9 @@ def check_optimizer(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer
                 f"its state {wrong[0]} is neither a tensor nor a number; a checkpoint with it cannot be read."
             )
     other = torch.nn.Parameter(one.detach().clone())
-    again = make([{"params": [other], "weight_decay": 0.1}])
+    again, schedule = with_schedule(other)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which would share its tensors
+    reapply(again, schedule)  # as a resumed run does
     stepped(one, optimizer, 2, 4)
     stepped(other, again, 2, 4)
     if not torch.equal(one, other):

@@ -181,7 +181,7 @@ def _check_folder(folder: Path) -> None:
             raise UserError(f"{folder} is a file, where the model's folder is to be. Give another name.")
         return
     there = {path.name for path in folder.iterdir()}
-    known = {_DESCRIPTION, _README}
+    known = {_DESCRIPTION}
     if _DESCRIPTION in there:
         known |= {Path(name).parts[0] for name in read_card(folder / _DESCRIPTION).sha256}
     if others := sorted(there - known):

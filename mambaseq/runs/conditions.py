@@ -188,7 +188,7 @@ def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...
                 by = [name for name in ("record", "file") if name in row]
             for name in (column, *by):
                 if name not in row or row[name] is None:
-                    near = did_you_mean(column, [str(one)[:80] for one in row])
+                    near = did_you_mean(name, [str(one)[:80] for one in row])
                     raise DataError(f"{path}, line {line}: there is no {shown(name)}.{near} Correct the line.")
             if not by:
                 raise DataError(
@@ -226,7 +226,15 @@ def _rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if ending in (".csv", ".tsv"):
             rows = csv.DictReader(file, delimiter="," if ending == ".csv" else "\t", strict=True)
+            names = [name.strip() for name in rows.fieldnames or []]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path} has more than one column {cut_list(twice, 3)}. Rename or remove one.")
             for row in rows:
+                if None in row:
+                    raise DataError(
+                        f"{path}, line {rows.line_num} has more cells than there are columns. Quote a name that holds "
+                        f"the separator."
+                    )
                 yield rows.line_num, {name.strip(): value for name, value in row.items() if isinstance(name, str)}
             return
         for line, text in enumerate(file, start=1):

@@ -220,8 +220,12 @@ class Resumption(lightning.Callback):
                     f"{tuple(parameter.shape)} weights. It was changed; use another one."
                 )
             for name, value in state.items():
-                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and not (
-                    isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.isfinite().all()
+                if (
+                    ours
+                    and name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+                    and not (
+                        isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.isfinite().all()
+                    )
                 ):
                     raise UserError(
                         f"The checkpoint {self.folder.last} has an optimizer's {name} that is not a finite number for "

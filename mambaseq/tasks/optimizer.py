@@ -282,15 +282,21 @@ def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.
         ) from error
 
 
+_OF_GROUPS = {"weight_decay", "muon", "factor", "initial_lr"}  # what `parameter_groups` and a schedule say
+
+
 def reapply(optimizer: torch.optim.Optimizer, schedule: Schedule) -> tuple[float, float]:
     """Set an optimizer that was restored from a checkpoint back to the settings from `make_optimizer`, which the
-    checkpoint has overwritten; moments stay. Parameter groups that others added are left alone.
+    checkpoint has overwritten; moments stay, and of an optimizer that is not ours what it keeps in its groups (it may
+    count there). Parameter groups that others added are left alone.
 
     Returns the first group's learning rate of the next step, in the checkpoint and now.
     """
     before = float(optimizer.param_groups[0]["lr"])
+    ours = type(optimizer) in (torch.optim.AdamW, MuonAdamW)
     for number, (group, settings) in enumerate(zip(optimizer.param_groups, schedule.settings, strict=False)):
-        group |= settings  # amsgrad, maximize and others too: a checkpoint does not decide how to train
+        # amsgrad, maximize and others too: a checkpoint does not decide how to train
+        group |= settings if ours else {key: settings[key] for key in _OF_GROUPS & settings.keys()}
         base = schedule.base_lrs[number] = settings["initial_lr"]
         now = base * schedule.lr_lambdas[number](schedule.last_epoch)
         if isinstance(group["lr"], torch.Tensor):

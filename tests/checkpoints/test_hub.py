@@ -129,9 +129,11 @@ def test_a_folder_is_replaced_only_where_it_holds_a_model_alone(tmp_path: Path) 
     loaded = from_pretrained(folder)
     assert isinstance(loaded, LoadedModel)
     assert torch.equal(loaded.model.head.linear.weight, last.head.linear.weight)
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"other files than a model's \(notes\.txt\)"):
-        last.save_pretrained(folder)
+    for name in ("README.md", "notes.txt"):
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"other files than a model's \({name}\)"):
+            last.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
     with pytest.raises(UserError, match="is a file"):
         last.save_pretrained(folder / "notes.txt")
     (tmp_path / "checkpoint-2").mkdir()

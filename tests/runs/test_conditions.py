@@ -95,6 +95,8 @@ def test_prompts_under_their_own_conditions(model: Path, tmp_path: Path) -> None
         (["--condition-column", "level", "--condition-table", "t.csv"], "t.csv, line 3: b has a row already, line 2."),
         (["--condition-column", "l", "--condition-table", "t.csv"], "line 2: there is no 'l'."),
         (["--condition-column", "a", "--condition-table", "u.csv"], "neither a column record nor one called file"),
+        (["--condition-column", "level", "--condition-table", "w.csv"], "w.csv, line 2 has more cells than there are"),
+        (["--condition-column", "level", "--condition-table", "x.csv"], "x.csv has more than one column level. Rename"),
         (["--condition-column", "a", "--condition-table", "v.jsonl"], "v.jsonl has no row for it (by record)"),
     ],
 )
@@ -105,6 +107,8 @@ def test_what_is_refused(
     source = rows(tmp_path / "in.jsonl", "low", "lo")
     for name, text in (("t.csv", "record,level\nb,low\nb,3\n"), ("u.csv", "a\n1\n"), ("in.txt", "x")):
         Path(name).write_text(text)
+    Path("w.csv").write_text("record,level\nb,high, very\n")
+    Path("x.csv").write_text("record,level,level\nb,low,3\n")
     Path("v.jsonl").write_text('{"record": "x", "a": 3}\n')
     assert main(["predict", "--checkpoint", str(model), str(source), "--out", "o.csv", *options]) == 2
     message = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
