@@ -16,7 +16,7 @@ from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, generate_to
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
-from mambaseq.runs.settings import GROUPS, PARTS
+from mambaseq.runs.settings import GROUPS, PARTS, TOP
 from mambaseq.runs.training import fit as train
 
 if TYPE_CHECKING:
@@ -191,10 +191,15 @@ def _last(keys: Iterable[str]) -> list[str]:
 
 
 def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings, nested as in YAML or not, by whole keys; a mapping that is a setting's value stays one."""
+    """Settings, nested as in YAML or not, by whole keys; a mapping that is a setting's value stays one.
+
+    Raises ConfigError for a key under none of a configuration's own, such as an option of the command line.
+    """
     found: dict[str, Any] = {}
     for key, value in settings.items():
         whole = f"{prefix}{key}"
+        if (top := whole.partition(".")[0].rstrip("+")) not in TOP:
+            raise ConfigError(f"there is no key {shown(whole)}.{did_you_mean(top[:80], TOP)} Known: {', '.join(TOP)}.")
         if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
             found |= whole_keys(value, f"{whole}.")
         else:

@@ -158,7 +158,10 @@ def _plan(raw: dict[str, Any], source: str, folder: Path | None) -> Plan:
         value = raw.get(key, {})
         if not isinstance(value, Mapping):
             raise refuse(f"{key} must hold keys of the configuration and their values, not {shown(value)}.")
-        sections[key] = whole_keys(value)
+        try:
+            sections[key] = whole_keys(value)
+        except ConfigError as error:
+            raise refuse(f"{key}: {error}") from error
     settings, grid, search = sections.values()
     if bool(grid) == bool(search):
         raise refuse("give either grid (keys, each with a list of values) or search (keys, each with a range).")

@@ -218,6 +218,7 @@ def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(her
         ({"grid": {"optimizer.lr": [0.1, "x"]}}, "with optimizer.lr x: "),
         ({"grid": {"optimizer.lrr": [1]}}, "there is no key 'optimizer.lrr'. Did you mean 'optimizer.lr'?"),
         ({"grid": GRID, "settings": {"trainer.max_step": 1}}, "there is no key 'trainer.max_step'"),
+        ({"grid": GRID, "settings": {"print_config": ""}}, "sweep.yaml: settings: there is no key 'print_config'"),
         ({"grid": GRID, "settings": {"optimizer": {"lr": 1}}}, "optimizer.lr is in settings and in grid"),
         ({"grid": GRID, "settings": {"trainer.devices": 2}}, "trainer.devices is 2"),
         ({"grid": GRID, "trials": 1}, "trials is of a search"),
@@ -244,6 +245,11 @@ def test_what_cannot_be_swept_is_refused_before_the_first_trial(
     assert told in message
     assert len(message) < 1000
     assert not Path("out").exists()
+
+
+def test_options_of_the_command_line_are_no_settings(here: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no key 'print_config'"):
+        ms.fit("run.yaml", out="out", settings={"print_config": ""})
 
 
 def test_a_record_that_is_damaged_is_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
