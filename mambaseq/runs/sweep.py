@@ -238,11 +238,10 @@ class _Record:
 
 def _trial(plan: Plan, folder: Path, raw: Any, number: int, path: Path) -> Trial:
     """A trial as it was kept. Raises UserError when it is none."""
-    keys = (plan.grid or plan.search).keys()
     fine = (
         isinstance(raw, dict)
         and isinstance(raw.get("settings"), dict)
-        and raw["settings"].keys() == keys
+        and plan.tries(number, raw["settings"])
         and raw.get("status") in get_args(Status)
         and fits(raw.get("score"), float | None)
         and (raw.get("status") == "finished") == (raw.get("score") is not None)

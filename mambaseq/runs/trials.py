@@ -68,6 +68,13 @@ class Range:
             return int(value)
         return min(max(float(f"{value:.{_DIGITS}g}"), float(self.low)), float(self.high))
 
+    def has(self, value: Any) -> bool:
+        """Whether a value is a number that can be tried."""
+        low, high = self.ends
+        if not fits(value, int if self.whole else float) or not low <= value <= high:
+            return False
+        return self.step is None or self.drawn(self.place(value)) == value
+
     def place(self, value: float) -> float:
         """What Optuna draws for a number that is tried."""
         return value if self.step is None else round((_exact(value) - _exact(self.low)) / _exact(self.step))
@@ -97,14 +104,29 @@ class Plan:
 
     def grid_settings(self) -> list[dict[str, Any]]:
         """The settings of a grid's trials, the last key's values changing fastest."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return list(self._combined())
+
+    def _combined(self) -> Iterator[dict[str, Any]]:
+        return (dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
+
+    def tries(self, number: int, settings: Mapping[str, Any]) -> bool:
+        """Whether trial `number` may have these settings, read back from JSON."""
+        spaces = self.grid or self.search
+        if settings.keys() != spaces.keys():
+            return False
+        if self.grid:
+            return number < self.trials and _same(
+                dict(settings), next(itertools.islice(self._combined(), number, None))
+            )
+        return all(
+            space.has(settings[key]) if isinstance(space, Range) else any(_same(settings[key], one) for one in space)
+            for key, space in self.search.items()
+        )
 
     def to_check(self) -> Iterator[dict[str, Any]]:
         """Settings that together have each value of each key, and both ends of each range; with all combinations of
         those values on which it depends what other keys there are."""
-        values = {
-            key: list(one.ends) if isinstance(one, Range) else one for key, one in (self.grid or self.search).items()
-        }
+        values = self._values()
         deciding = {key: found for key, found in values.items() if key.endswith(_DECIDES)}
         others = {key: found for key, found in values.items() if key not in deciding}
         first = {key: found[0] for key, found in others.items()}
@@ -114,6 +136,22 @@ class Plan:
             for key, found in others.items():
                 for value in found[1:]:
                     yield fixed | first | {key: value}
+
+    def checks(self) -> int:
+        """The number of settings of `to_check`."""
+        values = self._values()
+        others = sum(len(found) - 1 for key, found in values.items() if not key.endswith(_DECIDES))
+        return math.prod(len(found) for key, found in values.items() if key.endswith(_DECIDES)) * (1 + others)
+
+    def _values(self) -> dict[str, list[Any]]:
+        return {
+            key: list(one.ends) if isinstance(one, Range) else one for key, one in (self.grid or self.search).items()
+        }
+
+
+def _same(read: Any, value: Any) -> bool:
+    """Whether a value is what JSON gives back for another, of the same types."""
+    return json_text(read) == json_text(value)
 
 
 def told(settings: Mapping[str, Any]) -> str:
@@ -153,6 +191,8 @@ def _plan(raw: dict[str, Any], source: str, folder: Path | None) -> Plan:
     beside = None if folder is None else folder / config
     if config not in catalog()["configs"] and not Path(config).is_file() and beside is not None and beside.is_file():
         config = str(beside)
+    if config not in catalog()["configs"] and Path(config).is_file():
+        config = str(Path(config).resolve())  # so that the sweep can go on from another folder
     sections = {}
     for key in ("settings", "grid", "search"):
         value = raw.get(key, {})
@@ -188,7 +228,10 @@ def _plan(raw: dict[str, Any], source: str, folder: Path | None) -> Plan:
         raise refuse(f"metric must name a metric of the validation, such as val/loss, not {shown(metric)}.")
     if mode not in (None, "min", "max"):
         raise refuse(f"mode must be min or max, not {shown(mode)}.")
-    return Plan(source, config, settings, grid, spaces, trials, list(seeds), seed, metric, mode)
+    plan = Plan(source, config, settings, grid, spaces, trials, list(seeds), seed, metric, mode)
+    combined = dataclasses.replace(TRIALS, unit="configurations to be checked before the first trial")
+    combined.check(plan.checks(), f"{cut(source, 200)}: {'grid' if grid else 'search'}, with all names combined,")
+    return plan
 
 
 def _check_choices(key: str, values: Any, refuse: Any) -> None:

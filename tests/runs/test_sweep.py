@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +207,14 @@ def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(her
     assert [trial["status"] for trial in record["trials"]] == ["running", "failed"]
 
 
+def test_a_score_that_is_not_finite_is_of_a_run_that_diverged(here: Path, monkeypatch) -> None:
+    ended = SimpleNamespace(status="finished")
+    monkeypatch.setattr("mambaseq.runs.sweep.fit", lambda *arguments, **options: ended)
+    monkeypatch.setattr("mambaseq.runs.sweep._score", lambda *arguments: math.nan)
+    with pytest.raises(UserError, match=r"The first diverged: nan/trial-001: val/bits_per_token is not finite"):
+        ms.sweep({"config": "run.yaml", "grid": GRID}, out="nan", progress=False)
+
+
 @pytest.mark.parametrize(
     ("plan", "told"),
     [
@@ -227,6 +237,10 @@ def test_too_little_memory_is_a_failed_trial_and_a_run_that_is_in_use_an_end(her
         ({"grid": GRID, "metric": "val/los"}, "metric: checkpoint.monitor is 'val/los', which this run does not log"),
         ({"grid": GRID, "mode": "least"}, "mode must be min or max"),
         ({"grid": {"optimizer.lr": list(range(20_000))}}, "MAMBASEQ_MAX_TRIALS"),
+        (
+            {"search": {f"model.a{n}.name": [1, 2, 3, 4] for n in range(9)}, "trials": 1},
+            "sweep.yaml: search, with all names combined, asks for 262,144 configurations",
+        ),
         ({"search": {"optimizer.lr": {"low": 1}}, "trials": 1}, "or {low: ..., high: ...}"),
         ({"search": {"optimizer.lr": {"low": 0, "high": 1, "log": True}}, "trials": 1}, "low above 0"),
         ({"search": {"optimizer.lr": {"low": 2, "high": 1}}, "trials": 1}, "the first below the second"),
@@ -260,3 +274,66 @@ def test_a_record_that_is_damaged_is_refused(here: Path, capsys: pytest.CaptureF
     Path("out/sweep.json").write_text('{"plan": {}, "trials": 3}')
     assert main(command) == 2
     assert "out/sweep.json must hold plan and trials" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"optimizer.lr": 0.2}},
+        {"settings": {"optimizer.lr": "x"}},
+        {"settings": {}},
+        {"status": "finished"},
+        {"score": 1.0},
+        {"message": None},
+    ],
+)
+def test_a_trial_that_is_damaged_is_refused(here: Path, monkeypatch, change: dict[str, Any]) -> None:
+    def fit(*arguments: Any, **options: Any) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr("mambaseq.runs.sweep.fit", fit)
+    plan = {"config": "run.yaml", "grid": GRID}
+    with pytest.raises(UserError, match="none of 1 trials"):
+        ms.sweep(plan, out="out", progress=False)
+    record = json.loads(Path("out/sweep.json").read_text())
+    record["trials"][0] |= change
+    Path("out/sweep.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"out/sweep\.json: trial 1 is damaged"):
+        ms.sweep(plan, out="out", progress=False)
+
+
+def test_settings_that_a_search_can_have() -> None:
+    spaces = {
+        "optimizer.lr": {"low": 0, "high": 1, "step": 0.3},
+        "model.d_model": {"low": 8, "high": 16},
+        "metrics": [[]],
+    }
+    plan = read_plan({"config": "x", "search": spaces, "trials": 1})
+    fine = {"optimizer.lr": 0.9, "model.d_model": 9, "metrics": []}
+    assert plan.tries(3, fine)
+    for key, value in (
+        *(("optimizer.lr", one) for one in (0.8, 1.2, -0.3, "x", None)),
+        *(("model.d_model", one) for one in (17, 8.5, True)),
+        ("metrics", ["a"]),
+    ):
+        assert not plan.tries(3, fine | {key: value})
+
+
+def test_names_are_checked_in_all_combinations() -> None:
+    names = {"model.mixer.name": ["mamba", "s4d"], "model.backbone.mlp": [True, False], "optimizer.lr": [0.1, 0.2]}
+    plan = read_plan({"config": "x", "grid": names})
+    found = list(plan.to_check())
+    assert len(found) == plan.checks() == 8
+    assert {(one["model.mixer.name"], one["model.backbone.mlp"]) for one in found} == {
+        ("mamba", True),
+        ("mamba", False),
+        ("s4d", True),
+        ("s4d", False),
+    }
+
+
+def test_a_sweep_goes_on_from_another_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_plan({"config": "run.yaml", "grid": GRID}).config
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert read_plan({"config": "../run.yaml", "grid": GRID}).config == before
