@@ -38,7 +38,7 @@ def run(argv: list[str], command: str) -> int:
         "--out",
         required=True,
         metavar="FILE",
-        help="file to write, in the domain's format; numbered for several",
+        help="file to write, in the domain's format, the prompt included; several are numbered",
     )
     parser.add_argument(
         "-n", "--max-new-tokens", type=int, default=None, help="how many to add (bases, samples, bytes, steps)"
