@@ -6,6 +6,7 @@ Drawn by hand, so that every run can have its page: a chart takes a millisecond.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,11 +32,12 @@ DARK = """--ground: #10161d; --ink: #e8edf3; --soft: #9aa7b6; --line: #2b3642;
 
 WIDTH, NARROW = 420, 340  # of curves and tables, and of bars
 MOST_POINTS = 300  # of a curve: more are not told apart
+LARGEST = 1e300  # of what is drawn: a range of larger numbers is no float
 
 
 class Curve(NamedTuple):
-    """A series of a line chart. xs, ys: its points, finite ones are drawn. kind: "curve", "faint" or "dots" (joined).
-    colour: 0, 1 or 2 of the page's."""
+    """A series of a line chart. xs, ys: its points; those that are finite, and below 1e300, are drawn. kind: "curve",
+    "faint" or "dots" (joined). colour: 0, 1 or 2 of the page's."""
 
     name: str
     xs: Sequence[float]
@@ -74,19 +76,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0, 340), ticks(1.42, 1.61, 3)
     ([0.0, 100.0, 200.0, 300.0], [1.45, 1.5, 1.55, 1.6])
     """
-    if not high > low:
+    if not high - low > 1e-300:  # powers of ten end soon below
         return [low]
     raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
+    exponent = math.floor(math.log10(raw))
+    power = 10.0**exponent
     step = next((factor * power for factor in (1, 2, 2.5, 5) if factor * power >= raw * 0.75), 10 * power)
     first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    found = (round(k * step, 2 - exponent) for k in range(first, math.floor(high / step + 1e-9) + 1))
+    return list(dict.fromkeys(found))
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """At most so many points of a curve that show what all would: of each stretch its lowest and its highest."""
     x, y = np.asarray(xs, float), np.asarray(ys, float)
-    keep = np.isfinite(x) & np.isfinite(y)
+    keep = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # neither is true of nan
     x, y = x[keep], y[keep]
     if len(x) <= most:
         return x, y
@@ -109,7 +113,10 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, height: float = 2
     left, right = min(float(x.min()) for _, x, _ in drawn), max(float(x.max()) for _, x, _ in drawn)
     left = 0.0 if left < 0.2 * right else left
     right = right if right > left else left + 1
-    x0, x1, y0, y1 = 52.0, WIDTH - 10.0, height - 36.0, 26.0
+    levels, places = ticks(low, high, 4), ticks(left, right, 4)
+    words = axis_numbers(levels)
+    x0 = max(52.0, 10 + 6.2 * max(map(len, words), default=0))
+    x1, y0, y1 = WIDTH - 10.0, height - 36.0, 26.0
 
     def px(x: float) -> float:
         return x0 + (x - left) / (right - left) * (x1 - x0)
@@ -118,12 +125,11 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, height: float = 2
         return y0 - (min(max(y, low), high) - low) / (high - low) * (y0 - y1)
 
     parts = []
-    levels = ticks(low, high, 4)
-    for level in levels:
+    for level, word in zip(levels, words, strict=True):
         parts.append(f'<path class="grid" d="M{x0:.1f} {py(level):.1f}H{x1:.1f}"/>')
-        parts.append(text(x0 - 6, py(level) + 4, _level(level, levels), "end"))
-    for place in ticks(left, right, 4):
-        parts.append(text(px(place), y0 + 16, short(place), "middle"))
+        parts.append(text(x0 - 6, py(level) + 4, word, "end"))
+    for place, word in zip(places, axis_numbers(places), strict=True):
+        parts.append(text(px(place), y0 + 16, word, "middle"))
     parts.append(text((x0 + x1) / 2, height - 4, x_label, "middle"))
     at = x0
     for curve, _, _ in drawn:
@@ -144,12 +150,25 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, height: float = 2
     return frame(WIDTH, height, f"{y_label} over {x_label}: {names}", "".join(parts))
 
 
-def _level(level: float, levels: Sequence[float]) -> str:
-    """An axis' number with as many decimals as all of the axis need."""
-    if max(map(abs, levels)) >= 1000 or (0 < max(map(abs, levels)) < 1e-3):
-        return short(level)
-    places = max(len(f"{one:.6f}".rstrip("0").partition(".")[2]) for one in levels)
-    return f"{level:.{places}f}"
+def axis_numbers(levels: Sequence[float]) -> list[str]:
+    """An axis' numbers, in ascending order, with the decimals that the step between them needs: no two are alike.
+
+    >>> axis_numbers([0.0, 0.25, 0.5]), axis_numbers([0.0, 5000.0, 10000.0]), axis_numbers([1000.0, 1000.05])
+    (['0.00', '0.25', '0.50'], ['0', '5,000', '10 k'], ['1,000.00', '1,000.05'])
+    """
+    if len(levels) < 2:
+        return [short(level) for level in levels]
+    largest = max(map(abs, levels))
+    step = min(after - before for before, after in itertools.pairwise(levels))
+    exact = all(abs(float(f"{level:.3g}") - level) < 0.01 * step for level in levels)
+    if exact and (largest < 1e-3 or 1000 <= largest < 1e15):
+        return [short(level) for level in levels]
+    mantissa, _, power = f"{step:.1e}".partition("e")  # 1.0, 2.0, 2.5 or 5.0
+    places = (not mantissa.endswith("0")) - int(power)
+    if 1e-3 <= largest < 1e15:
+        return [f"{level:,.{max(places, 0)}f}" for level in levels]
+    digits = math.floor(math.log10(largest)) + places + 1
+    return [f"{level:.{max(digits, 1)}g}" for level in levels]
 
 
 def bars(
@@ -204,7 +223,10 @@ def bars(
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """A confusion matrix: rows are true classes; a cell shows the count, its colour the share of the row."""
+    """A confusion matrix: rows are true classes; a cell shows the count, its colour the share of the row. "" without
+    classes."""
+    if not names:
+        return ""
     table = np.asarray(counts, dtype=np.int64)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     size, longest = len(names), max(map(len, names))

@@ -53,7 +53,8 @@ def loss_charts(run: RunFolder, scale: float = 1.0, unit: str = "loss") -> str:
 
 
 def other_charts(run: RunFolder, most: int = 12) -> str:
-    """Small charts of everything else that a run logged; "" where there is nothing."""
+    """Small charts of everything else that a run logged, the first `most` by name, and how many more there are; ""
+    where there is nothing."""
     drawn = []
     for name, points in sorted(run.log().items()):
         if name.rpartition("/")[2] == "loss" or len(points) < 2:
@@ -62,7 +63,9 @@ def other_charts(run: RunFolder, most: int = 12) -> str:
         steps, values = [point.step + 1 for point in points], [point.value for point in points]
         chart = charts.lines([Curve("", steps, values, kind, int(kind == "dots"))], "step", name, 170)
         drawn += [f"<figure>{chart}</figure>"] if chart else []
-    return f'<div class="small">{"".join(drawn[:most])}</div>' if drawn else ""
+    left = len(drawn) - most
+    more = f"<p>{left:,} more {'is' if left == 1 else 'are'} not drawn; see the run's logs.</p>" if left > 0 else ""
+    return f'<div class="small">{"".join(drawn[:most])}</div>{more}' if drawn else ""
 
 
 def tabs(name: str, charts_of: Sequence[tuple[str, str]]) -> str:

@@ -155,7 +155,7 @@ def _tables(results: Mapping[str, Any], facts: Facts) -> str:
         if key.partition("/")[0] not in _STAGES or not isinstance(counts, list):
             continue
         size = len(facts.class_names)
-        if len(counts) == size <= _LARGEST_TABLE and all(_counts(row, size) for row in counts):
+        if counts and len(counts) == size <= _LARGEST_TABLE and all(_counts(row, size) for row in counts):
             drawn.append(drawing(confusion(counts, facts.class_names), key))
     return f'<div class="wide">{side_by_side(*drawn)}</div>' if drawn else ""
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mambaseq.reporting import Section, audio_player, drawing, picture, side_by_side, table
-from mambaseq.reporting.charts import Bar, Curve, bars, confusion, lines
-from mambaseq.reporting.curves import loss_charts, smoothed
+from mambaseq.reporting.charts import Bar, Curve, axis_numbers, bars, confusion, lines, ticks
+from mambaseq.reporting.curves import loss_charts, other_charts, smoothed
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 
@@ -104,3 +104,39 @@ def test_charts_of_odd_numbers(tmp_path: Path) -> None:
     assert "cat &lt;x&gt; 75% right" in told
     assert [told.count(f'fill-opacity="{share}"') for share in ("0.06", "1.00")] == [1, 1]
     assert loss_charts(RunFolder(tmp_path)) == ""
+    for ys in ([-1.7e308, 1.7e308], [1e-322, 3e-322], [1e16, 1e16 + 2]):
+        lines([Curve("a", [0, 1], ys)], "step", "loss")
+    assert confusion([], []) == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        *((1000.1, 1000.2), (123456.1, 123456.2), (1.05e-3, 1.0502e-3), (0.0, 1e-15), (5e-15, 6e-15), (2e5, 2.01e5)),
+        *((0.5, 0.5 + 1e-9), (-1.0, 1.0), (0.0, 12_000.0), (1e16, 2e16), (3e6, 3.000004e6), (2e-5, 2.001e-5)),
+    ],
+)
+def test_the_numbers_of_an_axis_are_those_of_its_ticks(low: float, high: float) -> None:
+    levels = ticks(low, high, 4)
+    words = axis_numbers(levels)
+    assert 3 <= len(words) == len(set(words))
+    units = {"k": 1e3, "M": 1e6, "": 1.0}
+    for level, word in zip(levels, words, strict=True):
+        value, _, unit = word.replace(",", "").partition(" ")
+        assert float(value) * units[unit] == pytest.approx(level, abs=0.01 * (levels[1] - levels[0]))
+        assert len(word) <= 12
+    chart = lines([Curve("", [low, high], [low, high])], "", "")
+    for place in ("end", "middle"):  # of the vertical axis, and of the other
+        axis = re.findall(rf'text-anchor="{place}">([^<]+)<', chart)
+        assert 2 <= len(axis) == len(set(axis)), axis
+
+
+def test_what_is_not_drawn_is_counted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.logs / "version_0").mkdir(parents=True)
+    names = [f"train/{letter}" for letter in "abcdefghijklmn"]
+    rows = "".join(f"{step}{',0.5' * len(names)}\n" for step in (0, 1))
+    (folder.logs / "version_0" / "metrics.csv").write_text(f"step,{','.join(names)}\n{rows}")
+    told = other_charts(folder)
+    assert (told.count("<svg"), "2 more are not drawn" in told) == (12, True)
+    assert "not drawn" not in other_charts(folder, 14)

@@ -81,6 +81,19 @@ def test_every_run_has_a_page(settings: RunConfig, tmp_path: Path) -> None:
     assert "model.backbone.name</td>" not in page
 
 
+def test_the_validation_loss_is_that_of_the_step_whose_weights_were_exported(
+    settings: RunConfig, tmp_path: Path
+) -> None:
+    folder = finished(tmp_path / "run", settings, "odd/other")
+    log = folder.logs / "version_0" / "metrics.csv"
+    log.write_text(log.read_text().replace(",,2.75,", ",,1.25,"))
+    folder.results.unlink()
+    for step, told in ((2, "1.250, by the weights of step 2"), (12, "2.750.")):
+        folder.update_results(steps=12, exported_step=step)
+        assert write_report(folder, settings, DONE) == ""
+        assert f"12 steps: val/loss {told}" in folder.report.read_text()
+
+
 def test_results_that_somebody_changed_are_left_out(settings: RunConfig, tmp_path: Path) -> None:
     folder = finished(tmp_path / "run", settings, "odd/other")
     odd = {"val/accuracy": 10**350, "test/confusion": [["x", 1], [0, None]], "test/accuracy": "high"}
