@@ -31,7 +31,10 @@ def test_it_learns_tells_and_continues(capsys: pytest.CaptureFixture) -> None:
     small = ["--model.d_model=8", "--model.backbone.n_layers=1", "--trainer.max_steps=3", "--loader.batch_size=4",
              "--model.head.horizon=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]  # fmt: skip
     assert main(["fit", "--config", "forecast/hours", "--out", "run", *small]) == 0
-    assert "the same hour a day ago" in Path("run/report.html").read_text()
+    page = Path("run/report.html").read_text()
+    values = read_table(SHIPPED, SHIPPED.read_text().splitlines()[0].split(",")[1:], others=True)
+    for name, hours in (("the last hour again", 1), ("the same hour a day ago", 24)):  # of the hours scored
+        assert f"{np.abs(values[1441:1920] - values[1441 - hours : 1920 - hours]).mean():.3f}" in page, name
     assert main(["test", "--checkpoint", "run", "--trainer.accelerator=cpu"]) == 0
     assert "test/crps" in capsys.readouterr().out
     Path("past.csv").write_text("".join(SHIPPED.read_text().splitlines(keepends=True)[:31]))
@@ -63,6 +66,8 @@ def test_the_hours_are_made_up_again_and_split_by_time() -> None:
 
     data = Hours(length=100, step=50)
     data.setup()
+    for items in (data.validation(), data.test()):  # every hour but the first is asked for once
+        assert [len(item.targets[0]) for item in items] == [100, 100, 100, 100, 79]
     rows = torch.from_numpy(read_table(SHIPPED, CHANNELS, others=True)).float()
     for items, first, last in ((data.train(), 0, 1440), (data.validation(), 1440, 1920), (data.test(), 1920, 2400)):
         assert torch.equal(items[0].inputs[0, 0], rows[first])

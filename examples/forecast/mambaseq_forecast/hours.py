@@ -46,7 +46,7 @@ class Hours(SequenceData):
 
     def windows(self, part: int, step: int) -> list[Batch]:
         rows = self.values[self.bounds[part] : self.bounds[part + 1]]
-        starts = range(0, len(rows) - self.length, step)
+        starts = range(0, len(rows) - (1 if part else self.length), step)  # the last to be scored may be shorter
         cut = [rows[None, start : start + self.length + 1] for start in starts]
         return [Batch(inputs=one[:, :-1], targets=one[:, 1:]) for one in cut]
 
