@@ -181,10 +181,10 @@ def test_gradients_of_one_output_alone(backend: str, output: int, device: str) -
         assert relative_rms_error(actual, expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu  # the interpreter does one thing after the other
 @pytest.mark.parametrize("case", ["length 63", "packed, shorter than the filter"])
-def test_triton_twice_the_same_bits(case: str, device: str) -> None:
-    where = device_or_skip(device)
+def test_triton_twice_the_same_bits(case: str) -> None:
+    where = device_or_skip("cuda")
     triton_or_skip(where)
     backend = next(b for b in OP.backends if b.name == "triton")
     arguments = moved(CASES[case](), where)
@@ -196,6 +196,8 @@ def test_triton_twice_the_same_bits(case: str, device: str) -> None:
 @pytest.mark.parametrize("case", ["length 2", "packed, no state", "no final state"])
 def test_triton_under_torch_library(case: str, device: str) -> None:
     where = device_or_skip(device)
+    if where.type == "cpu" and case != "packed, no state":
+        pytest.skip("Triton's interpreter takes seconds for each; a GPU is tested with all")
     triton_or_skip(where)
     given = (
         v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
