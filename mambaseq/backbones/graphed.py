@@ -244,7 +244,7 @@ class _Pair:
     def _warm_up(
         self, module: nn.Module, forward: Callable[[], Tensor], inputs: Sequence[Tensor], stream: torch.cuda.Stream
     ) -> Tensor:
-        """Run once and restore buffers and random numbers. Returns the memory for the output's gradient."""
+        """Run it a few times and restore buffers and random numbers. Returns the memory for the output's gradient."""
 
         def steps() -> Tensor:
             for _ in range(_WARM_UPS):

@@ -52,10 +52,11 @@ def write_report(folder: RunFolder, settings: RunConfig, outcome: Outcome) -> st
             notes.append(told)
     try:
         _write(folder, settings, outcome, sections, notes)
-    except Exception as error:  # a full disk, text of a section that no file can hold: the run is complete all the same
-        what = str(error) if isinstance(error, UserError) else paragraph(f"{type(error).__name__}: {error}", 300)
-        failed = what if isinstance(error, UserError) else f"{folder.path}: its page could not be written ({what})."
-        return f"{told}\n{failed}" if told else failed
+    except UserError as error:  # a full disk: the run is complete all the same
+        return f"{told}\n{error}".lstrip()
+    except Exception as error:  # text of a section that no file can hold
+        reason = paragraph(f"{type(error).__name__}: {error}", 300)
+        return f"{told}\n{folder.path}: its page could not be written ({reason}).".lstrip()
     return told
 
 

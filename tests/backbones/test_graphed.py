@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -205,6 +206,16 @@ def test_what_is_captured_unasked_changes_no_number() -> None:
     assert not policy.is_of_use(torch.zeros(1, 2**15 + 1, 1))
     with automatic.capture.capturing:
         assert not policy.is_of_use(torch.zeros(8, 2048, 1))
+
+
+@pytest.mark.parametrize(("free", "enough"), [(7, True), (6, False)])
+def test_as_much_memory_must_be_left_as_graphs_took(monkeypatch: pytest.MonkeyPatch, free: int, enough: bool) -> None:
+    reserved = iter([3, 10])  # before and after: they took 7
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100))
+    with nullcontext() if enough else pytest.raises(RuntimeError, match="too little memory"), automatic.leaving_room():
+        pass
 
 
 def test_a_shape_that_takes_another_s_place_must_come_more_often() -> None:

@@ -132,3 +132,13 @@ def test_a_report_that_fails_takes_nothing_from_the_run(
     page = folder.report.read_text()
     assert "the run is complete" in page
     assert "Settings that differ" in page
+
+
+def test_a_page_that_cannot_be_written_takes_nothing_from_the_run(
+    settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished(tmp_path / "run", settings, "odd/plain")
+    # as from a file name that is no UTF-8
+    monkeypatch.setattr("mambaseq.runs.report._lead", lambda *rest: "\udc80")
+    assert "its page could not be written (UnicodeEncodeError" in write_report(folder, settings, DONE)
+    assert folder.read_results()
