@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from mambaseq_dna.fasta import fasta_store, read_fasta
+from mambaseq_dna.files.fasta import fasta_store, read_fasta
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.data.store import TokenStore

@@ -19,8 +19,10 @@ domain = Domain(
         ),
         "genome": ("mambaseq_dna.genome:GenomeData", "next or masked bases of FASTA files"),
     },
-    readers={"fasta": ("mambaseq_dna.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
-    writers={"fasta": ("mambaseq_dna.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")},
+    readers={"fasta": ("mambaseq_dna.files.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
+    writers={
+        "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
+    },
     configs={
         "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
         "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),

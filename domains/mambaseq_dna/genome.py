@@ -12,7 +12,7 @@ from mambaseq.batch import Batch
 from mambaseq.data.masking import MaskedItems, MaskRule, Objective, same_tokens
 from mambaseq.data.windows import next_token
 from mambaseq_dna.base import FastaData, Names
-from mambaseq_dna.fasta import Lowercase
+from mambaseq_dna.files.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
 

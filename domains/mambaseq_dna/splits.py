@@ -17,7 +17,7 @@ from mambaseq.data.intervals import Group, Intervals
 from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.fasta import fasta_store
+from mambaseq_dna.files.fasta import fasta_store
 from mambaseq_dna.tokenizer import N
 
 Duplicates = Literal["refuse", "drop"]

@@ -62,6 +62,14 @@ def run(argv: list[str], command: str) -> int:
         help="default: runs/reproduce/NAME-SCALE. Processes with different --only or --seed can share one; run it "
         "last without them to collect",
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="files that a recipe needs and the project may not ship; a recipe that misses one says which, and where "
+        "it comes from",
+    )
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
@@ -79,4 +87,4 @@ def run(argv: list[str], command: str) -> int:
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
     folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
     part = bool(arguments.only or arguments.seed)
-    return reproduce(name, device, scale, numbers, arguments.only, part, folder)
+    return reproduce(name, device, scale, numbers, arguments.only, part, folder, arguments.data)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.atomic import atomic_file, json_text
+from mambaseq.data.cache import fingerprint
 from mambaseq.errors import UserError, did_you_mean, shown
 from mambaseq.plain import read_json
 from mambaseq.reproduction.tables import Table
@@ -33,6 +34,7 @@ class Context:
         nothing.
     only: names of lines, or of other choices of a recipe; empty for all.
     hardware: what trials run on. records: of the requested trials, by name.
+    data: the folder with files that users bring (see `brought`).
     """
 
     device: torch.device
@@ -42,6 +44,25 @@ class Context:
     only: list[str] = dataclasses.field(default_factory=list)
     hardware: str = ""
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    data: Path | None = None
+
+    def brought(self, name: str, sha256: str, source: str) -> Path:
+        """A file of the folder `--data` that the project may not ship.
+
+        sha256: of its contents as it lies there. source: where it comes from and how it is made, for the message.
+        Raises UserError that says what to put where, if it is not there or is another.
+        """
+        told = f"This recipe needs the file {name}: {source}"
+        if self.data is None:
+            raise UserError(f"{told.rstrip('.')}. Name the folder that it is in with --data FOLDER.")
+        path = self.data / name
+        if not path.is_file():
+            raise UserError(f"There is no {path}. {told.rstrip('.')}. Put it there.")
+        if fingerprint(path)["sha256"] != sha256:
+            raise UserError(
+                f"{path} is not the file that the published figures were made with: its sha256 is not {sha256}. {told}"
+            )
+        return path
 
     def at(self, *, full: _T, small: _T, tiny: _T) -> _T:
         """The value for the scale, out of three."""

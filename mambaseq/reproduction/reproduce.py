@@ -64,17 +64,24 @@ def _own(folder: Path, mine: dict[str, str]) -> None:
 
 
 def reproduce(
-    name: str, device: torch.device, scale: Scale, seeds: list[int] | None, only: list[str], part: bool, folder: Path
+    name: str,
+    device: torch.device,
+    scale: Scale,
+    seeds: list[int] | None,
+    only: list[str],
+    part: bool,
+    folder: Path,
+    data: Path | None = None,
 ) -> int:
     """Run all trials of a recipe that are not finished, with these seeds or its default number.
 
-    part: the report covers only a part. Returns 0.
+    part: the report covers only a part. data: the folder of files that users bring. Returns 0.
     """
     recipe: Recipe = catalog()["recipes"].get(name)
     mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe), "format": _FORMAT}
     _own(folder, mine)
     numbers = seeds or list(range(1 if scale == "tiny" else recipe.seeds))
-    context = Context(device, scale, numbers, folder, only, _hardware(device))
+    context = Context(device, scale, numbers, folder, only, _hardware(device), data=data)
     try:
         tables = recipe.run(context)
     finally:
@@ -89,6 +96,7 @@ def reproduce(
         from_the_first = numbers == list(range(len(numbers)))
         command += f" --seeds {len(seeds)}" if from_the_first else f" --seed {' '.join(map(str, seeds))}"
     command += f" --only {shlex.join(only)}" if only else ""
+    command += " --data FOLDER" if data is not None else ""
     report = Report(
         name,
         scale,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from Bio import SeqIO, bgzf
-from mambaseq_dna.fasta import fasta_store, read_fasta, strand_checksums, write_fasta
+from mambaseq_dna.files.fasta import fasta_store, read_fasta, strand_checksums, write_fasta
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources

@@ -17,7 +17,7 @@ from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file
-from mambaseq_dna.parsing import fasta_pieces
+from mambaseq_dna.files.parsing import fasta_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 
 Lowercase = Literal["fold", "keep", "unscored"]

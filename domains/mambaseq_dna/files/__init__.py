@@ -1,0 +1,1 @@
+"""File formats of genomics: sequences, intervals and tracks."""
