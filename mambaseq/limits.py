@@ -77,6 +77,9 @@ SAMPLES = Limit("MAMBASEQ_MAX_SAMPLES", 2**32, "samples of sound")
 """In one file, all channels together: 12 hours of stereo at 48 kHz."""
 DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one document")
 
+AUDITED = Limit("MAMBASEQ_MAX_AUDITED", 2**26, "tokens of a set that are audited")
+"""Of a set whose items are read for it into memory; files of genomes are read where they lie."""
+
 TABLE_BYTES = Limit("MAMBASEQ_MAX_TABLE_BYTES", 2**28, "bytes of a table")
 
 YAML_BYTES = Limit("MAMBASEQ_MAX_YAML_BYTES", 4 * 2**20, "bytes of YAML")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+from mambaseq.data.audited import Audited, IntervalSequences
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import GridWindows, MakeBatch, RandomWindows
 from mambaseq.errors import ConfigError, shown
-from mambaseq_dna.splits import Duplicates, SplitRules, Splits
+from mambaseq_dna.auditing import audited_dna
+from mambaseq_dna.splits import SPLITS, Duplicates, SplitRules, Splits
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 Names = list[str | int | float | bool] | str | int | float | bool | None
@@ -104,6 +106,17 @@ class FastaData(SequenceData):
 
     def sources(self) -> dict[str, str]:
         return dict(self.splits.sources)
+
+    def audited(self) -> Audited:
+        """The intervals of each split, those included that setup would refuse as copies."""
+        splits = self._splits or self.rules.apply(self.files, self.cache, refuse_copies=False)
+        found = {
+            split: IntervalSequences(groups, labelled=bool(self.class_names))
+            for split in SPLITS
+            if (groups := getattr(splits, split))
+        }
+        case_seen = self.tokenizer.lowercase == "keep"
+        return audited_dna(found, length=self.length, case_seen=case_seen)
 
     @property
     def splits(self) -> Splits:

@@ -105,9 +105,12 @@ class SplitRules:
         if self.duplicates not in ("refuse", "drop"):
             raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {shown(self.duplicates)}.")
 
-    def apply(self, files: Mapping[str, Sequence[str]], cache: str | Path | None = None) -> Splits:
+    def apply(
+        self, files: Mapping[str, Sequence[str]], cache: str | Path | None = None, *, refuse_copies: bool = True
+    ) -> Splits:
         """Read the files of each group (building their token stores at first use) and split them.
 
+        refuse_copies: False keeps what is in two splits or groups, for an audit (unless such copies are dropped).
         Raises DataError if a file cannot be used, a pattern matches nothing, a record is named for two splits, a
         sequence is in two splits or groups, or a requested split is empty.
         """
@@ -133,7 +136,7 @@ class SplitRules:
                 raise _matches_nothing(used, stores)
         if self.duplicates == "drop":
             splits = self._without_copies(splits)
-        else:
+        elif refuse_copies:
             check_disjoint(remedy=", or set data.duplicates to drop, which keeps such copies in one split", **splits)
         self._refuse_empty(splits, stores)
         found = {split: of if any(len(group.intervals) for group in of) else [] for split, of in splits.items()}

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mambaseq.batch import Batch
+from mambaseq.data.audited import Audited, audited_items
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, shown
@@ -90,6 +91,18 @@ class SequenceData(abc.ABC):
         """The contents of this dataset's files, after `setup`: the name of each file to a checksum of its contents. A
         run notices changed data by them. Empty for data that are not read from files."""
         return {}
+
+    def audited(self) -> Audited:
+        """What `mambaseq data audit` looks at: the sequences of each split, each with its class and place, before
+        augmentation, and how copies and shortcuts among them are told (see `mambaseq.data.audited.Audited`).
+
+        Without an override: the tokens of the sets' items. Datasets that know the records behind their items should
+        say so, and give what a run would refuse (copies in two splits) as well: the audit is what finds it. A table of
+        labelled sequences gives `Audited({"train": [AuditedSequence(ids, class name, file, row), ...], ...})`; one of
+        DNA, `mambaseq_dna.auditing.audited_dna(splits)`. May be called before `setup`, and calls it where it needs it.
+        Raises DataError for data that cannot be audited.
+        """
+        return audited_items(self)
 
     def reader_options(self) -> dict[str, Any]:
         """Plain options that are saved with a model and handed to the reader (sample rate, ...)."""
