@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,9 @@ def audited_items(data: SequenceData) -> Audited:
     """What the items of a dataset's sets hold, for datasets that do not say more: tokens, and the class of each
     sequence.
 
-    Calls `setup`. Of endless sets as many items as make an epoch are read, and of every set no more than MAMBASEQ_MAX_AUDITED tokens.
-    A packed item is one sequence for each of its parts. Raises DataError for signals and streams.
+    Calls `setup`. Of endless sets as many items as make an epoch are read, and of every set no more than
+    MAMBASEQ_MAX_AUDITED tokens. A packed item is one sequence for each of its parts. Raises DataError for signals and
+    streams.
     """
     from mambaseq.data.module import named_sets
 
@@ -158,7 +160,7 @@ def _sequences(item: Batch, name: str, data: SequenceData) -> Iterable[AuditedSe
         ids = ids[: int(item.mask.sum())]
     bounds = [0, len(ids)] if item.cu_seqlens is None else item.cu_seqlens.tolist()
     of_sequences = targets is not None and not item.per_token and item.kind == "labels" and len(data.class_names)
-    for part, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
         label = None
         if of_sequences and targets is not None and (number := int(targets[part])) >= 0:
             label = str(data.class_names[number])
