@@ -25,6 +25,7 @@ class ModelCard:
     """What a model's weights do not say: how to build it, and what it was trained on.
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
+    strand_classes: the number that each class or value has on the other strand of DNA; empty where it is the same.
     generation: the run's defaults for `mambaseq generate`. step: optimizer steps that made the weights, None if
         unknown.
     sha256: checksums of the files next to the description, by name; empty in an older version.
@@ -35,6 +36,7 @@ class ModelCard:
     tokenizer: dict[str, Any] | None = None
     class_names: list[str] = dataclasses.field(default_factory=list)
     condition_names: list[str] = dataclasses.field(default_factory=list)
+    strand_classes: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
     start_ids: list[int] = dataclasses.field(default_factory=lambda: [0])
     reader: str | None = None
@@ -100,6 +102,9 @@ def _check(card: ModelCard) -> None:
     top = vocabulary if isinstance(vocabulary, int) else math.inf
     if not card.start_ids or not all(0 <= number < top for number in card.start_ids):
         raise ConfigError(f"start_ids must be ids of the vocabulary, not {shown(card.start_ids)}.")
+    swapped = card.strand_classes
+    if any(not 0 <= one < len(swapped) or swapped[one] != number for number, one in enumerate(swapped)):
+        raise ConfigError(f"strand_classes must pair numbers with each other, not {shown(swapped)}.")
     tokenizer = card.tokenizer
     if tokenizer is not None and (
         tokenizer.keys() != {"name", "options"}

@@ -46,6 +46,8 @@ class SequenceData(abc.ABC):
         channel_std: of each channel of a continuous input, in its units; the encoder signal and the head forecast
             normalise by them. None leaves the values as they are.
     complement: for DNA, the id that each id is paired with; None for data without another strand.
+    strand_classes: the number that each class, or value of a target, has on the other strand: `[0, 2, 1]` for other,
+        coding +, coding -. None where they are the same on both. `predict` turns answers by it.
     condition_names: their names. length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
     start_ids: what generation starts from without a prompt (silence, a line break).
@@ -61,6 +63,7 @@ class SequenceData(abc.ABC):
     channel_mean: Sequence[float] | None = None
     channel_std: Sequence[float] | None = None
     complement: Sequence[int] | None = None
+    strand_classes: Sequence[int] | None = None
     condition_names: Sequence[str] = ()
     length: int = 0
     tokenizer: Tokenizer | None = None
