@@ -6,11 +6,13 @@ import abc
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 import torchmetrics
 from torch import Tensor
 
 from mambaseq.batch import Batch
 from mambaseq.heads.base import Kind
+from mambaseq.metrics.answers import Answers
 from mambaseq.models import ModelOutput
 
 
@@ -40,3 +42,19 @@ class Metric(torchmetrics.Metric, abc.ABC):
 
     @abc.abstractmethod
     def compute(self) -> Tensor: ...
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        """The metric for each of several draws of the sequences of a set, `(draws,)` float64: what intervals are made
+        of. None where `answers` do not hold what it needs.
+
+        draws: `(draws, sequences)` int64, how often each sequence is drawn. This one repeats rows and calls `update`
+        and `compute`; most of ours know a faster way.
+        """
+        if not self.needs_logits or not answers.point:
+            return None
+        fresh, found = self.clone(), []
+        for weights in answers.weights(draws):
+            fresh.reset()
+            fresh.update(*answers.rows(torch.arange(len(answers)).repeat_interleave(weights)))
+            found.append(fresh.compute().double())
+        return torch.stack(found)

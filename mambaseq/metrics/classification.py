@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Kind
+from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
@@ -49,38 +51,61 @@ class Confusion(Metric):
         return self.counts
 
 
-class Accuracy(Confusion):
+class _Score(Confusion):
+    """A number that a confusion matrix has."""
+
+    scalar = True
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        return self._score(self.counts.double())
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        n = len(self.class_names)
+        cells, owner = answers.targets * n + answers.outputs.argmax(-1), answers.owner
+        # how often each sequence has each cell; most have one
+        pairs, times = (owner * n * n + cells).unique(return_counts=True)
+        weights = draws[:, pairs // (n * n)] * times
+        counts = torch.zeros(len(draws), n * n, dtype=torch.long).index_add_(1, pairs % (n * n), weights)
+        return self._score(counts.unflatten(1, (n, n)).double())
+
+    @abc.abstractmethod
+    def _score(self, counts: Tensor) -> Tensor:
+        """`(...)` from matrices `(..., classes, classes)` float64."""
+
+
+class Accuracy(_Score):
     """Share of the labels (of sequences or positions) that are ranked first."""
 
-    scalar = True
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        return self.counts.diagonal().sum() / self.counts.sum()
+    def _score(self, counts: Tensor) -> Tensor:
+        return _hits(counts).sum(-1) / counts.sum((-1, -2))
 
 
-class MacroF1(Confusion):
+class BalancedAccuracy(_Score):
+    """Unweighted mean, over the classes that occur, of the share of a class's labels that are ranked first."""
+
+    def _score(self, counts: Tensor) -> Tensor:
+        true = counts.sum(-1)
+        return (_hits(counts) / true.clamp(min=1)).sum(-1) / (true > 0).sum(-1)
+
+
+class MacroF1(_Score):
     """Unweighted mean of the classes' F1; a class that is neither present nor predicted counts as 0."""
 
-    scalar = True
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        hits = self.counts.diagonal().double()
-        sums = self.counts.sum(0) + self.counts.sum(1)
-        return (2 * hits / sums.clamp(min=1)).mean()
+    def _score(self, counts: Tensor) -> Tensor:
+        return (2 * _hits(counts) / (counts.sum(-2) + counts.sum(-1)).clamp(min=1)).mean(-1)
 
 
-class MCC(Confusion):
+class MCC(_Score):
     """Matthews correlation coefficient for several classes (Gorodkin's R_K, doi:10.1016/j.compbiolchem.2004.09.006);
     0 where it is undefined."""
 
-    scalar = True
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        counts = self.counts.double()
-        true, predicted, n = counts.sum(1), counts.sum(0), counts.sum()
-        covariance = counts.diagonal().sum() * n - (true * predicted).sum()
-        scale = ((n**2 - (predicted**2).sum()) * (n**2 - (true**2).sum())).sqrt()
+    def _score(self, counts: Tensor) -> Tensor:
+        true, predicted, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
+        covariance = _hits(counts).sum(-1) * n - (true * predicted).sum(-1)
+        scale = ((n**2 - (predicted**2).sum(-1)) * (n**2 - (true**2).sum(-1))).sqrt()
         return torch.where(scale > 0, covariance / scale, torch.zeros_like(scale))
+
+
+def _hits(counts: Tensor) -> Tensor:
+    return counts.diagonal(dim1=-2, dim2=-1)

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.utilities.data import dim_zero_cat
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Kind
+from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.base import Metric
+from mambaseq.metrics.ranking import Ranked, precision_area, roc_area
 from mambaseq.models import ModelOutput
 
 
@@ -42,33 +42,26 @@ class _Multilabel(Metric):
         return output.logits.flatten(0, -2), batch.targets.flatten(0, -2)
 
 
-class AUROC(_Multilabel):
+class _RankedLabels(Ranked, _Multilabel):
+    """Scores are the logits; areas are means over the labels that have both positive and negative rows."""
+
+    def _scores(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, labels = self._rows(output, batch)
+        return logits.float(), labels.clamp(-1, 1).to(torch.int8)
+
+
+class AUROC(_RankedLabels):
     """Exact area under the ROC curve of each label, and the mean over the labels that have both positive and negative
     rows; NaN if none has. Scores are kept until the end of the set: 5 bytes for each row and label."""
 
-    logits: list[Tensor]
-    labels: list[Tensor]
+    area = staticmethod(roc_area)
 
-    def __init__(self, class_names: Sequence[str] = ()) -> None:
-        super().__init__(class_names)
-        self.add_state("logits", [], dist_reduce_fx="cat")
-        self.add_state("labels", [], dist_reduce_fx="cat")
 
-    def update(self, output: ModelOutput, batch: Batch) -> None:
-        logits, labels = self._rows(output, batch)
-        self.logits.append(logits.float())
-        self.labels.append(labels.clamp(-1, 1).to(torch.int8))
+class MultilabelAUPRC(_RankedLabels):
+    """Exact average precision of each label, and the mean over the labels that have both positive and negative rows;
+    NaN if none has. Scores are kept until the end of the set, as by `AUROC`."""
 
-    def compute(self) -> Tensor:
-        logits, labels = dim_zero_cat(self.logits), dim_zero_cat(self.labels)
-        found = []
-        for score, label in zip(logits.unbind(1), labels.unbind(1), strict=True):
-            known = label >= 0
-            if label[known].unique().numel() == 2:
-                # torchmetrics would apply a sigmoid, which makes all large scores 1; ranks have the same area
-                ranks = score[known].unique(return_inverse=True)[1]
-                found.append(binary_auroc(ranks.double() / ranks.max().clamp(min=1), label[known].long()))
-        return torch.stack(found).double().mean() if found else torch.full((), torch.nan, dtype=torch.float64)
+    area = staticmethod(precision_area)
 
 
 class MultilabelF1(_Multilabel):
@@ -83,11 +76,21 @@ class MultilabelF1(_Multilabel):
         self.add_state("counts", torch.zeros(2, len(self.class_names), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
-        logits, labels = self._rows(output, batch)
-        known = labels != -100
-        said, holds = (logits > 0) & known, (labels == 1) & known
-        self.counts += torch.stack([(said & holds).sum(0), said.sum(0) + holds.sum(0)])
+        self.counts += self._counted(*self._rows(output, batch)).sum(0)
 
     def compute(self) -> Tensor:
-        hits, sums = self.counts.double()
-        return (2 * hits / sums.clamp(min=1)).mean()
+        return self._score(self.counts.double())
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        counted = self._counted(answers.outputs, answers.targets)
+        return self._score(answers.summed(counted.flatten(1), draws).unflatten(1, counted.shape[1:]))
+
+    def _counted(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`(rows, 2, labels)` int64."""
+        known = labels != -100
+        said, holds = (logits > 0) & known, (labels == 1) & known
+        return torch.stack([(said & holds).long(), said.long() + holds.long()], 1)
+
+    def _score(self, counts: Tensor) -> Tensor:
+        hits, sums = counts.unbind(-2)
+        return (2 * hits / sums.clamp(min=1)).mean(-1)

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_cat
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Kind
+from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
@@ -56,7 +58,19 @@ class _Errors(Metric):
     def _errors(self, values: Tensor, targets: Tensor) -> Tensor: ...
 
     def compute(self) -> Tensor:
-        return self.total / self.count
+        return self._score(self.total / self.count)
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        if not answers.point:
+            return None
+        values, targets = values_of(*answers.rows())
+        known = ~targets.isnan()
+        errors = torch.where(known, self._errors(values, targets), 0.0).sum(1)
+        total, count = answers.summed(torch.stack([errors, known.sum(1)], 1), draws).unbind(1)
+        return self._score(total / count)
+
+    def _score(self, mean: Tensor) -> Tensor:
+        return mean
 
 
 class MAE(_Errors):
@@ -72,8 +86,8 @@ class RMSE(_Errors):
     def _errors(self, values: Tensor, targets: Tensor) -> Tensor:
         return (values - targets).square()
 
-    def compute(self) -> Tensor:
-        return super().compute().sqrt()
+    def _score(self, mean: Tensor) -> Tensor:
+        return mean.sqrt()
 
 
 class CRPS(_Errors):
@@ -83,6 +97,10 @@ class CRPS(_Errors):
     def update(self, output: ModelOutput, batch: Batch) -> None:
         self._told = output.distribution
         super().update(output, batch)
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        self._told = None
+        return super().drawn(answers, draws)
 
     def _errors(self, values: Tensor, targets: Tensor) -> Tensor:
         return (values - targets).abs() if self._told is None else self._told.crps(targets.float()).double()
@@ -119,12 +137,97 @@ class Correlation(Metric):
         whole = parts[0]
         for part in parts[1:]:
             whole = _merged(whole, part)
-        count, _, _, xx, yy, xy = whole.unbind(-1)
-        # a constant has no r; rounding makes constants not exactly constant
-        tiny = torch.finfo(torch.float32).eps ** 2
-        scale = count * (1 + whole[..., 1:3].square().amax(-1))
-        good = (count > 1) & (xx > tiny * scale) & (yy > tiny * scale)
-        return (xy / (xx * yy).sqrt())[good].clamp(-1, 1).mean()
+        return _mean_r(whole)
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        if not answers.point:
+            return None
+        values, targets = values_of(*answers.rows())
+        known = ~targets.isnan()
+        # from the means of the whole set, so that no large numbers are subtracted
+        x, y = (
+            torch.where(known, part - torch.where(known, part, 0.0).sum(0) / known.sum(0).clamp(min=1), 0.0)
+            for part in (values, targets)
+        )
+        sums = answers.summed(torch.stack([known.double(), x, y, x * x, y * y, x * y], -1).flatten(1), draws)
+        return _mean_r(_centred(sums.unflatten(1, (-1, 6))))
+
+
+class Spearman(Metric):
+    """Spearman's rank correlation of each output over the known values, and the mean over outputs. Equal values share
+    the mean of their ranks. Outputs are left out as by `Correlation`. Values are kept until the end of the set: 8 bytes
+    for each."""
+
+    measures: ClassVar[Kind | None] = "values"
+    higher_is_better = True
+    values: list[Tensor]
+    truths: list[Tensor]
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self.add_state("truths", [], dist_reduce_fx="cat")
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        values, targets = (tensor.flatten(0, -2) for tensor in values_of(output, batch))
+        self.values.append(values.float())
+        self.truths.append(targets.float())
+
+    def compute(self) -> Tensor:
+        truths = dim_zero_cat(self.truths)
+        return _rank_correlation(dim_zero_cat(self.values), truths, truths.new_ones(1, len(truths)))[0]
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        if not answers.point:
+            return None
+        values, targets = values_of(*answers.rows())
+        found = [
+            _rank_correlation(values.float(), targets.float(), answers.weights(some)) for some in draws.split(_AT_ONCE)
+        ]
+        return torch.cat(found)
+
+
+_AT_ONCE = 16  # draws whose ranks are in memory together
+
+
+def _rank_correlation(values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """`(draws,)` float64 of values and targets `(rows, outputs)`. weights: `(draws, rows)`, how often a row is
+    drawn."""
+    columns = []
+    for x, y in zip(values.unbind(1), targets.unbind(1), strict=True):
+        known = ~y.isnan()
+        times = weights[:, known].double()
+        ranks = [_ranks(part[known], times) for part in (x, y)]
+        means = [(times * rank).sum(1, keepdim=True) / times.sum(1, keepdim=True).clamp(min=1) for rank in ranks]
+        dx, dy = (rank - mean for rank, mean in zip(ranks, means, strict=True))
+        found = [times.sum(1), *(mean[:, 0] * 0 for mean in means)]
+        columns.append(torch.stack([*found, *((times * a * b).sum(1) for a, b in ((dx, dx), (dy, dy), (dx, dy)))], -1))
+    return _mean_r(torch.stack(columns, 1))
+
+
+def _ranks(values: Tensor, times: Tensor) -> Tensor:
+    """`(draws, rows)`: the rank of each row among those that are drawn, `times` often; equal values share one."""
+    different, place = values.unique(return_inverse=True)
+    counts = times.new_zeros(len(times), len(different)).index_add_(1, place, times)
+    return (counts.cumsum(1) - (counts - 1) / 2)[:, place]
+
+
+def _mean_r(moments: Tensor) -> Tensor:
+    """The mean r `(...)` of the outputs that have one: of moments `(..., outputs, 6)`."""
+    count, _, _, xx, yy, xy = moments.unbind(-1)
+    # a constant has no r; rounding makes constants not exactly constant
+    tiny = torch.finfo(torch.float32).eps ** 2
+    scale = count * (1 + moments[..., 1:3].square().amax(-1))
+    good = (count > 1) & (xx > tiny * scale) & (yy > tiny * scale)
+    r = torch.where(good, xy / (xx * yy).sqrt(), 0.0).clamp(-1, 1)
+    return r.sum(-1) / good.sum(-1)
+
+
+def _centred(sums: Tensor) -> Tensor:
+    """Moments of sums `(..., 6)`: of 1, x, y, xx, yy and xy."""
+    count, x, y, xx, yy, xy = sums.unbind(-1)
+    n = count.clamp(min=1)
+    return torch.stack([count, x / n, y / n, xx - x * x / n, yy - y * y / n, xy - x * y / n], -1)
 
 
 def _merged(one: Tensor, other: Tensor) -> Tensor:

@@ -188,18 +188,24 @@ def test_a_constant_has_no_correlation() -> None:
 def test_every_registered_metric_is_known_here() -> None:
     known = {
         "accuracy",
+        "balanced_accuracy",
         "macro_f1",
         "mcc",
+        "auroc",
+        "auprc",
+        "ece",
         "confusion",
         "bits_per_token",
         "bits_per_byte",
         "perplexity",
         "token_accuracy",
         "multilabel_auroc",
+        "multilabel_auprc",
         "multilabel_f1",
         "mae",
         "rmse",
         "crps",
         "correlation",
+        "spearman",
     }
     assert {entry.name for entry in catalog()["metrics"] if "/" not in entry.name} == known

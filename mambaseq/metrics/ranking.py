@@ -1,0 +1,153 @@
+"""Areas under curves: how well scores rank what holds above what does not. Scores are kept until the end of the set."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_cat
+
+from mambaseq.batch import Batch
+from mambaseq.errors import ConfigError
+from mambaseq.heads.base import Kind
+from mambaseq.metrics.answers import Answers
+from mambaseq.metrics.base import Metric
+from mambaseq.models import ModelOutput
+
+_AT_ONCE = 2**21  # weights of rows
+Area = Callable[[Tensor, Tensor], Tensor]
+
+
+def roc_area(hits: Tensor, misses: Tensor) -> Tensor:
+    """Areas under ROC curves, `(draws,)` float64; ties count half. hits, misses: `(draws, thresholds)` float64, how
+    many rows of each kind have a score, from the lowest score to the highest."""
+    below = misses.cumsum(-1) - misses / 2
+    return (hits * below).sum(-1) / (hits.sum(-1) * misses.sum(-1))
+
+
+def precision_area(hits: Tensor, misses: Tensor) -> Tensor:
+    """Average precision: the mean of the precision at each threshold, weighted by the recall that it adds. Arguments as
+    of `roc_area`."""
+    found, said = (x.flip(-1).cumsum(-1).flip(-1) for x in (hits, hits + misses))
+    return (hits * found / said.clamp(min=1)).sum(-1) / hits.sum(-1)
+
+
+def areas(scores: Tensor, labels: Tensor, weights: Tensor, area: Area) -> Tensor:
+    """The mean area of the columns that have rows of both kinds, `(draws,)` float64; NaN where none has.
+
+    scores: `(rows, n)`. labels: `(rows, n)`: 1 where a label holds, 0 where not, negative where unknown. weights:
+        `(draws, rows)`, how often a row is drawn.
+    """
+    total = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+    count = torch.zeros_like(total)
+    for score, label in zip(scores.unbind(1), labels.unbind(1), strict=True):
+        known = (label >= 0).nonzero()[:, 0]
+        order = known[score[known].argsort()]
+        ends = torch.ones(len(order), dtype=torch.bool, device=order.device)
+        ends[:-1] = score[order[1:]] != score[order[:-1]]
+        holds = label[order].double()
+        for first in range(0, len(weights), step := max(_AT_ONCE // max(len(order), 1), 1)):
+            some = weights[first : first + step, order].double()
+            hits, misses = (_between(some * kind, ends) for kind in (holds, 1 - holds))
+            both = (hits.sum(-1) > 0) & (misses.sum(-1) > 0)
+            found = area(hits, misses)
+            total[first : first + step] += torch.where(both, found, 0.0)
+            count[first : first + step] += both
+    return torch.where(count > 0, total / count, torch.nan)
+
+
+def _between(values: Tensor, ends: Tensor) -> Tensor:
+    """Sums of values `(draws, rows)` over rows up to each of the ends."""
+    if bool(ends.all()):
+        return values
+    sums = values.cumsum(-1)[:, ends]
+    return torch.cat([sums[:, :1], sums.diff(dim=-1)], -1)
+
+
+class Ranked(Metric):
+    """Keeps the scores and labels of all rows.
+
+    area: the area under a curve of one label; see `areas`.
+    """
+
+    higher_is_better = True
+    area: Area
+    scores: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    @abc.abstractmethod
+    def _scores(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores and labels of a batch, as `areas` takes them."""
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        scores, labels = self._scores(output, batch)
+        self.scores.append(scores)
+        self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        scores, labels = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
+        return areas(scores, labels, labels.new_ones(1, len(labels), dtype=torch.long), self.area)[0]
+
+    def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
+        scores, labels = self._scores(*answers.rows())
+        if not answers.per_token:
+            return areas(scores, labels, draws, self.area)
+        found: Iterator[Tensor] = (areas(scores, labels, answers.weights(one), self.area) for one in draws[:, None])
+        return torch.cat(list(found))
+
+
+class _RankedClasses(Ranked):
+    """Classes of sequences or positions; scores are log odds, so that none are rounded to 1."""
+
+    measures: ClassVar[Kind | None] = "labels"
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        if len(self.class_names) < 2:
+            raise ConfigError(f"{type(self).__name__} needs labelled data; this dataset has no classes.")
+
+    def _scores(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert output.logits is not None
+        assert batch.targets is not None
+        logits, targets, n = output.logits.flatten(0, -2), batch.targets.flatten(), len(self.class_names)
+        if logits.shape[-1] != n:
+            raise ConfigError(
+                f"{type(self).__name__} ranks the {n} classes of the data, but the head has {logits.shape[-1]}. Choose "
+                "a head with the data's classes, or remove the metric."
+            )
+        known = targets != -100
+        return one_against_rest(logits[known], targets[known])
+
+
+def one_against_rest(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log odds of each class, `(rows, n)` float64, and whether it is the true one, int8; of two classes the second
+    alone, `(rows, 1)`. logits: `(rows, n)`. targets: `(rows,)` int64."""
+    logits = logits.double()
+    if logits.shape[1] == 2:
+        return logits[:, 1:] - logits[:, :1], targets[:, None].to(torch.int8)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    others = [logits[:, classes != one].logsumexp(1) for one in classes]
+    return logits - torch.stack(others, 1), (targets[:, None] == classes).to(torch.int8)
+
+
+class LabelAUROC(_RankedClasses):
+    """Exact area under the ROC curve: of two classes, how well the second one's is ranked; of several, the mean over
+    the classes, each against the rest. Classes that never or always occur are left out; NaN if that leaves none. Scores
+    are kept until the end of the set: 9 bytes for each row and class."""
+
+    area = staticmethod(roc_area)
+
+
+class LabelAUPRC(_RankedClasses):
+    """Exact average precision, the area under the precision-recall curve: of two classes that of the second; of several
+    the mean over the classes, each against the rest. Classes and scores as by `LabelAUROC`."""
+
+    area = staticmethod(precision_area)
