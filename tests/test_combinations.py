@@ -26,6 +26,7 @@ ENCODERS: dict[str, list[dict[str, Any]]] = {
     "rc_tokens": [{**PAIRS, "n_conditions": 3}],
     "signal": [{"n_channels": 2, "n_conditions": 3}],
     "dna/kmer": [{"k": 3, "stride": 1}, {"k": 4, "stride": 3}],
+    "dna/conv": [{**TABLE, "width": 5, "positions": 64}],
 }
 BACKBONES: dict[str, list[dict[str, Any]]] = {
     "residual": [{"n_layers": 2}, {"n_layers": 1, "chunk_length": 5}],
@@ -35,7 +36,7 @@ BACKBONES: dict[str, list[dict[str, Any]]] = {
 }
 HEADS: dict[str, list[dict[str, Any]]] = {
     "lm": [TABLE],
-    "classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "last", "first")],
+    "classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "max", "last", "first")],
     "regression": [{"n_outputs": 2}],
     "multilabel": [{"n_classes": 3}],
     "token_classification": [{"n_classes": 6}, {"n_classes": 6, "stride": 3}],

@@ -11,7 +11,10 @@ domain = Domain(
             "one token a base: A C G T N, lower case folded or kept",
         ),
     },
-    encoders={"kmer": ("mambaseq_dna.encoders:KmerEncoder", "embeddings of k-mers, every few bases, for classifiers")},
+    encoders={
+        "kmer": ("mambaseq_dna.encoders:KmerEncoder", "embeddings of k-mers, every few bases, for classifiers"),
+        "conv": ("mambaseq_dna.encoders:ConvEncoder", "a convolution over bases, with learned positions if wanted"),
+    },
     datasets={
         "species": (
             "mambaseq_dna.species:SpeciesData",
@@ -29,6 +32,9 @@ domain = Domain(
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
         "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
+    },
+    recipes={
+        "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
     },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy next to k-mer logistic regression")},
 )

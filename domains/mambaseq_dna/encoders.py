@@ -1,4 +1,4 @@
-"""Embeddings of words of bases."""
+"""Embeddings of bases with their neighbours: words of k bases, and a convolution."""
 
 from __future__ import annotations
 
@@ -76,3 +76,68 @@ class KmerEncoder(Encoder):
                 "The encoder dna/kmer takes no condition, but the data have some. Use the encoder tokens."
             )
         return self.embedding(self.words(inputs, cu_seqlens, mask))
+
+
+class ConvEncoder(Encoder):
+    """Bases `(batch, length)` to embeddings that see `width` bases around each: a convolution over one-hot bases, GELU,
+    and a linear map.
+
+    It looks ahead, so it is for classifiers and masked models. What lies outside of a sequence counts as no base.
+
+    Args:
+        d_model: width of the embeddings.
+        vocab_size: number of token ids.
+        width: bases that a position sees, an odd number.
+        positions: for windows of one length (promoters around their start): a learned vector is added at each of so
+            many positions; 0 for none. Longer sequences are refused.
+    """
+
+    takes_mask: ClassVar[bool] = True
+    causal = False
+
+    def __init__(self, d_model: int, vocab_size: int, width: int = 11, positions: int = 0) -> None:
+        super().__init__()
+        if not (1 <= width <= 101 and width % 2) or not 0 <= positions <= 2**20:
+            raise ConfigError(
+                f"The encoder dna/conv needs an odd width up to 101, and up to 2^20 positions, not width {width} and "
+                f"positions {positions}."
+            )
+        self.vocab_size, self.width, self.positions = vocab_size, width, positions
+        self.filters = nn.Linear(width * vocab_size, d_model)
+        self.linear = nn.Linear(d_model, d_model)
+        self.position = nn.Parameter(torch.zeros(positions, d_model)) if positions else None
+
+    def forward(
+        self,
+        inputs: Tensor,
+        condition: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Raises ConfigError for a condition, and for sequences of more than `positions`."""
+        if condition is not None:
+            raise ConfigError(
+                "The encoder dna/conv takes no condition, but the data have some. Use the encoder tokens."
+            )
+        length, reach = inputs.shape[1], self.width // 2
+        if self.positions and length > self.positions and cu_seqlens is None:
+            raise ConfigError(
+                f"The encoder dna/conv has {self.positions} positions (model.encoder.positions), and was given "
+                f"{length}. Give windows of that length, or set positions to 0."
+            )
+        outside = self.vocab_size  # no base
+        bases = inputs if mask is None else inputs.masked_fill(~mask, outside)
+        around = F.pad(bases, (reach, reach), value=outside).unfold(1, self.width, 1)  # (batch, length, width)
+        place = torch.arange(length, device=inputs.device)
+        if cu_seqlens is not None:
+            sequences.check(cu_seqlens, len(inputs), length)
+            of = sequences.of_positions(cu_seqlens, length)
+            near = place[:, None] + torch.arange(-reach, reach + 1, device=inputs.device)
+            within = (near >= cu_seqlens[of][:, None]) & (near < cu_seqlens[of + 1][:, None])
+            around = around.masked_fill(~within, outside)
+            place = place - cu_seqlens[of]
+        one_hot = around[..., None] == torch.arange(self.vocab_size, device=inputs.device)
+        x = self.linear(F.gelu(self.filters(one_hot.flatten(2).to(self.filters.weight.dtype))))
+        if self.position is None:
+            return x
+        return x + self.position[place.clamp(max=self.positions - 1)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 
-Pool = Literal["mean", "last", "first"]
+Pool = Literal["mean", "max", "last", "first"]
 Kind = Literal["labels", "multilabels", "values"]
 
 
@@ -73,23 +73,30 @@ def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:
 def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """One vector for each sequence: `(sequences, d_model)` fp32 from hidden `(batch, length, d_model)`.
 
-    mean: over the real positions (mask, right padding), or over each packed sequence. last: the last real position.
-        first: position 0. An empty packed sequence gives zeros.
+    mean: over the real positions (mask, right padding), or over each packed sequence. max: the largest of each feature
+        there. last: the last real position. first: position 0. An empty packed sequence gives zeros.
     """
     if cu_seqlens is not None:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        if how != "mean":
+        if how in ("last", "first"):
             ends = cu_seqlens[1:].long() - 1 if how == "last" else cu_seqlens[:-1].long()
             rows = hidden[0, ends.clamp(0, hidden.shape[1] - 1)].float()
             return torch.where(lengths[:, None] > 0, rows, 0.0)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
         total = hidden.new_zeros(len(lengths), hidden.shape[-1], dtype=torch.float32)
+        if how == "max":
+            of = owner[:, None].expand(-1, hidden.shape[-1])
+            return total.scatter_reduce(0, of, hidden[0].float(), "amax", include_self=False)
         return total.index_add(0, owner, hidden[0].float()) / lengths.clamp(min=1)[:, None]
     if how == "first":
         return hidden[:, 0].float()
     if mask is None:
+        if how == "max":
+            return hidden.float().amax(1)
         return hidden.float().mean(1) if how == "mean" else hidden[:, -1].float()
     lengths = mask.sum(1)
     if how == "last":
         return hidden[torch.arange(len(hidden), device=hidden.device), (lengths - 1).clamp(min=0)].float()
+    if how == "max":
+        return hidden.float().masked_fill(~mask[..., None], -torch.inf).amax(1)
     return (hidden.float() * mask[..., None]).sum(1) / lengths.clamp(min=1)[:, None]

@@ -45,7 +45,7 @@ class ClassificationHead(_PooledHead):
     Args:
         d_model: width of the backbone's output.
         n_classes: number of labels.
-        pooling: "mean" over positions, or the "last" or "first" one.
+        pooling: "mean" or "max" over positions, or the "last" or "first" one.
         scale: multiplies the pooled vector. A mean over many positions differs little between sequences; a scale of
             about the square root of the length / 4 lets the classifier learn as fast as the rest.
         dropout: applied to the pooled vector in training.
@@ -95,7 +95,7 @@ class MultilabelHead(_PooledHead):
     Args:
         d_model: width of the backbone's output.
         n_classes: number of labels.
-        pooling: "mean" over positions, or the "last" or "first" one.
+        pooling: "mean" or "max" over positions, or the "last" or "first" one.
         scale: multiplies the pooled vector; see the head classification.
         dropout: applied to the pooled vector in training.
         label_smoothing: in training the target of a label that applies is 1 - label_smoothing / 2, of another

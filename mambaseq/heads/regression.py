@@ -17,7 +17,7 @@ class RegressionHead(Head):
     Args:
         d_model: width of the backbone's output.
         n_outputs: values a sequence.
-        pooling: "mean" over positions, or the "last" or "first" one.
+        pooling: "mean" or "max" over positions, or the "last" or "first" one.
     """
 
     per_token: ClassVar[bool] = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from mambaseq_dna.encoders import KmerEncoder
+from mambaseq_dna.encoders import ConvEncoder, KmerEncoder
+
+from mambaseq.errors import ConfigError
 
 NONE = 16  # 4^2
 
@@ -30,3 +33,17 @@ def test_words_end_with_their_sequence() -> None:
 def test_the_encoder_says_that_it_looks_ahead() -> None:
     assert not KmerEncoder(8, k=2, stride=1).causal
     assert KmerEncoder(8, k=1, stride=1).causal
+
+
+def test_the_convolution_equals_pytorchs() -> None:
+    """The filters over one-hot bases, as a convolution with zeros around the sequence."""
+    encoder = ConvEncoder(8, vocab_size=5, width=5, positions=12)
+    torch.nn.init.normal_(encoder.position)
+    ids = torch.randint(0, 5, (2, 12))
+    one_hot = torch.nn.functional.one_hot(ids, 5).float().transpose(1, 2)  # (batch, 5, length)
+    weight = encoder.filters.weight.view(8, 5, 5).transpose(1, 2)  # (d_model, vocab_size, width)
+    convolved = torch.nn.functional.conv1d(one_hot, weight, encoder.filters.bias, padding=2).transpose(1, 2)
+    expected = encoder.linear(torch.nn.functional.gelu(convolved)) + encoder.position
+    torch.testing.assert_close(encoder(ids), expected)
+    with pytest.raises(ConfigError, match="has 12 positions"):
+        encoder(torch.zeros(1, 13, dtype=torch.int64))

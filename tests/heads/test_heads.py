@@ -23,10 +23,11 @@ from mambaseq.models import causal_lm
 from mambaseq.ops.linear_cross_entropy import chunked as chunks
 
 
-@pytest.mark.parametrize("how", ["mean", "last"])
+@pytest.mark.parametrize("how", ["mean", "max", "last"])
 def test_pooling_masked_and_packed_agree(how) -> None:
     a, b = torch.randn(3, 4), torch.randn(5, 4)
-    expected = torch.stack([t.mean(0) if how == "mean" else t[-1] for t in (a, b)])
+    by_hand = {"mean": lambda t: t.mean(0), "max": lambda t: t.amax(0), "last": lambda t: t[-1]}
+    expected = torch.stack([by_hand[how](t) for t in (a, b)])
     padded = torch.full((2, 5, 4), 99.0)
     padded[0, :3], padded[1] = a, b
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])

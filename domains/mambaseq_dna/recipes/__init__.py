@@ -1,0 +1,1 @@
+"""Recipes of published results on DNA."""
