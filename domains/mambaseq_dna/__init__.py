@@ -22,7 +22,7 @@ domain = Domain(
         ),
         "genome": ("mambaseq_dna.genome:GenomeData", "next or masked bases of FASTA files"),
     },
-    readers={"fasta": ("mambaseq_dna.files.fasta:read_fasta", "FASTA records, plain, gzip or bgzip")},
+    readers={"fasta": ("mambaseq_dna.files.fasta:read_fasta", "records of FASTA, plain or packed, or of 2bit")},
     writers={
         "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
     },

@@ -17,15 +17,16 @@ from mambaseq.data.intervals import Group, Intervals
 from mambaseq.data.leakage import check_disjoint, without_copies
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.files.fasta import fasta_store
+from mambaseq_dna.files.fasta import fasta_stores
 from mambaseq_dna.tokenizer import N
 
 Duplicates = Literal["refuse", "drop"]
 
 SPLITS = ("train", "validation", "test")
 _SETS = {"train": "training", "validation": "validation", "test": "test"}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 18
 _N, _LOWER_N = N, N + 5  # see BaseTokenizer("keep")
+_N_BYTE, _LOWER_N_BYTE = bytes([_N]), bytes([_LOWER_N])
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,22 @@ def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
     previous = True
     for first in range(start, stop, _CHUNK):
         chunk = np.asarray(ids[first : min(first + _CHUNK, stop)])
+        letters = chunk.tobytes()
+        if not previous and _N_BYTE not in letters and _LOWER_N_BYTE not in letters:  # nearly always, and much quicker
+            continue
         is_n = (chunk == _N) | (chunk == _LOWER_N)
         edges.append(np.flatnonzero(np.diff(is_n, prepend=previous)) + first)
         previous = bool(is_n[-1])
     if not previous:
         edges.append(np.array([stop]))
     return np.concatenate(edges).astype(np.int64).reshape(-1, 2) if edges else np.zeros((0, 2), np.int64)
+
+
+def known_stretches(store: TokenStore) -> np.ndarray:
+    """`stretches_without_n` of all tokens of a store, found at first use and kept with it."""
+    return store.kept("stretches-without-n", lambda: stretches_without_n(store.tokens, 0, len(store.tokens))).reshape(
+        -1, 2
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +128,15 @@ class SplitRules:
         test = _Patterns("test_records", self.test_records)
         validation = _Patterns("validation_records", self.validation_records)
         splits: dict[str, list[Group]] = {split: [] for split in SPLITS}
-        stores: dict[Path, TokenStore] = {}
-        for name, patterns in files.items():
-            paths = list(dict.fromkeys(path for pattern in patterns for path in locate(pattern)))
+        found = {
+            name: list(dict.fromkeys(path for pattern in patterns for path in locate(pattern)))
+            for name, patterns in files.items()
+        }
+        every = list(dict.fromkeys(path for paths in found.values() for path in paths))
+        stores = dict(zip(every, fasta_stores(every, cache), strict=True))
+        for name, paths in found.items():
             rows = []
             for number, path in enumerate(paths):
-                if path not in stores:
-                    stores[path] = fasta_store(path, cache)
                 rows.append(np.insert(self._rows(path.name, stores[path], test, validation), 0, number, axis=1))
             table = np.concatenate(rows) if rows else np.zeros((0, 5), np.int64)
             own = [stores[path] for path in paths]
@@ -139,8 +152,8 @@ class SplitRules:
         elif refuse_copies:
             check_disjoint(remedy=", or set data.duplicates to drop, which keeps such copies in one split", **splits)
         self._refuse_empty(splits, stores)
-        found = {split: of if any(len(group.intervals) for group in of) else [] for split, of in splits.items()}
-        return Splits(**found, sources=_sources(stores))
+        kept = {split: of if any(len(group.intervals) for group in of) else [] for split, of in splits.items()}
+        return Splits(**kept, sources=_sources(stores))
 
     def _rows(self, file: str, store: TokenStore, test: _Patterns, validation: _Patterns) -> np.ndarray:
         """`(intervals, 4)` int64: split (index in SPLITS), record, start, stop; in order."""
@@ -204,7 +217,7 @@ def _without_n(store: TokenStore, parts: np.ndarray) -> np.ndarray:
     """Parts of records that follow each other without gaps, cut into stretches without N."""
     first = store.starts[parts[:, 1]]
     begin = first + parts[:, 2]
-    found = stretches_without_n(store.tokens, 0, len(store.tokens))
+    found = known_stretches(store)
     inner = begin[1:]
     of = np.maximum(np.searchsorted(found[:, 0], inner, side="right") - 1, 0)
     inner = inner[(inner > found[of, 0]) & (inner < found[of, 1])] if len(found) else inner[:0]

@@ -36,17 +36,18 @@ def _encoding(lowercase: str) -> np.ndarray:
     return table
 
 
-def fold_case(ids: np.ndarray) -> np.ndarray:
-    """Ids of a `lowercase="keep"` tokenizer → ids of a `"fold"` one (0..4)."""
+def fold_case(ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Ids of a `lowercase="keep"` tokenizer → ids of a `"fold"` one (0..4). out: where uint8 ids go, not `ids`."""
     ids = np.asarray(ids)
     if ids.dtype != np.uint8:
         return ids % len(BASES)
-    return np.minimum(ids, ids - np.uint8(len(BASES)))  # below 5, the difference wraps around: several times faster
+    # below 5, the difference wraps around: several times faster
+    return np.minimum(ids, np.subtract(ids, np.uint8(len(BASES)), out=out), out=out)
 
 
-def complement(folded: np.ndarray) -> np.ndarray:
-    """Ids 0..4, uint8 → ids of the complementary bases, in the same order."""
-    return np.minimum(np.uint8(3) - folded, np.uint8(N))  # N, 4, wraps around
+def complement(folded: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Ids 0..4, uint8 → ids of the complementary bases, in the same order. out: where they go, `folded` itself too."""
+    return np.minimum(np.bitwise_xor(folded, np.uint8(3), out=out), np.uint8(N), out=out)  # N, 4, becomes 7 first
 
 
 def is_lowercase(ids: np.ndarray) -> np.ndarray:

@@ -7,21 +7,26 @@ import hashlib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from mambaseq.atomic import atomic_folder, json_text
-from mambaseq.errors import DataError, cut_list, shown
+from mambaseq.atomic import atomic_file, atomic_folder, json_text
+from mambaseq.errors import DataError, UserError, cut_list, shown
 from mambaseq.resources import cache_dir, make_private
 
 FORMAT = 2
 TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
 DTYPES = ("uint8", "uint16", "uint32")
-_WRITTEN_AT_ONCE = 1 << 22
+_WRITTEN_AT_ONCE = 1 << 20
+_WAITING = 8  # pieces that a slow disk may be behind
+_LONG = 1 << 20  # tokens of a record whose checksums are worth a thread
+_WORKERS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +53,40 @@ def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
     return found, found
 
 
+def _of_records(tokens: np.ndarray, lengths: np.ndarray, checksums: Checksums) -> np.ndarray:
+    """The checksums of records end to end, `(records, 2)` uint64; long ones side by side."""
+    found = np.empty((len(lengths), 2), dtype="<u8")
+    stops = np.cumsum(lengths).tolist()
+    long: list[int] = []
+    start = 0
+    for record, stop in enumerate(stops):
+        if stop - start < _LONG:
+            found[record] = checksums(tokens[start:stop])
+        else:
+            long.append(record)
+        start = stop
+    if long:
+        with ThreadPoolExecutor(min(len(long), _WORKERS)) as threads:
+            parts = (tokens[stops[record] - int(lengths[record]) : stops[record]] for record in long)
+            for record, pair in zip(long, threads.map(checksums, parts), strict=True):
+                found[record] = pair
+    return found
+
+
 def _seal(index: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json_text(index, sort_keys=True).encode())
 
 
 class _Tokens:
-    """Writes tokens to a file, many small records at once, and keeps the checksum of the written bytes."""
+    """Writes tokens to a file on a thread of its own, many small records at once, and keeps the checksum of the written
+    bytes."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._file, self._dtype, self._limit = path.open("wb"), np.dtype(dtype), np.iinfo(dtype).max
         self._pending: list[np.ndarray] = []
         self._size = 0
+        self._thread = ThreadPoolExecutor(1, "token-store")
+        self._waiting: deque[Future[None]] = deque()
         self.checksum = xxhash.xxh3_64()
 
     def write(self, name: str, tokens: np.ndarray) -> None:
@@ -76,13 +104,26 @@ class _Tokens:
 
     def _flush(self) -> None:
         data = self._pending[0].data if len(self._pending) == 1 else b"".join(part.data for part in self._pending)
+        self._pending, self._size = [], 0
+        self._waiting.append(self._thread.submit(self._write, data))
+        if len(self._waiting) > _WAITING:
+            self._waiting.popleft().result()
+
+    def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self.checksum.update(data)
-        self._pending, self._size = [], 0
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Write what is left. Raises the error of any write."""
         if self._pending:
             self._flush()
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._file.flush()
+
+    def close(self) -> None:
+        """Stop, also in the middle."""
+        self._thread.shutdown(cancel_futures=True)
         self._file.close()
 
 
@@ -90,7 +131,8 @@ class TokenStore:
     """Records of tokens in one memory-mapped file. `store[i]` is record i, `(length,)`, read from disk when used.
 
     folder: holds `tokens.bin` (the records end to end), `names.json`, `lengths.bin` (int64), `checksums.bin` (uint64,
-        two for each record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself).
+        two for each record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself); and
+        what was found out about the tokens (`kept`).
     names, starts, lengths: of the records, in file order. meta: what the store was built from.
     tokens: all records end to end, `(tokens,)`. checksums: `(records, 2)` uint64, see `Checksums`. A store pickles as
         its path, so loader workers map the same file.
@@ -112,6 +154,7 @@ class TokenStore:
             self.dtype = np.dtype(index["dtype"])
             self.meta: dict[str, Any] = index["meta"]
             parts: dict[str, bytes] = {}
+            self._checksum: str = index["files"][TOKENS][1]
             for name, (size, checksum) in index["files"].items():
                 found = (self.folder / name).stat().st_size
                 if found != size:
@@ -151,6 +194,25 @@ class TokenStore:
         start = self.starts[record]
         return self.tokens[start : start + self.lengths[record]]
 
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What follows from the tokens alone and takes a while to find, such as the places of gaps: int64 values, made
+        once and kept beside the tokens, as far as that folder is writable.
+
+        name: of what it is; another name when what `make` gives changes. Returns a flat array.
+        """
+        path = self.folder / f"{name}.kept"
+        with contextlib.suppress(OSError, ValueError):
+            data = path.read_bytes()
+            if data[:16] == self._seal_of(name, data[16:]):
+                return np.frombuffer(data, dtype="<i8", offset=16)
+        found = np.ascontiguousarray(make(), dtype="<i8").reshape(-1)
+        with contextlib.suppress(OSError, UserError), atomic_file(path, "wb") as file:
+            file.write(self._seal_of(name, found.tobytes()) + found.tobytes())
+        return found
+
+    def _seal_of(self, name: str, data: bytes) -> bytes:
+        return xxhash.xxh3_128_digest(f"{self._checksum} {name} ".encode() + data)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
@@ -180,8 +242,7 @@ class TokenStore:
         names: list[str] = []
         lengths: list[int] = []
         with atomic_folder(folder, replace=replace) as temporary:
-            file = _Tokens(temporary / TOKENS, dtype)
-            try:
+            with contextlib.closing(_Tokens(temporary / TOKENS, dtype)) as file:
                 for name, tokens in records:
                     if name is not None:
                         names.append(name)
@@ -193,8 +254,7 @@ class TokenStore:
                         for chunk in tokens:
                             file.write(names[-1], chunk)
                             lengths[-1] += len(chunk)
-            finally:
-                file.close()
+                file.finish()
             if not sum(lengths):
                 sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
                 raise DataError(
@@ -203,15 +263,11 @@ class TokenStore:
                 )
             written = np.array(lengths, dtype="<i8")
             everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
-            of_records: list[int] = []
-            stop = 0
-            for length in lengths:
-                start, stop = stop, stop + length
-                of_records += checksums(everything[start:stop])
+            of_records = _of_records(everything, written, checksums)
             parts = {
                 NAMES: json.dumps(names, allow_nan=False).encode(),
                 LENGTHS: written.tobytes(),
-                CHECKSUMS: np.array(of_records, dtype="<u8").tobytes(),
+                CHECKSUMS: of_records.tobytes(),
             }
             files = {TOKENS: [everything.nbytes, file.checksum.hexdigest()]}
             for name, data in parts.items():

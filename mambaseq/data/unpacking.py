@@ -15,7 +15,7 @@ from typing import BinaryIO
 from mambaseq.errors import DataError
 from mambaseq.limits import UNPACKED_RATIO, UNRATED, check_unpacked
 
-PIECE = 1 << 22
+PIECE = 1 << 20  # what a processor's cache holds, so that parsing runs from there
 _PACKED_PIECE = 1 << 18
 _MAGIC = b"\x1f\x8b"
 _OTHERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -17,8 +18,8 @@ import pytest
 import xxhash
 
 from mambaseq.data.cache import fingerprint, locate
-from mambaseq.data.store import Records, StoreError, TokenStore, smallest_dtype
-from mambaseq.errors import DataError
+from mambaseq.data.store import Records, StoreError, TokenStore, content_checksums, smallest_dtype
+from mambaseq.errors import DataError, UserError
 from mambaseq.resources import cache_dir
 
 META = {"sources": [{"name": "a.txt", "size": 3}], "tokenizer": "bytes"}
@@ -70,6 +71,46 @@ def test_a_store_that_says_it_is_of_something_else_is_built_again(tmp_path: Path
     (store.folder / "index.json").write_bytes((other.folder / "index.json").read_bytes())
     assert TokenStore(store.folder).meta == {"sources": [1.5]}
     assert TokenStore.cached("s", some_records, "uint8", META, cache=tmp_path).meta == META
+
+
+def test_what_follows_from_tokens_is_kept_with_them(tmp_path: Path) -> None:
+    store = TokenStore.build(tmp_path / "s", some_records(), "uint8", META)
+    made: list[str] = []
+
+    def make(store: TokenStore) -> np.ndarray:
+        made.append(store.folder.name)
+        return store.tokens[:4].reshape(2, 2)
+
+    for opened in (store, TokenStore(store.folder)):
+        found = opened.kept("first", lambda: make(store))
+        assert (found.dtype, found.tolist(), made) == (np.dtype("int64"), [0, 1, 2, 3], ["s"])
+    kept = store.folder / "first.kept"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\1")
+    assert store.kept("first", lambda: make(store)).tolist() == [0, 1, 2, 3]
+    other = TokenStore.build(tmp_path / "other", [("r", np.array([9, 8, 7, 6]))], "uint8", META)
+    (other.folder / "first.kept").write_bytes(kept.read_bytes())
+    assert other.kept("first", lambda: make(other)).tolist() == [9, 8, 7, 6]
+    assert made == ["s", "s", "other"]
+    (other.folder / "second.kept").mkdir()  # a place that cannot be written
+    assert other.kept("second", lambda: make(other)).tolist() == [9, 8, 7, 6]
+
+
+def test_a_disk_that_fills_up_while_tokens_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mambaseq.data.store._Tokens._write", full)
+    records = [("r", np.zeros(2**20, dtype=np.uint8))] * 20
+    with pytest.raises(UserError, match="is full"):
+        TokenStore.build(tmp_path / "s", records, "uint8", META)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_records_have_their_own_checksums(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, 4, length).astype(np.uint8) for length in (3, 2**20, 5, 2**20 + 1, 0, 2**21)]
+    store = TokenStore.build(tmp_path / "s", [(str(k), part) for k, part in enumerate(tokens)], "uint8", META)
+    assert store.checksums.tolist() == [list(content_checksums(part)) for part in tokens]
 
 
 def test_pickle_maps_the_same_file(tmp_path: Path) -> None:

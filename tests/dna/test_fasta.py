@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from Bio import SeqIO, bgzf
-from mambaseq_dna.files.fasta import fasta_store, read_fasta, strand_checksums, write_fasta
+from mambaseq_dna.files.fasta import fasta_store, fasta_stores, read_fasta, strand_checksums, write_fasta
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources
@@ -42,6 +42,7 @@ KINDS = {
     "without a last line end": PLAIN.rstrip().encode(),
     "byte order mark": b"\xef\xbb\xbf" + PLAIN.encode(),
     "comments": (";one\n\n;two\n" + PLAIN.replace("\n", "\n;AC>GT; x\n")).encode(),
+    "lower case alone": PLAIN.lower().encode(),
     "spaces and tabs": PLAIN.replace("CG", " C\tG ").replace("\n\n", "\n  \n").encode(),
     "gzip": gzip.compress(PLAIN.encode()),
     "two gzip members": gzip.compress(PLAIN[:20].encode()) + gzip.compress(PLAIN[20:].encode()),
@@ -163,6 +164,7 @@ BAD = {
     "utf-16": (GOOD.encode("utf-16"), "looks like UTF-16; convert it"),
     "cut bzip2": (bz2.compress(GOOD.encode())[:-5], "cut short: .* too early, in or after record 'good'"),
     "genbank": ("LOCUS       SCU49845\n", "looks like GenBank; convert it"),
+    "embl": ("ID   X56734; SV 1; linear; mRNA\n", "looks like EMBL; convert it"),
     "a header without an end": (">" + "x" * (2 << 20), r"line of more than 1,048,576 bytes where a header"),
     "zeros": (gzip.compress(bytes(2 << 20)), "no FASTA header.*is it FASTA"),
     "empty gzip": (gzip.compress(b""), r"is empty \(0 bytes once unpacked\)"),
@@ -295,6 +297,27 @@ def test_a_bad_file_leaves_no_store(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="looks like a protein"):
         fasta_store(write(tmp_path / "a.fa", GOOD + PROTEIN), cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "stores").iterdir()) == []
+
+
+def test_several_files_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, with the error of the first bad one; what is interrupted leaves no store and is built later."""
+    paths = [write(tmp_path / f"{k}.fa", f">r{k}\n{'ACGT' * (k + 1)}\n") for k in range(6)]
+    stores = fasta_stores(paths, tmp_path / "cache")
+    assert [(store.names, len(store.tokens)) for store in stores] == [([f"r{k}"], 4 * k + 4) for k in range(6)]
+    write(paths[1], PROTEIN)
+    write(paths[4], "ACGT\n")
+    with pytest.raises(DataError, match=r"1\.fa, record .* looks like a protein"):
+        fasta_stores(paths, tmp_path / "other")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mambaseq_dna.files.fasta.sequence_pieces", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fasta_stores(paths[2:4], tmp_path / "third")
+    assert list((tmp_path / "third" / "stores").iterdir()) == []
+    assert [store.names for store in fasta_stores(paths[2:4], tmp_path / "third")] == [["r2"], ["r3"]]
 
 
 @pytest.mark.parametrize("name", ["out.fa", "out.fa.gz"])

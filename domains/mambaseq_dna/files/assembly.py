@@ -1,4 +1,4 @@
-"""An assembly: the sequences of one or several FASTA files, read by name and place."""
+"""An assembly: the sequences of one or several FASTA or 2bit files, read by name and place."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from mambaseq.data.cache import locate
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.files.fasta import fasta_store
+from mambaseq_dna.files.fasta import fasta_stores
 from mambaseq_dna.tokenizer import BaseTokenizer, N
 
 _OTHER_NAMES = {"M": "MT", "MT": "M"}  # UCSC's name of the mitochondrion, and Ensembl's
 
 
 class Assembly:
-    """Sequences by name, from FASTA files that are read once into token stores.
+    """Sequences by name, from FASTA or 2bit files that are read once into token stores.
 
     names, lengths: of all sequences, in the order of the files. stores: one a file. Pickles as its stores' paths.
 
-    Raises DataError for a file that cannot be used (see `fasta_pieces`), and for a name that two files have.
+    Raises DataError for a file that cannot be used (see `fasta_store`), and for a name that two files have.
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path], cache: str | Path | None = None) -> None:
@@ -29,7 +29,7 @@ class Assembly:
         self.paths = list(dict.fromkeys(path for pattern in patterns for path in locate(pattern)))
         if not self.paths:
             raise ConfigError("An assembly needs a FASTA file; none is named.")
-        self.stores: list[TokenStore] = [fasta_store(path, cache) for path in self.paths]
+        self.stores: list[TokenStore] = fasta_stores(self.paths, cache)
         self._place: dict[str, tuple[int, int]] = {}
         for number, (path, store) in enumerate(zip(self.paths, self.stores, strict=True)):
             for record, name in enumerate(store.names):

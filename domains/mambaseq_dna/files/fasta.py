@@ -1,10 +1,14 @@
-"""Reads and writes FASTA: plain, gzip and bgzip, with one record in memory at a time."""
+"""Reads FASTA and 2bit, and writes FASTA, with one record in memory at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-from collections.abc import Iterable, Iterator
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,24 +21,33 @@ from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file
-from mambaseq_dna.files.parsing import fasta_pieces
+from mambaseq_dna.files.parsing import Piece, fasta_pieces
+from mambaseq_dna.files.twobit import is_twobit, twobit_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 
 Lowercase = Literal["fold", "keep", "unscored"]
 
 _LINE = 80
 _SHORT, _CHUNK = 1 << 12, 1 << 20
+_PART = 1 << 16  # what stays in a processor's cache
+_WORTH_A_THREAD = 1 << 24
+_FILES_AT_ONCE = 4
 _FOLD = bytes(fold_case(np.arange(256, dtype=np.uint8)))
 _N = bytes([N])
 _COMPLEMENT = bytes(complement(np.arange(256, dtype=np.uint8)))
 
 
+def sequence_pieces(path: Path, table: bytes) -> Iterator[Piece]:
+    """The sequences of a FASTA or 2bit file, told apart by their first bytes: see `fasta_pieces`, `twobit_pieces`."""
+    return twobit_pieces(path, table) if is_twobit(path) else fasta_pieces(path, table)
+
+
 def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase = "fold") -> Iterator[Record]:
-    """The records of a FASTA file as ids, in file order: name (the header's first word), description (the
+    """The records of a FASTA or 2bit file as ids, in file order: name (the header's first word), description (the
     rest), and which bases count in a likelihood: N never does.
 
     lowercase: as in the model's training data; with `"unscored"` lower case does not count either.
-    Raises DataError as `fasta_pieces` does, ConfigError for another value of lowercase.
+    Raises DataError as `fasta_pieces` and `twobit_pieces` do, ConfigError for another value of lowercase.
     """
     if lowercase not in get_args(Lowercase):
         raise ConfigError(
@@ -54,7 +67,7 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
 
     pieces: list[bytes] = []
     name = description = ""
-    for begins, told, ids in fasta_pieces(Path(path), BaseTokenizer("keep").table):
+    for begins, told, ids in sequence_pieces(Path(path), BaseTokenizer("keep").table):
         if begins is not None:
             if pieces:
                 yield record(name, description, pieces)
@@ -72,20 +85,58 @@ def strand_checksums(ids: np.ndarray) -> tuple[int, int]:
     if len(ids) <= _SHORT:
         forward = ids.tobytes().translate(_FOLD)
         return xxhash.xxh3_64_intdigest(forward), xxhash.xxh3_64_intdigest(forward[::-1].translate(_COMPLEMENT))
-    one, other = xxhash.xxh3_64(), xxhash.xxh3_64()
-    for start in range(0, len(ids), _CHUNK):
-        one.update(fold_case(ids[start : start + _CHUNK]).data)
-    for stop in range(len(ids), 0, -_CHUNK):
-        turned = complement(fold_case(ids[max(stop - _CHUNK, 0) : stop]))[::-1]
-        other.update(np.ascontiguousarray(turned).data)
-    return one.intdigest(), other.intdigest()
+    if len(ids) < _WORTH_A_THREAD:
+        return _checksum(ids), _checksum_of_other_strand(ids)
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(_checksum_of_other_strand, ids)
+        return _checksum(ids), other.result()
+
+
+def _checksum(ids: np.ndarray) -> int:
+    digest, buffer = xxhash.xxh3_64(), np.empty(_PART, dtype=np.uint8)
+    for start in range(0, len(ids), _PART):
+        part = ids[start : start + _PART]
+        digest.update(fold_case(part, out=buffer[: len(part)]).data)
+    return digest.intdigest()
+
+
+def _checksum_of_other_strand(ids: np.ndarray) -> int:
+    digest, buffer, turned = xxhash.xxh3_64(), np.empty(_PART, dtype=np.uint8), np.empty(_PART, dtype=np.uint8)
+    for stop in range(len(ids), 0, -_PART):
+        part = ids[max(stop - _PART, 0) : stop]
+        folded, into = fold_case(part, out=buffer[: len(part)]), turned[: len(part)]
+        into[:] = complement(folded, out=folded)[::-1]
+        digest.update(into.data)
+    return digest.intdigest()
 
 
 def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
-    """The token store of a FASTA file, built at first use: ids of `BaseTokenizer("keep")`, uint8.
+    """The token store of a FASTA or 2bit file, built at first use: ids of `BaseTokenizer("keep")`, uint8.
 
     The store keeps lower case; whether it is folded or used as a mask is decided when windows are read.
     """
+    return _store(path, cache, threading.Event())
+
+
+def fasta_stores(paths: Sequence[Path], cache: str | Path | None = None) -> list[TokenStore]:
+    """`fasta_store` of each file, several at once. Raises the error of the first file that has one."""
+    if len(paths) < 2:
+        return [fasta_store(path, cache) for path in paths]
+    stop = threading.Event()
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, _FILES_AT_ONCE)) as threads:
+        try:
+            return list(threads.map(_store, paths, itertools.repeat(cache), itertools.repeat(stop)))
+        except BaseException:
+            stop.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _Stopped(Exception):
+    """Another file cannot be read, or the user interrupts."""
+
+
+def _store(path: Path, cache: str | Path | None, stop: threading.Event) -> TokenStore:
     tokenizer = BaseTokenizer("keep")
     meta = {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
 
@@ -93,7 +144,9 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
         small = path.stat().st_size <= 64 * 2**20
         with tqdm(desc=f"reading {path.name}", unit="base", unit_scale=True, disable=small) as bar:
             read = 0
-            for name, _, ids in fasta_pieces(path, tokenizer.table):
+            for name, _, ids in sequence_pieces(path, tokenizer.table):
+                if stop.is_set():
+                    raise _Stopped
                 yield name, np.frombuffer(ids, dtype=np.uint8)
                 read += len(ids)
                 if read >= _CHUNK:
