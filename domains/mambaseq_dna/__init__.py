@@ -36,5 +36,12 @@ domain = Domain(
     recipes={
         "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
     },
+    commands={
+        "variants": ("mambaseq_dna.variants.commands:variants", "score variants of a VCF or table: see --help"),
+        "mutagenesis": (
+            "mambaseq_dna.variants.commands:mutagenesis",
+            "the effect of every substitution in a region, as a table and a picture: see --help",
+        ),
+    },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy next to k-mer logistic regression")},
 )

@@ -66,6 +66,10 @@ class Embeddings(Answer):
         finally:
             handle.remove()
 
+    def hidden(self, inputs: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Of whole sequences of one length, `(batch, length, ...)` to `(batch, positions, width)` fp32, not pooled."""
+        return self._hidden(inputs, condition)[0]
+
     def _hidden(
         self, inputs: Tensor, condition: Tensor | None, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:

@@ -1,0 +1,133 @@
+"""Reads variants: VCF files (the VCF 4.x columns 1 to 5), and tables with columns CHROM, POS, REF and ALT."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from mambaseq.data.unpacking import Unreadable, read_pieces
+from mambaseq.errors import DataError, shown
+from mambaseq_dna.files.bed import text_lines
+
+_NAMES = {  # of a table's columns, in lower case and without a # before them
+    "chrom": ("chrom", "chr", "chromosome", "seqname"),
+    "pos": ("pos", "position"),
+    "ref": ("ref", "reference", "ref_allele"),
+    "alt": ("alt", "alternate", "alternative", "alt_allele"),
+}
+_LOOKS_LIKE = (
+    (b"BCF", "it is BCF; convert it (bcftools view -O z)"),
+    (b"##gff", "it looks like GFF, which holds features, not variants"),
+    (b">", "it looks like FASTA, which is what --reference takes"),
+    (b"track", "it looks like BED, which holds intervals, not variants"),
+)
+_VCF = b"##"  # its first line is ##fileformat=VCFv4.x
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """One alternative of a line. pos: of REF's first base, from 1, as in the file. alt: one of the line's alternatives,
+    as it is written there; number: which one, from 0. id: "" for none."""
+
+    chrom: str
+    pos: int
+    ref: str
+    alt: str
+    id: str = ""
+    line: int = 0
+    number: int = 0
+
+
+def is_vcf(path: str | Path) -> bool:
+    """Whether a file begins as a VCF does, and not as a table. Raises DataError for a file that is neither."""
+    path = Path(path)
+    try:
+        piece = next((piece for piece in read_pieces(path) if piece.strip()), b"").removeprefix(_BOM).lstrip()
+    except Unreadable as error:
+        raise error.at("before any variant") from error
+    if not piece:
+        raise DataError(f"{path} is empty. Check that it was copied or written completely.")
+    for begin, told in _LOOKS_LIKE:
+        if piece.startswith(begin):
+            raise DataError(f"{path} is not a VCF file or a table of variants: {told}.")
+    first = piece.partition(b"\n")[0].rstrip(b"\r")
+    return first.startswith(_VCF) or (first.startswith(b"#CHROM\t") and first.split(b"\t")[2:3] == [b"ID"])
+
+
+def read_variants(path: str | Path) -> Iterator[Variant]:
+    """The variants of a VCF file or of a table, plain or packed, in file order: one for each alternative of a line.
+
+    A table has a header with CHROM, POS (from 1), REF and ALT, in any case and order, with tabs or commas between them.
+    Alleles that are no bases (`*`, `.`, `<DEL>`, breakends) are returned as they are.
+    Raises DataError that names file and line: for a file of another kind, one without header or variants, a line with
+    fewer columns, and a position that is not a whole number.
+    """
+    path = Path(path)
+    found = False
+    for variant in _of_vcf(path) if is_vcf(path) else _of_table(path):
+        found = True
+        yield variant
+    if not found:
+        raise DataError(f"{path} has a header and no variant. Check that it is the right file.")
+
+
+def _of_vcf(path: Path) -> Iterator[Variant]:
+    for number, line in text_lines(path):
+        if not line.strip() or line.startswith("#"):
+            continue
+        cells = line.split("\t")
+        if len(cells) < 5:
+            raise DataError(
+                f"{path}, line {number:,}: {shown(line)} is not a variant. A VCF line has CHROM, POS, ID, REF and ALT, "
+                "separated by tabs."
+            )
+        chrom, pos, name, ref, alts = cells[:5]
+        yield from _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+
+
+def _of_table(path: Path) -> Iterator[Variant]:
+    places: list[int] | None = None
+    delimiter = "\t"
+    for number, line in text_lines(path):
+        if not line.strip() or (places is not None and line.startswith("#")):
+            continue
+        if places is None:
+            delimiter = "\t" if "\t" in line else ","
+            places = _header(path, number, next(csv.reader([line], delimiter=delimiter)))
+            continue
+        cells = next(csv.reader([line], delimiter=delimiter))
+        if len(cells) <= max(places):
+            raise DataError(f"{path}, line {number:,}: {shown(line)} has {len(cells)} columns, fewer than the header.")
+        chrom, pos, ref, alts = (cells[place].strip() for place in places[:4])
+        name = cells[places[4]].strip() if len(places) > 4 else ""
+        yield from _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+
+
+def _header(path: Path, number: int, cells: list[str]) -> list[int]:
+    """The places of CHROM, POS, REF, ALT and, where there is one, ID."""
+    names = [cell.strip().lower().removeprefix("#") for cell in cells]
+    places = [next((names.index(name) for name in known if name in names), -1) for known in _NAMES.values()]
+    if -1 not in places:
+        return places + ([names.index("id")] if "id" in names else [])
+    if len(cells) > 1 and cells[1].strip().isdigit():
+        raise DataError(
+            f"{path}, line {number:,}: the file begins with {shown(' '.join(cells))} and has no header. Put one before "
+            "it: ##fileformat=VCFv4.2 and #CHROM POS ID REF ALT for VCF, or CHROM POS REF ALT for a table."
+        )
+    missing = ", ".join(key.upper() for key, place in zip(_NAMES, places, strict=True) if place == -1)
+    raise DataError(
+        f"{path}, line {number:,}: {shown(' '.join(cells))} is neither the beginning of a VCF file nor a table's "
+        f"header: it has no column {missing}. Give a VCF file, or a table with CHROM, POS (from 1), REF and ALT."
+    )
+
+
+def _variants(path: Path, line: int, chrom: str, pos: str, name: str, ref: str, alts: str) -> Iterator[Variant]:
+    if not (pos.isascii() and pos.isdigit() and len(pos) < 19):
+        raise DataError(
+            f"{path}, line {line:,}: the position is {shown(pos)}, which is not a whole number, counted from 1."
+        )
+    for number, alt in enumerate(alts.split(",")):
+        yield Variant(chrom, int(pos), ref, alt, name, line, number)

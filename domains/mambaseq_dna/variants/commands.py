@@ -1,0 +1,131 @@
+"""`mambaseq dna/variants` and `mambaseq dna/mutagenesis`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from mambaseq.errors import ConfigError
+from mambaseq.importing import uncollected
+from mambaseq.outputs import is_stream
+
+
+class _Options(argparse.ArgumentParser):
+    """Refuses what it cannot use as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+
+
+def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        action="append",
+        metavar="FASTA",
+        help="the assembly: a FASTA file or a pattern, plain or packed; may be given several times",
+    )
+    parser.add_argument(
+        "--what",
+        choices=whats,
+        default="answers",
+        help="answers: the log-likelihood ratio of a language model (nats; below 0: the alternative is less likely), "
+        "or the change of a classifier's probabilities or of values; embeddings: how far the embedding moves",
+    )
+    parser.add_argument("--window", type=int, help="bases around the variant; the default is the length of training")
+    parser.add_argument(
+        "--both-strands",
+        action=argparse.BooleanOptionalAction,
+        help="the mean over both strands; the default for likelihoods and embeddings, but not for other answers",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("mean", "last", "variant"),
+        default="mean",
+        help="embeddings: the mean over the window (the default), its last position, or the mean over the allele",
+    )
+    parser.add_argument("--layer", type=int, help="embeddings: after this layer, 1 being the first")
+    parser.add_argument("--batch-tokens", type=int, help="bases that are read at once; lower it if memory is short")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+
+
+def variants(argv: list[str]) -> int:
+    """`mambaseq dna/variants`."""
+    parser = _Options(
+        allow_abbrev=False,
+        prog="mambaseq dna/variants",
+        description="Score variants with a model: each alternative of a VCF file (or of a table with CHROM, POS, REF "
+        "and ALT) against the reference.",
+        epilog="REF is compared with the reference, and chr1 is found where 1 is named. What cannot be scored keeps "
+        "its row, with a note that says why.",
+    )
+    _shared(parser, ("answers", "embeddings", "both"))
+    parser.add_argument("variants", metavar="VARIANTS", help="a VCF file or a table, plain or packed (gzip, bgzip)")
+    parser.add_argument(
+        "--out", default="/dev/stdout", metavar="FILE", help="FILE.tsv, .csv, .parquet or .vcf; the default is a pipe"
+    )
+    given = parser.parse_args(argv)
+    with uncollected(for_good=True):
+        from mambaseq_dna.variants.scoring import score_variants
+
+    found = score_variants(
+        given.checkpoint,
+        given.reference,
+        given.variants,
+        given.out,
+        what=given.what,
+        window=given.window,
+        both_strands=given.both_strands,
+        pool=given.pool,
+        layer=given.layer,
+        batch_tokens=given.batch_tokens,
+        device=given.device,
+    )
+    if found.without:
+        why = "; ".join(f"{count:,} {reason}" for reason, count in list(found.without.items())[:5])
+        number = sum(found.without.values())
+        print(f"mambaseq dna/variants: {number:,} of {found.rows:,} have no score: {why}.", file=sys.stderr)
+    out = Path(given.out)
+    print(f"{found.rows:,} rows in {out}", file=sys.stderr if is_stream(out) else sys.stdout)
+    return 0
+
+
+def mutagenesis(argv: list[str]) -> int:
+    """`mambaseq dna/mutagenesis`."""
+    parser = _Options(
+        allow_abbrev=False,
+        prog="mambaseq dna/mutagenesis",
+        description="In-silico mutagenesis: the effect of every substitution in a region, as a table and a picture.",
+    )
+    _shared(parser, ("answers", "embeddings"))
+    parser.add_argument(
+        "--region", required=True, metavar="NAME:START-STOP", help="such as chr17:43044295-43044394, both ends counted"
+    )
+    parser.add_argument("--answer", metavar="NAME", help="the class or value whose change is the effect, if several")
+    parser.add_argument("--out", required=True, metavar="FILE", help="FILE.tsv, .csv or .parquet")
+    parser.add_argument("--picture", metavar="FILE", help="FILE.png or .svg: effects as colours below a logo")
+    given = parser.parse_args(argv)
+    with uncollected(for_good=True):
+        from mambaseq_dna.variants.mutagenesis import mutagenesis as run
+
+    table = run(
+        given.checkpoint,
+        given.reference,
+        given.region,
+        given.out,
+        picture=given.picture,
+        answer=given.answer,
+        what=given.what,
+        window=given.window,
+        both_strands=given.both_strands,
+        pool=given.pool,
+        layer=given.layer,
+        batch_tokens=given.batch_tokens,
+        device=given.device,
+    )
+    drawn = "" if given.picture is None else f", and a picture in {given.picture}"
+    print(f"{len(table):,} rows in {given.out}{drawn}", file=sys.stderr if is_stream(Path(given.out)) else sys.stdout)
+    return 0
