@@ -1,14 +1,20 @@
-"""`mambaseq data`: data sets that can be fetched."""
+"""`mambaseq data`: data sets that can be fetched, and the audit of a run's data."""
 
 from __future__ import annotations
 
 import sys
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys
+from mambaseq.cli.imports import add_allow_import
+from mambaseq.importing import uncollected
 
 
 def run(argv: list[str], command: str) -> int:
-    parser = Arguments(prog="mambaseq data", description="Data sets that can be fetched and verified.")
+    if argv[:1] == ["audit"]:
+        return _audit(argv[1:])
+    parser = Arguments(
+        prog="mambaseq data", description="Data sets that can be fetched and verified, and the audit of a run's data."
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     for action, text in (
         ("list", "names, licences, and which are here already"),
@@ -24,6 +30,7 @@ def run(argv: list[str], command: str) -> int:
             help="folder of fetched data; $MAMBASEQ_CACHE or the user's cache folder when left out. Runs look in those "
             "two only: set MAMBASEQ_CACHE to this folder when you train",
         )
+    actions.add_parser("audit", help="look for leaks and shortcuts in a configuration's data: audit CONFIG")
     arguments = parser.parse_args(argv)
     from mambaseq.data.fetch import fetch
     from mambaseq.data.manifest import manifest, manifests
@@ -49,3 +56,38 @@ def run(argv: list[str], command: str) -> int:
         if folder != cache_dir().resolve():
             print(f"Set MAMBASEQ_CACHE={folder} when you train: runs look for fetched data there.", file=sys.stderr)
     return 0
+
+
+def _audit(argv: list[str]) -> int:
+    parser = Arguments(
+        prog="mambaseq data audit",
+        description="Look for leaks (copies and shared words between splits or classes) and shortcuts (properties that "
+        "tell classes) in the data of a run. Further options, --key value, override the configuration; `mambaseq data "
+        "audit CONFIG --help` lists the keys.",
+        add_help=not any(not argument.startswith("-") for argument in argv),
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a name from `mambaseq list configs`, a YAML file, or a run")
+    parser.add_argument(
+        "--out", metavar="FILE", action="append", default=[], help="write FILE.json or FILE.html; twice for both"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when a leak or a shortcut is found")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="share of held-out windows that may have more than half of their words in another split (default: 0.02)",
+    )
+    add_allow_import(parser)
+    arguments, overrides = parser.parse_known_args(argv)
+    if asks_for_help(overrides):
+        return print_keys(parser, arguments.config, overrides)
+    with uncollected(for_good=True):
+        from mambaseq.auditing.text import lines
+        from mambaseq.runs.audit import audit
+
+    found = audit(arguments.config, overrides, out=arguments.out, tolerance=arguments.tolerance)
+    for line in lines(found):
+        print(line)
+    return int(arguments.strict and not found.clean)

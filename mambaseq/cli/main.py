@@ -47,7 +47,10 @@ COMMANDS = {
     ),
     "bench": ("mambaseq.cli.bench", "measure speed next to installed peers: ops, block, train, decode"),
     "reproduce": ("mambaseq.cli.reproduce", "repeat a published result and compare the paper's figures with ours"),
-    "data": ("mambaseq.cli.data", "data sets that can be fetched: list, info NAME, fetch NAME"),
+    "data": (
+        "mambaseq.cli.data",
+        "data sets that can be fetched: list, info NAME, fetch NAME; audit CONFIG looks for leaks and shortcuts",
+    ),
     "demo": ("mambaseq.cli.demo", "train every domain's demo on the shipped data and write report.html"),
 }
 

@@ -1,0 +1,1 @@
+"""What `mambaseq data audit` finds out about a dataset: copies, shared words, and properties that give classes away."""
