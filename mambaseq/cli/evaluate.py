@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
@@ -17,6 +20,11 @@ def run(argv: list[str], command: str) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="fit the dataset's baselines to the run's training set as well, and measure them on the same records",
+    )
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--checkpoint", parser.prog)
@@ -25,8 +33,39 @@ def run(argv: list[str], command: str) -> int:
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 
-    results = evaluate(RunFolder(arguments.checkpoint), command, overrides)
-    for name, value in results.items():
-        if isinstance(value, float):
-            print(f"{name:<24} {value:.4f}")
+    results = evaluate(RunFolder(arguments.checkpoint), command, overrides, baselines=arguments.baselines)
+    print(told(results))
     return 0
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """What an evaluation found, as lines: a metric each with its 95% interval, and tables of baselines."""
+    lines, notes = [], []
+    for name, value in results.items():
+        place, _, word = name.rpartition("/")
+        if isinstance(value, float):
+            of = results.get(f"{place}/intervals", {}).get("metrics", {}).get(word)
+            between = "" if of is None else f"  [{of[0]:.4f}, {of[1]:.4f}]"
+            lines.append(f"{name:<24} {value:.4f}{between}")
+        elif word == "intervals":
+            notes.append(f"[95% intervals over {value['draws']:,} draws of the {value['count']:,} {value['of']}]")
+        elif word == "baselines":
+            notes += [f"\n{place}: baselines on the same records, {value['metric']}", *_table(results, place, value)]
+    return "\n".join([*lines, *notes])
+
+
+def _table(results: Mapping[str, Any], place: str, found: Mapping[str, Any]) -> list[str]:
+    metric = found["metric"]
+    own = {
+        "name": "this run",
+        "metrics": {metric: results[f"{place}/{metric}"]},
+        "intervals": results.get(f"{place}/intervals", {}).get("metrics", {}),
+    }
+    wide = max(len(row["name"]) for row in [own, *found["rows"]])
+    lines = []
+    for row in [own, *found["rows"]]:
+        value, between = row["metrics"].get(metric), row.get("intervals", {}).get(metric)
+        numbers = "" if value is None else f"{value:.4f}"
+        numbers += "" if between is None else f"  [{between[0]:.4f}, {between[1]:.4f}]"
+        lines.append(f"  {row['name']:<{wide}}  {numbers:<24}  {row.get('note', '')}".rstrip())
+    return [*lines, found["verdict"]]

@@ -24,8 +24,8 @@ COMMANDS = {
         "mambaseq.cli.sweep",
         "train runs of several settings, a grid or a search, by one YAML: SWEEP.yaml [--out FOLDER]",
     ),
-    "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN"),
-    "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN"),
+    "validate": ("mambaseq.cli.evaluate", "evaluate a run on its validation set: --checkpoint RUN [--baselines]"),
+    "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN [--baselines]"),
     "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE"),
     "generate": ("mambaseq.cli.generate", "continue a prompt: --checkpoint RUN [--prompt P] --out FILE"),
     "runs": (

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mambaseq.batch import Batch
 from mambaseq.data.audited import Audited, audited_items
+from mambaseq.data.baselines import Baseline
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, shown
@@ -26,6 +27,9 @@ class ItemDataset(Protocol):
 
     `endless` (optional, default False): any index is valid and item i is a function of i alone (random crops);
     `len` is then the number of items that make an epoch.
+    `groups` (optional): for a validation or test set, the group of each item, in their order; any hashable values.
+    Items of one group (windows of one record, sequences of one gene or patient) are drawn together where an evaluation
+    says how far its figures are from chance.
     """
 
     def __len__(self) -> int: ...
@@ -106,6 +110,12 @@ class SequenceData(abc.ABC):
         Raises DataError for data that cannot be audited.
         """
         return audited_items(self)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """What a model of these data must beat: for `mambaseq test --baselines`, called after `setup`. Each name stands
+        for a function that fits itself to the training set and answers the records of a test set; see
+        `mambaseq.data.baselines`."""
+        return {}
 
     def reader_options(self) -> dict[str, Any]:
         """Plain options that are saved with a model and handed to the reader (sample rate, ...)."""

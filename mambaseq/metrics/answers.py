@@ -24,16 +24,19 @@ class Answers:
 
     outputs: `(rows, n)` float32, logits or values. targets: `(rows,)` int64 classes, `(rows, n)` int64 of several
         labels, or `(rows, n)` float32 values. owner: `(rows,)` int64, ascending: the sequence that a row belongs to,
-        counted from 0. numbers: `(sequences,)` int64, the place of each in its data set. kind, per_token: as of a
-        `Batch`. point: whether the outputs are all that the head says of a value, and no point of a distribution.
+        counted from 0. numbers: `(sequences,)` int64, the place of each in its data set. places: `(rows,)` int64, the
+        position or bin of the sequence; 0 for whole sequences. kind, per_token, stride: as of a `Batch`. point: whether
+        the outputs are all that the head says of a value, and no point of a distribution.
     """
 
     outputs: Tensor
     targets: Tensor
     owner: Tensor
     numbers: Tensor
+    places: Tensor
     kind: Kind
     per_token: bool = False
+    stride: int = 1
     point: bool = True
 
     @classmethod
@@ -43,7 +46,7 @@ class Answers:
         kind: Kind = "values" if targets.is_floating_point() else "multilabels" if targets.dim() > 1 else "labels"
         numbers = known.nonzero()[:, 0]
         owner = torch.arange(len(numbers))
-        return cls(outputs[known].float(), _columns(targets[known]), owner, numbers, kind)
+        return cls(outputs[known].float(), _columns(targets[known]), owner, numbers, torch.zeros_like(owner), kind)
 
     @property
     def n_sequences(self) -> int:
@@ -87,17 +90,18 @@ class AnswerSheet(torchmetrics.Metric):
     """
 
     full_state_update = False
+    _STATES = ("outputs", "targets", "sequences", "places")
     outputs: list[Tensor]
     targets: list[Tensor]
     sequences: list[Tensor]
+    places: list[Tensor]
     left_out: Tensor
 
     def __init__(self, rank: int = 0, world: int = 1, most: int = MOST_NUMBERS) -> None:
         super().__init__()
         self.rank, self.world, self.most = rank, world, most
-        self.add_state("outputs", [], dist_reduce_fx="cat")
-        self.add_state("targets", [], dist_reduce_fx="cat")
-        self.add_state("sequences", [], dist_reduce_fx="cat")
+        for state in self._STATES:
+            self.add_state(state, [], dist_reduce_fx="cat")
         self.add_state("left_out", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self._seen = self._kept = 0
         self._facts: dict[str, Any] = {}
@@ -106,11 +110,12 @@ class AnswerSheet(torchmetrics.Metric):
         answers, targets = output.values, batch.targets
         assert answers is not None
         assert targets is not None
-        owner, count = _owners(batch, targets)
+        owner, places, count = _owners(batch, targets)
         answers = answers.reshape(len(owner), -1)
         targets = _columns(targets.flatten(0, 1) if batch.per_token else targets)
         known = _known(targets)
-        self._facts = {"kind": batch.kind, "per_token": batch.per_token, "point": output.distribution is None}
+        self._facts = {"kind": batch.kind, "per_token": batch.per_token, "stride": batch.stride}
+        self._facts["point"] = output.distribution is None
         sequences = self.rank + self.world * (self._seen + owner[known])
         self._seen += count
         if self.outputs and self._kept + answers[known].numel() > self.most:
@@ -120,6 +125,7 @@ class AnswerSheet(torchmetrics.Metric):
         self.outputs.append(answers[known].float())
         self.targets.append(targets[known])
         self.sequences.append(sequences)
+        self.places.append(places[known])
 
     def compute(self) -> Tensor:
         return self.left_out
@@ -130,21 +136,23 @@ class AnswerSheet(torchmetrics.Metric):
         with self.sync_context():
             if int(self.left_out) or not self._facts:
                 return None
-            outputs, targets, sequences = (
-                dim_zero_cat(part).cpu() for part in (self.outputs, self.targets, self.sequences)
-            )
+            outputs, targets, sequences, places = (dim_zero_cat(getattr(self, state)).cpu() for state in self._STATES)
         order = sequences.argsort(stable=True)
         numbers, owner = sequences[order].unique_consecutive(return_inverse=True)
-        return Answers(outputs[order], targets[order], owner, numbers, **self._facts)
+        return Answers(outputs[order], targets[order], owner, numbers, places[order], **self._facts)
 
 
-def _owners(batch: Batch, targets: Tensor) -> tuple[Tensor, int]:
-    """The sequence of the batch that each row belongs to, and how many sequences there are."""
+def _owners(batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The sequence of the batch that each row belongs to, the row's place in it, and how many sequences there are."""
+    device = targets.device
+    numbers = torch.arange(len(targets), device=device)
     if not batch.per_token:
-        return torch.arange(len(targets), device=targets.device), len(targets)
+        return numbers, torch.zeros_like(numbers), len(targets)
     bounds = batch.cu_seqlens
     if bounds is None:
-        rows = torch.arange(len(targets), device=targets.device)
-        return rows.repeat_interleave(targets.shape[1]), len(targets)
-    bins = -((bounds[:-1] - bounds[1:]) // batch.stride).long()
-    return torch.arange(len(bins), device=targets.device).repeat_interleave(bins), len(bins)
+        bins = torch.full_like(numbers, targets.shape[1])
+    else:
+        bins = -((bounds[:-1] - bounds[1:]) // batch.stride).long()
+        numbers = torch.arange(len(bins), device=device)
+    owner = numbers.repeat_interleave(bins)
+    return owner, torch.arange(len(owner), device=device) - (bins.cumsum(0) - bins)[owner], len(bins)

@@ -37,7 +37,7 @@ LARGEST = 1e300  # of what is drawn: a range of larger numbers is no float
 
 class Curve(NamedTuple):
     """A series of a line chart. xs, ys: its points; those that are finite, and below 1e300, are drawn. kind: "curve",
-    "faint" or "dots" (joined). colour: 0, 1 or 2 of the page's."""
+    "faint", "dots" (joined) or, in a `square`, "points". colour: 0, 1 or 2 of the page's."""
 
     name: str
     xs: Sequence[float]
@@ -150,6 +150,69 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, height: float = 2
     return frame(WIDTH, height, f"{y_label} over {x_label}: {names}", "".join(parts))
 
 
+def square(
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    span: tuple[float, float] = (0.0, 1.0),
+    diagonal: bool = True,
+    amounts: Sequence[tuple[float, float]] = (),
+) -> str:
+    """A chart with the same range on both axes. Names of curves stand below each other in the lower right.
+
+    diagonal: draw it. amounts: (x, share of the largest) of faint bars at the bottom.
+    """
+    drawn = [(curve, *thinned(curve.xs, curve.ys)) for curve in curves]
+    drawn = [one for one in drawn if len(one[1])]
+    low, high = span
+    if not drawn or not high > low:
+        return ""
+    x0, x1, y0, y1 = 48.0, NARROW - 12.0, NARROW - 40.0, 12.0
+
+    def px(x: float) -> float:
+        return x0 + (min(max(x, low), high) - low) / (high - low) * (x1 - x0)
+
+    def py(y: float) -> float:
+        return y0 - (min(max(y, low), high) - low) / (high - low) * (y0 - y1)
+
+    parts, levels = [], ticks(low, high, 4)
+    for level, word in zip(levels, axis_numbers(levels), strict=True):
+        parts.append(f'<path class="grid" d="M{x0:.1f} {py(level):.1f}H{x1:.1f}M{px(level):.1f} {y0:.1f}V{y1:.1f}"/>')
+        parts.append(text(x0 - 6, py(level) + 4, word, "end"))
+        parts.append(text(px(level), y0 + 15, word, "middle"))
+    for x, share in amounts:
+        height = 0.22 * (y0 - y1) * min(max(share, 0.0), 1.0)
+        parts.append(
+            f'<rect class="c2 area" fill-opacity="0.4" x="{px(x) - 5:.1f}" y="{y0 - height:.1f}" width="10" '
+            f'height="{height:.1f}"/>'
+        )
+    if diagonal:
+        parts.append(f'<path class="mark" fill="none" d="M{px(low):.1f} {py(low):.1f}L{px(high):.1f} {py(high):.1f}"/>')
+    for curve, x, y in sorted(drawn, key=lambda one: one[0].kind != "faint"):
+        points = [(px(float(a)), py(float(b))) for a, b in zip(x, y, strict=True)]
+        if curve.kind != "points":
+            path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
+            parts.append(f'<path class="c{curve.colour} {"faint" if curve.kind == "faint" else "curve"}" d="{path}"/>')
+        if curve.kind in ("dots", "points"):
+            size, shade = (3.0, "") if curve.kind == "dots" else (2.0, ' fill-opacity="0.5"')
+            parts += [
+                f'<circle class="c{curve.colour} dot" cx="{a:.1f}" cy="{b:.1f}" r="{size}"{shade}/>' for a, b in points
+            ]
+    named = [curve for curve, _, _ in drawn if curve.name]
+    for place, curve in enumerate(named):
+        y = y0 - 10 - 15 * (len(named) - 1 - place) - (0.22 * (y0 - y1) if amounts else 0)
+        parts.append(
+            f'<rect class="c{curve.colour} area" x="{x1 - 14:.1f}" y="{y - 6:.1f}" width="10" height="4" rx="2"/>'
+        )
+        parts.append(text(x1 - 18, y, curve.name, "end"))
+    parts.append(text((x0 + x1) / 2, NARROW - 8, x_label, "middle"))
+    turned = text(0, 0, y_label, "middle")
+    parts.append(f'<g transform="translate(12 {(y0 + y1) / 2:.1f}) rotate(-90)">{turned}</g>')
+    told = f"{y_label} over {x_label}: {', '.join(curve.name for curve in named)}"
+    return frame(NARROW, NARROW, told.rstrip(": "), "".join(parts))
+
+
 def axis_numbers(levels: Sequence[float]) -> list[str]:
     """An axis' numbers, in ascending order, with the decimals that the step between them needs: no two are alike.
 
@@ -238,10 +301,10 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     parts = []
     for row, name in enumerate(names):
         y = head + row * high
-        parts.append(text(margin - 6, y + high / 2 + 4, _cut(name), "end"))
+        parts.append(text(margin - 6, y + high / 2 + 4, shortened(name), "end"))
         x = margin + (row + 0.5) * wide
         turn = f' transform="rotate(-35 {x:.1f} {head - 6:.1f})"' if slanted else ""
-        column = text(x, head - 6, _cut(name), "start" if slanted else "middle")
+        column = text(x, head - 6, shortened(name), "start" if slanted else "middle")
         parts.append(column.replace("<text", f"<text{turn}", 1))
         for other in range(size):
             share, x = float(shares[row, other]), margin + other * wide
@@ -258,5 +321,6 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     return frame(WIDTH, height, told, "".join(parts))
 
 
-def _cut(name: str) -> str:
+def shortened(name: str) -> str:
+    """A name of at most 16 characters."""
     return name if len(name) <= 16 else f"{name[:15]}…"

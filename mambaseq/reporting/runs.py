@@ -2,7 +2,7 @@
 
 config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
 logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png
-report.html (the run's page)   .lock (held while it trains)
+evaluation.json (what the page draws of a test)   report.html (the run's page)   .lock (held while it trains)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ _OURS = (
     "logs",
     "tensorboard",
     "results.json",
+    "evaluation.json",
     "curves.png",
     "report.html",
 )
@@ -77,6 +78,7 @@ class RunFolder:
         self.weights = self.model / "model.safetensors"
         self.logs = self.path / "logs"
         self.results = self.path / "results.json"
+        self.evaluation = self.path / "evaluation.json"
         self.curves = self.path / "curves.png"
         self.report = self.path / "report.html"
         self.data = self.path / "data.json"
@@ -184,6 +186,22 @@ class RunFolder:
         if not self.results.is_file():
             return {}
         return read_json(self.results, "Delete it; `mambaseq validate` and `mambaseq test` write their results again.")
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """The contents of evaluation.json: what pictures of an evaluation are drawn from. {} if there is none, or a
+        damaged one: the next evaluation writes it again."""
+        try:
+            return read_json(self.evaluation) if self.evaluation.is_file() else {}
+        except UserError:
+            return {}
+
+    def update_evaluation(self, found: Mapping[str, Any]) -> None:
+        """Replace the sets of evaluation.json that `found` has; None removes one. Numbers that are not finite become
+        null."""
+        merged = {key: value for key, value in {**self.read_evaluation(), **found}.items() if value is not None}
+        if merged or self.evaluation.is_file():
+            with atomic_file(self.evaluation, "w", encoding="utf-8") as file:
+                file.write(json_text(merged) + "\n")
 
     def update_results(self, remove: Iterable[str] = (), **values: Any) -> None:
         """Merge values into results.json, and remove the keys `remove`. Numbers that are not finite become null.

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints.export import load_model
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
+from mambaseq.metrics.base import Metric
 from mambaseq.reporting.pictures import confusion_matrix, save_png
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, plain_interrupts
+from mambaseq.runs.judging import Judge, groups_of, keeps_answers
 from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.report import has_section, write_report
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
 from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
 from mambaseq.tasks.task import Task
 
+_STAGES = {"validate": "val", "test": "test"}
 
-def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress: bool = True) -> dict[str, Any]:
+
+def evaluate(
+    folder: RunFolder, command: str, overrides: list[str], *, progress: bool = True, baselines: bool = False
+) -> dict[str, Any]:
     """Metrics of the run's exported weights on its "validate" or "test" set; merged into results.json.
 
-    Raises UserError when there is no such set, run or model, or when the overrides ask for another model.
+    Models that label or value get intervals as well: `test/intervals` has the middle 95% of each metric over draws of
+    the set's sequences. baselines: fit the dataset's baselines to the training set and measure them on the same
+    records; `test/baselines` has a row for each, and a verdict.
+    Raises UserError when there is no such set, run or model, when the overrides ask for another model, or when there is
+    nothing to compare baselines by.
     """
     folder.require()
     settings = parse_config(str(folder.config), overrides)
@@ -33,21 +44,33 @@ def evaluate(folder: RunFolder, command: str, overrides: list[str], *, progress:
             "or train another model with `mambaseq fit`."
         )
     with quiet():
-        return _evaluate(settings, folder, command, progress)
+        return _evaluate(settings, folder, command, progress, baselines)
 
 
-def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool) -> dict[str, Any]:
+def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool, baselines: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
     before = _identities(folder)  # of every file that may be loaded, before one is
     loaded = load_model(folder.path)
     data = settings.make_data(setup=True)
-    if not named_sets(data.validation() if command == "validate" else data.test()):
+    sets = named_sets(data.validation() if command == "validate" else data.test())
+    if not sets:
         raise UserError(
             f"The dataset {shown(settings.settings['data']['name'])} has no {command} set; nothing was evaluated."
         )
     notes = _notes(settings, folder, data, command)
-    task = Task(loaded.model, metrics=settings.make_metrics(data))
+    metrics, keeps = settings.make_metrics(data), keeps_answers(loaded.model)
+    main = main_metric(settings, metrics)
+    if baselines and not (keeps and main):
+        raise UserError(
+            "Baselines are compared by a metric of labels or values, and "
+            + (
+                "this run has none: add --metrics '[accuracy]', or '[correlation]' for values."
+                if keeps
+                else f"the head {shown(settings.settings['model']['head']['name'])} continues sequences instead."
+            )
+        )
+    task = Task(loaded.model, metrics=metrics, keep_answers=keeps)
     trainer = make_trainer(settings, folder, [], [], progress)
     if trainer.is_global_zero:
         step = "an unknown step" if loaded.card.step is None else f"step {loaded.card.step}"
@@ -58,12 +81,29 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:
         return results
+    pictures: dict[str, Any] = {}
+    for name, items in sets.items():
+        place = f"{_STAGES[command]}/{name}".rstrip("/")
+        answers = task.answers.get(name)
+        found: dict[str, Any] = {}
+        if answers is not None:
+            figures = {label: results[f"{place}/{label}"] for label in metrics if f"{place}/{label}" in results}
+            judge = Judge(metrics, figures, main, answers, groups_of(items))
+            found["intervals"] = judge.intervals()
+            if baselines:
+                found["baselines"] = judge.beside(data, items, progress)
+            pictures[place] = judge.pictures(data.class_names)
+        else:
+            pictures[place] = None
+        notes |= {f"{place}/intervals": found.get("intervals", {}), f"{place}/baselines": found.get("baselines", {})}
+    results |= {key: value for key, value in notes.items() if value and key.endswith(("/intervals", "/baselines"))}
     try:
         with folder.locked():
             if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):
                 say(folder, "its weights changed during the evaluation; these results are not saved")
                 return results
-            folder.update_results(remove=[key for key, value in notes.items() if not value], **results, **notes)
+            folder.update_results(remove=[key for key, value in notes.items() if not value], **results | notes)
+            folder.update_evaluation(pictures)
     except RunInUse:
         say(folder, "it is being trained; these results are not saved")
         return results
@@ -75,6 +115,18 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
     if folder.report.is_file() and "steps" in folder.read_results() and not has_section(settings):
         write_report(folder, settings, Outcome("finished", "", Facts.of(loaded.model, data)))
     return results
+
+
+def main_metric(settings: RunConfig, metrics: Mapping[str, Metric]) -> str:
+    """The metric that chooses the best weights, or else the first one that says which of its values are better; ""
+    for none. The loss is no metric."""
+    fitting = [
+        name
+        for name, metric in metrics.items()
+        if metric.scalar and metric.needs_logits and metric.higher_is_better is not None
+    ]
+    word = settings.settings["checkpoint"]["monitor"].removeprefix("val/")
+    return next((name for name in fitting if word and f"/{name}".endswith(f"/{word}")), fitting[0] if fitting else "")
 
 
 def _identities(folder: RunFolder) -> dict[Path, tuple[int, int, int] | None]:
@@ -89,7 +141,7 @@ def _identities(folder: RunFolder) -> dict[Path, tuple[int, int, int] | None]:
 def _notes(settings: RunConfig, folder: RunFolder, data: SequenceData, command: str) -> dict[str, Any]:
     """Notes for results.json on what differs from the run's own data: settings that were given here, and files whose
     contents changed since training. Empty values where nothing does. Changed files are also printed."""
-    stage = "val" if command == "validate" else "test"
+    stage = _STAGES[command]
     given = {key: now for key, (_, now) in changed_settings(folder, settings).items()}
     given = {key: value for key, value in given.items() if key.startswith("data.") or key.startswith("trainer.limit_")}
     former = read_record(folder)

@@ -114,7 +114,8 @@ class Training:
             tensors, factors = split(raw_weights(checkpoint))
             adapter = factors, dataclasses.asdict(self.lora)
         load_weights(model, tensors, exported)
-        folder.results.unlink(missing_ok=True)  # metrics of weights that were exported before
+        for path in (folder.results, folder.evaluation):  # of weights that were exported before
+            path.unlink(missing_ok=True)
         step, of = checkpoint["global_step"], results["steps"]
         save_model(folder.model, model, dataclasses.replace(self.card, step=step), self.data.tokenizer, adapter=adapter)
         scale, unit = loss_unit(model.head)

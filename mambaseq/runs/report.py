@@ -12,6 +12,7 @@ from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting import Section, drawing, side_by_side, table
 from mambaseq.reporting.charts import confusion
 from mambaseq.reporting.curves import loss_charts, other_charts
+from mambaseq.reporting.evaluation import beside_baselines, pictures
 from mambaseq.reporting.numbers import number
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import Point, RunFolder
@@ -76,8 +77,11 @@ def _write(folder: RunFolder, settings: RunConfig, outcome: Outcome, sections: l
     more = other_charts(folder)
     more = f"<details><summary>Everything else that was logged</summary>{more}</details>" if more else ""
     body = f'<div class="wide">{side_by_side(charts, _results(results))}</div>{more}{_tables(results, facts)}'
+    body += "".join(pictures(of, place) for place, of in folder.read_evaluation().items() if isinstance(of, Mapping))
+    sections.append(Section("How it went", "", body))
+    if beside := _beside(results):
+        sections.append(Section("Beside baselines", "", beside))
     sections += [
-        Section("How it went", "", body),
         _costs(results, facts, logged),
         _settings(folder, settings),
     ]
@@ -134,10 +138,7 @@ def _results(results: Mapping[str, Any]) -> str:
         for key, value in results.items()
         if key.partition("/")[0] in stages and _is_number(value)
     }
-    rows = [
-        [name, *(float(v) if _is_number(v := results.get(f"{stage}/{name}", "")) else "" for stage in stages)]
-        for name in names
-    ]
+    rows = [[name, *(cell for stage in stages for cell in _figure(results, stage, name))] for name in names]
     if not rows:
         return "<p>There are no results: no validation set, or none that was reached.</p>"
     notes = ""
@@ -146,7 +147,29 @@ def _results(results: Mapping[str, Any]) -> str:
         if isinstance(changed, Mapping) and changed:
             words = cut(", ".join(f"{key} {value}" for key, value in changed.items()), 300)
             notes += f"<p>The {_STAGES[stage]} was done with {html.escape(words)}.</p>"
-    return table(("metric", *(_STAGES[stage] for stage in stages)), rows, alike="rows") + notes
+    header = [
+        word for stage in stages for word in (_STAGES[stage], *([_INTERVAL] if _has_intervals(results, stage) else []))
+    ]
+    return table(("metric", *header), rows, alike="rows") + notes
+
+
+_INTERVAL = "95% interval"
+
+
+def _has_intervals(results: Mapping[str, Any], stage: str) -> bool:
+    return any(key.startswith(f"{stage}/") and key.endswith("/intervals") for key in results)
+
+
+def _figure(results: Mapping[str, Any], stage: str, name: str) -> list[object]:
+    """A metric of a stage, and its interval where the stage has any."""
+    value = results.get(f"{stage}/{name}", "")
+    cells: list[object] = [float(value) if _is_number(value) else ""]
+    if _has_intervals(results, stage):
+        place, _, word = f"{stage}/{name}".rpartition("/")
+        pair = _between(results, place).get(word)
+        given = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
+        cells.append(f"{pair[0]:.3f} to {pair[1]:.3f}" if given else "")
+    return cells
 
 
 def _tables(results: Mapping[str, Any], facts: Facts) -> str:
@@ -159,6 +182,28 @@ def _tables(results: Mapping[str, Any], facts: Facts) -> str:
         if counts and len(counts) == size <= _LARGEST_TABLE and all(_counts(row, size) for row in counts):
             drawn.append(drawing(confusion(counts, facts.class_names), key))
     return f'<div class="wide">{side_by_side(*drawn)}</div>' if drawn else ""
+
+
+def _beside(results: Mapping[str, Any]) -> str:
+    """Baselines on the records of each set that they were measured on."""
+    told = ""
+    for key, found in results.items():
+        place, _, word = key.rpartition("/")
+        if word == "baselines" and place.partition("/")[0] in _STAGES:
+            own = {
+                name: float(value)
+                for whole, value in results.items()
+                if _is_number(value) and whole.startswith(f"{place}/") and "/" not in (name := whole[len(place) + 1 :])
+            }
+            told += beside_baselines(found, own, _between(results, place), place)
+    return told
+
+
+def _between(results: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The intervals of a set's metrics, by name."""
+    found = results.get(f"{place}/intervals")
+    metrics = found.get("metrics") if isinstance(found, Mapping) else None
+    return metrics if isinstance(metrics, Mapping) else {}
 
 
 def _counts(row: object, size: int) -> bool:

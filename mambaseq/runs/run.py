@@ -78,16 +78,19 @@ class Run:
         *,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
+        baselines: bool = False,
         **keys: Any,
     ) -> dict[str, Any]:
-        """Metrics of the exported weights, which are also merged into `results`.
+        """Metrics of the exported weights, which are also merged into `results`. See `mambaseq.runs.evaluation` for
+        intervals and baselines.
 
         Raises UserError when there is no such set or model.
         """
         if split not in ("validation", "test"):
             raise ConfigError(f"split must be 'validation' or 'test', not {shown(split)}.")
         overrides = as_overrides(str(self.folder.require().config), settings, keys)
-        return evaluate(self.folder, "validate" if split == "validation" else "test", overrides, progress=progress)
+        command = "validate" if split == "validation" else "test"
+        return evaluate(self.folder, command, overrides, progress=progress, baselines=baselines)
 
     def model(self, device: str | None = None) -> LoadedModel:
         """The exported model, its description and its tokenizer; kept until the run exports another one."""

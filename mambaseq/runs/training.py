@@ -286,7 +286,7 @@ def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Training, recor
     if not trainer.is_global_zero:
         return
     # of a run that ended before its first checkpoint
-    for path in (folder.best, folder.results, folder.curves, folder.report):
+    for path in (folder.best, folder.results, folder.evaluation, folder.curves, folder.report):
         _remove(path)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:
@@ -305,7 +305,7 @@ def _go_on(settings: RunConfig, run: Training, record: DataRecord) -> None:
     """Change the folder once a resumed run really trains: save the new settings, and remove what was exported at its
     former end (those weights are in the checkpoints too)."""
     folder = run.folder
-    for path in (folder.results, folder.report):
+    for path in (folder.results, folder.evaluation, folder.report):
         _remove(path)
     if run.checkpoints.score is None:
         _remove(folder.best)  # by another metric, on other data, or because the last weights are kept from now on

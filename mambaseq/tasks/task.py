@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from mambaseq.batch import Batch
 from mambaseq.data.purpose import asks_for_the_next
 from mambaseq.errors import ConfigError
+from mambaseq.metrics.answers import Answers, AnswerSheet
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
@@ -98,6 +99,8 @@ class Task(lightning.LightningModule):
     metrics: name to metric; logged as `val/NAME` and `test/NAME`; tables are kept in `tables`.
     finetune: which parameters have learning rates of their own, and which `Freezing` keeps frozen.
     seed: randomness of step k (dropout) depends only on (seed, k), so a resumed run repeats it.
+    keep_answers: keep what the model answers on each row of the set that is evaluated. answers: those of each set, by
+        its name, after an evaluation; None where there are too many.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Task(lightning.LightningModule):
         length_warmup: LengthWarmup | None = None,
         seed: int = 0,
         finetune: FinetuneConfig | None = None,
+        keep_answers: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -126,6 +130,9 @@ class Task(lightning.LightningModule):
         self._fits = False
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
+        self.keep_answers = keep_answers
+        self.answers: dict[str, Answers | None] = {}
+        self._sheets: dict[int, AnswerSheet] = {}
 
     @property
     def backbone(self) -> nn.Module:
@@ -230,9 +237,14 @@ class Task(lightning.LightningModule):
     def _evaluate(self, batch: Batch, stage: str, number: int) -> None:
         loss, metrics = self._measures(stage, number)
         check_kinds(self.model, batch, metrics)
-        output = self.run_model(batch, any(metric.needs_logits for metric in metrics.values()) or None)
+        reads = self.keep_answers or any(metric.needs_logits for metric in metrics.values())
+        output = self.run_model(batch, reads or None)
         for metric in (loss, *metrics.values()):
             metric.update(output, batch)
+        if self.keep_answers:
+            if number not in self._sheets:
+                self._sheets[number] = AnswerSheet(self.global_rank, self.trainer.world_size).to(self.device)
+            self._sheets[number].update(output, batch)
 
     def _finish(self, stage: str) -> None:
         names = getattr(self.trainer.datamodule, "set_names", {}).get(stage) or [""]  # type: ignore[attr-defined]
@@ -252,6 +264,8 @@ class Task(lightning.LightningModule):
                     self.tables[f"{stage}/{name}/{key}" if name else f"{stage}/{key}"] = value.tolist()
             for metric in (loss, *metrics.values()):
                 metric.reset()
+            if self.keep_answers:
+                self.answers[name] = self._sheets.pop(number).answers()
         for key in ("loss", *(key for key, metric in self._metrics(stage).items() if metric.scalar)):
             several = found.get(key, [torch.tensor(math.nan, device=self.device)])
             self._say(f"{stage}/{key}", several[0] if len(several) == 1 else torch.stack(several).mean())

@@ -183,7 +183,7 @@ def test_answers_are_kept_by_sequence_of_padded_and_packed_batches_and_of_proces
     for sheet in shared:
         sheet.update(ModelOutput(logits=logits[:, 0] + sheet.rank), Batch(torch.zeros(2, 1), torch.tensor([0, 1])))
     whole = shared[0]
-    for name in ("outputs", "targets", "sequences"):  # as torchmetrics gathers them
+    for name in AnswerSheet._STATES:  # as torchmetrics gathers them
         setattr(whole, name, getattr(shared[0], name) + getattr(shared[1], name))
     found = whole.answers()
     assert found.numbers.tolist() == [0, 1, 2, 3]

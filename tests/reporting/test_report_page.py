@@ -11,10 +11,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from mambaseq.reporting import Section, audio_player, drawing, picture, side_by_side, table
-from mambaseq.reporting.charts import Bar, Curve, axis_numbers, bars, confusion, lines, ticks
+from mambaseq.reporting.charts import Bar, Curve, axis_numbers, bars, confusion, lines, square, ticks
 from mambaseq.reporting.curves import loss_charts, other_charts, smoothed
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.reporting.tracks import Band, tracks
 
 VOID = {"meta", "img", "input", "br"}
 
@@ -140,3 +141,22 @@ def test_what_is_not_drawn_is_counted(tmp_path: Path) -> None:
     told = other_charts(folder)
     assert (told.count("<svg"), "2 more are not drawn" in told) == (12, True)
     assert "not drawn" not in other_charts(folder, 14)
+
+
+def test_tracks_stand_one_above_the_other() -> None:
+    """A lane for each class that occurs, its bands as wide as its runs; the share that agrees is said."""
+    truth, said = [(0, 50), (1, 30), (-1, 20)], [(0, 60), (1, 40)]
+    chart = tracks(
+        [Band("truth", truth, 2), Band("predicted", said)], ["other", "gene <x>", "never"], start=100, step=2
+    )
+    assert "gene &lt;x&gt;" in chart
+    assert "never" not in chart
+    assert "truth and predicted along 200 positions, 88% alike" in chart
+    widths = [int(width) for width in re.findall(r"h(\d+)v", chart)]
+    whole = sum(widths) / 1.8  # 50 + 30 + 60 + 40 of 100
+    assert [round(width / whole, 1) for width in widths if width > 2] == [0.5, 0.6, 0.3, 0.4]
+    assert tracks([Band("truth", [(-1, 5)])], ["a"]) == ""
+    many = tracks([Band("truth", [(label, 1 + label) for label in range(15)])], [f"class {i}" for i in range(15)])
+    assert "3 more classes are not drawn" in many
+    assert square([Curve("a", [0, 0.5], [float("nan"), 2.0])], "x", "y").count("<path") > 3
+    assert square([], "x", "y") == ""
