@@ -42,6 +42,10 @@ domain = Domain(
             "mambaseq_dna.variants.commands:mutagenesis",
             "the effect of every substitution in a region, as a table and a picture: see --help",
         ),
+        "split-leak": (
+            "mambaseq_dna.split_leak:run",
+            "what training windows read of test intervals, as published",
+        ),
     },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy next to k-mer logistic regression")},
 )

@@ -38,8 +38,11 @@ class FastaData(SequenceData):
         files: name of each group to its FASTA files.
         length: bases a window.
         test_records: patterns (`*`, `?`) for the names of the records or files that are test data, for instance `chr8`.
-            The default for the data that ship with the project is their region ENm002.
+            `chr2` and `2` mean 2A and 2B too. The default for the data that ship with the project is their region
+            ENm002.
         validation_records: the same for validation data.
+        train_records: the same for training data, of what neither of those names; the rest is not used. All of it is
+            training data if not given.
         validation_fraction: share of each training record, at its end, for validation. Not used with
             `validation_records`.
         drop_n: leave out windows with N in them.
@@ -64,6 +67,7 @@ class FastaData(SequenceData):
         length: int = 1024,
         test_records: Names = None,
         validation_records: Names = None,
+        train_records: Names = None,
         validation_fraction: float = 0.1,
         drop_n: bool = True,
         reverse_complement: bool = True,
@@ -89,6 +93,7 @@ class FastaData(SequenceData):
             validation_fraction,
             drop_n,
             duplicates,
+            names_of("train_records", train_records),
         )
         self.reverse_complement, self.samples_per_epoch = reverse_complement, samples_per_epoch
         self.n_validation, self.n_test = n_validation, n_test

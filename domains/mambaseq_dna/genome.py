@@ -14,6 +14,7 @@ from mambaseq.data.windows import next_token
 from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.files.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
+from mambaseq_dna.split_intervals import Extend
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
 
 
@@ -65,6 +66,13 @@ class GenomeData(FastaData):
         fasta: FASTA files (paths, patterns, `fetched:` or `mambaseq:` names). The default is the human ENCODE regions
             that ship with the project.
         test_records: patterns for the names of the records or files that are test data.
+        intervals: a BED file whose fourth column says what each interval is for: train, valid or test (the layout of
+            Basenji, Enformer and HyenaDNA). Instead of names of records.
+        extend: what windows may read beside these intervals. `none`: nothing; intervals of a split that overlap or
+            adjoin are one stretch. `within`: the bases between two intervals of one split, too, and up to the ends of
+            a sequence. `published`: a window an interval, which longer windows extend to both sides, into other splits
+            as well, as HyenaDNA's loader does (`mambaseq dna/split-leak` counts what that shows of the test data);
+            then N stays in windows.
         lowercase: soft-masked bases are read as upper case (`fold`), have ids of their own (`keep`), or are read as
             upper case and never a target (`unscored`). N is never a target.
         objective: `next_token`, or `masked`: bases are hidden and predicted from both sides, by a backbone that reads
@@ -80,6 +88,8 @@ class GenomeData(FastaData):
         self,
         fasta: list[str] | str | None = None,
         test_records: Names = None,
+        intervals: str | None = None,
+        extend: Extend = "none",
         lowercase: Lowercase = "fold",
         objective: Objective = "next_token",
         mask_share: float = 0.15,
@@ -90,7 +100,7 @@ class GenomeData(FastaData):
     ) -> None:
         if fasta is None:
             fasta = SHIPPED["human"]
-            if test_records is None:
+            if test_records is None and intervals is None:
                 test_records = SHIPPED_TEST
         super().__init__(
             files={"genome": [fasta] if isinstance(fasta, str) else fasta}, test_records=test_records, **options
@@ -101,6 +111,8 @@ class GenomeData(FastaData):
         self.rule = rule if objective == "masked" else None
         self.vocab_size = self.tokenizer.vocab_size + (self.rule is not None)
         self.task = objective
+        span = self.length + (self.rule is None)
+        self.rules = dataclasses.replace(self.rules, intervals=intervals, extend=extend, span=span)
 
     @property
     def complement(self) -> list[int]:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,21 @@ class Assembly:
     Raises DataError for a file that cannot be used (see `fasta_store`), and for a name that two files have.
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path], cache: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path],
+        cache: str | Path | None = None,
+        *,
+        stores: Mapping[Path, TokenStore] | None = None,
+    ) -> None:
+        """files: paths, patterns, `fetched:` or `mambaseq:` names. stores: of these files, if they are open."""
         patterns = [files] if isinstance(files, str | Path) else list(files)
         self.paths = list(dict.fromkeys(path for pattern in patterns for path in locate(pattern)))
         if not self.paths:
             raise ConfigError("An assembly needs a FASTA file; none is named.")
-        self.stores: list[TokenStore] = fasta_stores(self.paths, cache)
+        self.stores: list[TokenStore] = (
+            fasta_stores(self.paths, cache) if stores is None else [stores[path] for path in self.paths]
+        )
         self._place: dict[str, tuple[int, int]] = {}
         for number, (path, store) in enumerate(zip(self.paths, self.stores, strict=True)):
             for record, name in enumerate(store.names):
@@ -77,6 +86,11 @@ class Assembly:
             f"sequence {shown(name)}.{did_you_mean(name[:80], self.names[:2000])} It has: "
             f"{cut_list(self.names[:100], most=8)}. Give the assembly that the positions refer to."
         )
+
+    def number(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of sequences, in the order of `names` → the numbers of their files, and of their records there."""
+        places = np.array(list(self._place.values()), dtype=np.int64).reshape(-1, 2)
+        return places[sequence, 0], places[sequence, 1]
 
     def place(self, name: str) -> tuple[TokenStore, int]:
         """The store of a sequence, and the number of its record there. Raises DataError as `resolve`."""
