@@ -33,6 +33,7 @@ BACKBONES: dict[str, list[dict[str, Any]]] = {
     "bidirectional": [{"n_layers": 2}],
     "reverse_complement": [{"n_layers": 1}, {"n_layers": 1, "bidirectional": False}],
     "unet": [{"n_layers": 1, "pool": [2, 3]}],
+    "dna/codons": [{"n_layers": 1}],
 }
 HEADS: dict[str, list[dict[str, Any]]] = {
     "lm": [TABLE],

@@ -11,6 +11,7 @@ domain = Domain(
             "one token a base: A C G T N, lower case folded or kept",
         ),
     },
+    backbones={"codons": ("mambaseq_dna.backbones:CodonStack", "three bases a step, both ways, with an answer a base")},
     encoders={
         "kmer": ("mambaseq_dna.encoders:KmerEncoder", "embeddings of k-mers, every few bases, for classifiers"),
         "conv": ("mambaseq_dna.encoders:ConvEncoder", "a convolution over bases, with learned positions if wanted"),
@@ -35,6 +36,7 @@ domain = Domain(
     },
     recipes={
         "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
+        "yeast_genes": ("mambaseq_dna.recipes.yeast_genes:recipe", "genes of yeast, a class for every base"),
     },
     commands={
         "variants": ("mambaseq_dna.variants.commands:variants", "score variants of a VCF or table: see --help"),
