@@ -62,6 +62,9 @@ class DilatedStack(Backbone):
     def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
         refuse_states("convolutional")
 
+    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
+        refuse_states("convolutional")
+
 
 def dilated_cnn(n_classes: int, d_model: int, dilations: Sequence[int]) -> SequenceModel:
     """Bases, dilated convolutions, and a class a base."""
