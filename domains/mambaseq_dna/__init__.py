@@ -48,6 +48,10 @@ domain = Domain(
             "mambaseq_dna.split_leak:run",
             "what training windows read of test intervals, as published",
         ),
+        "import": (
+            "mambaseq_dna.published.command:run",
+            "a published Caduceus or HyenaDNA as a model of ours: FOLDER --out MODEL",
+        ),
     },
     reports={"demo": ("mambaseq_dna.report:report", "held-out accuracy next to k-mer logistic regression")},
 )

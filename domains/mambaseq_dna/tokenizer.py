@@ -89,7 +89,9 @@ class BaseTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: np.ndarray) -> str:
-        return self._decoding[np.asarray(ids)].tobytes().decode("ascii")
+        """Letters of ids; N for those of no base, which vocabularies of published models have as well."""
+        ids = np.asarray(ids)
+        return self._decoding[np.where(ids < self.vocab_size, ids, N)].tobytes().decode("ascii")
 
     def reverse_complement(self, ids: np.ndarray) -> np.ndarray:
         """The other strand, read in its own direction: `(..., length)` ids → the same shape."""

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from mambaseq.backbones.graphed import CudaGraph, StepGraphs
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
-from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.norm import NormName, make_norm
 
 
 class ResidualLayer(nn.Module):
     """Computes mixer(norm(residual + x)) and residual + x. The addition to the fp32 residual stream is left to the next
     norm, which reads both anyway. x is None if there is nothing to add yet."""
 
-    def __init__(self, mixer: Mixer, norm_eps: float, dropout: float) -> None:
+    def __init__(self, mixer: Mixer, norm_eps: float, dropout: float, norm: NormName = "rms") -> None:
         super().__init__()
-        self.norm = RMSNorm(mixer.d_model, norm_eps)
+        self.norm = make_norm(norm, mixer.d_model, norm_eps)
         self.mixer = mixer
         self.dropout = nn.Dropout(dropout)
 

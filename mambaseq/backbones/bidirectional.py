@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,33 @@ from torch import Tensor, nn
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
-from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.norm import NormName, make_norm
 from mambaseq.ops import sequences
+
+Combine = Literal["add", "multiply"]
 
 
 class BidirectionalLayer(nn.Module):
-    """ahead(x) + reversed(back(reversed(x))) of the normed residual stream; see `ResidualLayer` for who adds what.
+    """ahead(x) + reversed(back(reversed(x))) of the normed residual stream, or their product; see `ResidualLayer` for
+    who adds what.
 
     back: None takes `ahead` itself; a position-wise mixer (an MLP) has one direction.
     """
 
-    def __init__(self, ahead: Mixer, back: Mixer | None, norm_eps: float, dropout: float) -> None:
+    def __init__(
+        self,
+        ahead: Mixer,
+        back: Mixer | None,
+        norm_eps: float,
+        dropout: float,
+        norm: NormName = "rms",
+        combine: Combine = "add",
+    ) -> None:
         super().__init__()
-        self.norm = RMSNorm(ahead.d_model, norm_eps)
+        self.norm = make_norm(norm, ahead.d_model, norm_eps)
+        self.combine = combine
         self.ahead, self.back = ahead, back
         self.dropout = nn.Dropout(dropout)
 
@@ -35,8 +47,23 @@ class BidirectionalLayer(nn.Module):
         both = self.ahead(y, cu_seqlens=cu_seqlens)
         if not self.ahead.position_wise:
             back = self.ahead if self.back is None else self.back
-            both = both + reverse(back(reverse(y, order), cu_seqlens=cu_seqlens), order)
+            turned = reverse(back(reverse(y, order), cu_seqlens=cu_seqlens), order)
+            both = both + turned if self.combine == "add" else both * turned
         return self.dropout(both), residual
+
+
+def _tie(ahead: Mixer, back: Mixer) -> None:
+    """Give the second mixer the parameters of the first one's in_proj and out_proj.
+
+    Raises ConfigError for a mixer without them.
+    """
+    for name in ("in_proj", "out_proj"):
+        one, other = (getattr(mixer, name, None) for mixer in (ahead, back))
+        if not isinstance(one, nn.Linear) or not isinstance(other, nn.Linear):
+            raise ConfigError(
+                f"tie_projections needs mixers with in_proj and out_proj; {type(ahead).__name__} has not."
+            )
+        other.weight, other.bias = one.weight, one.bias
 
 
 def reverse(x: Tensor, order: Tensor | None) -> Tensor:
@@ -55,11 +82,15 @@ class BidirectionalStack(Backbone):
         make_mixer: makes the mixer of layer i (see `MakeMixer`).
         n_layers: number of layers; MLPs come on top.
         shared: both directions have one mixer; otherwise each has its own.
+        tie_projections: each direction has a mixer of its own, but the two have one in_proj and one out_proj (as
+            Caduceus has); for mixers with such maps.
+        combine: add the two directions, or multiply them element by element.
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`). A mixer
             with a star is shared among layers, within each direction.
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
             `ResidualStack`).
-        norm_eps: epsilon of the RMSNorms.
+        norm: the norms, rms (RMSNorm) or layer (LayerNorm with a bias).
+        norm_eps: epsilon of the norms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
@@ -78,19 +109,31 @@ class BidirectionalStack(Backbone):
         dropout: float = 0.0,
         checkpoint: bool = False,
         cuda_graph: CudaGraph = "auto",
+        tie_projections: bool = False,
+        combine: Combine = "add",
+        norm: NormName = "rms",
     ) -> None:
         super().__init__(checkpoint=checkpoint, cuda_graph=cuda_graph, dropout=dropout)
+        if combine not in ("add", "multiply"):
+            raise ConfigError(f"combine must be add or multiply, not {shown(combine)}.")
+        if shared and tie_projections:
+            raise ConfigError("shared: true gives both directions one mixer, so tie_projections has nothing to tie.")
         ahead: list[Mixer] = make_mixers(make_mixer, n_layers, pattern, mlp)
         back = [None] * len(ahead) if shared else make_mixers(make_mixer, n_layers, pattern, mlp)
         self.layers = nn.ModuleList(
-            BidirectionalLayer(one, None if one.position_wise else other, norm_eps, dropout)
+            BidirectionalLayer(one, None if one.position_wise else other, norm_eps, dropout, norm, combine)
             for one, other in zip(ahead, back, strict=True)
         )
         for mixer in dict.fromkeys(self.mixers()):
-            directions = 1 if mixer.position_wise else 2  # a layer writes the sum of this many outputs
+            # a layer writes the sum of this many outputs
+            directions = 1 if mixer.position_wise or combine == "multiply" else 2
             mixer.scale_residual_((len(self.layers) * directions) ** -0.5)
+        if tie_projections:
+            for layer in self.layers:
+                if layer.back is not None:
+                    _tie(layer.ahead, layer.back)  # type: ignore[arg-type]
         self.d_model = ahead[0].d_model
-        self.norm_f = RMSNorm(self.d_model, norm_eps)
+        self.norm_f = make_norm(norm, self.d_model, norm_eps)
 
     def mixers(self) -> list[Mixer]:
         """The mixers of each layer; one for the reversed sequence, if it is separate, comes second."""

@@ -11,7 +11,7 @@ from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
-from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.norm import NormName, make_norm
 
 
 class ResidualStack(Backbone):
@@ -28,7 +28,8 @@ class ResidualStack(Backbone):
             the model's own mixer are under `model.mixer`, those of others under `model.mixers.NAME`.
         mlp: follow each mixer by a residual layer of the `mlp` mixer (options: `model.mixers.mlp`). None: as the
             mixer's class says (attention has one, mamba does not), unless the pattern contains MLPs itself.
-        norm_eps: epsilon of the RMSNorms.
+        norm: the norms, rms (RMSNorm) or layer (LayerNorm with a bias).
+        norm_eps: epsilon of the norms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         chunk_length: run longer sequences in chunks of this many positions, and recompute each chunk's activations in
@@ -51,13 +52,14 @@ class ResidualStack(Backbone):
         cuda_graph: CudaGraph = "auto",
         pattern: list[str] | None = None,
         mlp: bool | None = None,
+        norm: NormName = "rms",
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         mixers = make_mixers(make_mixer, n_layers, pattern, mlp)
-        self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout) for mixer in mixers)
+        self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
         scale_residual_(mixers)
         self.d_model = mixers[0].d_model
-        self.norm_f = RMSNorm(self.d_model, norm_eps)
+        self.norm_f = make_norm(norm, self.d_model, norm_eps)
         self.check_chunks()
 
     def mixers(self) -> list[Mixer]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.bidirectional import BidirectionalStack, refuse_states, reverse
+from mambaseq.backbones.bidirectional import BidirectionalStack, Combine, refuse_states, reverse
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer
 from mambaseq.backbones.residual import ResidualStack
+from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
+from mambaseq.mixers.norm import NormName
 from mambaseq.ops import sequences
 
 
@@ -36,10 +38,13 @@ class ReverseComplementStack(Backbone):
         n_layers: number of layers; MLPs come on top.
         bidirectional: layers read each strand both ways (see `BidirectionalStack`); false: only in its own direction.
         shared: both directions of a bidirectional layer have one mixer.
+        tie_projections: both directions of a bidirectional layer have one in_proj and one out_proj.
+        combine: what a bidirectional layer makes of its two directions (see `BidirectionalStack`).
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`).
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
             `ResidualStack`).
-        norm_eps: epsilon of the RMSNorms.
+        norm: the norms, rms (RMSNorm) or layer (LayerNorm with a bias).
+        norm_eps: epsilon of the norms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
@@ -60,12 +65,16 @@ class ReverseComplementStack(Backbone):
         dropout: float = 0.0,
         checkpoint: bool = False,
         cuda_graph: CudaGraph = "auto",
+        tie_projections: bool = False,
+        combine: Combine = "add",
+        norm: NormName = "rms",
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {
             "n_layers": n_layers,
             "pattern": pattern,
             "mlp": mlp,
+            "norm": norm,
             "norm_eps": norm_eps,
             "dropout": dropout,
             "checkpoint": checkpoint,
@@ -73,8 +82,14 @@ class ReverseComplementStack(Backbone):
         }
         self.stack: Backbone
         if bidirectional:
-            self.stack = BidirectionalStack(make_mixer, shared=shared, **options)
+            self.stack = BidirectionalStack(
+                make_mixer, shared=shared, tie_projections=tie_projections, combine=combine, **options
+            )
         else:
+            if tie_projections or combine != "add":
+                raise ConfigError(
+                    "tie_projections and combine are for layers that read both ways (bidirectional: true)."
+                )
             self.stack = ResidualStack(make_mixer, **options)
         self.d_model = self.stack.d_model
 

@@ -96,13 +96,15 @@ def begin_from(
     does not have stay initialised.
 
     card, tokenizer: of the new model; they are compared with the source's.
-    published: the source's vocabulary may be padded with rows without a token, which are left out.
+    published: the source's vocabulary may be padded with rows without a token, which are left out. So are those of an
+        imported model, whose tokenizer makes fewer ids.
     Raises ConfigError that names the tensors, if the backbone's do not fit those of the same names, or none fits.
     """
     own, theirs = weights(model), weights(loaded.model)
     theirs |= {name: theirs[earlier] for name, earlier in further_names(loaded.model).items() if earlier in theirs}
     source = f"the model at {loaded.source.parent}"
     others, notes = _others(model, loaded, card)
+    known = loaded.tokenizer.vocab_size if not published and loaded.tokenizer is not None else None
     found = Beginning([], [], [], [], notes)
     values: dict[str, Tensor] = {}
     wrong: list[str] = []
@@ -111,7 +113,7 @@ def begin_from(
         if given is None or name.startswith(others):
             found.new.append(name)
         elif _is_vocabulary(name, tensor, given, model, loaded.model):
-            if (rows := _rows(tensor, given, loaded.card.task, card.task, published)) is None:
+            if (rows := _rows(tensor, given, loaded.card.task, card.task, published, known)) is None:
                 found.new.append(name)
                 continue
             values[name], whole = rows
@@ -186,14 +188,16 @@ def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel
 
 
 def _rows(
-    ours: Tensor, theirs: Tensor, former: str | None, now: str | None, published: bool
+    ours: Tensor, theirs: Tensor, former: str | None, now: str | None, published: bool, known: int | None = None
 ) -> tuple[Tensor, bool] | None:
     """A vocabulary's rows with those of the source, and whether all rows come from there; None if the source has ids
     that the model lacks. former, now: the cards of source and model; vocabularies with masked tokens end with the mask
-    token.
+    token. known: the number of ids that the source's tokenizer makes.
     """
     masked = former == "masked", now == "masked"
     before, after = len(theirs) - masked[0], len(ours) - masked[1]
+    if known is not None and known <= after < before and before - known < _PADDING:
+        before = known
     if before > after and not (published and before - after < _PADDING):
         return None
     given, rows = theirs.to(ours), ours.clone()

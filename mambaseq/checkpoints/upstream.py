@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
-from mambaseq.errors import UserError, shown
+from mambaseq.domain import catalog
+from mambaseq.errors import UserError, cut_list, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.limits import INDEX_BYTES, LAYERS, YAML_BYTES, check_unpacked
 from mambaseq.mixers.mamba import Mamba
@@ -133,6 +134,7 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises UserError for an architecture that is neither Mamba-1 nor Mamba-2 and for a setting of the wrong type,
     KeyError for one that is missing.
     """
+    _check_kind(config.get("model_type"))
     _check_types(config)
     return _of_transformers(config) if "hidden_size" in config else _of_state_spaces(config)
 
@@ -143,6 +145,15 @@ _WHOLE = (
 )
 _BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias")
 _LARGEST = 2**31 - 1
+
+
+def _check_kind(kind: Any) -> None:
+    """Raise UserError for a model that is neither, and say which commands of domains import others."""
+    if kind in (None, "mamba", "mamba2"):
+        return
+    others = [f"mambaseq {entry.name}" for entry in catalog()["commands"] if entry.name.endswith("/import")]
+    told = f" Others are imported by: {cut_list(others)}." if others else ""
+    raise UserError(f"The checkpoint is a {shown(kind)} model; only 'mamba' and 'mamba2' can be loaded.{told}")
 
 
 def _check_types(config: dict[str, Any]) -> None:
@@ -167,8 +178,6 @@ def _check_types(config: dict[str, Any]) -> None:
 
 def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type", "mamba")
-    if kind not in ("mamba", "mamba2"):
-        raise UserError(f"The checkpoint is a {shown(kind)} model; only 'mamba' and 'mamba2' can be loaded.")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UserError(f"The checkpoint's activation (hidden_act) is {shown(activation)}; only 'silu' can be loaded.")
     options = {
@@ -230,12 +239,9 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     The `.bin` is read without unpickling code. Raises UserError if files are missing, damaged or do not fit.
     """
     folder = Path(folder)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
+    config_path = config_in(folder)
     options = _options(config_path)
-    source = weights_in(folder)
-    tensors = {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
+    source, tensors = read_weights(folder)
     with torch.device("meta"):  # without memory: the configuration may ask for far more than the weights have
         asked = _made(config_path, options).n_parameters()
     if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
@@ -245,6 +251,22 @@ def load_upstream(folder: str | Path) -> SequenceModel:
     model = _made(config_path, options)
     load_weights(model, from_upstream(tensors), source)
     return model.eval()
+
+
+def config_in(folder: Path) -> Path:
+    """The configuration of a published model. Raises UserError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"There is no config.json in {folder}. Download the checkpoint's whole folder.")
+    return folder / "config.json"
+
+
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file with the weights of a published model, or their index, and its tensors by name. No code is unpickled.
+
+    Raises UserError if they are missing or damaged.
+    """
+    source = weights_in(folder)
+    return source, {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
 
 
 def weights_in(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from mambaseq.encoders import TokenEncoder
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mlp import MLP
-from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.norm import LayerNorm, RMSNorm
 from mambaseq.mixers.s4d import S4D, DiagonalSSM
 from mambaseq.models import SequenceModel
 from mambaseq.ops.decoding import stretch
@@ -51,6 +51,8 @@ def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> 
     for value in (*model.parameters(), *model.buffers()):
         if type(value) not in (nn.Parameter, Tensor) or value.dtype != torch.float32 or value.device != device:
             return "some weights are not plain tensors of float32 on one GPU"
+    if any(isinstance(module, LayerNorm) for module in backbone.modules()):
+        return "the kernel does not know LayerNorm"
     if isinstance(backbone, UNet) and len(backbone._tiers()) > stretch.MOST_POOLS + 1:
         return f"there are more than {stretch.MOST_POOLS} poolings"
     reasons = [_why_not_mixer(mixer) for mixer in backbone.mixers()]
@@ -76,7 +78,7 @@ def _why_not_mixer(mixer: Any) -> str | None:
             return f"there are more than {stretch.MOST_STATES} states a channel"
     elif type(mixer) is S4D:
         linears, ssm = [mixer.out_proj], mixer.ssm
-    elif type(mixer) is MLP:
+    elif type(mixer) is MLP and mixer.activation != "gelu_tanh":
         linears, ssm = [mixer.in_proj, mixer.out_proj], None
     else:
         return f"the kernel does not know {name}" + (" without selection" if name == "Mamba" else "")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive
+from mambaseq.errors import ConfigError, check_positive, shown
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
@@ -27,6 +27,8 @@ from mambaseq.ops.lti.fft import convolution
 # the window of a channel falls to this share within its decay length
 _DECAYED = 1e-2
 _N_INNER = 2
+
+Positions = Literal["fixed", "learned"]
 
 
 class FilterLinear(nn.Linear):
@@ -53,7 +55,12 @@ class ImplicitFilter(nn.Module):
     features: lag / (l_max - 1), and cosines and sines of 2 pi f lag / l_max at (emb_dim - 1) / 2 frequencies f. The FFN
     has sines for activations (arXiv:2302.10866, section 3.3). Channels decay at rates evenly spread between those that
     fall to 1e-2 over fast_decay and over slow_decay times l_max.
+
+    positions: "learned" makes the features of the lags below l_max a parameter, `positions` `(l_max, emb_dim)`, that
+        begins at these values. There are none for further lags, where the filters are 0.
     """
+
+    has_weight_decay = False  # of the features
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class ImplicitFilter(nn.Module):
         fast_decay: float,
         slow_decay: float,
         shift: float,
+        positions: Positions = "fixed",
     ) -> None:
         super().__init__()
         self.channels, self.l_max, self.emb_dim = channels, l_max, emb_dim
@@ -74,21 +82,31 @@ class ImplicitFilter(nn.Module):
         self.layers = nn.ModuleList(FilterLinear(a, b) for a, b in itertools.pairwise(sizes))
         self.last = FilterLinear(width, channels, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), sine_frequency))
+        self.positions: Tensor | None = None
+        if positions == "learned":
+            self.positions = nn.Parameter(self._features(l_max).to(self.frequency.dtype))
 
     def forward(self, length: int) -> Tensor:
         """`(length, channels)`: the filters at lags 0 to length - 1, in float32 (float64 if the weights are)."""
         device, dtype = self.frequency.device, working_dtype(self.frequency)
-        # features in float64: lags of a million are far into the bands' periods
+        known = length if self.positions is None else min(length, self.l_max)
+        features = self._features(known)
+        time = features[:, :1].to(dtype)
+        with without_autocast(device.type):
+            h = (features if self.positions is None else self.positions[:known]).to(dtype)  # (known, emb_dim)
+            for layer in self.layers:
+                h = torch.sin(self.frequency.to(dtype) * layer(h))
+            h = self.last(h) * (torch.exp(-time * self._decay(device, dtype)) + self.shift)
+            return F.pad(h, (0, 0, 0, length - known))
+
+    def _features(self, length: int) -> Tensor:
+        """`(length, emb_dim)` float64, since lags of a million are far into the bands' periods."""
+        device = self.frequency.device
         lag = torch.arange(length, device=device, dtype=torch.float64)[:, None]  # (length, 1)
         n_bands = (self.emb_dim - 1) // 2
         bands = torch.linspace(1e-4, max(n_bands - 1, 1e-4), n_bands, device=device, dtype=torch.float64)
         angle = 2 * math.pi / self.l_max * lag * bands
-        time = lag / (self.l_max - 1)
-        with without_autocast(device.type):
-            h = torch.cat([time, angle.cos(), -angle.sin()], -1).to(dtype)  # (length, emb_dim)
-            for layer in self.layers:
-                h = torch.sin(self.frequency.to(dtype) * layer(h))
-            return self.last(h) * (torch.exp(-time.to(dtype) * self._decay(device, dtype)) + self.shift)
+        return torch.cat([lag / (self.l_max - 1), angle.cos(), -angle.sin()], -1)
 
     def _decay(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         fall = -math.log(_DECAYED)
@@ -118,9 +136,9 @@ class HyenaState(GrowingState):
 class Hyena(Mixer):
     """The Hyena operator: v ← h_i * (x_i v) for each gate x_i but the last, which gates what goes to out_proj.
 
-    The filters are fixed functions of the lag, so sequences may be longer than l_max: the window goes on to fall, down
-    to `shift`. The state keeps the long convolutions' inputs at all positions; a step reads them all. Packed sequences
-    are padded to the longest, whose length is read on the host.
+    Filters of fixed positions are functions of the lag, so sequences may be longer than l_max: the window goes on to
+    fall, down to `shift`. The state keeps the long convolutions' inputs at all positions; a step reads them all. Packed
+    sequences are padded to the longest, whose length is read on the host.
 
     Args:
         d_model: width of the residual stream.
@@ -134,6 +152,8 @@ class Hyena(Mixer):
         slow_decay: the same of the slowest channel; the others are spread evenly between the two.
         shift: what windows fall to.
         bias: biases of in_proj and out_proj.
+        positions: what the filters are made of at each lag: fixed features, or learned ones that begin there. Learned
+            ones end at l_max, and so do the filters.
     """
 
     bounded_state = False
@@ -152,6 +172,7 @@ class Hyena(Mixer):
         slow_decay: float = 1.5,
         shift: float = 0.05,
         bias: bool = True,
+        positions: Positions = "fixed",
     ) -> None:
         super().__init__()
         if min(d_model, short_conv, filter_order) < 1:
@@ -166,6 +187,8 @@ class Hyena(Mixer):
         check_positive("hyena", sine_frequency=sine_frequency, fast_decay=fast_decay, slow_decay=slow_decay)
         if not math.isfinite(shift):
             raise ConfigError(f"hyena: shift must be finite, not {shift}.")
+        if positions not in ("fixed", "learned"):
+            raise ConfigError(f"hyena: positions must be fixed or learned, not {shown(positions)}.")
         self.d_model, self.order, self.short_conv = d_model, order, short_conv
         channels = (order + 1) * d_model
         self.in_proj = nn.Linear(d_model, channels, bias=bias)
@@ -179,6 +202,7 @@ class Hyena(Mixer):
             fast_decay=fast_decay,
             slow_decay=slow_decay,
             shift=shift,
+            positions=positions,
         )
         self.D = nn.Parameter(torch.randn(order - 1, d_model))
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)

@@ -29,7 +29,7 @@ class MLP(Mixer):
         d_model: width of the residual stream.
         hidden: inner width. None gives as many weights as a GELU layer of width 4 d_model: 4 d_model for gelu, 8/3
             d_model rounded up to a multiple of 8 for swiglu.
-        activation: swiglu or gelu.
+        activation: swiglu, gelu, or gelu_tanh, its approximation by a tanh (as in GPT-2 and HyenaDNA).
         bias: biases of both linear maps.
     """
 
@@ -39,18 +39,18 @@ class MLP(Mixer):
         self,
         d_model: int,
         hidden: int | None = None,
-        activation: Literal["swiglu", "gelu"] = "swiglu",
+        activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu",
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if activation not in ("swiglu", "gelu"):
-            raise ConfigError(f"mlp: activation must be swiglu or gelu, not {shown(activation)}.")
+        if activation not in ("swiglu", "gelu", "gelu_tanh"):
+            raise ConfigError(f"mlp: activation must be swiglu, gelu or gelu_tanh, not {shown(activation)}.")
         if d_model < 1 or (hidden is not None and hidden < 1):
             raise ConfigError(f"mlp: d_model and hidden must be positive, not {d_model} and {hidden}.")
         self.d_model = d_model
-        self.activation: Literal["swiglu", "gelu"] = activation
+        self.activation: Literal["swiglu", "gelu", "gelu_tanh"] = activation
         if hidden is None:
-            hidden = 4 * d_model if activation == "gelu" else -(-8 * d_model // 24) * 8
+            hidden = -(-8 * d_model // 24) * 8 if activation == "swiglu" else 4 * d_model
         self.hidden = hidden
         self.in_proj = nn.Linear(d_model, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
         self.out_proj = nn.Linear(hidden, d_model, bias=bias)
@@ -72,7 +72,7 @@ class MLP(Mixer):
         if self.activation == "swiglu":
             gate, up = x.chunk(2, dim=-1)
             return apply_linear(self.out_proj, F.silu(gate) * up)
-        return apply_linear(self.out_proj, F.gelu(x))
+        return apply_linear(self.out_proj, F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh"))
 
     def init_state(
         self,

@@ -234,7 +234,8 @@ class PseudoLikelihood(Likelihood):
     def __init__(self, loaded: LoadedModel, window: int | None) -> None:
         assert loaded.tokenizer is not None
         super().__init__(loaded, window or loaded.card.length or None)
-        self.mask_id = loaded.tokenizer.vocab_size
+        # the last id, which in the vocabulary of a published model is not the one behind the bases
+        self.mask_id = loaded.card.spec["encoder"].get("vocab_size", loaded.tokenizer.vocab_size + 1) - 1
 
     def too_short(self, length: int) -> str:
         return Answer.too_short(self, length)

@@ -79,6 +79,16 @@ def add_adapters(model: SequenceModel, config: LoraConfig) -> None:
     targets = [name for name in known if not config.targets or any(matches(name, p) for p in config.targets)]
     if not targets:
         raise ConfigError("lora.rank is set, but the backbone has no linear map that could have an adapter.")
+    owners: dict[int, str] = {}
+    for name in targets:
+        weight = id(model.get_submodule(name).weight)
+        if weight in owners:
+            raise ConfigError(
+                f"lora: {owners[weight]} and {name} have one weight (tie_projections), which adapters would part. "
+                "Set model.backbone.tie_projections to false (finetune.init_from gives both the same values), or name "
+                "other maps with lora.targets."
+            )
+        owners[weight] = name
     trained = {id(p) for p in model.head.parameters()} - {id(p) for p in model.encoder.parameters()}
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets

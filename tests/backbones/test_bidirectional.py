@@ -38,6 +38,36 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_directions_with_one_projection_are_multiplied() -> None:
+    backbone = stack(tie_projections=True, combine="multiply", norm="layer", mlp=True)
+    x = torch.randn(2, 21, D_MODEL)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+        stream = x
+        for layer in backbone.layers:
+            mean = stream.mean(-1, keepdim=True)
+            std = ((stream - mean).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            y = (stream - mean) / std * layer.norm.weight + layer.norm.bias
+            if layer.back is None:
+                stream = stream + layer.ahead(y)
+                continue
+            assert layer.back.in_proj.weight is layer.ahead.in_proj.weight
+            assert layer.back.out_proj.weight is layer.ahead.out_proj.weight
+            assert layer.back.x_proj.weight is not layer.ahead.x_proj.weight
+            stream = stream + layer.ahead(y) * layer.back(y.flip(1)).flip(1)
+        close(backbone(x), backbone.norm_f(stream))
+    for options, told in (
+        ({"tie_projections": True, "shared": True}, "nothing to tie"),
+        ({"combine": "both"}, "add or multiply, not 'both'"),
+        ({"norm": "batch"}, "rms or layer, not 'batch'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            stack(**options)
+    with pytest.raises(ConfigError, match="needs mixers with in_proj and out_proj; S4D has not"):
+        stack("s4d", tie_projections=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_layer_adds_both_directions(name: str, shared: bool) -> None:
@@ -113,7 +143,9 @@ def classifier(**backbone: Any) -> SequenceModel:
     ).eval()
 
 
-@pytest.mark.parametrize("backbone", [{}, {"shared": True}, {"pattern": ["mamba", "s4d*"]}])
+@pytest.mark.parametrize(
+    "backbone", [{}, {"shared": True}, {"pattern": ["mamba", "s4d*"]}, {"tie_projections": True, "norm": "layer"}]
+)
 def test_a_classifier_is_saved_and_not_moved_by_padding(tmp_path: Path, backbone: dict[str, Any]) -> None:
     model = classifier(**backbone)
     save_model(tmp_path / "m", model, ModelCard(spec=model.spec))

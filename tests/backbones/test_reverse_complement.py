@@ -23,6 +23,7 @@ BACKBONES = [
     {},
     {"bidirectional": False},
     {"shared": True, "n_layers": 1},
+    {"tie_projections": True, "combine": "multiply", "norm": "layer"},
     {"pattern": ["s4d", "mamba*"], "n_layers": 3, "checkpoint": True},
 ]
 
@@ -135,6 +136,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=r"strands\. The backbone reverse_complement needs"):
             build_model({**(model.spec or {}), part: changed})
+    with pytest.raises(ConfigError, match="for layers that read both ways"):
+        make("rc_lm", bidirectional=False, tie_projections=True)
     for complement in ([1, 2, 0], [0, 1], [3, 1, 2]):
         with pytest.raises(ConfigError, match="partner of each of the 3 ids"):
             build_model(

@@ -111,8 +111,25 @@ def test_sequences_of_different_lengths_go_on_together() -> None:
         assert mixer(more[:, :0], state=state).shape == (3, 0, 6)
 
 
-def test_filters_have_no_weight_decay() -> None:
-    mixer = Hyena(6)
+def test_learned_positions_begin_at_the_fixed_ones_and_end_at_l_max() -> None:
+    torch.manual_seed(0)
+    fixed = Hyena(6, l_max=9)
+    torch.manual_seed(0)
+    mixer = Hyena(6, l_max=9, positions="learned")
+    assert mixer.filter.positions is not None
+    with torch.no_grad():
+        filters = mixer.filter(20)
+        torch.testing.assert_close(filters[:9], fixed.filter(9))
+        assert not filters[9:].any()
+        mixer.filter.positions[3] += 1
+        changed = (mixer.filter(20) - filters).abs().amax(1)
+        assert changed[3] > 1e-3
+        assert not changed[[0, 1, 2, *range(4, 20)]].any()
+
+
+@pytest.mark.parametrize("positions", ["fixed", "learned"])
+def test_filters_have_no_weight_decay(positions: str) -> None:
+    mixer = Hyena(6, l_max=9, positions=positions)
     decays, rest = (set(map(id, group["params"])) for group in parameter_groups(mixer, 0.1))
     assert {id(mixer.in_proj.weight), id(mixer.out_proj.weight), id(mixer.conv1d.weight)} == decays
     assert {id(p) for p in mixer.filter.parameters()} <= rest
@@ -125,6 +142,7 @@ def test_filters_have_no_weight_decay() -> None:
         ({"emb_dim": 4}, "emb_dim must be odd"),
         ({"short_conv": 0}, "must be positive, not 6, 0, 64"),
         ({"sine_frequency": 0.0}, "sine_frequency must be positive"),
+        ({"positions": "none"}, "positions must be fixed or learned, not 'none'"),
         ({"slow_decay": 0.0}, "slow_decay must be positive and finite, not 0.0"),
     ],
 )

@@ -19,6 +19,9 @@ def test_swiglu_and_gelu_by_hand() -> None:
     up = mixer.in_proj.weight @ x
     expected = mixer.out_proj.weight @ (up * (1 + torch.erf(up / 2**0.5)) / 2)
     torch.testing.assert_close(mixer(x[None, None])[0, 0], expected)
+    mixer.activation = "gelu_tanh"
+    near = up / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
+    torch.testing.assert_close(mixer(x[None, None])[0, 0], mixer.out_proj.weight @ near)
 
 
 def test_both_have_about_as_many_weights() -> None:
@@ -29,7 +32,7 @@ def test_both_have_about_as_many_weights() -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match="swiglu or gelu, not 'relu'"):
+    with pytest.raises(ConfigError, match="swiglu, gelu or gelu_tanh, not 'relu'"):
         MLP(8, activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="positive, not 8 and 0"):
         MLP(8, hidden=0)

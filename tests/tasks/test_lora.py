@@ -13,8 +13,10 @@ from tasks.test_resume import CONFIG, assert_equal, fit, weights
 from mambaseq.checkpoints import load_model
 from mambaseq.checkpoints.adapters import merged, split
 from mambaseq.cli.main import main
-from mambaseq.errors import UserError
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.models import build_model
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.lora import LoraConfig, add_adapters
 
 
 @pytest.fixture
@@ -116,3 +118,19 @@ def test_the_product_is_added_to_the_weight() -> None:
     del saved["a.lora_B.default.weight"]
     with pytest.raises(UserError, match="incomplete"):
         split(saved)
+
+
+def test_adapters_do_not_part_what_is_one_weight() -> None:
+    pytest.importorskip("peft")
+    spec = {
+        "d_model": 8,
+        "encoder": {"name": "tokens", "vocab_size": 5},
+        "backbone": {"name": "bidirectional", "n_layers": 1, "tie_projections": True},
+        "mixer": {"name": "mamba", "d_state": 2},
+        "head": {"name": "lm", "vocab_size": 5},
+    }
+    with pytest.raises(ConfigError, match=r"ahead\.in_proj and .*back\.in_proj have one weight.*tie_projections"):
+        add_adapters(build_model(spec), LoraConfig(rank=2))
+    model = build_model(spec)
+    add_adapters(model, LoraConfig(rank=2, targets=["*.x_proj"]))
+    assert sum(".lora_A." in name for name, _ in model.named_parameters()) == 2

@@ -1,0 +1,1 @@
+"""Published models of DNA as models of ours: Caduceus and HyenaDNA, with the same outputs."""
