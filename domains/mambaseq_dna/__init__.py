@@ -35,6 +35,10 @@ domain = Domain(
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     recipes={
+        "brca1": (
+            "mambaseq_dna.recipes.brca1:recipe",
+            "BRCA1 saturation editing: variants, zero-shot and exon left out",
+        ),
         "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
         "yeast_genes": ("mambaseq_dna.recipes.yeast_genes:recipe", "genes of yeast, a class for every base"),
     },

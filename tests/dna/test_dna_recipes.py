@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from mambaseq_dna.recipes import brca1
 from mambaseq_dna.recipes.common import MASK, Stretches, other_strand, stretches_of, tiles
 from mambaseq_dna.tokenizer import N
+
+from mambaseq.reproduction import Context
 
 
 def test_windows_are_drawn_within_stretches_of_their_class() -> None:
@@ -41,3 +46,50 @@ def test_stretches_and_tiles_leave_out_n() -> None:
     starts, labels = tiles([places, np.array([[0, 9]])], 2)
     assert starts.tolist() == [0, 3, 5, 0, 4, 6]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def made_variants() -> brca1.Variants:
+    """Losses are where a C is changed."""
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 4, 400).astype(np.uint8)
+    offset = np.repeat(np.sort(rng.choice(np.arange(30, 370), 40, replace=False)), 3)
+    ref = reference[offset]
+    alt = ((ref + np.tile([1, 2, 3], 40)) % 4).astype(np.uint8)
+    exon = np.array(["X2", "X3", "X4", "X5"]).repeat(30)
+    consequence = np.where(rng.random(120) < 0.5, "Missense", "Intronic")
+    scores = {"CADD": (ref == 1) + 0.01 * rng.random(120), "phyloP": rng.random(120)}
+    return brca1.Variants(offset, ref, alt, ref == 1, exon, consequence, scores, reference)
+
+
+def test_brca1_on_made_variants(tmp_path: Path) -> None:
+    variants = made_variants()
+    sites, rows = variants.sites(16)
+    assert [len(site.whole(site.ref)) for site in sites] == [16] * 40
+    alts = np.concatenate([np.concatenate(site.alts) for site in sites])
+    assert np.array_equal(alts[rows], variants.alt)
+    assert all(
+        site.ref[0] == variants.reference[place] for site, place in zip(sites, variants.offset[::3], strict=True)
+    )
+    (tmp_path / "trials").mkdir()
+    lines = ["causal, zero-shot, window 16", "masked, zero-shot, window 16", "CADD", "phyloP", "Markov, order 6"]
+    lines += ["masked, embeddings, exon left out"]
+    context = Context(torch.device("cpu"), "tiny", [0], tmp_path, only=lines)
+    tokens = torch.randint(0, 4, (500,), dtype=torch.uint8)
+    source = Stretches(tokens, [np.array([[0, 500]])], 32)
+    scores, models = brca1.tables(context, variants, lambda context, length: (source, source))
+    values = {line.name: line.values for line in scores.lines}
+    assert list(values)[:-1] == sorted(lines, key=list(values).index)
+    assert values["CADD"]["auroc"] == [1.0]
+    assert values["masked, embeddings, exon left out"]["auroc"][0] > 0.8  # they tell which base is changed
+    assert 0.2 < values["phyloP"]["low"][0] < values["phyloP"]["auroc"][0] < values["phyloP"]["high"][0] < 0.7
+    assert [line.name for line in models.lines] == ["causal seed=0", "masked seed=0"]
+
+
+def test_a_markov_model_by_hand() -> None:
+    """Behind an A there are four C and one G, and one half is added to each of four counts."""
+    variants = made_variants()
+    reference = np.array([0, 1, 3, 0, 1, 3, 0, 1, 3, 0, 2, 3, 0, 1, 3], dtype=np.uint8)
+    one = variants._replace(offset=np.array([10]), alt=np.array([1], dtype=np.uint8), reference=reference)
+    # A C 4, A G 1 of 5; C T 4 of 4, G T 1 of 1
+    expected = np.log(4.5 / 7) - np.log(1.5 / 7) + np.log(4.5 / 6) - np.log(1.5 / 3)
+    np.testing.assert_allclose(brca1.markov(one, 1), [expected])
