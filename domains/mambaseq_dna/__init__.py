@@ -41,6 +41,8 @@ domain = Domain(
         ),
         "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
         "yeast_genes": ("mambaseq_dna.recipes.yeast_genes:recipe", "genes of yeast, a class for every base"),
+        "species_length": ("mambaseq_dna.recipes.species_length:recipe", "five mammals by the length of a window"),
+        "yeasts": ("mambaseq_dna.recipes.yeasts:recipe", "related yeasts, and bacteria, by windows up to 256 kb"),
     },
     commands={
         "variants": ("mambaseq_dna.variants.commands:variants", "score variants of a VCF or table: see --help"),

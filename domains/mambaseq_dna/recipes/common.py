@@ -117,14 +117,17 @@ def stretches_of(tokens: Tensor, bounds: np.ndarray) -> np.ndarray:
     return places[ids[places[:, 0] - bounds[0]] != N]
 
 
-def tiles(places: Sequence[np.ndarray], length: int, at_most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint windows of stretches: starts and classes, `(windows,)` int64 each, equally many of each class.
+def tiles(
+    places: Sequence[np.ndarray], length: int, at_most: int | None = None, stride: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of stretches, disjoint unless a stride is given: starts and classes, `(windows,)` int64 each, equally
+    many of each class.
 
     at_most: windows a class, spread evenly over those that there are.
     """
     found = []
     for of in places:
-        starts = [np.arange(start, stop - length + 1, length) for start, stop in of]
+        starts = [np.arange(start, stop - length + 1, stride or length) for start, stop in of]
         found.append(np.concatenate(starts) if starts else np.zeros(0, np.int64))
     n = min(min(len(starts) for starts in found), at_most or 2**62)
     chosen = [starts[np.linspace(0, len(starts) - 1, n).round().astype(int)] if n else starts[:0] for starts in found]
@@ -181,3 +184,42 @@ def linear_score(features: dict[str, np.ndarray], labels: dict[str, np.ndarray],
     fitted = [LogisticRegression(C=c, max_iter=300).fit(ready["train"], labels["train"]) for c in strengths]
     best = max(fitted, key=lambda one: one.score(ready["dev"], labels["dev"]))
     return score(best.predict_proba(ready["test"]), labels["test"])
+
+
+def word_codes(ids: np.ndarray, k: int) -> np.ndarray:
+    """The number of the word of k bases at each place but the last k - 1, `(..., length - k + 1)` int64; N counts as T.
+
+    ids: `(..., length)` uint8.
+    """
+    bases = np.minimum(ids, 3).astype(np.int64)
+    last = bases.shape[-1] - k + 1
+    codes = np.zeros((*bases.shape[:-1], last), dtype=np.int64)
+    for offset in range(k):
+        codes = codes * 4 + bases[..., offset : offset + last]
+    return codes
+
+
+def naive_bayes(tokens: Tensor, places: Sequence[np.ndarray], inputs: np.ndarray, k: int) -> np.ndarray:
+    """Log probabilities, up to a constant, of the classes for windows, by naive Bayes on words of k bases with one
+    added to each count: `(windows, classes)` float64. places: the classes' training stretches."""
+    ids = tokens.cpu().numpy()
+    rates = []
+    for of in places:
+        count = np.ones(4**k)
+        for start, stop in of:
+            if stop - start >= k:
+                count += np.bincount(word_codes(ids[start:stop], k), minlength=4**k)
+        rates.append(np.log(count / count.sum()))
+    found = np.zeros((len(inputs), len(rates)))
+    for row, window in zip(found, inputs, strict=True):
+        codes = word_codes(window, k)
+        row[:] = [rate[codes].sum() for rate in rates]
+    return found
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n windows."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
