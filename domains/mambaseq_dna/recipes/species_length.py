@@ -87,15 +87,16 @@ def run(context: Context) -> list[Table]:
 
             values = context.over_seeds(name, climbed)
         lines.append(ladder.line(name, values, lengths, FLOORS.get(name, "")))
+    trained = ", ".join(f"{rung.steps:,} steps at {ladder.kilobases(rung.length)}" for rung in steps)
     about = (
         "Share of disjoint test windows whose species is named rightly: human, galago, mouse, cow and dog; trained on "
         "ENCODE region ENm001, tested on ENm002, which lies on another chromosome; upper case, no N. Test windows: "
-        f"{ladder.counted(context, genomes, lengths)}. One model goes up the ladder: 2^17 bases a step, "
-        f"{', '.join(f'{rung.steps:,} steps at {ladder.kilobases(rung.length)}' for rung in steps)}, either strand, and "
-        "is tested at each length on both strands. Words of 6 bases every 3 bases and 4 layers; 'bases, both ways' is a "
-        "convolution over bases and 2 bidirectional layers, half the steps, up to 16 k, pretrained by masked modelling "
-        "of the training regions for 4,000 steps. The notes are Wilson's 95 % intervals of the mean accuracy. The "
-        "column paper has the floors measured when the data were collected, on overlapping windows."
+        f"{ladder.counted(context, genomes, lengths)}. One model goes up the ladder: 2^17 bases a step, {trained}, "
+        "either strand, and is tested at each length on both strands. Words of 6 bases every 3 bases and 4 layers; "
+        "'bases, both ways' is a convolution over bases and 2 bidirectional layers, half the steps, up to 16 k, "
+        "pretrained by masked modelling of the training regions for 4,000 steps. The notes are Wilson's 95 % intervals "
+        "of the mean accuracy. The column paper has the floors measured when the data were collected, on overlapping "
+        "windows."
     )
     return [Table("Species by length: five mammals", about, ladder.columns(lengths), lines)]
 

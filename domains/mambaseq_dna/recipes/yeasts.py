@@ -202,10 +202,10 @@ def _about(context: Context, question: Question, genomes: Genomes, lengths: list
     return (
         f"{question.about} Share of disjoint test windows that are named rightly; no N. Test windows: "
         f"{ladder.counted(context, genomes, lengths)}; chance {1 / len(genomes.names):.2f}. Words of 6 bases every 3 "
-        "bases, 4 layers, 2^17 bases a step (one window where that is longer), either strand in training, both in test; "
-        "one model goes up the ladder of lengths. The column paper has floors measured when the data were collected, on "
-        "overlapping windows and under a split that differs a little; they are run again here. The notes are Wilson's "
-        "95 % intervals of the mean accuracy."
+        "bases, 4 layers, 2^17 bases a step (one window where that is longer), either strand in training, both in "
+        "test; one model goes up the ladder of lengths. The column paper has floors measured when the data were "
+        "collected, on overlapping windows and under a split that differs a little; they are run again here. The notes "
+        "are Wilson's 95 % intervals of the mean accuracy."
     )
 
 
