@@ -22,8 +22,18 @@ domain = Domain(
             "which species a window comes from, regions held out",
         ),
         "genome": ("mambaseq_dna.genome:GenomeData", "next or masked bases of FASTA files"),
+        "labelled": (
+            "mambaseq_dna.labelled.data:LabelledData",
+            "a class, labels or values a sequence: tables, FASTA, folders, BED, GFF",
+        ),
     },
-    readers={"fasta": ("mambaseq_dna.files.fasta:read_fasta", "records of FASTA, plain or packed, or of 2bit")},
+    readers={
+        "fasta": ("mambaseq_dna.files.fasta:read_fasta", "records of FASTA, plain or packed, or of 2bit"),
+        "labelled": (
+            "mambaseq_dna.labelled.reader:read_labelled",
+            "sequences of tables, FASTA, folders and intervals, cut as in training",
+        ),
+    },
     writers={
         "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
     },
@@ -31,6 +41,7 @@ domain = Domain(
         "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
         "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
+        "labelled": ("mambaseq:configs/dna/labelled.yaml", "labelled sequences: core promoters, minutes on a CPU"),
         "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },

@@ -30,6 +30,8 @@ class ItemDataset(Protocol):
     `groups` (optional): for a validation or test set, the group of each item, in their order; any hashable values.
     Items of one group (windows of one record, sequences of one gene or patient) are drawn together where an evaluation
     says how far its figures are from chance.
+    `__getitems__(indices)` (optional): the same items, as a list of batches of one or more sequences, in order. Many
+    short sequences are read faster together.
     """
 
     def __len__(self) -> int: ...
@@ -46,6 +48,8 @@ class SequenceData(abc.ABC):
     Known after `setup`:
     vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
+    class_counts: of each class, how many known targets of the training set are of it, and how many are not; None if
+        that is not counted. `balanced` weights of heads are made of them.
     n_outputs: how many values the target of a sequence, position or bin has, if targets are values. channel_mean,
         channel_std: of each channel of a continuous input, in its units; the encoder signal and the head forecast
             normalise by them. None leaves the values as they are.
@@ -62,6 +66,7 @@ class SequenceData(abc.ABC):
     vocab_size: int | None = None
     n_channels: int | None = None
     class_names: Sequence[str] = ()
+    class_counts: Sequence[tuple[int, int]] | None = None
     n_conditions: int = 0
     n_outputs: int | None = None
     channel_mean: Sequence[float] | None = None
@@ -126,7 +131,7 @@ class SequenceData(abc.ABC):
         return {}
 
     def collate(self, items: list[Batch]) -> Batch:
-        """Join batches of one; see `pad_collate`."""
+        """Join batches; see `pad_collate`."""
         return pad_collate(items)
 
 
@@ -183,14 +188,27 @@ def _unpadded(item: Batch) -> Batch:
     return dataclasses.replace(item, inputs=item.inputs[:, :length], targets=targets, mask=None)
 
 
+def _single(items: list[Batch]) -> list[Batch]:
+    """Batches of one sequence, from batches of one or more."""
+    if all(len(item.inputs) == 1 for item in items):
+        return items
+    return [
+        item if len(item.inputs) == 1 else item.map(lambda tensor, row=row: tensor[row : row + 1])  # type: ignore
+        for item in items
+        for row in range(len(item.inputs))
+    ]
+
+
 def pad_collate(items: list[Batch]) -> Batch:
-    """Join batches of one sequence, padding on the right (inputs 0, targets of positions -100 or NaN) and masking where
-    lengths differ. Labels and values of whole sequences are joined as they are.
+    """Join batches of one sequence or more, padding on the right (inputs 0, targets of positions -100 or NaN) and
+    masking where lengths differ. Labels and values of whole sequences are joined as they are.
 
     Raises DataError for sequences that do not fit together, and for packed ones, which can only be packed."""
     if any(item.cu_seqlens is not None for item in items):
         raise DataError("Packed sequences cannot be padded. Set loader.pack to true.")
-    items = [_unpadded(item) for item in items]
+    if len(items) == 1 and len(items[0].inputs) > 1:
+        return items[0]
+    items = [_unpadded(item) for item in _single(items)]
     lengths = [item.inputs.shape[1] for item in items]
     longest = max(lengths)
     mask = None
@@ -214,11 +232,23 @@ def pad_collate(items: list[Batch]) -> Batch:
     )
 
 
+def _packed(item: Batch) -> Batch:
+    """A batch of several sequences end to end, if its targets are of whole sequences; others as they are."""
+    if len(item.inputs) == 1 or item.per_token:
+        return item
+    rows, longest = item.inputs.shape[:2]
+    lengths = torch.full((rows,), longest) if item.mask is None else item.mask.sum(1)
+    inputs = item.inputs.flatten(0, 1) if item.mask is None else item.inputs[item.mask]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)])
+    return dataclasses.replace(item, inputs=inputs[None], mask=None, cu_seqlens=bounds)
+
+
 def pack_collate(items: list[Batch]) -> Batch:
-    """Join batches of one sequence end to end: batch 1 and `cu_seqlens` instead of padding.
+    """Join batches of one sequence or more end to end: batch 1 and `cu_seqlens` instead of padding.
 
     Raises DataError for sequences that do not fit together."""
-    items = [_unpadded(item) for item in items]
+    items = [_packed(item) for item in items]
+    items = [_unpadded(item) for item in _single(items)]
     bounds = [torch.zeros(1, dtype=torch.int32)]
     for item in items:  # an item may itself be packed
         length = torch.tensor([item.inputs.shape[1]], dtype=torch.int32)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.heads.base import Head, Kind, Pool, check_targets, pool
-from mambaseq.heads.losses import BinaryLoss, LabelLoss
+from mambaseq.heads.losses import BinaryLoss, LabelLoss, Weights
 
 
 class _PooledHead(Head):
@@ -51,7 +51,7 @@ class ClassificationHead(_PooledHead):
         dropout: applied to the pooled vector in training.
         label_smoothing: of the cross-entropy, in training.
         class_weights: weight of each class's targets in training, in the order of the data's classes; 1 each if not
-            given.
+            given, `balanced` for what makes up for the counts of the training data.
         focal_gamma: in training a target's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
 
@@ -65,7 +65,7 @@ class ClassificationHead(_PooledHead):
         scale: float = 1.0,
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
-        class_weights: list[float] | None = None,
+        class_weights: Weights = None,
         focal_gamma: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_classes, pooling, scale, dropout)
@@ -101,7 +101,7 @@ class MultilabelHead(_PooledHead):
         label_smoothing: in training the target of a label that applies is 1 - label_smoothing / 2, of another
             label_smoothing / 2.
         positive_weights: weights, in training, of labels that apply, in the order of the data's classes; 1 each if not
-            given.
+            given, `balanced` for what makes up for the counts of the training data.
         focal_gamma: in training a label's loss is multiplied by (1 - its probability) to this power; 0 is off.
     """
 
@@ -115,7 +115,7 @@ class MultilabelHead(_PooledHead):
         scale: float = 1.0,
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
-        positive_weights: list[float] | None = None,
+        positive_weights: Weights = None,
         focal_gamma: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_classes, pooling, scale, dropout)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, shown
+
+Weights = list[float] | Literal["balanced"] | None
+"""A number for each class, 1 each if None. A run puts numbers in the place of "balanced", from the data's
+`class_counts`."""
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -42,7 +48,7 @@ class LabelLoss(nn.Module):
     def __init__(
         self,
         n_classes: int,
-        class_weights: list[float] | None = None,
+        class_weights: Weights = None,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> None:
@@ -80,7 +86,7 @@ class BinaryLoss(nn.Module):
     def __init__(
         self,
         n_classes: int,
-        positive_weights: list[float] | None = None,
+        positive_weights: Weights = None,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> None:
@@ -121,10 +127,15 @@ def check_loss_options(label_smoothing: float, focal_gamma: float) -> None:
         )
 
 
-def checked_weights(key: str, weights: list[float] | None, count: int) -> Tensor | None:
+def checked_weights(key: str, weights: Weights, count: int) -> Tensor | None:
     """`(count,)` fp32. Raises ConfigError unless they are as many finite numbers of at least 0, not all of them 0."""
     if weights is None:
         return None
+    if isinstance(weights, str):
+        raise ConfigError(
+            f"model.head.{key} is {shown(weights)}, which a run replaces by numbers from its data. Give a number for "
+            f"each of the {count} classes (mambaseq.heads.losses.balanced_weights makes them from counts)."
+        )
     if len(weights) != count:
         raise ConfigError(f"model.head.{key} are {len(weights)}, but there are {count} classes. Give one for each.")
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
@@ -132,3 +143,21 @@ def checked_weights(key: str, weights: list[float] | None, count: int) -> Tensor
             f"model.head.{key} must be finite numbers of at least 0, some above it, not {shown(list(weights))}."
         )
     return torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
+
+
+def balanced_weights(key: str, counts: Sequence[tuple[int, int]]) -> list[float]:
+    """Weights that make up for how many targets of each class there are in training.
+
+    key: `class_weights`: all targets / (classes * those of the class), so that classes have equal parts in the loss,
+        and the mean weight of a target is 1. `positive_weights`: targets that are not of the class / those that are.
+    counts: of each class, how many targets are of it, and how many are not.
+    Raises ConfigError for a class without a target.
+    """
+    if empty := [number for number, (of, _) in enumerate(counts) if not of]:
+        raise ConfigError(
+            f"model.head.{key} cannot be balanced: class number {empty[0] + 1} of {len(counts)} has no training "
+            "target. Give data with some, or a number for each class."
+        )
+    if key == "positive_weights":
+        return [others / of for of, others in counts]
+    return [(of + others) / (len(counts) * of) for of, others in counts]

@@ -11,6 +11,7 @@ from mambaseq.checkpoints.card import check_generation
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown, under_key
+from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.registry import Registry
@@ -166,6 +167,7 @@ class RunConfig:
                     )
                 spec[part][argument] = known[argument]
             self._fill_in(spec[part], part, data)
+            self._balance(spec[part], part, data)
         if "mixers" in model:
             spec["mixers"] = {name: dict(options) for name, options in model["mixers"].items()}
         return spec
@@ -184,6 +186,18 @@ class RunConfig:
                     f"The {part} {shown(options['name'])} needs {argument}, which the dataset "
                     f"{shown(self.settings['data']['name'])} does not have. Set model.{part}.{argument}."
                 )
+
+    def _balance(self, options: dict[str, Any], part: str, data: SequenceData) -> None:
+        """Put numbers in the place of `balanced`. Raises ConfigError for data that do not count their classes."""
+        for key in ("class_weights", "positive_weights"):
+            if options.get(key) != "balanced":
+                continue
+            if data.class_counts is None:
+                raise ConfigError(
+                    f"model.{part}.{key} is balanced, but the dataset {shown(self.settings['data']['name'])} does not "
+                    f"count its classes{self._data_as_set()}. Give a number for each class."
+                )
+            options[key] = balanced_weights(key, data.class_counts)
 
     def _data_as_set(self) -> str:
         """The dataset's settings that differ from their defaults, for a message: what it has may depend on them."""

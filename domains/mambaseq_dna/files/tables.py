@@ -1,0 +1,201 @@
+"""Reads tables with a sequence a row: CSV and TSV, plain or packed, and parquet."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mambaseq.data.unpacking import read_pieces
+from mambaseq.errors import DataError, cut_list, did_you_mean, shown
+from mambaseq.limits import check_unpacked
+from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
+
+_AT_ONCE = 4096  # rows whose letters become ids together
+_LONGEST_CELL = 1 << 24
+_INVALID = 255
+_TABLE = np.frombuffer(BaseTokenizer("keep").table, dtype=np.uint8)
+
+
+class Row(NamedTuple):
+    """A sequence of a file. line: its line, row or number in the file, from 1. name: "" if it has none. ids:
+    `(length,)` uint8 of `BaseTokenizer("keep")`. fields: what is in the columns that were asked for, as text."""
+
+    line: int
+    name: str
+    ids: np.ndarray
+    fields: tuple[str, ...]
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is parquet by its name."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def table_rows(
+    path: Path,
+    sequence: str = "sequence",
+    name: str | None = None,
+    fields: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
+) -> Iterator[Row]:
+    """The rows of a table, in order. The ending `.parquet` or `.pq` says that it is parquet; any other file is text
+    with commas, tabs or semicolons between its columns, whichever its first line has.
+
+    sequence, name, fields: names of columns. name: None takes the column `name` where there is one. columns: names of
+        all columns of a file without a header; None: the first line holds them.
+    Raises DataError that names file and line: a missing column, another number of cells than columns, an open quote, an
+    empty sequence, a letter that is no base; and for a file without rows.
+    """
+    wanted = [sequence, *fields] + ([] if name is None else [name])
+    cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns)
+    known, unit = next(cells)  # type: ignore[misc]
+    if name is None and "name" in known:
+        wanted.append(name := "name")
+    places = [known.index(column) for column in wanted]
+    found = 0
+    while chunk := list(itertools.islice(cells, _AT_ONCE)):
+        sequences = [row[places[0]].strip() for _, row in chunk]
+        for (line, row), ids in zip(chunk, _encoded(path, unit, sequences, chunk, columns), strict=True):
+            told = row[places[-1]] if name is not None else ""
+            yield Row(line, told, ids, tuple(row[place].strip() for place in places[1 : 1 + len(fields)]))
+        found += len(chunk)
+    if not found:
+        raise DataError(f"{path} has no rows. Check that it is the right file.")
+
+
+def _encoded(
+    path: Path, unit: str, sequences: list[str], chunk: list[Any], columns: Sequence[str] | None
+) -> Iterator[np.ndarray]:
+    letters = np.frombuffer("".join(sequences).encode("latin-1", "replace"), dtype=np.uint8)
+    ids = _TABLE[letters]
+    ends = np.cumsum([len(one) for one in sequences])
+    starts = np.concatenate(([0], ends[:-1]))
+    wrong = np.flatnonzero(ids == _INVALID)
+    empty = np.flatnonzero(ends == starts)
+    if len(wrong) or len(empty):
+        first = int(np.searchsorted(ends, wrong[0], side="right")) if len(wrong) else len(sequences)
+        if len(empty) and empty[0] < first:
+            raise DataError(
+                f"{path}, {unit} {chunk[empty[0]][0]:,}: the sequence is empty. Remove the row, or complete it."
+            )
+        line = chunk[first][0]
+        position = int(wrong[0] - starts[first])
+        header = " If this line holds the names of columns, leave data.columns out." if columns and line == 1 else ""
+        raise DataError(
+            f"{path}, {unit} {line:,}: {InvalidBase(sequences[first][position], position)} The sequence is "
+            f"{shown(sequences[first], 30)}.{header}"
+        )
+    for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield ids[start:stop]
+
+
+def _missing(path: Path, column: str, known: Sequence[str], hint: str = "") -> DataError:
+    names = [str(one)[:40] for one in known]
+    return DataError(
+        f"{path} has no column {shown(column)}.{did_you_mean(column, names)} It has: {cut_list(map(repr, names), 8)}."
+        f"{hint}"
+    )
+
+
+def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None) -> Iterator[Any]:
+    """First (names of the columns, what a row is called), then (line, cells) of each row."""
+    at = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        for number, line in text_lines(path):
+            at = number
+            yield line + "\n"
+
+    given = lines()
+    first = next((line for line in given if line.strip()), None)
+    if first is None:
+        raise DataError(f"{path} is empty, or has only blank lines. Check that it is the right file.")
+    delimiter = next((sign for sign in "\t,;" if sign in first), ",")
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    rows = csv.reader(itertools.chain([first], given), delimiter=delimiter, strict=True)
+    begun = at
+    try:
+        if columns is None:
+            header = [cell.strip() for cell in next(rows)]
+            for column in wanted:
+                if column not in header:
+                    hint = " If the file has no header, name its columns in order: data.columns."
+                    raise _missing(path, column, header, hint)
+                if header.count(column) > 1:
+                    raise DataError(f"{path} has {header.count(column)} columns {shown(column)}. Rename all but one.")
+        else:
+            header = list(columns)
+            for column in wanted:
+                if column not in header:
+                    raise _missing(path, column, header, " These are data.columns.")
+        yield header, "line"
+        begun = at + (columns is None)
+        for cells in rows:
+            if len(cells) != len(header):
+                if not cells or (len(cells) == 1 and not cells[0].strip()):
+                    continue  # a blank line
+                raise DataError(
+                    f"{path}, line {at:,}: the row has {len(cells)} cells, and there are {len(header)} columns "
+                    f"({cut_list(header, 6)}). Correct the row: {shown(delimiter.join(cells), 60)}."
+                )
+            yield at, cells
+            begun = at + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {begun:,}: the row cannot be read ({error}). A cell that begins with a quote must end with "
+            "one."
+        ) from error
+
+
+def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
+    """As `_delimited`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise DataError(f"There is no file {path}. Check the path.")
+    try:
+        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        known = table.schema_arrow.names
+        for column in wanted:
+            if column not in known:
+                raise _missing(path, column, known)
+        sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        check_unpacked(sum(sizes), path.stat().st_size, str(path))
+        use = list(dict.fromkeys([*wanted, *(["name"] if "name" in known else [])]))
+        yield use, "row"
+        number = 0
+        for batch in table.iter_batches(batch_size=_AT_ONCE, columns=use):
+            columns = [[_text(value) for value in batch.column(column).to_pylist()] for column in use]
+            for row in zip(*columns, strict=True):
+                number += 1
+                yield number, row
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} cannot be read as parquet: {reason}. Copy or write it again.") from error
+
+
+def _text(value: Any) -> str:
+    """A value of a parquet table as a CSV file would have it."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():  # whole numbers in a column with gaps
+        return str(int(value))
+    return str(value)
+
+
+def plain_sequence(path: Path) -> str:
+    """The letters of a file that holds one sequence and nothing else, without white space. Raises DataError as
+    `read_pieces` does, and for other text than ASCII."""
+    data = b"".join(read_pieces(path)).removeprefix(b"\xef\xbb\xbf")
+    try:
+        return "".join(data.decode("ascii").split())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} holds more than letters of bases (byte {error.start:,}). Check the file.") from error

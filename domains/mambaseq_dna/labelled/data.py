@@ -1,0 +1,461 @@
+"""The dataset `dna/labelled`: a class, several labels, or values for each sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mambaseq.data.audited import Audited, AuditedSequence
+from mambaseq.data.module import SequenceData
+from mambaseq.data.orders import Balanced, Shuffled
+from mambaseq.errors import ConfigError, DataError, shown
+from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
+from mambaseq_dna.auditing import audited_dna
+from mambaseq_dna.base import Names, names_of
+from mambaseq_dna.files.assembly import Assembly
+from mambaseq_dna.files.fasta import strand_checksums
+from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
+from mambaseq_dna.labelled.layouts import Format, Part, parts_of
+from mambaseq_dna.labelled.overlaps import overlapping
+from mambaseq_dna.labelled.sources import Reading, Source, read_source
+from mambaseq_dna.labelled.splitting import TEST, TRAIN, UNKNOWN, VALIDATION, SplitPlan, split_numbers, without_copies
+from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
+from mambaseq_dna.labelled.texts import numbered
+from mambaseq_dna.splits import SPLITS, Duplicates
+from mambaseq_dna.tokenizer import BaseTokenizer
+
+SHIPPED = "mambaseq:data/gue/prom_core_tata.tsv.xz"
+SHIPPED_COLUMNS = ["split", "label", "sequence"]
+_LABEL = {"table": "label", "fasta": "label", "bed": "name", "gff": "type", "folder": ""}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """All records of all sources, in order. of: the source of each, first: the first of each source."""
+
+    sources: list[Source]
+    sequences: Sequences
+    first: np.ndarray
+
+    def where(self, number: int) -> str:
+        """File and place of a record, for messages."""
+        source = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self.sources[source].where(number - int(self.first[source]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Records with what is known of them. numbers: of the records that are left. splits, targets: of those."""
+
+    numbers: np.ndarray
+    splits: np.ndarray
+    targets: np.ndarray
+    class_names: list[str]
+
+
+class LabelledData(SequenceData):
+    """Sequences with a class, several labels, or values each, from tables, FASTA, folders, or intervals of an assembly.
+
+    A split comes from the folder, file or column that names it, from groups (chromosomes), or is a share of the records
+    that are left. Case is folded. See docs/dna/labelled.md for the layouts.
+
+    Args:
+        files: files (paths, patterns, `fetched:` or `mambaseq:` names), or a folder: of `train.csv`, `dev.csv`,
+            `test.csv` and such, of `train/CLASS/*.txt` and `test/CLASS/*.txt`, or of a folder a class. The default is
+            GUE's task prom_core_tata, which ships with the project.
+        validation_files: the same for the validation set alone.
+        test_files: the same for the test set alone.
+        format: what files are: `table` (CSV, TSV, parquet), `fasta`, `bed` or `gff`; `auto` goes by their endings.
+        columns: names of the columns of tables without a header line.
+        sequence: the column of tables that holds the sequences.
+        label: where the label is, or several places, for several labels or values. Of tables: a column, `label` if not
+            given. Of FASTA: `field:2` of `>name|label`, `word:1` behind the name, or a key, `label` (of `label=x`) if
+            not given. Of BED: `name` if not given, `score`, `strand`, or `column:7` and on. Of GFF: `type` if not
+            given, or an attribute. Of a folder a class: its name.
+        names: the column of tables that holds names of sequences; `name` if not given and there is one.
+        task: `classes` (one of several), `multilabels` (any of several), or `values` (numbers).
+        classes: the names of the classes in their order; those of the training records, sorted, if not given.
+        separator: for multilabels in one column: the sign between them.
+        split: where the split is (train, validation or dev, test), as for `label`.
+        group: where the group is, which is never split: a gene, a chromosome, a family. Intervals are grouped by their
+            chromosome if it is not given.
+        test_groups: patterns (`*`, `?`) for the groups of the test set, for instance `chr8`.
+        validation_groups: the same for the validation set.
+        test_fraction: share of the records, or groups, for the test, if nothing else gives a test set.
+        validation_fraction: the same for the validation set.
+        duplicates: a sequence (or its other strand, or a part of an assembly) that is in two splits is refused
+            (`refuse`), or kept in test before validation before training (`drop`).
+        assembly: FASTA files that intervals refer to.
+        width: bases around the centre of each interval; the interval itself if not given. N stands for what is beyond
+            the ends.
+        stranded: read intervals on `-` from the other strand.
+        features: types of GFF features that are read; all if not given.
+        length: the most bases of a sequence; longer ones are cut. As long as the longest if not given.
+        align: which part of a longer sequence is kept, and where a padded one stands: `centre`, `start` or `end`.
+        pad: fill shorter sequences up to `length` with N.
+        reverse_complement: read a training sequence from the other strand with probability 1/2. Not for labels that
+            depend on the strand, such as promoters.
+        balanced: draw each class equally often in training.
+        samples_per_epoch: training sequences that make an epoch of balanced draws; as many as there are if not given.
+        seed: of the splits, the order and the strands.
+        cache: where token stores are kept; MAMBASEQ_CACHE or the platform's cache folder if not given.
+    """
+
+    tokenizer_name = "dna/base"
+    reader = "dna/labelled"
+    writer = "dna/fasta"
+
+    def __init__(
+        self,
+        files: list[str] | str | None = None,
+        validation_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        format: Format = "auto",
+        columns: list[str] | None = None,
+        sequence: str = "sequence",
+        label: list[str] | str | None = None,
+        names: str | None = None,
+        task: Learned = "classes",
+        classes: Names = None,
+        separator: str | None = None,
+        split: str | None = None,
+        group: str | None = None,
+        test_groups: Names = None,
+        validation_groups: Names = None,
+        test_fraction: float = 0.1,
+        validation_fraction: float = 0.1,
+        duplicates: Duplicates = "refuse",
+        assembly: list[str] | str | None = None,
+        width: int | None = None,
+        stranded: bool = True,
+        features: list[str] | None = None,
+        length: int | None = None,
+        align: Align = "centre",
+        pad: bool = False,
+        reverse_complement: bool = False,
+        balanced: bool = False,
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
+        cache: str | None = None,
+    ) -> None:
+        if files is None:
+            files, columns, split = SHIPPED, columns or SHIPPED_COLUMNS, split or "split"
+        for key, value in (("length", length), ("width", width)):
+            if value is not None:
+                check_setting(f"data.{key}", value, 1, WINDOW.value)
+        if samples_per_epoch is not None:
+            check_setting("data.samples_per_epoch", samples_per_epoch, *EPOCH)
+        check_setting("data.seed", seed, *SEEDS)
+        if pad and length is None:
+            raise ConfigError("data.pad fills sequences up to data.length, which is not given. Give it.")
+        if balanced and task != "classes":
+            raise ConfigError(f"data.balanced draws classes, but data.task is {task}. Leave it out.")
+        if samples_per_epoch is not None and not balanced:
+            raise ConfigError("data.samples_per_epoch is for balanced draws (data.balanced). Leave it out.")
+        if duplicates not in ("refuse", "drop"):
+            raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {shown(duplicates)}.")
+        self.files, self.validation_files, self.test_files = files, validation_files, test_files
+        self.format, self.columns, self.sequence, self.names = format, columns, sequence, names
+        self.task, self.separator = task, separator
+        self.classes = names_of("classes", classes) or None
+        self.label, self.split, self.group = label, split, group
+        if label is not None:
+            label_columns(label, task, separator)
+        self.plan = SplitPlan(
+            {TEST: names_of("test_groups", test_groups), VALIDATION: names_of("validation_groups", validation_groups)},
+            {TEST: test_fraction, VALIDATION: validation_fraction},
+            seed,
+        )
+        self.duplicates, self.assembly, self.width, self.stranded = duplicates, assembly, width, stranded
+        self.features, self.given_length, self.align, self.pad = features, length, align, pad
+        self.reverse_complement, self.balanced, self.samples_per_epoch = reverse_complement, balanced, samples_per_epoch
+        self.seed, self.cache = seed, cache
+        self.tokenizer = BaseTokenizer()
+        self.vocab_size = self.tokenizer.vocab_size
+        self.length = length or 0
+        if task == "values":
+            self.n_outputs = 1 if label is None or isinstance(label, str) else len(label)
+        self._found: _Split | None = None
+
+    @property
+    def complement(self) -> list[int]:  # type: ignore[override]
+        """The id of each base's partner."""
+        return self.tokenizer.complement.tolist()
+
+    def sources(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for source in self._records.sources:
+            found |= source.checksums
+        return found
+
+    def reader_options(self) -> dict[str, Any]:
+        """How `predict` reads files of the same layouts: cut and padded as here."""
+        options = {
+            "format": self.format,
+            "columns": self.columns,
+            "sequence": self.sequence,
+            "names": self.names,
+            "assembly": self.assembly,
+            "width": self.width,
+            "stranded": self.stranded,
+            "features": self.features,
+            "length": self.given_length,
+            "align": self.align,
+            "pad": self.pad,
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
+    def setup(self) -> None:
+        """Read the files, or their stores, and split them. Raises DataError that names file and line for what cannot be
+        used, and for copies in two splits; ConfigError for settings that do not fit each other."""
+        if self._found is not None:
+            return
+        found = self._split(refuse_copies=True)
+        lengths = self._records.sequences.lengths
+        self._tell_cut(lengths)
+        if self.given_length is None:
+            self.length = int(lengths.max())
+            WINDOW.check(self.length, "The longest sequence")
+        self.class_names = found.class_names
+        self.class_counts = _counts(found.targets[found.splits == TRAIN]) if found.class_names else None
+        self._found = found
+
+    def _tell_cut(self, lengths: np.ndarray) -> None:
+        if self.given_length is None or not (longer := lengths > self.given_length).any():
+            return
+        logger.warning(
+            "data.length: %s of %s sequences are longer than %s bases and are cut (data.align is %s); the longest has "
+            "%s.",
+            f"{int(longer.sum()):,}",
+            f"{len(lengths):,}",
+            f"{self.given_length:,}",
+            self.align,
+            f"{int(lengths.max()):,}",
+        )
+
+    @functools.cached_property
+    def _parts(self) -> list[Part]:
+        parts = parts_of(self.files, self.format)
+        for names, split in ((self.validation_files, "validation"), (self.test_files, "test")):
+            parts += parts_of(names, self.format, split) if names else []
+        paths = [part.path.resolve() for part in parts]
+        if len(set(paths)) < len(paths):
+            twice = next(path for number, path in enumerate(paths) if path in paths[:number])
+            raise ConfigError(f"{twice} is named twice under data. Name every file in one place.")
+        return parts
+
+    def _labels_of(self, kind: str) -> list[str]:
+        """The places of labels in a kind of file."""
+        return label_columns(_LABEL[kind] if self.label is None else self.label, self._task, self.separator)
+
+    @property
+    def _task(self) -> Learned:
+        return self.task  # type: ignore[return-value]
+
+    @functools.cached_property
+    def _records(self) -> _Records:
+        """All records. The label of a folder a class is its name."""
+        kinds = {part.kind for part in self._parts}
+        assembly = Assembly(self.assembly, self.cache) if self.assembly and kinds & {"bed", "gff"} else None
+        reading = Reading(
+            self.sequence, self.columns, self.names, assembly, self.width, self.stranded, tuple(self.features or ())
+        )
+        more = [place for place in (self.split, self.group) if place is not None]
+        sources = []
+        for part in self._parts:
+            if part.kind == "folder" and (more or self._task == "values"):
+                raise ConfigError(
+                    f"{part.path} is the folder of a class, which has no columns for data.split and data.group, and no "
+                    "values. Leave them out."
+                )
+            places = [*self._labels_of(part.kind), *more] if part.kind != "folder" else []
+            sources.append(read_source(part, reading, places, self.cache))
+        stores, numbers = [], {}
+        tables = []
+        for source in sources:
+            of = []
+            for store in source.stores:
+                key = str(store.folder)
+                if key not in numbers:
+                    numbers[key] = len(stores)
+                    stores.append(store)
+                of.append(numbers[key])
+            places = source.places.copy()
+            places[:, 0] = np.array(of)[places[:, 0]]
+            tables.append(places)
+        first = np.cumsum([0, *(len(source) for source in sources)])[:-1]
+        return _Records(sources, Sequences(stores, np.concatenate(tables)), first)
+
+    def _texts(self, place: str | int, of_labels: bool = False) -> list[str]:
+        """What all records have at a place; of_labels: at that one of the places of labels, by its number."""
+        found: list[str] = []
+        for source in self._records.sources:
+            if of_labels and source.part.kind == "folder":
+                found += [source.part.label] * len(source)
+            else:
+                found += source.fields[self._labels_of(source.part.kind)[int(place)] if of_labels else str(place)]
+        return found
+
+    @functools.cached_property
+    def _groups(self) -> list[str] | None:
+        """The group of each record; None if there are none."""
+        if self.group is not None:
+            return self._texts(self.group)
+        sources = self._records.sources
+        if any(source.groups is None for source in sources):
+            return None
+        return [name for source in sources for name in source.groups or ()]
+
+    @functools.cached_property
+    def _fitted(self) -> Sequences:
+        """What a model is given of each record."""
+        sequences = self._records.sequences
+        if self.given_length is None:
+            return sequences
+        return Sequences(sequences.stores, fitted(sequences.places, self.given_length, self.align, self.pad))
+
+    @functools.cached_property
+    def _content(self) -> np.ndarray:
+        """The same number for records whose sequences, as a model is given them, are equal on either strand."""
+        records, shown_ = self._records.sequences, self._fitted
+        checksums = np.zeros(len(records), dtype=np.uint64)
+        whole = (records.places[:, 2] == 0) & (shown_.places[:, 2:4] == records.places[:, 2:4]).all(axis=1)
+        for number, store in enumerate(records.stores):
+            mine = whole & (records.places[:, 0] == number)
+            mine[mine] = store.lengths[records.places[mine, 1]] == records.places[mine, 3]
+            checksums[mine] = store.checksums[records.places[mine, 1]].min(axis=1)
+            whole[(records.places[:, 0] == number) & ~mine] = False
+        for row in np.flatnonzero(~whole).tolist():
+            checksums[row] = min(strand_checksums(np.ascontiguousarray(shown_.read(row))))
+        return np.unique(checksums, return_inverse=True)[1].reshape(-1)
+
+    def _split(self, refuse_copies: bool) -> _Split:
+        """Splits and targets. refuse_copies: False leaves copies in two splits where they are."""
+        records = self._records
+        where, count = records.where, len(records.sequences)
+        splits = np.concatenate(
+            [
+                np.full(len(source), SPLITS.index(source.part.split) if source.part.split else UNKNOWN)
+                for source in records.sources
+            ]
+        )
+        if self.split is not None:
+            splits = np.where(splits == UNKNOWN, split_numbers(self._texts(self.split), where), splits)
+        labels = self._texts(0, of_labels=True) if self._task == "classes" else []
+        strata = numbered(labels)[1] if labels else np.zeros(count, dtype=np.int64)
+        self.plan.assign(splits, self._groups, self._content, strata)
+        keep = np.ones(count, dtype=bool)
+        if refuse_copies:
+            overlaps = overlapping(self._fitted.places, splits, self._intervals())
+            keep = without_copies(splits, self._content, overlaps, where, self.duplicates, strata if labels else None)
+        if not (splits[keep] == TRAIN).any():
+            raise DataError(
+                "The training set has no record. Check what data.test_groups, files and copies leave to it."
+            )
+        numbers = np.flatnonzero(keep)
+        targets, names = self._targets(numbers, splits[numbers] == TRAIN)
+        if self._task == "values" and (unknown := np.isnan(targets).all(axis=1)).any():
+            logger.warning("%s record(s) without any value are left out.", f"{int(unknown.sum()):,}")
+            numbers, targets = numbers[~unknown], targets[~unknown]
+            if not (splits[numbers] == TRAIN).any():
+                raise DataError("No training record has a value. Check data.label, and the file.")
+        return _Split(numbers, splits[numbers], targets, names)
+
+    def _intervals(self) -> np.ndarray:
+        """`(records,)` bool: which are intervals of an assembly."""
+        return np.concatenate([np.full(len(source), source.groups is not None) for source in self._records.sources])
+
+    def _targets(self, numbers: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Targets of these records, and the names of classes. train: `(numbers,)` bool, which are for training."""
+        chosen = numbers.tolist()
+        names = self._labels_of(self._records.sources[0].part.kind)
+        columns = [self._texts(place, of_labels=True) for place in range(len(names))]
+        texts = [[column[number] for number in chosen] for column in columns]
+
+        def where(row: int) -> str:
+            return self._records.where(chosen[row])
+
+        if self._task == "classes":
+            return class_targets(texts[0], train, where, self.classes)
+        if self._task == "values":
+            return value_targets(texts, names, where), []
+        return multilabel_targets(texts, names, train, where, self.classes, self.separator)
+
+    def train(self) -> LabelledItems:
+        sequences, targets = self._of(TRAIN)
+        order: Shuffled | Balanced = Shuffled(len(sequences), self.seed)
+        if self.balanced:
+            order = Balanced(targets, self.seed, self.samples_per_epoch)
+        return LabelledItems(sequences, targets, order, seed=self.seed, augment=self.reverse_complement)
+
+    def validation(self) -> LabelledItems | None:
+        return self._held_out(VALIDATION)
+
+    def test(self) -> LabelledItems | None:
+        return self._held_out(TEST)
+
+    def _held_out(self, split: int) -> LabelledItems | None:
+        sequences, targets = self._of(split)
+        if not len(sequences):
+            return None
+        groups = self._groups
+        assert self._found is not None
+        if groups is not None:
+            groups = [groups[number] for number in self._found.numbers[self._found.splits == split].tolist()]
+        return LabelledItems(sequences, targets, groups=groups)
+
+    def _of(self, split: int) -> tuple[Sequences, np.ndarray]:
+        self.setup()
+        assert self._found is not None
+        mine = self._found.splits == split
+        return self._fitted.where(self._found.numbers[mine]), self._found.targets[mine]
+
+    def audited(self) -> Audited:
+        """The sequences of each split as a model is given them, those included that setup would refuse as copies."""
+        found = self._split(refuse_copies=False)
+        splits = {}
+        for number, name in enumerate(SPLITS):
+            mine = np.flatnonzero(found.splits == number)
+            if len(mine):
+                splits[name] = _AuditedRecords(self._records, self._fitted, found, mine)
+        return audited_dna(splits)
+
+
+class _AuditedRecords(Sequence[AuditedSequence]):
+    """Records of one split, each made when it is asked for."""
+
+    def __init__(self, records: _Records, fitted: Sequences, found: _Split, mine: np.ndarray) -> None:
+        self._records, self._fitted, self._found, self._mine = records, fitted, found, mine
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __iter__(self) -> Iterator[AuditedSequence]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        mine = self._mine[index]
+        number, target = int(self._found.numbers[mine]), self._found.targets[mine]
+        label = self._found.class_names[int(target)] if target.ndim == 0 else None
+        source, _, place = self._records.where(number).rpartition(", ")
+        return AuditedSequence(self._fitted.read(number), label, source, place, max(int(self._start(number)), 0))
+
+    def _start(self, number: int) -> int:
+        return int(self._fitted.places[number, 2])
+
+
+def _counts(targets: np.ndarray) -> list[tuple[int, int]]:
+    """Of each class or label, how many training targets are of it, and how many are not."""
+    if targets.ndim == 1:
+        of = np.bincount(targets)
+        return [(int(one), int(len(targets) - one)) for one in of]
+    return [(int((column == 1).sum()), int((column == 0).sum())) for column in targets.T]

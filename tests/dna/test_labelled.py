@@ -1,0 +1,404 @@
+"""Labelled sequences: every layout of the page is read, split and predicted on; what cannot be used is named."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from mambaseq_dna.labelled.data import LabelledData
+from mambaseq_dna.labelled.items import fitted
+from mambaseq_dna.labelled.overlaps import overlapping
+from mambaseq_dna.labelled.reader import read_labelled
+from mambaseq_dna.tokenizer import BaseTokenizer
+
+from mambaseq.checking.datasets import check_items, check_order, check_sources
+from mambaseq.data.module import SequenceDataModule
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.models import build_model
+from mambaseq.runs.parsing import parse_config
+
+DOC = Path(__file__).parents[2] / "docs" / "dna" / "labelled.md"
+TOKENIZER = BaseTokenizer()
+RNG = np.random.default_rng(0)
+
+
+def bases(length: int = 12) -> str:
+    return "".join(RNG.choice(list("ACGT"), length))
+
+
+def text(batch: Any, row: int = 0) -> str:
+    return TOKENIZER.decode(batch.inputs[row].numpy().astype(np.uint8))
+
+
+def rows(count: int, label: Any = lambda number: number % 2, length: int = 12) -> list[tuple[str, str]]:
+    return [(bases(length), str(label(number))) for number in range(count)]
+
+
+def written(path: Path, lines: list[Any], header: str = "", sign: str = ",") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = [header] if header else []
+    path.write_text("\n".join([*told, *(sign.join(map(str, one)) for one in lines)]) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path / "cache"))
+
+
+def made(**options: Any) -> LabelledData:
+    data = LabelledData(**options)
+    data.setup()
+    return data
+
+
+def make_files() -> None:
+    """The files that the page names."""
+    written(Path("enhancers.csv"), [(b, "strong" if int(k) else "weak") for b, k in rows(40)], "seq,activity_class")
+    splits = ["train"] * 20 + ["dev"] * 5 + ["test"] * 5
+    promoters = [(split, k, b) for split, (b, k) in zip(splits, rows(30), strict=True)]
+    import lzma
+
+    with lzma.open("promoters.tsv.xz", "wt") as file:
+        file.write("\n".join("\t".join(row) for row in promoters) + "\n")
+    for name, count in (("train", 20), ("dev", 4), ("test", 6)):
+        written(Path(f"GUE/prom_core_tata/{name}.csv"), rows(count), "sequence,label")
+    for split, count in (("train", 10), ("test", 4)):
+        for label in ("positive", "negative"):
+            for number in range(count):
+                written(Path(f"human_nontata_promoters/{split}/{label}/{number}.txt"), [(bases(),)])
+    for split, count in (("train", 20), ("test", 6)):
+        written(Path(f"H3K4me3/{split}.fna"), [(f">seq{n}|{k}\n{b}",) for n, (b, k) in enumerate(rows(count))])
+    viral = [f">read{n} class={'viral' if int(k) else 'host'} len=12\n{b}\n" for n, (b, k) in enumerate(rows(40))]
+    with gzip.open("reads.fa.gz", "wt") as file:
+        file.write("".join(viral))
+    genome = {"chr1": 3000, "chr8": 1000, "chr10": 1000}
+    Path("genome.fa").write_text("".join(f">{name}\n{bases(size)}\n" for name, size in genome.items()))
+    peaks, genes = [], []
+    for name, size in genome.items():
+        for number, start in enumerate(range(0, size, 100)):
+            sign = "+-"[number // 2 % 2]
+            peaks.append((name, start, start + 50, "ab"[number % 2], number, sign))
+            attributes = f"ID=g{number};biotype={'coding' if number % 2 else 'rna'}"
+            genes.append((name, "x", "gene", start + 1, start + 50, ".", sign, ".", attributes))
+            genes.append((name, "x", "exon", start + 1, start + 9, ".", sign, ".", "ID=e"))
+    written(Path("peaks.bed"), peaks, sign="\t")
+    written(Path("genes.gff"), genes, "##gff-version 3", sign="\t")
+    values = [(bases(), number / 10, "" if number % 3 else number, "x") for number in range(40)]
+    written(Path("variants.csv"), values, "sequence,expression,halflife,remark")
+    several = [(bases(), number % 2, "" if number % 3 == 0 else number % 3 - 1) for number in range(40)]
+    written(Path("motifs.csv"), several, "sequence,promoter,enhancer")
+
+
+def test_every_layout_of_the_page(tmp_path: Path) -> None:
+    make_files()
+    found: dict[str, tuple[Any, ...]] = {}
+    for block in re.findall(r"^```yaml\n(.*?)^```", DOC.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        options = yaml.safe_load(block)["data"]
+        assert options.pop("name") == "dna/labelled"
+        data = made(**options)
+        sizes = [len(part) if part is not None else 0 for part in (data.train(), data.validation(), data.test())]
+        found[str(options["files"])] = (data.task, list(data.class_names) or data.n_outputs, *sizes)
+        check_items(data)
+        check_sources(lambda: made(**options))  # noqa: B023 - called here
+        # what is predicted on is what a model is trained on
+        known = {text(data.train()[i]) for i in range(sizes[0])}
+        for part in (data.validation(), data.test()):
+            known |= {text(part[i]) for i in range(len(part) if part else 0)}
+        of = options["files"] if isinstance(options["files"], str) else options["files"][0]
+        records = list(read_labelled(of, TOKENIZER, **data.reader_options()))
+        assert {TOKENIZER.decode(record.ids) for record in records} == known
+        assert len({(record.source, record.name) for record in records}) == len(records)
+    assert found == {
+        "enhancers.csv": ("classes", ["strong", "weak"], 32, 4, 4),
+        "promoters.tsv.xz": ("classes", ["0", "1"], 20, 5, 5),
+        "GUE/prom_core_tata": ("classes", ["0", "1"], 20, 4, 6),
+        "human_nontata_promoters": ("classes", ["negative", "positive"], 18, 2, 8),
+        "H3K4me3": ("classes", ["0", "1"], 18, 2, 6),
+        "['reads.fa.gz']": ("classes", ["host", "viral"], 32, 4, 4),
+        "peaks.bed": ("classes", ["a", "b"], 30, 10, 10),
+        "genes.gff": ("classes", ["coding", "rna"], 40, 0, 10),
+        "variants.csv": ("values", 2, 32, 4, 4),
+        "motifs.csv": ("multilabels", ["promoter", "enhancer"], 32, 4, 4),
+    }
+
+
+def test_intervals_by_hand() -> None:
+    Path("g.fa").write_text(">1\nAACCGGTTAC\n>2\nTTTTTTTTTTTTTT\n")
+    lines = [("chr1", 2, 4, "x", 0, "+"), ("1", 2, 4, "y", 0, "-"), ("2", 0, 3, "x"), ("2", 6, 9, "y")]
+    written(Path("a.bed"), lines, sign="\t")
+    options = {"files": "a.bed", "assembly": "g.fa", "width": 8, "test_groups": [2], "validation_fraction": 0}
+    data = made(**options)
+    train = data.train()
+    # the middle of 2 to 4 is 3, so that the window is -1 to 7: N, then AACCGGT; the other strand is ACCGGTT, then N
+    assert {text(train[i]): int(train[i].targets) for i in range(2)} == {"NAACCGGT": 0, "ACCGGTTN": 1}
+    assert text(data.test()[0]) == "NNNTTTTT"
+    forward = made(**options, stranded=False, duplicates="drop")
+    assert {text(forward.train()[i]) for i in range(2)} == {"NAACCGGT"}
+
+
+def test_cut_and_padded() -> None:
+    place = np.array([[0, 0, 0, 10, 0], [0, 0, 0, 10, 1], [0, 0, 0, 3, 0]])
+    assert fitted(place, 4, "centre", False)[:, 2:4].tolist() == [[3, 7], [3, 7], [0, 3]]
+    assert fitted(place, 4, "start", False)[:, 2:4].tolist() == [[0, 4], [6, 10], [0, 3]]
+    assert fitted(place, 4, "end", True)[:, 2:4].tolist() == [[6, 10], [0, 4], [-1, 3]]
+
+
+def test_cutting_is_said_and_copies_are_what_the_model_sees(caplog: pytest.LogCaptureFixture) -> None:
+    table = [("train", "AAACGTAAA", 0), ("train", "CCCCCCCCC", 1), ("dev", "GGG", 0), ("test", "TTAATTTT", 1)]
+    written(Path("t.csv"), table, "split,sequence,label")
+    options = {"files": "t.csv", "split": "split", "length": 3, "pad": True}
+    with pytest.raises(DataError, match=r"t.csv, line 3 \(train\) holds the same sequence as t.csv, line 4 \(val"):
+        made(**options)  # CCC is the other strand of GGG
+    with pytest.raises(DataError, match=r"t.csv, line 5: the label '1' is not that of any training"):
+        made(**options, duplicates="drop")
+    made(**options | {"align": "end", "length": 5, "duplicates": "drop"})
+    assert "3 of 4 sequences are longer than 5 bases and are cut (data.align is end); the longest has 9" in caplog.text
+
+
+def test_copies_are_dropped_from_what_is_less_protected(caplog: pytest.LogCaptureFixture) -> None:
+    table = [("train", "AACC", 0), ("train", "GGTT", 1), ("train", "ACAC", 1), ("train", "TTTC", 0)]
+    table += [("dev", "AACC", 1), ("dev", "CCCC", 1), ("test", "CCCC", 0), ("test", "ACCC", 0)]
+    written(Path("t.csv"), table, "split,sequence,label")
+    data = made(files="t.csv", split="split", duplicates="drop")
+    assert [len(part) for part in (data.train(), data.validation(), data.test())] == [2, 1, 2]
+    assert "3 record(s) are left out" in caplog.text
+    assert "2 of them have another label" in caplog.text
+    audited = data.audited()
+    assert {name: len(part) for name, part in audited.splits.items()} == {"train": 4, "validation": 2, "test": 2}
+    first = audited.splits["train"][1]
+    assert (TOKENIZER.decode(first.ids), first.label, first.source, first.record) == ("GGTT", "1", "t.csv", "line 3")
+
+
+def test_intervals_that_overlap_over_splits() -> None:
+    places = np.array([[0, 0, 0, 10, 0], [0, 0, 5, 15, 1], [0, 0, 15, 20, 0], [0, 1, 0, 10, 0], [0, 0, 2, 4, 0]])
+    splits = np.array([0, 2, 0, 2, 1])
+    intervals = np.ones(5, dtype=bool)
+    assert overlapping(places, splits, intervals).tolist() == [1, -1, -1, -1, -1]
+    splits[1] = 1
+    assert overlapping(places, splits, intervals).tolist() == [1, -1, -1, -1, -1]
+    assert overlapping(places, splits, ~intervals).tolist() == [-1] * 5
+    Path("g.fa").write_text(">1\n" + bases(60) + "\n")
+    written(Path("a.bed"), [("1", 0, 20, "x"), ("1", 20, 40, "y")], sign="\t")
+    written(Path("b.bed"), [("1", 39, 50, "y")], sign="\t")
+    options = {"files": "a.bed", "test_files": "b.bed", "assembly": "g.fa", "validation_fraction": 0}
+    with pytest.raises(DataError, match=r"a.bed, line 2 \(train\) shares bases with b.bed, line 1 \(test\)"):
+        made(**options)
+
+
+def test_shares_are_of_each_class_and_equal_sequences_stay_together() -> None:
+    table = rows(100, lambda number: int(number < 20))
+    table += [(TOKENIZER.decode(TOKENIZER.reverse_complement(TOKENIZER.encode(b))), k) for b, k in table]
+    written(Path("t.csv"), table, "sequence,label")
+    data = made(files="t.csv", test_fraction=0.2)
+    labels = [part.targets.bincount().tolist() for part in (data.train(), data.validation(), data.test())]
+    assert labels == [[112, 28], [16, 4], [32, 8]]
+    assert data.class_counts == [(112, 28), (28, 112)]
+    assert made(files="t.csv", test_fraction=0.2, seed=1).test()[0].inputs.tolist() != data.test()[0].inputs.tolist()
+
+
+def test_groups_stay_on_one_side() -> None:
+    table = [(b, k, f"gene{number // 10}") for number, (b, k) in enumerate(rows(100))]
+    written(Path("t.csv"), table, "sequence,label,gene")
+    group = {b: gene for b, _, gene in table}
+    data = made(files="t.csv", group="gene", test_fraction=0.2, validation_groups=["gene3"])
+    of = [{group[text(part[i])] for i in range(len(part))} for part in (data.train(), data.validation(), data.test())]
+    assert [len(one) for one in of] == [7, 1, 2]
+    assert of[1] == {"gene3"}
+    test = data.test()
+    assert [group[text(test[i])] for i in range(len(test))] == list(test.groups)
+    assert not of[0] & of[2]
+    with pytest.raises(
+        DataError, match=r"The pattern 'gine3' of data.test_groups matches no group. Did you mean 'gene3'"
+    ):
+        made(files="t.csv", group="gene", test_groups=["gine3"])
+    with pytest.raises(DataError, match=r"The group 'gene3' matches both data.test_groups and data.validation_groups"):
+        made(files="t.csv", group="gene", test_groups=["gene3"], validation_groups=["gene*"])
+    with pytest.raises(DataError, match=r"The test set gets no record: data.test_fraction is 0.01 of the groups.* 10"):
+        made(files="t.csv", group="gene", test_fraction=0.01)
+    with pytest.raises(ConfigError, match=r"name groups, but the records have none. .*data.group"):
+        made(files="t.csv", test_groups=["gene3"])
+
+
+def test_values_and_labels() -> None:
+    make_files()
+    data = made(files="variants.csv", task="values", label=["expression", "halflife"], test_fraction=0)
+    batch = next(iter(SequenceDataModule(data, batch_size=36).train_dataloader()))
+    assert batch.targets.shape == (36, 2)
+    assert batch.targets.dtype == torch.float32
+    assert not batch.per_token
+    assert int(batch.n_targets) == 36 + int((~batch.targets[:, 1].isnan()).sum()) < 72
+    one = made(files="variants.csv", task="values", label="halflife")  # two thirds have none
+    assert sum(len(part) for part in (one.train(), one.validation() or [], one.test() or [])) == 14
+    assert one.n_outputs == 1
+    several = [(bases(), ("a;b", "b", "", "c; a")[number % 4]) for number in range(40)]
+    written(Path("s.csv"), several, "sequence,label")
+    data = made(files="s.csv", task="multilabels", separator=";", test_fraction=0, validation_fraction=0)
+    item = {text(data.train()[i]): data.train()[i].targets[0].tolist() for i in range(40)}
+    assert [item[b] for b, _ in several[:4]] == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]
+    assert data.class_counts == [(20, 20), (20, 20), (10, 30)]
+
+
+def test_order_strands_and_balanced_draws() -> None:
+    table = rows(60, lambda number: int(number < 6))
+    written(Path("t.csv"), table, "sequence,label")
+    options = {"files": "t.csv", "test_fraction": 0, "validation_fraction": 0, "reverse_complement": True}
+    check_order(lambda: made(**options))
+    check_order(lambda: made(**options, balanced=True))
+    train = made(**options).train()
+    known = {b for b, _ in table}
+    turned = {TOKENIZER.decode(TOKENIZER.reverse_complement(TOKENIZER.encode(b))) for b in known}
+    epochs = [[text(train[60 * epoch + i]) for i in range(60)] for epoch in range(2)]
+    for epoch in epochs:
+        assert 10 < len(set(epoch) & known) < 50
+        assert set(epoch) <= known | turned
+    assert epochs[0] != epochs[1]
+    drawn = made(**options, balanced=True, samples_per_epoch=400).train()
+    (batch,) = drawn.__getitems__(range(400))
+    assert 150 < int(batch.targets.sum()) < 250
+
+
+def test_padded_and_packed_batches() -> None:
+    table = [(bases(number % 7 + 3), number % 2) for number in range(24)]
+    written(Path("t.tsv"), table, "sequence\tlabel", "\t")
+    data = made(files="t.tsv", test_fraction=0, validation_fraction=0)
+    assert data.length == 9
+    padded = next(iter(SequenceDataModule(data, batch_size=8).train_dataloader()))
+    packed = next(iter(SequenceDataModule(data, batch_size=8, pack=True).train_dataloader()))
+    alone = [data.train()[i] for i in range(8)]
+    assert packed.cu_seqlens.tolist() == np.cumsum([0, *(item.inputs.shape[1] for item in alone)]).tolist()
+    assert torch.equal(packed.inputs, torch.cat([item.inputs for item in alone], 1))
+    assert torch.equal(padded.inputs[padded.mask], packed.inputs[0])
+    assert not padded.inputs[~padded.mask].any()
+    assert torch.equal(padded.targets, packed.targets)
+
+
+def test_parquet_and_numbers_as_labels() -> None:
+    frame = pandas.DataFrame({"name": [f"s{n}" for n in range(30)], "sequence": [bases() for _ in range(30)]})
+    frame["label"] = [float(number % 11) for number in range(30)]
+    frame.to_parquet("t.parquet")
+    data = made(files="t.parquet", test_fraction=0, validation_fraction=0)
+    assert list(data.class_names) == [str(number) for number in range(11)]
+    records = list(read_labelled("t.parquet", TOKENIZER, fields=["label"]))
+    assert (records[10].name, records[10].fields) == ("s10", {"label": "10"})
+    with pytest.raises(DataError, match=r"t.parquet has no column 'sequences'. Did you mean 'sequence'"):
+        made(files="t.parquet", sequence="sequences")
+
+
+GOOD = "ACGT,0\nACCT,1\nAGGT,0\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "told"),
+    [
+        (
+            "seqence,label\nACGT,0\n",
+            {},
+            r"t.csv has no column 'sequence'. Did you mean 'seqence'\? It has: 'seqence', 'l",
+        ),
+        ("sequence,lable\nACGT,0\n", {}, "t.csv has no column 'label'. Did you mean 'lable'"),
+        (GOOD, {}, "no column 'sequence'. .*If the file has no header, name its columns in order: data.columns"),
+        (
+            f"sequence,label\n{GOOD}",
+            {"columns": ["sequence", "label"]},
+            "t.csv, line 1: The letter 'e' at position 2 .* If this line holds the names of columns, leave data",
+        ),
+        (f"sequence,label\n{GOOD}ACGT\n", {}, "t.csv, line 5: the row has 1 cells, and there are 2 columns"),
+        (f'sequence,label\n{GOOD}"ACGT,0\nAC,1\n', {}, "t.csv, line 5: the row cannot be read"),
+        (f"sequence,label\n{GOOD}\n,1\n", {}, "t.csv, line 6: the sequence is empty"),
+        (f"sequence,label\n{GOOD}ACEF,1\n", {}, "t.csv, line 5: The letter 'E' at position 3 is not a base"),
+        (f"sequence,label\n{GOOD}ACGG,NA\n", {}, r"t.csv, line 5: the label is missing \('NA'\)"),
+        (f"sequence,label\n{GOOD}ACGG,2\n", {"classes": [0, 1]}, "line 5: the label '2' is not among data.classes"),
+        ("sequence,label\nACGT,1\nACCT,1\n", {}, "All training records are of one class, '1'"),
+        (f"sequence,label\n{GOOD}", {"classes": [0, 1, 2]}, "The class '2' of data.classes has no training record"),
+        (
+            f"sequence,label\n{GOOD}ACGG,high\n",
+            {"task": "values"},
+            "line 5: the column 'label' has 'high', which is not a",
+        ),
+        (f"sequence,label\n{GOOD}ACGG,inf\n", {"task": "values"}, "'inf', which is not a finite number"),
+        (f"sequence,label\n{GOOD}ACGG,,\n", {}, "has 3 cells"),
+        ("sequence,label\n", {}, "t.csv has no rows"),
+        ("\n\n", {}, "t.csv is empty, or has only blank lines"),
+        (f"sequence,label\n{GOOD}", {"split": "label"}, "t.csv, line 2: '0' names no split"),
+        (f"sequence,a\n{GOOD}", {"label": "a", "task": "multilabels"}, "Several labels are either in several columns"),
+        (
+            "sequence,a,b\nACGT,1,0\nACC,yes,2\n",
+            {"label": ["a", "b"], "task": "multilabels"},
+            "line 3: the column 'b' has '2'",
+        ),
+    ],
+)
+def test_bad_tables(content: str, options: dict[str, Any], told: str) -> None:
+    Path("t.csv").write_text(content)
+    with pytest.raises((DataError, ConfigError), match=told) as error:
+        made(files="t.csv", test_fraction=0, validation_fraction=0, **options)
+    assert len(str(error.value)) < 1000
+
+
+def test_one_bad_file_among_several_is_named() -> None:
+    for number in range(3):
+        written(Path(f"{number}.csv"), rows(6), "sequence,label")
+    with Path("1.csv").open("a") as file:
+        file.write("ACG*,0\n")
+    with pytest.raises(DataError, match=r"^1.csv, line 8: The letter '\*' at position 4"):
+        made(files="[0-9].csv")
+
+
+def test_labels_that_training_has_not() -> None:
+    written(Path("f/train.csv"), rows(10), "sequence,label")
+    written(Path("f/test.csv"), [(bases(), "11")], "sequence,label")
+    with pytest.raises(DataError, match=r"f/test.csv, line 2: the label '11' is not that of any training record."):
+        made(files="f", validation_fraction=0)
+
+
+def test_bad_intervals_and_headers(tmp_path: Path) -> None:
+    Path("g.fa").write_text(">1\nAACCGGTTAC\n")
+    written(Path("a.bed"), [("1", 0, 4, "x"), ("1", 6, 11, "y")], sign="\t")
+    with pytest.raises(ConfigError, match=r"a.bed holds intervals, without bases. .*data.assembly"):
+        made(files="a.bed")
+    with pytest.raises(DataError, match=r"a.bed, line 2: the interval ends at 11, but '1' has 10 bases"):
+        made(files="a.bed", assembly="g.fa")
+    with pytest.raises(ConfigError, match=r"A BED file has no column 'scores'. Did you mean 'score'"):
+        made(files="a.bed", assembly="g.fa", label="scores")
+    Path("r.fa").write_text(">a|1\nACGT\n>b|2|x\nACGA\n")
+    with pytest.raises(DataError, match=r"r.fa, record 'a|1': the header has no 'label='. .*field:2"):
+        made(files="r.fa")
+    with pytest.raises(DataError, match=r"the header 'a|1' has 2 field\(s\), so that there is no field:3"):
+        made(files="r.fa", label="field:3")
+    (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="is taken for the folder of a class, but holds no file"):
+        made(files="empty")
+    Path("x.dat").write_text("")
+    with pytest.raises(DataError, match=r"'x.dat': its ending does not say what it is"):
+        made(files="x.dat")
+
+
+def test_the_shipped_task() -> None:
+    """Its sizes are the published ones; 26 training and dev sequences are also in a more protected split."""
+    data = made(duplicates="drop")
+    assert [len(part) for part in (data.train(), data.validation(), data.test())] == [4880, 611, 613]
+    assert (data.length, list(data.class_names)) == (70, ["0", "1"])
+    with pytest.raises(DataError, match=r"26 such record\(s\) are in two splits"):
+        made()
+
+
+def test_balanced_weights_of_a_run() -> None:
+    table = rows(60, lambda number: int(number < 15))
+    written(Path("t.csv"), table, "sequence,label")
+    options = ["--data.files=t.csv", "--data.test_fraction=0", "--data.validation_fraction=0", "--model.d_model=8"]
+    settings = parse_config("dna/labelled", [*options, "--model.head.class_weights=balanced"])
+    spec = settings.model_spec(settings.make_data(setup=True))
+    assert spec["head"]["class_weights"] == pytest.approx([60 / 90, 60 / 30])
+    assert build_model(spec).head.loss.weights.tolist() == pytest.approx([2 / 3, 2])
+    settings = parse_config("dna/species", ["--model.head.class_weights=balanced"])
+    with pytest.raises(ConfigError, match="the dataset 'dna/species' does not count its classes"):
+        settings.model_spec(settings.make_data())
