@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mambaseq_dna.variants.mutagenesis import mutagenesis
 from mambaseq_dna.variants.scorers import INDEL_FLANK, Distance, scorer_of
 from mambaseq_dna.variants.scoring import score_variants
 from mambaseq_dna.variants.sites import Places, Site
+from pages import blocks, run_cell
 
 from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
 from mambaseq.cli.main import main
@@ -31,8 +33,8 @@ HEADER = "##fileformat=VCFv4.2\n##contig=<ID=1,length=400>\n#CHROM\tPOS\tID\tREF
 
 def model_at(folder: Path, task: str, head: dict[str, Any], backbone: str = "residual", **more: Any) -> Path:
     strands = backbone == "reverse_complement"
-    vocabulary = 6 if task == "masked" else 5
-    both = {"complement": [3, 2, 1, 0, 4, 5][:vocabulary]} if strands else {}
+    vocabulary = 8 if task == "masked" else 5  # as of imported models, whose mask token is the last
+    both = {"complement": [3, 2, 1, 0, 4, 5, 6, 7][:vocabulary]} if strands else {}
     encoder = {"name": "rc_tokens" if strands else "tokens", "vocab_size": vocabulary, **both}
     if head["name"] in ("lm", "rc_lm"):
         head = {**head, "vocab_size": vocabulary, **both}
@@ -125,7 +127,7 @@ def test_masked_ratios_are_those_of_hidden_bases(fasta: Path, tmp_path: Path) ->
 
     def hidden(ids: np.ndarray, places: list[int]) -> np.ndarray:
         row = torch.from_numpy(ids.astype(np.int64))
-        row[places] = 5
+        row[places] = 7
         return loaded.model(row[None]).logits[0].double().log_softmax(-1).numpy()
 
     for site, one in zip(sites, found, strict=True):
@@ -282,3 +284,18 @@ def test_mutagenesis_is_the_variants_of_a_region(run: Path, fasta: Path, tmp_pat
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             mutagenesis(run, fasta, region, progress=False)
+
+
+def test_the_page_runs(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "runs" / "genome")
+    shutil.copy(fasta, tmp_path / "genome.fa")
+    write_calls(tmp_path / "calls.vcf")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "dna" / "variants.md"
+    commands = [line.split()[1:] for line in page.read_text().splitlines() if line.startswith("    mambaseq ")]
+    assert [main(command) for command in commands] == [0] * 4
+    ((text, line),) = [(text, line) for language, text, line in blocks(page) if language == "python"]
+    names: dict[str, Any] = {}
+    run_cell(text, page, line, names)
+    assert len(names["found"].table) == 12
+    assert len(names["effects"]) == 60

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mambaseq.checkpoints import LoadedModel, ModelCard
 from mambaseq.checkpoints.hub import save_pretrained
 from mambaseq.errors import ConfigError
 from mambaseq.limits import WINDOW
 from mambaseq.outputs import output_file
+from mambaseq_dna.options import Options
 from mambaseq_dna.published.folders import read_published
 from mambaseq_dna.published.settings import Imported
 from mambaseq_dna.tokenizer import BaseTokenizer
@@ -18,13 +18,8 @@ from mambaseq_dna.tokenizer import BaseTokenizer
 _FROM_DATA = ("vocab_size", "complement")  # of encoder and head: a run's data say them
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
-
-
 def run(argv: list[str]) -> None:
-    parser = _Options(
+    parser = Options(
         prog="mambaseq dna/import",
         description="Make a published language model of DNA one of ours, with the same outputs: Caduceus-Ph, "
         "Caduceus-PS or HyenaDNA, from a downloaded folder. The result is a model for predict (bits a base, "

@@ -5,18 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from mambaseq.errors import ConfigError
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
-
-
-class _Options(argparse.ArgumentParser):
-    """Refuses what it cannot use as every command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+from mambaseq_dna.options import Options
 
 
 def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
@@ -54,8 +46,7 @@ def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
 
 def variants(argv: list[str]) -> int:
     """`mambaseq dna/variants`."""
-    parser = _Options(
-        allow_abbrev=False,
+    parser = Options(
         prog="mambaseq dna/variants",
         description="Score variants with a model: each alternative of a VCF file (or of a table with CHROM, POS, REF "
         "and ALT) against the reference.",
@@ -95,8 +86,7 @@ def variants(argv: list[str]) -> int:
 
 def mutagenesis(argv: list[str]) -> int:
     """`mambaseq dna/mutagenesis`."""
-    parser = _Options(
-        allow_abbrev=False,
+    parser = Options(
         prog="mambaseq dna/mutagenesis",
         description="In-silico mutagenesis: the effect of every substitution in a region, as a table and a picture.",
     )

@@ -178,10 +178,10 @@ class MaskedRatio(Scorer):
     `INDEL_FLANK` bases on either side, every seventh hidden at once, with the alternative less with the reference.
     """
 
-    def __init__(self, loaded: LoadedModel, tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, tokens: int, mask_id: int) -> None:
         super().__init__(loaded, tokens)
         self.columns = ["llr"]
-        self.mask_id = self.tokenizer.vocab_size
+        self.mask_id = mask_id
 
     def scores(self, sites: Sequence[Site]) -> list[np.ndarray]:
         found = [np.zeros((len(site.alts), 1)) for site in sites]
@@ -321,7 +321,7 @@ def scorer_of(loaded: LoadedModel, tokens: int) -> Scorer:
     check_bases(loaded)
     answer = answer_of(loaded, None)
     if isinstance(answer, PseudoLikelihood):
-        return MaskedRatio(loaded, tokens)
+        return MaskedRatio(loaded, tokens, answer.mask_id)
     if isinstance(answer, Likelihood):
         return LogLikelihoodRatio(loaded, tokens)
     if type(answer) is Sequences:
