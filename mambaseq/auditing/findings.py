@@ -96,6 +96,7 @@ def _shared_record(one: Shared) -> dict[str, Any]:
     plain |= {
         "share": one.share,
         "shares": dict(zip((name for _, name in BINS), histogram(one.shares), strict=True)),
+        "records": [dataclasses.asdict(part) for part in one.records],
         "copies": dataclasses.asdict(one.copies),
         "stretches": [dataclasses.asdict(stretch) for stretch in one.stretches],
     }
@@ -121,11 +122,16 @@ def audit(audited: Audited, name: str = "", tolerance: float = TOLERANCE) -> Aud
     return Audit(name, audited, layout.tokens, shared, told, found)
 
 
-def place(where: Place) -> str:
-    """A place for a table, cut."""
+def record(where: Place) -> str:
+    """A record for a table, cut."""
     label = f" ({cut(where.label, 24)})" if where.label is not None else ""
     source = f"{cut(where.source, 40)}, " if where.source else ""
-    return f"{where.split}{label}: {source}{cut(where.record, 40)} from {where.start:,}"
+    return f"{where.split}{label}: {source}{cut(where.record, 40)}"
+
+
+def place(where: Place) -> str:
+    """A place for a table, cut."""
+    return f"{record(where)} from {where.start:,}"
 
 
 def stretch(one: Stretch, unit: str) -> str:

@@ -27,11 +27,6 @@ class Place:
     record: str
     start: int
 
-    def __str__(self) -> str:
-        where = f"{self.source}, " if self.source else ""
-        label = f" ({self.label})" if self.label is not None else ""
-        return f"{self.split}{label}: {where}{self.record} from {self.start:,}"
-
 
 class Layout:
     """Sequences one behind the other, an unknown letter behind each.

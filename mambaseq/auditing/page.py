@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from mambaseq.auditing.findings import BINS, Audit, histogram, percent, place, stretch, verdict_of
+from mambaseq.auditing.findings import BINS, Audit, histogram, percent, place, record, stretch, verdict_of
 from mambaseq.data.audited import WORD
 from mambaseq.errors import cut
 from mambaseq.reporting import Section, drawing, side_by_side, table
@@ -71,7 +71,7 @@ def _shared(audit: Audit) -> Section:
     picture = drawing(
         heatmap(names, found.matrix.tolist()), "Words of the row that are also in the column: the darker, the more"
     )
-    parts = []
+    parts: list[Bar | str] = []
     rows: list[tuple[object, ...]] = []
     stretches: list[tuple[object, ...]] = []
     for one in found.splits:
@@ -103,6 +103,14 @@ def _shared(audit: Audit) -> Section:
         + "<h3>Longest equal stretches</h3>"
         + table((unit, "where", "where else", "strand"), stretches)
     )
+    parts_of = [
+        (percent(part.share), part.tokens, record(part.place), one.other)
+        for one in found.splits
+        for part in one.records
+    ]
+    if parts_of:
+        body += "<h3>Records with the most in another split</h3>"
+        body += table(("shared words", f"about {unit}", "record", "against"), parts_of)
     groups = [
         (split, "-" if label is None else label, sequences, tokens)
         for (split, label), sequences, tokens in zip(found.owners, found.sequences, found.tokens, strict=True)

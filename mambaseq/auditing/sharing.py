@@ -13,6 +13,7 @@ _RUNS, _TRIED, _OTHERS = 24, 3, 4  # runs of common words that are looked at; wo
 _STRETCHES = 5
 _PAIRS = 12
 _EXAMPLES = 5
+_RECORDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,23 @@ class Copies:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """How much of a record is in another split: the share of its words, and about how many tokens that makes."""
+
+    place: Place
+    share: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Shared:
     """What a split has in common with another one.
 
     words: how many were compared; in_other: how many of these are in the other split, same_label: in the same class
     there, another_only: in other classes only. tokens: about how many tokens that makes. pieces: windows or whole
     sequences with a word, touched: those with at least one common word, touched_another: with one that the other split
-    has in another class, half: those of which more than half of the words are common. shares: of each piece.
+    has in another class, half: those of which more than half of the words are common. shares: of each piece. records:
+    those that have most in common, if the data are windows of records.
     """
 
     split: str
@@ -66,6 +77,7 @@ class Shared:
     touched_another: int
     half: int
     shares: np.ndarray
+    records: list[Part]
     copies: Copies
     stretches: list[Stretch]
 
@@ -266,9 +278,22 @@ def _between(
         touched_another=int((n_another[has] > 0).sum()),
         half=int((shares > 0.5).sum()),
         shares=shares,
+        records=_records(layout, table.sequence[rows], common) if layout.audited.length is not None else [],
         copies=contents.copies(layout.split == one, layout.split == other),
         stretches=_longest(layout, table, rows, flagged, theirs),
     )
+
+
+def _records(layout: Layout, sequence: np.ndarray, common: np.ndarray) -> list[Part]:
+    """The records with the most common words. sequence, common: of each word."""
+    record = layout.record[sequence]
+    of_all, of_common = np.bincount(record), np.bincount(record, weights=common)
+    found = []
+    for number in np.argsort(-of_common, kind="stable")[:_RECORDS].tolist():
+        if share := float(of_common[number] / max(of_all[number], 1)):
+            (own,) = np.nonzero((layout.record == number) & (layout.split == layout.split[sequence[0]]))
+            found.append(Part(layout.place(int(own[0]), 0), share, round(share * float(layout.lengths[own].sum()))))
+    return found
 
 
 def _pieces(layout: Layout, positions: np.ndarray, sequence: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mambaseq.auditing.findings import Audit, percent, stretch, verdict_of
+from mambaseq.auditing.findings import Audit, percent, record, stretch, verdict_of
 from mambaseq.data.audited import WORD
 from mambaseq.errors import cut
 
@@ -61,6 +61,10 @@ def lines(audit: Audit) -> Iterator[str]:
         if one.stretches:
             yield f"\nlongest equal stretches, {one.split} = {one.other}"
             yield from (f"  {stretch(each, unit)}" for each in one.stretches[:3])
+        if one.records:
+            yield f"records of {one.split} with the most of {one.other}"
+            for part in one.records[:3]:
+                yield f"  {percent(part.share)}, about {part.tokens:,} {unit}: {record(part.place)}"
     if found.classes:
         yield ""
         table = [("class", "in class", "shared words", "whole sequences", "longest")]
