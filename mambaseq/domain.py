@@ -25,6 +25,7 @@ KINDS = (
     "datasets",
     "readers",
     "writers",
+    "tables",
     "mixers",
     "backbones",
     "heads",
@@ -42,6 +43,7 @@ WANTED = {  # what each name in a configuration or a model must stand for: see `
     "datasets": "mambaseq.data.module:SequenceData",
     "readers": FUNCTION,
     "writers": FUNCTION,
+    "tables": "mambaseq.runs.tables:Table",
     "mixers": "mambaseq.mixers.base:Mixer",
     "backbones": "mambaseq.backbones.base:Backbone",
     "heads": "torch.nn:Module",
@@ -61,6 +63,8 @@ class Domain:
     encoders: `mambaseq.encoders.Encoder` subclasses, from what the data give to `(batch, length, d_model)`.
     datasets: `mambaseq.data.module.SequenceData` subclasses: train, validation and test data of one kind.
     readers: functions from a path to records for `predict`. writers: functions from tokens to a file for `generate`.
+    tables: `mambaseq.runs.tables.Table` subclasses, made as `(mambaseq.runs.tables.Files)`, each by the ending of files
+        that `predict` writes with it: `"bed"`.
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
     optimizers: `torch.optim.Optimizer` subclasses, made as `(groups, lr=..., **optimizer.options)`: `optimizer.name`.
     callbacks: `lightning.pytorch.callbacks.Callback` subclasses: `trainer.callbacks`.
@@ -78,6 +82,7 @@ class Domain:
     datasets: Entries = dataclasses.field(default_factory=dict)
     readers: Entries = dataclasses.field(default_factory=dict)
     writers: Entries = dataclasses.field(default_factory=dict)
+    tables: Entries = dataclasses.field(default_factory=dict)
     mixers: Entries = dataclasses.field(default_factory=dict)
     backbones: Entries = dataclasses.field(default_factory=dict)
     heads: Entries = dataclasses.field(default_factory=dict)

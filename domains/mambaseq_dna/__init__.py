@@ -37,6 +37,13 @@ domain = Domain(
     writers={
         "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
     },
+    tables={
+        "bed": ("mambaseq_dna.files.tracks:BedTable", "labels: neighbouring positions of a class are one interval"),
+        "bedgraph": ("mambaseq_dna.files.tracks:BedGraphTable", "a number a position, bin or window, as text"),
+        "bdg": ("mambaseq_dna.files.tracks:BedGraphTable", "the same as bedgraph"),
+        "bigwig": ("mambaseq_dna.files.tracks:BigWigTable", "a number a position, bin or window (mambaseq[dna])"),
+        "bw": ("mambaseq_dna.files.tracks:BigWigTable", "the same as bigwig"),
+    },
     configs={
         "species": ("mambaseq:configs/dna/species.yaml", "species of 16 kb windows, on a GPU"),
         "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),

@@ -14,7 +14,8 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq predict",
         description="Classify windows of records, give their values (regression), label each position, or measure "
         "bits a token (language models): the model's head decides, unless --what asks for something else. Writes a "
-        "table in the order of the records: CSV, TSV, parquet or npz, by the name's ending.",
+        "table in the order of the records: CSV, TSV, parquet, npz or one of `mambaseq list tables`, by the name's "
+        "ending.",
         epilog="A row without a prediction (of an empty record, for instance) has empty cells and a note that says "
         "why. Text that begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, "
         "so that no spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, "
@@ -23,7 +24,10 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="FILE.csv, .tsv, .parquet, .npz, a pipe or /dev/stdout"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="FILE.csv, .tsv, .parquet, .npz, .bed, .bw, ..., a pipe or /dev/stdout",
     )
     parser.add_argument(
         "--what",
@@ -33,9 +37,9 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument(
         "--pool",
-        choices=("mean", "last", "positions"),
+        choices=("mean", "last", "none", "positions"),
         default="mean",
-        help="embeddings: the mean over a record (the default), its last position, or all positions",
+        help="embeddings: the mean over a record (the default), its last position, or none: all positions",
     )
     parser.add_argument(
         "--layer",
@@ -65,6 +69,30 @@ def run(argv: list[str], command: str) -> int:
         help="tokens of each window; the default is the length of training, and whole records for language models",
     )
     parser.add_argument(
+        "--stride",
+        type=int,
+        help="from the start of a window to that of the next; answers for positions are merged where windows overlap, "
+        "and the last window of a record is complete. Windows are end to end when left out",
+    )
+    parser.add_argument(
+        "--merge",
+        choices=("mean", "centre"),
+        default="mean",
+        help="of overlapping windows: their mean (the default), or weighed by how near the centre of each one is",
+    )
+    parser.add_argument("--both-strands", action="store_true", help="DNA: the mean of both strands")
+    parser.add_argument(
+        "--region",
+        action="append",
+        default=[],
+        metavar="REGION",
+        help="parts of the records, as the reader names them (dna/fasta: chr1:1,001-2,000, counted from 1, or a BED "
+        "file); may be repeated",
+    )
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME", help="write this column only; may be repeated"
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=16, help="windows that are read together; more if they are short (default 16)"
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
@@ -89,6 +117,11 @@ def run(argv: list[str], command: str) -> int:
         condition_column=arguments.condition_column,
         condition_table=arguments.condition_table,
         window=arguments.window,
+        stride=arguments.stride,
+        merge=arguments.merge,
+        both_strands=arguments.both_strands,
+        regions=arguments.region,
+        columns=arguments.column,
         batch_size=arguments.batch_size,
         device=arguments.device,
         skip_bad=arguments.skip_bad,

@@ -19,6 +19,8 @@ class Record:
         never a target in training (N in a genome), about which a model has learned nothing.
     fields: values of other columns of its row, by name. A reader of tables takes an option `fields` with the wanted
         names, and returns these.
+    start, total: for a part of a sequence: the place of its first token in the sequence of that name, counted from 0,
+        and that sequence's length. Rows of `predict` count from there.
     condition: the id of its condition, for conditional models. `predict` and `generate` set it; readers do not.
     """
 
@@ -30,6 +32,8 @@ class Record:
     source: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     condition: int | None = None
+    start: int = 0
+    total: int | None = None
 
     def __len__(self) -> int:
         values = self.ids if self.ids is not None else self.signal

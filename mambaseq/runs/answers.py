@@ -4,9 +4,10 @@ rows."""
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
-from mambaseq.runs.tables import Value
+from mambaseq.runs.tables import Column, Words
 
 CHUNK = 8192
 """Positions read at once where the state is passed on."""
@@ -28,13 +29,18 @@ _LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's wou
 _COLUMNS = 100  # classes that get a column of probabilities each, in tables with a row for each position
 
 
-class Row(NamedTuple):
-    """Tokens [start, stop) of a record, and cells; None and a note where there is no prediction."""
+class Found(NamedTuple):
+    """What a model says of tokens [start, stop) of a record: `(n, numbers)` values, a row for each `step` of them, the
+    last of which may be shorter.
+
+    known: `(n,)` bool, those that count; None for all.
+    """
 
     start: int
     stop: int
-    values: list[Value] | None
-    note: str = ""
+    step: int
+    values: np.ndarray
+    known: np.ndarray | None = None
 
 
 class Span(NamedTuple):
@@ -53,34 +59,62 @@ class Answer(abc.ABC):
     """What a table says of sequences.
 
     window: tokens that are read by themselves; None for whole records. columns: names of the values, known after the
-        first output. least: fewest tokens that give an answer. whole: one answer for all positions together.
+        first output. least: fewest tokens that give an answer. whole: all positions must be read together.
+    each: answers are for positions, or bins of `step` of them, not for a window. unknown: the note where none counts.
+    stride: from the start of a window to that of the next; None for windows end to end.
     gathered: windows are gathered up to this many tokens, so that those of one length are read together; this bounds
         the memory.
     """
 
     columns: list[str]
     least = 1
-    whole: ClassVar[bool] = False
-    gathered: ClassVar[int] = 2**20
+    whole: bool = False
+    each: bool = False
+    step: int = 1
+    unknown: str = "not scored"
+    gathered: int = 2**20
 
     def __init__(self, loaded: LoadedModel, window: int | None) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.window = window
+        self.stride: int | None = None
         self.device = next(self.model.parameters()).device
         encoder, backbone = self.model.encoder, self.model.backbone
         # with the results of one reading
         self.in_parts = bool(backbone.causal and getattr(encoder, "position_wise", False))
         self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
 
+    def overlap(self, stride: int) -> None:
+        """Read windows that begin every `stride` tokens. Raises ConfigError if they would leave gaps, or would not
+        begin with a bin."""
+        self.window = self.window or self.loaded.card.length or None
+        if self.window is None:
+            raise ConfigError("--stride is from the start of a window to the next; say how long they are (--window).")
+        if stride > self.window:
+            raise ConfigError(
+                f"--stride {stride} would leave gaps between windows of {self.window}. Give at most that."
+            )
+        if stride % self.step:
+            raise ConfigError(f"--stride must be a multiple of the {self.step} tokens of a bin, not {stride}.")
+        self.stride = stride
+
     def spans(self, record: Record) -> Iterator[Span]:
-        """Tiles of a record, in order; the last one may be shorter. Each token is in exactly one."""
+        """The windows of a record, in order: end to end, the last one shorter, or every `stride` tokens. Then the last
+        one is complete (but for less than a bin), if the record is as long as a window."""
         length = len(record)
         if length == 0:
             yield Span(0, 0, "empty")
-        step = self.window or max(length, 1)
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            yield Span(start, stop, self.too_short(stop - start) if stop - start < self.least else "")
+        window = self.window or max(length, 1)
+        starts: Iterable[int] = range(0, length, window)
+        if self.stride is not None and length > window:
+            last = -(-(length - window) // self.step) * self.step
+            starts = itertools.chain(range(0, last, self.stride), [last])
+        for start in starts:
+            yield Span(start, min(start + window, length), self._note(record, start, min(start + window, length)))
+
+    def _note(self, record: Record, start: int, stop: int) -> str:
+        """Why tokens [start, stop) are not read; "" if they are."""
+        return self.too_short(stop - start) if stop - start < self.least else ""
 
     def too_short(self, length: int) -> str:
         """The note for what is shorter than `least`."""
@@ -106,59 +140,98 @@ class Answer(abc.ABC):
         return self.in_parts and not self.whole and span.stop - span.start > CHUNK
 
     @abc.abstractmethod
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        """The rows of spans of one length, read as a batch."""
+    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
+        """What is found for each of several spans of one length, read as a batch."""
 
-    def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        """The rows of a span that is `long`. Raises NotFinite."""
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
+        """What is found for a span that is `long`. Raises NotFinite."""
         raise NotImplementedError
+
+    @abc.abstractmethod
+    def cells(self, values: np.ndarray) -> list[Column]:
+        """The columns of a table, from values `(n, numbers)`. Sets their names, `columns`."""
+
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        """Values `(n, numbers)` of the other strand as those of this one, position by position."""
+        return values
+
+
+def _scored(record: Record, start: int, stop: int) -> np.ndarray | None:
+    """Which tokens count, `(stop - start,)` bool; None if all do."""
+    if record.scored is None:
+        return None
+    scored = np.ascontiguousarray(record.scored[start:stop], dtype=bool)
+    return None if scored.all() else scored
 
 
 class Likelihood(Answer):
     """Bits a token of whole records, or of separate windows. The first token of each is not predicted."""
 
     least = 2
-
-    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
-        super().__init__(loaded, window)
-        self.columns = ["tokens", "bits_per_token"]
+    unknown = "no token that is scored"
 
     def too_short(self, length: int) -> str:
         return "only one token, so there is nothing to predict"
 
     def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
-        if record.scored is None:
-            return ids
-        scored = np.ascontiguousarray(record.scored[start:stop], dtype=bool)
-        return ids.masked_fill(~torch.from_numpy(scored).to(ids.device), -100)
+        scored = _scored(record, start, stop)
+        return ids if scored is None else ids.masked_fill(~torch.from_numpy(scored).to(ids.device), -100)
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        ids = self.batch(pieces)
-        labels = torch.stack(
+    def _all_labels(self, pieces: list[tuple[Record, Span]], ids: Tensor) -> Tensor:
+        return torch.stack(
             [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
         )
+
+    def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
+        """How many tokens of the spans come before the first that is predicted, and bits and labels of all others,
+        `(spans, tokens)`; -100 is a label that does not count."""
+        ids = self.batch(pieces)
         hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
-        nats, counts = self._nats(hidden, labels[:, 1:])
+        labels = self._all_labels(pieces, ids)[:, 1:]
+        return 1, self._losses(hidden, labels) / math.log(2), labels
+
+    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
+        first, bits, labels = self._bits(pieces)
         return [
-            self._row(span, total, count)
-            for (_, span), total, count in zip(pieces, nats.tolist(), counts.tolist(), strict=True)
+            self._made(span, span.start + first, one, label)
+            for (_, span), one, label in zip(pieces, bits.cpu(), labels.cpu(), strict=True)
         ]
 
-    def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        """States are passed on, so memory does not grow with the record."""
-        state, total, count = None, 0.0, 0
+    def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
+        """What is found of a span whose tokens from `first` on have these bits."""
+        return self._sum(span, float(bits.double().sum()), int((labels != -100).sum()))
+
+    def _sum(self, span: Span, total: float, count: int) -> Found | NotFinite:
+        if not math.isfinite(total):
+            return NotFinite("")
+        values = np.array([[count, total]])
+        return Found(span.start, span.stop, span.stop - span.start, values, np.array([count > 0]))
+
+    def _in_parts(self, record: Record, span: Span) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First token, bits and labels of each part. States are passed on, so memory does not grow with the record."""
+        state = None
         for start in range(span.start, span.stop - 1, CHUNK):
             stop = min(start + CHUNK, span.stop - 1)
             ids = self.tensor(record, start, stop + 1)
-            labels = self._labels(record, start, stop + 1, ids)
+            labels = self._labels(record, start, stop + 1, ids)[None, 1:]
             x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
             hidden, state = self.model.backbone(x, state=state, return_state=True)
-            nats, counts = self._nats(hidden, labels[None, 1:])
-            total, count = total + float(nats), count + int(counts)
-        row = self._row(span, total, count)
-        if isinstance(row, NotFinite):
-            raise row
-        yield from row
+            yield start + 1, (self._losses(hidden, labels)[0] / math.log(2)).cpu(), labels[0].cpu()
+
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
+        total, count = 0.0, 0
+        for _, bits, labels in self._in_parts(record, span):
+            total, count = total + float(bits.double().sum()), count + int((labels != -100).sum())
+        found = self._sum(span, total, count)
+        if isinstance(found, NotFinite):
+            raise found
+        yield found
+
+    def cells(self, values: np.ndarray) -> list[Column]:
+        """values: tokens that count, and their bits. Half a token is one that one strand alone counts."""
+        self.columns = ["tokens", "bits_per_token", "total_bits"]
+        counts, total = values.T
+        return [np.ceil(counts).astype(np.int64), total / np.maximum(counts, 0.5), total]
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Nats `(batch, length)` fp32, 0 where a label does not count."""
@@ -170,57 +243,30 @@ class Likelihood(Answer):
             parts.append(F.cross_entropy(logits.transpose(1, 2), labels[:, start : start + step], reduction="none"))
         return torch.cat(parts, 1)
 
-    def _nats(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over each row: nats, float64, and labels that count, int64, `(batch,)` both."""
-        return self._losses(hidden, labels).double().sum(1), (labels != -100).sum(1)
-
-    def _row(self, span: Span, total: float, count: int) -> list[Row] | NotFinite:
-        if not math.isfinite(total):
-            return NotFinite("")
-        if not count:
-            return [Row(span.start, span.stop, None, "no token that is scored")]
-        return [Row(span.start, span.stop, [count, total / count / math.log(2)])]
-
 
 class Tokens(Likelihood):
     """Bits of each token, given those before it in its record or window."""
 
     gathered = 2**16
+    each = True
+    unknown = "not scored"
 
-    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
-        super().__init__(loaded, window)
-        self.columns = ["bits"]
-
-    def _each(self, first: int, hidden: Tensor, labels: Tensor) -> list[Row] | NotFinite:
-        """Rows of the tokens from `first` on; hidden `(1, tokens, d_model)`, labels `(1, tokens)`."""
-        bits = self._losses(hidden, labels)[0].float() / math.log(2)
+    def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
         if not bits.isfinite().all():
             return NotFinite("")
-        counted = (labels[0] != -100).tolist()
-        return [
-            Row(place, place + 1, [value] if counts else None, "" if counts else "not scored")
-            for place, (value, counts) in enumerate(zip(bits.tolist(), counted, strict=True), start=first)
-        ]
+        known = (labels != -100).numpy()
+        return Found(first, first + len(bits), 1, bits.float().numpy()[:, None], None if known.all() else known)
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
-        ids = self.batch(pieces)
-        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
-        return [
-            self._each(span.start + 1, one[None], self._labels(record, span.start, span.stop, row)[None, 1:])
-            for (record, span), row, one in zip(pieces, ids, hidden, strict=True)
-        ]
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
+        for first, bits, labels in self._in_parts(record, span):
+            found = self._made(span, first, bits, labels)
+            if isinstance(found, NotFinite):
+                raise found
+            yield found
 
-    def parts(self, record: Record, span: Span) -> Iterator[Row]:
-        state = None
-        for start in range(span.start, span.stop - 1, CHUNK):
-            stop = min(start + CHUNK, span.stop - 1)
-            ids = self.tensor(record, start, stop + 1)
-            x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
-            hidden, state = self.model.backbone(x, state=state, return_state=True)
-            rows = self._each(start + 1, hidden, self._labels(record, start, stop + 1, ids)[None, 1:])
-            if isinstance(rows, NotFinite):
-                raise rows
-            yield from rows
+    def cells(self, values: np.ndarray) -> list[Column]:
+        self.columns = ["bits"]
+        return [values[:, 0]]
 
 
 class PseudoLikelihood(Likelihood):
@@ -240,23 +286,22 @@ class PseudoLikelihood(Likelihood):
     def too_short(self, length: int) -> str:
         return Answer.too_short(self, length)
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+    def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
         ids = self.batch(pieces)
-        labels = torch.stack(
-            [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
-        )
-        nats = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        labels = self._all_labels(pieces, ids)
+        nats = torch.zeros(ids.shape, device=ids.device)
         for first in range(min(self._TIMES, ids.shape[1])):
             hidden = ids.clone()
             hidden[:, first :: self._TIMES] = self.mask_id
             asked = torch.full_like(labels, -100)
             asked[:, first :: self._TIMES] = labels[:, first :: self._TIMES]
             found = self.model.backbone(self.model.encoder(hidden, self.conditions(pieces)))
-            nats += self._nats(found, asked)[0]
-        counts = (labels != -100).sum(1).tolist()
-        return [
-            self._row(span, total, count) for (_, span), total, count in zip(pieces, nats.tolist(), counts, strict=True)
-        ]
+            nats += self._losses(found, asked)
+        return 0, nats / math.log(2), labels
+
+
+class PseudoTokens(PseudoLikelihood, Tokens):
+    """Bits of each token, given those around it."""
 
 
 class Sequences(Answer):
@@ -277,38 +322,59 @@ class Sequences(Answer):
         super().__init__(loaded, window)
         self.classes, self.several = classes, several
 
-    def cells(self, output: Tensor) -> list[list[Value]]:
-        """Cells of outputs `(n, outputs)` fp32. Sets the columns."""
+    def _note(self, record: Record, start: int, stop: int) -> str:
+        scored = _scored(record, start, stop)
+        unread = scored is not None and stop > start and not scored.any()
+        return Likelihood.unknown if unread and not self.each else super()._note(record, start, stop)
+
+    def _numbers(self, output: Tensor) -> np.ndarray:
+        """Outputs `(n, outputs)` as probabilities or values, fp32."""
+        if self.classes is not None:
+            class_names(self.loaded, self.classes, output.shape[1])
+            output = output.sigmoid() if self.several else output.softmax(-1)
+        return output.numpy()
+
+    def cells(self, values: np.ndarray) -> list[Column]:
+        count = values.shape[1]
         if self.classes is None:
-            count = output.shape[1]
             columns = getattr(self.model.head, "columns", None)
             numbered = ["value"] if count == 1 else [f"value_{number}" for number in range(1, count + 1)]
             self.columns = numbered if columns is None else columns()
-            return output.tolist()
-        names = class_names(self.loaded, self.classes, output.shape[1])
+            return list(values.T)
+        names = class_names(self.loaded, self.classes, count)
         if self.several:
             self.columns = names
-            return output.sigmoid().tolist()
+            return list(values.T)
         self.columns = ["predicted", *names]
-        best = output.argmax(-1).tolist()
-        shares = output.softmax(-1).tolist()
-        return [[names[label], *row] for label, row in zip(best, shares, strict=True)]
+        return [Words(values.argmax(-1), names), *values.T]
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        swapped = self.loaded.card.strand_classes
+        if swapped and len(swapped) != values.shape[1]:
+            raise ConfigError(
+                f"The model at {self.loaded.source} gives {values.shape[1]} numbers, but its strand_classes are "
+                f"{len(swapped)}, so it is unclear what the other strand's are. Train it again."
+            )
+        return values[:, swapped] if swapped else values
+
+    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
         output = output.view(len(pieces), -1)
         finite = output.isfinite().all(1).tolist()
         return [
-            [Row(span.start, span.stop, cells)] if good else NotFinite("")
-            for (_, span), cells, good in zip(pieces, self.cells(output), finite, strict=True)
+            Found(span.start, span.stop, span.stop - span.start, one[None]) if good else NotFinite("")
+            for (_, span), one, good in zip(pieces, self._numbers(output), finite, strict=True)
         ]
 
 
 class Positions(Sequences):
     """For each position, or bin of positions: a label and the probabilities, the probability of each of several labels,
-    or values. Whole records are read where the model can read them in parts, otherwise separate windows."""
+    or values. Whole records are read where the model can read them in parts, otherwise separate windows. A bin without
+    a token that counts has no answer."""
 
     whole = False
+    each = True
+    unknown = "not scored"
     gathered = 2**14  # each is a row of up to a hundred cells
 
     def __init__(
@@ -319,50 +385,50 @@ class Positions(Sequences):
         several: bool = False,
     ) -> None:
         super().__init__(loaded, window, classes, several)
-        self.stride = getattr(self.model.head, "stride", 1)
-        self.in_parts = self.in_parts and self.stride == 1
+        self.step = getattr(self.model.head, "stride", 1)
+        self.in_parts = self.in_parts and self.step == 1
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
 
-    def cells(self, output: Tensor) -> list[list[Value]]:
-        if self.classes is None or self.several or output.shape[1] <= _COLUMNS:
-            return super().cells(output)
-        names = class_names(self.loaded, self.classes, output.shape[1])
+    def cells(self, values: np.ndarray) -> list[Column]:
+        if self.classes is None or self.several or values.shape[1] <= _COLUMNS:
+            return super().cells(values)
+        names = class_names(self.loaded, self.classes, values.shape[1])
         self.columns = ["predicted", "probability"]
-        shares, labels = output.softmax(-1).max(-1)
-        return [[names[label], share] for label, share in zip(labels.tolist(), shares.tolist(), strict=True)]
+        return [Words(values.argmax(-1), names), values.max(-1)]
 
-    def _rows(self, first: int, stop: int, output: Tensor) -> list[Row] | NotFinite:
-        """Rows of the positions, or bins, from `first` on; output `(bins, outputs)`."""
+    def _found(self, record: Record, first: int, stop: int, output: Tensor) -> Found | NotFinite:
+        """The positions, or bins, from `first` on; output `(bins, outputs)`."""
         if not output.isfinite().all():
             return NotFinite("")
-        if -(-(stop - first) // self.stride) != len(output):
+        if -(-(stop - first) // self.step) != len(output):
             raise ConfigError(
                 f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; they cannot "
                 "be one label for each position. Use a head with one output a position."
             )
-        starts = range(first, stop, self.stride)
-        cells = self.cells(output)
-        return [Row(start, min(start + self.stride, stop), one) for start, one in zip(starts, cells, strict=True)]
+        known = _scored(record, first, stop)
+        if known is not None and self.step > 1:
+            known = np.logical_or.reduceat(known, np.arange(0, len(known), self.step))
+        return Found(first, stop, self.step, self._numbers(output), known)
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
         return [
-            self._rows(span.start, span.stop, one.reshape(len(one), -1))
-            for (_, span), one in zip(pieces, output, strict=True)
+            self._found(record, span.start, span.stop, one.reshape(len(one), -1))
+            for (record, span), one in zip(pieces, output, strict=True)
         ]
 
-    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
         state = None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
             inputs = self.tensor(record, start, stop)[None]
             output = self.model(inputs, condition=self.conditions([(record, span)]), state=state, return_state=True)
             state = output.state
-            rows = self._rows(start, stop, output.logits[0].float().cpu().reshape(stop - start, -1))
-            if isinstance(rows, NotFinite):
-                raise rows
-            yield from rows
+            found = self._found(record, start, stop, output.logits[0].float().cpu().reshape(stop - start, -1))
+            if isinstance(found, NotFinite):
+                raise found
+            yield found
 
 
 def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str]:
@@ -388,12 +454,12 @@ def answer_of(loaded: LoadedModel, window: int | None, each_token: bool = False)
     found = _answer_of(loaded, window)
     if not each_token:
         return found
-    if type(found) is not Likelihood:
+    if not isinstance(found, Likelihood):
         raise ConfigError(
             f"Only a language model gives the likelihood of each token, and the model at {loaded.source} is not one. "
             "Leave --what out."
         )
-    return Tokens(loaded, window)
+    return PseudoTokens(loaded, window) if isinstance(found, PseudoLikelihood) else Tokens(loaded, window)
 
 
 def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.residual import ResidualLayer
+from mambaseq.backbones.bidirectional import BidirectionalStack
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.backbones.reverse_complement import ReverseComplementStack
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, shown
-from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span
+from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
+from mambaseq.runs.tables import Column
 
-Pool = Literal["mean", "last", "positions"]
+Pool = Literal["mean", "last", "positions", "none"]
 
 
 class Embeddings(Answer):
     """The backbone's output, or that of a layer (the residual stream after it), as columns `embedding_1`, ...
 
-    pool: "mean" over the positions of a record (or window), its "last" one, or all "positions", one row each.
+    pool: "mean" over the positions of a record (or window), its "last" one, or "none": a row each,
+        which "positions" says too.
     layer: 1 is the first; None takes the backbone's normed output.
     Raises ConfigError for a layer that the backbone does not have, or whose positions are not those of its output.
     """
@@ -30,16 +35,18 @@ class Embeddings(Answer):
 
     def __init__(self, loaded: LoadedModel, window: int | None, pool: Pool, layer: int | None) -> None:
         super().__init__(loaded, window)
-        if pool not in ("mean", "last", "positions"):
-            raise ConfigError(f"Embeddings are pooled by mean, last or positions, not by {shown(pool)}.")
+        if pool not in get_args(Pool):
+            raise ConfigError(f"Embeddings are pooled by mean, last or none, not by {shown(pool)}.")
         if window is None and not self.in_parts:
             self.window = loaded.card.length or None
         self.pool, self.layer = pool, None if layer is None else self._layer(layer)
+        self.each = pool in ("positions", "none")
 
     def _layer(self, number: int) -> nn.Module:
         backbone = self.model.backbone
-        layers = [module for module in backbone.modules() if isinstance(module, ResidualLayer)]
-        if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or len(backbone.layers) != len(layers):  # type: ignore[arg-type]
+        stack = backbone.stack if isinstance(backbone, ReverseComplementStack) else backbone
+        layers = list(stack.layers) if isinstance(stack, ResidualStack | BidirectionalStack) else []
+        if not layers:
             raise ConfigError(
                 f"The layers of the backbone {shown(self.loaded.card.spec['backbone']['name'])} do not follow one "
                 "another; only its output can be embedded. Leave --layer out."
@@ -81,24 +88,35 @@ class Embeddings(Answer):
         y, new = output if return_state else (output, None)
         if self.layer is not None:  # with chunk_length a layer is run once a chunk
             y = torch.cat(found, 1)
+            if self.model.backbone.strands == 2:  # the strands are sequences of their own in a layer
+                this, other = y.chunk(2)
+                y = torch.cat([this, other.flip(1)], -1)
         return y.float(), new
 
-    def _made(self, first: int, stop: int, hidden: Tensor) -> list[Row] | NotFinite:
-        """Rows of `(positions, d_model)`: one for [first, stop), or one for each position."""
+    def _made(self, first: int, stop: int, hidden: Tensor) -> Found | NotFinite:
+        """What is found of `(positions, d_model)`: a row for [first, stop), or one for each position."""
         if not hidden.isfinite().all():
             return NotFinite("")
-        self.columns = [f"embedding_{number}" for number in range(1, hidden.shape[1] + 1)]
-        rows: list[Any] = hidden.cpu().tolist()
-        if self.pool != "positions":
-            return [Row(first, stop, rows[0])]
-        if len(rows) != stop - first:
+        values = hidden.cpu().numpy()
+        if not self.each:
+            return Found(first, stop, stop - first, values)
+        if len(values) != stop - first:
             raise ConfigError(
-                f"The model at {self.loaded.source} has {len(rows)} positions for {stop - first} tokens; pool by mean "
-                f"or last."
+                f"The model at {self.loaded.source} has {len(values)} positions for {stop - first} tokens; pool by "
+                f"mean or last."
             )
-        return [Row(place, place + 1, row) for place, row in enumerate(rows, start=first)]
+        return Found(first, stop, 1, values)
 
-    def rows(self, pieces: list[tuple[Record, Span]]) -> list[list[Row] | NotFinite]:
+    def cells(self, values: np.ndarray) -> list[Column]:
+        self.columns = [f"embedding_{number}" for number in range(1, values.shape[1] + 1)]
+        return list(values.T)
+
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        """Models of both strands have a half of the numbers for each."""
+        half = values.shape[1] // 2
+        return np.roll(values, half, axis=1) if self.model.backbone.strands == 2 else values
+
+    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         hidden, _ = self._hidden(self.batch(pieces), self.conditions(pieces))
         if self.pool == "mean":
             hidden = hidden.mean(1, keepdim=True)
@@ -106,24 +124,24 @@ class Embeddings(Answer):
             hidden = hidden[:, -1:]
         return [self._made(span.start, span.stop, one) for (_, span), one in zip(pieces, hidden, strict=True)]
 
-    def parts(self, record: Record, span: Span) -> Iterator[Row]:
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
         """States are passed on, so memory does not grow with the record."""
         state, total, last = None, torch.zeros((), dtype=torch.float64), None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
             given = self.conditions([(record, span)])
             hidden, state = self._hidden(self.tensor(record, start, stop)[None], given, state, True)
-            if self.pool == "positions":
-                rows = self._made(start, stop, hidden[0])
-                if isinstance(rows, NotFinite):
-                    raise rows
-                yield from rows
+            if self.each:
+                found = self._made(start, stop, hidden[0])
+                if isinstance(found, NotFinite):
+                    raise found
+                yield found
             total, last = total.to(hidden.device) + hidden[0].double().sum(0), hidden[0, -1:]
-        if self.pool == "positions":
+        if self.each:
             return
         whole = last if self.pool == "last" else (total / (span.stop - span.start)).float()[None]
         assert whole is not None
-        rows = self._made(span.start, span.stop, whole)
-        if isinstance(rows, NotFinite):
-            raise rows
-        yield from rows
+        found = self._made(span.start, span.stop, whole)
+        if isinstance(found, NotFinite):
+            raise found
+        yield found

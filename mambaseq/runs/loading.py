@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -85,3 +85,15 @@ def columns_given(kind: str, read: Callable[..., Any], fields: list[str]) -> dic
             f"Give a table that has a row for each record: --condition-table FILE.csv, with a column record or file."
         )
     return {"fields": fields}
+
+
+def regions_given(kind: str, read: Callable[..., Any], regions: Sequence[str | Path]) -> dict[str, Any]:
+    """The option by which a reader is asked for parts of its records. kind: the reader, for the message.
+
+    Raises ConfigError for a reader that has none.
+    """
+    if not regions:
+        return {}
+    if "regions" not in inspect.signature(read).parameters:
+        raise ConfigError(f"The reader {shown(kind)} reads whole records only, no regions of them (--region).")
+    return {"regions": [str(region) for region in regions]}

@@ -19,12 +19,15 @@ from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
-from mambaseq.runs.answers import CHUNK, Answer, NotFinite, Row, Span, answer_of
+from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span, answer_of
+from mambaseq.runs.columns import Frame
 from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
-from mambaseq.runs.loading import columns_given, fitting_options, records_of
-from mambaseq.runs.tables import ENDINGS, Frame, Table, partial_path, table
+from mambaseq.runs.loading import columns_given, fitting_options, records_of, regions_given
+from mambaseq.runs.overlaps import Merge, Merger
+from mambaseq.runs.strands import BothStrands
+from mambaseq.runs.tables import Block, Table, known_ending, named, partial_path, table
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
 _NAMED = 20  # bad records that are named singly
@@ -34,12 +37,14 @@ Bad = Callable[[UserError], None]
 
 class Predictions(NamedTuple):
     """rows: number written. without: how many of them have no prediction, by the note that says why. bad: a message for
-    each file and record that was left out (`skip_bad`). table: a `pandas.DataFrame`, if no file was asked for."""
+    each file and record that was left out (`skip_bad`). table: a `pandas.DataFrame`, if no file was asked for. files:
+    those that were written."""
 
     rows: int
     without: dict[str, int]
     bad: list[str]
     table: Any = None
+    files: list[Path] = []  # noqa: RUF012 - never changed
 
 
 What = Literal["answers", "tokens", "embeddings"]
@@ -58,6 +63,11 @@ def predict(
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
     window: int | None = None,
+    stride: int | None = None,
+    merge: Merge = "mean",
+    both_strands: bool = False,
+    regions: Sequence[str | Path] = (),
+    columns: Sequence[str] = (),
     batch_size: int = 16,
     device: str | None = None,
     skip_bad: bool = False,
@@ -71,6 +81,13 @@ def predict(
         condition_table give each record its own: see `mambaseq.runs.conditions.Conditions`.
     window: tokens read by themselves; None takes the length of training (whole records for language models, and for
         labels of positions from a causal model).
+    stride: from the start of a window to that of the next. The last window of a record is then a complete one, and
+        answers for positions are merged where windows overlap. None: windows end to end, the last one shorter.
+    merge: of overlapping windows: their "mean", or weighed by how near a position is to its window's "centre"
+        (`mambaseq.runs.overlaps`).
+    both_strands: the mean of both strands of DNA (`mambaseq.runs.strands`).
+    regions: parts of the records, in the words of the reader: `chr1:1,001-2,000` or a BED file for dna/fasta.
+    columns: those to write, by name; () for all.
     batch_size: windows read together; of shorter windows, as many as make the same number of tokens.
     skip_bad: continue after a file that cannot be read and after a record whose prediction is not finite.
 
@@ -99,6 +116,11 @@ def predict(
         answer: Answer = Embeddings(loaded, window, pool, layer)
     else:
         answer = answer_of(loaded, window, each_token=what == "tokens")
+    if both_strands:
+        answer = BothStrands(answer, loaded)
+    if stride is not None:
+        answer.overlap(_at_least_one("--stride", stride))
+    merger = Merger(merge)
     if window is not None and window < answer.least:
         raise ConfigError(
             f"--window must be at least {answer.least} for this model, not {window}: it reads that many at once."
@@ -111,14 +133,28 @@ def predict(
             raise error
         bad.append(str(error))
 
-    with table(out) as rows, torch.no_grad(), memory_told("--batch-size, or --window"):
-        records = _records(loaded, checkpoint, files, reader, conditions, refuse)
-        for file, name, row in _rows(answer, records, batch_size, refuse):
-            if row.values is not None:
-                rows.begin(answer.columns)
-            rows.add(file, name, row.start, row.stop, row.values, row.note)
+    name = _reader(loaded, checkpoint, reader)
+    home, kept = name.partition("/")[0], [columns] if isinstance(columns, str) else columns
+    with table(out, home, kept) as (rows, written), torch.no_grad(), memory_told("--batch-size, or --window"):
+        records = _records(
+            loaded, files, name, conditions, [regions] if isinstance(regions, str | Path) else regions, refuse
+        )
+        last: Record | None = None
+        for file, record, found in _merged(answer, _found(answer, records, batch_size, refuse), merger):
+            if record is not last:
+                rows.sequence(file, record.name, record.start + len(record) if record.total is None else record.total)
+                last = record
+            if isinstance(found, Span):
+                rows.add(file, record.name, record.start + found.start, record.start + found.stop, None, found.note)
+                continue
+            cells = answer.cells(found.values)
+            rows.begin(answer.columns)
+            first, stop = record.start + found.start, record.start + found.stop
+            note = answer.unknown if found.known is not None else ""
+            rows.put(file, record.name, Block(first, stop, found.step, cells, found.known, note, answer.each))
         _check_any(rows, inputs, bad)
-    return Predictions(rows.rows, dict(rows.notes), bad, rows.frame() if isinstance(rows, Frame) else None)
+    frame = rows.frame() if isinstance(rows, Frame) else None
+    return Predictions(rows.rows, dict(rows.notes), bad, frame, written)
 
 
 def _at_least_one(option: str, value: int) -> int:
@@ -145,7 +181,7 @@ def _check_not_overwritten(out: Path, inputs: list[Path], files: list[Path]) -> 
         return
     folders = [path.resolve() for path in inputs if path.is_dir()]
     # an older table in a folder of inputs is not an input
-    inside = out.suffix.lower() not in ENDINGS and any(folder in target.resolve().parents for folder in folders)
+    inside = not known_ending(out) and any(folder in target.resolve().parents for folder in folders)
     for written in (target, partial_path(target)):
         if written.exists() and (inside or any(file.samefile(written) for file in files)):
             raise ConfigError(f"--out {out} is an input and would be overwritten. Give another name.")
@@ -163,22 +199,26 @@ def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
     )
 
 
-def _records(
-    loaded: LoadedModel,
-    checkpoint: str | Path,
-    files: list[Path],
-    reader: str | None,
-    conditions: Conditions,
-    refuse: Bad,
-) -> Iterator[tuple[str, Record]]:
-    """Each record, with its condition, and the file it is in."""
+def _reader(loaded: LoadedModel, checkpoint: str | Path, reader: str | None) -> str:
     name = reader or loaded.card.reader
     if name is None:
         raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")
+    return name
+
+
+def _records(
+    loaded: LoadedModel,
+    files: list[Path],
+    name: str,
+    conditions: Conditions,
+    regions: Sequence[str | Path],
+    refuse: Bad,
+) -> Iterator[tuple[str, Record]]:
+    """Each record, with its condition, and the file it is in. name: of the reader."""
     read = catalog()["readers"].get(name)
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
-    options = {**options, **columns_given(name, read, conditions.fields)}
+    options = {**options, **columns_given(name, read, conditions.fields), **regions_given(name, read, regions)}
     other = f"The reader {shown(name)} does not fit this model"
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
@@ -242,11 +282,40 @@ class _Piece(NamedTuple):
     span: Span
 
 
-def _rows(
+def _merged(
+    answer: Answer, pieces: Iterator[tuple[_Piece, Found | None]], merger: Merger
+) -> Iterator[tuple[str, Record, Found | Span]]:
+    """What is found, in order, for each position once; or a span without an answer, whose note says why."""
+    overlapping = answer.each and answer.stride is not None
+    last: _Piece | None = None
+    try:
+        for piece, found in pieces:
+            if overlapping and last is not None and last.span is not piece.span:
+                here = piece.span.start if piece.record is last.record else None
+                for merged in merger.before(here):
+                    yield last.file, last.record, merged
+            last = piece
+            if found is None:
+                yield piece.file, piece.record, piece.span
+            elif overlapping:
+                merger.add(found, piece.span)
+            else:
+                yield piece.file, piece.record, found
+    except UserError:
+        if last is not None:
+            for merged in merger.before():
+                yield last.file, last.record, merged
+        raise
+    if last is not None:
+        for merged in merger.before():
+            yield last.file, last.record, merged
+
+
+def _found(
     answer: Answer, records: Iterator[tuple[str, Record]], batch_size: int, refuse: Bad
-) -> Iterator[tuple[str, str, Row]]:
-    """File, record's name and row, in the order of the records. When a file cannot be read, gathered windows are
-    finished before the error is raised."""
+) -> Iterator[tuple[_Piece, Found | None]]:
+    """What is found for each window, in the order of the records; None if there is no answer, and the span's note says
+    why. When a file cannot be read, gathered windows are finished before the error is raised."""
     gathered: list[_Piece] = []
     tokens = 0
     try:
@@ -263,27 +332,27 @@ def _rows(
     yield from _finished(answer, gathered, batch_size, refuse)
 
 
-def _finished(answer: Answer, gathered: list[_Piece], batch_size: int, refuse: Bad) -> Iterator[tuple[str, str, Row]]:
-    rows = _batched(answer, gathered, batch_size)
-    for piece, found in zip(gathered, rows, strict=True):
-        file, record, span = piece
-        if span.note:
-            yield file, record.name, Row(span.start, span.stop, None, span.note)
+def _finished(
+    answer: Answer, gathered: list[_Piece], batch_size: int, refuse: Bad
+) -> Iterator[tuple[_Piece, Found | None]]:
+    for piece, found in zip(gathered, _batched(answer, gathered, batch_size), strict=True):
+        if piece.span.note:
+            yield piece, None
             continue
         try:
             if isinstance(found, NotFinite):
                 raise found
-            for row in answer.parts(record, span) if found is None else found:
-                yield file, record.name, row
+            for one in answer.parts(piece.record, piece.span) if found is None else (found,):
+                yield piece, one
         except NotFinite:
             refuse(_not_finite(answer, piece))
-            yield file, record.name, Row(span.start, span.stop, None, "the prediction is not a finite number")
+            yield piece._replace(span=piece.span._replace(note="the prediction is not a finite number")), None
 
 
-def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[list[Row] | NotFinite | None]:
-    """The rows of each piece; None for pieces that are read in parts, or not at all. Spans of one length are read
+def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[Found | NotFinite | None]:
+    """What is found for each piece; None for pieces that are read in parts, or not at all. Spans of one length are read
     together, so nothing is padded and no prediction depends on other records."""
-    rows: list[list[Row] | NotFinite | None] = [None] * len(gathered)
+    found: list[Found | NotFinite | None] = [None] * len(gathered)
     by_length: dict[int, list[int]] = {}
     for number, (_, _, span) in enumerate(gathered):
         if not span.note and not answer.long(span):
@@ -293,10 +362,10 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[li
         at_once = max(batch_size, batch_size * window // length) if length < window else batch_size
         for first in range(0, len(numbers), at_once):
             some = numbers[first : first + at_once]
-            found = answer.rows([(gathered[number].record, gathered[number].span) for number in some])
-            for number, one in zip(some, found, strict=True):
-                rows[number] = one
-    return rows
+            answers = answer.answers([(gathered[number].record, gathered[number].span) for number in some])
+            for number, one in zip(some, answers, strict=True):
+                found[number] = one
+    return found
 
 
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:
@@ -322,4 +391,6 @@ def report(found: Predictions, out: Path) -> None:
         number = sum(found.without.values())
         print(f"mambaseq predict: {number:,} of {found.rows:,} rows have no prediction: {why}.", file=sys.stderr)
     left = f", {len(found.bad):,} files or records left out" if found.bad else ""
-    print(f"{found.rows} rows in {out}{left}", file=sys.stderr if is_stream(out) else sys.stdout)
+    print(
+        f"{found.rows} rows in {named(found.files or [out])}{left}", file=sys.stderr if is_stream(out) else sys.stdout
+    )

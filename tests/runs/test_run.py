@@ -15,7 +15,7 @@ import mambaseq as ms
 from mambaseq.checkpoints import load_model
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.runs.answers import Span
+from mambaseq.runs.answers import Found, Span
 from mambaseq.runs.embeddings import Embeddings
 from mambaseq.runs.run import NotFinished, as_overrides
 from mambaseq.runs.tables import ENDINGS, table
@@ -90,7 +90,7 @@ def test_predictions_are_a_table(model: Path, tmp_path: Path) -> None:
     run = ms.load(model)
     table = run.predict(source)
     assert isinstance(table, pandas.DataFrame)
-    assert list(table.columns) == ["file", "record", "start", "stop", "tokens", "bits_per_token", "note"]
+    assert list(table.columns) == ["file", "record", "start", "stop", "tokens", "bits_per_token", "total_bits", "note"]
     assert run.predict(source, out=tmp_path / "out.csv") is None
     written = pandas.read_csv(tmp_path / "out.csv")
     assert written["bits_per_token"][0] == pytest.approx(table["bits_per_token"][0], rel=1e-7)
@@ -197,17 +197,17 @@ def embeddings_of(run: ms.Run, source: Path) -> np.ndarray:
     answer = Embeddings(loaded, None, "mean", 1)
     assert loaded.tokenizer is not None
     record = Record("r", loaded.tokenizer.encode(source.read_text()))
-    (rows,) = answer.rows([(record, Span(0, len(record)))])
-    assert isinstance(rows, list)
-    return np.array([rows[0].values])
+    (found,) = answer.answers([(record, Span(0, len(record)))])
+    assert isinstance(found, Found)
+    return found.values
 
 
 def test_columns_whose_types_come_late_and_whose_names_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mambaseq.runs.tables._GROUP", 2)
+    monkeypatch.setattr("mambaseq.runs.columns._GROUP", 2)
     for ending in ENDINGS:
-        with table(tmp_path / f"out{ending}") as rows:
+        with table(tmp_path / f"out{ending}") as (rows, _):
             for number in range(5):
                 rows.add("f", str(number), 0, 0, None, "empty")
             rows.begin(["predicted", "file", "predicted"])
@@ -244,7 +244,7 @@ def test_what_goes_with_what(model: Path, tmp_path: Path) -> None:
     for options, match in (
         ({"what": "other"}, "answers, tokens or embeddings"),
         ({"pool": "last"}, "--what embeddings"),
-        ({"what": "embeddings", "pool": "max"}, "mean, last or positions"),
+        ({"what": "embeddings", "pool": "max"}, "mean, last or none"),
     ):
         with pytest.raises(ConfigError, match=match):
             ms.load(model).predict(source, **options)

@@ -42,11 +42,14 @@ def sequence_pieces(path: Path, table: bytes) -> Iterator[Piece]:
     return twobit_pieces(path, table) if is_twobit(path) else fasta_pieces(path, table)
 
 
-def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase = "fold") -> Iterator[Record]:
+def read_fasta(
+    path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase = "fold", regions: Sequence[str] = ()
+) -> Iterator[Record]:
     """The records of a FASTA or 2bit file as ids, in file order: name (the header's first word), description (the
-    rest), and which bases count in a likelihood: N never does.
+    rest), and which bases count in a likelihood, and have labels or values: N never does.
 
     lowercase: as in the model's training data; with `"unscored"` lower case does not count either.
+    regions: parts of the records instead, in the order given (see `mambaseq_dna.files.regions`).
     Raises DataError as `fasta_pieces` and `twobit_pieces` do, ConfigError for another value of lowercase.
     """
     if lowercase not in get_args(Lowercase):
@@ -54,7 +57,7 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
             f"reader_options.lowercase must be one of {', '.join(get_args(Lowercase))}, not {shown(lowercase)}."
         )
 
-    def record(name: str, description: str, pieces: list[bytes]) -> Record:
+    def record(name: str, description: str, pieces: list[bytes], start: int = 0, total: int | None = None) -> Record:
         kept = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         folded = kept.translate(_FOLD)
         ids = np.frombuffer(folded if tokenizer.lowercase == "fold" else kept, dtype=np.uint8)
@@ -63,8 +66,14 @@ def read_fasta(path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase 
             scored = np.frombuffer(kept, dtype=np.uint8) < N  # upper case, and no N
         elif _N in folded:
             scored = np.frombuffer(folded, dtype=np.uint8) != N
-        return Record(name=name, ids=ids, description=description, scored=scored)
+        return Record(name=name, ids=ids, description=description, scored=scored, start=start, total=total)
 
+    if regions:
+        from mambaseq_dna.files.regions import read_regions  # which needs this module
+
+        for part in read_regions(path, regions):
+            yield record(part.name, part.label, [part.ids.tobytes()], part.start, part.total)
+        return
     pieces: list[bytes] = []
     name = description = ""
     for begins, told, ids in sequence_pieces(Path(path), BaseTokenizer("keep").table):
