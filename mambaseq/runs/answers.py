@@ -327,7 +327,7 @@ class Sequences(Answer):
         unread = scored is not None and stop > start and not scored.any()
         return Likelihood.unknown if unread and not self.each else super()._note(record, start, stop)
 
-    def _numbers(self, output: Tensor) -> np.ndarray:
+    def numbers(self, output: Tensor) -> np.ndarray:
         """Outputs `(n, outputs)` as probabilities or values, fp32."""
         if self.classes is not None:
             class_names(self.loaded, self.classes, output.shape[1])
@@ -363,7 +363,7 @@ class Sequences(Answer):
         finite = output.isfinite().all(1).tolist()
         return [
             Found(span.start, span.stop, span.stop - span.start, one[None]) if good else NotFinite("")
-            for (_, span), one, good in zip(pieces, self._numbers(output), finite, strict=True)
+            for (_, span), one, good in zip(pieces, self.numbers(output), finite, strict=True)
         ]
 
 
@@ -409,7 +409,7 @@ class Positions(Sequences):
         known = _scored(record, first, stop)
         if known is not None and self.step > 1:
             known = np.logical_or.reduceat(known, np.arange(0, len(known), self.step))
-        return Found(first, stop, self.step, self._numbers(output), known)
+        return Found(first, stop, self.step, self.numbers(output), known)
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()

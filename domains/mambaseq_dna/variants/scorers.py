@@ -243,18 +243,18 @@ class AnswerDifference(Scorer):
     def __init__(self, loaded: LoadedModel, tokens: int, answer: Sequences) -> None:
         super().__init__(loaded, tokens)
         self.answer = answer
-        self.first = int(answer.classes is not None and not answer.several)  # the first cell is a class's name
-        self._answers([np.zeros(max(self.least, 8), np.uint8)])  # the names are known after an answer
-        self.columns = [f"delta_{name}" for name in answer.columns[self.first :]]
+        answer.cells(self._answers([np.zeros(max(self.least, 8), np.uint8)]))  # the names are known after an answer
+        first = int(answer.classes is not None and not answer.several)  # the first column says which class is likeliest
+        self.columns = [f"delta_{name}" for name in answer.columns[first:]]
 
     @torch.no_grad()
     def _answers(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         """`(rows, answers)` float64."""
-        found: list[list[float]] = [[]] * len(rows)
+        found: list[np.ndarray] = [np.zeros(0)] * len(rows)
         for numbers, ids in self._batches(rows):
             output = self.model(ids).logits.float().cpu().view(len(ids), -1)
-            for number, cells in zip(numbers, self.answer.cells(output), strict=True):
-                found[number] = [float(cell) for cell in cells[self.first :]]
+            for number, answers in zip(numbers, self.answer.numbers(output), strict=True):
+                found[number] = answers.astype(np.float64)
         return np.asarray(found)
 
     def scores(self, sites: Sequence[Site]) -> list[np.ndarray]:
