@@ -24,9 +24,9 @@ DEPTH = 100
 _DIGITS = 400  # of a number: the time to convert grows with the square of the digits
 _SHOWN = 200  # characters of a parser's own message
 
-# those of YAML 1.1 without base 60 (1:30 is text, like dates), and with 1e-3
+# those of YAML 1.1 without base 60 (1:30 is text, like dates) and without base 8 (010 would be 8), and with 1e-3
 _NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:int": r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)",
     "tag:yaml.org,2002:float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|"
     r"[0-9][0-9_]*[eE][-+]?[0-9]+)|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }

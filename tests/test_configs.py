@@ -14,7 +14,10 @@ from mambaseq.models import SequenceModel, build_model
 from mambaseq.resources import find, share
 from mambaseq.runs.parsing import parse_config
 
-NAMES = [entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:")]
+ALIKE = {"dna/five_species": "dna/great_apes"}  # but for their data, which are not here
+NAMES = [
+    entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:") and entry.name not in ALIKE
+]
 SMALL = {
     "--model.d_model": "16",
     "--model.backbone.n_layers": "2",
@@ -35,10 +38,21 @@ OTHERWISE = {  # data whose length is not a setting of its own
     "synthetic/digits": {},
     "synthetic/pathfinder": {"--data.size": "12"},
 }
+STAND_INS = {  # for genomes that users fetch
+    "dna/hg38": {"--data.fasta": "null", "--data.intervals": "null", "--data.extend": "none"},
+    "dna/great_apes": {
+        "--data.species": "{a: mambaseq:data/encode/human.*, b: mambaseq:data/encode/dog.*}",
+        "--data.test_records": "*.ENm002.*",
+        "--data.validation_records": "null",
+        "--data.train_records": "null",
+        "--data.n_validation": "4",
+        "--trainer.accumulate_grad_batches": "1",
+    },
+}
 
 
 def small(name: str) -> list[str]:
-    settings = SMALL | OTHERWISE.get(name, {"--data.length": "96"})
+    settings = SMALL | OTHERWISE.get(name, {"--data.length": "96"}) | STAND_INS.get(name, {})
     return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -53,6 +67,15 @@ def model_of(name: str) -> SequenceModel:
 def test_every_file_is_registered() -> None:
     registered = {find(entry.target).resolve() for entry in catalog()["configs"]}
     assert {path.resolve() for path in (share() / "configs").rglob("*.yaml")} <= registered
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_it_differs_in_its_data_alone(name: str) -> None:
+    one, other = (parse_config(config, []).settings for config in (name, ALIKE[name]))
+    assert one["data"].keys() == other["data"].keys()
+    assert {key: value for key, value in one.items() if key != "data"} == {
+        key: value for key, value in other.items() if key != "data"
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -99,7 +99,7 @@ def test_values_are_plain_and_their_own(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
         "a: 1e-3\nb: 1:30\nc: 2026-01-01\nd: [1, .5, true, null, no, 0x1f, .inf]\n"
-        "e: &x {q: 1}\nf: {<<: *x, q: 2, r: 3}\ng: *x\nh: 08\ni: '1e-3'\n",
+        "e: &x {q: 1}\nf: {<<: *x, q: 2, r: 3}\ng: *x\nh: 08\ni: '1e-3'\nj: 010\n",
         encoding="utf-8-sig",
     )
     read = read_yaml(path)
@@ -113,6 +113,7 @@ def test_values_are_plain_and_their_own(tmp_path):
         "g": {"q": 1},
         "h": "08",
         "i": "1e-3",
+        "j": "010",
     }
     read["g"]["q"] = 5
     assert read["e"] == {"q": 1}

@@ -50,6 +50,9 @@ domain = Domain(
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
         "labelled": ("mambaseq:configs/dna/labelled.yaml", "labelled sequences: core promoters, minutes on a CPU"),
         "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
+        "hg38": ("mambaseq:configs/dna/hg38.yaml", "next-base pretraining on hg38 as in the Mamba paper, on a GPU"),
+        "great_apes": ("mambaseq:configs/dna/great_apes.yaml", "which great ape, as in the Mamba paper, on a GPU"),
+        "five_species": ("mambaseq:configs/dna/five_species.yaml", "which of HyenaDNA's five species, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     recipes={

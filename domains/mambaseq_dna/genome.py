@@ -70,8 +70,8 @@ class GenomeData(FastaData):
             Basenji, Enformer and HyenaDNA). Instead of names of records.
         extend: what windows may read beside these intervals. `none`: nothing; intervals of a split that overlap or
             adjoin are one stretch. `within`: the bases between two intervals of one split, too, and up to the ends of
-            a sequence. `published`: a window an interval, which longer windows extend to both sides, into other splits
-            as well, as HyenaDNA's loader does (`mambaseq dna/split-leak` counts what that shows of the test data);
+            a sequence. `hyenadna`, `mamba`: as published: windows that are longer than an interval read on into
+            whatever is there, other splits too (`mambaseq dna/split-leak` counts what that shows of the test data);
             then N stays in windows.
         lowercase: soft-masked bases are read as upper case (`fold`), have ids of their own (`keep`), or are read as
             upper case and never a target (`unscored`). N is never a target.

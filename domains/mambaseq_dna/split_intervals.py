@@ -16,7 +16,8 @@ from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import read_bed
 from mambaseq_dna.ranges import covered, difference, union
 
-Extend = Literal["none", "within", "published"]
+Extend = Literal["none", "within", "hyenadna", "mamba"]
+PUBLISHED: tuple[Extend, ...] = ("hyenadna", "mamba")
 
 SPLITS = ("train", "validation", "test")
 _NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
@@ -128,16 +129,26 @@ class SplitIntervals:
         sequence = ranges[:, 0] // line
         return np.stack((sequence, ranges[:, 0] - sequence * line, ranges[:, 1] - sequence * line), axis=1)
 
-    def windows(self, span: int, lengths: np.ndarray | None = None) -> np.ndarray:
-        """A window an interval, as HyenaDNA's loader cuts them, `(windows, 4)`: split, sequence, start, stop.
+    def windows(self, span: int, rule: Extend, lengths: np.ndarray | None = None) -> np.ndarray:
+        """Windows as published, which read what is there, `(windows, 4)`: split, sequence, start, stop.
 
-        Intervals of `span` bases or more give their first bases; shorter ones are extended to both sides alike,
-        whatever is there. lengths: of the sequences: windows are then moved into them, or left out where a sequence is
-        too short; without it, they are cut at position 0 only, as published.
+        rule: `hyenadna` (its loader): a window an interval: its first bases, or, where it is shorter, the interval and
+            as much to both sides. `mamba` (arXiv:2312.00752, E.3.1): an interval is tiled, or, where it is shorter,
+            gives two windows, one that begins and one that ends with it.
+        lengths: of the sequences: windows are then moved into them, or left out where a sequence is too short; without
+            it, they are cut at position 0.
         """
-        table = self.table.copy()
-        missing = np.maximum(span - (table[:, 3] - table[:, 2]), 0)
-        table[:, 2] -= missing // 2
+        size = self.table[:, 3] - self.table[:, 2]
+        shorter = size < span
+        if rule == "mamba":
+            tiles = np.where(shorter, 2, size // span)
+            of = np.repeat(np.arange(len(size)), tiles)
+            number = np.arange(len(of)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+            place = np.where(shorter[of], number * (size[of] - span), number * span)
+        else:
+            of, place = np.arange(len(size)), -(np.where(shorter, span - size, 0) // 2)
+        table = self.table[of]
+        table[:, 2] += place
         table[:, 3] = table[:, 2] + span
         if lengths is None:
             table[:, 2] = np.maximum(table[:, 2], 0)
@@ -147,10 +158,10 @@ class SplitIntervals:
         table[:, 3] = table[:, 2] + span
         return table
 
-    def leaks(self, span: int) -> list[Leak]:
-        """What the published rule (see `windows`) lets training windows of `span` bases see of validation and test
+    def leaks(self, span: int, rule: Extend) -> list[Leak]:
+        """What a published rule (see `windows`) lets training windows of `span` bases see of validation and test
         intervals; for those of them that there are."""
-        windows = self.windows(span)
+        windows = self.windows(span, rule)
         line = max(self._line, int(windows[:, 3].max()) + 2)
         seen = union(self._ranges(windows[windows[:, 0] == 0, 1:], line))
         found = []

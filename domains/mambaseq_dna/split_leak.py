@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from pathlib import Path
 from typing import NoReturn
 
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, shown
-from mambaseq_dna.split_intervals import SplitIntervals
+from mambaseq_dna.split_intervals import PUBLISHED, SplitIntervals
 
 LENGTHS = [1 << power for power in range(10, 21)]
 _LONGEST = 1 << 31
 _ABOUT = (
-    "How much of the validation and test intervals training windows read. The published rule (HyenaDNA's loader; "
-    "data.extend: published) gives each interval one window: its first bases, or, where windows are longer, the "
-    "interval and what is on both sides of it. With data.extend none or within, nothing is read by two splits."
+    "How much of the validation and test intervals training windows read, where windows that are longer than an "
+    "interval read on into what is beside it. hyenadna: its loader gives each interval one window, with as much on "
+    "both sides; mamba: the paper's gives two, one that begins and one that ends with it. With data.extend none or "
+    "within, no base is read by two splits."
 )
 
 
@@ -57,20 +59,19 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--lengths", type=_length, nargs="+", default=LENGTHS, help="bases a window (default: 2^10 to 2^20, doubling)"
     )
+    parser.add_argument("--rules", choices=PUBLISHED, nargs="+", default=PUBLISHED, help="data.extend (default: both)")
     arguments = parser.parse_args(argv)
     path = _intervals(arguments.intervals)
     found = SplitIntervals.read(path)
     train = int((found.table[:, 0] == 0).sum())
     print(f"{path}: {train:,} training intervals, {len(found.table) - train:,} others\n")
-    row = "{:>10} {:<10} {:>15} {:>15} {:>7} {:>9} {:>9} {:>7}"
-    print(row.format("length", "split", "bases", "in training", "share", "windows", "touched", "share"))
-    for length in arguments.lengths:
-        for leak in found.leaks(length):
+    row = "{:>10} {:<9} {:<10} {:>15} {:>15} {:>7} {:>9} {:>9} {:>7}"
+    print(row.format("length", "rule", "split", "bases", "in training", "share", "windows", "touched", "share"))
+    for length, rule in itertools.product(arguments.lengths, arguments.rules):
+        for leak in found.leaks(length, rule):
             share, touched = f"{leak.leaked / leak.bases:.2%}", f"{leak.touched / leak.windows:.1%}"
-            cells = (f"{n:,}" for n in (leak.bases, leak.leaked))
-            print(
-                row.format(f"{length:,}", leak.split, *cells, share, f"{leak.windows:,}", f"{leak.touched:,}", touched)
-            )
+            bases, leaked, windows, hit = (f"{n:,}" for n in (leak.bases, leak.leaked, leak.windows, leak.touched))
+            print(row.format(f"{length:,}", rule, leak.split, bases, leaked, share, windows, hit, touched))
     print(
         "\nbases: of the split's intervals; in training: of these, in a training window. windows: of the split, as "
         "long as those of training; touched: with a base that a training window has."

@@ -20,7 +20,7 @@ from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, show
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.fasta import fasta_stores
 from mambaseq_dna.ranges import intersection
-from mambaseq_dna.split_intervals import SPLITS, Extend, SplitIntervals
+from mambaseq_dna.split_intervals import PUBLISHED, SPLITS, Extend, SplitIntervals
 from mambaseq_dna.tokenizer import N
 
 Duplicates = Literal["refuse", "drop"]
@@ -121,7 +121,7 @@ class SplitRules:
         validation_fraction: without validation_records, the last part of each training record is held out.
     train_records: patterns for those of the rest that are training data; the others are not used. All, if empty.
     intervals: a BED file that says it instead (see `SplitIntervals`). extend: what windows may read beside its
-        intervals. span: tokens that a window reads, for `extend="published"`.
+        intervals. span: tokens that a window reads, for a published rule.
     drop_n: leave out N and stretches between them that are too short; windows then contain no N.
     duplicates: copies of a record in two splits or groups are refused, or left out of the less protected split (see
         `mambaseq.data.leakage`).
@@ -187,7 +187,7 @@ class SplitRules:
         for used in (test, validation, train):
             if used.missing:
                 raise _matches_nothing(used, stores)
-        if self.extend == "published":
+        if self.extend in PUBLISHED:
             pass  # windows overlap each other, and those of other splits: that is the rule
         elif self.duplicates == "drop":
             splits = self._without_copies(splits)
@@ -204,11 +204,11 @@ class SplitRules:
         """What `_rows` gives, for each file of an assembly, by a file of intervals."""
         lengths = np.array(list(assembly.lengths.values()), dtype=np.int64)
         placed = listed.placed(assembly)
-        if self.extend == "published":
-            for leak in placed.leaks(self.span):
+        if self.extend in PUBLISHED:
+            for leak in placed.leaks(self.span, self.extend):
                 if leak.leaked:
-                    logger.warning("data.extend: published: %s.", leak)
-            table = placed.windows(self.span, lengths)
+                    logger.warning("data.extend: %s: %s.", self.extend, leak)
+            table = placed.windows(self.span, self.extend, lengths)
         else:
             table = placed.stretches(lengths, self.extend, refuse=self.duplicates == "refuse")
         files, records = assembly.number(table[:, 1])
@@ -216,7 +216,7 @@ class SplitRules:
         for number, store in enumerate(assembly.stores):
             own = files == number
             rows = np.stack((table[own, 0], records[own], table[own, 2], table[own, 3]), axis=1)
-            if self.extend != "published":
+            if self.extend not in PUBLISHED:
                 rows = rows[np.lexsort((rows[:, 2], rows[:, 1]))]
                 rows = _without_n(store, rows) if self.drop_n else rows
             found.append(rows)

@@ -17,6 +17,7 @@ from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.data.windows import warn_once
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.runs.parsing import parse_config
 
 
 def fasta(folder: Path, name: str, **records: str) -> str:
@@ -102,6 +103,60 @@ def test_names_of_records_may_be_numbers(tmp_path: Path, names: Any) -> None:
     for split, name in (("train", "18"), ("validation", "9"), ("test", "8")):
         (group,) = getattr(data.splits, split)
         assert [interval.store.names[interval.record] for interval in group.intervals] == [name]
+
+
+def test_the_great_apes_by_their_configuration(tmp_path: Path) -> None:
+    """Chromosome 2, which is 2A and 2B but in humans, is training data; scaffolds and alternates are not used."""
+    names = [f"chr{k}" for k in (*range(3, 23), "X", "Y", "M", "5_KI270791v1_alt", "Un_scaffold")]
+    species = {
+        ape: fasta(
+            tmp_path, f"{ape}.fa", **{k: bases(120, 40 * seed + n) for n, k in enumerate(["chr1", *two, *names])}
+        )
+        for seed, (ape, two) in enumerate((("human", ["chr2"]), ("gorilla", ["chr2A", "chr2B"])))
+    }
+    listed = ", ".join(f"{ape}: {path}" for ape, path in species.items())
+    small = [f"--data.species={{{listed}}}", "--data.length=20", f"--data.cache={tmp_path}"]
+    data: Any = parse_config("dna/great_apes", small).make_data(setup=True)
+    used = {
+        split: [
+            sorted(group.intervals.stores[0].names[record] for record in group.intervals.table[:, 1])
+            for group in getattr(data.splits, split)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    rest = [f"chr{k}" for k in (14, 15, 16, 17, 18, 19)]
+    for ape, two in enumerate((["chr2"], ["chr2A", "chr2B"])):
+        assert set(used["train"][ape]) == {
+            *rest,
+            *two,
+            "chr20",
+            "chr21",
+            "chr22",
+            "chr4",
+            "chr6",
+            "chr8",
+            "chrX",
+            "chrY",
+        }
+        assert used["validation"][ape] == ["chr1", "chr12", "chr13", "chr3"]
+        assert used["test"][ape] == ["chr10", "chr11", "chr5", "chr7", "chr9"]
+
+
+def test_chromosome_2_is_held_out_whole(tmp_path: Path) -> None:
+    apes = {"chr2A": bases(90), "chr2B": bases(90, 1), "chr3": bases(90, 2)}
+
+    def test_set(name: str, **records: str) -> list[str]:
+        options: dict[str, Any] = {"length": 20, "validation_fraction": 0, "cache": str(tmp_path)}
+        data = GenomeData(fasta=[fasta(tmp_path, "x.fa", **records)], test_records=[name], **options)
+        return [interval.store.names[interval.record] for interval in data.splits.test[0].intervals]
+
+    assert test_set("chr2", **apes) == ["chr2A", "chr2B"]
+    assert test_set("chr2B", **apes) == ["chr2B"]
+    assert test_set("2", **{name[3:]: letters for name, letters in apes.items()}) == ["2A", "2B"]
+    with pytest.raises(DataError, match=r"pattern 'chr2' of data\.test_records matches no record"):
+        test_set("chr2", **apes, chr2D=bases(90, 3))  # wheat: three genomes, and no chromosome 2
+    with pytest.raises(DataError, match=r"pattern 'chr7' of data\.test_records matches no record.*There are: chr2A"):
+        test_set("chr7", **apes)
 
 
 def test_a_record_in_two_splits_is_refused(tmp_path: Path) -> None:

@@ -92,11 +92,12 @@ LAYOUT = [("a", 100, 200, "train"), ("a", 200, 300, "test"), ("a", 320, 380, "tr
 
 
 def test_windows_of_the_published_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One a training interval: its first bases, or more to both sides, moved into the sequence; N stays."""
+    """HyenaDNA: one an interval, its first bases or more to both sides. Mamba: tiles, or one that begins and one that
+    ends with it. Moved into the sequence; N stays."""
     options = write(tmp_path, *LAYOUT, a="N" * 10 + letters(390, 0), b=letters(400, 1))
 
-    def starts(length: int, split: str) -> list[tuple[int, int]]:
-        data = GenomeData(length=length, objective="masked", extend="published", **options)
+    def starts(length: int, split: str, rule: Any = "hyenadna") -> list[tuple[int, int]]:
+        data = GenomeData(length=length, objective="masked", extend=rule, **options)
         (group,) = getattr(data.splits, split)
         assert len(data.train()[0].inputs[0]) == length
         return [(interval.start, len(interval)) for interval in group.intervals]
@@ -109,6 +110,8 @@ def test_windows_of_the_published_rule(tmp_path: Path, caplog: pytest.LogCapture
     assert "100 of 100 bases of the test intervals (100.0%) are in training windows of 200" in caplog.text
     assert starts(400, "train") == [(0, 400), (0, 400)]
     assert starts(400, "validation") == [(0, 400)]
+    assert [place for place, _ in starts(32, "train", "mamba")] == [100, 132, 164, 320]
+    assert [place for place, _ in starts(140, "train", "mamba")] == [100, 60, 260, 240]
 
 
 def test_the_leak_of_the_published_rule_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +119,16 @@ def test_the_leak_of_the_published_rule_is_counted(tmp_path: Path, capsys: pytes
     found = SplitIntervals.read(tmp_path / "a.bed")
     # 300-380 is what windows of 100 read around 320-380, and 280 to 420 what windows of 140 do
     for length, leaked, touched in ((60, 0, 0), (100, 0, 0), (140, 20 + 20, 1), (200, 100, 1)):
-        valid, test = found.leaks(length)
+        valid, test = found.leaks(length, "hyenadna")
         assert (valid.leaked, valid.touched, valid.bases, test.bases, test.windows) == (0, 0, 64, 100, 1)
         assert (test.leaked, test.touched) == (leaked, touched)
+    # 100-240 and 240-380
+    assert [leak.leaked for leak in found.leaks(140, "mamba")] == [0, 40 + 60]
+    assert [leak.leaked for leak in found.leaks(60, "mamba")] == [0, 0]
     assert main(["dna/split-leak", str(tmp_path / "a.bed"), "--lengths", "100", "2^8"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["256", "test", "100", "100", "100.00%", "1", "1", "100.0%"] in rows
-    assert ["100", "validation", "64", "0", "0.00%", "1", "0", "0.0%"] in rows
+    assert ["256", "hyenadna", "test", "100", "100", "100.00%", "1", "1", "100.0%"] in rows
+    assert ["100", "mamba", "validation", "64", "0", "0.00%", "2", "0", "0.0%"] in rows
     for wrong, told in (("none", "is not a length"), ("2^40", "not between 1 and 2")):
         assert main(["dna/split-leak", str(tmp_path / "a.bed"), "--lengths", wrong]) == 2
         assert told in capsys.readouterr().err
@@ -150,7 +156,11 @@ BAD = {
     ),
     "a split of N": ([("a", 0, 50, "train"), ("b", 0, 5, "test")], {}, r"The test set has no base .*Check its inter"),
     "names too": ([("a", 0, 9, "train")], {"test_records": "a"}, r"data\.intervals and data\.test_records both say"),
-    "a mistyped rule": ([("a", 0, 9, "train")], {"extend": "all"}, r"data\.extend must be one of none, within, publ"),
+    "a mistyped rule": (
+        [("a", 0, 9, "train")],
+        {"extend": "all"},
+        r"data\.extend must be one of none, within, hyen",
+    ),
     "no file": ([("a", 0, 9, "train")], {"intervals": None, "extend": "within"}, "beside data.intervals, which is not"),
 }
 
