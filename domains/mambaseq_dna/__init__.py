@@ -33,6 +33,8 @@ domain = Domain(
             "mambaseq_dna.labelled.reader:read_labelled",
             "sequences of tables, FASTA, folders and intervals, cut as in training",
         ),
+        "annotated": ("mambaseq_dna.tracks:AnnotatedData", "a class for every base, from BED, GFF or GTF"),
+        "signal": ("mambaseq_dna.tracks:SignalData", "values of every base or bin, from bigWig or bedGraph"),
     },
     writers={
         "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")

@@ -116,7 +116,7 @@ class FastaData(SequenceData):
         """The intervals of each split, those included that setup would refuse as copies."""
         splits = self._splits or self.rules.apply(self.files, self.cache, refuse_copies=False)
         found = {
-            split: IntervalSequences(groups, labelled=bool(self.class_names))
+            split: IntervalSequences(groups, labelled=len(self.files) > 1 and bool(self.class_names))
             for split in SPLITS
             if (groups := getattr(splits, split))
         }

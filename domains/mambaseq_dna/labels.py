@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -248,13 +248,3 @@ def _painted(rows: np.ndarray, length: int, n_classes: int, overlap: Overlap, se
     if overlap == "ignore":
         values[covers.sum(1) > 1] = UNKNOWN
     return Runs(edges, values)
-
-
-def sequence_runs(parts: Iterable[tuple[int, int, float]], length: int) -> Runs:
-    """Values of disjoint intervals (start, stop, value), NaN between them; float32."""
-    table = np.array(list(parts), np.float64).reshape(-1, 3)
-    starts, stops = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
-    edges = np.unique(np.concatenate(([0, length], starts, stops)))
-    values = np.full(len(edges) - 1, np.nan, np.float32)
-    values[np.searchsorted(edges, starts)] = table[:, 2]
-    return Runs(edges, values, np.nan)
