@@ -26,6 +26,8 @@ domain = Domain(
             "mambaseq_dna.labelled.data:LabelledData",
             "a class, labels or values a sequence: tables, FASTA, folders, BED, GFF",
         ),
+        "annotated": ("mambaseq_dna.tracks:AnnotatedData", "a class for every base, from BED, GFF or GTF"),
+        "signal": ("mambaseq_dna.tracks:SignalData", "values of every base or bin, from bigWig or bedGraph"),
     },
     readers={
         "fasta": ("mambaseq_dna.files.fasta:read_fasta", "records of FASTA, plain or packed, or of 2bit"),
@@ -33,8 +35,6 @@ domain = Domain(
             "mambaseq_dna.labelled.reader:read_labelled",
             "sequences of tables, FASTA, folders and intervals, cut as in training",
         ),
-        "annotated": ("mambaseq_dna.tracks:AnnotatedData", "a class for every base, from BED, GFF or GTF"),
-        "signal": ("mambaseq_dna.tracks:SignalData", "values of every base or bin, from bigWig or bedGraph"),
     },
     writers={
         "fasta": ("mambaseq_dna.files.fasta:write_fasta", "sequences as FASTA, gzipped when the name ends in .gz")
