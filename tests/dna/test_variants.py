@@ -15,6 +15,7 @@ from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant
 from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_dna.variants import scorers as scorers_module
+from mambaseq_dna.variants import scoring as scoring_module
 from mambaseq_dna.variants.mutagenesis import mutagenesis
 from mambaseq_dna.variants.scorers import INDEL_FLANK, Distance, scorer_of
 from mambaseq_dna.variants.scoring import score_variants
@@ -143,7 +144,8 @@ def test_masked_ratios_are_those_of_hidden_bases(fasta: Path, tmp_path: Path) ->
                     whole, start = site.whole(allele), max(first - INDEL_FLANK, 0)
                     region = list(range(start, min(first + len(allele) + INDEL_FLANK, len(whole))))
                     parts = [[p for p in region[k::7] if whole[p] != 4] for k in range(7)]
-                    totals.append(sum(hidden(whole, part)[p, whole[p]] for part in parts for p in part))
+                    shares = [hidden(whole, part) for part in parts]
+                    totals.append(sum(of[part, whole[part]].sum() for of, part in zip(shares, parts, strict=True)))
                 expected = totals[0] - totals[1]
             assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
@@ -185,6 +187,13 @@ def test_answers_and_distances(fasta: Path, tmp_path: Path) -> None:
         for vector, numbers in zip(vectors[1:], one, strict=True):
             cosine = torch.cosine_similarity(vector, vectors[0], dim=0)
             np.testing.assert_allclose(numbers, [float((vector - vectors[0]).norm()), 1 - float(cosine)], atol=1e-5)
+    values = load_model(model_at(tmp_path / "v", "values", {"name": "regression", "n_outputs": 2}))
+    scorer = scorer_of(values, 300)
+    assert scorer.columns == ["delta_value_1", "delta_value_2"]
+    for site, one in zip(sites, scorer.effects(sites), strict=True):
+        rows = [torch.from_numpy(site.whole(allele).astype(np.int64))[None] for allele in site.alleles]
+        told = torch.cat([values.model(row).logits for row in rows])
+        np.testing.assert_allclose(one, told[1:] - told[:1], atol=1e-5)
     labels = load_model(model_at(tmp_path / "t", "labels", {"name": "token_classification", "n_classes": 2}))
     with pytest.raises(ConfigError, match="answers for each position"):
         scorer_of(labels, 300)
@@ -236,6 +245,25 @@ def test_a_file_of_variants(run: Path, fasta: Path, tmp_path: Path, capsys: pyte
     assert records[2].info["MS_llr"][1:] == (None, None)
 
 
+def test_what_was_finished_is_kept(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_calls(calls := tmp_path / "calls.vcf")
+    monkeypatch.setattr(scoring_module, "_GATHERED", 1)
+    effects, count = scorers_module.Scorer.effects, iter(range(9))
+
+    def interrupted(*options: Any) -> Any:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return effects(*options)
+
+    monkeypatch.setattr(scorers_module.Scorer, "effects", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score_variants(run, fasta, calls, tmp_path / "s.vcf", window=64, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.vcf", "s.partial.tsv"]
+    kept = pandas.read_csv(tmp_path / "s.partial.tsv", sep="\t")
+    assert kept.line.tolist() == [4, 4, 4, 5, 6]
+    assert kept.llr.notna().tolist() == [True, True, True, False, True]
+
+
 def test_what_is_refused(run: Path, fasta: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.vcf"
     wrong.write_text(HEADER + f"1\t100\t.\t{other(100)[0]}\t{ref(100)}\t.\t.\t.\n2\t5\t.\tA\tC\t.\t.\t.\n")
@@ -284,6 +312,26 @@ def test_mutagenesis_is_the_variants_of_a_region(run: Path, fasta: Path, tmp_pat
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             mutagenesis(run, fasta, region, progress=False)
+
+
+def test_an_answer_is_chosen(fasta: Path, tmp_path: Path) -> None:
+    model = model_at(tmp_path / "m", "classes", {"name": "classification", "n_classes": 2}, "bidirectional")
+    options: dict[str, Any] = {"window": 64, "progress": False}
+    yes, no = (mutagenesis(model, fasta, "1:20-24", answer=answer, **options) for answer in (None, "no"))
+    np.testing.assert_allclose(yes.effect, -no.effect, atol=1e-6)
+    assert yes.effect.abs().min() > 1e-6
+    with pytest.raises(ConfigError, match=r"--answer 'nay' is not one of this model's.*delta_no, delta_yes"):
+        mutagenesis(model, fasta, "1:20-24", answer="nay", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["next_token", "masked"])
+def test_on_a_gpu(task: str, cuda: torch.device, full_precision: None, fasta: Path, tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "m", task, {"name": "lm"}, "residual" if task == "next_token" else "bidirectional")
+    sites = sites_of(fasta)
+    there, here = (scorer_of(load_model(folder, place), 400).effects(sites) for place in (cuda, "cpu"))
+    for one, two in zip(there, here, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3)
 
 
 def test_the_page_runs(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

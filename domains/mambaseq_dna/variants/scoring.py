@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,9 +15,10 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.errors import ConfigError, DataError, cut_list, shown
-from mambaseq.outputs import is_stream
+from mambaseq.errors import ConfigError, DataError, UserError, cut_list, shown
+from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.tables import partial_path
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant, is_vcf, read_variants
 from mambaseq_dna.tokenizer import N, fold_case
@@ -70,7 +73,8 @@ def score_variants(
     both_strands: the mean over both; None: for likelihoods and distances, not for answers of classifiers.
     batch_tokens: bases that are read at once; more is faster, and needs more memory.
 
-    Raises UserError for a model, file or setting that cannot be used, and where no variant can be scored.
+    Raises UserError for a model, file or setting that cannot be used, and where no variant can be scored. Scores that
+    were finished before are kept at `mambaseq.runs.tables.partial_path(out)`.
     """
     source = Path(variants)
     if out is not None:
@@ -93,7 +97,7 @@ def score_variants(
     reasons = [places.why_not(variant) for variant in found]
     columns = [column for scorer in scorers for column in scorer.columns]
     values = np.full((len(found), len(columns) + 1), np.nan)
-    with memory_told("--window, or --batch-tokens"):
+    with _kept(found, columns, values, reasons, out), memory_told("--window, or --batch-tokens"):
         for numbers, sites in _sites(found, reasons, places, scorers[0].least, progress):
             scores = [np.concatenate(scorer.effects(sites, both_strands)) for scorer in scorers]
             unknown = np.concatenate([np.full((len(site.alts), 1), count_unknown(site)) for site in sites])
@@ -105,13 +109,34 @@ def score_variants(
             f"None of the {len(found):,} variants in {source} can be scored ({told}); nothing was written. Is the "
             "reference the assembly that they were called on?"
         )
-    notes = [reason or repeat for reason, repeat in zip(reasons, _repeats(found), strict=True)]
-    table = _table(found, columns, values, notes)
+    table = _table(found, columns, values, reasons)
     if out is not None and out.suffix.lower() == ".vcf" and not is_stream(out):
         write_vcf(source, table, columns, out)
     elif out is not None:
         write_table(table, out)
     return Scores(table, columns, len(found), without)
+
+
+@contextlib.contextmanager
+def _kept(
+    variants: Sequence[Variant], columns: Sequence[str], values: np.ndarray, reasons: Sequence[str], out: Path | None
+) -> Iterator[None]:
+    """Keep the scores that were finished before an error, before Ctrl-C or for lack of memory, beside `out`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, MemoryError) as error:
+        finished = np.flatnonzero(~np.isnan(values[:, -1]))
+        if out is None or not len(finished) or is_stream(out):
+            raise
+        stop = int(finished[-1]) + 1
+        kept = partial_path(output_target(out))
+        kept = kept.with_suffix(".tsv") if kept.suffix.lower() == ".vcf" else kept
+        write_table(_table(variants[:stop], columns, values[:stop], reasons[:stop]), kept)
+        told = f"The {stop:,} rows finished before it are in {kept}."
+        if isinstance(error, UserError):
+            raise type(error)(f"{error} {told}") from error
+        print(f"\n{told}", file=sys.stderr)
+        raise
 
 
 def prepared(
@@ -176,7 +201,7 @@ def _sites(
 
 
 def _table(
-    variants: Sequence[Variant], columns: Sequence[str], values: np.ndarray, notes: Sequence[str]
+    variants: Sequence[Variant], columns: Sequence[str], values: np.ndarray, reasons: Sequence[str]
 ) -> pandas.DataFrame:
     import pandas
 
@@ -185,5 +210,5 @@ def _table(
     }
     frame |= {column: values[:, number] for number, column in enumerate(columns)}
     frame["n"] = pandas.array([None if np.isnan(n) else int(n) for n in values[:, -1]], dtype="Int64")
-    frame["note"] = list(notes)
+    frame["note"] = [reason or repeat for reason, repeat in zip(reasons, _repeats(variants), strict=True)]
     return pandas.DataFrame(frame)
