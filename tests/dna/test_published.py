@@ -381,6 +381,15 @@ def test_an_imported_model_predicts_embeds_and_is_trained_further(
             mean = hyenadna_by_definition(config, weights, ids)[1][-1][0].mean(0)
     found = pandas.read_csv("vectors.csv")[[f"embedding_{number}" for number in range(1, len(mean) + 1)]]
     np.testing.assert_allclose(found.to_numpy()[0], mean.numpy(), rtol=1e-4, atol=1e-5)
+    if kind == "caduceus":
+        Path("calls.vcf").write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\none\t17\t.\tT\tA\n")
+        told = ["--checkpoint", "model", "--reference", "some.fa", "calls.vcf", "--out", "ratios.csv", "--device=cpu"]
+        assert main(["dna/variants", *told, "--window", str(len(BASES))]) == 0
+        ids[0, 16] = MASK
+        with torch.no_grad():
+            logits = caduceus_by_definition(config, weights, ids)[0][0, 16]
+        ratio = float(logits[IDS["A"]] - logits[IDS["T"]])
+        assert pandas.read_csv("ratios.csv")["llr"].tolist() == pytest.approx([ratio], rel=1e-4)
     # every weight, and the rows of the bases and of the mask token, go on
     fit = ["fit", "--config", "further.yaml", "--out", "run", "--trainer.accelerator=cpu", "--optimizer.lr=0"]
     fit += ["--data.length=32", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.fasta=long.fa"]
