@@ -15,7 +15,7 @@ from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
 from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
-from mambaseq.mixers.norm import RMSNorm
+from mambaseq.mixers.norm import NormName, make_norm
 
 
 class Tier(nn.Module):
@@ -55,7 +55,8 @@ class UNet(Backbone):
             continues through a tier's layers. A mixer with a star is shared within a tier's way down or up.
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
             `ResidualStack`).
-        norm_eps: epsilon of the RMSNorms.
+        norm: the norms, rms (RMSNorm) or layer (LayerNorm with a bias).
+        norm_eps: epsilon of the norms.
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
@@ -76,6 +77,7 @@ class UNet(Backbone):
         checkpoint: bool = False,
         chunk_length: int | None = None,
         cuda_graph: CudaGraph = "auto",
+        norm: NormName = "rms",
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         pool = [4, 4] if pool is None else pool
@@ -91,7 +93,7 @@ class UNet(Backbone):
             nonlocal made
             mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made, total=total)
             made += n_layers
-            return nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout) for mixer in mixers)
+            return nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
 
         def tier(level: int, d_model: int | None) -> Tier:
             down = layers(d_model)
@@ -103,7 +105,7 @@ class UNet(Backbone):
 
         self.top = tier(0, None)
         self.d_model = self.mixers()[0].d_model
-        self.norm_f = RMSNorm(self.d_model, norm_eps)
+        self.norm_f = make_norm(norm, self.d_model, norm_eps)
         scale_residual_(self.mixers())
         self.check_chunks()
 

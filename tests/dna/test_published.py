@@ -311,6 +311,21 @@ def test_caduceus(tmp_path: Path, options: dict[str, Any]) -> None:
     close(own, hidden)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["caduceus", "hyenadna"])
+@torch.no_grad()
+def test_on_a_gpu(tmp_path: Path, kind: str) -> None:
+    config, weights = caduceus(rcps=True, fused_add_norm=True) if kind == "caduceus" else hyenadna()
+    ids = torch.randint(0, 12, (2, 34))
+    definition: Any = caduceus_by_definition if kind == "caduceus" else hyenadna_by_definition
+    places = MASKED if kind == "caduceus" else CAUSAL
+    found = read_published(write(tmp_path / "theirs", config, weights)).model.cuda()
+    logits = found(torch.tensor(places)[ids].cuda()).logits.cpu()[..., places]
+    expected = definition(config, weights, ids)[0]
+    assert float((logits - expected).norm() / expected.norm()) <= 1e-5
+
+
 @pytest.mark.parametrize("options", [{}, {"train_freq": False}])
 @torch.no_grad()
 def test_hyenadna(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -46,13 +46,11 @@ def read_caduceus(config: dict[str, Any], path: Path, tensors: dict[str, Tensor]
     stem = "caduceus.backbone.embeddings.word_embeddings"
     embedding = f"{stem}.embedding.weight" if strands else f"{stem}.weight"
     output = "lm_head.lm_head.weight" if strands else "lm_head.weight"
-    table = given.take(embedding, (size, width))
     tied = strands or settings.flag("tie_word_embeddings", True)
-    head = table
     if tied:
-        given.same(output, embedding, table)
+        table = head = given.one_of([embedding, output], (size, width))
     else:
-        head = given.take(output, (size, width))
+        table, head = (given.take(name, (size, width)) for name in (embedding, output))
     ids: dict[str, Any] = {"vocab_size": size}
     if strands:
         theirs = _complement(settings, given, size)
@@ -128,8 +126,9 @@ class _Reader:
             layer = f"{theirs}layers.{number}."
             norm = self._norm(f"{layer}norm.{within}")
             mixer = f"{layer}mixer.{'submodule.' if self.strands else ''}"
-            ahead = self._mamba(f"{mixer}mamba_fwd.")
-            back = self._back(f"{mixer}mamba_rev.", f"{mixer}mamba_fwd.", ahead) if self.both_ways else None
+            stems = [f"{mixer}mamba_fwd.", f"{mixer}mamba_rev."][: 1 + self.both_ways]
+            ahead, *others = [self._mamba(stem, stems) for stem in stems]
+            back = others[0] if others else None
             if self.strands and self.fused and number % 2 == self.layers % 2:
                 norm = {name: tensor.flip(0) for name, tensor in norm.items()}
                 assert back is not None
@@ -167,18 +166,12 @@ class _Reader:
             shapes |= {"in_proj.bias": (2 * inner,), "out_proj.bias": (width,)}
         return shapes
 
-    def _mamba(self, stem: str) -> dict[str, Tensor]:
-        return {name: self.given.take(f"{stem}{name}", shape) for name, shape in self._shapes().items()}
-
-    def _back(self, stem: str, other: str, ahead: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mixer of the other direction; safetensors leave out what it shares with the first."""
+    def _mamba(self, stem: str, stems: list[str]) -> dict[str, Tensor]:
+        """One direction's mixer. stems: of both; safetensors have once what these share."""
         found = {}
         for name, shape in self._shapes().items():
-            if self.tied and name.startswith(("in_proj.", "out_proj.")):
-                self.given.same(f"{stem}{name}", f"{other}{name}", ahead[name])
-                found[name] = ahead[name]
-            else:
-                found[name] = self.given.take(f"{stem}{name}", shape)
+            shared = self.tied and name.startswith(("in_proj.", "out_proj."))
+            found[name] = self.given.one_of([f"{one}{name}" for one in (stems if shared else [stem])], shape)
         return found
 
 
@@ -194,8 +187,7 @@ def _complement(settings: Settings, given: Tensors, size: int) -> list[int]:
     names = ["caduceus.backbone.embeddings.word_embeddings.complement_map", "lm_head.complement_map"]
     buffers = [given.optional(name, (size,)) for name in names]
     if buffers[0] is not None:
-        if buffers[1] is not None:
-            given.same(names[1], names[0], buffers[0])
+        given.one_of([name for name, buffer in zip(names, buffers, strict=True) if buffer is not None], (size,))
         found = [int(number) for number in buffers[0]] if buffers[0].dtype == torch.int64 else []
         where = f"{given.source}: {names[0]}"
     else:

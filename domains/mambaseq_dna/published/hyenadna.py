@@ -40,13 +40,12 @@ def read_hyenadna(config: dict[str, Any], path: Path, tensors: dict[str, Tensor]
     rows = order_of_ids(size, masked=False)
     stem = "hyena.backbone."
     embedding = f"{stem}embeddings.word_embeddings.weight"
-    table = given.take(embedding, (size, width))
     tied = settings.flag("tie_word_embeddings", True)
-    ours = {"encoder.embedding.weight": table[rows]}
     if tied:
-        given.same("lm_head.weight", embedding, table)
+        ours = {"encoder.embedding.weight": given.one_of([embedding, "lm_head.weight"], (size, width))[rows]}
     else:
-        ours["head.linear.weight"] = given.take("lm_head.weight", (size, width))[rows]
+        names = {"encoder.embedding.weight": embedding, "head.linear.weight": "lm_head.weight"}
+        ours = {name: given.take(theirs, (size, width))[rows] for name, theirs in names.items()}
     filters = _Filters(settings, given, width)
     for number in range(layers):
         theirs = f"{stem}layers.{number}."
@@ -122,12 +121,7 @@ class _Filters:
         """`(width,)`; the layers of a network share one, which is saved under one or all of their names."""
         if not self.trained:
             return torch.full((self.width,), self.frequency)
-        names = [f"{network}{place}.freq" for place in (1, 3, 5)]
-        first = next((name for name in names if name in self.given), names[0])
-        tensor = self.given.take(first, (1, self.width))
-        for name in names:
-            self.given.same(name, first, tensor)
-        return tensor[0]
+        return self.given.one_of([f"{network}{place}.freq" for place in (1, 3, 5)], (1, self.width))[0]
 
     def _same(self, name: str, shape: tuple[int, ...], expected: Tensor) -> None:
         """Refuse a table of other numbers than those that the published code begins with, and our model has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,6 @@ class Tensors:
         self.tensors, self.source = dict(tensors), source
         self.left = set(tensors)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.tensors:
             there = [known for known in self.tensors if known.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -141,14 +138,20 @@ class Tensors:
     def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return self.take(name, shape) if name in self.tensors else None
 
-    def same(self, name: str, other: str, tensor: Tensor) -> None:
-        """Take one that, if it is there, must equal `tensor`, named `other`: they are one in the model."""
-        given = self.optional(name, tuple(tensor.shape))
-        if given is not None and not torch.equal(given, tensor):
-            raise UserError(
-                f"{self.source}: {shown(name)} and {shown(other)} differ, but the config.json makes them one tensor, "
-                f"so it is unclear which one counts. {REMEDY}"
-            )
+    def one_of(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        """Take a tensor that is one in the model: it is there under one or several of its names.
+
+        Raises UserError too if it is not the same under all of them.
+        """
+        there = [name for name in names if name in self.tensors] or names[:1]
+        tensor = self.take(there[0], shape)
+        for name in there[1:]:
+            if not torch.equal(self.take(name, shape), tensor):
+                raise UserError(
+                    f"{self.source}: {shown(name)} and {shown(there[0])} differ, but the config.json makes them one "
+                    f"tensor, so it is unclear which one counts. {REMEDY}"
+                )
+        return tensor
 
     def finish(self) -> None:
         if self.left:
