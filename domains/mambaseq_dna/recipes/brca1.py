@@ -7,6 +7,7 @@ import csv
 import lzma
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -300,13 +301,12 @@ def embedded(variants: Variants, loaded: LoadedModel, tokens: int, window: int) 
     """For each variant, of both strands (a causal model sees one side on each): what the embedding of its base is, how
     far the alternative moves it, and how far it moves the window's mean."""
     sites, rows = variants.sites(window)
+    base, whole = Distance(loaded, tokens, "variant"), Distance(loaded, tokens, "mean")
     parts = []
-    for strand in (sites, [site.turned(BaseTokenizer()) for site in sites]):
-        for pool in ("variant", "mean"):
-            vectors = Distance(loaded, tokens, pool).vectors(strand)  # type: ignore[arg-type]
-            parts.append(np.concatenate([of[1:] - of[0] for of in vectors])[rows])
-            if pool == "variant":
-                parts.append(np.concatenate([np.repeat(of[:1], len(of) - 1, axis=0) for of in vectors])[rows])
+    for strand in (sites, [site.turned(BaseTokenizer()) for site in sites]) if base.one_strand else (sites,):
+        vectors = base.vectors(strand)
+        parts.append(np.concatenate([np.repeat(of[:1], len(of) - 1, axis=0) for of in vectors])[rows])
+        parts += [np.concatenate([of[1:] - of[0] for of in some])[rows] for some in (vectors, whole.vectors(strand))]
     return np.concatenate(parts, axis=1)
 
 
@@ -339,35 +339,40 @@ def tables(context: Context, variants: Variants, data: Data = pretraining_data) 
             memory[name, seed] = exon_left_out(embedded(variants, model(name, seed), tokens, span), variants, 1e-3)
         return memory[name, seed]
 
+    def ratios(name: str, window: int, seed: int) -> np.ndarray:
+        return zero_shot(variants, scorer_of(model(name, seed), tokens), window)
+
+    def distances(name: str, seed: int) -> np.ndarray:
+        return zero_shot(variants, Distance(model(name, seed), tokens, "variant"), span)
+
+    def with_class(name: str, seed: int) -> np.ndarray:
+        return odds(name, seed) + exon_left_out(classes_of(variants), variants, 1.0)
+
+    def control(name: str, seed: int) -> np.ndarray:
+        return exon_left_out(embedded(variants, untrained(context, name, seed), tokens, span), variants, 1e-3)
+
     ours: dict[str, Callable[[int], np.ndarray]] = {}
     for name in WAYS:
-        for window in windows:
-            ours[f"{name}, zero-shot, window {window:,}"] = lambda seed, name=name, window=window: zero_shot(  # type: ignore[misc]
-                variants, scorer_of(model(name, seed), tokens), window
-            )
-        ours[f"{name}, zero-shot, embedding's distance"] = lambda seed, name=name: zero_shot(  # type: ignore[misc]
-            variants, Distance(model(name, seed), tokens, "variant"), span
-        )
-        ours[f"{name}, embeddings, exon left out"] = lambda seed, name=name: odds(name, seed)  # type: ignore[misc]
-        ours[f"{name}, embeddings and consequence class, exon left out"] = lambda seed, name=name: (  # type: ignore[misc]
-            odds(name, seed) + exon_left_out(classes_of(variants), variants, 1.0)
-        )
-        ours[f"untrained {name}, embeddings, exon left out"] = lambda seed, name=name: exon_left_out(  # type: ignore[misc]
-            embedded(variants, untrained(context, name, seed), tokens, span), variants, 1e-3
-        )
+        ours |= {f"{name}, zero-shot, window {window:,}": partial(ratios, name, window) for window in windows}
+        ours[f"{name}, zero-shot, embedding's distance"] = partial(distances, name)
+        ours[f"{name}, embeddings, exon left out"] = partial(odds, name)
+        ours[f"{name}, embeddings and consequence class, exon left out"] = partial(with_class, name)
+        ours[f"untrained {name}, embeddings, exon left out"] = partial(control, name)
     wanted = context.wanted([*ours, *BASELINES])
     for name in WAYS:
         for seed in context.seeds if any(line.startswith(f"{name},") for line in wanted) else ():
             model(name, seed)
+
+    def trial(of: Callable[[int], np.ndarray], seed: int, checkpoint: Path) -> dict[str, float]:
+        return measured(variants, of(seed))
+
     lines = []
     for name in wanted:
         if name in ours:
-            lines.append(
-                Line(name, context.over_seeds(name, lambda seed, _, of=ours[name]: measured(variants, of(seed))))
-            )  # type: ignore[misc]
+            lines.append(Line(name, context.over_seeds(name, partial(trial, ours[name]))))
         else:
             paper, score = BASELINES[name]
-            one = context.trial(name, lambda _, score=score: measured(variants, score(variants)))  # type: ignore[misc]
+            one = context.trial(name, partial(trial, lambda _, score=score: score(variants), 0))  # type: ignore[misc]
             lines.append(Line(name, {key: [value] for key, value in one.items()}, paper))
     lines.append(Line("Evo 2 1B base, zero-shot, window 8,192", {}, "0.73", note="published; not run here"))
     found = [Table("BRCA1 saturation editing: AUROC for loss of function", _about(context, variants), _COLUMNS, lines)]
