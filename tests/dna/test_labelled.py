@@ -19,6 +19,7 @@ from mambaseq_dna.labelled.reader import read_labelled
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.checking.datasets import check_items, check_order, check_sources
+from mambaseq.cli.main import main
 from mambaseq.data.module import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.models import build_model
@@ -402,3 +403,31 @@ def test_balanced_weights_of_a_run() -> None:
     settings = parse_config("dna/species", ["--model.head.class_weights=balanced"])
     with pytest.raises(ConfigError, match="the dataset 'dna/species' does not count its classes"):
         settings.model_spec(settings.make_data())
+
+
+def test_a_pretrained_run_is_tuned_and_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of other layouts are predicted on too; of several files the bad one is left out, with its line."""
+    make_files()
+    small = ["--model.d_model=8", "--model.encoder.name=tokens", "--model.backbone.n_layers=1", "--trainer.max_steps=1"]
+    small += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    small += ["--trainer.precision=32-true", "--loader.num_workers=0", "--trainer.val_check_interval=1"]
+    small += ["--model.backbone.name=residual", "--data.length=16", "--loader.batch_size=4", "--metrics=[]"]
+    small += ["--checkpoint.monitor=", "--length_warmup.start=0"]
+    assert main(["fit", "--config", "dna/genome", "--out", "lm", *small, "--data.fasta=[genome.fa]"]) == 0
+    data = ["--data.files=enhancers.csv", "--data.sequence=seq", "--data.label=activity_class", "--data.length=10"]
+    assert main(["fit", "--config", "dna/labelled", "--out", "run", "--init-from", "lm", *small, *data]) == 0
+    taken = re.search(r"(\d+) of (\d+) tensors come from .*lm", capsys.readouterr().err)
+    assert taken is not None
+    assert int(taken[2]) - int(taken[1]) == 2  # the classifier's weight and bias
+    written(Path("bad.csv"), [*rows(3), ("ACG-", 0)], "seq,label")
+    inputs = ["enhancers.csv", "bad.csv", "reads.fa.gz", "human_nontata_promoters"]
+    assert main(["predict", "--checkpoint", "run", *inputs, "--out", "all.csv", "--skip-bad"]) == 0
+    assert "bad.csv, line 5: The letter '-' at position 4 is not a base" in capsys.readouterr().err
+    found = pandas.read_csv("all.csv")
+    assert found["file"].str.split("/").str[0].value_counts().to_dict() == {
+        "enhancers.csv": 40,
+        "reads.fa.gz": 40,
+        "human_nontata_promoters": 28,
+    }
+    assert (found["stop"] - found["start"] == 10).all()
+    assert found.loc[0, "record"] == "enhancers.csv:2"

@@ -54,7 +54,7 @@ def table_rows(
     """
     wanted = [sequence, *fields] + ([] if name is None else [name])
     cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns)
-    known, unit = next(cells)  # type: ignore[misc]
+    known, unit = next(cells)
     if name is None and "name" in known:
         wanted.append(name := "name")
     places = [known.index(column) for column in wanted]

@@ -13,6 +13,7 @@ import numpy as np
 from mambaseq.data.audited import Audited, AuditedSequence
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
+from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_dna.auditing import audited_dna
@@ -108,6 +109,7 @@ class LabelledData(SequenceData):
         cache: where token stores are kept; MAMBASEQ_CACHE or the platform's cache folder if not given.
     """
 
+    tokenizer: BaseTokenizer
     tokenizer_name = "dna/base"
     reader = "dna/labelled"
     writer = "dna/fasta"
@@ -277,7 +279,8 @@ class LabelledData(SequenceData):
                 )
             places = [*self._labels_of(part.kind), *more] if part.kind != "folder" else []
             sources.append(read_source(part, reading, places, self.cache))
-        stores, numbers = [], {}
+        stores: list[TokenStore] = []
+        numbers: dict[str, int] = {}
         tables = []
         for source in sources:
             of = []
@@ -287,9 +290,9 @@ class LabelledData(SequenceData):
                     numbers[key] = len(stores)
                     stores.append(store)
                 of.append(numbers[key])
-            places = source.places.copy()
-            places[:, 0] = np.array(of)[places[:, 0]]
-            tables.append(places)
+            table = source.places.copy()
+            table[:, 0] = np.array(of)[table[:, 0]]
+            tables.append(table)
         first = np.cumsum([0, *(len(source) for source in sources)])[:-1]
         return _Records(sources, Sequences(stores, np.concatenate(tables)), first)
 

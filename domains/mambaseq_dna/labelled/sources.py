@@ -135,7 +135,7 @@ class _Gathered:
             for values, value in zip(self.values, row.fields, strict=False):
                 values.append(value)
             content.update(f"\n{row.name}\n".encode())
-            content.update(row.ids)
+            content.update(row.ids.data)
             yield row.name, row.ids
         self.content = content.hexdigest()
         self.complete = True
