@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from mambaseq_dna.files.bed import read_bed
 from mambaseq_dna.recipes import yeast_genes
+from mambaseq_dna.recipes.tracks import write_bed
 from mambaseq_dna.recipes.yeast_genes import NONE, Bases, Gene, Sizes, codon_counts, counted, gene_scores, read, scores
 
 from mambaseq.reproduction.context import Context
@@ -95,20 +98,31 @@ def test_the_recipe_runs(tmp_path, monkeypatch):
         packed = lzma.compress("".join(lines).encode())
         (tmp_path / name).write_bytes(packed)
         monkeypatch.setitem(yeast_genes.BROUGHT, name, hashlib.sha256(packed).hexdigest())
+    monkeypatch.setattr(yeast_genes, "DRAWN", ("IV", 50, 250))
     monkeypatch.setattr(yeast_genes, "GENOMES", ("Scer_S288C", "Spar_N44"))
     monkeypatch.setattr(yeast_genes, "CHROMOSOMES", ["I", "II", "IV", "V", "XIII"])
-    names = list(yeast_genes.MODELS)
     for name, (make, _, wanted) in yeast_genes.MODELS.items():
         monkeypatch.setitem(yeast_genes.MODELS, name, (make, ["Scer_S288C"], wanted))
-    context = Context(torch.device("cpu"), "tiny", [0], tmp_path / "out", data=tmp_path)
+    names = [*list(yeast_genes.MODELS)[1:], yeast_genes.BOOSTED, yeast_genes.CONSTANT]
+    context = Context(torch.device("cpu"), "tiny", [0], tmp_path / "out", names, data=tmp_path)
     (tmp_path / "out").mkdir()
     (table,) = yeast_genes.run(context)
     lines = {line.name: line.values for line in table.lines}
-    assert list(lines) == [*names, yeast_genes.BOOSTED, yeast_genes.CONSTANT]
+    assert list(lines) == names
     assert lines[yeast_genes.CONSTANT]["accuracy"] == [pytest.approx(0.5)]  # 90, 60 and 150 of 300 bases
     assert all(0 <= values["accuracy"][0] <= 1 for values in lines.values())
-    (folder, _) = sorted((tmp_path / "out" / "models").iterdir())
+    (folder,) = (tmp_path / "out" / "models").iterdir()
     card = json.loads((folder / "model.json").read_text())
     assert card["class_names"] == ["other", "coding on +", "coding on -"]
     assert card["strand_classes"] == [0, 2, 1]
     assert "chromosomes II, IV, XIII" in table.about
+    drawn, bed = (tmp_path / "out" / "tracks" / f"{folder.name}{ending}" for ending in (".svg", ".bed"))
+    assert "annotation" in ElementTree.fromstring(drawn.read_text()).attrib["aria-label"]
+    assert {interval.chrom for interval in read_bed(bed)} <= {f"Scer_S288C_chr{number}" for number in yeast_genes.TEST}
+
+
+def test_stretches_of_a_class_become_bed(tmp_path):
+    shares = np.array([[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0, 0.9, 0.1], [0, 0, 1], [0, 0, 1], [1, 0, 0]])
+    write_bed(tmp_path / "a.bed", {"chr1": shares}, ["other", "coding on +", "coding on -"])
+    found = [(i.chrom, i.start, i.stop, i.name, i.score, i.strand) for i in read_bed(tmp_path / "a.bed")]
+    assert found == [("chr1", 1, 3, "coding on +", 850, "+"), ("chr1", 3, 5, "coding on -", 1000, "-")]

@@ -7,7 +7,7 @@ Nature Genetics 49, 2017. There is no published result with this split; what the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambaseq.atomic import atomic_file
 from mambaseq.batch import Batch
 from mambaseq.benchmarking.block import autocast
 from mambaseq.checkpoints.card import ModelCard
@@ -29,6 +30,7 @@ from mambaseq_dna.files.gff import read_gff
 from mambaseq_dna.labels import Classes, Runs, paint
 from mambaseq_dna.recipes.common import other_strand, turned
 from mambaseq_dna.recipes.dilated import dilated_cnn
+from mambaseq_dna.recipes.tracks import picture, write_bed
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
 
 SOURCE = (
@@ -48,6 +50,7 @@ GENOMES = (*(f"Scer_{one}" for one in CEREVISIAE), *(f"Spar_{one}" for one in PA
 CHROMOSOMES = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI"]
 TEST = ("II", "IV", "XIII")
 VALIDATION = ("V",)
+DRAWN = ("IV", 460_000, 500_000)
 
 CLASSES = Classes({"coding": ["CDS"]}, stranded=True)
 NONE = len(CLASSES.names)  # among labels in one byte: a base without one
@@ -190,13 +193,16 @@ def gene_scores(genes: Sequence[Gene], told: np.ndarray) -> np.ndarray:
     return np.array([len(genes), found, exact, introns, passed_over])
 
 
-def measured(yeasts: Yeasts, numbers: Sequence[str], tell: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """What a function from the bases of a chromosome to their classes is right on, over some chromosomes of S288C."""
+def _of_reference(numbers: Sequence[str]) -> list[str]:
+    return [f"{REFERENCE}_chr{number}" for number in numbers]
+
+
+def measured(yeasts: Yeasts, numbers: Sequence[str], tell: Callable[[str], np.ndarray]) -> dict[str, float]:
+    """What a function from the name of a chromosome to the classes of its bases is right on, over some of S288C."""
     counts, genes = np.zeros((NONE, NONE), np.int64), np.zeros(5, np.int64)
-    for number in numbers:
-        name = f"{REFERENCE}_chr{number}"
-        ids, labels = yeasts.chromosome(name)
-        told = tell(ids)
+    for name in _of_reference(numbers):
+        labels = yeasts.chromosome(name)[1]
+        told = tell(name)
         counts += counted(labels, told)
         genes += gene_scores(yeasts.genes(name), told)
     total, found, exact, introns, passed_over = genes.tolist()
@@ -210,7 +216,9 @@ def measured(yeasts: Yeasts, numbers: Sequence[str], tell: Callable[[np.ndarray]
 
 def constant(yeasts: Yeasts) -> dict[str, float]:
     """The same class for every base: the one that does best on the test chromosomes."""
-    found = [measured(yeasts, TEST, lambda ids, k=k: np.full(len(ids), k, np.uint8)) for k in range(NONE)]  # type: ignore[misc]
+    found = [
+        measured(yeasts, TEST, lambda name, k=k: np.full(len(yeasts.runs[name]), k, np.uint8)) for k in range(NONE)
+    ]  # type: ignore[misc]
     return max(found, key=lambda one: one["accuracy"])
 
 
@@ -225,7 +233,7 @@ def codon_counts(ids: np.ndarray, places: np.ndarray, window: int) -> np.ndarray
     return np.bincount((rows + code).ravel(), minlength=len(places) * 193).reshape(-1, 193)[:, :192].astype(np.float32)
 
 
-def boosted(yeasts: Yeasts, seed: int, n_train: int, n_test: int) -> dict[str, float]:
+def boosted(yeasts: Yeasts, seed: int, n_train: int, n_test: int, rounds: int) -> dict[str, float]:
     """Gradient boosting on codon counts of the 300 bases around a base, on bases drawn from all of S288C's."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -239,7 +247,7 @@ def boosted(yeasts: Yeasts, seed: int, n_train: int, n_test: int) -> dict[str, f
         return codon_counts(ids, places, BOOSTED_WINDOW), labels[places]
 
     for_training = [number for number in CHROMOSOMES if number not in (*TEST, *VALIDATION)]
-    classifier = HistGradientBoostingClassifier(random_state=seed, max_iter=300)
+    classifier = HistGradientBoostingClassifier(random_state=seed, max_iter=rounds)
     classifier.fit(*drawn(for_training, n_train))
     features, labels = drawn(TEST, n_test)
     return scores(counted(labels, classifier.predict(features)))
@@ -292,11 +300,18 @@ def trained(context: Context, yeasts: Yeasts, name: str, sizes: Sizes, seed: int
         checkpoint=checkpoint,
         label=f"{name}, seed {seed}",
     )
+    stem = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     if model.spec is not None:
-        export(context.folder / "models" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", model, sizes)
-    found = measured(yeasts, TEST, lambda ids: read(model, ids, sizes).argmax(1))
-    one_way = measured(yeasts, TEST, lambda ids: read(model, ids, sizes, both=False).argmax(1))
-    held_out = measured(yeasts, VALIDATION, lambda ids: read(model, ids, sizes).argmax(1))
+        export(context.folder / "models" / stem, model, sizes)
+    shares = {chromosome: read(model, yeasts.chromosome(chromosome)[0], sizes) for chromosome in _of_reference(TEST)}
+    keep(context.folder / "tracks" / stem, yeasts, shares)
+    found = measured(yeasts, TEST, {chromosome: of.argmax(1) for chromosome, of in shares.items()}.__getitem__)
+
+    def told(chromosome: str, both: bool) -> np.ndarray:
+        return read(model, yeasts.chromosome(chromosome)[0], sizes, both).argmax(1)
+
+    one_way = measured(yeasts, TEST, lambda chromosome: told(chromosome, both=False))
+    held_out = measured(yeasts, VALIDATION, lambda chromosome: told(chromosome, both=True))
     return {
         **found,
         "one_reading": one_way["accuracy"],
@@ -306,6 +321,19 @@ def trained(context: Context, yeasts: Yeasts, name: str, sizes: Sizes, seed: int
         "steps_per_second": run.steps_per_second,
         "minutes": run.seconds / 60,
     }
+
+
+def keep(stem: Path, yeasts: Yeasts, shares: Mapping[str, np.ndarray]) -> None:
+    """Write what a model says of the test chromosomes as BED, and draw a part of the first."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_bed(stem.with_name(f"{stem.name}.bed"), shares, CLASSES.names)
+    name = f"{REFERENCE}_chr{DRAWN[0]}"
+    first, last = DRAWN[1], min(DRAWN[2], len(shares[name]))
+    if first < last:
+        labels, told = yeasts.chromosome(name)[1][first:last], shares[name][first:last].argmax(1)
+        drawn = picture(labels, told, CLASSES.names, first, f"base of chromosome {DRAWN[0]}, S. cerevisiae S288C")
+        with atomic_file(stem.with_name(f"{stem.name}.svg"), "w", encoding="utf-8") as file:
+            file.write(drawn)
 
 
 def export(folder: Path, model: SequenceModel, sizes: Sizes) -> None:
@@ -326,7 +354,9 @@ def export(folder: Path, model: SequenceModel, sizes: Sizes) -> None:
 
 def run(context: Context) -> list[Table]:
     sizes = context.at(full=Sizes(12_288, 2_048, 8, 4_000), small=Sizes(3_072, 512, 4, 300), tiny=Sizes(96, 24, 2, 2))
-    n_train, n_test = context.at(full=(BOOSTED_TRAIN, BOOSTED_TEST), small=(20_000, 5_000), tiny=(100, 50))
+    n_train, n_test, rounds = context.at(
+        full=(BOOSTED_TRAIN, BOOSTED_TEST, 300), small=(20_000, 5_000, 100), tiny=(100, 50, 2)
+    )
     wanted = context.wanted([*MODELS, BOOSTED, CONSTANT])
     yeasts = Yeasts(context)
     lines = []
@@ -336,7 +366,7 @@ def run(context: Context) -> list[Table]:
         elif name == BOOSTED:
             found = context.over_seeds(
                 f"{name} n={n_train}",
-                lambda seed, _: boosted(yeasts, seed, n_train, n_test),
+                lambda seed, _: boosted(yeasts, seed, n_train, n_test, rounds),
             )
             lines.append(Line(name, found, note=f"{n_train:,} training bases, {n_test:,} test bases"))
         else:
