@@ -12,7 +12,7 @@ from mambaseq.auditing.layout import Layout, Place
 from mambaseq.auditing.sharing import Shared, Sharing, Stretch, sharing
 from mambaseq.auditing.shortcuts import Shortcut, Shortcuts, shortcuts
 from mambaseq.data.audited import WORD, Audited
-from mambaseq.errors import cut
+from mambaseq.errors import cut, cut_path
 
 Level = Literal["bad", "note", "good"]
 
@@ -125,7 +125,7 @@ def audit(audited: Audited, name: str = "", tolerance: float = TOLERANCE) -> Aud
 def record(where: Place) -> str:
     """A record for a table, cut."""
     label = f" ({cut(where.label, 24)})" if where.label is not None else ""
-    source = f"{cut(where.source, 40)}, " if where.source else ""
+    source = f"{cut_path(where.source, 40)}, " if where.source else ""
     return f"{where.split}{label}: {source}{cut(where.record, 40)}"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mambaseq.data.intervals import Group, Intervals
+from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError
 from mambaseq.limits import AUDITED
 
@@ -92,6 +93,9 @@ class IntervalSequences(Sequence[AuditedSequence]):
     def __init__(self, groups: Sequence[Group], labelled: bool) -> None:
         self._groups = [(group.name if labelled else None, Intervals.of(group.intervals)) for group in groups]
         self._ends = np.cumsum([len(intervals) for _, intervals in self._groups])
+        self._stores: dict[
+            int, tuple[str, np.ndarray]
+        ] = {}  # by id: file, and tokens as a plain array: views are cheap
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -101,13 +105,29 @@ class IntervalSequences(Sequence[AuditedSequence]):
             raise IndexError(index)
         group = int(np.searchsorted(self._ends, index, side="right"))
         label, intervals = self._groups[group]
-        interval = intervals[index - (int(self._ends[group - 1]) if group else 0)]
-        store, record = interval.store, interval.record
+        first = index - (int(self._ends[group - 1]) if group else 0)
+        return next(self._made(label, intervals, slice(first, first + 1)))
+
+    def __iter__(self) -> Iterator[AuditedSequence]:
+        for label, intervals in self._groups:
+            for first in range(0, len(intervals), 1 << 16):
+                yield from self._made(label, intervals, slice(first, first + (1 << 16)))
+
+    def _made(self, label: str | None, intervals: Intervals, rows: slice) -> Iterator[AuditedSequence]:
+        stores = intervals.stores
+        for number, record, start, stop in intervals.table[rows].tolist():
+            store = stores[number]
+            source, tokens = self._stores.get(id(store)) or self._opened(store)
+            begin = int(store.starts[record])
+            one, other = store.checksums[record].tolist()
+            ids = tokens[begin + start : begin + stop]
+            yield AuditedSequence(ids, label, source, store.names[record], start, (one, other))
+
+    def _opened(self, store: TokenStore) -> tuple[str, np.ndarray]:
         files = [source.get("name") for source in store.meta.get("sources", []) if isinstance(source, dict)]
         source = str(files[0]) if len(files) == 1 else store.folder.name
-        one, other = store.checksums[record].tolist()
-        ids = store[record][interval.start : interval.stop]
-        return AuditedSequence(ids, label, source, store.names[record], interval.start, (one, other))
+        self._stores[id(store)] = source, np.asarray(store.tokens)
+        return self._stores[id(store)]
 
 
 def audited_items(data: SequenceData) -> Audited:

@@ -9,7 +9,7 @@ from mambaseq.atomic import json_text
 from mambaseq.auditing.findings import TOLERANCE, Audit
 from mambaseq.auditing.findings import audit as audit_data
 from mambaseq.auditing.page import write_audit
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, shown, under_key
 from mambaseq.outputs import output_file, output_target
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.parsing import parse_config
@@ -31,7 +31,11 @@ def audit(
     if Path(config).is_dir():
         config = str(RunFolder(config).require().config)
     settings = parse_config(config, list(overrides))
-    found = audit_data(settings.make_data().audited(), settings.settings["data"]["name"], tolerance)
+    options = {key: value for key, value in settings.settings["data"].items() if key != "name"}
+    data = settings.make_data()
+    with under_key("data", options):
+        audited = data.audited()
+    found = audit_data(audited, settings.settings["data"]["name"], tolerance)
     for path in map(Path, out):
         if path.suffix == ".html":
             write_audit(output_target(path), found)

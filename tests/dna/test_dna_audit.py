@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.genome import GenomeData
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST, SpeciesData
 from mambaseq_dna.tokenizer import BaseTokenizer
+from pages import blocks
 
 from mambaseq.auditing.findings import audit
 from mambaseq.auditing.shortcuts import shortcuts
+from mambaseq.auditing.text import lines
 from mambaseq.cli.main import main
 from mambaseq.data.audited import AuditedSequence
 
+ROOT = Path(__file__).parents[2]
 TOKENIZER = BaseTokenizer()
 
 
@@ -58,7 +63,7 @@ def test_planted_copies_are_found_and_located(
     planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = tmp_path / "run.yaml"
-    data = {
+    data: dict[str, Any] = {
         "name": "dna/genome",
         "fasta": list(planted.values()),
         "test_records": ["t?"],
@@ -94,9 +99,13 @@ def test_planted_copies_are_found_and_located(
     page = out[1].read_text()
     assert "<svg" in page
     assert "5 of 7 records are there as a whole" in page
-    assert main(["data", "audit", str(config), "--data.duplicates=drop", "--strict"]) == 0
-    rest = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  200 bases")]
-    assert rest == ["  200 bases: test: stretch.fa, t6 from 1,000 = train: train.fa, f from 500, on the other strand"]
+    rest = audit(
+        GenomeData(**{key: value for key, value in data.items() if key != "name"}, duplicates="drop").audited()
+    )
+    assert rest.clean
+    assert [line for line in lines(rest) if line.startswith("  200 bases")] == [
+        "  200 bases: test: stretch.fa, t6 from 1,000 = train: train.fa, f from 500, on the other strand"
+    ]
     assert main(["data", "audit", str(config), "--out", "x.txt"]) == 2
     assert "must end in .json or .html" in capsys.readouterr().err
 
@@ -137,6 +146,27 @@ def test_n_soft_mask_and_gc_are_read_from_bases() -> None:
         assert (of_n.accuracy, mask.accuracy, mask.seen, length.alike) == (1.0, 1.0, case_seen, True)
         assert gc.means["gaps"] == pytest.approx(0.5, abs=0.05)
         assert gc.accuracy < 0.85  # of as few sequences
+
+
+def test_the_page_tells_what_its_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    page = ROOT / "docs" / "dna" / "audit.md"
+    ((_, command, _),) = blocks(page)
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()[1:]) == 0
+    printed = capsys.readouterr().out
+    text = page.read_text()
+    told = re.findall(r"^\| (bad|note|good) \| (.*) \|$", text, re.MULTILINE)
+    assert len(told) == 5
+    for level, finding in told:
+        words = finding.replace("test sequences are in train as a whole", "sequences are there as a whole")
+        assert any(line.split(maxsplit=1)[0] == level and words in line for line in printed.splitlines() if line), (
+            finding
+        )
+    found = json.loads((tmp_path / "audit.json").read_text())["splits"][0]
+    assert (found["pieces"], found["touched"], found["half"]) == (613, 34, 26)
+    assert (tmp_path / "audit.html").stat().st_size > 10_000
 
 
 def test_repeats_of_a_genome_are_told_and_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
