@@ -339,7 +339,9 @@ def _table(
         task = TASKS[name]
         values = {way: of[way][measure] for way in ways}
         ours = [way for way in ways if way in WAYS]
-        paper = ", ".join(f"{value:.3f}" for value in (task.floors if measure == "mcc" else task.published))
+        paper = ", ".join(
+            f"{value:.3f}" if value == value else "-" for value in (task.floors if measure == "mcc" else task.published)
+        )
         means = {way: float(np.mean(values[way])) for way in ways}
         best = max(means, key=means.__getitem__)
         note = f"{best} is best" if best not in ours else ""
@@ -372,7 +374,7 @@ def _about(context: Context, measure: str) -> tuple[str, str]:
         ),
     }[measure]
     rest = (
-        f" Official splits; at most 0.5 M parameters; {len(context.seeds)} seeds; the step and the model are chosen on "
+        f" Official splits; at most 0.53 M parameters; {len(context.seeds)} seeds; the step and the model are chosen on "
         "dev, and test is used once. Bidirectional Mamba over a convolution (from scratch, masked), causal Mamba over "
         "bases (causal). Pretrained for 12,000 steps of 65 k bases on human chromosome 22 and the ENCODE regions of "
         "five mammals, where sequences of GUE may occur without their labels, as in the published pretraining. tf_ and "
