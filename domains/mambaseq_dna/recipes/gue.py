@@ -374,11 +374,11 @@ def _about(context: Context, measure: str) -> tuple[str, str]:
         ),
     }[measure]
     rest = (
-        f" Official splits; at most 0.53 M parameters; {len(context.seeds)} seeds; the step and the model are chosen on "
-        "dev, and test is used once. Bidirectional Mamba over a convolution (from scratch, masked), causal Mamba over "
-        "bases (causal). Pretrained for 12,000 steps of 65 k bases on human chromosome 22 and the ENCODE regions of "
-        "five mammals, where sequences of GUE may occur without their labels, as in the published pretraining. tf_ and "
-        "mouse_: both strands are alike, so windows are trained on either and answers averaged; promoters have a "
+        f" Official splits; at most 0.53 M parameters; {len(context.seeds)} seeds; the step and the model are chosen "
+        "on dev, and test is used once. Bidirectional Mamba over a convolution (from scratch, masked), causal Mamba "
+        "over bases (causal). Pretrained for 12,000 steps of 65 k bases on human chromosome 22 and the ENCODE regions "
+        "of five mammals, where sequences of GUE may occur without their labels, as in the published pretraining. tf_ "
+        "and mouse_: both strands are alike, so windows are trained on either and answers averaged; promoters have a "
         "strand. prom_core_all is the union of the two other core sets: not three independent results."
     )
     return what[0], what[1] + rest

@@ -204,12 +204,12 @@ def _odds_table(lines: list[Line]) -> Table:
 def _about(context: Context, question: Question, genomes: Genomes, lengths: list[int]) -> str:
     return (
         f"{question.about} Share of disjoint test windows that are named rightly; no N. Test windows: "
-        f"{ladder.counted(context, genomes, lengths)}; chance {1 / len(genomes.names):.2f}. "
-        f"{ladder.MODELS} 2^17 bases a step (one window where that is longer), either strand in training, both in "
-        "test; one model goes up the ladder of lengths, with the weights at each that are best on validation parts "
-        "(where no such part is that long, those of the length before). The column paper has floors measured when the "
-        "data were collected, on overlapping windows and under a split that differs a little; they are run again here. The notes "
-        "are Wilson's 95 % intervals of the mean accuracy."
+        f"{ladder.counted(context, genomes, lengths)}; chance {1 / len(genomes.names):.2f}. {ladder.MODELS} 2^17 bases "
+        "a step (one window where that is longer), either strand in training, both in test; one model goes up the "
+        "ladder of lengths, with the weights at each that are best on validation parts (where no such part is that "
+        "long, those of the length before). The column paper has floors measured when the data were collected, on "
+        "overlapping windows and under a split that differs a little; they are run again here. The notes are Wilson's "
+        "95 % intervals of the mean accuracy."
     )
 
 
