@@ -56,7 +56,10 @@ def variants(argv: list[str]) -> int:
     _shared(parser, ("answers", "embeddings", "both"))
     parser.add_argument("variants", metavar="VARIANTS", help="a VCF file or a table, plain or packed (gzip, bgzip)")
     parser.add_argument(
-        "--out", default="/dev/stdout", metavar="FILE", help="FILE.tsv, .csv, .parquet or .vcf; the default is a pipe"
+        "--out",
+        default="/dev/stdout",
+        metavar="FILE",
+        help="FILE.tsv, .csv, .parquet or .vcf; the default is standard output",
     )
     given = parser.parse_args(argv)
     with uncollected(for_good=True):
