@@ -223,7 +223,7 @@ def test_what_a_track_cannot_hold(source: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "again.fa").write_text(">chr2\nACGTACGTACGT\n")
     with pytest.raises(UserError, match=r"its record 'chr2' has 12 bases, the one of .*in.fa 50"):
         run.predict(source, tmp_path / "again.fa", out=tmp_path / "two.bw", device="cpu")
-    monkeypatch.setitem(sys.modules, "pyBigWig", None)
+    monkeypatch.setitem(sys.modules, "pybigtools", None)
     with pytest.raises(UserError, match=r"pip install 'mambaseq\[dna\]'"):
         run.predict(source, out=tmp_path / "o.bw", device="cpu")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "o.", "v.", "n."))]

@@ -1,4 +1,4 @@
-"""bigWig files, by pyBigWig (an extra)."""
+"""bigWig files: read by pyBigWig, written by pybigtools (an extra)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ from mambaseq.errors import DataError, UserError, shown
 
 
 def pybigwig() -> Any:
-    """The module pyBigWig, with NumPy. Raises UserError that says what to install."""
-    try:
-        module = importlib.import_module("pyBigWig")
-    except ImportError as error:
-        raise UserError("bigWig files need pyBigWig, which is not installed: pip install 'mambaseq[dna]'.") from error
+    """The module pyBigWig, with NumPy, which reads. Raises UserError that says what to install."""
+    module = _extra("pyBigWig")
     if not getattr(module, "numpy", 0):
         raise UserError("This pyBigWig was built without NumPy. Install its wheel: pip install --force pyBigWig.")
     return module
+
+
+def pybigtools() -> Any:
+    """The module pybigtools, which writes in bounded memory; pyBigWig keeps a file's zoom levels in memory, 14 bytes a
+    base. Raises UserError that says what to install."""
+    return _extra("pybigtools")
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"bigWig files need {name}, which is not installed: pip install 'mambaseq[dna]'.") from error
 
 
 class BigWig:

@@ -10,14 +10,15 @@ import bisect
 import itertools
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
-from mambaseq.errors import ConfigError, DataError, shown
+from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.runs.tables import Block, Files, Table, Words
-from mambaseq_dna.files.bigwig import pybigwig
+from mambaseq_dna.files.bigwig import pybigtools
 
 
 class _Track(Table):
@@ -184,13 +185,15 @@ class BedGraphTable(_Numbers):
 
 
 class BigWigTable(_Numbers):
-    """bigWig, by pyBigWig. Its values have to be sorted, and it begins with the lengths of all sequences, so values
-    wait in a file (fp32, as bigWig has them) until all are known."""
+    """bigWig, by pybigtools, which holds little of it in memory. Its values have to be sorted, and it begins with the
+    lengths of all sequences, so values wait in a file (fp32, as bigWig has them) until all are known."""
 
     def __init__(self, files: Files) -> None:
         super().__init__(files)
-        self._library = pybigwig()
+        self._library = pybigtools()
         self._places: list[tuple[str, int, int, int, int]] = []
+        self._bases = 0
+        self._error: OSError | None = None
 
     def _opened(self) -> None:
         self._spool = tempfile.TemporaryFile(dir=self._paths[0].parent)  # noqa: SIM115 - it lives as long as this
@@ -206,26 +209,38 @@ class BigWigTable(_Numbers):
         names = sorted(self._lengths, key=str.encode)  # as readers search them
         order = {name: number for number, name in enumerate(names)}
         self._places.sort(key=lambda place: (order[place[0]], place[1]))
+        lengths = {name: self._lengths[name][0] for name in names}
         for number, path in enumerate(self._paths):
-            out = self._library.open(str(path), "w")
-            out.addHeader([(name, self._lengths[name][0]) for name in names])
-            for place in self._places:
-                self._add(out, number, *place)
-            out.close()
+            self._bases, self._error = 0, None
+            self._library.open(str(path), "w").write(lengths, self._values(number))
+            self._check(path)
         self._spool.close()
 
-    def _add(self, out: Any, number: int, record: str, start: int, stop: int, step: int, offset: int) -> None:
-        count, width = -(-(stop - start) // step), len(self._paths)
-        self._spool.seek(offset)
-        values = np.frombuffer(self._spool.read(count * width * 4), dtype=np.float32).reshape(count, width)[:, number]
-        known = ~np.isnan(values)
-        for first, last in _edges(known[1:] != known[:-1]):
-            if not known[first]:
-                continue
-            whole = last if start + last * step <= stop else last - 1
-            if whole > first:
-                span = {"span": step, "step": step}
-                out.addEntries(record, start + first * step, values=values[first:whole].copy(), **span)
-            if whole < last:
-                begins = start + whole * step
-                out.addEntries([record], [begins], ends=[stop], values=[float(values[whole])])
+    def _values(self, number: int) -> Iterator[tuple[str, int, int, float]]:
+        try:
+            for record, start, stop, step, offset in self._places:
+                starts = np.arange(start, stop, step)
+                size = len(starts) * len(self._paths)
+                self._spool.seek(offset)
+                values = np.frombuffer(self._spool.read(4 * size), np.float32).reshape(-1, len(self._paths))[:, number]
+                stops = np.minimum(starts + step, stop)
+                known = ~np.isnan(values)
+                self._bases += int((stops - starts)[known].sum())
+                found = (column[known].tolist() for column in (starts, stops, values))
+                yield from zip(itertools.repeat(record), *found)
+        except OSError as error:  # which the library prints and forgets
+            self._error = error
+
+    def _check(self, path: Path) -> None:
+        """Raise what went wrong while a file was written. The library prints errors and goes on."""
+        if self._error is not None:
+            raise self._error
+        try:
+            written = self._library.open(str(path)).info()["summary"]["basesCovered"]
+        except Exception as error:  # its classes are not told
+            written = f"{type(error).__name__}"
+        if written != self._bases:
+            raise UserError(
+                f"The bigWig {path.name} could not be written whole ({written} of {self._bases:,} bases). Is the disk "
+                "full? Free some space, or write .bedgraph."
+            )
