@@ -11,9 +11,11 @@ import pandas
 import pyBigWig
 import pytest
 from mambaseq_dna.tokenizer import BaseTokenizer
+from pages import blocks, run_cell
 from runs.test_prediction import DNA, saved
 
 import mambaseq as ms
+from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.runs import answers
 
@@ -223,7 +225,34 @@ def test_what_a_track_cannot_hold(source: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "again.fa").write_text(">chr2\nACGTACGTACGT\n")
     with pytest.raises(UserError, match=r"its record 'chr2' has 12 bases, the one of .*in.fa 50"):
         run.predict(source, tmp_path / "again.fa", out=tmp_path / "two.bw", device="cpu")
+    (tmp_path / "protein.fa").write_text(">p\nMKVLAADE\n")
+    run.predict(tmp_path / "protein.fa", source, out=tmp_path / "good.BW", columns=["b"], skip_bad=True, device="cpu")
+    with pyBigWig.open(str(tmp_path / "good.BW")) as track:
+        assert track.chroms() == {"chr2": 50, "chr10": 21}
     monkeypatch.setitem(sys.modules, "pybigtools", None)
     with pytest.raises(UserError, match=r"pip install 'mambaseq\[dna\]'"):
         run.predict(source, out=tmp_path / "o.bw", device="cpu")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "o.", "v.", "n."))]
+
+
+def test_the_page_runs(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["other", "coding+", "coding-"]
+    labels(tmp_path / "runs" / "genes", class_names=names, length=48)
+    saved(tmp_path / "runs" / "genome", {"name": "lm", "vocab_size": 5}, BaseTokenizer(), task="next_token", **DNA)
+    letters = "".join(np.random.default_rng(1).choice(list("ACGT"), 200))
+    (tmp_path / "genome.fa").write_text(f">chr1\n{letters}\n")
+    (tmp_path / "parts.bed").write_text("chr1\t0\t100\n")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "dna" / "outputs.md"
+    commands = [line.split()[1:] for line in page.read_text().splitlines() if line.startswith("    mambaseq ")]
+    assert [main(command) for command in commands] == [0] * 6
+    assert len(pandas.read_csv("part.csv")) == 160
+    with pyBigWig.open("genes.bw") as track:
+        assert track.header()["nBasesCovered"] == 200
+    assert np.load("vectors.npz")["embedding"].shape == (4, 8)
+    assert len(Path("bits.bedgraph").read_text().splitlines()) == 199
+    ((text, line),) = [(text, line) for language, text, line in blocks(page) if language == "python"]
+    found: dict[str, Any] = {}
+    run_cell(text, page, line, found)
+    assert len(found["table"]) == 100
+    assert found["vectors"].shape == (200, 8)

@@ -20,6 +20,8 @@ from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.runs.tables import Block, Files, Table, Words
 from mambaseq_dna.files.bigwig import pybigtools
 
+_ACCEPTED = (".bw", ".bigwig", ".bigWig")  # by pybigtools; others, such as .BW, are renamed
+
 
 class _Track(Table):
     """Rows without a prediction are left out."""
@@ -212,8 +214,10 @@ class BigWigTable(_Numbers):
         lengths = {name: self._lengths[name][0] for name in names}
         for number, path in enumerate(self._paths):
             self._bases, self._error = 0, None
-            self._library.open(str(path), "w").write(lengths, self._values(number))
-            self._check(path)
+            place = path if path.suffix in _ACCEPTED else path.with_name(f"{path.name}.bw")
+            self._library.open(str(place), "w").write(lengths, self._values(number))
+            self._check(place)
+            place.replace(path)
         self._spool.close()
 
     def _values(self, number: int) -> Iterator[tuple[str, int, int, float]]:
