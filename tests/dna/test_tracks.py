@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mambaseq_dna.signals import read_signal
 from mambaseq_dna.tracks import AnnotatedData, SignalData
 
 from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.runs.parsing import parse_config
 
 GFF = "chr1\tx\t{}\t{}\t{}\t.\t{}\t.\tID=a\n"
 
@@ -277,3 +280,38 @@ def test_settings_that_do_not_fit_are_named(tmp_path):
             annotated(tmp_path, **options).setup()
     with pytest.raises(ConfigError, match=r"data.strand_pairs names 'left'"):
         SignalData(str(tmp_path / "g.fa"), {"x": "x.bw"}, [["x", "left"]])
+
+
+def test_the_examples_of_the_page_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    genome = "".join(f">{name}\n{''.join(rng.choice(list('ACGT'), 13_000))}\n" for name in ("chrI", "chrIV", "chrV"))
+    (tmp_path / "genome.fa.gz").write_bytes(gzip.compress(genome.encode()))
+    (tmp_path / "genes.gff3").write_text("".join(GFF.format("CDS", 99, 1400, s).replace("chr1", "chrIV") for s in "+-"))
+    (tmp_path / "genes.bed").write_text("I\t10\t500\tgene\nIV\t0\t13000\tgene\n")
+    (tmp_path / "repeats.bed.gz").write_bytes(gzip.compress(b"chrI\t0\t100\tTY1\nchrI\t300\t400\tLTR_solo\n"))
+    file = pybigwig().open("plus.bw", "w")
+    file.addHeader([("chrIV", 13_000)])
+    file.addEntries(["chrIV"], [0], ends=[13_000], values=[2.0])
+    file.close()
+    (tmp_path / "minus.bedGraph").write_text("IV\t64\t128\t3\n")
+    page = Path(__file__).parents[2] / "docs" / "dna" / "tracks.md"
+    found = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    genes, repeats, values = [
+        parse_config("page.yaml", []) for text in found if (tmp_path / "page.yaml").write_text(text)
+    ]
+    data = genes.make_data(setup=True)
+    assert genes.model_spec(data)["head"]["n_classes"] == 3
+    assert data.test()[0].targets.shape == (1, 12_288)
+    data = repeats.make_data(setup=True)
+    assert data.class_names == ["other", "transposon", "gene"]
+    # 10 to 100 and 300 to 400 are both, and left out
+    runs = [(1, 10), (-100, 90), (2, 200), (-100, 100), (2, 100), (0, 100)]
+    expected = [label for label, length in runs for _ in range(length)]
+    assert data.targets.read("chrI", 0, 600).tolist() == expected
+    data = values.make_data(setup=True)
+    first = data.test()[0].targets[0]
+    assert first[0].tolist() == [2, 3]  # of the bases that have a value
+    assert first[1, 0] == 2
+    assert first[1, 1].isnan()
+    assert values.model_spec(data)["head"]["n_outputs"] == 2

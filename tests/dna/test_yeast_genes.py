@@ -16,17 +16,18 @@ from mambaseq_dna.recipes.tracks import write_bed
 from mambaseq_dna.recipes.yeast_genes import NONE, Bases, Gene, Sizes, codon_counts, counted, gene_scores, read, scores
 
 from mambaseq.reproduction.context import Context
+from mambaseq.runs.prediction import predict
 
 
 def test_gene_scores_by_hand():
     gene = Gene([(2, 5), (8, 10)], label=1)  # an intron of three bases
     told = np.array([0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0])
-    assert gene_scores([gene], told).tolist() == [1, 1, 1, 3, 3]
+    assert gene_scores([gene], told).tolist() == [1, 1, 1, 3, 3, 1, 1]
     longer, intron = told.copy(), told.copy()
     longer[1], intron[6] = 1, 1
-    assert gene_scores([gene], longer).tolist() == [1, 1, 0, 3, 3]  # it begins one base too early
-    assert gene_scores([gene], intron).tolist() == [1, 1, 0, 3, 2]
-    assert gene_scores([gene], np.where(told == 1, 2, told)).tolist() == [1, 0, 0, 3, 3]  # on the other strand
+    assert gene_scores([gene], longer).tolist() == [1, 1, 0, 3, 3, 1, 1]  # it begins one base too early
+    assert gene_scores([gene], intron).tolist() == [1, 1, 0, 3, 2, 1, 0]
+    assert gene_scores([gene], np.where(told == 1, 2, told)).tolist() == [1, 0, 0, 3, 3, 1, 0]  # on the other strand
 
 
 def test_scores_by_hand():
@@ -116,6 +117,9 @@ def test_the_recipe_runs(tmp_path, monkeypatch):
     assert card["class_names"] == ["other", "coding on +", "coding on -"]
     assert card["strand_classes"] == [0, 2, 1]
     assert "chromosomes II, IV, XIII" in table.about
+    found = predict(folder, [tmp_path / "yeasts.fa.xz"], tmp_path / "told.bed")
+    assert found.rows == 3000
+    assert all(interval.stop <= 300 for interval in read_bed(tmp_path / "told.bed"))
     drawn, bed = (tmp_path / "out" / "tracks" / f"{folder.name}{ending}" for ending in (".svg", ".bed"))
     assert "annotation" in ElementTree.fromstring(drawn.read_text()).attrib["aria-label"]
     assert {interval.chrom for interval in read_bed(bed)} <= {f"Scer_S288C_chr{number}" for number in yeast_genes.TEST}
