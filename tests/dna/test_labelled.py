@@ -179,6 +179,23 @@ def test_copies_are_dropped_from_what_is_less_protected(caplog: pytest.LogCaptur
     assert (TOKENIZER.decode(first.ids), first.label, first.source, first.record) == ("GGTT", "1", "t.csv", "line 3")
 
 
+def test_sequences_of_n_alone_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    table = [
+        ("train", "ACGT", 0),
+        ("train", "CCCN", 1),
+        ("train", "NNNNNN", 1),
+        ("test", "nnRNNN", 0),
+        ("test", "AC", 1),
+    ]
+    written(Path("t.csv"), table, "split,sequence,label")
+    data = made(files="t.csv", split="split", validation_fraction=0)
+    assert [len(data.train()), len(data.test())] == [2, 1]
+    assert "2 record(s) hold no base but N, and are left out" in caplog.text
+    Path("g.fa").write_text(">1\nNNNNNNNNNNACGTCCCA\n")
+    written(Path("a.bed"), [("1", 0, 8, "x"), ("1", 10, 13, "x"), ("1", 13, 17, "y")], sign="\t")
+    assert len(made(files="a.bed", assembly="g.fa", test_fraction=0, validation_fraction=0).train()) == 2
+
+
 def test_intervals_that_overlap_over_splits() -> None:
     places = np.array([[0, 0, 0, 10, 0], [0, 0, 5, 15, 1], [0, 0, 15, 20, 0], [0, 1, 0, 10, 0], [0, 0, 2, 4, 0]])
     splits = np.array([0, 2, 0, 2, 1])

@@ -23,12 +23,12 @@ from mambaseq_dna.files.fasta import strand_checksums
 from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
 from mambaseq_dna.labelled.layouts import Format, Part, parts_of
 from mambaseq_dna.labelled.overlaps import overlapping
-from mambaseq_dna.labelled.sources import Reading, Source, read_source
+from mambaseq_dna.labelled.sources import Reading, Source, is_row, read_source
 from mambaseq_dna.labelled.splitting import TEST, TRAIN, UNKNOWN, VALIDATION, SplitPlan, split_numbers, without_copies
 from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
 from mambaseq_dna.labelled.texts import numbered
 from mambaseq_dna.splits import SPLITS, Duplicates
-from mambaseq_dna.tokenizer import BaseTokenizer
+from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
 
 SHIPPED = "mambaseq:data/gue/prom_core_tata.tsv.xz"
 SHIPPED_COLUMNS = ["split", "label", "sequence"]
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """All records of all sources, in order. of: the source of each, first: the first of each source."""
+    """All records of all sources, in order. first: the number of each source's first record."""
 
     sources: list[Source]
     sequences: Sequences
@@ -47,8 +47,13 @@ class _Records:
 
     def where(self, number: int) -> str:
         """File and place of a record, for messages."""
-        source = int(np.searchsorted(self.first, number, side="right")) - 1
-        return self.sources[source].where(number - int(self.first[source]))
+        source, inside = self.of(number)
+        return source.where(inside)
+
+    def of(self, number: int) -> tuple[Source, int]:
+        """The source of a record, and its number there."""
+        which = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self.sources[which], number - int(self.first[which])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +197,13 @@ class LabelledData(SequenceData):
         return self.tokenizer.complement.tolist()
 
     def sources(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for source in self._records.sources:
-            found |= source.checksums
-        return found
+        sources = self._records.sources
+        names = [source.part.path.name for source in sources]
+        found = {
+            name if names.count(name) == 1 else str(source.part.path): source.checksum
+            for name, source in zip(names, sources, strict=True)
+        }
+        return found | (self._bases.sources() if self._bases is not None else {})
 
     def reader_options(self) -> dict[str, Any]:
         """How `predict` reads files of the same layouts: cut and padded as here."""
@@ -253,6 +261,12 @@ class LabelledData(SequenceData):
             raise ConfigError(f"{twice} is named twice under data. Name every file in one place.")
         return parts
 
+    @functools.cached_property
+    def _bases(self) -> Assembly | None:
+        """What intervals refer to."""
+        needed = any(not is_row(part) for part in self._parts)
+        return Assembly(self.assembly, self.cache) if self.assembly and needed else None
+
     def _labels_of(self, kind: str) -> list[str]:
         """The places of labels in a kind of file."""
         return label_columns(_LABEL[kind] if self.label is None else self.label, self._task, self.separator)
@@ -264,10 +278,8 @@ class LabelledData(SequenceData):
     @functools.cached_property
     def _records(self) -> _Records:
         """All records. The label of a folder a class is its name."""
-        kinds = {part.kind for part in self._parts}
-        assembly = Assembly(self.assembly, self.cache) if self.assembly and kinds & {"bed", "gff"} else None
         reading = Reading(
-            self.sequence, self.columns, self.names, assembly, self.width, self.stranded, tuple(self.features or ())
+            self.sequence, self.columns, self.names, self._bases, self.width, self.stranded, tuple(self.features or ())
         )
         more = [place for place in (self.split, self.group) if place is not None]
         sources = []
@@ -326,18 +338,29 @@ class LabelledData(SequenceData):
 
     @functools.cached_property
     def _content(self) -> np.ndarray:
-        """The same number for records whose sequences, as a model is given them, are equal on either strand."""
+        """The same number for records whose sequences, as a model is given them, are equal on either strand; -1 for
+        those without a base that is known."""
         records, shown_ = self._records.sequences, self._fitted
+        known = np.ones(len(records), dtype=bool)
         checksums = np.zeros(len(records), dtype=np.uint64)
-        whole = (records.places[:, 2] == 0) & (shown_.places[:, 2:4] == records.places[:, 2:4]).all(axis=1)
+        whole = (
+            ~self._intervals()
+            & (records.places[:, 2] == 0)
+            & (shown_.places[:, 2:4] == records.places[:, 2:4]).all(axis=1)
+        )
         for number, store in enumerate(records.stores):
             mine = whole & (records.places[:, 0] == number)
             mine[mine] = store.lengths[records.places[mine, 1]] == records.places[mine, 3]
             checksums[mine] = store.checksums[records.places[mine, 1]].min(axis=1)
+            if mine.any():
+                has = np.logical_or.reduceat(fold_case(store.tokens) != N, store.starts)
+                known[mine] = has[records.places[mine, 1]]
             whole[(records.places[:, 0] == number) & ~mine] = False
         for row in np.flatnonzero(~whole).tolist():
-            checksums[row] = min(strand_checksums(np.ascontiguousarray(shown_.read(row))))
-        return np.unique(checksums, return_inverse=True)[1].reshape(-1)
+            ids = np.ascontiguousarray(shown_.read(row))
+            checksums[row] = min(strand_checksums(ids))
+            known[row] = bool((fold_case(ids) != N).any())
+        return np.where(known, np.unique(checksums, return_inverse=True)[1].reshape(-1), -1)
 
     def _split(self, refuse_copies: bool) -> _Split:
         """Splits and targets. refuse_copies: False leaves copies in two splits where they are."""
@@ -353,11 +376,14 @@ class LabelledData(SequenceData):
             splits = np.where(splits == UNKNOWN, split_numbers(self._texts(self.split), where), splits)
         labels = self._texts(0, of_labels=True) if self._task == "classes" else []
         strata = numbered(labels)[1] if labels else np.zeros(count, dtype=np.int64)
-        self.plan.assign(splits, self._groups, self._content, strata)
-        keep = np.ones(count, dtype=bool)
+        content = self._content
+        self.plan.assign(splits, self._groups, content, strata)
+        keep = content >= 0
+        if not keep.all():
+            logger.warning("%s record(s) hold no base but N, and are left out.", f"{int((~keep).sum()):,}")
         if refuse_copies:
             overlaps = overlapping(self._fitted.places, splits, self._intervals())
-            keep = without_copies(splits, self._content, overlaps, where, self.duplicates, strata if labels else None)
+            keep &= without_copies(splits, content, overlaps, where, self.duplicates, strata if labels else None)
         if not (splits[keep] == TRAIN).any():
             raise DataError(
                 "The training set has no record. Check what data.test_groups, files and copies leave to it."
@@ -449,11 +475,9 @@ class _AuditedRecords(Sequence[AuditedSequence]):
         mine = self._mine[index]
         number, target = int(self._found.numbers[mine]), self._found.targets[mine]
         label = self._found.class_names[int(target)] if target.ndim == 0 else None
-        source, _, place = self._records.where(number).rpartition(", ")
-        return AuditedSequence(self._fitted.read(number), label, source, place, max(int(self._start(number)), 0))
-
-    def _start(self, number: int) -> int:
-        return int(self._fitted.places[number, 2])
+        source, inside = self._records.of(number)
+        start = max(int(self._fitted.places[number, 2]), 0)
+        return AuditedSequence(self._fitted.read(number), label, str(source.part.path), source.place(inside), start)
 
 
 def _counts(targets: np.ndarray) -> list[tuple[int, int]]:

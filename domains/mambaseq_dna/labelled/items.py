@@ -74,17 +74,18 @@ class Sequences:
         lengths = stop - start
         flipped = minus == 1 if turned is None else (minus == 1) ^ turned
         longest = int(lengths.max(initial=0))
-        if len(self.stores) == 1 and longest * len(rows) <= _TOGETHER:
-            store = self.stores[0]
+        ids = np.zeros((len(rows), longest), dtype=np.uint8)
+        if longest * len(rows) <= _TOGETHER:
             along = np.arange(longest)
             place = np.where(flipped[:, None], stop[:, None] - 1 - along, start[:, None] + along)
-            inside = (place >= 0) & (place < store.lengths[record][:, None])
-            at = np.where(inside, store.starts[record][:, None] + place, 0)
-            ids = np.where(inside, fold_case(np.asarray(store.tokens)[at]), np.uint8(N))
-            ids = np.where(flipped[:, None], complement(ids), ids)
+            for one in np.unique(number).tolist():
+                store, mine = self.stores[one], number == one
+                inside = (place[mine] >= 0) & (place[mine] < store.lengths[record[mine], None])
+                at = np.where(inside, store.starts[record[mine], None] + place[mine], 0)
+                ids[mine] = np.where(inside, fold_case(np.asarray(store.tokens)[at]), np.uint8(N))
+            ids[flipped] = complement(ids[flipped])
             ids[along >= lengths[:, None]] = 0
             return ids, lengths
-        ids = np.zeros((len(rows), longest), dtype=np.uint8)
         for row, length in enumerate(lengths.tolist()):
             part = _inside(self.stores[number[row]], int(record[row]), int(start[row]), int(stop[row]))
             ids[row, :length] = complement(fold_case(part))[::-1] if flipped[row] else fold_case(part)

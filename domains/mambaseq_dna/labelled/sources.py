@@ -53,8 +53,8 @@ class Source:
     stores: of tokens (`BaseTokenizer("keep")`). places: `(sequences, 5)` int64: number of the store, record, start,
         stop, and 1 for the other strand; what is outside of the record is N. lines: `(sequences,)` the line, row or
         number of each in its file. names: "" for what has none. fields: values by the column that was asked for.
-        groups: the sequence of the assembly that each interval is on; None for what is no interval. checksums: of
-        files, by name.
+        groups: the sequence of the assembly that each interval is on; None for what is no interval. checksum: of its
+        contents.
     """
 
     part: Part
@@ -64,19 +64,20 @@ class Source:
     names: Sequence[str]
     fields: dict[str, list[str]]
     groups: list[str] | None
-    checksums: dict[str, str]
+    checksum: str
 
     def __len__(self) -> int:
         return len(self.places)
 
     def where(self, number: int) -> str:
-        """A sequence's file and place, for messages."""
-        path, kind = self.part.path, self.part.kind
-        if kind == "fasta":
-            return f"{path}, record {shown(self.names[number])}"
-        if kind == "folder":
-            return f"{path}, {shown(self.names[number])}"
-        return f"{path}, {'row' if is_parquet(path) else 'line'} {int(self.lines[number]):,}"
+        """A sequence's file and place in it, for messages."""
+        return f"{self.part.path}, {self.place(number)}"
+
+    def place(self, number: int) -> str:
+        """A sequence's place in its file."""
+        if self.part.kind in ("fasta", "folder"):
+            return f"record {shown(self.names[number])}"
+        return f"{'row' if is_parquet(self.part.path) else 'line'} {int(self.lines[number]):,}"
 
 
 def read_source(part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None = None) -> Source:
@@ -171,11 +172,8 @@ def _stored(part: Part, reading: Reading, fields: Sequence[str], cache: str | Pa
     places = np.zeros((len(store), 5), dtype=np.int64)
     places[:, 1], places[:, 3] = np.arange(len(store)), store.lengths
     lines = np.frombuffer(kept[_LINES].tobytes(), dtype="<i8")
-    if part.kind == "folder":
-        checksums = {str(path): kept[_CONTENT].tobytes().decode()}
-    else:
-        checksums = {path.name: meta["sources"][0]["sha256"]}
-    return Source(part, [store], places, lines, store.names, values, None, checksums)
+    checksum = kept[_CONTENT].tobytes().decode() if part.kind == "folder" else meta["sources"][0]["sha256"]
+    return Source(part, [store], places, lines, store.names, values, None, checksum)
 
 
 def _digest(text: str) -> str:
@@ -224,7 +222,7 @@ def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str |
         names,
         dict(zip(fields, values, strict=True)),
         groups,
-        {part.path.name: fingerprint(part.path, cache)["sha256"], **assembly.sources()},
+        fingerprint(part.path, cache)["sha256"],
     )
 
 

@@ -148,10 +148,10 @@ def without_copies(
 ) -> np.ndarray:
     """The records to keep, `(records,)` bool: none of them is in two splits.
 
-    content: the same number for sequences that are equal, or the reverse complement of each other. overlaps: the number
-    of a record in another split that shares a part of the assembly, -1 for none. Of copies, those of test are kept
-    before those of validation, and these before those of training. labels: the class of each record, to say how many
-    copies have another one.
+    content: the same number for sequences that are equal, or the reverse complement of each other; -1 for none that
+    counts. overlaps: the number of a record in another split that shares a part of the assembly, -1 for none. Of
+    copies, those of test are kept before those of validation, and these before those of training. labels: the class of
+    each record, to say how many copies have another one.
     Raises DataError if there are copies, and they are refused.
     """
     keep = np.ones(len(splits), dtype=bool)
@@ -159,8 +159,8 @@ def without_copies(
     for place, split in enumerate(_PROTECTED):
         rank[splits == split] = place
     best = np.full(int(content.max(initial=-1)) + 1, len(_PROTECTED))
-    np.minimum.at(best, content, rank)
-    copies = rank > best[content]
+    np.minimum.at(best, content[content >= 0], rank[content >= 0])
+    copies = (content >= 0) & (rank > best[content])
     keep &= ~copies & (overlaps < 0)
     left_out = int((~keep).sum())
     if not left_out:
@@ -177,7 +177,7 @@ def without_copies(
     conflicting = ""
     if labels is not None and copies.any():
         first = np.full(len(best), -1, dtype=np.int64)
-        kept = np.flatnonzero(keep)[::-1]
+        kept = np.flatnonzero(keep & (content >= 0))[::-1]
         first[content[kept]] = labels[kept]
         number = int((copies & (labels != first[content])).sum())
         conflicting = f"; {number:,} of them have another label than the copy that is kept" if number else ""
