@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     ours = catalog()["commands"] if command not in COMMANDS else ()
-    if command not in ours and rest and f"{command}/{rest[0]}" in ours:  # `mambaseq dna variants`
+    if command not in ours and rest and f"{command}/{rest[0]}" in ours:  # a domain's command as two words
         command, rest = f"{command}/{rest[0]}", rest[1:]
     if command not in COMMANDS and command not in ours:
         known = [*COMMANDS, *(entry.name for entry in ours)]
