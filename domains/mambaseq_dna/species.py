@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.batch import Batch
+from mambaseq.data.baselines import Baseline
 from mambaseq.data.windows import GridWindows, RandomWindows, group_label
 from mambaseq.errors import ConfigError
 from mambaseq_dna.base import FastaData, Names
@@ -74,3 +75,10 @@ class SpeciesData(FastaData):
 
     def test(self) -> GridWindows | None:
         return self._tiles("test", self.length, _LabelledWindow(self.tokenizer, augment=False))
+
+    def baselines(self) -> dict[str, Baseline]:
+        """Fitted to the tiles of the training regions, all species weighing alike."""
+        from mambaseq_dna.baselines.offered import baselines_of
+
+        tiles = GridWindows(self.splits.train, self.length, group_label, what="training set", length=self.length)
+        return baselines_of(self, tiles, balanced=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,7 +108,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _values(answers: Answers) -> list[dict[str, Any]]:
     """Predicted and true values of some rows, evenly spread over the set; of the first outputs."""
-    some = np.unique(np.linspace(0, len(answers) - 1, min(_DOTS, len(answers))).astype(int)) if len(answers) else []
+    some = torch.linspace(0, max(len(answers) - 1, 0), min(_DOTS, len(answers))).long().unique()
     found = []
     for column in range(min(answers.outputs.shape[1], 3)):
         said, true = answers.outputs[some, column], answers.targets[some, column]

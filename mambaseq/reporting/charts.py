@@ -181,10 +181,10 @@ def square(
         parts.append(f'<path class="grid" d="M{x0:.1f} {py(level):.1f}H{x1:.1f}M{px(level):.1f} {y0:.1f}V{y1:.1f}"/>')
         parts.append(text(x0 - 6, py(level) + 4, word, "end"))
         parts.append(text(px(level), y0 + 15, word, "middle"))
-    for x, share in amounts:
+    for place, share in amounts:
         height = 0.22 * (y0 - y1) * min(max(share, 0.0), 1.0)
         parts.append(
-            f'<rect class="c2 area" fill-opacity="0.4" x="{px(x) - 5:.1f}" y="{y0 - height:.1f}" width="10" '
+            f'<rect class="c2 area" fill-opacity="0.4" x="{px(place) - 5:.1f}" y="{y0 - height:.1f}" width="10" '
             f'height="{height:.1f}"/>'
         )
     if diagonal:
@@ -200,12 +200,12 @@ def square(
                 f'<circle class="c{curve.colour} dot" cx="{a:.1f}" cy="{b:.1f}" r="{size}"{shade}/>' for a, b in points
             ]
     named = [curve for curve, _, _ in drawn if curve.name]
-    for place, curve in enumerate(named):
-        y = y0 - 10 - 15 * (len(named) - 1 - place) - (0.22 * (y0 - y1) if amounts else 0)
+    for number_of, curve in enumerate(named):
+        at = y0 - 10 - 15 * (len(named) - 1 - number_of) - (0.22 * (y0 - y1) if amounts else 0)
         parts.append(
-            f'<rect class="c{curve.colour} area" x="{x1 - 14:.1f}" y="{y - 6:.1f}" width="10" height="4" rx="2"/>'
+            f'<rect class="c{curve.colour} area" x="{x1 - 14:.1f}" y="{at - 6:.1f}" width="10" height="4" rx="2"/>'
         )
-        parts.append(text(x1 - 18, y, curve.name, "end"))
+        parts.append(text(x1 - 18, at, curve.name, "end"))
     parts.append(text((x0 + x1) / 2, NARROW - 8, x_label, "middle"))
     turned = text(0, 0, y_label, "middle")
     parts.append(f'<g transform="translate(12 {(y0 + y1) / 2:.1f}) rotate(-90)">{turned}</g>')

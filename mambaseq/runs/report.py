@@ -167,8 +167,10 @@ def _figure(results: Mapping[str, Any], stage: str, name: str) -> list[object]:
     if _has_intervals(results, stage):
         place, _, word = f"{stage}/{name}".rpartition("/")
         pair = _between(results, place).get(word)
-        given = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
-        cells.append(f"{pair[0]:.3f} to {pair[1]:.3f}" if given else "")
+        if isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair)):
+            cells.append(f"{pair[0]:.3f} to {pair[1]:.3f}")
+        else:
+            cells.append("")
     return cells
 
 

@@ -1,0 +1,230 @@
+"""What a model of DNA must beat: each baseline finds what it can find, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from mambaseq_dna.baselines import kmers, linear, network, offered
+from mambaseq_dna.baselines.examples import Examples
+from mambaseq_dna.baselines.offered import baselines_of
+from mambaseq_dna.baselines.positions import around, words_around
+from mambaseq_dna.tokenizer import BaseTokenizer, complement
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData
+
+MOTIF = np.array([2, 0, 3, 0, 2, 2, 1, 0])
+
+
+class Made(SequenceData):
+    """Sequences of two classes, told apart by what `mark` does to those of the second."""
+
+    tokenizer = BaseTokenizer()
+    class_names = ("plain", "marked")
+
+    def __init__(self, mark, length: int = 80, to=lambda ids, label: label) -> None:
+        self.mark, self.length, self.to = mark, length, to
+
+    def setup(self) -> None:
+        pass
+
+    def _items(self, seed: int, count: int) -> list[Batch]:
+        rng = np.random.default_rng(seed)
+        items = []
+        for number in range(count):
+            ids, label = rng.integers(0, 4, self.length), number % 2
+            ids = self.mark(ids, rng) if label else ids
+            items.append(Batch(torch.from_numpy(ids)[None], torch.tensor([self.to(ids, label)])))
+        return items
+
+    def train(self) -> list[Batch]:
+        return self._items(0, 300)
+
+    def validation(self) -> list[Batch]:
+        return self._items(1, 80)
+
+    def test(self) -> list[Batch]:
+        return self._items(2, 100)
+
+
+def with_gc(ids, rng):
+    return np.where(rng.random(len(ids)) < 0.4, rng.integers(1, 3, len(ids)), ids)
+
+
+def with_n(ids, rng):
+    return np.where(rng.random(len(ids)) < 0.1, 4, ids)
+
+
+def with_motif(ids, rng):
+    at = rng.integers(len(ids) - len(MOTIF))
+    word = MOTIF if rng.random() < 0.5 else complement(MOTIF.astype(np.uint8))[::-1]  # on either strand
+    return np.concatenate([ids[:at], word, ids[at + len(MOTIF) :]])
+
+
+def with_start(ids, rng):
+    return np.concatenate([[2, 0, 3, 3], ids[4:]])
+
+
+QUICK = ("GC alone", "N alone", "length alone", "k-mer logistic regression", "one-hot logistic regression")
+
+
+@pytest.mark.parametrize(
+    ("mark", "found"),
+    [
+        (with_gc, {"GC alone": 0.9, "k-mer logistic regression": 0.9, "k-mer naive Bayes": 0.9}),
+        (with_n, {"N alone": 0.98}),
+        (with_motif, {"k-mer logistic regression": 0.8, "k-mer naive Bayes": 0.8}),
+        (with_start, {"one-hot logistic regression": 0.9}),
+    ],
+)
+def test_each_baseline_finds_what_it_can(mark, found: dict[str, float]) -> None:
+    data = Made(mark)
+    test = data.test()
+    truth = np.array([int(item.targets) for item in test])
+    offers = baselines_of(data)
+    assert [*offers] == [*QUICK, "k-mer naive Bayes", "small CNN"]
+    right = {
+        name: (np.asarray(offers[name](test).outputs).argmax(1) == truth).mean()
+        for name in offers
+        if name != "small CNN"
+    }
+    for name, share in right.items():
+        assert share >= found.get(name, 0.3), (name, share)
+    assert right["length alone"] == 0.5
+    for alone in {"GC alone", "N alone"} - found.keys():
+        assert right[alone] < 0.72
+
+
+def test_the_network_learns_in_seconds_and_leaves_random_numbers_alone() -> None:
+    data = Made(with_start, length=24)
+    train, held_out, test = (Examples.read(items) for items in (data.train(), data.validation(), data.test()))
+    before = torch.random.get_rng_state()
+    model, note = network.trained(train, held_out, 2, seconds=2.5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (network.answered(model, test).argmax(1) == test.targets).mean() > 0.85
+    assert "parameters" in note
+
+
+def test_of_values_and_several_labels() -> None:
+    """Regression of the share of GC, and two labels of which one is rich GC; unknown targets are left out."""
+    value = Made(with_gc, to=lambda ids, label: float(((ids == 1) | (ids == 2)).mean()) if len(ids) else 0)
+    value.class_names = ()
+    test = value.test()
+    truth = np.array([float(item.targets) for item in test])
+    offers = baselines_of(value)
+    assert "k-mer ridge regression" in offers
+    for name in ("GC alone", "k-mer ridge regression"):
+        told = np.asarray(offers[name](test).outputs)[:, 0]
+        assert np.corrcoef(told, truth)[0, 1] > 0.98, name
+    model, _ = network.trained(*(Examples.read(items) for items in (value.train(), value.validation())), 1, seconds=0.3)
+    assert network.answered(model, Examples.read(test)).shape == (100, 1)
+
+    class Labels(Made):
+        def _items(self, seed: int, count: int) -> list[Batch]:
+            return [
+                Batch(item.inputs, torch.tensor([[int(item.targets), -100 if k % 3 else k % 2]]), target_of="sequence")
+                for k, item in enumerate(super()._items(seed, count))
+            ]
+
+    labels = Labels(with_gc)
+    told = np.asarray(baselines_of(labels)["GC alone"](labels.test()).outputs)
+    assert told.shape == (100, 2)
+    assert ((told[:, 0] > 0) == np.arange(100) % 2).mean() > 0.9
+
+
+def examples(n: int = 60, length: int = 50, seed: int = 0) -> Examples:
+    rng = np.random.default_rng(seed)
+    ids = rng.choice(5, size=(n, length), p=[0.3, 0.2, 0.2, 0.28, 0.02])
+    return Examples.of(ids, rng.integers(0, 3, n))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_words_are_counted_as_by_hand(both: bool) -> None:
+    """Against strings, in a dense and a sparse matrix, and naive Bayes against scikit-learn."""
+    of = examples(20, 30)
+    k, letters = 3, "ACGT"
+    words = ["".join(letters[word // 4**place % 4] for place in (2, 1, 0)) for word in range(4**k)]
+    turned = str.maketrans("ACGT", "TGCA")
+    counts = np.zeros((20, 64))
+    for row in range(20):
+        text = "".join("ACGTN"[base] for base in of.ids[of.bounds[row] : of.bounds[row + 1]])
+        for at in range(28):
+            word = text[at : at + 3]
+            if "N" not in word:
+                counts[row, words.index(word)] += 1
+                if both:
+                    counts[row, words.index(word.translate(turned)[::-1])] += 1
+    table = kmers.tallied(of, k, 3, both)
+    expected = np.stack([counts[of.targets == label].sum(0) for label in range(3)], 1)
+    assert table.tolist() == expected.tolist()
+    place, width = kmers.columns(k, both)
+    by_column = np.zeros((20, width))
+    np.add.at(by_column.T, place, counts.T)
+    found = kmers.frequencies(of, k, both)
+    dense = np.asarray(found.todense() if sparse.issparse(found) else found)
+    assert dense == pytest.approx(by_column / by_column.sum(1, keepdims=True), abs=1e-6)
+    second = MultinomialNB(alpha=0.5).fit(counts, of.targets)
+    told = np.log(np.bincount(of.targets) / 20) + kmers.summed(of, k, offered._log_shares(table, 0.5)) * (1 + both)
+    ours = told if not both else np.log(np.bincount(of.targets) / 20) + counts @ offered._log_shares(table, 0.5)
+    theirs = second.predict_joint_log_proba(counts)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_linear_models_are_those_of_scikit_learn() -> None:
+    of = examples(80, 40)
+    features = kmers.frequencies(of, 2, False)
+    features = np.asarray(features.todense() if sparse.issparse(features) else features, dtype=np.float64)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(features, of.targets)
+    ours = linear.logistic(features, of.targets, 3, 0.1)
+    assert ours(features) == pytest.approx(model.decision_function(features), abs=1e-3)
+    thin = linear.logistic(sparse.csr_matrix(features), of.targets, 3, 0.1)  # not centred: the same but for the bias
+    assert thin(sparse.csr_matrix(features)) == pytest.approx(ours(features), abs=2e-3)
+    one = linear.logistic(features, np.full(80, 1), 3, 0.1)
+    assert one(features).argmax(1).tolist() == [1] * 80
+    rng = np.random.default_rng(1)
+    values = np.where(rng.random((80, 2)) < 0.8, rng.normal(size=(80, 2)), np.nan)
+    fitted = linear.ridge(features, values, [3.0])[0]
+    scaled = StandardScaler().fit_transform(features)
+    for column in range(2):
+        known = ~np.isnan(values[:, column])
+        second = Ridge(alpha=3.0).fit(scaled[known], values[known, column])
+        assert fitted(features)[:, column] == pytest.approx(second.predict(scaled), abs=1e-6)
+
+
+def test_bases_are_told_by_the_words_around_them() -> None:
+    """A base's class is whether A stands before it: words of three bases know that, words of one do not."""
+    rng = np.random.default_rng(0)
+
+    def made(n: int) -> Examples:
+        ids = rng.integers(0, 4, (n, 50))
+        targets = (np.roll(ids, 1, axis=1) == 0).astype(np.int64)
+        targets[:, 0] = -100
+        return dataclasses.replace(Examples.of(ids), targets=targets.ravel(), per_token=True)
+
+    train, held_out, test = made(200), made(20), made(20)
+    told = around(train, held_out, test, 2)
+    said = np.concatenate([of.argmax(1) for of in told.outputs]).reshape(20, 50)[:, 1:-1]
+    assert (said == test.targets.reshape(20, 50)[:, 1:-1]).mean() > 0.99
+    assert int(told.note.split()[2]) >= 3
+    words = words_around(Examples.of(np.array([[0, 1, 2, 4, 3]])), 3)
+    assert words.tolist() == [-1, 0 * 16 + 1 * 4 + 2, -1, -1, -1]
+
+
+def test_sequences_are_cut_drawn_and_put_apart() -> None:
+    of = examples(5, 10)
+    pieces = of.pieces(12, 3)
+    assert (pieces.lengths.tolist(), len(pieces)) == ([4, 6] * 5, 10)
+    assert pieces.targets.tolist() == of.targets.repeat(2).tolist()
+    some = of.take([3, 1])
+    assert some.ids.tolist() == [*of.ids[30:40], *of.ids[10:20]]
+    rest, share = of.split(0.4)
+    assert (len(rest), len(share)) == (3, 2)
+    assert len(of.fewer(3)) == 3
