@@ -88,7 +88,8 @@ def configuration(found: Imported, model: Path) -> str:
     data: dict[str, Any] = {"name": "dna/genome", "length": min(found.length, 8192)}
     if masked:
         data |= {"objective": "masked"}
-    if spec["encoder"]["name"] == "rc_tokens":
+    strands = spec["encoder"]["name"] == "rc_tokens"
+    if strands:
         data |= {"reverse_complement": False}
     settings = {
         "seed": 0,
@@ -103,7 +104,8 @@ def configuration(found: Imported, model: Path) -> str:
     }
     head = (
         f"# Goes on training {found.kind}, imported to {model}, on data.fasta (the default ships with the project).\n"
-        "# For labels, give other data and another head; model.backbone and model.mixer stay as they are.\n"
+        f"# For labels: other data, model.head.name {'rc_' if strands else ''}classification, "
+        "model.tie_embeddings false; all else of model stays.\n"
     )
     return head + yaml.safe_dump(settings, sort_keys=False)
 
