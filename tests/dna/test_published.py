@@ -376,17 +376,17 @@ def test_an_imported_model_predicts_embeds_and_is_trained_further(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path / "cache"))
     config, weights = caduceus(rcps=True, fused_add_norm=True) if kind == "caduceus" else hyenadna()
-    write(tmp_path / "theirs", config, weights)
-    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"model_max_length": 64}')
-    assert main(["dna/import", "theirs", "--out", "model", "--config", "further.yaml"]) == 0
+    lines = (Path(__file__).parents[2] / "docs" / "dna" / "published_models.md").read_text().splitlines()
+    import_, bits_, vectors_, ratios_, fit = [line.split()[1:] for line in lines if line.startswith("    mambaseq ")]
+    folder = write(tmp_path / import_[1], config, weights)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    assert main(import_) == 0
     told = capsys.readouterr().out
-    assert told.startswith("model: Caduceus-PS, " if kind == "caduceus" else "model: HyenaDNA, ")
-    Path("some.fa").write_text(f">one\n{BASES}\n")
-    predict = ["predict", "--checkpoint", "model", "some.fa", "--device", "cpu"]
-    assert main([*predict, "--out", "bits.csv"]) == 0
+    assert told.startswith("caduceus: Caduceus-PS, " if kind == "caduceus" else "caduceus: HyenaDNA, ")
+    Path("genome.fa").write_text(f">one\n{BASES}\n")
+    assert [main([*command, "--device", "cpu"]) for command in (bits_, vectors_)] == [0, 0]
     bits = pandas.read_csv("bits.csv")["bits_per_token"]
     assert bits.tolist() == pytest.approx([expected_bits(kind, config, weights)], rel=1e-5)
-    assert main([*predict, "--out", "vectors.csv", "--what", "embeddings"]) == 0
     ids = torch.tensor([[IDS[letter] for letter in BASES]])
     with torch.no_grad():
         if kind == "caduceus":
@@ -398,19 +398,18 @@ def test_an_imported_model_predicts_embeds_and_is_trained_further(
     np.testing.assert_allclose(found.to_numpy()[0], mean.numpy(), rtol=1e-4, atol=1e-5)
     if kind == "caduceus":
         Path("calls.vcf").write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\none\t17\t.\tT\tA\n")
-        told = ["--checkpoint", "model", "--reference", "some.fa", "calls.vcf", "--out", "ratios.csv", "--device=cpu"]
-        assert main(["dna/variants", *told, "--window", str(len(BASES))]) == 0
+        assert main([*ratios_, "--window", str(len(BASES)), "--device=cpu"]) == 0
         ids[0, 16] = MASK
         with torch.no_grad():
             logits = caduceus_by_definition(config, weights, ids)[0][0, 16]
         ratio = float(logits[IDS["A"]] - logits[IDS["T"]])
         assert pandas.read_csv("ratios.csv")["llr"].tolist() == pytest.approx([ratio], rel=1e-4)
     # every weight, and the rows of the bases and of the mask token, go on
-    fit = ["fit", "--config", "further.yaml", "--out", "run", "--trainer.accelerator=cpu", "--optimizer.lr=0"]
-    fit += ["--data.length=32", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.fasta=long.fa"]
-    Path("long.fa").write_text(">long\n" + "ACGTTGCAGATTACA" * 60 + "\n")
-    assert main([*fit, "--trainer.limit_val_batches=1", "--loader.num_workers=0", "--loader.batch_size=2"]) == 0
-    source, after = load_model("model").model.state_dict(), load_model("run").model.state_dict()
+    Path("genome.fa").write_text(">long\n" + "ACGTTGCAGATTACA" * 60 + "\n")
+    fit += ["--trainer.accelerator=cpu", "--optimizer.lr=0", "--data.length=32", "--trainer.max_steps=1"]
+    fit += ["--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", "--loader.batch_size=2"]
+    assert main(fit) == 0
+    source, after = load_model("caduceus").model.state_dict(), load_model("further").model.state_dict()
     rows = [0, 1, 2, 3, 4, *([15] if kind == "caduceus" else [])]
     for name, tensor in source.items():
         wanted = tensor[rows] if name in ("encoder.embedding.weight", "head.linear.weight") else tensor
