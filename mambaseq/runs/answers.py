@@ -17,7 +17,8 @@ from torch import Tensor
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError, shown
-from mambaseq.heads.classification import ClassificationHead
+from mambaseq.heads.base import Pool, pool
+from mambaseq.heads.classification import ClassificationHead, MultilabelHead
 from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
 from mambaseq.runs.tables import Column, Words
@@ -25,6 +26,7 @@ from mambaseq.runs.tables import Column, Words
 CHUNK = 8192
 """Positions read at once where the state is passed on."""
 
+_POOLED = (ClassificationHead, MultilabelHead, RegressionHead)  # of one vector for all positions, see `pool`
 _LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's would not fit
 _COLUMNS = 100  # classes that get a column of probabilities each, in tables with a row for each position
 
@@ -305,7 +307,8 @@ class PseudoTokens(PseudoLikelihood, Tokens):
 
 
 class Sequences(Answer):
-    """For each window: a label and the probabilities, the probability of each of several labels, or values.
+    """For each window: a label and the probabilities, the probability of each of several labels, or values. Where the
+    head pools positions and the state is passed on, long windows are read in parts, so memory does not grow with them.
 
     classes: names of the labels; None for values. several: any number of labels may apply.
     """
@@ -321,6 +324,7 @@ class Sequences(Answer):
     ) -> None:
         super().__init__(loaded, window)
         self.classes, self.several = classes, several
+        self.whole = type(self).whole and type(self.model.head) not in _POOLED
 
     def _note(self, record: Record, start: int, stop: int) -> str:
         scored = _scored(record, start, stop)
@@ -359,12 +363,37 @@ class Sequences(Answer):
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
-        output = output.view(len(pieces), -1)
+        return self._of_windows([span for _, span in pieces], output)
+
+    def _of_windows(self, spans: list[Span], output: Tensor) -> list[Found | NotFinite]:
+        output = output.view(len(spans), -1)
         finite = output.isfinite().all(1).tolist()
         return [
             Found(span.start, span.stop, span.stop - span.start, one[None]) if good else NotFinite("")
-            for (_, span), one, good in zip(pieces, self.numbers(output), finite, strict=True)
+            for span, one, good in zip(spans, self.numbers(output), finite, strict=True)
         ]
+
+    def parts(self, record: Record, span: Span) -> Iterator[Found]:
+        how: Pool = self.model.head.pooling
+        pooled = state = None
+        condition = self.conditions([(record, span)])
+        for start in range(span.start, span.start + 1 if how == "first" else span.stop, CHUNK):
+            x = self.model.encoder(self.tensor(record, start, min(start + CHUNK, span.stop))[None], condition)
+            hidden, state = self.model.backbone(x, state=state, return_state=True)
+            if how == "mean":
+                part = hidden.sum(1, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32)
+                pooled = part if pooled is None else pooled + part
+            else:
+                part = pool(hidden, how, None, None)
+                pooled = torch.maximum(pooled, part) if how == "max" and pooled is not None else part
+        assert pooled is not None
+        if how == "mean":
+            pooled = pooled / (span.stop - span.start)
+        _, output = self.model.head(pooled.float()[:, None])  # which pools one position
+        (found,) = self._of_windows([span], output.float().cpu())
+        if isinstance(found, NotFinite):
+            raise found
+        yield found
 
 
 class Positions(Sequences):

@@ -110,6 +110,22 @@ def test_the_window_of_training_or_the_whole_record(tmp_path: Path) -> None:
     assert spans(predict(classifier(tmp_path / "n", length=0), source)) == [("r0", 0, 70)]
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
+def test_a_long_window_is_pooled_part_by_part(tmp_path: Path, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values as of all positions at once, which are never read together."""
+    head = {"name": "regression", "n_outputs": 2, "pooling": pooling}
+    model, source = saved(tmp_path / "m", head, BaseTokenizer(), length=200, **DNA), fasta(tmp_path, 200, 140)
+    loaded = load_model(model)
+    texts = source.read_text().split("\n")[1::2]
+    with torch.no_grad():
+        whole = [loaded.model(torch.from_numpy(BaseTokenizer().encode(text).astype(np.int64))[None]) for text in texts]
+    monkeypatch.setattr("mambaseq.runs.answers.CHUNK", 60)
+    monkeypatch.setattr(type(loaded.model), "forward", None)
+    for row, output in zip(predict(model, source), whole, strict=True):
+        found = [float(row["value_1"]), float(row["value_2"])]
+        assert found == pytest.approx(output.logits[0].tolist(), rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize(("n_outputs", "columns"), [(1, ["value"]), (3, ["value_1", "value_2", "value_3"])])
 def test_a_regression_gives_values(tmp_path: Path, n_outputs: int, columns: list[str]) -> None:
     head = {"name": "regression", "n_outputs": n_outputs}
