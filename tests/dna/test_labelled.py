@@ -173,7 +173,8 @@ def test_copies_are_dropped_from_what_is_less_protected(caplog: pytest.LogCaptur
     assert [len(part) for part in (data.train(), data.validation(), data.test())] == [2, 1, 2]
     assert "3 record(s) are left out" in caplog.text
     assert "2 of them have another label" in caplog.text
-    audited = data.audited()
+    assert {name: len(part) for name, part in data.audited().splits.items()} == {"train": 2, "validation": 1, "test": 2}
+    audited = LabelledData(files="t.csv", split="split").audited()  # which a run refuses
     assert {name: len(part) for name, part in audited.splits.items()} == {"train": 4, "validation": 2, "test": 2}
     first = audited.splits["train"][1]
     assert (TOKENIZER.decode(first.ids), first.label, first.source, first.record) == ("GGTT", "1", "t.csv", "line 3")

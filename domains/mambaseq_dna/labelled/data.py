@@ -363,7 +363,7 @@ class LabelledData(SequenceData):
         return np.where(known, np.unique(checksums, return_inverse=True)[1].reshape(-1), -1)
 
     def _split(self, refuse_copies: bool) -> _Split:
-        """Splits and targets. refuse_copies: False leaves copies in two splits where they are."""
+        """Splits and targets. refuse_copies: False leaves copies that are refused where they are."""
         records = self._records
         where, count = records.where, len(records.sequences)
         splits = np.concatenate(
@@ -381,7 +381,7 @@ class LabelledData(SequenceData):
         keep = content >= 0
         if not keep.all():
             logger.warning("%s record(s) hold no base but N, and are left out.", f"{int((~keep).sum()):,}")
-        if refuse_copies:
+        if refuse_copies or self.duplicates == "drop":
             overlaps = overlapping(self._fitted.places, splits, self._intervals())
             keep &= without_copies(splits, content, overlaps, where, self.duplicates, strata if labels else None)
         if not (splits[keep] == TRAIN).any():
