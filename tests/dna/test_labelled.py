@@ -255,6 +255,7 @@ def test_values_and_labels() -> None:
     assert batch.targets.dtype == torch.float32
     assert not batch.per_token
     assert int(batch.n_targets) == 36 + int((~batch.targets[:, 1].isnan()).sum()) < 72
+    assert "k-mer ridge regression" in data.baselines()
     one = made(files="variants.csv", task="values", label="halflife")  # two thirds have none
     assert sum(len(part) for part in (one.train(), one.validation() or [], one.test() or [])) == 14
     assert one.n_outputs == 1
@@ -421,6 +422,16 @@ def test_balanced_weights_of_a_run() -> None:
     settings = parse_config("dna/species", ["--model.head.class_weights=balanced"])
     with pytest.raises(ConfigError, match="the dataset 'dna/species' does not count its classes"):
         settings.model_spec(settings.make_data())
+
+
+def test_baselines_are_fitted_to_the_training_sequences() -> None:
+    """Words tell classes of different words, on every test sequence in its order."""
+    table = [("".join(RNG.choice(list("AC" if number % 2 else "GT"), 30)), number % 2) for number in range(60)]
+    written(Path("t.csv"), table, "sequence,label")
+    data = made(files="t.csv", duplicates="drop", test_fraction=0.3)
+    test = data.test()
+    told = data.baselines()["k-mer logistic regression"]([test[number] for number in range(len(test))])
+    assert np.asarray(told.outputs).argmax(1).tolist() == test.targets.tolist()
 
 
 def test_a_pretrained_run_is_tuned_and_predicts(capsys: pytest.CaptureFixture[str]) -> None:

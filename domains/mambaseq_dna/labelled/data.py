@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.data.audited import Audited, AuditedSequence
+from mambaseq.data.baselines import Baseline
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
 from mambaseq.data.store import TokenStore
@@ -445,6 +446,12 @@ class LabelledData(SequenceData):
         assert self._found is not None
         mine = self._found.splits == split
         return self._fitted.where(self._found.numbers[mine]), self._found.targets[mine]
+
+    def baselines(self) -> dict[str, Baseline]:
+        """Fitted to the training sequences in their order, on their own strand; all classes alike if draws are."""
+        from mambaseq_dna.baselines.offered import baselines_of
+
+        return baselines_of(self, LabelledItems(*self._of(TRAIN)), balanced=self.balanced)
 
     def audited(self) -> Audited:
         """The sequences of each split as a model is given them, those included that setup would refuse as copies."""
