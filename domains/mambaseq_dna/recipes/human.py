@@ -40,6 +40,17 @@ class Blocks(NamedTuple):
         return stretches_of(self.tokens, self.bounds[edges])
 
 
+def partners(context: Context, ape: str) -> np.ndarray:
+    """For each human base of all blocks, how many of another ape's the alignment has before it, `(bases,)` int64."""
+    found, total = [], 0
+    for block in read_maf(context.brought(FILE, SHA256, SOURCE)):
+        rows = {row.source.partition(".")[0]: np.frombuffer(row.text.encode(), np.uint8) for row in block}
+        theirs = rows[ape] != ord("-")
+        found.append((np.cumsum(theirs) - theirs)[rows["Hsap"] != ord("-")] + total)
+        total += int(theirs.sum())
+    return np.concatenate(found)
+
+
 def load(context: Context, ape: str = "Hsap") -> Blocks:
     """The blocks of an ape. Raises UserError if the user has not brought the file (`Context.brought`)."""
     tokenizer = BaseTokenizer()

@@ -16,12 +16,13 @@ from mambaseq.benchmarking.block import autocast
 from mambaseq.data.drawing import below, words
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
-from mambaseq.reproduction.batches import BatchOf, numbers
+from mambaseq.reproduction.batches import numbers
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_dna.recipes import human, ladder
-from mambaseq_dna.recipes.common import VOCABULARY, Stretches, naive_bayes, tiles, windows, word_codes
+from mambaseq_dna.recipes.common import VOCABULARY, Stretches, naive_bayes, tiles, turned, windows, word_codes
 from mambaseq_dna.recipes.ladder import BOTH_WAYS, CONV, Contender, Rung
 from mambaseq_dna.recipes.mammals import Genomes
+from mambaseq_dna.tokenizer import N
 
 PUBLISHED = 1.879  # bits a base of the interpolated Markov model of order 9, measured when the data were collected
 ORDERS = range(6, 13)
@@ -138,69 +139,79 @@ def _markov(blocks: human.Blocks, order: int, context: Context) -> dict[str, flo
 
 
 class Pairs(NamedTuple):
-    """Human and chimpanzee bases of the same blocks, cut to the same number; where each block begins, and how many."""
+    """Aligned places of human and chimpanzee bases. human, chimpanzee: `(bases,)` uint8. ours, theirs: `(places,)`
+    int64, where windows of both begin at the same column of the alignment."""
 
     human: Tensor
     chimpanzee: Tensor
-    starts: np.ndarray
+    ours: Tensor
+    theirs: Tensor
+
+    @classmethod
+    def of(cls, first: human.Blocks, second: human.Blocks, partners: np.ndarray, split: int, length: int) -> Pairs:
+        """Of a split's blocks: all places from which both have `length` bases in the block, without N."""
+        ours, theirs = [], []
+        bad = [np.cumsum(np.pad(one.tokens.cpu().numpy() == N, (1, 0))) for one in (first, second)]
+        for block in np.flatnonzero(first.split == split):
+            p = np.arange(first.bounds[block], first.bounds[block + 1])
+            q = partners[p]
+            fits = (p + length <= first.bounds[block + 1]) & (q + length <= second.bounds[block + 1])
+            p, q = p[fits], q[fits]
+            known = (bad[0][p + length] == bad[0][p]) & (bad[1][q + length] == bad[1][q])
+            ours.append(p[known])
+            theirs.append(q[known])
+        places = (torch.from_numpy(np.concatenate(part)).to(first.tokens.device) for part in (ours, theirs))
+        return cls(first.tokens, second.tokens, *places)
 
     def windows(self, chosen: Tensor, length: int) -> Tensor:
-        """`(batch, 2 * length)` int64: the human stretch, and behind it the chimpanzee's."""
-        place = chosen[:, None] + torch.arange(length, device=chosen.device)
-        return torch.cat([self.human[place], self.chimpanzee[place]], 1).long()
-
-
-def _pairs(first: human.Blocks, second: human.Blocks, split: int, length: int) -> Pairs:
-    """The first `length` bases of blocks that have as many of both, without N."""
-    ours, theirs, starts = [], [], []
-    a, b = first.tokens.cpu().numpy(), second.tokens.cpu().numpy()
-    for block in np.flatnonzero(first.split == split):
-        one = a[first.bounds[block] : first.bounds[block + 1]][:length]
-        other = b[second.bounds[block] : second.bounds[block + 1]][:length]
-        if len(one) == len(other) == length and max(one.max(), other.max()) < 4:
-            starts.append(len(ours) * length)
-            ours.append(one)
-            theirs.append(other)
-    device = first.tokens.device
-    joined = (torch.from_numpy(np.concatenate(part)).to(device) for part in (ours, theirs))
-    return Pairs(*joined, np.array(starts))
+        """`(batch, 2 * length)` int64 of some places: a human stretch, and behind it the chimpanzee's."""
+        within = torch.arange(length, device=chosen.device)
+        parts = (
+            self.human[self.ours[chosen][:, None] + within],
+            self.chimpanzee[self.theirs[chosen][:, None] + within],
+        )
+        return torch.cat(parts, 1).long()
 
 
 def _recall(
-    context: Context, blocks: human.Blocks, chimpanzee: human.Blocks, length: int, seed: int, checkpoint: Path
+    context: Context,
+    blocks: human.Blocks,
+    chimpanzee: human.Blocks,
+    partners: np.ndarray,
+    length: int,
+    seed: int,
+    checkpoint: Path,
 ) -> dict[str, float]:
     """Bits a base of the chimpanzee's stretch, with the human one before it and with another human one."""
     torch.manual_seed(seed)
     model = make_model(context)
-    pairs = _pairs(blocks, chimpanzee, 0, length)
-    starts = torch.from_numpy(pairs.starts).to(context.device)
-    steps, batch_size = context.at(full=6000, small=100, tiny=2), max(sizes(context).tokens_a_step // (2 * length), 1)
+    pairs = Pairs.of(blocks, chimpanzee, partners, 0, length)
+    steps, batch_size = context.at(full=4000, small=100, tiny=2), max(sizes(context).tokens_a_step // (2 * length), 1)
 
-    def drawn() -> BatchOf:
-        def batch_of(step: Tensor) -> Batch:
-            chosen = starts[below(words(seed, numbers(step, batch_size), 1)[:, 0], len(starts))]
-            ids = pairs.windows(chosen, length)
-            return Batch(inputs=ids[:, :-1], targets=ids[:, 1:])
-
-        return batch_of
+    def batch_of(step: Tensor) -> Batch:
+        drawn = words(seed, numbers(step, batch_size), 2)
+        ids = pairs.windows(below(drawn[:, 0], len(pairs.ours)), length)
+        both = torch.cat([turned(part, drawn[:, 1]) for part in ids.chunk(2, 1)], 1)  # of the same strand
+        return Batch(inputs=both[:, :-1], targets=both[:, 1:])
 
     run = train(
         model,
-        drawn(),
+        batch_of,
         steps,
         OptimizerConfig(lr=3e-3, weight_decay=0.1, warmup_steps=steps // 10),
         autocast=ladder.precision(context),
         checkpoint=checkpoint,
         label=f"recall, {length} bases",
     )
-    test = _pairs(blocks, chimpanzee, 2, length)
-    places = torch.from_numpy(test.starts[: sizes(context).tested]).to(context.device)
-    pair = test.windows(places, length)
+    test = Pairs.of(blocks, chimpanzee, partners, 2, length)
+    chosen = torch.linspace(0, len(test.ours) - 1, sizes(context).tested, device=context.device).long()
+    pair = test.windows(chosen, length)
     wrong = torch.cat([pair[:, :length].roll(1, 0), pair[:, length:]], 1)
     first = length + length // 4  # the first quarter is for finding the place
     return {
         "orthologue": bits(model, pair, first),
         "other": bits(model, wrong, first),
+        "loss": run.loss / math.log(2),
         "pairs": len(pair),
         "differing": float((pair[:, :length] != pair[:, length:]).float().mean()),
         "minutes": run.seconds / 60,
@@ -239,7 +250,7 @@ def run(context: Context) -> list[Table]:
     if lines:
         tables.append(Table("Language model of human chromosome 22", _about(), _columns(context), lines))
     if RECALL in wanted:
-        chimpanzee = human.load(context, "Ptro")
+        chimpanzee, partners = human.load(context, "Ptro"), human.partners(context, "Ptro")
         lengths = context.at(full=(256, 1024), small=(128,), tiny=(16,))
         lines = [
             Line(
@@ -247,7 +258,7 @@ def run(context: Context) -> list[Table]:
                 context.over_seeds(
                     f"{RECALL} {length}",
                     lambda seed, checkpoint, length=length: _recall(
-                        context, blocks, chimpanzee, length, seed, checkpoint
+                        context, blocks, chimpanzee, partners, length, seed, checkpoint
                     ),  # type: ignore[misc]
                 ),
             )
@@ -284,11 +295,12 @@ _RECALL = (
     "A window is a stretch of a human block and, behind it, the chimpanzee's of the same block; models are trained on "
     "such pairs of training blocks. Bits a base of the chimpanzee's last three quarters on test blocks, with its own "
     "human stretch before it, and with the one of another block. The aligned bases differ at 1.4 % of the columns; "
-    "'at the same place' counts places without alignment, which one gap shifts."
+    "windows begin at the same column, and 'at the same place' counts behind it, where a gap shifts all that follows."
 )
 _RECALL_COLUMNS = [
     Column("orthologue", "bits, own human stretch", 4),
     Column("other", "bits, another's", 4),
+    Column("loss", "bits in training, both stretches", 4),
     Column("pairs", "pairs", 0),
     Column("differing", "bases that differ at the same place", 1, percent=True),
     Column("minutes", "minutes", 1),
