@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.baselines import Baseline
 from mambaseq.data.cache import fingerprint, locate
 from mambaseq.data.intervals import Group, Interval, Intervals
 from mambaseq.data.windows import RandomWindows, group_label
@@ -252,6 +253,12 @@ class PositionData(FastaData):
 
     def test(self) -> CoveringTargets | None:
         return self._held_out(self.splits.test, self.n_test)
+
+    def baselines(self) -> dict[str, Baseline]:
+        """What a reviewer asks for: see `mambaseq_dna.baselines`."""
+        from mambaseq_dna.baselines.offered import baselines_of
+
+        return baselines_of(self)
 
 
 class AnnotatedData(PositionData):

@@ -48,7 +48,9 @@ def told(results: Mapping[str, Any]) -> str:
             between = "" if of is None else f"  [{of[0]:.4f}, {of[1]:.4f}]"
             lines.append(f"{name:<24} {value:.4f}{between}")
         elif word == "intervals":
-            notes.append(f"[95% intervals over {value['draws']:,} draws of the {value['count']:,} {value['of']}]")
+            few = value.get("too_few_groups", 0)
+            told = f", whose {few} group(s) are too few to draw whole" if few else ""
+            notes.append(f"[95% intervals over {value['draws']:,} draws of the {value['count']:,} {value['of']}{told}]")
         elif word == "baselines":
             notes += [f"\n{place}: baselines on the same records, {value['metric']}", *_table(results, place, value)]
     return "\n".join([*lines, *notes])

@@ -29,7 +29,7 @@ class ItemDataset(Protocol):
     `len` is then the number of items that make an epoch.
     `groups` (optional): for a validation or test set, the group of each item, in their order; any hashable values.
     Items of one group (windows of one record, sequences of one gene or patient) are drawn together where an evaluation
-    says how far its figures are from chance.
+    says how far its figures are from chance, if there are 10 groups or more.
     `__getitems__(indices)` (optional): the same items, as a list of batches of one or more sequences, in order. Many
     short sequences are read faster together.
     """

@@ -17,6 +17,7 @@ from mambaseq.metrics.base import Metric
 DRAWS = 1000
 _ROWS = 2**28  # of all draws together: more rows than 268,000 are drawn fewer times
 _LEAST = 100
+_GROUPS = 10  # fewer say little of what others would be like
 _AT_ONCE = 2**22  # numbers that are drawn together
 
 
@@ -33,6 +34,7 @@ class Bootstrap:
 
     answers: of any model on the set. groups: `(sequences,)` a number for each sequence in `answers`; sequences of a
         number are drawn together. None: each alone.
+        few_groups: how many groups there are, if they are too few to draw from: sequences are drawn then.
     n_units: how many sequences, or groups, are drawn from. draws: how often.
     """
 
@@ -40,19 +42,22 @@ class Bootstrap:
     groups: np.ndarray | None = None
     draws: int = DRAWS
     seed: int = 0
+    few_groups: int = 0
 
     @classmethod
     def of(cls, answers: Answers, groups: Sequence[object] | None = None, seed: int = 0) -> Bootstrap:
         """groups: the group of every item of the data set, in its order. Raises DataError where one has none."""
-        units = None
+        units, few = None, 0
         if groups is not None:
             numbers = answers.numbers.numpy()
             if len(groups) <= numbers.max(initial=-1):
                 raise DataError(f"The set names groups for {len(groups):,} of its sequences; all must have one.")
             known: dict[object, int] = {}
             units = np.array([known.setdefault(groups[number], len(known)) for number in numbers], dtype=np.int64)
+            if len(known) < _GROUPS:
+                units, few = None, len(known)
         draws = int(np.clip(_ROWS // max(len(answers), 1), _LEAST, DRAWS))
-        return cls(answers.n_sequences, units, draws, seed)
+        return cls(answers.n_sequences, units, draws, seed, few)
 
     @property
     def n_units(self) -> int:

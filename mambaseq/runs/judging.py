@@ -69,8 +69,10 @@ class Judge:
         found = _intervals(self.own)
         if not found:
             return {}
-        of = "sequences" if self.groups is None else "groups"
-        return {"of": of, "count": self.bootstrap.n_units, "draws": self.bootstrap.draws, "metrics": found}
+        drawn = self.bootstrap
+        of = "sequences" if drawn.groups is None else "groups"
+        few = {"too_few_groups": drawn.few_groups} if drawn.few_groups else {}
+        return {"of": of, "count": drawn.n_units, **few, "draws": drawn.draws, "metrics": found}
 
     def pictures(self, class_names: Sequence[str]) -> dict[str, Any]:
         return pictured(self.answers, class_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from mambaseq_dna.baselines import kmers, linear, network, offered
 from mambaseq_dna.baselines.examples import Examples
 from mambaseq_dna.baselines.offered import baselines_of
 from mambaseq_dna.baselines.positions import around, words_around
+from mambaseq_dna.labelled.data import LabelledData
 from mambaseq_dna.tokenizer import BaseTokenizer, complement
+from mambaseq_dna.tracks import AnnotatedData
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.naive_bayes import MultinomialNB
@@ -103,14 +106,16 @@ def test_each_baseline_finds_what_it_can(mark, found: dict[str, float]) -> None:
         assert right[alone] < 0.72
 
 
-def test_the_network_learns_in_seconds_and_leaves_random_numbers_alone() -> None:
-    data = Made(with_start, length=24)
+def test_the_network_learns_and_leaves_random_numbers_alone() -> None:
+    data = Made(lambda ids, rng: np.concatenate([[2, 0, 3, 3] * 3, ids[12:]]), length=24)
     train, held_out, test = (Examples.read(items) for items in (data.train(), data.validation(), data.test()))
     before = torch.random.get_rng_state()
-    model, note = network.trained(train, held_out, 2, seconds=2.5)
+    model, note = network.trained(train, held_out, 2, width=16, epochs=12)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (network.answered(model, test).argmax(1) == test.targets).mean() > 0.85
-    assert "parameters" in note
+    assert "12 epochs, step" in note
+    _, note = network.trained(train, held_out, 2, seconds=1e-9, width=8)
+    assert "stopped after 0 s, in epoch 1 of 100, step 1 of 1" in note
 
 
 def test_of_values_and_several_labels() -> None:
@@ -124,7 +129,9 @@ def test_of_values_and_several_labels() -> None:
     for name in ("GC alone", "k-mer ridge regression"):
         told = np.asarray(offers[name](test).outputs)[:, 0]
         assert np.corrcoef(told, truth)[0, 1] > 0.98, name
-    model, _ = network.trained(*(Examples.read(items) for items in (value.train(), value.validation())), 1, seconds=0.3)
+    model, _ = network.trained(
+        *(Examples.read(items) for items in (value.train(), value.validation())), 1, width=8, epochs=2
+    )
     assert network.answered(model, Examples.read(test)).shape == (100, 1)
 
     class Labels(Made):
@@ -228,3 +235,50 @@ def test_sequences_are_cut_drawn_and_put_apart() -> None:
     rest, share = of.split(0.4)
     assert (len(rest), len(share)) == (3, 2)
     assert len(of.fewer(3)) == 3
+    parts = [*of.parts(25)]
+    assert [part.lengths.tolist() for part in parts] == [[10, 10], [10, 10], [10]]
+    assert np.concatenate([part.ids for part in parts]).tolist() == of.ids.tolist()
+    assert len([*of.parts(1)]) == 5
+
+
+def test_datasets_of_labels_and_of_bases_offer_baselines(tmp_path: Path) -> None:
+    """A table of sequences, and a class for every base of an annotated genome."""
+    rng = np.random.default_rng(0)
+    rows = ["sequence,label,split"]
+    for number in range(120):
+        ids = rng.integers(0, 4, 40)
+        ids = with_gc(ids, rng) if number % 2 else ids
+        text = "".join("ACGT"[base] for base in ids)
+        rows.append(f"{text},{'rich' if number % 2 else 'poor'},{('train', 'train', 'train', 'test')[number // 30]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    table = LabelledData([str(tmp_path / "t.csv")], split="split", cache=str(tmp_path / "c"))
+    table.setup()
+    test = table.test()
+    told = table.baselines()["GC alone"]([test[index] for index in range(len(test))])
+    truth = [int(test[index].targets) for index in range(len(test))]
+    assert (np.asarray(told.outputs).argmax(1) == truth).mean() > 0.8
+    # every base behind AC is in an interval
+    fasta, bed = [], []
+    for name in ("one", "two", "three"):
+        ids = rng.integers(0, 4, 3000)
+        fasta.append(f">{name}\n{''.join('ACGT'[base] for base in ids)}\n")
+        bed += [f"{name}\t{at}\t{at + 1}\tsite\n" for at in range(2, 3000) if ids[at - 2] == 0 and ids[at - 1] == 1]
+    (tmp_path / "g.fa").write_text("".join(fasta))
+    (tmp_path / "g.bed").write_text("".join(bed))
+    bases = AnnotatedData(
+        str(tmp_path / "g.fa"),
+        str(tmp_path / "g.bed"),
+        {"site": "site"},
+        test_records="three",
+        length=200,
+        samples_per_epoch=300,
+        reverse_complement=False,
+        cache=str(tmp_path / "c"),
+    )
+    bases.setup()
+    covering = bases.test()
+    items = [covering[index] for index in range(len(covering))]
+    (answer,) = bases.baselines().values()
+    said = np.concatenate([one.argmax(1) for one in answer(items).outputs])
+    true = np.concatenate([item.targets[0].numpy() for item in items])
+    assert (said == true)[true >= 0].mean() > 0.97 > (true[true >= 0] == 0).mean()

@@ -160,6 +160,8 @@ def test_an_interval_covers_what_it_should() -> None:
     assert (one.high - one.low) / (alone.high - alone.low) == pytest.approx(8**0.5, rel=0.15)
     again = intervals(metrics, eightfold, Bootstrap.of(eightfold, groups))["accuracy"]
     assert one == again
+    few = Bootstrap.of(eightfold, [i // 240 for i in range(960)])
+    assert (few.n_units, few.few_groups) == (960, 4)  # four groups say little of others
     with pytest.raises(DataError, match="groups for 3"):
         Bootstrap.of(eightfold, ["a", "b", "c"])
 

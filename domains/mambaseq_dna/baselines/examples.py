@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -77,6 +77,17 @@ class Examples:
             targets = self.targets[chosen]
         ids = np.concatenate(parts) if parts else self.ids[:0]
         return dataclasses.replace(self, ids=ids, bounds=bounds, targets=targets)
+
+    def parts(self, bases: int) -> Iterator[Examples]:
+        """Without targets, neighbours together, of about so many bases each."""
+        first = 0
+        while first < len(self):
+            last = max(int(np.searchsorted(self.bounds, self.bounds[first] + bases, side="right")) - 1, first + 1)
+            begin, end = self.bounds[first], self.bounds[last]
+            yield dataclasses.replace(
+                self, ids=self.ids[begin:end], bounds=self.bounds[first : last + 1] - begin, targets=self.targets[:0]
+            )
+            first = last
 
     def known(self) -> Examples:
         """Without the sequences whose class is unknown."""

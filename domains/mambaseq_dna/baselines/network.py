@@ -21,23 +21,32 @@ _PLACES = 1024  # of sequences that are not longer, and all of one length, the p
 
 
 def trained(
-    train: Examples, validation: Examples, n_outputs: int, *, seconds: float = 60.0, turn: bool = False, seed: int = 0
+    train: Examples,
+    validation: Examples,
+    n_outputs: int,
+    *,
+    seconds: float = 60.0,
+    turn: bool = False,
+    seed: int = 0,
+    width: int | None = None,
+    epochs: int | None = None,
 ) -> tuple[nn.Module, str]:
     """The network of the epoch that is best on the validation sequences, and a note on its training.
 
-    turn: give either strand of a sequence in training. seconds: of training; a slow machine does fewer epochs.
+    turn: give either strand of a sequence in training. seconds: of training; a slow machine does fewer epochs. width:
+        of the network; what the device can do in the time if not given. epochs: at most; 20, or more of few sequences.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alike = len(np.unique(train.lengths)) == 1 and int(train.lengths[0]) <= _PLACES
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
-        width = 64 if device.type == "cpu" else 128  # a CPU gets somewhere in the time
+        width = width or (64 if device.type == "cpu" else 128)
         positions = int(train.lengths[0]) if alike else 0
         model = SmallCNN(n_outputs, width, vocab_size=len(BASES), positions=positions).to(device)
         rng = np.random.default_rng(seed)
         size = int(np.clip(_BASES // max(np.median(train.lengths), 1), 8, 128))
         parts = -(-len(train) // size)
-        epochs = int(np.clip(-(-_STEPS // parts), _EPOCHS, 100))
+        epochs = epochs or int(np.clip(-(-_STEPS // parts), _EPOCHS, 100))
         steps = epochs * parts
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         best, kept, done, start = -np.inf, _copied(model), 0, time.monotonic()

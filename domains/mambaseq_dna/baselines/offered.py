@@ -19,6 +19,7 @@ from mambaseq_dna.baselines.positions import around
 from mambaseq_dna.tokenizer import BaseTokenizer, N
 
 _ITEMS, _BASES = 2**17, 2**26  # of a training set that are read
+_LABELLED_BASES = 2**23  # of one with a class for each base
 _TRIED = 5000  # sequences by which the length of words is chosen
 _WORDS = (4, 5, 6)
 _PIECES, _PIECE = 1000, 1024  # of validation sequences, by which words of naive Bayes are chosen; bases of each
@@ -74,11 +75,12 @@ class Fitting:
     @cached_property
     def _sets(self) -> tuple[Examples, Examples]:
         train = self.data.train() if self.given is None else self.given
-        fitted = Examples.read(spread(train, _ITEMS, _BASES)).known()
+        bases = _LABELLED_BASES if next(spread(train, 1, 1)).per_token else _BASES
+        fitted = Examples.read(spread(train, _ITEMS, bases)).known()
         held_out = next(iter(named_sets(self.data.validation()).values()), None)
         if held_out is None or not len(held_out):
             return fitted.split(0.1)
-        chosen = Examples.read(spread(held_out, _ITEMS // 8, _BASES // 4)).known()
+        chosen = Examples.read(spread(held_out, _ITEMS // 8, bases // 4)).known()
         return (fitted, chosen) if len(chosen) else fitted.split(0.1)
 
     @property

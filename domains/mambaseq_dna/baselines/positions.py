@@ -11,15 +11,16 @@ from mambaseq_dna.tokenizer import N
 
 _WORDS = (1, 3, 5, 7, 9, 11)
 _SEEN = 8  # words for each base that there is: longer words are hardly seen twice
+_AT_ONCE = 2**21  # bases
 _BACKED = 10.0  # bases of a class that a word without any gets from the shorter one within it
 
 
 def words_around(examples: Examples, k: int) -> np.ndarray:
-    """`(bases,)` int64: the word of k bases (an odd number) with each base in its middle; -1 where that has N or
+    """`(bases,)` int32: the word of k bases (an odd number) with each base in its middle; -1 where that has N or
     reaches over the end of its sequence."""
-    half, ids = k // 2, examples.ids.astype(np.int64)
+    half, ids = k // 2, examples.ids.astype(np.int32)
     padded = np.pad(ids, half, constant_values=N)
-    found, bad = np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
+    found, bad = np.zeros(len(ids), np.int32), np.zeros(len(ids), bool)
     for offset in range(k):
         base = padded[offset : offset + len(ids)]
         found, bad = found * 4 + base % 4, bad | (base >= N)
@@ -38,22 +39,25 @@ def around(train: Examples, validation: Examples, test: Examples, n_classes: int
     for k in (k for k in _WORDS if 4**k <= _SEEN * len(train.ids)):
         words = words_around(train, k)
         some = known & (words >= 0)
-        counts = np.bincount(words[some] * n_classes + train.targets[some], minlength=4**k * n_classes)
+        counts = np.bincount(words[some].astype(np.int64) * n_classes + train.targets[some], minlength=4**k * n_classes)
         inner = (np.arange(4**k) // 4) % 4 ** max(k - 2, 0)  # without its first and last base
         backed = tables[-1][inner if k > 1 else np.zeros(4**k, np.int64)]
         sums = counts.reshape(-1, n_classes)
         tables.append((sums + _BACKED * backed) / (sums.sum(1, keepdims=True) + _BACKED))
-        value = goodness(np.log(_looked_up(validation, tables, k)), validation.targets, "labels")
+        value = goodness(_looked_up(validation, tables, k), validation.targets, "labels")
         best = max(best, (value, k))
-    outputs = np.log(_looked_up(test, tables, best[1])).astype(np.float32)
+    outputs = _looked_up(test, tables, best[1])
     return Told(np.split(outputs, test.bounds[1:-1]), f"words of {best[1]} bases")
 
 
 def _looked_up(examples: Examples, tables: list[np.ndarray], longest: int) -> np.ndarray:
-    """`(bases, classes)`: the row of the longest word that each base has."""
-    found = np.repeat(tables[0], len(examples.ids), 0)
-    for table, k in zip(tables[1:], _WORDS, strict=False):
-        if k <= longest:
-            words = words_around(examples, k)
-            found[words >= 0] = table[words[words >= 0]]
-    return found
+    """Log shares `(bases, classes)` float32: of the longest word that each base has."""
+    found = []
+    for part in examples.parts(_AT_ONCE):
+        shares = np.repeat(tables[0], len(part.ids), 0)
+        for table, k in zip(tables[1:], _WORDS, strict=False):
+            if k <= longest:
+                words = words_around(part, k)
+                shares[words >= 0] = table[words[words >= 0]]
+        found.append(np.log(shares).astype(np.float32))
+    return np.concatenate(found)
