@@ -13,6 +13,7 @@ _RUNS, _TRIED, _OTHERS = 24, 3, 4  # runs of common words that are looked at; wo
 _STRETCHES = 5
 _PAIRS = 12
 _EXAMPLES = 5
+_CLASSES = 500
 _RECORDS = 5
 
 
@@ -146,29 +147,29 @@ class _Table:
 
 
 def sharing(layout: Layout) -> Sharing:
-    """Compare all splits and classes of a layout."""
+    """Compare all splits and classes of a layout. Of more than 500 classes no pairs are told, and groups are splits."""
     table = _Table(layout, layout.words())
     labels, n_labels = layout.labels, len(layout.labels) + 1
-    owner = (layout.split * n_labels + layout.label + 1)[table.sequence].astype(np.int32)
-    size = len(layout.splits) * n_labels
-    again = table.group > 0
-    counts = scipy.sparse.csr_matrix(
-        (np.ones(int(again.sum()), np.float32), (table.group[again], owner[again])), shape=(table.n, size)
-    )
-    counts.sum_duplicates()
+    of_sequence = layout.split * n_labels + layout.label + 1
+    counts = _counts(table, of_sequence, len(layout.splits) * n_labels)
     present = counts.copy()
     present.data[:] = 1
-    common = np.asarray((counts.T @ present).todense(), dtype=np.float64)
-    of_owner = layout.split * n_labels + layout.label + 1
-    used = np.unique(of_owner).tolist()
-    names: list[tuple[str, str | None]] = [
-        (layout.splits[number // n_labels], labels[number % n_labels - 1] if number % n_labels else None)
-        for number in used
-    ]
-    own = np.maximum(np.bincount(owner, minlength=size), 1)
-    tokens = np.bincount(of_owner, weights=layout.lengths, minlength=size)
-    matrix = (common / own[:, None])[np.ix_(used, used)]
+    few = len(labels) <= _CLASSES
+    groups, of_group = (
+        (counts, of_sequence) if few else (_counts(table, layout.split, len(layout.splits)), layout.split)
+    )
+    used, of_used = np.unique(of_group, return_inverse=True)
+    groups = groups[:, used]
+    there = groups.copy()
+    there.data[:] = 1
+    own = np.bincount(of_used[table.sequence], minlength=len(used))
+    matrix = (groups.T @ there).toarray() / np.maximum(own, 1)[:, None]
     np.fill_diagonal(matrix, 1.0)
+    width = n_labels if few else 1
+    names = [
+        (layout.splits[number // width], labels[number % width - 1] if number % width else None)
+        for number in used.tolist()
+    ]
     contents = _Contents(layout)
     pairs = [
         (one, other)
@@ -178,16 +179,27 @@ def sharing(layout: Layout) -> Sharing:
     ]
     return Sharing(
         owners=names,
-        tokens=[int(tokens[number]) for number in used],
-        sequences=np.bincount(of_owner, minlength=size)[used].tolist(),
+        tokens=[int(count) for count in np.bincount(of_used, weights=layout.lengths)],
+        sequences=np.bincount(of_used).tolist(),
         matrix=matrix,
         repeated={name: contents.repeated(split) for split, name in enumerate(layout.splits)},
         splits=[_between(layout, table, contents, present, one, other) for one, other in pairs],
-        classes=_classes(layout, table, contents, counts) if len(labels) > 1 else [],
-        words=len(owner),
+        classes=_classes(layout, table, contents, counts) if few and len(labels) > 1 else [],
+        words=len(table.sequence),
         word_share=table.words.share,
         found_surely=table.words.found_surely,
     )
+
+
+def _counts(table: _Table, of_sequence: np.ndarray, size: int) -> scipy.sparse.csr_matrix:
+    """How often each word that occurs again is in each group, `(words, groups)` int32. of_sequence: groups."""
+    again = table.group > 0
+    groups = of_sequence[table.sequence[again]]
+    found = scipy.sparse.csr_matrix(
+        (np.ones(len(groups), np.int32), (table.group[again], groups)), shape=(table.n, size)
+    )
+    found.sum_duplicates()
+    return found
 
 
 class _Contents:
@@ -356,7 +368,7 @@ def _classes(layout: Layout, table: _Table, contents: _Contents, counts: scipy.s
     of_class = (counts @ merge).tocsr()
     present = of_class.copy()
     present.data[:] = 1
-    common = np.asarray((of_class.T @ present).todense(), dtype=np.float64)[1:, 1:]
+    common = (of_class.T @ present).toarray()[1:, 1:]
     own = np.bincount(layout.label[table.sequence] + 1, minlength=n_labels)[1:]
     share = common / np.maximum(own[:, None], 1)
     pairs = [(i, j) for i in range(len(share)) for j in range(len(share)) if i != j]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -86,7 +87,9 @@ def _right(features: np.ndarray, labels: np.ndarray, of_test: np.ndarray, truth:
 
     least = max(2, len(labels) // 200)
     tree = DecisionTreeClassifier(max_leaf_nodes=leaves, min_samples_leaf=least, random_state=0)
-    return int((tree.fit(features, labels).predict(of_test) == truth).sum())
+    with warnings.catch_warnings():  # of many classes with few sequences each
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        return int((tree.fit(features, labels).predict(of_test) == truth).sum())
 
 
 def _interval(right: int, n: int) -> tuple[float, float, float]:

@@ -81,11 +81,11 @@ def _audit(argv: list[str]) -> int:
     )
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
-    if asks_for_help(overrides):
-        return print_keys(parser, arguments.config, overrides)
     with uncollected(for_good=True):
         from mambaseq.auditing.text import lines
-        from mambaseq.runs.audit import audit
+        from mambaseq.runs.audit import audit, config_of
+    if asks_for_help(overrides):
+        return print_keys(parser, config_of(arguments.config), overrides)
 
     found = audit(arguments.config, overrides, out=arguments.out, tolerance=arguments.tolerance)
     for line in lines(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,7 @@ def audit(
     Raises ConfigError for another ending, DataError for data that cannot be read or audited.
     """
     check(out, tolerance)
-    if Path(config).is_dir():
-        config = str(RunFolder(config).require().config)
-    settings = parse_config(config, list(overrides))
+    settings = parse_config(config_of(config), list(overrides))
     options = {key: value for key, value in settings.settings["data"].items() if key != "name"}
     data = settings.make_data()
     with under_key("data", options):
@@ -43,6 +42,12 @@ def audit(
             with output_file(path, "w", encoding="utf-8") as file:
                 file.write(json_text(found.record(), indent=1) + "\n")
     return found
+
+
+def config_of(config: str) -> str:
+    """A run's configuration where a folder is named; otherwise what is named. Raises UserError for another folder."""
+    folder = os.path.isdir(config)  # noqa: PTH112 - Path's raises for some names
+    return str(RunFolder(config).require().config) if folder else config
 
 
 def check(out: Sequence[str | Path], tolerance: float) -> None:

@@ -200,5 +200,10 @@ def test_clean_data_are_clean() -> None:
     assert found.record()["clean"] is True
     one = audit(Audited({"train": splits["train"]}))
     assert "nothing can leak" in one.findings[0].told
+    many = [AuditedSequence(ids, f"class {number}") for number, ids in enumerate(rng.integers(0, 4, (501, 40)))]
+    told = audit(Audited({"train": many, "test": many[:2]}))
+    assert (told.sharing.owners, told.sharing.classes) == ([("train", None), ("test", None)], [])
+    assert told.sharing.matrix.tolist() == [[1, 2 / 501], [1, 1]]
+    assert told.sharing.splits[0].same_label == 18
     with pytest.raises(DataError, match="no split has a token"):
         audit(Audited({"train": []}))

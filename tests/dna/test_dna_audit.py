@@ -62,7 +62,8 @@ def planted(tmp_path: Path) -> dict[str, str]:
 def test_planted_copies_are_found_and_located(
     planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    config = tmp_path / "run.yaml"
+    run = tmp_path / "run"
+    run.mkdir()
     data: dict[str, Any] = {
         "name": "dna/genome",
         "fasta": list(planted.values()),
@@ -71,9 +72,9 @@ def test_planted_copies_are_found_and_located(
         "length": 500,
         "cache": str(tmp_path),
     }
-    config.write_text(yaml.safe_dump({"data": data}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     out = [tmp_path / "audit.json", tmp_path / "audit.html"]
-    argv = ["data", "audit", str(config), "--strict", *(f"--out={path}" for path in out)]
+    argv = ["data", "audit", str(run), "--strict", *(f"--out={path}" for path in out)]
     assert main(argv) == 1
     told = capsys.readouterr().out
     assert (
@@ -106,7 +107,7 @@ def test_planted_copies_are_found_and_located(
     assert [line for line in lines(rest) if line.startswith("  200 bases")] == [
         "  200 bases: test: stretch.fa, t6 from 1,000 = train: train.fa, f from 500, on the other strand"
     ]
-    assert main(["data", "audit", str(config), "--out", "x.txt"]) == 2
+    assert main(["data", "audit", str(run), "--out", "x.txt"]) == 2
     assert "must end in .json or .html" in capsys.readouterr().err
 
 
