@@ -1,4 +1,5 @@
-"""All recipes over all GPUs of a machine, then docs/reproduction.md: `python benchmarks/reproduce_all.py`.
+"""All recipes that need no files of the user over all GPUs of a machine, then docs/reproduction.md: `python
+benchmarks/reproduce_all.py`.
 
 What is timed has a GPU to itself; the small trainings that are not timed come after it, several to a GPU (`--each`;
 with CUDA's multi-process service running they share it without taking turns). Started again it goes on.
@@ -61,6 +62,7 @@ def untimed() -> list[Job]:
     """Each training once, whatever number of lines it is in."""
     jobs = [Job("lra", (mixer, task)) for mixer in lra.MIXERS for task in lra.TASKS]
     jobs += [Job("selection", (name,), (seed,)) for name in selection.LINES for seed in SEEDS]
+    jobs += [Job("species_length", (), (seed,)) for seed in SEEDS]
     seen = []
     for entry in (entry for group in ablations.GROUPS for entry in group.entries):
         if (entry.mixer, entry.all_options()) not in seen:

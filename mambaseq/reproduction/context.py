@@ -177,7 +177,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told."""
+    """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told.
+
+    brings: whether it needs files that users bring (`Context.brought`).
+    """
 
     run: Callable[[Context], list[Table]]
     seeds: int = 3
+    brings: bool = False

@@ -424,4 +424,4 @@ def run(context: Context) -> list[Table]:
     return tables(context, load(context))
 
 
-recipe = Recipe(run, seeds=1)
+recipe = Recipe(run, seeds=1, brings=True)

@@ -384,4 +384,4 @@ def _about(context: Context, measure: str) -> tuple[str, str]:
     return what[0], what[1] + rest
 
 
-recipe = Recipe(run, seeds=3)
+recipe = Recipe(run, seeds=3, brings=True)

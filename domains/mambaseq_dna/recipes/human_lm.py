@@ -330,4 +330,4 @@ def _control(context: Context) -> Table:
     return Table("Four apes, the negative control", about, ladder.columns(lengths), lines)
 
 
-recipe = Recipe(run, seeds=2)
+recipe = Recipe(run, seeds=2, brings=True)

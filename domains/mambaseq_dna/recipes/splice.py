@@ -216,4 +216,4 @@ def run(context: Context) -> list[Table]:
     return [Table("Splice sites", about, columns, lines)]
 
 
-recipe = Recipe(run, seeds=3)
+recipe = Recipe(run, seeds=3, brings=True)

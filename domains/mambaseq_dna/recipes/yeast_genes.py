@@ -414,4 +414,4 @@ def _about(sizes: Sizes) -> str:
     )
 
 
-recipe = Recipe(run, seeds=3)
+recipe = Recipe(run, seeds=3, brings=True)

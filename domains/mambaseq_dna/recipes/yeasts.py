@@ -213,4 +213,4 @@ def _about(context: Context, question: Question, genomes: Genomes, lengths: list
     )
 
 
-recipe = Recipe(run, seeds=3)
+recipe = Recipe(run, seeds=3, brings=True)
