@@ -298,6 +298,7 @@ class AnnotatedData(PositionData):
         self.overlap, self.several = overlap, several
         self.class_names = classes.names[1:] if several else classes.names
         self.strand_classes = [one - 1 for one in classes.partners[1:]] if several else classes.partners
+        self.task = "multilabels" if several else "labels"
         self.runs: dict[str, Runs] = {}
 
     def _paths(self) -> list[Path]:
@@ -362,6 +363,7 @@ class SignalData(PositionData):
             raise ConfigError("data.signals names no file. Write, for instance, signals: {depth: depth.bw}.")
         self.signals, self.n_outputs = signals, len(signals)
         self.strand_classes = _exchanged(list(signals), strand_pairs or [])
+        self.task = "values"
 
     def _paths(self) -> list[Path]:
         found = []

@@ -17,7 +17,9 @@ from mambaseq_dna.signals import read_signal
 from mambaseq_dna.tracks import AnnotatedData, SignalData
 
 from mambaseq.errors import ConfigError, DataError, UserError
+from mambaseq.models import build_model
 from mambaseq.runs.parsing import parse_config
+from mambaseq.tasks.fitting import check_data
 
 GFF = "chr1\tx\t{}\t{}\t{}\t.\t{}\t.\tID=a\n"
 
@@ -287,7 +289,8 @@ def test_the_examples_of_the_page_are_read(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     genome = "".join(f">{name}\n{''.join(rng.choice(list('ACGT'), 13_000))}\n" for name in ("chrI", "chrIV", "chrV"))
     (tmp_path / "genome.fa.gz").write_bytes(gzip.compress(genome.encode()))
-    (tmp_path / "genes.gff3").write_text("".join(GFF.format("CDS", 99, 1400, s).replace("chr1", "chrIV") for s in "+-"))
+    genes = GFF.format("CDS", 99, 1400, "+") + GFF.format("CDS", 2001, 3000, "-")
+    (tmp_path / "genes.gff3").write_text(genes.replace("chr1", "chrI"))
     (tmp_path / "genes.bed").write_text("I\t10\t500\tgene\nIV\t0\t13000\tgene\n")
     (tmp_path / "repeats.bed.gz").write_bytes(gzip.compress(b"chrI\t0\t100\tTY1\nchrI\t300\t400\tLTR_solo\n"))
     file = pybigwig().open("plus.bw", "w")
@@ -297,11 +300,19 @@ def test_the_examples_of_the_page_are_read(tmp_path, monkeypatch):
     (tmp_path / "minus.bedGraph").write_text("IV\t64\t128\t3\n")
     page = Path(__file__).parents[2] / "docs" / "dna" / "tracks.md"
     found = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    genes, repeats, values = [
-        parse_config("page.yaml", []) for text in found if (tmp_path / "page.yaml").write_text(text)
-    ]
+    small = ["--model.d_model", "8", "--model.backbone.n_layers", "1"]
+    configs = []
+    for text, options in zip(found, ([*small, "--model.head.class_weights", "balanced"], [], small), strict=True):
+        (tmp_path / "page.yaml").write_text(text)
+        configs.append(parse_config("page.yaml", options))
+    genes, repeats, values = configs
+    for config in (genes, values):
+        data = config.make_data(setup=True)
+        check_data(build_model(config.model_spec(data)), data, "of the page", config.make_metrics(data))
     data = genes.make_data(setup=True)
     assert genes.model_spec(data)["head"]["n_classes"] == 3
+    balanced = genes.model_spec(data)["head"]["class_weights"]
+    assert balanced == pytest.approx([13_000 / (3 * count) for count in (10_698, 1302, 1000)])
     assert data.test()[0].targets.shape == (1, 12_288)
     data = repeats.make_data(setup=True)
     assert data.class_names == ["other", "transposon", "gene"]
