@@ -26,6 +26,7 @@ ENCODERS: dict[str, list[dict[str, Any]]] = {
     "rc_tokens": [{**PAIRS, "n_conditions": 3}],
     "signal": [{"n_channels": 2, "n_conditions": 3}],
     "dna/kmer": [{"k": 3, "stride": 1}, {"k": 4, "stride": 3}],
+    "dna/frames": [{"k": 2}],
     "dna/conv": [{**TABLE, "width": 5, "positions": 64}],
 }
 BACKBONES: dict[str, list[dict[str, Any]]] = {

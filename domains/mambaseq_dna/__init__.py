@@ -14,6 +14,10 @@ domain = Domain(
     backbones={"codons": ("mambaseq_dna.backbones:CodonStack", "three bases a step, both ways, with an answer a base")},
     encoders={
         "kmer": ("mambaseq_dna.encoders:KmerEncoder", "embeddings of k-mers, every few bases, for classifiers"),
+        "frames": (
+            "mambaseq_dna.frames:FrameEncoder",
+            "words of bases, and how far the reading frames around them reach",
+        ),
         "conv": ("mambaseq_dna.encoders:ConvEncoder", "a convolution over bases, with learned positions if wanted"),
     },
     datasets={

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from mambaseq_dna.encoders import ConvEncoder, KmerEncoder
+from mambaseq_dna.frames import frame_features
+from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.errors import ConfigError
 
@@ -47,3 +49,19 @@ def test_the_convolution_equals_pytorchs() -> None:
     torch.testing.assert_close(encoder(ids), expected)
     with pytest.raises(ConfigError, match="has 12 positions"):
         encoder(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_reading_frames_by_hand() -> None:
+    """TAA CCC ATG GGG TGA: an open frame of four codons, from the stop at 0 to the one at 12, with its ATG at 6."""
+    ids = torch.from_numpy(BaseTokenizer().encode("TAACCCATGGGGTGA").copy()).long()[None]
+    features = frame_features(ids)[0]
+    logs = torch.expm1(features * 8).round().int()
+    for base in range(15):
+        back = base % 3  # the codon in this frame began so many bases before
+        length, reach, left = logs[base, 4 * back : 4 * back + 3].tolist()
+        started = bool(features[base, 4 * back + 3])
+        codon = base - back
+        assert (length, left) == ((3, 0) if codon == 0 else (12, 12 - codon))
+        assert (reach, started) == ((6, True) if codon >= 6 else (0, False))
+    turned = frame_features(torch.where(ids < 4, 3 - ids, ids).flip(1))[0].flip(0)
+    torch.testing.assert_close(torch.cat([turned[:, 12:], turned[:, :12]], 1), features)
