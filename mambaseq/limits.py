@@ -80,7 +80,7 @@ DOCUMENT_BYTES = Limit("MAMBASEQ_MAX_DOCUMENT_BYTES", 2**26, "bytes in one docum
 AUDITED = Limit("MAMBASEQ_MAX_AUDITED", 2**26, "tokens of a set that are audited")
 """Of a set whose items are read for it into memory; files of genomes are read where they lie."""
 AUDITED_WORDS = Limit("MAMBASEQ_MAX_AUDITED_WORDS", 2**23, "words that an audit compares")
-"""All splits together, 40 bytes of memory each. Of more words a share is compared."""
+"""All splits together, about 70 bytes of memory each. Of more words a share is compared."""
 
 TABLE_BYTES = Limit("MAMBASEQ_MAX_TABLE_BYTES", 2**28, "bytes of a table")
 

@@ -15,9 +15,11 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # of larger alphabets: odd, so that no le
 
 
 def _joined(one: np.ndarray, other: np.ndarray, power: np.uint64, backwards: bool) -> np.ndarray:
-    one = one[: len(other)]
-    other = other[: len(one)]
-    return one + other * power if backwards else one * power + other
+    size = min(len(one), len(other))
+    first, second = (other, one) if backwards else (one, other)
+    found = first[:size] * power
+    found += second[:size]
+    return found
 
 
 def _rolled(letters: np.ndarray, base: np.uint64, backwards: bool) -> np.ndarray:
@@ -37,10 +39,11 @@ def _rolled(letters: np.ndarray, base: np.uint64, backwards: bool) -> np.ndarray
 
 def _mixed(values: np.ndarray) -> np.ndarray:
     """Values with all bits mixed (the finaliser of splitmix64: one to one). In place."""
+    shifted = np.empty_like(values)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values ^= values >> np.uint64(shift)
+        values ^= np.right_shift(values, np.uint64(shift), out=shifted)
         values *= np.uint64(factor)
-    values ^= values >> np.uint64(31)
+    values ^= np.right_shift(values, np.uint64(31), out=shifted)
     return values
 
 
