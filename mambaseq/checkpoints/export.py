@@ -112,6 +112,11 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
         for name in sorted(own.keys() & tensors.keys())
         if tensors[name].shape != own[name].shape
     ]
+    wrong += [
+        f"{name} holds {'complex' if tensors[name].is_complex() else 'real'} numbers, unlike the model's"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].is_complex() != own[name].is_complex()
+    ]
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     problems = wrong + [f"{name} is missing" for name in missing] + [f"{name} is not in the model" for name in extra]
     if problems:

@@ -353,4 +353,9 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} is not a mapping of names to tensors. {remedy}")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise UserError(f"{path}: {shown(name)} is sparse or quantised, not a plain tensor. {remedy}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for any amount of memory
+            raise UserError(f"{path}: {shown(name)} is {tuple(tensor.shape)}, but fewer numbers are there. {remedy}")
     return tensors

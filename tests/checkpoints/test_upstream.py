@@ -182,6 +182,24 @@ def test_damaged_weights_are_named(tmp_path: Path, kept: float) -> None:
         load_upstream(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (torch.Tensor.to_sparse, "A_log' is sparse or quantised"),
+        (lambda tensor: torch.zeros(1, 1).expand_as(tensor), r"A_log' is \(16, 16\), but fewer numbers are there"),
+        (lambda tensor: tensor.to(torch.complex64), "A_log holds complex numbers, unlike the model's"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(tmp_path: Path, change, told: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = to_upstream(causal_lm(**options_from_config(CONFIG)))
+    name = "backbone.layers.0.mixer.A_log"
+    torch.save(tensors | {name: change(tensors[name])}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=told):
+        load_upstream(tmp_path)
+
+
 def test_a_configuration_that_asks_for_more_than_the_weights_have(tmp_path: Path) -> None:
     """It is not built: 64 GB here."""
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2 * 10**9}))

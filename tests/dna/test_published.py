@@ -433,6 +433,7 @@ def test_a_folder_for_the_usual_loader_says_which_command_imports_it(tmp_path: P
         ({"model_type": "stripedhyena", "architectures": ["StripedHyenaModelForCausalLM"]}, "holds an Evo"),
         ({"model_type": "mamba", "hidden_size": 8}, "holds a Mamba. A Mamba or Mamba-2 needs no import"),
         ({"d_model": 8, "layer": {"_name_": "hyena", "l_max": 1026}}, "HyenaDNA in its first form.*ends with -hf"),
+        ({"model_type": ["caduceus"]}, "unknown here"),
         ({"model_type": "gpt2"}, "describes a 'gpt2' model, which is unknown here.*Caduceus-Ph and Caduceus-PS"),
         ([], "holds one list instead of"),
     ],

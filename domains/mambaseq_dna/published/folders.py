@@ -68,8 +68,8 @@ def _kind(config: dict[str, Any], path: Path, folder: Path) -> str:
     code = config.get("auto_map")
     texts = [kind, *(classes if isinstance(classes, list) else []), *(code.values() if isinstance(code, dict) else [])]
     words = " ".join(str(text).lower() for text in [*texts, config.get("_name_or_path")] if text)[:4000]
-    if kind in _READERS:
-        return str(kind)
+    if isinstance(kind, str) and kind in _READERS:
+        return kind
     layer = config.get("layer")
     if isinstance(layer, dict) and layer.get("_name_") == "hyena":
         raise UserError(

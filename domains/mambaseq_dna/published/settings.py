@@ -129,6 +129,8 @@ class Tensors:
             )
         self.left.discard(name)
         tensor = self.tensors[name]
+        if tensor.is_complex():
+            raise UserError(f"{self.source}: {shown(name)} holds complex numbers, which no such model has. {REMEDY}")
         if tuple(tensor.shape) != shape:
             raise UserError(
                 f"{self.source}: {shown(name)} is {tuple(tensor.shape)}, but by the config.json it is {shape}. {REMEDY}"
