@@ -23,7 +23,7 @@ from mambaseq.resources import cache_dir, make_private
 FORMAT = 2
 TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
 DTYPES = ("uint8", "uint16", "uint32")
-_WRITTEN_AT_ONCE = 1 << 20
+_WRITTEN_AT_ONCE = 1 << 19  # below what readers give at once, which is then not copied
 _WAITING = 8  # pieces that a slow disk may be behind
 _LONG = 1 << 20  # tokens of a record whose checksums are worth a thread
 _WORKERS = 4

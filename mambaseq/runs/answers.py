@@ -7,7 +7,7 @@ import abc
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -374,7 +374,7 @@ class Sequences(Answer):
         ]
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
-        how: Pool = self.model.head.pooling
+        how = cast(Pool, self.model.head.pooling)
         pooled = state = None
         condition = self.conditions([(record, span)])
         for start in range(span.start, span.start + 1 if how == "first" else span.stop, CHUNK):

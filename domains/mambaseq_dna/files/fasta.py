@@ -109,12 +109,22 @@ def _checksum(ids: np.ndarray) -> int:
     return digest.intdigest()
 
 
+def _turn(ids: np.ndarray, into: np.ndarray) -> None:
+    """Write `(length,)` uint8 ids in reverse order; eight at a time where they come in eights, several times faster."""
+    if len(ids) % 8:
+        into[:] = ids[::-1]
+        return
+    words = into.view(np.uint64)
+    words[:] = ids.view(np.uint64)[::-1]
+    words.byteswap(inplace=True)
+
+
 def _checksum_of_other_strand(ids: np.ndarray) -> int:
     digest, buffer, turned = xxhash.xxh3_64(), np.empty(_PART, dtype=np.uint8), np.empty(_PART, dtype=np.uint8)
     for stop in range(len(ids), 0, -_PART):
         part = ids[max(stop - _PART, 0) : stop]
         folded, into = fold_case(part, out=buffer[: len(part)]), turned[: len(part)]
-        into[:] = complement(folded, out=folded)[::-1]
+        _turn(complement(folded, out=folded), into)
         digest.update(into.data)
     return digest.intdigest()
 
