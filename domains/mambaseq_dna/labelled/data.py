@@ -20,7 +20,7 @@ from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.base import Names, names_of
 from mambaseq_dna.files.assembly import Assembly
-from mambaseq_dna.files.fasta import strand_checksums
+from mambaseq_dna.labelled.contents import equal_contents
 from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
 from mambaseq_dna.labelled.layouts import Format, Part, parts_of
 from mambaseq_dna.labelled.overlaps import overlapping
@@ -29,7 +29,7 @@ from mambaseq_dna.labelled.splitting import TEST, TRAIN, UNKNOWN, VALIDATION, Sp
 from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
 from mambaseq_dna.labelled.texts import numbered
 from mambaseq_dna.splits import SPLITS, Duplicates
-from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
+from mambaseq_dna.tokenizer import BaseTokenizer
 
 SHIPPED = "mambaseq:data/gue/prom_core_tata.tsv.xz"
 SHIPPED_COLUMNS = ["split", "label", "sequence"]
@@ -337,32 +337,6 @@ class LabelledData(SequenceData):
             return sequences
         return Sequences(sequences.stores, fitted(sequences.places, self.given_length, self.align, self.pad))
 
-    @functools.cached_property
-    def _content(self) -> np.ndarray:
-        """The same number for records whose sequences, as a model is given them, are equal on either strand; -1 for
-        those without a base that is known."""
-        records, shown_ = self._records.sequences, self._fitted
-        known = np.ones(len(records), dtype=bool)
-        checksums = np.zeros(len(records), dtype=np.uint64)
-        whole = (
-            ~self._intervals()
-            & (records.places[:, 2] == 0)
-            & (shown_.places[:, 2:4] == records.places[:, 2:4]).all(axis=1)
-        )
-        for number, store in enumerate(records.stores):
-            mine = whole & (records.places[:, 0] == number)
-            mine[mine] = store.lengths[records.places[mine, 1]] == records.places[mine, 3]
-            checksums[mine] = store.checksums[records.places[mine, 1]].min(axis=1)
-            if mine.any():
-                has = np.logical_or.reduceat(fold_case(store.tokens) != N, store.starts)
-                known[mine] = has[records.places[mine, 1]]
-            whole[(records.places[:, 0] == number) & ~mine] = False
-        for row in np.flatnonzero(~whole).tolist():
-            ids = np.ascontiguousarray(shown_.read(row))
-            checksums[row] = min(strand_checksums(ids))
-            known[row] = bool((fold_case(ids) != N).any())
-        return np.where(known, np.unique(checksums, return_inverse=True)[1].reshape(-1), -1)
-
     def _split(self, refuse_copies: bool) -> _Split:
         """Splits and targets. refuse_copies: False leaves copies that are refused where they are."""
         records = self._records
@@ -377,7 +351,7 @@ class LabelledData(SequenceData):
             splits = np.where(splits == UNKNOWN, split_numbers(self._texts(self.split), where), splits)
         labels = self._texts(0, of_labels=True) if self._task == "classes" else []
         strata = numbered(labels)[1] if labels else np.zeros(count, dtype=np.int64)
-        content = self._content
+        content = equal_contents(records.sequences, self._intervals(), self.given_length, self.align)
         self.plan.assign(splits, self._groups, content, strata)
         keep = content >= 0
         if not keep.all():

@@ -26,6 +26,8 @@ class HeaderField:
 
     def __init__(self, text: str) -> None:
         self.text, self.key = text, ""
+        if not text:
+            raise ConfigError("An empty text is no place in a header. Name a key, or field:2, or word:1.")
         found = _PLACE.fullmatch(text)
         if found is None:
             self.key = text
