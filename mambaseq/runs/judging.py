@@ -148,7 +148,8 @@ class Judge:
             level = low <= 0 <= high
         chance = ", which chance alone may make" if level else ""
         if ahead:
-            several = f" So are {cut_list([one for one in ahead if one != best['name']])}." if len(ahead) > 1 else ""
+            others = [one for one in ahead if one != best["name"]]
+            several = f" So {'is' if len(others) == 1 else 'are'} {cut_list(others)}." if others else ""
             return (
                 f"A baseline is ahead of this run: {best['name']}, {self.main} {value:.3f} against {own:.3f}{between}"
                 f"{chance}.{several}"

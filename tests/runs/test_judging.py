@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pages import blocks, run_cell
 
 import mambaseq as ms
 from mambaseq.batch import Batch
@@ -175,3 +177,14 @@ def test_what_is_constant_is_the_training_sets_share() -> None:
     answer = torch.as_tensor(constant(items, items[:2], 3).outputs)
     assert answer.shape == (2, 3)
     assert answer[0].sigmoid().tolist() == pytest.approx([3 / 4, 2 / 3, 1 / 3], abs=1e-3)
+
+
+def test_the_page_on_evaluation_runs() -> None:
+    names: dict[str, Any] = {}
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    for language, text, line in blocks(page):
+        assert language == "python"
+        run_cell(text, page, line, names)
+    assert "95% alike" in names["html"]
+    items = Parity().test()
+    assert np.asarray(names["Mine"]().baselines()["first token"](items).outputs).shape == (30, 2)
