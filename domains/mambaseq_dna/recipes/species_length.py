@@ -25,7 +25,7 @@ FLOORS = {
 def rungs(context: Context) -> list[Rung]:
     """The ladder of lengths."""
     full = [Rung(2**10, 800), Rung(2**12, 400), Rung(2**14, 200), Rung(2**16, 100), Rung(2**17, 70)]
-    return context.at(full=full, small=full[:2], tiny=[Rung(256, 20), Rung(512, 20)])
+    return context.at(full=full, small=full[:2], tiny=[Rung(32, 20), Rung(64, 20)])
 
 
 def run(context: Context) -> list[Table]:
