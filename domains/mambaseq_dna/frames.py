@@ -36,29 +36,29 @@ def _one_strand(ids: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     first, second, third = bases[:, :length], bases[:, 1 : length + 1], bases[:, 2:]
     whole = (torch.stack((first, second, third)) < N).all(0) & (place + 2 < stop)
     code = torch.where(whole, first * 16 + second * 4 + third, 64)
-    is_stop = torch.isin(code, torch.tensor([_code(codon) for codon in STOPS], device=ids.device))
+    is_stop = torch.stack([code == _code(codon) for codon in STOPS]).any(0)  # numbers, which a CUDA graph can hold
     is_start = code == _code("ATG")
 
     filled = -length % 3
 
-    def by_frame(values: Tensor, fill: int) -> Tensor:  # (batch, length) → (batch, codons, 3)
-        return F.pad(values, (0, filled), value=fill).view(batch, -1, 3)
+    def by_frame(values: Tensor, fill: int) -> Tensor:  # (batch, length) → (batch, 3, codons), which scans run along
+        return F.pad(values, (0, filled), value=fill).view(batch, -1, 3).transpose(1, 2).contiguous()
 
     def flat(values: Tensor) -> Tensor:
-        return values.reshape(batch, -1)[:, :length]
+        return values.transpose(1, 2).reshape(batch, -1)[:, :length]
 
     far = length + 3
     here = place.expand(batch, -1)
     # within a frame: the stop before each codon, the stop at it or behind it, the start at it or behind it
-    before = by_frame(torch.where(is_stop, here, -far), -far).cummax(1).values
-    before = flat(F.pad(before, (0, 0, 1, 0), value=-far)[:, :-1])
-    behind = flat(by_frame(torch.where(is_stop, here, far), far).flip(1).cummin(1).values.flip(1))
-    begins = by_frame(torch.where(is_start, here, far), far).flip(1).cummin(1).values.flip(1)  # (batch, codons, 3)
+    before = by_frame(torch.where(is_stop, here, -far), -far).cummax(2).values
+    before = flat(F.pad(before, (1, 0), value=-far)[..., :-1])
+    behind = flat(by_frame(torch.where(is_stop, here, far), far).flip(2).cummin(2).values.flip(2))
+    begins = flat(by_frame(torch.where(is_start, here, far), far).flip(2).cummin(2).values.flip(2))
     # a frame is cut at the ends of its sequence: at the last codon that begins before it, the first that leaves it
     before = torch.maximum(before, here - 3 * ((here - start) // 3 + 1))
     behind = torch.minimum(behind, here + 3 * torch.clamp((stop - here) // 3, min=0))
     opened = before + 3  # the first codon of the open frame
-    begun = flat(begins.reshape(batch, -1)).gather(1, opened.clamp(0, length - 1))
+    begun = begins.gather(1, opened.clamp(0, length - 1))
     started = (begun <= here) & (begun < behind)
     reach = torch.where(started, behind - begun, 0)
     features = (behind - before, reach, behind - here)

@@ -104,7 +104,8 @@ def test_the_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(yeast_genes, "CHROMOSOMES", ["I", "II", "IV", "V", "XIII"])
     for name, (make, _, wanted) in yeast_genes.MODELS.items():
         monkeypatch.setitem(yeast_genes.MODELS, name, (make, ["Scer_S288C"], wanted))
-    names = [*list(yeast_genes.MODELS)[1:], yeast_genes.BOOSTED, yeast_genes.CONSTANT]
+    _, alone, _, cnn = yeast_genes.MODELS
+    names = [alone, cnn, yeast_genes.BOOSTED_FRAMES, yeast_genes.BOOSTED, yeast_genes.CONSTANT]
     context = Context(torch.device("cpu"), "tiny", [0], tmp_path / "out", names, data=tmp_path)
     (tmp_path / "out").mkdir()
     (table,) = yeast_genes.run(context)

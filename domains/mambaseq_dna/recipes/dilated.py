@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.bidirectional import refuse_states
-from mambaseq.encoders import TokenEncoder
 from mambaseq.heads.positions import TokenClassificationHead
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel
-from mambaseq_dna.tokenizer import BASES
 
 KERNEL = 5
 
@@ -66,8 +64,6 @@ class DilatedStack(Backbone):
         refuse_states("convolutional")
 
 
-def dilated_cnn(n_classes: int, d_model: int, dilations: Sequence[int]) -> SequenceModel:
-    """Bases, dilated convolutions, and a class a base."""
-    return SequenceModel(
-        TokenEncoder(d_model, len(BASES)), DilatedStack(d_model, dilations), TokenClassificationHead(d_model, n_classes)
-    )
+def dilated_cnn(encoder: nn.Module, n_classes: int, d_model: int, dilations: Sequence[int]) -> SequenceModel:
+    """An encoder, dilated convolutions, and a class a base."""
+    return SequenceModel(encoder, DilatedStack(d_model, dilations), TokenClassificationHead(d_model, n_classes))

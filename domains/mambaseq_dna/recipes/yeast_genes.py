@@ -7,6 +7,7 @@ Nature Genetics 49, 2017. There is no published result with this split; what the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from mambaseq.reproduction.batches import BatchOf, numbers
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.gff import read_gff
+from mambaseq_dna.frames import FrameEncoder, frame_features
 from mambaseq_dna.labels import Classes, Runs, paint
 from mambaseq_dna.recipes.common import other_strand, turned
 from mambaseq_dna.recipes.dilated import dilated_cnn
@@ -238,18 +240,25 @@ def codon_counts(ids: np.ndarray, places: np.ndarray, window: int) -> np.ndarray
     return np.bincount((rows + code).ravel(), minlength=len(places) * 193).reshape(-1, 193)[:, :192].astype(np.float32)
 
 
-def boosted(yeasts: Yeasts, seed: int, n_train: int, n_test: int, rounds: int) -> dict[str, float]:
-    """Gradient boosting on codon counts of the 300 bases around a base, on bases drawn from all of S288C's."""
+def boosted(
+    yeasts: Yeasts, seed: int, n_train: int, n_test: int, rounds: int, sizes: Sizes | None = None
+) -> dict[str, float]:
+    """Gradient boosting on codon counts of the 300 bases around a base, on bases drawn from all of S288C's.
+
+    sizes: also on the open reading frames around a base, in such windows.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     rng = np.random.default_rng(seed)
     half = BOOSTED_WINDOW // 2
 
     def drawn(numbers: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-        parts = [yeasts.chromosome(f"{REFERENCE}_chr{number}", half) for number in numbers]
+        pad = half if sizes is None else max(half, sizes.length)
+        parts = [yeasts.chromosome(name, pad) for name in _of_reference(numbers)]
         ids, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
         places = np.sort(rng.choice(np.flatnonzero(labels != NONE), n, replace=False))
-        return codon_counts(ids, places, BOOSTED_WINDOW), labels[places]
+        counts = codon_counts(ids, places, BOOSTED_WINDOW)
+        return (counts if sizes is None else np.hstack((counts, frames_at(ids, places, sizes)))), labels[places]
 
     for_training = [number for number in CHROMOSOMES if number not in (*TEST, *VALIDATION)]
     classifier = HistGradientBoostingClassifier(random_state=seed, max_iter=rounds)
@@ -258,11 +267,26 @@ def boosted(yeasts: Yeasts, seed: int, n_train: int, n_test: int, rounds: int) -
     return scores(counted(labels, classifier.predict(features)))
 
 
-def mamba(context: Context) -> SequenceModel:
-    """Words of six bases at each base; layers that read codons both ways."""
+def frames_at(ids: np.ndarray, places: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """What the reading frames around some bases say, `(places, features)` float32, in windows as those of a model: with
+    at least `margin` bases on either side."""
+    step = sizes.length - 2 * sizes.margin
+    found = []
+    for start in range(0, len(ids) - sizes.length + 1, step):
+        first = start + sizes.margin
+        here = places[(places >= first) & (places < first + step)]
+        if len(here):
+            window = torch.from_numpy(ids[start : start + sizes.length].astype(np.int64))
+            found.append(frame_features(window[None])[0].numpy()[here - start])
+    return np.concatenate(found)
+
+
+def mamba(context: Context, frames: bool = True) -> SequenceModel:
+    """Words of six bases at each base, and its open reading frames if wanted; layers that read codons both ways."""
+    k = context.at(full=6, small=6, tiny=2)
     spec: dict[str, Any] = {
         "d_model": context.at(full=192, small=64, tiny=16),
-        "encoder": {"name": "dna/kmer", "k": context.at(full=6, small=6, tiny=2), "stride": 1},
+        "encoder": {"name": "dna/frames", "k": k} if frames else {"name": "dna/kmer", "k": k, "stride": 1},
         "backbone": {
             "name": "dna/codons",
             "n_layers": context.at(full=8, small=4, tiny=1),
@@ -276,9 +300,11 @@ def mamba(context: Context) -> SequenceModel:
 
 
 def cnn(context: Context) -> SequenceModel:
-    """A residual stack of dilated convolutions over bases, which sees 4,094 bases to either side."""
+    """The same words and frames; a residual stack of dilated convolutions, which sees 4,094 bases to either side."""
     dilations = [2**i for i in range(context.at(full=11, small=8, tiny=2))]
-    return dilated_cnn(len(CLASSES.names), context.at(full=96, small=32, tiny=8), dilations)
+    d_model = context.at(full=96, small=32, tiny=8)
+    encoder = FrameEncoder(d_model, context.at(full=6, small=6, tiny=2))
+    return dilated_cnn(encoder, len(CLASSES.names), d_model, dilations)
 
 
 ALL, ALONE = f"{len(GENOMES)} genomes", "S288C alone"
@@ -286,9 +312,11 @@ ALL, ALONE = f"{len(GENOMES)} genomes", "S288C alone"
 MODELS: dict[str, tuple[Callable[[Context], SequenceModel], Sequence[str], tuple[Bound, ...]]] = {
     f"Mamba over codons, {ALL}": (mamba, GENOMES, (Bound("accuracy", ">=", 0.97),)),
     f"Mamba over codons, {ALONE}": (mamba, [REFERENCE], ()),
+    f"Mamba over codons without frames, {ALL}": (functools.partial(mamba, frames=False), GENOMES, ()),
     f"dilated CNN, {ALL}": (cnn, GENOMES, ()),
 }
-BOOSTED, CONSTANT = "gradient boosting, codon counts of 300 bases", "one class for all bases"
+BOOSTED, BOOSTED_FRAMES = "gradient boosting, codon counts of 300 bases", "gradient boosting, codon counts and frames"
+CONSTANT = "one class for all bases"
 
 
 def trained(context: Context, yeasts: Yeasts, name: str, sizes: Sizes, seed: int, checkpoint: Path) -> dict[str, float]:
@@ -362,16 +390,17 @@ def run(context: Context) -> list[Table]:
     n_train, n_test, rounds = context.at(
         full=(BOOSTED_TRAIN, BOOSTED_TEST, 300), small=(20_000, 5_000, 100), tiny=(100, 50, 2)
     )
-    wanted = context.wanted([*MODELS, BOOSTED, CONSTANT])
+    wanted = context.wanted([*MODELS, BOOSTED_FRAMES, BOOSTED, CONSTANT])
     yeasts = Yeasts(context)
     lines = []
     for name in wanted:
         if name == CONSTANT:
             lines.append(Line(name, {key: [value] for key, value in constant(yeasts).items()}))
-        elif name == BOOSTED:
+        elif name in (BOOSTED, BOOSTED_FRAMES):
+            frames = sizes if name == BOOSTED_FRAMES else None
             found = context.over_seeds(
                 f"{name} n={n_train}",
-                lambda seed, _: boosted(yeasts, seed, n_train, n_test, rounds),
+                lambda seed, _, frames=frames: boosted(yeasts, seed, n_train, n_test, rounds, frames),  # type: ignore[misc]
             )
             lines.append(Line(name, found, note=f"{n_train:,} training bases, {n_test:,} test bases"))
         else:
@@ -405,7 +434,8 @@ def _about(sizes: Sizes) -> str:
         f"chromosomes but {', '.join(VALIDATION)}, of S288C alone or of {len(GENOMES)} genomes (six strains of "
         "S. cerevisiae, three of S. paradoxus, S. arboricola), in which the same chromosomes are held out; "
         "UWOPS034614, UFRJ50816 and UWOPS919171 are left out, because they have parts of the held-out chromosomes on "
-        f"others. Windows of {sizes.length:,} bases, "
+        f"others. Models read words of six bases and how far the open reading frames around each base reach; the line "
+        f"without frames has the words alone. Windows of {sizes.length:,} bases, "
         f"{sizes.steps:,} steps of {sizes.batch_size}, one half as the other strand; bf16 on a GPU. Tested in windows "
         f"that overlap by {2 * sizes.margin:,} bases, answers of both strands averaged. A gene is exact if every base "
         "from before its start to behind its end is told right for its strand; there are 1,534 genes with 71 introns. "
