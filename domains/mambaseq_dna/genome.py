@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.intervals import Group
 from mambaseq.data.masking import MaskedItems, MaskRule, Objective, same_tokens
 from mambaseq.data.windows import next_token
+from mambaseq.errors import DataError
 from mambaseq_dna.base import FastaData, Names
 from mambaseq_dna.files.fasta import Lowercase
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST
 from mambaseq_dna.split_intervals import Extend
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case, is_lowercase
+
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,17 @@ def _unscored(tokens: np.ndarray, lowercase: Lowercase) -> np.ndarray:
     """Tokens of a store that are never a target; bool."""
     unscored = fold_case(tokens) == N
     return unscored | is_lowercase(tokens) if lowercase == "unscored" else unscored
+
+
+def _any_scored(groups: Sequence[Group]) -> bool:
+    """Whether a base is in upper case."""
+    for group in groups:
+        for interval in group.intervals:
+            ids = interval.store[interval.record]
+            for start in range(interval.start, interval.stop, _CHUNK):
+                if (ids[start : min(start + _CHUNK, interval.stop)] < N).any():  # nearly always at once
+                    return True
+    return False
 
 
 class GenomeData(FastaData):
@@ -113,6 +129,16 @@ class GenomeData(FastaData):
         self.task = objective
         span = self.length + (self.rule is None)
         self.rules = dataclasses.replace(self.rules, intervals=intervals, extend=extend, span=span)
+
+    def setup(self) -> None:
+        """As `FastaData.setup`. Raises DataError too if `lowercase: unscored` leaves nothing to learn."""
+        super().setup()
+        assert self._splits is not None
+        if self.lowercase == "unscored" and not _any_scored(self._splits.train):
+            raise DataError(
+                "All training data are in lower case, of which data.lowercase: unscored makes no target, so there is "
+                "nothing to learn. Set data.lowercase to fold, or give a genome whose repeats alone are in lower case."
+            )
 
     @property
     def complement(self) -> list[int]:  # type: ignore[override]

@@ -247,6 +247,17 @@ def test_records_that_are_too_short_are_counted(tmp_path: Path, caplog: pytest.L
     assert validation.startswith("validation set: 1 of 2 records are left out, with 5.0% of the tokens")
 
 
+def test_lower_case_alone(tmp_path: Path) -> None:
+    """It is read like any other, unless lower case is no target."""
+    options: dict[str, Any] = {"length": 20, "cache": str(tmp_path)}
+    path = fasta(tmp_path, "x.fa", a=bases(300).lower(), b="n" * 20)
+    assert GenomeData(fasta=[path], **options).train()[0].inputs.max() < 4
+    with pytest.raises(DataError, match=r"All training data are in lower case.*Set data\.lowercase to fold"):
+        GenomeData(fasta=[path], lowercase="unscored", **options).setup()
+    with_one = fasta(tmp_path, "y.fa", a=bases(300).lower(), c=bases(100).lower() + "A" + bases(199, 1).lower())
+    GenomeData(fasta=[with_one], lowercase="unscored", **options).setup()
+
+
 def test_sources_follow_what_files_hold(tmp_path: Path) -> None:
     path = fasta(tmp_path, "x.fa", a=bases(100))
     (tmp_path / "more").mkdir()

@@ -256,7 +256,9 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest
     assert len(fasta_store(path, tmp_path / "cache").tokens) == 80 * 2**20
 
 
-def test_strand_checksums() -> None:
+@pytest.mark.parametrize("on_threads_from", [1 << 24, 5000])
+def test_strand_checksums(monkeypatch: pytest.MonkeyPatch, on_threads_from: int) -> None:
+    monkeypatch.setattr("mambaseq_dna.files.fasta._WORTH_A_THREAD", on_threads_from)
     keep = BaseTokenizer("keep")
     rng = np.random.default_rng(0)
     for length in (1, 20, 4096, 4097, 2**20 + 5):
