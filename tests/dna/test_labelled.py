@@ -157,7 +157,7 @@ def test_cutting_is_said_and_copies_are_what_the_model_sees(caplog: pytest.LogCa
     table = [("train", "AAACGTAAA", 0), ("train", "CCCCCCCCC", 1), ("dev", "GGG", 0), ("test", "TTAATTTT", 1)]
     written(Path("t.csv"), table, "split,sequence,label")
     options = {"files": "t.csv", "split": "split", "length": 3, "pad": True}
-    with pytest.raises(DataError, match=r"t.csv, line 3 \(train\) holds the same sequence as t.csv, line 4 \(val"):
+    with pytest.raises(DataError, match=r"t.csv, line 3 \(train\) holds the same sequence .* as t.csv, line 4 \(val"):
         made(**options)  # CCC is the other strand of GGG
     with pytest.raises(DataError, match=r"t.csv, line 5: the label '1' is not that of any training"):
         made(**options, duplicates="drop")
@@ -171,8 +171,8 @@ def test_copies_are_dropped_from_what_is_less_protected(caplog: pytest.LogCaptur
     written(Path("t.csv"), table, "split,sequence,label")
     data = made(files="t.csv", split="split", duplicates="drop")
     assert [len(part) for part in (data.train(), data.validation(), data.test())] == [2, 1, 2]
-    assert "3 record(s) are left out" in caplog.text
-    assert "2 of them have another label" in caplog.text
+    assert "3 record(s) are left out, because of records in a more protected split" in caplog.text
+    assert ": 3 holds the same sequence (or its other strand) as another, 2 of them with another label" in caplog.text
     assert {name: len(part) for name, part in data.audited().splits.items()} == {"train": 2, "validation": 1, "test": 2}
     audited = LabelledData(files="t.csv", split="split").audited()  # which a run refuses
     assert {name: len(part) for name, part in audited.splits.items()} == {"train": 4, "validation": 2, "test": 2}
@@ -245,6 +245,12 @@ def test_groups_stay_on_one_side() -> None:
         made(files="t.csv", group="gene", test_fraction=0.01)
     with pytest.raises(ConfigError, match=r"name groups, but the records have none. .*data.group"):
         made(files="t.csv", test_groups=["gene3"])
+    written(Path("more.csv"), [(bases(), 1, "gene9"), (bases(), 0, "gene10")], "sequence,label,gene")
+    given = {"files": "t.csv", "test_files": "more.csv", "group": "gene", "validation_groups": ["gene3"]}
+    with pytest.raises(DataError, match=r"t.csv, line 92 \(train\) is of the same group as more.csv, line 2 \(test\)"):
+        made(**given)
+    data = made(**given, duplicates="drop")
+    assert [len(part) for part in (data.train(), data.validation(), data.test())] == [80, 10, 2]
 
 
 def test_values_and_labels() -> None:

@@ -25,7 +25,19 @@ from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
 from mambaseq_dna.labelled.layouts import Format, Part, parts_of
 from mambaseq_dna.labelled.overlaps import overlapping
 from mambaseq_dna.labelled.sources import Reading, Source, is_row, read_source
-from mambaseq_dna.labelled.splitting import TEST, TRAIN, UNKNOWN, VALIDATION, SplitPlan, split_numbers, without_copies
+from mambaseq_dna.labelled.splitting import (
+    COPIES,
+    GROUPS,
+    OVERLAPS,
+    TEST,
+    TRAIN,
+    UNKNOWN,
+    VALIDATION,
+    SplitPlan,
+    crossing,
+    split_numbers,
+    without_copies,
+)
 from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
 from mambaseq_dna.labelled.texts import numbered
 from mambaseq_dna.splits import SPLITS, Duplicates
@@ -357,8 +369,13 @@ class LabelledData(SequenceData):
         if not keep.all():
             logger.warning("%s record(s) hold no base but N, and are left out.", f"{int((~keep).sum()):,}")
         if refuse_copies or self.duplicates == "drop":
-            overlaps = overlapping(self._fitted.places, splits, self._intervals())
-            keep &= without_copies(splits, content, overlaps, where, self.duplicates, strata if labels else None)
+            others = {
+                COPIES: crossing(content, splits),
+                OVERLAPS: overlapping(self._fitted.places, splits, self._intervals()),
+            }
+            if self.group is not None:
+                others[GROUPS] = crossing(numbered(self._groups or ())[1], splits)
+            keep &= without_copies(splits, others, where, self.duplicates, strata if labels else None)
         if not (splits[keep] == TRAIN).any():
             raise DataError(
                 "The training set has no record. Check what data.test_groups, files and copies leave to it."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -16,7 +16,13 @@ from mambaseq_dna.splits import SPLITS, Duplicates
 
 TRAIN, VALIDATION, TEST = range(3)
 UNKNOWN = -1
-_PROTECTED = (TEST, VALIDATION, TRAIN)
+_RANK = np.array([2, 1, 0])  # of a split: test is protected most
+COPIES, OVERLAPS, GROUPS = (
+    "holds the same sequence (or its other strand) as",
+    "shares bases with",
+    "is of the same group as",
+)
+"""What records of two splits may have in common."""
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +135,7 @@ class SplitPlan:
                             "it in only one."
                         )
         numbers = np.array([taken.get(name, UNKNOWN) for name in names], dtype=np.int64)[of]
-        free = (splits == UNKNOWN) & (numbers != UNKNOWN)
+        free = np.isin(splits, (UNKNOWN, TRAIN)) & (numbers != UNKNOWN)
         splits[free] = numbers[free]
 
 
@@ -138,53 +144,52 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"chr{pattern}") or fnmatchcase(f"chr{name}", pattern)
 
 
+def crossing(units: np.ndarray, splits: np.ndarray) -> np.ndarray:
+    """For each record, the number of one of the same unit in a more protected split (test, then validation); -1 if
+    there is none. `(records,)` int64. units: -1 is none."""
+    rank = _RANK[splits]
+    order = np.lexsort((rank, units))  # the most protected record of each unit first
+    _, first = np.unique(units[order], return_index=True)
+    best = order[np.repeat(first, np.diff(np.append(first, len(order))))]
+    found = np.full(len(units), -1, dtype=np.int64)
+    found[order] = np.where((rank[best] < rank[order]) & (units[order] >= 0), best, -1)
+    return found
+
+
 def without_copies(
     splits: np.ndarray,
-    content: np.ndarray,
-    overlaps: np.ndarray,
+    others: Mapping[str, np.ndarray],
     where: Callable[[int], str],
     duplicates: Duplicates,
     labels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The records to keep, `(records,)` bool: none of them is in two splits.
+    """The records to keep, `(records,)` bool: what belongs together is in one split.
 
-    content: the same number for sequences that are equal, or the reverse complement of each other; -1 for none that
-    counts. overlaps: the number of a record in another split that shares a part of the assembly, -1 for none. Of
-    copies, those of test are kept before those of validation, and these before those of training. labels: the class of
-    each record, to say how many copies have another one.
-    Raises DataError if there are copies, and they are refused.
+    others: by what they have in common (see `COPIES`), for each record the number of one in a more protected split, or
+    -1. labels: the class of each record, to say how many copies have another one.
+    Raises DataError if there are such records, and they are refused.
     """
-    keep = np.ones(len(splits), dtype=bool)
-    rank = np.empty(len(splits), dtype=np.int64)
-    for place, split in enumerate(_PROTECTED):
-        rank[splits == split] = place
-    best = np.full(int(content.max(initial=-1)) + 1, len(_PROTECTED))
-    np.minimum.at(best, content[content >= 0], rank[content >= 0])
-    copies = (content >= 0) & (rank > best[content])
-    keep &= ~copies & (overlaps < 0)
+    keep = np.all([found < 0 for found in others.values()], axis=0)
     left_out = int((~keep).sum())
     if not left_out:
         return keep
     if duplicates == "refuse":
         row = int(np.argmin(keep))
-        other = int(np.flatnonzero((content == content[row]) & (rank < rank[row]))[0]) if copies[row] else overlaps[row]
-        what = "holds the same sequence as" if copies[row] else "shares bases with"
+        what, found = next((what, found) for what, found in others.items() if found[row] >= 0)
+        other = int(found[row])
         raise DataError(
-            f"{where(row)} ({SPLITS[splits[row]]}) {what} {where(int(other))} ({SPLITS[splits[other]]}), or its other "
-            f"strand. {left_out:,} such record(s) are in two splits. Remove them, or set data.duplicates to drop, "
-            "which leaves them out of training before validation before test."
+            f"{where(row)} ({SPLITS[splits[row]]}) {what} {where(other)} ({SPLITS[splits[other]]}). {left_out:,} such "
+            "record(s) are in two splits. Remove them, or set data.duplicates to drop, which leaves them out of "
+            "training before validation before test."
         )
-    conflicting = ""
-    if labels is not None and copies.any():
-        first = np.full(len(best), -1, dtype=np.int64)
-        kept = np.flatnonzero(keep & (content >= 0))[::-1]
-        first[content[kept]] = labels[kept]
-        number = int((copies & (labels != first[content])).sum())
-        conflicting = f"; {number:,} of them have another label than the copy that is kept" if number else ""
+    told = [f"{int((found >= 0).sum()):,} {what} another" for what, found in others.items() if (found >= 0).any()]
+    copies = np.flatnonzero(others[COPIES] >= 0)
+    conflicting = 0 if labels is None else int((labels[copies] != labels[others[COPIES][copies]]).sum())
     logger.warning(
-        "data.duplicates: %s record(s) are left out, because a more protected split (test, then validation) holds "
-        "their sequence, its other strand, or a part of it%s.",
+        "data.duplicates: %s record(s) are left out, because of records in a more protected split (test, then "
+        "validation): %s%s.",
         f"{left_out:,}",
-        conflicting,
+        "; ".join(told),
+        f", {conflicting:,} of them with another label" if conflicting else "",
     )
     return keep
