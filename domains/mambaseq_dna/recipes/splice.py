@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,6 +127,7 @@ def fitted(context: Context, name: str, ids: np.ndarray, labels: np.ndarray, see
         regression = LogisticRegression(C=0.1, max_iter=500).fit(one_hot(ids), labels)
         return lambda some: np.concatenate([regression.predict_proba(one_hot(x)) for x in _pieces(some)])
     torch.manual_seed(seed)
+    model: Any
     if name == CNN:
         model = SmallCNN(len(CLASSES), context.at(full=128, small=64, tiny=8), len(BASES), LENGTH)
     else:
