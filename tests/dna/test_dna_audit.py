@@ -13,6 +13,7 @@ import pytest
 import yaml
 from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.genome import GenomeData
+from mambaseq_dna.labelled.data import LabelledData
 from mambaseq_dna.species import SHIPPED, SHIPPED_TEST, SpeciesData
 from mambaseq_dna.tokenizer import BaseTokenizer
 from pages import blocks
@@ -168,6 +169,8 @@ def test_the_page_tells_what_its_command_prints(
     found = json.loads((tmp_path / "audit.json").read_text())["splits"][0]
     assert (found["pieces"], found["touched"], found["half"]) == (613, 34, 26)
     assert (tmp_path / "audit.html").stat().st_size > 10_000
+    dropped = audit(LabelledData(duplicates="drop").audited()).sharing.splits[0]
+    assert (dropped.copies.copied, f"{dropped.share:.1%} of the words of test" in text) == (0, True)
 
 
 def test_repeats_of_a_genome_are_told_and_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
