@@ -2,8 +2,9 @@
 
     python benchmarks/dna_reading.py [--megabases 200] [--records 1000000]
 
-A genome (few long records, lines of 60), the same gzipped, one line a record, and many records of 20 bases; random
-bases, on one core.
+A genome (few long records, lines of 60), the same gzipped, one line a record, many records of 20 bases, and the genome
+as four gzipped files, read side by side; random bases. Reading and writing have a thread each, and so have checksums:
+on two cores (`taskset -c 0,1`), more than 200 MB/s of the plain genome are to be stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from mambaseq_dna.files.fasta import fasta_store, read_fasta
+from mambaseq_dna.files.fasta import fasta_store, fasta_stores, read_fasta
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 from mambaseq.data.store import TokenStore
@@ -46,10 +47,20 @@ def write_files(folder: Path, megabases: int, records: int) -> dict[str, Path]:
     return paths
 
 
+def write_parts(folder: Path, genome: Path) -> list[Path]:
+    """A gzipped file for each record."""
+    paths = []
+    for number, record in enumerate(genome.read_bytes().split(b">")[1:]):
+        paths.append(folder / f"part{number}.fa.gz")
+        paths[-1].write_bytes(gzip.compress(b">" + record, compresslevel=1))
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="speed of FASTA and of token stores")
     parser.add_argument("--megabases", type=int, default=200)
     parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--best-of", type=int, default=1, help="how often a store is built; the quickest time counts")
     parser.add_argument("--profile", choices=("genome", "tiny"), help="show where the time goes for one of them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -57,9 +68,11 @@ def main() -> None:
         for kind, path in write_files(folder, arguments.megabases, arguments.records).items():
             if arguments.profile == kind:
                 cProfile.runctx("fasta_store(path, folder / 'profiled')", globals(), locals(), sort="tottime")
-            start = time.perf_counter()
-            store = fasta_store(path, folder / "cache")
-            built = time.perf_counter() - start
+            built = float("inf")
+            for attempt in range(arguments.best_of):
+                start = time.perf_counter()
+                store = fasta_store(path, folder / f"cache{attempt}")
+                built = min(built, time.perf_counter() - start)
             n, bases = len(store), len(store.tokens)
             start = time.perf_counter()
             TokenStore(store.folder)
@@ -75,6 +88,11 @@ def main() -> None:
                 f"reader {read:6.2f} s ({n / read:,.0f} records/s), peak {peak:,.0f} MiB",
                 flush=True,
             )
+        parts = write_parts(folder, folder / "genome.fa")
+        start = time.perf_counter()
+        bases = sum(len(store.tokens) for store in fasta_stores(parts, folder / "cache of parts"))
+        took = time.perf_counter() - start
+        print(f"{len(parts)} x gzip {bases / 1e6:16.0f} Mb: stores {took:5.2f} s ({bases / took / 1e6:5.0f} MB/s)")
 
 
 if __name__ == "__main__":
