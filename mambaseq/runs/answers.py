@@ -27,6 +27,10 @@ CHUNK = 8192
 """Positions read at once where the state is passed on."""
 
 _POOLED = (ClassificationHead, MultilabelHead, RegressionHead)  # of one vector for all positions, see `pool`
+WHOLE = {"cpu": 2**15}
+"""Positions that are read at once where they need not be: these take a third of a GB on a CPU."""
+
+_WHOLE = 2**20  # on another device
 _LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's would not fit
 _COLUMNS = 100  # classes that get a column of probabilities each, in tables with a row for each position
 
@@ -136,6 +140,11 @@ class Answer(abc.ABC):
         """Those of the records, `(spans,)` int64; None for a model that has none."""
         found = [record.condition for record, _ in pieces]
         return None if None in found else torch.tensor(found, device=self.device)
+
+    @property
+    def at_once(self) -> int:
+        """Positions that are read together in a batch, or in a span that could be read in parts, at most."""
+        return WHOLE.get(self.device.type, _WHOLE)
 
     def long(self, span: Span) -> bool:
         """Whether a span is read in parts."""
@@ -325,6 +334,9 @@ class Sequences(Answer):
         super().__init__(loaded, window)
         self.classes, self.several = classes, several
         self.whole = type(self).whole and type(self.model.head) not in _POOLED
+
+    def long(self, span: Span) -> bool:
+        return super().long(span) and (self.each or span.stop - span.start > self.at_once)
 
     def _note(self, record: Record, start: int, stop: int) -> str:
         scored = _scored(record, start, stop)

@@ -360,6 +360,7 @@ def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[Fo
     window = answer.window or CHUNK
     for length, numbers in by_length.items():
         at_once = max(batch_size, batch_size * window // length) if length < window else batch_size
+        at_once = max(min(at_once, answer.at_once // length), 1)
         for first in range(0, len(numbers), at_once):
             some = numbers[first : first + at_once]
             answers = answer.answers([(gathered[number].record, gathered[number].span) for number in some])

@@ -107,8 +107,8 @@ class Run:
         """Predictions for every record of files that the run's reader understands.
 
         out: a file to write, as with `mambaseq predict`; without one they are returned as a table.
-        options: see `mambaseq.runs.prediction.predict` (reader, condition, condition_column, window, batch_size,
-            device, skip_bad, ...).
+        options: see `mambaseq.runs.prediction.predict` (reader, condition, condition_column, window, stride, merge,
+            both_strands, regions, columns, batch_size, device, skip_bad, ...).
         """
         if not inputs:
             raise ConfigError("predict needs at least one file: run.predict('records.fa').")

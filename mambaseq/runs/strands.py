@@ -42,6 +42,9 @@ class BothStrands(Answer):
         self.answer.overlap(stride)
         self.window, self.stride = self.answer.window, stride
 
+    def long(self, span: Span) -> bool:
+        return self.answer.long(span)
+
     def spans(self, record: Record) -> Iterator[Span]:
         return self.answer.spans(record)
 

@@ -11,7 +11,8 @@ from runs.test_prediction import DNA, TEXT, classifier, fasta, language_model, s
 
 import mambaseq as ms
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.runs.answers import Found, Span
+from mambaseq.runs import answers
+from mambaseq.runs.answers import Found, Sequences, Span
 from mambaseq.runs.overlaps import Merger
 
 
@@ -49,6 +50,17 @@ def test_what_no_window_knows_has_no_value_and_bins_stay_bins() -> None:
     merger.add(Found(4, 10, 4, np.array([[4.0], [8.0]])))  # the last bin has two positions
     (found,) = merger.before()
     assert (found.start, found.stop, found.step, found.values[:, 0].tolist()) == (0, 10, 4, [1, 3, 8])
+
+
+def test_a_batch_is_as_large_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, source, read = ms.load(classifier(tmp_path / "m")), fasta(tmp_path, 50, 9), []
+    table = run.predict(source, window=8, device="cpu")
+    answered = Sequences.answers
+    monkeypatch.setattr(Sequences, "answers", lambda self, pieces: read.append(len(pieces)) or answered(self, pieces))
+    monkeypatch.setattr(answers, "WHOLE", {"cpu": 20})
+    again = run.predict(source, window=8, device="cpu")
+    assert read == [2, 2, 2, 1, 1, 1]  # seven windows of eight bases, one of two, one of one
+    np.testing.assert_allclose(again[list("abc")], table[list("abc")], rtol=1e-5)
 
 
 def test_windows_of_a_stride(tmp_path: Path) -> None:

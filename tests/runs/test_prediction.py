@@ -120,6 +120,7 @@ def test_a_long_window_is_pooled_part_by_part(tmp_path: Path, pooling: str, monk
     with torch.no_grad():
         whole = [loaded.model(torch.from_numpy(BaseTokenizer().encode(text).astype(np.int64))[None]) for text in texts]
     monkeypatch.setattr("mambaseq.runs.answers.CHUNK", 60)
+    monkeypatch.setattr("mambaseq.runs.answers.WHOLE", {"cpu": 100})
     monkeypatch.setattr(type(loaded.model), "forward", None)
     for row, output in zip(predict(model, source), whole, strict=True):
         found = [float(row["value_1"]), float(row["value_2"])]
