@@ -20,6 +20,17 @@ def share() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent
 
 
+def is_resource(name: str | Path) -> bool:
+    """Whether a name that a user gives for a file is `package:relative/path`, and no file has it."""
+    package, separator, _ = str(name).partition(":")
+    return bool(separator) and package.replace(".", "_").isidentifier() and not os.path.lexists(name)
+
+
+def located(name: str | Path) -> Path:
+    """The path that a user gives for a file or folder, as such or as a resource. Raises ConfigError as `find` does."""
+    return find(str(name)) if is_resource(name) else Path(name)
+
+
 def find(resource: str) -> Path:
     """The path of `"package:relative/path"`; `mambaseq:` looks in the shared folder (configs, data).
 

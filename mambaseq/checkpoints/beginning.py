@@ -18,6 +18,7 @@ from mambaseq.checkpoints.upstream import load_upstream, weights_in
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.models import SequenceModel, further_names
+from mambaseq.resources import located
 from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
 
 _MOST = 6  # names in a message
@@ -58,7 +59,7 @@ def load_source(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[L
     tokenizer: of the new model. If its files are next to published weights, they are read as the source's tokenizer.
     Raises UserError if there is no model, or it is damaged.
     """
-    folder = Path(path)
+    folder = located(path)
     if has_model(folder) or not (folder / "config.json").is_file():
         return load_model(folder), False
     model = load_upstream(folder)

@@ -22,6 +22,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model, count_parameters, further_names
 from mambaseq.plain import read_json
+from mambaseq.resources import located
 from mambaseq.specs import fits
 
 
@@ -145,20 +146,21 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def has_model(path: str | Path) -> bool:
     """Whether a folder is a run or an exported model."""
-    folder = settle(path)  # a run may be replacing it just now
+    folder = settle(located(path))  # a run may be replacing it just now
     names = (folder / "model.json", settle(folder / "model") / "model.json")
     return any(os.path.isfile(name) for name in names)  # noqa: PTH113 - False too for what cannot be a file's name
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a model from a run's folder, or from the `model` folder that a run or `save_model` wrote.
+    """Load a model from a run's folder, from the `model` folder that a run or `save_model` wrote, or one that ships with
+    a package (`mambaseq:data/models/NAME`).
 
     If a run has not exported its final weights (it was interrupted, or is still training), its checkpoints are read:
     the best one if there is one, otherwise the last. Files are compared with their checksums in model.json; a model of
     an older version has none and is loaded as it is.
     Raises UserError if there is no model, it is damaged or its weights do not fit.
     """
-    folder = settle(path)  # a run may be replacing it just now
+    folder = settle(located(path))  # a run may be replacing it just now
     if not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
         folder = settle(folder / "model")
     if not os.path.isfile(folder / "model.json"):  # noqa: PTH113

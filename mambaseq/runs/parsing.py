@@ -26,6 +26,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.models import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
+from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig
 from mambaseq.runs.help import OF_CLASSES, keys_text
 from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
@@ -402,7 +403,9 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         made = {key: make_classes(key, value) for key, value in classes_written.items()}
         check_values(parser, parsed, lambda key: _override(overrides, key) or _written(raw, key))
         if parsed["finetune"]["init_from"]:
-            parsed["finetune"]["init_from"] = str(Path.cwd() / parsed["finetune"]["init_from"])
+            source = parsed["finetune"]["init_from"]
+            if not is_resource(source):  # which is found anew on another machine
+                parsed["finetune"]["init_from"] = str(Path.cwd() / source)
     except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, KeyError) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise  # --print_config has printed
