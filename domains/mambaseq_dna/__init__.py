@@ -55,6 +55,7 @@ domain = Domain(
         "strands": ("mambaseq:configs/dna/strands.yaml", "species, the same on either strand, on a GPU"),
         "genome": ("mambaseq:configs/dna/genome.yaml", "next-base pretraining, on a GPU"),
         "labelled": ("mambaseq:configs/dna/labelled.yaml", "labelled sequences: core promoters, minutes on a CPU"),
+        "finetune": ("mambaseq:configs/dna/finetune.yaml", "from the pretrained model that ships, minutes on a CPU"),
         "masked": ("mambaseq:configs/dna/masked.yaml", "masked pretraining, the same on either strand, on a GPU"),
         "hg38": ("mambaseq:configs/dna/hg38.yaml", "next-base pretraining on hg38 as in the Mamba paper, on a GPU"),
         "great_apes": ("mambaseq:configs/dna/great_apes.yaml", "which great ape, as in the Mamba paper, on a GPU"),

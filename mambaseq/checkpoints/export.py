@@ -152,8 +152,8 @@ def has_model(path: str | Path) -> bool:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a model from a run's folder, from the `model` folder that a run or `save_model` wrote, or one that ships with
-    a package (`mambaseq:data/models/NAME`).
+    """Load a model from a run's folder, from the `model` folder that a run or `save_model` wrote, or from one that
+    ships with a package (`mambaseq:data/models/NAME`).
 
     If a run has not exported its final weights (it was interrupted, or is still training), its checkpoints are read:
     the best one if there is one, otherwise the last. Files are compared with their checksums in model.json; a model of
