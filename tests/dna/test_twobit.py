@@ -67,7 +67,7 @@ def test_the_same_as_biopython_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found == records
     packed = tmp_path / "a.2bit.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(DataError, match="it is 2bit, packed; unpack it"):
+    with pytest.raises(DataError, match="it is 2bit; unpack it if it is packed"):
         list(read_fasta(packed, KEEP))
 
 

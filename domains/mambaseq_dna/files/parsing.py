@@ -20,8 +20,8 @@ _PROTEIN_ONLY = set(b"EFILPQXZJO*")
 _LOOKS_LIKE = {
     b"@": "it looks like FASTQ; convert it (seqtk seq -A)",
     b"PK\x03\x04": "it is a zip archive; unpack it (unzip)",
-    b"\x43\x27\x41\x1a": "it is 2bit, packed; unpack it",
-    b"\x1a\x41\x27\x43": "it is 2bit, packed; unpack it",
+    b"\x43\x27\x41\x1a": "it is 2bit; unpack it if it is packed, or convert it (twoBitToFa)",
+    b"\x1a\x41\x27\x43": "it is 2bit; unpack it if it is packed, or convert it (twoBitToFa)",
     b"LOCUS": "it looks like GenBank; convert it to FASTA",
     b"ID ": "it looks like EMBL; convert it to FASTA",
     b"##gff": "it looks like GFF, which holds positions, not bases",
