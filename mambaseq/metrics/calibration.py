@@ -54,8 +54,9 @@ class ECE(Metric):
 
     def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
         place, parts = binned(answers.outputs, answers.targets)
-        spread = torch.nn.functional.one_hot(place, BINS)[:, :, None] * parts[:, None]
-        return _error(answers.summed(spread.flatten(1), draws).unflatten(1, (BINS, 3)))
+        own = torch.zeros(answers.n_sequences * BINS, 3, dtype=torch.float64)
+        own.index_add_(0, answers.owner * BINS + place, parts)  # of each sequence: rows times bins would be many
+        return _error((draws.double() @ own.reshape(answers.n_sequences, -1)).unflatten(1, (BINS, 3)))
 
 
 def _error(sums: Tensor) -> Tensor:

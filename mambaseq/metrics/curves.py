@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.calibration import BINS, binned
-from mambaseq.metrics.ranking import areas, one_against_rest, precision_area, roc_area
+from mambaseq.metrics.ranking import one_against_rest, precision_area, roc_area
 
 POINTS = 101  # of a curve
 _DOTS = 500  # of values against values
@@ -48,11 +48,11 @@ def _ranked(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
         holds = labels[known, column] > 0
         if not 0 < int(holds.sum()) < len(holds):
             continue
-        one, truth = scores[known, column, None], holds[:, None].to(torch.int8)
-        weights = torch.ones(1, len(holds), dtype=torch.long)
+        hits, misses = _counts(scores[known, column], holds)
+        at = [torch.diff(of, prepend=of.new_zeros(1)).flip(0)[None] for of in (hits, misses)]  # at each threshold
         for kind, points, area in (("roc", roc_points, roc_area), ("precision", precision_points, precision_area)):
-            xs, ys = points(one[:, 0], holds)
-            curves[kind].append({"name": name, "area": float(areas(one, truth, weights, area)), "x": xs, "y": ys})
+            xs, ys = points(hits, misses)
+            curves[kind].append({"name": name, "area": float(area(*at)), "x": xs, "y": ys})
     sums = torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, place, parts)
     full = sums[:, 0] > 0
     count, sure, right = sums[full].unbind(1)
@@ -65,7 +65,8 @@ def _ranked(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _counts(scores: Tensor, holds: Tensor) -> tuple[Tensor, Tensor]:
-    """How many rows are hits, and misses, at each threshold, from the highest score down."""
+    """How many rows are hits, and misses, at or above each threshold, from the highest score down; float64. scores:
+    `(rows,)`. holds: `(rows,)` bool."""
     order = scores.argsort(descending=True)
     score, hit = scores[order], holds[order]
     ends = torch.ones(len(order), dtype=torch.bool)
@@ -81,19 +82,17 @@ def _some(along: Tensor) -> Tensor:
     return torch.searchsorted(along, wanted).clamp(max=len(along) - 1).unique()
 
 
-def roc_points(scores: Tensor, holds: Tensor) -> tuple[list[float], list[float]]:
-    """False and true positive rates from (0, 0) to (1, 1). scores: `(rows,)`. holds: `(rows,)` bool, with both
-    kinds."""
-    hits, misses = _counts(scores, holds)
+def roc_points(hits: Tensor, misses: Tensor) -> tuple[list[float], list[float]]:
+    """False and true positive rates from (0, 0) to (1, 1). hits, misses: how many rows of each kind are at or above
+    each threshold, from the highest down; some of both in the end."""
     x = torch.cat([misses.new_zeros(1), misses / misses[-1]])
     y = torch.cat([hits.new_zeros(1), hits / hits[-1]])
     chosen = _some(x + y)
     return _rounded(x[chosen]), _rounded(y[chosen])
 
 
-def precision_points(scores: Tensor, holds: Tensor) -> tuple[list[float], list[float]]:
+def precision_points(hits: Tensor, misses: Tensor) -> tuple[list[float], list[float]]:
     """Recall, ascending to 1, and precision. Arguments as of `roc_points`."""
-    hits, misses = _counts(scores, holds)
     recall, precision = hits / hits[-1], hits / (hits + misses)
     # of equal recalls the first has the best precision
     first = torch.diff(hits, prepend=hits.new_zeros(1)) > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
 _AT_ONCE = 2**21  # weights of rows
+_MANY = 2**17  # rows of positions: of more, the areas of draws are computed from bins
 Area = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -35,11 +36,11 @@ def precision_area(hits: Tensor, misses: Tensor) -> Tensor:
     return (hits * found / said.clamp(min=1)).sum(-1) / hits.sum(-1)
 
 
-def areas(scores: Tensor, labels: Tensor, weights: Tensor, area: Area) -> Tensor:
+def areas(scores: Tensor, labels: Tensor, weights: Tensor, area: Area, owner: Tensor | None = None) -> Tensor:
     """The mean area of the columns that have rows of both kinds, `(draws,)` float64; NaN where none has.
 
     scores: `(rows, n)`. labels: `(rows, n)`: 1 where a label holds, 0 where not, negative where unknown. weights:
-        `(draws, rows)`, how often a row is drawn.
+        `(draws, rows)`, how often a row is drawn; or, with the owner `(rows,)` of each row, `(draws, owners)`.
     """
     total = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
     count = torch.zeros_like(total)
@@ -49,8 +50,9 @@ def areas(scores: Tensor, labels: Tensor, weights: Tensor, area: Area) -> Tensor
         ends = torch.ones(len(order), dtype=torch.bool, device=order.device)
         ends[:-1] = score[order[1:]] != score[order[:-1]]
         holds = label[order].double()
+        place = order if owner is None else owner[order]
         for first in range(0, len(weights), step := max(_AT_ONCE // max(len(order), 1), 1)):
-            some = weights[first : first + step, order].double()
+            some = weights[first : first + step, place].double()
             hits, misses = (_between(some * kind, ends) for kind in (holds, 1 - holds))
             both = (hits.sum(-1) > 0) & (misses.sum(-1) > 0)
             found = area(hits, misses)
@@ -65,6 +67,26 @@ def _between(values: Tensor, ends: Tensor) -> Tensor:
         return values
     sums = values.cumsum(-1)[:, ends]
     return torch.cat([sums[:, :1], sums.diff(dim=-1)], -1)
+
+
+def _binned_areas(scores: Tensor, labels: Tensor, answers: Answers, draws: Tensor, area: Area) -> Tensor:
+    """`areas` of scores that are cut into a few thousand bins of about as many rows each, whose rows count as ties:
+    close enough for intervals (the set's own area is exact), and a hundred times as fast where sequences have many
+    rows."""
+    n, bins = answers.n_sequences, max(min(_AT_ONCE * 16 // answers.n_sequences, 4096), 256)
+    found = []
+    for score, label in zip(scores.unbind(1), labels.unbind(1), strict=True):
+        known = (label >= 0).nonzero()[:, 0]
+        order = known[score[known].argsort()]
+        ranked = score[order]
+        first = torch.searchsorted(ranked, ranked)  # equal scores have one place
+        cell = answers.owner[order] * bins + first * bins // max(len(order), 1)
+        holds = label[order].double()
+        own = (torch.zeros(n * bins, dtype=torch.float64).index_add_(0, cell, of) for of in (holds, 1 - holds))
+        hits, misses = (draws.double() @ of.reshape(n, bins) for of in own)
+        both = (hits.sum(-1) > 0) & (misses.sum(-1) > 0)
+        found.append(torch.where(both, area(hits, misses), torch.nan))
+    return torch.stack(found).nanmean(0)
 
 
 class Ranked(Metric):
@@ -98,10 +120,9 @@ class Ranked(Metric):
 
     def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
         scores, labels = self._scores(*answers.rows())
-        if not answers.per_token:
-            return areas(scores, labels, draws, self.area)
-        found: Iterator[Tensor] = (areas(scores, labels, answers.weights(one), self.area) for one in draws[:, None])
-        return torch.cat(list(found))
+        if len(scores) > _MANY and answers.per_token:
+            return _binned_areas(scores, labels, answers, draws, self.area)
+        return areas(scores, labels, draws, self.area, answers.owner)
 
 
 class _RankedClasses(Ranked):

@@ -14,10 +14,12 @@ from mambaseq.batch import Batch
 from mambaseq.domain import catalog
 from mambaseq.errors import DataError
 from mambaseq.heads.distributions import Gaussian
+from mambaseq.metrics import ranking
 from mambaseq.metrics.answers import Answers, AnswerSheet
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.bootstrap import Bootstrap, intervals
 from mambaseq.metrics.calibration import BINS
+from mambaseq.metrics.curves import pictured
 from mambaseq.metrics.likelihood import BitsPerToken
 from mambaseq.models import ModelOutput
 
@@ -143,6 +145,25 @@ def test_the_fast_way_to_draw_is_the_slow_way(targets, names, positions: bool) -
     assert made("crps").drawn(answers, draws) is None
 
 
+def test_areas_of_many_positions_are_told_from_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within two ten-thousandths of the exact ones; with few different scores, the same."""
+    rng = np.random.default_rng(0)
+    targets = torch.from_numpy(rng.integers(0, 3, 20_000))
+    clear = torch.nn.functional.one_hot(targets, 3) + torch.from_numpy(rng.normal(size=(20_000, 3))).float()
+    for logits, within in ((clear, 2e-4), ((clear > 0.5).float(), 1e-9)):
+        answers = Answers.of(logits, targets)
+        answers.owner, answers.per_token = torch.arange(20_000) // 500, True
+        answers.numbers = answers.owner.unique()
+        draws = next(iter(Bootstrap(40, draws=4)))
+        for name in ("auroc", "auprc"):
+            metric = made(name)
+            exact = metric.drawn(answers, draws)
+            monkeypatch.setattr(ranking, "_MANY", 1000)
+            assert metric.drawn(answers, draws).tolist() == pytest.approx(exact.tolist(), abs=within)
+            assert (metric.drawn(answers, draws) != exact).any() or within < 1e-6
+            monkeypatch.undo()
+
+
 def test_an_interval_covers_what_it_should() -> None:
     """Of 300 sets with an accuracy of 0.7, the intervals of about 95% hold it; groups of equal rows widen them."""
     rng, covered = np.random.default_rng(1), 0
@@ -198,3 +219,31 @@ def test_answers_are_kept_by_sequence_of_padded_and_packed_batches_and_of_proces
     told = AnswerSheet()
     told.update(ModelOutput(logits=logits[:, 0], distribution=spread), Batch(torch.zeros(2, 1), torch.zeros(2)))
     assert not told.answers().point
+
+
+def test_curves_are_those_of_scikit_learn() -> None:
+    """All thresholds of a small set; of a large one some, on the same curve."""
+    for n in (60, 3000):
+        rng = np.random.default_rng(n)
+        truth, score = rng.integers(0, 2, n), rng.normal(size=n).round(1 if n == 60 else 5)
+        logits = torch.from_numpy(np.stack([np.zeros(n), score], 1)).float()
+        drawn = pictured(Answers.of(logits, torch.from_numpy(truth)), ("no", "yes"))
+        (roc,), (precision,) = drawn["roc"], drawn["precision"]
+        score = logits[:, 1].numpy()
+        x, y, _ = sklearn.metrics.roc_curve(truth, score, drop_intermediate=False)
+        rows = np.stack([x, y], 1).round(5)
+        assert roc["area"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, score))
+        assert precision["area"] == pytest.approx(sklearn.metrics.average_precision_score(truth, score))
+        told = list(zip(roc["x"], roc["y"], strict=True))
+        assert {tuple(row) for row in told} <= {tuple(row) for row in rows.tolist()}
+        assert (told[0], told[-1]) == ((0, 0), (1, 1))
+        y, x, _ = sklearn.metrics.precision_recall_curve(truth, score)
+        points = {tuple(row) for row in np.stack([x, y], 1).round(5).tolist()}
+        told = list(zip(precision["x"], precision["y"], strict=True))
+        assert set(told) <= points
+        assert len(told) > 20
+        bins = drawn["reliability"]
+        assert sum(bins["count"]) == n
+        sure = logits.double().softmax(1).max(1).values.numpy()
+        held = np.average(bins["confidence"], weights=bins["count"])
+        assert held == pytest.approx(sure.mean(), abs=1e-4)
