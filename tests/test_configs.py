@@ -51,8 +51,13 @@ STAND_INS = {  # for genomes that users fetch
 }
 
 
+AS_IT_IS = {  # a model that begins from one that ships
+    "dna/finetune": {"--model.d_model": "128", "--model.backbone.n_layers": "4", "--data.length": "null"},
+}
+
+
 def small(name: str) -> list[str]:
-    settings = SMALL | OTHERWISE.get(name, {"--data.length": "96"}) | STAND_INS.get(name, {})
+    settings = SMALL | OTHERWISE.get(name, {"--data.length": "96"}) | STAND_INS.get(name, {}) | AS_IT_IS.get(name, {})
     return [f"{key}={value}" for key, value in settings.items()]
 
 

@@ -139,11 +139,11 @@ def _markov(blocks: human.Blocks, order: int, context: Context) -> dict[str, flo
 
 
 class Pairs(NamedTuple):
-    """Aligned places of human and chimpanzee bases. human, chimpanzee: `(bases,)` uint8. ours, theirs: `(places,)`
+    """Aligned places of human and chimpanzee bases. first, second: their bases, `(bases,)` uint8. ours, theirs: `(places,)`
     int64, where windows of both begin at the same column of the alignment."""
 
-    human: Tensor
-    chimpanzee: Tensor
+    first: Tensor
+    second: Tensor
     ours: Tensor
     theirs: Tensor
 
@@ -167,8 +167,8 @@ class Pairs(NamedTuple):
         """`(batch, 2 * length)` int64 of some places: a human stretch, and behind it the chimpanzee's."""
         within = torch.arange(length, device=chosen.device)
         parts = (
-            self.human[self.ours[chosen][:, None] + within],
-            self.chimpanzee[self.theirs[chosen][:, None] + within],
+            self.first[self.ours[chosen][:, None] + within],
+            self.second[self.theirs[chosen][:, None] + within],
         )
         return torch.cat(parts, 1).long()
 
