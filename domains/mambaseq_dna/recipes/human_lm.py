@@ -139,8 +139,8 @@ def _markov(blocks: human.Blocks, order: int, context: Context) -> dict[str, flo
 
 
 class Pairs(NamedTuple):
-    """Aligned places of human and chimpanzee bases. first, second: their bases, `(bases,)` uint8. ours, theirs: `(places,)`
-    int64, where windows of both begin at the same column of the alignment."""
+    """Aligned places of human and chimpanzee bases. first, second: their bases, `(bases,)` uint8. ours, theirs:
+    `(places,)` int64, where windows of both begin at the same column of the alignment."""
 
     first: Tensor
     second: Tensor
