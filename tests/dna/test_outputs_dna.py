@@ -167,6 +167,14 @@ def test_both_strands_are_the_mean_of_two_calls(source: Path, tmp_path: Path, mo
     np.testing.assert_allclose(predicted(model, source, both_strands=True)["total_bits"], both["total_bits"], rtol=1e-5)
 
 
+def test_classes_that_the_other_strand_exchanges_must_be_pairs(source: Path, tmp_path: Path) -> None:
+    run = ms.load(labels(tmp_path / "two", strand_classes=[1, 0]))
+    with pytest.raises(ConfigError, match="gives 3 numbers, but its strand_classes are 2"):
+        run.predict(source, both_strands=True, device="cpu")
+    with pytest.raises(UserError, match="strand_classes must pair numbers with each other"):
+        ms.load(labels(tmp_path / "odd", strand_classes=[1, 2, 0])).predict(source, device="cpu")
+
+
 def test_both_strands_of_a_model_that_treats_them_alike(source: Path, tmp_path: Path) -> None:
     encoder = {"name": "rc_tokens", "vocab_size": 6, "complement": [3, 2, 1, 0, 4, 5]}
     card = {"encoder": encoder, "backbone": RC, "length": 21, **DNA}
