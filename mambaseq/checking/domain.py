@@ -16,6 +16,7 @@ from mambaseq.checking.files import check_reader, check_writer
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checking.samples import CHANNELS, TOKENS, sequences
 from mambaseq.checking.training import STEPS, check_training, unsaid
+from mambaseq.data.cache import NotFetched
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
@@ -85,9 +86,12 @@ class _Domain:
         self.models: list[tuple[SequenceModel, list[Any], SequenceData]] = []
 
     def hold(self, part: str, law: str, check: Callable[[], T]) -> T | None:
-        """Note whether a check raises. Returns its result, None if it raises."""
+        """Note whether a check raises; where data are to be fetched first, that it was not checked. Returns its result,
+        None if it raises."""
         try:
             found = check()
+        except NotFetched as error:  # the domain is not to blame
+            self.skip(part, law, paragraph(error))
         except (LawBroken, UserError) as error:
             self.note(Finding(part, law, "fails", paragraph(error)))
         except Exception as error:  # a third party's part may raise anything

@@ -21,6 +21,10 @@ REMEMBERED_FROM = 8 * 2**20
 _SETTLED = 2.0  # seconds: the resolution of file systems' clocks
 
 
+class NotFetched(DataError):
+    """Files of a data set that users fetch are not here."""
+
+
 def locate(name: str | Path) -> list[Path]:
     """The files that a name in a configuration stands for, sorted.
 
@@ -28,7 +32,7 @@ def locate(name: str | Path) -> list[Path]:
         with the project (or `package:...` for any package's); `fetched:NAME/...` for a file from `mambaseq data fetch
         NAME`, in the folder of the variable MAMBASEQ_CACHE or the platform's cache folder. See
         `mambaseq.data.files.expand` for patterns and what they leave out.
-    Raises DataError if there is no such file, and for a folder.
+    Raises DataError if there is no such file (NotFetched, if it is to be fetched), and for a folder.
     """
     text = str(name)
     if is_address(text):
@@ -66,7 +70,8 @@ def locate(name: str | Path) -> list[Path]:
     except (OSError, ValueError) as error:  # an impossible file name: too long, or with a NUL
         raise DataError(f"{shown(text)} is not a file name: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:
-        raise DataError(f"There is no data file {shown(text, 300)} (looked for at {pattern}). {remedy}")
+        kind = NotFetched if separator and scheme == "fetched" else DataError
+        raise kind(f"There is no data file {shown(text, 300)} (looked for at {pattern}). {remedy}")
     return found
 
 

@@ -293,6 +293,16 @@ def test_the_exit_code_says_whether_something_fails(monkeypatch: pytest.MonkeyPa
         assert f"{state}: encoder x: law: why" in capsys.readouterr().out
 
 
+def test_data_that_are_to_be_fetched_are_no_fault_of_a_domain(tmp_path: Path) -> None:
+    from mambaseq.checking.domain import _Domain
+    from mambaseq.data.cache import locate
+
+    checked = _Domain("dna", tmp_path, None)
+    for name, state in (("fetched:hg38/none.fa", "not checked"), ("none.fa", "fails")):
+        assert checked.hold("config x", "its data are set up", lambda name=name: locate(name)) is None  # type: ignore[misc]
+        assert (checked.findings[-1].state, name in checked.findings[-1].reason) == (state, True)
+
+
 def test_a_domain_that_is_none_is_named(capsys) -> None:
     assert main(["check", "dnna"]) == 2
     assert "Did you mean 'dna'?" in capsys.readouterr().err
