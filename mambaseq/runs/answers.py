@@ -144,7 +144,7 @@ class Answer(abc.ABC):
     @property
     def at_once(self) -> int:
         """Positions that are read together in a batch, or in a span that could be read in parts, at most."""
-        return WHOLE.get(self.device.type, _WHOLE)
+        return WHOLE.get(self.device.type, _WHOLE) // getattr(self.model.backbone, "strands", 1)
 
     def long(self, span: Span) -> bool:
         """Whether a span is read in parts."""
