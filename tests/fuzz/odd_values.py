@@ -74,9 +74,12 @@ class Pair:
 
 
 def names_of_configs() -> list[str]:
+    """Those whose data are here."""
     from mambaseq.domain import catalog
+    from mambaseq.resources import find
 
-    return sorted(entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:"))
+    shipped = [entry for entry in catalog()["configs"] if entry.target.startswith("mambaseq:")]
+    return sorted(entry.name for entry in shipped if "fetched:" not in find(entry.target).read_text(encoding="utf-8"))
 
 
 @functools.lru_cache
