@@ -106,7 +106,7 @@ def test_each_baseline_finds_what_it_can(mark, found: dict[str, float]) -> None:
         assert right[alone] < 0.72
 
 
-def test_the_network_learns_and_leaves_random_numbers_alone() -> None:
+def test_the_network_learns_and_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Made(lambda ids, rng: np.concatenate([[2, 0, 3, 3] * 3, ids[12:]]), length=24)
     train, held_out, test = (Examples.read(items) for items in (data.train(), data.validation(), data.test()))
     before = torch.random.get_rng_state()
@@ -114,6 +114,11 @@ def test_the_network_learns_and_leaves_random_numbers_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (network.answered(model, test).argmax(1) == test.targets).mean() > 0.85
     assert "12 epochs, step" in note
+    monkeypatch.setattr(network, "_PIECE", 30)
+    long = Examples.of(np.resize(test.ids, (2, 61)))
+    pieces = Examples(long.ids, np.array([0, 30, 61, 91, 122]), np.zeros(4, np.int64))
+    pieces = network.answered(model, pieces)
+    assert network.answered(model, long) == pytest.approx(pieces.reshape(2, 2, 2).mean(1), abs=1e-6)
     _, note = network.trained(train, held_out, 2, seconds=1e-9, width=8)
     assert "stopped after 0 s, in epoch 1 of 100, step 1 of 1" in note
 

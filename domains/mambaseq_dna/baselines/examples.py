@@ -101,7 +101,8 @@ class Examples:
         counts = np.maximum(self.lengths // size, 1)
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = np.repeat(self.bounds[:-1], counts) + number * size
-        return dataclasses.replace(self, bounds=np.append(begins, self.n_bases), targets=self.targets.repeat(counts))
+        targets = self.targets.repeat(counts, axis=0)
+        return dataclasses.replace(self, bounds=np.append(begins, self.n_bases), targets=targets)
 
     def split(self, share: float, seed: int = 0) -> tuple[Examples, Examples]:
         """All but a share of the sequences, and the share: a seeded draw."""

@@ -17,6 +17,7 @@ from mambaseq_dna.tokenizer import BASES, complement
 _PAD = len(BASES)  # an id without a channel of its own
 _EPOCHS, _STEPS = 20, 500  # epochs, and more where a training set is so small that they are fewer steps; at most 100
 _BASES = 2**15  # of a batch, of 8 to 128 sequences
+_PIECE = 2048  # bases: of longer sequences such pieces are read, and their answers averaged
 _PLACES = 1024  # of sequences that are not longer, and all of one length, the place of a word counts
 
 
@@ -31,12 +32,14 @@ def trained(
     width: int | None = None,
     epochs: int | None = None,
 ) -> tuple[nn.Module, str]:
-    """The network of the epoch that is best on the validation sequences, and a note on its training.
+    """The network of the epoch that is best on the validation sequences, and a note on its training. Sequences of more
+    than 4,096 bases are read in pieces.
 
     turn: give either strand of a sequence in training. seconds: of training; a slow machine does fewer epochs. width:
         of the network; what the device can do in the time if not given. epochs: at most; 20, or more of few sequences.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train = train.pieces(train.n_bases, _PIECE)
     alike = len(np.unique(train.lengths)) == 1 and int(train.lengths[0]) <= _PLACES
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
@@ -109,12 +112,15 @@ def _loss(outputs: Tensor, examples: Examples, some: np.ndarray) -> Tensor:
 def answered(model: nn.Module, examples: Examples) -> np.ndarray:
     """`(sequences, outputs)` float32."""
     device, found = next(model.parameters()).device, []
+    pieces = examples.pieces(examples.n_bases, _PIECE)
+    size = int(np.clip(4 * _BASES // max(pieces.lengths.max(initial=1), 1), 1, 512))
     model.eval()
-    size = int(np.clip(4 * _BASES // max(examples.lengths.max(initial=1), 1), 1, 512))
-    for some in np.array_split(np.arange(len(examples)), -(-len(examples) // size)):
-        found.append(model(_ids(examples, some, device, None)).logits.float().cpu())
+    for some in np.array_split(np.arange(len(pieces)), -(-len(pieces) // size)):
+        found.append(model(_ids(pieces, some, device, None)).logits.float().cpu())
     model.train()
-    return torch.cat(found).numpy()
+    outputs = torch.cat(found).numpy()
+    first = np.searchsorted(pieces.bounds[:-1], examples.bounds[:-1])
+    return np.add.reduceat(outputs, first) / np.diff(np.append(first, len(pieces)))[:, None]
 
 
 def scaled_values(train: Examples) -> tuple[np.ndarray, np.ndarray]:
