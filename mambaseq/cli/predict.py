@@ -93,7 +93,10 @@ def run(argv: list[str], command: str) -> int:
         "--column", action="append", default=[], metavar="NAME", help="write this column only; may be repeated"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="windows that are read together; more if they are short (default 16)"
+        "--batch-size",
+        type=int,
+        default=16,
+        help="windows that are read together; more if they are short, fewer if long on a CPU (default 16)",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument(

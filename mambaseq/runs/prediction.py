@@ -88,7 +88,8 @@ def predict(
     both_strands: the mean of both strands of DNA (`mambaseq.runs.strands`).
     regions: parts of the records, in the words of the reader: `chr1:1,001-2,000` or a BED file for dna/fasta.
     columns: those to write, by name; () for all.
-    batch_size: windows read together; of shorter windows, as many as make the same number of tokens.
+    batch_size: windows read together; of shorter windows, as many as make the same number of tokens;
+        on a CPU no more than 2^15 tokens.
     skip_bad: continue after a file that cannot be read and after a record whose prediction is not finite.
 
     Raises UserError for a run, setting, file or record that cannot be used. Rows finished before are kept at
