@@ -4,6 +4,7 @@ from a context that holds the human one; and the four apes as species, where no 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +139,10 @@ def _markov(blocks: human.Blocks, order: int, context: Context) -> dict[str, flo
     return {"bits": float(total.mean())}
 
 
+def _markov_of(blocks: human.Blocks, order: int, context: Context) -> Callable[[Path], dict[str, float]]:
+    return lambda _: _markov(blocks, order, context)
+
+
 class Pairs(NamedTuple):
     """Aligned places of human and chimpanzee bases. first, second: their bases, `(bases,)` uint8. ours, theirs:
     `(places,)` int64, where windows of both begin at the same column of the alignment."""
@@ -241,9 +246,8 @@ def run(context: Context) -> list[Table]:
     if MARKOV in wanted:
         orders = context.at(full=list(ORDERS), small=[6, 8], tiny=[2, 3])
         scored = {
-            order: context.trial(f"Markov, order {order}", lambda _, o=order: _markov(blocks, o, context))
-            for order in orders
-        }  # type: ignore[misc]
+            order: context.trial(f"Markov, order {order}", _markov_of(blocks, order, context)) for order in orders
+        }
         best = min(scored, key=lambda order: scored[order]["bits"])
         shortest = next(iter(sizes(context).contexts))
         lines.append(Line(f"{MARKOV}, order {best}", {f"blocks {shortest}": [scored[best]["bits"]]}, f"{PUBLISHED}"))
