@@ -68,6 +68,10 @@ domain = Domain(
             "BRCA1 saturation editing: variants, zero-shot and exon left out",
         ),
         "gue": ("mambaseq_dna.recipes.gue:recipe", "GUE (arXiv:2306.15006): thirteen tasks, beside k-mers and a CNN"),
+        "genomic_benchmarks": (
+            "mambaseq_dna.recipes.genomic_benchmarks:recipe",
+            "Genomic Benchmarks: eight sets, beside k-mers, a CNN and published models",
+        ),
         "splice": ("mambaseq_dna.recipes.splice:recipe", "splice sites of primates, and on sequence of the fly"),
         "yeast_genes": ("mambaseq_dna.recipes.yeast_genes:recipe", "genes of yeast, a class for every base"),
         "species_length": ("mambaseq_dna.recipes.species_length:recipe", "five mammals by the length of a window"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scipy.stats import binomtest
-
+from mambaseq.metrics.bootstrap import wilson
 from mambaseq.reporting import Section, drawing, side_by_side, table
 from mambaseq.reporting.charts import Bar, bars, confusion
 from mambaseq.reporting.curves import loss_charts
@@ -30,7 +29,7 @@ def report(run: Path) -> Section:
         assert isinstance(data, SpeciesData)
         counts = evaluate(folder, "test", overrides, progress=False)["test/confusion"]
         n, correct = sum(map(sum, counts)), sum(row[i] for i, row in enumerate(counts))
-        interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+        interval = wilson(correct, n)
         data.setup()
         baseline = kmer_baseline(data, 6)
         where = f"{length:,} bases"
@@ -42,7 +41,7 @@ def report(run: Path) -> Section:
         matrices.append(drawing(confusion(counts, data.class_names), f"The held-out region, windows of {where}"))
         chart += [
             f"Windows of {where}",
-            Bar("mambaseq", correct / n, 0, (float(interval.low), float(interval.high))),
+            Bar("mambaseq", correct / n, 0, (interval.low, interval.high)),
             Bar(baseline.name, baseline.accuracy, 2, (baseline.low, baseline.high)),
         ]
         folder.update_results(

@@ -1,4 +1,5 @@
-"""Intervals of metrics by the bootstrap: sequences, or groups of them, are drawn again and again from the set."""
+"""Intervals of metrics by the bootstrap: sequences, or groups of them, are drawn again and again from the set; and
+Wilson's, where only counts are known."""
 
 from __future__ import annotations
 
@@ -96,3 +97,11 @@ def intervals(metrics: Mapping[str, Metric], answers: Answers, bootstrap: Bootst
     """The interval of each metric that has one."""
     found = {name: interval(values) for name, values in bootstrap.measure(metrics, answers).items()}
     return {name: one for name, one in found.items() if one is not None}
+
+
+def wilson(correct: int, n: int) -> Interval:
+    """Wilson's 95% interval of a share: `correct` of n independent answers."""
+    from scipy.stats import binomtest
+
+    found = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return Interval(float(found.low), float(found.high))

@@ -46,19 +46,20 @@ class Context:
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     data: Path | None = None
 
-    def brought(self, name: str, sha256: str, source: str) -> Path:
-        """A file of the folder `--data` that the project may not ship.
+    def brought(self, name: str, sha256: str | None, source: str) -> Path:
+        """A file of the folder `--data` that the project may not ship, or a folder in it.
 
-        sha256: of its contents as it lies there. source: where it comes from and how it is made, for the message.
+        sha256: of a file's contents as it lies there; None for a folder, which is not checked. source: where it comes
+            from and how it is made, for the message.
         Raises UserError that says what to put where, if it is not there or is another.
         """
-        told = f"This recipe needs the file {name}: {source}"
+        told = f"This recipe needs the {'folder' if sha256 is None else 'file'} {name}: {source}"
         if self.data is None:
             raise UserError(f"{told.rstrip('.')}. Name the folder that it is in with --data FOLDER.")
         path = self.data / name
-        if not path.is_file():
+        if not (path.is_dir() if sha256 is None else path.is_file()):
             raise UserError(f"There is no {path}. {told.rstrip('.')}. Put it there.")
-        if fingerprint(path)["sha256"] != sha256:
+        if sha256 is not None and fingerprint(path)["sha256"] != sha256:
             raise UserError(
                 f"{path} is not the file that the published figures were made with: its sha256 is not {sha256}. {told}"
             )

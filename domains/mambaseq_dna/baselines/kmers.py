@@ -109,7 +109,7 @@ def tallied(examples: Examples, k: int, n_classes: int, both_strands: bool) -> n
 
 
 def summed(examples: Examples, k: int, table: np.ndarray) -> np.ndarray:
-    """`(sequences, classes)` float64: sums of the rows of a table `(4^k, classes)` float32 over each sequence's
+    """`(sequences, classes)` float64: sums of the rows of a table `(4^k, classes)` of floats over each sequence's
     words."""
     sums = np.zeros((len(examples), table.shape[1]))
     _summed(examples.ids, examples.bounds, k, table, sums)

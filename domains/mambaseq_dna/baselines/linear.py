@@ -43,14 +43,17 @@ def spread_of(features: Matrix) -> tuple[np.ndarray | float, np.ndarray]:
         square = np.asarray(features.multiply(features).mean(0)).ravel()
         deviation = np.sqrt(np.maximum(square - np.asarray(features.mean(0)).ravel() ** 2, 0))
         return 0.0, np.where(deviation > 1e-12, deviation, 1.0)
-    mean, deviation = features.mean(0), features.std(0)
+    mean = features.mean(0, dtype=np.float64)  # sums of many float32 would lose digits
+    deviation = features.std(0, dtype=np.float64)
     return mean, np.where(deviation > 1e-12, deviation, 1.0)
 
 
 def _scaled(features: Matrix, mean: np.ndarray | float, scale: np.ndarray) -> Matrix:
     if sparse.issparse(features):
         return (features @ sparse.diags(1 / scale)).tocsr()
-    return (features - mean) / scale
+    ready: np.ndarray = np.subtract(features, mean, out=np.empty_like(features), casting="same_kind")
+    ready /= scale
+    return ready
 
 
 def logistic(features: Matrix, labels: np.ndarray, n_classes: int, strength: float, balanced: bool = False) -> Fitted:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mambaseq.data.windows import GridWindows, group_label
 from mambaseq.errors import ConfigError
+from mambaseq.metrics.bootstrap import wilson
 from mambaseq_dna.baselines.examples import Examples
 from mambaseq_dna.baselines.kmers import frequencies
 from mambaseq_dna.baselines.linear import logistic
@@ -50,8 +51,6 @@ def kmer_baseline(
     regularisation: C of scikit-learn's LogisticRegression on standardised frequencies; the default is the best on the
         validation windows of the shipped species, of 1e-5 ... 1e-2, at 1 kb and at 4 kb.
     """
-    from scipy.stats import binomtest
-
     test = data.test()
     if test is None:
         raise ConfigError("There is no test set to measure a baseline on; set data.test_records.")
@@ -62,6 +61,5 @@ def kmer_baseline(
     )
     labels = tested.targets
     correct = int((fitted(frequencies(tested, k, both_strands)).argmax(1) == labels).sum())
-    interval = binomtest(correct, len(labels)).proportion_ci(0.95, method="wilson")
     name = f"{k}-mer logistic regression" + (", both strands" if both_strands else "")
-    return Baseline(name, correct, len(labels), float(interval.low), float(interval.high))
+    return Baseline(name, correct, len(labels), *wilson(correct, len(labels)))

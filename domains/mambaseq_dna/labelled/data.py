@@ -218,6 +218,11 @@ class LabelledData(SequenceData):
         }
         return found | (self._bases.sources() if self._bases is not None else {})
 
+    @property
+    def n_records(self) -> int:
+        """How many sequences the files hold, before any is left out."""
+        return len(self._records.sequences)
+
     def reader_options(self) -> dict[str, Any]:
         """How `predict` reads files of the same layouts: cut and padded as here."""
         options = {

@@ -22,6 +22,9 @@ from mambaseq.metrics.ranking import areas, roc_area
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq_dna.baselines.examples import Examples
+from mambaseq_dna.baselines.kmers import summed, tallied
+from mambaseq_dna.baselines.linear import logistic
 from mambaseq_dna.files.fasta import read_fasta
 from mambaseq_dna.recipes import human
 from mambaseq_dna.recipes.common import VOCABULARY, Stretches
@@ -118,16 +121,11 @@ def exon_left_out(features: np.ndarray, variants: Variants, strength: float) -> 
 
     features: `(variants, n)`, standardised by those of the other exons. strength: C, not tuned.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    found = np.zeros(len(features))
+    found, loses = np.zeros(len(features)), variants.loses.astype(np.int64)
     for exon in np.unique(variants.exon):
         out = variants.exon == exon
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
-        model.fit(features[~out], variants.loses[~out])
-        found[out] = model.decision_function(features[out])
+        said = logistic(features[~out], loses[~out], 2, strength)(features[out])
+        found[out] = said[:, 1] - said[:, 0]
     return found
 
 
@@ -145,20 +143,14 @@ def bases_around(variants: Variants, reach: int = 20) -> np.ndarray:
 
 def markov(variants: Variants, order: int) -> np.ndarray:
     """log P(alternative) - log P(reference) by a Markov model of the reference, counts plus one half."""
-    ids = variants.reference.astype(np.int64)
-    place = 4 ** np.arange(order, -1, -1)
-    known = np.lib.stride_tricks.sliding_window_view(ids, order + 1)
-    known = known[(known < 4).all(1)]
-    counts = np.bincount(known @ place, minlength=4 ** (order + 1)).reshape(-1, 4) + 0.5
-    table = np.log(counts / counts.sum(1, keepdims=True)).ravel()
-    around = ids[variants.offset[:, None] + np.arange(-order, order + 1)]
+    reference = Examples.of(variants.reference[None], np.zeros(1))
+    counts = tallied(reference, order + 1, 1, both_strands=False).reshape(-1, 4).astype(np.float64) + 0.5
+    table = np.log(counts / counts.sum(1, keepdims=True)).reshape(-1, 1)
+    around = variants.reference[variants.offset[:, None] + np.arange(-order, order + 1)]
     changed = around.copy()
     changed[:, order] = variants.alt
-
-    def total(some: np.ndarray) -> np.ndarray:
-        return table[np.lib.stride_tricks.sliding_window_view(some, order + 1, axis=1) @ place].sum(1)
-
-    return total(changed) - total(around)
+    total = [summed(Examples.of(some), order + 1, table)[:, 0] for some in (changed, around)]
+    return total[0] - total[1]
 
 
 BASELINES: dict[str, tuple[str, Callable[[Variants], np.ndarray]]] = {

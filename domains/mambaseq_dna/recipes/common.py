@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from mambaseq.batch import Batch
@@ -15,6 +16,9 @@ from mambaseq.data.drawing import below, words
 from mambaseq.errors import DataError
 from mambaseq.reproduction.batches import numbers
 from mambaseq.reproduction.training import BatchOf
+from mambaseq_dna.baselines.examples import Examples
+from mambaseq_dna.baselines.kmers import summed, tallied
+from mambaseq_dna.baselines.linear import logistic
 from mambaseq_dna.tokenizer import N
 
 MASK = N + 1
@@ -176,50 +180,23 @@ def score(probability: np.ndarray, labels: np.ndarray) -> Score:
 
 def linear_score(features: dict[str, np.ndarray], labels: dict[str, np.ndarray], strengths: Sequence[float]) -> Score:
     """Logistic regression on standardised features of "train", its C chosen on "dev", scored on "test"."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(features["train"])
-    ready = {split: scaler.transform(of) for split, of in features.items()}
-    fitted = [LogisticRegression(C=c, max_iter=300).fit(ready["train"], labels["train"]) for c in strengths]
-    best = max(fitted, key=lambda one: one.score(ready["dev"], labels["dev"]))
-    return score(best.predict_proba(ready["test"]), labels["test"])
+    n_classes = 1 + max(int(of.max()) for of in labels.values())
+    fitted = [logistic(features["train"], labels["train"], n_classes, c) for c in strengths]
+    best = max(fitted, key=lambda one: float((one(features["dev"]).argmax(1) == labels["dev"]).mean()))
+    return score(softmax(best(features["test"]), axis=1), labels["test"])
 
 
-def word_codes(ids: np.ndarray, k: int) -> np.ndarray:
-    """The number of the word of k bases at each place but the last k - 1, `(..., length - k + 1)` int64; N counts as T.
-
-    ids: `(..., length)` uint8.
-    """
-    bases = np.minimum(ids, 3).astype(np.int64)
-    last = bases.shape[-1] - k + 1
-    codes = np.zeros((*bases.shape[:-1], last), dtype=np.int64)
-    for offset in range(k):
-        codes = codes * 4 + bases[..., offset : offset + last]
-    return codes
+def pieces(ids: np.ndarray, places: Sequence[np.ndarray]) -> Examples:
+    """The stretches of several classes, for baselines. ids: `(bases,)` uint8. places: for each class `(stretches, 2)`
+    int64 of starts and stops."""
+    every = np.concatenate(places)
+    bounds = np.concatenate([[0], np.cumsum(every[:, 1] - every[:, 0])])
+    parts = [ids[start:stop] for start, stop in every]
+    return Examples(np.concatenate(parts), bounds, np.repeat(np.arange(len(places)), [len(of) for of in places]))
 
 
 def naive_bayes(tokens: Tensor, places: Sequence[np.ndarray], inputs: np.ndarray, k: int) -> np.ndarray:
     """Log probabilities, up to a constant, of the classes for windows, by naive Bayes on words of k bases with one
     added to each count: `(windows, classes)` float64. places: the classes' training stretches."""
-    ids = tokens.cpu().numpy()
-    rates = []
-    for of in places:
-        count = np.ones(4**k)
-        for start, stop in of:
-            if stop - start >= k:
-                count += np.bincount(word_codes(ids[start:stop], k), minlength=4**k)
-        rates.append(np.log(count / count.sum()))
-    found = np.zeros((len(inputs), len(rates)))
-    for row, window in zip(found, inputs, strict=True):
-        codes = word_codes(window, k)
-        row[:] = [rate[codes].sum() for rate in rates]
-    return found
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of n windows."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    counts = tallied(pieces(tokens.cpu().numpy(), places), k, len(places), both_strands=False).astype(np.float64) + 1
+    return summed(Examples.of(inputs), k, np.log(counts / counts.sum(0)))

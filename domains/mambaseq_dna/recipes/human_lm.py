@@ -19,8 +19,10 @@ from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import numbers
 from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq_dna.baselines.examples import Examples
+from mambaseq_dna.baselines.kmers import summed, tallied
 from mambaseq_dna.recipes import human, ladder
-from mambaseq_dna.recipes.common import VOCABULARY, Stretches, naive_bayes, tiles, turned, windows, word_codes
+from mambaseq_dna.recipes.common import VOCABULARY, Stretches, naive_bayes, pieces, tiles, turned, windows
 from mambaseq_dna.recipes.ladder import BOTH_WAYS, CONV, Contender, Rung
 from mambaseq_dna.recipes.mammals import Genomes
 from mambaseq_dna.tokenizer import N
@@ -113,30 +115,20 @@ def _language_model(context: Context, blocks: human.Blocks, seed: int, checkpoin
 def _markov(blocks: human.Blocks, order: int, context: Context) -> dict[str, float]:
     """Bits a base on the test blocks of a Markov model whose probabilities are mixed with those of lower orders, by
     Witten and Bell's weights; trained on both strands of the training blocks."""
-    ids = blocks.tokens.cpu().numpy()
-    both = []
-    for start, stop in blocks.places(0):
-        piece = ids[start:stop]
-        both += [piece, (3 - piece)[::-1]]
+    train = pieces(blocks.tokens.cpu().numpy(), [blocks.places(0)])
     length = context.at(full=2**10, small=2**10, tiny=64)
     starts, _ = tiles(_places(blocks, 2, length)[0], length + 1, sizes(context).tested)
     test = windows(blocks.tokens, starts, length + 1).cpu().numpy()
     probability = np.full(4, 0.25)
-    total = np.zeros(len(test) * length)
     for k in range(1, order + 2):  # words of k bases: contexts of k - 1
-        count = np.zeros(4**k)
-        for piece in both:
-            if len(piece) >= k:
-                count += np.bincount(word_codes(piece, k), minlength=4**k)
-        table = count.reshape(-1, 4)
+        table = tallied(train, k, 1, both_strands=True).reshape(-1, 4).astype(np.float64)
         n, kinds = table.sum(1, keepdims=True), (table > 0).sum(1, keepdims=True)
         lower = probability.reshape(-1, 4)
         lower = np.tile(lower, (len(table) // len(lower), 1))  # the same context without its first base
         probability = (table + 4 * kinds * lower) / np.maximum(n + 4 * kinds, 1)
         probability = np.where(n > 0, probability, lower).ravel()
-    codes = word_codes(test, order + 1)
-    total = -np.log2(probability[codes])
-    return {"bits": float(total.mean())}
+    total = summed(Examples.of(test), order + 1, -np.log2(probability)[:, None]).sum()
+    return {"bits": float(total) / (len(test) * (length + 1 - order))}
 
 
 def _markov_of(blocks: human.Blocks, order: int, context: Context) -> Callable[[Path], dict[str, float]]:

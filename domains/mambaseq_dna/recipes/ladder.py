@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mambaseq.errors import UserError
+from mambaseq.metrics.bootstrap import wilson
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Column, Context, Line, train
 from mambaseq.tasks.optimizer import OptimizerConfig
@@ -24,7 +25,6 @@ from mambaseq_dna.recipes.common import (
     naive_bayes,
     probabilities,
     tiles,
-    wilson,
     windows,
 )
 from mambaseq_dna.recipes.mammals import Genomes
@@ -268,7 +268,8 @@ def line(name: str, values: Mapping[str, list[float]], lengths: list[int], paper
     said = []
     for length in lengths:
         if of := values.get(f"accuracy {length}"):
-            low, high = wilson(float(np.mean(of)), int(values[f"windows {length}"][0]))
+            n = int(values[f"windows {length}"][0])
+            low, high = wilson(round(float(np.mean(of)) * n), n)
             said.append(f"{kilobases(length)} {low:.3f} to {high:.3f}")
     return Line(name, dict(values), paper, note="; ".join(said))
 
