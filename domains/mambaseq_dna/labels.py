@@ -14,13 +14,13 @@ import numpy as np
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import read_bed
+from mambaseq_dna.files.fields import ending
 from mambaseq_dna.files.gff import read_gff
 
 Overlap = Literal["priority", "ignore"]
 Unplaced = Literal["refuse", "drop"]
 
 UNKNOWN = -100
-_PACKED = (".gz", ".bgz", ".xz", ".bz2", ".zst")
 _KINDS_TOLD = 1000
 
 logger = logging.getLogger(__name__)
@@ -64,27 +64,15 @@ class Place(NamedTuple):
     where: str
 
 
-def format_of(path: str | Path) -> str:
-    """The ending of a name, in lower case, without that of a packed file.
-
-    >>> format_of("genes.GFF3.xz")
-    '.gff3'
-    """
-    name = Path(path).name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return Path(name).suffix
-
-
 def read_places(path: Path) -> Iterator[Place]:
     """The intervals of a GFF3, GTF or BED file: what they are is column 3 of a GFF (its type), column 4 of a BED (its
     name). Raises DataError as `read_gff` and `read_bed`, ConfigError for another ending of the name."""
-    ending = format_of(path)
-    if ending in (".gff", ".gff3", ".gtf"):
+    kind = ending(path)
+    if kind in (".gff", ".gff3", ".gtf"):
         for feature in read_gff(path):
             where = f"{path}, line {feature.line:,}"
             yield Place(feature.chrom, feature.start, feature.stop, feature.strand, feature.kind, where)
-    elif ending == ".bed":
+    elif kind == ".bed":
         for bed in read_bed(path):
             yield Place(bed.chrom, bed.start, bed.stop, bed.strand, bed.name, f"{path}, line {bed.line:,}")
     else:

@@ -13,7 +13,8 @@ from mambaseq.errors import ConfigError, DataError, cut_list, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bedgraph import read_bedgraph
 from mambaseq_dna.files.bigwig import BigWig
-from mambaseq_dna.labels import Place, Runs, Unplaced, check_place, format_of
+from mambaseq_dna.files.fields import ending
+from mambaseq_dna.labels import Place, Runs, Unplaced, check_place
 
 _NAN = float("nan")
 
@@ -61,10 +62,10 @@ def read_signal(assembly: Assembly, path: Path, unplaced: Unplaced = "refuse") -
     """
     if unplaced not in ("refuse", "drop"):
         raise ConfigError(f"data.unplaced is refuse or drop, not {shown(unplaced)}.")
-    ending = format_of(path)
-    if ending in (".bw", ".bigwig"):
+    kind = ending(path)
+    if kind in (".bw", ".bigwig"):
         return _indexed(assembly, path, unplaced)
-    if ending in (".bedgraph", ".bdg", ".bg"):
+    if kind in (".bedgraph", ".bdg", ".bg"):
         return _listed(assembly, path, unplaced)
     raise ConfigError(
         f"{path}: values of bases are read from .bigWig, .bw, .bedGraph and .bdg files, by the name's ending. Rename "

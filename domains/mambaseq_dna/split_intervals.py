@@ -20,7 +20,17 @@ Extend = Literal["none", "within", "hyenadna", "mamba"]
 PUBLISHED: tuple[Extend, ...] = ("hyenadna", "mamba")
 
 SPLITS = ("train", "validation", "test")
-_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "dev": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "eval": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+"""What files and folders call splits, and what they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +52,13 @@ class SplitIntervals:
         numbers: dict[str, int] = {}
         rows, lines = [], []
         for bed in read_bed(path):
-            split = _NAMES.get(bed.name.lower())
-            if split is None:
+            word = SPLIT_WORDS.get(bed.name.lower())
+            if word is None:
                 raise DataError(
                     f"{path}, line {bed.line:,}: the split (column 4) is {shown(bed.name)}. It must be train, valid or "
                     "test."
                 )
-            rows.append((split, numbers.setdefault(bed.chrom, len(numbers)), bed.start, bed.stop))
+            rows.append((SPLITS.index(word), numbers.setdefault(bed.chrom, len(numbers)), bed.start, bed.stop))
             lines.append(bed.line)
         table = np.array(rows, dtype=np.int64)
         if not (table[:, 0] == 0).any():

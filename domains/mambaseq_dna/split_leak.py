@@ -6,10 +6,10 @@ import argparse
 import itertools
 import re
 from pathlib import Path
-from typing import NoReturn
 
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, shown
+from mambaseq_dna.options import Options
 from mambaseq_dna.split_intervals import PUBLISHED, SplitIntervals
 
 LENGTHS = [1 << power for power in range(10, 21)]
@@ -20,11 +20,6 @@ _ABOUT = (
     "both sides; mamba: the paper's gives two, one that begins and one that ends with it. With data.extend none or "
     "within, no base is read by two splits."
 )
-
-
-class _Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
 
 
 def _length(text: str) -> int:
@@ -54,7 +49,7 @@ def _intervals(name: str) -> Path:
 
 def run(argv: list[str]) -> int:
     """The command. Prints a row a length and split."""
-    parser = _Arguments("mambaseq dna/split-leak", description=_ABOUT)
+    parser = Options("mambaseq dna/split-leak", description=_ABOUT)
     parser.add_argument("intervals", metavar="CONFIG_OR_BED", help="a BED file with the split in column 4, or a run's")
     parser.add_argument(
         "--lengths", type=_length, nargs="+", default=LENGTHS, help="bases a window (default: 2^10 to 2^20, doubling)"

@@ -64,7 +64,9 @@ def test_bed(tmp_path: Path) -> None:
         ("chr1\t5", "line 2: 'chr1\\\\t5' is not an interval"),
         ("chr1\tx\t5", "are not whole numbers"),
         ("chr1\t5\t5", "the interval 5 to 5 is empty"),
-        ("chr1\t-1\t5", "is empty or negative"),
+        ("chr1\t-1\t5", "are not whole numbers"),
+        ("chr1\t1\t" + 20 * "9", "are not whole numbers"),
+        ("chr1\t1_0\t20", "are not whole numbers"),
         ("chr1\t1\t5\ta\t0\t*", r"the strand \(column 6\) is '\*'"),
     ],
 )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from mambaseq_dna.files import tables
 from mambaseq_dna.labelled.data import LabelledData
 from mambaseq_dna.labelled.items import fitted
 from mambaseq_dna.labelled.overlaps import overlapping
@@ -317,6 +321,41 @@ def test_parquet_and_numbers_as_labels() -> None:
     assert (records[10].name, records[10].fields) == ("s10", {"label": "10"})
     with pytest.raises(DataError, match=r"t.parquet has no column 'sequences'. Did you mean 'sequence'"):
         made(files="t.parquet", sequence="sequences")
+    twice = pyarrow.table([["ACGT"], ["ACGG"], [1]], names=["sequence", "sequence", "label"])
+    pyarrow.parquet.write_table(twice, "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet has 2 columns 'sequence'"):
+        made(files="t.parquet")
+
+
+def test_long_rows_are_not_read_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_LETTERS", 100)
+    found = [bases(60) for _ in range(9)]
+    written(Path("t.csv"), [(one,) for one in found], "sequence")
+    read, encoded = [], tables._encoded
+
+    def counted(path: Path, unit: str, sequences: list[str], *more: Any) -> Any:
+        read.append(len(sequences))
+        return encoded(path, unit, sequences, *more)
+
+    monkeypatch.setattr(tables, "_encoded", counted)
+    letters = [TOKENIZER.decode(row.ids) for row in tables.table_rows(Path("t.csv"))]
+    assert letters == found
+    assert max(read) == 2
+
+
+def test_a_folder_elsewhere_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives give files of different contents the same size and time."""
+    contents = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        for label, number in itertools.product(("a", "b"), range(4)):
+            file = Path(f"set/{label}/{number}.txt")
+            written(file, [(bases(),)])
+            os.utime(file, (0, 0))
+        data = made(files="set", test_fraction=0, validation_fraction=0)
+        contents.append(data._of(0)[0].matrix(np.arange(8))[0])
+    assert not np.array_equal(*contents)
 
 
 GOOD = "ACGT,0\nACCT,1\nAGGT,0\n"

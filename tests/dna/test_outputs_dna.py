@@ -237,6 +237,9 @@ def test_what_a_track_cannot_hold(source: Path, tmp_path: Path, monkeypatch: pyt
     run.predict(tmp_path / "protein.fa", source, out=tmp_path / "good.BW", columns=["b"], skip_bad=True, device="cpu")
     with pyBigWig.open(str(tmp_path / "good.BW")) as track:
         assert track.chroms() == {"chr2": 50, "chr10": 21}
+    (tmp_path / "spaces.csv").write_text("name,sequence\nthe first\tone,ACGTACGTACGT\n")
+    run.predict(tmp_path / "spaces.csv", out=tmp_path / "spaces.bed", reader="dna/labelled", device="cpu", window=12)
+    assert (tmp_path / "spaces.bed").read_text().startswith("the_first_one\t0\t12\t")
     monkeypatch.setitem(sys.modules, "pybigtools", None)
     with pytest.raises(UserError, match=r"pip install 'mambaseq\[dna\]'"):
         run.predict(source, out=tmp_path / "o.bw", device="cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mambaseq.data.unpacking import Unreadable, read_pieces
 from mambaseq.errors import DataError, shown
+from mambaseq_dna.files.fields import NOT_DATA, whole
 
-_NOT_DATA = ("#", "track", "browser")
 _LONGEST_LINE = 1 << 20
 
 
@@ -68,7 +68,7 @@ def read_bed(path: str | Path) -> Iterator[Bed]:
     """
     found = False
     for number, line in text_lines(path):
-        if not line.strip() or line.startswith(_NOT_DATA):
+        if not line.strip() or line.startswith(NOT_DATA):
             continue
         cells = line.split("\t") if "\t" in line else line.split()
         where = f"{path}, line {number:,}"
@@ -78,15 +78,15 @@ def read_bed(path: str | Path) -> Iterator[Bed]:
                 "separated by tabs."
             )
         try:
-            start, stop = int(cells[1]), int(cells[2])
+            start, stop = whole(cells[1]), whole(cells[2])
         except ValueError as error:
             raise DataError(
                 f"{where}: {shown(cells[1])} and {shown(cells[2])} are not whole numbers: a start, counted from 0, and "
                 "an end. Is it a BED file?"
             ) from error
-        if not 0 <= start < stop:
+        if start >= stop:
             raise DataError(
-                f"{where}: the interval {start:,} to {stop:,} is empty or negative. Starts are counted from 0, and an "
+                f"{where}: the interval {start:,} to {stop:,} is empty. Starts are counted from 0, and an "
                 "end is behind its start."
             )
         strand = cells[5] if len(cells) > 5 and cells[5] else "."

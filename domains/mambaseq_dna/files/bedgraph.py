@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from mambaseq.errors import DataError, shown
 from mambaseq_dna.files.bed import text_lines
-
-_NOT_DATA = ("#", "track", "browser")
+from mambaseq_dna.files.fields import NOT_DATA, whole
 
 
 class Value(NamedTuple):
@@ -31,12 +30,12 @@ def read_bedgraph(path: str | Path) -> Iterator[Value]:
     """
     found = False
     for number, line in text_lines(path):
-        if not line.strip() or line.startswith(_NOT_DATA):
+        if not line.strip() or line.startswith(NOT_DATA):
             continue
         cells = line.split()
         where = f"{path}, line {number:,}"
         try:
-            chrom, start, stop, value = cells[0], int(cells[1]), int(cells[2]), float(cells[3])
+            chrom, start, stop, value = cells[0], whole(cells[1]), whole(cells[2]), float(cells[3])
         except (IndexError, ValueError) as error:
             raise DataError(
                 f"{where}: {shown(line)} is not an interval with a value. A bedGraph line has a sequence's name, a "
@@ -44,9 +43,9 @@ def read_bedgraph(path: str | Path) -> Iterator[Value]:
             ) from error
         if len(cells) != 4:
             raise DataError(f"{where}: {shown(line)} has {len(cells)} columns, not 4. Is it a bedGraph file?")
-        if not 0 <= start < stop:
+        if start >= stop:
             raise DataError(
-                f"{where}: the interval {start:,} to {stop:,} is empty or negative. Starts are counted from 0, and an "
+                f"{where}: the interval {start:,} to {stop:,} is empty. Starts are counted from 0, and an "
                 "end is behind its start."
             )
         if not math.isfinite(value):

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.files.fields import whole
 
 STRANDS = ("+", "-", ".", "?")
 _COLUMNS = "sequence, source, type, start, end, score, strand, phase, attributes"
@@ -133,7 +134,7 @@ def read_gff(path: str | Path, kinds: Collection[str] | None = None) -> Iterator
 def _feature(cells: list[str], path: Path, number: int) -> Feature:
     where = f"{path}, line {number:,}"
     try:
-        first, last = int(cells[3]), int(cells[4])
+        first, last = whole(cells[3]), whole(cells[4])
     except ValueError as error:
         raise DataError(
             f"{where}: {shown(cells[3])} and {shown(cells[4])} (columns 4 and 5) are not whole numbers: a first base, "

@@ -13,7 +13,7 @@ from mambaseq.errors import DataError, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import read_bed
 
-_REGION = re.compile(r"(.+):([\d,]+)-([\d,]+)", re.ASCII)
+_REGION = re.compile(r"(.+):([\d,]{1,30})-([\d,]{1,30})", re.ASCII)
 
 
 class Part(NamedTuple):
@@ -25,6 +25,19 @@ class Part(NamedTuple):
     total: int
     ids: np.ndarray
     label: str = ""
+
+
+def parse_region(text: str) -> tuple[str, int, int] | None:
+    """Name, start from 0, and stop of `name:start-end`, counted from 1, the end in it; None for another text.
+
+    >>> parse_region("chr1:1,001-2,000")
+    ('chr1', 1000, 2000)
+    """
+    found = _REGION.fullmatch(text)
+    if found is None:
+        return None
+    first, last = (int(number.replace(",", "") or 0) for number in found.groups()[1:])
+    return found[1], first - 1, last
 
 
 def read_regions(path: str | Path, regions: Sequence[str]) -> Iterator[Part]:
@@ -51,9 +64,8 @@ def read_regions(path: str | Path, regions: Sequence[str]) -> Iterator[Part]:
         where = f"The region {shown(region)}"
         if (known := assembly.find(region)) is not None:
             yield part(known, 0, lengths[known], where)
-        elif found := _REGION.fullmatch(region):
-            first, last = (int(number.replace(",", "") or 0) for number in found.groups()[1:])
-            yield part(found[1], first - 1, last, where)
+        elif found := parse_region(region):
+            yield part(*found, where)
         elif Path(region).is_file():
             for bed in read_bed(region):
                 yield part(bed.chrom, bed.start, bed.stop, f"{region}, line {bed.line:,}", bed.name)

@@ -16,7 +16,8 @@ from mambaseq.limits import check_unpacked
 from mambaseq_dna.files.bed import text_lines
 from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
 
-_AT_ONCE = 4096  # rows whose letters become ids together
+_AT_ONCE, _LETTERS = 4096, 1 << 22  # rows, and letters, that become ids together
+_ROWS = 256  # of parquet, whose rows may all be as long as one
 _LONGEST_CELL = 1 << 24
 _INVALID = 255
 _TABLE = np.frombuffer(BaseTokenizer("keep").table, dtype=np.uint8)
@@ -59,7 +60,7 @@ def table_rows(
         wanted.append(name := "name")
     places = [known.index(column) for column in wanted]
     found = 0
-    while chunk := list(itertools.islice(cells, _AT_ONCE)):
+    for chunk in _chunks(cells, places[0]):
         sequences = [row[places[0]].strip() for _, row in chunk]
         for (line, row), ids in zip(chunk, _encoded(path, unit, sequences, chunk, columns), strict=True):
             told = row[places[-1]] if name is not None else ""
@@ -67,6 +68,21 @@ def table_rows(
         found += len(chunk)
     if not found:
         raise DataError(f"{path} has no rows. Check that it is the right file.")
+
+
+def _chunks(cells: Iterator[Any], place: int) -> Iterator[list[Any]]:
+    """Rows in lists of up to `_AT_ONCE`, and of about `_LETTERS` letters, so that memory does not grow with sequences.
+    place: of the sequence in a row."""
+    chunk: list[Any] = []
+    letters = 0
+    for row in cells:
+        chunk.append(row)
+        letters += len(row[1][place])
+        if len(chunk) == _AT_ONCE or letters >= _LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _encoded(
@@ -103,6 +119,11 @@ def _missing(path: Path, column: str, known: Sequence[str], hint: str = "") -> D
     )
 
 
+def _check_once(path: Path, column: str, known: Sequence[str]) -> None:
+    if known.count(column) > 1:
+        raise DataError(f"{path} has {known.count(column)} columns {shown(column)}. Rename all but one.")
+
+
 def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None) -> Iterator[Any]:
     """First (names of the columns, what a row is called), then (line, cells) of each row."""
     at = 0
@@ -128,8 +149,7 @@ def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None)
                 if column not in header:
                     hint = " If the file has no header, name its columns in order: data.columns."
                     raise _missing(path, column, header, hint)
-                if header.count(column) > 1:
-                    raise DataError(f"{path} has {header.count(column)} columns {shown(column)}. Rename all but one.")
+                _check_once(path, column, header)
         else:
             header = list(columns)
             for column in wanted:
@@ -167,12 +187,14 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
         for column in wanted:
             if column not in known:
                 raise _missing(path, column, known)
+        use = list(dict.fromkeys([*wanted, *(["name"] if "name" in known else [])]))
+        for column in use:
+            _check_once(path, column, known)
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         check_unpacked(sum(sizes), path.stat().st_size, str(path))
-        use = list(dict.fromkeys([*wanted, *(["name"] if "name" in known else [])]))
         yield use, "row"
         number = 0
-        for batch in table.iter_batches(batch_size=_AT_ONCE, columns=use):
+        for batch in table.iter_batches(batch_size=_ROWS, columns=use):
             columns = [[_text(value) for value in batch.column(column).to_pylist()] for column in use]
             for row in zip(*columns, strict=True):
                 number += 1

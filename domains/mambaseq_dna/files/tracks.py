@@ -23,8 +23,13 @@ from mambaseq_dna.files.bigwig import pybigtools
 _ACCEPTED = (".bw", ".bigwig", ".bigWig")  # by pybigtools; others, such as .BW, are renamed
 
 
+def _word(record: str) -> str:
+    """A record's name without white space, which ends a column or a line: those of tables may have some."""
+    return "_".join(record.split()) or "."
+
+
 class _Track(Table):
-    """Rows without a prediction are left out."""
+    """Rows without a prediction are left out, and white space in names of records is an underscore."""
 
     def __init__(self, files: Files) -> None:
         super().__init__()
@@ -32,6 +37,9 @@ class _Track(Table):
 
     def _write(self, place: tuple[str, str, int, int, str]) -> None:
         pass
+
+    def put(self, file: str, record: str, block: Block) -> None:
+        super().put(file, _word(record), block)
 
 
 def _edges(changes: np.ndarray) -> list[tuple[int, int]]:
@@ -114,6 +122,7 @@ class _Numbers(_Track):
         self._paths: list[Path] = []
 
     def sequence(self, file: str, record: str, length: int) -> None:
+        record = _word(record)
         known, first = self._lengths.setdefault(record, (length, file))
         if known != length:
             raise DataError(

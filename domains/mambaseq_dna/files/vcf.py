@@ -10,6 +10,7 @@ from pathlib import Path
 from mambaseq.data.unpacking import Unreadable, read_pieces
 from mambaseq.errors import DataError, shown
 from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.files.fields import whole
 
 _NAMES = {  # of a table's columns, in lower case and without a # before them
     "chrom": ("chrom", "chr", "chromosome", "seqname"),
@@ -96,14 +97,21 @@ def _of_table(path: Path) -> Iterator[Variant]:
             continue
         if places is None:
             delimiter = "\t" if "\t" in line else ","
-            places = _header(path, number, next(csv.reader([line], delimiter=delimiter)))
+            places = _header(path, number, _cells(path, number, line, delimiter))
             continue
-        cells = next(csv.reader([line], delimiter=delimiter))
+        cells = _cells(path, number, line, delimiter)
         if len(cells) <= max(places):
             raise DataError(f"{path}, line {number:,}: {shown(line)} has {len(cells)} columns, fewer than the header.")
         chrom, pos, ref, alts = (cells[place].strip() for place in places[:4])
         name = cells[places[4]].strip() if len(places) > 4 else ""
         yield from _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+
+
+def _cells(path: Path, number: int, line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error as error:  # a cell of more than 131,072 characters, unless a table of sequences was read before
+        raise DataError(f"{path}, line {number:,}: the row cannot be read ({error}). Leave it out.") from error
 
 
 def _header(path: Path, number: int, cells: list[str]) -> list[int]:
@@ -125,9 +133,11 @@ def _header(path: Path, number: int, cells: list[str]) -> list[int]:
 
 
 def _variants(path: Path, line: int, chrom: str, pos: str, name: str, ref: str, alts: str) -> Iterator[Variant]:
-    if not (pos.isascii() and pos.isdigit() and len(pos) < 19):
+    try:
+        place = whole(pos)
+    except ValueError as error:
         raise DataError(
             f"{path}, line {line:,}: the position is {shown(pos)}, which is not a whole number, counted from 1."
-        )
+        ) from error
     for number, alt in enumerate(alts.split(",")):
-        yield Variant(chrom, int(pos), ref, alt, name, line, number)
+        yield Variant(chrom, place, ref, alt, name, line, number)

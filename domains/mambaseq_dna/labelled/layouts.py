@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, DataError, cut_list, shown
+from mambaseq_dna.files.fields import PACKED, ending
+from mambaseq_dna.split_intervals import SPLIT_WORDS
 
 Format = Literal["auto", "table", "fasta", "bed", "gff"]
 
@@ -18,20 +20,8 @@ _ENDINGS = {
     "bed": (".bed", ".narrowpeak", ".broadpeak"),
     "gff": (".gff", ".gff3", ".gtf"),
 }
-_PACKED = (".gz", ".bgz", ".xz", ".bz2", ".zst")
 _OF_A_CLASS = (".txt", *_ENDINGS["fasta"])
 _SPLIT = re.compile(r"(train|training|dev|valid|validation|val|eval|test)(?=$|[._-])", re.IGNORECASE)
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "dev": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "eval": "validation",
-    "validation": "validation",
-    "test": "test",
-}
-"""What splits are called, and what they are."""
 
 
 class Part(NamedTuple):
@@ -47,18 +37,6 @@ class Part(NamedTuple):
     label: str = ""
 
 
-def ending(path: Path) -> str:
-    """The ending of a name in lower case, without that of packing.
-
-    >>> ending(Path("a/b.tsv.XZ"))
-    '.tsv'
-    """
-    name = path.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return Path(name).suffix
-
-
 def kind_of(path: Path, layout: Format = "auto") -> str:
     """The kind of a file, by its ending if `layout` does not say it. Raises DataError for an unknown ending."""
     if layout != "auto":
@@ -69,7 +47,7 @@ def kind_of(path: Path, layout: Format = "auto") -> str:
     known = ", ".join(one for endings in _ENDINGS.values() for one in endings)
     raise DataError(
         f"{shown(path, 300)}: its ending does not say what it is. Known are {known}, also packed "
-        f"({', '.join(_PACKED)}). Set data.format, or rename it."
+        f"({', '.join(PACKED)}). Set data.format, or rename it."
     )
 
 

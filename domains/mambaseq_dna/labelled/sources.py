@@ -18,10 +18,11 @@ from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, show
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import Bed, read_bed
 from mambaseq_dna.files.fasta import strand_checksums
+from mambaseq_dna.files.fields import ending
 from mambaseq_dna.files.gff import Feature, read_gff
 from mambaseq_dna.files.tables import Row, is_parquet, plain_sequence, table_rows
 from mambaseq_dna.labelled.headers import fasta_rows
-from mambaseq_dna.labelled.layouts import Part, class_files, ending
+from mambaseq_dna.labelled.layouts import Part, class_files
 from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
 
 _VERSION = 1
@@ -157,7 +158,10 @@ def _stored(part: Part, reading: Reading, fields: Sequence[str], cache: str | Pa
     if part.kind == "folder":
         states = [[one.name, (state := one.stat()).st_size, state.st_mtime_ns] for one in class_files(path)]
         fields = []
-        meta: dict[str, Any] = {"sources": [{"name": path.name, "states": _digest(repr(states))}], "path": str(path)}
+        place = str(
+            path.resolve()
+        )  # a relative path stands for other folders elsewhere, and times of archives are alike
+        meta: dict[str, Any] = {"sources": [{"name": path.name, "states": _digest(repr(states))}], "path": place}
     else:
         meta = {"sources": [fingerprint(path, cache)]}
     meta |= {"what": "labelled", "version": _VERSION, "kind": part.kind, "fields": list(fields)}

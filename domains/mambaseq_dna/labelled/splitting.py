@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.labelled.layouts import SPLIT_WORDS
 from mambaseq_dna.labelled.texts import first_of, numbered
+from mambaseq_dna.split_intervals import SPLIT_WORDS
 from mambaseq_dna.splits import SPLITS, Duplicates
 
 TRAIN, VALIDATION, TEST = range(3)

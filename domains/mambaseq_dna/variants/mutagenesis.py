@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.outputs import is_stream, output_file
 from mambaseq.runs.devices import memory_told
 from mambaseq_dna.files.assembly import Assembly
+from mambaseq_dna.files.regions import parse_region
 from mambaseq_dna.tokenizer import BASES, N, fold_case
 from mambaseq_dna.variants.scorers import Distance, Pool, scorer_of
 from mambaseq_dna.variants.scoring import prepared
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-_REGION = re.compile(r"(?P<name>.+):(?P<start>[\d,]+)-(?P<stop>[\d,]+)")
 _LINE = 120  # bases in a line of the picture
 _DRAWN = 3000  # bases in a picture: each is a letter
 _TOGETHER = 256  # positions
@@ -46,17 +45,16 @@ class Region(NamedTuple):
 
         Raises ConfigError for another text, DataError for a region that is not in the assembly.
         """
-        found = _REGION.fullmatch(text.strip())
+        found = parse_region(text.strip())
         if found is None:
             raise ConfigError(
                 f"--region {shown(text)} is not written like chr17:43044295-43044394 (both ends counted)."
             )
-        start, stop = (int(found[key].replace(",", "") or 0) for key in ("start", "stop"))
-        name = assembly.resolve(found["name"], "--region")
+        name, start, stop = assembly.resolve(found[0], "--region"), found[1], found[2]
         length = assembly.lengths[name]
-        if not 1 <= start <= stop <= length:
+        if not 0 <= start < stop <= length:
             raise DataError(f"--region {shown(text)} is not within {name}, which has bases 1 to {length:,}.")
-        return cls(name, start - 1, stop)
+        return cls(name, start, stop)
 
 
 def mutagenesis(

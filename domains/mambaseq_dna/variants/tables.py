@@ -52,9 +52,8 @@ def write_vcf(source: Path, frame: pandas.DataFrame, columns: Sequence[str], out
         for number, line in text_lines(source):
             if not told and not line.startswith("##"):
                 for column, name in names.items():
-                    file.write(
-                        f'##INFO=<ID={name},Number=A,Type=Float,Description="mambaseq dna/variants: {column}">\n'
-                    )
+                    said = re.sub(r'[\\"\s]+', " ", column)  # names of classes are the user's
+                    file.write(f'##INFO=<ID={name},Number=A,Type=Float,Description="mambaseq dna/variants: {said}">\n')
                 file.write('##INFO=<ID=MS_note,Number=A,Type=String,Description="why there is no score">\n')
                 told = True
             if line.startswith("#") or not line.strip():
