@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mambaseq_dna.recipes import classifying, genomic_benchmarks
-from mambaseq_dna.recipes.classifying import WAYS, make_model
+from mambaseq_dna.recipes.classifying import CNN, WAYS, make_model
 from mambaseq_dna.recipes.common import VOCABULARY
 from mambaseq_dna.recipes.genomic_benchmarks import SETS, load, recipe, settings
 from mambaseq_dna.tokenizer import BASES, N
@@ -111,6 +111,7 @@ def test_models_have_less_than_half_a_million_parameters_and_read_what_fits(cont
         assert len(SETS[name].published) == len(genomic_benchmarks.PUBLISHED)
         assert settings(name, "from scratch", 4776).batch_size * 4776 <= 2**17
         assert not settings(name, "from scratch", 251).positions
+        assert settings(name, CNN, 251)._replace(positions=False) == settings(name, "from scratch", 251)
     for way in genomic_benchmarks.WAYS:
         model = make_model(full, WAYS[way], {"name": "classification", "n_classes": 3, "pooling": "max"})
         assert model.n_parameters() < 500_000

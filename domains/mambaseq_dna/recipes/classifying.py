@@ -241,6 +241,6 @@ def linear_trial(
     return linear_score(found, labels, strengths)._asdict()
 
 
-def words_trial(data: dict[str, Examples]) -> dict[str, float]:
-    """Logistic regression on the frequencies of words of 5 bases on their own strand."""
-    return linear_trial(data, lambda ids: kmer_frequencies(ids, 5, both_strands=False), (1e-4, 1e-3, 1e-2, 1e-1))
+def words_trial(data: dict[str, Examples], both_strands: bool = False) -> dict[str, float]:
+    """Logistic regression on the frequencies of words of 5 bases. both_strands: see `kmer_frequencies`."""
+    return linear_trial(data, lambda ids: kmer_frequencies(ids, 5, both_strands), (1e-4, 1e-3, 1e-2, 1e-1))

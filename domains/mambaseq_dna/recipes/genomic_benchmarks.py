@@ -116,11 +116,10 @@ def _padded(sequences: Sequences, length: int) -> np.ndarray:
 def settings(name: str, way: str, length: int) -> Settings:
     """As chosen on the validation parts of GUE, and not on these sets; at most 1.3 million sequences are read. Places
     count in promoters, but only to the CNN: a model that learned them had more than half a million parameters."""
-    lr = 1e-3 if way == "from scratch" else 5e-4
     promoter = name == "human_nontata_promoters"
     batch_size = min(128, max(2**17 // length, 1))
     return Settings(
-        lr=lr,
+        lr=5e-4 if way.startswith("pretrained") else 1e-3,
         batch_size=batch_size,
         epochs=15,
         least_steps=1_000,
@@ -162,7 +161,7 @@ def _trials(context: Context, name: str, way: str, of: Loaded) -> dict[str, list
 
         def one() -> dict[str, float]:
             if way == WORDS:
-                return words_trial(data)
+                return words_trial(data, both_strands=not SETS[name].stranded)
             return length_score(of.lengths, {split: some.numpy()[1] for split, some in data.items()})._asdict()
 
         return {key: [value] for key, value in context.trial(trial, lambda _: {**one(), **of.counts}).items()}
