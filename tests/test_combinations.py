@@ -28,6 +28,7 @@ ENCODERS: dict[str, list[dict[str, Any]]] = {
     "dna/kmer": [{"k": 3, "stride": 1}, {"k": 4, "stride": 3}],
     "dna/frames": [{"k": 2}],
     "dna/conv": [{**TABLE, "width": 5, "positions": 64}],
+    "audio/mel": [{"n_mels": 4, "window": 16, "stride": 5}],
 }
 BACKBONES: dict[str, list[dict[str, Any]]] = {
     "residual": [{"n_layers": 2}, {"n_layers": 1, "chunk_length": 5}],
@@ -35,6 +36,7 @@ BACKBONES: dict[str, list[dict[str, Any]]] = {
     "reverse_complement": [{"n_layers": 1}, {"n_layers": 1, "bidirectional": False}],
     "unet": [{"n_layers": 1, "pool": [2, 3]}],
     "dna/codons": [{"n_layers": 1}],
+    "audio/convolutions": [{"n_layers": 2}],
 }
 HEADS: dict[str, list[dict[str, Any]]] = {
     "lm": [TABLE],
@@ -146,7 +148,7 @@ def test_alone_padded_and_packed_agree(encoder: tuple, backbone: tuple) -> None:
             with pytest.raises(ConfigError, match="strands"):
                 build(encoder, backbone, head)
         elif parts[2].per_token and encoder[1].get("stride", 1) != 1:
-            with pytest.raises(ConfigError, match=r"KmerEncoder.*stride"):
+            with pytest.raises(ConfigError, match=r"(Kmer|Mel)Encoder.*stride"):
                 build(encoder, backbone, head)
         else:
             alone_padded_and_packed_agree(build(encoder, backbone, head), states)

@@ -8,8 +8,13 @@ domain = Domain(
     name="audio",
     summary="waveforms sample by sample: spoken digits with a condition, long recordings",
     tokenizers={"mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale")},
+    encoders={"mel": ("mambaseq_audio.mel:MelEncoder", "frames of a mel spectrogram, for classifiers")},
+    backbones={
+        "convolutions": ("mambaseq_audio.mel:ConvolutionStack", "a small residual network over time, both ways")
+    },
     datasets={
         "clips": ("mambaseq_audio.clips:ClipData", "short clips, conditioned on what their file names say"),
+        "labelled": ("mambaseq_audio.labelled:LabelledClips", "short clips with a label each, from their file names"),
         "waveform": ("mambaseq_audio.waveform:WaveformData", "windows of long recordings, split by time"),
     },
     readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and other formats of libsndfile")},
@@ -17,7 +22,14 @@ domain = Domain(
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
         "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),
+        "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
+    },
+    commands={
+        "score": (
+            "mambaseq_audio.scoring:run",
+            "FID, inception scores and AM of generated clips: --generated DIR --real DIR --classifier RUN",
+        ),
     },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample next to count models, and sounds")},
 )

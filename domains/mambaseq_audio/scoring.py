@@ -1,0 +1,191 @@
+"""`mambaseq audio/score`: generated clips against real ones, by a classifier of ours."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambaseq.atomic import json_text
+from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.data.module import pad_collate
+from mambaseq.errors import ConfigError, DataError, cut_list, shown
+from mambaseq.heads.classification import ClassificationHead
+from mambaseq.outputs import output_file
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq_audio.clips import composed
+from mambaseq_audio.io import read_audio
+from mambaseq_audio.labelled import item, middle
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.scores import Scores, log_probabilities, scores
+
+_TOKENS = 2**19  # samples that are read together
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """What a classifier gives for clips. names: of the records. features: `(clips, features)` float32, what its last
+    linear map reads. log_p: `(clips, classes)` float64."""
+
+    names: list[str]
+    features: np.ndarray
+    log_p: np.ndarray
+
+
+def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
+    """Features and answers for a folder of sound files, a pattern or a file. Clips are brought to the classifier's rate
+    and to mu-law levels; of clips longer than in its training the middle is read.
+
+    Raises ConfigError for a model that is not a classifier of `audio/labelled`, DataError for files that cannot be
+    read.
+    """
+    model, card = classifier.model, classifier.card
+    head = model.head
+    if card.reader != "audio/audio" or not isinstance(head, ClassificationHead):
+        raise ConfigError(
+            f"{classifier.source} is not a classifier of sounds. Give a run of audio/digit_classifier, or another one "
+            "whose dataset is audio/labelled."
+        )
+    assert isinstance(classifier.tokenizer, MuLaw)
+    names, levels = [], []
+    for record in read_audio(clips, classifier.tokenizer, **card.reader_options):
+        assert record.ids is not None
+        names.append(record.name)
+        levels.append(middle(record.ids, card.length))
+    seen: list[Tensor] = []
+    features, logits = {}, {}
+    hook = head.linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        with torch.no_grad(), memory_told("the number of clips in a call"):
+            for members in _batches([len(each) for each in levels]):
+                batch = pad_collate([item(levels[i], 0) for i in members]).to(head.linear.weight.device)
+                seen.clear()
+                found = model(batch.inputs, mask=batch.mask).logits
+                for row, i in enumerate(members):
+                    features[i], logits[i] = seen[0][row].float().cpu().numpy(), found[row].cpu().numpy()
+    finally:
+        hook.remove()
+    order = range(len(levels))
+    return Recognised(
+        names, np.stack([features[i] for i in order]), log_probabilities(np.stack([logits[i] for i in order]))
+    )
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Clips of similar length together, as many as are at most so many samples with their padding."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not found or (len(found[-1]) + 1) * lengths[i] > _TOKENS:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> float:
+    """The share of clips that are recognised as what their names say: the first named group of a pattern.
+
+    Raises ConfigError for a pattern without one, DataError for a name that says no class of the classifier.
+    """
+    try:
+        compiled = re.compile(composed(pattern))
+    except re.error as error:
+        raise ConfigError(f"--pattern is not a regular expression ({error}): {shown(pattern)}.") from error
+    if not compiled.groupindex:
+        raise ConfigError(
+            f"--pattern {shown(pattern)} names no group. Write (?P<digit>...) around what is a clip's class."
+        )
+    group, right = next(iter(compiled.groupindex)), 0
+    for name, answer in zip(clips.names, clips.log_p.argmax(1), strict=True):
+        match = compiled.search(composed(Path(name).name))
+        said = match[group] if match else None
+        if said not in class_names:
+            told = "nothing" if said is None else shown(said)
+            raise DataError(
+                f"The name of {shown(name)} says {told} by --pattern, which is no "
+                f"class of the classifier: {cut_list(class_names)}. Correct the pattern, or rename the clip."
+            )
+        right += class_names[answer] == said
+    return right / len(clips.names)
+
+
+def score(
+    generated: Sequence[str | Path],
+    real: str | Path,
+    classifier: str | Path,
+    *,
+    pattern: str | None = None,
+    device: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores of folders of clips against a folder of real ones: for each name in `generated`, the fields of
+    `mambaseq_audio.scores.Scores`, and with a pattern `accuracy` (see there)."""
+    loaded = load_model(classifier, choose_device(device))
+    truth = recognise(loaded, real)
+    found: dict[str, dict[str, Any]] = {}
+    for name in generated:
+        clips = recognise(loaded, name)
+        made: Scores = scores(truth.features, truth.log_p, clips.features, clips.log_p)
+        found[str(name)] = dataclasses.asdict(made)
+        if pattern is not None:
+            found[str(name)]["accuracy"] = accuracy(clips, pattern, loaded.card.class_names)
+        if min(len(clips.names), len(truth.names)) <= truth.features.shape[1]:
+            found[str(name)]["note"] = f"FID is too high: no more clips than features ({truth.features.shape[1]})"
+    return found
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+
+
+_TOLD = {
+    "clips": "clips",
+    "fid": "FID",
+    "inception_score": "IS",
+    "modified_inception_score": "mIS",
+    "am_score": "AM",
+    "accuracy": "accuracy",
+    "published_inception_score": "IS as published",
+    "published_modified_inception_score": "mIS as published",
+}
+
+
+def run(argv: list[str]) -> int:
+    """The command. Prints a row for each folder."""
+    parser = _Options(
+        prog="mambaseq audio/score",
+        description="FID, inception score (IS), modified inception score (mIS) and AM score of generated clips against "
+        "real ones, by a classifier's features and answers.",
+        epilog="Higher is better for IS and mIS, lower for FID and AM. 'as published' is what SaShiMi's code computes; "
+        "its IS sums over the wrong axis and can exceed the number of classes. For the scores of test recordings, name "
+        "them as --generated.",
+        allow_abbrev=False,
+    )
+    clips = "a folder of sound files, or a pattern"
+    parser.add_argument(
+        "--generated", required=True, action="append", metavar="DIR", help=f"{clips}; may be given several times"
+    )
+    parser.add_argument("--real", required=True, metavar="DIR", help=f"{clips}: of training, as published")
+    parser.add_argument("--classifier", required=True, metavar="RUN", help="a run of audio/digit_classifier")
+    parser.add_argument(
+        "--pattern",
+        metavar="REGEX",
+        help="also the share recognised as the class in clips' names: the first named group, as in '^(?P<digit>\\d)_'",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    given = parser.parse_args(argv)
+    found = score(given.generated, given.real, given.classifier, pattern=given.pattern, device=given.device)
+    if given.out is not None:
+        with output_file(given.out) as file:
+            file.write((json_text(found, indent=1) + "\n").encode())
+    for name, values in found.items():
+        told = (f"{told} {values[key]:,.4g}" for key, told in _TOLD.items() if key in values)
+        print(f"{name}: {', '.join(told)}" + (f" ({values['note']})" if "note" in values else ""))
+    return 0

@@ -1,0 +1,185 @@
+"""The classifier of sounds: its data, its parts, and scores by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mambaseq_audio.io import read_signal
+from mambaseq_audio.labelled import LabelledClips
+from mambaseq_audio.mel import MelEncoder
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.scoring import recognise, score
+
+from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
+from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.models import build_model
+
+PITCHES = {"low": 300, "high": 2500}
+PATTERN = r"^(?P<word>[a-z]+)_(?P<take>\d+)$"
+
+
+def tone(pitch: float, take: int) -> np.ndarray:
+    rng = np.random.default_rng((int(pitch), take))
+    n = int(rng.integers(700, 1500))
+    signal: np.ndarray = 0.3 * np.sin(2 * np.pi * pitch * (1 + 0.02 * rng.uniform()) * np.arange(n) / 8000)
+    return signal + rng.normal(scale=0.01, size=n)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "clips"
+    path.mkdir()
+    for name, pitch in PITCHES.items():
+        for take in range(8):
+            soundfile.write(path / f"{name}_{take}.wav", tone(pitch, take), 8000)
+    return path
+
+
+def data(folder: Path, **options: object) -> LabelledClips:
+    given = {"files": str(folder), "pattern": PATTERN, "label": "word", "validation": "1", "test": "0", "length": 1000}
+    made = LabelledClips(**{**given, **options})  # type: ignore[arg-type]
+    made.setup()
+    made.setup()
+    return made
+
+
+def test_labels_and_whole_clips(folder: Path) -> None:
+    made = data(folder)
+    assert made.class_names == ("high", "low")
+    assert (made.n_conditions, made.condition_names) == (0, ())
+    test = made.test()
+    assert test is not None
+    assert [test[i].targets.tolist() for i in range(2)] == [[0], [1]]
+    whole = MuLaw().encode(read_signal(folder / "high_0.wav", 8000))
+    start = (len(whole) - 1000) // 2  # the middle of a longer clip
+    assert len(whole) > 1000
+    assert test[0].inputs[0].tolist() == whole[start : start + 1000].tolist()
+    assert test[0].condition is None
+
+
+def test_training_clips_vary_by_their_index_alone(folder: Path) -> None:
+    plain, varied = (data(folder, length=4000, **more).train() for more in ({}, {"speed": 0.2, "gain": 6.0}))
+    assert len(plain) == 12
+    for i in (0, 11, 12, 30):
+        one, again, as_it_is = varied[i], varied[i], plain[i]
+        assert torch.equal(one.inputs, again.inputs)
+        assert torch.equal(one.targets, as_it_is.targets)
+        share = one.inputs.shape[1] / as_it_is.inputs.shape[1]
+        assert 1 / 1.21 < share < 1 / 0.79
+        assert share != 1
+    assert not torch.equal(varied[0].inputs, data(folder, length=4000, speed=0.2, gain=6.0, seed=1).train()[0].inputs)
+    with pytest.raises(ConfigError, match=r"data\.speed must be from 0 to 0\.5"):
+        data(folder, speed=0.6)
+
+
+def test_a_tone_is_in_its_band_however_loud() -> None:
+    """Bands peak in mel order; the mean over time takes loudness away, and a signal is read as its levels are."""
+    torch.manual_seed(0)
+    encoder = MelEncoder(40, n_mels=40)
+    with torch.no_grad():
+        encoder.linear.weight.copy_(torch.eye(40))
+        encoder.linear.bias.zero_()
+        time = torch.arange(8000) / 8000
+        swell = torch.sin(2 * torch.pi * 2 * time).abs()  # so that a band's mean over time is not all that it has
+        for pitch in (500.0, 1500.0, 3000.0):
+            signal = 0.5 * swell * torch.sin(2 * torch.pi * pitch * time)
+            frames = encoder(signal[None, :, None])
+            assert frames.shape == (1, 100, 40)
+            mel = 2595 * np.log10(1 + pitch / 700)
+            expected = mel / (2595 * np.log10(1 + 4000 / 700)) * 41 - 1
+            assert abs(int(frames[0].std(0).argmax()) - expected) <= 1.5
+            torch.testing.assert_close(encoder(0.7 * signal[None, :, None]), frames, atol=0.3, rtol=0)
+            levels = torch.from_numpy(MuLaw().encode(signal.numpy()).astype(np.int64))[None]
+            loudest = int(frames[0].std(0).argmax())
+            torch.testing.assert_close(encoder(levels)[0, 10:20, loudest], frames[0, 10:20, loudest], atol=0.02, rtol=0)
+        hidden = MelEncoder(4, n_mels=40, mask_bands=8, mask_frames=8)
+        ids = levels.repeat(4, 1)
+        assert not torch.equal(hidden(ids)[0], hidden(ids)[1])
+        assert torch.equal(hidden.eval()(ids)[0], hidden(ids)[1])
+    with pytest.raises(ConfigError, match="200 mel bands are too many for a window of 256"):
+        MelEncoder(4, n_mels=200)
+
+
+def classifier(folder: Path, place: Path, steps: int = 25) -> Path:
+    """A model that learned the two tones in so many steps."""
+    made = data(folder)
+    spec = {
+        "d_model": 8,
+        "encoder": {"name": "audio/mel", "n_mels": 16},
+        "backbone": {"name": "audio/convolutions", "n_layers": 2},
+        "mixer": {"name": "mamba"},
+        "head": {"name": "classification", "n_classes": 2, "pooling": "max"},
+    }
+    torch.manual_seed(0)
+    model = build_model(spec)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    train = made.train()
+    for step in range(steps):
+        batch = made.collate([train[8 * step + i] for i in range(8)])
+        optimizer.zero_grad()
+        model(batch.inputs, batch.targets, mask=batch.mask).loss.backward()
+        optimizer.step()
+    card = ModelCard(
+        spec=spec,
+        tokenizer={"name": "audio/mulaw", "options": {}},
+        class_names=list(made.class_names),
+        length=made.length,
+        start_ids=list(made.start_ids),
+        task=made.task,
+        writer=made.writer,
+        reader=made.reader,
+        reader_options=made.reader_options(),
+    )
+    save_model(place, model, card, MuLaw())
+    return place
+
+
+def test_scores_of_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = classifier(folder, tmp_path / "model")
+    loaded = load_model(place)
+    found = recognise(loaded, folder)
+    assert found.features.shape == (16, 8)
+    logits = torch.from_numpy(found.features) @ loaded.model.head.linear.weight.T + loaded.model.head.linear.bias
+    np.testing.assert_allclose(torch.log_softmax(logits, 1).detach(), found.log_p, atol=1e-4)
+    alone = recognise(loaded, folder / "low_*.wav")  # other clips and padding beside it
+    np.testing.assert_allclose(alone.features, found.features[8:], rtol=1e-4, atol=1e-5)
+    out = tmp_path / "scores.json"
+    wrong = tmp_path / "wrong"  # low tones under either name
+    wrong.mkdir()
+    for name in PITCHES:
+        for take in range(8, 12):
+            soundfile.write(wrong / f"{name}_{take}.wav", tone(300, take + 10 * (name == "high")), 8000)
+    options = ["--real", str(folder), "--classifier", str(place), "--pattern", "^(?P<word>[a-z]+)_", "--out", str(out)]
+    assert main(["audio/score", "--generated", str(folder), "--generated", str(wrong), *options]) == 0
+    same, low = json.loads(out.read_text()).values()
+    assert (same["clips"], same["accuracy"], low["accuracy"]) == (16, 1.0, 0.5)
+    assert same["fid"] == pytest.approx(0, abs=1e-6)
+    assert low["fid"] > 0.1
+    assert same["inception_score"] > 1.7
+    assert low["inception_score"] < 1.1
+    assert low["am_score"] > same["am_score"] + 0.5
+    assert "no more clips than features (8)" in low["note"]
+    assert "IS as published" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
+    place = classifier(folder, tmp_path / "model", steps=0)
+    for pattern, error, told in (
+        ("^(?P<word>[a-z]", ConfigError, "not a regular expression"),
+        ("^[a-z]+", ConfigError, "names no group"),
+        (r"(?P<take>\d)", DataError, "which is no class of the classifier"),
+    ):
+        with pytest.raises(error, match=told):
+            score([folder], folder, place, pattern=pattern)
+    with pytest.raises(DataError, match="at least 2 clips"):
+        score([folder / "low_1.wav"], folder, place)
+    loaded = load_model(place)
+    other = LoadedModel(loaded.model, ModelCard(spec=loaded.card.spec, reader="csv"), None, place)
+    with pytest.raises(ConfigError, match="not a classifier of sounds"):
+        recognise(other, folder)
