@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,21 +14,20 @@ import numpy as np
 from mambaseq.batch import Batch
 from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
-from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Interval
-from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq.limits import SEEDS, WINDOW, check_setting
-from mambaseq_audio.io import Channels, audio_files, check_rate
+from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.stores import checksums, sound_store
+from mambaseq_audio.recordings import Recording, composed, is_manifest, overlap, recordings
+from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles, next_sample
 
 DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
+DIGITS_NAMES = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$"
 
-
-def composed(text: str) -> str:
-    """Letters with accents as one character: macOS gives them as two in file names."""
-    return unicodedata.normalize("NFC", text)
+SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
+"""What a manifest's column `split` says for each set."""
 
 
 def selection_parts(selection: str | Sequence[str]) -> list[str]:
@@ -61,8 +59,11 @@ class RandomClips:
 
     endless = True
 
-    def __init__(self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int) -> None:
-        self.clips, self.conditions, self.length, self.seed = clips, conditions, length, seed
+    def __init__(
+        self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int, step: int = 1
+    ) -> None:
+        """step: crops begin at multiples of it."""
+        self.clips, self.conditions, self.length, self.seed, self.step = clips, conditions, length, seed, step
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -76,7 +77,8 @@ class RandomClips:
         which = int(self._order(epoch)[position])
         clip = self.clips[which]
         length = min(self.length, len(clip))
-        start = int(np.random.default_rng((self.seed, index, 1)).integers(len(clip) - length + 1))
+        places = (len(clip) - length) // self.step + 1
+        start = self.step * int(np.random.default_rng((self.seed, index, 1)).integers(places))
         previous = int(clip.read(start - 1, 1)[0]) if start else MuLaw.start_id
         condition = None if self.conditions is None else self.conditions[which]
         return next_sample(previous, clip.read(start, length), condition)
@@ -92,12 +94,17 @@ class ClipData(SequenceData):
     Names are compared in Unicode's composed form (NFC), however a file system or an editor writes accents.
 
     Args:
-        files: a folder of sound files, a pattern (`*`, `?`), or a resource; the default is the spoken digits that ship.
-        pattern: a regular expression with named groups, searched in each file's name without folder and suffix.
-        condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`; none if empty.
-        split: the group of the name that decides which set a clip is in.
+        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, or a manifest: a table that ends in
+            .csv, .tsv or .jsonl, with a column `file` and, if wanted, `split`, `start` and `end` (in seconds) and any
+            others; the default is the spoken digits that ship.
+        pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
+            manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
+        condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`; none if empty. The
+            default is the digit, and none with a manifest.
+        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest.
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
-            they hold commas; `""` for none. All values that neither set takes are for training.
+            they hold commas; `""` for none. All values that neither set takes are for training. The default is that of
+            the digits, and `validation` (`valid`, `val` and `dev` too) of a manifest's column `split`.
         test: the same for the test set.
         validation_list: a text file that names the validation clips, one a line (the end of its path); it replaces
             `validation`. Not used when left out.
@@ -106,7 +113,9 @@ class ClipData(SequenceData):
             validation and test.
         sample_rate: samples a second.
         resample: convert files of another rate; false refuses them.
-        channels: several channels are averaged (`mean`), or the file is refused (`refuse`).
+        channels: of files with several: their mean (`mean`), the first or second one (`left`, `right`), each as a clip
+            (`each`), both in turn (`stereo`: `length` then counts both), or an error (`refuse`).
+        skip_bad: leave out recordings that cannot be used, and list them; false lists them in an error.
         seed: of the order of clips and of the crops in training.
     """
 
@@ -119,21 +128,32 @@ class ClipData(SequenceData):
         self,
         *,
         files: str = DIGITS,
-        pattern: str = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$",
-        condition: Sequence[str] = ("digit",),
-        split: str = "take",
-        validation: str | Sequence[str] = "47-49",
-        test: str | Sequence[str] = "0-4",
+        pattern: str | None = None,
+        condition: Sequence[str] | None = None,
+        split: str | None = None,
+        validation: str | Sequence[str] | None = None,
+        test: str | Sequence[str] | None = None,
         validation_list: str | None = None,
         test_list: str | None = None,
         length: int = 8192,
         sample_rate: int = 8000,
         resample: bool = True,
         channels: Channels = "mean",
+        skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        self.files, self.pattern, self.condition = files, pattern, tuple(condition)
-        self.split, self.selections = split, {"validation": validation, "test": test}
+        self.files, self.manifest, self.skip_bad = files, is_manifest(files), skip_bad
+        self.pattern = pattern if self.manifest or pattern is not None else DIGITS_NAMES
+        self.condition = tuple(condition if condition is not None else () if self.manifest else ("digit",))
+        self.split = split or ("split" if self.manifest else "take")
+        # whether the words of a manifest's column `split` are those of SPLITS
+        self._by_words = self.manifest and split is None and validation is None and test is None
+        if self._by_words:
+            validation, test = SPLITS["validation"], SPLITS["test"]
+        self.selections: dict[str, str | Sequence[str]] = {
+            "validation": "47-49" if validation is None else validation,
+            "test": "0-4" if test is None else test,
+        }
         self.lists = {"validation": validation_list, "test": test_list}
         self.length, self.sample_rate, self.resample, self.channels = length, sample_rate, resample, channels
         self.seed = seed
@@ -146,64 +166,94 @@ class ClipData(SequenceData):
         check_setting("data.length", self.length, 1, WINDOW.value)
         check_setting("data.seed", self.seed, *SEEDS)
         check_rate(self.sample_rate, "data.sample_rate")
-        self._paths = paths = audio_files(self.files)
-        groups = self._groups(paths)
-        splits = self._split(paths, groups)
-        self._label(paths, groups, splits)
-        store = sound_store("clips", paths, self.sample_rate, resample=self.resample, channels=self.channels)
-        self._refuse_copies(paths, store, splits)
-        self._clips = [Interval(store, i, 0, int(store.lengths[i])) for i in range(len(store))]
+        check_channels(self.channels, "data.channels")
+        if self.channels == "stereo" and self.length % 2:
+            raise ConfigError(f"data.length must be even with channels: stereo; it is {self.length}.")
+        found = recordings(self.files)
+        groups = self._groups(found)
+        self._label(found, groups, self._split(found, groups))  # before anything is decoded
+        self._sounds = sounds = sound_store(
+            "clips", found, self.sample_rate, resample=self.resample, channels=self.channels, skip_bad=self.skip_bad
+        )
+        groups = self._groups(sounds.recordings)
+        splits = self._split(sounds.recordings, groups)
+        self._label(sounds.recordings, groups, splits)
+        lengths = sounds.store.lengths
+        self._clips = [Interval(sounds.store, i, 0, int(lengths[i])) for i in sounds.records]
+        self._refuse_copies(sounds, splits)
         self._splits = splits
 
     def sources(self) -> dict[str, str]:
         """sha256 of each sound file."""
         self.setup()
-        return checksums(self._paths, self._clips[0].store)
+        return self._sounds.sources()
 
-    def _groups(self, paths: Sequence[Path]) -> list[dict[str, str]]:
-        """The named groups of each file's name."""
+    def _groups(self, found: Sequence[Recording]) -> list[dict[str, str]]:
+        """The named groups of each file's name, and the columns of its row in a manifest."""
         try:
-            pattern = re.compile(composed(self.pattern))
+            pattern = re.compile(composed(self.pattern or ""))
         except re.error as error:
             raise ConfigError(f"data.pattern is not a regular expression ({error}): {shown(self.pattern)}.") from error
         wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
-        for name in sorted(wanted - set(pattern.groupindex)):
+        columns = dict.fromkeys(name for one in found for name in one.fields)
+        if both := sorted(set(columns) & set(pattern.groupindex)):
+            raise ConfigError(f"{shown(both[0])} is a column of {self.files} and a group of data.pattern. Rename one.")
+        known = (*pattern.groupindex, *columns)
+        for name in sorted(wanted - set(known)):
+            if self.manifest and self.pattern is None:
+                raise ConfigError(
+                    f"The manifest {self.files} has no column named {shown(name)}.{did_you_mean(name, known)} It has: "
+                    f"{cut_list(known)}. Add it, or change data.condition and data.split."
+                )
             raise ConfigError(
-                f"data.pattern has no group named {shown(name)}.{did_you_mean(name, pattern.groupindex)} It has: "
-                f"{', '.join(pattern.groupindex) or 'none'}. Write (?P<{name}>...) in it, or change "
-                f"data.condition and data.split."
+                f"data.pattern has no group named {shown(name)}.{did_you_mean(name, known)} It has: "
+                f"{cut_list(known)}. Write (?P<{name}>...) in it, or change data.condition and data.split."
             )
-        found = []
-        for path in paths:
-            match = pattern.search(composed(path.stem))
+        groups = []
+        for one in found:
+            match = pattern.search(composed(one.path.stem))
             if match is None:
                 raise DataError(
-                    f"The name of {path} does not match data.pattern, {shown(self.pattern)}. Change the pattern, "
+                    f"The name of {one} does not match data.pattern, {shown(self.pattern)}. Change the pattern, "
                     f"or narrow data.files so that it leaves this file out."
                 )
-            found.append(match.groupdict(default=""))
-        return found
+            groups.append({**dict.fromkeys(columns, ""), **one.fields, **match.groupdict(default="")})
+        return groups
 
-    def _split(self, paths: Sequence[Path], groups: Sequence[dict[str, str]]) -> dict[str, list[int]]:
+    def _split(self, found: Sequence[Recording], groups: Sequence[dict[str, str]]) -> dict[str, list[int]]:
         """Indices of the clips of each split; every clip is in exactly one."""
         splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
         chosen: dict[str, set[int]] = {}
         for split, name in self.lists.items():
             if name is None:
                 values = [group.get(self.split, "") for group in groups]
-                self._check_selection(split, set(values))
+                if self._by_words:
+                    self._check_words(found, values)
+                else:
+                    self._check_selection(split, set(values))
                 takes = selector(self.selections[split])
                 chosen[split] = {i for i, value in enumerate(values) if takes(value)}
             else:
-                chosen[split] = self._listed(paths, name)
+                chosen[split] = self._listed([one.path for one in found], name)
         if both := chosen["validation"] & chosen["test"]:
-            raise ConfigError(f"{paths[min(both)]} is chosen for both validation and test. Choose it for only one.")
-        for i in range(len(paths)):
+            raise ConfigError(f"{found[min(both)]} is chosen for both validation and test. Choose it for only one.")
+        for i in range(len(found)):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)
         if not splits["train"]:
             raise DataError(f"No clip of {self.files} is left for training: all are chosen for validation or test.")
+        if pair := overlap(found, {i: split for split, members in splits.items() for i in members}):
+            one, other = (found[i] for i in pair)
+            raise DataError(f"{one} and {other} are in different splits and hold the same time. Put them into one.")
         return splits
+
+    def _check_words(self, found: Sequence[Recording], values: Sequence[str]) -> None:
+        known = [word for words in SPLITS.values() for word in words]
+        for one, value in zip(found, values, strict=True):
+            if value not in known:
+                raise DataError(
+                    f"{one}: the split is {shown(value)}.{did_you_mean(value, known)} Write train, validation or test."
+                )
 
     def _check_selection(self, split: str, values: set[str]) -> None:
         """Raise ConfigError for selected values that no clip has."""
@@ -245,7 +295,9 @@ class ClipData(SequenceData):
             raise DataError(f"{name} names no clip. Write one name a line, or leave the list out.")
         return members
 
-    def _label(self, paths: Sequence[Path], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]) -> None:
+    def _label(
+        self, found: Sequence[Recording], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]
+    ) -> None:
         """Number the conditions. Raises for one that training never sees, which would mean nothing to the model."""
         self._conditions: list[int] | None = None
         if not self.condition:
@@ -259,7 +311,7 @@ class ClipData(SequenceData):
         for i in (*splits["validation"], *splits["test"]):
             if values[i] not in numbers:
                 raise DataError(
-                    f"{paths[i]} has the condition {shown(' '.join(values[i]))}, which no training clip has. Add "
+                    f"{found[i]} has the condition {shown(' '.join(values[i]))}, which no training clip has. Add "
                     f"such clips, or change data.condition or the split."
                 )
         self._conditions = [numbers.get(value, -1) for value in values]
@@ -272,17 +324,18 @@ class ClipData(SequenceData):
                     "Change data.pattern so that values have no blanks, or rename the files."
                 )
 
-    def _refuse_copies(self, paths: Sequence[Path], store: TokenStore, splits: dict[str, list[int]]) -> None:
+    def _refuse_copies(self, sounds: SoundStore, splits: dict[str, list[int]]) -> None:
         """Compares stored samples, whatever the files are called and however they are packed."""
-        first: dict[tuple[int, int], tuple[str, Path]] = {}
+        first: dict[tuple[int, int], tuple[str, Recording]] = {}
         for split, members in splits.items():
             for i in members:
-                content = (int(store.lengths[i]), int(store.checksums[i, 0]))
-                other, path = first.setdefault(content, (split, paths[i]))
+                record = sounds.records[i]
+                content = (int(sounds.store.lengths[record]), int(sounds.store.checksums[record, 0]))
+                other, one = first.setdefault(content, (split, sounds.recordings[i]))
                 if other != split:
                     raise DataError(
-                        f"{paths[i]} ({split}) is a copy of {path} ({other}): the same samples. Remove one, or put "
-                        f"both into one split."
+                        f"{sounds.recordings[i]} ({split}) is a copy of {one} ({other}): the same samples. Remove one, "
+                        f"or put both into one split."
                     )
 
     def clips(self, split: str) -> list[np.ndarray]:
@@ -298,7 +351,8 @@ class ClipData(SequenceData):
         return [self._clips[i] for i in members], conditions
 
     def train(self) -> RandomClips:
-        return RandomClips(*self._members("train"), self.length, self.seed)
+        step = 2 if self.channels == "stereo" else 1
+        return RandomClips(*self._members("train"), self.length, self.seed, step)
 
     def _tiles(self, split: str) -> Tiles | None:
         clips, conditions = self._members(split)
@@ -314,4 +368,4 @@ class ClipData(SequenceData):
         return {"sample_rate": self.sample_rate, "resample": self.resample, "channels": self.channels}
 
     def writer_options(self) -> dict[str, Any]:
-        return {"sample_rate": self.sample_rate}
+        return {"sample_rate": self.sample_rate, **({"channels": 2} if self.channels == "stereo" else {})}

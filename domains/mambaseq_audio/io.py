@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import soundfile
 import soxr
 
-from mambaseq.data.cache import locate
-from mambaseq.data.files import relative_names, walk
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError, shown
+from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_unpacked
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.notices import Heard, Notices
+from mambaseq_audio.recordings import Recording, recordings
 
-logger = logging.getLogger(__name__)
+Channels = Literal["mean", "left", "right", "each", "stereo", "refuse"]
+"""What is made of several channels: their mean, one of the first two, each a recording of its own, or both of two in
+turn (left, right, left, ...)."""
+CHANNELS: tuple[str, ...] = get_args(Channels)
 
-Channels = Literal["mean", "refuse"]
-
-SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"))
 SLOWEST, FASTEST = 1_000, 768_000
 """The lowest and highest number of samples a second of a recording."""
 
@@ -41,31 +40,20 @@ _UNKNOWN = 2**62  # libsndfile's number of frames where the header says none
 _OGG_CUT = re.compile(r"^Ogg ?: (?:Last page lacks an end-of-stream bit|Junk after the last page)", re.MULTILINE)
 
 
-def audio_files(name: str | Path) -> list[Path]:
-    """The sound files that a name stands for, sorted: a file, a pattern, a resource (see
-    `mambaseq.data.cache.locate`), or a folder, searched with its subfolders (see `mambaseq.data.files.walk`).
-    Raises DataError when there is none."""
-    try:
-        folder = Path(name).expanduser()
-        is_folder = bool(str(name)) and folder.is_dir()
-    except (OSError, RuntimeError):  # too long; the home of a user that does not exist
-        is_folder = False
-    if not is_folder:
-        return locate(name)
-    found = walk(folder, SUFFIXES)
-    if not found:
-        raise DataError(
-            f"The folder {folder} holds no sound file. Put files that end in .wav, .flac or .ogg there, or "
-            f"name another."
-        )
-    return found
-
-
 def check_rate(sample_rate: int, key: str = "sample_rate") -> None:
     """Raise ConfigError for a rate that no recording has. key: the name of the setting."""
     if not isinstance(sample_rate, int) or not SLOWEST <= sample_rate <= FASTEST:
         raise ConfigError(
             f"{key} must be a whole number of {SLOWEST:,} to {FASTEST:,} samples a second; it is {shown(sample_rate)}."
+        )
+
+
+def check_channels(channels: str, key: str = "channels") -> None:
+    """Raise ConfigError for an unknown way with channels. key: the name of the setting."""
+    if channels not in CHANNELS:
+        raise ConfigError(
+            f"{key} must be one of {', '.join(CHANNELS)}; it is {shown(channels)}."
+            f"{did_you_mean(str(channels), CHANNELS)}"
         )
 
 
@@ -77,56 +65,84 @@ def read_signal(
 
 
 def signal_blocks(
-    path: str | Path,
+    path: str | Path | Recording,
     sample_rate: int,
     *,
     resample: bool = True,
     channels: Channels = "mean",
-    clipped: Clipped | None = None,
+    notices: Notices | None = None,
 ) -> Iterator[np.ndarray]:
-    """The waveform of a sound file piece by piece, `(length,)` float32 each, full scale being [-1, 1]. Memory does not
+    """The waveform of a recording piece by piece, `(length,)` float32 each, full scale being [-1, 1]. Memory does not
     grow with the file.
 
     sample_rate: wanted samples a second. resample: convert another rate (band-limited, by soxr at high quality),
         otherwise refuse it; n samples become n * sample_rate / rate, rounded up, and both first samples are at the same
-        time. channels: several channels are averaged ("mean") or refused ("refuse").
-    clipped: counts samples of float files beyond full scale; if None, a warning is logged. Integer formats (8, 16, 24,
-        32 bits) are divided by their full scale; float ones are taken as they are.
+        time. channels: several channels are averaged ("mean"), or refused ("refuse"); "left" and "right" are the first
+        and the second one; "stereo" gives both samples of a time in turn, left first. One channel is left, right and
+        both. With "each", a recording says which channel is read; a path may have one channel only.
+    notices: what is odd is added there; if None, it is logged. Integer formats (8, 16, 24, 32 bits) are divided by
+        their full scale; float ones are taken as they are.
     Raises DataError when the file is missing, is not audio, is cut short, is empty, holds values that are not finite or
-    far beyond full scale, or has a rate or channels that were not allowed; UserError if it holds more than
-    `limits.SAMPLES`, or is small and unpacks to very much.
+    far beyond full scale, ends before the recording does, or has a rate or channels that were not allowed; UserError if
+    it holds more than `limits.SAMPLES`, or is small and unpacks to very much.
     """
-    path = Path(path)
+    recording = path if isinstance(path, Recording) else Recording(Path(path), Path(path).stem)
+    path = recording.path
     check_rate(sample_rate)
+    check_channels(channels)
     if not path.is_file():
-        raise DataError(f"There is no sound file {path}. Check the path.")
-    told = clipped or Clipped()
+        by = f", named by {recording.place}" if recording.place else ""
+        raise DataError(f"There is no sound file {path}{by}. Check the path.")
+    told = notices or Notices()
     try:
         with soundfile.SoundFile(path) as file:
-            _check_header(path, file, sample_rate, resample, channels)
-            blocks = _mono_blocks(path, file, told)
+            _check_header(recording, file, sample_rate, resample, channels)
+            blocks = _blocks(recording, file, channels, told)
             rate = file.samplerate
-            yield from blocks if rate == sample_rate else _resampled(blocks, rate, sample_rate)
+            if rate != sample_rate:
+                blocks = _resampled(blocks, rate, sample_rate, 2 if channels == "stereo" else 1)
+            yield from (block.reshape(-1) for block in blocks)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
         raise DataError(
             f"{path} cannot be read as audio ({str(error).rpartition(': ')[2].rstrip('.')}): it is not a "
             f"sound file, is empty, or is damaged or cut short. Copy or convert it again (16-bit wav or "
             f"flac), or leave it out."
         ) from error
-    if clipped is None:
+    if notices is None:
         told.tell()
 
 
-def _check_header(path: Path, file: soundfile.SoundFile, sample_rate: int, resample: bool, channels: str) -> None:
+def by_channel(recording: Recording) -> list[Recording]:
+    """One recording for each channel of the file; itself if there is only one, or the file cannot be read, which is
+    told when it is decoded."""
+    try:
+        count = soundfile.info(recording.path).channels
+    except (soundfile.SoundFileError, OSError, TypeError):
+        return [recording]
+    if count == 1:
+        return [recording]
+    name = recording.name
+    return [dataclasses.replace(recording, channel=k, name=f"{name}#{k + 1}") for k in range(count)]
+
+
+def _check_header(
+    recording: Recording, file: soundfile.SoundFile, sample_rate: int, resample: bool, channels: str
+) -> None:
     """Refuse files by their header, before anything is decoded."""
+    path = recording.path
     _refuse_cut(path, file.extra_info)
     rate, frames = file.samplerate, file.frames
     if not frames:
         raise DataError(f"{path} is a sound file of zero length. Record or copy it again, or leave it out.")
-    if file.channels > 1 and channels == "refuse":
+    if file.channels > 1 and (channels == "refuse" or (channels == "each" and recording.channel is None)):
         raise DataError(
             f"{path} has {file.channels} channels, but one is wanted. Convert it to mono, or set channels: mean to "
             "average them."
+        )
+    if file.channels > 2 and channels == "stereo":
+        raise DataError(
+            f"{path} has {file.channels} channels, but channels: stereo wants two. Convert it, or set channels: mean "
+            "or each."
         )
     if rate != sample_rate and not resample:
         raise DataError(
@@ -152,26 +168,64 @@ def _check_size(path: Path, frames: int, channels: int, rate: int, sample_rate: 
     check_unpacked(2 * frames * channels, path.stat().st_size, f"{path}, unpacked to 16 bits a sample,")
 
 
-def _mono_blocks(path: Path, file: soundfile.SoundFile, clipped: Clipped) -> Iterator[np.ndarray]:
-    """The mean of the channels in blocks, `(length,)` float32 each."""
+def _blocks(
+    recording: Recording, file: soundfile.SoundFile, channels: Channels, notices: Notices
+) -> Iterator[np.ndarray]:
+    """What is read of a recording in blocks, `(length, 1)` float32 each, or `(length, 2)` for "stereo"."""
+    path = recording.path
     size = max(_BLOCK // file.channels, 1)
-    floats = file.subtype in ("FLOAT", "DOUBLE")
+    heard = Heard(path, file.subtype)
+    left = _seek(recording, file)
+    whole = not recording.is_part
     length = 0
-    while len(samples := file.read(size, dtype="float32", always_2d=True)):
+    while left and len(samples := file.read(min(size, left), dtype="float32", always_2d=True)):
         _check_values(path, samples, length)
-        if floats:
-            clipped.add(path, samples)
         length += len(samples)
+        left = left if whole else left - len(samples)
         _check_size(path, length, file.channels, 1, 1)  # the header may have claimed less
-        yield np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
-    if length < file.frames and file.format != "MP3":  # for these, frames are guessed from the bit rate
+        mixed = _mixed(samples, recording.channel, channels)
+        heard.add(samples, mixed if channels == "mean" else samples)
+        yield mixed
+    if whole and length < file.frames and file.format != "MP3":  # for these, frames are guessed from the bit rate
         raise _cut(path, f"it has {length:,} of {file.frames:,} samples")
+    if not whole and left:
+        raise _cut(path, f"it ends {left:,} samples before {recording} does")
     if not length:
         raise DataError(f"{path} is a sound file of zero length. Record or copy it again, or leave it out.")
+    notices.add(heard)
 
 
-def _resampled(blocks: Iterator[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
-    stream = soxr.ResampleStream(rate, wanted, 1, dtype="float32", quality="HQ")
+def _seek(recording: Recording, file: soundfile.SoundFile) -> int:
+    """Go to a recording's first sample. Returns the number of samples to its end, at least 1; of a whole file, which
+    may hold more than its header says, any number."""
+    if not recording.is_part:
+        return _UNKNOWN
+    rate, frames = file.samplerate, file.frames
+    start = round(recording.start * rate)
+    end = frames if recording.end is None else round(recording.end * rate)
+    if not start < end <= frames:
+        raise DataError(
+            f"{recording} is no part of the file, which has {frames / rate:.6g} s. Correct start and end, in seconds."
+        )
+    file.seek(start)
+    return end - start
+
+
+def _mixed(samples: np.ndarray, channel: int | None, channels: Channels) -> np.ndarray:
+    """`(length, channels)` to `(length, 1)`, or to `(length, 2)` for "stereo"; contiguous."""
+    count = samples.shape[1]
+    if channels == "stereo":
+        return samples if count == 2 else np.repeat(samples, 2, axis=1)
+    if channel is None and channels in ("left", "right"):
+        channel = min(("left", "right").index(channels), count - 1)
+    if channel is not None:
+        return np.ascontiguousarray(samples[:, channel : channel + 1])
+    return samples.mean(axis=1, dtype=np.float32, keepdims=True)
+
+
+def _resampled(blocks: Iterator[np.ndarray], rate: int, wanted: int, channels: int) -> Iterator[np.ndarray]:
+    """Blocks `(length, channels)` at another rate."""
+    stream = soxr.ResampleStream(rate, wanted, channels, dtype="float32", quality="HQ")
     given = taken = 0
     for block in blocks:
         given += len(block)
@@ -181,36 +235,8 @@ def _resampled(blocks: Iterator[np.ndarray], rate: int, wanted: int) -> Iterator
             yield out
     # silence after the end, enough for the output to contain the last, rounded-up sample
     left = -(-given * wanted // rate) - taken
-    silence = np.zeros(2 * -(-rate // wanted) + 16, dtype=np.float32)
+    silence = np.zeros((2 * -(-rate // wanted) + 16, channels), dtype=np.float32)
     yield stream.resample_chunk(silence, last=True)[:left]
-
-
-class Clipped:
-    """Counts samples of float files beyond full scale, which mu-law and 16 bits cannot represent."""
-
-    def __init__(self) -> None:
-        self.samples: Counter[str] = Counter()
-        self.peak = 1.0
-
-    def add(self, path: Path, samples: np.ndarray) -> None:
-        """samples: of any shape."""
-        beyond = np.abs(samples)
-        if count := int(np.count_nonzero(beyond > 1)):
-            self.samples[str(path)] += count
-            self.peak = max(self.peak, float(beyond.max()))
-
-    def tell(self) -> None:
-        """Log one line, if there are any."""
-        if self.samples:
-            path, count = self.samples.most_common(1)[0]
-            logger.warning(
-                "Float files with samples beyond full scale, which mu-law clips: %s (%s samples of %s; the peak is "
-                "%.3g). Lower their volume if this is not intended.",
-                f"{len(self.samples):,}",
-                f"{count:,}",
-                path,
-                self.peak,
-            )
 
 
 def _cut(path: Path, how: str) -> DataError:
@@ -249,29 +275,39 @@ def read_audio(
     resample: bool = True,
     channels: Channels = "mean",
 ) -> Iterator[Record]:
-    """Records of a sound file, a folder of them or a pattern. Each has the name of its file, without the suffix and
-    with the folders that differ (see `mambaseq.data.files.relative_names`).
+    """Records of a sound file, a folder of them, a pattern or a manifest. Each has the name of its file, without the
+    suffix and with the folders that differ (see `mambaseq_audio.recordings.recordings`).
 
     tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. See `signal_blocks` for the rest
         and the errors.
     """
-    files = audio_files(path)
-    clipped = Clipped()
-    for file, name in zip(files, relative_names(files, path), strict=True):
-        blocks = signal_blocks(file, sample_rate, resample=resample, channels=channels, clipped=clipped)
+    found = recordings(path)
+    if channels == "each":
+        found = [part for one in found for part in by_channel(one)]
+    notices = Notices()
+    for one in found:
+        blocks = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
+        name, source = one.name, str(one.path)
         if tokenizer is None:
-            yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=str(file))
+            yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source)
         elif isinstance(tokenizer, MuLaw):  # a level depends only on its sample
-            yield Record(name=name, ids=np.concatenate([tokenizer.encode(block) for block in blocks]), source=str(file))
+            yield Record(name=name, ids=np.concatenate([tokenizer.encode(block) for block in blocks]), source=source)
         else:
-            yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=str(file))
-    clipped.tell()
+            yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=source)
+    notices.tell()
 
 
 def write_wav(
-    path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer, *, sample_rate: int
+    path: str | Path,
+    sequences: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    sample_rate: int,
+    channels: Literal[1, 2] = 1,
 ) -> list[Path]:
-    """Write sequences of ids as 16-bit mono wav (or flac, by the suffix), each file completely or not at all.
+    """Write sequences of ids as 16-bit wav (or flac, by the suffix), each file completely or not at all.
+
+    channels: 2 for samples of left and right in turn; a last one of left alone is left out.
 
     One sequence goes to `path` itself; several to `NAME-000.wav`, `NAME-001.wav`, ... next to it. A path
     without a suffix is a folder that gets `000.wav`, `001.wav`, ... Returns the files written.
@@ -289,12 +325,15 @@ def write_wav(
         files = [path / f"{number:0{digits}d}.wav" for number in range(len(sequences))]
     for file, ids in zip(files, sequences, strict=True):
         with output_file(file) as target:
-            target.write(encode_wav(tokenizer.decode(np.asarray(ids)), sample_rate, suffix.removeprefix(".") or "wav"))
+            signal = tokenizer.decode(np.asarray(ids))
+            if channels == 2:
+                signal = signal[: len(signal) // 2 * 2].reshape(-1, 2)
+            target.write(encode_wav(signal, sample_rate, suffix.removeprefix(".") or "wav"))
     return files
 
 
 def encode_wav(signal: np.ndarray, sample_rate: int, container: str = "wav") -> bytes:
-    """The bytes of a 16-bit mono file (`"wav"` or `"flac"`) of a `(length,)` float waveform in [-1, 1]."""
+    """The bytes of a 16-bit file (`"wav"` or `"flac"`) of a float waveform in [-1, 1], `(length,)` or `(length, 2)`."""
     buffer = io.BytesIO()
     soundfile.write(buffer, signal, sample_rate, format=container.upper(), subtype="PCM_16")
     return buffer.getvalue()

@@ -2,46 +2,219 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.store import TokenStore
-from mambaseq_audio.io import Channels, Clipped, signal_blocks
+from mambaseq.errors import DataError, UserError, cut, shown
+from mambaseq_audio.io import Channels, by_channel, signal_blocks
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.notices import Notices
+from mambaseq_audio.recordings import Recording
 
 RESAMPLER = "soxr HQ"
 """Levels depend on this version: another one makes another store."""
 
+logger = logging.getLogger(__name__)
+
+_SMALL = 8 * 2**20  # bytes of a file up to which it is decoded beside others
+_MANY = 500  # files from which a bar is shown
+_THREADS = 8
+_AHEAD = 8  # files for each thread that wait to be written
+_LOGGED = 1_000  # bad files that get a line each
+_TOLD = 700  # characters of a message for bad files
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundStore:
+    """Recordings and their levels.
+
+    recordings: those that can be read. records: of each, its number in `store`, whose records are `(length,)` uint8.
+    """
+
+    recordings: list[Recording]
+    records: list[int]
+    store: TokenStore
+
+    def sources(self) -> dict[str, str]:
+        """The sha256 of each file."""
+        known = self.store.meta["sources"]
+        return {str(one.path): str(known[i]["sha256"]) for one, i in zip(self.recordings, self.records, strict=True)}
+
 
 def sound_store(
-    label: str, paths: Sequence[Path], sample_rate: int, *, resample: bool, channels: Channels
-) -> TokenStore:
-    """The store whose record i holds the levels of `paths[i]`, `(length,)` uint8, built at first use.
+    label: str,
+    recordings: Sequence[Recording],
+    sample_rate: int,
+    *,
+    resample: bool,
+    channels: Channels,
+    skip_bad: bool = False,
+) -> SoundStore:
+    """The levels of recordings, decoded at first use by several threads.
 
+    skip_bad: recordings that cannot be used are left out, and listed; otherwise they are listed in an error.
     See `mambaseq_audio.io.signal_blocks` for the settings and errors.
     """
-    codec = MuLaw()
+    if channels == "each":
+        recordings = [part for parts in _side_by_side(by_channel, recordings) for part in parts]
+    paths = list(dict.fromkeys(one.path for one in recordings))
+    identities = dict(zip(paths, _side_by_side(_identity, paths, "checksums of sounds"), strict=True))
     meta = {
         "codec": "mulaw",
         "sample_rate": sample_rate,
         "resample": RESAMPLER if resample else False,
         "channels": channels,
-        "sources": [fingerprint(path) for path in paths],
+        "sources": [identities[one.path] for one in recordings],
+        "recordings": [[one.name, one.start, one.end, one.channel] for one in recordings],
+        "skip_bad": skip_bad,
     }
-
-    def records() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-        clipped = Clipped()
-        for path in paths:
-            blocks = signal_blocks(path, sample_rate, resample=resample, channels=channels, clipped=clipped)
-            yield path.name, map(codec.encode, blocks)
-        clipped.tell()
-
-    return TokenStore.cached(label, records, "uint8", meta)
+    levels = _Levels(recordings, sample_rate, resample, channels, skip_bad)
+    store = TokenStore.cached(label, levels, "uint8", meta)
+    records = [number for number, length in enumerate(store.lengths.tolist()) if length]
+    if len(records) < len(recordings) and not levels.bad:  # they were listed when the store was made
+        without = [one for one, length in zip(recordings, store.lengths.tolist(), strict=True) if not length]
+        _list({str(one): "could not be used when it was first read" for one in without}, len(recordings))
+    return SoundStore([recordings[number] for number in records], records, store)
 
 
-def checksums(paths: Sequence[Path], store: TokenStore) -> dict[str, str]:
-    """The sha256 of each file behind a store of `sound_store`."""
-    return {str(path): str(source["sha256"]) for path, source in zip(paths, store.meta["sources"], strict=True)}
+def _identity(path: Path) -> dict[str, Any]:
+    """See `fingerprint`. A file that cannot be read is told of when it is decoded."""
+    try:
+        return fingerprint(path)
+    except DataError:
+        return {"name": path.name, "size": None, "sha256": None}
+
+
+def _side_by_side(work: Callable[[A], B], items: Sequence[A], told: str = "") -> Iterator[B]:
+    """What `work` makes of each item, in their order, by several threads; a few are made ahead.
+
+    told: what is done, for the bar."""
+    waiting: deque[Future[B]] = deque()
+    count = max(min(os.cpu_count() or 1, _THREADS, len(items)), 1)
+    bar: Iterable[A] = tqdm(items, told, unit="file", disable=None if told and len(items) >= _MANY else True)
+    with ThreadPoolExecutor(count, "sounds") as threads:
+        try:
+            for item in bar:
+                waiting.append(threads.submit(work, item))
+                if len(waiting) > _AHEAD * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+class _Levels:
+    """Called, makes the records of a store. bad: what is wrong with recordings, by their place."""
+
+    def __init__(
+        self, recordings: Sequence[Recording], sample_rate: int, resample: bool, channels: Channels, skip_bad: bool
+    ) -> None:
+        self.recordings, self.skip_bad = recordings, skip_bad
+        self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
+        self.codec, self.notices = MuLaw(), Notices()
+        self.bad: dict[str, str] = {}
+
+    def _blocks(self, one: Recording, notices: Notices) -> Iterator[np.ndarray]:
+        blocks = signal_blocks(one, self.sample_rate, resample=self.resample, channels=self.channels, notices=notices)
+        return map(self.codec.encode, blocks)
+
+    def _small(self, one: Recording) -> list[np.ndarray] | UserError | None:
+        """The levels of a small file, or its error; None for a large one, of which only a piece is in memory."""
+        found, size = [], 0
+        try:
+            if one.path.is_file() and one.path.stat().st_size > _SMALL:
+                return None
+            for block in self._blocks(one, self.notices):
+                found.append(block)
+                size += len(block)
+                if size > _SMALL:
+                    return None
+        except UserError as error:
+            return error
+        return found
+
+    def __call__(self) -> Iterator[tuple[str, np.ndarray | Iterator[np.ndarray]]]:
+        self.bad = {}
+        errors: list[UserError] = []
+        found = _side_by_side(self._small, self.recordings, "reading sounds")
+        for one, levels in zip(self.recordings, found, strict=True):
+            if levels is None and (errors or self.skip_bad):  # what is wrong is known before anything is kept
+                levels = self._checked(one)
+            if isinstance(levels, UserError):
+                errors.append(levels)
+                self.bad[str(one)] = _reason(levels, one)
+                yield one.name, np.zeros(0, dtype=np.uint8)
+            elif errors and not self.skip_bad:
+                continue
+            elif levels is None:
+                yield one.name, self._caught(one, errors)
+            else:
+                yield one.name, np.concatenate(levels)
+        self.notices.tell()
+        if len(errors) == 1 and not self.skip_bad:
+            raise errors[0]
+        if errors:
+            _list(self.bad, len(self.recordings))
+            if not self.skip_bad or len(errors) == len(self.recordings):
+                raise DataError(_message(self.bad, len(self.recordings), self.skip_bad))
+
+    def _caught(self, one: Recording, errors: list[UserError]) -> Iterator[np.ndarray]:
+        """The levels of a large file, piece by piece. What is wrong with it goes to `errors`, and is raised with the
+        others at the end."""
+        try:
+            yield from self._blocks(one, self.notices)
+        except UserError as error:
+            errors.append(error)
+            self.bad[str(one)] = _reason(error, one)
+
+    def _checked(self, one: Recording) -> UserError | None:
+        try:
+            deque(self._blocks(one, Notices()), maxlen=0)
+        except UserError as error:
+            return error
+        return None
+
+
+def _reason(error: UserError, one: Recording) -> str:
+    """What is wrong, without the file's name and the remedy."""
+    text = str(error).replace(str(one), "it").replace(str(one.path), "it")
+    return text.partition(". ")[0].removeprefix("it ")
+
+
+def _list(bad: dict[str, str], count: int) -> None:
+    """Log a line for each."""
+    logger.warning("%s of %s recordings cannot be used:", f"{len(bad):,}", f"{count:,}")
+    for place, reason in list(bad.items())[:_LOGGED]:
+        logger.warning("%s: %s", place, reason)
+    if len(bad) > _LOGGED:
+        logger.warning("... and %s more", f"{len(bad) - _LOGGED:,}")
+
+
+def _message(bad: dict[str, str], count: int, skip_bad: bool) -> str:
+    told, size = [], 0
+    for place, reason in bad.items():
+        told.append(f"{shown(place, 120)} ({cut(reason, 90)})")
+        size += len(told[-1])
+        if size > _TOLD:
+            break
+    more = f"; and {len(bad) - len(told):,} more" if len(told) < len(bad) else ""
+    remedy = "" if skip_bad else ", or set data.skip_bad: true to go on without them"
+    return (
+        f"{len(bad):,} of {count:,} recordings cannot be used: {'; '.join(told)}{more}. The lines above list them. "
+        f"Mend them or leave them out{remedy}."
+    )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mambaseq.data.module import SequenceData
-from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
-from mambaseq_audio.io import Channels, audio_files, check_rate
+from mambaseq_audio.clips import SPLITS
+from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.stores import checksums, sound_store
+from mambaseq_audio.recordings import Recording, overlap, recordings
+from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles
 
 
@@ -21,17 +21,22 @@ class WaveformData(SequenceData):
     """Long recordings as 8-bit samples to be predicted one by one: random windows in training; validation and test cut
     their part of every recording into pieces, so that each of its samples but the first is predicted once.
 
-    Every recording is split by time: training first, then validation, then test.
+    Every recording is split by time: training first, then validation, then test; but one to which a manifest gives a
+    split is in that as a whole.
 
     Args:
-        files: a folder of sound files, a pattern (`*`, `?`), a resource, or a list of them.
+        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, a manifest, or a list of them. A
+            manifest is a table that ends in .csv, .tsv or .jsonl, with a column `file` and, if wanted, `split`, `start`
+            and `end` (in seconds).
         length: samples a window.
         validation_fraction: share of every recording's time for validation, just before the test's.
         test_fraction: share of every recording's time for the test, at its end.
         epoch_size: windows that count as one epoch of training.
         sample_rate: samples a second.
         resample: convert files of another rate; false refuses them.
-        channels: several channels are averaged (`mean`), or the file is refused (`refuse`).
+        channels: of files with several: their mean (`mean`), the first or second one (`left`, `right`), each as a
+            recording (`each`), or an error (`refuse`).
+        skip_bad: leave out recordings that cannot be used, and list them; false lists them in an error.
         seed: of the places of windows in training.
     """
 
@@ -51,12 +56,14 @@ class WaveformData(SequenceData):
         sample_rate: int = 16000,
         resample: bool = True,
         channels: Channels = "mean",
+        skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
         self.files = [files] if isinstance(files, str) else list(files)
         self.length, self.epoch_size, self.seed = length, epoch_size, seed
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
+        self.skip_bad = skip_bad
         self.tokenizer = MuLaw()
         self._splits: dict[str, list[Interval]] | None = None
 
@@ -67,6 +74,12 @@ class WaveformData(SequenceData):
         check_setting("data.epoch_size", self.epoch_size, *EPOCH)
         check_setting("data.seed", self.seed, *SEEDS)
         check_rate(self.sample_rate, "data.sample_rate")
+        check_channels(self.channels, "data.channels")
+        if self.channels == "stereo":
+            raise ConfigError(
+                "data.channels: stereo is for audio/clips: windows of long recordings may begin with either channel. "
+                "Set mean, left, right or each."
+            )
         shares = (self.validation_fraction, self.test_fraction)
         if not (min(shares) >= 0 and sum(shares) < 1):
             raise ConfigError(
@@ -74,15 +87,23 @@ class WaveformData(SequenceData):
                 f"({self.test_fraction}) are shares of every recording; together they must leave some of it "
                 f"for training."
             )
-        self._paths = paths = list(dict.fromkeys(path for name in self.files for path in audio_files(name)))
-        if not paths:
+        found = list(dict.fromkeys(one for name in self.files for one in recordings(name)))
+        if not found:
             raise ConfigError("data.files names nothing. Give a folder, a pattern, or a list of them.")
-        self._store = store = sound_store(
-            "waveform", paths, self.sample_rate, resample=self.resample, channels=self.channels
+        given = [self._given(one) for one in found]
+        if pair := overlap(found, {i: split or "" for i, split in enumerate(given)}):
+            one, other = (found[i] for i in pair)
+            raise DataError(f"{one} and {other} are in different splits and hold the same time. Put them into one.")
+        self._sounds = sounds = sound_store(
+            "waveform", found, self.sample_rate, resample=self.resample, channels=self.channels, skip_bad=self.skip_bad
         )
-        self._refuse_copies(store)
+        self._refuse_copies(sounds)
         splits: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}
-        for record, n in enumerate(store.lengths.tolist()):
+        for one, record in zip(sounds.recordings, sounds.records, strict=True):
+            n = int(sounds.store.lengths[record])
+            if whole := self._given(one):
+                splits[whole].append(Interval(sounds.store, record, 0, n))
+                continue
             test = n - round(self.test_fraction * n)
             validation = test - round(self.validation_fraction * n)
             for split, start, stop in (
@@ -91,23 +112,31 @@ class WaveformData(SequenceData):
                 ("test", test, n),
             ):
                 if stop - start > 1:
-                    splits[split].append(Interval(store, record, start, stop))
+                    splits[split].append(Interval(sounds.store, record, start, stop))
         self._splits = splits
 
-    def _refuse_copies(self, store: TokenStore) -> None:
+    def _given(self, one: Recording) -> str | None:
+        """The split that a manifest gives a recording; None if it gives none."""
+        if not (value := one.fields.get("split", "")):
+            return None
+        for split, words in SPLITS.items():
+            if value in words:
+                return split
+        raise DataError(f"{one}: the split is {shown(value)}. Write train, validation or test, or leave it empty.")
+
+    def _refuse_copies(self, sounds: SoundStore) -> None:
         """Refuse copies: a recording that is there twice would count twice in every result, whatever the files are
         called."""
-        first: dict[tuple[int, int], Path] = {}
-        for path, length, content in zip(
-            self._paths, store.lengths.tolist(), store.checksums[:, 0].tolist(), strict=True
-        ):
-            if (other := first.setdefault((length, content), path)) != path:
-                raise DataError(f"{path} is a copy of {other}: the same samples. Remove one, or narrow data.files.")
+        first: dict[tuple[int, int], Recording] = {}
+        lengths, checksums = sounds.store.lengths.tolist(), sounds.store.checksums[:, 0].tolist()
+        for one, record in zip(sounds.recordings, sounds.records, strict=True):
+            if (other := first.setdefault((lengths[record], checksums[record]), one)) is not one:
+                raise DataError(f"{one} is a copy of {other}: the same samples. Remove one, or narrow data.files.")
 
     def sources(self) -> dict[str, str]:
         """sha256 of each recording's file."""
         self.setup()
-        return checksums(self._paths, self._store)
+        return self._sounds.sources()
 
     def intervals(self, split: str) -> list[Interval]:
         """The parts of recordings in `"train"`, `"validation"` or `"test"`."""

@@ -1,18 +1,24 @@
-"""Tables of numbers in CSV files, for readers of domains."""
+"""Tables: of numbers in CSV files, and of rows with names (CSV, TSV, jsonl), for readers of domains."""
 
 from __future__ import annotations
 
+import csv
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mambaseq.errors import DataError, shown
-from mambaseq.limits import WINDOW
+from mambaseq.errors import DataError, cut_list, shown
+from mambaseq.limits import TABLE_BYTES, WINDOW
 
 LARGEST = 1e9
 """The largest number: measurements are smaller, and squares of larger ones could overflow."""
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
+"""Of the names of tables of rows."""
 
 HEADER = 100_000
 """Characters of the first line that are read at most."""
@@ -81,3 +87,52 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return "_" not in text
+
+
+def named_rows(path: Path, what: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line and row of each row of a table, by its name's ending: CSV and TSV with a first line of names, whose values
+    are texts, or jsonl, an object a line.
+
+    what: the option that names the table, for messages.
+    Raises DataError that names the file, and the line where there is one; UserError for one over `limits.TABLE_BYTES`.
+    """
+    try:
+        TABLE_BYTES.check(path.stat().st_size, str(path))
+        yield from _rows_of(path, what)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 (byte {error.start:,}). Save it in that encoding.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as a table: {error}. Correct it.") from error
+    except (OSError, ValueError) as error:  # a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{what} {shown(path, 300)} cannot be read: {reason}. Check the path.") from error
+
+
+def _rows_of(path: Path, what: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise DataError(f"{what} {shown(path, 300)} must end in .csv, .tsv or .jsonl. Rename it.")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if ending in (".csv", ".tsv"):
+            rows = csv.DictReader(file, delimiter="," if ending == ".csv" else "\t", strict=True)
+            names = [name.strip() for name in rows.fieldnames or []]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path} has more than one column {cut_list(twice, 3)}. Rename or remove one.")
+            for row in rows:
+                if None in row:
+                    raise DataError(
+                        f"{path}, line {rows.line_num} has more cells than there are columns. Quote a name that holds "
+                        f"the separator."
+                    )
+                yield rows.line_num, {name.strip(): value for name, value in row.items() if isinstance(name, str)}
+            return
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                one = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {line} is no JSON: {str(error)[:100]}. Correct it.") from error
+            if not isinstance(one, dict):
+                raise DataError(f"{path}, line {line} is no JSON object of names and values. Correct it.")
+            yield line, one

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
+from mambaseq.data.tables import named_rows
 from mambaseq.errors import ConfigError, DataError, cut, cut_list, did_you_mean, folded, shown
-from mambaseq.limits import TABLE_BYTES
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LISTED = 12
@@ -181,32 +179,28 @@ def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...
     """
     by: list[str] = []
     found: dict[tuple[str, ...], tuple[int, Any]] = {}
-    try:
-        TABLE_BYTES.check(path.stat().st_size, str(path))
-        for line, row in _rows_of(path):
-            if not by:
-                by = [name for name in ("record", "file") if name in row]
-            for name in (column, *by):
-                if name not in row or row[name] is None:
-                    near = did_you_mean(name, [str(one)[:80] for one in row])
-                    raise DataError(f"{path}, line {line}: there is no {shown(name)}.{near} Correct the line.")
-            if not by:
-                raise DataError(
-                    f"{path} has neither a column record nor one called file, so it is unclear which records its rows "
-                    "are for. Add one."
-                )
+    for line, row in named_rows(path, "--condition-table"):
+        if not by:
+            by = [name for name in ("record", "file") if name in row]
+        for name in (column, *by):
+            if name not in row or row[name] is None:
+                near = did_you_mean(name, [str(one)[:80] for one in row])
+                raise DataError(f"{path}, line {line}: there is no {shown(name)}.{near} Correct the line.")
+        if not by:
+            raise DataError(
+                f"{path} has neither a column record nor one called file, so it is unclear which records its rows "
+                "are for. Add one."
+            )
+        try:
             file = _place(path.parent, str(row["file"])) if "file" in by else None
-            key = _key(by, row.get("record"), file)
-            if key in found:
-                raise DataError(f"{path}, line {line}: {cut_list(key)} has a row already, line {found[key][0]}.")
-            found[key] = line, row[column]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8 (byte {error.start:,}). Save it in that encoding.") from error
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as a table: {error}. Correct it.") from error
-    except (OSError, ValueError) as error:  # a name with a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"--condition-table {shown(path, 300)} cannot be read: {reason}. Check the path.") from error
+        except ValueError as error:  # a name with a NUL
+            raise DataError(
+                f"{path}, line {line}: {shown(row['file'])} is no file name: {error}. Correct it."
+            ) from error
+        key = _key(by, row.get("record"), file)
+        if key in found:
+            raise DataError(f"{path}, line {line}: {cut_list(key)} has a row already, line {found[key][0]}.")
+        found[key] = line, row[column]
     if not found:
         raise DataError(f"{path} has no row. Write one for each record.")
     return by, found
@@ -216,34 +210,3 @@ def _place(folder: Path, name: str) -> str:
     """The file that a table names: relative to the table, or to the current folder."""
     beside = folder / name
     return os.path.realpath(beside if os.path.lexists(beside) else name)
-
-
-def _rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line and row of each row of a table, by its name's ending."""
-    ending = path.suffix.lower()
-    if ending not in (".csv", ".tsv", ".jsonl", ".ndjson"):
-        raise DataError(f"--condition-table {shown(path, 300)} must end in .csv, .tsv or .jsonl. Rename it.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if ending in (".csv", ".tsv"):
-            rows = csv.DictReader(file, delimiter="," if ending == ".csv" else "\t", strict=True)
-            names = [name.strip() for name in rows.fieldnames or []]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise DataError(f"{path} has more than one column {cut_list(twice, 3)}. Rename or remove one.")
-            for row in rows:
-                if None in row:
-                    raise DataError(
-                        f"{path}, line {rows.line_num} has more cells than there are columns. Quote a name that holds "
-                        f"the separator."
-                    )
-                yield rows.line_num, {name.strip(): value for name, value in row.items() if isinstance(name, str)}
-            return
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                one = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {line} is no JSON: {str(error)[:100]}. Correct it.") from error
-            if not isinstance(one, dict):
-                raise DataError(f"{path}, line {line} is no JSON object of names and values. Correct it.")
-            yield line, one

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 from mambaseq_audio.clips import ClipData
-from mambaseq_audio.io import audio_files, read_audio, read_signal, signal_blocks, write_wav
+from mambaseq_audio.io import read_audio, read_signal, signal_blocks, write_wav
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.recordings import audio_files
 from mambaseq_audio.waveform import WaveformData
 
 from mambaseq.errors import ConfigError, DataError, UserError
