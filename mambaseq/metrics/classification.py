@@ -17,6 +17,8 @@ from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 
+_AT_ONCE = 2**23  # weights of cells of sequences: many classes along many sequences have many
+
 
 class Confusion(Metric):
     """Confusion matrix `(n_classes, n_classes)`: rows are true classes, columns predicted ones. Labels belong to
@@ -65,9 +67,12 @@ class _Score(Confusion):
         cells, owner = answers.targets * n + answers.outputs.argmax(-1), answers.owner
         # how often each sequence has each cell; most have one
         pairs, times = (owner * n * n + cells).unique(return_counts=True)
-        weights = draws[:, pairs // (n * n)] * times
-        counts = torch.zeros(len(draws), n * n, dtype=torch.long).index_add_(1, pairs % (n * n), weights)
-        return self._score(counts.unflatten(1, (n, n)).double())
+        found = []
+        for some in draws.split(max(_AT_ONCE // max(len(pairs), 1), 1)):
+            weights = some[:, pairs // (n * n)] * times
+            counts = torch.zeros(len(some), n * n, dtype=torch.long).index_add_(1, pairs % (n * n), weights)
+            found.append(self._score(counts.unflatten(1, (n, n)).double()))
+        return torch.cat(found)
 
     @abc.abstractmethod
     def _score(self, counts: Tensor) -> Tensor:

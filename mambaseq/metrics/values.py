@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -175,40 +175,47 @@ class Spearman(Metric):
 
     def compute(self) -> Tensor:
         truths = dim_zero_cat(self.truths)
-        return _rank_correlation(dim_zero_cat(self.values), truths, truths.new_ones(1, len(truths)))[0]
+        return _rank_correlation(dim_zero_cat(self.values), truths, [truths.new_ones(1, len(truths))])[0]
 
     def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
         if not answers.point:
             return None
         values, targets = values_of(*answers.rows())
-        found = [
-            _rank_correlation(values.float(), targets.float(), answers.weights(some)) for some in draws.split(_AT_ONCE)
-        ]
-        return torch.cat(found)
+        parts = draws.split(max(_AT_ONCE // max(len(answers), 1), 1))
+        return _rank_correlation(values.float(), targets.float(), (answers.weights(some) for some in parts))
 
 
-_AT_ONCE = 16  # draws whose ranks are in memory together
+_AT_ONCE = 2**21  # ranks that are in memory together, of rows and draws
 
 
-def _rank_correlation(values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """`(draws,)` float64 of values and targets `(rows, outputs)`. weights: `(draws, rows)`, how often a row is
-    drawn."""
-    columns = []
-    for x, y in zip(values.unbind(1), targets.unbind(1), strict=True):
-        known = ~y.isnan()
-        times = weights[:, known].double()
-        ranks = [_ranks(part[known], times) for part in (x, y)]
-        means = [(times * rank).sum(1, keepdim=True) / times.sum(1, keepdim=True).clamp(min=1) for rank in ranks]
-        dx, dy = (rank - mean for rank, mean in zip(ranks, means, strict=True))
-        found = [times.sum(1), *(mean[:, 0] * 0 for mean in means)]
-        columns.append(torch.stack([*found, *((times * a * b).sum(1) for a, b in ((dx, dx), (dy, dy), (dx, dy)))], -1))
-    return _mean_r(torch.stack(columns, 1))
+def _rank_correlation(values: Tensor, targets: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """`(draws,)` float64 of values and targets `(rows, outputs)`. weights: `(some draws, rows)` each, how often a row
+    is drawn."""
+    known = [~y.isnan() for y in targets.unbind(1)]
+    # the place of each row among the different values is the same in all draws
+    places = [
+        [part[of].unique(return_inverse=True)[1] for part in (x, y)]
+        for x, y, of in zip(values.unbind(1), targets.unbind(1), known, strict=True)
+    ]
+    found = []
+    for some in weights:
+        columns = []
+        for pair, of in zip(places, known, strict=True):
+            times = some[:, of].double()
+            count = times.sum(1)
+            ranks = [_ranks(place, times) for place in pair]
+            means = [(times * rank).sum(1, keepdim=True) / count[:, None].clamp(min=1) for rank in ranks]
+            dx, dy = (rank - mean for rank, mean in zip(ranks, means, strict=True))
+            sums = [(times * a * b).sum(1) for a, b in ((dx, dx), (dy, dy), (dx, dy))]
+            columns.append(torch.stack([count, count * 0, count * 0, *sums], -1))
+        found.append(_mean_r(torch.stack(columns, 1)))
+    return torch.cat(found)
 
 
-def _ranks(values: Tensor, times: Tensor) -> Tensor:
-    """`(draws, rows)`: the rank of each row among those that are drawn, `times` often; equal values share one."""
-    different, place = values.unique(return_inverse=True)
-    counts = times.new_zeros(len(times), len(different)).index_add_(1, place, times)
+def _ranks(place: Tensor, times: Tensor) -> Tensor:
+    """`(draws, rows)`: the rank of each row among those that are drawn, `times` often; equal values share one. place:
+    `(rows,)` int64, of each row's value among the different ones."""
+    counts = times.new_zeros(len(times), int(place.max()) + 1 if len(place) else 0).index_add_(1, place, times)
     return (counts.cumsum(1) - (counts - 1) / 2)[:, place]
 
 

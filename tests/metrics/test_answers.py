@@ -14,7 +14,7 @@ from mambaseq.batch import Batch
 from mambaseq.domain import catalog
 from mambaseq.errors import DataError
 from mambaseq.heads.distributions import Gaussian
-from mambaseq.metrics import ranking
+from mambaseq.metrics import classification, ranking, values
 from mambaseq.metrics.answers import Answers, AnswerSheet
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.bootstrap import Bootstrap, intervals
@@ -129,7 +129,7 @@ def test_of_two_classes_the_second_is_ranked() -> None:
         (VALUES, ("mae", "rmse", "crps", "correlation", "spearman")),
     ],
 )
-def test_the_fast_way_to_draw_is_the_slow_way(targets, names, positions: bool) -> None:
+def test_the_fast_way_to_draw_is_the_slow_way(targets, names, positions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each metric of draws equals its `compute` of the rows, repeated. Sequences of 4 positions are drawn whole."""
     answers = Answers.of(LOGITS, targets)
     if positions:
@@ -140,6 +140,10 @@ def test_the_fast_way_to_draw_is_the_slow_way(targets, names, positions: bool) -
             metric = made(name)
             slow = Metric.drawn(metric, answers, draws)
             assert metric.drawn(answers, draws).tolist() == pytest.approx(slow.tolist(), abs=1e-6), name
+            for module in (classification, values):  # a draw after the other, where rows are many
+                monkeypatch.setattr(module, "_AT_ONCE", 1)
+            assert metric.drawn(answers, draws).tolist() == pytest.approx(slow.tolist(), abs=1e-6), name
+            monkeypatch.undo()
     assert BitsPerToken().drawn(answers, draws) is None  # the loss of a batch is not the rows'
     answers.point = False
     assert made("crps").drawn(answers, draws) is None
