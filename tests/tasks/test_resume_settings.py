@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import shown
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
+from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.parsing import make_parser
 from mambaseq.runs.resuming import moved
@@ -65,13 +67,23 @@ class Numbered(TinyTokens):
 WATCHED = '--trainer.callbacks=[{"class_path": "tasks.watching.Watcher"}]'
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Where a run of three steps is, which is trained once, and what its steps used."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "run.yaml").write_text(CONFIG)
     SEEN.clear()
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    out = tmp_path / "run"
-    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(out), WATCHED]) == 0
-    return out
+    with allow_imports("tiny", "tasks"):
+        assert main(["fit", "--config", str(folder / "run.yaml"), "--out", str(folder / "run"), WATCHED]) == 0
+    return folder, list(SEEN)
+
+
+@pytest.fixture
+def run(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> Path:
+    """A copy of that run, and of what its steps used."""
+    folder, SEEN[:] = trained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
 
 
 CHANGED = {
