@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from mambaseq_dna.recipes import brca1
-from mambaseq_dna.recipes.common import MASK, Stretches, other_strand, stretches_of, tiles
+from mambaseq_dna.recipes.common import (
+    MASK,
+    Stretches,
+    linear_score,
+    naive_bayes,
+    other_strand,
+    score,
+    stretches_of,
+    tiles,
+)
 from mambaseq_dna.tokenizer import N
 
 from mambaseq.reproduction import Context
@@ -46,6 +55,34 @@ def test_stretches_and_tiles_leave_out_n() -> None:
     starts, labels = tiles([places, np.array([[0, 9]])], 2)
     assert starts.tolist() == [0, 3, 5, 0, 4, 6]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_naive_bayes_and_regression_are_those_of_scikit_learn() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 4, 900).astype(np.uint8)
+    places = [np.array([[0, 200], [200, 203], [250, 300]]), np.array([[300, 900]])]
+
+    def counts(sequence: np.ndarray) -> np.ndarray:
+        words = np.lib.stride_tricks.sliding_window_view(sequence, 3).astype(int) @ [16, 4, 1]
+        return np.bincount(words, minlength=64)
+
+    stretches = [ids[a:b] for of in places for a, b in of]
+    second = MultinomialNB(alpha=1, fit_prior=False).fit([counts(one) for one in stretches], [0, 0, 0, 1])
+    inputs = rng.integers(0, 4, (20, 50)).astype(np.uint8)
+    told = naive_bayes(torch.from_numpy(ids), places, inputs, 3)
+    expected = second.predict_joint_log_proba([counts(one) for one in inputs]) + np.log(2)
+    np.testing.assert_allclose(told, expected, rtol=1e-12)
+    for n_classes in (2, 3):
+        features = {split: rng.random((60, 8)).astype(np.float32) for split in ("train", "dev", "test")}
+        labels = {split: (of[:, 0] * n_classes).astype(np.int64) for split, of in features.items()}
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(features["train"], labels["train"])
+        wanted = score(model.predict_proba(features["test"]), labels["test"])
+        np.testing.assert_allclose(linear_score(features, labels, [0.1]), wanted, atol=1e-9)
 
 
 def made_variants() -> brca1.Variants:
