@@ -315,7 +315,13 @@ class ClipData(SequenceData):
                     f"such clips, or change data.condition or the split."
                 )
         self._conditions = [numbers.get(value, -1) for value in values]
-        self.condition_names = [" ".join(value) for value in known]
+        for one, value in zip(found, values, strict=True):
+            if not any(value):
+                raise DataError(
+                    f"{one} has no condition: {' and '.join(self.condition)} {'are' if len(value) > 1 else 'is'} empty. "
+                    f"Fill it in, or change data.condition."
+                )
+        self.condition_names = [" ".join(filter(None, value)) for value in known]
         self.n_conditions = len(known)
         for name, count in Counter(self.condition_names).items():
             if count > 1:

@@ -82,12 +82,15 @@ class LabelledClips(ClipData):
     scored by a classifier go through the same mu-law levels, so that rounding tells nothing.
 
     Args:
-        files: a folder of sound files, a pattern (`*`, `?`), or a resource; the default is the spoken digits that ship.
-        pattern: a regular expression with named groups, searched in each file's name without folder and suffix.
-        label: the group of the name that is to be recognised.
-        split: the group of the name that decides which set a clip is in.
+        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, or a manifest (see `audio/clips`); the
+            default is the spoken digits that ship.
+        pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
+            manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
+        label: the group that is to be recognised.
+        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest.
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
-            they hold commas; `""` for none. All values that neither set takes are for training.
+            they hold commas; `""` for none. All values that neither set takes are for training. The default is that of
+            the digits, and `validation` (`valid`, `val` and `dev` too) of a manifest's column `split`.
         test: the same for the test set.
         validation_list: a text file that names the validation clips, one a line (the end of its path); it replaces
             `validation`. Not used when left out.
@@ -98,7 +101,9 @@ class LabelledClips(ClipData):
         gain: in training, clips are made louder or softer by up to so many dB.
         sample_rate: samples a second.
         resample: convert files of another rate; false refuses them.
-        channels: several channels are averaged (`mean`), or the file is refused (`refuse`).
+        channels: of files with several: their mean (`mean`), the first or second one (`left`, `right`), each as a clip
+            (`each`), both in turn (`stereo`), or an error (`refuse`).
+        skip_bad: leave out recordings that cannot be used, and list them; false lists them in an error.
         seed: of the order of clips and of their changes in training.
     """
 
@@ -109,11 +114,11 @@ class LabelledClips(ClipData):
         self,
         *,
         files: str = DIGITS,
-        pattern: str = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$",
+        pattern: str | None = None,
         label: str = "digit",
-        split: str = "take",
-        validation: str | Sequence[str] = "47-49",
-        test: str | Sequence[str] = "0-4",
+        split: str | None = None,
+        validation: str | Sequence[str] | None = None,
+        test: str | Sequence[str] | None = None,
         validation_list: str | None = None,
         test_list: str | None = None,
         length: int = 16384,
@@ -122,6 +127,7 @@ class LabelledClips(ClipData):
         sample_rate: int = 8000,
         resample: bool = True,
         channels: Channels = "mean",
+        skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -137,6 +143,7 @@ class LabelledClips(ClipData):
             sample_rate=sample_rate,
             resample=resample,
             channels=channels,
+            skip_bad=skip_bad,
             seed=seed,
         )
         self.label, self.speed, self.gain = label, speed, gain

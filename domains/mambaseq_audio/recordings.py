@@ -177,10 +177,11 @@ def overlap(found: Sequence[Recording], splits: Mapping[int, str]) -> tuple[int,
         if number in splits and one.place:
             by_file.setdefault(os.path.realpath(one.path), []).append(number)
     for numbers in by_file.values():
-        last: dict[str, int] = {}  # of each split, the recording that ends last
+        last: dict[str, int] = {}  # of each split, the recording that ends last, if it has not ended
         for number in sorted(numbers, key=lambda n: found[n].start):
+            last = {split: other for split, other in last.items() if found[other].overlaps(found[number])}
             for split, other in last.items():
-                if split != splits[number] and found[other].overlaps(found[number]):
+                if split != splits[number]:
                     return other, number
             before = last.get(splits[number])
             if before is None or (found[before].end or math.inf) < (found[number].end or math.inf):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError, UserError, cut, shown
+from mambaseq.limits import SAMPLES, UNPACKED_RATIO
 from mambaseq_audio.io import Channels, by_channel, signal_blocks
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.notices import Notices
@@ -80,7 +81,8 @@ def sound_store(
         "channels": channels,
         "sources": [identities[one.path] for one in recordings],
         "recordings": [[one.name, one.start, one.end, one.channel] for one in recordings],
-        "skip_bad": skip_bad,
+        # what is left out depends on the limits
+        "skip_bad": [SAMPLES.value, UNPACKED_RATIO.value] if skip_bad else False,
     }
     levels = _Levels(recordings, sample_rate, resample, channels, skip_bad)
     store = TokenStore.cached(label, levels, "uint8", meta)

@@ -91,9 +91,13 @@ class WaveformData(SequenceData):
         if not found:
             raise ConfigError("data.files names nothing. Give a folder, a pattern, or a list of them.")
         given = [self._given(one) for one in found]
-        if pair := overlap(found, {i: split or "" for i, split in enumerate(given)}):
+        # those without a split are split one by one, so that what two of them share may be in two sets
+        if pair := overlap(found, {i: split or f"row {i}" for i, split in enumerate(given)}):
             one, other = (found[i] for i in pair)
-            raise DataError(f"{one} and {other} are in different splits and hold the same time. Put them into one.")
+            raise DataError(
+                f"{one} and {other} hold the same time, and would be in different splits. Give both rows one split, or "
+                "other times."
+            )
         self._sounds = sounds = sound_store(
             "waveform", found, self.sample_rate, resample=self.resample, channels=self.channels, skip_bad=self.skip_bad
         )

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from mambaseq_audio.clips import ClipData
 from mambaseq_audio.io import read_audio, read_signal, write_wav
+from mambaseq_audio.labelled import LabelledClips
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.waveform import WaveformData
 
@@ -46,7 +47,7 @@ def plain(files: Path, **options: object) -> ClipData:
     return clips(files, **{**names, **options})
 
 
-ROWS = [
+ROWS: list[dict[str, object]] = [
     {"file": "a/one.wav", "split": "train", "start": 0, "end": 0.005, "who": "Åsa", "take": 1},
     {"file": "a/one.wav", "split": "train", "start": 0.005, "end": None, "who": "Ann, Bo", "take": 2},
     {"file": "b/one.wav", "split": "val", "start": None, "end": None, "who": unicodedata.normalize("NFD", "Åsa")},
@@ -83,16 +84,26 @@ def test_a_manifest_says_files_parts_splits_and_conditions(four: Path, kind: str
     assert [made.train().conditions, made.validation().conditions, made.test().conditions] == [[1, 0, 1], [1], [0]]  # type: ignore[union-attr]
     names = [record.name for record in read_audio(path, MuLaw(), sample_rate=RATE)]
     assert names == ["a/one.wav@0-0.005", "a/one.wav@0.005-", "b/one.wav", "Smith, Ann.wav@0.001-", "Åsa.wav"]
+    both = clips(path, split="take", validation="", test=[], condition=["who", "take"])
+    assert list(both.condition_names) == ["Ann, Bo", "Ann, Bo 2", "Åsa", "Åsa 1", "Åsa 3"]
+    labelled = LabelledClips(files=str(path), label="who", sample_rate=RATE)
+    labelled.setup()
+    assert (labelled.class_names, len(labelled.train())) == (("Ann, Bo", "Åsa"), 3)
     assert len(clips(path, split="who", validation="", test=["Ann, Bo"]).clips("test")) == 2
     assert len(clips(path, split="take", validation=[], test="1-2", condition=["who"]).clips("train")) == 3
 
 
 def test_a_manifest_of_long_recordings(four: Path) -> None:
-    rows = [{"file": "a/one.wav", "split": "test"}, {"file": "b/one.wav", "split": ""}]
+    rows: list[dict[str, object]] = [{"file": "a/one.wav", "split": "test"}, {"file": "b/one.wav", "split": ""}]
     waves = WaveformData(files=str(manifest(four, "csv", rows)), sample_rate=RATE)
     waves.setup()
     found = {split: [len(i) for i in waves.intervals(split)] for split in ("train", "validation", "test")}
     assert found == {"train": [68], "validation": [4], "test": [80, 8]}
+    parts = [{"file": "a/one.wav", "end": 0.006}, {"file": "b/one.wav"}, {"file": "a/one.wav", "start": 0.005}]
+    with pytest.raises(
+        DataError, match=r"line 1\) and .*line 3\) hold the same time, and would be in different splits"
+    ):
+        WaveformData(files=str(manifest(four, "jsonl", parts)), sample_rate=RATE).setup()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +117,7 @@ def test_a_manifest_of_long_recordings(four: Path) -> None:
         ({"start": "1:30"}, r"line 3: start is '1:30'. Give seconds"),
         ({"start": 0, "end": 0.005}, r"line 3 is about the same recording as line 2\."),
         ({"start": 0.004, "split": "test"}, r"line 2\) and .*line 3\) are in different splits and hold the same time"),
+        ({"who": ""}, r"line 3\) has no condition: who is empty"),
         ({"who": "Eva", "split": "test"}, r"line 3\) has the condition 'Eva', which no training clip has"),
     ],
 )
