@@ -317,9 +317,10 @@ class ClipData(SequenceData):
         self._conditions = [numbers.get(value, -1) for value in values]
         for one, value in zip(found, values, strict=True):
             if not any(value):
+                verb = "are" if len(value) > 1 else "is"
                 raise DataError(
-                    f"{one} has no condition: {' and '.join(self.condition)} {'are' if len(value) > 1 else 'is'} empty. "
-                    f"Fill it in, or change data.condition."
+                    f"{one} has no condition: {' and '.join(self.condition)} {verb} empty. Fill it in, or change "
+                    f"data.condition."
                 )
         self.condition_names = [" ".join(filter(None, value)) for value in known]
         self.n_conditions = len(known)
