@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from mambaseq.errors import ConfigError, UserError, shown
 
@@ -67,6 +68,12 @@ def check_setting(key: str, value: float, least: float, most: float) -> None:
     """Raise ConfigError unless `least <= value <= most`; NaN is refused."""
     if not least <= value <= most:
         raise ConfigError(f"{key} must be {least:,} to {most:,}; it is {value}.")
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ConfigError unless the value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}; it is {shown(value)}.")
 
 
 SEEDS = (0, 2**63 - 1)

@@ -409,6 +409,17 @@ def test_bad_tables(content: str, options: dict[str, Any], told: str) -> None:
     assert len(str(error.value)) < 1000
 
 
+def test_words_that_are_no_choice() -> None:
+    written(Path("t.csv"), rows(4), "sequence,label")
+    for key, value in (("format", "csv"), ("task", "regression"), ("align", "center"), ("duplicates", "keep")):
+        with pytest.raises(ConfigError, match=f"data.{key} must be one of .*; it is '{value}'"):
+            LabelledData(files="t.csv", **{key: value})
+    with pytest.raises(ConfigError, match=r"data.separator is empty"):
+        LabelledData(files="t.csv", task="multilabels", separator="")
+    with pytest.raises(ConfigError, match=r"reader_options.align must be one of centre, start, end"):
+        list(read_labelled("t.csv", TOKENIZER, length=3, align="center"))  # type: ignore[arg-type]
+
+
 def test_one_bad_file_among_several_is_named() -> None:
     for number in range(3):
         written(Path(f"{number}.csv"), rows(6), "sequence,label")

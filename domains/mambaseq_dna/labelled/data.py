@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from mambaseq.data.baselines import Baseline
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError, shown
-from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
+from mambaseq.errors import ConfigError, DataError
+from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_choice, check_setting
 from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.base import Names, names_of
 from mambaseq_dna.files.assembly import Assembly
@@ -179,8 +179,15 @@ class LabelledData(SequenceData):
             raise ConfigError(f"data.balanced draws classes, but data.task is {task}. Leave it out.")
         if samples_per_epoch is not None and not balanced:
             raise ConfigError("data.samples_per_epoch is for balanced draws (data.balanced). Leave it out.")
-        if duplicates not in ("refuse", "drop"):
-            raise ConfigError(f"data.duplicates must be 'refuse' or 'drop', not {shown(duplicates)}.")
+        for key, choice, choices in (
+            ("format", format, Format),
+            ("task", task, Learned),
+            ("align", align, Align),
+            ("duplicates", duplicates, Duplicates),
+        ):
+            check_choice(f"data.{key}", choice, get_args(choices))
+        if separator == "":
+            raise ConfigError("data.separator is empty. Give the sign between labels, or leave it out.")
         self.files, self.validation_files, self.test_files = files, validation_files, test_files
         self.format, self.columns, self.sequence, self.names = format, columns, sequence, names
         self.task, self.separator = task, separator

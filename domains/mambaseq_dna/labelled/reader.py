@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from mambaseq.data.records import Record
+from mambaseq.limits import check_choice
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.tables import Row
 from mambaseq_dna.labelled.items import Align, Sequences, fitted
@@ -38,8 +39,10 @@ def read_labelled(
 
     The options are those of the dataset `dna/labelled`; fields: other columns of tables, places in FASTA headers,
     columns of intervals, which records then have.
-    Raises DataError as `read_source` does.
+    Raises DataError as `read_source` does, ConfigError for another format or align.
     """
+    check_choice("reader_options.format", format, get_args(Format))
+    check_choice("reader_options.align", align, get_args(Align))
     path = Path(path)
     parts = parts_of(str(path), format) if path.is_dir() else [Part(path, kind_of(path, format))]
     bases = Assembly(assembly) if assembly and any(not is_row(part) for part in parts) else None
