@@ -119,7 +119,8 @@ class ClipData(SequenceData):
         seed: of the order of clips and of the crops in training.
     """
 
-    reader, writer = "audio/audio", "audio/wav"
+    reader = "audio/audio"
+    writer: str | None = "audio/wav"
     tokenizer_name = "audio/mulaw"
     vocab_size = MuLaw.vocab_size
     start_ids = (MuLaw.start_id,)
