@@ -108,7 +108,6 @@ class LabelledClips(ClipData):
     """
 
     task: Literal["classes"] = "classes"
-    writer = None
 
     def __init__(
         self,
