@@ -274,26 +274,41 @@ def read_audio(
     sample_rate: int,
     resample: bool = True,
     channels: Channels = "mean",
+    fields: Sequence[str] = (),
 ) -> Iterator[Record]:
     """Records of a sound file, a folder of them, a pattern or a manifest. Each has the name of its file, without the
     suffix and with the folders that differ (see `mambaseq_audio.recordings.recordings`).
 
-    tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. See `signal_blocks` for the rest
-        and the errors.
+    tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. fields: columns of the manifest
+        that records are to have. See `signal_blocks` for the rest and the errors.
     """
     found = recordings(path)
+    for one in found:
+        for field in fields:
+            if field not in one.fields:
+                near = did_you_mean(field, one.fields)
+                raise DataError(
+                    f"{one}: there is no column {shown(field)}.{near} Give a manifest that has it, or a table for "
+                    "--condition-table."
+                )
     if channels == "each":
         found = [part for one in found for part in by_channel(one)]
     notices = Notices()
     for one in found:
         blocks = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
+        columns = {field: one.fields[field] for field in fields}
         name, source = one.name, str(one.path)
         if tokenizer is None:
-            yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source)
+            yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source, fields=columns)
         elif isinstance(tokenizer, MuLaw):  # a level depends only on its sample
-            yield Record(name=name, ids=np.concatenate([tokenizer.encode(block) for block in blocks]), source=source)
+            yield Record(
+                name=name,
+                ids=np.concatenate([tokenizer.encode(block) for block in blocks]),
+                source=source,
+                fields=columns,
+            )
         else:
-            yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=source)
+            yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=source, fields=columns)
     notices.tell()
 
 

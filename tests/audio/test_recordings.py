@@ -82,7 +82,11 @@ def test_a_manifest_says_files_parts_splits_and_conditions(four: Path, kind: str
     assert test[0].tolist() == MuLaw().encode(read_signal(four / "Smith, Ann.wav", RATE))[8:].tolist()
     assert list(made.condition_names) == ["Ann, Bo", "Åsa"]
     assert [made.train().conditions, made.validation().conditions, made.test().conditions] == [[1, 0, 1], [1], [0]]  # type: ignore[union-attr]
-    names = [record.name for record in read_audio(path, MuLaw(), sample_rate=RATE)]
+    records = list(read_audio(path, MuLaw(), sample_rate=RATE, fields=["who"]))
+    assert [record.fields["who"] for record in records] == ["Åsa", "Ann, Bo", "Åsa", "Ann, Bo", "Åsa"]
+    with pytest.raises(DataError, match=r"line \d\): there is no column 'whom'. Did you mean 'who'"):
+        list(read_audio(path, MuLaw(), sample_rate=RATE, fields=["whom"]))
+    names = [record.name for record in records]
     assert names == ["a/one.wav@0-0.005", "a/one.wav@0.005-", "b/one.wav", "Smith, Ann.wav@0.001-", "Åsa.wav"]
     both = clips(path, split="take", validation="", test=[], condition=["who", "take"])
     assert list(both.condition_names) == ["Ann, Bo", "Ann, Bo 2", "Åsa", "Åsa 1", "Åsa 3"]
