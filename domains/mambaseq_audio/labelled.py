@@ -108,6 +108,7 @@ class LabelledClips(ClipData):
     """
 
     task: Literal["classes"] = "classes"
+    writer = None
 
     def __init__(
         self,
