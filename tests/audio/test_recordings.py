@@ -103,7 +103,11 @@ def test_a_manifest_of_long_recordings(four: Path) -> None:
     waves.setup()
     found = {split: [len(i) for i in waves.intervals(split)] for split in ("train", "validation", "test")}
     assert found == {"train": [68], "validation": [4], "test": [80, 8]}
-    parts = [{"file": "a/one.wav", "end": 0.006}, {"file": "b/one.wav"}, {"file": "a/one.wav", "start": 0.005}]
+    parts: list[dict[str, object]] = [
+        {"file": "a/one.wav", "end": 0.006},
+        {"file": "b/one.wav"},
+        {"file": "a/one.wav", "start": 0.005},
+    ]
     with pytest.raises(
         DataError, match=r"line 1\) and .*line 3\) hold the same time, and would be in different splits"
     ):
