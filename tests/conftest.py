@@ -10,10 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # OpenMP's threads sleep soon: on a machine that is busy, those that wait and spin keep the others from working
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # processes that run side by side (pytest-xdist) share the cores: more threads than cores only wait for each other
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = min(2, max(1, (os.cpu_count() or 1) // WORKERS))
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, str(THREADS))
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(min(2, max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ if not torch.cuda.is_available():  # Triton decides when a kernel is defined whe
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
