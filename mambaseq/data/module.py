@@ -19,7 +19,7 @@ from mambaseq.data.audited import Audited, audited_items
 from mambaseq.data.baselines import Baseline
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, shown
 
 
 class ItemDataset(Protocol):
@@ -37,6 +37,9 @@ class ItemDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
+
+
+_RARE = 5  # targets
 
 
 class SequenceData(abc.ABC):
@@ -379,3 +382,18 @@ class SequenceDataModule(lightning.LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader]:
         return self._evaluation_loaders(self.data.test(), "test", "test")
+
+
+def classes_told(data: SequenceData) -> str:
+    """The classes of the training set with their targets, for people; "" if they are not known. Classes that are rare
+    are named, and those that another differs from by case alone."""
+    if data.class_counts is None:
+        return ""
+    counts = {name: known for name, (known, _) in zip(data.class_names, data.class_counts, strict=True)}
+    told = [cut_list([f"{name} {count:,}" for name, count in counts.items()], most=8)]
+    rare = [name for name, count in counts.items() if count < min(_RARE, max(counts.values()) / 20)]
+    alike = [name for name in counts if [one.casefold() for one in counts].count(name.casefold()) > 1]
+    for kind, names in (("rare", rare), ("alike but for case", alike)):
+        if names:
+            told.append(f"{kind}: {cut_list(list(map(shown, names)), most=4)}. Are they misspelt?")
+    return f"classes of the training set: {'; '.join(told)}"

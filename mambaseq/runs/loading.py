@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, cut, did_you_mean, shown, under_key
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown, under_key
 
 
 def _check_options(kind: str, name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -95,5 +96,11 @@ def regions_given(kind: str, read: Callable[..., Any], regions: Sequence[str | P
     if not regions:
         return {}
     if "regions" not in inspect.signature(read).parameters:
-        raise ConfigError(f"The reader {shown(kind)} reads whole records only, no regions of them (--region).")
+        others = [
+            entry.name
+            for entry in catalog()["readers"]
+            if entry.name != kind and "regions" in inspect.signature(catalog()["readers"].get(entry.name)).parameters
+        ]
+        remedy = f" Readers that do (--reader): {cut_list(others)}." if others else ""
+        raise ConfigError(f"The reader {shown(kind)} reads whole records only, no regions of them (--region).{remedy}")
     return {"regions": [str(region) for region in regions]}

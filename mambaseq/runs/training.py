@@ -14,7 +14,7 @@ from mambaseq.atomic import atomic_file, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from, load_source
 from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.data.module import SequenceData, named_sets
+from mambaseq.data.module import SequenceData, classes_told, named_sets
 from mambaseq.data.purpose import task_of
 from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model
@@ -178,6 +178,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         still = sum(p.numel() for name, p in model.named_parameters() if name in kept or not p.requires_grad)
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
+        if told := classes_told(data):
+            print(f"{folder.path}: {told}", flush=True)
     return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
 
 

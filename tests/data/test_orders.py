@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mambaseq.data.module import classes_told
 from mambaseq.data.orders import Balanced, Shuffled
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.heads.losses import LabelLoss, balanced_weights
@@ -52,3 +53,15 @@ def test_balanced_weights() -> None:
         balanced_weights("class_weights", [(6, 0), (0, 6)])
     with pytest.raises(ConfigError, match="is 'balanced', which a run replaces by numbers"):
         LabelLoss(2, "balanced")
+
+
+def test_classes_are_told_with_those_that_may_be_misspelt() -> None:
+    class Sounds:
+        class_names = ("bound", "unbound", "bund", "Bound")
+        class_counts = ((119, 2), (120, 2), (1, 2), (1, 2))
+
+    told = classes_told(Sounds())  # type: ignore[arg-type]
+    assert told == (
+        "classes of the training set: bound 119, unbound 120, bund 1, Bound 1; rare: 'bund', 'Bound'. Are they "
+        "misspelt?; alike but for case: 'bound', 'Bound'. Are they misspelt?"
+    )

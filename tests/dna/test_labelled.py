@@ -374,7 +374,7 @@ GOOD = "ACGT,0\nACCT,1\nAGGT,0\n"
         (
             f"sequence,label\n{GOOD}",
             {"columns": ["sequence", "label"]},
-            "t.csv, line 1: The letter 'e' at position 2 .* If this line holds the names of columns, leave data",
+            "t.csv, line 1: The letter 'e' at position 2 .* If this line holds the names of columns, set data",
         ),
         (f"sequence,label\n{GOOD}ACGT\n", {}, "t.csv, line 5: the row has 1 cells, and there are 2 columns"),
         (f'sequence,label\n{GOOD}"ACGT,0\nAC,1\n', {}, "t.csv, line 5: the row cannot be read"),

@@ -16,9 +16,10 @@ from mambaseq_dna.files.vcf import Variant
 from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_dna.variants import scorers as scorers_module
 from mambaseq_dna.variants import scoring as scoring_module
+from mambaseq_dna.variants.commands import _told
 from mambaseq_dna.variants.mutagenesis import mutagenesis
 from mambaseq_dna.variants.scorers import INDEL_FLANK, Distance, scorer_of
-from mambaseq_dna.variants.scoring import score_variants
+from mambaseq_dna.variants.scoring import check_assembly, score_variants
 from mambaseq_dna.variants.sites import Places, Site
 from pages import blocks, run_cell
 
@@ -347,3 +348,14 @@ def test_the_page_runs(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pyte
     run_cell(text, page, line, names)
     assert len(names["found"].table) == 12
     assert len(names["effects"]) == 60
+
+
+def test_another_assembly_is_noticed() -> None:
+    """A quarter of the bases of another assembly agree by chance: most REFs differ, and the rest is no answer."""
+    differ = ["REF is A, but the reference has C"] * 30
+    with pytest.raises(DataError, match=r"The REF of 30 of the 40 variants in calls.vcf .* agree by chance"):
+        check_assembly(Path("calls.vcf"), [*differ, *[""] * 10, "not within chr1, which has 9 bases"])
+    check_assembly(Path("calls.vcf"), [*differ, *[""] * 40])
+    told = _told({differ[0]: 3, "REF is G, but the reference has T": 1, "ALT is the same as REF": 9}, 40)
+    assert told.startswith("13 of 40 have no score: 9 ALT is the same as REF; 4 REF is A, but the reference has C (and")
+    assert told.endswith("Is the reference the assembly that they were called on?")

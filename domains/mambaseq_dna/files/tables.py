@@ -102,7 +102,7 @@ def _encoded(
             )
         line = chunk[first][0]
         position = int(wrong[0] - starts[first])
-        header = " If this line holds the names of columns, leave data.columns out." if columns and line == 1 else ""
+        header = " If this line holds the names of columns, set data.columns to null." if columns and line == 1 else ""
         raise DataError(
             f"{path}, {unit} {line:,}: {InvalidBase(sequences[first][position], position)} The sequence is "
             f"{shown(sequences[first], 30)}.{header}"
@@ -147,7 +147,10 @@ def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None)
             header = [cell.strip() for cell in next(rows)]
             for column in wanted:
                 if column not in header:
-                    hint = " If the file has no header, name its columns in order: data.columns."
+                    hint = (
+                        " A setting asks for it (data.sequence, label, split, group or names): correct that, or set it "
+                        "to null. If the file has no header, name its columns in order: data.columns."
+                    )
                     raise _missing(path, column, header, hint)
                 _check_once(path, column, header)
         else:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
 from mambaseq_dna.options import Options
+from mambaseq_dna.variants import OTHER_REF
+
+_REASONS = 5  # that are told
 
 
 def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
@@ -79,12 +84,28 @@ def variants(argv: list[str]) -> int:
         device=given.device,
     )
     if found.without:
-        why = "; ".join(f"{count:,} {reason}" for reason, count in list(found.without.items())[:5])
-        number = sum(found.without.values())
-        print(f"mambaseq dna/variants: {number:,} of {found.rows:,} have no score: {why}.", file=sys.stderr)
+        print(f"mambaseq dna/variants: {_told(found.without, found.rows)}", file=sys.stderr)
     out = Path(given.out)
     print(f"{found.rows:,} rows in {out}", file=sys.stderr if is_stream(out) else sys.stdout)
     return 0
+
+
+def _told(without: Mapping[str, int], rows: int) -> str:
+    """How many variants have no score, and why, the commonest reason first; other REFs are one reason."""
+    kinds: collections.Counter[str] = collections.Counter()
+    examples: dict[str, str] = {}
+    for reason, count in without.items():
+        kind = OTHER_REF if reason.startswith(OTHER_REF) else reason
+        kinds[kind] += count
+        examples.setdefault(kind, reason)
+    most = kinds.most_common(_REASONS)
+    why = [f"{count:,} {examples[kind]}" + (" (and the like)" if kind == OTHER_REF else "") for kind, count in most]
+    if rest := kinds.total() - sum(count for _, count in most):
+        why.append(f"{rest:,} for other reasons")
+    question = ""
+    if kinds[OTHER_REF] > rows / 20:
+        question = " Is the reference the assembly that they were called on?"
+    return f"{kinds.total():,} of {rows:,} have no score: {'; '.join(why)}.{question}"
 
 
 def mutagenesis(argv: list[str]) -> int:

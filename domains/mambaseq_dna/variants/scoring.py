@@ -22,6 +22,7 @@ from mambaseq.runs.tables import partial_path
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant, is_vcf, read_variants
 from mambaseq_dna.tokenizer import N, fold_case
+from mambaseq_dna.variants import OTHER_REF
 from mambaseq_dna.variants.scorers import Distance, Pool, Scorer, check_bases, scorer_of
 from mambaseq_dna.variants.sites import Places, Site
 from mambaseq_dna.variants.tables import check_ending, write_table, write_vcf
@@ -34,6 +35,8 @@ What = Literal["answers", "embeddings", "both"]
 _WINDOW = 4096  # of a model that does not say the length of its training
 _TOKENS = {"cpu": 2**15, "cuda": 2**19}
 _GATHERED, _GATHERED_BASES = 4096, 2**25  # variants, and bases, that are in memory together
+
+_ENOUGH = 10  # variants, to tell that the reference is another assembly
 
 
 class Scores(NamedTuple):
@@ -95,6 +98,7 @@ def score_variants(
     found = list(read_variants(source))
     places = Places(Assembly(reference, cache), scorers[0].tokenizer, window)
     reasons = [places.why_not(variant) for variant in found]
+    check_assembly(source, reasons)
     columns = [column for scorer in scorers for column in scorer.columns]
     values = np.full((len(found), len(columns) + 1), np.nan)
     with _kept(found, columns, values, reasons, out), memory_told("--window, or --batch-tokens"):
@@ -115,6 +119,21 @@ def score_variants(
     elif out is not None:
         write_table(table, out)
     return Scores(table, columns, len(found), without)
+
+
+def check_assembly(source: Path, reasons: Sequence[str]) -> None:
+    """Raise DataError if the REF of most variants is not in the reference: a quarter of bases agree by chance.
+
+    reasons: why each variant cannot be scored, "" for those that can.
+    """
+    other = [reason for reason in reasons if reason.startswith(OTHER_REF)]
+    compared = len(other) + reasons.count("")
+    if compared >= _ENOUGH and len(other) > compared / 2:
+        raise DataError(
+            f"The REF of {len(other):,} of the {compared:,} variants in {source} that can be compared is not in the "
+            f"reference (the first: {other[0]}); nothing was written. The others agree by chance: give the assembly "
+            "that they were called on."
+        )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from mambaseq.errors import cut, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
+from mambaseq_dna.variants import OTHER_REF
 
 _BASES = set("ACGTUacgtu")
 _LETTERS = _BASES | set("NRYSWKMBDHVnryswkmbdhv")
@@ -69,7 +70,7 @@ class Places:
         found = self._plain.decode(fold_case(self.assembly.read(name, variant.pos - 1, stop)))
         given = variant.ref.upper().replace("U", "T")
         if found != given:
-            return f"REF is {cut(given, 20)}, but the reference has {cut(found, 20)}"
+            return f"{OTHER_REF} {cut(given, 20)}, but the reference has {cut(found, 20)}"
         if given == variant.alt.upper().replace("U", "T"):
             return "ALT is the same as REF"
         longest = max(len(variant.ref), len(variant.alt))
