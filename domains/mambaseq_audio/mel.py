@@ -19,6 +19,7 @@ from mambaseq.encoders import Encoder
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.ops import sequences
+from mambaseq.specs import check_layers
 from mambaseq_audio.io import check_rate
 from mambaseq_audio.mulaw import LEVELS
 
@@ -75,9 +76,9 @@ class MelEncoder(Encoder):
                 f"The encoder audio/mel needs 2 <= window <= 2^16, 1 <= stride <= window and 1 <= n_mels <= 512, not "
                 f"window {window}, stride {stride} and n_mels {n_mels}."
             )
-        if not (0 <= mask_bands < n_mels and mask_frames >= 0):
+        if not (0 <= mask_bands < n_mels and 0 <= mask_frames <= 2**20):
             raise ConfigError(
-                f"model.encoder.mask_bands must be below n_mels ({n_mels}), and mask_frames at least 0; they are "
+                f"model.encoder.mask_bands must be below n_mels ({n_mels}), and mask_frames from 0 to 2^20; they are "
                 f"{mask_bands} and {mask_frames}."
             )
         self.stride, self.mask_bands, self.mask_frames = stride, mask_bands, mask_frames
@@ -190,6 +191,7 @@ class ConvolutionStack(Backbone):
                 f"The backbone audio/convolutions needs at least one layer and an odd width up to 101, not n_layers "
                 f"{n_layers} and width {width}."
             )
+        check_layers(n_layers)
         self.d_model = d_model = make_mixer(0).d_model  # the width is known to what makes mixers alone
         self.layers = nn.ModuleList(
             ResidualConvolution(d_model, width, 2 ** (layer % 3), dropout, 1 / math.sqrt(n_layers))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mambaseq.errors import shown
+
 PACKED = (".gz", ".bgz", ".xz", ".bz2", ".zst")
 """Endings of packed files, in lower case."""
 
@@ -32,5 +34,5 @@ def whole(text: str) -> int:
     1000
     """
     if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
-        raise ValueError(f"{text[:40]!r} is not a whole number of up to {_DIGITS} digits")
+        raise ValueError(f"{shown(text)} is not a whole number of up to {_DIGITS} digits")
     return int(text)
