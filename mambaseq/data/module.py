@@ -385,9 +385,10 @@ class SequenceDataModule(lightning.LightningDataModule):
 
 
 def classes_told(data: SequenceData) -> str:
-    """The classes of the training set with their targets, for people; "" if they are not known. Classes that are rare
-    are named, and those that another differs from by case alone."""
-    if data.class_counts is None:
+    """The classes of a training set of sequences with their targets, for people; "" if they are not known. Classes that
+    are rare are named, and those that another differs from by case alone. Classes of positions are not counted: that
+    would read all of a genome before the first step."""
+    if data.task != "classes" or data.class_counts is None:
         return ""
     counts = {name: known for name, (known, _) in zip(data.class_names, data.class_counts, strict=True)}
     told = [cut_list([f"{name} {count:,}" for name, count in counts.items()], most=8)]

@@ -57,6 +57,7 @@ def test_balanced_weights() -> None:
 
 def test_classes_are_told_with_those_that_may_be_misspelt() -> None:
     class Sounds:
+        task = "classes"
         class_names = ("bound", "unbound", "bund", "Bound")
         class_counts = ((119, 2), (120, 2), (1, 2), (1, 2))
 
@@ -65,3 +66,15 @@ def test_classes_are_told_with_those_that_may_be_misspelt() -> None:
         "classes of the training set: bound 119, unbound 120, bund 1, Bound 1; rare: 'bund', 'Bound'. Are they "
         "misspelt?; alike but for case: 'bound', 'Bound'. Are they misspelt?"
     )
+
+
+def test_classes_of_positions_are_not_counted_at_the_start() -> None:
+    class Genes:
+        task = "labels"
+        class_names = ("coding", "other")
+
+        @property
+        def class_counts(self) -> None:
+            raise AssertionError("all labels of a genome would be read")
+
+    assert classes_told(Genes()) == ""  # type: ignore[arg-type]
