@@ -22,7 +22,7 @@ from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.heads.distributions import Distribution
 from mambaseq.heads.lm import LMHead
 from mambaseq.mixers.base import Mixer
-from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting
+from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting, registered
 from mambaseq.trees import register_tree
 
 
@@ -369,7 +369,8 @@ def causal_lm(
 def build_model(spec: dict[str, Any]) -> SequenceModel:
     """The model for a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
     `{"name": ..., **options}` with names that `Registry.get` takes; if the backbone has several mixers, also `mixers`,
-    `{name: options}` of the others.
+    `{name: options}` of the others. A `name` among these options is that of the registered mixer, where the backbone's
+    pattern calls it something else.
 
     It is first made on the meta device, without memory, so that one that is too large is refused before it takes any.
     Raises ConfigError for an incomplete description, a name that does not exist, options that a part does not take or
@@ -432,7 +433,7 @@ def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None
         name = own if name is None else name
         options = spec["mixer"] if name == own else (spec.get("mixers") or {}).get(name, {})
         alike = [] if made is None else made.setdefault((name, d_model), [])
-        alike.append(alike[0] if alike else _make("mixer", {**options, "name": name}, d_model))
+        alike.append(alike[0] if alike else _make("mixer", {"name": name, **options}, d_model))
         return alike[-1]
 
     backbone = _make("backbone", spec["backbone"], make_mixer)
@@ -461,7 +462,11 @@ def _check_mixers(spec: dict[str, Any]) -> None:
     given, backbone = spec.get("mixers") or {}, spec["backbone"]
     mlp = backbone.get("mlp")
     names = mixer_names(
-        backbone.get("pattern"), spec["mixer"]["name"], mlp if isinstance(mlp, bool) else None, catalog()["mixers"].get
+        backbone.get("pattern"),
+        spec["mixer"]["name"],
+        mlp if isinstance(mlp, bool) else None,
+        lambda name: catalog()["mixers"].get(registered(name, given)),
+        backbone.get("tiers"),
     )
     check_mixer_options(given, spec["mixer"]["name"], names)
 
@@ -478,5 +483,5 @@ def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> N
             raise ConfigError(
                 f"model.mixers has options for {shown(name)}, which is not a mixer of this "
                 f"backbone.{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern "
-                "names others."
+                "(or a unet's tiers) names others."
             )

@@ -55,6 +55,9 @@ def check_spec(spec: Any) -> None:
     others = spec.get("mixers") or {}
     if not isinstance(others, dict) or not all(isinstance(options, dict) for options in others.values()):
         raise ConfigError(f"mixers must hold the settings of mixers by their names, not {shown(others)}.")
+    for name, options in others.items():
+        if not isinstance(options.get("name", ""), str):
+            raise ConfigError(f"mixers.{cut(name)}.name must be a mixer's name, not {shown(options['name'])}.")
     _check_finite(spec, "")
 
 
@@ -169,6 +172,12 @@ def fits(value: Any, annotation: Any) -> bool:
     return True
 
 
+def registered(name: str, mixers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The registered name of a mixer that a pattern names: its own, or that under `name` in its settings (`mixers`)."""
+    found: str = mixers.get(name, {}).get("name", name)
+    return found
+
+
 def check_layers(count: int) -> None:
     """Raise UserError if a backbone has more mixers than `limits.LAYERS`."""
     LAYERS.check(count, "The model's backbone (n_layers, pattern)")
@@ -181,7 +190,8 @@ def largest_setting(spec: Mapping[str, Any], part_of: Callable[[str, str], Any])
     """
     found = [("model.d_model", spec["d_model"], 1.0)]
     options = [(f"model.{part}", part, spec[part]["name"], spec[part]) for part in PARTS]
-    options += [(f"model.mixers.{name}", "mixer", name, one) for name, one in (spec.get("mixers") or {}).items()]
+    others = spec.get("mixers") or {}
+    options += [(f"model.mixers.{name}", "mixer", registered(name, others), one) for name, one in others.items()]
     for key, kind, name, given in options:
         parameters = arguments_of(part_of(kind, name))
         for option, value in given.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.graphed import CudaGraph
-from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
+from mambaseq.backbones.patterns import MakeMixer, make_mixers, read_tiers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
 from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
@@ -53,6 +53,8 @@ class UNet(Backbone):
         expand: factor by which each tier is wider than the one above it.
         pattern: names of mixers, repeated over the layers: `[mamba, mamba, attention*]` (see `ResidualStack`). It
             continues through a tier's layers. A mixer with a star is shared within a tier's way down or up.
+        tiers: a pattern for each tier in place of one for all, the finest first: `[[mamba], [mamba], [s4+mlp]]` has S4
+            and MLPs in the coarsest alone. It begins anew with each way down and up.
         mlp: follow each mixer by a residual layer of the `mlp` mixer; None: as the mixer's class says (see
             `ResidualStack`).
         norm: the norms, rms (RMSNorm) or layer (LayerNorm with a bias).
@@ -78,6 +80,7 @@ class UNet(Backbone):
         chunk_length: int | None = None,
         cuda_graph: CudaGraph = "auto",
         norm: NormName = "rms",
+        tiers: list[list[str]] | None = None,
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
         pool = [4, 4] if pool is None else pool
@@ -87,21 +90,33 @@ class UNet(Backbone):
             )
         if not isinstance(expand, int) or expand < 1:
             raise ConfigError(f"expand must be an integer of at least 1, not {shown(expand)}.")
+        if tiers is not None:
+            if pattern is not None:
+                raise ConfigError("pattern is for all tiers, and tiers has a pattern for each. Leave one of them out.")
+            for one in read_tiers(tiers, len(pool) + 1):
+                if len(one) > n_layers >= 1:
+                    raise ConfigError(
+                        f"A pattern of tiers names {len(one)} layers, but a way of a tier has {n_layers}, so the last "
+                        "would be left out. Raise n_layers, or shorten the pattern."
+                    )
         made, total = 0, n_layers * (2 * len(pool) + 1)
 
-        def layers(d_model: int | None) -> nn.ModuleList:
+        def layers(level: int, d_model: int | None) -> nn.ModuleList:
             nonlocal made
-            mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made, total=total)
+            if tiers is None:
+                mixers = make_mixers(make_mixer, n_layers, pattern, mlp, d_model, first=made, total=total)
+            else:
+                mixers = make_mixers(make_mixer, n_layers, tiers[level], mlp, d_model, first=made, begin=made)
             made += n_layers
             return nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
 
         def tier(level: int, d_model: int | None) -> Tier:
-            down = layers(d_model)
+            down = layers(level, d_model)
             if level == len(pool):
                 return Tier(down, None, None, nn.ModuleList())
             width: int = down[0].mixer.d_model  # type: ignore[union-attr, assignment]
             inner = tier(level + 1, expand * width)
-            return Tier(down, Pool(width, expand * width, pool[level]), inner, layers(d_model))
+            return Tier(down, Pool(width, expand * width, pool[level]), inner, layers(level, d_model))
 
         self.top = tier(0, None)
         self.d_model = self.mixers()[0].d_model

@@ -29,6 +29,7 @@ class MLP(Mixer):
         d_model: width of the residual stream.
         hidden: inner width. None gives as many weights as a GELU layer of width 4 d_model: 4 d_model for gelu, 8/3
             d_model rounded up to a multiple of 8 for swiglu.
+        expand: inner width over d_model, in place of `hidden`, where widths differ (as in a unet).
         activation: swiglu, gelu, or gelu_tanh, its approximation by a tanh (as in GPT-2 and HyenaDNA).
         bias: biases of both linear maps.
     """
@@ -41,12 +42,19 @@ class MLP(Mixer):
         hidden: int | None = None,
         activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu",
         bias: bool = False,
+        expand: int | None = None,
     ) -> None:
         super().__init__()
         if activation not in ("swiglu", "gelu", "gelu_tanh"):
             raise ConfigError(f"mlp: activation must be swiglu, gelu or gelu_tanh, not {shown(activation)}.")
         if d_model < 1 or (hidden is not None and hidden < 1):
             raise ConfigError(f"mlp: d_model and hidden must be positive, not {d_model} and {hidden}.")
+        if expand is not None:
+            if hidden is not None or expand < 1:
+                raise ConfigError(
+                    f"mlp: expand is at least 1 and takes the place of hidden; they are {expand} and {hidden}."
+                )
+            hidden = expand * d_model
         self.d_model = d_model
         self.activation: Literal["swiglu", "gelu", "gelu_tanh"] = activation
         if hidden is None:

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -82,22 +83,30 @@ def _name(raw: dict[str, Any], argv: list[str], key: str, default: str | None) -
     return name
 
 
-def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> list[str]:
-    """The names of the mixers that the backbone has: the model's own, or those of its pattern, and MLPs.
+def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> dict[str, str]:
+    """The names of the mixers that the backbone has, each with its registered name: the model's own, or those of its
+    pattern, and MLPs.
 
     Raises ConfigError for names that do not exist, and for an invalid pattern.
     """
     takes = arguments_of(catalog()["backbones"].get(names["backbone"], "model.backbone.name"))
     pattern: Any
-    pattern, mlp = (
+    tiers: Any
+    pattern, tiers, mlp = (
         _setting(raw, argv, f"model.backbone.{key}") if key in takes else default
-        for key, default in (("pattern", None), ("mlp", False))
+        for key, default in (("pattern", None), ("tiers", None), ("mlp", False))
     )
 
-    def kind_of(name: str) -> Any:
-        return catalog()["mixers"].get(name, "model.mixer.name" if name == names["mixer"] else "model.backbone.pattern")
+    def registered(name: str) -> str:
+        found = name if name == names["mixer"] else _setting(raw, argv, f"model.mixers.{name}.name")
+        return found if isinstance(found, str) else name
 
-    return mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of)
+    def kind_of(name: str) -> Any:
+        where = "model.mixer.name" if name == names["mixer"] else "model.backbone.pattern" if tiers is None else ""
+        return catalog()["mixers"].get(registered(name), where or "model.backbone.tiers")
+
+    found = mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of, tiers)
+    return {name: registered(name) for name in found}
 
 
 @functools.lru_cache(maxsize=256)
@@ -153,10 +162,11 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
 
 
 def make_parser(
-    names: dict[str, str], mixers: list[str] | None = None
+    names: dict[str, str], mixers: Mapping[str, str] | None = None
 ) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
-    """The parser for the classes behind these names, and the classes. mixers: names of the backbone's further mixers.
-    One named by an import path is made with its defaults, since the path's dots would be steps of a key."""
+    """The parser for the classes behind these names, and the classes. mixers: names of the backbone's further mixers,
+    each with its registered name. One named by an import path is made with its defaults, since the path's dots would be
+    steps of a key."""
     import lightning
 
     registries = catalog()
@@ -184,10 +194,15 @@ def make_parser(
         for name in OFFERED.keys() & skip:
             accepted, told = OFFERED[name]
             parser.add_argument(f"--model.{part}.{name}", type=accepted, default=None, help=told)
-    for name in mixers or []:
-        kind = registries["mixers"].get(name)
+    for name, registered in (mixers or {}).items():
+        kind = registries["mixers"].get(registered)
         skip = PROVIDED & arguments_of(kind).keys()
-        if "." not in name and skip != arguments_of(kind).keys():
+        if "." in name:
+            continue
+        if registered != name:
+            told = "the mixer that the pattern calls so (`mambaseq list mixers`)"
+            parser.add_argument(f"--model.mixers.{name}.name", type=str, default=registered, help=told)
+        if skip != arguments_of(kind).keys():
             _add_plain(parser, kind, f"model.mixers.{name}", skip)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section, instantiate=False)
@@ -210,7 +225,7 @@ def make_parser(
 
 
 def _without_former_parts(
-    raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: list[str]
+    raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: dict[str, str]
 ) -> str:
     """The YAML for the parser: the file's settings, changed where the command line names another class for a part. Then
     settings that the new class does not take are dropped, and those of mixers that the backbone no longer has. For
@@ -223,6 +238,9 @@ def _without_former_parts(
         for name in options.keys() & set(_mixers(raw, [], former)) - {former["mixer"], *mixers}:
             del options[name]
         check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
+        for name, own in options.items():
+            if isinstance(own, dict) and own.get("name", name) != mixers.get(name, name):
+                options[name] = {"name": mixers[name]}
     for part, default in {"data": None, **PARTS}.items():
         holder = raw if part == "data" else model
         settings = holder.get(part) if isinstance(holder, dict) else None
@@ -321,8 +339,9 @@ def _defaults(parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
     return {whole: leaf for key, value in (values | names).items() for whole, leaf in flatten(value, key).items()}
 
 
-def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The contents of a configuration's file, the names given in it and in the overrides, and the names of all mixers.
+def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """The contents of a configuration's file, the names given in it and in the overrides, and the names of all mixers,
+    each with its registered name.
 
     Raises ConfigError for a configuration that cannot be read, or names that do not exist.
     """
@@ -333,23 +352,28 @@ def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str,
     return raw, names, _mixers(raw, overrides, names)
 
 
+def _without(mixers: dict[str, str], own: str) -> dict[str, str]:
+    """All but the model's own."""
+    return {name: registered for name, registered in mixers.items() if name != own}
+
+
 def keys_of(config: str, overrides: list[str]) -> list[str]:
     """All keys that can be set in a configuration: those of its parts' classes, sections and the trainer.
 
     Raises ConfigError for a configuration that cannot be read, or names that do not exist.
     """
     _, names, mixers = _names(config, overrides)
-    parser, _ = make_parser(names, [name for name in mixers if name != names["mixer"]])
+    parser, _ = make_parser(names, _without(mixers, names["mixer"]))
     return sorted({action.dest for action in parser._actions} - {"help", "config", "print_config"})
 
 
 def explained(config: str, overrides: list[str]) -> str:
     """The help text of all keys: what each is, its type and default. Raises ConfigError like `keys_of`."""
     _, names, mixers = _names(config, overrides)
-    others = [name for name in mixers if name != names["mixer"]]
+    others = _without(mixers, names["mixer"])
     parser, _ = make_parser(names, others)
     found = {"data": ("datasets", names["data"]), **{f"model.{part}": (f"{part}s", names[part]) for part in PARTS}}
-    found |= {f"model.mixers.{name}": ("mixers", name) for name in others}
+    found |= {f"model.mixers.{name}": ("mixers", registered) for name, registered in others.items()}
     titles = {}
     for key, (kind, name) in found.items():
         registry = catalog()[kind]
@@ -371,7 +395,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             f"{own[0].partition('=')[0]} is an option of {names['mixer']}, which model.backbone.pattern does not name. "
             f"Options of its mixers are --model.mixers.NAME.OPTION: {', '.join(all_mixers)}."
         )
-    mixers = [name for name in all_mixers if name != names["mixer"]]
+    mixers = _without(all_mixers, names["mixer"])
     named = [
         argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
     ]
@@ -383,7 +407,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         {
             "data": classes["data"],
             **{f"model.{part}": classes[part] for part in PARTS},
-            **{f"model.mixers.{name}": catalog()["mixers"].get(name) for name in mixers},
+            **{f"model.mixers.{name}": catalog()["mixers"].get(registered) for name, registered in mixers.items()},
         },
     )
     if any(action.dest == "data.seed" for action in parser._actions) and (

@@ -102,8 +102,9 @@ def _losses(logged: Mapping[str, list[Point]], step: int) -> dict[str, Any]:
 def _lead(settings: RunConfig, results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[Point]]) -> str:
     """What was trained, on what, for how long, and how good it is."""
     model, dataset = settings.settings["model"], settings.settings["data"]["name"]
-    of = model["backbone"].get("pattern")
-    mixer = model["mixer"]["name"] if not of else " and ".join(sorted({str(name).rstrip("*") for name in of}))
+    backbone = model["backbone"]
+    of = [name for one in backbone.get("tiers") or [backbone.get("pattern") or []] for name in one]
+    mixer = " and ".join(sorted({str(name).rstrip("*") for name in of})) or model["mixer"]["name"]
     steps = _whole(results, "steps") or max((points[-1].step + 1 for points in logged.values()), default=0)
     said = f"{facts.parameters:,} parameters of {mixer} on {dataset}, {steps:,} steps"
     metrics = [key for key, value in results.items() if key.startswith("val/") and _is_number(value)]

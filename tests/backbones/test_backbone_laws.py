@@ -27,7 +27,7 @@ VARIANTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"n_layers": 1, "pool": [2, 3]}, "mamba"),
         ({"n_layers": 2, "pool": [4], "expand": 1, "pattern": ["mamba", "s4d*"], "mlp": True}, "mamba"),
         ({"n_layers": 1, "pool": [3, 2, 2], "expand": 1, "norm": "layer"}, "s4d"),
-        ({"n_layers": 1, "pool": [2, 2], "expand": 1, "pattern": ["mamba", "attends"]}, "mamba"),
+        ({"n_layers": 1, "pool": [2, 2], "expand": 1, "tiers": [["mamba"], ["attends"], ["s4d+mlp"]]}, "mamba"),
     ],
 }
 

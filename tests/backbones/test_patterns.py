@@ -48,6 +48,9 @@ def kinds(model: SequenceModel) -> str:
         ({"pattern": ["mamba", "attention*"], "mlp": False}, "Mamba Attends Mamba Attends Mamba"),
         # a pattern that places the companion itself has no other
         ({"pattern": ["mamba", "attention", "mlp"]}, "Mamba Attends TinyMLP Mamba Attends"),
+        # one written behind a mixer counts as one layer with it
+        ({"pattern": ["s4d+mlp", "mamba"]}, "S4D TinyMLP Mamba S4D TinyMLP Mamba S4D TinyMLP"),
+        ({"n_layers": 2, "pattern": ["s4d+mamba", "attention"]}, "S4D Mamba Attends TinyMLP"),
         ({"n_layers": 4, "pattern": ["s4d", "mlp"], "mlp": True}, "S4D TinyMLP TinyMLP S4D TinyMLP TinyMLP"),
     ],
 )
@@ -63,6 +66,27 @@ def test_options_reach_their_mixers() -> None:
     )
     s4d, mamba, attends, mlp, *_ = model.backbone.mixers()
     assert (s4d.ssm.d_state, mamba.d_state, attends.n_heads, mlp.in_proj.out_features) == (32, 3, 3, 40)
+
+
+def test_a_mixer_in_two_variants() -> None:
+    """A name of the pattern may stand for a registered mixer with options of its own."""
+    model = lm(
+        n_layers=3,
+        pattern=["mamba", "inside+mlp", "inside"],
+        d_state=3,
+        mixers={"inside": {"name": "mamba", "lti": True}},
+    )
+    assert kinds(model) == "Mamba Mamba TinyMLP Mamba"
+    own, one, _, two = model.backbone.mixers()
+    assert [(mixer.lti, mixer.d_state) for mixer in (own, one, two)] == [(False, 3), (True, 16), (True, 16)]
+    again = build_model(model.spec)
+    again.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 11, (1, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(ConfigError, match=r"No mixer is named 'mmaba'.*Did you mean 'mamba'"):
+        lm(pattern=["inside"], mixers={"inside": {"name": "mmaba"}})
+    with pytest.raises(ConfigError, match=r"mixers\.inside\.name must be a mixer's name, not 3"):
+        lm(pattern=["inside"], mixers={"inside": {"name": 3}})
 
 
 def test_writes_to_the_residual_stream_are_scaled_by_their_number() -> None:

@@ -84,6 +84,22 @@ def test_tiers_are_as_wide_and_as_many_as_asked_for() -> None:
     torch.testing.assert_close(weight, S4D(6).out_proj.weight * 10**-0.5)
 
 
+def test_each_tier_has_its_pattern() -> None:
+    """It begins anew with each way down and up, and an MLP behind a mixer is no layer of its own."""
+    torch.manual_seed(0)
+    made: list[str] = []
+
+    def make(layer: int, name: str = "own", d_model: int = D_MODEL) -> Mixer:
+        made.append(f"{name} {layer} {d_model}")
+        return TinyMLP(d_model)
+
+    UNet(make, n_layers=3, pool=[2, 2], tiers=[["a", "b"], ["c+mlp"], ["d*"]])
+    top, below = (" ".join(f"{name} {first + i} 6" for i, name in enumerate("aba")) for first in (0, 12))
+    middle = [" ".join(f"c {n} 12 mlp {n} 12" for n in range(first, first + 3)) for first in (3, 9)]
+    # the way up of a tier is made after the tiers below it
+    assert " ".join(made) == f"{top} {middle[0]} d 6 24 {middle[1]} {below}"
+
+
 def test_steps_of_some_sequences_leave_the_others() -> None:
     """As on a GPU, where all tiers are computed at every position: no sequence is where another is."""
     backbone = net()
@@ -165,6 +181,12 @@ def test_a_language_model_learns_generates_and_is_saved(tmp_path: Path, backbone
         ({"pool": [4, 1]}, "each at least 2"),
         ({"expand": 0}, "expand must be an integer of at least 1"),
         ({"n_layers": 0}, "n_layers must be at least 1"),
+        ({"tiers": [["a"], ["b"]]}, "tiers must be a list of 3 patterns"),
+        ({"tiers": [["a"], ["b"], "c"]}, r"tiers\[2\] must be a list of mixer names"),
+        ({"tiers": [["a"], ["b", "c"], ["d"]]}, "tiers names 2 layers, but a way of a tier has 1"),
+        ({"tiers": [["a"], ["b"], ["d"]], "pattern": ["a"]}, "Leave one of them out"),
+        ({"pattern": ["a+b+c"]}, "pattern must be a list of mixer names"),
+        ({"pattern": ["+b"]}, "pattern must be a list of mixer names"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"chunk_length": 0}, "chunk_length must be"),
     ],

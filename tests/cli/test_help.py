@@ -69,7 +69,7 @@ def test_a_key_without_words_is_found() -> None:
 def test_every_key_of_every_configuration_is_explained() -> None:
     """The names, the trainer's keys and the others that are no class's own."""
     defaults = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
-    parser, _ = make_parser({"data": "text/corpus", **defaults}, ["attention"])
+    parser, _ = make_parser({"data": "text/corpus", **defaults}, {"attention": "attention"})
     assert silent(parser._actions) == []
     assert len(parser._actions) > 100
 

@@ -141,7 +141,7 @@ def actions(config: str) -> dict[str, Any]:
 
     settings = parse_config(config, []).settings
     names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in PARTS}}
-    return {action.dest: action for action in make_parser(names, [])[0]._actions if hasattr(action, "_typehint")}
+    return {action.dest: action for action in make_parser(names, {})[0]._actions if hasattr(action, "_typehint")}
 
 
 def senseless(pair: Pair) -> str:
@@ -173,8 +173,8 @@ def keep_parsers() -> None:
 
     make, kept = parsing.make_parser, {}
 
-    def make_parser(names: dict[str, str], mixers: list[str] | None = None) -> Any:
-        key = (tuple(names.values()), tuple(mixers or ()))
+    def make_parser(names: dict[str, str], mixers: dict[str, str] | None = None) -> Any:
+        key = (tuple(names.values()), tuple((mixers or {}).items()))
         if key not in kept:
             kept[key] = make(names, mixers)
         parser, classes = kept[key]

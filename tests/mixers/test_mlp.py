@@ -36,3 +36,10 @@ def test_bad_options_are_refused() -> None:
         MLP(8, activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="positive, not 8 and 0"):
         MLP(8, hidden=0)
+
+
+def test_the_inner_width_may_go_with_the_width() -> None:
+    assert [MLP(d_model, activation="gelu", expand=3).hidden for d_model in (8, 16)] == [24, 48]
+    for options in ({"expand": 3, "hidden": 8}, {"expand": 0}):
+        with pytest.raises(ConfigError, match="expand is at least 1 and takes the place of hidden"):
+            MLP(8, **options)

@@ -19,6 +19,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
+from mambaseq.models import build_model
 from mambaseq.runs.parsing import parse_config
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
@@ -67,6 +68,31 @@ def test_options_of_a_mixer_that_the_pattern_does_not_have(config: Path) -> None
     assert parse_config(str(config), [pattern]).settings["model"]["mixers"].keys() == {"s4d", "attention", "mlp"}
     with pytest.raises(ConfigError, match=r"mixer\.d_state is an option of mamba, which .* does not name"):
         parse_config(str(config), [pattern, "--model.mixer.d_state=8"])
+
+
+def test_a_mixer_under_a_name_of_its_own(config: Path) -> None:
+    """Options of two variants of a mixer, in a file and by the command line, for the tiers of a unet."""
+    config.write_text(
+        'data: {name: "tiny:TinyTokens", size: 8}\nmodel:\n  d_model: 8\n'
+        "  backbone: {name: unet, n_layers: 1, pool: [2, 2], tiers: [[mamba], [mamba], [inside+mlp]]}\n"
+        "  mixers: {inside: {name: mamba, lti: true, d_state: 6}}\n"
+    )
+    run = parse_config(str(config), ["--model.mixers.inside.d_state=7", "--model.mixers.mlp.expand=2"])
+    inside, mlp = (run.settings["model"]["mixers"][name] for name in ("inside", "mlp"))
+    assert (inside["name"], inside["lti"], inside["d_state"], mlp["expand"]) == ("mamba", True, 7, 2)
+    assert "name" not in mlp
+    data = run.make_data()
+    data.setup()
+    mixers = build_model(run.model_spec(data)).backbone.mixers()
+    assert [getattr(mixer, "lti", "mlp") for mixer in mixers] == [False, False, True, "mlp", False, False]
+    other = parse_config(str(config), ["--model.mixers.inside.name=s4d"]).settings["model"]["mixers"]["inside"]
+    assert other["name"] == "s4d"
+    assert "lti" not in other
+    assert other["d_state"] != 6  # an option of the same name means something else
+    with pytest.raises(ConfigError, match=r"'inner'.*model\.backbone\.tiers|model\.backbone\.tiers.*'inner'"):
+        parse_config(str(config), ["--model.backbone.tiers=[[mamba], [mamba], [inner]]"])
+    with pytest.raises(ConfigError, match=r"no key 'model\.mixers\.inside\.dstate'.*Did you mean"):
+        parse_config(str(config), ["--model.mixers.inside.dstate=3"])
 
 
 def test_the_seed_is_the_datas_too_unless_it_has_its_own(tmp_path: Path) -> None:
