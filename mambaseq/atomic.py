@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -246,13 +246,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = True, place: Callable[[], Path] | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`. When the block ends without an error, it is moved to `path`.
 
     replace: move an existing folder aside, and remove it once the new one is in place. No portable call exchanges two
         folders, so for an instant nothing is at `path`. A process killed in that instant leaves both next to it, and
         the next reader (`settle`) or writer puts the old one back. With False an existing folder stays and
         FileExistsError is raised: another process was first.
+    place: called when the block has ended: where the folder goes, beside `path`, if that is not known before.
     Raises UserError as `atomic_file` does; on any error the temporary folder is removed and what stood at `path` is
     untouched.
     """
@@ -266,7 +267,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
             for entry in sorted(temporary.rglob("*")):
                 _sync(entry)
             _sync(temporary)
-            _install(temporary, path, replace)
+            _install(temporary, place() if place else path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

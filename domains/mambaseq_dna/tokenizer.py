@@ -47,7 +47,9 @@ def fold_case(ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 
 def complement(folded: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Ids 0..4, uint8 → ids of the complementary bases, in the same order. out: where they go, `folded` itself too."""
-    return np.minimum(np.bitwise_xor(folded, np.uint8(3), out=out), np.uint8(N), out=out)  # N, 4, becomes 7 first
+    # N, 4, becomes 7 first, and the other number is 4 there and larger elsewhere; NumPy's minimum of an array and a
+    # single number is ten times slower than that of two arrays
+    return np.minimum(np.bitwise_xor(folded, np.uint8(3)), np.bitwise_or(folded, np.uint8(N)), out=out)
 
 
 def is_lowercase(ids: np.ndarray) -> np.ndarray:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +24,6 @@ FORMAT = 2
 TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
 DTYPES = ("uint8", "uint16", "uint32")
 _WRITTEN_AT_ONCE = 1 << 19  # below what readers give at once, which is then not copied
-_WAITING = 8  # pieces that a slow disk may be behind
 _LONG = 1 << 20  # tokens of a record whose checksums are worth a thread
 _WORKERS = 4
 
@@ -53,24 +52,37 @@ def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
     return found, found
 
 
-def _of_records(tokens: np.ndarray, lengths: np.ndarray, checksums: Checksums) -> np.ndarray:
-    """The checksums of records end to end, `(records, 2)` uint64; long ones side by side."""
-    found = np.empty((len(lengths), 2), dtype="<u8")
-    stops = np.cumsum(lengths).tolist()
-    long: list[int] = []
-    start = 0
-    for record, stop in enumerate(stops):
-        if stop - start < _LONG:
-            found[record] = checksums(tokens[start:stop])
-        else:
-            long.append(record)
-        start = stop
-    if long:
-        with ThreadPoolExecutor(min(len(long), _WORKERS)) as threads:
-            parts = (tokens[stops[record] - int(lengths[record]) : stops[record]] for record in long)
-            for record, pair in zip(long, threads.map(checksums, parts), strict=True):
-                found[record] = pair
-    return found
+class _OfRecords:
+    """Checksums of records, long ones on threads while others are still read.
+
+    tokens: gives those of the file from start to stop.
+    """
+
+    def __init__(self, checksums: Checksums, tokens: Callable[[int, int], np.ndarray]) -> None:
+        self._checksums, self._tokens = checksums, tokens
+        self._threads = ThreadPoolExecutor(_WORKERS, "token-store-checksums")
+        self._long: dict[int, Future[tuple[int, int]]] = {}
+
+    def begin(self, record: int, start: int, stop: int) -> None:
+        """Of a long record, whose tokens are in the file."""
+        self._long[record] = self._threads.submit(lambda: self._checksums(self._tokens(start, stop)))
+
+    def all(self, lengths: np.ndarray) -> np.ndarray:
+        """Those of all records, end to end, `(records, 2)` uint64."""
+        found = np.empty((len(lengths), 2), dtype="<u8")
+        tokens = self._tokens(0, int(lengths.sum()))
+        start = 0
+        for record, stop in enumerate(np.cumsum(lengths).tolist()):
+            if record not in self._long:
+                found[record] = self._checksums(tokens[start:stop])
+            start = stop
+        for record, pair in self._long.items():
+            found[record] = pair.result()
+        return found
+
+    def close(self) -> None:
+        """Stop, also in the middle."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 def _seal(index: dict[str, Any]) -> str:
@@ -78,15 +90,16 @@ def _seal(index: dict[str, Any]) -> str:
 
 
 class _Tokens:
-    """Writes tokens to a file on a thread of its own, many small records at once, and keeps the checksum of the written
-    bytes."""
+    """Writes tokens to a file, many small records at once, and keeps the checksum of the written bytes.
+
+    Not on a thread: what reads records seldom lets go of the interpreter, so that handing them over would take longer
+    than writing them.
+    """
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self._file, self._dtype, self._limit = path.open("wb"), np.dtype(dtype), np.iinfo(dtype).max
-        self._pending: list[np.ndarray] = []
-        self._size = 0
+        self._path, self._file = path, path.open("wb", buffering=_WRITTEN_AT_ONCE)
+        self._dtype, self._limit = np.dtype(dtype), np.iinfo(dtype).max
         self._thread = ThreadPoolExecutor(1, "token-store")
-        self._waiting: deque[Future[None]] = deque()
         self.checksum = xxhash.xxh3_64()
 
     def write(self, name: str, tokens: np.ndarray) -> None:
@@ -97,29 +110,23 @@ class _Tokens:
                     f"Record {shown(name)} has token ids outside [0, {self._limit}], the range of {self._dtype}."
                 )
             tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
-        self._pending.append(tokens)
-        self._size += tokens.nbytes
-        if self._size >= _WRITTEN_AT_ONCE:
-            self._flush()
+        self._file.write(tokens.data)
+        self.checksum.update(tokens.data)
 
-    def _flush(self) -> None:
-        data = self._pending[0].data if len(self._pending) == 1 else b"".join(part.data for part in self._pending)
-        self._pending, self._size = [], 0
-        self._waiting.append(self._thread.submit(self._write, data))
-        if len(self._waiting) > _WAITING:
-            self._waiting.popleft().result()
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens that have been written, as an array in the file."""
+        if stop <= start:
+            return np.empty(0, dtype=self._dtype)
+        return np.asarray(np.memmap(self._path, self._dtype, "r", shape=(stop,)))[start:]
 
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self.checksum.update(data)
-
-    def finish(self) -> None:
-        """Write what is left. Raises the error of any write."""
-        if self._pending:
-            self._flush()
-        while self._waiting:
-            self._waiting.popleft().result()
+    def flush(self) -> None:
+        """Make what has been written readable."""
         self._file.flush()
+
+    def to_disk(self) -> Future[None]:
+        """Begin to wait for the disk, which takes as long as it takes."""
+        self._file.flush()
+        return self._thread.submit(os.fsync, self._file.fileno())
 
     def close(self) -> None:
         """Stop, also in the middle."""
@@ -238,44 +245,70 @@ class TokenStore:
         Raises DataError when there are no tokens, or when an id does not fit the dtype; UserError when the disk is
         full.
         """
-        folder = Path(folder)
+        return cls(
+            cls._built(Path(folder), records, dtype, lambda: meta, lambda: Path(folder), checksums, replace),
+            check=False,
+        )
+
+    @staticmethod
+    def _built(
+        folder: Path,
+        records: Records,
+        dtype: str,
+        describe: Callable[[], dict[str, Any]],
+        place: Callable[[], Path],
+        checksums: Checksums,
+        replace: bool,
+    ) -> Path:
+        """Write a store beside `folder`, put it at `place()`, and return that. describe, place: called when all records
+        have been read."""
         names: list[str] = []
         lengths: list[int] = []
-        with atomic_folder(folder, replace=replace) as temporary:
-            with contextlib.closing(_Tokens(temporary / TOKENS, dtype)) as file:
-                for name, tokens in records:
-                    if name is not None:
-                        names.append(name)
-                        lengths.append(0)
-                    if isinstance(tokens, np.ndarray):
-                        file.write(names[-1], tokens)
-                        lengths[-1] += len(tokens)
-                    else:
-                        for chunk in tokens:
-                            file.write(names[-1], chunk)
-                            lengths[-1] += len(chunk)
-                file.finish()
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(atomic_folder(folder, replace=replace, place=place))
+            file = stack.enter_context(contextlib.closing(_Tokens(temporary / TOKENS, dtype)))
+            of_records = stack.enter_context(contextlib.closing(_OfRecords(checksums, file.read)))
+            start = 0
+
+            def ended() -> None:
+                """The last record so far is complete."""
+                nonlocal start
+                if lengths and lengths[-1] >= _LONG:
+                    file.flush()
+                    of_records.begin(len(lengths) - 1, start, start + lengths[-1])
+                start += lengths[-1] if lengths else 0
+
+            for name, tokens in records:
+                if name is not None:
+                    ended()
+                    names.append(name)
+                    lengths.append(0)
+                for chunk in [tokens] if isinstance(tokens, np.ndarray) else tokens:
+                    file.write(names[-1], chunk)
+                    lengths[-1] += len(chunk)
+            ended()
+            on_disk = file.to_disk()
+            meta = describe()
             if not sum(lengths):
                 sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
                 raise DataError(
                     f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, "
-                    f"or only empty ones; nothing is stored in {folder}. Give files with contents."
+                    f"or only empty ones; nothing is stored in {place()}. Give files with contents."
                 )
             written = np.array(lengths, dtype="<i8")
-            everything = np.asarray(np.memmap(temporary / TOKENS, dtype=dtype, mode="r"))
-            of_records = _of_records(everything, written, checksums)
             parts = {
                 NAMES: json.dumps(names, allow_nan=False).encode(),
                 LENGTHS: written.tobytes(),
-                CHECKSUMS: of_records.tobytes(),
+                CHECKSUMS: of_records.all(written).tobytes(),
             }
-            files = {TOKENS: [everything.nbytes, file.checksum.hexdigest()]}
+            files = {TOKENS: [start * np.dtype(dtype).itemsize, file.checksum.hexdigest()]}
             for name, data in parts.items():
                 (temporary / name).write_bytes(data)
                 files[name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
             index = json.loads(json_text({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
             (temporary / INDEX).write_text(json_text(index | {"checksum": _seal(index)}), encoding="utf-8")
-        return cls(folder, check=False)
+            on_disk.result()
+        return place()
 
     @classmethod
     def cached(
@@ -283,7 +316,7 @@ class TokenStore:
         label: str,
         records: Callable[[], Records],
         dtype: str,
-        meta: dict[str, Any],
+        meta: dict[str, Any] | Future[dict[str, Any]],
         *,
         checksums: Checksums = content_checksums,
         cache: str | Path | None = None,
@@ -292,24 +325,50 @@ class TokenStore:
 
         label: a readable part of the folder's name. records: makes the records, called only to build.
         meta: everything that the tokens depend on (see `cache.fingerprint`); a different meta gives a different folder.
-            Any number of processes may call this at once: each builds its own copy, and the first to finish wins.
+            While another thread still computes it, the store is built, and left if it turns out to be there.
+
+        Any number of processes may call this at once: each builds its own copy, and the first to finish wins.
         """
-        key = hashlib.sha256(json_text([FORMAT, dtype, meta], sort_keys=True).encode()).hexdigest()[:20]
-        folder = cache_dir(cache) / "stores" / f"{label[:40]}-{key}"  # names have at most 255 bytes
+        stores, ahead = cache_dir(cache) / "stores", isinstance(meta, Future) and not meta.done()
+
+        def described() -> dict[str, Any]:
+            return meta.result() if isinstance(meta, Future) else meta
+
+        @functools.cache
+        def place() -> Path:
+            key = hashlib.sha256(json_text([FORMAT, dtype, described()], sort_keys=True).encode()).hexdigest()[:20]
+            return stores / f"{label[:40]}-{key}"  # names have at most 255 bytes
+
+        def missing() -> Records:
+            """The records, as long as it may be that there is no store of them."""
+            checked = False
+            for name, tokens in records():
+                if not checked and meta.done():
+                    checked = True
+                    if os.path.lexists(place()):
+                        raise FileExistsError
+                yield name, tokens
+
+        def build(folder: Path, found: Records, replace: bool) -> TokenStore:
+            with contextlib.suppress(OSError):  # reported when the store is written
+                make_private(stores)
+            return cls(cls._built(folder, found, dtype, described, place, checksums, replace), check=False)
+
+        if ahead:
+            with contextlib.suppress(FileExistsError, StoreError):
+                return build(stores / label[:40], missing(), replace=False)
         for _ in range(3):  # a folder that another process found damaged may vanish between two checks
             try:
-                found = cls(folder)
-                if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json_text(meta))]:
-                    raise StoreError(f"{folder / INDEX} describes other tokens than those of {label[:40]}.")
+                found = cls(place())
+                if [found.dtype, found.meta] != [np.dtype(dtype), json.loads(json_text(described()))]:
+                    raise StoreError(f"{place() / INDEX} describes other tokens than those of {label[:40]}.")
                 return found
             except StoreError as error:
-                damaged = os.path.lexists(folder)
+                damaged = os.path.lexists(place())
                 if damaged:
                     logger.warning("%s It is rebuilt.", error)
-            with contextlib.suppress(OSError):  # reported when the store is written
-                make_private(folder.parent)
             try:
-                return cls.build(folder, records(), dtype, meta, checksums=checksums, replace=damaged)
+                return build(place(), records(), replace=damaged)
             except (FileExistsError, StoreError):
                 continue
-        return cls(folder)
+        return cls(place())

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_a_disk_that_fills_up_while_tokens_are_written(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mambaseq.data.store._Tokens._write", full)
+    monkeypatch.setattr("mambaseq.data.store._Tokens.write", full)
     records = [("r", np.zeros(2**20, dtype=np.uint8))] * 20
     with pytest.raises(UserError, match="is full"):
         TokenStore.build(tmp_path / "s", records, "uint8", META)
@@ -294,6 +295,44 @@ def test_cached_is_built_once_for_one_meta(tmp_path: Path) -> None:
     other = TokenStore.cached("x", records, "uint8", META | {"lowercase": "keep"}, cache=tmp_path)
     assert first.folder == again.folder != other.folder
     assert len(calls) == 2
+
+
+def test_a_store_is_built_while_its_sources_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambaseq.data.store._LONG", 4)
+    meta: Future[dict[str, object]] = Future()
+    read = []
+
+    def records() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tokens in some_records():
+            read.append(name)
+            yield name, tokens
+        if not meta.done():
+            meta.set_result(META)
+
+    plain = TokenStore.cached("x", some_records, "uint8", META, cache=tmp_path / "plain")
+    ahead = TokenStore.cached("x", records, "uint8", meta, cache=tmp_path)
+    assert ahead.folder.name == plain.folder.name
+    for file in plain.folder.iterdir():
+        assert (ahead.folder / file.name).read_bytes() == file.read_bytes()
+    n, again = len(read), Future[dict[str, object]]()
+
+    def late() -> Iterator[tuple[str, np.ndarray]]:
+        yield "first", np.arange(5)
+        again.set_result(META)
+        yield from records()
+
+    assert TokenStore.cached("x", late, "uint8", again, cache=tmp_path).folder == ahead.folder
+    assert len(read) == n + 1, "what is there is not built again"
+    assert [entry.name for entry in (tmp_path / "stores").iterdir()] == [ahead.folder.name]
+    broken: Future[dict[str, object]] = Future()
+
+    def gone() -> Iterator[tuple[str, np.ndarray]]:
+        yield "first", np.arange(5)
+        broken.set_exception(DataError("a.fa changes while it is read."))
+
+    with pytest.raises(DataError, match="changes while"):
+        TokenStore.cached("x", gone, "uint8", broken, cache=tmp_path)
+    assert len(list((tmp_path / "stores").iterdir())) == 1
 
 
 def slow_records() -> Iterator[tuple[str, np.ndarray]]:

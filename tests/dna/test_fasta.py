@@ -72,6 +72,34 @@ def test_pieces_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     check_plain(write(tmp_path / "a.fa", KINDS[kind]))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (">a\nAC\n;one>\nGT\n>b x\nA\nC", [("a", "", b"ACGT"), ("b", "x", b"AC")]),
+        ("\n\n>a\r\nAC\r\n\r\n GT\r\n>b\rA", [("a", "", b"ACGT"), ("b", "", b"A")]),
+        (">a\nAC>b\nGT\n", "record 'a': The letter '>' at position 3"),
+        (">a\nACGT;C\n", "record 'a': The letter ';' at position 5"),
+        (">a\nACGT\n>b\n>c\nA\n", "record 'b' has a header and no sequence"),
+        ("ACGT\n>a\nAC\n", "has no FASTA header"),
+    ],
+)
+def test_lines_of_bases_are_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[tuple[str, str, bytes]] | str
+) -> None:
+    path, identity = write(tmp_path / "a.fa", text), BaseTokenizer("keep")
+    for size in range(1, 20):
+        monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
+        monkeypatch.setattr("mambaseq.data.unpacking._PACKED_PIECE", size)
+        if isinstance(expected, str):
+            with pytest.raises(DataError, match=expected):
+                list(read_fasta(path, identity))
+        else:
+            found = [
+                (one.name, one.description, identity.decode(one.ids).encode()) for one in read_fasta(path, identity)
+            ]  # type: ignore[arg-type]
+            assert found == expected, size
+
+
 def test_a_mistyped_option_of_the_reader(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reader_options\.lowercase must be one of fold, keep, unscored, not 'x'"):
         next(read_fasta(write(tmp_path / "a.fa", PLAIN), TOKENIZER, "x"))  # type: ignore[arg-type]

@@ -8,9 +8,9 @@ import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xxhash
@@ -29,9 +29,10 @@ Lowercase = Literal["fold", "keep", "unscored"]
 
 _LINE = 80
 _SHORT, _CHUNK = 1 << 12, 1 << 20
-_PART = 1 << 16  # what stays in a processor's cache
+_PART = 1 << 18  # what stays in a processor's cache
 _WORTH_A_THREAD = 1 << 24
 _FILES_AT_ONCE = 4
+_SOON = 0.05  # seconds: small files and known ones have a checksum by then
 _FOLD = bytes(fold_case(np.arange(256, dtype=np.uint8)))
 _N = bytes([N])
 _COMPLEMENT = bytes(complement(np.arange(256, dtype=np.uint8)))
@@ -58,7 +59,7 @@ def read_fasta(
         )
 
     def record(name: str, description: str, pieces: list[bytes], start: int = 0, total: int | None = None) -> Record:
-        kept = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        kept = b"".join(pieces)
         folded = kept.translate(_FOLD)
         ids = np.frombuffer(folded if tokenizer.lowercase == "fold" else kept, dtype=np.uint8)
         scored = None
@@ -157,7 +158,9 @@ class _Stopped(Exception):
 
 def _store(path: Path, cache: str | Path | None, stop: threading.Event) -> TokenStore:
     tokenizer = BaseTokenizer("keep")
-    meta = {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
+
+    def described() -> dict[str, Any]:
+        return {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
 
     def records() -> Iterator[tuple[str | None, np.ndarray]]:
         small = path.stat().st_size <= 64 * 2**20
@@ -173,7 +176,10 @@ def _store(path: Path, cache: str | Path | None, stop: threading.Event) -> Token
                     read = 0
             bar.update(read)
 
-    return TokenStore.cached(path.name, records, "uint8", meta, checksums=strand_checksums, cache=cache)
+    with ThreadPoolExecutor(1) as thread:  # the checksum of a large file takes as long as reading it
+        meta = thread.submit(described)
+        wait([meta], timeout=_SOON)
+        return TokenStore.cached(path.name, records, "uint8", meta, checksums=strand_checksums, cache=cache)
 
 
 def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> list[Path]:

@@ -53,12 +53,17 @@ def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
                 piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             data = tail + piece
             cut = data.rfind(b"\n") + 1
-            if not cut and not mid and (not parser.number or data[:1] in b">;"):
-                tail = data
-                parser.check_line(tail)
-                continue
-            yield from parser.lines(data[:cut] or data, mid)
-            tail, mid = data[cut:] if cut else b"", not cut
+            last = data[cut : cut + 1]  # of what begins a line: a header and a comment are read whole
+            if (last in b">;" or not parser.number) and (cut or not mid):
+                tail = data[cut:]
+                if not cut:
+                    parser.check_line(tail)
+                    continue
+                yield from parser.lines(data[:cut], mid)
+                mid = False
+            else:
+                yield from parser.lines(data, mid)
+                tail, mid = b"", True
     except Unreadable as error:
         raise error.at(parser.place) from error
     if tail:
@@ -101,19 +106,22 @@ class _Parser:
         if not mid and more.startswith(b">"):
             records.insert(0, more[1:])
         elif more:
-            ids = more.translate(self.table, _BETWEEN_BASES)
-            if _INVALID in ids:
-                raise self._no_base(more)
+            ids = self._ids(more)
             self.length += len(ids)
             yield None, "", ids
         for record in records:
             header, _, letters = record.partition(b"\n")
             name, description = self._begin(header)
-            ids = letters.translate(self.table, _BETWEEN_BASES)
-            if _INVALID in ids:
-                raise self._no_base(letters)
+            ids = self._ids(letters)
             self.length = len(ids)
             yield name, description, ids
+
+    def _ids(self, letters: bytes) -> bytes:
+        """The bases among letters. Raises DataError for what is none."""
+        ids = letters.translate(self.table, _BETWEEN_BASES)
+        if _INVALID in ids:
+            raise self._no_base(letters)
+        return ids
 
     def _begin(self, header: bytes) -> tuple[str, str]:
         if self.number and not self.length:
