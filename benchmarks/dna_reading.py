@@ -3,7 +3,7 @@
     python benchmarks/dna_reading.py [--megabases 200] [--records 1000000]
 
 A genome (few long records, lines of 60), the same gzipped, one line a record, many records of 20 bases, and the genome
-as four gzipped files, read side by side; random bases. Checksums, of the file and of records, have threads of their own:
+as four gzipped files, read side by side; random bases. Checksums of the file and of records have threads of their own:
 on two cores (`taskset -c 0,1`), more than 200 MB/s of the plain genome are to be stored.
 """
 
