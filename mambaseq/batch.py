@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Batch:
     """One batch of sequences of any modality.
 
-    inputs: `(batch, length)` int64 token ids, or `(batch, length, channels)` float32 for continuous signals.
+    inputs: `(batch, length)` int64 token ids, `(batch, length, codes)` int64 for several codes at a position, or
+        `(batch, length, channels)` float32 for continuous signals.
     targets: of whole sequences `(batch,)` int64 class labels, or float32 values `(batch,)` or `(batch, n_outputs)`; of
         positions `(batch, length)` int64, one each, such as next tokens (already shifted: `targets[:, t]` is what
         position t predicts), or float32 values `(batch, length, n_outputs)`. Several labels, any of which may apply,
@@ -29,7 +30,8 @@ class Batch:
     condition: `(batch,)` int64, what the sequence is conditioned on (a speaker, a digit, a species).
     n_units: how many units of the raw data the targets stand for (bytes of the text), if that differs from the number
         of targets; metrics "per byte" divide by it.
-    target_of: "position" or "sequence": what a target belongs to. None: integers with two dimensions and floats with
+    target_of: "position", "sequence" or "code": what a target belongs to. Of several codes at a position, each has one
+        label: `(batch, length, codes)` int64. None: integers with two dimensions and floats with
         three belong to positions, others to sequences. Give it where that is wrong: "sequence" for several labels a
         sequence, `(batch, n_labels)` int64; "position" for one float each, `(batch, length)`.
     stride: positions that share one target (a bin). Each sequence has `ceil(length / stride)` bins; those of packed
@@ -42,7 +44,7 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     condition: torch.Tensor | None = None
     n_units: torch.Tensor | None = None
-    target_of: Literal["position", "sequence"] | None = None
+    target_of: Literal["position", "sequence", "code"] | None = None
     stride: int = 1
 
     @property
@@ -75,7 +77,7 @@ class Batch:
     def kind(self) -> Literal["labels", "multilabels", "values"]:
         """What the targets are: "values" (floats), "labels" (one of several classes each), or "multilabels" (for each
         of several labels, whether it applies). "labels" if there are none."""
-        if self.targets is None:
+        if self.targets is None or self.target_of == "code":
             return "labels"
         if self.targets.is_floating_point():
             return "values"

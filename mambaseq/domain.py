@@ -99,6 +99,8 @@ CORE: dict[str, Entries] = {
     "tokenizers": {"alphabet": ("mambaseq.data.tokenizer:Alphabet", "an id a letter of an alphabet")},
     "encoders": {
         "tokens": ("mambaseq.encoders:TokenEncoder", "an embedding table, with an optional condition added"),
+        "codes": ("mambaseq.encoders:CodesEncoder", "several codes at a position: the sum of their embeddings"),
+        "levels": ("mambaseq.encoders:LevelsEncoder", "ids in order, by a coarse and a fine part: 16-bit samples"),
         "rc_tokens": ("mambaseq.encoders:RCTokenEncoder", "tokens of both strands of DNA, for reverse_complement"),
         "signal": ("mambaseq.encoders:SignalEncoder", "a linear map of continuous channels"),
     },
@@ -138,6 +140,11 @@ CORE: dict[str, Entries] = {
     },
     "heads": {
         "lm": ("mambaseq.heads.lm:LMHead", "next tokens, or masked ones"),
+        "codes": ("mambaseq.heads.codes:CodesHead", "several codes at a position, each by an output of its own"),
+        "levels": (
+            "mambaseq.heads.levels:LevelsHead",
+            "next ids in order: the coarse part, then the fine part given it",
+        ),
         "classification": ("mambaseq.heads.classification:ClassificationHead", "one label a sequence, pooled"),
         "multilabel": ("mambaseq.heads.classification:MultilabelHead", "any of several labels a sequence, pooled"),
         "regression": ("mambaseq.heads.regression:RegressionHead", "real values for a sequence, pooled"),

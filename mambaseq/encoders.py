@@ -1,4 +1,5 @@
-"""Encoders: from a dataset's inputs to embeddings. The contract, and the encoders of tokens and continuous signals."""
+"""Encoders: from a dataset's inputs to embeddings. The contract, and the encoders of tokens, of codes and of continuous
+signals."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
+from mambaseq.heads.levels import level_sizes
 from mambaseq.heads.reverse_complement import complement_table
 from mambaseq.heads.scaling import ChannelScale
 from mambaseq.ops.embedding import Embedding
 
 
 class Encoder(nn.Module, abc.ABC):
-    """Inputs `(batch, length)` int64 or `(batch, length, channels)` float to embeddings `(batch, length, d_model)`.
+    """Inputs `(batch, length)` int64, `(batch, length, codes)` int64 or `(batch, length, channels)` float to embeddings
+    `(batch, length, d_model)`.
 
     causal: position t sees no input after t. There is no default, because next-token prediction depends on it.
     position_wise: position t sees input t alone. Only such an encoder can be run in parts, with a state (generation,
@@ -69,8 +72,56 @@ class TokenEncoder(Encoder):
         self.condition = Embedding(n_conditions, d_model) if n_conditions else None
 
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = self.embedding(inputs)
+        x = self.embed(inputs)
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """`(batch, length, d_model)`, without a condition."""
+        return self.embedding(inputs)
+
+
+class CodesEncoder(TokenEncoder):
+    """Several codes at each position, `(batch, length, n_codes)` int64: the sum of their embeddings, each from a table
+    of its own.
+
+    Args:
+        d_model: width.
+        vocab_size: number of ids of a code.
+        n_codes: codes at a position.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, n_codes: int, n_conditions: int = 0) -> None:
+        super().__init__(d_model, vocab_size * n_codes, n_conditions)  # the tables one after the other
+        self.vocab_size, self.n_codes = vocab_size, n_codes
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        first = self.vocab_size * torch.arange(self.n_codes, device=inputs.device)
+        return self.embedding(inputs + first).sum(-2)
+
+
+class LevelsEncoder(TokenEncoder):
+    """Ids in order, such as 16-bit samples: the embedding of an id's coarse part (`id // fine`) plus that of its fine
+    part (`id % fine`), plus a linear map of both as numbers.
+
+    Args:
+        d_model: width.
+        vocab_size: number of ids.
+        fine: ids that share a coarse part.
+        n_conditions: number of conditions; 0 for none.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, fine: int = 256, n_conditions: int = 0) -> None:
+        coarse = level_sizes(vocab_size, fine, "model.encoder")
+        super().__init__(d_model, coarse + fine, n_conditions)  # two tables, one after the other
+        self.coarse, self.fine = coarse, fine
+        self.values = nn.Linear(2, d_model, bias=False)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        coarse, fine = inputs // self.fine, inputs % self.fine
+        values = torch.stack([2 * coarse / self.coarse - 1, 2 * fine / self.fine - 1], -1)
+        tables = self.embedding(coarse) + self.embedding(self.coarse + fine)
+        return tables + self.values(values.to(self.values.weight.dtype))
 
 
 class RCTokenEncoder(TokenEncoder):

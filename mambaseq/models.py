@@ -117,6 +117,11 @@ class SequenceModel(nn.Module):
         if tie_embeddings:
             if not isinstance(encoder, TokenEncoder) or not isinstance(head, LMHead):
                 raise ConfigError("tie_embeddings needs a token encoder and an lm head.")
+            if encoder.embedding.weight.shape != head.linear.weight.shape:
+                raise ConfigError(
+                    f"tie_embeddings needs a table with a row for each token that the head predicts, but the encoder "
+                    f"{type(encoder).__name__} has others. Set model.tie_embeddings to false."
+                )
             head.linear.weight = encoder.embedding.weight
 
     @property
@@ -248,18 +253,26 @@ class SequenceModel(nn.Module):
     def step_(
         self, inputs: Tensor, state: list[Any], condition: Tensor | None = None, whole: int | None = None
     ) -> Tensor:
-        """One position: inputs `(batch,)` ids or `(batch, channels)`; changes the state in place. whole: for a `unet`,
-        see there.
+        """One position: inputs `(batch,)` ids, `(batch, codes)` or `(batch, channels)`; changes the state in place.
+        whole: for a `unet`, see there.
 
-        Returns logits `(batch, vocab_size)` fp32.
+        Returns logits `(batch, vocab_size)` fp32, or what else the head tells (see `Head.told`).
         """
         self.check_stateful()
         x = self.encoder(inputs[:, None], condition)
         step: Any = self.backbone.step_
         x = step(x, state) if whole is None else step(x, state, whole=whole)
-        _, logits = self.head(x)
+        return self.told(x)[:, -1]
+
+    def told(self, hidden: Tensor) -> Tensor:
+        """See `Head.told`; the logits of a plugin's head that has no such method."""
+        tell = getattr(self.head, "told", None)
+        if tell is not None:
+            told: Tensor = tell(hidden)
+            return told
+        _, logits = self.head(hidden)
         assert logits is not None
-        return logits[:, -1]
+        return logits
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model's folder; see `mambaseq.checkpoints.hub.save_pretrained`."""

@@ -30,7 +30,7 @@ NOT_IN_WEIGHTS = {
 }
 
 # what the data says of itself
-_AT_LEAST = {"vocab_size": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0, "n_outputs": 1}
+_AT_LEAST = {"vocab_size": 1, "n_codes": 1, "n_channels": 1, "n_classes": 1, "n_conditions": 0, "n_outputs": 1}
 
 
 def check_spec(spec: Any) -> None:

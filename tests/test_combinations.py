@@ -23,6 +23,8 @@ PAIRS: dict[str, Any] = {"vocab_size": 6, "complement": [3, 2, 1, 0, 4, 5]}
 TABLE = {"vocab_size": 6}
 ENCODERS: dict[str, list[dict[str, Any]]] = {
     "tokens": [{**TABLE, "n_conditions": 3}],
+    "codes": [{**TABLE, "n_codes": 2, "n_conditions": 3}],
+    "levels": [{**TABLE, "fine": 2, "n_conditions": 3}],
     "rc_tokens": [{**PAIRS, "n_conditions": 3}],
     "signal": [{"n_channels": 2, "n_conditions": 3}],
     "dna/kmer": [{"k": 3, "stride": 1}, {"k": 4, "stride": 3}],
@@ -40,6 +42,8 @@ BACKBONES: dict[str, list[dict[str, Any]]] = {
 }
 HEADS: dict[str, list[dict[str, Any]]] = {
     "lm": [TABLE],
+    "codes": [{**TABLE, "n_codes": 3}],
+    "levels": [{**TABLE, "fine": 2, "width": 5}],
     "classification": [{"n_classes": 3, "pooling": how} for how in ("mean", "max", "last", "first")],
     "regression": [{"n_outputs": 2}],
     "multilabel": [{"n_classes": 3}],

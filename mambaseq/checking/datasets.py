@@ -53,8 +53,11 @@ def _check_item(data: SequenceData, item: Any, name: str) -> None:
     inputs = item.inputs
     if inputs.dim() not in (2, 3) or len(inputs) != 1 or not inputs.shape[1]:
         raise LawBroken(f"{name}: inputs are {tuple(inputs.shape)}; (1, length) or (1, length, channels) is needed.")
-    if inputs.is_floating_point() != (inputs.dim() == 3):
-        raise LawBroken(f"{name}: inputs are {inputs.dtype} {tuple(inputs.shape)}; ids have no channels, floats have.")
+    if inputs.is_floating_point() != (inputs.dim() == 3) and data.n_codes is None:
+        raise LawBroken(
+            f"{name}: inputs are {inputs.dtype} {tuple(inputs.shape)}; floats have channels, and ids have none unless "
+            "n_codes says how many codes a position has."
+        )
     if inputs.is_floating_point():
         if inputs.dtype != torch.float32 or not inputs.isfinite().all():
             raise LawBroken(f"{name}: inputs must be finite float32 numbers, but are {inputs.dtype}, or not finite.")
@@ -63,6 +66,9 @@ def _check_item(data: SequenceData, item: Any, name: str) -> None:
         if inputs.dtype != torch.int64 or int(inputs.min()) < 0:
             raise LawBroken(f"{name}: ids must be int64 of at least 0, but are {inputs.dtype} from {inputs.min()}.")
         _within(name, "an id of inputs", int(inputs.max()), "vocab_size", data.vocab_size)
+        if data.n_codes is not None:
+            count = inputs.shape[2] if inputs.dim() == 3 else 0
+            _within(name, "the codes of inputs", count - 1, "n_codes", data.n_codes, exactly=True)
     if item.condition is not None:
         _within(name, "a condition", int(item.condition.max()), "n_conditions", data.n_conditions)
     if data.n_outputs is not None and item.kind == "values" and item.targets is not None:

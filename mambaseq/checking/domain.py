@@ -14,7 +14,7 @@ from mambaseq.checking import laws
 from mambaseq.checking.datasets import check_items, check_order, check_sources, ragged, training_items
 from mambaseq.checking.files import check_reader, check_writer
 from mambaseq.checking.laws import LawBroken
-from mambaseq.checking.samples import CHANNELS, TOKENS, sequences
+from mambaseq.checking.samples import CHANNELS, CODES, TOKENS, sequences
 from mambaseq.checking.training import STEPS, check_training, unsaid
 from mambaseq.data.cache import NotFetched
 from mambaseq.data.module import SequenceData, named_sets
@@ -49,7 +49,14 @@ _SMALL = {
     "--trainer.accumulate_grad_batches": "1",
 }
 _SMALLER = {"--model.d_model": "16", "--model.backbone.n_layers": "2"}
-_GIVEN = {"vocab_size": TOKENS, "n_channels": CHANNELS, "n_classes": TOKENS, "n_outputs": 2, "n_labels": 3}
+_GIVEN = {
+    "vocab_size": TOKENS,
+    "n_codes": CODES,
+    "n_channels": CHANNELS,
+    "n_classes": TOKENS,
+    "n_outputs": 2,
+    "n_labels": 3,
+}
 _GIVEN_LISTS = {"complement": [3, 2, 1, 0, 4, 5]}
 _AROUND = {  # by strands
     1: {"encoder": "tokens", "backbone": "residual", "head": "classification"},

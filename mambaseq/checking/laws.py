@@ -152,7 +152,7 @@ def poisoned(batch: Batch) -> Batch:
     if batch.mask is not None:
         real = batch.mask if batch.inputs.dim() == 2 else batch.mask[..., None]
         # a real token, which every table has
-        batch.inputs = torch.where(real, batch.inputs, batch.inputs.max() if batch.inputs.dim() == 2 else 7.0)
+        batch.inputs = torch.where(real, batch.inputs, 7.0 if batch.inputs.is_floating_point() else batch.inputs.max())
     return batch
 
 

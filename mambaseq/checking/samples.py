@@ -12,7 +12,7 @@ from mambaseq.batch import Batch
 from mambaseq.models import SequenceModel
 
 LENGTHS = (11, 4, 1, 7)
-CHANNELS, TOKENS, CLASSES, CONDITIONS = 2, 6, 3, 3
+CHANNELS, CODES, TOKENS, CLASSES, CONDITIONS = 2, 2, 6, 3, 3
 
 
 def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGTHS) -> list[Batch]:
@@ -23,12 +23,13 @@ def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGT
     """
     found, head = [], cast(Any, model.head)
     for number, n in enumerate(lengths):
-        inputs = torch.randn(1, n, CHANNELS) if signal else torch.randint(0, TOKENS - 1, (1, n))
+        codes = (getattr(model.encoder, "n_codes", 0),) if getattr(model.encoder, "n_codes", 0) else ()
+        inputs = torch.randn(1, n, CHANNELS) if signal else torch.randint(0, TOKENS - 1, (1, n, *codes))
         conditional = getattr(model.encoder, "condition", None) is not None
         condition = torch.tensor([number % CONDITIONS]) if conditional else None
         targets = _targets_of(head, number, n, number == len(lengths) - 1)
         item = Batch(inputs=inputs, targets=targets, condition=condition, stride=head.stride)
-        item.target_of = "position" if head.per_token else "sequence"
+        item.target_of = "code" if getattr(head, "codes", 0) else "position" if head.per_token else "sequence"
         found.append(item)
     return found
 
@@ -37,9 +38,12 @@ def _targets_of(head: Any, number: int, length: int, last: bool) -> Tensor:
     shape: tuple[int, ...] = (1, -(-length // head.stride)) if head.per_token else (1,)
     if head.learns == "labels" and not head.per_token:
         return torch.tensor([-100 if last else number % CLASSES])
+    if getattr(head, "codes", 0):
+        shape = (*shape, head.codes)
     if head.learns != "labels":
         shape = (*shape, getattr(head, "n_channels", head.linear.out_features))
     unknown = torch.rand(shape) < (1 if last else 0.3)
     if head.learns == "values":
         return torch.where(unknown, float("nan"), torch.randn(shape))
-    return torch.where(unknown, -100, torch.randint(0, TOKENS if head.learns == "labels" else 2, shape))
+    classes = TOKENS if head.learns == "labels" else 2
+    return torch.where(unknown, -100, torch.randint(0, getattr(head, "n_labels", None) or classes, shape))

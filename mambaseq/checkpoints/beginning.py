@@ -259,7 +259,7 @@ def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str,
 
 
 # options of a part that show in its tensors, its names or the vocabulary
-_TOLD = {"vocab_size", "n_channels", "n_classes", "n_conditions", "n_layers", "complement"}
+_TOLD = {"vocab_size", "n_codes", "n_channels", "n_classes", "n_conditions", "n_layers", "complement"}
 
 
 def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:

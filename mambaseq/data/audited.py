@@ -184,5 +184,5 @@ def _sequences(item: Batch, name: str, data: SequenceData) -> Iterable[AuditedSe
         label = None
         if of_sequences and targets is not None and (number := int(targets[part])) >= 0:
             label = str(data.class_names[number])
-        kept = ids[start:stop].astype(np.min_scalar_type(int(ids.max(initial=0))))
+        kept = ids[start:stop].reshape(-1).astype(np.min_scalar_type(int(ids.max(initial=0))))
         yield AuditedSequence(kept, label, record=name if len(bounds) == 2 else f"{name}, part {part + 1}")

@@ -49,7 +49,8 @@ class SequenceData(abc.ABC):
     with the docstring's text as help), do no work there, and read files in `setup`, which may be called twice.
 
     Known after `setup`:
-    vocab_size: number of token ids, None for continuous inputs. n_channels: channels of a continuous input.
+    vocab_size: number of token ids, None for continuous inputs. n_codes: codes at a position, None for one token each.
+    n_channels: channels of a continuous input.
     class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
     class_counts: of each class, how many known targets of the training set are of it, and how many are not; None if
         that is not counted. `balanced` weights of heads are made of them.
@@ -67,6 +68,7 @@ class SequenceData(abc.ABC):
     """
 
     vocab_size: int | None = None
+    n_codes: int | None = None
     n_channels: int | None = None
     class_names: Sequence[str] = ()
     class_counts: Sequence[tuple[int, int]] | None = None

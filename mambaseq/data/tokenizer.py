@@ -33,6 +33,12 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: np.ndarray) -> Any:
         """The raw sequence of `(length,)` ids."""
 
+    def continued(self, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """What generation reads, and what it is to add, so that a sequence grows by `count` units: from ids that
+        `encode` gave, or a dataset's `start_ids`, the prompt `(length, ...)` int64, and what is added, negative where
+        it is drawn, or None for `count` tokens that are all drawn."""
+        return ids, None
+
     def save_files(self, folder: Path) -> dict[str, Any]:
         """Write the tokenizer's files into a model's folder. Returns the options that read them there (paths relative
         to that folder). Most tokenizers have no files."""

@@ -48,14 +48,16 @@ def generate(
     cuda_graph: bool = True,
     samples: int = 1,
     numbers: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Continue prompts.
 
     A prompt is read once for all its samples, in parts of a bounded size, whatever its length.
 
     Args:
-        prompt: `(batch, prompt_length)` int64, at least one token each.
-        max_new_tokens: tokens to add. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
+        prompt: `(batch, prompt_length)` int64, at least one token each; for a head of several codes `(batch,
+            prompt_length, codes)`.
+        max_new_tokens: tokens to add, or positions. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
         seed: each sequence then depends only on model, prompt, condition, settings and its number among the samples of
             its prompt, not on the other sequences. In [0, 2^63); None draws one from PyTorch's generator.
         condition: `(batch,)` int64 for conditional models.
@@ -66,17 +68,21 @@ def generate(
         samples: continuations of each prompt.
         numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on; equal prompts of
             the batch are counted together.
+        given: tokens to add that are known, of the shape of what is added to each prompt; negative where one is drawn.
 
     Returns:
-        `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens; a prompt's samples follow each other.
+        `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens, or `(..., codes)`; a prompt's samples
+        follow each other.
 
     Raises:
         ConfigError: an empty prompt, settings out of range, or a model that is not causal, whose encoder looks ahead,
             or that has no lm head. UserError: more tokens or sequences than `limits` allows. NotFinite: logits that are
             not finite numbers.
     """
-    if prompt.dim() != 2 or prompt.numel() == 0:
-        raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
+    codes = getattr(model.head, "codes", 0)
+    if prompt.dim() != (3 if codes else 2) or prompt.numel() == 0 or (codes and prompt.shape[2] != codes):
+        several = f", and {codes} codes at each position" if codes else ""
+        raise ConfigError(f"Generation needs a prompt of at least one token for each sequence{several}.")
     if not continues(model, "tokens"):
         raise ConfigError(
             "Only a causal model with an lm head can generate; this one cannot. Train one with the head lm and a "
@@ -87,7 +93,11 @@ def generate(
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_whole("samples", samples, 1)
     limits.SEQUENCES.check(len(prompt) * samples, "Generation")
-    limits.GENERATED.check(len(prompt) * samples * max_new_tokens, "Generation")
+    limits.GENERATED.check(len(prompt) * samples * max_new_tokens * max(codes, 1), "Generation")
+    if given is not None and given.shape != (len(prompt), max_new_tokens, *prompt.shape[2:]):
+        raise ConfigError(f"given must have the shape of what is added, not {tuple(given.shape)}.")
+    if stop_ids and codes:
+        raise ConfigError("A token that ends a sequence (stop_ids) is for heads of one token a position.")
     if numbers is not None and numbers.shape != (len(prompt), samples):
         raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
     if seed is None:
@@ -97,6 +107,18 @@ def generate(
     every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
     out = [prompt[every]]
     ended = torch.zeros(len(every), dtype=torch.bool, device=prompt.device)
+    given = None if given is None else given.to(prompt.device)[every]
+
+    def next_token(told: Tensor, place: int) -> Tensor:
+        """The token at this place of what is added, from what the head tells."""
+
+        def pick(logits: Tensor) -> Tensor:
+            return sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
+
+        draw = getattr(model.head, "draw", None)
+        token: Tensor = pick(told) if draw is None else draw(told, pick)
+        return token if given is None else torch.where(given[:, place] < 0, token, given[:, place])
+
     all_ended: list[Tensor] = []  # after each token since the last check
     tokens_a_look = _TOKENS_A_LOOK.get(prompt.device.type, 1)
     was_training = model.training
@@ -108,9 +130,9 @@ def generate(
             condition = None if condition is None else condition[every]
         peak = logits.amax(-1)  # NaN and infinity stay in it
         cuda_graph = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
-        if cuda_graph and why_not_stretches(model, len(every), top_k, top_p) is None:
+        if cuda_graph and given is None and why_not_stretches(model, len(every), top_k, top_p) is None:
             check_finite(peak)
-            token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
+            token = next_token(logits, 0)
             with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
                 stretches = Stretches(model, state, condition)
                 out += _by_stretches(stretches, token, max_new_tokens, temperature, draws, stop_ids, bar)
@@ -118,7 +140,7 @@ def generate(
         decoder = Decoder(model, state, condition, cuda_graph=cuda_graph)
         with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
             for i in range(max_new_tokens):
-                token = sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
+                token = next_token(logits, i)
                 if stop_ids:
                     token = torch.where(ended, out[-1][:, -1], token)
                 out.append(token[:, None])
@@ -201,8 +223,9 @@ def _not_finite() -> NotFinite:
 
 
 def prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
-    """The state after the prompt, and the logits of its last position only, since all of a long prompt's would not fit.
-    The prompt is read in parts and the state passed on, so memory does not grow with it."""
+    """The state after the prompt, and what the head tells of its last position only (see `Head.told`), since all of a
+    long prompt's would not fit. The prompt is read in parts and the state passed on, so memory does not grow with
+    it."""
     part = max(1, _PREFILL // len(prompt))
     state: list | None = None
     for start in range(0, prompt.shape[1], part):
@@ -210,5 +233,4 @@ def prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> t
         hidden, state = model.backbone(x, state=state, return_state=True)
     assert state is not None
     state = [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]
-    _, logits = model.head(hidden[:, -1:])
-    return state, logits[:, -1]
+    return state, model.told(hidden[:, -1:])[:, -1]

@@ -58,7 +58,8 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
-        """token `(batch,)` int64 to logits `(batch, vocab_size)` fp32, which the next step may overwrite."""
+        """token `(batch,)` or `(batch, codes)` int64 to logits `(batch, vocab_size)` fp32, or what else the head tells,
+        which the next step may overwrite."""
         whole = self._go_on()
         if self._token is None and self._may_capture:
             self._may_capture = _can_capture(self.model, self.state, token)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
@@ -24,6 +26,9 @@ class Head(nn.Module, abc.ABC):
         not say.
     stride: positions that share a prediction; see `Batch.stride`.
     strands: vectors of d_model at a position (see `backbones/reverse_complement.py`).
+    codes: labels that it predicts at each position, where they are several (see `Batch.target_of`); otherwise 0.
+    n_labels: classes of a label; None for those of its map `linear`.
+    position_wise: whether what it says of a position depends on nothing else, so that positions may be given in parts.
     """
 
     per_token: ClassVar[bool]
@@ -31,6 +36,9 @@ class Head(nn.Module, abc.ABC):
     continues: ClassVar[Literal["tokens", "values", ""] | None] = None
     stride: int = 1
     strands: ClassVar[int] = 1
+    codes: int = 0
+    n_labels: int | None = None
+    position_wise: ClassVar[bool] = False
 
     @abc.abstractmethod
     def forward(
@@ -45,6 +53,29 @@ class Head(nn.Module, abc.ABC):
 
         The loss is the mean over the batch's known targets (labels that are not -100, values that are not NaN;
         `Batch.n_targets` is their number, by which batches are weighted). Without any it is 0, with gradients of 0."""
+
+    def told(self, hidden: Tensor) -> Tensor:
+        """What `draw` needs to know of the next tokens: the logits, `(batch, length, ...)` fp32. In generation this is
+        what a step gives. A head whose logits are costly may give less."""
+        _, logits = self(hidden)
+        assert logits is not None
+        return logits
+
+    def draw(self, told: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The next token of each sequence, `(batch,)` int64, or its codes, `(batch, codes)`.
+
+        told: `(batch, ...)`, of one position. pick: chooses by logits `(batch, n)`, as `(batch,)` int64. It may be
+        called several times, each time with logits that are given what was picked before."""
+        return pick(told)
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Nats of the labels of each position, `(batch, length)` fp32; 0 where a label is -100."""
+        logits = self.told(hidden)
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+    def labels_of(self, ids: Tensor) -> Tensor:
+        """Ids as labels: -100 for those that are never predicted."""
+        return ids
 
 
 def check_targets(head: Head, labels: Tensor, shape: tuple[int, ...]) -> None:

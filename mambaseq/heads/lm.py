@@ -26,6 +26,7 @@ class LMHead(Head):
     per_token: ClassVar[bool] = True
     learns: ClassVar[Kind | None] = "labels"
     continues: ClassVar[Literal["tokens", "values", ""] | None] = "tokens"
+    position_wise: ClassVar[bool] = True
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__()

@@ -185,8 +185,13 @@ class Likelihood(Answer):
         return "only one token, so there is nothing to predict"
 
     def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
+        labels_of = getattr(self.model.head, "labels_of", None)
+        labels: Tensor = ids if labels_of is None else labels_of(ids)
         scored = _scored(record, start, stop)
-        return ids if scored is None else ids.masked_fill(~torch.from_numpy(scored).to(ids.device), -100)
+        if scored is None:
+            return labels
+        left_out = ~torch.from_numpy(scored).to(ids.device)
+        return labels.masked_fill(left_out.view(-1, *[1] * (labels.dim() - 1)), -100)
 
     def _all_labels(self, pieces: list[tuple[Record, Span]], ids: Tensor) -> Tensor:
         return torch.stack(
@@ -246,13 +251,18 @@ class Likelihood(Answer):
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Nats `(batch, length)` fp32, 0 where a label does not count."""
-        # a linear map can be applied in slices; another head may look at neighbouring positions
-        step = max(1, _LOGITS // len(hidden)) if isinstance(self.model.head, LMHead) else hidden.shape[1]
-        parts = []
-        for start in range(0, hidden.shape[1], step):
-            _, logits = self.model.head(hidden[:, start : start + step])
-            parts.append(F.cross_entropy(logits.transpose(1, 2), labels[:, start : start + step], reduction="none"))
-        return torch.cat(parts, 1)
+        # another head may look at neighbouring positions
+        alone = getattr(self.model.head, "position_wise", False)
+        step = max(1, _LOGITS // len(hidden)) if alone else hidden.shape[1]
+        slices = (slice(start, start + step) for start in range(0, hidden.shape[1], step))
+        return torch.cat([self._nats(hidden[:, part], labels[:, part]) for part in slices], 1)
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        losses = getattr(self.model.head, "losses", None)
+        if losses is None:  # a plugin's head
+            return F.cross_entropy(self.model.told(hidden).transpose(1, 2), labels, reduction="none")
+        nats: Tensor = losses(hidden, labels)
+        return nats
 
 
 class Tokens(Likelihood):
@@ -266,6 +276,7 @@ class Tokens(Likelihood):
         if not bits.isfinite().all():
             return NotFinite("")
         known = (labels != -100).numpy()
+        known = known if known.ndim == 1 else known.any(1)
         return Found(first, first + len(bits), 1, bits.float().numpy()[:, None], None if known.all() else known)
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:

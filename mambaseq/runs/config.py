@@ -24,7 +24,7 @@ from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
 # arguments that a part gets from the model or the data, never from the configuration
-PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_channels", "n_conditions", "n_classes", "complement"}
+PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_codes", "n_channels", "n_conditions", "n_classes", "complement"}
 
 # arguments that the data give where the configuration leaves them out: type and help
 OFFERED: dict[str, tuple[Any, str]] = {
@@ -149,6 +149,7 @@ class RunConfig:
         what a part needs."""
         known = {
             "vocab_size": data.vocab_size,
+            "n_codes": data.n_codes,
             "n_channels": data.n_channels,
             "n_conditions": data.n_conditions,
             "n_classes": len(data.class_names) or None,

@@ -126,6 +126,11 @@ def generate_from(
             f"its model.json); give --max-new-tokens."
         )
     _check_amount(sum(len(prompt.conditions) for prompt in prompts) * samples, count)
+    if not signal:
+        assert loaded.tokenizer is not None
+        for number, one in enumerate(prompts):
+            values, given = loaded.tokenizer.continued(one.values, count)
+            prompts[number] = one._replace(values=values, given=given)
     settings: dict[str, Any] = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
         "seed": seed,
@@ -200,11 +205,12 @@ def _check_amount(sequences: int, new_tokens: int) -> None:
 
 
 class _Prompt(NamedTuple):
-    """What is continued, `(length,)` int64 or `(length, channels)` float32, and under which conditions, [None] for a
-    model that has none."""
+    """What is continued, `(length, ...)` int64 or `(length, channels)` float32, and under which conditions, [None] for
+    a model that has none. given: what is known of what is added; see `mambaseq.generation.generate`."""
 
     values: np.ndarray
     conditions: Sequence[int | None]
+    given: np.ndarray | None = None
 
 
 class _Job(NamedTuple):
@@ -220,6 +226,7 @@ class _Job(NamedTuple):
     first: int
     stop: int
     earlier: int
+    given: np.ndarray | None
 
 
 def _sequences(
@@ -242,11 +249,14 @@ def _sequences(
             if batch[0].condition is not None:
                 given = torch.tensor([job.condition for job in batch], device=place)
             width = batch[0].stop - batch[0].first
+            more: dict[str, Any] = {}
+            if batch[0].given is not None:
+                more["given"] = torch.from_numpy(np.stack([job.given for job in batch if job.given is not None]))
             try:
                 made = go_on(
                     loaded.model,
                     torch.from_numpy(np.stack([job.prompt for job in batch])).to(place),
-                    count,
+                    count if batch[0].given is None else len(batch[0].given),
                     condition=given,
                     samples=width,
                     numbers=torch.tensor(
@@ -254,6 +264,7 @@ def _sequences(
                     ),
                     progress=progress and len(batches) == 1,
                     **settings,
+                    **more,
                 ).cpu()
             except NotFinite as error:
                 raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
@@ -269,14 +280,14 @@ def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
     by_shape: dict[tuple[int, int], list[_Job]] = {}
     seen: collections.Counter[tuple[bytes, int | None]] = collections.Counter()
     place = -1
-    for prompt, conditions in prompts:
+    for prompt, conditions, given in prompts:
         for condition in conditions:
             place += 1
             earlier = seen[prompt.tobytes(), condition] * samples
             seen[prompt.tobytes(), condition] += 1
             for first in range(0, samples, _AT_ONCE):
                 stop = min(first + _AT_ONCE, samples)
-                job = _Job(place, prompt, condition, first, stop, earlier)
+                job = _Job(place, prompt, condition, first, stop, earlier, given)
                 by_shape.setdefault((len(prompt), stop - first), []).append(job)
     for (_, width), jobs in by_shape.items():
         at_once = max(1, _AT_ONCE // width)

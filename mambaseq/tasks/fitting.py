@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.purpose import NEXT, asks_for_the_next
-from mambaseq.encoders import output_bounds
+from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.heads.positions import PositionHead
 from mambaseq.metrics.base import Metric
@@ -46,6 +46,7 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
                 f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, but the dataset {dataset} gives "
                 f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
             )
+        _check_inputs(model, batch, dataset)
         check_kinds(model, batch, metrics, dataset)
         _check_labels(model, batch, dataset)
         if asks_for_the_next(data, batch):
@@ -69,6 +70,20 @@ def _example(data: SequenceData) -> Batch | None:
     return None
 
 
+def _check_inputs(model: SequenceModel, batch: Batch, dataset: str) -> None:
+    """Raise ConfigError for several codes at a position and an encoder of one, or the other way round."""
+    inputs, encoder = batch.inputs, model.encoder
+    if not isinstance(encoder, TokenEncoder) or inputs.is_floating_point():
+        return
+    count, wanted = (inputs.shape[2] if inputs.dim() == 3 else 0), getattr(encoder, "n_codes", 0)
+    if count != wanted:
+        raise ConfigError(
+            f"model.encoder.name is {_name(model, 'encoder')}, which reads {wanted or 'one'} token(s) at a position, "
+            f"but the dataset {dataset} gives {count or 'one'}. Choose the encoder {'codes' if count else 'tokens'}, "
+            "or another dataset."
+        )
+
+
 def check_kinds(
     model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric], dataset: str = "that is given"
 ) -> None:
@@ -76,9 +91,12 @@ def check_kinds(
     if batch.targets is None:
         return
     per_token, kind, head = batch.per_token, batch.kind, model.head
-    place = "position" if per_token else "sequence"
-    if per_token != head.per_token or getattr(head, "learns", None) not in (None, kind):
-        raise _wrong_head(model, dataset, f"{_GIVEN[kind]} a {place}", _FITTING[kind, per_token])
+    of_codes = batch.target_of == "code"
+    place = "code" if of_codes else "position" if per_token else "sequence"
+    fits = per_token == head.per_token and getattr(head, "learns", None) in (None, kind)
+    if not fits or of_codes != bool(getattr(head, "codes", 0)):
+        fitting = ("codes",) if of_codes else _FITTING[kind, per_token]
+        raise _wrong_head(model, dataset, f"{_GIVEN[kind]} a {place}", fitting)
     if per_token and (stride := getattr(head, "stride", 1)) != batch.stride:
         binned = next((name for name in _FITTING[kind, True] if name.startswith("token_")), "")
         has_bins = isinstance(head, PositionHead)
@@ -119,7 +137,8 @@ def _check_labels(model: SequenceModel, batch: Batch, dataset: str) -> None:
             f"The dataset {dataset} gives labels from {least} to {most} where any of several may apply. Give 1 for a "
             "label that applies, 0 for one that does not, and -100 for an unknown one."
         )
-    count = getattr(getattr(model.head, "linear", None), "out_features", None)
+    count = getattr(model.head, "n_labels", None)
+    count = count or getattr(getattr(model.head, "linear", None), "out_features", None)
     if kind == "labels" and (least < 0 or (count is not None and most >= count)):
         raise ConfigError(
             f"The dataset {dataset} gives labels from {least} to {most}, and the head {_name(model, 'head')} tells "
