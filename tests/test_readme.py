@@ -101,3 +101,8 @@ def test_pages_of_the_documentation_are_in_its_menu_and_name_what_exists() -> No
             assert pkgutil.resolve_name(name) is not None, f"{page.name} names {name}"
             names += 1
     assert names > 50
+
+
+def test_the_picture_of_accuracy_by_length_is_of_the_reports_that_are_kept() -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "dna_pictures.py"))
+    assert made["picture"]() == made["PICTURE"].read_text(encoding="utf-8"), "run `python benchmarks/dna_pictures.py`"
