@@ -67,7 +67,8 @@ class Domain:
         that `predict` writes with it: `"bed"`.
     mixers, backbones, heads: modules that the core does not bring. metrics: `mambaseq.metrics.Metric` subclasses.
     optimizers: `torch.optim.Optimizer` subclasses, made as `(groups, lr=..., **optimizer.options)`: `optimizer.name`.
-    callbacks: `lightning.pytorch.callbacks.Callback` subclasses: `trainer.callbacks`.
+    callbacks: `lightning.pytorch.callbacks.Callback` subclasses: `trainer.callbacks`. One with a method `section`, from
+        a run's folder to a `mambaseq.reporting.Section` or None, stands on the run's page, however the run ended.
     configs: `"package:path/to/run.yaml"` resources, looked up by `mambaseq.resources.find`.
     reports: functions from a finished run's folder to a `mambaseq.reporting.Section`. One with the name of a dataset is
         called by `fit` at the end of its runs, one named "demo" by `mambaseq demo`.

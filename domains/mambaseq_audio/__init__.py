@@ -19,6 +19,12 @@ domain = Domain(
     },
     readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and other formats of libsndfile")},
     writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file for each sequence")},
+    callbacks={
+        "listening": (
+            "mambaseq_audio.listening:Listening",
+            "clips every so many steps beside real ones, in TensorBoard and on the run's page",
+        )
+    },
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
         "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),

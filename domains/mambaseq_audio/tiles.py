@@ -49,6 +49,10 @@ class Tiles:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def beginnings(self) -> list[int]:
+        """The first piece of each interval."""
+        return [i for i, (which, _, _) in enumerate(self._pieces) if not i or which != self._pieces[i - 1][0]]
+
     def __getitem__(self, index: int) -> Batch:
         which, start, stop = self._pieces[index]
         interval = self.intervals[which]

@@ -3,6 +3,7 @@
 config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
 logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png
 evaluation.json (what the page draws of a test)   report.html (the run's page)   .lock (held while it trains)
+samples/ (what a callback has generated while it trained)
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _OURS = (
     "evaluation.json",
     "curves.png",
     "report.html",
+    "samples",
 )
 _WAIT = 2.0  # seconds that another process may need to write its results
 _WAIT_FOR_THE_DEAD = 20.0  # loader processes notice a killed run only after seconds, and may hold its lock

@@ -131,6 +131,11 @@ class RunConfig:
     yaml: str
     defaults: Callable[[], dict[str, Any]]
 
+    def callbacks(self) -> list[Any]:
+        """Those that the configuration names, made."""
+        given = self.trainer.get("callbacks") or []
+        return list(given) if isinstance(given, list | tuple) else [given]
+
     def make_data(self, *, setup: bool = False) -> SequenceData:
         """The dataset. setup: call its `setup` as well. Raises UserError that names the setting under `data` that is
         wrong."""

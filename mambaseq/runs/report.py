@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mambaseq.domain import catalog
@@ -33,24 +34,34 @@ def has_section(settings: RunConfig) -> bool:
 def write_report(folder: RunFolder, settings: RunConfig, outcome: Outcome) -> str:
     """Write `report.html` of a run that has ended, however it did: a line of what it is, curves, results, settings that
     are not the defaults, size and speed; where its domain registers a report under the data set's name and the run has
-    finished, that section first. Returns what there is to say: "" where all is well.
+    finished, that section first, then those of callbacks that have one. Returns what there is to say: "" where all is
+    well.
 
     A report that fails, in whatever way, takes nothing from the run, nor the rest of its page.
     """
     dataset = settings.settings["data"]["name"]
-    sections, notes, told = [], [], ""
-    if outcome.status != "finished":
-        notes.append(outcome.message)
-    elif has_section(settings):
+    sections, notes = [], [] if outcome.status == "finished" else [outcome.message]
+    wanted: list[tuple[str, Callable[[Path], Any]]] = []
+    if outcome.status == "finished" and has_section(settings):
+        wanted.append((f"its report {dataset}", lambda path: catalog()["reports"].get(dataset)(path)))
+    for callback in settings.callbacks():
+        if callable(show := getattr(callback, "section", None)):
+            wanted.append((f"what {type(callback).__name__} shows of it", show))
+    failures = []
+    for what, show in wanted:
         try:
-            section = catalog()["reports"].get(dataset)(folder.path)
+            section = show(folder.path)
+            if section is None and what != f"its report {dataset}":
+                continue
             if not isinstance(section, Section):
                 raise TypeError(f"it gives a {type(section).__name__}, not a mambaseq.reporting.Section")
             sections.append(section)
         except Exception as error:  # a third party's function may raise anything
             reason = paragraph(f"{type(error).__name__}: {error}", 300)
-            told = f"{folder.path}: the run is complete, but its report {dataset} failed ({reason})."
-            notes.append(told)
+            ended = "complete" if outcome.status == "finished" else outcome.status
+            failures.append(f"{folder.path}: the run is {ended}, but {what} failed ({reason}).")
+    notes += failures
+    told = "\n".join(failures)
     try:
         _write(folder, settings, outcome, sections, notes)
     except UserError as error:  # a full disk: the run is complete all the same

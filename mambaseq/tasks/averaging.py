@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -74,20 +76,35 @@ class WeightAverage(lightning.Callback):
         get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, self._step)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._begin()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._end()
+
+    def _begin(self) -> None:
         if self.average and not self._kept:
             own = self._parameters()
             self._kept = [p.detach().clone() for p in own.values()]
             self._put({name: self.average[name] for name in own})
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def _end(self) -> None:
         if self._kept:
             self._put(dict(zip(self._parameters(), self._kept, strict=True)))
             self._kept = []
 
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The average is in the model during the block, as it is for a validation."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        self.on_validation_end(trainer, pl_module)
+        self._end()
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:

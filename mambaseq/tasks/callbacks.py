@@ -98,6 +98,11 @@ class RunCheckpoints(Checkpoint):
     def state_key(self) -> str:
         return f"{type(self).__qualname__}({self.monitor}, {self.mode})"  # another metric's score does not count
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the user has asked the run to stop."""
+        return self._asked or self._stopping
+
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "results": self.results}
 

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mambaseq_audio.listening import KEPT, Samples, references, thinned
+
+from mambaseq.errors import ConfigError
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.parsing import parse_config
+from mambaseq.runs.training import fit
+
+CONFIG = """
+data: {{name: audio/clips, files: "{files}", length: 120, validation: "1", test: "0",
+  pattern: '^(?P<digit>\\d+)_(?P<speaker>[a-z]+)_(?P<take>\\d+)$'}}
+loader: {{batch_size: 2}}
+model: {{d_model: 8, backbone: {{name: residual, n_layers: 1, dropout: 0.2}}, mixer: {{name: mamba, d_state: 4}},
+  head: {{name: lm}}}}
+ema: {{decay: 0.9}}
+optimizer: {{schedule: constant}}
+checkpoint: {{every_n_steps: 2}}
+trainer: {{accelerator: cpu, enable_progress_bar: false, max_steps: 5, log_every_n_steps: 1}}
+"""
+LISTEN = [{"class_path": "audio/listening", "init_args": {"every_n_steps": 2, "n": 2, "seconds": 0.01}}]
+WITH = f"--trainer.callbacks={json.dumps(LISTEN)}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two digits, two speakers and four takes each."""
+    path = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for digit in (3, 10):
+        for speaker in ("anna", "ben"):
+            for take, length in enumerate((300, 100, 250, 40)):
+                soundfile.write(path / f"{digit}_{speaker}_{take}.wav", rng.uniform(-0.5, 0.5, length), 8000)
+    file = path / "run.yaml"
+    file.write_text(CONFIG.format(files=path / "*.wav"))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def heard(config: str, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of five steps that is listened to after the second, the fourth and at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAMBASEQ_CACHE", str(shared_cache))
+        folder = RunFolder(tmp_path_factory.mktemp("runs") / "heard")
+        assert fit(config, folder, [WITH], progress=False).status == "finished"
+    return folder
+
+
+def clips_of(folder: RunFolder) -> dict[str, bytes]:
+    files = (folder.path / "samples").rglob("*.flac")
+    return {file.relative_to(folder.path / "samples").as_posix(): file.read_bytes() for file in files}
+
+
+def test_training_is_as_it_would_be_without(heard: RunFolder, config: str, tmp_path: Path) -> None:
+    plain = RunFolder(tmp_path / "plain")
+    fit(config, plain, [], progress=False)
+    assert plain.curve("train/loss") == heard.curve("train/loss")
+    assert len(plain.curve("train/loss")) == 5
+    assert plain.weights.read_bytes() == heard.weights.read_bytes()  # dropout draws as before
+
+
+def test_clips_beside_recordings_on_the_page_and_in_tensorboard(heard: RunFolder) -> None:
+    names = {f"{place}/{number}.flac" for place in ("real", "step-2", "step-4", "step-5") for number in (0, 1)}
+    assert clips_of(heard).keys() == names
+    real = soundfile.read(heard.path / "samples" / "real" / "0.flac")[0]
+    assert len(real) == 80
+    data = parse_config(str(heard.config), []).make_data(setup=True)
+    assert [one.name for one in references(data, 2)] == ["3", "10"]
+    np.testing.assert_allclose(real, data.tokenizer.decode(references(data, 2)[0].ids[:80]), atol=1e-4)
+
+    page = heard.report.read_text()
+    assert page.count("data:audio/flac") == page.count("<audio") == 8
+    assert all(f'data-name="{name}"' in page for name in ("real", "step 2", "step 4", "step 5"))
+    assert not re.search(r"""(src|href)=["'](https?:|//)""", page)
+    beside = (heard.path / "samples" / "index.html").read_text()
+    assert beside.count('src="step-4/') == 2
+    assert "data:audio" not in beside
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(heard.path / "tensorboard"))
+    events.Reload()
+    audio = events.Tags()["audio"]
+    assert sorted(audio) == [
+        f"listening/{n} {name}, {of}" for n, name in ((0, 3), (1, 10)) for of in ("generated", "real")
+    ]
+    assert [one.step for one in events.Audio(audio[0])][-1] in (2, 5)
+    assert len(events.Tags()["images"]) == 2
+
+
+def test_a_resumed_run_goes_on_and_a_clip_that_fails_ends_nothing(
+    heard: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("mambaseq_audio.listening.generate", fails)
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(heard.path, folder.path)
+    outcome = fit(str(folder.config), folder, ["--trainer.max_steps=6"], resume=True, progress=False)
+    assert outcome.status == "finished"
+    assert "no clips could be made to listen to at step 6 (OutOfMemoryError: no memory)" in capsys.readouterr().err
+    assert clips_of(folder) == clips_of(heard)
+    page = folder.report.read_text()
+    assert page.count("OutOfMemoryError: no memory") == 2
+    assert page.count("data:audio/flac") == 8
+
+    samples, reals = Samples(folder.path), [np.zeros(80, np.float32)] * 2
+    settings = samples.record["settings"]
+    samples.begin(settings, reals, 4)  # gone on with from an earlier checkpoint
+    assert samples.steps() == []  # the recordings are others
+    shutil.copytree(heard.path / "samples", folder.path / "samples", dirs_exist_ok=True)
+    samples = Samples(folder.path)
+    samples.begin(settings, [clip * settings["peak"] for clip in [np.ones(80, np.float32)] * 2], 4)
+    assert samples.steps() == [2, 4]
+    assert not (folder.path / "samples" / "step-5").exists()
+
+
+def test_what_makes_no_sound_is_refused_before_the_first_step(config: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="validation set, and there is none"):
+        fit(config, RunFolder(tmp_path / "none"), [WITH, "--data.validation="], progress=False)
+    with pytest.raises(ConfigError, match=r"trainer.callbacks\[0\].*n must be 1 to 16; it is 99"):
+        parse_config(config, [WITH.replace('"n": 2', '"n": 99')])
+
+
+def test_few_steps_are_kept_and_a_page_holds_few_bytes(
+    heard: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert thinned(range(1, 10)) == list(range(1, 10))
+    kept: list[int] = []
+    for step in range(500, 100_001, 500):
+        kept = thinned([*kept, step])
+    assert len(kept) == KEPT
+    assert [kept[0], kept[-1]] == [500, 100_000]
+
+    monkeypatch.setattr("mambaseq_audio.listening.KEPT", 2)
+    shutil.copytree(heard.path / "samples", tmp_path / "samples")
+    samples = Samples(tmp_path)
+    size = sum(len(content) for name, content in clips_of(heard).items() if name.startswith(("real", "step-2")))
+    monkeypatch.setattr("mambaseq_audio.listening.EMBEDDED", size)
+    section = samples.section()
+    assert section is not None
+    assert section.body.count("data:audio") == 4  # of real ones and the first step
+    assert section.body.count('src="samples/step-5/') == section.body.count('src="samples/step-4/') == 2
+    assert "sounds of 2 columns are in samples/" in section.body
