@@ -108,8 +108,9 @@ def test_full_chunked_and_stepped_models_agree(name: str) -> None:
         pytest.skip("a classifier has one output a sequence")
     if not model.backbone.causal:
         pytest.skip("a model of both sides is not stepped")
-    vocabulary = model.head.linear.out_features
-    ids = torch.randint(0, vocabulary, (2, 40))
+    vocabulary = model.head.n_labels or model.head.linear.out_features
+    codes = [model.head.codes] if model.head.codes else []
+    ids = torch.randint(0, vocabulary, (2, 40, *codes))
     condition = torch.tensor([0, 1]) if model.encoder.condition is not None else None
     with torch.no_grad():
         full = model(ids, condition=condition).logits
@@ -118,9 +119,10 @@ def test_full_chunked_and_stepped_models_agree(name: str) -> None:
         torch.testing.assert_close(torch.cat([one.logits, two.logits], 1), full, atol=2e-5, rtol=1e-4)
         state = model.init_state(2)
         steps = [model.step_(ids[:, t], state, condition) for t in range(40)]
-        torch.testing.assert_close(torch.stack(steps, 1), full, atol=2e-5, rtol=1e-4)
+        told = model.told(model.backbone(model.encoder(ids, condition)))
+        torch.testing.assert_close(torch.stack(steps, 1), told, atol=2e-5, rtol=1e-4)
         bounds = torch.tensor([0, 40, 80], dtype=torch.int32)
-        packed = model(ids.reshape(1, -1), condition=condition, cu_seqlens=bounds).logits
+        packed = model(ids.flatten(0, 1)[None], condition=condition, cu_seqlens=bounds).logits
         torch.testing.assert_close(packed.reshape(full.shape), full, atol=2e-5, rtol=1e-4)
         changed = ids.clone()
         changed[:, 25] = (changed[:, 25] + 1) % vocabulary

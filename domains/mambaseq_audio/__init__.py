@@ -7,7 +7,10 @@ from mambaseq.domain import Domain
 domain = Domain(
     name="audio",
     summary="waveforms sample by sample: spoken digits with a condition, long recordings",
-    tokenizers={"mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale")},
+    tokenizers={
+        "mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale"),
+        "linear": ("mambaseq_audio.linear:Linear", "8-bit or 16-bit levels in even steps"),
+    },
     encoders={"mel": ("mambaseq_audio.mel:MelEncoder", "frames of a mel spectrogram, for classifiers")},
     backbones={
         "convolutions": ("mambaseq_audio.mel:ConvolutionStack", "a small residual network over time, both ways")
@@ -27,6 +30,10 @@ domain = Domain(
     },
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
+        "digits_16bit": (
+            "mambaseq:configs/audio/digits_16bit.yaml",
+            "the same with samples of 16 bits, a coarse and a fine byte, on a GPU",
+        ),
         "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),
         "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),

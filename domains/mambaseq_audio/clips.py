@@ -18,7 +18,8 @@ from mambaseq.data.windows import Interval
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_audio.io import Channels, check_channels, check_rate
-from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.linear import Samples, codec_of
+from mambaseq_audio.mulaw import Codec, MuLaw
 from mambaseq_audio.recordings import Recording, composed, is_manifest, overlap, recordings
 from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles, next_sample
@@ -60,9 +61,16 @@ class RandomClips:
     endless = True
 
     def __init__(
-        self, clips: Sequence[Interval], conditions: Sequence[int] | None, length: int, seed: int, step: int = 1
+        self,
+        clips: Sequence[Interval],
+        conditions: Sequence[int] | None,
+        length: int,
+        seed: int,
+        step: int = 1,
+        first: int = MuLaw.start_id,
     ) -> None:
-        """step: crops begin at multiples of it."""
+        """step: crops begin at multiples of it. first: what precedes a clip."""
+        self.first = first
         self.clips, self.conditions, self.length, self.seed, self.step = clips, conditions, length, seed, step
 
     def __len__(self) -> int:
@@ -79,7 +87,7 @@ class RandomClips:
         length = min(self.length, len(clip))
         places = (len(clip) - length) // self.step + 1
         start = self.step * int(np.random.default_rng((self.seed, index, 1)).integers(places))
-        previous = int(clip.read(start - 1, 1)[0]) if start else MuLaw.start_id
+        previous = int(clip.read(start - 1, 1)[0]) if start else self.first
         condition = None if self.conditions is None else self.conditions[which]
         return next_sample(previous, clip.read(start, length), condition)
 
@@ -113,6 +121,8 @@ class ClipData(SequenceData):
             validation and test.
         sample_rate: samples a second.
         resample: convert files of another rate; false refuses them.
+        samples: what a token is: a sample of 8 bits by mu-law (`mulaw`) or in even steps (`linear8`), or one of 16 bits
+            (`linear16`, for the encoder and the head `levels`).
         channels: of files with several: their mean (`mean`), the first or second one (`left`, `right`), each as a clip
             (`each`), both in turn (`stereo`: `length` then counts both), or an error (`refuse`).
         skip_bad: leave out recordings that cannot be used, and list them; false lists them in an error.
@@ -121,9 +131,6 @@ class ClipData(SequenceData):
 
     reader = "audio/audio"
     writer: str | None = "audio/wav"
-    tokenizer_name = "audio/mulaw"
-    vocab_size = MuLaw.vocab_size
-    start_ids = (MuLaw.start_id,)
 
     def __init__(
         self,
@@ -139,6 +146,7 @@ class ClipData(SequenceData):
         length: int = 8192,
         sample_rate: int = 8000,
         resample: bool = True,
+        samples: Samples = "mulaw",
         channels: Channels = "mean",
         skip_bad: bool = False,
         seed: int = 0,
@@ -158,8 +166,12 @@ class ClipData(SequenceData):
         self.lists = {"validation": validation_list, "test": test_list}
         self.length, self.sample_rate, self.resample, self.channels = length, sample_rate, resample, channels
         self.seed = seed
-        self.tokenizer = MuLaw()
+        self._use(codec_of(samples))
         self._splits: dict[str, list[int]] | None = None
+
+    def _use(self, codec: Codec) -> None:
+        self.tokenizer = self.codec = codec
+        self.tokenizer_name, self.vocab_size, self.start_ids = codec.name, codec.vocab_size, (codec.start_id,)
 
     def setup(self) -> None:
         if self._splits is not None:
@@ -174,7 +186,13 @@ class ClipData(SequenceData):
         groups = self._groups(found)
         self._label(found, groups, self._split(found, groups))  # before anything is decoded
         self._sounds = sounds = sound_store(
-            "clips", found, self.sample_rate, resample=self.resample, channels=self.channels, skip_bad=self.skip_bad
+            "clips",
+            found,
+            self.sample_rate,
+            resample=self.resample,
+            channels=self.channels,
+            skip_bad=self.skip_bad,
+            codec=self.codec,
         )
         groups = self._groups(sounds.recordings)
         splits = self._split(sounds.recordings, groups)
@@ -347,7 +365,7 @@ class ClipData(SequenceData):
                     )
 
     def clips(self, split: str) -> list[np.ndarray]:
-        """The whole clips of `"train"`, `"validation"` or `"test"`: `(length,)` uint8 levels."""
+        """The whole clips of `"train"`, `"validation"` or `"test"`: `(length,)` levels."""
         self.setup()
         assert self._splits is not None
         return [clip.read(clip.start, len(clip)) for clip in self._members(split)[0]]
@@ -360,11 +378,11 @@ class ClipData(SequenceData):
 
     def train(self) -> RandomClips:
         step = 2 if self.channels == "stereo" else 1
-        return RandomClips(*self._members("train"), self.length, self.seed, step)
+        return RandomClips(*self._members("train"), self.length, self.seed, step, self.codec.start_id)
 
     def _tiles(self, split: str) -> Tiles | None:
         clips, conditions = self._members(split)
-        return Tiles(clips, self.length, first=MuLaw.start_id, conditions=conditions) if clips else None
+        return Tiles(clips, self.length, first=self.codec.start_id, conditions=conditions) if clips else None
 
     def validation(self) -> Tiles | None:
         return self._tiles("validation")

@@ -18,7 +18,7 @@ from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_unpacked
 from mambaseq.outputs import is_stream, numbered, output_file
-from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.mulaw import Codec
 from mambaseq_audio.notices import Heard, Notices
 from mambaseq_audio.recordings import Recording, recordings
 
@@ -300,7 +300,7 @@ def read_audio(
         name, source = one.name, str(one.path)
         if tokenizer is None:
             yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source, fields=columns)
-        elif isinstance(tokenizer, MuLaw):  # a level depends only on its sample
+        elif isinstance(tokenizer, Codec):  # a level depends only on its sample
             yield Record(
                 name=name,
                 ids=np.concatenate([tokenizer.encode(block) for block in blocks]),
@@ -348,7 +348,10 @@ def write_wav(
 
 
 def encode_wav(signal: np.ndarray, sample_rate: int, container: str = "wav") -> bytes:
-    """The bytes of a 16-bit file (`"wav"` or `"flac"`) of a float waveform in [-1, 1], `(length,)` or `(length, 2)`."""
+    """The bytes of a 16-bit file (`"wav"` or `"flac"`) of a float waveform in [-1, 1], `(length,)` or `(length, 2)`.
+
+    What is read from a 16-bit file is written as it was: libsndfile divides by 32,768 but would multiply by 32,767."""
+    samples = np.rint(np.asarray(signal, dtype=np.float64) * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
     buffer = io.BytesIO()
-    soundfile.write(buffer, signal, sample_rate, format=container.upper(), subtype="PCM_16")
+    soundfile.write(buffer, samples, sample_rate, format=container.upper(), subtype="PCM_16")
     return buffer.getvalue()

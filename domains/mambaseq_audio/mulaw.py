@@ -1,4 +1,4 @@
-"""The 8-bit mu-law codec of ITU-T G.711, as tokens."""
+"""The base of codecs of samples, and the 8-bit mu-law codec of ITU-T G.711, as tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,38 @@ import numpy as np
 import torch
 import torchaudio.functional
 
+from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 
 LEVELS = 256
 
 
-class MuLaw(Tokenizer):
+class Codec(Tokenizer):
+    """A token for each sample, which depends on that sample alone.
+
+    name: the registered one. start_id: the level of silence, from which generation starts, and which precedes the first
+        sample of a clip in training.
+    """
+
+    name: str
+    start_id: int
+
+    @property
+    def dtype(self) -> str:
+        """The type that levels are kept in."""
+        return smallest_dtype(self.vocab_size)
+
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """Levels as int64. Raises ValueError for those outside of `[0, vocab_size)`."""
+        levels = np.asarray(ids).astype(np.int64)
+        if levels.size and not (levels.min() >= 0 and levels.max() < self.vocab_size):
+            raise ValueError(
+                f"{self.name} levels are in [0, {self.vocab_size}), not in [{levels.min()}, {levels.max()}]."
+            )
+        return levels
+
+
+class MuLaw(Codec):
     """A waveform to 256 levels and back: round((sign(x) · ln(1 + 255·|x|) / ln 256 + 1) / 2 · 255).
 
     The scale is fixed: full scale is [-1, 1], as in the file's samples, and values outside are clipped. A clip's
@@ -23,6 +49,7 @@ class MuLaw(Tokenizer):
         clip in training.
     """
 
+    name = "audio/mulaw"
     vocab_size = LEVELS
     start_id = 128
 
@@ -41,8 +68,6 @@ class MuLaw(Tokenizer):
 
         Raises ValueError for ids outside of [0, 256).
         """
-        levels = np.asarray(ids).astype(np.int64)
-        if levels.size and not (levels.min() >= 0 and levels.max() < LEVELS):
-            raise ValueError(f"mu-law levels are in [0, {LEVELS}), not in [{levels.min()}, {levels.max()}].")
-        signal: np.ndarray = torchaudio.functional.mu_law_decoding(torch.from_numpy(levels), LEVELS).numpy()
+        levels = torch.from_numpy(self.checked(ids))
+        signal: np.ndarray = torchaudio.functional.mu_law_decoding(levels, LEVELS).numpy()
         return signal

@@ -69,7 +69,7 @@ class Notices:
         if self.beyond:
             path, count = self.beyond.most_common(1)[0]
             logger.warning(
-                "Float files with samples beyond full scale, which mu-law clips: %s (%s samples of %s; the peak is "
+                "Float files with samples beyond full scale, which are clipped: %s (%s samples of %s; the peak is "
                 "%.3g). Lower their volume if this is not intended.",
                 f"{len(self.beyond):,}",
                 f"{count:,}",

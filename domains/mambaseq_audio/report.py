@@ -17,7 +17,6 @@ from mambaseq.runs.generation import generate_to
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData
-from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.spectrogram import draw, sketch
 
 SHOWN = 5
@@ -80,5 +79,5 @@ def real_clips(data: ClipData) -> dict[str, np.ndarray]:
     assert conditions is not None
     first: dict[str, np.ndarray] = {}
     for clip, condition in zip(data.clips("test"), conditions, strict=True):
-        first.setdefault(data.condition_names[condition], MuLaw().decode(clip))
+        first.setdefault(data.condition_names[condition], data.codec.decode(clip))
     return first

@@ -1,4 +1,4 @@
-"""Recordings decoded once: token stores of mu-law levels."""
+"""Recordings decoded once: token stores of levels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError, UserError, cut, shown
 from mambaseq.limits import SAMPLES, UNPACKED_RATIO
 from mambaseq_audio.io import Channels, by_channel, signal_blocks
-from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.mulaw import Codec, MuLaw
 from mambaseq_audio.notices import Notices
 from mambaseq_audio.recordings import Recording
 
@@ -43,7 +43,7 @@ B = TypeVar("B")
 class SoundStore:
     """Recordings and their levels.
 
-    recordings: those that can be read. records: of each, its number in `store`, whose records are `(length,)` uint8.
+    recordings: those that can be read. records: of each, its number in `store`, whose records are `(length,)` integers.
     """
 
     recordings: list[Recording]
@@ -64,18 +64,21 @@ def sound_store(
     resample: bool,
     channels: Channels,
     skip_bad: bool = False,
+    codec: Codec | None = None,
 ) -> SoundStore:
     """The levels of recordings, decoded at first use by several threads.
 
-    skip_bad: recordings that cannot be used are left out, and listed; otherwise they are listed in an error.
+    codec: what a sample becomes; mu-law if None. skip_bad: recordings that cannot be used are left out, and listed;
+        otherwise they are listed in an error.
     See `mambaseq_audio.io.signal_blocks` for the settings and errors.
     """
     if channels == "each":
         recordings = [part for parts in _side_by_side(by_channel, recordings) for part in parts]
     paths = list(dict.fromkeys(one.path for one in recordings))
-    identities = dict(zip(paths, _side_by_side(_identity, paths, "checksums of sounds"), strict=True))
+    identities = identities_of(paths)
+    codec = codec or MuLaw()
     meta = {
-        "codec": "mulaw",
+        "codec": "mulaw" if isinstance(codec, MuLaw) else [codec.name, codec.options],
         "sample_rate": sample_rate,
         "resample": RESAMPLER if resample else False,
         "channels": channels,
@@ -84,13 +87,24 @@ def sound_store(
         # what is left out depends on the limits
         "skip_bad": [SAMPLES.value, UNPACKED_RATIO.value] if skip_bad else False,
     }
-    levels = _Levels(recordings, sample_rate, resample, channels, skip_bad)
-    store = TokenStore.cached(label, levels, "uint8", meta)
+    return kept_store(label, Levels(recordings, codec, sample_rate, resample, channels, skip_bad), codec.dtype, meta)
+
+
+def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any]) -> SoundStore:
+    """The store of what is read, made at first use. meta: everything that it depends on, with the identities of its
+    files as "sources"."""
+    recordings = levels.recordings
+    store = TokenStore.cached(label, levels, dtype, meta)
     records = [number for number, length in enumerate(store.lengths.tolist()) if length]
     if len(records) < len(recordings) and not levels.bad:  # they were listed when the store was made
         without = [one for one, length in zip(recordings, store.lengths.tolist(), strict=True) if not length]
         _list({str(one): "could not be used when it was first read" for one in without}, len(recordings))
     return SoundStore([recordings[number] for number in records], records, store)
+
+
+def identities_of(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """What a store knows a file by."""
+    return dict(zip(paths, _side_by_side(_identity, paths, "checksums of sounds"), strict=True))
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -120,15 +134,21 @@ def _side_by_side(work: Callable[[A], B], items: Sequence[A], told: str = "") ->
             threads.shutdown(cancel_futures=True)
 
 
-class _Levels:
+class Levels:
     """Called, makes the records of a store. bad: what is wrong with recordings, by their place."""
 
     def __init__(
-        self, recordings: Sequence[Recording], sample_rate: int, resample: bool, channels: Channels, skip_bad: bool
+        self,
+        recordings: Sequence[Recording],
+        codec: Codec,
+        sample_rate: int,
+        resample: bool,
+        channels: Channels,
+        skip_bad: bool,
     ) -> None:
         self.recordings, self.skip_bad = recordings, skip_bad
         self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
-        self.codec, self.notices = MuLaw(), Notices()
+        self.codec, self.notices = codec, Notices()
         self.bad: dict[str, str] = {}
 
     def _blocks(self, one: Recording, notices: Notices) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_audio.clips import SPLITS
 from mambaseq_audio.io import Channels, check_channels, check_rate
-from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.linear import Samples, codec_of
 from mambaseq_audio.recordings import Recording, overlap, recordings
 from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles
@@ -34,6 +34,8 @@ class WaveformData(SequenceData):
         epoch_size: windows that count as one epoch of training.
         sample_rate: samples a second.
         resample: convert files of another rate; false refuses them.
+        samples: what a token is: a sample of 8 bits by mu-law (`mulaw`) or in even steps (`linear8`), or one of 16 bits
+            (`linear16`, for the encoder and the head `levels`).
         channels: of files with several: their mean (`mean`), the first or second one (`left`, `right`), each as a
             recording (`each`), or an error (`refuse`).
         skip_bad: leave out recordings that cannot be used, and list them; false lists them in an error.
@@ -41,9 +43,6 @@ class WaveformData(SequenceData):
     """
 
     reader, writer = "audio/audio", "audio/wav"
-    tokenizer_name = "audio/mulaw"
-    vocab_size = MuLaw.vocab_size
-    start_ids = (MuLaw.start_id,)
 
     def __init__(
         self,
@@ -55,6 +54,7 @@ class WaveformData(SequenceData):
         epoch_size: int = 1000,
         sample_rate: int = 16000,
         resample: bool = True,
+        samples: Samples = "mulaw",
         channels: Channels = "mean",
         skip_bad: bool = False,
         seed: int = 0,
@@ -64,7 +64,8 @@ class WaveformData(SequenceData):
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
         self.skip_bad = skip_bad
-        self.tokenizer = MuLaw()
+        self.tokenizer = self.codec = codec = codec_of(samples)
+        self.tokenizer_name, self.vocab_size, self.start_ids = codec.name, codec.vocab_size, (codec.start_id,)
         self._splits: dict[str, list[Interval]] | None = None
 
     def setup(self) -> None:
@@ -99,7 +100,13 @@ class WaveformData(SequenceData):
                 "other times."
             )
         self._sounds = sounds = sound_store(
-            "waveform", found, self.sample_rate, resample=self.resample, channels=self.channels, skip_bad=self.skip_bad
+            "waveform",
+            found,
+            self.sample_rate,
+            resample=self.resample,
+            channels=self.channels,
+            skip_bad=self.skip_bad,
+            codec=self.codec,
         )
         self._refuse_copies(sounds)
         splits: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}

@@ -201,7 +201,7 @@ def test_what_is_odd_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     beyond = int((np.abs(4 * wave) > 1).sum())
     share = 100 * float((np.abs(4 * wave) >= 1).mean())
     loss = 10 * np.log10(((1 + 0.8**2) / 2) / 0.1**2)
-    assert f"mu-law clips: 1 ({beyond} samples of {tmp_path}/float.wav" in caplog.text
+    assert f"are clipped: 1 ({beyond} samples of {tmp_path}/float.wav" in caplog.text
     assert f"when they were recorded: 1 ({share:.2g}% of the samples of {tmp_path}/clipped.flac" in caplog.text
     assert f"silent from beginning to end: 1 (such as {tmp_path}/silent.wav)" in caplog.text
     assert f"cancel in their mean: 1 ({tmp_path}/opposite.wav loses {loss:.0f} dB)" in caplog.text

@@ -252,7 +252,7 @@ def test_samples_beyond_full_scale_are_told(tmp_path: Path, tone: np.ndarray, ca
     assert len(list(read_audio(tmp_path, MuLaw(), sample_rate=8000))) == 2
     (line,) = caplog.messages
     count = int((np.abs(3 * tone) > 1).sum())
-    assert f"which mu-law clips: 1 ({count:,} samples of {tmp_path}/loud.wav; the peak is 1.5)" in line
+    assert f"which are clipped: 1 ({count:,} samples of {tmp_path}/loud.wav; the peak is 1.5)" in line
     caplog.clear()
     read_signal(tmp_path / "fine.wav", 8000)
     assert not caplog.messages
