@@ -39,6 +39,10 @@ domain = Domain(
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
     commands={
+        "compare": (
+            "mambaseq_audio.comparing:run",
+            "a page on which runs are compared by ear: RUN [RUN ...] --out PAGE.html [--blind]",
+        ),
         "score": (
             "mambaseq_audio.scoring:run",
             "FID, inception scores and AM of generated clips: --generated DIR --real DIR --classifier RUN",

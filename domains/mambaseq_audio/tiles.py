@@ -53,6 +53,12 @@ class Tiles:
         """The first piece of each interval."""
         return [i for i, (which, _, _) in enumerate(self._pieces) if not i or which != self._pieces[i - 1][0]]
 
+    def levels(self, index: int, most: int) -> np.ndarray:
+        """The levels of an interval from a piece on, at most so many: `(length,)`."""
+        which, start, _ = self._pieces[index]
+        interval = self.intervals[which]
+        return interval.read(start, min(interval.stop - start, most))
+
     def __getitem__(self, index: int) -> Batch:
         which, start, stop = self._pieces[index]
         interval = self.intervals[which]

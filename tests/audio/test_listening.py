@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from mambaseq_audio.listening import KEPT, Samples, references, thinned
+from mambaseq_audio.references import references
+from mambaseq_audio.samples import KEPT, Samples, thinned
 
+from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.parsing import parse_config
@@ -142,13 +146,50 @@ def test_few_steps_are_kept_and_a_page_holds_few_bytes(
     assert len(kept) == KEPT
     assert [kept[0], kept[-1]] == [500, 100_000]
 
-    monkeypatch.setattr("mambaseq_audio.listening.KEPT", 2)
+    monkeypatch.setattr("mambaseq_audio.samples.KEPT", 2)
     shutil.copytree(heard.path / "samples", tmp_path / "samples")
     samples = Samples(tmp_path)
     size = sum(len(content) for name, content in clips_of(heard).items() if name.startswith(("real", "step-2")))
-    monkeypatch.setattr("mambaseq_audio.listening.EMBEDDED", size)
+    monkeypatch.setattr("mambaseq_audio.samples.EMBEDDED", size)
     section = samples.section()
     assert section is not None
     assert section.body.count("data:audio") == 4  # of real ones and the first step
     assert section.body.count('src="samples/step-5/') == section.body.count('src="samples/step-4/') == 2
     assert "sounds of 2 columns are in samples/" in section.body
+
+
+def test_runs_are_compared_by_ear(
+    heard: RunFolder, config: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, page = tmp_path / "other", tmp_path / "page.html"
+    shutil.copytree(heard.model, other)  # exported alone: without data and figures
+    words = ["audio/compare", str(heard.path), str(other), "--seconds=0.02", "--rows=4", "--out", str(page)]
+    assert main(words) == 0
+    assert "The recordings are of the test set of" in capsys.readouterr().out
+    text = page.read_text()
+    rows = re.findall(r'class="heard" role="group" aria-label="([^"]*)"', text)
+    assert rows == ["3", "3, 2", "10", "10, 2"]
+    sounds = re.findall(r'data-name="([^"]*)" data-row="([^"]*)".*?src="data:audio/flac;base64,([^"]*)"', text)
+    by_cell = {(row, name): sound for name, row, sound in sounds}
+    assert by_cell.keys() == {(row, name) for row in rows for name in ("real", "heard", "other")}
+    assert all(by_cell[row, "heard"] == by_cell[row, "other"] for row in rows)  # one seed, one model
+    assert len({by_cell[row, "heard"] for row in rows}) == 4  # samples of one condition differ
+    first = references(parse_config(str(heard.config), []).make_data(setup=True), 4)[0]
+    assert first.said == "3"
+    real = soundfile.read(io.BytesIO(base64.b64decode(by_cell["3", "real"])))[0]
+    assert len(real) == 160  # 0.02 s, although the test set has pieces of 120 samples
+    assert "bits a sample, validation" in text
+    assert "data-blind" not in text
+    assert not re.search(r"""(src|href)=["'](https?:|//)""", text)
+
+    assert main([*words, "--blind", "--condition=10", "--condition=four"]) == 0
+    text = page.read_text()
+    assert 'data-blind="1"' in text
+    assert text.count("No condition is named") == 2
+    assert text.count("data:audio") == 2 * 3
+    monkeypatch.setattr("mambaseq_audio.comparing.MOST_SOUND", 100)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "Lower --seconds or --rows" in capsys.readouterr().err
+    assert main(["audio/compare", "mambaseq:data/models/dna-masked", "--out", str(page)]) == 2
+    assert "generates no sound" in capsys.readouterr().err
