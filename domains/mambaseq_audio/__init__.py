@@ -48,5 +48,11 @@ domain = Domain(
             "FID, inception scores and AM of generated clips: --generated DIR --real DIR --classifier RUN",
         ),
     },
+    recipes={
+        "spoken_digits": (
+            "mambaseq_audio.recipes.spoken_digits:recipe",
+            "SaShiMi's contest on spoken digits: U-Nets and stacks, selective, time-invariant and S4, at equal time",
+        ),
+    },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample next to count models, and sounds")},
 )

@@ -58,7 +58,14 @@ def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
     for record in read_audio(clips, classifier.tokenizer, **card.reader_options):
         assert record.ids is not None
         names.append(record.name)
-        levels.append(middle(record.ids, card.length))
+        levels.append(record.ids)
+    return recognise_levels(classifier, names, levels)
+
+
+def recognise_levels(classifier: LoadedModel, names: list[str], clips: Sequence[np.ndarray]) -> Recognised:
+    """The same for clips in mu-law levels at the classifier's rate, `(length,)` integers each; at least one."""
+    model, head = classifier.model, classifier.model.head
+    levels = [middle(clip, classifier.card.length) for clip in clips]
     seen: list[Tensor] = []
     features, logits = {}, {}
     hook = head.linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

@@ -70,7 +70,16 @@ def run(argv: list[str], command: str) -> int:
         help="files that a recipe needs and the project may not ship; a recipe that misses one says which, and where "
         "it comes from",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=None,
+        metavar="N",
+        help="of training of each contender, for recipes that give them equal time",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.minutes is not None and not 0 < arguments.minutes <= 10_000:
+        raise ConfigError(f"--minutes must be above 0 and at most 10,000, not {arguments.minutes:g}.")
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
     for seed in arguments.seed or []:
@@ -87,4 +96,4 @@ def run(argv: list[str], command: str) -> int:
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
     folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
     part = bool(arguments.only or arguments.seed)
-    return reproduce(name, device, scale, numbers, arguments.only, part, folder, arguments.data)
+    return reproduce(name, device, scale, numbers, arguments.only, part, folder, arguments.data, arguments.minutes)

@@ -35,6 +35,7 @@ class Context:
     only: names of lines, or of other choices of a recipe; empty for all.
     hardware: what trials run on. records: of the requested trials, by name.
     data: the folder with files that users bring (see `brought`).
+    minutes: of training of each contender, in recipes that train by the clock; None for the recipe's own.
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class Context:
     hardware: str = ""
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     data: Path | None = None
+    minutes: float | None = None
 
     def brought(self, name: str, sha256: str | None, source: str) -> Path:
         """A file of the folder `--data` that the project may not ship, or a folder in it.
@@ -180,9 +182,11 @@ def _read(path: Path) -> dict[str, Any]:
 class Recipe:
     """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told.
 
-    brings: whether it needs files that users bring (`Context.brought`).
+    brings: whether it needs files that users bring (`Context.brought`). by_clock: whether it trains by the clock
+        (`Context.minutes`).
     """
 
     run: Callable[[Context], list[Table]]
     seeds: int = 3
     brings: bool = False
+    by_clock: bool = False

@@ -72,16 +72,19 @@ def reproduce(
     part: bool,
     folder: Path,
     data: Path | None = None,
+    minutes: float | None = None,
 ) -> int:
     """Run all trials of a recipe that are not finished, with these seeds or its default number.
 
-    part: the report covers only a part. data: the folder of files that users bring. Returns 0.
+    part: the report covers only a part. data: the folder of files that users bring. minutes: see `Context`. Returns 0.
     """
     recipe: Recipe = catalog()["recipes"].get(name)
+    if minutes is not None and not recipe.by_clock:
+        raise UserError(f"{name} does not train by the clock, so that --minutes means nothing to it. Leave it out.")
     mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe), "format": _FORMAT}
     _own(folder, mine)
     numbers = seeds or list(range(1 if scale == "tiny" else recipe.seeds))
-    context = Context(device, scale, numbers, folder, only, _hardware(device), data=data)
+    context = Context(device, scale, numbers, folder, only, _hardware(device), data=data, minutes=minutes)
     try:
         tables = recipe.run(context)
     finally:
@@ -96,6 +99,7 @@ def reproduce(
         from_the_first = numbers == list(range(len(numbers)))
         command += f" --seeds {len(seeds)}" if from_the_first else f" --seed {' '.join(map(str, seeds))}"
     command += f" --only {shlex.join(only)}" if only else ""
+    command += f" --minutes {minutes:g}" if minutes is not None else ""
     command += " --data FOLDER" if data is not None else ""
     report = Report(
         name,

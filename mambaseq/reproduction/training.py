@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,15 @@ _EAGER_STEPS = 3  # steps before a capture, as PyTorch requires; kernels are com
 class Trained:
     """How a training went. steps: all steps taken. seconds: including those before an interruption. steps_per_second:
     of the steps after the first three, which compile kernels, without checks and checkpoints. loss: mean of the last
-    hundred. captured: whether a graph was replayed."""
+    hundred. captured: whether a graph was replayed. clock: seconds of such steps alone, which `train(clock=...)`
+    limits."""
 
     steps: int
     seconds: float
     steps_per_second: float
     loss: float
     captured: bool
+    clock: float
 
 
 def train(
@@ -59,6 +61,8 @@ def train(
     check_every: int = 1000,
     cuda_graph: bool = True,
     label: str = "",
+    clock: float | None = None,
+    average: float = 0.0,
 ) -> Trained:
     """Train a `SequenceModel` in place; afterwards it is in evaluation mode.
 
@@ -70,30 +74,39 @@ def train(
         finished: called every `check_every` steps, with the model in evaluation mode; says whether to stop early.
         cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
         label: of the progress bar.
+        clock: end after so many seconds of steps, and let the learning rate follow the clock as if `steps`, which are
+            still the most, took all of it. Compiling, checks, checkpoints and calls that were killed do not count, so
+            that models are trained for equal time; such a run does not repeat bit by bit.
+        average: decay of an exponential moving average of the weights, such as 0.999, with which the model is checked
+            and left; early steps keep at most (1 + step) / (10 + step) of it. 0 for none.
 
     Raises UserError for a checkpoint of another run.
     """
-    run = _Run(model, batch_of, steps, optimizer, clip, autocast, cuda_graph)
+    run = _Run(model, batch_of, steps, optimizer, clip, autocast, cuda_graph, clock, average)
     done, spent, finish = run.load(checkpoint) if checkpoint is not None else (0, 0.0, False)
     first, measured_from = done, done
+    earlier = run.clock  # of the calls before
     model.train()
     began = saved = shown = told = measured = time.perf_counter()
     aside = 0.0  # seconds of checks and checkpoints since `measured`
     with tqdm(total=steps, initial=done, unit="step", desc=label or None, leave=False, disable=None) as bar:
-        while done < steps and not finish:
+        while done < steps and not finish and (clock is None or run.clock < clock):
             if done - first == _EAGER_STEPS:
                 run.capture()
                 run.wait()
                 measured, measured_from, aside = time.perf_counter(), done, 0.0
-            run.step(done)
+            run.step(done if clock is None else steps * run.clock / clock)
             done += 1
             now = time.perf_counter()
+            if done - first > _EAGER_STEPS:
+                run.clock = earlier + now - measured - aside
             if now - shown > _SHOW_EVERY_S:
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{run.mean_loss():.3f}")  # waits for the GPU, so that steps do not pile up
                 shown = now
             if bar.disable and now - told > _TELL_EVERY_S:
-                tqdm.write(f"{label or 'training'}: step {done:,} of {steps:,}, loss {run.mean_loss():.3f}")
+                of = f" of {steps:,}" if clock is None else f", {run.clock:.0f} of {clock:.0f} s"
+                tqdm.write(f"{label or 'training'}: step {done:,}{of}, loss {run.mean_loss():.3f}")
                 told = now
             due = checkpoint is not None and now - saved > _SAVE_EVERY_S
             ask = finished is not None and done % check_every == 0
@@ -102,7 +115,8 @@ def train(
             run.wait()
             paused = time.perf_counter()
             if finished is not None and ask:
-                finish = _asked(model, finished)
+                with run.averaged():
+                    finish = _asked(model, finished)
             if checkpoint is not None and due:
                 run.save(checkpoint, done, spent + time.perf_counter() - began, finish)
                 saved = time.perf_counter()
@@ -113,10 +127,11 @@ def train(
     if checkpoint is not None:
         run.save(checkpoint, done, spent, finish)
     run.close()
+    run.put_average()
     model.eval()
     # a run that only began or ended here has no measured steps: its total time is used
     rate = (done - measured_from) / (now - measured - aside) if done > measured_from else done / spent
-    return Trained(done, spent, rate, run.mean_loss(), run.captured)
+    return Trained(done, spent, rate, run.mean_loss(), run.captured, run.clock)
 
 
 def _asked(model: SequenceModel, question: Callable[[], bool]) -> bool:
@@ -153,6 +168,8 @@ class _Run:
         clip: float,
         autocast: torch.dtype | None,
         cuda_graph: bool,
+        clock: float | None = None,
+        average: float = 0.0,
     ) -> None:
         self.model, self.batch_of, self.clip, self.autocast = model, batch_of, clip, autocast
         self.device = next(model.parameters()).device
@@ -169,16 +186,21 @@ class _Run:
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses = torch.zeros(100, device=self.device)
         self.rate: float | None = None
+        self.clock, self.decay = 0.0, average
+        self.average = [p.detach().clone() for p in self.parameters] if average else []
         self.identity = {
             "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
             "optimizer": dataclasses.asdict(config),
             "steps": steps,
             "clip": clip,
             "autocast": str(autocast),
+            **({} if clock is None else {"clock": clock}),
+            **({"average": average} if average else {}),
             "initial weights": _digest(self.parameters),  # which distinguish seeds and a model's options
         }
 
-    def step(self, number: int) -> None:
+    def step(self, number: float) -> None:
+        """number: of the step, or where it is on the clock, for the learning rate."""
         rate = self.config.lr * self.factor(number)
         if rate != self.rate:
             for group in self.optimizer.param_groups:
@@ -200,15 +222,44 @@ class _Run:
         with contextlib.ExitStack() as stack:
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
-            loss = self.model(batch.inputs, batch.targets, mask=batch.mask).loss
+            loss = self.model(batch.inputs, batch.targets, mask=batch.mask, condition=batch.condition).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+        if self.average:
+            self._follow()
         place = (self.number % len(self.losses)).unsqueeze(0)  # an index that stays on the GPU
         self.losses.index_copy_(0, place, loss.detach().float().unsqueeze(0))
         self.number.add_(1)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average towards the weights, by a share that is computed on the device: a graph can hold it."""
+        n = self.number.float() + 1
+        share = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
+        difference = torch._foreach_sub(self.parameters, self.average)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(self.average, difference)
+
+    @torch.no_grad()
+    def put_average(self) -> None:
+        """Put the average, if there is one, into the model, at the weights' addresses."""
+        if self.average:
+            torch._foreach_copy_(self.parameters, self.average)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the average in place of its weights."""
+        kept = [p.detach().clone() for p in self.parameters] if self.average else []
+        self.put_average()
+        try:
+            yield
+        finally:
+            if kept:
+                with torch.no_grad():
+                    torch._foreach_copy_(self.parameters, kept)
 
     def capture(self) -> None:
         """Capture the step, if possible; otherwise steps continue without a graph."""
@@ -249,6 +300,8 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "losses": self.losses,
+            "clock": self.clock,
+            "average": self.average,
             "random": [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.on_gpu else [])],
             "done": done,
             "seconds": seconds,
@@ -271,7 +324,7 @@ class _Run:
         except Exception as error:  # torch's error depends on where the file is damaged
             raise UserError(f"{path} cannot be read as a checkpoint. {remedy}") from error
         found = state.get("run", {}) if isinstance(state, dict) else {}
-        different = [key for key, value in self.identity.items() if found.get(key) != value]
+        different = [key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key)]
         if different:
             raise UserError(f"{path} is a checkpoint of another run: {', '.join(different)} differ. {remedy}")
         kept = ("model", "optimizer", "losses", "random", "done", "seconds", "finished")
@@ -281,6 +334,9 @@ class _Run:
         # groups stay ours: a graph will read their learning rates at these addresses
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         self.losses.copy_(state["losses"])
+        self.clock = state.get("clock", 0.0)
+        for mine, saved in zip(self.average, state.get("average", ()), strict=True):
+            mine.copy_(saved)
         self.number.fill_(state["done"])
         torch.set_rng_state(state["random"][0])
         if self.on_gpu and len(state["random"]) > 1:

@@ -123,10 +123,10 @@ def _is_hidden(path: str, module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name == "weight" and not outer
 
 
-def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
+def learning_rate_factor(config: OptimizerConfig, total_steps: float) -> Callable[[float], float]:
     """The factor of the peak learning rate at each of `total_steps` optimizer steps."""
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
         if config.schedule == "constant":

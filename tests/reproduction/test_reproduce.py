@@ -61,6 +61,13 @@ def test_a_recipe_runs_and_is_reported(name: str, tmp_path: Path, capsys: pytest
             assert not line.note or line.note.startswith("the state grows by"), line.note
 
 
+def test_minutes_are_for_recipes_by_the_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce("lra", tmp_path / "out", "--minutes", "1") == 2
+    assert "does not train by the clock" in capsys.readouterr().err
+    assert reproduce("spoken_digits", tmp_path / "out", "--minutes", "-1") == 2
+    assert "--minutes must be above 0" in capsys.readouterr().err
+
+
 def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert reproduce("lra", out, "--only", "s4d", "digits") == 0

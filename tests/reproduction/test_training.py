@@ -221,3 +221,60 @@ def test_a_backbone_with_graphs_of_its_own_keeps_them(cuda: torch.device) -> Non
     trained = train(model, batches(cuda), 8, CONFIG)
     assert not trained.captured
     assert model.backbone.graphs.replays > 0
+
+
+def test_a_run_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends in time, and so does its learning rate; a continued one has the rest of the time, and its average."""
+    rates: list[float] = []
+    step = training._Run.step
+
+    def told(run: training._Run, number: float) -> None:
+        step(run, number)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(training._Run, "step", told)
+    config = OptimizerConfig(lr=1e-2, warmup_steps=0, min_lr_ratio=0.0)
+    trained = train(make(), batches(), 10**6, config, clock=0.3)
+    assert 0.3 <= trained.clock < 2
+    assert trained.steps == len(rates) < 10**6
+    assert rates[0] == 1e-2
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.7e-2
+    monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)
+    path = tmp_path / "run.pt"
+    with pytest.raises(Interrupted):
+        train(make(), until(9, batches()), 10**6, config, clock=1000, average=0.9, checkpoint=path)
+    saved = torch.load(path)
+    assert 0 < saved["clock"] < 300
+    saved["clock"] = 999.9
+    torch.save(saved, path)
+    rates.clear()
+    model = make()
+    trained = train(model, batches(), 10**6, config, clock=1000, average=0.9, checkpoint=path)
+    assert trained.clock < 1010
+    assert rates[0] < 1e-7
+    assert not same(weights(model), torch.load(path)["model"])  # the average is left in it
+    with pytest.raises(UserError, match="clock, average differ"):
+        train(make(), batches(), 10**6, config, checkpoint=path)
+
+
+def test_the_average_of_the_weights_is_checked_and_left() -> None:
+    model, seen, steps = make(dropout=0.0), [], []
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = {name: p.clone() for name, p in own.items()}
+
+    def look() -> bool:
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return False
+
+    def after(number: Tensor) -> Batch:
+        steps.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return batches()(number)
+
+    train(model, after, 4, CONFIG, average=0.3, finished=look, check_every=1)
+    for number, now in enumerate(steps[1:]):  # what the next step begins with
+        kept = min(0.3, (2 + number) / (11 + number))
+        average = {name: kept * value + (1 - kept) * now[name] for name, value in average.items()}
+        for name, value in seen[number].items():
+            torch.testing.assert_close(value, average[name])
+    assert all(torch.equal(p, seen[-1][name]) for name, p in model.named_parameters())
