@@ -26,7 +26,8 @@ class Encoder(nn.Module, abc.ABC):
     takes_mask: whether `forward` takes a `mask=` of real positions, `(batch, length)` bool, because its positions
         depend on the padding after them. An encoder that is neither causal nor takes the mask gets no padded batches.
     stride: inputs for each position of the output, which has `ceil(length / stride)` positions for each sequence; those
-        of packed sequences follow each other. min_length: the shortest sequence that it can read.
+        of packed sequences follow each other. min_length, max_length: the shortest and the longest sequence that it can
+        read; None for any.
     strands: vectors of size d_model at a position (see `backbones/reverse_complement.py`).
 
     Another module may be an encoder too. What it does not declare, it is assumed not to do.
@@ -37,6 +38,7 @@ class Encoder(nn.Module, abc.ABC):
     takes_mask: ClassVar[bool] = False
     stride: int = 1
     min_length: int = 1
+    max_length: int | None = None
     strands: ClassVar[int] = 1
 
     @abc.abstractmethod

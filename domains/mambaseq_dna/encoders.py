@@ -103,6 +103,7 @@ class ConvEncoder(Encoder):
                 f"positions {positions}."
             )
         self.vocab_size, self.width, self.positions = vocab_size, width, positions
+        self.max_length = positions or None
         self.filters = nn.Linear(width * vocab_size, d_model)
         self.linear = nn.Linear(d_model, d_model)
         self.position = nn.Parameter(torch.zeros(positions, d_model)) if positions else None

@@ -109,6 +109,12 @@ class SequenceData(abc.ABC):
         run notices changed data by them. Empty for data that are not read from files."""
         return {}
 
+    def extremes(self) -> list[tuple[int, str]]:
+        """The lengths of the shortest and the longest sequence of all sets, after `setup`, each with its file and place
+        there: a run is refused at its start if the model cannot read them. Empty where that is not known without
+        reading all of them; the first sequence alone is looked at then."""
+        return []
+
     def audited(self) -> Audited:
         """What `mambaseq data audit` looks at: the sequences of each split, each with its class and place, before
         augmentation, and how copies and shortcuts among them are told (see `mambaseq.data.audited.Audited`).

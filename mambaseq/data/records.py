@@ -20,7 +20,8 @@ class Record:
     fields: values of other columns of its row, by name. A reader of tables takes an option `fields` with the wanted
         names, and returns these.
     start, total: for a part of a sequence: the place of its first token in the sequence of that name, counted from 0,
-        and that sequence's length. Rows of `predict` count from there.
+        and that sequence's length. Rows of `predict` count from there. totals: the lengths of all sequences of its
+        file, by name, if parts alone are read.
     condition: the id of its condition, for conditional models. `predict` and `generate` set it; readers do not.
     """
 
@@ -34,6 +35,7 @@ class Record:
     condition: int | None = None
     start: int = 0
     total: int | None = None
+    totals: Mapping[str, int] | None = None
 
     def __len__(self) -> int:
         values = self.ids if self.ids is not None else self.signal

@@ -65,7 +65,7 @@ class Answer(abc.ABC):
     """What a table says of sequences.
 
     window: tokens that are read by themselves; None for whole records. columns: names of the values, known after the
-        first output. least: fewest tokens that give an answer. whole: all positions must be read together.
+        first output. least, most: fewest and most tokens that give an answer. whole: all positions are read together.
     each: answers are for positions, or bins of `step` of them, not for a window. unknown: the note where none counts.
     stride: from the start of a window to that of the next; None for windows end to end.
     gathered: windows are gathered up to this many tokens, so that those of one length are read together; this bounds
@@ -89,6 +89,7 @@ class Answer(abc.ABC):
         # with the results of one reading
         self.in_parts = bool(backbone.causal and getattr(encoder, "position_wise", False))
         self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
+        self.most: int | None = getattr(self.model.encoder, "max_length", None)
 
     def overlap(self, stride: int) -> None:
         """Read windows that begin every `stride` tokens. Raises ConfigError if they would leave gaps, or would not
@@ -120,6 +121,8 @@ class Answer(abc.ABC):
 
     def _note(self, record: Record, start: int, stop: int) -> str:
         """Why tokens [start, stop) are not read; "" if they are."""
+        if self.most is not None and stop - start > self.most:
+            return f"longer than the {self.most} tokens that the model reads at once (see --window)"
         return self.too_short(stop - start) if stop - start < self.least else ""
 
     def too_short(self, length: int) -> str:

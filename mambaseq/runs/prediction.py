@@ -38,13 +38,15 @@ Bad = Callable[[UserError], None]
 class Predictions(NamedTuple):
     """rows: number written. without: how many of them have no prediction, by the note that says why. bad: a message for
     each file and record that was left out (`skip_bad`). table: a `pandas.DataFrame`, if no file was asked for. files:
-    those that were written."""
+    those that were written. told: how much is in them, in the words of the format. unit: what it calls rows."""
 
     rows: int
     without: dict[str, int]
     bad: list[str]
     table: Any = None
     files: list[Path] = []  # noqa: RUF012 - never changed
+    told: str = ""
+    unit: str = "rows"
 
 
 What = Literal["answers", "tokens", "embeddings"]
@@ -143,6 +145,8 @@ def predict(
         last: Record | None = None
         for file, record, found in _merged(answer, _found(answer, records, batch_size, refuse), merger):
             if record is not last:
+                if record.totals and (last is None or record.totals is not last.totals):
+                    rows.sequences(file, record.totals)
                 rows.sequence(file, record.name, record.start + len(record) if record.total is None else record.total)
                 last = record
             if isinstance(found, Span):
@@ -155,7 +159,7 @@ def predict(
             rows.put(file, record.name, Block(first, stop, found.step, cells, found.known, note, answer.each))
         _check_any(rows, inputs, bad)
     frame = rows.frame() if isinstance(rows, Frame) else None
-    return Predictions(rows.rows, dict(rows.notes), bad, frame, written)
+    return Predictions(rows.rows, dict(rows.notes), bad, frame, written, rows.told(), rows.unit)
 
 
 def _at_least_one(option: str, value: int) -> int:
@@ -391,8 +395,8 @@ def report(found: Predictions, out: Path) -> None:
     if found.without:
         why = "; ".join(f"{count:,} {note}" for note, count in list(found.without.items())[:5])
         number = sum(found.without.values())
-        print(f"mambaseq predict: {number:,} of {found.rows:,} rows have no prediction: {why}.", file=sys.stderr)
+        print(
+            f"mambaseq predict: {number:,} of {found.rows:,} {found.unit} have no prediction: {why}.", file=sys.stderr
+        )
     left = f", {len(found.bad):,} files or records left out" if found.bad else ""
-    print(
-        f"{found.rows} rows in {named(found.files or [out])}{left}", file=sys.stderr if is_stream(out) else sys.stdout
-    )
+    print(f"{found.told} in {named(found.files or [out])}{left}", file=sys.stderr if is_stream(out) else sys.stdout)

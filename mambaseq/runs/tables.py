@@ -14,7 +14,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -104,8 +104,10 @@ class Table(abc.ABC):
     it, because the columns are not known earlier.
 
     rows: written so far. predicted: those with a prediction. notes: how often each note was written.
-    only: the columns to keep, by name; () for all.
+    only: the columns to keep, by name; () for all. unit: what rows are, for messages.
     """
+
+    unit = "rows"
 
     def __init__(self) -> None:
         self._waiting: list[tuple[str, str, int, int, str]] = []
@@ -117,6 +119,13 @@ class Table(abc.ABC):
 
     def sequence(self, file: str, record: str, length: int) -> None:  # noqa: B027 - most tables have no use for it
         """Called before the rows of a record. length: of the whole sequence that has this name."""
+
+    def sequences(self, file: str, lengths: Mapping[str, int]) -> None:  # noqa: B027 - most tables have no use for it
+        """Called before the records of a file of which parts alone are read. lengths: of all its sequences."""
+
+    def told(self) -> str:
+        """How much was written, for a message, after `close`."""
+        return f"{self.rows:,} {self.unit}"
 
     def begin(self, columns: Sequence[str]) -> None:
         """Set the columns of values, at the first prediction. Names that are taken get an underscore. Raises
@@ -320,7 +329,7 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
             if not rows.predicted:
                 raise
             rows.close()
-            told = f"The {rows.rows:,} rows finished before it are in {named(files.keep_partial())}."
+            told = f"The {rows.told()} finished before it are in {named(files.keep_partial())}."
             if isinstance(error, UserError):
                 raise UserError(f"{error} {told}") from error
             print(f"\n{told}", file=sys.stderr)

@@ -40,13 +40,9 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
     """
     batch = _example(data)
     if batch is not None:
-        least = getattr(model.encoder, "min_length", 1)
-        if batch.cu_seqlens is None and batch.inputs.shape[1] < least:
-            raise ConfigError(
-                f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, but the dataset {dataset} gives "
-                f"a sequence of {batch.inputs.shape[1]}. Give longer ones (data.length), or choose another encoder."
-            )
-        _check_inputs(model, batch, dataset)
+        if batch.cu_seqlens is None:
+            _check_lengths(model, data.extremes() or [(batch.inputs.shape[1], "")], dataset)
+            _check_inputs(model, batch, dataset)
         check_kinds(model, batch, metrics, dataset)
         _check_labels(model, batch, dataset)
         if asks_for_the_next(data, batch):
@@ -57,6 +53,24 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
         check_masked(model, dataset)
     elif data.class_names and data.task in (None, "classes") and model.head.per_token:
         raise _wrong_head(model, dataset, "label a sequence", _FITTING["labels", False])
+
+
+def _check_lengths(model: SequenceModel, lengths: list[tuple[int, str]], dataset: str) -> None:
+    """Raise ConfigError for a sequence that is shorter or longer than the encoder reads."""
+    least, most = getattr(model.encoder, "min_length", 1), getattr(model.encoder, "max_length", None)
+    for length, where in lengths:
+        which = f"a sequence of {length:,}{f' ({where})' if where else ''}"
+        if length < least:
+            raise ConfigError(
+                f"The encoder {_name(model, 'encoder')} reads {least} inputs at once, but the dataset {dataset} gives "
+                f"{which}. Give longer ones (data.length), or choose another encoder."
+            )
+        if most is not None and length > most:
+            raise ConfigError(
+                f"The encoder {_name(model, 'encoder')} reads sequences of up to {most:,} positions, but the dataset "
+                f"{dataset} gives {which}. Give shorter ones (data.length {most}, where a dataset has it), "
+                "or let the encoder read more (its settings under model.encoder)."
+            )
 
 
 def _example(data: SequenceData) -> Batch | None:

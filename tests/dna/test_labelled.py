@@ -28,6 +28,7 @@ from mambaseq.data.module import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.models import build_model
 from mambaseq.runs.parsing import parse_config
+from mambaseq.tasks.fitting import check_data
 
 DOC = Path(__file__).parents[2] / "docs" / "dna" / "labelled.md"
 TOKENIZER = BaseTokenizer()
@@ -517,3 +518,25 @@ def test_a_pretrained_run_is_tuned_and_predicts(capsys: pytest.CaptureFixture[st
     }
     assert (found["stop"] - found["start"] == 10).all()
     assert found.loc[0, "record"] == "enhancers.csv:2"
+
+
+def test_lengths_that_an_encoder_does_not_read_are_refused_at_the_start(tmp_path: Path) -> None:
+    """Only the last record is too long, and only the second to last too short: the first step would not meet them."""
+    sequences = [*rows(20), (bases(3), "0"), (bases(13), "1")]
+    written(Path("a.csv"), sequences, "sequence,label")
+    data = made(files="a.csv")
+    assert data.extremes() == [(3, "a.csv, line 22"), (13, "a.csv, line 23")]
+    spec = {"d_model": 4, "backbone": {"name": "bidirectional", "n_layers": 1}, "mixer": {"name": "mamba"}}
+    spec["head"] = {"name": "classification", "n_classes": 2}
+
+    def check(data: LabelledData, **encoder: Any) -> None:
+        check_data(build_model({**spec, "encoder": encoder}), data, "'dna/labelled'", {})
+
+    for encoder, message in (
+        ({"name": "dna/conv", "vocab_size": 5, "positions": 12}, r"up to 12 positions.*of 13 \(a\.csv, line 23\).*data\.length 12"),
+        ({"name": "dna/kmer", "k": 4}, r"reads 4 inputs at once.*of 3 \(a\.csv, line 22\).*data\.length"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(data, **encoder)
+    check(made(files="a.csv", length=12), name="dna/conv", vocab_size=5, positions=12)
+    check(made(files="a.csv", length=12, pad=True), name="dna/kmer", k=4)

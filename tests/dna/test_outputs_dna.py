@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pybigtools
 import pyBigWig
 import pytest
+from mambaseq_dna.files.bigwig import name_sequences
 from mambaseq_dna.tokenizer import BaseTokenizer
 from pages import blocks, run_cell
 from runs.test_prediction import DNA, saved
@@ -121,10 +123,13 @@ def test_bins_and_regions(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(chunk["value"], table[table["record"] == "chr10"]["value"].iloc[:4], rtol=1e-5)
     places = [(row.record, row.start) for row in parts.itertuples()]
     assert places[4:10] == [("chr10", 4), ("chr10", 8), ("chr2", 24), ("chr2", 28), ("chr2", 32), ("chr2", 36)]
-    with pytest.raises(UserError, match=r"'chr10', 4 to 12 is predicted twice.* rows finished before it are in"):
+    with pytest.raises(
+        UserError, match=r"'chr10', 4 to 12 is predicted twice.* 4 places with a value finished before it are"
+    ):
         run.predict(source, out=tmp_path / "p.bw", regions=["chr10:1-16", "10:5-12"], device="cpu")
     with pyBigWig.open(str(tmp_path / "p.partial.bw")) as track:
-        assert track.chroms() == {"chr10": 21}
+        assert track.chroms() == {"chr2": 50, "chr10": 21}  # all of the reference
+        assert track.values("chr10", 0, 4) == [np.float32(chunk["value"].iloc[0])] * 4
     bed.write_text("chr10\t0\t22\n")
     for region, message in (
         (str(bed), "line 1: bases 1 to 22 are not all in 'chr10', which has 21"),
@@ -267,3 +272,40 @@ def test_the_page_runs(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run_cell(text, page, line, found)
     assert len(found["table"]) == 100
     assert found["vectors"].shape == (200, 8)
+
+
+@pytest.mark.parametrize("count", [3, 1000, 70_000])
+def test_a_bigwig_lists_sequences_without_values(tmp_path: Path, count: int) -> None:
+    lengths = {f"scaffold{number}": 10 + number for number in range(count)}
+    path, last = tmp_path / "a.bw", f"scaffold{count - 1}"
+    with_values = sorted(["scaffold1", last])
+    pybigtools.open(str(path), "w").write(
+        {name: lengths[name] for name in with_values}, iter((name, 2, 5, 0.5) for name in with_values)
+    )
+    name_sequences(path, lengths)
+    with pyBigWig.open(str(path)) as track:
+        assert track.chroms() == lengths
+        for name in with_values:
+            np.testing.assert_array_equal(track.values(name, 1, 6), [np.nan, 0.5, 0.5, 0.5, np.nan])
+        assert np.isnan(track.values("scaffold0", 0, 10)).all()
+    assert dict(pybigtools.open(str(path)).chroms()) == lengths
+    whole = path.read_bytes()
+    assert whole[:4] == whole[-4:]
+    name_sequences(path, lengths)
+    assert path.read_bytes() == whole
+
+
+def test_messages_count_what_is_written(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels(tmp_path / "m")
+    for ending, told in (
+        ("bed", "intervals (67 places with a label)"),
+        ("bedgraph", "67 places with a value"),
+        ("csv", "71 rows"),
+    ):
+        out = tmp_path / f"o.{ending}"
+        assert main(["predict", "--checkpoint", str(tmp_path / "m"), str(source), "--out", str(out)]) == 0
+        text = capsys.readouterr()
+        assert told in text.out, ending
+        assert f"4 of 71 {'rows' if ending == 'csv' else 'places'} have no prediction" in text.err
+        if ending == "bed":
+            assert text.out.startswith(f"{len(out.read_text().splitlines())} intervals")

@@ -268,7 +268,7 @@ def test_what_was_finished_is_kept(run: Path, fasta: Path, tmp_path: Path, monke
 def test_what_is_refused(run: Path, fasta: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.vcf"
     wrong.write_text(HEADER + f"1\t100\t.\t{other(100)[0]}\t{ref(100)}\t.\t.\t.\n2\t5\t.\tA\tC\t.\t.\t.\n")
-    with pytest.raises(DataError, match=r"None of the 2 variants in .*wrong.vcf can be scored \(1: REF is"):
+    with pytest.raises(DataError, match=r"None of the 2 variants in .*wrong.vcf can be scored \(1 REF is"):
         score_variants(run, fasta, wrong, tmp_path / "no.tsv", progress=False)
     assert not (tmp_path / "no.tsv").exists()
     for options, message in (
@@ -359,3 +359,9 @@ def test_another_assembly_is_noticed() -> None:
     told = _told({differ[0]: 3, "REF is G, but the reference has T": 1, "ALT is the same as REF": 9}, 40)
     assert told.startswith("13 of 40 have no score: 9 ALT is the same as REF; 4 REF is A, but the reference has C (and")
     assert told.endswith("Is the reference the assembly that they were called on?")
+    unknown = {f"the reference has no sequence chr{number}": 2 for number in range(30)}
+    told = _told({**unknown, "ALT is the same as REF": 9}, 99)
+    assert told == (
+        "69 of 99 have no score: 60 the reference has no sequence chr0, chr1, chr2, chr3, chr4 and 25 more; 9 ALT is "
+        "the same as REF."
+    )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mambaseq.errors import DataError, UserError, shown
+
+_BIGWIG, _TREE, _NODE = 0x888FFC26, 0x78CA8C91, 256
 
 
 def pybigwig() -> Any:
@@ -31,6 +35,51 @@ def _extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"bigWig files need {name}, which is not installed: pip install 'mambaseq[dna]'.") from error
+
+
+def name_sequences(path: Path, lengths: Mapping[str, int]) -> None:
+    """Let a bigWig file list sequences without a value too, which pybigtools leaves out: genome browsers and tools that
+    join tracks compare the lists of their files.
+
+    lengths: of all sequences, by name; those of the file are among them. The list is a search tree (Kent et al.,
+    Bioinformatics 26, 2010, supplement, tables 8 to 11), and is written anew at the file's end.
+    """
+    with path.open("r+b") as file:
+        head = file.read(64)
+        order = "<" if head[:4] == _BIGWIG.to_bytes(4, "little") else ">"
+        with pybigwig().open(str(path)) as known:
+            number = {name: place for place, name in enumerate(known.chroms())}
+        if len(number) == len(lengths):
+            return
+        for name in lengths:
+            number.setdefault(name, len(number))
+        keys = sorted((name.encode(), number[name], length) for name, length in lengths.items())
+        size = max(len(key) for key, _, _ in keys)
+        at = file.seek(-4, os.SEEK_END)  # over the mark that ends the file
+        file.write(struct.pack(f"{order}IIIIQQ", _TREE, _NODE, size, 8, len(keys), 0))
+        file.write(_tree(order, size, keys, file.tell()))
+        file.write(head[:4])
+        file.seek(8)
+        file.write(struct.pack(f"{order}Q", at))
+
+
+def _tree(order: str, size: int, keys: list[tuple[bytes, int, int]], at: int) -> bytes:
+    """The nodes of a tree, the root first: at most `_NODE` keys each, of `size` bytes. at: its place in the file."""
+    levels = [[(key, struct.pack(f"{order}II", number, length)) for key, number, length in keys]]
+    while len(levels[0]) > _NODE:  # the first keys of the level below
+        levels.insert(0, [(key, b"") for key, _ in levels[0][::_NODE]])
+    out = bytearray()
+    each = 4 + _NODE * (size + 8)
+    for depth, level in enumerate(levels):
+        leaf = depth == len(levels) - 1
+        below = at + len(out) + -(-len(level) // _NODE) * each
+        for first in range(0, len(level), _NODE):
+            some = level[first : first + _NODE]
+            node = struct.pack(f"{order}BBH", leaf, 0, len(some))
+            for place, (key, value) in enumerate(some, first):
+                node += key.ljust(size, b"\0") + (value if leaf else struct.pack(f"{order}Q", below + place * each))
+            out += node.ljust(each, b"\0")
+    return bytes(out)
 
 
 class BigWig:

@@ -7,7 +7,7 @@ import gzip
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -58,6 +58,8 @@ def read_fasta(
             f"reader_options.lowercase must be one of {', '.join(get_args(Lowercase))}, not {shown(lowercase)}."
         )
 
+    totals: Mapping[str, int] | None = None
+
     def record(name: str, description: str, pieces: list[bytes], start: int = 0, total: int | None = None) -> Record:
         kept = b"".join(pieces)
         folded = kept.translate(_FOLD)
@@ -67,12 +69,15 @@ def read_fasta(
             scored = np.frombuffer(kept, dtype=np.uint8) < N  # upper case, and no N
         elif _N in folded:
             scored = np.frombuffer(folded, dtype=np.uint8) != N
-        return Record(name=name, ids=ids, description=description, scored=scored, start=start, total=total)
+        return Record(name, ids, description=description, scored=scored, start=start, total=total, totals=totals)
 
     if regions:
-        from mambaseq_dna.files.regions import read_regions  # which needs this module
+        from mambaseq_dna.files.assembly import Assembly  # which need this module
+        from mambaseq_dna.files.regions import read_regions
 
-        for part in read_regions(path, regions):
+        assembly = Assembly(path)
+        totals = assembly.lengths
+        for part in read_regions(assembly, regions):
             yield record(part.name, part.label, [part.ids.tobytes()], part.start, part.total)
         return
     pieces: list[bytes] = []

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mambaseq.errors import DataError, shown
+from mambaseq.errors import DataError, cut_list, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import read_bed
 
@@ -40,15 +40,14 @@ def parse_region(text: str) -> tuple[str, int, int] | None:
     return found[1], first - 1, last
 
 
-def read_regions(path: str | Path, regions: Sequence[str]) -> Iterator[Part]:
-    """The regions of a FASTA file, in the order given, on the forward strand.
+def read_regions(assembly: Assembly, regions: Sequence[str]) -> Iterator[Part]:
+    """The regions of an assembly, in the order given, on the forward strand.
 
     regions: each a sequence's name; name:start-end, counted from 1, the end read too, as browsers and samtools write
         it; or a BED file, which counts from 0 and leaves the end out, and whose strands are not looked at.
     Raises DataError for one that is none of these, is not in the assembly, is empty, or goes beyond a sequence's end.
     """
-    assembly = Assembly(path)
-    lengths = assembly.lengths
+    lengths, path = assembly.lengths, cut_list(assembly.paths)
 
     def part(name: str, start: int, stop: int, where: str, label: str = "") -> Part:
         known = assembly.resolve(name, where)
@@ -56,7 +55,7 @@ def read_regions(path: str | Path, regions: Sequence[str]) -> Iterator[Part]:
         if not 0 <= start < stop <= total:
             raise DataError(
                 f"{where}: bases {start + 1:,} to {stop:,} are not all in {shown(known)}, which has {total:,} in "
-                f"{Path(path).name}. Give regions of this assembly."
+                f"{cut_list(one.name for one in assembly.paths)}. Give regions of this assembly."
             )
         return Part(known, start, total, assembly.read(known, start, stop), label)
 

@@ -10,7 +10,7 @@ import bisect
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.runs.tables import Block, Files, Table, Words
-from mambaseq_dna.files.bigwig import pybigtools
+from mambaseq_dna.files.bigwig import name_sequences, pybigtools
 
 _ACCEPTED = (".bw", ".bigwig", ".bigWig")  # by pybigtools; others, such as .BW, are renamed
 
@@ -30,6 +30,8 @@ def _word(record: str) -> str:
 
 class _Track(Table):
     """Rows without a prediction are left out, and white space in names of records is an underscore."""
+
+    unit = "places"
 
     def __init__(self, files: Files) -> None:
         super().__init__()
@@ -63,6 +65,11 @@ class BedTable(_Track):
     score: the mean probability of the class, times 1000, as a whole number. strand: the last character of a class name
     that ends with + or -, otherwise a point.
     """
+
+    lines = 0
+
+    def told(self) -> str:
+        return f"{self.lines:,} intervals ({self.predicted:,} places with a label)"
 
     def _header(self, columns: list[str]) -> None:
         self._out: IO[str] = self._files.path().open("w", encoding="utf-8", newline="")
@@ -101,6 +108,7 @@ class BedTable(_Track):
             strand = label[-1:] if label[-1:] in ("+", "-") else "."
             name = "".join(" " if sign in "\t\r\n" else sign for sign in label) or "."
             self._out.write(f"{record}\t{start}\t{stop}\t{name}\t{round(1000 * total / count)}\t{strand}\n")
+            self.lines += 1
 
     def close(self) -> None:
         if self._columns is None:
@@ -120,6 +128,9 @@ class _Numbers(_Track):
         self._lengths: dict[str, tuple[int, str]] = {}
         self._taken: dict[str, list[list[int]]] = {}
         self._paths: list[Path] = []
+
+    def told(self) -> str:
+        return f"{self.predicted:,} places with a value"
 
     def sequence(self, file: str, record: str, length: int) -> None:
         record = _word(record)
@@ -205,6 +216,11 @@ class BigWigTable(_Numbers):
         self._places: list[tuple[str, int, int, int, int]] = []
         self._bases = 0
         self._error: OSError | None = None
+        self._others: dict[str, int] = {}
+
+    def sequences(self, file: str, lengths: Mapping[str, int]) -> None:
+        for name, length in lengths.items():
+            self._others.setdefault(_word(name), length)
 
     def _opened(self) -> None:
         self._spool = tempfile.TemporaryFile(dir=self._paths[0].parent)  # noqa: SIM115 - it lives as long as this
@@ -221,11 +237,13 @@ class BigWigTable(_Numbers):
         order = {name: number for number, name in enumerate(names)}
         self._places.sort(key=lambda place: (order[place[0]], place[1]))
         lengths = {name: self._lengths[name][0] for name in names}
+        everything = self._others | lengths
         for number, path in enumerate(self._paths):
             self._bases, self._error = 0, None
             place = path if path.suffix in _ACCEPTED else path.with_name(f"{path.name}.bw")
             self._library.open(str(place), "w").write(lengths, self._values(number))
             self._check(place)
+            name_sequences(place, everything)
             place.replace(path)
         self._spool.close()
 

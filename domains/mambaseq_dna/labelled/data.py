@@ -262,6 +262,13 @@ class LabelledData(SequenceData):
         self.class_counts = _counts(found.targets[found.splits == TRAIN]) if found.class_names else None
         self._found = found
 
+    def extremes(self) -> list[tuple[int, str]]:
+        self.setup()
+        assert self._found is not None
+        lengths = self._fitted.lengths[self._found.numbers]
+        rows = self._found.numbers[[lengths.argmin(), lengths.argmax()]].tolist()
+        return [(int(self._fitted.lengths[row]), self._records.where(row)) for row in rows]
+
     def _tell_cut(self, lengths: np.ndarray) -> None:
         if self.given_length is None or not (longer := lengths > self.given_length).any():
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,7 @@ from pathlib import Path
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
 from mambaseq_dna.options import Options
-from mambaseq_dna.variants import OTHER_REF
-
-_REASONS = 5  # that are told
+from mambaseq_dna.variants.reasons import OTHER_REF, reasons_told
 
 
 def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
@@ -91,21 +88,12 @@ def variants(argv: list[str]) -> int:
 
 
 def _told(without: Mapping[str, int], rows: int) -> str:
-    """How many variants have no score, and why, the commonest reason first; other REFs are one reason."""
-    kinds: collections.Counter[str] = collections.Counter()
-    examples: dict[str, str] = {}
-    for reason, count in without.items():
-        kind = OTHER_REF if reason.startswith(OTHER_REF) else reason
-        kinds[kind] += count
-        examples.setdefault(kind, reason)
-    most = kinds.most_common(_REASONS)
-    why = [f"{count:,} {examples[kind]}" + (" (and the like)" if kind == OTHER_REF else "") for kind, count in most]
-    if rest := kinds.total() - sum(count for _, count in most):
-        why.append(f"{rest:,} for other reasons")
+    """How many variants have no score, and why."""
+    count = sum(without.values())
     question = ""
-    if kinds[OTHER_REF] > rows / 20:
+    if sum(number for reason, number in without.items() if reason.startswith(OTHER_REF)) > rows / 20:
         question = " Is the reference the assembly that they were called on?"
-    return f"{kinds.total():,} of {rows:,} have no score: {'; '.join(why)}.{question}"
+    return f"{count:,} of {rows:,} have no score: {'; '.join(reasons_told(without))}.{question}"
 
 
 def mutagenesis(argv: list[str]) -> int:

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.errors import ConfigError, DataError, UserError, cut_list, shown
+from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.tables import partial_path
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant, is_vcf, read_variants
 from mambaseq_dna.tokenizer import N, fold_case
-from mambaseq_dna.variants import OTHER_REF
+from mambaseq_dna.variants.reasons import OTHER_REF, reasons_told
 from mambaseq_dna.variants.scorers import Distance, Pool, Scorer, check_bases, scorer_of
 from mambaseq_dna.variants.sites import Places, Site
 from mambaseq_dna.variants.tables import check_ending, write_table, write_vcf
@@ -108,7 +108,7 @@ def score_variants(
             values[numbers] = np.concatenate([*scores, unknown], axis=1)
     without = dict(collections.Counter(reason for reason in reasons if reason))
     if sum(without.values()) == len(found):
-        told = cut_list([f"{count:,}: {note}" for note, count in without.items()], most=4, separator="; ")
+        told = "; ".join(reasons_told(without, 4))
         raise DataError(
             f"None of the {len(found):,} variants in {source} can be scored ({told}); nothing was written. Is the "
             "reference the assembly that they were called on?"

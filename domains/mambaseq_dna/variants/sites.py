@@ -11,7 +11,7 @@ from mambaseq.errors import cut, shown
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.vcf import Variant
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
-from mambaseq_dna.variants import OTHER_REF
+from mambaseq_dna.variants.reasons import NO_SEQUENCE, OTHER_REF
 
 _BASES = set("ACGTUacgtu")
 _LETTERS = _BASES | set("NRYSWKMBDHVnryswkmbdhv")
@@ -63,7 +63,7 @@ class Places:
             return told
         name = self.assembly.find(variant.chrom)
         if name is None:
-            return f"the reference has no sequence {cut(variant.chrom, 40)}"
+            return f"{NO_SEQUENCE} {cut(variant.chrom, 40)}"
         stop = variant.pos - 1 + len(variant.ref)
         if variant.pos < 1 or stop > self.lengths[name]:
             return f"not within {name}, which has {self.lengths[name]:,} bases"
