@@ -42,7 +42,7 @@ def check_data(model: SequenceModel, data: SequenceData, dataset: str, metrics: 
     if batch is not None:
         if batch.cu_seqlens is None:
             _check_lengths(model, data.extremes() or [(batch.inputs.shape[1], "")], dataset)
-            _check_inputs(model, batch, dataset)
+        _check_inputs(model, batch, dataset)
         check_kinds(model, batch, metrics, dataset)
         _check_labels(model, batch, dataset)
         if asks_for_the_next(data, batch):

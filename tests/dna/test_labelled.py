@@ -533,7 +533,10 @@ def test_lengths_that_an_encoder_does_not_read_are_refused_at_the_start(tmp_path
         check_data(build_model({**spec, "encoder": encoder}), data, "'dna/labelled'", {})
 
     for encoder, message in (
-        ({"name": "dna/conv", "vocab_size": 5, "positions": 12}, r"up to 12 positions.*of 13 \(a\.csv, line 23\).*data\.length 12"),
+        (
+            {"name": "dna/conv", "vocab_size": 5, "positions": 12},
+            r"up to 12 positions.*\(a\.csv, line 23\).*data\.length 12",
+        ),
         ({"name": "dna/kmer", "k": 4}, r"reads 4 inputs at once.*of 3 \(a\.csv, line 22\).*data\.length"),
     ):
         with pytest.raises(ConfigError, match=message):
