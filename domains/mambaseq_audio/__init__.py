@@ -53,6 +53,10 @@ domain = Domain(
             "mambaseq_audio.recipes.spoken_digits:recipe",
             "SaShiMi's contest on spoken digits: U-Nets and stacks, selective, time-invariant and S4, at equal time",
         ),
+        "audio_context": (
+            "mambaseq_audio.recipes.audio_context:recipe",
+            "Mamba's ablation on long recordings: selective or time-invariant, bits a byte by context",
+        ),
     },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample next to count models, and sounds")},
 )

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import torch
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.recipes import spoken, spoken_digits
-from mambaseq_audio.recipes.spoken import Rows, Variation, bits, noise_bits
+from mambaseq_audio.recipes import audio_context, spoken, spoken_digits
+from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_pieces, noise_bits
 
 from mambaseq.errors import DataError
 from mambaseq.models import causal_lm
@@ -133,3 +133,41 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert again[1].lines[0].values == of
     with pytest.raises(DataError, match="none for test"):
         spoken.load(recordings).split(["nobody"])
+
+
+def test_bits_by_context_on_made_recordings(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    recordings = [rng.integers(100, 150, n).astype(np.uint8) for n in (700, 400)]
+    sound = audio_context.Sound.of(recordings, 64, CPU)
+    assert torch.equal(
+        sound.test,
+        torch.from_numpy(
+            np.stack(
+                [
+                    r[a : a + 65]
+                    for r, a in zip(
+                        [recordings[0], recordings[0], recordings[1]], (700 - 129, 700 - 65, 400 - 65), strict=True
+                    )
+                ]
+            )
+        ),
+    )
+    assert sound.train.tolist() == [*recordings[0][: 700 - 129], *recordings[1][: 400 - 65]]
+    with pytest.raises(DataError, match="holds no 64 samples"):
+        audio_context.Sound.of([recordings[1][:300]], 64, CPU)
+    torch.manual_seed(0)
+    model = causal_lm(256, 8, 1, "attention").eval()
+    total = torch.zeros(())
+    for piece in (row[a : a + 33].long() for row in sound.test for a in (0, 32)):
+        with torch.no_grad():
+            total += torch.nn.functional.cross_entropy(model(piece[None, :-1]).logits[0], piece[1:], reduction="sum")
+    found = bits_of_pieces(model, sound.test, 32, 64)
+    assert found == pytest.approx(float(total) / (3 * 64) / math.log(2), rel=1e-5)
+    (table,) = audio_context.tables(context(tmp_path, "LTI, complex", "selective, real"), recordings)
+    own, other, verdict = (line.values for line in table.lines)
+    assert set(own) == {"bits 32", "bits 64", "parameters", "seconds"}
+    assert verdict["bits 64"][0] == pytest.approx(other["bits 64"][0] - own["bits 64"][0])
+    assert table.lines[2].note == f"at the longest context: {'yes' if verdict['bits 64'][0] > 0 else 'no'}"
+    picture = (tmp_path / "context.svg").read_text()
+    assert picture.count('class="c0 curve"') == picture.count('class="c1 curve"') == 1
+    assert "LTI, complex" in picture

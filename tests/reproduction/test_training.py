@@ -164,7 +164,7 @@ def test_captured_steps_are_eager_steps(cuda: torch.device, mixer: str, options:
     found = []
     for cuda_graph in (True, False):
         model = make(mixer, cuda, dropout=0.0, **options)
-        trained = train(model, batches(cuda), 20, CONFIG, cuda_graph=cuda_graph)
+        trained = train(model, batches(cuda), 20, CONFIG, cuda_graph=cuda_graph, average=0.9)
         assert trained.captured == cuda_graph
         found.append((weights(model), trained.loss))
     (one, loss), (other, same_loss) = found
@@ -197,7 +197,7 @@ def test_a_captured_run_resumes(cuda: torch.device, tmp_path: Path, monkeypatch:
     """With dropout: a graph's random numbers go on as well. It is interrupted in a check, of which replays know
     nothing."""
     whole = make(device=cuda)
-    train(whole, batches(cuda), 20, CONFIG)
+    train(whole, batches(cuda), 20, CONFIG, average=0.9)
     monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)
 
     def interrupt() -> bool:
@@ -205,10 +205,13 @@ def test_a_captured_run_resumes(cuda: torch.device, tmp_path: Path, monkeypatch:
 
     path = tmp_path / "run.pt"
     with pytest.raises(Interrupted):
-        train(make(device=cuda), batches(cuda), 20, CONFIG, checkpoint=path, finished=interrupt, check_every=10)
+        train(
+            *(make(device=cuda), batches(cuda), 20, CONFIG),
+            **{"checkpoint": path, "finished": interrupt, "check_every": 10, "average": 0.9},  # type: ignore[arg-type]
+        )
     resumed = make(device=cuda)
     torch.manual_seed(99)
-    trained = train(resumed, batches(cuda), 20, CONFIG, checkpoint=path)
+    trained = train(resumed, batches(cuda), 20, CONFIG, checkpoint=path, average=0.9)
     assert trained.captured
     for name, value in weights(whole).items():
         torch.testing.assert_close(value, weights(resumed)[name], rtol=1e-3, atol=1e-4, msg=name)

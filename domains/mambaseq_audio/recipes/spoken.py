@@ -196,6 +196,20 @@ def bits(model: SequenceModel, clips: Sequence[np.ndarray], conditions: np.ndarr
     return float(total) / sum(map(len, clips)) / math.log(2)
 
 
+@torch.no_grad()
+def bits_of_pieces(model: SequenceModel, stretches: Tensor, length: int, together: int = 2**17) -> float:
+    """Mean bits of all samples of `(stretches, samples + 1)` uint8 but each stretch's first, in pieces of `length`
+    targets that know only the sample before them and what is in the piece. `length` divides the samples."""
+    inputs, targets = (part.reshape(-1, length) for part in (stretches[:, :-1], stretches[:, 1:]))
+    total = torch.zeros((), dtype=torch.float64, device=stretches.device)
+    rows = max(together // length, 1)
+    for some, labels in zip(inputs.split(rows), targets.split(rows), strict=True):
+        loss = model(some.long(), labels.long()).loss
+        assert loss is not None
+        total += loss.double() * labels.numel()
+    return float(total) / targets.numel() / math.log(2)
+
+
 _FRAME = 256  # samples, 32 ms
 
 

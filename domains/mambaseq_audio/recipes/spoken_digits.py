@@ -476,19 +476,21 @@ def _note(digits: Digits) -> str:
 def _about(digits: Digits) -> str:
     usual = CONTENDERS[LTI]
     return (
-        f"The Free Spoken Digit Dataset, six speakers, official split: takes 0 to 4 of each digit and speaker are the "
-        f"test ({len(digits.split['test']):,} recordings), takes 47 to 49 of the rest choose the weights, the others "
-        f"({len(digits.split['train']):,}) are trained on. 8-bit mu-law at fixed full scale, sample by sample, given "
-        f"digit and speaker. All are of about 6 M parameters and trained for {digits.minutes:g} minutes of steps "
-        "(compiling and looking at the validation recordings do not count), in rows of 4,096 samples, 16 a step; "
-        "AdamW, peak 2e-3, a cosine that ends with the clock, weight decay 0.1, an average of the weights (0.999), "
-        f"dropout {usual.dropout:g}; one half of the rows is made louder or softer by up to {usual.variation.gain:g} "
-        f"dB, one half begins up to {usual.variation.shift} samples later. bf16 autocast in training; bits in fp32. "
-        "What bounds them: 'training recordings' has the same weights' bits on recordings that they were trained on, "
-        "and 'background noise alone' what a model that knows everything but the noise would still pay, if speech and "
-        "stationary Gaussian noise as in a recording's quietest frames add up. Clips: temperature 1, as many as there "
-        "are test recordings, each as long as a training recording of its digit and speaker; FID against all "
-        "recordings that may be trained on. A second seed for the two that lead on the validation recordings."
+        "The Free Spoken Digit Dataset, six speakers, official split: takes 0 to 4 of each digit and speaker are the "
+        f"test ({len(digits.split['test']):,} recordings), takes 47 to 49 choose the weights, the others ("
+        f"{len(digits.split['train']):,}) are trained on. 8-bit mu-law at fixed full scale, sample by sample, given "
+        "digit and speaker. U-Nets have three resolutions, windows of 4 joined twice, and 4 layers each way; S4 is the "
+        "diagonal one, with an MLP behind each layer; stacks have 8 layers. All are of about 6 M parameters and "
+        f"trained for {digits.minutes:g} minutes of steps (compiling and looking at the validation recordings do not "
+        "count), in rows of 4,096 samples, 16 a step; AdamW, peak 2e-3, a cosine that ends with the clock, weight "
+        f"decay 0.1, an average of the weights (0.999), dropout {usual.dropout:g}; one half of the rows is made louder "
+        f"or softer by up to {usual.variation.gain:g} dB, one half begins up to {usual.variation.shift} samples later. "
+        "bf16 autocast in training; bits in fp32. What bounds them: 'training recordings' has the same weights' bits "
+        "on recordings that they were trained on, and 'background noise alone' what a model that knows everything but "
+        "the noise would still pay, if speech and stationary Gaussian noise as in a recording's quietest frames add "
+        "up. Clips: temperature 1, as many as there are test recordings, each as long as a training recording of its "
+        "digit and speaker; FID against all recordings that may be trained on. A second seed for the two that lead on "
+        "the validation recordings."
     )
 
 
