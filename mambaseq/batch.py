@@ -27,7 +27,8 @@ class Batch:
     mask: `(batch, length)` bool, True at real positions; None means all of them. Sequences are padded on the right
         only, so a causal model never sees padding before a real position.
     cu_seqlens: `(sequences + 1,)` int32, for packed batches (batch 1); targets of sequences are `(sequences, ...)`.
-    condition: `(batch,)` int64, what the sequence is conditioned on (a speaker, a digit, a species).
+    condition: what the sequence is conditioned on (a speaker, a digit, a species). One condition of names: `(batch,)`
+        int64 ids. Several, or numbers: `(batch, conditions)` int64, rows of `mambaseq.conditions.row`.
     n_units: how many units of the raw data the targets stand for (bytes of the text), if that differs from the number
         of targets; metrics "per byte" divide by it.
     target_of: "position", "sequence" or "code": what a target belongs to. Of several codes at a position, each has one

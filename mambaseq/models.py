@@ -178,7 +178,7 @@ class SequenceModel(nn.Module):
         inputs: `(batch, length)` int64 ids or `(batch, length, channels)` float; right padding only.
         labels: what the head learns (see `Batch.targets`). Next tokens are already shifted; those of transformers
             models are not.
-        mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64.
+        mask: `(batch, length)` bool of real positions. condition: `(sequences,)` int64 (see `Batch`).
         attention_mask: the mask of a transformers tokenizer, `(batch, length)` of ones and zeros. Its values are always
             checked, because these tokenizers may pad on the left.
         state: list of one state a layer, as returned. cu_seqlens: `(sequences + 1,)` int32, packs batch 1.

@@ -22,6 +22,7 @@ NOT_IN_WEIGHTS = {
     "checkpoint",
     "chunk_length",
     "class_weights",
+    "condition_dropout",
     "cuda_graph",
     "dropout",
     "focal_gamma",

@@ -21,12 +21,13 @@ from mambaseq.models import SequenceModel
 WIDTH = 8
 PAIRS: dict[str, Any] = {"vocab_size": 6, "complement": [3, 2, 1, 0, 4, 5]}
 TABLE = {"vocab_size": 6}
+SEVERAL = {"n_conditions": 5, "condition_sizes": [2, 3], "condition_means": [1.0], "condition_stds": [2.0]}
 ENCODERS: dict[str, list[dict[str, Any]]] = {
     "tokens": [{**TABLE, "n_conditions": 3}],
-    "codes": [{**TABLE, "n_codes": 2, "n_conditions": 3}],
+    "codes": [{**TABLE, "n_codes": 2, **SEVERAL}],
     "levels": [{**TABLE, "fine": 2, "n_conditions": 3}],
-    "rc_tokens": [{**PAIRS, "n_conditions": 3}],
-    "signal": [{"n_channels": 2, "n_conditions": 3}],
+    "rc_tokens": [{**PAIRS, **SEVERAL}],
+    "signal": [{"n_channels": 2, **SEVERAL}],
     "dna/kmer": [{"k": 3, "stride": 1}, {"k": 4, "stride": 3}],
     "dna/frames": [{"k": 2}],
     "dna/conv": [{**TABLE, "width": 5, "positions": 64}],

@@ -111,7 +111,11 @@ def test_full_chunked_and_stepped_models_agree(name: str) -> None:
     vocabulary = model.head.n_labels or model.head.linear.out_features
     codes = [model.head.codes] if model.head.codes else []
     ids = torch.randint(0, vocabulary, (2, 40, *codes))
-    condition = torch.tensor([0, 1]) if model.encoder.condition is not None else None
+    table, condition = model.encoder.condition, None
+    if table is not None:
+        condition = (
+            torch.tensor([0, 1]) if table.single else torch.tensor([[0] * len(table.sizes), [1] * len(table.sizes)])
+        )
     with torch.no_grad():
         full = model(ids, condition=condition).logits
         one = model(ids[:, :17], condition=condition, return_state=True)

@@ -1,10 +1,10 @@
-"""Short clips, each one sequence, with a condition from its file name."""
+"""Short clips, each one sequence, with conditions from its file name or a manifest."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.batch import Batch
+from mambaseq.conditions import of_names, of_numbers, rows, single
 from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import Interval
@@ -63,13 +64,14 @@ class RandomClips:
     def __init__(
         self,
         clips: Sequence[Interval],
-        conditions: Sequence[int] | None,
+        conditions: Sequence[int] | Sequence[tuple[int, ...]] | None,
         length: int,
         seed: int,
         step: int = 1,
         first: int = MuLaw.start_id,
     ) -> None:
-        """step: crops begin at multiples of it. first: what precedes a clip."""
+        """conditions: of each clip, ids or rows (see `mambaseq.conditions`). step: crops begin at multiples of it.
+        first: what precedes a clip."""
         self.first = first
         self.clips, self.conditions, self.length, self.seed, self.step = clips, conditions, length, seed, step
 
@@ -107,8 +109,10 @@ class ClipData(SequenceData):
             others; the default is the spoken digits that ship.
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
-        condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`; none if empty. The
-            default is the digit, and none with a manifest.
+        condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`, each by itself:
+            combinations that no clip has can be generated too. None if empty. The default is the digit, and none with a
+            manifest.
+        condition_numbers: groups that are numbers, such as `[age]`; a clip may lack one.
         split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest.
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
             they hold commas; `""` for none. All values that neither set takes are for training. The default is that of
@@ -138,6 +142,7 @@ class ClipData(SequenceData):
         files: str = DIGITS,
         pattern: str | None = None,
         condition: Sequence[str] | None = None,
+        condition_numbers: Sequence[str] = (),
         split: str | None = None,
         validation: str | Sequence[str] | None = None,
         test: str | Sequence[str] | None = None,
@@ -154,6 +159,7 @@ class ClipData(SequenceData):
         self.files, self.manifest, self.skip_bad = files, is_manifest(files), skip_bad
         self.pattern = pattern if self.manifest or pattern is not None else DIGITS_NAMES
         self.condition = tuple(condition if condition is not None else () if self.manifest else ("digit",))
+        self.condition_numbers = tuple(condition_numbers)
         self.split = split or ("split" if self.manifest else "take")
         # whether the words of a manifest's column `split` are those of SPLITS
         self._by_words = self.manifest and split is None and validation is None and test is None
@@ -176,6 +182,9 @@ class ClipData(SequenceData):
     def setup(self) -> None:
         if self._splits is not None:
             return
+        names = [*self.condition, *self.condition_numbers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"data.condition and data.condition_numbers name {shown(twice[0])} twice. Name it once.")
         check_setting("data.length", self.length, 1, WINDOW.value)
         check_setting("data.seed", self.seed, *SEEDS)
         check_rate(self.sample_rate, "data.sample_rate")
@@ -213,7 +222,7 @@ class ClipData(SequenceData):
             pattern = re.compile(composed(self.pattern or ""))
         except re.error as error:
             raise ConfigError(f"data.pattern is not a regular expression ({error}): {shown(self.pattern)}.") from error
-        wanted = {*self.condition} if all(self.lists.values()) else {*self.condition, self.split}
+        wanted = {*self.condition, *self.condition_numbers, *([] if all(self.lists.values()) else [self.split])}
         columns = dict.fromkeys(name for one in found for name in one.fields)
         if both := sorted(set(columns) & set(pattern.groupindex)):
             raise ConfigError(f"{shown(both[0])} is a column of {self.files} and a group of data.pattern. Rename one.")
@@ -317,38 +326,33 @@ class ClipData(SequenceData):
     def _label(
         self, found: Sequence[Recording], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]
     ) -> None:
-        """Number the conditions. Raises for one that training never sees, which would mean nothing to the model."""
-        self._conditions: list[int] | None = None
-        if not self.condition:
+        """Number the conditions' names and measure their numbers. Raises for what training never sees, which would mean
+        nothing to the model."""
+        self._conditions: list[int] | list[tuple[int, ...]] | None = None
+        names = (*self.condition, *self.condition_numbers)
+        if not names:
             return
-        values = [tuple(group[name] for name in self.condition) for group in groups]
-        known = sorted(
-            {values[i] for i in splits["train"]},
-            key=lambda v: [(int(x) if x.isdecimal() else 0, x) for x in v],
+        values = {name: [group[name] for group in groups] for name in names}
+        for i, one in enumerate(found):
+            if not any(values[name][i] for name in names):
+                verb = "are" if len(names) > 1 else "is"
+                raise DataError(
+                    f"{one} has no condition: {' and '.join(names)} {verb} empty. Fill it in, or change data.condition."
+                )
+        train = splits["train"]
+        self.conditions = tuple(
+            of_numbers(name, values[name], train, found)
+            if name in self.condition_numbers
+            else of_names(name, values[name], train)
+            for name in names
         )
-        numbers = {value: number for number, value in enumerate(known)}
-        for i in (*splits["validation"], *splits["test"]):
-            if values[i] not in numbers:
-                raise DataError(
-                    f"{found[i]} has the condition {shown(' '.join(values[i]))}, which no training clip has. Add "
-                    f"such clips, or change data.condition or the split."
-                )
-        self._conditions = [numbers.get(value, -1) for value in values]
-        for one, value in zip(found, values, strict=True):
-            if not any(value):
-                verb = "are" if len(value) > 1 else "is"
-                raise DataError(
-                    f"{one} has no condition: {' and '.join(self.condition)} {verb} empty. Fill it in, or change "
-                    f"data.condition."
-                )
-        self.condition_names = [" ".join(filter(None, value)) for value in known]
-        self.n_conditions = len(known)
-        for name, count in Counter(self.condition_names).items():
-            if count > 1:
-                raise DataError(
-                    f"{count} conditions of {self.files} are called {shown(name)}, since values are joined by blanks. "
-                    "Change data.pattern so that values have no blanks, or rename the files."
-                )
+        made = rows(self.conditions, values, splits, found)
+        self.n_conditions = sum(len(one.names) for one in self.conditions)
+        if single(self.conditions):
+            self.condition_names = list(self.conditions[0].names)
+            self._conditions = [one[0] for one in made]
+        else:
+            self._conditions = made
 
     def _refuse_copies(self, sounds: SoundStore, splits: dict[str, list[int]]) -> None:
         """Compares stored samples, whatever the files are called and however they are packed."""
@@ -370,7 +374,7 @@ class ClipData(SequenceData):
         assert self._splits is not None
         return [clip.read(clip.start, len(clip)) for clip in self._members(split)[0]]
 
-    def _members(self, split: str) -> tuple[list[Interval], list[int] | None]:
+    def _members(self, split: str) -> tuple[list[Interval], list[Any] | None]:
         assert self._splits is not None, "setup comes first"
         members = self._splits[split]
         conditions = None if self._conditions is None else [self._conditions[i] for i in members]

@@ -22,7 +22,7 @@ from mambaseq.reporting import Section, table
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import located
-from mambaseq.runs.conditions import condition_ids
+from mambaseq.runs.conditions import Known, condition_ids
 from mambaseq.runs.generation import generate_from
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.players import Clip, clip, grid, scales
@@ -67,7 +67,7 @@ def speaker(path: str | Path, name: str, loaded: LoadedModel) -> Speaker:
     told["bits a sample, validation"] = results.get("val/bits_per_token", "") or _logged(folder)
     told["parameters"] = loaded.model.n_parameters()
     told["steps"] = "" if card.step is None else card.step
-    conditional = bool(card.spec["encoder"].get("n_conditions"))
+    conditional = bool(Known(loaded).all)
     return Speaker(name, Path(path), rate, int(card.writer_options.get("channels", 1)), conditional, told)
 
 
@@ -212,8 +212,10 @@ def compare(
     places += [(said, 0) for said in conditions if said not in [one.said for one in reals]]
     if not places:
         notes.append("There are no real recordings to compare with.")
-        first = next((one.card.condition_names for one, of in zip(models, speakers, strict=True) if of.conditional), [])
-        places = [(said, 0) for said in first[:rows]] or [("", number) for number in range(min(rows, 4))]
+        first = next((one for one, of in zip(models, speakers, strict=True) if of.conditional), None)
+        places = [(said, 0) for said in (Known(first).examples(rows) if first else ())] or [
+            ("", number) for number in range(min(rows, 4))
+        ]
     lengths = [length_of(loaded, one, seconds)[1] for one, loaded in zip(speakers, models, strict=True)]
     size = sum(2 * one.channels * one.rate * length for one, length in zip(speakers, lengths, strict=True))
     if size * len(places) > MOST_SOUND:

@@ -155,7 +155,8 @@ class LabelledClips(ClipData):
             )
         super().setup()
         if self.condition_names:  # they are what is asked, not what is given
-            self.class_names, self.condition_names, self.n_conditions = tuple(self.condition_names), (), 0
+            self.class_names = tuple(self.condition_names)
+            self.condition_names, self.conditions, self.n_conditions = (), (), 0
 
     def _labelled(self, split: str) -> tuple[list[Interval], list[int]]:
         clips, labels = self._members(split)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mambaseq.conditions import told
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.data.tokenizer import Tokenizer
 
@@ -93,5 +94,7 @@ def said_of(data: SequenceData, condition: torch.Tensor | None) -> str:
     """A condition as `mambaseq generate --condition` takes it; "" for none."""
     if condition is None:
         return ""
+    if condition.dim() == 2 and data.conditions:
+        return told(data.conditions, condition[0].tolist())
     number = int(condition.flatten()[0])
     return data.condition_names[number] if number < len(data.condition_names) else str(number)

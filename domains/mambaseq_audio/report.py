@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 
 from mambaseq.atomic import atomic_file
+from mambaseq.conditions import told as told_condition
 from mambaseq.reporting import Section, audio_player, drawing, side_by_side, table
 from mambaseq.reporting.charts import Bar, bars
 from mambaseq.reporting.curves import loss_charts
@@ -33,10 +34,10 @@ def report(run: Path) -> Section:
     floors = unigram_bigram(data.clips("train"), data.clips("test"))
     bits = results["test/bits_per_token"]
     folder.update_results((), **{f"report/{name}": value for name, value in floors.items()})
-    names = list(data.condition_names)
+    real = real_clips(data)
+    names = list(data.condition_names) or list(real)[: 2 * SHOWN]
     files = generate_to(run, folder.path / "generated", condition=names, seed=0, progress=True).files
     generated = {name: soundfile.read(file, dtype="float32")[0] for name, file in zip(names, files, strict=True)}
-    real = real_clips(data)
     sounds = {f"{name}, {kind}": of[name] for name in names for kind, of in (("real", real), ("generated", generated))}
     seconds = max(map(len, sounds.values())) / data.sample_rate
     peak = max(float(np.abs(sound).max(initial=0.0)) for sound in sounds.values())
@@ -79,5 +80,5 @@ def real_clips(data: ClipData) -> dict[str, np.ndarray]:
     assert conditions is not None
     first: dict[str, np.ndarray] = {}
     for clip, condition in zip(data.clips("test"), conditions, strict=True):
-        first.setdefault(data.condition_names[condition], data.codec.decode(clip))
+        first.setdefault(told_condition(data.conditions, condition), data.codec.decode(clip))
     return first

@@ -11,7 +11,7 @@ from mambaseq.batch import Batch
 from mambaseq.data.windows import Interval
 
 
-def next_sample(previous: int, levels: np.ndarray, condition: int | None = None) -> Batch:
+def next_sample(previous: int, levels: np.ndarray, condition: int | tuple[int, ...] | None = None) -> Batch:
     """A batch whose targets are `levels`, `(length,)`; inputs are the same shifted by one, starting with `previous`."""
     targets = torch.from_numpy(levels.astype(np.int64))
     inputs = torch.cat([torch.tensor([previous]), targets[:-1]])
@@ -27,7 +27,7 @@ class Tiles:
 
     first: the input before an interval's first sample, which is then predicted too; None makes that sample an input
         only, for intervals that begin within a recording.
-    conditions: one for each interval.
+    conditions: one for each interval, an id or a row (see `mambaseq.conditions`).
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Tiles:
         length: int,
         *,
         first: int | None = None,
-        conditions: Sequence[int] | None = None,
+        conditions: Sequence[int] | Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         self.intervals, self.first, self.conditions = intervals, first, conditions
         skipped = 1 if first is None else 0

@@ -70,13 +70,27 @@ def _check_item(data: SequenceData, item: Any, name: str) -> None:
             count = inputs.shape[2] if inputs.dim() == 3 else 0
             _within(name, "the codes of inputs", count - 1, "n_codes", data.n_codes, exactly=True)
     if item.condition is not None:
-        _within(name, "a condition", int(item.condition.max()), "n_conditions", data.n_conditions)
+        _check_condition(data, item.condition, name)
     if data.n_outputs is not None and item.kind == "values" and item.targets is not None:
         count = item.targets.shape[-1] if item.targets.dim() == 2 + item.per_token else 1
         _within(name, "the numbers of a target", count - 1, "n_outputs", data.n_outputs, exactly=True)
     _ = item.per_token  # raises if the targets are wrong
     if data.class_names and item.kind == "labels" and item.targets is not None and int(item.n_targets):
         _within(name, "a label", int(item.targets.max()), "len(class_names)", len(data.class_names))
+
+
+def _check_condition(data: SequenceData, condition: torch.Tensor, name: str) -> None:
+    if condition.dim() == 1:
+        _within(name, "a condition", int(condition.max()), "n_conditions", data.n_conditions)
+        return
+    sizes = [len(one.names) for one in data.conditions if not one.is_number]
+    if condition.shape[1] != len(data.conditions) or data.n_conditions != sum(sizes):
+        raise LawBroken(
+            f"{name}: a condition is a row of {condition.shape[1]}, but data.conditions are {len(data.conditions)}, "
+            f"with {sum(sizes)} names (n_conditions is {data.n_conditions})."
+        )
+    for largest, size in zip(condition.amax(0).tolist(), sizes, strict=False):
+        _within(name, "a condition", largest, "its names are", size)
 
 
 def _within(name: str, what: str, largest: int, declared: str, count: int | None, exactly: bool = False) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mambaseq.batch import Batch
+from mambaseq.conditions import row
+from mambaseq.encoders import ConditionTable
 from mambaseq.models import SequenceModel
 
 LENGTHS = (11, 4, 1, 7)
@@ -25,13 +27,24 @@ def sequences(model: SequenceModel, signal: bool, lengths: Sequence[int] = LENGT
     for number, n in enumerate(lengths):
         codes = (getattr(model.encoder, "n_codes", 0),) if getattr(model.encoder, "n_codes", 0) else ()
         inputs = torch.randn(1, n, CHANNELS) if signal else torch.randint(0, TOKENS - 1, (1, n, *codes))
-        conditional = getattr(model.encoder, "condition", None) is not None
-        condition = torch.tensor([number % CONDITIONS]) if conditional else None
+        condition = _condition_of(model, number)
         targets = _targets_of(head, number, n, number == len(lengths) - 1)
         item = Batch(inputs=inputs, targets=targets, condition=condition, stride=head.stride)
         item.target_of = "code" if getattr(head, "codes", 0) else "position" if head.per_token else "sequence"
         found.append(item)
     return found
+
+
+def _condition_of(model: SequenceModel, number: int) -> Tensor | None:
+    """Some that the model has, now and then without one of several."""
+    table = getattr(model.encoder, "condition", None)
+    if table is None:
+        return None
+    if not isinstance(table, ConditionTable) or table.single:
+        return torch.tensor([number % CONDITIONS])
+    ids = [None if number == place + 1 else (number + place) % size for place, size in enumerate(table.sizes)]
+    numbers = [None if number == 0 else mean + number - 1.5 for mean in table.means]
+    return torch.tensor([row(ids, numbers)])
 
 
 def _targets_of(head: Any, number: int, length: int, last: bool) -> Tensor:

@@ -167,12 +167,22 @@ def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple
             notes.append(f"the {part} predicts other values, {cut_list(former or [], 3)} -> {cut_list(now or [], 3)}")
     for what, prefix, former, now in (
         ("classes", "head.", loaded.card.class_names, card.class_names),
-        ("conditions", "encoder.condition.", loaded.card.condition_names, card.condition_names),
+        ("conditions", "encoder.condition.", _conditions(loaded.card), _conditions(card)),
     ):
         if former and now and former != now:
             names.append(prefix)
             notes.append(f"the {what} differ, {cut_list(former, 3)} -> {cut_list(now, 3)}")
     return tuple(names), notes
+
+
+def _conditions(card: ModelCard) -> list[str]:
+    """What each row of a model's conditions is for."""
+    if not card.conditions:
+        return card.condition_names
+    single = len(card.conditions) == 1
+    return [
+        name if single else f"{one['name']}={name}" for one in card.conditions for name in one.get("names", ("number",))
+    ]
 
 
 def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel, source: SequenceModel) -> bool:
@@ -259,7 +269,16 @@ def _note_options(found: Beginning, former: Mapping[str, Any], now: Mapping[str,
 
 
 # options of a part that show in its tensors, its names or the vocabulary
-_TOLD = {"vocab_size", "n_codes", "n_channels", "n_classes", "n_conditions", "n_layers", "complement"}
+_TOLD = {
+    "vocab_size",
+    "n_codes",
+    "n_channels",
+    "n_classes",
+    "n_conditions",
+    "condition_sizes",
+    "n_layers",
+    "complement",
+}
 
 
 def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:

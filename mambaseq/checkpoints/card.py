@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.atomic import json_text
+from mambaseq.conditions import Condition
 from mambaseq.data.purpose import TASKS
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
 from mambaseq.generation.sampling import check_settings
@@ -25,6 +26,8 @@ class ModelCard:
     """What a model's weights do not say: how to build it, and what it was trained on.
 
     spec: see `mambaseq.models.build_model`. tokenizer: `{"name", "options"}` or None. reader, writer: registered names.
+    condition_names: of a model with one condition of names. conditions: of all (see `mambaseq.conditions.Condition`);
+        empty where nobody named them.
     strand_classes: the number that each class or value has on the other strand of DNA; empty where it is the same.
     generation: the run's defaults for `mambaseq generate`. step: optimizer steps that made the weights, None if
         unknown.
@@ -36,6 +39,7 @@ class ModelCard:
     tokenizer: dict[str, Any] | None = None
     class_names: list[str] = dataclasses.field(default_factory=list)
     condition_names: list[str] = dataclasses.field(default_factory=list)
+    conditions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     strand_classes: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
     start_ids: list[int] = dataclasses.field(default_factory=lambda: [0])
@@ -112,6 +116,8 @@ def _check(card: ModelCard) -> None:
         or not isinstance(tokenizer["options"], dict)
     ):
         raise ConfigError(f"tokenizer must hold a name and options, not {shown(tokenizer)}.")
+    for one in card.conditions:
+        Condition.from_plain(one)
     check_generation(card.generation)
     for name, digest in card.sha256.items():
         if Path(name).is_absolute() or ".." in Path(name).parts or not re.fullmatch("[0-9a-f]{64}", digest):

@@ -21,18 +21,21 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--condition",
         action="append",
+        nargs="+",
         metavar="NAME",
-        help="what to generate, for conditional models: a name, or several with commas; may be given again",
+        help="what to generate, for conditional models: a name, or several with commas; digit=7 speaker=theo age=31.5 "
+        "for several conditions; may be given again",
     )
     parser.add_argument(
         "--condition-column",
         metavar="NAME",
-        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table",
+        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table; "
+        "several with commas",
     )
     parser.add_argument(
         "--condition-table",
         metavar="FILE",
-        help="a .csv, .tsv or .jsonl that has the column, and a column record or file that says of which record",
+        help="a .csv, .tsv or .jsonl that has the columns, and a column record or file that says of which record",
     )
     parser.add_argument(
         "--out",
@@ -58,6 +61,8 @@ def run(argv: list[str], command: str) -> int:
         from mambaseq.outputs import is_stream
         from mambaseq.runs.generation import generate_to
 
+    if given["condition"] is not None:
+        given["condition"] = [" ".join(words) for words in given["condition"]]
     checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for path in generate_to(checkpoint, out, progress=True, **settings).files:

@@ -51,17 +51,19 @@ def run(argv: list[str], command: str) -> int:
         "--condition",
         action="append",
         metavar="NAME",
-        help="for conditional models: the condition of the records, one name",
+        help="for conditional models: the condition of the records, one name; 'digit=7 speaker=theo age=31.5' for "
+        "several conditions",
     )
     parser.add_argument(
         "--condition-column",
         metavar="NAME",
-        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table",
+        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table; "
+        "several with commas",
     )
     parser.add_argument(
         "--condition-table",
         metavar="FILE",
-        help="a .csv, .tsv or .jsonl that has the column, and a column record or file that says of which record",
+        help="a .csv, .tsv or .jsonl that has the columns, and a column record or file that says of which record",
     )
     parser.add_argument(
         "--window",

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mambaseq.batch import Batch
+from mambaseq.conditions import Condition
 from mambaseq.data.audited import Audited, audited_items
 from mambaseq.data.baselines import Baseline
 from mambaseq.data.sampler import PositionedBatchSampler
@@ -51,7 +52,10 @@ class SequenceData(abc.ABC):
     Known after `setup`:
     vocab_size: number of token ids, None for continuous inputs. n_codes: codes at a position, None for one token each.
     n_channels: channels of a continuous input.
-    class_names: names of the labels, empty for language modelling. n_conditions: number of conditions, 0 for none.
+    class_names: names of the labels, empty for language modelling.
+    conditions: what sequences are conditioned on, in order, those of names before numbers (see
+        `mambaseq.conditions`); a dataset with one of names may leave it out. n_conditions: number of names of all
+        conditions, 0 for none. condition_names: of one condition, its names.
     class_counts: of each class, how many known targets of the training set are of it, and how many are not; None if
         that is not counted. `balanced` weights of heads are made of them.
     n_outputs: how many values the target of a sequence, position or bin has, if targets are values. channel_mean,
@@ -60,7 +64,7 @@ class SequenceData(abc.ABC):
     complement: for DNA, the id that each id is paired with; None for data without another strand.
     strand_classes: the number that each class, or value of a target, has on the other strand: `[0, 2, 1]` for other,
         coding +, coding -. None where they are the same on both. `predict` turns answers by it.
-    condition_names: their names. length: length of the windows, what `predict` cuts long records into.
+    length: length of the windows, what `predict` cuts long records into.
     tokenizer, tokenizer_name: the tokenizer and its registered name. tokenizer is None for continuous inputs.
     start_ids: what generation starts from without a prompt (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
@@ -79,6 +83,7 @@ class SequenceData(abc.ABC):
     complement: Sequence[int] | None = None
     strand_classes: Sequence[int] | None = None
     condition_names: Sequence[str] = ()
+    conditions: Sequence[Condition] = ()
     length: int = 0
     tokenizer: Tokenizer | None = None
     tokenizer_name: str | None = None

@@ -22,7 +22,8 @@ class Record:
     start, total: for a part of a sequence: the place of its first token in the sequence of that name, counted from 0,
         and that sequence's length. Rows of `predict` count from there. totals: the lengths of all sequences of its
         file, by name, if parts alone are read.
-    condition: the id of its condition, for conditional models. `predict` and `generate` set it; readers do not.
+    condition: the id or row of its condition, for conditional models (see `mambaseq.conditions`). `predict` and
+        `generate` set it; readers do not.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Record:
     scored: np.ndarray | None = None
     source: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    condition: int | None = None
+    condition: int | tuple[int, ...] | None = None
     start: int = 0
     total: int | None = None
     totals: Mapping[str, int] | None = None

@@ -60,7 +60,7 @@ def generate(
         max_new_tokens: tokens to add, or positions. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
         seed: each sequence then depends only on model, prompt, condition, settings and its number among the samples of
             its prompt, not on the other sequences. In [0, 2^63); None draws one from PyTorch's generator.
-        condition: `(batch,)` int64 for conditional models.
+        condition: `(batch,)` int64 (see `Batch`) for conditional models.
         stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
         progress: show a bar.
         cuda_graph: on a CUDA device, compute many positions in one kernel if possible (see `generation/stretches.py`),

@@ -31,7 +31,7 @@ class Decoder:
         model: its weights may change in place while it is decoded, but must not be replaced or moved.
         state: one for each layer, from `model.init_state` or a prefill; it is changed in place, and nothing else may
             change it.
-        condition: `(batch,)` int64 for conditional models.
+        condition: `(batch,)` int64 (see `Batch`) for conditional models.
         cuda_graph: False never captures.
     """
 

@@ -80,8 +80,8 @@ class Draws:
     """Random numbers in [0, 1) for each sequence, from a stream of its own that depends on the seed, its prompt, its
     condition and its number among the samples of that prompt, but not on other sequences.
 
-    prompt: `(batch, length)` int64, or `(batch, length, channels)` fp32. condition: `(batch,)` int64 or None. numbers:
-        `(batch, samples)` int64; None counts samples from 0, after those of equal prompts (with equal conditions)
+    prompt: `(batch, length)` int64, or `(batch, length, channels)` fp32. condition: as in `Batch`, or None.
+    numbers: `(batch, samples)` int64; None counts samples from 0, after those of equal prompts (with equal conditions)
         before it.
     """
 
@@ -125,8 +125,9 @@ class Draws:
         return torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
 
 
-def _digest(seed: int, condition: int, prompt: np.ndarray) -> int:
-    head = np.array([condition, len(prompt)], dtype="<i8").tobytes()
+def _digest(seed: int, condition: int | list[int], prompt: np.ndarray) -> int:
+    given = [condition] if isinstance(condition, int) else condition
+    head = np.array([*given, len(prompt)], dtype="<i8").tobytes()
     kind = "<f4" if prompt.dtype.kind == "f" else "<i8"
     return int.from_bytes(
         hashlib.blake2b(seed.to_bytes(8, "little") + head + prompt.astype(kind).tobytes(), digest_size=8).digest(),

@@ -140,7 +140,7 @@ class Answer(abc.ABC):
         return torch.stack([self.tensor(record, span.start, span.stop) for record, span in pieces])
 
     def conditions(self, pieces: Iterable[tuple[Record, Span]]) -> Tensor | None:
-        """Those of the records, `(spans,)` int64; None for a model that has none."""
+        """Those of the records, `(spans,)` int64 (see `Batch`); None for a model that has none."""
         found = [record.condition for record, _ in pieces]
         return None if None in found else torch.tensor(found, device=self.device)
 

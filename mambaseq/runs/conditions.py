@@ -1,85 +1,221 @@
-"""The conditions of records: one name for all of them, or one for each from a column."""
+"""The conditions of records: the same for all of them, or those of each from columns."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints import LoadedModel
+from mambaseq.conditions import (
+    NOT_GIVEN,
+    Condition,
+    composed,
+    in_order,
+    listed,
+    names_of,
+    number,
+    parts_of,
+    row,
+    single,
+    values_of,
+)
 from mambaseq.data.records import Record
 from mambaseq.data.tables import named_rows
 from mambaseq.errors import ConfigError, DataError, cut, cut_list, did_you_mean, folded, shown
 
+logger = logging.getLogger(__name__)
+
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_LISTED = 12
+_TABLE = "--condition-table needs the name of the column with the conditions: --condition-column."
+
+Given = str | Mapping[str, object]
+"""Conditions as a user says them: `"7"`, `"digit=7 speaker=theo age=31.5"`, or a mapping of such names."""
 
 
-def condition_ids(loaded: LoadedModel, condition: str | Sequence[str] | None) -> list[int]:
-    """Ids of condition names (numbers where the model's conditions have no names).
+class Known:
+    """The conditions of a model, by which names and numbers become ids and rows.
 
-    condition: one name, several with commas, or a sequence of these. A name that itself holds commas is found first.
+    all: in the order of rows. Raises ConfigError for a description that is not whole.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.source = loaded.source
+        encoder, card = loaded.card.spec["encoder"], loaded.card
+        self._dropped = bool(encoder.get("condition_dropout"))
+        self._odd: set[str] = set()  # conditions with numbers that were told to be out of range
+        count = encoder.get("n_conditions", 0)
+        sizes = encoder.get("condition_sizes") or ([count] if count else [])
+        means, stds = (encoder.get(f"condition_{of}") or [] for of in ("means", "stds"))
+        made = [Condition.from_plain(one) for one in card.conditions]
+        if not made and len(sizes) == 1 and not means:
+            made = [Condition("", tuple(card.condition_names or map(str, range(count))))]
+        elif not made:  # a model that was saved without its data's names
+            made = [Condition(f"condition_{i}", tuple(map(str, range(size)))) for i, size in enumerate(sizes, start=1)]
+            made += [
+                Condition(f"number_{i}", low=mean - 2 * std, high=mean + 2 * std, mean=mean, std=std)
+                for i, (mean, std) in enumerate(zip(means, stds, strict=True), start=1)
+            ]
+        self.all = in_order(made)
+        found = [len(one.names) for one in self.all if not one.is_number]
+        if found != sizes or len(self.all) != len(sizes) + len(means):
+            raise ConfigError(
+                f"The model at {loaded.source} has {count} conditions, but its description names {sum(found)}"
+                f"{'' if single(self.all) else f' ({listed(self.all)})'}. Export it again."
+            )
+        self.names = [[composed(name) for name in one.names] for one in self.all]
+
+    def may_lack(self, condition: Condition) -> bool:
+        """Whether the model has learned to do without it."""
+        return condition.missing or self._dropped
+
+    def examples(self, most: int) -> list[str]:
+        """Some that the model knows, as `rows` takes them: of several, as many as the one with most names has."""
+        counts = [len(names) for names in self.names if names]
+        values = [(one.names or (f"{one.mean:.4g}",)) for one in self.all]
+        if single(self.all):
+            return list(values[0][:most])
+        return [
+            " ".join(f"{one.name}={of[i % len(of)]}" for one, of in zip(self.all, values, strict=True))
+            for i in range(min(max(counts, default=1), most))
+        ]
+
+    def rows(self, given: Given) -> list[int] | list[tuple[int, ...]]:
+        """Ids or rows of what is given: every combination of the values between commas.
+
+        Raises ConfigError that names the condition for a name that is unknown, a number that is none, and a condition
+        that the model needs.
+        """
+        values = self._values(given)
+        found = []
+        for place, condition in enumerate(self.all):
+            text = values.get(condition.name)
+            if text is None or (text == "" and "" not in self.names[place]):
+                if not self.may_lack(condition):
+                    raise ConfigError(
+                        f"This model needs {condition.name or 'a condition'} as well. Give one with --condition: "
+                        f"{values_of(condition)}."
+                    )
+                found.append([None])
+            elif condition.is_number:
+                found.append([self.number(condition, part.strip()) for part in text.split(",")])
+            else:
+                found.append([self.names[place].index(name) for name in self._split(place, text)])
+        return [self.row(one) for one in itertools.product(*found)]  # type: ignore[return-value]
+
+    def row(self, values: Sequence[Any]) -> int | tuple[int, ...]:
+        """An id or a row. values: of each condition an id, a number, or None."""
+        if single(self.all):
+            return NOT_GIVEN if values[0] is None else values[0]
+        count = sum(not one.is_number for one in self.all)
+        return row(values[:count], values[count:])
+
+    def number(self, condition: Condition, given: object) -> float:
+        """A number that a user gives; one that training has not seen the like of is told. Raises ConfigError."""
+        whole = isinstance(given, int | float) and not isinstance(given, bool)
+        found = number(str(given) if whole or isinstance(given, str) else "")
+        if found is None:
+            raise ConfigError(
+                f"{condition.name} is a number, not {shown(given)}. Give one such as {condition.mean:.4g}; training "
+                f"had {condition.low:g} to {condition.high:g}."
+            )
+        if not condition.low <= found <= condition.high and condition.name not in self._odd:
+            self._odd.add(condition.name)
+            logger.warning(
+                "%s=%g is outside of what training had, %g to %g: the model has to guess.",
+                condition.name, found, condition.low, condition.high,
+            )  # fmt: skip
+        return found
+
+    def unknown(self, place: int, given: str) -> str:
+        """The message for a name that a condition does not have."""
+        if not self.all:
+            return f"No condition is named {shown(given)}. The model is not conditional; leave --condition out."
+        name = self.all[place].name
+        if other := re.search(r"(?:^|\s)([^\s=]+)=", given):
+            names = [one.name for one in self.all if one.name]
+            near = did_you_mean(other[1], names)
+            return f"No condition is called {shown(other[1])}.{near} They are: {listed(self.all)}."
+        what = f"The condition {name} knows no" if name else "No condition is named"
+        return f"{what} {shown(given)}.{_near(given, self.names[place])}"
+
+    def _values(self, given: Given) -> dict[str, str]:
+        """What is given of each condition, as text."""
+        names = [one.name for one in self.all]
+        if isinstance(given, Mapping):
+            told = {composed(str(key)): "" if value is None else str(value) for key, value in given.items()}
+            for key in told:
+                if key not in names:
+                    raise ConfigError(self.unknown(0, f"{key}="))
+            return {key: composed(value) for key, value in told.items()}
+        text = composed(given)
+        if len(self.all) == 1 and text in self.names[0]:
+            return {names[0]: text}
+        before, values = parts_of(text, names)
+        if before or not values:
+            if len(self.all) <= 1 and not values:
+                return {names[0] if names else "": before}
+            if "=" in before:
+                raise ConfigError(self.unknown(0, before))
+            raise ConfigError(
+                f"--condition {shown(before or text)} does not say which condition that is. Write "
+                f"{' '.join(f'{name}=...' for name in names[:6])}; there are: {listed(self.all)}."
+            )
+        return values
+
+    def _split(self, place: int, given: str) -> list[str]:
+        """The names in a text with commas; longer names are tried first."""
+        names = self.names[place]
+        if given in names:
+            return [given]
+        parts, found = given.split(","), []
+        while parts:
+            for end in range(len(parts), 0, -1):
+                if (name := ",".join(parts[:end]).strip()) in names:
+                    found.append(name)
+                    parts = parts[end:]
+                    break
+            else:
+                raise ConfigError(self.unknown(place, parts[0].strip()))
+        return found
+
+
+def condition_ids(loaded: LoadedModel, condition: Given | Sequence[Given] | None) -> list[int] | list[tuple[int, ...]]:
+    """What a user asks for, as ids, or rows for a model of several conditions or of numbers (see
+    `mambaseq.conditions`); none where nothing is asked for and the model can do without.
+
+    condition: what all conditions are: one name, or `digit=7 speaker=theo age=31.5`, or a mapping; several values with
+    commas, or a sequence of these. A name that itself holds commas is found first.
 
     Raises ConfigError for unknown names, and where a condition is needed.
     """
-    names = _names(loaded)
+    known = Known(loaded)
     if condition is None:
-        if names:
-            raise ConfigError(f"This model needs a condition. Give one with --condition: {_listed(names)}.")
+        needed = [one for one in known.all if not known.may_lack(one)]
+        if needed:
+            raise ConfigError(f"This model needs a condition. Give one with --condition: {listed(needed)}.")
         return []
-    given = [_composed(one) for one in ([condition] if isinstance(condition, str) else condition)]
-    return [names.index(name) for one in given for name in _split(one, names)]
-
-
-def _composed(text: str) -> str:
-    """Accents may be typed or stored as separate characters."""
-    return unicodedata.normalize("NFC", text)
-
-
-def _names(loaded: LoadedModel) -> list[str]:
-    """Names of a model's conditions, none where it has none. Raises ConfigError for a description that is not whole."""
-    count = loaded.card.spec["encoder"].get("n_conditions", 0)
-    names = (loaded.card.condition_names or [str(number) for number in range(count)]) if count else []
-    if len(names) != count:
-        raise ConfigError(
-            f"The model at {loaded.source} has {count} conditions, but its description names {len(names)}. Export it "
-            "again."
-        )
-    return [_composed(name) for name in names]
-
-
-def _split(given: str, names: list[str]) -> list[str]:
-    """The names in a text with commas; longer names are tried first."""
-    if given in names:
-        return [given]
-    parts, found = given.split(","), []
-    while parts:
-        for end in range(len(parts), 0, -1):
-            if (name := ",".join(parts[:end]).strip()) in names:
-                found.append(name)
-                parts = parts[end:]
-                break
-        else:
-            raise ConfigError(f"No condition is named {shown(parts[0].strip())}.{_near(parts[0].strip(), names)}")
-    return found
+    every = [condition] if isinstance(condition, str | Mapping) else condition
+    if not known.all:
+        raise ConfigError(known.unknown(0, str(every[0]) if every else ""))
+    return [one for given in every for one in known.rows(given)]  # type: ignore[return-value]
 
 
 def _near(given: str, names: list[str]) -> str:
     """A hint at what could be meant: names that hold all the given words (digits may be written as words), or a similar
     name."""
-    if not names:
-        return " The model is not conditional; leave --condition out."
     wanted = set(_words(given))
     fitting = [name for name in names if wanted and wanted <= set(_words(name))]
     fitting = fitting or [name for name in names if given and given.lower() in name.lower()]
     if fitting:
         if len(fitting) == 1:
             return f" Did you mean {shown(fitting[0])}?"
-        return f" Did you mean one of these: {_listed(fitting)}?"
-    return f"{did_you_mean(given, names)} The model knows: {_listed(names)}."
+        return f" Did you mean one of these: {names_of(fitting)}?"
+    return f"{did_you_mean(given, names)} The model knows: {names_of(names)}."
 
 
 def _words(text: str) -> list[str]:
@@ -87,20 +223,17 @@ def _words(text: str) -> list[str]:
     return [str(_DIGITS.index(word)) if word in _DIGITS else word.lstrip("0") or "0" for word in words]
 
 
-def _listed(names: list[str]) -> str:
-    """A few of the names, for a message; in quotes where they hold commas."""
-    return cut_list((shown(name) if "," in name else name for name in names), _LISTED)
-
-
 class Conditions:
     """The condition of each record.
 
-    condition: names for all records. column: instead, the name of a column with a value for each record: in the files
-        themselves, if the reader reads tables, or in `table`, a CSV, TSV or jsonl file with a row for each record. Its
-        columns `record` and `file` (one or both) say which record a row is for: the record's name, and its file,
-        relative to the table's folder or to the current one.
+    condition: for all records, see `condition_ids`. column: instead, the name of a column with a value for each record:
+        in the files themselves, if the reader reads tables, or in `table`, a CSV, TSV or jsonl file with a row for each
+        record. Its columns `record` and `file` (one or both) say which record a row is for: the record's name, and its
+        file, relative to the table's folder or to the current one. For several conditions: their names, with commas,
+        each a column, or `digit=COLUMN speaker=COLUMN`; with a table all of them if left out.
 
-    each: ids for all records, [] with a column or if none are needed. fields: columns that the reader is asked for.
+    each: ids or rows for all records, [] with a column or if none are needed. fields: columns that the reader is asked
+        for. by_record: whether each record has its own.
         Raises ConfigError for options that do not fit each other or the model, DataError for a table that cannot be
         used.
     """
@@ -108,40 +241,40 @@ class Conditions:
     def __init__(
         self,
         loaded: LoadedModel,
-        condition: str | Sequence[str] | None = None,
+        condition: Given | Sequence[Given] | None = None,
         column: str | None = None,
         table: str | Path | None = None,
     ) -> None:
-        self.column, self.table = column, None if table is None else Path(table)
-        self.each: list[int] = []
+        self.table = None if table is None else Path(table)
+        self.by_record = column is not None or table is not None
+        self.each: list[int] | list[tuple[int, ...]] = []
         self.fields: list[str] = []
-        if column is None:
-            if table is not None:
-                raise ConfigError(
-                    "--condition-table needs the name of the column with the conditions: --condition-column."
-                )
+        if not self.by_record:
             self.each = condition_ids(loaded, condition)
             return
         if condition is not None:
             raise ConfigError("--condition is for all records, --condition-column for each record. Give one of them.")
-        self._known = _names(loaded)
-        if not self._known:
+        self._known = known = Known(loaded)
+        if not known.all:
             raise ConfigError("The model is not conditional; leave --condition-column out.")
+        # by the place of a condition
+        self._columns = dict(enumerate(_columns(known, column)))
+        columns = [one for one in self._columns.values() if one is not None]
         if self.table is None:
-            self.fields = [column]
+            self.fields = columns
         else:
-            self._by, self._rows = _read_table(self.table, column)
+            self._by, self._rows = _read_table(self.table, columns)
 
-    def of(self, record: Record, file: str) -> int | None:
-        """The id of a record's condition; None if none is needed. file: the record's file.
+    def of(self, record: Record, file: str) -> int | tuple[int, ...] | None:
+        """The id or row of a record's condition; None if none is needed. file: the record's file.
 
         Raises DataError for a record without one, and for a value that is not a condition of the model.
         """
-        if self.column is None:
+        if not self.by_record:
             return self.each[0] if self.each else None
         here = cut(record.name, 300) if record.name.startswith(file) else f"{file}, record {shown(record.name, 300)}"
         if self.table is None:
-            value, where = record.fields.get(self.column), f"{here}: the column {shown(self.column)}"
+            values, place = record.fields, ""
         else:
             key = _key(self._by, record.name, os.path.realpath(file))
             if key not in self._rows:
@@ -149,41 +282,91 @@ class Conditions:
                     f"{here}: {self.table} has no row for it (by {' and '.join(self._by)}). Add one, or leave the "
                     f"record out."
                 )
-            line, value = self._rows[key]
-            where = f"{here}: the column {shown(self.column)} in line {line} of {self.table}"
+            line, values = self._rows[key]
+            place = f" in line {line} of {self.table}"
+        found = [
+            None
+            if column is None
+            else self._value(which, values.get(column), f"{here}: the column {shown(column)}{place}")
+            for which, column in self._columns.items()
+        ]
+        return self._known.row(found)
+
+    def _value(self, which: int, value: Any, where: str) -> int | float | None:
+        """A value of a condition: its name's id, or the number. None where there is none, and need not be."""
+        known, condition = self._known, self._known.all[which]
+        empty = value is None or (isinstance(value, str) and not value.strip())
+        if empty and known.may_lack(condition):
+            return None
+        if condition.is_number:
+            try:
+                return known.number(condition, value.strip() if isinstance(value, str) else value)
+            except ConfigError as error:
+                raise DataError(f"{where}: {error}") from error
         text = _text(value)
         if text is None:
             raise DataError(f"{where} is {shown(value)}, which names no condition. Give a name or a whole number.")
-        if text not in self._known:
-            raise DataError(f"{where}: no condition is named {shown(text)}.{_near(text, self._known)}")
-        return self._known.index(text)
+        if text not in known.names[which]:
+            said = known.unknown(which, text)
+            raise DataError(f"{where}: {said[0].lower()}{said[1:]}")
+        return known.names[which].index(text)
+
+
+def _columns(known: Known, column: str | None) -> list[str | None]:
+    """The column of each condition; None for those that are not given. Raises ConfigError."""
+    names = [one.name for one in known.all]
+    if column is None:
+        if "" in names:
+            raise ConfigError(_TABLE)
+        return [*names]
+    text = composed(column)
+    before, given = parts_of(text, names)
+    if not given and len(names) == 1:
+        return [column]
+    if not given:
+        given = {name.strip(): name.strip() for name in text.split(",")}
+    elif before:
+        raise ConfigError(f"--condition-column {shown(column)} begins with {shown(before)}. Write {names[0]}=COLUMN.")
+    for name in given:
+        if name not in names:
+            raise ConfigError(
+                f"--condition-column: no condition is called {shown(name)}.{did_you_mean(name, names)} They are: "
+                f"{cut_list(names)}. Write {names[0]}={cut(name)} if that is the column's name."
+            )
+    for one in known.all:
+        if one.name not in given and not known.may_lack(one):
+            raise ConfigError(f"This model needs {one.name} as well. Name its column with --condition-column.")
+    return [given.get(name) for name in names]
 
 
 def _text(value: Any) -> str | None:
     """A name, or a whole number as text; None for anything else."""
     if isinstance(value, str):
-        return _composed(value.strip()) or None
+        return composed(value.strip()) or None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 def _key(by: Sequence[str], record: Any, file: Any) -> tuple[str, ...]:
-    return tuple({"record": _composed(str(record)), "file": str(file)}[one] for one in by)
+    return tuple({"record": composed(str(record)), "file": str(file)}[one] for one in by)
 
 
-def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...], tuple[int, Any]]]:
-    """The columns that identify rows, and the line and value of each row by them.
+def _read_table(
+    path: Path, columns: Sequence[str]
+) -> tuple[list[str], dict[tuple[str, ...], tuple[int, Mapping[str, Any]]]]:
+    """The columns that identify rows, and the line and values of each row by them. columns: what the rows must have.
 
     Raises DataError that names the file, and the line where there is one; UserError for one over `limits.TABLE_BYTES`.
     """
     by: list[str] = []
-    found: dict[tuple[str, ...], tuple[int, Any]] = {}
-    for line, row in named_rows(path, "--condition-table"):
+    found: dict[tuple[str, ...], tuple[int, Mapping[str, Any]]] = {}
+    for line, given in named_rows(path, "--condition-table"):
+        row = {composed(name): value for name, value in given.items()}
         if not by:
             by = [name for name in ("record", "file") if name in row]
-        for name in (column, *by):
-            if name not in row or row[name] is None:
+        for name in (*columns, *by):
+            if name not in row or (row[name] is None and name in by):
                 near = did_you_mean(name, [str(one)[:80] for one in row])
                 raise DataError(f"{path}, line {line}: there is no {shown(name)}.{near} Correct the line.")
         if not by:
@@ -200,7 +383,7 @@ def _read_table(path: Path, column: str) -> tuple[list[str], dict[tuple[str, ...
         key = _key(by, row.get("record"), file)
         if key in found:
             raise DataError(f"{path}, line {line}: {cut_list(key)} has a row already, line {found[key][0]}.")
-        found[key] = line, row[column]
+        found[key] = line, {name: row[name] for name in columns}
     if not found:
         raise DataError(f"{path} has no row. Write one for each record.")
     return by, found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from mambaseq.checkpoints.card import check_generation
+from mambaseq.conditions import encoder_options, listed
 from mambaseq.data.module import SequenceData, SequenceDataModule
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown, under_key
@@ -24,7 +25,19 @@ from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
 
 # arguments that a part gets from the model or the data, never from the configuration
-PROVIDED = {"d_model", "make_mixer", "vocab_size", "n_codes", "n_channels", "n_conditions", "n_classes", "complement"}
+PROVIDED = {
+    "d_model",
+    "make_mixer",
+    "vocab_size",
+    "n_codes",
+    "n_channels",
+    "n_conditions",
+    "n_classes",
+    "complement",
+    "condition_sizes",
+    "condition_means",
+    "condition_stds",
+}
 
 # arguments that the data give where the configuration leaves them out: type and help
 OFFERED: dict[str, tuple[Any, str]] = {
@@ -159,7 +172,15 @@ class RunConfig:
             "n_conditions": data.n_conditions,
             "n_classes": len(data.class_names) or None,
             "complement": None if data.complement is None else [int(i) for i in data.complement],
+            **encoder_options(data.conditions),
         }
+        if missing := encoder_options(data.conditions).keys() - arguments_of(self.classes["encoder"]).keys():
+            raise ConfigError(
+                f"The dataset {shown(self.settings['data']['name'])} has several conditions, or numbers "
+                f"({listed(data.conditions)}), which the encoder {shown(self.settings['model']['encoder']['name'])} "
+                f"does not take ({cut_list(sorted(missing))}). Choose the encoder tokens or signal, or other "
+                f"conditions."
+            )
         model = self.settings["model"]
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
         for part in PARTS:

@@ -22,7 +22,7 @@ from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.sampling import check_settings
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
-from mambaseq.runs.conditions import Conditions
+from mambaseq.runs.conditions import Conditions, Given
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
 
@@ -72,7 +72,7 @@ def generate_from(
     checkpoint: str | Path,
     *,
     prompt: str | None = None,
-    condition: str | Sequence[str] | None = None,
+    condition: Given | Sequence[Given] | None = None,
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
     samples: int = 1,
@@ -204,12 +204,15 @@ def _check_amount(sequences: int, new_tokens: int) -> None:
     )
 
 
+_Under = int | tuple[int, ...] | None  # see mambaseq.conditions
+
+
 class _Prompt(NamedTuple):
-    """What is continued, `(length, ...)` int64 or `(length, channels)` float32, and under which conditions, [None] for
-    a model that has none. given: what is known of what is added; see `mambaseq.generation.generate`."""
+    """What is continued, `(length, ...)` int64 or `(length, channels)` float32, and under which conditions, ids or
+    rows; [None] where none is given. given: what is known of what is added; see `mambaseq.generation.generate`."""
 
     values: np.ndarray
-    conditions: Sequence[int | None]
+    conditions: Sequence[_Under]
     given: np.ndarray | None = None
 
 
@@ -222,7 +225,7 @@ class _Job(NamedTuple):
 
     place: int
     prompt: np.ndarray
-    condition: int | None
+    condition: _Under
     first: int
     stop: int
     earlier: int
@@ -278,7 +281,7 @@ def _sequences(
 def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
     """Jobs with one prompt length and one number of samples, at most `_AT_ONCE` sequences together."""
     by_shape: dict[tuple[int, int], list[_Job]] = {}
-    seen: collections.Counter[tuple[bytes, int | None]] = collections.Counter()
+    seen: collections.Counter[tuple[bytes, _Under]] = collections.Counter()
     place = -1
     for prompt, conditions, given in prompts:
         for condition in conditions:
@@ -316,7 +319,7 @@ def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: C
                 f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
                 f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
             )
-        if conditions.column is not None:
+        if conditions.by_record:
             record = dataclasses.replace(record, condition=conditions.of(record, record.source or prompt))
         found.append(record)
         limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
@@ -325,9 +328,9 @@ def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: C
     return found
 
 
-def _under(record: Record, conditions: Conditions) -> Sequence[int | None]:
+def _under(record: Record, conditions: Conditions) -> Sequence[_Under]:
     """The conditions of a prompt."""
-    return [record.condition] if conditions.column is not None else conditions.each or [None]
+    return [record.condition] if conditions.by_record else conditions.each or [None]
 
 
 def _signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[_Prompt]:
@@ -360,7 +363,7 @@ def _ids(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> lis
             assert record.ids is not None  # from a reader that has a tokenizer
             found.append(_Prompt(record.ids.astype(np.int64), _under(record, conditions)))
         return found
-    if conditions.column is not None:
+    if conditions.by_record:
         raise ConfigError(
             "--condition-column is of the records of a file, and --prompt is none. Say on what with --condition."
         )

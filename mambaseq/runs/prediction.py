@@ -21,7 +21,7 @@ from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span, answer_of
 from mambaseq.runs.columns import Frame
-from mambaseq.runs.conditions import Conditions
+from mambaseq.runs.conditions import Conditions, Given
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
 from mambaseq.runs.loading import columns_given, fitting_options, records_of, regions_given
@@ -61,7 +61,7 @@ def predict(
     pool: Pool = "mean",
     layer: int | None = None,
     reader: str | None = None,
-    condition: str | Sequence[str] | None = None,
+    condition: Given | Sequence[Given] | None = None,
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
     window: int | None = None,
@@ -79,8 +79,8 @@ def predict(
     out: the file; its ending says the format (`mambaseq.runs.tables`). None returns a table.
     what: "answers" of the head, bits of all "tokens" of a language model, or "embeddings", by pool and layer
         (`mambaseq.runs.embeddings`).
-    condition: for conditional models, the name of the one condition for all records; or condition_column and
-        condition_table give each record its own: see `mambaseq.runs.conditions.Conditions`.
+    condition: for conditional models, the one condition of all records (see `mambaseq.runs.conditions`); or
+        condition_column and condition_table give each record its own: see `mambaseq.runs.conditions.Conditions`.
     window: tokens read by themselves; None takes the length of training (whole records for language models, and for
         labels of positions from a causal model).
     stride: from the start of a window to that of the next. The last window of a record is then a complete one, and

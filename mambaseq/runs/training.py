@@ -63,6 +63,7 @@ def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) ->
         tokenizer=tokenizer,
         class_names=list(data.class_names),
         condition_names=list(data.condition_names),
+        conditions=[one.plain() for one in data.conditions],
         strand_classes=[int(number) for number in data.strand_classes or ()],
         length=data.length,
         start_ids=list(data.start_ids),

@@ -82,7 +82,7 @@ def shorten(batch: Batch, length: int) -> Batch:
         inputs=cut(batch.inputs),  # type: ignore[arg-type]
         targets=cut(targets, length // stride) if per_token else targets,
         mask=cut(batch.mask),
-        condition=cut(batch.condition),
+        condition=None if batch.condition is None else batch.condition.repeat_interleave(folds, dim=0),
         target_of=batch.target_of,
         stride=stride,
     )

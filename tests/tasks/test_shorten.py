@@ -18,6 +18,10 @@ def test_next_token_batches_are_folded() -> None:
     assert torch.equal(batch.targets, batch.inputs + 1)
     assert batch.condition is not None
     assert batch.condition.tolist() == [5, 5, 6, 6]
+    rows = torch.tensor([[1, 2], [3, 4]])  # of several conditions: no positions, though they have two dimensions
+    several = shorten(Batch(inputs=ids, targets=ids + 1, condition=rows), 3)
+    assert several.condition is not None
+    assert several.condition.tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
 
 
 def test_bins_stay_whole() -> None:
