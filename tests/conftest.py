@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from mambaseq.registry import allow_imports
+from mambaseq.reporting import pictures
 
 if not torch.cuda.is_available():  # Triton decides when a kernel is defined whether to interpret it
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,6 +29,29 @@ if not torch.cuda.is_available():  # Triton decides when a kernel is defined whe
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long goes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+_png = pictures.png
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _undrawn() -> Iterator[None]:
+    """Runs of tests make the figures of their curves, but a PNG of them, which takes as long as such a run's training,
+    only where `drawn` is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "png", lambda figure: b"\x89PNG\r\n\x1a\n")
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn, as for users."""
+    monkeypatch.setattr(pictures, "png", _png)
 
 
 @pytest.fixture(autouse=True)

@@ -162,40 +162,54 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
 
 
 def make_parser(
-    names: dict[str, str], mixers: Mapping[str, str] | None = None
+    names: dict[str, str],
+    mixers: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    *,
+    own: bool = False,
 ) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
-    """The parser for the classes behind these names, and the classes. mixers: names of the backbone's further mixers,
-    each with its registered name. One named by an import path is made with its defaults, since the path's dots would be
-    steps of a key."""
-    import lightning
+    """The parser for the classes behind these names, and the classes. Parsers are kept, since making one takes as long
+    as parsing with it.
 
+    mixers: names of the backbone's further mixers, each with its registered name. One named by an import path is made
+        with its defaults, since the path's dots would be steps of a key.
+    seed: the default of data.seed, if the data has one.
+    own: for a caller who changes the parser.
+    """
     registries = catalog()
     classes = {"data": registries["datasets"].get(names["data"], "data.name")}
+    classes |= {part: registries[f"{part}s"].get(names[part], f"model.{part}.name") for part in PARTS}
+    further = tuple((name, of, registries["mixers"].get(of)) for name, of in (mixers or {}).items())
+    make = _new_parser if own else _kept_parser
+    return make(tuple((names[key], classes[key]) for key in ("data", *PARTS)), further, seed), classes
+
+
+def _new_parser(
+    named: tuple[tuple[str, Any], ...], mixers: tuple[tuple[str, str, Any], ...], seed: int | None
+) -> jsonargparse.ArgumentParser:
+    """named: the name and the class of the data and of each of the model's parts, in the order of `PARTS`. mixers: the
+    name, the registered name and the class of each further one."""
+    import lightning
+
+    (data, data_class), *parts = named
     parser = jsonargparse.ArgumentParser(prog="mambaseq fit", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, dropout and data.seed")
     parser.add_argument("--metrics", type=list[str], default=[], help="names of metrics (`mambaseq list metrics`)")
-    parser.add_argument(
-        "--data.name",
-        type=str,
-        default=names["data"],
-        help="the dataset (`mambaseq list datasets`)",
-    )
-    _add_plain(parser, classes["data"], "data", set())
+    parser.add_argument("--data.name", type=str, default=data, help="the dataset (`mambaseq list datasets`)")
+    _add_plain(parser, data_class, "data", set())
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
-    for part in PARTS:
-        classes[part] = registries[f"{part}s"].get(names[part], f"model.{part}.name")
+    for part, (name, kind) in zip(PARTS, parts, strict=True):
         told = f"the {part} (`mambaseq list {part}s`)"
-        parser.add_argument(f"--model.{part}.name", type=str, default=names[part], help=told)
-        skip = (PROVIDED | OFFERED.keys()) & arguments_of(classes[part]).keys()
-        if skip != arguments_of(classes[part]).keys():
-            _add_plain(parser, classes[part], f"model.{part}", skip)
+        parser.add_argument(f"--model.{part}.name", type=str, default=name, help=told)
+        skip = (PROVIDED | OFFERED.keys()) & arguments_of(kind).keys()
+        if skip != arguments_of(kind).keys():
+            _add_plain(parser, kind, f"model.{part}", skip)
         for name in OFFERED.keys() & skip:
             accepted, told = OFFERED[name]
             parser.add_argument(f"--model.{part}.{name}", type=accepted, default=None, help=told)
-    for name, registered in (mixers or {}).items():
-        kind = registries["mixers"].get(registered)
+    for name, registered, kind in mixers:
         skip = PROVIDED & arguments_of(kind).keys()
         if "." in name:
             continue
@@ -221,7 +235,12 @@ def make_parser(
         if (hint := getattr(action, "_typehint", None)) is not None:
             setattr(action, "_typehint", whole_first(hint))  # noqa: B010 - an attribute that argparse does not know
     parser.set_defaults(TRAINER_DEFAULTS)
-    return parser, classes
+    if seed is not None and any(action.dest == "data.seed" for action in parser._actions):
+        parser.set_defaults({"data.seed": seed})
+    return parser
+
+
+_kept_parser = functools.lru_cache(maxsize=32)(_new_parser)
 
 
 def _without_former_parts(
@@ -371,7 +390,7 @@ def explained(config: str, overrides: list[str]) -> str:
     """The help text of all keys: what each is, its type and default. Raises ConfigError like `keys_of`."""
     _, names, mixers = _names(config, overrides)
     others = _without(mixers, names["mixer"])
-    parser, _ = make_parser(names, others)
+    parser, _ = make_parser(names, others, own=True)
     found = {"data": ("datasets", names["data"]), **{f"model.{part}": (f"{part}s", names[part]) for part in PARTS}}
     found |= {f"model.mixers.{name}": ("mixers", registered) for name, registered in others.items()}
     titles = {}
@@ -400,7 +419,11 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
     ]
     check_mixer_options(named, names["mixer"], [names["mixer"], *mixers])
-    parser, classes = make_parser(names, mixers)
+    given, seed = _override(overrides, "seed") or raw.get("seed"), None
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
+        seed = int(given) if given else None
+    prints = any(argument.startswith("--print_config") for argument in overrides)  # the parser notes it in itself
+    parser, classes = make_parser(names, mixers, seed, own=prints)
     _refuse_code(
         raw,
         overrides,
@@ -410,11 +433,6 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             **{f"model.mixers.{name}": catalog()["mixers"].get(registered) for name, registered in mixers.items()},
         },
     )
-    if any(action.dest == "data.seed" for action in parser._actions) and (
-        seed := _override(overrides, "seed") or raw.get("seed")
-    ):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
-            parser.set_defaults({"data.seed": int(seed)})
     try:
         parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])
         parsed.pop("config")

@@ -60,7 +60,9 @@ def without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_every_bench_measures_us_and_says_which_peers_are_absent(name: str, tmp_path: Path, capsys) -> None:
+def test_every_bench_measures_us_and_says_which_peers_are_absent(
+    name: str, tmp_path: Path, drawn: None, capsys
+) -> None:
     picture = tmp_path / "picture.png"
     code, found = bench(name, tmp_path, "--picture", str(picture))
     assert code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from mambaseq.errors import ConfigError, DataError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
 from mambaseq.models import build_model
+from mambaseq.runs import parsing
 from mambaseq.runs.parsing import parse_config
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
@@ -40,6 +42,18 @@ def test_overrides_win_and_types_are_checked(config: Path) -> None:
     assert run.trainer["max_steps"] == 7
     with pytest.raises(ConfigError, match=r"data\.size"):
         parse_config(str(config), ["--data.size", "many"])
+
+
+def test_a_parser_that_is_kept_forgets_what_it_parsed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = parse_config(str(config), ["--seed=3", "--trainer.max_steps=7"])
+    first.settings["metrics"].append("accuracy")
+    with pytest.raises(ConfigError), contextlib.redirect_stdout(None):
+        parse_config(str(config), ["--print_config", "--data.size=many"])
+    again = parse_config(str(config), [])
+    assert (again.settings["metrics"], again.settings["seed"], again.trainer["max_steps"]) == ([], 0, 1000)
+    assert "metrics: []" in again.yaml
+    assert parsing.explained(str(config), []) == parsing.explained(str(config), [])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_name_on_the_command_line_changes_the_class(config: Path) -> None:
@@ -283,6 +297,7 @@ def test_a_number_of_batches_stays_whole(config: Path, monkeypatch, annotation: 
     """1 batch is never all of them, whichever type comes first in the annotation."""
     init = inspect.unwrap(lightning.Trainer.__init__)
     monkeypatch.setitem(init.__annotations__, "limit_val_batches", annotation)
+    monkeypatch.setattr(parsing, "_kept_parser", parsing._new_parser)
     run = parse_config(str(config), ["--trainer.limit_val_batches", given])
     again = yaml.safe_load(run.yaml)["trainer"]["limit_val_batches"]
     for value in (run.trainer["limit_val_batches"], again):
