@@ -1,8 +1,10 @@
-"""The decode loop: the prompt is read in parts, then one step a token in constant memory."""
+"""The decode loop: the prompt is read in parts, then one step a token in constant memory; tokens are given on as they
+come."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, check_settings, sample
 from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
@@ -24,6 +27,10 @@ _PREFILL = 8192
 WORTH_A_GRAPH = 16
 # Positions that one kernel takes, if it can, before their tokens are read.
 _STRETCH = 256
+# Fewest new tokens for which that kernel is used on a CPU, where it is compiled for seconds at the first use.
+_WORTH_A_KERNEL = 1024
+# Seconds after which tokens are given on.
+_PATIENCE = 0.25
 # Tokens between checks whether all sequences have ended: on a GPU a check waits.
 _TOKENS_A_LOOK = {"cuda": 8}
 
@@ -100,14 +107,60 @@ def generate(
         raise ConfigError("A token that ends a sequence (stop_ids) is for heads of one token a position.")
     if numbers is not None and numbers.shape != (len(prompt), samples):
         raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
+    every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
+    out = [prompt[every]]
+    with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
+        for piece in stream(
+            model,
+            Prompts.of(prompt),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            condition=condition,
+            stop_ids=stop_ids,
+            cuda_graph=cuda_graph,
+            samples=samples,
+            numbers=numbers,
+            given=given,
+        ):
+            out.append(piece)
+            bar.update(piece.shape[1])
+    return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: SequenceModel,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    condition: Tensor | None = None,
+    stop_ids: Collection[int] = (),
+    cuda_graph: bool = True,
+    samples: int = 1,
+    numbers: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Continue prompts as `generate` does, whose arguments these are; neither the prompts nor what was added is held.
+
+    Yields:
+        What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`, about four times a second. When it is
+        interrupted, a last piece comes before the KeyboardInterrupt.
+    """
+    check_whole("max_new_tokens", max_new_tokens, 0)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
-    draws = None if temperature == 0 else Draws(seed, prompt, condition, samples, numbers, prompt.device)
-    every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
-    out = [prompt[every]]
-    ended = torch.zeros(len(every), dtype=torch.bool, device=prompt.device)
-    given = None if given is None else given.to(prompt.device)[every]
+    device = prompts.device
+    draws = None if temperature == 0 else Draws(seed, prompts, condition, samples, numbers, device)
+    every = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+    given = None if given is None else given.to(device)[every]
 
     def next_token(told: Tensor, place: int) -> Tensor:
         """The token at this place of what is added, from what the head tells."""
@@ -119,77 +172,118 @@ def generate(
         token: Tensor = pick(told) if draw is None else draw(told, pick)
         return token if given is None else torch.where(given[:, place] < 0, token, given[:, place])
 
-    all_ended: list[Tensor] = []  # after each token since the last check
-    tokens_a_look = _TOKENS_A_LOOK.get(prompt.device.type, 1)
     was_training = model.training
     model.eval()
     try:
-        state, logits = prefill(model, prompt, condition)
+        state, logits = prefill(model, prompts, condition)
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
-        peak = logits.amax(-1)  # NaN and infinity stay in it
-        cuda_graph = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
-        if cuda_graph and given is None and why_not_stretches(model, len(every), top_k, top_p) is None:
-            check_finite(peak)
+        worth = max_new_tokens >= (_WORTH_A_KERNEL if device.type == "cpu" else WORTH_A_GRAPH)
+        if cuda_graph and worth and given is None and why_not_stretches(model, len(every), top_k, top_p) is None:
+            check_finite(logits)
             token = next_token(logits, 0)
-            with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
-                stretches = Stretches(model, state, condition)
-                out += _by_stretches(stretches, token, max_new_tokens, temperature, draws, stop_ids, bar)
-            return torch.cat(out, dim=1)
-        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph)
-        with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
-            for i in range(max_new_tokens):
-                token = next_token(logits, i)
-                if stop_ids:
-                    token = torch.where(ended, out[-1][:, -1], token)
-                out.append(token[:, None])
-                bar.update()
-                if stop_ids:
-                    for stop in stop_ids:
-                        ended |= token == stop
-                    all_ended.append(ended.all())
-                    if len(all_ended) == tokens_a_look or i + 1 == max_new_tokens:
-                        flags = torch.stack(all_ended).tolist()
-                        if True in flags:
-                            del out[len(out) - len(flags) + flags.index(True) + 1 :]
-                            break
-                        all_ended.clear()
-                if i + 1 < max_new_tokens:
-                    logits = decoder.step(token)
-                    peak = torch.maximum(peak, logits.amax(-1))
-                if i % 64 == 63:
-                    check_finite(peak)
-        check_finite(peak)
+            stretches = Stretches(model, state, condition, len(every))
+            yield from _by_stretches(stretches, token, max_new_tokens, (temperature, top_k, top_p), draws, stop_ids)
+            return
+        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= WORTH_A_GRAPH)
+        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids)
     finally:
         model.train(was_training)
-    return torch.cat(out, dim=1)
+
+
+def _by_steps(
+    decoder: Decoder,
+    logits: Tensor,
+    max_new_tokens: int,
+    next_token: Callable[[Tensor, int], Tensor],
+    stop_ids: Collection[int],
+) -> Iterator[Tensor]:
+    """One token of each sequence at a time, up to where all have ended; see `stream`."""
+    device = logits.device
+    out: list[Tensor] = []
+    last: Tensor | None = None
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=device)
+    all_ended: list[Tensor] = []  # after each token since the last check
+    tokens_a_look = _TOKENS_A_LOOK.get(device.type, 1)
+    peak = logits.amax(-1)  # NaN and infinity stay in it
+    given_on = time.monotonic()
+    try:
+        for i in range(max_new_tokens):
+            token = next_token(logits, i)
+            if stop_ids and last is not None:
+                token = torch.where(ended, last, token)
+            out.append(token[:, None])
+            last = token
+            if stop_ids:
+                for stop in stop_ids:
+                    ended |= token == stop
+                all_ended.append(ended.all())
+                if len(all_ended) == tokens_a_look or i + 1 == max_new_tokens:
+                    flags = torch.stack(all_ended).tolist()
+                    if True in flags:
+                        del out[len(out) - len(flags) + flags.index(True) + 1 :]
+                        break
+                    all_ended.clear()
+            if i + 1 < max_new_tokens:
+                logits = decoder.step(token)
+                peak = torch.maximum(peak, logits.amax(-1))
+            if i % 64 == 63:
+                check_finite(peak)
+            # what may still be cut off at a stop is held back
+            if not all_ended and time.monotonic() - given_on > _PATIENCE:
+                piece, out = torch.cat(out, dim=1), []
+                yield piece
+                given_on = time.monotonic()
+        check_finite(peak)
+    except KeyboardInterrupt:
+        if out:
+            yield torch.cat(out, dim=1)
+        raise
+    if out:
+        yield torch.cat(out, dim=1)
 
 
 def _by_stretches(
     stretches: Stretches,
     token: Tensor,
     max_new_tokens: int,
-    temperature: float,
+    settings: tuple[float, int, float],
     draws: Draws | None,
     stop_ids: Collection[int],
-    bar: tqdm,
-) -> list[Tensor]:
-    """The tokens from the first one on, in pieces `(1, n)`, up to one of `stop_ids`."""
-    out, left = [token[:, None]], max_new_tokens - 1
-    bar.update()
-    while left and not (stop_ids and int(token) in stop_ids):
+) -> Iterator[Tensor]:
+    """The tokens from the first one on, up to where all sequences have ended; settings: temperature, top_k, top_p."""
+    stops = torch.tensor(sorted(stop_ids), device=token.device)
+    tokens, left = token[:, None], max_new_tokens
+    ended = torch.full_like(token, -1)  # the stop with which each sequence has ended
+    while True:
+        if stop_ids:
+            tokens = _filled(tokens, ended, stops)
+            ended = torch.where(torch.isin(tokens[:, -1], stops), tokens[:, -1], ended)
+            if bool((ended >= 0).all()):
+                begun = torch.isin(tokens, stops).int().argmax(1)
+                yield tokens[:, : int(begun.max()) + 1]
+                return
+        yield tokens
+        left -= tokens.shape[1]
+        if not left:
+            return
         n = min(left, _STRETCH)
-        uniforms = None if temperature == 0 or draws is None else draws.many(n)[:, 0].contiguous()
-        tokens, failed = stretches.run(token, n, temperature, uniforms)
+        uniforms = None if draws is None else draws.many(n).t().contiguous()
+        tokens, failed = stretches.run(tokens[:, -1], n, settings[0], uniforms, *settings[1:])
         if failed.item():
             raise _not_finite()
-        found = [i for i, one in enumerate(tokens.tolist()) if one in stop_ids] if stop_ids else []
-        tokens = tokens[: found[0] + 1] if found else tokens
-        out.append(tokens[None])
-        token, left = tokens[-1:], left - n
-        bar.update(len(tokens))
-    return out
+
+
+def _filled(tokens: Tensor, ended: Tensor, stops: Tensor) -> Tensor:
+    """tokens `(batch, n)` with all after a sequence's first stop replaced by it; ended `(batch,)`: an earlier one, or
+    negative."""
+    is_stop = torch.isin(tokens, stops)
+    first = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1])  # (batch,)
+    stop = tokens.gather(1, first.clamp(max=tokens.shape[1] - 1)[:, None])  # (batch, 1)
+    after = torch.arange(tokens.shape[1], device=tokens.device) > first[:, None]  # (batch, n)
+    tokens = torch.where(after, stop, tokens)
+    return torch.where(ended[:, None] >= 0, ended[:, None], tokens)
 
 
 def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
@@ -222,14 +316,13 @@ def _not_finite() -> NotFinite:
     )
 
 
-def prefill(model: SequenceModel, prompt: Tensor, condition: Tensor | None) -> tuple[list, Tensor]:
-    """The state after the prompt, and what the head tells of its last position only (see `Head.told`), since all of a
-    long prompt's would not fit. The prompt is read in parts and the state passed on, so memory does not grow with
-    it."""
-    part = max(1, _PREFILL // len(prompt))
+def prefill(model: SequenceModel, prompts: Prompts, condition: Tensor | None) -> tuple[list, Tensor]:
+    """The state after the prompts, and what the head tells of their last position only (see `Head.told`), since all of
+    a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them."""
+    part = max(1, _PREFILL // len(prompts))
     state: list | None = None
-    for start in range(0, prompt.shape[1], part):
-        x = model.encoder(prompt[:, start : start + part], condition)
+    for start in range(0, prompts.length, part):
+        x = model.encoder(prompts.read(start, start + part), condition)
         hidden, state = model.backbone(x, state=state, return_state=True)
     assert state is not None
     state = [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.errors import ConfigError, shown
+from mambaseq.generation.prompts import Prompts, Row, parts
 
 
 def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
@@ -80,7 +81,7 @@ class Draws:
     """Random numbers in [0, 1) for each sequence, from a stream of its own that depends on the seed, its prompt, its
     condition and its number among the samples of that prompt, but not on other sequences.
 
-    prompt: `(batch, length)` int64, or `(batch, length, channels)` fp32. condition: as in `Batch`, or None.
+    prompts: whole numbers, or fp32. condition: as in `Batch`, or None.
     numbers: `(batch, samples)` int64; None counts samples from 0, after those of equal prompts (with equal conditions)
         before it.
     """
@@ -88,10 +89,10 @@ class Draws:
     _BLOCK = 64
 
     def __init__(
-        self, seed: int, prompt: Tensor, condition: Tensor | None, samples: int, numbers: Tensor | None, device: Any
+        self, seed: int, prompts: Prompts, condition: Tensor | None, samples: int, numbers: Tensor | None, device: Any
     ) -> None:
-        conditions = [-1] * len(prompt) if condition is None else condition.tolist()
-        roots = [_digest(seed, one, row) for one, row in zip(conditions, prompt.cpu().numpy(), strict=True)]
+        conditions = [-1] * len(prompts) if condition is None else condition.tolist()
+        roots = [_digest(seed, one, row) for one, row in zip(conditions, prompts.rows, strict=True)]
         if numbers is None:
             seen: collections.Counter[int] = collections.Counter()
             first = []
@@ -125,11 +126,10 @@ class Draws:
         return torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
 
 
-def _digest(seed: int, condition: int | list[int], prompt: np.ndarray) -> int:
+def _digest(seed: int, condition: int | list[int], prompt: Row) -> int:
     given = [condition] if isinstance(condition, int) else condition
     head = np.array([*given, len(prompt)], dtype="<i8").tobytes()
-    kind = "<f4" if prompt.dtype.kind == "f" else "<i8"
-    return int.from_bytes(
-        hashlib.blake2b(seed.to_bytes(8, "little") + head + prompt.astype(kind).tobytes(), digest_size=8).digest(),
-        "little",
-    )
+    found = hashlib.blake2b(seed.to_bytes(8, "little") + head, digest_size=8)
+    for part in parts(prompt):
+        found.update(part.astype("<f4" if part.dtype.kind == "f" else "<i8").tobytes())
+    return int.from_bytes(found.digest(), "little")

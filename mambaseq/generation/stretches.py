@@ -1,5 +1,5 @@
-"""Many steps of a model in one kernel that stays on the GPU (`ops.decoding.stretch`): for one sequence with a small
-vocabulary, and Mamba blocks, diagonal systems and MLPs at one or several resolutions."""
+"""Many steps of a model in one kernel, on a GPU (`ops.decoding.stretch`) or a CPU (`ops.decoding.stretch_cpu`): for
+sequences of a small vocabulary, and Mamba blocks, diagonal systems and MLPs at one or several resolutions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from mambaseq.mixers.s4d import S4D, DiagonalSSM
 from mambaseq.models import SequenceModel
 from mambaseq.ops.decoding import stretch
 from mambaseq.ops.decoding.stretch import Phase, Stretch
+from mambaseq.ops.decoding.stretch_cpu import StretchOnCPU
+from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.linear import is_plain
 
@@ -31,32 +33,58 @@ def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> 
     if type(model) is not SequenceModel or type(encoder) is not TokenEncoder or type(head) is not LMHead:
         return "the model's encoder is not tokens or its head not lm"
     vocabulary = len(head.linear.weight)
-    if not head.linear.weight.is_cuda:
-        return "the model is not on a GPU"
-    if (reason := _missing_on(head.linear.weight.device)) is not None:
-        return reason
-    if batch_size != 1:
-        return "there is more than one sequence"
+    device = head.linear.weight.device
+    if device.type not in ("cpu", "cuda") or not has_kernels():
+        return "the model is neither on a CPU nor on a GPU, or only PyTorch's operators are wanted"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    if device.type == "cuda":
+        if (reason := _missing_on(device)) is not None:
+            return reason
+        if batch_size > 1 and batch_size * weights_read(model) > stretch.MOST_READ:
+            return "there are so many sequences that reading the weights for each takes longer than launching kernels"
+        if 0 < top_k < vocabulary or top_p < 1:
+            return "top_k or top_p is set"
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured"
     if vocabulary > stretch.MOST_TOKENS:
         return f"there are more than {stretch.MOST_TOKENS} tokens"
-    if 0 < top_k < vocabulary or top_p < 1:
-        return "top_k or top_p is set"
-    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
-        return "autocast is on, or a CUDA graph is being captured"
     if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "there are hooks"
     if type(backbone) not in (ResidualStack, UNet):
         return f"the backbone is a {type(backbone).__name__}"
-    device = head.linear.weight.device
     for value in (*model.parameters(), *model.buffers()):
         if type(value) not in (nn.Parameter, Tensor) or value.dtype != torch.float32 or value.device != device:
-            return "some weights are not plain tensors of float32 on one GPU"
+            return "some weights are not plain tensors of float32 on one device"
     if any(isinstance(module, LayerNorm) for module in backbone.modules()):
         return "the kernel does not know LayerNorm"
     if isinstance(backbone, UNet) and len(backbone._tiers()) > stretch.MOST_POOLS + 1:
         return f"there are more than {stretch.MOST_POOLS} poolings"
     reasons = [_why_not_mixer(mixer) for mixer in backbone.mixers()]
-    return next((reason for reason in reasons if reason), None)
+    if (reason := next((reason for reason in reasons if reason), None)) is not None or device.type == "cuda":
+        return reason
+    if any(type(mixer) is Mamba and mixer.complex for mixer in backbone.mixers()):
+        return "the kernel on a CPU does not know complex selective systems"
+    if weights_read(model) > stretch.CACHED:
+        return f"a position reads more than {stretch.CACHED:,} weights"
+    return None
+
+
+def weights_read(model: SequenceModel) -> int:
+    """How many weights a position reads on average: those of a coarser resolution are read once a window."""
+    backbone: Any = model.backbone
+    tier, found, rate = backbone.top if isinstance(backbone, UNet) else None, 0.0, 1.0
+    if tier is None:
+        return sum(value.numel() for value in backbone.parameters())
+    while tier is not None:
+        for part in (tier.down, tier.up):
+            found += rate * sum(value.numel() for value in part.parameters())
+        if tier.pool is not None:
+            # one row of `up` a position; `down` once a window
+            found += rate / tier.pool.pool * sum(value.numel() for value in tier.pool.parameters())
+            rate /= tier.pool.pool
+        tier = tier.inner
+    return int(found)
 
 
 @functools.cache
@@ -97,21 +125,22 @@ def _why_not_mixer(mixer: Any) -> str | None:
 
 
 class Stretches:
-    """Decodes one sequence many positions at a time.
+    """Decodes sequences many positions at a time. Each is computed as if it were alone.
 
     Args:
         model: one for which `why_not` is None; its weights must not change while this object is used.
-        state: of one sequence, changed in place.
-        condition: `(1,)` int64 for conditional models.
+        state: of sequences that are all at one place (see `UNet.places`), changed in place.
+        condition: `(batch,)` int64 for conditional models.
+        batch_size: how many there are.
     """
 
-    def __init__(self, model: SequenceModel, state: list[Any], condition: Tensor | None) -> None:
+    def __init__(self, model: SequenceModel, state: list[Any], condition: Tensor | None, batch_size: int = 1) -> None:
         head: Any = model.head
         weight = head.linear.weight
         self._windows: list[tuple[Any, Tensor]] = []  # a pool's state and its window of positions
         self._phases: list[Phase] = []
         self._pools: list[int] = []
-        self._device, self._d_model = weight.device, weight.shape[1]
+        self._device, self._d_model, self._batch = weight.device, weight.shape[1], batch_size
         stream = self._vector(self._d_model)
         backbone: Any = model.backbone
         if isinstance(backbone, UNet):
@@ -122,27 +151,37 @@ class Stretches:
         logits = self._vector(-(-len(weight) // 4) * 4)
         self._phases[0] = self._phases[0]._replace(flags=self._phases[0].flags | stretch.EMBEDS)
         self._phases.append(self._linear(stretch.LINEAR, 0, weight, None, logits, source=stream, norm=norm))
-        counts = torch.tensor([0] * stretch.MOST_POOLS, dtype=torch.int64, device=self._device)
-        for number, (pool_state, window) in enumerate(self._windows):
-            counts[number] = pool_state.count[0]
-            window[: pool_state.begun[0].numel()] = pool_state.begun[0].flatten()
+        counts = [int(pool_state.count[0]) for pool_state, _ in self._windows]
+        for pool_state, window in self._windows:
+            window[:, : pool_state.begun[0].numel()] = pool_state.begun.flatten(1)
         encoder: Any = model.encoder
-        embedded = None if condition is None else encoder.condition(condition)[0].contiguous()
-        self._stretch = Stretch(self._phases, encoder.embedding.weight.detach(), embedded, logits, counts, self._pools)
+        embedding = encoder.embedding.weight.detach()
+        embedded = None if condition is None else encoder.condition(condition).detach().contiguous()
+        make: Any = StretchOnCPU if self._device.type == "cpu" else Stretch
+        self._stretch = make(self._phases, embedding, embedded, logits, counts, self._pools)
 
     @torch.no_grad()
-    def run(self, token: Tensor, n: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        token: Tensor,
+        n: int,
+        temperature: float,
+        uniforms: Tensor | None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
         """See `Stretch.run`. Afterwards the state is that before the last returned token."""
-        tokens, failed = self._stretch.run(token, n, temperature, uniforms)
+        filters = {"top_k": top_k, "top_p": top_p} if self._device.type == "cpu" else {}
+        tokens, failed = self._stretch.run(token, n, temperature, uniforms, **filters)
         for number, (state, window) in enumerate(self._windows):
-            state.count.copy_(self._stretch.counts[number : number + 1])
-            begun = window[: state.begun[0].numel()].view_as(state.begun)
+            state.count.fill_(self._stretch.counts[number])
+            begun = window[:, : state.begun[0].numel()].view_as(state.begun)
             is_begun = torch.arange(begun.shape[1], device=self._device) < state.count[:, None]
             state.begun.copy_(torch.where(is_begun[..., None], begun, 0.0))
         return tokens, failed
 
     def _vector(self, size: int) -> Tensor:
-        return torch.zeros(size, device=self._device)
+        return torch.zeros(self._batch, size, device=self._device)
 
     def _add_tier(self, tier: Tier, state: list[Any], stream: Tensor, level: int, copy: Tensor | None) -> Tensor:
         """A tier's phases. Returns the stream after it, which its last phase also writes to `copy`."""
@@ -154,7 +193,7 @@ class Stretches:
         self._pools.append(pool.pool)
         window, behind = self._vector(pool.pool * pool.d_model), self._vector(pool.d_model)
         self._windows.append((pooled, window))
-        held = pooled.held[0]
+        held = pooled.held
         more = {"window": window, "up": pool.up.weight.detach(), "held": held, "held_cols": pool.d_coarse}
         self._add_layers(tier.down, down, stream, level, {**more, "pool": number, "out": behind})
         coarse = self._vector(pool.d_coarse)

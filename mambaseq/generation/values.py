@@ -10,6 +10,7 @@ from mambaseq import limits
 from mambaseq.errors import ConfigError
 from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues, prefill
 from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, check_settings
 from mambaseq.heads.distributions import Distribution, Point
 from mambaseq.models import SequenceModel
@@ -64,13 +65,13 @@ def continue_values(
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
     prompt = prompt.float()
-    draws = None if temperature == 0 else Draws(seed, prompt, condition, samples, numbers, prompt.device)
+    draws = None if temperature == 0 else Draws(seed, Prompts.of(prompt), condition, samples, numbers, prompt.device)
     every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
     out = [prompt[every]]
     was_training = model.training
     model.eval()
     try:
-        state, logits = prefill(model, prompt, condition)
+        state, logits = prefill(model, Prompts.of(prompt), condition)
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]

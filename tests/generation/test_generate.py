@@ -10,6 +10,7 @@ import torch
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import decode, generate
 from mambaseq.generation.decode import NotFinite
+from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, filter_logits, sample
 from mambaseq.models import SequenceModel, build_model, causal_lm
 
@@ -121,7 +122,7 @@ def lively(**options: Any) -> SequenceModel:
 
 
 def test_draws_are_even_and_independent() -> None:
-    draws = Draws(1, torch.zeros(500, 1, dtype=torch.long), None, 4, None, "cpu")
+    draws = Draws(1, Prompts.of(torch.zeros(500, 1, dtype=torch.long)), None, 4, None, "cpu")
     drawn = torch.stack([draws.next() for _ in range(130)])  # beyond a block
     assert drawn.shape == (130, 2000)
     assert 0 <= float(drawn.min()) < 1e-4 < 1 - 1e-4 < float(drawn.max()) < 1
@@ -176,10 +177,10 @@ def test_a_prompt_is_read_in_parts_with_the_same_result(kind: str, monkeypatch: 
     headed: list[int] = []
     model.backbone.register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
     model.head.register_forward_hook(lambda _, args, __: headed.append(args[0].shape[1]))
-    whole = decode.prefill(model, prompt, None)[1]
+    whole = decode.prefill(model, Prompts.of(prompt), None)[1]
     monkeypatch.setattr(decode, "_PREFILL", 16)
     with torch.no_grad():
-        state, logits = decode.prefill(model, prompt, None)
+        state, logits = decode.prefill(model, Prompts.of(prompt), None)
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits, model(prompt).logits[:, -1], rtol=1e-4, atol=1e-5)
         following = torch.randint(0, 29, (2,))

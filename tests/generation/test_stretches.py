@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mambaseq.generation import decode, generate
+from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws
-from mambaseq.generation.stretches import Stretches, why_not
+from mambaseq.generation.stretches import Stretches, weights_read, why_not
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.ops.eager import only_reference
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none here")
@@ -65,26 +67,32 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.gpu
-@needs_gpu
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("begun", [1, 17])
-def test_stretches_equal_steps(kind: str, begun: int) -> None:
+@pytest.mark.parametrize(("begun", "batch"), [(1, 1), (17, 3)])
+def test_stretches_equal_steps(kind: str, begun: int, batch: int, device: str) -> None:
     """Greedy tokens, and every state, from a state anywhere in its windows; in two stretches."""
-    model = model_of(*MODELS[kind], conditions=3).cuda()
-    assert why_not(model, 1, 0, 1.0) is None
-    prompt = torch.randint(0, 50, (1, begun), device="cuda")
-    condition = torch.tensor([2], device="cuda")
+    model = model_of(*MODELS[kind], conditions=3).to(device)
+    reason = why_not(model, batch, 0, 1.0)
+    if device == "cpu" and kind == "selective, complex":
+        assert reason == "the kernel on a CPU does not know complex selective systems"
+        return
+    assert reason is None
+    prompt = torch.randint(0, 50, (batch, begun), device=device)
+    condition = torch.tensor([2, 0, 1], device=device)[:batch]
     with torch.no_grad():
         _, states = model.backbone(model.encoder(prompt, condition), return_state=True)
     states = [state.map(torch.Tensor.contiguous) for state in states]
     own, token, expected = copy.deepcopy(states), prompt[:, -1], []
     for _ in range(40):
         token = model.step_(token, states, condition).argmax(-1)
-        expected.append(int(token))
-    first, failed = Stretches(model, own, condition).run(prompt[:, -1], 25, 0.0, None)
-    second, _ = Stretches(model, own, condition).run(first[-1:], 15, 0.0, None)
-    assert [*first.tolist(), *second.tolist()] == expected
+        expected.append(token)
+    first, failed = Stretches(model, own, condition, batch).run(prompt[:, -1], 25, 0.0, None)
+    second, _ = Stretches(model, own, condition, batch).run(first[:, -1], 15, 0.0, None)
+    assert torch.equal(torch.cat([first, second], 1), torch.stack(expected, 1))
     assert not failed.item()
     for one, other in zip(own, states, strict=True):
         for name, value in one.tensors().items():
@@ -92,28 +100,56 @@ def test_stretches_equal_steps(kind: str, begun: int) -> None:
             assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-6), name
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_drawn_tokens_are_those_of_steps() -> None:
-    model = model_of(*MODELS["lti"], vocabulary=300).cuda()
-    prompt = torch.randint(0, 300, (1, 5), device="cuda")
-    for settings in ({"temperature": 0.8}, {"temperature": 1e-30}, {"temperature": 0.0}):
-        one, other = (generate(model, prompt, 600, seed=3, cuda_graph=fast, **settings) for fast in (True, False))
+FILTERS: list[dict[str, Any]] = [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8}]
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_drawn_tokens_are_those_of_steps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
+    model = model_of(*MODELS["lti"], vocabulary=300).to(device)
+    prompt = torch.randint(0, 300, (1, 5), device=device)
+    n = 600 if device == "cuda" else 60
+    for settings in ({"temperature": 0.8}, {"temperature": 1e-30}, {"temperature": 0.0}, *FILTERS):
+        if settings in FILTERS and device == "cuda":
+            continue
+        one, other = (generate(model, prompt, n, seed=3, cuda_graph=fast, **settings) for fast in (True, False))
         same = (one == other).long().cumprod(1).sum()
         assert same == one.shape[1], f"{settings}: other tokens after {same}"
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("kind", ["unet", "lti"])
+def test_a_clip_does_not_depend_on_how_many_there_are(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
+    monkeypatch.setattr(decode, "_STRETCH", 16)
+    model = model_of(*MODELS[kind], conditions=3).to(device)
+    prompt, condition = torch.randint(0, 50, (3, 6), device=device), torch.tensor([0, 1, 2], device=device)
+    together = generate(model, prompt, 50, seed=3, condition=condition, samples=2).view(3, 2, -1)
+    for row in range(3):
+        alone = generate(model, prompt[row : row + 1], 50, seed=3, condition=condition[row : row + 1])
+        assert torch.equal(alone[0], together[row, 0])
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
     monkeypatch.setattr(decode, "_STRETCH", 8)
-    model = model_of(*MODELS["s4d"]).cuda()
-    prompt = torch.randint(0, 50, (1, 5), device="cuda")
+    model = model_of(*MODELS["s4d"]).to(device)
+    prompt = torch.randint(0, 50, (1, 5), device=device)
     whole = generate(model, prompt, 60, seed=3)
     stop = int(whole[0, 45])
     first = whole[0, 5:].tolist().index(stop)
     stopped = generate(model, prompt, 60, seed=3, stop_ids=[stop])
     assert stopped.tolist() == whole[:, : 5 + first + 1].tolist()
+    several = generate(model, prompt, 60, seed=3, stop_ids=[stop], samples=3)
+    endless = generate(model, prompt, 60, seed=3, samples=3)
+    for row, free in zip(several[:, 5:].tolist(), endless[:, 5:].tolist(), strict=True):
+        at = row.index(stop) if stop in row else len(row)
+        assert row[:at] == free[:at]
+        assert set(row[at:]) <= {stop}
+    assert several.shape[1] < 65 or (several[:, -1] != stop).any()
     with torch.no_grad():
         model.backbone.norm_f.weight[3] = float("nan")  # type: ignore[index, operator, union-attr]
     with pytest.raises(decode.NotFinite):
@@ -121,17 +157,28 @@ def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(monke
 
 
 def test_what_the_kernel_does_not_run_is_told() -> None:
-    assert why_not(model_of(*MODELS["lti"]), 1, 0, 1.0) == "the model is not on a GPU"
+    plain = model_of(RESIDUAL, {"name": "mamba", "selective_B": False})
+    assert "does not know Mamba without selection" in str(why_not(plain, 1, 0, 1.0))
+    with only_reference():
+        assert "only PyTorch's operators" in str(why_not(model_of(*MODELS["lti"]), 1, 0, 1.0))
     if CUDA:
-        plain = model_of(RESIDUAL, {"name": "mamba", "selective_B": False}).cuda()
-        assert "does not know Mamba without selection" in str(why_not(plain, 1, 0, 1.0))
-        assert "more than one sequence" in str(why_not(plain, 2, 0, 1.0))
-        assert "top_k" in str(why_not(plain, 1, 5, 1.0))
+        lti = model_of(*MODELS["lti"]).cuda()
+        assert why_not(lti, 64, 0, 1.0) is None
+        assert "so many sequences" in str(why_not(lti, 10**6, 0, 1.0))
+        assert "top_k" in str(why_not(lti, 1, 5, 1.0))
+
+
+def test_weights_read_a_position() -> None:
+    """A coarser tier's are read once a window, and one row of what goes up from it each time."""
+    model = model_of({"name": "unet", "n_layers": 1, "pool": [4], "expand": 2}, {"name": "s4d", "d_state": 2})
+    top = model.backbone.top  # type: ignore[union-attr]
+    count = lambda part: sum(value.numel() for value in part.parameters())  # noqa: E731
+    assert weights_read(model) == count(top.down) + count(top.up) + (count(top.pool) + count(top.inner.down)) // 4
 
 
 def test_draws_for_many_steps_are_those_of_each() -> None:
     prompt = torch.randint(0, 50, (2, 4))
-    many, each = (Draws(7, prompt, None, 3, None, "cpu") for _ in range(2))
+    many, each = (Draws(7, Prompts.of(prompt), None, 3, None, "cpu") for _ in range(2))
     expected = torch.stack([each.next() for _ in range(200)])
     found = [many.next()[None] for _ in range(5)]
     found += [many.many(70), many.next()[None], many.next()[None], many.many(1), many.many(100)]

@@ -1,6 +1,7 @@
-// Position after position of one sequence by one kernel that stays: all of a model's steps, the drawing of each token
-// included, as phases that a barrier over the grid parts. A phase is rows of a linear map and what is done with each; a warp
-// has a row. Compiled with, as macros:
+// Position after position of sequences by one kernel that stays: all of a model's steps, the drawing of each token
+// included, as phases that a barrier parts. The grid is groups of as many blocks, each with a barrier of its own; a group has
+// a sequence, and then the next that no group has. A phase is rows of a linear map and what is done with each; a warp has a
+// row. Compiled with, as macros:
 //   THREADS  of a block
 //   PIECES   of 128 numbers that the longest vector has, at most
 //   HELD     states of a channel that a lane has, at most
@@ -257,138 +258,144 @@ __device__ __forceinline__ int draw(const float *logits, int n, double inverse, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    stretch(const Phase *phases, int n_phases, int n_steps, const float *embedding, const float *condition, int d_model,
-            const float *logits, int vocabulary, const double *temperature, const double *uniforms, const i64 *first,
-            i64 *tokens, i64 *counts, const i64 *pools, int n_pools, u32 *counter, int *failed) {
+    stretch(const Phase *phases, const i64 *strides, int n_phases, int n_steps, int batch, int groups, const float *embedding,
+            const float *conditions, int d_model, const float *all_logits, int logits_stride, int vocabulary,
+            const double *temperature, const double *all_uniforms, const i64 *first, i64 *all_tokens, const i64 *counts,
+            const i64 *pools, int n_pools, u32 *counters, int *failed) {
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ __align__(16) float vector[128 * PIECES], held[128 * PIECES], staged[32 * CHOICES];
     Phase *const program = (Phase *)memory;
-    for (int i = threadIdx.x; i < n_phases * (int)(sizeof(Phase) / 8); i += THREADS) ((i64 *)program)[i] = ((const i64 *)phases)[i];
-    __syncthreads();
-    const int lane = threadIdx.x % 32, worker = threadIdx.x / 32 * gridDim.x + blockIdx.x, workers = WARPS * gridDim.x;
+    const int blocks = gridDim.x / groups, group = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    const int lane = threadIdx.x % 32, worker = threadIdx.x / 32 * blocks + block, workers = WARPS * blocks;
     const double inverse = 1. / *temperature;
+    u32 *const counter = counters + group * 32;
     u32 goal = 0;
-    int token = (int)*first;
     int count[POOLS + 1];
-#pragma unroll
-    for (int i = 0; i < POOLS; i++) count[i] = i < n_pools ? (int)counts[i] : 0;
-    auto slot_of = [&](const Phase &p) {
-        int slot = 0;
-#pragma unroll
-        for (int i = 0; i < POOLS; i++) slot = p.pool == i ? count[i] : slot;
-        return slot;
-    };
-    // where a phase's input comes from: for all blocks that have rows, and for a warp's first row
-    const float *from = nullptr, *from_row = nullptr;
-    int n_from = 0;
-    auto look = [&](const Phase &p) {
-        from = p.in, n_from = p.flags & EMBEDS || (int)blockIdx.x >= p.rows ? 0 : IS(SCAN) ? (int)p.held_cols : (int)p.cols;
-        from_row = (IS(OUT) || IS(SCAN)) && worker < p.rows ? p.residual + worker : nullptr;
-    };
     bool all_finite = true;
-    Ahead ahead;
-    fetch(ahead, program[0], worker, 0);
-    for (int step = 0; step < n_steps; step++) {
-        // so many pools are whole with this position, one after the other
-        int whole = 0;
-#pragma unroll
-        for (int i = 0; i < POOLS; i++)
-            if (whole == i && i < n_pools && count[i] + 1 == (int)pools[i]) whole = i + 1;
-        for (int k = 0; k < n_phases;) {
-            const Phase &p = program[k];
-            const int rows = (int)p.rows, cols = (int)p.cols, slot = slot_of(p);
-            const int at = threadIdx.x * 4;
-            float4 some = make_float4(0.f, 0.f, 0.f, 0.f), more = some;
-            if (at < n_from) some = __ldcg((const float4 *)(from + at));
-            float input = from_row ? __ldcg(from_row) : 0.f, gate = 0.f;
-            if (IS(SCAN) && worker < rows) gate = __ldcg(p.copy + worker);
-            if (POOLED && p.held && at < p.held_cols) more = __ldcg((const float4 *)(p.held + at));
-            int done = -1;  // the row whose states are still to be kept
-            const float share = 1.f / cols, eps = __int_as_float((int)p.eps);
-            const bool normed = p.normed;
-            if ((int)blockIdx.x < rows) {
-                if (worker < rows) prepare(ahead, p);
-                if (p.flags & EMBEDS) {
-                    for (int at = threadIdx.x; at < cols; at += THREADS) {
-                        const float v = embedding[(i64)token * d_model + at] + (condition ? condition[at] : 0.f);
-                        vector[at] = v;
-                        if (blockIdx.x == 0) p.residual[at] = v;
-                    }
-                } else if (at < n_from) {
-                    *(float4 *)(vector + at) = some;
-                }
-                if (POOLED && p.held && at < p.held_cols) *(float4 *)(held + at) = more;
-                __syncthreads();
-            }
-            if (worker < rows) {
-                const Vec x = part_of(vector, cols);
-                for (int row = worker; row < rows; row += workers) {
-                    if (!SINGLE && row != worker) {
-                        keep(ahead, p, done);
-                        fetch(ahead, p, row, slot);
-                        prepare(ahead, p);
-                        if (IS(OUT) || IS(SCAN)) input = __ldcg(p.residual + row);
-                        if (IS(SCAN)) gate = __ldcg(p.copy + row);
-                    }
-                    done = row;
-                    // sums that are not wanted cost nothing beside those that are
-                    float v = dot(x, ahead.weight), other = dot(x, ahead.other), squares = dot(x, x);
-                    sums_of_warp(v, other, squares);
-                    // a norm's weight is in the rows'
-                    const float scale = normed ? rsqrtf(fmaf(squares, share, eps)) : 1.f;
-                    v = fmaf(scale, v, ahead.bias), other = fmaf(scale, other, ahead.other_bias);
-                    if (IS(OUT)) {
-                        const float given = POOLED && p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
-                        if (HAS(GLU)) v *= 1.f / (1.f + __expf(-other));
-                        if (lane == 0) {
-                            v += input;
-                            if (POOLED && p.window) p.window[(i64)slot * rows + row] = v;
-                            v += given;
-                            if (POOLED && p.copy) p.copy[row] = v;
-                        }
-                    } else if (has_conv(p)) {
-                        ahead.v = v, ahead.u = v = silu(fmaf(ahead.last_tap, v, ahead.from_past));
-                        if (IS(MAMBA)) {
-                            v = fmaf(ahead.D + ahead.from_input, v, ahead.from_states) * silu(other);
-                        } else {
-                            if (lane == 0) p.copy[row] = silu(other);
-                        }
-                    } else if (IS(SCAN)) {
-                        select(ahead, p, vector, softplus(v));
-                        ahead.u = input, v = fmaf(ahead.D, input, read_out(ahead, input)) * gate;
-                    } else if (IS(LTI)) {
-                        ahead.u = scale * vector[row];
-                        v = gelu(fmaf(ahead.D + ahead.from_input, ahead.u, ahead.from_states));
-                    } else if (IS(GATED)) {
-                        v = HAS(SWIGLU) ? silu(v) * other : gelu(v);
-                    }
-                    if (lane == 0) p.out[row] = v;
-                    if (SINGLE) break;
-                }
-            }
-            arrive(counter);
-            if (done >= 0) keep(ahead, p, done);
-            k++;
-            while (k < n_phases && program[k].level > whole) k++;
-            const Phase &next = program[k < n_phases ? k : 0];
-            fetch(ahead, next, worker, slot_of(next));
-            look(next);
-            wait(counter, goal += gridDim.x);
-        }
-        stage(staged, logits, vocabulary);
+    for (int sequence = group; sequence < batch; sequence += groups) {
+        __syncthreads();  // no thread reads the program of the sequence before
+        for (int i = threadIdx.x; i < n_phases * (int)(sizeof(Phase) / 8); i += THREADS)
+            ((i64 *)program)[i] = ((const i64 *)phases)[i] + sequence * strides[i];
         __syncthreads();
-        bool finite;
-        token = draw(staged, vocabulary, inverse, uniforms ? uniforms + step : nullptr, finite);
-        all_finite &= finite;
-        if (worker == 0 && lane == 0) tokens[step] = token;
+        const float *const condition = conditions ? conditions + (i64)sequence * d_model : nullptr;
+        const float *const logits = all_logits + (i64)sequence * logits_stride;
+        const double *const uniforms = all_uniforms ? all_uniforms + (i64)sequence * n_steps : nullptr;
+        i64 *const tokens = all_tokens + (i64)sequence * n_steps;
+        int token = (int)first[sequence];
 #pragma unroll
-        for (int i = 0; i < POOLS; i++)
-            if (i <= whole && i < n_pools) count[i] = count[i] + 1 == (int)pools[i] ? 0 : count[i] + 1;
-    }
-    if (worker == 0 && lane == 0) {
+        for (int i = 0; i < POOLS; i++) count[i] = i < n_pools ? (int)counts[i] : 0;
+        auto slot_of = [&](const Phase &p) {
+            int slot = 0;
 #pragma unroll
-        for (int i = 0; i < POOLS; i++)
-            if (i < n_pools) counts[i] = count[i];
-        if (!all_finite) *failed = 1;
+            for (int i = 0; i < POOLS; i++) slot = p.pool == i ? count[i] : slot;
+            return slot;
+        };
+        // where a phase's input comes from: for all blocks that have rows, and for a warp's first row
+        const float *from = nullptr, *from_row = nullptr;
+        int n_from = 0;
+        auto look = [&](const Phase &p) {
+            from = p.in, n_from = p.flags & EMBEDS || block >= p.rows ? 0 : IS(SCAN) ? (int)p.held_cols : (int)p.cols;
+            from_row = (IS(OUT) || IS(SCAN)) && worker < p.rows ? p.residual + worker : nullptr;
+        };
+        Ahead ahead;
+        fetch(ahead, program[0], worker, 0);
+        for (int step = 0; step < n_steps; step++) {
+            // so many pools are whole with this position, one after the other
+            int whole = 0;
+#pragma unroll
+            for (int i = 0; i < POOLS; i++)
+                if (whole == i && i < n_pools && count[i] + 1 == (int)pools[i]) whole = i + 1;
+            for (int k = 0; k < n_phases;) {
+                const Phase &p = program[k];
+                const int rows = (int)p.rows, cols = (int)p.cols, slot = slot_of(p);
+                const int at = threadIdx.x * 4;
+                float4 some = make_float4(0.f, 0.f, 0.f, 0.f), more = some;
+                if (at < n_from) some = __ldcg((const float4 *)(from + at));
+                float input = from_row ? __ldcg(from_row) : 0.f, gate = 0.f;
+                if (IS(SCAN) && worker < rows) gate = __ldcg(p.copy + worker);
+                if (POOLED && p.held && at < p.held_cols) more = __ldcg((const float4 *)(p.held + at));
+                int done = -1;  // the row whose states are still to be kept
+                const float share = 1.f / cols, eps = __int_as_float((int)p.eps);
+                const bool normed = p.normed;
+                if (block < rows) {
+                    if (worker < rows) prepare(ahead, p);
+                    if (p.flags & EMBEDS) {
+                        for (int at = threadIdx.x; at < cols; at += THREADS) {
+                            const float v = embedding[(i64)token * d_model + at] + (condition ? condition[at] : 0.f);
+                            vector[at] = v;
+                            if (block == 0) p.residual[at] = v;
+                        }
+                    } else if (at < n_from) {
+                        *(float4 *)(vector + at) = some;
+                    }
+                    if (POOLED && p.held && at < p.held_cols) *(float4 *)(held + at) = more;
+                    __syncthreads();
+                }
+                if (worker < rows) {
+                    const Vec x = part_of(vector, cols);
+                    for (int row = worker; row < rows; row += workers) {
+                        if (!SINGLE && row != worker) {
+                            keep(ahead, p, done);
+                            fetch(ahead, p, row, slot);
+                            prepare(ahead, p);
+                            if (IS(OUT) || IS(SCAN)) input = __ldcg(p.residual + row);
+                            if (IS(SCAN)) gate = __ldcg(p.copy + row);
+                        }
+                        done = row;
+                        // sums that are not wanted cost nothing beside those that are
+                        float v = dot(x, ahead.weight), other = dot(x, ahead.other), squares = dot(x, x);
+                        sums_of_warp(v, other, squares);
+                        // a norm's weight is in the rows'
+                        const float scale = normed ? rsqrtf(fmaf(squares, share, eps)) : 1.f;
+                        v = fmaf(scale, v, ahead.bias), other = fmaf(scale, other, ahead.other_bias);
+                        if (IS(OUT)) {
+                            const float given = POOLED && p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
+                            if (HAS(GLU)) v *= 1.f / (1.f + __expf(-other));
+                            if (lane == 0) {
+                                v += input;
+                                if (POOLED && p.window) p.window[(i64)slot * rows + row] = v;
+                                v += given;
+                                if (POOLED && p.copy) p.copy[row] = v;
+                            }
+                        } else if (has_conv(p)) {
+                            ahead.v = v, ahead.u = v = silu(fmaf(ahead.last_tap, v, ahead.from_past));
+                            if (IS(MAMBA)) {
+                                v = fmaf(ahead.D + ahead.from_input, v, ahead.from_states) * silu(other);
+                            } else {
+                                if (lane == 0) p.copy[row] = silu(other);
+                            }
+                        } else if (IS(SCAN)) {
+                            select(ahead, p, vector, softplus(v));
+                            ahead.u = input, v = fmaf(ahead.D, input, read_out(ahead, input)) * gate;
+                        } else if (IS(LTI)) {
+                            ahead.u = scale * vector[row];
+                            v = gelu(fmaf(ahead.D + ahead.from_input, ahead.u, ahead.from_states));
+                        } else if (IS(GATED)) {
+                            v = HAS(SWIGLU) ? silu(v) * other : gelu(v);
+                        }
+                        if (lane == 0) p.out[row] = v;
+                        if (SINGLE) break;
+                    }
+                }
+                arrive(counter);
+                if (done >= 0) keep(ahead, p, done);
+                k++;
+                while (k < n_phases && program[k].level > whole) k++;
+                const Phase &next = program[k < n_phases ? k : 0];
+                fetch(ahead, next, worker, slot_of(next));
+                look(next);
+                wait(counter, goal += blocks);
+            }
+            stage(staged, logits, vocabulary);
+            __syncthreads();
+            bool finite;
+            token = draw(staged, vocabulary, inverse, uniforms ? uniforms + step : nullptr, finite);
+            all_finite &= finite;
+            if (worker == 0 && lane == 0) tokens[step] = token;
+#pragma unroll
+            for (int i = 0; i < POOLS; i++)
+                if (i <= whole && i < n_pools) count[i] = count[i] + 1 == (int)pools[i] ? 0 : count[i] + 1;
+        }
     }
+    if (worker == 0 && lane == 0 && !all_finite) *failed = 1;
 }

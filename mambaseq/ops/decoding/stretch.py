@@ -1,6 +1,7 @@
-"""Many positions of one sequence by one kernel on a GPU (stretch.cu). What a model computes at a position, and the
-drawing of the next token, is a list of phases with a barrier over the whole GPU between them. For a small model,
-launching a kernel for each phase, even from a graph, takes longer than the phases themselves.
+"""Many positions of some sequences by one kernel on a GPU (stretch.cu). What a model computes at a position, and the
+drawing of the next token, is a list of phases with a barrier between them over the blocks that have a sequence: the
+whole GPU for one, a part of it each for several. For a small model, launching a kernel for each phase, even from a
+graph, takes longer than the phases themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ MOST_STATES = 128  # of a channel
 MOST_TOKENS = 1024  # of a vocabulary
 MOST_PHASES = 200  # that fit into a block's memory
 MOST_POOLS = 4
+MOST_READ = 2**26  # weights that a position of several sequences reads on average, from a GPU's second cache
+CACHED = 2**20  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
 _THREADS = 256
+OWN = ("source", "out", "state", "conv_state", "residual", "window", "copy", "held")
+"""Tensors of a phase of which each sequence has its own: the first dimension."""
+_LINE = 32  # numbers between the counters of barriers, so that no two share a cache line
 
 
 class Phase(NamedTuple):
@@ -91,15 +97,20 @@ class Phase(NamedTuple):
             for value in self
         ]
 
+    def strides(self) -> list[int]:
+        """How far the sequences' values are apart, in bytes, for each field; 0 for what all share."""
+        values = ((name, getattr(self, name)) for name in self._fields)
+        return [v.stride(0) * v.element_size() if name in OWN and v is not None else 0 for name, v in values]
+
 
 class Stretch:
     """Steps of a model as phases.
 
     Args:
-        phases: in their order; the last makes the logits.
-        embedding: `(vocabulary, d_model)` float32. condition: `(d_model,)` float32, added to it, or None.
-        logits: `(vocabulary,)` float32, where the last phase leaves them; room for a multiple of 4 of them.
-        counts: int64, how far each pool's window is, changed in place. pools: positions that each makes one of.
+        phases: in their order; the last makes the logits. Tensors of `OWN` have the sequence first.
+        embedding: `(vocabulary, d_model)` float32. condition: `(batch, d_model)` float32, added to it, or None.
+        logits: `(batch, room)` float32, where the last phase leaves them; room for a multiple of 4 of them.
+        counts: how far each pool's window is, in all sequences. pools: positions that each makes one of.
     """
 
     def __init__(
@@ -108,49 +119,71 @@ class Stretch:
         embedding: Tensor,
         condition: Tensor | None,
         logits: Tensor,
-        counts: Tensor,
+        counts: list[int],
         pools: list[int],
     ) -> None:
         device = embedding.device
         self._phases = phases  # what they point to must stay
         self._program = torch.tensor([phase.words() for phase in phases], dtype=torch.int64, device=device)
+        self._strides = torch.tensor([phase.strides() for phase in phases], dtype=torch.int64, device=device)
         self._embedding, self._condition, self._logits = embedding, condition, logits
-        self.counts, self._pools = counts, torch.tensor(pools or [1], dtype=torch.int64, device=device)
-        self._n_pools = len(pools)
-        settings = macros(phases, len(embedding), processors(device.index))
+        self.counts, self._pools = counts, pools
+        self._groups = min(len(logits), processors(device.index))
+        self._blocks = processors(device.index) // self._groups  # that have a sequence
+        settings = macros(phases, len(embedding), self._blocks)
         self._kernel = _kernel(tuple(settings.items()), device.index, len(phases))
 
     def run(self, token: Tensor, n_steps: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Take a token `(1,)` int64 and `n_steps` steps, each step's token drawn of what it makes: by a number of
-        `uniforms` `(n_steps,)` float64 in [0, 1), or, if None, the likeliest.
+        """Take a token `(batch,)` int64 of each sequence and `n_steps` steps, each step's token drawn of what it makes:
+        by a number of `uniforms` `(batch, n_steps)` float64 in [0, 1), or, if None, the likeliest.
 
-        Returns the tokens `(n_steps,)` int64, and whether some logits were no finite numbers `(1,)` int32.
+        Returns the tokens `(batch, n_steps)` int64, and whether some logits were no finite numbers `(1,)` int32.
         """
-        device = token.device
-        tokens = torch.empty(n_steps, dtype=torch.int64, device=device)
-        shared = torch.zeros(2, dtype=torch.int32, device=device)  # what has come to the barrier; what has failed
+        device, batch = token.device, len(self._logits)
+        tokens = torch.empty(batch, n_steps, dtype=torch.int64, device=device)
+        # what has failed; from the second line on, what has come to each barrier
+        shared = torch.zeros((self._groups + 1) * _LINE, dtype=torch.int32, device=device)
+        uniforms = None if uniforms is None else uniforms.contiguous()
         with torch.cuda.device(device):
             self._kernel(
-                processors(device.index),
+                self._groups * self._blocks,
                 self._program,
+                self._strides,
                 len(self._program),
                 n_steps,
+                batch,
+                self._groups,
                 self._embedding,
                 self._condition,
                 self._embedding.shape[1],
                 self._logits,
+                self._logits.stride(0),
                 len(self._embedding),
                 torch.tensor([temperature], dtype=torch.float64, device=device),
                 uniforms,
                 token,
                 tokens,
-                self.counts,
-                self._pools,
-                self._n_pools,
+                torch.tensor([*self.counts, 0], dtype=torch.int64, device=device),
+                torch.tensor([*self._pools, 1], dtype=torch.int64, device=device),
+                len(self._pools),
+                shared[_LINE:],
                 shared,
-                shared[1:],
             )
-        return tokens, shared[1:]
+        self.counts = moved(self.counts, self._pools, n_steps)
+        return tokens, shared[:1]
+
+
+def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
+    """The places in the pools' windows after some more positions.
+
+    >>> moved([1, 3], [4, 4], 3)
+    [0, 0]
+    """
+    found = []
+    for count, pool in zip(counts, pools, strict=True):
+        found.append((count + n_steps) % pool)
+        n_steps = (count + n_steps) // pool
+    return found
 
 
 def macros(phases: list[Phase], vocabulary: int, blocks: int) -> dict[str, int]:
