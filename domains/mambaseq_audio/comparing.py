@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambaseq.arguments import Arguments
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError, cut_list, paragraph, shown
@@ -271,14 +271,9 @@ def _write(
     write_page(out, "Compared by ear", lead, [Section("Side by side", "", body)])
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
-
-
 def run(argv: list[str]) -> int:
     """The command. Prints the page's name."""
-    parser = _Options(
+    parser = Arguments(
         prog="mambaseq audio/compare",
         description="Write a page on which runs are compared by ear: a row for each condition, a column for each run, "
         "real recordings beside them; the same conditions and one seed for all.",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import pad_collate
@@ -146,11 +146,6 @@ def score(
     return found
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
-
-
 _TOLD = {
     "clips": "clips",
     "fid": "FID",
@@ -165,7 +160,7 @@ _TOLD = {
 
 def run(argv: list[str]) -> int:
     """The command. Prints a row for each folder."""
-    parser = _Options(
+    parser = Arguments(
         prog="mambaseq audio/score",
         description="FID, inception score (IS), modified inception score (mIS) and AM score of generated clips against "
         "real ones, by a classifier's features and answers.",

@@ -7,9 +7,9 @@ import itertools
 import re
 from pathlib import Path
 
+from mambaseq.arguments import Arguments
 from mambaseq.data.cache import locate
 from mambaseq.errors import ConfigError, shown
-from mambaseq_dna.options import Options
 from mambaseq_dna.split_intervals import PUBLISHED, SplitIntervals
 
 LENGTHS = [1 << power for power in range(10, 21)]
@@ -49,7 +49,7 @@ def _intervals(name: str) -> Path:
 
 def run(argv: list[str]) -> int:
     """The command. Prints a row a length and split."""
-    parser = Options("mambaseq dna/split-leak", description=_ABOUT)
+    parser = Arguments("mambaseq dna/split-leak", allow_abbrev=False, description=_ABOUT)
     parser.add_argument("intervals", metavar="CONFIG_OR_BED", help="a BED file with the split in column 4, or a run's")
     parser.add_argument(
         "--lengths", type=_length, nargs="+", default=LENGTHS, help="bases a window (default: 2^10 to 2^20, doubling)"

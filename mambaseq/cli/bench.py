@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.importing import uncollected
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys
+from mambaseq.arguments import Arguments
+from mambaseq.cli.arguments import asks_for_help, print_keys
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.importing import uncollected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.importing import uncollected
 
 

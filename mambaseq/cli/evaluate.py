@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mambaseq.cli.arguments import Arguments, asks_for_help, print_keys, refuse_words
+from mambaseq.arguments import Arguments
+from mambaseq.cli.arguments import asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.domain import KINDS, catalog
 from mambaseq.errors import UserError, cut_list, did_you_mean, shown
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 
 
 def run(argv: list[str], command: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.importing import uncollected

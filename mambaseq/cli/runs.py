@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 
 if TYPE_CHECKING:
     from mambaseq.reporting.comparison import Runs

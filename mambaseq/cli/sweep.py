@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.cli.runs import print_table
 from mambaseq.importing import uncollected

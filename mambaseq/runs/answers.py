@@ -1,17 +1,15 @@
-"""What a model's outputs mean, by its head and by what it was trained for: an `Answer` turns windows of records into
-rows."""
+"""What a model's outputs mean: an `Answer` turns windows of records into rows. Here are those of labels and values; of
+likelihoods, `mambaseq.runs.likelihoods`; `mambaseq.runs.meaning` says which one a model has."""
 
 from __future__ import annotations
 
 import abc
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.checkpoints import LoadedModel
@@ -19,7 +17,6 @@ from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.heads.base import Pool, pool
 from mambaseq.heads.classification import ClassificationHead, MultilabelHead
-from mambaseq.heads.lm import LMHead
 from mambaseq.heads.regression import RegressionHead
 from mambaseq.runs.tables import Column, Words
 
@@ -30,8 +27,10 @@ _POOLED = (ClassificationHead, MultilabelHead, RegressionHead)  # of one vector 
 WHOLE = {"cpu": 2**15}
 """Positions that are read at once where they need not be: these take a third of a GB on a CPU."""
 
+NOTHING_SCORED = "no token that is scored"
+"""The note for a window whose tokens all do not count."""
+
 _WHOLE = 2**20  # on another device
-_LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's would not fit
 _COLUMNS = 100  # classes that get a column of probabilities each, in tables with a row for each position
 
 
@@ -170,163 +169,12 @@ class Answer(abc.ABC):
         return values
 
 
-def _scored(record: Record, start: int, stop: int) -> np.ndarray | None:
+def scored_tokens(record: Record, start: int, stop: int) -> np.ndarray | None:
     """Which tokens count, `(stop - start,)` bool; None if all do."""
     if record.scored is None:
         return None
     scored = np.ascontiguousarray(record.scored[start:stop], dtype=bool)
     return None if scored.all() else scored
-
-
-class Likelihood(Answer):
-    """Bits a token of whole records, or of separate windows. The first token of each is not predicted."""
-
-    least = 2
-    unknown = "no token that is scored"
-
-    def too_short(self, length: int) -> str:
-        return "only one token, so there is nothing to predict"
-
-    def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
-        labels_of = getattr(self.model.head, "labels_of", None)
-        labels: Tensor = ids if labels_of is None else labels_of(ids)
-        scored = _scored(record, start, stop)
-        if scored is None:
-            return labels
-        left_out = ~torch.from_numpy(scored).to(ids.device)
-        return labels.masked_fill(left_out.view(-1, *[1] * (labels.dim() - 1)), -100)
-
-    def _all_labels(self, pieces: list[tuple[Record, Span]], ids: Tensor) -> Tensor:
-        return torch.stack(
-            [self._labels(record, span.start, span.stop, row) for (record, span), row in zip(pieces, ids, strict=True)]
-        )
-
-    def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
-        """How many tokens of the spans come before the first that is predicted, and bits and labels of all others,
-        `(spans, tokens)`; -100 is a label that does not count."""
-        ids = self.batch(pieces)
-        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
-        labels = self._all_labels(pieces, ids)[:, 1:]
-        return 1, self._losses(hidden, labels) / math.log(2), labels
-
-    def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
-        first, bits, labels = self._bits(pieces)
-        return [
-            self._made(span, span.start + first, one, label)
-            for (_, span), one, label in zip(pieces, bits.cpu(), labels.cpu(), strict=True)
-        ]
-
-    def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
-        """What is found of a span whose tokens from `first` on have these bits."""
-        return self._sum(span, float(bits.double().sum()), int((labels != -100).sum()))
-
-    def _sum(self, span: Span, total: float, count: int) -> Found | NotFinite:
-        if not math.isfinite(total):
-            return NotFinite("")
-        values = np.array([[count, total]])
-        return Found(span.start, span.stop, span.stop - span.start, values, np.array([count > 0]))
-
-    def _in_parts(self, record: Record, span: Span) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """First token, bits and labels of each part. States are passed on, so memory does not grow with the record."""
-        state = None
-        for start in range(span.start, span.stop - 1, CHUNK):
-            stop = min(start + CHUNK, span.stop - 1)
-            ids = self.tensor(record, start, stop + 1)
-            labels = self._labels(record, start, stop + 1, ids)[None, 1:]
-            x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
-            hidden, state = self.model.backbone(x, state=state, return_state=True)
-            yield start + 1, (self._losses(hidden, labels)[0] / math.log(2)).cpu(), labels[0].cpu()
-
-    def parts(self, record: Record, span: Span) -> Iterator[Found]:
-        total, count = 0.0, 0
-        for _, bits, labels in self._in_parts(record, span):
-            total, count = total + float(bits.double().sum()), count + int((labels != -100).sum())
-        found = self._sum(span, total, count)
-        if isinstance(found, NotFinite):
-            raise found
-        yield found
-
-    def cells(self, values: np.ndarray) -> list[Column]:
-        """values: tokens that count, and their bits. Half a token is one that one strand alone counts."""
-        self.columns = ["tokens", "bits_per_token", "total_bits"]
-        counts, total = values.T
-        return [np.ceil(counts).astype(np.int64), total / np.maximum(counts, 0.5), total]
-
-    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Nats `(batch, length)` fp32, 0 where a label does not count."""
-        # another head may look at neighbouring positions
-        alone = getattr(self.model.head, "position_wise", False)
-        step = max(1, _LOGITS // len(hidden)) if alone else hidden.shape[1]
-        slices = (slice(start, start + step) for start in range(0, hidden.shape[1], step))
-        return torch.cat([self._nats(hidden[:, part], labels[:, part]) for part in slices], 1)
-
-    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        losses = getattr(self.model.head, "losses", None)
-        if losses is None:  # a plugin's head
-            return F.cross_entropy(self.model.told(hidden).transpose(1, 2), labels, reduction="none")
-        nats: Tensor = losses(hidden, labels)
-        return nats
-
-
-class Tokens(Likelihood):
-    """Bits of each token, given those before it in its record or window."""
-
-    gathered = 2**16
-    each = True
-    unknown = "not scored"
-
-    def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
-        if not bits.isfinite().all():
-            return NotFinite("")
-        known = (labels != -100).numpy()
-        known = known if known.ndim == 1 else known.any(1)
-        return Found(first, first + len(bits), 1, bits.float().numpy()[:, None], None if known.all() else known)
-
-    def parts(self, record: Record, span: Span) -> Iterator[Found]:
-        for first, bits, labels in self._in_parts(record, span):
-            found = self._made(span, first, bits, labels)
-            if isinstance(found, NotFinite):
-                raise found
-            yield found
-
-    def cells(self, values: np.ndarray) -> list[Column]:
-        self.columns = ["bits"]
-        return [values[:, 0]]
-
-
-class PseudoLikelihood(Likelihood):
-    """Bits a token of separate windows, each token predicted from all others except those hidden with it. Every seventh
-    token is hidden at once, so a window is read seven times (after Salazar et al., arXiv:1910.14659, who hide one at a
-    time)."""
-
-    least = 1
-    _TIMES = 7
-
-    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
-        assert loaded.tokenizer is not None
-        super().__init__(loaded, window or loaded.card.length or None)
-        # the last id, which in the vocabulary of a published model is not the one behind the bases
-        self.mask_id = loaded.card.spec["encoder"].get("vocab_size", loaded.tokenizer.vocab_size + 1) - 1
-
-    def too_short(self, length: int) -> str:
-        return Answer.too_short(self, length)
-
-    def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
-        ids = self.batch(pieces)
-        labels = self._all_labels(pieces, ids)
-        nats = torch.zeros(ids.shape, device=ids.device)
-        for first in range(min(self._TIMES, ids.shape[1])):
-            hidden = ids.clone()
-            hidden[:, first :: self._TIMES] = self.mask_id
-            asked = torch.full_like(labels, -100)
-            asked[:, first :: self._TIMES] = labels[:, first :: self._TIMES]
-            found = self.model.backbone(self.model.encoder(hidden, self.conditions(pieces)))
-            nats += self._losses(found, asked)
-        return 0, nats / math.log(2), labels
-
-
-class PseudoTokens(PseudoLikelihood, Tokens):
-    """Bits of each token, given those around it."""
 
 
 class Sequences(Answer):
@@ -353,9 +201,9 @@ class Sequences(Answer):
         return super().long(span) and (self.each or span.stop - span.start > self.at_once)
 
     def _note(self, record: Record, start: int, stop: int) -> str:
-        scored = _scored(record, start, stop)
+        scored = scored_tokens(record, start, stop)
         unread = scored is not None and stop > start and not scored.any()
-        return Likelihood.unknown if unread and not self.each else super()._note(record, start, stop)
+        return NOTHING_SCORED if unread and not self.each else super()._note(record, start, stop)
 
     def numbers(self, output: Tensor) -> np.ndarray:
         """Outputs `(n, outputs)` as probabilities or values, fp32."""
@@ -461,7 +309,7 @@ class Positions(Sequences):
                 f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; they cannot "
                 "be one label for each position. Use a head with one output a position."
             )
-        known = _scored(record, first, stop)
+        known = scored_tokens(record, first, stop)
         if known is not None and self.step > 1:
             known = np.logical_or.reduceat(known, np.arange(0, len(known), self.step))
         return Found(first, stop, self.step, self.numbers(output), known)
@@ -498,69 +346,3 @@ def class_names(loaded: LoadedModel, classes: list[str], count: int) -> list[str
             "with a head that fits (`mambaseq list heads`)."
         )
     return classes or [str(number) for number in range(count)]
-
-
-def answer_of(loaded: LoadedModel, window: int | None, each_token: bool = False) -> Answer:
-    """The `Answer` of a model. window: tokens read at once, if the user wants another number.
-    each_token: the likelihood of each token instead of each record.
-
-    Raises ConfigError, naming model and head, where it is unclear what the head's numbers mean.
-    """
-    found = _answer_of(loaded, window)
-    if not each_token:
-        return found
-    if not isinstance(found, Likelihood):
-        raise ConfigError(
-            f"Only a language model gives the likelihood of each token, and the model at {loaded.source} is not one. "
-            "Leave --what out."
-        )
-    return PseudoTokens(loaded, window) if isinstance(found, PseudoLikelihood) else Tokens(loaded, window)
-
-
-def _answer_of(loaded: LoadedModel, window: int | None) -> Answer:
-    card, model = loaded.card, loaded.model
-    head, task, names = model.head, card.task, list(card.class_names)
-    here = f"The model at {loaded.source} (head {shown(card.spec['head']['name'])})"
-    if not head.per_token:
-        if task in ("next_token", "masked", "labels"):
-            raise ConfigError(
-                f"{here} gives one answer a sequence but was trained on one a position ({task}), so its numbers mean "
-                "nothing. Train it with a head that fits (`mambaseq list heads`)."
-            )
-        span = window or card.length or None
-        if task == "multilabels":
-            return Sequences(loaded, span, names, several=True)
-        values = isinstance(head, RegressionHead) or task == "values"
-        classes = not values and (task == "classes" or bool(names) or isinstance(head, ClassificationHead))
-        return Sequences(loaded, span, names if classes else None)
-    if task is None:  # saved by an older version
-        next_token = not names and isinstance(head, LMHead) and model.backbone.causal
-        task = "labels" if names else "next_token" if next_token else None
-    if task in ("labels", "multilabels"):
-        return Positions(loaded, window, names, several=task == "multilabels")
-    if task == "masked" and loaded.tokenizer is not None:
-        return PseudoLikelihood(loaded, window)
-    if task == "masked":
-        raise ConfigError(
-            f"{here} was trained on masked tokens, but its model.json names no tokenizer, so the id of the mask token "
-            "is unknown. Embed records with it instead (--what embeddings), or start another run from it "
-            "(--init-from)."
-        )
-    if task in ("values", "next_values"):
-        return Positions(loaded, window, None)
-    if task == "next_token" and model.backbone.causal and getattr(model.encoder, "causal", False):
-        if window == 1:
-            raise ConfigError(
-                "--window must be at least 2 for a language model, not 1: it predicts from what precedes."
-            )
-        return Likelihood(loaded, window)
-    if task == "next_token":
-        raise ConfigError(
-            f"{here} was trained for the next token, which its encoder {shown(card.spec['encoder']['name'])} or its "
-            f"backbone {shown(card.spec['backbone']['name'])} lets it see, so its bits mean nothing. Train one with "
-            "the encoder tokens and a causal backbone, such as residual."
-        )
-    raise ConfigError(
-        f"{here} gives numbers for each position, but its description does not say what they are: it has no class "
-        'names and no task. If they are labels, add "task": "labels" to model.json; otherwise train it again.'
-    )

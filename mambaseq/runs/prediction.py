@@ -19,12 +19,13 @@ from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
-from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span, answer_of
+from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
 from mambaseq.runs.columns import Frame
 from mambaseq.runs.conditions import Conditions, Given
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
 from mambaseq.runs.loading import columns_given, fitting_options, records_of, regions_given
+from mambaseq.runs.meaning import answer_of
 from mambaseq.runs.overlaps import Merge, Merger
 from mambaseq.runs.strands import BothStrands
 from mambaseq.runs.tables import Block, Table, known_ending, named, partial_path, table

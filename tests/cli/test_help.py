@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import pytest
 
-from mambaseq.cli.arguments import Arguments
+from mambaseq.arguments import Arguments
 from mambaseq.cli.main import COMMANDS, main
 from mambaseq.domain import catalog
 from mambaseq.registry import import_target

@@ -101,7 +101,7 @@ def test_more_workers_than_a_machine_has_room_for_are_refused_by_their_key() -> 
 
 
 def test_arguments_that_are_left_over_are_quoted() -> None:
-    from mambaseq.cli.arguments import Arguments
+    from mambaseq.arguments import Arguments
 
     with pytest.raises(ConfigError, match=r"'\\t' on the command line"):
         Arguments(prog="mambaseq predict").parse_args(["\t"])

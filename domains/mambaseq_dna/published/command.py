@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mambaseq.arguments import Arguments
 from mambaseq.checkpoints import LoadedModel, ModelCard
 from mambaseq.checkpoints.hub import save_pretrained
 from mambaseq.errors import ConfigError
 from mambaseq.limits import WINDOW
 from mambaseq.outputs import output_file
-from mambaseq_dna.options import Options
 from mambaseq_dna.published.folders import read_published
 from mambaseq_dna.published.settings import Imported
 from mambaseq_dna.tokenizer import BaseTokenizer
@@ -19,7 +19,8 @@ _FROM_DATA = ("vocab_size", "complement")  # of encoder and head: a run's data s
 
 
 def run(argv: list[str]) -> None:
-    parser = Options(
+    parser = Arguments(
+        allow_abbrev=False,
         prog="mambaseq dna/import",
         description="Make a published language model of DNA one of ours, with the same outputs: Caduceus-Ph, "
         "Caduceus-PS or HyenaDNA, from a downloaded folder. The result is a model for predict (bits a base, "

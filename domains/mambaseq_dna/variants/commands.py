@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mambaseq.arguments import Arguments
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
-from mambaseq_dna.options import Options
 from mambaseq_dna.variants.reasons import OTHER_REF, reasons_told
 
 
@@ -48,7 +48,8 @@ def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
 
 def variants(argv: list[str]) -> int:
     """`mambaseq dna/variants`."""
-    parser = Options(
+    parser = Arguments(
+        allow_abbrev=False,
         prog="mambaseq dna/variants",
         description="Score variants with a model: each alternative of a VCF file (or of a table with CHROM, POS, REF "
         "and ALT) against the reference.",
@@ -98,7 +99,8 @@ def _told(without: Mapping[str, int], rows: int) -> str:
 
 def mutagenesis(argv: list[str]) -> int:
     """`mambaseq dna/mutagenesis`."""
-    parser = Options(
+    parser = Arguments(
+        allow_abbrev=False,
         prog="mambaseq dna/mutagenesis",
         description="In-silico mutagenesis: the effect of every substitution in a region, as a table and a picture.",
     )

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, DataError, shown
-from mambaseq.runs.answers import CHUNK, Likelihood, PseudoLikelihood, Sequences, answer_of
+from mambaseq.runs.answers import CHUNK, Sequences
 from mambaseq.runs.embeddings import Embeddings
+from mambaseq.runs.likelihoods import Likelihood, PseudoLikelihood
+from mambaseq.runs.meaning import answer_of
 from mambaseq_dna.tokenizer import BaseTokenizer, N, fold_case
 from mambaseq_dna.variants.sites import Site
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 from pathlib import Path
 
 import numpy as np
 
+from mambaseq.arguments import Arguments
 from mambaseq_forecast.hours import CHANNELS
 
 
@@ -29,7 +29,7 @@ def series(rows: int = 2400, seed: int = 0) -> np.ndarray:
 
 
 def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mambaseq forecast/made-up", description=__doc__)
+    parser = Arguments(prog="mambaseq forecast/made-up", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
