@@ -185,7 +185,7 @@ def test_runs_are_compared_by_ear(
     assert main([*words, "--blind", "--condition=10", "--condition=four"]) == 0
     text = page.read_text()
     assert 'data-blind="1"' in text
-    assert text.count("No condition is named") == 2
+    assert text.count("The condition digit knows no") == 2
     assert text.count("data:audio") == 2 * 3
     monkeypatch.setattr("mambaseq_audio.comparing.MOST_SOUND", 100)
     capsys.readouterr()
