@@ -15,8 +15,12 @@ from mambaseq.resources import find, share
 from mambaseq.runs.parsing import parse_config
 
 ALIKE = {"dna/five_species": "dna/great_apes"}  # but for their data, which are not here
+# of data that are not here either: set up, built and stepped with their recipes (tests/audio/test_published_audio.py)
+OF_RECIPES = {"audio/sc09", "audio/youtubemix"}
 NAMES = [
-    entry.name for entry in catalog()["configs"] if entry.target.startswith("mambaseq:") and entry.name not in ALIKE
+    entry.name
+    for entry in catalog()["configs"]
+    if entry.target.startswith("mambaseq:") and entry.name not in ALIKE.keys() | OF_RECIPES
 ]
 SMALL = {
     "--model.d_model": "16",

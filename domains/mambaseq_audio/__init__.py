@@ -35,6 +35,8 @@ domain = Domain(
             "the same with samples of 16 bits, a coarse and a fine byte, on a GPU",
         ),
         "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),
+        "sc09": ("mambaseq:configs/audio/sc09.yaml", "SC09 as in the Mamba paper, 6.1 M; you bring the clips"),
+        "youtubemix": ("mambaseq:configs/audio/youtubemix.yaml", "YouTubeMix as there, 3.5 M; you bring the piano"),
         "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
@@ -56,6 +58,11 @@ domain = Domain(
         "audio_context": (
             "mambaseq_audio.recipes.audio_context:recipe",
             "Mamba's ablation on long recordings: selective or time-invariant, bits a byte by context",
+        ),
+        "sc09": ("mambaseq_audio.recipes.sc09:recipe", "Mamba paper, Tables 4 and 5: speech on SC09, likelihoods"),
+        "youtubemix": (
+            "mambaseq_audio.recipes.youtubemix:recipe",
+            "Mamba paper, Figures 7 and 10: piano by context, selective and LTI",
         ),
     },
     reports={"demo": ("mambaseq_audio.report:report", "bits a sample next to count models, and sounds")},
