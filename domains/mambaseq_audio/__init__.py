@@ -9,6 +9,10 @@ domain = Domain(
     summary="waveforms sample by sample: spoken digits with a condition, long recordings",
     tokenizers={
         "mulaw": ("mambaseq_audio.mulaw:MuLaw", "8-bit mu-law levels at fixed full scale"),
+        "codes": (
+            "mambaseq_audio.codes:CodeFrames",
+            "frames of a neural codec's codes, books shifted by their numbers",
+        ),
         "linear": ("mambaseq_audio.linear:Linear", "8-bit or 16-bit levels in even steps"),
     },
     encoders={"mel": ("mambaseq_audio.mel:MelEncoder", "frames of a mel spectrogram, for classifiers")},
@@ -17,11 +21,21 @@ domain = Domain(
     },
     datasets={
         "clips": ("mambaseq_audio.clips:ClipData", "short clips, conditioned on what their file names say"),
+        "codes": (
+            "mambaseq_audio.code_data:CodeData",
+            "streams of a neural codec's codes (.npy), several books a frame",
+        ),
         "labelled": ("mambaseq_audio.labelled:LabelledClips", "short clips with a label each, from their file names"),
         "waveform": ("mambaseq_audio.waveform:WaveformData", "windows of long recordings, split by time"),
     },
-    readers={"audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and other formats of libsndfile")},
-    writers={"wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file for each sequence")},
+    readers={
+        "audio": ("mambaseq_audio.io:read_audio", "wav, flac, ogg and other formats of libsndfile"),
+        "codes": ("mambaseq_audio.code_files:read_codes", "a neural codec's codes, .npy"),
+    },
+    writers={
+        "wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file for each sequence"),
+        "codes": ("mambaseq_audio.code_files:write_codes", "a neural codec's codes, one .npy for each sequence"),
+    },
     callbacks={
         "listening": (
             "mambaseq_audio.listening:Listening",
@@ -30,6 +44,7 @@ domain = Domain(
     },
     configs={
         "digits": ("mambaseq:configs/audio/digits.yaml", "spoken digits by digit and speaker, on a GPU"),
+        "codec": ("mambaseq:configs/audio/codec.yaml", "codes of a neural codec, several books a frame"),
         "digits_16bit": (
             "mambaseq:configs/audio/digits_16bit.yaml",
             "the same with samples of 16 bits, a coarse and a fine byte, on a GPU",

@@ -23,7 +23,7 @@ from mambaseq_audio.linear import Samples, codec_of
 from mambaseq_audio.mulaw import Codec, MuLaw
 from mambaseq_audio.recordings import Recording, composed, is_manifest, overlap, recordings
 from mambaseq_audio.stores import SoundStore, sound_store
-from mambaseq_audio.tiles import Tiles, next_sample
+from mambaseq_audio.tiles import MakeItem, Tiles, next_sample
 
 DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
 DIGITS_NAMES = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$"
@@ -69,10 +69,11 @@ class RandomClips:
         seed: int,
         step: int = 1,
         first: int = MuLaw.start_id,
+        make: MakeItem | None = None,
     ) -> None:
         """conditions: of each clip, ids or rows (see `mambaseq.conditions`). step: crops begin at multiples of it.
-        first: what precedes a clip."""
-        self.first = first
+        first: what precedes a clip. make: makes items of something else than samples."""
+        self.first, self.make = first, make
         self.clips, self.conditions, self.length, self.seed, self.step = clips, conditions, length, seed, step
 
     def __len__(self) -> int:
@@ -89,8 +90,10 @@ class RandomClips:
         length = min(self.length, len(clip))
         places = (len(clip) - length) // self.step + 1
         start = self.step * int(np.random.default_rng((self.seed, index, 1)).integers(places))
-        previous = int(clip.read(start - 1, 1)[0]) if start else self.first
         condition = None if self.conditions is None else self.conditions[which]
+        if self.make is not None:
+            return self.make(clip, start, length, condition)
+        previous = int(clip.read(start - 1, 1)[0]) if start else self.first
         return next_sample(previous, clip.read(start, length), condition)
 
 
@@ -185,16 +188,33 @@ class ClipData(SequenceData):
         names = [*self.condition, *self.condition_numbers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"data.condition and data.condition_numbers name {shown(twice[0])} twice. Name it once.")
-        check_setting("data.length", self.length, 1, WINDOW.value)
+        self._check()
         check_setting("data.seed", self.seed, *SEEDS)
+        found = self._found()
+        groups = self._groups(found)
+        self._label(found, groups, self._split(found, groups))  # before anything is decoded
+        self._sounds = sounds = self._stored(found)
+        groups = self._groups(sounds.recordings)
+        splits = self._split(sounds.recordings, groups)
+        self._label(sounds.recordings, groups, splits)
+        lengths = sounds.store.lengths
+        self._clips = [Interval(sounds.store, i, 0, int(lengths[i])) for i in sounds.records]
+        self._refuse_copies(sounds, splits)
+        self._splits = splits
+
+    def _check(self) -> None:
+        """Raise ConfigError for settings out of range."""
+        check_setting("data.length", self.length, 1, WINDOW.value)
         check_rate(self.sample_rate, "data.sample_rate")
         check_channels(self.channels, "data.channels")
         if self.channels == "stereo" and self.length % 2:
             raise ConfigError(f"data.length must be even with channels: stereo; it is {self.length}.")
-        found = recordings(self.files)
-        groups = self._groups(found)
-        self._label(found, groups, self._split(found, groups))  # before anything is decoded
-        self._sounds = sounds = sound_store(
+
+    def _found(self) -> list[Recording]:
+        return recordings(self.files)
+
+    def _stored(self, found: Sequence[Recording]) -> SoundStore:
+        return sound_store(
             "clips",
             found,
             self.sample_rate,
@@ -203,13 +223,6 @@ class ClipData(SequenceData):
             skip_bad=self.skip_bad,
             codec=self.codec,
         )
-        groups = self._groups(sounds.recordings)
-        splits = self._split(sounds.recordings, groups)
-        self._label(sounds.recordings, groups, splits)
-        lengths = sounds.store.lengths
-        self._clips = [Interval(sounds.store, i, 0, int(lengths[i])) for i in sounds.records]
-        self._refuse_copies(sounds, splits)
-        self._splits = splits
 
     def sources(self) -> dict[str, str]:
         """sha256 of each sound file."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,15 @@ def _part(start: float, end: float | None) -> str:
     return "" if start == 0 and end is None else f"@{start:g}-{'' if end is None else f'{end:g}'}"
 
 
-def audio_files(name: str | Path) -> list[Path]:
+def audio_files(
+    name: str | Path,
+    suffixes: Collection[str] = SUFFIXES,
+    kind: str = "sound file",
+    endings: str = ".wav, .flac or .ogg",
+) -> list[Path]:
     """The sound files that a name stands for, sorted: a file, a pattern, a resource (see
     `mambaseq.data.cache.locate`), or a folder, searched with its subfolders (see `mambaseq.data.files.walk`).
+    suffixes: endings of the files of a folder. kind, endings: what they are, for messages.
     Raises DataError when there is none."""
     try:
         folder = Path(name).expanduser()
@@ -69,29 +75,27 @@ def audio_files(name: str | Path) -> list[Path]:
         is_folder = False
     if not is_folder:
         return locate(name)
-    found = walk(folder, SUFFIXES)
+    found = walk(folder, suffixes)
     if not found:
-        raise DataError(
-            f"The folder {folder} holds no sound file. Put files that end in .wav, .flac or .ogg there, or "
-            f"name another."
-        )
+        raise DataError(f"The folder {folder} holds no {kind}. Put files that end in {endings} there, or name another.")
     return found
 
 
-def recordings(name: str | Path) -> list[Recording]:
+def recordings(name: str | Path, *of: Any) -> list[Recording]:
     """What a name stands for: the files of `audio_files`, or, where it ends in .csv, .tsv or .jsonl, the rows of that
     manifest in their order.
 
     A manifest's column `file` is a path, relative to the manifest or to the current folder, whichever way accents are
     written in it. `start` and `end` are seconds; without them, the whole file. Other columns become `fields`.
-    Raises DataError that names the manifest's line; a file that is not there is not noticed here.
+    of: what else `audio_files` takes. Raises DataError that names the manifest's line; a file that is not there is not
+    noticed here.
     """
     if is_manifest(name):
         found = [one for manifest in locate(name) for one in _rows(manifest)]
         if not found:
             raise DataError(f"The manifest {name} has no row. Write one for each recording.")
         return found
-    paths = audio_files(name)
+    paths = audio_files(name, *of)
     return [Recording(path, called) for path, called in zip(paths, relative_names(paths, name), strict=True)]
 
 

@@ -87,7 +87,12 @@ def sound_store(
         # what is left out depends on the limits
         "skip_bad": [SAMPLES.value, UNPACKED_RATIO.value] if skip_bad else False,
     }
-    return kept_store(label, Levels(recordings, codec, sample_rate, resample, channels, skip_bad), codec.dtype, meta)
+
+    def blocks(one: Recording, notices: Notices) -> Iterator[np.ndarray]:
+        told = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
+        return map(codec.encode, told)
+
+    return kept_store(label, Levels(recordings, blocks, skip_bad), codec.dtype, meta)
 
 
 def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any]) -> SoundStore:
@@ -140,20 +145,13 @@ class Levels:
     def __init__(
         self,
         recordings: Sequence[Recording],
-        codec: Codec,
-        sample_rate: int,
-        resample: bool,
-        channels: Channels,
+        blocks: Callable[[Recording, Notices], Iterator[np.ndarray]],
         skip_bad: bool,
     ) -> None:
-        self.recordings, self.skip_bad = recordings, skip_bad
-        self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
-        self.codec, self.notices = codec, Notices()
+        """blocks: reads a recording, piece by piece."""
+        self.recordings, self._blocks, self.skip_bad = recordings, blocks, skip_bad
+        self.notices = Notices()
         self.bad: dict[str, str] = {}
-
-    def _blocks(self, one: Recording, notices: Notices) -> Iterator[np.ndarray]:
-        blocks = signal_blocks(one, self.sample_rate, resample=self.resample, channels=self.channels, notices=notices)
-        return map(self.codec.encode, blocks)
 
     def _small(self, one: Recording) -> list[np.ndarray] | UserError | None:
         """The levels of a small file, or its error; None for a large one, of which only a piece is in memory."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from mambaseq.batch import Batch
 from mambaseq.data.windows import Interval
+
+MakeItem = Callable[[Interval, int, int, Any], Batch]
+"""An interval, the place and the number of tokens of it, and a condition or None, to a batch of one."""
 
 
 def next_sample(previous: int, levels: np.ndarray, condition: int | tuple[int, ...] | None = None) -> Batch:
@@ -27,7 +31,8 @@ class Tiles:
 
     first: the input before an interval's first sample, which is then predicted too; None makes that sample an input
         only, for intervals that begin within a recording.
-    conditions: one for each interval, an id or a row (see `mambaseq.conditions`).
+    conditions: one for each interval, an id or a row (see `mambaseq.conditions`). make: makes items of something else
+        than samples.
     """
 
     def __init__(
@@ -37,8 +42,9 @@ class Tiles:
         *,
         first: int | None = None,
         conditions: Sequence[int] | Sequence[tuple[int, ...]] | None = None,
+        make: MakeItem | None = None,
     ) -> None:
-        self.intervals, self.first, self.conditions = intervals, first, conditions
+        self.intervals, self.first, self.conditions, self.make = intervals, first, conditions, make
         skipped = 1 if first is None else 0
         self._pieces = [
             (which, start, min(start + length, interval.stop))
@@ -63,6 +69,8 @@ class Tiles:
         which, start, stop = self._pieces[index]
         interval = self.intervals[which]
         condition = None if self.conditions is None else self.conditions[which]
+        if self.make is not None:
+            return self.make(interval, start, stop - start, condition)
         if start == interval.start:
             assert self.first is not None
             return next_sample(self.first, interval.read(start, stop - start), condition)
