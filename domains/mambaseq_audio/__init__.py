@@ -64,6 +64,10 @@ domain = Domain(
             "mambaseq_audio.scoring:run",
             "FID, inception scores and AM of generated clips: --generated DIR --real DIR --classifier RUN",
         ),
+        "frechet": (
+            "mambaseq_audio.frechet:run",
+            "Fréchet audio distance of embeddings that you bring: --generated FILE.npy --real FILE.npy",
+        ),
     },
     recipes={
         "spoken_digits": (

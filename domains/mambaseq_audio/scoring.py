@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq_audio.clips import composed
 from mambaseq_audio.io import read_audio
 from mambaseq_audio.labelled import item, middle
+from mambaseq_audio.likelihoods import log_likelihoods
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.scores import Scores, log_probabilities, scores
+from mambaseq_audio.scores import PUBLISHED_BAND, Scores, best_band, kept, log_probabilities, scores
+
+Band = Literal["published", "best"]
 
 _TOKENS = 2**19  # samples that are read together
 
@@ -37,6 +40,10 @@ class Recognised:
     names: list[str]
     features: np.ndarray
     log_p: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> Recognised:
+        """Those of some clips, by their indices."""
+        return Recognised([self.names[i] for i in chosen], self.features[chosen], self.log_p[chosen])
 
 
 def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
@@ -129,21 +136,60 @@ def score(
     *,
     pattern: str | None = None,
     device: str | None = None,
+    likelihoods: str | Path | None = None,
+    band: Band = "published",
 ) -> dict[str, dict[str, Any]]:
     """Scores of folders of clips against a folder of real ones: for each name in `generated`, the fields of
-    `mambaseq_audio.scores.Scores`, and with a pattern `accuracy` (see there)."""
-    loaded = load_model(classifier, choose_device(device))
+    `mambaseq_audio.scores.Scores`, and with a pattern `accuracy` (see there).
+
+    likelihoods: the unconditional run that made the clips. Then there are also the scores of what rejection sampling
+        keeps, as "NAME, kept", with the band: see `rejected`.
+    """
+    where = choose_device(device)
+    loaded, maker = load_model(classifier, where), None if likelihoods is None else load_model(likelihoods, where)
     truth = recognise(loaded, real)
     found: dict[str, dict[str, Any]] = {}
+
+    def scored(clips: Recognised) -> dict[str, Any]:
+        made: Scores = scores(truth.features, truth.log_p, clips.features, clips.log_p)
+        values = dataclasses.asdict(made)
+        if pattern is not None:
+            values["accuracy"] = accuracy(clips, pattern, loaded.card.class_names)
+        if min(len(clips.names), len(truth.names)) <= truth.features.shape[1]:
+            values["note"] = f"FID is too high: no more clips than features ({truth.features.shape[1]})"
+        return values
+
     for name in generated:
         clips = recognise(loaded, name)
-        made: Scores = scores(truth.features, truth.log_p, clips.features, clips.log_p)
-        found[str(name)] = dataclasses.asdict(made)
-        if pattern is not None:
-            found[str(name)]["accuracy"] = accuracy(clips, pattern, loaded.card.class_names)
-        if min(len(clips.names), len(truth.names)) <= truth.features.shape[1]:
-            found[str(name)]["note"] = f"FID is too high: no more clips than features ({truth.features.shape[1]})"
+        found[str(name)] = scored(clips)
+        if maker is not None:
+            chosen, told = rejected(clips, maker, name, band)
+            found[f"{name}, kept"] = {**scored(clips.only(chosen)), **told}
     return found
+
+
+def rejected(clips: Recognised, maker: LoadedModel, name: str | Path, band: Band) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rejection sampling as published: the indices of the clips whose likelihood by their own model is in a band of the
+    ranking, and what there is to say of it.
+
+    band: "published" keeps what SaShiMi's code does; "best" takes the band with the best inception score on every
+        second clip, and keeps what is in it of the others, so that nothing is chosen and scored on the same clips.
+    """
+    found = log_likelihoods(maker, name)
+    if found.names != clips.names:
+        raise ConfigError(
+            f"The classifier and {maker.source} read {name} as different clips ({len(clips.names)} and "
+            f"{len(found.names)}): their data.channels differ. Use clips of one channel."
+        )
+    told: dict[str, Any] = {}
+    if found.lengths.min() != found.lengths.max():
+        told["ranked"] = "of different lengths, where short clips are likelier"
+    every = np.arange(len(clips.names))
+    if band == "published":
+        return kept(found.log_p), {"band": list(PUBLISHED_BAND), **told}
+    first, second = every[::2], every[1::2]
+    best = best_band(found.log_p[first], clips.log_p[first])
+    return second[kept(found.log_p[second], best.lower, best.upper)], {"band": [best.lower, best.upper], **told}
 
 
 _TOLD = {
@@ -180,14 +226,37 @@ def run(argv: list[str]) -> int:
         metavar="REGEX",
         help="also the share recognised as the class in clips' names: the first named group, as in '^(?P<digit>\\d)_'",
     )
+    parser.add_argument(
+        "--likelihoods",
+        metavar="RUN",
+        help="the unconditional run that made the clips: score those, too, that rejection sampling keeps",
+    )
+    parser.add_argument(
+        "--band",
+        choices=("published", "best"),
+        default="published",
+        help="with --likelihoods: the share of the ranking that SaShiMi's code keeps (0.40 to 0.95), or the band with "
+        "the best IS on every second clip, scored on the others",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     given = parser.parse_args(argv)
-    found = score(given.generated, given.real, given.classifier, pattern=given.pattern, device=given.device)
+    found = score(
+        given.generated,
+        given.real,
+        given.classifier,
+        pattern=given.pattern,
+        device=given.device,
+        likelihoods=given.likelihoods,
+        band=given.band,
+    )
     if given.out is not None:
         with output_file(given.out) as file:
             file.write((json_text(found, indent=1) + "\n").encode())
     for name, values in found.items():
-        told = (f"{told} {values[key]:,.4g}" for key, told in _TOLD.items() if key in values)
-        print(f"{name}: {', '.join(told)}" + (f" ({values['note']})" if "note" in values else ""))
+        told = [f"{told} {values[key]:,.4g}" for key, told in _TOLD.items() if key in values]
+        if "band" in values:
+            told.append(f"band {values['band'][0]:g} to {values['band'][1]:g}")
+        notes = [values[key] for key in ("note", "ranked") if key in values]
+        print(f"{name}: {', '.join(told)}" + (f" ({'; '.join(notes)})" if notes else ""))
     return 0

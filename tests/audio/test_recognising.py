@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from mambaseq_audio.frechet import frechet, read_embeddings
 from mambaseq_audio.io import read_signal
 from mambaseq_audio.labelled import LabelledClips
+from mambaseq_audio.likelihoods import log_likelihoods
 from mambaseq_audio.mel import MelEncoder
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.scoring import recognise, score
+from mambaseq_audio.scores import best_band, inception_score
+from mambaseq_audio.scoring import recognise, rejected, score
 
 from mambaseq.batch import Batch
 from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
@@ -176,6 +180,101 @@ def test_scores_of_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert low["am_score"] > same["am_score"] + 0.5
     assert "no more clips than features (8)" in low["note"]
     assert "IS as published" in capsys.readouterr().out
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Path:
+    """An unconditional model of sounds."""
+    spec = {
+        "d_model": 8,
+        "encoder": {"name": "tokens", "vocab_size": 256},
+        "backbone": {"name": "residual", "n_layers": 1},
+        "mixer": {"name": "attention"},
+        "head": {"name": "lm", "vocab_size": 256},
+    }
+    torch.manual_seed(0)
+    card = ModelCard(
+        spec=spec,
+        tokenizer={"name": "audio/mulaw", "options": {}},
+        start_ids=[MuLaw.start_id],
+        reader="audio/audio",
+        reader_options={"sample_rate": 8000, "resample": True, "channels": "mean"},
+    )
+    save_model(tmp_path / "maker", build_model(spec), card, MuLaw())
+    return tmp_path / "maker"
+
+
+def test_rejection_sampling_keeps_a_band(
+    folder: Path, tmp_path: Path, maker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = classifier(folder, tmp_path / "model", steps=0)
+    found = log_likelihoods(load_model(maker), folder)
+    assert len(found.names) == 16
+    levels = MuLaw().encode(read_signal(folder / "low_3.wav", 8000)).astype(np.int64)
+    ids = torch.from_numpy(np.concatenate([[128], levels]))
+    with torch.no_grad():
+        logits = load_model(maker).model(ids[None, :-1]).logits[0]
+    expected = -torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+    clips = recognise(load_model(place), folder)
+    which = [Path(name).stem for name in clips.names].index("low_3")
+    assert found.log_p[which] == pytest.approx(float(expected), rel=1e-4)
+    options = ["--real", str(folder), "--classifier", str(place), "--likelihoods", str(maker)]
+    out = tmp_path / "scores.json"
+    assert main(["audio/score", "--generated", str(folder), *options, "--out", str(out)]) == 0
+    kept = json.loads(out.read_text())[f"{folder}, kept"]
+    chosen = np.argsort(found.log_p)[6:15]  # of 16, from 0.40 to 0.95
+    assert kept["clips"] == 9
+    assert kept["band"] == [0.4, 0.95]
+    assert kept["inception_score"] == pytest.approx(inception_score(clips.log_p[chosen]))
+    assert "band 0.4 to 0.95 (of different lengths" in capsys.readouterr().out
+    rows, told = rejected(clips, load_model(maker), folder, "best")
+    band = best_band(found.log_p[::2], clips.log_p[::2])
+    assert told["band"] == [band.lower, band.upper]
+    order = 2 * np.argsort(found.log_p[1::2]) + 1
+    assert rows.tolist() == order[int(band.lower * 8) : int(band.upper * 8)].tolist()
+    with pytest.raises(ConfigError, match="does not generate sounds"):
+        log_likelihoods(load_model(place), folder)
+    loaded = load_model(maker)
+    told_of = dataclasses.replace(loaded.card, condition_names=["a", "b"])
+    with pytest.raises(ConfigError, match="generates on a condition"):
+        log_likelihoods(dataclasses.replace(loaded, card=told_of), folder)
+    with pytest.raises(ConfigError, match="as different clips"):
+        rejected(clips, loaded, folder / "low_*.wav", "best")
+
+
+def test_frechet_distance_of_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means apart by 3 and 4, and one variance four times the other: 25 + (2 - 1)^2."""
+    square = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)  # covariance 1
+    parts, real = tmp_path / "parts", tmp_path / "real.npy"
+    parts.mkdir()
+    moved = square * [2, 1] + [3, 4]
+    np.save(parts / "a.npy", moved[:1])
+    np.save(parts / "b.npy", moved[1:].astype(np.float32))
+    np.save(real, square)
+    out = tmp_path / "fad.json"
+    assert main(["audio/frechet", "--generated", str(parts), "--real", str(real), "--out", str(out)]) == 0
+    assert json.loads(out.read_text()) == {str(parts): pytest.approx(26, rel=1e-6)}
+    assert "Fréchet audio distance 26" in capsys.readouterr().out
+    with pytest.raises(DataError, match="cannot be read"):
+        frechet([tmp_path / "none"], real)
+    np.save(tmp_path / "wide.npy", np.zeros((2, 3)))
+    with pytest.raises(DataError, match="has 3 features a frame, but"):
+        frechet([tmp_path / "wide.npy"], real)
+    third = parts / "c.npy"
+    for wrong, told in (
+        (np.zeros((2, 3)), "have 2, 3 features"),
+        (np.array(["a"]), "not floats of"),
+        (np.zeros((1, 9000), np.float16), "more than 8,192 features"),
+    ):
+        np.save(third, wrong)
+        with pytest.raises(DataError, match=told):
+            read_embeddings(parts)
+    third.write_bytes(b"no")
+    with pytest.raises(DataError, match=r"c\.npy cannot be read"):
+        read_embeddings(parts)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no \.npy files"):
+        read_embeddings(tmp_path / "empty")
 
 
 def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:

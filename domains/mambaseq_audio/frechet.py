@@ -1,0 +1,89 @@
+"""`mambaseq audio/frechet`: the Fréchet audio distance (arXiv:1812.08466) of embeddings that any model made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mambaseq.arguments import Arguments
+from mambaseq.atomic import json_text
+from mambaseq.errors import DataError, cut_list, shown
+from mambaseq.outputs import output_file
+from mambaseq_audio.scores import fid
+
+MOST_FEATURES = 8_192
+"""Of a frame: the covariance has their square."""
+
+
+def read_embeddings(path: str | Path) -> np.ndarray:
+    """`(frames, features)` of a .npy file, or of all .npy files in a folder, one after the other.
+
+    Raises DataError for files that do not hold such numbers, or not of one width.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} holds no .npy files. Write the embeddings of each clip there, (frames, features).")
+    parts = []
+    for file in files:
+        try:
+            part = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{file} cannot be read as a .npy file of numbers: {shown(str(error), 200)}. Write it with numpy.save."
+            ) from error
+        if not isinstance(part, np.ndarray) or part.ndim != 2 or part.dtype.kind != "f" or not part.shape[1]:
+            form = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else "several arrays"
+            raise DataError(f"{file} holds {form}, not floats of (frames, features). Write one row a frame.")
+        parts.append(part)
+    if max(part.shape[1] for part in parts) > MOST_FEATURES:
+        raise DataError(f"{path} has more than {MOST_FEATURES:,} features a frame. Embed with a smaller model.")
+    if len(widths := sorted({part.shape[1] for part in parts})) > 1:
+        raise DataError(f"The files of {path} have {cut_list(widths)} features. Embed all clips with one model.")
+    return np.concatenate(parts)
+
+
+def frechet(generated: Sequence[str | Path], real: str | Path) -> dict[str, float]:
+    """The distance of each set of embeddings from the real one; 0 for equal means and covariances.
+
+    Raises DataError for embeddings of other widths, or of fewer than two frames.
+    """
+    truth = read_embeddings(real)
+    found = {}
+    for name in generated:
+        made = read_embeddings(name)
+        if made.shape[1] != truth.shape[1]:
+            raise DataError(
+                f"{name} has {made.shape[1]} features a frame, but {real} has {truth.shape[1]}. Embed both with one "
+                "model."
+            )
+        found[str(name)] = fid(truth, made)
+    return found
+
+
+def run(argv: list[str]) -> int:
+    """The command. Prints a line for each set."""
+    parser = Arguments(
+        prog="mambaseq audio/frechet",
+        description="The Fréchet audio distance between sets of embeddings, made by whatever model you name beside the "
+        "figure (VGGish, CLAP, EnCodec): nothing is downloaded and no model is run here. Lower is better. Distances by "
+        "different models, or of sets of different sizes, do not compare.",
+        epilog="By our classifier's features, `mambaseq audio/score` gives the same distance as FID.",
+        allow_abbrev=False,
+    )
+    what = "a .npy file of floats, (frames, features), or a folder of them"
+    parser.add_argument(
+        "--generated", required=True, action="append", metavar="FILE", help=f"{what}; may be given several times"
+    )
+    parser.add_argument("--real", required=True, metavar="FILE", help=what)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the distances as JSON")
+    given = parser.parse_args(argv)
+    found = frechet(given.generated, given.real)
+    if given.out is not None:
+        with output_file(given.out) as file:
+            file.write((json_text(found, indent=1) + "\n").encode())
+    for name, distance in found.items():
+        print(f"{name}: Fréchet audio distance {distance:,.4g}")
+    return 0
