@@ -159,7 +159,7 @@ def run(context: Context) -> list[Table]:
         "had. The models are in the folder models: `mambaseq generate` makes clips from them, which `mambaseq "
         "audio/score` scores by FID, IS, mIS and AM."
     )
-    tables = []
+    tables: list[Table] = []
     for title, group in (
         ("SC09: Table 4", TABLE_4),
         ("SC09: Table 5, what is in the outer stages, and in the center", TABLE_5),

@@ -91,7 +91,7 @@ def run(context: Context) -> list[Table]:
     names = [variant.name for _, group, *_ in groups for variant in group]
     lengths = list(dict.fromkeys(str(rung.length) for rung in (*sevenths, *tenths)))
     wanted, asked = context.wanted(names, lengths), context.wanted(lengths, names)
-    tables = []
+    tables: list[Table] = []
     for title, group, rungs, steps, lr in groups:
         steps = context.at(full=steps, small=50, tiny=2)
         some = [rung for rung in rungs if str(rung.length) in asked]
