@@ -105,7 +105,7 @@ def spoken(
             ours.append(paragraph(error, 200))
     known = list(dict.fromkeys(row[0] for row in ours if not isinstance(row, str)))
     if not known:
-        return Heard([row if isinstance(row, str) else "" for row in ours], 0.0)
+        return Heard([row if isinstance(row, str) else "" for row in ours], math.inf)
     samples = 1 + max(row[1] for row in ours if not isinstance(row, str))
     count, _ = length_of(loaded, one, seconds)
     began = time.perf_counter()
@@ -234,7 +234,7 @@ def compare(
         heard = spoken(one, loaded, places, seconds=seconds, seed=seed, temperature=temperature, device=device)
         columns[one.name] = one.rate, heard.signals
         made = sum(len(signal) for signal in heard.signals if not isinstance(signal, str)) / one.rate
-        told.append({"run": one.name, **one.told, "seconds heard": made, "seconds to make": heard.seconds})
+        told.append({"run": one.name, **one.told, "times real time, loading included": made / heard.seconds})
     beside = " and real recordings" if data is not None else ""
     lead = f"{cut_list([one.name for one in speakers], 4)}{beside}: the same conditions and one seed ({seed}) for all."
     _write(out, lead, notes, told, places, columns, blind)

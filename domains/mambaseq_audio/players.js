@@ -53,7 +53,7 @@
           if (clip.classList.contains('chosen')) votes[clip.dataset.name] = (votes[clip.dataset.name] || 0) + 1;
         });
       });
-      const said = Object.entries(votes).sort((a, b) => b[1] - a[1]).map(([name, n]) => name + ' ' + n + ' times');
+      const said = Object.entries(votes).sort((a, b) => b[1] - a[1]).map(([name, n]) => name + ' (' + n + ')');
       told.textContent = said.length ? 'Chosen as the best: ' + said.join(', ') + '.' : '';
       listen.classList.remove('blind');
       hide.textContent = 'Hide the names';
