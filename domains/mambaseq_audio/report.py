@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -76,7 +77,7 @@ def real_clips(data: ClipData) -> dict[str, np.ndarray]:
     """The first test clip of each condition, as a waveform."""
     test = data.test()
     assert test is not None
-    conditions = test.conditions
+    conditions: Any = test.conditions
     assert conditions is not None
     first: dict[str, np.ndarray] = {}
     for clip, condition in zip(data.clips("test"), conditions, strict=True):

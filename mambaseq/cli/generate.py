@@ -53,6 +53,12 @@ def run(argv: list[str], command: str) -> int:
         "--top-p", type=float, default=None, help="draw from the likeliest tokens that together have this probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        help="how many times over what the condition changes counts, such as 2; for models with condition_dropout",
+    )
     parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_allow_import(parser)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, check_settings, sample
 from mambaseq.generation.stretches import Stretches
@@ -56,6 +57,7 @@ def generate(
     samples: int = 1,
     numbers: Tensor | None = None,
     given: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Continue prompts.
 
@@ -76,6 +78,8 @@ def generate(
         numbers: `(batch, samples)` int64, which samples of each prompt are wanted. None: from 0 on; equal prompts of
             the batch are counted together.
         given: tokens to add that are known, of the shape of what is added to each prompt; negative where one is drawn.
+        guidance: how many times over what the condition changes in the logits counts (see `generation/guidance.py`);
+            for models that have learned to do without (`condition_dropout`). Every token then takes two steps.
 
     Returns:
         `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens, or `(..., codes)`; a prompt's samples
@@ -124,6 +128,7 @@ def generate(
             samples=samples,
             numbers=numbers,
             given=given,
+            guidance=guidance,
         ):
             out.append(piece)
             bar.update(piece.shape[1])
@@ -146,6 +151,7 @@ def stream(
     samples: int = 1,
     numbers: Tensor | None = None,
     given: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Iterator[Tensor]:
     """Continue prompts as `generate` does, whose arguments these are; neither the prompts nor what was added is held.
 
@@ -154,6 +160,7 @@ def stream(
         interrupted, a last piece comes before the KeyboardInterrupt.
     """
     check_whole("max_new_tokens", max_new_tokens, 0)
+    check_guidance(guidance)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
@@ -162,6 +169,8 @@ def stream(
     every = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     given = None if given is None else given.to(device)[every]
 
+    with_guidance = guidance != 1 and condition is not None
+
     def next_token(told: Tensor, place: int) -> Tensor:
         """The token at this place of what is added, from what the head tells."""
 
@@ -169,13 +178,26 @@ def stream(
             return sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
 
         draw = getattr(model.head, "draw", None)
-        token: Tensor = pick(told) if draw is None else draw(told, pick)
+        if draw is None:  # a plugin's
+            draw = _picked
+        token: Tensor = drawn(draw, told, pick, guidance) if with_guidance else draw(told, pick)
         return token if given is None else torch.where(given[:, place] < 0, token, given[:, place])
 
     was_training = model.training
     model.eval()
     try:
         state, logits = prefill(model, prompts, condition)
+        if with_guidance and condition is not None:
+            more, untold = prefill(model, prompts, None)
+            state, more = ([layer.select(every) for layer in one] for one in (state, more))
+            captured = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
+            pair = Guided(
+                Decoder(model, state, condition[every], cuda_graph=captured),
+                Decoder(model, more, cuda_graph=captured),
+            )
+            logits = torch.stack([logits, untold], 1)[every]
+            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids)
+            return
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
@@ -192,8 +214,13 @@ def stream(
         model.train(was_training)
 
 
+def _picked(told: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The `draw` of a head that has none."""
+    return pick(told)
+
+
 def _by_steps(
-    decoder: Decoder,
+    decoder: Decoder | Guided,
     logits: Tensor,
     max_new_tokens: int,
     next_token: Callable[[Tensor, int], Tensor],

@@ -91,7 +91,7 @@ class Known:
         that the model needs.
         """
         values = self._values(given)
-        found = []
+        found: list[list[Any]] = []
         for place, condition in enumerate(self.all):
             text = values.get(condition.name)
             if text is None or (text == "" and "" not in self.names[place]):

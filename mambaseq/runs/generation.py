@@ -16,13 +16,14 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.generation import generate
 from mambaseq.generation.decode import NotFinite, check_whole, continues
+from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.sampling import check_settings
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
-from mambaseq.runs.conditions import Conditions, Given
+from mambaseq.runs.conditions import Conditions, Given, Known
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
 
@@ -81,6 +82,7 @@ def generate_from(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    guidance: float = 1.0,
     writer: str | None = None,
     writes: bool = False,
     device: str | None = None,
@@ -92,6 +94,7 @@ def generate_from(
     Each is what it would be without the others.
     condition_column, condition_table: each record under a condition of its own instead; see
         `mambaseq.runs.conditions.Conditions`.
+    guidance: see `mambaseq.generation.generate`.
     writer: by which they are to be written; checked first, and must be there if it `writes`.
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
@@ -117,6 +120,8 @@ def generate_from(
             f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
         )
     conditions = Conditions(loaded, condition, condition_column, condition_table)
+    if guidance != 1:
+        _check_guidance(loaded, guidance, conditions)
     prompts = _signals(loaded, str(prompt), conditions) if signal else _ids(loaded, prompt, conditions)
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
@@ -141,12 +146,31 @@ def generate_from(
             "top_k": defaults.get("top_k", 0) if top_k is None else top_k,
             "top_p": defaults.get("top_p", 1.0) if top_p is None else top_p,
             "stop_ids": () if end is None else (end,),
+            "guidance": guidance,
         }
     with memory_told("--samples or --max-new-tokens"):
         sequences = _sequences(loaded, prompts, samples, count, place, settings, progress)
     # a given prompt is part of the result; made-up start tokens are not
     sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
     return Generated(sequences, loaded)
+
+
+def _check_guidance(loaded: LoadedModel, guidance: float, conditions: Conditions) -> None:
+    """Raise ConfigError where guidance is none, or the model cannot be guided."""
+    known = Known(loaded)
+    if loaded.tokenizer is None:
+        raise ConfigError("--guidance is for models of tokens, and this one predicts values. Leave it out.")
+    check_guidance(guidance)
+    if not conditions.by_record and not conditions.each:
+        raise ConfigError(
+            "--guidance needs a condition that it strengthens. Give one with --condition, or leave it out."
+        )
+    if needed := [one for one in known.all if not known.may_lack(one)]:
+        raise ConfigError(
+            f"--guidance compares with the model without its conditions, but it has not learned to do without "
+            f"{cut_list(one.name or 'a condition' for one in needed)}. Train with model.encoder.condition_dropout, "
+            f"such as 0.1, or leave --guidance out."
+        )
 
 
 def _check_continues(loaded: LoadedModel, prompt: str | None, top_k: int | None, top_p: float | None) -> None:

@@ -23,6 +23,7 @@ from mambaseq.conditions import Condition, encoder_options, row, told
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.generation import generate
+from mambaseq.models import build_model
 from mambaseq.runs.conditions import Known, condition_ids
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.training import model_card
@@ -164,7 +165,8 @@ def test_from_a_manifest_to_a_model_that_speaks_an_unseen_combination(clips: Pat
     out = ["generate", "--checkpoint", str(run), "-n", "20", "--device", "cpu", "--out", str(tmp_path / "o.wav")]
     assert main([*out, "--condition", "digit=7", "speaker=Ann, Bo", "age=31.5"]) == 0  # nobody said that
     assert soundfile.info(tmp_path / "o.wav").frames == 20
-    assert main(out) == 0  # dropout has taught it to do without
+    assert main([*out, "--condition", "digit=7", "--guidance", "2"]) == 0  # dropout has taught it to do without
+    assert main(out) == 0
     settings = parse_config(str(run / "config.yaml"), [])
     assert model_card(settings, made, loaded.card.spec).conditions == loaded.card.conditions
 
@@ -265,3 +267,41 @@ def test_decoding_and_packing_under_several_conditions(model: Path) -> None:
     bounds = torch.tensor([0, ids.shape[1], 2 * ids.shape[1]], dtype=torch.int32)
     packed = made(ids.reshape(1, -1), condition=condition, cu_seqlens=bounds).logits
     torch.testing.assert_close(packed.view_as(full), full)
+
+
+def test_guidance_of_a_head_of_two_parts() -> None:
+    """The coarse part is picked of both, then the fine part given the same coarse one."""
+    torch.manual_seed(0)
+    spec = {
+        "d_model": 8,
+        "encoder": {"name": "levels", "vocab_size": 64, "fine": 8, **OPTIONS},
+        "backbone": {"name": "residual", "n_layers": 1},
+        "mixer": {"name": "mamba"},
+        "head": {"name": "levels", "vocab_size": 64, "fine": 8},
+    }
+    made, prompt, condition = build_model(spec), torch.tensor([[5], [60]]), given((0, 1, 33.3), (1, 0, None))
+    found = generate(made, prompt, 3, temperature=0, condition=condition, guidance=4.0)
+    ids = prompt
+    for _ in range(3):
+        told_, untold = (made(ids, condition=one).logits[:, -1].unflatten(-1, (8, 8)) for one in (condition, None))
+        which = (4 * told_.logsumexp(-1) - 3 * untold.logsumexp(-1)).argmax(-1)
+        rest = (4 * told_ - 3 * untold)[torch.arange(2), which].argmax(-1)
+        ids = torch.cat([ids, (which * 8 + rest)[:, None]], 1)
+    assert torch.equal(found, ids)
+
+
+def test_guidance_strengthens_what_a_condition_changes(model: Path, tmp_path: Path, capsys: Any) -> None:
+    made, prompt, condition = load_model(model).model, torch.tensor([[5, 6], [7, 8]]), given((0, 1, 33.3), (1, 0, None))
+    found = generate(made, prompt, 6, temperature=0, condition=condition, guidance=3.0)
+    ids = prompt
+    for _ in range(6):
+        told_, untold = (made(ids, condition=one).logits[:, -1] for one in (condition, None))
+        ids = torch.cat([ids, (3 * told_ - 2 * untold).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, ids)
+    plain, weak = ({"seed": 1, "condition": condition, "samples": 2, **more} for more in ({}, {"guidance": 1.0}))
+    assert torch.equal(generate(made, prompt, 6, **plain), generate(made, prompt, 6, **weak))
+    with pytest.raises(ConfigError, match="guidance must be a number from 0 to 100, not -1"):
+        generate(made, prompt, 6, condition=condition, guidance=-1)
+    words = ["generate", "--checkpoint", str(model), "--out", str(tmp_path / "o.jsonl"), "--guidance", "2"]
+    assert main([*words, "--condition", "digit=7", "speaker=Åsa"]) == 2
+    assert "has not learned to do without digit, speaker. Train with model.encoder.con" in capsys.readouterr().err
