@@ -222,7 +222,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
-            loss = self.model(batch.inputs, batch.targets, mask=batch.mask, condition=batch.condition).loss
+            given = {} if batch.condition is None else {"condition": batch.condition}  # which baselines do not take
+            loss = self.model(batch.inputs, batch.targets, mask=batch.mask, **given).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip:

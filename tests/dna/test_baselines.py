@@ -201,6 +201,8 @@ def test_linear_models_are_those_of_scikit_learn() -> None:
     assert thin(sparse.csr_matrix(features)) == pytest.approx(ours(features), abs=2e-3)
     one = linear.logistic(features, np.full(80, 1), 3, 0.1)
     assert one(features).argmax(1).tolist() == [1] * 80
+    as_is = LogisticRegression(C=0.1, max_iter=300).fit(features, of.targets).decision_function(features)
+    assert linear.logistic(features, of.targets, 3, 0.1, scaled=False)(features) == pytest.approx(as_is, abs=1e-3)
     rng = np.random.default_rng(1)
     values = np.where(rng.random((80, 2)) < 0.8, rng.normal(size=(80, 2)), np.nan)
     fitted = linear.ridge(features, values, [3.0])[0]

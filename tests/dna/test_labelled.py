@@ -410,6 +410,91 @@ def test_bad_tables(content: str, options: dict[str, Any], told: str) -> None:
     assert len(str(error.value)) < 1000
 
 
+BAD = "".join(f"{'ACGT' if n % 3 else ('', 'ACXT', 'AC,GT')[n // 3 % 3]},{n % 2}\n" for n in range(60))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "told"),
+    [
+        (
+            f"sequence,label\n{BAD}",
+            {},
+            r"line 2: the sequence is empty.* 19 other .*line 5 \(The letter 'X'.*line 8 \(",
+        ),
+        (
+            f"sequence,label\n{GOOD}AC,\nAG,9\nCC,1\n,0\n",
+            {},
+            r"^t.csv, line 8: the sequence is empty\. Remove the row, or",
+        ),
+        (
+            f"sequence,label\n{GOOD}AC,\nAG,9\nCC,1\n",
+            {"classes": ["0", "1"]},
+            r"line 5: the label is missing.* 1 other row.*line 6 \(the label '9' is not among",
+        ),
+        (
+            f"sequence,label\n{GOOD}" + "AC,high\n" * 30 + "AC,1e99\n",
+            {"task": "values"},
+            r"line 5: .*'high', which is not a number.* 30 other row.*either: line 6 \(.*and 21 more",
+        ),
+        (
+            f"sequence,label,s\n{'AC,0,trian' + chr(10)}{'AC,1,tset' + chr(10)}",
+            {"split": "s"},
+            r"line 2: 'trian'.*line 3",
+        ),
+        (
+            "sequence;a\nACGT;x,y\nACC;z,q\nACA;x\nAAA;q\n",
+            {"label": "a", "task": "multilabels", "separator": ",", "classes": ["x", "y"]},
+            r"line 3: the label 'z' is not among data\.classes.*line 5 \(the label 'q'",
+        ),
+        (
+            f"sequence,label,g\n{'AC,0,g1' + chr(10)}{'AG,1,' + chr(10)}{'AA,1, ' + chr(10)}",
+            {"group": "g"},
+            r"t\.csv, line 3: the group is missing.*line 4",
+        ),
+        (
+            "sequence,a,b\nACGT,1,0\nACC,0,1\n",
+            {"label": ["a", "b"], "task": "multilabels", "classes": ["a", "c"]},
+            "data.classes and data.label differ: 'c' is in one",
+        ),
+    ],
+)
+def test_bad_rows_are_told_at_once(content: str, options: dict[str, Any], told: str) -> None:
+    Path("t.csv").write_text(content)
+    with pytest.raises((DataError, ConfigError), match=told) as error:
+        made(files="t.csv", test_fraction=0, validation_fraction=0, **options)
+    assert len(str(error.value)) < 1000
+
+
+def test_bad_intervals_and_headers_are_told_at_once() -> None:
+    Path("g.fa").write_text(f">chr1\n{'ACGT' * 10}\n")
+    written(
+        Path("a.bed"), [("chr1", 0, 9, "a"), ("chr1", 0, 41, "b"), ("chrX", 0, 4, "a"), ("chrX", 5, 9, "a")], sign="\t"
+    )
+    with pytest.raises(
+        DataError, match=r"a\.bed, line 2: the interval ends at 41.* 2 other row.*line 3 \(.*; line 4 \("
+    ):
+        made(files="a.bed", assembly="g.fa")
+    Path("r.fa").write_text(">a label=x\nAC\n>b\nAG\n>c lable=y\nAA\n")
+    with pytest.raises(DataError, match=r"r\.fa, record 'b': the header has no 'label='.* 1 other row.*record 'c' \("):
+        made(files="r.fa")
+
+
+def test_labels_in_columns_have_the_order_of_the_classes() -> None:
+    written(Path("t.csv"), [("ACGT", 1, 0), ("ACCT", 0, 1), ("AAAA", 1, 1)], "sequence,a,b")
+    data = made(
+        files="t.csv", task="multilabels", label=["a", "b"], classes=["b", "a"], test_fraction=0, validation_fraction=0
+    )
+    assert data.class_names == ["b", "a"]
+    assert data.train().targets.tolist() == [[0, 1], [1, 0], [1, 1]]
+
+
+def test_rows_have_the_names_of_a_column_of_ids() -> None:
+    written(Path("t.csv"), [("r7", "ACGT"), ("", "AC")], "id,sequence")
+    assert [record.name for record in read_labelled("t.csv", TOKENIZER)] == ["r7", "t.csv:3"]
+    pandas.DataFrame({"id": ["r7", None], "sequence": ["ACGT", "AC"]}).to_parquet("t.parquet")
+    assert [record.name for record in read_labelled("t.parquet", TOKENIZER)] == ["r7", "t.parquet:2"]
+
+
 def test_words_that_are_no_choice() -> None:
     written(Path("t.csv"), rows(4), "sequence,label")
     for key, value in (("format", "csv"), ("task", "regression"), ("align", "center"), ("duplicates", "keep")):

@@ -56,13 +56,15 @@ def _scaled(features: Matrix, mean: np.ndarray | float, scale: np.ndarray) -> Ma
     return ready
 
 
-def logistic(features: Matrix, labels: np.ndarray, n_classes: int, strength: float, balanced: bool = False) -> Fitted:
-    """Logistic regression on features of standard deviation 1. labels: `(sequences,)` int64, all known. strength: C of
-    scikit-learn. balanced: all classes weigh alike."""
+def logistic(
+    features: Matrix, labels: np.ndarray, n_classes: int, strength: float, balanced: bool = False, scaled: bool = True
+) -> Fitted:
+    """Logistic regression on features of standard deviation 1, or, if not `scaled`, as they are (one-hot). labels:
+    `(sequences,)` int64, all known. strength: C of scikit-learn. balanced: all classes weigh alike."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = spread_of(features)
+    mean, scale = spread_of(features) if scaled else (0.0, np.ones(features.shape[1]))
     weights, bias = np.zeros((features.shape[1], n_classes)), np.full(n_classes, -20.0)
     present = np.unique(labels)
     if len(present) < 2:
@@ -71,7 +73,7 @@ def logistic(features: Matrix, labels: np.ndarray, n_classes: int, strength: flo
     model = LogisticRegression(C=strength, max_iter=300, class_weight="balanced" if balanced else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(_scaled(features, mean, scale), labels)
+        model.fit(_scaled(features, mean, scale) if scaled else features, labels)
     if len(present) == 2:
         weights[:, present[1]], bias[present] = model.coef_[0], (0.0, model.intercept_[0])
     else:

@@ -14,6 +14,7 @@ from mambaseq.data.unpacking import read_pieces
 from mambaseq.errors import DataError, cut_list, did_you_mean, shown
 from mambaseq.limits import check_unpacked
 from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.files.faults import Faults
 from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
 
 _AT_ONCE, _LETTERS = 4096, 1 << 22  # rows, and letters, that become ids together
@@ -48,24 +49,30 @@ def table_rows(
     """The rows of a table, in order. The ending `.parquet` or `.pq` says that it is parquet; any other file is text
     with commas, tabs or semicolons between its columns, whichever its first line has.
 
-    sequence, name, fields: names of columns. name: None takes the column `name` where there is one. columns: names of
-        all columns of a file without a header; None: the first line holds them.
+    sequence, name, fields: names of columns. name: None takes the column `name` or `id` where there is one. columns:
+        names of all columns of a file without a header; None: the first line holds them.
     Raises DataError that names file and line: a missing column, another number of cells than columns, an open quote, an
-    empty sequence, a letter that is no base; and for a file without rows.
+    empty sequence, a letter that is no base; and for a file without rows. Rows are told together (`Faults`); none is
+    returned after a wrong one.
     """
     wanted = [sequence, *fields] + ([] if name is None else [name])
-    cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns)
+    faults, odd = Faults(), dict[int, str]()
+    cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns, odd)
     known, unit = next(cells)
-    if name is None and "name" in known:
-        wanted.append(name := "name")
+    if name is None and (name := _names_column(known)) is not None:
+        wanted.append(name)
     places = [known.index(column) for column in wanted]
     found = 0
     for chunk in _chunks(cells, places[0]):
         sequences = [row[places[0]].strip() for _, row in chunk]
-        for (line, row), ids in zip(chunk, _encoded(path, unit, sequences, chunk, columns), strict=True):
+        encoded = _encoded(path, unit, sequences, chunk, columns, odd, faults)
+        if faults.count:
+            continue
+        for (line, row), ids in zip(chunk, encoded, strict=True):
             told = row[places[-1]] if name is not None else ""
             yield Row(line, told, ids, tuple(row[place].strip() for place in places[1 : 1 + len(fields)]))
         found += len(chunk)
+    faults.check()
     if not found:
         raise DataError(f"{path} has no rows. Check that it is the right file.")
 
@@ -86,29 +93,46 @@ def _chunks(cells: Iterator[Any], place: int) -> Iterator[list[Any]]:
 
 
 def _encoded(
-    path: Path, unit: str, sequences: list[str], chunk: list[Any], columns: Sequence[str] | None
-) -> Iterator[np.ndarray]:
+    path: Path,
+    unit: str,
+    sequences: list[str],
+    chunk: list[Any],
+    columns: Sequence[str] | None,
+    odd: dict[int, str],
+    faults: Faults,
+) -> list[np.ndarray]:
+    """The ids of sequences, and what is wrong with them as faults. odd: see `_delimited`."""
     letters = np.frombuffer("".join(sequences).encode("latin-1", "replace"), dtype=np.uint8)
     ids = _TABLE[letters]
     ends = np.cumsum([len(one) for one in sequences])
     starts = np.concatenate(([0], ends[:-1]))
     wrong = np.flatnonzero(ids == _INVALID)
-    empty = np.flatnonzero(ends == starts)
-    if len(wrong) or len(empty):
-        first = int(np.searchsorted(ends, wrong[0], side="right")) if len(wrong) else len(sequences)
-        if len(empty) and empty[0] < first:
-            raise DataError(
-                f"{path}, {unit} {chunk[empty[0]][0]:,}: the sequence is empty. Remove the row, or complete it."
+    rows, first = np.unique(np.searchsorted(ends, wrong, side="right"), return_index=True)
+    at = dict(zip(rows.tolist(), wrong[first].tolist(), strict=True))
+    for row in sorted({*at, *np.flatnonzero(ends == starts).tolist()}):
+        line = chunk[row][0]
+        place = f"{unit} {line:,}"
+        if faults.named:
+            faults.add(place)
+        elif row not in at:
+            told = odd.get(line, "the sequence is empty. Remove the row, or complete it.")
+            faults.add(place, f"{path}, {place}: {told}")
+        else:
+            position = at[row] - int(starts[row])
+            names = columns and line == 1
+            header = " If this line holds the names of columns, set data.columns to null." if names else ""
+            faults.add(
+                place,
+                f"{path}, {place}: {InvalidBase(sequences[row][position], position)} The sequence is "
+                f"{shown(sequences[row], 30)}.{header}",
             )
-        line = chunk[first][0]
-        position = int(wrong[0] - starts[first])
-        header = " If this line holds the names of columns, set data.columns to null." if columns and line == 1 else ""
-        raise DataError(
-            f"{path}, {unit} {line:,}: {InvalidBase(sequences[first][position], position)} The sequence is "
-            f"{shown(sequences[first], 30)}.{header}"
-        )
-    for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
-        yield ids[start:stop]
+    odd.clear()
+    return [ids[start:stop] for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def _names_column(known: Sequence[str]) -> str | None:
+    """The column that names rows, if none is asked for."""
+    return next((name for name in ("name", "id") if name in known), None)
 
 
 def _missing(path: Path, column: str, known: Sequence[str], hint: str = "") -> DataError:
@@ -124,8 +148,9 @@ def _check_once(path: Path, column: str, known: Sequence[str]) -> None:
         raise DataError(f"{path} has {known.count(column)} columns {shown(column)}. Rename all but one.")
 
 
-def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None) -> Iterator[Any]:
-    """First (names of the columns, what a row is called), then (line, cells) of each row."""
+def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None, odd: dict[int, str]) -> Iterator[Any]:
+    """First (names of the columns, what a row is called), then (line, cells) of each row; empty ones for a row with
+    another number of cells, about which `odd` then says what is wrong, by its line."""
     at = 0
 
     def lines() -> Iterator[str]:
@@ -164,10 +189,11 @@ def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None)
             if len(cells) != len(header):
                 if not cells or (len(cells) == 1 and not cells[0].strip()):
                     continue  # a blank line
-                raise DataError(
-                    f"{path}, line {at:,}: the row has {len(cells)} cells, and there are {len(header)} columns "
+                odd[at] = (
+                    f"the row has {len(cells)} cells, and there are {len(header)} columns "
                     f"({cut_list(header, 6)}). Correct the row: {shown(delimiter.join(cells), 60)}."
                 )
+                cells = [""] * len(header)
             yield at, cells
             begun = at + 1
     except csv.Error as error:
@@ -190,7 +216,8 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
         for column in wanted:
             if column not in known:
                 raise _missing(path, column, known)
-        use = list(dict.fromkeys([*wanted, *(["name"] if "name" in known else [])]))
+        own = _names_column(known)
+        use = list(dict.fromkeys([*wanted, *([] if own is None else [own])]))
         for column in use:
             _check_once(path, column, known)
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]

@@ -15,7 +15,7 @@ from mambaseq.data.baselines import Baseline
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError
+from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_choice, check_setting
 from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.base import Names, names_of
@@ -39,13 +39,18 @@ from mambaseq_dna.labelled.splitting import (
     without_copies,
 )
 from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
-from mambaseq_dna.labelled.texts import numbered
+from mambaseq_dna.labelled.texts import is_missing, numbered, refuse
 from mambaseq_dna.splits import SPLITS, Duplicates
 from mambaseq_dna.tokenizer import BaseTokenizer
 
 SHIPPED = "mambaseq:data/gue/prom_core_tata.tsv.xz"
 SHIPPED_COLUMNS = ["split", "label", "sequence"]
 _LABEL = {"table": "label", "fasta": "label", "bed": "name", "gff": "type", "folder": ""}
+
+_NO_GROUP = (
+    "the group is missing ({}), so it is unclear what the record must stay together with. Complete it (a name of its "
+    "own, if it belongs to none), or remove the row."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +103,13 @@ class LabelledData(SequenceData):
             given. Of FASTA: `field:2` of `>name|label`, `word:1` behind the name, or a key, `label` (of `label=x`) if
             not given. Of BED: `name` if not given, `score`, `strand`, or `column:7` and on. Of GFF: `type` if not
             given, or an attribute. Of a folder a class: its name.
-        names: the column of tables that holds names of sequences; `name` if not given and there is one.
+        names: the column of tables that holds names of sequences; `name` or `id` if not given and there is one.
         task: `classes` (one of several), `multilabels` (any of several), or `values` (numbers).
         classes: the names of the classes in their order; those of the training records, sorted, if not given.
         separator: for multilabels in one column: the sign between them.
         split: where the split is (train, validation or dev, test), as for `label`.
-        group: where the group is, which is never split: a gene, a chromosome, a family. Intervals are grouped by their
-            chromosome if it is not given.
+        group: where the group is, which is never split: a gene, a chromosome, a family; each record needs one.
+            Intervals are grouped by their chromosome if it is not given.
         test_groups: patterns (`*`, `?`) for the groups of the test set, for instance `chr8`.
         validation_groups: the same for the validation set.
         test_fraction: share of the records, or groups, for the test, if nothing else gives a test set.
@@ -354,7 +359,9 @@ class LabelledData(SequenceData):
     def _groups(self) -> list[str] | None:
         """The group of each record; None if there are none."""
         if self.group is not None:
-            return self._texts(self.group)
+            groups = self._texts(self.group)
+            refuse(*numbered(groups), is_missing, self._records.where, lambda text: _NO_GROUP.format(shown(text)))
+            return groups
         sources = self._records.sources
         if any(source.groups is None for source in sources):
             return None

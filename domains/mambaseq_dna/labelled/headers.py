@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
+from mambaseq_dna.files.faults import Faults
 from mambaseq_dna.files.parsing import fasta_pieces
 from mambaseq_dna.files.tables import Row
 from mambaseq_dna.tokenizer import BaseTokenizer
@@ -61,19 +62,24 @@ class HeaderField:
 def fasta_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
     """The records of a FASTA file, in order, with what their headers hold at `fields` (see `HeaderField`).
 
-    Raises DataError as `fasta_pieces` and `HeaderField.of`.
+    Raises DataError as `fasta_pieces` and `HeaderField.of`; headers are told together (`Faults`).
     """
     places = [HeaderField(field) for field in fields]
     number, name, values = 0, "", ()
+    faults = Faults()
     pieces: list[bytes] = []
     for begins, description, ids in fasta_pieces(path, BaseTokenizer("keep").table):
         if begins is not None:
-            if number:
+            if number and not faults.count:
                 yield Row(number, name, _joined(pieces), values)
             number, name, pieces = number + 1, begins, []
-            where = f"{path}, record {shown(begins)}"
-            values = tuple(place.of(begins, description, where) for place in places)  # type: ignore[assignment]
+            record = f"record {shown(begins)}"
+            try:
+                values = tuple(place.of(begins, description, f"{path}, {record}") for place in places)  # type: ignore[assignment]
+            except DataError as error:
+                faults.add(record, error)
         pieces.append(ids)
+    faults.check()
     yield Row(number, name, _joined(pieces), values)
 
 

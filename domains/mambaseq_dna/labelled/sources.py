@@ -18,6 +18,7 @@ from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, show
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import Bed, read_bed
 from mambaseq_dna.files.fasta import strand_checksums
+from mambaseq_dna.files.faults import Faults
 from mambaseq_dna.files.fields import ending
 from mambaseq_dna.files.gff import Feature, read_gff
 from mambaseq_dna.files.tables import Row, is_parquet, plain_sequence, table_rows
@@ -25,7 +26,7 @@ from mambaseq_dna.labelled.headers import fasta_rows
 from mambaseq_dna.labelled.layouts import Part, class_files
 from mambaseq_dna.tokenizer import BaseTokenizer, InvalidBase
 
-_VERSION = 1
+_VERSION = 2
 _LINES, _CONTENT = "\nline", "\nsha256"  # names that no column has
 
 
@@ -192,20 +193,31 @@ def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str |
         )
     numbers = {id(store): number for number, store in enumerate(assembly.stores)}
     known: dict[str, tuple[str, int, int, int]] = {}
+    faults = Faults()
     rows, lines, names, groups = [], [], [], []
     values: list[list[str]] = [[] for _ in fields]
     for one in _read_intervals(part, reading):
-        where = f"{part.path}, line {one.line:,}"
-        if one.chrom not in known:
-            name = assembly.resolve(one.chrom, where)
-            store, record = assembly.place(name)
-            known[one.chrom] = name, numbers[id(store)], record, int(store.lengths[record])
-        name, number, record, length = known[one.chrom]
-        if one.stop > length:
-            raise DataError(
-                f"{where}: the interval ends at {one.stop:,}, but {shown(name)} has {length:,} bases. Give the "
-                "assembly that the positions refer to (a window around an interval may pass the ends; N stands there)."
-            )
+        line = f"line {one.line:,}"
+        where = f"{part.path}, {line}"
+        try:
+            if one.chrom not in known:
+                if faults.named and assembly.find(one.chrom) is None:
+                    faults.add(line)
+                    continue
+                name = assembly.resolve(one.chrom, where)
+                store, record = assembly.place(name)
+                known[one.chrom] = name, numbers[id(store)], record, int(store.lengths[record])
+            name, number, record, length = known[one.chrom]
+            if one.stop > length:
+                raise DataError(
+                    f"{where}: the interval ends at {one.stop:,}, but {shown(name)} has {length:,} bases. Give the "
+                    "assembly that the positions refer to (a window around an interval may pass the ends; N stands "
+                    "there)."
+                )
+            told = [_field(one, field, where) for field in fields]
+        except DataError as error:
+            faults.add(line, error)
+            continue
         start, stop = one.start, one.stop
         if reading.width is not None:
             start = (start + stop) // 2 - reading.width // 2
@@ -214,8 +226,9 @@ def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str |
         lines.append(one.line)
         names.append(f"{name}:{start}-{stop}")
         groups.append(name)
-        for column, field in zip(values, fields, strict=True):
-            column.append(_field(one, field, where))
+        for column, value in zip(values, told, strict=True):
+            column.append(value)
+    faults.check()
     if not rows:
         raise DataError(f"{part.path} has no feature of the types in data.features. Name others.")
     return Source(

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.labelled.texts import first_of, numbered
+from mambaseq_dna.labelled.texts import numbered, refuse
 from mambaseq_dna.split_intervals import SPLIT_WORDS
 from mambaseq_dna.splits import SPLITS, Duplicates
 
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 def split_numbers(texts: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
     """The splits that a column names, `(records,)` int64. Raises DataError for another word than those of splits."""
     found, index = numbered(texts)
-    numbers = []
-    for number, text in enumerate(found):
-        split = SPLIT_WORDS.get(text.strip().lower())
-        if split is None:
-            raise DataError(
-                f"{where(first_of(index, number))}: {shown(text)} names no split.{did_you_mean(text, SPLIT_WORDS)} "
-                "Write train, validation (or dev) or test, or choose another column (data.split)."
-            )
-        numbers.append(SPLITS.index(split))
-    return np.array(numbers, dtype=np.int64)[index]
+    splits = [SPLIT_WORDS.get(text.strip().lower()) for text in found]
+
+    def wrong(text: str) -> str:
+        return (
+            f"{shown(text)} names no split.{did_you_mean(text, SPLIT_WORDS)} Write train, validation (or dev) or test, "
+            "or choose another column (data.split)."
+        )
+
+    refuse(found, index, lambda text: text.strip().lower() not in SPLIT_WORDS, where, wrong)
+    return np.array([SPLITS.index(split) for split in splits if split], dtype=np.int64)[index]
 
 
 @dataclasses.dataclass(frozen=True)

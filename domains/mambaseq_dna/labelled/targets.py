@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from mambaseq.data.tables import LARGEST
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
-from mambaseq_dna.labelled.texts import first_of, numbered
+from mambaseq_dna.files.faults import Faults
+from mambaseq_dna.labelled.texts import Where, is_missing, numbered, refuse
 
 Learned = Literal["classes", "multilabels", "values"]
 
-MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "."))
-"""Texts, in lower case, that say that a label or value is not known."""
-
 _YES_NO = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0, "yes": 1, "no": 0}
-
-Where = Callable[[int], str]
-"""The file and line of a record, by its number."""
-
-
-def is_missing(text: str) -> bool:
-    return text.strip().lower() in MISSING
 
 
 def in_order(names: set[str]) -> list[str]:
@@ -49,23 +40,23 @@ def class_targets(
     among `classes`; and for a class that has no training record, and fewer than two classes.
     """
     texts, index = numbered(labels)
-    for number, text in enumerate(texts):
-        if is_missing(text):
-            raise DataError(
-                f"{where(first_of(index, number))}: the label is missing ({shown(text)}). Remove the row, or complete "
-                "it; for values that are partly unknown, set data.task to values."
-            )
-    trained = {texts[number] for number in np.unique(index[train]).tolist()}
+    trained = {texts[number] for number in np.unique(index[train]).tolist() if not is_missing(texts[number])}
     names = in_order(trained) if classes is None else list(classes)
     known = {name: number for number, name in enumerate(names)}
-    for number, text in enumerate(texts):
-        if text in known:
-            continue
-        given = "among data.classes" if classes is not None else "that of any training record"
-        raise DataError(
-            f"{where(first_of(index, number))}: the label {shown(text)} is not {given}.{did_you_mean(text, names)} "
-            f"Known are {cut_list(names, 8)}. Correct it, remove the row, or give training records of that class."
+    given = "among data.classes" if classes is not None else "that of any training record"
+
+    def wrong(text: str) -> str:
+        if is_missing(text):
+            return (
+                f"the label is missing ({shown(text)}). Remove the row, or complete it; for values that are partly "
+                "unknown, set data.task to values."
+            )
+        return (
+            f"the label {shown(text)} is not {given}.{did_you_mean(text, names)} Known are {cut_list(names, 8)}. "
+            "Correct it, remove the row, or give training records of that class."
         )
+
+    refuse(texts, index, lambda text: is_missing(text) or text not in known, where, wrong)
     if missing := [name for name in names if name not in trained]:
         raise DataError(
             f"The class {shown(missing[0])} of data.classes has no training record; training records are of "
@@ -91,27 +82,41 @@ def multilabel_targets(
     the names of the labels.
 
     columns: of a column for each label, or one column with labels between separators; names: of the columns. train,
-    classes: as in `class_targets`.
+    classes: as in `class_targets`; labels in columns have the order of classes, too.
     Raises DataError that names the record: with anything but 1, 0 (or true, false) and nothing in a column of a label;
-    with a label that no training record has; and for a label that applies to no training record.
+    with a label that no training record has, or that is not among `classes`; and for a label that applies to no
+    training record. ConfigError for classes that are not the columns.
     """
     if separator is None:
-        targets = np.stack([_yes_no(column, name, where) for column, name in zip(columns, names, strict=True)], axis=1)
-        found = list(names)
+        if classes is not None and sorted(classes) != sorted(names):
+            odd = next(one for one in [*classes, *names] if (one in classes) != (one in names))
+            raise ConfigError(
+                f"data.classes and data.label differ: {shown(odd)} is in one of them only. Each label has a column; "
+                "data.classes gives their order. Leave data.classes out, or name the same."
+            )
+        found = list(classes or names)
+        of = dict(zip(names, columns, strict=True))
+        targets = np.stack([_yes_no(of[name], name, where) for name in found], axis=1)
     else:
         sets = [[one.strip() for one in text.split(separator) if one.strip()] for text in columns[0]]
         found = list(classes or in_order({one for row in np.flatnonzero(train).tolist() for one in sets[row]}))
         known = {name: number for number, name in enumerate(found)}
+        given = "among data.classes" if classes is not None else "that of any training record"
+        faults = Faults()
         targets = np.zeros((len(sets), len(found)), dtype=np.int64)
         for row, labels in enumerate(sets):
-            for label in labels:
-                if label not in known:
-                    raise DataError(
-                        f"{where(row)}: the label {shown(label)} is not that of any training record."
-                        f"{did_you_mean(label, found)} Known are {cut_list(found, 8)}. Correct it, or give training "
-                        "records with it."
-                    )
-                targets[row, known[label]] = 1
+            if odd := [label for label in labels if label not in known]:
+                place = where(row)
+                faults.add(
+                    place,
+                    ""
+                    if faults.named
+                    else f"{place}: the label {shown(odd[0])} is not {given}.{did_you_mean(odd[0], found)} Known are "
+                    f"{cut_list(found, 8)}. Correct it, or give training records with it.",
+                )
+                continue
+            targets[row, [known[label] for label in labels]] = 1
+        faults.check()
     if not found:
         raise DataError("No training record has a label. Check data.label and data.separator.")
     without = np.flatnonzero(~(targets[train] == 1).any(axis=0))
@@ -124,15 +129,15 @@ def multilabel_targets(
 
 def _yes_no(column: Sequence[str], name: str, where: Where) -> np.ndarray:
     texts, index = numbered(column)
-    values = []
-    for number, text in enumerate(texts):
-        value = -100 if is_missing(text) else _YES_NO.get(text.strip().lower())
-        if value is None:
-            raise DataError(
-                f"{where(first_of(index, number))}: the column {shown(name)} has {shown(text)}. Write 1 where the "
-                "label applies, 0 where not, and nothing where it is unknown; labels in one column need data.separator."
-            )
-        values.append(value)
+    values = [-100 if is_missing(text) else _YES_NO.get(text.strip().lower(), -1) for text in texts]
+
+    def wrong(text: str) -> str:
+        return (
+            f"the column {shown(name)} has {shown(text)}. Write 1 where the label applies, 0 where not, and nothing "
+            "where it is unknown; labels in one column need data.separator."
+        )
+
+    refuse(texts, index, lambda text: not is_missing(text) and text.strip().lower() not in _YES_NO, where, wrong)
     return np.array(values, dtype=np.int64)[index]
 
 
@@ -141,31 +146,34 @@ def value_targets(columns: Sequence[Sequence[str]], names: Sequence[str], where:
     column for what is no finite number up to 10^9."""
     found = np.empty((len(columns[0]), len(columns)), dtype=np.float64)
     for place, (column, name) in enumerate(zip(columns, names, strict=True)):
-        try:
-            found[:, place] = [float(text) if text not in ("", "NA") else np.nan for text in column]
-        except ValueError:
-            for row, text in enumerate(column):
-                found[row, place] = _number(text, row, name, where)
-        wrong = np.abs(np.nan_to_num(found[:, place], nan=0.0, posinf=np.inf, neginf=-np.inf)) > LARGEST
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise DataError(
-                f"{where(row)}: the column {shown(name)} has {shown(column[row])}, which is not a finite number up to "
-                "10^9. Correct it, choose another unit, or leave it empty."
+        texts, index = numbered(column)
+        values = np.array([_number(text) for text in texts])
+
+        def wrong(text: str, name: str = name) -> str:
+            if _number(text) == -np.inf:
+                return (
+                    f"the column {shown(name)} has {shown(text)}, which is not a number. Correct it, leave it empty if "
+                    "it is unknown, or set data.task to classes."
+                )
+            return (
+                f"the column {shown(name)} has {shown(text)}, which is not a finite number up to 10^9. Correct it, "
+                "choose another unit, or leave it empty."
             )
+
+        refuse(texts, index, lambda text: abs(_number(text)) > LARGEST, where, wrong)
+        found[:, place] = values[index]
     return found.astype(np.float32)
 
 
-def _number(text: str, row: int, name: str, where: Where) -> float:
+def _number(text: str) -> float:
+    """A value; NaN where it is missing, infinity for one that is too large, minus infinity for what is no number."""
     if is_missing(text):
         return np.nan
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise DataError(
-            f"{where(row)}: the column {shown(name)} has {shown(text)}, which is not a number. Correct it, leave it "
-            "empty if it is unknown, or set data.task to classes."
-        ) from None
+        return -np.inf
+    return value if abs(value) <= LARGEST else np.inf
 
 
 def label_columns(label: str | Sequence[str], task: Learned, separator: str | None) -> list[str]:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from mambaseq.errors import DataError, shown
 from mambaseq.models import build_model
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import of_arrays
 from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq_dna.baselines.linear import logistic
 from mambaseq_dna.cnn import SmallCNN
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bed import text_lines
@@ -122,10 +124,8 @@ def one_hot(ids: np.ndarray) -> np.ndarray:
 def fitted(context: Context, name: str, ids: np.ndarray, labels: np.ndarray, seed: int) -> Tell:
     """A model of windows, trained."""
     if name == LOGISTIC:
-        from sklearn.linear_model import LogisticRegression
-
-        regression = LogisticRegression(C=0.1, max_iter=500).fit(one_hot(ids), labels)
-        return lambda some: np.concatenate([regression.predict_proba(one_hot(x)) for x in _pieces(some)])
+        regression = logistic(one_hot(ids), labels, len(CLASSES), 0.1, scaled=False)
+        return lambda some: np.concatenate([softmax(regression(one_hot(x)), axis=1) for x in _pieces(some)])
     torch.manual_seed(seed)
     model: Any
     if name == CNN:
