@@ -26,8 +26,8 @@ class Faults:
         return self.count >= _NAMED
 
     def add(self, place: str, error: DataError | str = "") -> None:
-        """A fault. place: of the row, such as `line 7`, or `a.csv, line 7`. error: what is wrong with it, with the whole
-        place at its beginning; it is not read once enough are named."""
+        """A fault. place: of the row, such as `line 7`, or `a.csv, line 7`. error: what is wrong with it, after
+        its file and place; it is not read once enough are named."""
         self.count += 1
         if self.count == 1:
             self._first, self._file = cut(error, _LONGEST), place.rpartition(", ")[0]
