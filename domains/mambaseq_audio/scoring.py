@@ -72,6 +72,7 @@ def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
 def recognise_levels(classifier: LoadedModel, names: list[str], clips: Sequence[np.ndarray]) -> Recognised:
     """The same for clips in mu-law levels at the classifier's rate, `(length,)` integers each; at least one."""
     model, head = classifier.model, classifier.model.head
+    assert isinstance(head, ClassificationHead)
     levels = [middle(clip, classifier.card.length) for clip in clips]
     seen: list[Tensor] = []
     features, logits = {}, {}

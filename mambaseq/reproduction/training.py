@@ -182,7 +182,7 @@ class _Run:
         self.captured = False
         self.config, self.factor = config, learning_rate_factor(config, steps)
         self.optimizer, _ = make_optimizer(model, config, steps, capturable=self.on_gpu)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses = torch.zeros(100, device=self.device)
         self.rate: float | None = None
