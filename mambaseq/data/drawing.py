@@ -34,7 +34,8 @@ def words(seed: int, items: Tensor, n: int) -> Tensor:
 
 
 def below(words: Tensor, bound: int | Tensor) -> Tensor:
-    """32-bit random numbers → integers in [0, bound), bound < 2**31, one or one for each. A value's probability is exact to 2**-32."""
+    """32-bit random numbers → integers in [0, bound), bound < 2**31, a number or one for each. A value's probability is
+    exact to 2**-32."""
     return (words * bound) >> 32
 
 
