@@ -473,13 +473,13 @@ def _check_mixers(spec: dict[str, Any]) -> None:
     """Raise ConfigError for options of mixers that the backbone does not have, and for options of the model's own mixer
     in the wrong place."""
     given, backbone = spec.get("mixers") or {}, spec["backbone"]
-    mlp = backbone.get("mlp")
+    mlp, tiers = backbone.get("mlp"), backbone.get("tiers")
     names = mixer_names(
         backbone.get("pattern"),
         spec["mixer"]["name"],
         mlp if isinstance(mlp, bool) else None,
         lambda name: catalog()["mixers"].get(registered(name, given)),
-        backbone.get("tiers"),
+        tiers if isinstance(tiers, list) else None,  # another's may mean something else
     )
     check_mixer_options(given, spec["mixer"]["name"], names)
 

@@ -97,13 +97,18 @@ def _mixers(raw: dict[str, Any], argv: list[str], names: dict[str, str]) -> dict
         for key, default in (("pattern", None), ("tiers", None), ("mlp", False))
     )
 
+    if not isinstance(tiers, list):
+        tiers = None  # the parser will tell, where a unet's are wrong
+
     def registered(name: str) -> str:
         found = name if name == names["mixer"] else _setting(raw, argv, f"model.mixers.{name}.name")
         return found if isinstance(found, str) else name
 
     def kind_of(name: str) -> Any:
-        where = "model.mixer.name" if name == names["mixer"] else "model.backbone.pattern" if tiers is None else ""
-        return catalog()["mixers"].get(registered(name), where or "model.backbone.tiers")
+        where = "model.backbone.pattern" if tiers is None else "model.backbone.tiers"
+        if registered(name) != name:
+            where = f"model.mixers.{name}.name"
+        return catalog()["mixers"].get(registered(name), "model.mixer.name" if name == names["mixer"] else where)
 
     found = mixer_names(pattern, names["mixer"], mlp if isinstance(mlp, bool) else None, kind_of, tiers)
     return {name: registered(name) for name in found}

@@ -105,6 +105,8 @@ def test_a_mixer_under_a_name_of_its_own(config: Path) -> None:
     assert other["d_state"] != 6  # an option of the same name means something else
     with pytest.raises(ConfigError, match=r"'inner'.*model\.backbone\.tiers|model\.backbone\.tiers.*'inner'"):
         parse_config(str(config), ["--model.backbone.tiers=[[mamba], [mamba], [inner]]"])
+    with pytest.raises(ConfigError, match=r"model\.mixers\.inside\.name: no mixer is named 's44'"):
+        parse_config(str(config), ["--model.mixers.inside.name=s44"])
     with pytest.raises(ConfigError, match=r"no key 'model\.mixers\.inside\.dstate'.*Did you mean"):
         parse_config(str(config), ["--model.mixers.inside.dstate=3"])
 
