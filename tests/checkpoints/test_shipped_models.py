@@ -36,6 +36,16 @@ def test_the_masked_model_of_dna_has_learned(tmp_path: Path) -> None:
     assert alu < 0.8 < 1.7 < shuffled
 
 
+def test_the_model_of_digits_has_learned() -> None:
+    """A recording that it was not trained on costs fewer bits as what it is than as another digit by another voice."""
+    recording = share() / "data" / "fsdd" / "recordings" / "7_theo_0.flac"
+    rows = [
+        predict("mambaseq:data/models/digits", [recording], None, condition=name).table["bits_per_token"][0]
+        for name in ("7 theo", "2 jackson")
+    ]
+    assert rows[0] < 3.5 < rows[1]
+
+
 def test_a_name_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match="'mambaseq:data/models/none' does not exist"):
         load_model("mambaseq:data/models/none")
