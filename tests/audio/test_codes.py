@@ -4,6 +4,7 @@ write them."""
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -151,23 +152,25 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         write_codes(tmp_path / "x.wav", [codec.encode(frames)], codec)
 
 
-def test_a_model_is_trained_measured_and_writes_codes(tmp_path: Path) -> None:
-    """A pattern that counts up in every book is learned, and continued from a prompt by the same rule."""
+def test_a_model_is_trained_measured_and_writes_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of the page: numbers that count up in every book are learned, and continued from a prompt."""
     folder = tmp_path / "codes"
     folder.mkdir()
     for take in range(8):
         frames = (take + np.arange(24)[:, None] + 2 * np.arange(3)) % 8
         np.save(folder / f"a_{take}.npy", frames.T)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "audio" / "codes.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    Path("codes.yaml").write_text(written, encoding="utf-8")
     settings = {
-        "data": {"files": str(folder), "vocabulary": 8, "layout": "books_frames", "length": 24, "condition": [],
-                 "pattern": r"_(?P<take>\d)", "test": "7"},
-        "metrics": ["bits_per_token", "token_accuracy"],
+        "data": {"vocabulary": 8, "length": 24},
         "loader": {"batch_size": 4},
         "model": {"d_model": 32, "backbone": {"n_layers": 1}},
         "optimizer": {"lr": 0.02, "warmup_steps": 5},
         "trainer": {"max_steps": 40, "accelerator": "cpu"},
-    }  # fmt: skip
-    run = ms.fit("audio/codec", out=tmp_path / "run", settings=settings, progress=False)
+    }
+    run = ms.fit("codes.yaml", out=tmp_path / "run", settings=settings, progress=False)
     tested = run.evaluate()
     # but for a stream's first code, all follow from others
     assert tested["test/bits_per_token"] < 0.35

@@ -11,7 +11,7 @@ import torch
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
-from mambaseq.generation import generate
+from mambaseq.generation import Decoder, generate
 from mambaseq.heads.codes import CodesHead
 from mambaseq.heads.levels import LevelsHead
 from mambaseq.models import SequenceModel, build_model
@@ -150,3 +150,19 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         LevelsHead(8, 12, 5)
     with pytest.raises(ConfigError, match=r"table with a row for each token"):
         build_model({**(levels().spec or {}), "head": {"name": "lm", "vocab_size": 12}, "tie_embeddings": True})
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_steps_of_several_parts(cuda: torch.device) -> None:
+    for model, shape in ((levels(), (3, 20)), (codes(), (3, 20, 3))):
+        ids = torch.randint(0, 5, shape)
+        with torch.no_grad():
+            expected = model.told(model.backbone(model.encoder(ids)))
+        model.to(cuda)
+        decoder = Decoder(model, model.init_state(3))
+        steps = torch.stack([decoder.step(ids[:, t].to(cuda)).clone() for t in range(20)], 1).cpu()
+        assert decoder.captured
+        torch.testing.assert_close(steps, expected, rtol=1e-3, atol=1e-4)
+        prompt = ids[:, :2].to(cuda)
+        graph, loop = (generate(model, prompt, 40, seed=1, cuda_graph=captured) for captured in (True, False))
+        assert torch.equal(graph, loop)
