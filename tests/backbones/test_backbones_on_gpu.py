@@ -18,7 +18,7 @@ pytestmark = [
 ]
 CAUSAL = [
     {"name": "unet", "pool": [2, 3], "n_layers": 1},
-    {"name": "unet", "pool": [4], "n_layers": 2, "pattern": ["mamba", "s4d*"], "expand": 1},
+    {"name": "unet", "pool": [4], "n_layers": 2, "tiers": [["mamba", "s4d*"], ["s4d+mlp"]], "expand": 1},
     {"name": "residual", "n_layers": 4, "pattern": ["s4d", "mamba*"]},
 ]
 WHOLE = [
