@@ -3,6 +3,7 @@ and what background noise alone costs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -84,7 +85,8 @@ def unpacked(context: Context) -> Path:
     archive = context.brought(ARCHIVE, SHA256, SOURCE)
     folder = context.folder / "recordings"
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
+        # another process may be first
+        with contextlib.suppress(FileExistsError), atomic_folder(folder, replace=False) as temporary:
             unpack(archive, temporary)
     return folder
 

@@ -3,6 +3,7 @@ trained for one time; bits a sample, scores of what they say, and which digit a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -291,12 +292,12 @@ def _speak(digits: Digits, name: str, temperature: float, seed: int) -> dict[str
     return digits.scored(recognise_levels(digits.loaded, names, clips), said)
 
 
-def _write(place: Path, names: Sequence[str], clips: Sequence[np.ndarray]) -> None:
+def _write(place: Path, names: Sequence[str], clips: Sequence[np.ndarray], replace: bool = True) -> None:
     """A folder of wav files for `mambaseq audio/score`, and a small ogg file beside it: all digits in turn, the
-    speakers in turn."""
+    speakers in turn. replace: write over those of another process."""
     codec = MuLaw()
     place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(place) as folder:
+    with contextlib.suppress(FileExistsError), atomic_folder(place, replace=replace) as folder:
         for name, clip in zip(names, clips, strict=True):
             soundfile.write(folder / f"{name}.wav", codec.decode(clip), spoken.RATE, subtype="PCM_16")
     by_digit: dict[str, dict[str, int]] = {}
@@ -427,7 +428,7 @@ def _recorded(digits: Digits) -> list[Line]:
         parts = (digits.recordings.digits, digits.recordings.speakers, digits.recordings.takes)
         digit, speaker, take = (of[chosen] for of in parts)
         names = [f"{a}_{digits.recordings.names[b]}_{c}" for a, b, c in zip(digit, speaker, take, strict=True)]
-        _write(place, names, digits.recordings.levels(chosen))
+        _write(place, names, digits.recordings.levels(chosen), replace=False)
     return lines
 
 
