@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from mambaseq.errors import ConfigError, DataError, cut_list, shown
 from mambaseq_dna.files.assembly import Assembly
-from mambaseq_dna.files.bedgraph import read_bedgraph
+from mambaseq_dna.files.bedgraph import Value, read_bedgraph
 from mambaseq_dna.files.bigwig import BigWig
 from mambaseq_dna.files.fields import ending
 from mambaseq_dna.labels import Place, Runs, Unplaced, check_place
@@ -94,7 +95,7 @@ def _indexed(assembly: Assembly, path: Path, unplaced: Unplaced) -> Signal:
 
 
 def _listed(assembly: Assembly, path: Path, unplaced: Unplaced) -> Signal:
-    found: dict[str, list[tuple[int, int, float, int]]] = {}
+    found: dict[str, _Columns] = {}
     left_out: dict[str, None] = {}
     for value in read_bedgraph(path):
         place = Place(value.chrom, value.start, value.stop, ".", "", f"{path}, line {value.line:,}")
@@ -102,16 +103,32 @@ def _listed(assembly: Assembly, path: Path, unplaced: Unplaced) -> Signal:
         if name is None:
             left_out[value.chrom] = None
         else:
-            found.setdefault(name, []).append((value.start, value.stop, value.value, value.line))
+            found.setdefault(name, _Columns()).add(value)
     _tell(list(left_out), path)
     lengths = assembly.lengths
-    return _Listed({name: _runs(rows, lengths[name], path) for name, rows in found.items()})
+    return _Listed({name: _runs(found.pop(name), lengths[name], path) for name in list(found)})
 
 
-def _runs(rows: list[tuple[int, int, float, int]], length: int, path: Path) -> Runs:
-    table = np.array(rows, np.float64)
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    starts, stops, lines = (table[:, k].astype(np.int64) for k in (0, 1, 3))
+class _Columns:
+    """Intervals of a bedGraph as they are read: 28 bytes each, a tenth of what Python's numbers take."""
+
+    def __init__(self) -> None:
+        self.starts, self.stops, self.lines = (array.array("q") for _ in range(3))
+        self.values = array.array("f")
+
+    def add(self, value: Value) -> None:
+        self.starts.append(value.start)
+        self.stops.append(value.stop)
+        self.values.append(value.value)
+        self.lines.append(value.line)
+
+
+def _runs(rows: _Columns, length: int, path: Path) -> Runs:
+    starts, stops, lines = (np.frombuffer(of, np.int64) for of in (rows.starts, rows.stops, rows.lines))
+    numbers = np.frombuffer(rows.values, np.float32)
+    if (starts[1:] < starts[:-1]).any():
+        order = np.argsort(starts, kind="stable")
+        starts, stops, lines, numbers = (of[order] for of in (starts, stops, lines, numbers))
     if len(wrong := np.flatnonzero(starts[1:] < stops[:-1])):
         one, other = sorted(lines[wrong[0] : wrong[0] + 2].tolist())
         raise DataError(
@@ -120,7 +137,7 @@ def _runs(rows: list[tuple[int, int, float, int]], length: int, path: Path) -> R
         )
     edges = np.unique(np.concatenate(([0, length], starts, stops)))
     values = np.full(len(edges) - 1, np.nan, np.float32)
-    values[np.searchsorted(edges, starts)] = table[:, 2]
+    values[np.searchsorted(edges, starts)] = numbers
     return Runs(edges, values, _NAN)
 
 

@@ -69,6 +69,18 @@ def _between(values: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([sums[:, :1], sums.diff(dim=-1)], -1)
 
 
+def _in_cells(values: Tensor, owner: Tensor, cell: Tensor, n: int, cells: int, draws: Tensor) -> Tensor:
+    """Sums of values `(rows,)` over the rows in each of the cells, `(draws, cells)` float64. owner: the sequence of a
+    row, of n. draws: `(draws, n)`, how often each is drawn."""
+    if n * cells <= _AT_ONCE * 16:
+        own = torch.zeros(n * cells, dtype=torch.float64).index_add_(0, owner * cells + cell, values)
+        return draws.double() @ own.reshape(n, cells)
+    found = torch.zeros(len(draws), cells, dtype=torch.float64)  # a table of all sequences would take gigabytes
+    for sums, one in zip(found, draws, strict=True):
+        sums.index_add_(0, cell, values * one[owner])
+    return found
+
+
 def _binned_areas(scores: Tensor, labels: Tensor, answers: Answers, draws: Tensor, area: Area) -> Tensor:
     """`areas` of scores that are cut into a few thousand bins of about as many rows each, whose rows count as ties:
     close enough for intervals (the set's own area is exact), and a hundred times as fast where sequences have many
@@ -80,10 +92,9 @@ def _binned_areas(scores: Tensor, labels: Tensor, answers: Answers, draws: Tenso
         order = known[score[known].argsort()]
         ranked = score[order]
         first = torch.searchsorted(ranked, ranked)  # equal scores have one place
-        cell = answers.owner[order] * bins + first * bins // max(len(order), 1)
+        cell, owner = first * bins // max(len(order), 1), answers.owner[order]
         holds = label[order].double()
-        own = (torch.zeros(n * bins, dtype=torch.float64).index_add_(0, cell, of) for of in (holds, 1 - holds))
-        hits, misses = (draws.double() @ of.reshape(n, bins) for of in own)
+        hits, misses = (_in_cells(of, owner, cell, n, bins, draws) for of in (holds, 1 - holds))
         both = (hits.sum(-1) > 0) & (misses.sum(-1) > 0)
         found.append(torch.where(both, area(hits, misses), torch.nan))
     return torch.stack(found).nanmean(0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import pickle
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mambaseq_dna import labels
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.bigwig import BigWig, pybigwig
 from mambaseq_dna.labels import Classes, paint
@@ -326,3 +328,42 @@ def test_the_examples_of_the_page_are_read(tmp_path, monkeypatch):
     assert first[1, 0] == 2
     assert first[1, 1].isnan()
     assert values.model_spec(data)["head"]["n_outputs"] == 2
+
+
+@pytest.mark.parametrize("runs_at_once", [3, 1 << 16])
+def test_classes_of_random_intervals_base_by_base(monkeypatch: pytest.MonkeyPatch, runs_at_once: int) -> None:
+    monkeypatch.setattr(labels, "_RUNS", runs_at_once)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        starts = rng.integers(0, 55, 25)
+        rows = np.stack([starts, np.minimum(starts + rng.integers(1, 9, 25), 60), rng.integers(1, 4, 25)], 1)
+        covers = np.zeros((60, 4), bool)
+        for start, stop, number in rows.tolist():
+            covers[start:stop, number] = True
+        first = covers.argmax(1)
+        several = labels._painted(rows, 60, 4, "priority", True).read(0, 60)
+        assert several.tolist() == covers[:, 1:].astype(int).tolist()
+        assert labels._painted(rows, 60, 4, "priority", False).read(0, 60).tolist() == first.tolist()
+        ignored = np.where(covers.sum(1) > 1, -100, first)
+        assert labels._painted(rows, 60, 4, "ignore", False).read(0, 60).tolist() == ignored.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bedgraph", "bed"])
+def test_large_files_take_few_bytes_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    count = 4000
+    (tmp_path / "a.fa").write_text(f">chr1\n{'A' * 2 * count}\n")
+    path = tmp_path / f"a.{kind}"
+    told = "0.5" if kind == "bedgraph" else "exon"
+    path.write_text("".join(f"chr1\t{2 * number}\t{2 * number + 1}\t{told}\n" for number in range(count)))
+    for name in ("PIECE", "_PACKED_PIECE"):
+        monkeypatch.setattr(f"mambaseq.data.unpacking.{name}", 4096)
+    monkeypatch.setattr(labels, "_RUNS", 1024)
+    assembly, classes = Assembly(tmp_path / "a.fa"), Classes({"exon": "exon"})
+    tracemalloc.start()
+    try:
+        found = read_signal(assembly, path) if kind == "bedgraph" else paint(assembly, [path], classes)["chr1"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found is not None
+    assert peak < 170 * count  # a tuple of numbers for each line takes more than twice as much

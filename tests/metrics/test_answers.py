@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -166,6 +167,18 @@ def test_areas_of_many_positions_are_told_from_bins(monkeypatch: pytest.MonkeyPa
             assert metric.drawn(answers, draws).tolist() == pytest.approx(exact.tolist(), abs=within)
             assert (metric.drawn(answers, draws) != exact).any() or within < 1e-6
             monkeypatch.undo()
+
+
+def test_a_million_sequences_have_no_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the product with a table `(sequences, cells)` gives it, without one: it would take gigabytes."""
+    rng, n, cells = np.random.default_rng(0), 300, 256
+    owner, cell = (torch.from_numpy(rng.integers(0, most, 2000)) for most in (n, cells))
+    values, draws = torch.from_numpy(rng.integers(0, 2, 2000)).double(), torch.from_numpy(rng.integers(0, 4, (3, n)))
+    table = ranking._in_cells(values, owner, cell, n, cells, draws)
+    monkeypatch.setattr(ranking, "_AT_ONCE", 8)
+    with unittest.mock.patch.object(torch, "zeros", side_effect=torch.zeros) as zeros:
+        assert ranking._in_cells(values, owner, cell, n, cells, draws).equal(table)
+    assert [call.args for call in zeros.call_args_list] == [(3, cells)]
 
 
 def test_an_interval_covers_what_it_should() -> None:
