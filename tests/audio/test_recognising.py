@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mambaseq_audio.mel import MelEncoder
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.scores import best_band, inception_score
 from mambaseq_audio.scoring import recognise, rejected, score
+from pages import blocks
 
 from mambaseq.batch import Batch
 from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
@@ -27,6 +29,7 @@ from mambaseq.heads.classification import ClassificationHead
 from mambaseq.models import build_model
 
 PITCHES = {"low": 300, "high": 2500}
+PAGE = Path(__file__).parents[2] / "docs" / "audio" / "scores.md"
 PATTERN = r"^(?P<word>[a-z]+)_(?P<take>\d+)$"
 
 
@@ -240,6 +243,29 @@ def test_rejection_sampling_keeps_a_band(
         log_likelihoods(dataclasses.replace(loaded, card=told_of), folder)
     with pytest.raises(ConfigError, match="as different clips"):
         rejected(clips, loaded, folder / "low_*.wav", "best")
+
+
+def test_the_page_of_scores(
+    folder: Path, tmp_path: Path, maker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    (work / "runs").mkdir(parents=True)
+    classifier(folder, work / "runs" / "listener", steps=0)
+    maker.rename(work / "runs" / "speaker")
+    (work / "made").symlink_to(folder)
+    (work / "recordings").symlink_to(folder)
+    for name in ("made", "recordings"):
+        np.save(work / f"{name}.npy", np.random.default_rng(0).random((4, 2)))
+    monkeypatch.chdir(work)
+    commands = [line for _, text, _ in blocks(PAGE) for line in text.splitlines()]
+    assert len(commands) == 4
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == [
+        *("made", "made", "made, kept", "made", "made, kept", "made.npy")
+    ]
+    assert "accuracy" in printed[0]
 
 
 def test_frechet_distance_of_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
