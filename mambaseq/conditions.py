@@ -75,6 +75,14 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def as_written(names: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Each name as it is written in a file, whose accents may be written in another way; names that the file does not
+    have stay as they are."""
+    known = {composed(str(one)): one for one in there}
+    known |= {one: one for one in there}
+    return {name: known.get(name, known.get(composed(name), name)) for name in names}
+
+
 def row(ids: Iterable[int | None], numbers: Iterable[float | None] = ()) -> tuple[int, ...]:
     """A sequence's condition: ids in the order of the conditions of names, then numbers; None is not given.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.batch import Batch
-from mambaseq.conditions import of_names, of_numbers, rows, single
+from mambaseq.conditions import composed, of_names, of_numbers, rows, single
 from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import Interval
@@ -21,7 +21,7 @@ from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
 from mambaseq_audio.mulaw import Codec, MuLaw
-from mambaseq_audio.recordings import Recording, composed, is_manifest, overlap, recordings
+from mambaseq_audio.recordings import Recording, is_manifest, overlap, recordings
 from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import MakeItem, Tiles, next_sample
 
@@ -161,9 +161,11 @@ class ClipData(SequenceData):
     ) -> None:
         self.files, self.manifest, self.skip_bad = files, is_manifest(files), skip_bad
         self.pattern = pattern if self.manifest or pattern is not None else DIGITS_NAMES
-        self.condition = tuple(condition if condition is not None else () if self.manifest else ("digit",))
-        self.condition_numbers = tuple(condition_numbers)
-        self.split = split or ("split" if self.manifest else "take")
+        self.condition = tuple(
+            map(composed, condition if condition is not None else () if self.manifest else ("digit",))
+        )
+        self.condition_numbers = tuple(map(composed, condition_numbers))
+        self.split = composed(split or ("split" if self.manifest else "take"))
         # whether the words of a manifest's column `split` are those of SPLITS
         self._by_words = self.manifest and split is None and validation is None and test is None
         if self._by_words:

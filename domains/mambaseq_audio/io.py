@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from mambaseq.conditions import composed
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
@@ -283,8 +284,9 @@ def read_audio(
         that records are to have. See `signal_blocks` for the rest and the errors.
     """
     found = recordings(path)
+    asked_for = {composed(field): field for field in fields}
     for one in found:
-        for field in fields:
+        for field in asked_for:
             if field not in one.fields:
                 near = did_you_mean(field, one.fields)
                 raise DataError(
@@ -296,7 +298,7 @@ def read_audio(
     notices = Notices()
     for one in found:
         blocks = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
-        columns = {field: one.fields[field] for field in fields}
+        columns = {asked: one.fields[field] for field, asked in asked_for.items()}
         name, source = one.name, str(one.path)
         if tokenizer is None:
             yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source, fields=columns)

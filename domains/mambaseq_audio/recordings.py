@@ -6,22 +6,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mambaseq.conditions import composed
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names, walk
 from mambaseq.data.tables import ENDINGS, named_rows
 from mambaseq.errors import DataError, did_you_mean, shown
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"))
-
-
-def composed(text: str) -> str:
-    """Letters with accents as one character: macOS gives them as two in file names."""
-    return unicodedata.normalize("NFC", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +132,7 @@ def _fields(row: Mapping[str, Any], where: str) -> dict[str, str]:
             value = int(value)
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(f"{where}: {shown(name)} is {shown(value)}. Give a name or a number.")
-        found[name] = "" if value is None else composed(str(value).strip())
+        found[composed(name)] = "" if value is None else composed(str(value).strip())
     return found
 
 

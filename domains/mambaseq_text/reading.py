@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mambaseq.conditions import as_written
 from mambaseq.data.addresses import check_address, is_address
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names
@@ -195,7 +196,8 @@ def _fields_of_line(name: str, number: int, line: str, field: str, more: Sequenc
             f"Line {number} of {name} has no field {shown(field)}.{_known(field, list(row))} Set field, or correct the "
             f"line."
         )
-    for other in more:
+    columns = as_written(more, row)
+    for other in columns.values():
         if other not in row:
             raise DataError(
                 f"Line {number} of {name} has no field {shown(other)}.{_known(other, list(row))} Name another column, "
@@ -215,7 +217,7 @@ def _fields_of_line(name: str, number: int, line: str, field: str, more: Sequenc
             f"(\\u{ord(text[error.start]):04x}) at character {error.start:,}, which is no text. Correct or "
             f"remove the line."
         ) from error
-    return text, {other: row[other] for other in more}
+    return text, {other: row[written] for other, written in columns.items()}
 
 
 def _known(field: str, names: Sequence[str]) -> str:
@@ -232,7 +234,8 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
         columns = table.schema_arrow.names
         if field not in columns:
             raise DataError(f"{name} has no column {shown(field)}.{_known(field, columns)} Set field to one of them.")
-        for other in more:
+        written = as_written(more, columns)
+        for other in written.values():
             if other not in columns:
                 raise DataError(f"{name} has no column {shown(other)}.{_known(other, columns)} Name one of them.")
         # not by columns: asking for one that a damaged index lacks crashes the process
@@ -241,8 +244,8 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
         # a value may be as long as its group, and is repeated for each row that refers to it
         rows = max(_ROWS[0], min(_ROWS[1], _BATCH_BYTES // max([1, *sizes])))
         number = taken = 0
-        for batch in table.iter_batches(batch_size=rows, columns=list(dict.fromkeys([field, *more]))):
-            found = {column: batch.column(column).to_pylist() for column in (field, *more)}
+        for batch in table.iter_batches(batch_size=rows, columns=list(dict.fromkeys([field, *written.values()]))):
+            found = {column: batch.column(column).to_pylist() for column in (field, *written.values())}
             for place, text in enumerate(found[field]):
                 number += 1
                 if not isinstance(text, str):
@@ -253,7 +256,7 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
                 taken += len(text)
                 DOCUMENT_BYTES.check(len(text), f"{name}, row {number}")
                 check_unpacked(taken, size or taken, name)
-                yield f"{name}, row {number}", text, {other: found[other][place] for other in more}
+                yield f"{name}, row {number}", text, {other: found[column][place] for other, column in written.items()}
 
 
 def read_text(

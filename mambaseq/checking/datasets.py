@@ -90,7 +90,7 @@ def _check_condition(data: SequenceData, condition: torch.Tensor, name: str) -> 
             f"with {sum(sizes)} names (n_conditions is {data.n_conditions})."
         )
     for largest, size in zip(condition.amax(0).tolist(), sizes, strict=False):
-        _within(name, "a condition", largest, "its names are", size)
+        _within(name, "a condition", largest, "the number of its names", size)
 
 
 def _within(name: str, what: str, largest: int, declared: str, count: int | None, exactly: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mambaseq.conditions import row as row_of
 from mambaseq.generation import decode, generate
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws
@@ -19,14 +20,18 @@ CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none here")
 
 
+CONDITIONS = {"n_conditions": 5, "condition_sizes": [2, 3], "condition_means": [1.0], "condition_stds": [2.0]}
+GIVEN = [row_of([1, 0], [4.5]), row_of([0, 2], [None]), row_of([None, 1], [-1.0])]
+
+
 def model_of(
-    backbone: dict[str, Any], mixer: dict[str, Any], vocabulary: int = 50, conditions: int = 0
+    backbone: dict[str, Any], mixer: dict[str, Any], vocabulary: int = 50, conditions: bool = False
 ) -> SequenceModel:
     torch.manual_seed(0)
     model = build_model(
         {
             "d_model": 36,
-            "encoder": {"name": "tokens", "vocab_size": vocabulary, "n_conditions": conditions},
+            "encoder": {"name": "tokens", "vocab_size": vocabulary, **(CONDITIONS if conditions else {})},
             "backbone": backbone,
             "mixer": mixer,
             "head": {"name": "lm", "vocab_size": vocabulary},
@@ -75,14 +80,14 @@ ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
 @pytest.mark.parametrize(("begun", "batch"), [(1, 1), (17, 3)])
 def test_stretches_equal_steps(kind: str, begun: int, batch: int, device: str) -> None:
     """Greedy tokens, and every state, from a state anywhere in its windows; in two stretches."""
-    model = model_of(*MODELS[kind], conditions=3).to(device)
+    model = model_of(*MODELS[kind], conditions=True).to(device)
     reason = why_not(model, batch, 0, 1.0)
     if device == "cpu" and kind == "selective, complex":
         assert reason == "the kernel on a CPU does not know complex selective systems"
         return
     assert reason is None
     prompt = torch.randint(0, 50, (batch, begun), device=device)
-    condition = torch.tensor([2, 0, 1], device=device)[:batch]
+    condition = torch.tensor(GIVEN, device=device)[:batch]
     with torch.no_grad():
         _, states = model.backbone(model.encoder(prompt, condition), return_state=True)
     states = [state.map(torch.Tensor.contiguous) for state in states]
@@ -122,8 +127,8 @@ def test_drawn_tokens_are_those_of_steps(device: str, monkeypatch: pytest.Monkey
 def test_a_clip_does_not_depend_on_how_many_there_are(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
     monkeypatch.setattr(decode, "_STRETCH", 16)
-    model = model_of(*MODELS[kind], conditions=3).to(device)
-    prompt, condition = torch.randint(0, 50, (3, 6), device=device), torch.tensor([0, 1, 2], device=device)
+    model = model_of(*MODELS[kind], conditions=True).to(device)
+    prompt, condition = torch.randint(0, 50, (3, 6), device=device), torch.tensor(GIVEN, device=device)
     together = generate(model, prompt, 50, seed=3, condition=condition, samples=2).view(3, 2, -1)
     for row in range(3):
         alone = generate(model, prompt[row : row + 1], 50, seed=3, condition=condition[row : row + 1])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
+import re
+import shlex
+import textwrap
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,11 @@ import soundfile
 import torch
 from cli.test_generating import generated
 from mambaseq_audio.clips import ClipData
+from pages import blocks
 from runs.test_prediction import language_model, predict
 
+from mambaseq.checking.datasets import _check_item
+from mambaseq.checking.laws import LawBroken
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
 from mambaseq.conditions import Condition, encoder_options, row, told
@@ -25,14 +32,13 @@ from mambaseq.errors import ConfigError, DataError
 from mambaseq.generation import generate
 from mambaseq.models import build_model
 from mambaseq.runs.conditions import Known, condition_ids
-from mambaseq.runs.parsing import parse_config
-from mambaseq.runs.training import model_card
 
 CONDITIONS = (
     Condition("digit", ("3", "7")),
     Condition("speaker", ("Ann, Bo", "Åsa")),
     Condition("age", low=20.0, high=70.0, mean=40.0, std=10.0, missing=True),
 )
+PAGE = Path(__file__).parents[2] / "docs" / "audio" / "conditions.md"
 OPTIONS: dict[str, Any] = {"n_conditions": 4, **encoder_options(CONDITIONS)}
 TWO_WAYS = ("Åsa", unicodedata.normalize("NFD", "Åsa"))
 
@@ -137,7 +143,7 @@ def data(manifest: Path, **options: Any) -> ClipData:
     return made
 
 
-def test_from_a_manifest_to_a_model_that_speaks_an_unseen_combination(clips: Path, tmp_path: Path) -> None:
+def test_conditions_of_a_manifest(clips: Path) -> None:
     made = data(clips)
     digit, speaker, age = made.conditions
     assert (digit.names, speaker.names) == (("3", "7"), ("Ann, Bo", "Åsa"))
@@ -149,26 +155,46 @@ def test_from_a_manifest_to_a_model_that_speaks_an_unseen_combination(clips: Pat
     assert [told(made.conditions, one) for one in train.conditions] == [  # type: ignore[union-attr,arg-type]
         "digit=3 speaker=Ann, Bo age=30", "digit=3 speaker=Åsa age=50.5", "digit=7 speaker=Åsa"
     ]  # fmt: skip
-    config = tmp_path / "c.yaml"
-    config.write_text(
-        f"data: {{name: audio/clips, files: '{clips}', condition: [digit, speaker], condition_numbers: [age]}}\n"
-        "model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba}, head: {name: lm},"
-        " encoder: {condition_dropout: 0.1}}\n"
-        "trainer: {max_steps: 2, limit_val_batches: 0, accelerator: cpu}\n"
-        "loader: {batch_size: 3}\n"
-    )
-    run = tmp_path / "run"
-    assert main(["fit", "--config", str(config), "--out", str(run)]) == 0
-    loaded = load_model(run)
-    assert loaded.card.conditions == [one.plain() for one in made.conditions]
-    assert loaded.card.spec["encoder"]["condition_means"] == [40.25]
-    out = ["generate", "--checkpoint", str(run), "-n", "20", "--device", "cpu", "--out", str(tmp_path / "o.wav")]
-    assert main([*out, "--condition", "digit=7", "speaker=Ann, Bo", "age=31.5"]) == 0  # nobody said that
-    assert soundfile.info(tmp_path / "o.wav").frames == 20
-    assert main([*out, "--condition", "digit=7", "--guidance", "2"]) == 0  # dropout has taught it to do without
-    assert main(out) == 0
-    settings = parse_config(str(run / "config.yaml"), [])
-    assert model_card(settings, made, loaded.card.spec).conditions == loaded.card.conditions
+    _check_item(made, train[0], "item")
+    for wrong in ((2, 0, 1.0), (0, 2, 1.0)):
+        item = dataclasses.replace(train[0], condition=given(wrong))
+        with pytest.raises(LawBroken, match="a condition is 2, and the number of its names is 2"):
+            _check_item(made, item, "item")
+    # columns may be called with accents, too
+    text = clips.read_text(encoding="utf-8").replace("speaker", unicodedata.normalize("NFD", "Sprecherín"))
+    clips.write_text(text, encoding="utf-8")
+    assert [one.name for one in data(clips, condition=["Sprecherín"]).conditions] == ["Sprecherín", "age"]
+
+
+def test_the_page_from_a_manifest_to_combinations_that_nobody_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, rng = PAGE.read_text(encoding="utf-8"), np.random.default_rng(0)
+    (table,) = re.findall(r"(?:^    \S.*\n)+", text, re.MULTILINE)
+    Path("clips.csv").write_text(textwrap.dedent(table), encoding="utf-8")
+    for line in table.splitlines()[1:]:
+        soundfile.write(line.strip().partition(",")[0], rng.uniform(-0.5, 0.5, 50), 8000)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    settings += "  d_model: 8\n  backbone: {name: residual, n_layers: 1}\n  mixer: {name: mamba}\n  head: {name: lm}\n"
+    settings += "trainer: {max_steps: 2, limit_val_batches: 0, accelerator: cpu}\nloader: {batch_size: 3}\n"
+    Path("c.yaml").write_text(settings, encoding="utf-8")
+    assert main(["fit", "--config", "c.yaml", "--out", "run"]) == 0
+    card = load_model("run").card
+    assert [one["name"] for one in card.conditions] == ["word", "speaker", "age"]
+    assert card.spec["encoder"]["condition_means"] == [pytest.approx((31 + 31 + 54.5) / 3)]
+    commands = [shlex.split(line) for _, cell, _ in blocks(PAGE) for line in cell.splitlines()]
+    assert len(commands) == 4
+    for command in commands:
+        assert main([*command[1:], "-n", "20", "--device", "cpu"]) == 0
+    assert sorted(one.name for one in tmp_path.glob("*.wav") if one.name[0] != "a" or one.name == "anything.wav") == [
+        "anything.wav", "both-000.wav", "both-001.wav", "clear.wav", "said.wav"
+    ]  # fmt: skip
+    assert soundfile.info("said.wav").frames == 20
+    capsys.readouterr()
+    overrides = ["--model.encoder.name=audio/mel"]
+    assert main(["fit", "--config", "c.yaml", "--out", "other", *overrides]) == 2
+    assert "which the encoder 'audio/mel' does not take" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_a_manifest_must_not_say(clips: Path) -> None:
@@ -198,6 +224,8 @@ def test_what_a_user_asks_for(model: Path, caplog: pytest.LogCaptureFixture) -> 
         every[0], every[3]
     ]  # fmt: skip
     assert Known(loaded).examples(9) == ["digit=3 speaker=Ann, Bo age=40", "digit=7 speaker=Åsa age=40"]
+    nameless = language_model(model.parent / "n", encoder={"name": "tokens", "vocab_size": 256, **OPTIONS})
+    assert condition_ids(load_model(nameless), "condition_1=0 condition_2=1 number_1=31.5") == [row((0, 1), (31.5,))]
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert condition_ids(loaded, "digit=7 speaker=Åsa age=99,120") == [row((1, 1), (one,)) for one in (99, 120)]
@@ -247,6 +275,11 @@ def test_records_under_conditions_of_their_columns(model: Path, tmp_path: Path, 
     )  # fmt: skip
     again = ["--prompt", "To be or not", "-n", "5", "--condition", *asked[1].split(" ", 1), "--condition", asked[0]]
     assert generated(model, tmp_path / "b.jsonl", *again) == prompts[::-1]
+    source.write_text(source.read_text(encoding="utf-8").replace('"who"', '"qu\u0069\u0301"'), encoding="utf-8")
+    found = predict(
+        model, source, "--condition-column", "digit=digit speaker=quí age=age"
+    )  # the file has i and an accent
+    assert found == expected
     command = ["predict", "--checkpoint", str(model), str(source), "--out", str(tmp_path / "o.csv"), "--device", "cpu"]
     assert main([*command, "--condition-column", "digit,who,age"]) == 2
     assert "no condition is called 'who'. They are: digit, speaker, age." in capsys.readouterr().err
@@ -305,3 +338,19 @@ def test_guidance_strengthens_what_a_condition_changes(model: Path, tmp_path: Pa
     words = ["generate", "--checkpoint", str(model), "--out", str(tmp_path / "o.jsonl"), "--guidance", "2"]
     assert main([*words, "--condition", "digit=7", "speaker=Åsa"]) == 2
     assert "has not learned to do without digit, speaker. Train with model.encoder.con" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu_under_several_conditions_and_guidance(cuda: torch.device, model: Path) -> None:
+    made, prompt = load_model(model).model.to(cuda), torch.tensor([[5, 6], [7, 8]], device=cuda)
+    condition = given((0, 1, 33.3), (1, 0, None)).to(cuda)
+    for guidance in (1.0, 2.0):
+        found = [
+            generate(made, prompt, 40, seed=1, condition=condition, guidance=guidance, cuda_graph=wanted)
+            for wanted in (True, False)
+        ]
+        assert torch.equal(*found)
+    assert torch.equal(
+        made(prompt, condition=condition).logits.cpu().argmax(-1),
+        made.cpu()(prompt.cpu(), condition=condition.cpu()).logits.argmax(-1),
+    )

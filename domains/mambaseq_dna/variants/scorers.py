@@ -338,5 +338,5 @@ def check_bases(loaded: LoadedModel) -> None:
     """Raise ConfigError for a model that variants cannot be given to."""
     if not isinstance(loaded.tokenizer, BaseTokenizer):
         raise ConfigError(f"The model at {loaded.source} does not read bases (dna/base), so it knows no variants.")
-    if loaded.card.condition_names or loaded.card.spec["encoder"].get("n_conditions"):
+    if getattr(loaded.model.encoder, "condition", None) is not None:
         raise ConfigError(f"The model at {loaded.source} is conditional, which variants are not scored by.")
