@@ -329,7 +329,7 @@ class TokenStore:
 
         Any number of processes may call this at once: each builds its own copy, and the first to finish wins.
         """
-        stores, ahead = cache_dir(cache) / "stores", isinstance(meta, Future) and not meta.done()
+        stores = cache_dir(cache) / "stores"
 
         def described() -> dict[str, Any]:
             return meta.result() if isinstance(meta, Future) else meta
@@ -339,7 +339,7 @@ class TokenStore:
             key = hashlib.sha256(json_text([FORMAT, dtype, described()], sort_keys=True).encode()).hexdigest()[:20]
             return stores / f"{label[:40]}-{key}"  # names have at most 255 bytes
 
-        def missing() -> Records:
+        def missing(meta: Future[dict[str, Any]]) -> Records:
             """The records, as long as it may be that there is no store of them."""
             checked = False
             for name, tokens in records():
@@ -354,9 +354,9 @@ class TokenStore:
                 make_private(stores)
             return cls(cls._built(folder, found, dtype, described, place, checksums, replace), check=False)
 
-        if ahead:
+        if isinstance(meta, Future) and not meta.done():
             with contextlib.suppress(FileExistsError, StoreError):
-                return build(stores / label[:40], missing(), replace=False)
+                return build(stores / label[:40], missing(meta), replace=False)
         for _ in range(3):  # a folder that another process found damaged may vanish between two checks
             try:
                 found = cls(place())

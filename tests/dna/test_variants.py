@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,39 @@ def test_a_file_of_variants(run: Path, fasta: Path, tmp_path: Path, capsys: pyte
     assert records[0].info["MS_llr"] == pytest.approx(table.llr[:3].tolist(), rel=1e-4)
     assert records[1].info["MS_note"] == (f"REF_is_{other(101)[0]}_but_the_reference_has_{ref(101)}",)
     assert records[2].info["MS_llr"][1:] == (None, None)
+
+
+def test_files_are_scored_in_parts(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written does not depend on them, and no more than a part, with whole lines, is in memory."""
+    write_calls(calls := tmp_path / "calls.vcf")
+    text = calls.read_text()
+    (tmp_path / "late.vcf").write_text(text + text.splitlines()[3] + "\n")  # repeated out of order
+    endings, sizes = ("tsv", "parquet", "vcf"), []
+    made = scoring_module._Block.__init__
+    for at_once in (2, 1 << 15):
+        monkeypatch.setattr(scoring_module, "_BLOCK", at_once)
+        monkeypatch.setattr(
+            scoring_module._Block,
+            "__init__",
+            lambda self, some, *more: (sizes.append(len(some)), made(self, some, *more))[1],
+        )
+        for source, wanted in ((calls, endings), (tmp_path / "late.vcf", endings[:1])):
+            for ending in wanted:
+                out = tmp_path / f"{source.stem}.{at_once}.{ending}"
+                found = score_variants(run, fasta, source, out, window=64, progress=False, table=False)
+                assert found.table is None
+                assert found.rows == (12 if source == calls else 15)
+        if at_once == 2:
+            assert max(sizes) <= 4
+    for ending in endings:
+        one, other = (tmp_path / f"calls.{at_once}.{ending}" for at_once in (2, 1 << 15))
+        if ending == "parquet":
+            pandas.testing.assert_frame_equal(pandas.read_parquet(one), pandas.read_parquet(other), rtol=1e-4)
+        else:
+            numbers = re.compile(r"-?\d+\.\d+(e-\d+)?")
+            assert numbers.sub("#", one.read_text()) == numbers.sub("#", other.read_text())
+    late = pandas.read_csv(tmp_path / "late.2.tsv", sep="\t", keep_default_na=False)
+    assert late.note.tolist()[-3:] == ["the same as in line 4"] * 3
 
 
 def test_what_was_finished_is_kept(run: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

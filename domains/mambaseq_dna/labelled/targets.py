@@ -89,9 +89,9 @@ def multilabel_targets(
     """
     if separator is None:
         if classes is not None and sorted(classes) != sorted(names):
-            odd = next(one for one in [*classes, *names] if (one in classes) != (one in names))
+            other = next(one for one in [*classes, *names] if (one in classes) != (one in names))
             raise ConfigError(
-                f"data.classes and data.label differ: {shown(odd)} is in one of them only. Each label has a column; "
+                f"data.classes and data.label differ: {shown(other)} is in one of them only. Each label has a column; "
                 "data.classes gives their order. Leave data.classes out, or name the same."
             )
         found = list(classes or names)

@@ -80,6 +80,7 @@ def variants(argv: list[str]) -> int:
         layer=given.layer,
         batch_tokens=given.batch_tokens,
         device=given.device,
+        table=False,
     )
     if found.without:
         print(f"mambaseq dna/variants: {_told(found.without, found.rows)}", file=sys.stderr)
