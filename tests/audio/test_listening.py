@@ -6,17 +6,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from mambaseq_audio.references import references
+from mambaseq_audio.report import asked_as, report, shipped
 from mambaseq_audio.samples import KEPT, Samples, thinned
 
 from mambaseq.cli.main import main
+from mambaseq.conditions import Condition
 from mambaseq.errors import ConfigError
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.resources import share
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.training import fit
 
@@ -193,3 +197,34 @@ def test_runs_are_compared_by_ear(
     assert "Lower --seconds or --rows" in capsys.readouterr().err
     assert main(["audio/compare", "mambaseq:data/models/dna-masked", "--out", str(page)]) == 2
     assert "generates no sound" in capsys.readouterr().err
+
+
+def test_the_demo_plays_what_it_has_learned_beside_models_that_ship(
+    heard: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambaseq_audio.report.share", lambda: tmp_path)
+    monkeypatch.setattr("mambaseq_audio.report.SECONDS", 0.01)
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(heard.path, folder.path)
+    folder.update_results(**{"test/bits_per_token": 5.0})
+
+    models = tmp_path / "data" / "models"
+    assert shipped(["3"]) == ([], "")
+    shutil.copytree(heard.model, models / "tiny")
+    shutil.copytree(share() / "data" / "models" / "dna-masked", models / "genome")
+    (models / "broken").mkdir()
+    body = report(folder.path).body
+    found = set(re.findall(r'data-name="([^"]*)" data-row="([^"]*)" data-wide', body))
+    assert found == {(of, digit) for of in ("real", "learned here", "tiny, which ships") for digit in ("3", "10")}
+    assert body.count("data:audio/flac") == len(found)
+    assert "a model of 4,848 parameters that ships" in body
+    assert "--checkpoint mambaseq:data/models/tiny --condition 3 --out" in body
+    assert "The model broken that ships could not speak" in body
+    assert "genome" not in body
+
+
+def test_a_model_with_further_conditions_is_asked_for_a_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [Condition("digit", ("0", "7")), Condition("speaker", ("ann", "ben")), Condition("age", mean=31.5, std=1.0)]
+    monkeypatch.setattr("mambaseq_audio.report.Known", lambda _: SimpleNamespace(all=known))
+    assert asked_as(None, "7", 3) == "digit=7 speaker=ben age=31.5"  # type: ignore[arg-type]
+    assert asked_as(None, "8", 0) == ""  # type: ignore[arg-type]
