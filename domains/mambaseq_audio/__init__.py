@@ -33,7 +33,7 @@ domain = Domain(
         "codes": ("mambaseq_audio.code_files:read_codes", "a neural codec's codes, .npy"),
     },
     writers={
-        "wav": ("mambaseq_audio.io:write_wav", "16-bit wav, one file for each sequence"),
+        "wav": ("mambaseq_audio.speaking:wav", "16-bit wav or flac while it is generated, one file for each sequence"),
         "codes": ("mambaseq_audio.code_files:write_codes", "a neural codec's codes, one .npy for each sequence"),
     },
     callbacks={

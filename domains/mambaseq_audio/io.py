@@ -15,6 +15,7 @@ import soxr
 
 from mambaseq.conditions import composed
 from mambaseq.data.records import Record
+from mambaseq.data.spooled import Spooled, spooled
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_unpacked
@@ -276,12 +277,14 @@ def read_audio(
     resample: bool = True,
     channels: Channels = "mean",
     fields: Sequence[str] = (),
+    spool: bool = False,
 ) -> Iterator[Record]:
     """Records of a sound file, a folder of them, a pattern or a manifest. Each has the name of its file, without the
     suffix and with the folders that differ (see `mambaseq_audio.recordings.recordings`).
 
     tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. fields: columns of the manifest
-        that records are to have. See `signal_blocks` for the rest and the errors.
+        that records are to have. spool: leave the ids of
+        long recordings in a temporary file. See `signal_blocks` for the rest and the errors.
     """
     found = recordings(path)
     asked_for = {composed(field): field for field in fields}
@@ -303,12 +306,12 @@ def read_audio(
         if tokenizer is None:
             yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source, fields=columns)
         elif isinstance(tokenizer, Codec):  # a level depends only on its sample
-            yield Record(
-                name=name,
-                ids=np.concatenate([tokenizer.encode(block) for block in blocks]),
-                source=source,
-                fields=columns,
-            )
+            ids = spooled(tokenizer.encode(block) for block in blocks) if spool else None
+            if isinstance(ids, Spooled):
+                yield Record(name=name, spooled=ids, source=source, fields=columns)
+                continue
+            ids = np.concatenate([tokenizer.encode(block) for block in blocks]) if ids is None else ids
+            yield Record(name=name, ids=ids, source=source, fields=columns)
         else:
             yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=source, fields=columns)
     notices.tell()
@@ -330,16 +333,9 @@ def write_wav(
     without a suffix is a folder that gets `000.wav`, `001.wav`, ... Returns the files written.
     Raises ConfigError for another suffix; UserError if the disk is full or the place is not writable.
     """
-    path = Path(path)
     check_rate(sample_rate)
-    suffix = path.suffix.lower()
-    if suffix not in ("", ".wav", ".flac"):
-        raise ConfigError(f"Sound is written as .wav or .flac, not as {path.name}. Give another name with --out.")
-    if suffix or (not path.is_dir() and is_stream(path)):
-        files = numbered(path, len(sequences))
-    else:
-        digits = max(3, len(str(len(sequences) - 1)))
-        files = [path / f"{number:0{digits}d}.wav" for number in range(len(sequences))]
+    suffix = Path(path).suffix.lower()
+    files = sound_files(path, len(sequences))
     for file, ids in zip(files, sequences, strict=True):
         with output_file(file) as target:
             signal = tokenizer.decode(np.asarray(ids))
@@ -349,11 +345,29 @@ def write_wav(
     return files
 
 
-def encode_wav(signal: np.ndarray, sample_rate: int, container: str = "wav") -> bytes:
-    """The bytes of a 16-bit file (`"wav"` or `"flac"`) of a float waveform in [-1, 1], `(length,)` or `(length, 2)`.
+def sound_files(path: str | Path, count: int, endings: Sequence[str] = (".wav", ".flac")) -> list[Path]:
+    """The files of `count` sounds that are written to `path`; see `write_wav`. endings: those that are allowed. Raises
+    ConfigError for another one."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in ("", *endings):
+        names = " or ".join(endings)
+        raise ConfigError(f"Sound is written as {names}, not as {path.name}. Give another name with --out.")
+    if suffix or (not path.is_dir() and is_stream(path)):
+        return numbered(path, count)
+    digits = max(3, len(str(count - 1)))
+    return [path / f"{number:0{digits}d}.wav" for number in range(count)]
 
-    What is read from a 16-bit file is written as it was: libsndfile divides by 32,768 but would multiply by 32,767."""
-    samples = np.rint(np.asarray(signal, dtype=np.float64) * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
+
+def in_sixteen_bits(signal: np.ndarray) -> np.ndarray:
+    """A float waveform in [-1, 1] as int16. What is read from a 16-bit file comes out as it was: libsndfile divides by
+    32,768 but would multiply by 32,767."""
+    return np.rint(np.asarray(signal, dtype=np.float64) * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
+
+
+def encode_wav(signal: np.ndarray, sample_rate: int, container: str = "wav") -> bytes:
+    """The bytes of a 16-bit file (`"wav"` or `"flac"`) of a float waveform in [-1, 1], `(length,)` or `(length,
+    2)`."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, sample_rate, format=container.upper(), subtype="PCM_16")
+    soundfile.write(buffer, in_sixteen_bits(signal), sample_rate, format=container.upper(), subtype="PCM_16")
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from mambaseq.importing import uncollected
 
 def run(argv: list[str], command: str) -> int:
     parser = Arguments(prog="mambaseq generate", description="Continue a prompt, or start without one.")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument(
         "--prompt",
         help="the prompt itself, or a file that the run's reader understands: each of its records is continued",
@@ -41,7 +41,8 @@ def run(argv: list[str], command: str) -> int:
         "--out",
         required=True,
         metavar="FILE",
-        help="file to write, in the domain's format, the prompt included; several are numbered",
+        help="file to write, in the domain's format, the prompt included; several are numbered; - for the standard "
+        "output (sound: a wav; --out=-.pcm raw samples), into a player while it is generated",
     )
     parser.add_argument(
         "-n", "--max-new-tokens", type=int, default=None, help="how many to add (bases, samples, bytes, steps)"
@@ -59,18 +60,51 @@ def run(argv: list[str], command: str) -> int:
         default=None,
         help="how many times over what the condition changes counts, such as 2; for models with condition_dropout",
     )
+    parser.add_argument(
+        "--pictures", type=int, default=16, metavar="N", help="draw the first N results, where they are sound (16)"
+    )
+    parser.add_argument(
+        "--repeat",
+        metavar="FILE.json",
+        help="make the sound again beside which these settings were written; instead of all but --checkpoint, "
+        "--device, --out and --pictures",
+    )
     parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
+    repeat = given.pop("repeat")
+    if given["checkpoint"] is None and repeat is None:
+        parser.error("one of --checkpoint and --repeat is needed")
     with uncollected(for_good=True):
-        from mambaseq.outputs import is_stream
         from mambaseq.runs.generation import generate_to
+        from mambaseq.runs.streaming import Interrupted, check_alone, repeated
 
     if given["condition"] is not None:
         given["condition"] = [" ".join(words) for words in given["condition"]]
-    checkpoint, out = given.pop("checkpoint"), Path(given.pop("out"))
+    checkpoint, out, pictures = given.pop("checkpoint"), _output(given.pop("out")), given.pop("pictures")
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for path in generate_to(checkpoint, out, progress=True, **settings).files:
-        print(path, file=sys.stderr if is_stream(path) else sys.stdout)
+    if repeat is not None:
+        own = {"samples": 1, "seed": 0}  # what they are if nobody says it
+        stated = {key: value for key, value in settings.items() if key != "device" and own.get(key) != value}
+        check_alone(stated, Path(repeat))
+        settings = {**repeated(Path(repeat), checkpoint), **({"device": given["device"]} if given["device"] else {})}
+        checkpoint = settings.pop("checkpoint")
+    try:
+        files = generate_to(checkpoint, out, progress=True, pictures=pictures, **settings).files
+    except Interrupted as error:
+        _tell(error.files)
+        raise
+    _tell(files)
     return 0
+
+
+def _output(text: str) -> Path:
+    return Path("/dev/stdout") if text == "-" else Path(text)
+
+
+def _tell(files: list[Path]) -> None:
+    from mambaseq.outputs import is_stream
+
+    for path in files:
+        print(path, file=sys.stderr if path.stem == "-" or is_stream(path) else sys.stdout)

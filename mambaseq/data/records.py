@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from mambaseq.data.spooled import Spooled
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One named sequence: token ids `(length,)`, or a continuous signal `(length, channels)` float32.
 
+    spooled: in place of ids those in a temporary file, of what is long, from a reader whose option `spool` asks for it,
+        as `generate` does.
     description: what the file says about it besides the name (the rest of a FASTA header).
     source: its file, if the reader was given a folder.
     scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out tokens that are
@@ -36,8 +40,11 @@ class Record:
     condition: int | tuple[int, ...] | None = None
     start: int = 0
     total: int | None = None
+    spooled: Spooled | None = None
     totals: Mapping[str, int] | None = None
 
     def __len__(self) -> int:
+        if self.spooled is not None:
+            return len(self.spooled)
         values = self.ids if self.ids is not None else self.signal
         return 0 if values is None else len(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,8 +152,11 @@ def stream(
     numbers: Tensor | None = None,
     given: Tensor | None = None,
     guidance: float = 1.0,
+    read: tuple[list[Any], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts as `generate` does, whose arguments these are; neither the prompts nor what was added is held.
+
+    read: what `prefill` gave of the prompts, which stays as it is; None reads them.
 
     Yields:
         What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`, about four times a second. When it is
@@ -186,7 +189,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        state, logits = prefill(model, prompts, condition)
+        state, logits = prefill(model, prompts, condition) if read is None else read
         if with_guidance and condition is not None:
             more, untold = prefill(model, prompts, None)
             state, more = ([layer.select(every) for layer in one] for one in (state, more))
@@ -198,7 +201,7 @@ def stream(
             logits = torch.stack([logits, untold], 1)[every]
             yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids)
             return
-        if samples > 1:
+        if samples > 1 or read is not None:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
         worth = max_new_tokens >= (_WORTH_A_KERNEL if device.type == "cpu" else WORTH_A_GRAPH)
@@ -343,9 +346,12 @@ def _not_finite() -> NotFinite:
     )
 
 
+@torch.no_grad()
 def prefill(model: SequenceModel, prompts: Prompts, condition: Tensor | None) -> tuple[list, Tensor]:
     """The state after the prompts, and what the head tells of their last position only (see `Head.told`), since all of
     a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them."""
+    if not len(prompts) or not prompts.length:
+        raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
     part = max(1, _PREFILL // len(prompts))
     state: list | None = None
     for start in range(0, prompts.length, part):

@@ -265,6 +265,14 @@ class Conditions:
         else:
             self._by, self._rows = _read_table(self.table, columns)
 
+    @classmethod
+    def exactly(cls, each: Sequence[Any]) -> Conditions:
+        """Those ids or rows, for all records; [None] for none."""
+        made = cls.__new__(cls)
+        made.table, made.by_record, made.fields = None, False, []
+        made.each = [one for one in each if one is not None]
+        return made
+
     def of(self, record: Record, file: str) -> int | tuple[int, ...] | None:
         """The id or row of a record's condition; None if none is needed. file: the record's file.
 

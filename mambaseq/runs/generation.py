@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +12,19 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.data.records import Record
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, cut_list, shown
-from mambaseq.generation import generate
+from mambaseq.errors import ConfigError, cut_list, shown
 from mambaseq.generation.decode import NotFinite, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.sampling import check_settings
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
 from mambaseq.runs.conditions import Conditions, Given, Known
+from mambaseq.runs.continuing import Job, Progress, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import columns_given, fitting_options, records_of
-
-_AT_ONCE = 256  # sequences that are generated together: their states are in memory
+from mambaseq.runs.loading import fitting_options
+from mambaseq.runs.prompting import ids_of, is_file, signals
+from mambaseq.runs.streaming import Plan, check_same, streams, written
 
 
 class Generated(NamedTuple):
@@ -56,20 +53,61 @@ class Generated(NamedTuple):
 
 
 def generate_to(
-    checkpoint: str | Path, out: Path, *, prompt: str | None = None, writer: str | None = None, **options: Any
+    checkpoint: str | Path,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    writer: str | None = None,
+    pictures: int = 0,
+    expected: tuple[str, Path] | None = None,
+    **options: Any,
 ) -> Generated:
-    """Generate and write. Returns what was generated, with the files. options: see `generate_from`.
+    """Generate and write. Returns what was generated, with the files; without ids if it went straight to them, as sound
+    does (see `mambaseq.runs.streaming`).
 
-    Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
+    pictures: draw at most so many of the results, where the writer draws them. expected: the SHA-256 of the model's
+        weights, and the file that says so. options: see `generate_from`.
+
+    Raises mambaseq.runs.streaming.Interrupted, a KeyboardInterrupt that has the files, when it is interrupted after
+    some were begun; UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     output_target(out, folder=True)  # the writer decides whether it may be one
-    if prompt is not None and out.is_file() and _is_file(prompt) and out.samefile(prompt):
+    if prompt is not None and out.is_file() and is_file(prompt) and out.samefile(prompt):
         raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
-    generated = generate_from(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
+    plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
+    if expected is not None:
+        check_same(plan.loaded.source, *expected)
+    found = _writer(plan.loaded, writer)
+    assert found is not None
+    if streams(found[1], plan):
+        return Generated([], plan.loaded, written(plan, out, *found[1:], pictures))
+    generated = _collected(plan)
     return generated._replace(files=_write(generated, out, writer))
 
 
-def generate_from(
+def generate_from(checkpoint: str | Path, *, prompt: str | None = None, **options: Any) -> Generated:
+    """Generate sequences. Settings that are None are the run's own.
+
+    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
+    Each is what it would be without the others.
+
+    options: of `condition`, `condition_column` and `condition_table` (each record under a condition of its own instead;
+        see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, seed,
+        guidance, writer (by which they are to be written; checked first), device, progress; record (the number of the
+        only record of the prompt's file that is continued, from 0) and first_sample (the number of the first sample).
+    Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
+    """
+    return _collected(_planned(checkpoint, prompt=prompt, **options))
+
+
+def _collected(plan: Plan) -> Generated:
+    with memory_told("--samples or --max-new-tokens"):
+        sequences = _sequences(plan.loaded, plan.jobs, plan.new, plan.place, plan.settings, plan.progress)
+    # a given prompt is part of the result; made-up start tokens are not
+    return Generated([row[plan.hidden :] for row in sequences], plan.loaded)
+
+
+def _planned(
     checkpoint: str | Path,
     *,
     prompt: str | None = None,
@@ -87,17 +125,12 @@ def generate_from(
     writes: bool = False,
     device: str | None = None,
     progress: bool = False,
-) -> Generated:
-    """Generate sequences. Settings that are None are the run's own.
-
-    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
-    Each is what it would be without the others.
-    condition_column, condition_table: each record under a condition of its own instead; see
-        `mambaseq.runs.conditions.Conditions`.
-    guidance: see `mambaseq.generation.generate`.
-    writer: by which they are to be written; checked first, and must be there if it `writes`.
-    Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
-    """
+    record: int | None = None,
+    first_sample: int = 0,
+    exactly: Sequence[Under] | None = None,
+) -> Plan:
+    """What is to be generated; see `generate_from`. exactly: conditions as ids or rows, in place of what is said of
+    them."""
     check_whole("--samples", samples, 1)
     check_whole("--seed", seed, 0, 2**63 - 1)
     if max_new_tokens is not None:
@@ -119,10 +152,17 @@ def generate_from(
         raise ConfigError(
             f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
         )
-    conditions = Conditions(loaded, condition, condition_column, condition_table)
+    if exactly is None:
+        conditions = Conditions(loaded, condition, condition_column, condition_table)
+    else:
+        conditions = Conditions.exactly(exactly)
     if guidance != 1:
         _check_guidance(loaded, guidance, conditions)
-    prompts = _signals(loaded, str(prompt), conditions) if signal else _ids(loaded, prompt, conditions)
+    prompts = signals(loaded, str(prompt), conditions) if signal else ids_of(loaded, prompt, conditions)
+    if record is not None:
+        prompts = [one for one in prompts if one.number == record]
+        if not prompts:
+            raise ConfigError(f"{prompt} has no record {record}, counted from 0.")
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:
@@ -134,6 +174,8 @@ def generate_from(
     if not signal:
         assert loaded.tokenizer is not None
         for number, one in enumerate(prompts):
+            if not isinstance(one.values, np.ndarray):  # of a reader whose tokens are continued as they are
+                continue
             values, given = loaded.tokenizer.continued(one.values, count)
             prompts[number] = one._replace(values=values, given=given)
     settings: dict[str, Any] = {
@@ -148,11 +190,18 @@ def generate_from(
             "stop_ids": () if end is None else (end,),
             "guidance": guidance,
         }
-    with memory_told("--samples or --max-new-tokens"):
-        sequences = _sequences(loaded, prompts, samples, count, place, settings, progress)
-    # a given prompt is part of the result; made-up start tokens are not
-    sequences = sequences if prompt is not None else [row[len(card.start_ids) :] for row in sequences]
-    return Generated(sequences, loaded)
+    return Plan(
+        Path(checkpoint),
+        loaded,
+        list(batches(prompts, samples, first_sample)),
+        count,
+        place,
+        settings,
+        progress,
+        prompt,
+        0 if prompt is not None else len(card.start_ids),
+        writer or card.writer,
+    )
 
 
 def _check_guidance(loaded: LoadedModel, guidance: float, conditions: Conditions) -> None:
@@ -228,187 +277,66 @@ def _check_amount(sequences: int, new_tokens: int) -> None:
     )
 
 
-_Under = int | tuple[int, ...] | None  # see mambaseq.conditions
-
-
-class _Prompt(NamedTuple):
-    """What is continued, `(length, ...)` int64 or `(length, channels)` float32, and under which conditions, ids or
-    rows; [None] where none is given. given: what is known of what is added; see `mambaseq.generation.generate`."""
-
-    values: np.ndarray
-    conditions: Sequence[_Under]
-    given: np.ndarray | None = None
-
-
-class _Job(NamedTuple):
-    """Samples `[first, stop)` of a prompt under a condition.
-
-    place: among all (prompt, condition). earlier: how many samples prompts before it have that are equal to it, under
-    the same condition.
-    """
-
-    place: int
-    prompt: np.ndarray
-    condition: _Under
-    first: int
-    stop: int
-    earlier: int
-    given: np.ndarray | None
-
-
 def _sequences(
     loaded: LoadedModel,
-    prompts: list[_Prompt],
-    samples: int,
+    jobs: list[list[Job]],
     count: int,
     place: torch.device,
     settings: dict[str, Any],
-    progress: bool,
+    shown: bool,
 ) -> list[np.ndarray]:
     """A sequence for each prompt, condition and sample: `(length,)` int64, or `(length, channels)` float32. Prompts of
     one length are read together, so nothing is padded."""
-    go_on: Any = generate if loaded.tokenizer is not None else continue_values
+    if loaded.tokenizer is None:
+        return _continued_signals(loaded, jobs, count, place, settings, shown)
+    held: dict[tuple[int, int], list[np.ndarray]] = {}
+    progress = Progress(_total(jobs, count), None, "token", shown)
+    try:
+        for number, made in pieces(loaded, jobs, count, place, settings, progress):
+            for job, rows in zip(jobs[number], made, strict=True):
+                for sample, row in enumerate(rows, start=job.first):
+                    held.setdefault((job.place, sample), []).append(row)
+    finally:
+        progress.close()
+    found = []
+    prompts = {job.place: job.prompt.values[:] for batch in jobs for job in batch}
+    for key in sorted(held):
+        begin = prompts[key[0]].astype(np.int64)
+        found.append(ended(np.concatenate([begin, *held.pop(key)]), len(begin), settings.get("stop_ids", ())))
+    return found
+
+
+def _total(jobs: list[list[Job]], count: int) -> int:
+    return count * sum(job.stop - job.first for batch in jobs for job in batch)
+
+
+def _continued_signals(
+    loaded: LoadedModel,
+    jobs: list[list[Job]],
+    count: int,
+    place: torch.device,
+    settings: dict[str, Any],
+    shown: bool,
+) -> list[np.ndarray]:
     found: dict[tuple[int, int], np.ndarray] = {}
-    batches = list(_batches(prompts, samples))
-    with tqdm(total=len(batches), unit="batch", disable=not progress or len(batches) == 1) as bar:
-        for batch in batches:
-            given = None
-            if batch[0].condition is not None:
-                given = torch.tensor([job.condition for job in batch], device=place)
+    with tqdm(total=len(jobs), unit="batch", disable=not shown or len(jobs) == 1) as bar:
+        for batch in jobs:
             width = batch[0].stop - batch[0].first
-            more: dict[str, Any] = {}
-            if batch[0].given is not None:
-                more["given"] = torch.from_numpy(np.stack([job.given for job in batch if job.given is not None]))
             try:
-                made = go_on(
+                made = continue_values(
                     loaded.model,
-                    torch.from_numpy(np.stack([job.prompt for job in batch])).to(place),
-                    count if batch[0].given is None else len(batch[0].given),
-                    condition=given,
+                    torch.from_numpy(np.stack([job.prompt.values[:] for job in batch])).to(place),
+                    count,
+                    condition=conditions_of(batch, place),
                     samples=width,
-                    numbers=torch.tensor(
-                        [list(range(job.earlier + job.first, job.earlier + job.stop)) for job in batch]
-                    ),
-                    progress=progress and len(batches) == 1,
+                    numbers=numbers_of(batch),
+                    progress=shown and len(jobs) == 1,
                     **settings,
-                    **more,
                 ).cpu()
             except NotFinite as error:
                 raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
             for job, rows in zip(batch, made.unflatten(0, (len(batch), width)).numpy(), strict=True):
                 for number, row in enumerate(rows, start=job.first):
-                    found[job.place, number] = _ended(row, len(job.prompt), settings.get("stop_ids", ()))
+                    found[job.place, number] = row
             bar.update()
     return [found[key] for key in sorted(found)]
-
-
-def _batches(prompts: list[_Prompt], samples: int) -> Iterator[list[_Job]]:
-    """Jobs with one prompt length and one number of samples, at most `_AT_ONCE` sequences together."""
-    by_shape: dict[tuple[int, int], list[_Job]] = {}
-    seen: collections.Counter[tuple[bytes, _Under]] = collections.Counter()
-    place = -1
-    for prompt, conditions, given in prompts:
-        for condition in conditions:
-            place += 1
-            earlier = seen[prompt.tobytes(), condition] * samples
-            seen[prompt.tobytes(), condition] += 1
-            for first in range(0, samples, _AT_ONCE):
-                stop = min(first + _AT_ONCE, samples)
-                job = _Job(place, prompt, condition, first, stop, earlier, given)
-                by_shape.setdefault((len(prompt), stop - first), []).append(job)
-    for (_, width), jobs in by_shape.items():
-        at_once = max(1, _AT_ONCE // width)
-        for begin in range(0, len(jobs), at_once):
-            yield jobs[begin : begin + at_once]
-
-
-def _ended(row: np.ndarray, prompt: int, stop_ids: Sequence[int]) -> np.ndarray:
-    """The sequence up to its first stop. What follows was generated only because others in the batch were longer."""
-    if not stop_ids:
-        return row
-    stops = np.flatnonzero(np.isin(row[prompt:], list(stop_ids)))
-    return row[: prompt + int(stops[0]) + 1] if len(stops) else row
-
-
-def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: Conditions) -> list[Record]:
-    """The records of a prompt's file, from the model's reader. Raises ConfigError where there is none, or an empty
-    one."""
-    found = []
-    read = catalog()["readers"].get(reader)
-    options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
-    options = {**options, **columns_given(reader, read, conditions.fields)}
-    for record in records_of(read, Path(prompt), loaded.tokenizer, options):
-        if not len(record):
-            raise ConfigError(
-                f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
-                f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
-            )
-        if conditions.by_record:
-            record = dataclasses.replace(record, condition=conditions.of(record, record.source or prompt))
-        found.append(record)
-        limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
-    if not found:
-        raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
-    return found
-
-
-def _under(record: Record, conditions: Conditions) -> Sequence[_Under]:
-    """The conditions of a prompt."""
-    return [record.condition] if conditions.by_record else conditions.each or [None]
-
-
-def _signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[_Prompt]:
-    """`(length, channels)` float32 for every record of a prompt's file. Raises ConfigError for a file that the model's
-    reader does not read as signals with its channels."""
-    card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
-    if not _is_file(prompt):
-        raise ConfigError(f"--prompt {shown(prompt)} is not a file, and a signal is read from a file. Check the path.")
-    if card.reader is None:
-        raise ConfigError(f"The model at {loaded.source.parent} names no reader, so no prompt can be read.")
-    found = []
-    for record in _prompt_records(loaded, card.reader, prompt, conditions):
-        signal = record.signal
-        if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
-            kind = "ids" if signal is None else f"a signal {signal.shape}"
-            raise ConfigError(
-                f"The record {shown(record.name, 300)} of {prompt} is {kind}, but the model reads (length, "
-                f"{channels}). Give a file with its channels."
-            )
-        found.append(_Prompt(signal.astype(np.float32), _under(record, conditions)))
-    return found
-
-
-def _ids(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> list[_Prompt]:
-    """`(length,)` int64 ids of each prompt: every record of a file, or the text itself."""
-    card = loaded.card
-    if prompt is not None and card.reader is not None and _is_file(prompt):
-        found = []
-        for record in _prompt_records(loaded, card.reader, prompt, conditions):
-            assert record.ids is not None  # from a reader that has a tokenizer
-            found.append(_Prompt(record.ids.astype(np.int64), _under(record, conditions)))
-        return found
-    if conditions.by_record:
-        raise ConfigError(
-            "--condition-column is of the records of a file, and --prompt is none. Say on what with --condition."
-        )
-    if prompt is None:
-        return [_Prompt(np.asarray(card.start_ids, dtype=np.int64), conditions.each or [None])]
-    assert loaded.tokenizer is not None
-    try:
-        ids = loaded.tokenizer.encode(prompt)
-    except UserError as error:
-        raise ConfigError(
-            f"--prompt {shown(prompt)} is not a file, and cannot be used as the prompt itself. {error}"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"--prompt {shown(prompt)} is neither a file nor text that this model's tokenizer reads."
-        ) from error
-    return [_Prompt(ids.astype(np.int64), conditions.each or [None])]
-
-
-def _is_file(prompt: str) -> bool:
-    try:
-        return Path(prompt).is_file()
-    except OSError:  # too long for a file's name
-        return False

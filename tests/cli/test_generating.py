@@ -133,7 +133,7 @@ def test_prompts_conditions_and_samples_in_order(tmp_path: Path) -> None:
 def test_samples_do_not_depend_on_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, settings = language_model(tmp_path / "m"), ["-n", "5", "--samples"]
     some = generated(model, tmp_path / "a.jsonl", *settings, "7")
-    monkeypatch.setattr("mambaseq.runs.generation._AT_ONCE", 3)
+    monkeypatch.setattr("mambaseq.runs.continuing.AT_ONCE", 3)
     more = generated(model, tmp_path / "b.jsonl", *settings, "10")
     assert more[:7] == some
     assert len(set(more)) == 10

@@ -1,0 +1,179 @@
+"""Prompts under conditions, continued in batches: what is generated comes piece by piece."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mambaseq.checkpoints import LoadedModel
+from mambaseq.generation.decode import NotFinite, prefill, stream
+from mambaseq.generation.prompts import Prompts, Row, parts
+
+AT_ONCE = 256  # sequences that are generated together: their states are in memory
+
+Under = int | tuple[int, ...] | None  # see mambaseq.conditions
+
+
+class Prompt(NamedTuple):
+    """What is continued, `(length, ...)` whole numbers or `(length, channels)` float32, and under which conditions, ids
+    or rows, [None] for a model that has none.
+
+    given: what is known of what is added; see `mambaseq.generation.generate`. name: of its record, number: in its file.
+    """
+
+    values: Row
+    conditions: Sequence[Under]
+    given: np.ndarray | None = None
+    name: str = ""
+    number: int = 0
+
+
+class Job(NamedTuple):
+    """Samples `[first, stop)` of a prompt under a condition.
+
+    place: among all (prompt, condition). earlier: how many samples prompts before it have that are equal to it, under
+    the same condition.
+    """
+
+    place: int
+    prompt: Prompt
+    condition: Under
+    first: int
+    stop: int
+    earlier: int
+
+
+class Progress:
+    """The bar: tokens of all sequences together and, of what takes time (sound), how much faster than real time they
+    come. It counts from the first piece of a batch on, so that the reading of a prompt does not.
+
+    rate: tokens of a second of sound, None for what takes no time. unit: what a token is.
+    """
+
+    def __init__(self, total: int, rate: float | None, unit: str, shown: bool) -> None:
+        self._rate = rate
+        self._bar = tqdm(total=total, unit=unit, unit_scale=True, disable=not shown, smoothing=0.1)
+        self._seconds, self._tokens = 0.0, 0
+        self._last: float | None = None
+
+    def begin(self) -> None:
+        """A batch begins, with its prompts."""
+        self._last = None
+
+    def add(self, tokens: int) -> None:
+        import time
+
+        now = time.monotonic()
+        if self._last is not None:
+            self._seconds, self._tokens = self._seconds + now - self._last, self._tokens + tokens
+        self._last = now
+        if self._rate and self._seconds:
+            self._bar.set_postfix_str(f"{self.real_time:.1f}x real time", refresh=False)
+        self._bar.update(tokens)
+
+    @property
+    def real_time(self) -> float:
+        """How many times faster than real time, all sequences together; 0 if it is not known."""
+        return self._tokens / self._seconds / self._rate if self._rate and self._seconds else 0.0
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0) -> Iterator[list[Job]]:
+    """Jobs with one prompt length and one number of samples, at most `AT_ONCE` sequences together. begin: the number of
+    a prompt's first sample."""
+    by_shape: dict[tuple[int, int], list[Job]] = {}
+    seen: collections.Counter[tuple[bytes, Under]] = collections.Counter()
+    place = -1
+    for prompt in prompts:
+        key = _key(prompt.values)
+        for condition in prompt.conditions:
+            place += 1
+            earlier = seen[key, condition] * samples
+            seen[key, condition] += 1
+            for first in range(begin, begin + samples, AT_ONCE):
+                stop = min(first + AT_ONCE, begin + samples)
+                job = Job(place, prompt, condition, first, stop, earlier)
+                by_shape.setdefault((len(prompt.values), stop - first), []).append(job)
+    for (_, width), jobs in by_shape.items():
+        at_once = max(1, AT_ONCE // width)
+        for start in range(0, len(jobs), at_once):
+            yield jobs[start : start + at_once]
+
+
+def _key(values: Row) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts(values):
+        found.update(part.tobytes())
+    return found.digest()
+
+
+def numbers_of(batch: Sequence[Job]) -> torch.Tensor:
+    """Which samples of each prompt are wanted, `(jobs, samples)` int64."""
+    return torch.tensor([list(range(job.earlier + job.first, job.earlier + job.stop)) for job in batch])
+
+
+def conditions_of(batch: Sequence[Job], place: torch.device) -> torch.Tensor | None:
+    if batch[0].condition is None:
+        return None
+    return torch.tensor([job.condition for job in batch], device=place)
+
+
+def pieces(
+    loaded: LoadedModel,
+    jobs: Sequence[Sequence[Job]],
+    count: int,
+    place: torch.device,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What is added to the prompts of each batch of jobs as it comes, and the batch's number: `(jobs, samples, n, ...)`
+    int64. A prompt whose samples are in several batches is read once."""
+    read: tuple[list[Any], torch.Tensor] | None = None
+    for number, batch in enumerate(jobs):
+        progress.begin()
+        width = batch[0].stop - batch[0].first
+        given = [job.prompt.given for job in batch if job.prompt.given is not None]
+        prompts, condition = Prompts([job.prompt.values for job in batch], place), conditions_of(batch, place)
+        again = number + 1 < len(jobs) and _same(batch, jobs[number + 1])
+        if not _same(batch, jobs[number - 1] if number else ()):
+            read = None
+        if again and read is None:
+            read = prefill(loaded.model, prompts, condition)
+        try:
+            for piece in stream(
+                loaded.model,
+                prompts,
+                len(given[0]) if given else count,
+                condition=condition,
+                samples=width,
+                numbers=numbers_of(batch),
+                given=torch.from_numpy(np.stack(given)) if given else None,
+                read=read,
+                **settings,
+            ):
+                made = piece.cpu()
+                progress.add(made.shape[0] * made.shape[1])
+                yield number, made.unflatten(0, (len(batch), width)).numpy()
+        except NotFinite as error:
+            raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
+
+
+def _same(batch: Sequence[Job], other: Sequence[Job]) -> bool:
+    return len(batch) == len(other) == 1 and batch[0].place == other[0].place
+
+
+def ended(row: np.ndarray, begin: int, stop_ids: Sequence[int]) -> np.ndarray:
+    """The sequence up to its first stop from position `begin` on. What follows was generated only because others in the
+    batch were longer."""
+    if not stop_ids:
+        return row
+    stops = np.flatnonzero(np.isin(row[begin:], list(stop_ids)))
+    return row[: begin + int(stops[0]) + 1] if len(stops) else row

@@ -1,0 +1,107 @@
+"""What is continued: the records of a file, a text, or the start of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mambaseq import limits
+from mambaseq.checkpoints import LoadedModel
+from mambaseq.data.records import Record
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.runs.conditions import Conditions
+from mambaseq.runs.continuing import Prompt, Under
+from mambaseq.runs.loading import columns_given, fitting_options, records_of
+
+
+def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: Conditions) -> list[Record]:
+    """The records of a prompt's file, from the model's reader. Raises ConfigError where there is none, or an empty
+    one."""
+    found = []
+    read = catalog()["readers"].get(reader)
+    options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
+    options = {**options, **columns_given(reader, read, conditions.fields)}
+    if "spool" in inspect.signature(read).parameters:  # long ones are read from a temporary file, piece by piece
+        options["spool"] = True
+    for record in records_of(read, Path(prompt), loaded.tokenizer, options):
+        if not len(record):
+            raise ConfigError(
+                f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
+                f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
+            )
+        if conditions.by_record:
+            record = dataclasses.replace(record, condition=conditions.of(record, record.source or prompt))
+        found.append(record)
+        limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
+    if not found:
+        raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
+    return found
+
+
+def _under(record: Record, conditions: Conditions) -> Sequence[Under]:
+    """The conditions of a prompt."""
+    return [record.condition] if conditions.by_record else conditions.each or [None]
+
+
+def signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[Prompt]:
+    """`(length, channels)` float32 for every record of a prompt's file. Raises ConfigError for a file that the model's
+    reader does not read as signals with its channels."""
+    card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
+    if not is_file(prompt):
+        raise ConfigError(f"--prompt {shown(prompt)} is not a file, and a signal is read from a file. Check the path.")
+    if card.reader is None:
+        raise ConfigError(f"The model at {loaded.source.parent} names no reader, so no prompt can be read.")
+    found = []
+    for number, record in enumerate(_prompt_records(loaded, card.reader, prompt, conditions)):
+        signal = record.signal
+        if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
+            kind = "ids" if signal is None else f"a signal {signal.shape}"
+            raise ConfigError(
+                f"The record {shown(record.name, 300)} of {prompt} is {kind}, but the model reads (length, "
+                f"{channels}). Give a file with its channels."
+            )
+        values = signal.astype(np.float32)
+        found.append(Prompt(values, _under(record, conditions), name=record.name, number=number))
+    return found
+
+
+def ids_of(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> list[Prompt]:
+    """Ids `(length,)` of each prompt: every record of a file, or the text itself."""
+    card = loaded.card
+    if prompt is not None and card.reader is not None and is_file(prompt):
+        found = []
+        for number, record in enumerate(_prompt_records(loaded, card.reader, prompt, conditions)):
+            ids = record.ids if record.spooled is None else record.spooled
+            assert ids is not None  # from a reader that has a tokenizer
+            found.append(Prompt(ids, _under(record, conditions), name=record.name, number=number))
+        return found
+    if conditions.by_record:
+        raise ConfigError(
+            "--condition-column is of the records of a file, and --prompt is none. Say on what with --condition."
+        )
+    if prompt is None:
+        return [Prompt(np.asarray(card.start_ids, dtype=np.int64), conditions.each or [None])]
+    assert loaded.tokenizer is not None
+    try:
+        ids = loaded.tokenizer.encode(prompt)
+    except UserError as error:
+        raise ConfigError(
+            f"--prompt {shown(prompt)} is not a file, and cannot be used as the prompt itself. {error}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--prompt {shown(prompt)} is neither a file nor text that this model's tokenizer reads."
+        ) from error
+    return [Prompt(ids, conditions.each or [None])]
+
+
+def is_file(prompt: str) -> bool:
+    try:
+        return Path(prompt).is_file()
+    except OSError:  # too long for a file's name
+        return False

@@ -1,0 +1,326 @@
+"""Results that go to their files, or to a player, while they are generated. Beside each file are its settings, by which
+it can be made again, and a picture where the writer draws one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from mambaseq import __version__
+from mambaseq.atomic import atomic_file, json_text
+from mambaseq.checkpoints import LoadedModel
+from mambaseq.conditions import told
+from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.errors import ConfigError, UserError, cut, shown
+from mambaseq.generation.prompts import parts
+from mambaseq.plain import read_json
+from mambaseq.runs.conditions import Known
+from mambaseq.runs.continuing import Job, Progress, ended, pieces
+from mambaseq.runs.devices import memory_told
+
+FORMAT = 1
+
+
+class Sink(Protocol):
+    """A result that is being written.
+
+    kept: whether it goes to a file that stays, not into a pipe. count: ids that were written.
+    """
+
+    kept: bool
+    count: int
+
+    def write(self, ids: np.ndarray) -> None:
+        """The next ids, `(n,)`. Raises UserError if they cannot be written."""
+
+    def close(self) -> None:
+        """Make the file whole, with what has been written so far."""
+
+
+class StreamingWriter(Protocol):
+    """A writer of a domain that can write while sequences are generated. As every writer, it is called with a path,
+    sequences of ids and the tokenizer; options are its keyword arguments."""
+
+    def __call__(self, path: Path, sequences: Any, tokenizer: Tokenizer, **options: Any) -> list[Path]: ...
+
+    def streams(self, tokenizer: Tokenizer) -> bool:
+        """Whether sequences of this tokenizer can be written piece by piece."""
+
+    def files(self, path: Path, count: int) -> list[Path]:
+        """The files of `count` results. Raises ConfigError for a name that it does not write."""
+
+    def begin(self, file: Path, tokenizer: Tokenizer, total: int, **options: Any) -> Sink:
+        """total: how many ids there will be, if nothing ends it earlier."""
+
+    def rate(self, **options: Any) -> float | None:
+        """Ids of a second, of what takes time."""
+
+    def picture(self, file: Path, prompt: int, **options: Any) -> bytes | None:
+        """A PNG of a file that was written, whose first `prompt` ids were given."""
+
+
+class Plan(NamedTuple):
+    """What is to be generated.
+
+    checkpoint, prompt: as they were given. new: tokens of each result. hidden: positions at the beginning that are no
+    part of the result. writer: its name.
+    """
+
+    checkpoint: Path
+    loaded: LoadedModel
+    jobs: list[list[Job]]
+    new: int
+    place: torch.device
+    settings: dict[str, Any]
+    progress: bool
+    prompt: str | None
+    hidden: int
+    writer: str | None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while results were written. files: what there is of them, whole up to where they end."""
+
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__()
+        self.files = files
+
+
+def streams(writer: Any, plan: Plan) -> bool:
+    """Whether the writer can write the results while they are generated."""
+    tokenizer = plan.loaded.tokenizer
+    given = any(job.prompt.given is not None for batch in plan.jobs for job in batch)
+    return hasattr(writer, "begin") and tokenizer is not None and not given and bool(writer.streams(tokenizer))
+
+
+class _Result:
+    """A result on its way to its file; the file is begun with the first ids."""
+
+    def __init__(self, plan: Plan, job: Job, number: int, file: Path, writer: StreamingWriter, options: Any) -> None:
+        self.plan, self.job, self.number, self.file = plan, job, number, file
+        self.writer, self.options = writer, options
+        self.prompt = max(len(job.prompt.values) - plan.hidden, 0)
+        self.is_ended = False
+        self._sink: Sink | None = None
+
+    def add(self, ids: np.ndarray) -> None:
+        """The next ids; those after a stop are left out."""
+        if self.is_ended:
+            return
+        stops = self.plan.settings.get("stop_ids", ())
+        kept = ended(ids, 0, stops)
+        self.is_ended = bool(stops) and len(kept) > 0 and int(kept[-1]) in stops
+        if self._sink is None:
+            assert self.plan.loaded.tokenizer is not None
+            total = self.prompt + self.plan.new
+            self._sink = self.writer.begin(self.file, self.plan.loaded.tokenizer, total, **self.options)
+            if self.prompt:
+                for part in parts(self.job.prompt.values):
+                    self._sink.write(part)
+        self._sink.write(kept)
+
+    @property
+    def added(self) -> int:
+        """How many ids were generated and written."""
+        return 0 if self._sink is None else max(self._sink.count - self.prompt, 0)
+
+    @property
+    def is_kept(self) -> bool:
+        return self._sink is not None and self._sink.kept
+
+    def close(self) -> bool:
+        """Returns whether anything was written."""
+        if self._sink is None:
+            return False
+        self._sink.close()
+        return True
+
+
+def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, Any], pictures: int) -> list[Path]:
+    """Generate and write; see `generate_to`."""
+    jobs = plan.jobs
+    count = sum(job.stop - job.first for batch in jobs for job in batch)
+    files = writer.files(out, count)
+    beginnings = _beginnings(jobs)
+    progress = Progress(count * plan.new, writer.rate(**options), "sample", plan.progress)
+    results: dict[tuple[int, int], _Result] = {}
+    done: list[_Result] = []
+    current = -1
+
+    def finish() -> None:
+        for result in results.values():
+            if result.close():
+                done.append(result)
+        results.clear()
+
+    try:
+        with memory_told("--samples or --max-new-tokens"):
+            for number, made in pieces(plan.loaded, jobs, plan.new, plan.place, plan.settings, progress):
+                if number != current:
+                    finish()
+                    current = number
+                    for job in jobs[number]:
+                        for sample in range(job.first, job.stop):
+                            file = files[beginnings[job.place] + sample - jobs[0][0].first]
+                            results[job.place, sample] = _Result(plan, job, sample, file, writer, options)
+                for job, rows in zip(jobs[number], made, strict=True):
+                    for sample, row in enumerate(rows, start=job.first):
+                        results[job.place, sample].add(row)
+        finish()
+    except KeyboardInterrupt as error:
+        finish()
+        raise Interrupted(_tell_all(done, progress, pictures)) from error
+    except BaseException:
+        with contextlib.suppress(Exception):
+            finish()
+        raise
+    finally:
+        progress.close()
+    return _tell_all(done, progress, pictures)
+
+
+def _beginnings(jobs: list[list[Job]]) -> dict[int, int]:
+    """The number of each place's first result among all."""
+    widths: dict[int, int] = {}
+    for batch in jobs:
+        for job in batch:
+            widths[job.place] = widths.get(job.place, 0) + job.stop - job.first
+    found, total = {}, 0
+    for place in sorted(widths):
+        found[place], total = total, total + widths[place]
+    return found
+
+
+def _tell_all(done: list[_Result], progress: Progress, pictures: int) -> list[Path]:
+    """Write what stands beside the files. Returns the files, in their order."""
+    checksums: dict[Path, str] = {}
+
+    def sha256(path: Path) -> str:
+        if path not in checksums:
+            with path.open("rb") as file:
+                checksums[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        return checksums[path]
+
+    done = sorted(done, key=lambda result: (result.job.place, result.number))
+    for number, result in enumerate(done):
+        if not result.is_kept:
+            continue
+        with atomic_file(result.file.with_suffix(".json"), "w", encoding="utf-8") as file:
+            file.write(json_text(_settings(result, sha256, progress), indent=2, ensure_ascii=False) + "\n")
+        png = result.writer.picture(result.file, result.prompt, **result.options) if number < pictures else None
+        if png is not None:
+            with atomic_file(result.file.with_suffix(".png")) as picture:
+                picture.write(png)
+    return [result.file for result in done]
+
+
+def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any]:
+    plan, job = result.plan, result.job
+    source = plan.loaded.source
+    prompt: dict[str, Any] | None = None
+    if plan.prompt is not None:
+        place = Path(plan.prompt)
+        with contextlib.suppress(OSError):
+            if place.is_file():
+                prompt = {"file": str(place.absolute()), "sha256": sha256(place), "record": job.prompt.number}
+                prompt["name"] = job.prompt.name
+        prompt = prompt or {"text": plan.prompt}
+    stops = plan.settings.get("stop_ids", ())
+    return {
+        "format": FORMAT,
+        "mambaseq": __version__,
+        "checkpoint": str(plan.checkpoint.absolute()),
+        "weights": source.name,
+        "sha256": sha256(source),
+        "prompt": prompt,
+        "prompt_tokens": result.prompt,
+        "condition": None if job.condition is None else told(Known(plan.loaded).all, job.condition),
+        "condition_ids": list(job.condition) if isinstance(job.condition, tuple) else job.condition,
+        "sample": result.number + job.earlier,
+        "seed": plan.settings["seed"],
+        "temperature": plan.settings["temperature"],
+        "top_k": plan.settings["top_k"],
+        "top_p": plan.settings["top_p"],
+        "guidance": plan.settings["guidance"],
+        "max_new_tokens": plan.new,
+        "new_tokens": result.added,
+        "complete": result.added == plan.new or (bool(stops) and result.is_ended),
+        "writer": plan.writer,
+        "writer_options": result.options,
+        "device": plan.place.type,
+        "real_time": round(progress.real_time, 3),
+    }
+
+
+def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
+    """The options of `generate_to` by which the result beside this file of settings was made. checkpoint: where the
+    model is now.
+
+    Raises UserError for a file that is none, and where model or prompt are not those that it names.
+    """
+    found = read_json(path, "Give the .json beside a result of mambaseq generate.")
+    if found.get("format") != FORMAT or not isinstance(found.get("checkpoint"), str):
+        raise UserError(f"{path} has no settings of a result that this mambaseq knows. Give the .json beside one.")
+    try:
+        options = {
+            "checkpoint": Path(checkpoint or found["checkpoint"]),
+            "exactly": [_ids(found["condition_ids"])],
+            "first_sample": _whole(found["sample"]),
+            "seed": _whole(found["seed"]),
+            "temperature": float(found["temperature"]),
+            "top_k": _whole(found["top_k"]),
+            "top_p": float(found["top_p"]),
+            "guidance": float(found["guidance"]),
+            "max_new_tokens": _whole(found["max_new_tokens"]),
+        }
+        prompt = found["prompt"]
+        if prompt is not None and "file" in prompt:
+            options |= {"prompt": str(prompt["file"]), "record": _whole(prompt["record"])}
+        elif prompt is not None:
+            options["prompt"] = str(prompt["text"])
+        options["expected"] = str(found["sha256"]), path
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {cut(str(error))} is missing or cannot be used. Give the .json as it was.") from error
+    if prompt is not None and "file" in prompt:
+        check_same(Path(prompt["file"]), str(prompt.get("sha256")), path)
+    if found.get("device") not in (None, "cpu") and not torch.cuda.is_available():
+        print(
+            f"mambaseq: {path} was made on a GPU; a CPU rounds in another way, and may go on differently.",
+            file=sys.stderr,
+        )
+    return options
+
+
+def check_same(place: Path, digest: str, path: Path) -> None:
+    """Raise UserError unless a file has the checksum that the settings in `path` name."""
+    if not place.is_file():
+        raise UserError(f"{path} names {shown(str(place))}, which is not there. Put it back.")
+    with place.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise UserError(f"{place} is another file than {path} names: its SHA-256 differs. Give that one.")
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{shown(value)}, which is no whole number,")
+    return value
+
+
+def _ids(value: Any) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    return tuple(map(_whole, value)) if isinstance(value, list) else _whole(value)
+
+
+def check_alone(given: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError for settings beside --repeat, whose file has them."""
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{name} is among the settings of --repeat {path}. Leave one of them out.")

@@ -1,0 +1,187 @@
+"""Sound is generated into files and pipes as it comes: whole when interrupted, made again by its settings, and in
+memory that does not grow with the prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import mambaseq_audio.io
+import numpy as np
+import pytest
+import soundfile
+from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.speaking import WavSink
+from runs.test_prediction import saved
+
+from mambaseq.cli.main import main
+from mambaseq.data import spooled
+from mambaseq.generation import decode
+from mambaseq.runs import continuing
+from mambaseq.runs.generation import generate_to
+
+RATE = 1000
+
+
+def speaker(folder: Path, backbone: dict[str, Any] | None = None, **card: Any) -> Path:
+    """A model of sound with three conditions, not trained."""
+    more = {
+        "reader": "audio/audio",
+        "writer": "audio/wav",
+        "reader_options": {"sample_rate": RATE},
+        "writer_options": {"sample_rate": RATE},
+        "start_ids": [128],
+        "tokenizer": {"name": "audio/mulaw", "options": {}},
+        "length": 40,
+    }
+    head = {"name": "lm", "vocab_size": 256}
+    return saved(folder, head, MuLaw(), **{**more, **card}, **({"backbone": backbone} if backbone else {}))
+
+
+def made(model: Path, out: Path, *more: str, device: str = "cpu") -> dict[str, Any]:
+    """The settings beside a sound that the command made."""
+    assert main(["generate", "--checkpoint", str(model), "--out", str(out), "--device", device, *more]) == 0
+    return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_a_recording_is_continued_drawn_and_made_again(tmp_path: Path) -> None:
+    model, prompt = speaker(tmp_path / "m"), tmp_path / "prompt.wav"
+    soundfile.write(prompt, 0.5 * np.sin(np.arange(300) / 5), RATE)
+    told = made(model, tmp_path / "a.flac", "--prompt", str(prompt), "-n", "50", "--samples", "1", "--seed", "7")
+    sound, rate = soundfile.read(tmp_path / "a.flac")
+    assert (len(sound), rate) == (350, RATE)
+    np.testing.assert_allclose(sound[:300], 0.5 * np.sin(np.arange(300) / 5), atol=0.03)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    wanted = {"seed": 7, "new_tokens": 50, "complete": True, "prompt_tokens": 300, "sample": 0, "condition": None}
+    assert wanted.items() <= told.items()
+    assert told["writer_options"] == {"sample_rate": RATE}
+    again = ["--repeat", str(tmp_path / "a.json"), "--device", "cpu", "--pictures", "0"]
+    assert main(["generate", *again, "--out", str(tmp_path / "b.wav")]) == 0
+    assert not (tmp_path / "b.png").exists()
+    assert np.array_equal(soundfile.read(tmp_path / "b.wav")[0], sound)
+    assert main(["generate", *again, "--out", str(tmp_path / "c.wav"), "--top-k", "3"]) == 2
+    soundfile.write(prompt, np.zeros(300), RATE)
+    assert main(["generate", *again, "--out", str(tmp_path / "c.wav")]) == 2
+    assert not (tmp_path / "c.wav").exists()
+
+
+def test_one_of_several_samples_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = speaker(tmp_path / "m", n_conditions=3, condition_names=["low", "high", "very, very"])
+    arguments = ["--condition", "very, very,low", "--samples", "2", "-n", "30", "--pictures", "0", "--device", "cpu"]
+    assert main(["generate", "--checkpoint", str(model), "--out", str(tmp_path / "all"), *arguments]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.split()]
+    assert files == [tmp_path / "all" / f"{number:03}.wav" for number in range(4)]
+    told = json.loads(files[1].with_suffix(".json").read_text(encoding="utf-8"))
+    assert (told["condition"], told["condition_ids"], told["sample"]) == ("very, very", 2, 1)
+    again = ["--repeat", str(files[1].with_suffix(".json")), "--out", str(tmp_path / "b.wav"), "--device", "cpu"]
+    assert main(["generate", *again, "--pictures", "0"]) == 0
+    assert (tmp_path / "b.wav").read_bytes() == files[1].read_bytes()
+    assert len({file.read_bytes() for file in files}) == 4
+
+
+class Stops:
+    """A player that leaves, or a user who does, after some pieces."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, sink: WavSink, ids: np.ndarray, write: Any = WavSink.write) -> None:
+        write(sink, ids)
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "pcm"])
+def test_what_came_before_an_interruption_is_whole(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model, out = speaker(tmp_path / "m"), tmp_path / f"a.{ending}"
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "40", "--pictures", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "whole.wav")]) == 0
+    whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
+    monkeypatch.setattr(decode, "_PATIENCE", 0.0)
+    stops = Stops(7)
+    monkeypatch.setattr(WavSink, "write", lambda sink, ids: stops(sink, ids))
+    assert main([*arguments, "--out", str(out)]) == 130
+    assert str(out) in capsys.readouterr().out
+    found = np.fromfile(out, "<i2") if ending == "pcm" else soundfile.read(out, dtype="int16")[0]
+    assert len(found) == 7
+    assert np.array_equal(found, whole[:7])
+    told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (told["complete"], told["new_tokens"]) == (False, 7)
+
+
+def test_a_wav_is_readable_while_it_is_written(tmp_path: Path) -> None:
+    sink = WavSink(tmp_path / "a.wav", MuLaw(), 100, RATE, 2)
+    for ids in (np.arange(3), np.arange(4), np.arange(6)):
+        sink.write(ids)
+        assert soundfile.info(tmp_path / "a.wav").samplerate == RATE  # as after a kill
+    sink.close()
+    expected = MuLaw().decode(np.concatenate([np.arange(3), np.arange(4), np.arange(5)])).reshape(-1, 2)
+    np.testing.assert_allclose(soundfile.read(tmp_path / "a.wav")[0], expected, atol=2**-15)
+
+
+@pytest.mark.parametrize("name", ["-", "-.pcm"])
+def test_a_player_reads_the_standard_output(name: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture) -> None:
+    model = speaker(tmp_path / "m")
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "25", f"--out={name}"]
+    assert main(arguments) == 0
+    found = capfdbinary.readouterr().out
+    if name == "-":
+        assert found[:4] == b"RIFF"
+        assert struct.unpack("<I", found[40:44])[0] == 50  # a right header, though nothing can be mended
+        found = found[44:]
+    assert len(found) == 50
+    assert not list(Path.cwd().glob("-*"))
+    assert main([*arguments, "--samples", "2"]) == 2
+
+
+def test_a_prompt_is_read_once_for_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = speaker(tmp_path / "m"), tmp_path / "prompt.wav"
+    soundfile.write(prompt, np.zeros(500), RATE)
+    monkeypatch.setattr(continuing, "AT_ONCE", 4)
+    seen: list[int] = []
+    load = continuing.prefill
+
+    def counted(of: Any, prompts: Any, condition: Any) -> Any:
+        hook = of.backbone.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0] * args[0].shape[1]))
+        with_hook = load(of, prompts, condition)
+        hook.remove()
+        return with_hook
+
+    monkeypatch.setattr(continuing, "prefill", counted)
+    monkeypatch.setattr(decode, "prefill", counted)
+    options: dict[str, Any] = {"prompt": str(prompt), "max_new_tokens": 5, "device": "cpu", "seed": 1}
+    several = generate_to(model, tmp_path / "a", samples=11, **options).files
+    assert sum(seen) == 500
+    alone = generate_to(model, tmp_path / "b.wav", first_sample=9, **options).files
+    assert several[9].read_bytes() == alone[0].read_bytes()
+
+
+def resident(peak: bool) -> int:
+    """KiB in memory now, or at most since the peak was forgotten."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM" if peak else "VmRSS")).split()[1])
+
+
+def test_memory_does_not_grow_with_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is longer by 300,000 samples takes no 4 MiB more: as int64, twice, it would."""
+    forget = Path("/proc/self/clear_refs")
+    if not os.access(forget, os.W_OK):
+        pytest.skip("the peak of memory is read from Linux's /proc, which cannot be reset here")
+    model = speaker(tmp_path / "m")
+    monkeypatch.setattr(spooled, "_IN_MEMORY", 2**14)
+    monkeypatch.setattr(mambaseq_audio.io, "_BLOCK", 2**14)
+    grown = []
+    for length in (30_000, 30_000, 330_000):  # the first compiles and warms up
+        soundfile.write(tmp_path / "in.wav", np.zeros(length, dtype=np.int16), RATE)
+        forget.write_text("5")
+        before = resident(peak=False)
+        generate_to(model, tmp_path / "out.wav", prompt=str(tmp_path / "in.wav"), max_new_tokens=5, device="cpu")
+        grown.append(resident(peak=True) - before)
+        assert soundfile.info(tmp_path / "out.wav").frames == length + 5
+    assert grown[2] - grown[1] < 4 * 1024
