@@ -15,10 +15,12 @@ import torch
 from mambaseq_audio.references import references
 from mambaseq_audio.report import asked_as, report, shipped
 from mambaseq_audio.samples import KEPT, Samples, thinned
+from pages import blocks
 
 from mambaseq.cli.main import main
 from mambaseq.conditions import Condition
 from mambaseq.errors import ConfigError
+from mambaseq.plain import parse_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import share
 from mambaseq.runs.parsing import parse_config
@@ -35,6 +37,7 @@ optimizer: {{schedule: constant}}
 checkpoint: {{every_n_steps: 2}}
 trainer: {{accelerator: cpu, enable_progress_bar: false, max_steps: 5, log_every_n_steps: 1}}
 """
+DOCS = Path(__file__).parents[2] / "docs" / "audio" / "listening.md"
 LISTEN = [{"class_path": "audio/listening", "init_args": {"every_n_steps": 2, "n": 2, "seconds": 0.01}}]
 WITH = f"--trainer.callbacks={json.dumps(LISTEN)}"
 
@@ -138,6 +141,9 @@ def test_what_makes_no_sound_is_refused_before_the_first_step(config: str, tmp_p
         fit(config, RunFolder(tmp_path / "none"), [WITH, "--data.validation="], progress=False)
     with pytest.raises(ConfigError, match=r"trainer.callbacks\[0\].*n must be 1 to 16; it is 99"):
         parse_config(config, [WITH.replace('"n": 2', '"n": 99')])
+    written = parse_yaml(DOCS.read_text().partition("```yaml\n")[2].partition("```")[0], "the page")
+    (made,) = parse_config(config, [f"--trainer.callbacks={json.dumps(written['trainer']['callbacks'])}"]).callbacks()
+    assert (made.every_n_steps, made.n) == (500, 4)
 
 
 def test_few_steps_are_kept_and_a_page_holds_few_bytes(
@@ -165,19 +171,21 @@ def test_few_steps_are_kept_and_a_page_holds_few_bytes(
 def test_runs_are_compared_by_ear(
     heard: RunFolder, config: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, page = tmp_path / "other", tmp_path / "page.html"
-    shutil.copytree(heard.model, other)  # exported alone: without data and figures
-    words = ["audio/compare", str(heard.path), str(other), "--seconds=0.02", "--rows=4", "--out", str(page)]
+    shutil.copytree(heard.path, tmp_path / "runs" / "mamba")
+    shutil.copytree(heard.model, tmp_path / "runs" / "s4")  # exported alone: without data and figures
+    monkeypatch.chdir(tmp_path)
+    ((_, command, _),) = blocks(DOCS)
+    words = [*command.split()[1:], "--seconds=0.02"]
     assert main(words) == 0
     assert "The recordings are of the test set of" in capsys.readouterr().out
-    text = page.read_text()
+    text = Path("compared.html").read_text()
     rows = re.findall(r'class="heard" role="group" aria-label="([^"]*)"', text)
     assert rows == ["3", "3, 2", "10", "10, 2"]
     sounds = re.findall(r'data-name="([^"]*)" data-row="([^"]*)".*?src="data:audio/flac;base64,([^"]*)"', text)
     by_cell = {(row, name): sound for name, row, sound in sounds}
-    assert by_cell.keys() == {(row, name) for row in rows for name in ("real", "heard", "other")}
-    assert all(by_cell[row, "heard"] == by_cell[row, "other"] for row in rows)  # one seed, one model
-    assert len({by_cell[row, "heard"] for row in rows}) == 4  # samples of one condition differ
+    assert by_cell.keys() == {(row, name) for row in rows for name in ("real", "mamba", "s4")}
+    assert all(by_cell[row, "mamba"] == by_cell[row, "s4"] for row in rows)  # one seed, one model
+    assert len({by_cell[row, "mamba"] for row in rows}) == 4  # samples of one condition differ
     first = references(parse_config(str(heard.config), []).make_data(setup=True), 4)[0]
     assert first.said == "3"
     real = soundfile.read(io.BytesIO(base64.b64decode(by_cell["3", "real"])))[0]
@@ -187,7 +195,7 @@ def test_runs_are_compared_by_ear(
     assert not re.search(r"""(src|href)=["'](https?:|//)""", text)
 
     assert main([*words, "--blind", "--condition=10", "--condition=four"]) == 0
-    text = page.read_text()
+    text = Path("compared.html").read_text()
     assert 'data-blind="1"' in text
     assert text.count("The condition digit knows no") == 2
     assert text.count("data:audio") == 2 * 3
@@ -195,7 +203,7 @@ def test_runs_are_compared_by_ear(
     capsys.readouterr()
     assert main(words) == 2
     assert "Lower --seconds or --rows" in capsys.readouterr().err
-    assert main(["audio/compare", "mambaseq:data/models/dna-masked", "--out", str(page)]) == 2
+    assert main(["audio/compare", "mambaseq:data/models/dna-masked", "--out=page.html"]) == 2
     assert "generates no sound" in capsys.readouterr().err
 
 
