@@ -108,7 +108,7 @@ def test_what_noise_costs() -> None:
 
 def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> None:
     only = ["classifier", spoken_digits.LTI, f"{spoken_digits.LTI}, held-out speakers"]
-    heard, main, cooler, held = spoken_digits.tables(context(tmp_path, *only), recordings)
+    heard, main, guided, held = spoken_digits.tables(context(tmp_path, *only), recordings)
     assert [line.values["clips"] for line in heard.lines] == [[12.0]]
     lines = {line.name: line.values for line in main.lines}
     assert list(lines)[:3] == [spoken_digits.LTI, "training recordings", "test recordings"]
@@ -118,9 +118,9 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert {"fid", "accuracy", "seconds", "parameters"} <= set(of)
     assert lines["counting samples"]["bits"][0] < 8
     assert 0 < lines["background noise alone"]["bits"][0] < lines["counting pairs of samples"]["bits"][0]
-    assert [line.name for line in cooler.lines] == list(lines)[:3]
+    assert [line.name for line in guided.lines] == list(lines)[:3]
     assert held.lines[0].note == "10 recordings of lucas and theo"
-    (ogg,) = (tmp_path / "clips").glob("LTI_U-Net-0.05min-seed0-t1.ogg")
+    (ogg,) = (tmp_path / "clips").glob("LTI_U-Net-0.05min-seed0.ogg")
     clips = sorted(path.name for path in ogg.with_suffix("").glob("*.wav"))
     assert len(clips) == 12
     assert clips[0] == "0_ann_0.wav"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambaseq.batch import Batch
 from mambaseq.errors import UserError
-from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.models import SequenceModel, build_model, causal_lm
 from mambaseq.reproduction import train, training
 from mambaseq.reproduction.batches import of_text
 from mambaseq.tasks.optimizer import OptimizerConfig
@@ -281,3 +281,38 @@ def test_the_average_of_the_weights_is_checked_and_left() -> None:
         for name, value in seen[number].items():
             torch.testing.assert_close(value, average[name])
     assert all(torch.equal(p, seen[-1][name]) for name, p in model.named_parameters())
+
+
+def told_what_to_say(device: str | torch.device) -> tuple[SequenceModel, Callable[[Tensor], Batch]]:
+    """A model whose targets are its condition, which a tenth of the sequences are not told."""
+    torch.manual_seed(1)
+    encoder = {"name": "tokens", "vocab_size": VOCABULARY, "n_conditions": VOCABULARY, "condition_dropout": 0.1}
+    spec = {"d_model": 16, "encoder": encoder, "backbone": {"name": "residual", "n_layers": 1}}
+    head = {"name": "lm", "vocab_size": VOCABULARY}
+    model = build_model({**spec, "mixer": {"name": "s4d"}, "head": head}).to(device)
+
+    def batch_of(step: Tensor) -> Batch:
+        condition = (step + torch.arange(16, device=device)) % VOCABULARY
+        inputs = torch.zeros(16, 4, dtype=torch.int64, device=device)
+        return Batch(inputs=inputs, targets=condition[:, None].expand(16, 4), condition=condition)
+
+    return model, batch_of
+
+
+def test_conditions_reach_the_model() -> None:
+    model, batch_of = told_what_to_say("cpu")
+    train(model, batch_of, 40, OptimizerConfig(lr=5e-2, warmup_steps=5))
+    batch = batch_of(torch.tensor(0))
+    with torch.no_grad():
+        assert float(model(batch.inputs, batch.targets, condition=batch.condition).loss) < 0.1 < math.log(VOCABULARY)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_is_told_conditions(cuda: torch.device) -> None:
+    model, batch_of = told_what_to_say(cuda)
+    trained = train(model, batch_of, 200, OptimizerConfig(lr=5e-2, warmup_steps=5), average=0.5, clock=60.0)
+    assert trained.captured
+    assert 0 < trained.clock < 60
+    batch = batch_of(torch.tensor(0, device=cuda))
+    with torch.no_grad():
+        assert float(model(batch.inputs, batch.targets, condition=batch.condition).loss) < 0.1

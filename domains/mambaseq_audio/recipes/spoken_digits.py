@@ -31,7 +31,8 @@ from mambaseq_audio.scores import scores
 from mambaseq_audio.scoring import Recognised, recognise_levels
 
 MINUTES = 8.0
-TEMPERATURES = (1.0, 0.9)
+GUIDANCE = (1.0, 2.0)
+"""How many times over what digit and speaker change counts in the clips: as it was learned, and guided."""
 WANTED_BITS, WANTED_ACCURACY, WANTED_CLASSIFIER = 3.7, 0.90, 0.97
 LONGEST = 8192  # of a generated clip; 0.6 % of the recordings are longer
 
@@ -44,6 +45,7 @@ class Contender(NamedTuple):
     mixer: dict[str, Any]
     more: dict[str, Any] = {}  # noqa: RUF012 - never changed
     dropout: float = 0.2
+    condition_dropout: float = 0.1
     variation: Variation = Variation(gain=6.0, shift=256)
 
 
@@ -67,7 +69,7 @@ UNCHANGED = f"{LTI}, recordings unchanged"
 DROPOUTS = {f"{LTI}, dropout {rate}": rate for rate in (0.0, 0.1, 0.3)}
 SMALL = f"small {LTI}"
 VARIANTS = {
-    SMALL: Contender(40, _UNET, _LTI, dropout=0.1),
+    SMALL: Contender(40, _UNET, _LTI, dropout=0.1, condition_dropout=0.0),
     UNCHANGED: CONTENDERS[LTI]._replace(variation=Variation()),
     **{name: CONTENDERS[LTI]._replace(dropout=rate) for name, rate in DROPOUTS.items()},
 }
@@ -82,7 +84,10 @@ def _build(context: Context, of: Contender, n_conditions: int) -> SequenceModel:
     layers = context.at(full=of.backbone["n_layers"], small=2, tiny=1)
     spec = {
         "d_model": context.at(full=of.d_model, small=32, tiny=8),
-        "encoder": {"name": "tokens", "vocab_size": LEVELS, "n_conditions": n_conditions},
+        "encoder": {
+            **{"name": "tokens", "vocab_size": LEVELS, "n_conditions": n_conditions},
+            "condition_dropout": of.condition_dropout,
+        },
         "backbone": {**of.backbone, "n_layers": layers, "dropout": of.dropout},
         "mixer": of.mixer,
         "head": {"name": "lm", "vocab_size": LEVELS},
@@ -254,14 +259,14 @@ def _export(digits: Digits, model: SequenceModel, name: str, seed: int, step: in
         writer="audio/wav",
         reader_options={"sample_rate": spoken.RATE, "resample": True, "channels": "mean"},
         writer_options={"sample_rate": spoken.RATE},
-        generation={"max_new_tokens": 4000, "temperature": TEMPERATURES[-1]},
+        generation={"max_new_tokens": 4000},
         step=step,
         task="next_token",
     )
     save_model(digits.context.folder / "models" / _stem(name, digits.minutes, seed), model, card, MuLaw())
 
 
-def _speak(digits: Digits, name: str, temperature: float, seed: int) -> dict[str, float]:
+def _speak(digits: Digits, name: str, guidance: float, seed: int) -> dict[str, float]:
     """Clips of every digit by every speaker, as many as there are test recordings, as long as training recordings of
     the same digit and speaker; written, and scored."""
     context = digits.context
@@ -283,11 +288,11 @@ def _speak(digits: Digits, name: str, temperature: float, seed: int) -> dict[str
             lengths.append(min(len(digits.recordings.signals[rng.choice(like)]), longest))
     of = torch.tensor(conditions, device=context.device)
     prompt = torch.full((len(of), 1), MuLaw.start_id, device=context.device)
-    ids = generate(model, prompt, max(lengths), temperature=temperature, seed=seed, condition=of)[:, 1:]
+    ids = generate(model, prompt, max(lengths), guidance=guidance, seed=seed, condition=of)[:, 1:]
     clips = [row[:length] for row, length in zip(ids.cpu().numpy().astype(np.uint8), lengths, strict=True)]
     said = np.array([int(digits.names[condition].split()[0]) for condition in conditions])
     names = [f"{digits.names[condition].replace(' ', '_')}_{i % takes}" for i, condition in enumerate(conditions)]
-    stem = f"{_stem(name, digits.minutes, seed)}-t{temperature:g}"
+    stem = _stem(name, digits.minutes, seed) + ("" if guidance == 1 else f"-guidance{guidance:g}")
     _write(context.folder / "clips" / stem, names, clips)
     return digits.scored(recognise_levels(digits.loaded, names, clips), said)
 
@@ -383,28 +388,29 @@ def _main_tables(context: Context, digits: Digits, names: dict[str, Contender]) 
         for name in sorted(names, key=lambda name: trained[name]["validation"][0])[:2]:
             trained[name], seeds[name] = _trials(digits, name, names[name], context.seeds), list(context.seeds)
     found = []
-    for temperature in TEMPERATURES:
+    for guidance in GUIDANCE:
         lines = []
-        for name in names:
+        for name, of in names.items():
+            if guidance != 1 and not of.condition_dropout:
+                continue  # it has not learned to do without a condition
             said = _over(
                 digits,
-                f"{name} minutes={digits.minutes:g} temperature={temperature:g}",
+                f"{name} minutes={digits.minutes:g} guidance={guidance:g}",
                 seeds[name],
-                lambda seed, _, name=name, t=temperature: _speak(digits, name, t, seed),  # type: ignore[misc]
+                lambda seed, _, name=name, by=guidance: _speak(digits, name, by, seed),  # type: ignore[misc]
             )
             bounds = [Bound("accuracy", ">=", WANTED_ACCURACY)] if name in CONTENDERS else []
-            if temperature == TEMPERATURES[0]:
+            if guidance == 1:
                 if name in CONTENDERS:
                     bounds.append(Bound("bits", "<=", WANTED_BITS))
                 said = {**said, **trained[name]}
             lines.append(Line(name, said, wanted=tuple(bounds)))
         lines += _recorded(digits)
-        if temperature == TEMPERATURES[0]:
+        if guidance == 1:
             lines += _counted(digits)
             found.append(Table("Spoken digits at 8 kHz", _about(digits), [*_BITS, *_SCORES, *_COSTS], lines))
         else:
-            title = f"What they say at temperature {temperature:g}"
-            found.append(Table(title, _COOLER, [*_SCORES, *_PUBLISHED], lines))
+            found.append(Table(f"What they say under guidance {guidance:g}", _GUIDED, [*_SCORES, *_PUBLISHED], lines))
     return found
 
 
@@ -492,15 +498,16 @@ def _about(digits: Digits) -> str:
         "bf16 autocast in training; bits in fp32. What bounds them: 'training recordings' has the same weights' bits "
         "on recordings that they were trained on, and 'background noise alone' what a model that knows everything but "
         "the noise would still pay, if speech and stationary Gaussian noise as in a recording's quietest frames add "
-        "up. Clips: temperature 1, as many as there are test recordings, each as long as a training recording of its "
-        "digit and speaker; FID against all recordings that may be trained on. A second seed for the two that lead on "
-        "the validation recordings."
+        "up. Clips: at temperature 1, as many as there are test recordings, each as long as a training recording of "
+        "its digit and speaker; FID against all recordings that may be trained on. A second seed for the two that lead "
+        "on the validation recordings."
     )
 
 
-_COOLER = (
-    "The same weights, with logits divided by the temperature. 'Published code' is what SaShiMi's code computes under "
-    "these names (see `mambaseq audio/score --help`)."
+_GUIDED = (
+    "The same weights: logits without digit and speaker, plus so many times what these change (Ho and Salimans, "
+    "arXiv:2207.12598); a tenth of the rows in training were not told them. 'Published code' is what SaShiMi's code "
+    "computes under these names (see `mambaseq audio/score --help`)."
 )
 _HELD = (
     f"Trained on four speakers, given the digit alone, tested on all recordings of the two others "
