@@ -190,7 +190,9 @@ def _about(context: Context, sound: Sound) -> str:
         f"Bits a byte of the same {sound.test.shape[0]} stretches of {sound.test.shape[1] - 1:,} samples at the "
         "recordings' ends, in pieces of the context that know nothing of what is before them. Each state has as many "
         "real numbers. Two seeds at the shortest and the longest context, one between; the verdict is of the mean at "
-        "the longest, and the column paper its finding on piano music. A picture is in context.svg."
+        "the longest, and the column paper its finding on hours of piano music after many more steps. As many samples "
+        "a step are fewer and less different windows the longer they are: what a longer context costs here is that, "
+        "and not that it says less. A picture is in context.svg."
     )
 
 
