@@ -128,7 +128,8 @@ def _runs(rows: _Columns, length: int, path: Path) -> Runs:
     numbers = np.frombuffer(rows.values, np.float32)
     if (starts[1:] < starts[:-1]).any():
         order = np.argsort(starts, kind="stable")
-        starts, stops, lines, numbers = (of[order] for of in (starts, stops, lines, numbers))
+        starts, stops, lines = (of[order] for of in (starts, stops, lines))
+        numbers = numbers[order]
     if len(wrong := np.flatnonzero(starts[1:] < stops[:-1])):
         one, other = sorted(lines[wrong[0] : wrong[0] + 2].tolist())
         raise DataError(

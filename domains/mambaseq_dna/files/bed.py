@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mambaseq.data.unpacking import Unreadable, read_pieces
 from mambaseq.errors import DataError, shown
+from mambaseq_dna.files.faults import parsed
 from mambaseq_dna.files.fields import NOT_DATA, whole
 
 _LONGEST_LINE = 1 << 20
@@ -67,37 +68,41 @@ def read_bed(path: str | Path) -> Iterator[Bed]:
     not behind the start, another strand than `+`, `-` and `.`; and for a file without intervals.
     """
     found = False
-    for number, line in text_lines(path):
-        if not line.strip() or line.startswith(NOT_DATA):
-            continue
-        cells = line.split("\t") if "\t" in line else line.split()
-        where = f"{path}, line {number:,}"
-        if len(cells) < 3:
-            raise DataError(
-                f"{where}: {shown(line)} is not an interval. A BED line has a sequence's name, a start and an end, "
-                "separated by tabs."
-            )
-        try:
-            start, stop = whole(cells[1]), whole(cells[2])
-        except ValueError as error:
-            raise DataError(
-                f"{where}: {shown(cells[1])} and {shown(cells[2])} are not whole numbers: a start, counted from 0, and "
-                "an end. Is it a BED file?"
-            ) from error
-        if start >= stop:
-            raise DataError(
-                f"{where}: the interval {start:,} to {stop:,} is empty. Starts are counted from 0, and an "
-                "end is behind its start."
-            )
-        strand = cells[5] if len(cells) > 5 and cells[5] else "."
-        if strand not in ("+", "-", "."):
-            raise DataError(f"{where}: the strand (column 6) is {shown(strand)}. Write +, - or a point.")
+    for one in parsed(text_lines(path), lambda number, line: _intervals(path, number, line)):
         found = True
-        yield Bed(
-            cells[0], start, stop, cells[3] if len(cells) > 3 else "", _score(cells), strand, number, tuple(cells[6:])
-        )
+        yield one
     if not found:
         raise DataError(f"{path} has no interval. Check that it is the right file.")
+
+
+def _intervals(path: str | Path, number: int, line: str) -> list[Bed]:
+    """That of a line; none of a line that is no interval."""
+    if not line.strip() or line.startswith(NOT_DATA):
+        return []
+    cells = line.split("\t") if "\t" in line else line.split()
+    where = f"{path}, line {number:,}"
+    if len(cells) < 3:
+        raise DataError(
+            f"{where}: {shown(line)} is not an interval. A BED line has a sequence's name, a start and an end, "
+            "separated by tabs."
+        )
+    try:
+        start, stop = whole(cells[1]), whole(cells[2])
+    except ValueError as error:
+        raise DataError(
+            f"{where}: {shown(cells[1])} and {shown(cells[2])} are not whole numbers: a start, counted from 0, and "
+            "an end. Is it a BED file?"
+        ) from error
+    if start >= stop:
+        raise DataError(
+            f"{where}: the interval {start:,} to {stop:,} is empty. Starts are counted from 0, and an "
+            "end is behind its start."
+        )
+    strand = cells[5] if len(cells) > 5 and cells[5] else "."
+    if strand not in ("+", "-", "."):
+        raise DataError(f"{where}: the strand (column 6) is {shown(strand)}. Write +, - or a point.")
+    name = cells[3] if len(cells) > 3 else ""
+    return [Bed(cells[0], start, stop, name, _score(cells), strand, number, tuple(cells[6:]))]
 
 
 def _score(cells: list[str]) -> float:

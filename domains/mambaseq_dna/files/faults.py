@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
 from mambaseq.errors import DataError, cut, cut_list
+
+Lines = Iterable[tuple[int, str]]
+"""Numbers and texts of lines, see `text_lines`."""
+
+T = TypeVar("T")
 
 _NAMED = 10
 _MOST = 10_000
@@ -50,3 +58,18 @@ class Faults:
         told = cut_list([*self._others, *[""] * (more - len(self._others))], len(self._others), 450, "; ")
         many = " or more" if self.count >= _MOST else ""
         raise DataError(f"{self._first} {more:,}{many} other row(s) cannot be used either: {told}.")
+
+
+def parsed(lines: Lines, parse: Callable[[int, str], Iterable[T]]) -> Iterator[T]:
+    """What `parse` makes of lines, in order. Its DataErrors, which begin with the file and `line 7: `, are told
+    together; nothing is returned after the first."""
+    faults = Faults()
+    for number, line in lines:
+        try:
+            found = parse(number, line)
+        except DataError as error:
+            faults.add(f"line {number:,}", error)
+            continue
+        if not faults.count:
+            yield from found
+    faults.check()

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.files.faults import Faults
 from mambaseq_dna.files.fields import whole
 
 STRANDS = ("+", "-", ".", "?")
@@ -100,18 +101,21 @@ def read_gff(path: str | Path, kinds: Collection[str] | None = None) -> Iterator
     path = Path(path)
     others: Counter[str] = Counter()
     missing = set(kinds or ())
-    found = False
+    found, faults = False, Faults()
     for number, line in text_lines(path):
         if line.startswith(("##FASTA", ">")):
             break
         if line.startswith("#") or not line.strip():
             continue
         cells = line.split("\t")
+        place = f"line {number:,}"
         if len(cells) not in (8, 9):
-            raise DataError(
-                f"{path}, line {number:,}: {shown(line)} has {len(cells)} columns between tabs, not 9 ({_COLUMNS}). Is "
-                "it GFF3 or GTF?"
+            faults.add(
+                place,
+                f"{path}, {place}: {shown(line)} has {len(cells)} columns between tabs, not 9 ({_COLUMNS}). Is it GFF3 "
+                "or GTF?",
             )
+            continue
         found = True
         if kinds is not None:
             if cells[2] not in kinds:
@@ -119,7 +123,14 @@ def read_gff(path: str | Path, kinds: Collection[str] | None = None) -> Iterator
                     others[cells[2]] += 1
                 continue
             missing.discard(cells[2])
-        yield _feature(cells, path, number)
+        try:
+            feature = _feature(cells, path, number)
+        except DataError as error:
+            faults.add(place, error)
+            continue
+        if not faults.count:
+            yield feature
+    faults.check()
     if not found:
         raise DataError(f"{path} has no feature. Check that it is the right file.")
     if missing:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mambaseq.data.unpacking import Unreadable, read_pieces
 from mambaseq.errors import DataError, shown
 from mambaseq_dna.files.bed import text_lines
+from mambaseq_dna.files.faults import parsed
 from mambaseq_dna.files.fields import whole
 
 _NAMES = {  # of a table's columns, in lower case and without a # before them
@@ -76,9 +77,9 @@ def read_variants(path: str | Path) -> Iterator[Variant]:
 
 
 def _of_vcf(path: Path) -> Iterator[Variant]:
-    for number, line in text_lines(path):
+    def parse(number: int, line: str) -> list[Variant]:
         if not line.strip() or line.startswith("#"):
-            continue
+            return []
         cells = line.split("\t")
         if len(cells) < 5:
             raise DataError(
@@ -86,25 +87,28 @@ def _of_vcf(path: Path) -> Iterator[Variant]:
                 "separated by tabs."
             )
         chrom, pos, name, ref, alts = cells[:5]
-        yield from _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+        return _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+
+    return parsed(text_lines(path), parse)
 
 
 def _of_table(path: Path) -> Iterator[Variant]:
-    places: list[int] | None = None
-    delimiter = "\t"
-    for number, line in text_lines(path):
-        if not line.strip() or (places is not None and line.startswith("#")):
-            continue
-        if places is None:
-            delimiter = "\t" if "\t" in line else ","
-            places = _header(path, number, _cells(path, number, line, delimiter))
-            continue
+    lines = text_lines(path)
+    number, line = next((one for one in lines if one[1].strip()), (1, ""))
+    delimiter = "\t" if "\t" in line else ","
+    places = _header(path, number, _cells(path, number, line, delimiter))
+
+    def parse(number: int, line: str) -> list[Variant]:
+        if not line.strip() or line.startswith("#"):
+            return []
         cells = _cells(path, number, line, delimiter)
         if len(cells) <= max(places):
             raise DataError(f"{path}, line {number:,}: {shown(line)} has {len(cells)} columns, fewer than the header.")
         chrom, pos, ref, alts = (cells[place].strip() for place in places[:4])
         name = cells[places[4]].strip() if len(places) > 4 else ""
-        yield from _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+        return _variants(path, number, chrom, pos, "" if name == "." else name, ref, alts)
+
+    return parsed(lines, parse)
 
 
 def _cells(path: Path, number: int, line: str, delimiter: str) -> list[str]:
@@ -132,12 +136,11 @@ def _header(path: Path, number: int, cells: list[str]) -> list[int]:
     )
 
 
-def _variants(path: Path, line: int, chrom: str, pos: str, name: str, ref: str, alts: str) -> Iterator[Variant]:
+def _variants(path: Path, line: int, chrom: str, pos: str, name: str, ref: str, alts: str) -> list[Variant]:
     try:
         place = whole(pos)
     except ValueError as error:
         raise DataError(
             f"{path}, line {line:,}: the position is {shown(pos)}, which is not a whole number, counted from 1."
         ) from error
-    for number, alt in enumerate(alts.split(",")):
-        yield Variant(chrom, place, ref, alt, name, line, number)
+    return [Variant(chrom, place, ref, alt, name, line, number) for number, alt in enumerate(alts.split(","))]

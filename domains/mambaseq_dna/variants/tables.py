@@ -72,7 +72,8 @@ class _Text:
 
 class _Parquet:
     def __init__(self, path: Path) -> None:
-        self._path, self._writer = path, None
+        self._path = path
+        self._writer: Any = None
 
     def add(self, frame: pandas.DataFrame) -> None:
         import pyarrow
