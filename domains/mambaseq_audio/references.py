@@ -61,7 +61,9 @@ def references(data: SequenceData, count: int, items: Any = None, said: Sequence
     """
     items = items if items is not None else next(iter(named_sets(data.validation()).values()))
     beginnings = getattr(items, "beginnings", None)
-    places = list(range(len(items))) if beginnings is None else beginnings()
+    places = [] if beginnings is None else beginnings()
+    if len(places) < count:  # few long recordings: from anywhere in them
+        places = list(range(len(items)))
     spread = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LOOKED_AT)).astype(int))
     by_condition: dict[tuple[Any, ...], list[int]] = {}
     for number in spread.tolist():

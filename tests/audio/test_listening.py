@@ -86,6 +86,8 @@ def test_clips_beside_recordings_on_the_page_and_in_tensorboard(heard: RunFolder
     assert len(real) == 80
     data = parse_config(str(heard.config), []).make_data(setup=True)
     assert [one.name for one in references(data, 2)] == ["3", "10"]
+    pieces = parse_config(str(heard.config), ["--data.length=40"]).make_data(setup=True)
+    assert len(references(pieces, 8)) == 8  # of four recordings
     np.testing.assert_allclose(real, data.tokenizer.decode(references(data, 2)[0].ids[:80]), atol=1e-4)
 
     page = heard.report.read_text()
