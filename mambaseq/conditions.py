@@ -130,7 +130,7 @@ def told(conditions: Sequence[Condition], given: int | Sequence[int]) -> str:
     given: an id or a row.
     """
     if isinstance(given, int):
-        return conditions[0].names[given]
+        return "" if given == NOT_GIVEN else conditions[0].names[given]
     ordered = in_order(conditions)
     count = sum(not one.is_number for one in ordered)
     values: list[str | None] = [

@@ -107,11 +107,14 @@ class ConditionTable(Embedding):
         return len(self.sizes) == 1 and not self.means
 
     def forward(self, condition: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """condition: see `Batch`. Gives `(sequences, d_model)`; with `cu_seqlens` `(positions, d_model)`.
+        """condition: see `Batch`; or what this gave before, which is taken as it is. Gives `(sequences, d_model)`; with
+        `cu_seqlens` `(positions, d_model)`.
 
         Raises ConfigError for another number of conditions than the model's, IndexError for an id beyond them (on a
         CPU; otherwise the ids are trusted).
         """
+        if condition.is_floating_point():
+            return _spread(condition, cu_seqlens)
         plain = condition.dim() == 1 and self.single
         if plain and not self.dropout:
             return super().forward(_spread(condition, cu_seqlens))
@@ -120,6 +123,7 @@ class ConditionTable(Embedding):
             raise ConfigError(
                 f"The model has {len(self.sizes) + len(self.means)} conditions ({len(self.sizes)} of names and "
                 f"{len(self.means)} numbers), but {tuple(condition.shape)} were given: a row of as many is needed."
+                f"{_JOINED if self.single else ''}"
             )
         rows = _spread(self._kept(rows), cu_seqlens)
         x = self.weight.new_zeros(len(rows), self.embedding_dim)
@@ -145,6 +149,12 @@ class ConditionTable(Embedding):
         split = len(self.sizes)
         names = torch.where(dropped[:, :split], NOT_GIVEN, rows[:, :split])
         return torch.cat([names, torch.where(dropped[:, split:], NO_NUMBER, rows[:, split:])], 1)
+
+
+_JOINED = (
+    " A model of an earlier version, which made one condition of several, can still generate and predict, but its run "
+    "cannot go on, since its data keep them apart now."
+)
 
 
 def condition_table(
@@ -369,6 +379,16 @@ class SignalEncoder(Encoder):
     def forward(self, inputs: Tensor, condition: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.linear(self.scale(inputs).to(self.linear.weight.dtype))
         return x if condition is None else x + _condition(self.condition, condition, cu_seqlens)
+
+
+def settled(encoder: nn.Module, condition: Tensor | None) -> Tensor | None:
+    """A condition as an encoder in eval mode takes it too: of several conditions what they add, `(sequences, d_model)`,
+    so that it is not made again at each step."""
+    table = getattr(encoder, "condition", None)
+    if condition is None or not isinstance(table, ConditionTable) or table.single:
+        return condition
+    made: Tensor = table(condition)
+    return made
 
 
 def _condition(table: ConditionTable | None, condition: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mambaseq import limits
+from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
@@ -189,6 +190,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
+        condition = settled(model.encoder, condition)
         state, logits = prefill(model, prompts, condition) if read is None else read
         if with_guidance and condition is not None:
             more, untold = prefill(model, prompts, None)

@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mambaseq import limits
+from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError
 from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues, prefill
 from mambaseq.generation.decoder import Decoder
@@ -71,6 +72,7 @@ def continue_values(
     was_training = model.training
     model.eval()
     try:
+        condition = settled(model.encoder, condition)
         state, logits = prefill(model, Prompts.of(prompt), condition)
         if samples > 1:
             state, logits = [layer.select(every) for layer in state], logits[every]

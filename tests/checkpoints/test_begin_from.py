@@ -15,6 +15,7 @@ from mambaseq.checkpoints import LoadedModel, ModelCard
 from mambaseq.checkpoints.beginning import Beginning, begin_from, load_source
 from mambaseq.checkpoints.export import weights
 from mambaseq.checkpoints.upstream import to_upstream
+from mambaseq.conditions import Condition
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model, causal_lm
@@ -70,6 +71,7 @@ def begun(
         former,
         reader_options={"columns": ["a", "b"]},
         class_names=card.pop("former_classes", []),
+        conditions=card.pop("former_conditions", []),
         task=card.pop("former_task", None),
     )
     loaded = LoadedModel(source, theirs, one, Path("x/model/model.safetensors"))
@@ -107,6 +109,22 @@ def test_a_head_goes_with_its_classes(classes: list[str]) -> None:
     same = classes == ["a", "b"]
     assert torch.equal(model.head.linear.weight, (source.state_dict() if same else before)["head.linear.weight"])
     assert ("the classes differ" in found.told("x")) == (not same)
+
+
+@pytest.mark.parametrize("names", ["xy", "yx"])
+def test_a_table_of_conditions_goes_with_their_names(names: str) -> None:
+    numbers = {"condition_means": [0.0], "condition_stds": [1.0]}
+    encoder = {"name": "tokens", "vocab_size": 7, "n_conditions": 3, "condition_sizes": [2, 1], **numbers}
+    former, now = (
+        [Condition("a", tuple(of)).plain(), Condition("b", ("z",)).plain(), Condition("c", std=1.0).plain()]
+        for of in ("xy", names)
+    )
+    cards = {"former_conditions": former, "conditions": now}
+    model, before, source, found = begun(spec(encoder=encoder), spec(encoder=encoder), **cards)
+    taken = source.state_dict() if names == "xy" else before
+    for name in ("weight", "slopes", "there"):
+        assert torch.equal(model.state_dict()[f"encoder.condition.{name}"], taken[f"encoder.condition.{name}"])
+    assert ("the conditions differ, a=x, a=y, b=z and 1 more -> a=y, a=x" in found.told("x")) == (names == "yx")
 
 
 def test_a_vocabulary_grows() -> None:

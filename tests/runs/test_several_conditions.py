@@ -90,6 +90,8 @@ def test_conditions_that_do_not_fit_are_refused() -> None:
     ids = torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ConfigError, match=r"The model has 3 conditions \(2 of names and 1 numbers\), but \(1, 2\)"):
         encoder()(ids, torch.tensor([[0, 0]]))
+    with pytest.raises(ConfigError, match="A model of an earlier version, which made one condition of several"):
+        TokenEncoder(8, 6, 4)(ids, torch.tensor([[0, 0]]))
     with pytest.raises(IndexError, match="id is 2, but there are 2 names"):  # not the next condition's first name
         encoder()(ids, given((2, 0, 1.0)))
     for wrong in ({"condition_sizes": [2, 3]}, {"condition_stds": [0.0]}, {"condition_means": []}, {"n_conditions": 0}):
@@ -291,7 +293,13 @@ def test_decoding_and_packing_under_several_conditions(model: Path) -> None:
     made = load_model(model).model
     condition = given((0, 1, 33.3), (1, 0, None))
     prompt = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    calls: list[bool] = []
+    hook = made.encoder.condition.register_forward_hook(  # type: ignore[union-attr,operator]
+        lambda module, given, output: calls.append(given[0].is_floating_point())
+    )
     together = generate(made, prompt, 8, seed=1, condition=condition)
+    assert calls.count(False) == 1  # not made again at each step
+    hook.remove()
     alone = [generate(made, prompt[:1], 8, seed=1, condition=condition[i : i + 1]) for i in (0, 1)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together[0], together[1])
