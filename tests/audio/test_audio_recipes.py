@@ -170,4 +170,4 @@ def test_bits_by_context_on_made_recordings(tmp_path: Path) -> None:
     assert table.lines[2].note == f"at the longest context: {'yes' if verdict['bits 64'][0] > 0 else 'no'}"
     picture = (tmp_path / "context.svg").read_text()
     assert picture.count('class="c0 curve"') == picture.count('class="c1 curve"') == 1
-    assert "LTI, complex" in picture
+    assert "LTI \u2102" in picture

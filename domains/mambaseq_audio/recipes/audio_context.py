@@ -173,8 +173,9 @@ def _draw(context: Context, found: dict[str, dict[str, list[float]]], contexts: 
     for name, values in found.items():
         kind, colour = look.get(name, ("curve", 1))
         ys = [float(np.mean(values[f"bits {length}"])) for length in contexts]
-        curves.append(Curve(name, [float(np.log2(length)) for length in contexts], ys, kind, colour))
-    head, body = lines(curves, "log2 of the context in samples", "", 260).split(">", 1)
+        short = name.replace(", complex", " \u2102").replace(", real", " \u211d")  # the legend is one line
+        curves.append(Curve(short, [float(np.log2(length)) for length in contexts], ys, kind, colour))
+    head, body = lines(curves, "log2 of the context in samples", "bits", 260).split(">", 1)
     style = f".chart {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ .chart {{ {DARK} }} }} {STYLE}"
     ground = '<rect width="100%" height="100%" rx="8" fill="var(--ground)"/>'
     with atomic_file(context.folder / "context.svg", "w", encoding="utf-8") as file:
@@ -191,8 +192,8 @@ def _about(context: Context, sound: Sound) -> str:
         "recordings' ends, in pieces of the context that know nothing of what is before them. Each state has as many "
         "real numbers. Two seeds at the shortest and the longest context, one between; the verdict is of the mean at "
         "the longest, and the column paper its finding on hours of piano music after many more steps. As many samples "
-        "a step are fewer and less different windows the longer they are: what a longer context costs here is that, "
-        "and not that it says less. A picture is in context.svg."
+        "a step are fewer windows the longer they are: these figures do not tell apart what a longer context says and "
+        "what is lost by seeing fewer places. A picture is in context.svg."
     )
 
 
