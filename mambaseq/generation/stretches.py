@@ -101,7 +101,9 @@ def _why_not_mixer(mixer: Any) -> str | None:
     if type(mixer) is Mamba and mixer.lti:
         linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.out_proj], mixer.ssm
     elif type(mixer) is Mamba and mixer._is_whole:
-        linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj], None
+        linears, ssm = [mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.out_proj], None
+        if not is_plain(mixer.dt_proj):
+            return f"a layer of {name} is wrapped"
         if mixer.d_state > stretch.MOST_STATES:
             return f"there are more than {stretch.MOST_STATES} states a channel"
     elif type(mixer) is S4D:
@@ -294,23 +296,28 @@ class Stretches:
     def _add_selective(self, mixer: Mamba, state: Any, level: int, more: dict[str, Any]) -> Tensor:
         """All phases of a selective block but the last. Returns what the last one reads."""
         inputs, gates, made = (self._vector(mixer.d_inner) for _ in range(3))
-        products = self._vector(-(-len(mixer.x_proj.weight) // 4) * 4)
         in_proj, dt_proj = mixer.in_proj, mixer.dt_proj
+        # the kernel reads rows of a multiple of 4: a rank that is none gets zeros
+        zeros = -mixer.dt_rank % 4
+        rank, others = mixer.x_proj.weight.detach().split([mixer.dt_rank, len(mixer.x_proj.weight) - mixer.dt_rank])
+        x_proj = torch.cat([rank, rank.new_zeros(zeros, rank.shape[1]), others])
+        to_dt = nn.functional.pad(dt_proj.weight.detach(), (0, zeros))
+        products = self._vector(-(-len(x_proj) // 4) * 4)
         conv = {**_convolution(mixer, state), "copy": gates}
         A, states = mixer._A().detach(), state.ssm
         if mixer.complex:
             A, states = torch.view_as_real(A), torch.view_as_real(states)
         self._phases += [
             self._linear(stretch.CONV, level, in_proj.weight, in_proj.bias, inputs, 2, **conv, **more),
-            self._linear(stretch.LINEAR, level, mixer.x_proj.weight, None, products, source=inputs),
+            self._linear(stretch.LINEAR, level, x_proj, None, products, source=inputs),
             self._linear(
                 stretch.SCAN,
                 level,
-                dt_proj.weight,
+                to_dt,
                 dt_proj.bias,
                 made,
                 source=products,
-                held_cols=len(products),
+                held_cols=products.shape[1],
                 residual=inputs,
                 copy=gates,
                 a=A.contiguous(),

@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "selective": (RESIDUAL, {"name": "mamba", "d_state": 20, "dt_rank": 8, "bias": True}),
+    "selective, odd rank": (RESIDUAL, {"name": "mamba", "d_state": 3, "dt_rank": 6}),
     "selective, complex": (RESIDUAL, {"name": "mamba", "d_state": 3, "dt_rank": 4, "complex": True}),
     "s4d": ({**RESIDUAL, "mlp": True}, {"name": "s4d", "d_state": 40}),
     "s4d, bilinear": (RESIDUAL, {"name": "s4d", "d_state": 3, "discretization": "bilinear"}),

@@ -26,8 +26,8 @@ MOST_STATES = 128  # of a channel
 MOST_TOKENS = 1024  # of a vocabulary
 MOST_PHASES = 200  # that fit into a block's memory
 MOST_POOLS = 4
-MOST_READ = 2**26  # weights that a position of several sequences reads on average, from a GPU's second cache
-CACHED = 2**20  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
+MOST_READ = 2**27  # weights that a position of several sequences reads on average, from a GPU's second cache
+CACHED = 2**21  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
 _THREADS = 256
 OWN = ("source", "out", "state", "conv_state", "residual", "window", "copy", "held")
 """Tensors of a phase of which each sequence has its own: the first dimension."""
