@@ -39,7 +39,7 @@ class Prompts:
     @classmethod
     def of(cls, values: Tensor) -> Prompts:
         """Of `(batch, length)` int64, or `(batch, length, ...)`; parts are on its device."""
-        return cls(values.cpu().numpy(), values.device)
+        return cls(list(values.cpu().numpy()), values.device)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.speaking import WavSink
+from pages import blocks
 from runs.test_prediction import saved
 
 from mambaseq.cli.main import main
@@ -185,3 +186,15 @@ def test_memory_does_not_grow_with_the_prompt(tmp_path: Path, monkeypatch: pytes
         grown.append(resident(peak=True) - before)
         assert soundfile.info(tmp_path / "out.wav").frames == length + 5
     assert grown[2] - grown[1] < 4 * 1024
+
+
+def test_the_page_says_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    speaker(tmp_path / "run")
+    for language, text, _ in blocks(Path(__file__).parents[2] / "docs" / "audio" / "generating.md"):
+        assert language == "sh"
+        for line in text.splitlines():
+            words = line.replace("-n 2000", "-n 20").replace("-n 500", "-n 5").split()
+            assert main([*words[1:], "--device", "cpu", "--pictures", "0"]) == 0
+    assert soundfile.info("longer.wav").frames == soundfile.info("one.wav").frames + 5
+    assert np.array_equal(soundfile.read("again.flac")[0], soundfile.read("many-001.flac")[0])

@@ -14,6 +14,8 @@ from torch import Tensor
 from mambaseq.ops.cpu.threads import share
 from mambaseq.ops.decoding.stretch import COMPLEX, SCAN, Phase, moved
 
+_LITTLE = 2**18  # weights that are much smaller than a core's cache
+
 
 class StretchOnCPU:
     """Steps of a model as phases.
@@ -46,6 +48,10 @@ class StretchOnCPU:
         self._phases = [self._in_planes(phase) for phase in phases]  # what the program points to must stay
         self._program = np.array([self._words(phase) for phase in self._phases], dtype=np.int64)
         self._eps = np.array([phase.eps for phase in phases], dtype=np.float32)
+        # Small weights stay in a core's cache while one sequence takes all its steps, and its states, too. Larger ones
+        # are read once for all sequences.
+        read = sum(phase.weight.numel() for phase in phases if phase.weight is not None)
+        self._at_once = 1 if read < _LITTLE else self._batch
         self._widest = max(phase.rows for phase in phases)
 
     def run(
@@ -90,7 +96,11 @@ class StretchOnCPU:
         )
 
         def make_worker() -> Callable[[int, int], None]:
-            return lambda first, last: self._kernels.stretch(*arguments, first, last, *rest)
+            def work(first: int, last: int) -> None:
+                for one in range(first, last, self._at_once):
+                    self._kernels.stretch(*arguments, one, min(one + self._at_once, last), *rest)
+
+            return work
 
         share(self._batch, make_worker, portions=1)
         for state, planes, is_complex in self._states:
@@ -106,7 +116,7 @@ class StretchOnCPU:
         planes = _planes(phase.state, is_complex)
         self._states.append((phase.state, planes, is_complex))
         names = ("a",) if phase.kind == SCAN else ("a", "b", "c")
-        more = {name: _planes(getattr(phase, name), is_complex, of_sequences=False) for name in names}
+        more: dict[str, Any] = {name: _planes(getattr(phase, name), is_complex, of_sequences=False) for name in names}
         return phase._replace(state=planes, **more)
 
     def _words(self, phase: Phase) -> list[int]:
