@@ -146,17 +146,22 @@ def shipped(names: Sequence[str]) -> Shipped:
 
 
 def asked_as(loaded: LoadedModel, name: str, number: int) -> str:
-    """A condition of a model that has this name among its values, as `mambaseq generate` takes it; of what else the
-    model is conditioned on, another value for each number. "" where no condition has it."""
+    """A condition of a model with this name among its values, as `mambaseq generate` takes it: the value itself, or one
+    with this word in it ("7 theo"). Where there are several, and of what else the model is conditioned on, another one
+    for each number. "" where no condition has it."""
     known = Known(loaded).all
-    if not any(name in one.names for one in known):
-        return ""
-    if single(known):
-        return name
-    chosen = [
-        name if name in one.names else one.names[number % len(one.names)] if one.names else f"{one.mean:.4g}"
+    fitting = [
+        [value for value in one.names if value == name] or [value for value in one.names if name in value.split()]
         for one in known
     ]
+    if not any(fitting):
+        return ""
+    chosen = [
+        values[number % len(values)] if (values := of or list(one.names)) else f"{one.mean:.4g}"
+        for of, one in zip(fitting, known, strict=True)
+    ]
+    if single(known):
+        return chosen[0]
     return " ".join(f"{one.name}={value}" for one, value in zip(known, chosen, strict=True))
 
 

@@ -238,3 +238,5 @@ def test_a_model_with_further_conditions_is_asked_for_a_digit(monkeypatch: pytes
     monkeypatch.setattr("mambaseq_audio.report.Known", lambda _: SimpleNamespace(all=known))
     assert asked_as(None, "7", 3) == "digit=7 speaker=ben age=31.5"  # type: ignore[arg-type]
     assert asked_as(None, "8", 0) == ""  # type: ignore[arg-type]
+    known[:] = [Condition("", ("7 ann", "7 ben", "8 ann"))]
+    assert [asked_as(None, name, 1) for name in ("7", "8", "9")] == ["7 ben", "8 ann", ""]  # type: ignore[arg-type]
