@@ -168,13 +168,13 @@ def _verdict(found: dict[str, dict[str, list[float]]], contexts: tuple[int, ...]
 
 def _draw(context: Context, found: dict[str, dict[str, list[float]]], contexts: tuple[int, ...]) -> None:
     """Write `context.svg` into the recipe's folder."""
-    look = {WINNER: ("dots", 0), "LTI, real": ("curve", 0), "selective, real": ("dots", 1)}
     curves = []
     for name, values in found.items():
-        kind, colour = look.get(name, ("curve", 1))
+        kind = "dots" if "complex" in name else "curve"
+        short = name.replace(", complex", " \u2102 \u2022").replace(", real", " \u211d")  # the legend is one line
         ys = [float(np.mean(values[f"bits {length}"])) for length in contexts]
-        short = name.replace(", complex", " \u2102").replace(", real", " \u211d")  # the legend is one line
-        curves.append(Curve(short, [float(np.log2(length)) for length in contexts], ys, kind, colour))
+        xs = [float(np.log2(length)) for length in contexts]
+        curves.append(Curve(short, xs, ys, kind, int(not name.startswith("LTI"))))
     head, body = lines(curves, "log2 of the context in samples", "bits", 260).split(">", 1)
     style = f".chart {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ .chart {{ {DARK} }} }} {STYLE}"
     ground = '<rect width="100%" height="100%" rx="8" fill="var(--ground)"/>'
