@@ -17,7 +17,7 @@ NAMES = ["7, Nicolas", "7, Théo", "8, Théo", "rock, pop", "rock", "Ålesund", 
 
 
 def loaded(names: list[str]) -> Any:
-    card = SimpleNamespace(spec={"encoder": {"n_conditions": len(names)}}, condition_names=names)
+    card = SimpleNamespace(spec={"encoder": {"n_conditions": len(names)}}, condition_names=names, conditions=[])
     return SimpleNamespace(card=card, source=Path("model.safetensors"))
 
 
