@@ -34,7 +34,8 @@ class CodesHead(Head):
     def __init__(self, d_model: int, vocab_size: int, n_codes: int) -> None:
         super().__init__()
         check_positive("The codes head", d_model=d_model, vocab_size=vocab_size - 1, n_codes=n_codes)
-        self.codes, self.n_labels = n_codes, vocab_size - 1
+        self.codes = n_codes
+        self.n_labels: int = vocab_size - 1
         self.maps = nn.Linear(d_model, n_codes * self.n_labels, bias=False)
         nn.init.normal_(self.maps.weight, std=0.02)
 

@@ -119,8 +119,7 @@ class Tokens(Likelihood):
     def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
         if not bits.isfinite().all():
             return NotFinite("")
-        known: np.ndarray = (labels != -100).numpy()
-        known = known if known.ndim == 1 else known.any(1)
+        known = (labels != -100).view(len(labels), -1).any(1).numpy()
         return Found(first, first + len(bits), 1, bits.float().numpy()[:, None], None if known.all() else known)
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:

@@ -169,7 +169,7 @@ def test_a_model_is_trained_measured_and_writes_codes(tmp_path: Path, monkeypatc
         "loader": {"batch_size": 4},
         "model": {"d_model": 32, "backbone": {"n_layers": 1}},
         "optimizer": {"lr": 0.02, "warmup_steps": 5},
-        "trainer": {"max_steps": 40, "accelerator": "cpu"},
+        "trainer": {"max_steps": 30, "accelerator": "cpu"},
     }
     run = ms.fit("codes.yaml", out=tmp_path / "run", settings=settings, progress=False)
     tested = run.evaluate()
