@@ -309,3 +309,14 @@ def test_messages_count_what_is_written(source: Path, tmp_path: Path, capsys: py
         assert f"4 of 71 {'rows' if ending == 'csv' else 'places'} have no prediction" in text.err
         if ending == "bed":
             assert text.out.startswith(f"{len(out.read_text().splitlines())} intervals")
+
+
+def test_records_that_are_too_long_for_the_encoder_have_a_note(source: Path, tmp_path: Path) -> None:
+    encoder = {"name": "dna/conv", "vocab_size": 5, "positions": 30}
+    head = {"name": "classification", "n_classes": 2}
+    run = ms.load(
+        saved(tmp_path / "m", head, BaseTokenizer(), encoder=encoder, backbone=BOTH, class_names=["a", "b"], **DNA)
+    )
+    table = predicted(run, source)
+    assert table["note"].tolist() == ["longer than the 30 tokens that the model reads at once (see --window)", ""]
+    assert (predicted(run, source, window=30)["note"] == "").all()
