@@ -151,6 +151,7 @@ def test_a_sequence_does_not_depend_on_those_beside_it() -> None:
 
 BACKBONES: dict[str, dict] = {
     "mamba": {"mixer": "mamba"},
+    "s4d": {"mixer": "s4d"},
     "attention": {"mixer": "attention"},
     "hyena": {"mixer": "hyena"},
     "both": {"mixer": "mamba", "pattern": ["mamba", "attention*"]},
