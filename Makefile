@@ -41,9 +41,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+# which is more than .demo's: where neither is there yet, all is installed at once
+$(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dev]'
-	touch $@
+	touch $(VENV)/.demo $@
 
 clean:
 	rm -rf $(VENV) runs build dist site

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
@@ -37,20 +37,26 @@ def decode(ids: np.ndarray) -> str:
     return " ".join(TOKENS[token] for token in ids)
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _apply(operator: int, arguments: np.ndarray) -> int:
+    """Sorts the arguments. By loops, since Numba takes seconds to compile NumPy's sort."""
+    n, total = len(arguments), 0
+    for i in range(n):
+        total += arguments[i]
+        for j in range(i, 0, -1):
+            if arguments[j - 1] <= arguments[j]:
+                break
+            arguments[j - 1], arguments[j] = arguments[j], arguments[j - 1]
     if operator == MIN:
-        return arguments.min()
+        return arguments[0]
     if operator == MAX:
-        return arguments.max()
+        return arguments[n - 1]
     if operator == SM:
-        return arguments.sum() % 10
-    ordered = np.sort(arguments)
-    n = len(ordered)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) // 2
+        return total % 10
+    return (arguments[(n - 1) // 2] + arguments[n // 2]) // 2
 
 
-@njit(nogil=True, cache=True)
+@kept_njit(nogil=True)
 def value(ids: np.ndarray) -> int:
     """The value, 0 to 9, of a well-formed expression `(length,)` int64. The median of an even number of arguments is
     the mean of the middle two, rounded down, as published.
@@ -76,7 +82,7 @@ def value(ids: np.ndarray) -> int:
     return stack[0]
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _grow(rng: np.random.Generator, out: np.ndarray, max_depth: int, max_args: int) -> int:
     """Write one random expression into `out`; returns its length, 0 if it does not fit."""
     missing = np.zeros(max_depth + 1, dtype=np.int64)  # arguments still to come at each level
@@ -108,7 +114,7 @@ def _grow(rng: np.random.Generator, out: np.ndarray, max_depth: int, max_args: i
             return 0
 
 
-@njit(nogil=True, cache=True)
+@kept_njit(nogil=True)
 def _sample(
     rng: np.random.Generator, out: np.ndarray, min_length: int, max_depth: int, max_args: int, attempts: int
 ) -> int:

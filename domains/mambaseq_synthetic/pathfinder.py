@@ -7,12 +7,12 @@ import dataclasses
 
 import numpy as np
 import torch
-from numba import njit
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
 from mambaseq.limits import check_setting
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 BACKGROUND, DASH, DOT = 0, 1, 2
@@ -44,7 +44,7 @@ def path_length(size: int) -> int:
     return (3 * size // 4 - 2) // 3 * 3 + 2
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _grow(rng: np.random.Generator, owner: np.ndarray, path: np.ndarray) -> bool:
     """Draw a path of neighbouring pixels that keeps its distance from itself and from other paths (owner > 0)."""
     size = len(owner)
@@ -67,7 +67,7 @@ def _grow(rng: np.random.Generator, owner: np.ndarray, path: np.ndarray) -> bool
     return True
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _claim(owner: np.ndarray, path: np.ndarray) -> None:
     """Keep other paths away from this one."""
     size = len(owner)
@@ -78,7 +78,7 @@ def _claim(owner: np.ndarray, path: np.ndarray) -> None:
                 owner[v, u] = 1
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _view(a: np.ndarray, b: np.ndarray) -> int:
     """A number for the view at two ends of paths, each given by its last pixel and the one before: their relative
     place, and the directions that the paths come from. Views that are equal after a rotation or reflection have the
@@ -100,20 +100,20 @@ def _view(a: np.ndarray, b: np.ndarray) -> int:
     return least
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _end(path: np.ndarray, which: int) -> np.ndarray:
     """The pixel at an end, 0 or -1, and the one before it."""
     return path[:2] if which == 0 else path[:-3:-1]
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, ends: np.ndarray) -> int:
     """Draw the two long paths so that two ends of different paths look like the two ends of one of them.
 
     ends: receives these ends, 0 or -1 of the first and of the second path. Returns the number of that one path.
     """
     while True:
-        owner[:] = 0
+        owner.fill(0)
         if not _grow(rng, owner, paths[0]):
             continue
         _claim(owner, paths[0])
@@ -129,14 +129,14 @@ def _long_paths(rng: np.random.Generator, owner: np.ndarray, paths: np.ndarray, 
                     return one
 
 
-@njit(nogil=True, cache=True)
+@inner_njit(nogil=True)
 def _dash(pixels: np.ndarray, path: np.ndarray) -> None:
     for t in range(len(path)):
         if t % 3 < 2:
             pixels[path[t, 0], path[t, 1]] = DASH
 
 
-@njit(nogil=True, cache=True)
+@kept_njit(nogil=True)
 def _paint(
     rng: np.random.Generator,
     connected: bool,
@@ -157,11 +157,10 @@ def _paint(
                 _claim(owner, short)
                 _dash(pixels, short)
                 break
-    if connected:
-        dots[0], dots[1] = paths[one, 0], paths[one, -1]
-    else:
-        dots[0], dots[1] = paths[0, ends[0]], paths[1, ends[1]]
     for k in range(2):
+        which, end = (one, -k) if connected else (k, ends[k])
+        for axis in range(2):  # number by number, since Numba takes seconds to compile the assignment of a row
+            dots[k, axis] = paths[which, end, axis]
         pixels[dots[k, 0], dots[k, 1]] = DOT
 
 
