@@ -37,7 +37,7 @@ def test_the_wheel_works_installed(tmp_path: Path) -> None:
     ]
     run(build, tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stat().st_size <= 22e6
+    assert wheel.stat().st_size <= 20e6
     target = tmp_path / "venv"
     venv.create(target, with_pip=False)
     site = next((target / "lib").glob("python*")) / "site-packages"
