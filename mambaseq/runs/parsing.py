@@ -424,7 +424,8 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         argument.partition("=")[0].split(".")[2] for argument in overrides if argument.startswith("--model.mixers.")
     ]
     check_mixer_options(named, names["mixer"], [names["mixer"], *mixers])
-    given, seed = _override(overrides, "seed") or raw.get("seed"), None
+    given = _override(overrides, "seed") or raw.get("seed")
+    seed: int | None = None
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # the parser will tell
         seed = int(given) if given else None
     prints = any(argument.startswith("--print_config") for argument in overrides)  # the parser notes it in itself
