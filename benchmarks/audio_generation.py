@@ -12,7 +12,6 @@ with the demo's model. Untrained weights are as fast as trained ones.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -169,7 +168,7 @@ def main() -> None:
         "mambaseq": mambaseq.__version__,
     }
     if options.json is not None:
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json_text({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
