@@ -126,7 +126,8 @@ def _check(card: ModelCard) -> None:
 
 def check_generation(settings: dict[str, Any]) -> None:
     """Raise ConfigError for defaults of `mambaseq generate` that do not exist or are out of range."""
-    known = {"max_new_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    known = {"max_new_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    known |= {"repetition_penalty": 1.0, "presence_penalty": 0.0}
     if unknown := settings.keys() - known.keys():
         raise ConfigError(f"generation has no {cut_list(sorted(unknown))}; it has {cut_list(known)}.")
     given = {**known, **settings}

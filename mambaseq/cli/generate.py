@@ -53,6 +53,29 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--top-p", type=float, default=None, help="draw from the likeliest tokens that together have this probability"
     )
+    parser.add_argument(
+        "--min-p", type=float, default=None, help="leave out tokens less likely than this share of the likeliest one"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=None,
+        metavar="X",
+        help="above 1, tokens of the prompt or of what was added become less likely",
+    )
+    parser.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=None,
+        metavar="X",
+        help="is subtracted from the logits of tokens that were added already",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end a result before this text; may be given again (a line's end: $'\\n' in bash)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument(
         "--guidance",

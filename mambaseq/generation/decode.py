@@ -17,9 +17,11 @@ from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.prompts import Prompts
-from mambaseq.generation.sampling import Draws, check_settings, sample
+from mambaseq.generation.sampling import Draws, Penalties, check_settings, sample
+from mambaseq.generation.stopping import StopStrings, Watch
 from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
+from mambaseq.heads.base import Head
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
@@ -50,9 +52,13 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
     seed: int | None = None,
     condition: Tensor | None = None,
     stop_ids: Collection[int] = (),
+    stop: StopStrings | None = None,
     progress: bool = False,
     cuda_graph: bool = True,
     samples: int = 1,
@@ -68,10 +74,13 @@ def generate(
         prompt: `(batch, prompt_length)` int64, at least one token each; for a head of several codes `(batch,
             prompt_length, codes)`.
         max_new_tokens: tokens to add, or positions. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
+        min_p: leave out tokens less likely than this share of the likeliest one.
+        repetition_penalty, presence_penalty: see `sampling.Penalties`; for heads that pick one token a position.
         seed: each sequence then depends only on model, prompt, condition, settings and its number among the samples of
             its prompt, not on the other sequences. In [0, 2^63); None draws one from PyTorch's generator.
         condition: `(batch,)` int64 (see `Batch`) for conditional models.
         stop_ids: ids after which a sequence ends; ended sequences are filled with the stop id.
+        stop: texts after which a sequence ends. What stands behind one means nothing; `stop.cut` leaves it out.
         progress: show a bar.
         cuda_graph: on a CUDA device, compute many positions in one kernel if possible (see `generation/stretches.py`),
             or replay the steps from a CUDA graph (see `Decoder`).
@@ -101,15 +110,15 @@ def generate(
             "causal backbone, such as residual or unet."
         )
     model.check_stateful()
-    check_settings(temperature, top_k, top_p)
+    check_settings(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty)
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_whole("samples", samples, 1)
     limits.SEQUENCES.check(len(prompt) * samples, "Generation")
     limits.GENERATED.check(len(prompt) * samples * max_new_tokens * max(codes, 1), "Generation")
     if given is not None and given.shape != (len(prompt), max_new_tokens, *prompt.shape[2:]):
         raise ConfigError(f"given must have the shape of what is added, not {tuple(given.shape)}.")
-    if stop_ids and codes:
-        raise ConfigError("A token that ends a sequence (stop_ids) is for heads of one token a position.")
+    if (stop_ids or stop) and codes:
+        raise ConfigError("What ends a sequence (stop_ids, stop) is for heads of one token a position.")
     if numbers is not None and numbers.shape != (len(prompt), samples):
         raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
     every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
@@ -122,9 +131,13 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
             seed=seed,
             condition=condition,
             stop_ids=stop_ids,
+            stop=stop,
             cuda_graph=cuda_graph,
             samples=samples,
             numbers=numbers,
@@ -145,9 +158,13 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
     seed: int | None = None,
     condition: Tensor | None = None,
     stop_ids: Collection[int] = (),
+    stop: StopStrings | None = None,
     cuda_graph: bool = True,
     samples: int = 1,
     numbers: Tensor | None = None,
@@ -174,18 +191,31 @@ def stream(
     given = None if given is None else given.to(device)[every]
 
     with_guidance = guidance != 1 and condition is not None
+    penalised = repetition_penalty != 1 or presence_penalty != 0
+    if penalised:
+        check_penalised(model)
+    watch = None if stop is None else stop.watch(prompts, samples)
+    penalties: list[Penalties] = []  # made of the first logits, which tell the vocabulary
 
     def next_token(told: Tensor, place: int) -> Tensor:
         """The token at this place of what is added, from what the head tells."""
 
         def pick(logits: Tensor) -> Tensor:
-            return sample(logits, temperature, top_k, top_p, None if draws is None else draws.next())
+            if penalised:
+                if not penalties:
+                    n = logits.shape[-1]
+                    penalties.append(Penalties(repetition_penalty, presence_penalty, prompts, samples, n))
+                logits = penalties[0](logits)
+            return sample(logits, temperature, top_k, top_p, None if draws is None else draws.next(), min_p)
 
         draw = getattr(model.head, "draw", None)
         if draw is None:  # a plugin's
             draw = _picked
         token: Tensor = drawn(draw, told, pick, guidance) if with_guidance else draw(told, pick)
-        return token if given is None else torch.where(given[:, place] < 0, token, given[:, place])
+        token = token if given is None else torch.where(given[:, place] < 0, token, given[:, place])
+        if penalised:
+            penalties[0].add(token)
+        return token
 
     was_training = model.training
     model.eval()
@@ -201,20 +231,22 @@ def stream(
                 Decoder(model, more, cuda_graph=captured),
             )
             logits = torch.stack([logits, untold], 1)[every]
-            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids)
+            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids, watch)
             return
         if samples > 1 or read is not None:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
         worth = max_new_tokens >= (_WORTH_A_KERNEL if device.type == "cpu" else WORTH_A_GRAPH)
-        if cuda_graph and worth and given is None and why_not_stretches(model, len(every), top_k, top_p) is None:
+        worth = worth and given is None and not penalised and min_p == 0  # what the kernel does not know
+        if cuda_graph and worth and why_not_stretches(model, len(every), top_k, top_p) is None:
             check_finite(logits)
             token = next_token(logits, 0)
             stretches = Stretches(model, state, condition, len(every))
-            yield from _by_stretches(stretches, token, max_new_tokens, (temperature, top_k, top_p), draws, stop_ids)
+            choices = temperature, top_k, top_p
+            yield from _by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
             return
         decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= WORTH_A_GRAPH)
-        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids)
+        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch)
     finally:
         model.train(was_training)
 
@@ -230,6 +262,7 @@ def _by_steps(
     max_new_tokens: int,
     next_token: Callable[[Tensor, int], Tensor],
     stop_ids: Collection[int],
+    watch: Watch | None,
 ) -> Iterator[Tensor]:
     """One token of each sequence at a time, up to where all have ended; see `stream`."""
     device = logits.device
@@ -237,21 +270,28 @@ def _by_steps(
     last: Tensor | None = None
     ended = torch.zeros(len(logits), dtype=torch.bool, device=device)
     all_ended: list[Tensor] = []  # after each token since the last check
+    unread: list[Tensor] = []  # these tokens
+    may_end = bool(stop_ids) or watch is not None
     tokens_a_look = _TOKENS_A_LOOK.get(device.type, 1)
     peak = logits.amax(-1)  # NaN and infinity stay in it
     given_on = time.monotonic()
     try:
         for i in range(max_new_tokens):
             token = next_token(logits, i)
-            if stop_ids and last is not None:
+            if may_end and last is not None:
                 token = torch.where(ended, last, token)
             out.append(token[:, None])
             last = token
-            if stop_ids:
+            if may_end:
                 for stop in stop_ids:
                     ended |= token == stop
                 all_ended.append(ended.all())
+                unread.append(token)
                 if len(all_ended) == tokens_a_look or i + 1 == max_new_tokens:
+                    if watch is not None:
+                        ended |= torch.from_numpy(watch(torch.stack(unread, 1).cpu().numpy())).to(device)
+                        all_ended[-1] = ended.all()
+                    unread.clear()
                     flags = torch.stack(all_ended).tolist()
                     if True in flags:
                         del out[len(out) - len(flags) + flags.index(True) + 1 :]
@@ -283,6 +323,7 @@ def _by_stretches(
     settings: tuple[float, int, float],
     draws: Draws | None,
     stop_ids: Collection[int],
+    watch: Watch | None,
 ) -> Iterator[Tensor]:
     """The tokens from the first one on, up to where all sequences have ended; settings: temperature, top_k, top_p."""
     stops = torch.tensor(sorted(stop_ids), device=token.device)
@@ -297,6 +338,10 @@ def _by_stretches(
                 yield tokens[:, : int(begun.max()) + 1]
                 return
         yield tokens
+        if watch is not None and bool(
+            (torch.from_numpy(watch(tokens.cpu().numpy())).to(ended.device) | (ended >= 0)).all()
+        ):
+            return
         left -= tokens.shape[1]
         if not left:
             return
@@ -325,6 +370,16 @@ def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
     if says is None:  # a plugin's
         says = "values" if getattr(head, "learns", None) == "values" else "tokens"
     return bool(model.backbone.causal and head.per_token and says == what)
+
+
+def check_penalised(model: SequenceModel) -> None:
+    """Raise ConfigError for a model whose head picks several times for a position: nothing is then repeated as a
+    token."""
+    if getattr(type(model.head), "draw", Head.draw) is not Head.draw:
+        raise ConfigError(
+            f"repetition_penalty and presence_penalty are for heads that pick one token a position, and "
+            f"{type(model.head).__name__} picks parts of it. Leave them out."
+        )
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import math
 import sys
 from typing import Any
 
@@ -14,10 +15,20 @@ from torch import Tensor
 from mambaseq.errors import ConfigError, shown
 from mambaseq.generation.prompts import Prompts, Row, parts
 
+_LARGEST = 100  # penalty: logits stay finite
 
-def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
+
+def check_settings(
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    presence_penalty: Any = 0.0,
+) -> None:
     """Raise ConfigError unless temperature is a finite number of at least 0 (0 is greedy), top_k a whole number of at
-    least 0 (0 is all) and top_p in (0, 1]."""
+    least 0 (0 is all), top_p in (0, 1], min_p in [0, 1], repetition_penalty in [0.01, 100] and
+    presence_penalty in [0, 100]."""
 
     def finite(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -28,21 +39,35 @@ def check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
         raise ConfigError(f"top_k must be a whole number of at least 0, not {shown(top_k)}.")
     if not finite(top_p) or not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, not {shown(top_p)}.")
+    if not finite(min_p) or not 0 <= min_p <= 1:
+        raise ConfigError(f"min_p must be a number from 0 to 1, not {shown(min_p)}; 0 keeps all tokens.")
+    if not finite(repetition_penalty) or not 1 / _LARGEST <= repetition_penalty <= _LARGEST:
+        raise ConfigError(
+            f"repetition_penalty must be a number from {1 / _LARGEST} to {_LARGEST}, not "
+            f"{shown(repetition_penalty)}; 1 is none."
+        )
+    if not finite(presence_penalty) or not 0 <= presence_penalty <= _LARGEST:
+        raise ConfigError(
+            f"presence_penalty must be a number from 0 to {_LARGEST}, not {shown(presence_penalty)}; 0 is none."
+        )
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Scale by 1/temperature, and set to -inf what is outside the top k and the nucleus of mass top_p.
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Scale by 1/temperature, and set to -inf what is outside the top k, the nucleus of mass top_p, or below min_p
+    times the largest probability.
 
-    logits `(batch, vocab_size)` fp32; the result is fp32, and the largest of a row 0. top_k 0 and top_p 1 keep
+    logits `(batch, vocab_size)` fp32; the result is fp32, and the largest of a row 0. top_k 0, top_p 1 and min_p 0 keep
     everything. The nucleus is the smallest set of the likeliest tokens whose mass reaches top_p (Holtzman et al.,
-    arXiv:1904.09751); it is never empty. A temperature may be arbitrarily near 0: in the limit the likeliest tokens are
-    left. Raises ConfigError for values out of range (temperature 0 is for `sample`).
+    arXiv:1904.09751); it is never empty. min_p is that of Nguyen et al. (arXiv:2407.01082). A temperature may be
+    arbitrarily near 0: in the limit the likeliest tokens are left. Raises ConfigError for values out of range
+    (temperature 0 is for `sample`).
     """
-    check_settings(temperature, top_k, top_p)
+    check_settings(temperature, top_k, top_p, min_p)
     if temperature == 0:
         raise ConfigError("temperature must be above 0 to scale by it.")
     # in fp64, where no quotient by a temperature becomes 0 / 0
     logits = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).float()
+    unlikely = logits < math.log(min_p) if min_p > 0 else None  # the largest is 0
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -51,19 +76,50 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
         mass = ordered.softmax(-1).cumsum(-1)
         drop = mass - ordered.softmax(-1) >= top_p
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
-    return logits
+    return logits if unlikely is None else logits.masked_fill(unlikely, -torch.inf)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None, min_p: float = 0.0
+) -> Tensor:
     """One token for each row, `(batch,)` int64, from a number in [0, 1) for each row, `(batch,)` float64. Temperature 0
     takes the likeliest token and needs no number."""
     if temperature == 0:
         return logits.argmax(-1)
     assert uniform is not None
-    shares = filter_logits(logits, temperature, top_k, top_p).softmax(-1).double().cumsum(-1)
+    shares = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1).double().cumsum(-1)
     # the first token whose cumulative sum is above: never one with share 0
     token = torch.searchsorted(shares, uniform[:, None] * shares[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
+
+
+class Penalties:
+    """Changes logits by what the sequences hold already.
+
+    repetition: logits of tokens of the prompt or of what was added are divided by it if they are positive, else
+        multiplied (Keskar et al., arXiv:1909.05858). presence: subtracted from the logits of tokens that were added.
+    prompts: of which each has `samples` sequences, that follow each other. n: the size of the vocabulary.
+    """
+
+    def __init__(self, repetition: float, presence: float, prompts: Prompts, samples: int, n: int) -> None:
+        self.repetition, self.presence = repetition, presence
+        self._added = torch.zeros(len(prompts) * samples, n, dtype=torch.bool, device=prompts.device)
+        seen = np.zeros((len(prompts), n), dtype=bool)
+        for row, prompt in zip(seen, prompts.rows, strict=True):
+            for part in parts(prompt):
+                row[part] = True
+        self._seen = torch.from_numpy(seen).to(prompts.device).repeat_interleave(samples, 0)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits `(batch, n)`, as new ones."""
+        if self.repetition != 1:
+            penalised = torch.where(logits < 0, logits * self.repetition, logits / self.repetition)
+            logits = torch.where(self._seen | self._added, penalised, logits)
+        return logits - self.presence * self._added
+
+    def add(self, token: Tensor) -> None:
+        """The tokens that were taken, `(batch,)`."""
+        self._added.scatter_(1, token[:, None], True)
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -106,12 +106,18 @@ class GenerationConfig:
         temperature: below 1 likely tokens are drawn more often, above 1 less often; 0 takes the likeliest.
         top_k: draw from so many of the likeliest tokens; 0 from all.
         top_p: draw from the likeliest tokens that together have this probability; 1 from all.
+        min_p: leave out tokens less likely than this share of the likeliest one.
+        repetition_penalty: above 1, tokens that are there already become less likely.
+        presence_penalty: what is subtracted from the logits of tokens that were generated already.
     """
 
     max_new_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         check_generation(dataclasses.asdict(self))

@@ -14,9 +14,10 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, shown
-from mambaseq.generation.decode import NotFinite, check_whole, continues
+from mambaseq.generation.decode import NotFinite, check_penalised, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.sampling import check_settings
+from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
 from mambaseq.runs.conditions import Conditions, Given, Known
@@ -92,7 +93,8 @@ def generate_from(checkpoint: str | Path, *, prompt: str | None = None, **option
     Each is what it would be without the others.
 
     options: of `condition`, `condition_column` and `condition_table` (each record under a condition of its own instead;
-        see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, seed,
+        see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, min_p,
+        repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is generated), seed,
         guidance, writer (by which they are to be written; checked first), device, progress; record (the number of the
         only record of the prompt's file that is continued, from 0) and first_sample (the number of the first sample).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
@@ -119,6 +121,10 @@ def _planned(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     guidance: float = 1.0,
     writer: str | None = None,
@@ -136,13 +142,17 @@ def _planned(
     if max_new_tokens is not None:
         check_whole("--max-new-tokens", max_new_tokens, 1)
     _check_amount(samples, max_new_tokens or 1)
-    check_settings(1.0 if temperature is None else temperature, top_k or 0, 1.0 if top_p is None else top_p)
+    choices = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    choices |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+    choices = {name: value for name, value in choices.items() if value is not None}
+    check_settings(**{"temperature": 1.0 if temperature is None else temperature, "top_k": 0, "top_p": 1.0, **choices})
+    check_stop(stop)
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     card = loaded.card
     signal = loaded.tokenizer is None
     if signal:
-        _check_continues(loaded, prompt, top_k, top_p)
+        _check_continues(loaded, prompt, [*choices, *(["stop"] if stop else [])])
     elif not continues(loaded.model, "tokens"):
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
@@ -183,13 +193,18 @@ def _planned(
         "seed": seed,
     }
     if not signal:
+        assert loaded.tokenizer is not None
         end = getattr(loaded.tokenizer, "eos_id", None)
         settings |= {
-            "top_k": defaults.get("top_k", 0) if top_k is None else top_k,
-            "top_p": defaults.get("top_p", 1.0) if top_p is None else top_p,
+            **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0},
+            **{name: value for name, value in defaults.items() if name not in ("max_new_tokens", "temperature")},
+            **choices,
             "stop_ids": () if end is None else (end,),
+            "stop": StopStrings(stop, loaded.tokenizer) if stop else None,
             "guidance": guidance,
         }
+        if settings["repetition_penalty"] != 1 or settings["presence_penalty"] != 0:
+            check_penalised(loaded.model)
     return Plan(
         Path(checkpoint),
         loaded,
@@ -222,7 +237,7 @@ def _check_guidance(loaded: LoadedModel, guidance: float, conditions: Conditions
         )
 
 
-def _check_continues(loaded: LoadedModel, prompt: str | None, top_k: int | None, top_p: float | None) -> None:
+def _check_continues(loaded: LoadedModel, prompt: str | None, choices: Sequence[str]) -> None:
     """Raise ConfigError unless the model can continue signals, and no option for tokens is given."""
     where = loaded.source.parent
     if loaded.card.task not in (None, "next_values") or not continues(loaded.model, "values"):
@@ -231,10 +246,10 @@ def _check_continues(loaded: LoadedModel, prompt: str | None, top_k: int | None,
             "values of its own channels. Give another --checkpoint, of a run with the head forecast and a causal "
             "backbone, such as residual, on data of next values."
         )
-    if top_k is not None or top_p is not None:
+    if choices:
         raise ConfigError(
-            f"--top-k and --top-p choose among tokens, but the model at {where} predicts values. Leave them out; "
-            "--temperature 0 takes the mean or the median."
+            f"--{choices[0].replace('_', '-')} is about tokens, but the model at {where} predicts values. Leave it "
+            "out; --temperature 0 takes the mean or the median."
         )
     if prompt is None:
         raise ConfigError(f"The model at {where} continues signals. Give one: --prompt FILE.")
@@ -302,7 +317,9 @@ def _sequences(
     prompts = {job.place: job.prompt.values[:] for batch in jobs for job in batch}
     for key in sorted(held):
         begin = prompts[key[0]].astype(np.int64)
-        found.append(ended(np.concatenate([begin, *held.pop(key)]), len(begin), settings.get("stop_ids", ())))
+        row = ended(np.concatenate([begin, *held.pop(key)]), len(begin), settings.get("stop_ids", ()))
+        stop: StopStrings | None = settings.get("stop")
+        found.append(row if stop is None else np.concatenate([begin, stop.cut(begin, row[len(begin) :])]))
     return found
 
 

@@ -26,6 +26,7 @@ from mambaseq.runs.continuing import Job, Progress, ended, pieces
 from mambaseq.runs.devices import memory_told
 
 FORMAT = 1
+_LATER = ("min_p", "repetition_penalty", "presence_penalty")  # settings that not every file of settings has
 
 
 class Sink(Protocol):
@@ -96,6 +97,8 @@ class Interrupted(KeyboardInterrupt):
 def streams(writer: Any, plan: Plan) -> bool:
     """Whether the writer can write the results while they are generated."""
     tokenizer = plan.loaded.tokenizer
+    if plan.settings.get("stop") is not None:  # what belongs to a stop is known afterwards
+        return False
     given = any(job.prompt.given is not None for batch in plan.jobs for job in batch)
     return hasattr(writer, "begin") and tokenizer is not None and not given and bool(writer.streams(tokenizer))
 
@@ -248,6 +251,7 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
         "temperature": plan.settings["temperature"],
         "top_k": plan.settings["top_k"],
         "top_p": plan.settings["top_p"],
+        **{name: plan.settings[name] for name in _LATER},
         "guidance": plan.settings["guidance"],
         "max_new_tokens": plan.new,
         "new_tokens": result.added,
@@ -277,6 +281,7 @@ def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
             "temperature": float(found["temperature"]),
             "top_k": _whole(found["top_k"]),
             "top_p": float(found["top_p"]),
+            **{name: float(found[name]) for name in _LATER if name in found},
             "guidance": float(found["guidance"]),
             "max_new_tokens": _whole(found["max_new_tokens"]),
         }

@@ -57,6 +57,10 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--temperature", "inf"], "temperature must be a finite number"),
         (["--top-p", "nan"], "top_p must be above 0 and at most 1, not nan"),
         (["--top-p", "0"], "top_p must be above 0"),
+        (["--min-p", "2"], "min_p must be a number from 0 to 1, not 2.0"),
+        (["--repetition-penalty", "-1"], "repetition_penalty must be a number from 0.01 to 100, not -1.0"),
+        (["--presence-penalty", "nan"], "presence_penalty must be a number from 0 to 100, not nan"),
+        (["--stop", ""], "stop must be texts of 1 to 1,000 characters"),
         (["--top-k", "-1"], "top_k must be a whole number of at least 0, not -1"),
         (["--samples", "1000000000"], "--samples asks for 1,000,000,000 sequences"),
         (["-n", "1000000000000"], "MAMBASEQ_MAX_GENERATED"),
@@ -113,6 +117,15 @@ def test_every_prompt_of_a_file_is_continued_as_if_it_were_alone(tmp_path: Path,
         assert alone == texts[2 * number : 2 * number + 2]
     if temperature == "1":
         assert len(set(texts)) > 590  # equal prompts are continued in other ways
+
+
+def test_results_end_before_a_stop(tmp_path: Path) -> None:
+    model, options = language_model(tmp_path / "m"), ["-n", "40", "--samples", "3", "--seed", "3", "--prompt", "To be"]
+    whole = generated(model, tmp_path / "a.jsonl", *options)
+    signs = [next(sign for sign in text[25:] if sign != "\ufffd" and sign not in text[:25]) for text in whole]
+    stops = [word for sign in signs for word in ("--stop", sign)]
+    ended = generated(model, tmp_path / "b.jsonl", *options, *stops)
+    assert ended == [text[: min(text.find(sign, 5) % 999 for sign in signs)] for text in whole]
 
 
 def test_prompts_conditions_and_samples_in_order(tmp_path: Path) -> None:
