@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mambaseq.atomic import json_text
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
-from mambaseq.limits import TOKEN_IDS
+from mambaseq.limits import TOKEN_IDS, YAML_BYTES
+from mambaseq.plain import read_json
 
 
 class TextTokenizer(Tokenizer):
@@ -127,9 +130,24 @@ class ByteTokenizer(TextTokenizer):
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def save_for_transformers(self, folder: Path) -> dict[str, int]:
+        """Byte pieces without a merge: the same ids of every text."""
+        # the letters by which such a vocabulary writes bytes: printable ones as they are, the rest from 256 on
+        own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in own]
+        letters = {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(others)}
+        marks = {"bos": self.bos_id, "eos": self.eos_id}
+        special = {f"<{name}>": number for name, number in marks.items() if number is not None}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters | special, merges=[]))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        made.add_special_tokens(list(special))
+        return _write_for_transformers(folder, made, {name: f"<{name}>" for name, number in marks.items() if number})
+
 
 class HFTokenizer(TextTokenizer):
-    """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`; the file is saved with a model.
+    """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`; the file is saved with a model, and so are
+    those beside it that say more of it (`COMPANIONS`), such as a chat template.
 
     Args:
         path: the file `tokenizer.json`.
@@ -138,6 +156,7 @@ class HFTokenizer(TextTokenizer):
     """
 
     FILE = "tokenizer.json"
+    COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
     def __init__(self, path: str, bos: str | None = None, eos: str | None = None) -> None:
         self.path, self.bos, self.eos = path, bos, eos
@@ -210,7 +229,55 @@ class HFTokenizer(TextTokenizer):
 
     def save_files(self, folder: Path) -> dict[str, Any]:
         self._tokenizer.save(str(folder / self.FILE))
+        self._copy_companions(folder)
         return {**self.options, "path": self.FILE}
+
+    def _copy_companions(self, folder: Path) -> None:
+        for name in self.COMPANIONS:
+            source = Path(self.path).expanduser().parent / name
+            if source.is_file():
+                YAML_BYTES.check(source.stat().st_size, str(source))
+                shutil.copyfile(source, folder / name)
+
+    @classmethod
+    def from_folder(cls, source: Path) -> HFTokenizer:
+        """The tokenizer of a published model, from its folder or its tokenizer.json, with the marks that its files
+        name: eos, and bos if the tokenizer puts it before a text.
+
+        Raises DataError if there is no tokenizer.json or it is damaged, UserError for another damaged file.
+        """
+        path = source / cls.FILE if source.is_dir() else source
+        made = cls(str(path))
+        named = [read_json(file) for file in (path.parent / name for name in cls.COMPANIONS[:2]) if file.is_file()]
+        marks = {mark: next((t for one in named if (t := _token(one.get(f"{mark}_token")))), None) for mark in _MARKS}
+        bos = made.before_a_text()
+        if bos is None and any(one.get("add_bos_token") is True for one in named):
+            bos = marks["bos"]
+        known = made._tokenizer.token_to_id
+        return cls(str(path), *(t if t is not None and known(t) is not None else None for t in (bos, marks["eos"])))
+
+    def before_a_text(self) -> str | None:
+        """The token that the file itself puts before a text, None for none."""
+        try:
+            whole, bare = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
+        except Exception:  # the library raises nothing narrower; a vocabulary may lack the letter
+            return None
+        first: str | None = None
+        if len(whole) > len(bare) and whole[: len(bare)] != bare:
+            first = self._tokenizer.id_to_token(whole[0])
+        return first
+
+    def save_for_transformers(self, folder: Path) -> dict[str, int]:
+        made = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        if self.before_a_text() != self.bos:
+            post: Any = tokenizers.processors.ByteLevel(trim_offsets=False)
+            if self.bos is not None:
+                post = tokenizers.processors.TemplateProcessing(
+                    single=f"{self.bos}:0 $A:0", special_tokens=[(self.bos, self.bos_id)]
+                )
+            made.post_processor = post
+        self._copy_companions(folder)
+        return _write_for_transformers(folder, made, {"bos": self.bos, "eos": self.eos})
 
     @classmethod
     def load_files(cls, folder: Path, options: dict[str, Any]) -> HFTokenizer:
@@ -219,6 +286,29 @@ class HFTokenizer(TextTokenizer):
             card = folder / "model.json"
             raise DataError(f"{card}: tokenizer.options.path must be a file beside it, not {shown(name)}.")
         return cls(**{**options, "path": str(folder / name)})
+
+
+_MARKS = ("bos", "eos")
+
+
+def _token(written: Any) -> str | None:
+    """A token in a tokenizer_config.json: its text, or an object with it as `content`."""
+    text = written.get("content") if isinstance(written, dict) else written
+    return text if isinstance(text, str) and text else None
+
+
+def _write_for_transformers(
+    folder: Path, tokenizer: tokenizers.Tokenizer, marks: dict[str, str | None]
+) -> dict[str, int]:
+    """Write tokenizer.json, and tokenizer_config.json unless it is there. marks: the tokens bos and eos."""
+    tokenizer.save(str(folder / HFTokenizer.FILE))
+    named = {f"{mark}_token": token for mark, token in marks.items() if token is not None}
+    config = folder / HFTokenizer.COMPANIONS[0]
+    if not config.is_file():
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+        config.write_text(json_text(told, indent=2) + "\n", encoding="utf-8")
+    known = {mark: tokenizer.token_to_id(token) for mark, token in marks.items() if token is not None}
+    return {mark: number for mark, number in known.items() if number is not None}
 
 
 def _is_file(path: str) -> bool:

@@ -61,7 +61,10 @@ def load_source(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[L
     """
     folder = located(path)
     if has_model(folder) or not (folder / "config.json").is_file():
-        return load_model(folder), False
+        loaded = load_model(folder)
+        # one that was imported without a tokenizer is still what was published: rows without a token pad it
+        bare = tokenizer is not None and loaded.card.tokenizer is None and loaded.card.task == "next_token"
+        return loaded, bare
     model = load_upstream(folder)
     assert model.spec is not None
     theirs = None if tokenizer is None else _tokenizer_in(folder, tokenizer)

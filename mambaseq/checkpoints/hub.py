@@ -9,6 +9,7 @@ registry, as for every model's folder.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import tempfile
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 
 from mambaseq.checkpoints.card import ModelCard, read_card
-from mambaseq.checkpoints.export import LoadedModel, load_model, save_model
+from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, save_model
+from mambaseq.checkpoints.published import GENERATION, TOKENIZER_FILES, load_published
+from mambaseq.checkpoints.upstream import WEIGHTS, parts_in
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
 from mambaseq.limits import HUB_FILES
 from mambaseq.models import SequenceModel, build_model
@@ -58,10 +61,10 @@ def from_pretrained(
 ) -> LoadedModel:
     """A model, its description and its tokenizer, from a local folder (also a run's) or from the Hub.
 
-    source: the folder, or a repository's name, "user/name". revision, token, cache_dir, force_download,
-    local_files_only: as of `huggingface_hub.hf_hub_download`.
+    source: the folder, or a repository's name, "user/name"; also that of a published Mamba (see `load_published`).
+    revision, token, cache_dir, force_download, local_files_only: as of `huggingface_hub.hf_hub_download`.
 
-    Raises what `load_model` raises, and UserError if nothing can be downloaded.
+    Raises what `load_model` and `load_published` raise, and UserError if nothing can be downloaded.
     """
     if not Path(source).is_dir():
         source = download(
@@ -72,11 +75,15 @@ def from_pretrained(
             force_download=force_download,
             local_files_only=local_files_only,
         )
+    if not has_model(source) and (Path(source) / "config.json").is_file():
+        loaded = load_published(source)
+        return dataclasses.replace(loaded, model=loaded.model.to(device))
     return load_model(source, device)
 
 
 def download(repository: str, **options: Any) -> Path:
-    """The folder of a repository's model in the local cache; `mambaseq.load` takes it too.
+    """The folder of a repository's model in the local cache; `mambaseq.load` takes it too, unless it is a published
+    Mamba in another house's form, of which config.json, weights and tokenizer are fetched.
 
     options: revision, token, cache_dir, force_download, local_files_only, as of `huggingface_hub.hf_hub_download`.
 
@@ -88,7 +95,15 @@ def download(repository: str, **options: Any) -> Path:
             f"{shown(repository)} is neither a folder here nor the name of a repository on the Hugging Face Hub "
             "(user/name)."
         )
-    description = _fetch(repository, _DESCRIPTION, options)
+    try:
+        description = _fetch(repository, _DESCRIPTION, options)
+    except UserError as error:
+        if not _is_absent(error.__cause__):
+            raise
+        try:
+            return _published(repository, options)
+        except UserError as other:
+            raise error if _is_absent(other.__cause__) else other from None
     card = read_card(description)
     HUB_FILES.check(len(card.sha256), f"{_DESCRIPTION} of {repository}")
     if _WEIGHTS not in card.sha256:
@@ -100,6 +115,53 @@ def download(repository: str, **options: Any) -> Path:
         if _fetch(repository, name, options) != description.parent / name:
             raise UserError(f"{repository} was changed while it was downloaded. Download it again.")
     return description.parent
+
+
+_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of state-spaces' models, which have none in their repositories
+
+
+def _published(repository: str, options: dict[str, Any]) -> Path:
+    """The folder of a published model: config.json, weights in the first form that is there, and the tokenizer.
+
+    Raises UserError, for a missing config.json with the Hub's error as cause.
+    """
+    folder = _fetch(repository, "config.json", options).parent
+    weights = next((path for name in WEIGHTS if (path := _fetch_if_there(repository, name, options))), None)
+    if weights is None:
+        raise UserError(f"{repository} has none of {cut_list(WEIGHTS)}. Name another repository.")
+    if weights.suffix == ".json":
+        names = parts_in(weights)
+        HUB_FILES.check(len(names), f"{weights.name} of {repository}")
+        for name in names:
+            _fetch(repository, name, options)
+    for name in (*TOKENIZER_FILES, GENERATION):
+        _fetch_if_there(repository, name, options)
+    return folder
+
+
+def download_tokenizer(repository: str, **options: Any) -> Path | None:
+    """The folder of the tokenizer that a published model is used with, where its own repository has none; None if that
+    is not known."""
+    if not repository.startswith("state-spaces/"):
+        return None
+    folder = _fetch(_NEOX, TOKENIZER_FILES[0], options).parent
+    for name in TOKENIZER_FILES[1:]:
+        _fetch_if_there(_NEOX, name, options)
+    return folder
+
+
+def _fetch_if_there(repository: str, name: str, options: dict[str, Any]) -> Path | None:
+    try:
+        return _fetch(repository, name, options)
+    except UserError as error:
+        if _is_absent(error.__cause__):
+            return None
+        raise
+
+
+def _is_absent(error: BaseException | None) -> bool:
+    """Whether the Hub, or the cache where nothing else may be asked, says that a file is not there."""
+    return any(kind.__name__.endswith("EntryNotFoundError") for kind in type(error).__mro__)
 
 
 def push_to_hub(

@@ -20,6 +20,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import UserError, cut_list, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.limits import INDEX_BYTES, LAYERS, YAML_BYTES, check_unpacked
+from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.norm import RMSNorm
@@ -70,7 +71,8 @@ def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bo
     return out
 
 
-def _no_form(problem: str) -> UserError:
+def no_form(problem: str) -> UserError:
+    """The error for a model that other houses have no class for."""
     return UserError(
         f"This model cannot be written as a published Mamba or Mamba-2: {problem}. Those are language models over "
         "tokens with one kind of layer, mamba or mamba2 as published. Save others with save_model."
@@ -83,19 +85,19 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
         if found := _OF_LAYER.fullmatch(name):
             layers.setdefault(int(found[1]), set()).add(found[2])
         elif name not in _FIXED:
-            raise _no_form(f"it has {shown(name)}, which those do not have")
+            raise no_form(f"it has {shown(name)}, which those do not have")
     if missing := [name for name in _FIXED if name not in tensors and name != "head.linear.weight"]:
-        raise _no_form(f"{shown(missing[0])} is missing")
+        raise no_form(f"{shown(missing[0])} is missing")
     if sorted(layers) != list(range(len(layers))) or not layers:
-        raise _no_form("its layers are not numbered from 0 on, or it has none")
+        raise no_form("its layers are not numbered from 0 on, or it has none")
     first = next((kind for kind, names in _KINDS.items() if names <= layers[0]), "Mamba-1")
     for number, names in sorted(layers.items()):
         if extra := sorted(names - _KINDS[first] - _OPTIONAL):
-            raise _no_form(f"layer {number} has {shown(extra[0])}, which a {first} layer has not")
+            raise no_form(f"layer {number} has {shown(extra[0])}, which a {first} layer has not")
         if missing := sorted(_KINDS[first] - names):
-            raise _no_form(f"layer {number} has no {shown(missing[0])}, which a {first} layer has")
+            raise no_form(f"layer {number} has no {shown(missing[0])}, which a {first} layer has")
         if names != layers[0]:
-            raise _no_form(f"layer {number} has other biases than layer 0")
+            raise no_form(f"layer {number} has other biases than layer 0")
 
 
 def _check_options(model: SequenceModel, transformers: bool) -> None:
@@ -103,16 +105,63 @@ def _check_options(model: SequenceModel, transformers: bool) -> None:
     parts = {"encoder": TokenEncoder, "backbone": ResidualStack, "head": LMHead}
     for part, kind in parts.items():
         if type(found := getattr(model, part)) is not kind:
-            raise _no_form(f"its {part} is a {type(found).__name__}, not a {kind.__name__}")
+            raise no_form(f"its {part} is a {type(found).__name__}, not a {kind.__name__}")
     eps = {norm.eps or 0.0 for norm in model.backbone.modules() if isinstance(norm, RMSNorm | GatedRMSNorm)}
     if len(eps) > 1 or (not transformers and eps != {1e-5}):  # a setting in transformers; fixed upstream
         theirs = "one for all" if transformers else "1e-05"
-        raise _no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, but theirs is {theirs}")
+        raise no_form(f"its norms have the epsilons {', '.join(map(str, sorted(eps)))}, but theirs is {theirs}")
     for number, mixer in enumerate(model.backbone.mixers()):
         if type(mixer) not in (Mamba, Mamba2):
-            raise _no_form(f"the mixer of layer {number} is a {type(mixer).__name__}")
+            raise no_form(f"the mixer of layer {number} is a {type(mixer).__name__}")
         if isinstance(mixer, Mamba2) and mixer.norm.norm_before_gate:
-            raise _no_form(f"layer {number} has norm_before_gate")
+            raise no_form(f"layer {number} has norm_before_gate")
+
+
+def described(model: SequenceModel) -> dict[str, Any]:
+    """The settings of transformers' config.json for a model that `to_upstream` takes; of ids and dtype it says nothing.
+
+    Raises UserError for other models, and for layers of one mixer with different sizes.
+    """
+    _check_options(model, transformers=True)
+    mixers = model.backbone.mixers()
+    sizes = [_sizes(mixer) for mixer in mixers]
+    if different := [number for number, one in enumerate(sizes) if one != sizes[0]]:
+        raise no_form(f"layer {different[0]} has other sizes than layer 0")
+    assert isinstance(model.encoder, TokenEncoder)
+    kind = "Mamba2" if isinstance(mixers[0], Mamba2) else "Mamba"
+    return {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        "vocab_size": model.encoder.embedding.num_embeddings,
+        "hidden_size": mixers[0].d_model,
+        "num_hidden_layers": len(mixers),
+        "layer_norm_epsilon": model.backbone.norm_f.eps or 0.0,  # type: ignore[union-attr]
+        "hidden_act": "silu",
+        "residual_in_fp32": True,
+        "tie_word_embeddings": model.tie_embeddings,
+        **sizes[0],
+    }
+
+
+def _sizes(mixer: Mixer) -> dict[str, Any]:
+    assert isinstance(mixer, Mamba | Mamba2)
+    found = {
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "expand": mixer.d_inner // mixer.d_model,
+        "intermediate_size": mixer.d_inner,
+        "use_bias": mixer.in_proj.bias is not None,
+        "use_conv_bias": mixer.conv1d.bias is not None,
+    }
+    if isinstance(mixer, Mamba):
+        return {**found, "time_step_rank": mixer.dt_rank}
+    return {
+        **found,
+        "num_heads": mixer.n_heads,
+        "head_dim": mixer.head_dim,
+        "n_groups": mixer.n_groups,
+        "chunk_size": 256,
+    }
 
 
 def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,15 +194,28 @@ _WHOLE = (
 )
 _BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias")
 _LARGEST = 2**31 - 1
+_LOADED = ("mamba", "mamba2")
+_HYBRIDS = {
+    "jamba": "a hybrid of Mamba, attention and mixtures of experts",
+    "zamba": "a hybrid whose layers share one attention on concatenated inputs",
+    "zamba2": "a hybrid whose layers share attention on concatenated inputs with adapters",
+    "nemotron_h": "a hybrid with MLPs of squared ReLU and layers of its own order",
+    "granitemoehybrid": "a hybrid with multipliers and mixtures of experts",
+    "falcon_h1": "a hybrid that runs Mamba-2 and attention side by side",
+}
 
 
 def _check_kind(kind: Any) -> None:
     """Raise UserError for a model that is neither, and say which commands of domains import others."""
-    if kind in (None, "mamba", "mamba2"):
+    if kind is None or kind in _LOADED:
         return
     others = [f"mambaseq {entry.name}" for entry in catalog()["commands"] if entry.name.endswith("/import")]
     told = f" Others are imported by: {cut_list(others)}." if others else ""
-    raise UserError(f"The checkpoint is a {shown(kind)} model; only 'mamba' and 'mamba2' can be loaded.{told}")
+    what = _HYBRIDS.get(kind) if isinstance(kind, str) else None
+    raise UserError(
+        f"The checkpoint is a {shown(kind)} model{f', {what}' if what else ''}; only "
+        f"{cut_list(map(shown, _LOADED))} can be loaded.{told}"
+    )
 
 
 def _check_types(config: dict[str, Any]) -> None:
@@ -232,10 +294,11 @@ def _check_dt_limit(key: str, limit: Any) -> None:
         )
 
 
-def load_upstream(folder: str | Path) -> SequenceModel:
+def load_upstream(folder: str | Path, *, keep_dtype: bool = False) -> SequenceModel:
     """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the parts of
     one of them that an index lists (`model.safetensors.index.json`).
 
+    keep_dtype: each parameter in its dtype in the file; otherwise all are fp32.
     The `.bin` is read without unpickling code. Raises UserError if files are missing, damaged or do not fit.
     """
     folder = Path(folder)
@@ -249,8 +312,33 @@ def load_upstream(folder: str | Path) -> SequenceModel:
             f"{config_path} describes a model of {asked:,} parameters, but {source} has {found:,}. {_REMEDY}"
         )
     model = _made(config_path, options)
-    load_weights(model, from_upstream(tensors), source)
+    named = from_upstream(tensors)
+    _check_floating(named, source)
+    load_weights(model, named, source)
+    if keep_dtype:
+        cast_(model, {name: tensor.dtype for name, tensor in named.items()})
     return model.eval()
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_floating(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise UserError for weights in whole numbers or 8 bits, which mean nothing without a scale."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*_FLOATS, torch.complex64, torch.complex128):
+            raise UserError(
+                f"{source}: {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}: the weights are quantised, "
+                "and only those in 16 or 32 bits can be loaded. Download the checkpoint that was not quantised."
+            )
+
+
+def cast_(model: SequenceModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Turn parameters into the dtypes under their names, in place; float64 becomes float32, and what has no name here
+    stays. Tied ones stay tied."""
+    for name, parameter in model.named_parameters():
+        if (dtype := dtypes.get(name)) is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if dtype == torch.float64 else dtype)
 
 
 def config_in(folder: Path) -> Path:
@@ -269,12 +357,15 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return source, {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
 
 
+WEIGHTS = tuple(f"{name}{kind}" for name in ("model.safetensors", "pytorch_model.bin") for kind in ("", ".index.json"))
+"""The files in which weights may be, or that list the parts; the first one that is there counts."""
+
+
 def weights_in(folder: Path) -> Path:
     """The file with the weights of a published model. Raises UserError if there is none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        for kind in ("", ".index.json"):
-            if (folder / f"{name}{kind}").is_file():
-                return folder / f"{name}{kind}"
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
     raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
 
 
@@ -283,14 +374,23 @@ def _parts(source: Path) -> list[Path]:
     names what is not beside it."""
     if source.suffix != ".json":
         return [source]
-    found = read_json(source, _REMEDY, INDEX_BYTES).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{source} must have a weight_map, names of tensors to names of files. {_REMEDY}")
-    names = sorted(set(found.values()))
+    names = parts_in(source)
     for name in names:
-        if Path(name).name != name or not (source.parent / name).is_file():
+        if not (source.parent / name).is_file():
             raise UserError(f"{source} names {shown(name)}, which is no file beside it. {_REMEDY}")
     return [source.parent / name for name in names]
+
+
+def parts_in(index: Path) -> list[str]:
+    """The files that an index of weights lists. Raises UserError for one that is none, or that names a path."""
+    found = read_json(index, _REMEDY, INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index} must have a weight_map, names of tensors to names of files. {_REMEDY}")
+    names = sorted(set(found.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", "."):
+            raise UserError(f"{index} names {shown(name)}, which is no file beside it. {_REMEDY}")
+    return names
 
 
 def _read(path: Path) -> dict[str, Tensor]:

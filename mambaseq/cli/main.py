@@ -28,6 +28,14 @@ COMMANDS = {
     "test": ("mambaseq.cli.evaluate", "evaluate a run on its test set: --checkpoint RUN [--baselines]"),
     "predict": ("mambaseq.cli.predict", "apply a run to files: --checkpoint RUN INPUT ... --out FILE"),
     "generate": ("mambaseq.cli.generate", "continue a prompt: --checkpoint RUN [--prompt P] --out FILE"),
+    "import": (
+        "mambaseq.cli.checkpoints",
+        "make a published Mamba a run: --checkpoint NAME_OR_FOLDER --out RUN",
+    ),
+    "export": (
+        "mambaseq.cli.checkpoints",
+        "write a run's model for transformers: --checkpoint RUN --out FOLDER",
+    ),
     "runs": (
         "mambaseq.cli.runs",
         "compare runs: settings that differ, metrics, speed, size: [FOLDER] [--sort COLUMN]",

@@ -44,6 +44,11 @@ class Tokenizer(abc.ABC):
         to that folder). Most tokenizers have no files."""
         return self.options
 
+    def save_for_transformers(self, folder: Path) -> dict[str, int] | None:
+        """Write it as transformers reads it (tokenizer.json). Returns the ids of the tokens bos and eos that it has, or
+        None where there is no such form, as here."""
+        return None
+
     @classmethod
     def load_files(cls, folder: Path, options: dict[str, Any]) -> Tokenizer:
         """The tokenizer that `save_files` wrote."""

@@ -23,7 +23,7 @@ from mambaseq.outputs import output_target
 from mambaseq.runs.conditions import Conditions, Given, Known
 from mambaseq.runs.continuing import Job, Progress, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq.runs.loading import fitting_options
+from mambaseq.runs.loading import check_reads_text, fitting_options
 from mambaseq.runs.prompting import ids_of, is_file, signals
 from mambaseq.runs.streaming import Plan, check_same, streams, written
 
@@ -240,6 +240,7 @@ def _check_guidance(loaded: LoadedModel, guidance: float, conditions: Conditions
 def _check_continues(loaded: LoadedModel, prompt: str | None, choices: Sequence[str]) -> None:
     """Raise ConfigError unless the model can continue signals, and no option for tokens is given."""
     where = loaded.source.parent
+    check_reads_text(loaded)
     if loaded.card.task not in (None, "next_values") or not continues(loaded.model, "values"):
         raise ConfigError(
             f"The model at {where} cannot generate: it has no tokenizer, and was not trained to predict the next "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
@@ -34,6 +35,15 @@ def _check_options(kind: str, name: str, function: Callable[..., Any], options: 
                 f"model.json: {kind}_options.{key} of the {kind} {shown(name)} cannot be {shown(value)}; it is "
                 f"{getattr(wanted, '__name__', wanted)}. Export the model again."
             )
+
+
+def check_reads_text(loaded: LoadedModel) -> None:
+    """Raise ConfigError for a language model of tokens that has no tokenizer: an imported one that came without."""
+    if loaded.tokenizer is None and loaded.card.task == "next_token" and loaded.card.reader is None:
+        raise ConfigError(
+            f"The model at {loaded.source.parent} has no tokenizer, so it reads and continues no text. Import it again "
+            "with --tokenizer FILE (a tokenizer.json), or give ids in Python (mambaseq.generate)."
+        )
 
 
 def fitting_options(

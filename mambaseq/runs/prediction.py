@@ -24,7 +24,7 @@ from mambaseq.runs.columns import Frame
 from mambaseq.runs.conditions import Conditions, Given
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
-from mambaseq.runs.loading import columns_given, fitting_options, records_of, regions_given
+from mambaseq.runs.loading import check_reads_text, columns_given, fitting_options, records_of, regions_given
 from mambaseq.runs.meaning import answer_of
 from mambaseq.runs.overlaps import Merge, Merger
 from mambaseq.runs.strands import BothStrands
@@ -206,6 +206,7 @@ def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
 
 
 def _reader(loaded: LoadedModel, checkpoint: str | Path, reader: str | None) -> str:
+    check_reads_text(loaded)
     name = reader or loaded.card.reader
     if name is None:
         raise ConfigError(f"The model at {checkpoint} names no reader; give one with --reader.")

@@ -1,0 +1,286 @@
+"""Published checkpoints as runs, and runs as folders that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tokenizers
+import torch
+from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
+from safetensors.torch import load_file, save_file
+
+import mambaseq as ms
+from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
+from mambaseq.checkpoints.beginning import load_source
+from mambaseq.checkpoints.hub import from_pretrained
+from mambaseq.checkpoints.to_transformers import save_transformers
+from mambaseq.cli.main import main
+from mambaseq.errors import UserError
+from mambaseq.models import causal_lm
+from mambaseq.runs.published import import_checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = "the cat sat on the mat, and the dog sat on the log. "
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "use_conv_bias": False},
+    "mamba2": {"state_size": 8, "head_dim": 8, "num_heads": 8, "n_groups": 2, "tie_word_embeddings": False},
+}
+CLASSES = {"mamba": "Mamba", "mamba2": "Mamba2"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BPE tokenizer of 117 ids, that puts a mark before a text."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=120, special_tokens=["<s>", "</s>"], show_progress=False)
+    made.train_from_iterator([TEXT, *map(chr, range(32, 127))], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": "{{ messages }}"}))
+    return folder
+
+
+def made(kind: str, folder: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of transformers with random weights, in a folder."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**sizes, **KINDS[kind])
+    model = getattr(transformers, f"{CLASSES[kind]}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing may hide behind an initial value
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return model
+
+
+def greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    return model.generate(ids, **given)[0].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(kind: str, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    theirs = made(kind, tmp_path / "theirs", tokenizer_file)
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert main(["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(run)]) == 0
+    assert "11 of the 128 ids are padding" in capsys.readouterr().out
+    loaded = load_model(run)
+    tokenizer = loaded.tokenizer
+    assert isinstance(tokenizer, HFTokenizer)
+    assert (tokenizer.bos, tokenizer.eos) == ("<s>", "</s>")
+    ids = torch.from_numpy(tokenizer.encode("the dog").astype("int64"))[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert ((loaded.model(ids).logits - expected).norm() / expected.norm()) <= 1e-5
+    ours = ms.generate(loaded.model, ids, 12, temperature=0)[0].tolist()
+    assert ours == greedy(theirs, ids)
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "the dog", "--temperature", "0",
+                 "--max-new-tokens", "12", "--out", str(tmp_path / "out.txt")]) == 0  # fmt: skip
+
+    assert main(["export", "--checkpoint", str(run), "--format", "transformers", "--out", str(back)]) == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained(back)
+    assert type(again) is type(theirs)
+    named = transformers.AutoTokenizer.from_pretrained(back)
+    assert named("the dog")["input_ids"] == ids[0].tolist()
+    assert named.chat_template == "{{ messages }}"
+    assert greedy(again, ids) == ours
+    assert again.generation_config.eos_token_id == 1
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+    assert main(["import", "--checkpoint", str(back), "--out", str(tmp_path / "run2")]) == 0
+    first, second = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "run2"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((run / "model" / "model.json").read_text())["spec"] == load_model(tmp_path / "run2").card.spec
+
+
+def test_a_run_is_evaluated_predicted_and_trained_further(tokenizer_file: Path, tmp_path: Path) -> None:
+    made("mamba", tmp_path / "theirs", tokenizer_file)
+    run, texts = tmp_path / "run", tmp_path / "texts.txt"
+    assert main(["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(run), "--length", "32"]) == 0
+    texts.write_text(TEXT * 40)
+    found = ms.load(run).evaluate("test", progress=False, **{"data.files": str(texts)})
+    assert found["test/bits_per_byte"] > 1
+    table = ms.load(run).predict(texts)
+    assert table is not None
+    assert len(table) == 1
+    tuned = ms.fit(
+        str(run / "config.yaml"), out=tmp_path / "tuned", progress=False,
+        settings={"data.files": str(texts), "trainer.max_steps": 1, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0,
+                  "optimizer.warmup_steps": 0, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1},
+    )  # fmt: skip
+    ours, theirs = (load_model(folder).model.state_dict() for folder in (tuned.path, run))
+    assert torch.equal(ours["backbone.layers.1.mixer.A_log"], theirs["backbone.layers.1.mixer.A_log"])
+    assert torch.equal(ours["encoder.embedding.weight"], theirs["encoder.embedding.weight"][:117])
+
+
+def test_dtypes_are_kept_or_converted(tokenizer_file: Path, tmp_path: Path) -> None:
+    theirs = made("mamba", tmp_path / "theirs", tokenizer_file, torch.bfloat16)
+    for dtype, want in (("keep", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        run, back = tmp_path / dtype, tmp_path / f"{dtype} back"
+        assert main(["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(run), "--dtype", dtype]) == 0
+        assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {want}
+        save_transformers(load_model(run), back, shard_bytes=9000)
+        assert len(list(back.glob("model-*.safetensors"))) > 2
+        again = transformers.AutoModelForCausalLM.from_pretrained(back)
+        assert again.dtype == want
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "keep back").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_a_checkpoint_without_a_tokenizer(tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    made("mamba", tmp_path / "theirs")
+    run = tmp_path / "run"
+    assert main(["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(run)]) == 0
+    assert "no tokenizer came with it, so generate, predict and serve cannot read text. What works: fit" in (
+        capsys.readouterr().out
+    )
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "the", "--out", str(tmp_path / "out.txt")]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["predict", "--checkpoint", str(run), str(tmp_path / "text.txt"), "--out", str(tmp_path / "o.csv")])
+    assert "has no tokenizer, so it reads" in capsys.readouterr().err
+    _, bare = load_source(run, HFTokenizer(str(tokenizer_file / "tokenizer.json")))
+    assert bare  # so that a vocabulary without the padding takes its rows
+    save_transformers(load_model(run), tmp_path / "back")
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+    given = ["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(tmp_path / "with"), "--tokenizer"]
+    assert main([*given, str(tokenizer_file)]) == 0
+    assert load_model(tmp_path / "with").tokenizer.vocab_size == 117  # type: ignore[union-attr]
+    assert main([*given[:-2], str(run), *given[-1:], str(tokenizer_file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def small_tokenizer(folder: Path, size: int) -> None:
+    words = {f"w{number}": number for number in range(size)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: small_tokenizer(folder, 200), r"makes 200 ids, but the model's vocabulary has 128"),
+        (lambda folder: nan(folder), r"not finite numbers \(in backbone\.layers\.0"),
+        (lambda folder: parts(folder)[1].write_bytes(b"\x00" * 40), r"model-2\.safetensors cannot be read"),
+        (lambda folder: cut(parts(folder)[1]), r"model-2\.safetensors cannot be read"),
+        (lambda folder: parts(folder)[1].unlink(), r"names 'model-2\.safetensors', which is no file beside it"),
+        (lambda folder: renamed(folder, "jamba"), r"a 'jamba' model, a hybrid of Mamba, attention and mixtures"),
+        (lambda folder: renamed(folder, "granitemoehybrid"), r"'granitemoehybrid' model, a hybrid with multipliers"),
+        (lambda folder: renamed(folder, "llama"), r"a 'llama' model; only"),
+        (
+            lambda folder: eight_bits(folder),
+            r"'encoder.*' is int8: the weights are quantised",
+        ),
+    ],
+    ids=["vocabulary", "nan", "zeroed", "truncated", "missing part", "jamba", "granite", "llama", "8 bits"],
+)
+def test_bad_checkpoints_are_refused(spoil: Any, told: str, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    made("mamba", folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=told) as error:
+        import_checkpoint(folder, tmp_path / "run")
+    assert len(str(error.value)) < 1000
+    assert not (tmp_path / "run").exists()
+
+
+def nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.layers.0.mixer.D"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def eight_bits(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.embeddings.weight"] = tensors["backbone.embeddings.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def parts(folder: Path) -> list[Path]:
+    """The weights in two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [folder / f"model-{number}.safetensors" for number in (1, 2)]
+    places = {name: files[place % 2].name for place, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensor for name, tensor in tensors.items() if places[name] == file.name}, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return files
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def renamed(folder: Path, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+
+
+def test_models_without_such_a_form_are_refused_by_name(tmp_path: Path) -> None:
+    for options, told in (
+        ({"mixer": "s4d"}, "mixer of layer 0 is a S4D"),
+        (
+            {"pattern": ["mamba", "wide"], "mixers": {"wide": {"name": "mamba", "d_state": 4}}},
+            "layer 1 has other sizes",
+        ),
+    ):
+        model = causal_lm(vocab_size=256, d_model=16, n_layers=2, **options)  # type: ignore[arg-type]
+        card = ModelCard(model.spec or {}, {"name": "text/bytes", "options": {}}, task="next_token")
+        save_model(tmp_path / "m", model, card, ByteTokenizer())
+        with pytest.raises(UserError, match=f"cannot be written as a published Mamba.*{told}"):
+            save_transformers(load_model(tmp_path / "m"), tmp_path / "out")
+    card.task = "masked"
+    with pytest.raises(UserError, match="trained for 'masked'"):
+        save_transformers(LoadedModel(model, card, None, tmp_path / "x"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("marks", [{}, {"bos": True, "eos": True}])
+def test_bytes_have_a_form_for_transformers(marks: dict[str, bool], tmp_path: Path) -> None:
+    ours = ByteTokenizer(**marks)
+    ours.save_for_transformers(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(map(chr, range(1, 300))) + " \n\t€ 𝄞  x"
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text)[1 if marks else 0 :].tolist()
+    assert theirs.decode(ids) == text
+    assert len(theirs) == ours.vocab_size
+
+
+def test_by_its_name_on_the_hub(tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tokenizer of its own, as state-spaces publishes it."""
+    hub = tmp_path / "hub"
+    theirs = made("mamba", hub / "state-spaces" / "mamba-tiny")
+    parts(hub / "state-spaces" / "mamba-tiny")
+    shutil.copytree(tokenizer_file, hub / "EleutherAI" / "gpt-neox-20b")
+    asked: list[str] = []
+
+    def hf_hub_download(repo_id: str, filename: str, **_: Any) -> str:
+        asked.append(filename)
+        if not (hub / repo_id / filename).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(f"no {filename}")
+        return str(hub / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert main(["import", "--checkpoint", "state-spaces/mamba-tiny", "--out", str(tmp_path / "run")]) == 0
+    assert "pytorch_model.bin" not in asked
+    assert load_model(tmp_path / "run").tokenizer is not None
+    loaded = from_pretrained("state-spaces/mamba-tiny")
+    ids = torch.arange(8)[None]
+    assert torch.allclose(loaded.model(ids).logits, theirs(ids).logits, atol=1e-4)
+    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded"):
+        from_pretrained("me/none")
