@@ -37,5 +37,15 @@ domain = Domain(
         "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
+    commands={
+        "lambada": (
+            "mambaseq_text.commands:lambada",
+            "accuracy and perplexity of passages' last words: --checkpoint RUN FILE",
+        ),
+        "perplexity": (
+            "mambaseq_text.commands:perplexity",
+            "perplexity of documents of any length, by the state passed on: --checkpoint RUN FILE [FILE ...]",
+        ),
+    },
     reports={"demo": ("mambaseq_text.report:report", "bits a byte next to count models, and a sample")},
 )
