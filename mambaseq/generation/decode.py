@@ -349,7 +349,7 @@ def _by_stretches(
         uniforms = None if draws is None else draws.many(n).t().contiguous()
         tokens, failed = stretches.run(tokens[:, -1], n, settings[0], uniforms, *settings[1:])
         if failed.item():
-            raise _not_finite()
+            raise not_finite()
 
 
 def _filled(tokens: Tensor, ended: Tensor, stops: Tensor) -> Tensor:
@@ -393,10 +393,10 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
 
 def check_finite(peak: Tensor) -> None:
     if not peak.isfinite().all():
-        raise _not_finite()
+        raise not_finite()
 
 
-def _not_finite() -> NotFinite:
+def not_finite() -> NotFinite:
     return NotFinite(
         "The model's prediction is not a finite number: its training diverged, its weights are damaged or its "
         "computation overflows. Use an earlier checkpoint, or train again with a lower learning rate."

@@ -1,0 +1,10 @@
+"""Many requests answered at once: they join and leave a batch of fixed-size states, and prompts that begin alike are
+read once."""
+
+from __future__ import annotations
+
+from mambaseq.serving.engine import Engine, Full
+from mambaseq.serving.prefixes import PrefixCache
+from mambaseq.serving.requests import Request, Ticket
+
+__all__ = ["Engine", "Full", "PrefixCache", "Request", "Ticket"]

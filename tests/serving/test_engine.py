@@ -1,0 +1,275 @@
+"""The engine: answers are `generate`'s, prefixes are found again, slots are freed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mambaseq.errors import ConfigError
+from mambaseq.generation import generate
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.serving import Engine, Full, PrefixCache, Request, Ticket
+
+NAN = float("nan")
+
+
+UNET = {"name": "unet", "n_layers": 1, "pool": [2, 2]}
+
+
+def made(mixer: str = "mamba", backbone: dict[str, object] | None = None) -> SequenceModel:
+    torch.manual_seed(0)
+    backbone = {"name": "residual", "n_layers": 2} if backbone is None else backbone
+    tokens, head = {"name": "tokens", "vocab_size": 31}, {"name": "lm", "vocab_size": 31}
+    spec = {"d_model": 16, "encoder": tokens, "mixer": {"name": mixer}, "backbone": backbone, "head": head}
+    model = build_model(spec).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def prompt_of(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 31, length)
+
+
+def run(engine: Engine) -> None:
+    for _ in range(2000):
+        if not engine.step():
+            return
+    raise AssertionError("the engine does not come to an end")
+
+
+def expected(model: SequenceModel, request: Request) -> list[int]:
+    settings = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "seed", "stop_ids")}
+    out = generate(
+        model,
+        torch.from_numpy(request.prompt)[None],
+        request.max_new_tokens,
+        numbers=torch.tensor([[request.number]]),
+        **settings,
+    )
+    return out[0, len(request.prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("mixer", "backbone"), [("mamba", None), ("s4d", UNET)])
+def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
+    mixer: str, backbone: dict[str, object] | None
+) -> None:
+    model = made(mixer, backbone)
+    engine = Engine(model, slots=3, part=7, cache=PrefixCache(4, 2**20))
+    shared = prompt_of(9, 99)
+    requests = [
+        Request(np.concatenate([shared, prompt_of(n, n)])[: 3 + 2 * n], 5 + 3 * n, **more)
+        for n, more in enumerate(
+            [
+                {"temperature": 0},
+                {"seed": 5},
+                {"seed": 5, "temperature": 0.7, "top_k": 9, "stop_ids": frozenset({3, 8, 11})},
+                {"seed": 6, "top_p": 0.8},
+                {"seed": 6, "number": 2},
+                {"temperature": 0, "stop_ids": frozenset({int(prompt_of(1)[0])})},
+            ]
+        )
+    ]
+    tickets: list[Ticket] = []
+    for request in [*requests, *requests[:3]]:  # some come later, while others are in the batch; some twice
+        tickets.append(engine.ask(request))
+        engine.step()
+    run(engine)
+    for ticket in tickets:
+        assert ticket.tokens == expected(model, ticket.request)
+        ended = ticket.tokens[-1] in ticket.request.stop_ids
+        assert ticket.finished == ("stop" if ended else "length")
+    assert engine.counts.answered == len(tickets)
+    assert engine.counts.new_tokens == sum(len(ticket.tokens) for ticket in tickets)
+    assert engine.slots.used == engine.active == 0
+
+
+def run_of(engine: Engine, prompt: np.ndarray) -> int:
+    """Tokens of a prompt that are run for it."""
+    before = engine.counts.run
+    ticket = engine.ask(Request(prompt, 1, temperature=0))
+    run(engine)
+    assert ticket.tokens == expected(engine.model, ticket.request)
+    assert ticket.known + engine.counts.run - before == len(prompt)
+    return engine.counts.run - before
+
+
+def test_a_shared_prefix_of_any_length_runs_fewer_than_k_of_its_tokens_again() -> None:
+    every = 8
+    engine = Engine(made(), part=64, cache=PrefixCache(every, 2**24))
+    first = prompt_of(45)
+    assert run_of(engine, first) == 45
+    assert run_of(engine, first) == 0  # the end of a prompt is known, its output too
+    assert run_of(engine, np.concatenate([first, prompt_of(3, 1)])) == 3
+    for shared in range(1, 45):  # what follows differs from all before it
+        follows = (first[shared] + 1 + np.arange(2)) % 31
+        assert run_of(engine, np.concatenate([first[:shared], follows])) - 2 <= every - 1
+
+
+def test_an_answer_is_a_prefix_too() -> None:
+    engine = Engine(made(), cache=PrefixCache(8, 2**24))
+    ticket = engine.ask(Request(prompt_of(5), 20, temperature=0))
+    run(engine)
+    spoken = np.concatenate([ticket.request.prompt, ticket.tokens, prompt_of(2, 1)])
+    assert run_of(engine, spoken) == 3  # its last token was never read
+    spoken[14] = (spoken[14] + 1) % 31
+    assert run_of(engine, spoken) == len(spoken) - 8
+
+
+def test_requests_that_share_a_prompt_cost_one_reading() -> None:
+    engine = Engine(made(), slots=8, part=64, cache=PrefixCache(16, 2**24))
+    prompt = prompt_of(200)
+    tickets = [engine.ask(Request(prompt, 4, number=number)) for number in range(8)]
+    run(engine)
+    assert engine.counts.run == 200
+    assert engine.counts.prompt_tokens == 8 * 200
+    assert len({tuple(ticket.tokens) for ticket in tickets}) > 1
+
+
+def test_the_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used() -> None:
+    model = made()
+    state = model.backbone(model.encoder(torch.zeros(1, 1, dtype=torch.int64)), return_state=True)[1]
+    size = Engine(model, slots=2).slots.bytes_each
+    cache = PrefixCache(4, 3 * size)
+    one, two, three, four = (prompt_of(6, seed) for seed in range(4))
+    for prompt in (one, two, three):
+        cache.keep(prompt, state, None)
+    assert (len(cache), cache.bytes) == (3, 3 * size)
+    assert cache.longest(np.append(one, 1)) is not None  # used again
+    cache.keep(four, state, None)
+    assert (len(cache), cache.bytes) == (3, 3 * size)
+    assert [cache.longest(np.append(prompt, 1)) is not None for prompt in (one, two, three, four)] == [1, 0, 1, 1]
+    assert cache.longest(one) is None  # the output at its last token is not known
+    small = PrefixCache(4, size - 1)
+    small.keep(one, state, None)
+    assert (len(small), small.bytes) == (0, 0)
+
+
+def test_a_state_of_the_cache_holds_no_more_memory_than_it_says() -> None:
+    cache = PrefixCache(64, 2**24)
+    engine = Engine(made(), part=512, cache=cache)
+    engine.ask(Request(prompt_of(300), 1))
+    run(engine)
+    entry = cache.longest(np.append(prompt_of(300), 0))
+    assert entry is not None
+    assert entry.length == 300
+    tensors = [*(t for layer in entry.state for t in layer.tensors().values()), entry.hidden]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == entry.bytes
+    assert len(cache) == 5  # at 64, 128, 192 and 256 tokens, and at the end
+
+
+def test_cancelling_frees_the_slot_within_a_step_and_floods_are_refused() -> None:
+    engine = Engine(made(), slots=2, queue=1, part=4)
+    ended: list[str | None] = []
+
+    def listen(ticket: Ticket) -> None:
+        if ticket.finished:
+            ended.append(ticket.finished)
+
+    def ask(length: int = 2) -> Ticket:
+        return engine.ask(Request(prompt_of(length), 1000), listen)
+
+    one, two = ask(), ask()
+    engine.step()
+    engine.step()
+    assert engine.slots.used == 2
+    three = ask(40)
+    with pytest.raises(Full, match="wait already"):
+        ask()
+    one.cancel()
+    engine.step()
+    assert (one.finished, engine.slots.used, engine.active, engine.waiting) == ("cancelled", 1, 2, 0)
+    four = ask()
+    three.cancel()  # while it is read
+    four.cancel()  # while it waits
+    engine.step()
+    assert (three.finished, four.finished, three.tokens) == ("cancelled", "cancelled", [])
+    assert (engine.slots.used, engine.active, engine.waiting) == (1, 1, 0)
+    before = two.tokens[:]
+    engine.step()
+    assert two.tokens[:-1] == before
+    engine.end_all()
+    assert (two.finished, engine.busy, len(ended)) == ("cancelled", False, 4)
+    assert (engine.counts.cancelled, engine.counts.refused) == (4, 1)
+
+
+def test_a_long_prompt_is_read_between_the_tokens_of_others() -> None:
+    engine = Engine(made(), part=10)
+    short, long = engine.ask(Request(prompt_of(2), 30)), None
+    engine.step()
+    long = engine.ask(Request(prompt_of(95), 2))
+    for step in range(1, 10):
+        before = len(short.tokens)
+        engine.step()
+        assert (len(short.tokens) - before, long.tokens, engine.counts.run) == (1, [], 2 + 10 * step)
+
+
+def test_what_ends_an_answer_may_look_at_its_tokens() -> None:
+    seen: list[int] = []
+
+    def ends(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 4
+
+    def fails(token: int) -> bool:
+        raise ValueError(f"what is {token}?")
+
+    engine = Engine(made())
+    ticket, failed = (engine.ask(Request(prompt_of(3), 100, ends=what)) for what in (ends, fails))
+    run(engine)
+    assert (failed.finished, str(failed.error)[:7]) == ("failed", "what is")
+    assert (ticket.tokens, ticket.finished) == (seen, "stop")
+    assert len(seen) == 4
+
+
+def test_predictions_that_are_no_numbers_end_their_own_request_only() -> None:
+    model = made()
+    with torch.no_grad():
+        model.encoder.embedding.weight[7] = NAN  # type: ignore[union-attr, index]
+    engine = Engine(model)
+    fine, broken = (engine.ask(Request(np.array(ids), 5, temperature=0)) for ids in ([1, 2], [1, 7]))
+    run(engine)
+    assert (fine.finished, broken.finished) == ("length", "failed")
+    assert "not a finite number" in str(broken.error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": np.zeros(0, dtype=np.int64)}, "at least one token"),
+        ({"prompt": np.zeros(2)}, "whole numbers"),
+        ({"prompt": np.array([31])}, "lacks"),
+        ({"prompt": np.array([-1])}, "lacks"),
+        ({"prompt": prompt_of(98)}, "more than the 100"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": NAN}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+    engine = Engine(made(), longest=100)
+    with pytest.raises(ConfigError, match=message):
+        engine.ask(Request(**{"prompt": prompt_of(3), "max_new_tokens": 3, **change}))  # type: ignore[arg-type]
+    assert not engine.busy
+
+
+def test_models_whose_states_grow_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="Attention"):
+        Engine(made("attention"))
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_the_longest_of_several_states_is_found(every: int) -> None:
+    model = made()
+    state = model.backbone(model.encoder(torch.zeros(1, 1, dtype=torch.int64)), return_state=True)[1]
+    tokens, cache = prompt_of(20), PrefixCache(every, 2**24)
+    for length in (1, 4, 7, 8, 15):
+        cache.keep(tokens[:length], state, None)
+    for length in range(1, 20):
+        found = cache.longest(tokens[:length])
+        wanted = max((n for n in (1, 4, 7, 8, 15) if n < length), default=None)
+        assert (None if found is None else found.length) == wanted
