@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mambaseq.arguments import Arguments
 from mambaseq.cli.arguments import asks_for_help, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.errors import ConfigError, cut
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder
 
@@ -26,17 +29,82 @@ def run(argv: list[str], command: str) -> int:
         action="store_true",
         help="fit the dataset's baselines to the run's training set as well, and measure them on the same records",
     )
+    if command == "test":
+        _add_tasks(parser)
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--checkpoint", parser.prog)
     if asks_for_help(overrides):
         return print_keys(parser, str(RunFolder(arguments.checkpoint).require().config), overrides)
+    if command == "test" and _asks_for_tasks(arguments, overrides):
+        return _run_tasks(arguments)
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 
     results = evaluate(RunFolder(arguments.checkpoint), command, overrides, baselines=arguments.baselines)
     print(told(results))
     return 0
+
+
+_TASK_OPTIONS = ("shots", "limit", "task_folder", "device", "batch_size")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group(
+        "tasks of lm-eval instead of the run's test set (pip install 'mambaseq[harness]')"
+    )
+    tasks.add_argument("--tasks", metavar="NAME[,NAME...]", help="such as lambada_openai,hellaswag,arc_easy")
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question; each task has its own")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    tasks.add_argument("--task-folder", metavar="DIR", help="tasks of your own: YAML files, as lm-eval has them")
+    tasks.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="prompts that are continued together; 64")
+
+
+def _asks_for_tasks(arguments: argparse.Namespace, overrides: list[str]) -> bool:
+    """Raises ConfigError for options of tasks without tasks, or with what else an evaluation has."""
+    if arguments.tasks is None:
+        if given := [name for name in _TASK_OPTIONS if getattr(arguments, name) is not None]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for tasks of lm-eval. Name some: --tasks NAME.")
+        return False
+    if overrides or arguments.baselines:
+        raise ConfigError(
+            f"{'--baselines' if arguments.baselines else cut(overrides[0])} is for the run's own test set, and --tasks "
+            "asks for others. Leave one out."
+        )
+    for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
+    return True
+
+
+def _run_tasks(arguments: argparse.Namespace) -> int:
+    with uncollected(for_good=True):
+        from mambaseq.runs.harness_tasks import evaluate_tasks
+
+    results = evaluate_tasks(
+        arguments.checkpoint,
+        [name.strip() for name in arguments.tasks.split(",") if name.strip()],
+        shots=arguments.shots,
+        limit=arguments.limit,
+        folder=arguments.task_folder,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+    )
+    folder = RunFolder(arguments.checkpoint)
+    if folder.config.is_file():  # not an exported model alone
+        folder.update_results(**{f"tasks/{name}": value for name, value in results.items()})
+    wide = max(map(len, results), default=0)
+    for name, value in results.items():
+        if "_stderr" not in name:
+            error = results.get(_error_of(name), math.nan)
+            print(f"{name:<{wide}}  {value:.4f}" + ("" if math.isnan(error) else f"  (standard error {error:.4f})"))
+    return 0
+
+
+def _error_of(name: str) -> str:
+    metric, colon, kept = name.partition(":")
+    return f"{metric}_stderr{colon}{kept}"
 
 
 def told(results: Mapping[str, Any]) -> str:
