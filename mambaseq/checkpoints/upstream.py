@@ -1,5 +1,5 @@
-"""Conversion of names, in both directions: `state-spaces/mamba-*` and `mamba2-*` checkpoints, and transformers' Mamba
-and Mamba2."""
+"""Conversion of names, in both directions: `state-spaces/mamba-*` and `mamba2-*` checkpoints, and transformers' Mamba,
+Mamba2 (also Mamba-Codestral) and FalconMamba."""
 
 from __future__ import annotations
 
@@ -113,6 +113,8 @@ def _check_options(model: SequenceModel, transformers: bool) -> None:
     for number, mixer in enumerate(model.backbone.mixers()):
         if type(mixer) not in (Mamba, Mamba2):
             raise no_form(f"the mixer of layer {number} is a {type(mixer).__name__}")
+        if isinstance(mixer, Mamba) and mixer.selective_norm_eps is not None and not transformers:
+            raise no_form(f"layer {number} has norms of dt, B and C, which only Falcon Mamba in transformers has")
         if isinstance(mixer, Mamba2) and mixer.norm.norm_before_gate:
             raise no_form(f"layer {number} has norm_before_gate")
 
@@ -128,10 +130,10 @@ def described(model: SequenceModel) -> dict[str, Any]:
     if different := [number for number, one in enumerate(sizes) if one != sizes[0]]:
         raise no_form(f"layer {different[0]} has other sizes than layer 0")
     assert isinstance(model.encoder, TokenEncoder)
-    kind = "Mamba2" if isinstance(mixers[0], Mamba2) else "Mamba"
+    kind = "Mamba2" if isinstance(mixers[0], Mamba2) else "FalconMamba" if "mixer_rms_eps" in sizes[0] else "Mamba"
     return {
         "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
+        "model_type": "falcon_mamba" if kind == "FalconMamba" else kind.lower(),
         "vocab_size": model.encoder.embedding.num_embeddings,
         "hidden_size": mixers[0].d_model,
         "num_hidden_layers": len(mixers),
@@ -154,7 +156,8 @@ def _sizes(mixer: Mixer) -> dict[str, Any]:
         "use_conv_bias": mixer.conv1d.bias is not None,
     }
     if isinstance(mixer, Mamba):
-        return {**found, "time_step_rank": mixer.dt_rank}
+        norms = {} if mixer.selective_norm_eps is None else {"mixer_rms_eps": mixer.selective_norm_eps}
+        return {**found, "time_step_rank": mixer.dt_rank, **norms}
     return {
         **found,
         "num_heads": mixer.n_heads,
@@ -194,7 +197,7 @@ _WHOLE = (
 )
 _BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias")
 _LARGEST = 2**31 - 1
-_LOADED = ("mamba", "mamba2")
+_LOADED = ("mamba", "mamba2", "falcon_mamba")
 _HYBRIDS = {
     "jamba": "a hybrid of Mamba, attention and mixtures of experts",
     "zamba": "a hybrid whose layers share one attention on concatenated inputs",
@@ -233,7 +236,7 @@ def _check_types(config: dict[str, Any]) -> None:
             and not (type(value) is int and 0 < value <= _LARGEST)
         ):
             raise UserError(f'{key} must be "auto" or a whole number of at least 1, not {shown(value)}.')
-        if key == "layer_norm_epsilon" and not (type(value) in (int, float) and 0 <= value < 1):
+        if key in ("layer_norm_epsilon", "mixer_rms_eps") and not (type(value) in (int, float) and 0 <= value < 1):
             raise UserError(f"{key} must be a number from 0 to 1, not {shown(value)}.")
     LAYERS.check(config.get("num_hidden_layers", config.get("n_layer", 1)), "The configuration")
 
@@ -252,10 +255,11 @@ def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
         "conv_bias": config["use_conv_bias"],
         "bias": config["use_bias"],
         "norm_eps": config["layer_norm_epsilon"],
-        "tie_embeddings": config.get("tie_word_embeddings", kind == "mamba"),
+        "tie_embeddings": config.get("tie_word_embeddings", kind != "mamba2"),
     }
-    if kind == "mamba":
-        return {**options, "dt_rank": config["time_step_rank"]}
+    if kind != "mamba2":
+        norms = {"selective_norm_eps": config.get("mixer_rms_eps", 1e-6)} if kind == "falcon_mamba" else {}
+        return {**options, "dt_rank": config["time_step_rank"], **norms}
     _check_dt_limit("time_step_limit", config.get("time_step_limit"))
     own = {"head_dim": config["head_dim"], "n_groups": config["n_groups"], "eps": config["layer_norm_epsilon"]}
     return {"mixer": "mamba2", **options, **own}

@@ -17,8 +17,8 @@ def _import(argv: list[str]) -> int:
     parser = Arguments(
         prog="mambaseq import",
         description="Make a published language model a run with the same outputs: generate, predict, test and fit "
-        "--init-from take it. Mamba and Mamba-2 of state-spaces, their -hf forms and other models of these classes of "
-        "transformers; nothing that is downloaded is run.",
+        "--init-from take it. Mamba and Mamba-2 of state-spaces, their -hf forms, Mamba-Codestral and "
+        "Falcon Mamba; nothing that is downloaded is run.",
     )
     parser.add_argument(
         "--checkpoint",

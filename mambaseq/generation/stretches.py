@@ -111,7 +111,7 @@ def _why_not_mixer(mixer: Any) -> str | None:
     elif type(mixer) is MLP and mixer.activation != "gelu_tanh":
         linears, ssm = [mixer.in_proj, mixer.out_proj], None
     else:
-        return f"the kernel does not know {name}" + (" without selection" if name == "Mamba" else "")
+        return f"the kernel does not know {name}" + (" without selection, or with its norms" if name == "Mamba" else "")
     if not all(is_plain(linear) for linear in linears) or "step_" in vars(mixer) or (ssm and "step_" in vars(ssm)):
         return f"a layer of {name} is wrapped"
     widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]

@@ -46,10 +46,15 @@ def turns(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> 
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x `(..., heads, head_dim)`: features i and i + head_dim / 2 as a complex number,
-    turned by the angle of i (arXiv:2104.09864, eq. 34, which pairs neighbours; LLaMA's code pairs halves)."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)  # (..., heads, head_dim)
+    """Rotary position embedding of x `(..., heads, head_dim)`: features i and i + n of the first 2 n as a complex
+    number, turned by the angle of i (arXiv:2104.09864, eq. 34, which pairs neighbours; LLaMA's code pairs halves).
+
+    cos, sin: `(..., 1, n)`. Features from 2 n on stay as they are.
+    """
+    width = 2 * cos.shape[-1]
+    a, b = x[..., :width].to(cos.dtype).chunk(2, dim=-1)
+    still = [x[..., width:].to(cos.dtype)] if width < x.shape[-1] else []
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, *still], dim=-1).to(x.dtype)  # (..., heads, head_dim)
 
 
 class Attention(Mixer):
@@ -67,6 +72,8 @@ class Attention(Mixer):
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None for n_heads.
         head_dim: width of a head; None for d_model / n_heads.
         rope: rotary position embedding of queries and keys. Without it the order of the past is not visible.
+        rope_dims: features of a head that are turned, the first ones (half of them in Bamba and GPT-NeoX); None for
+            all. Even.
         rope_theta: base of its wavelengths, the longest of which is near 2 pi rope_theta positions.
         qk_norm: an RMSNorm of each query and key before they are turned (arXiv:2302.05442, section 2).
         window: positions that a position sees, including itself; None for all of the past. The state keeps all of them.
@@ -87,10 +94,11 @@ class Attention(Mixer):
         qk_norm: bool = False,
         window: int | None = None,
         bias: bool = False,
+        rope_dims: int | None = None,
     ) -> None:
         super().__init__()
         given = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-        for name, value in {**given, "window": window}.items():
+        for name, value in {**given, "window": window, "rope_dims": rope_dims}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"attention: {name} must be positive, not {value}.")
         check_positive("attention", rope_theta=rope_theta)
@@ -102,12 +110,17 @@ class Attention(Mixer):
                 f"attention: n_heads must be a multiple of n_kv_heads, but {self.n_heads} is not a multiple of "
                 f"{self.n_kv_heads}; take a divisor of {self.n_heads}."
             )
-        if rope and self.head_dim % 2:
+        if rope_dims is not None and (not rope or rope_dims > self.head_dim or rope_dims % 2):
+            raise ConfigError(
+                f"attention: rope_dims {rope_dims} must be even, at most head_dim {self.head_dim}, and go with rope."
+            )
+        if rope and rope_dims is None and self.head_dim % 2:
             raise ConfigError(
                 f"attention: rope rotates pairs of features, but head_dim {self.head_dim} is odd; set n_heads or "
                 "head_dim so that head_dim is even, or rope: false."
             )
         self.rope, self.rope_theta, self.window = rope, rope_theta, window
+        self.rope_dims = self.head_dim if rope_dims is None else rope_dims
         self.in_proj = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
@@ -149,7 +162,7 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
-            cos, sin = turns(position, self.head_dim, self.rope_theta, working_dtype(q))
+            cos, sin = turns(position, self.rope_dims, self.rope_theta, working_dtype(q))
             q, k = turned(q, cos, sin), turned(k, cos, sin)
         return q, k, v
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_not_negative
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.s4d import DiagonalSSM
@@ -72,6 +72,9 @@ class Mamba(Mixer):
             S4D (algorithm 1).
         selective_C: C depends on the input; if not, it is a learned `(d_inner, d_state)`, standard normal at
             initialisation.
+        selective_norm_eps: divide dt's factor before dt_proj, B and C, where they depend on the input, by their root
+            mean square, with this epsilon and without weights (Falcon Mamba, arXiv:2410.05355, section 3.1); None for
+            not.
         complex: complex A, and B and C read as pairs of real and imaginary part (Table 8). The d_state states a
             channel are one half of conjugate pairs, so twice as many real numbers.
         A_init: initial A: s4d-real -(n + 1), constant -1/2, random -exp(N(0, 1)), or s4d-lin -1/2 + n i, which goes
@@ -98,6 +101,7 @@ class Mamba(Mixer):
         selective_dt: bool = True,
         selective_B: bool = True,
         selective_C: bool = True,
+        selective_norm_eps: float | None = None,
         complex: bool = False,
         A_init: AInit | None = None,
         lti: bool = False,
@@ -115,17 +119,20 @@ class Mamba(Mixer):
             raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
         check_backend("mamba", "selective_scan", backend)
         all_selective = selective_dt and selective_B and selective_C
-        if lti and not (all_selective and not complex and A_init is None):
+        if lti and not (all_selective and not complex and A_init is None and selective_norm_eps is None):
             raise ConfigError(
                 "mamba: lti: true makes all of dt, B and C constant and has lti_init and lti_complex; leave out "
-                "selective_dt, selective_B, selective_C, complex and A_init."
+                "selective_dt, selective_B, selective_C, selective_norm_eps, complex and A_init."
             )
+        if selective_norm_eps is not None:
+            check_not_negative("mamba", selective_norm_eps=selective_norm_eps)
+        self.selective_norm_eps = selective_norm_eps
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.lti, self.complex, self.backend = lti, complex, backend
         # what the kernels of a whole block compute, and those of a step
-        self._is_whole = all_selective and not lti
+        self._is_whole = all_selective and not lti and selective_norm_eps is None
         self._is_published = self._is_whole and not complex
         numbers = 2 * d_state if complex else d_state
         widths = {"dt": (selective_dt, self.dt_rank), "B": (selective_B, numbers), "C": (selective_C, numbers)}
@@ -289,6 +296,8 @@ class Mamba(Mixer):
         made: dict[str, Tensor] = {}
         if self._widths:
             products = apply_linear(self.x_proj, x).split(list(self._widths.values()), dim=-1)
+            if (eps := self.selective_norm_eps) is not None:
+                products = [F.rms_norm(one.to(working_dtype(one)), one.shape[-1:], eps=eps).to(one) for one in products]
             made = dict(zip(self._widths, products, strict=True))
         dt = apply_linear(self.dt_proj, made["dt"]) if "dt" in made else torch.zeros_like(x)
         B, C = (made[name] if name in made else getattr(self, name) for name in ("B", "C"))

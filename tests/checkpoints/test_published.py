@@ -29,9 +29,10 @@ transformers = pytest.importorskip("transformers")
 TEXT = "the cat sat on the mat, and the dog sat on the log. "
 KINDS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "use_conv_bias": False},
+    "falcon_mamba": {"state_size": 4, "mixer_rms_eps": 1e-3, "tie_word_embeddings": False, "use_bias": True},
     "mamba2": {"state_size": 8, "head_dim": 8, "num_heads": 8, "n_groups": 2, "tie_word_embeddings": False},
 }
-CLASSES = {"mamba": "Mamba", "mamba2": "Mamba2"}
+CLASSES = {"mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2"}
 
 
 @pytest.fixture(scope="module")

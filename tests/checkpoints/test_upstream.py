@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mambaseq.checkpoints import load_upstream
 from mambaseq.checkpoints.export import weights
-from mambaseq.checkpoints.upstream import from_upstream, options_from_config, to_upstream
+from mambaseq.checkpoints.upstream import described, from_upstream, options_from_config, to_upstream
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model, causal_lm
@@ -279,6 +279,10 @@ def test_options_that_do_not_show_in_names() -> None:
     to_upstream(model, transformers=True)  # where it is a setting
     with pytest.raises(UserError, match="epsilons"):
         to_upstream(model)
+    falcon = causal_lm(vocab_size=8, d_model=16, n_layers=1, selective_norm_eps=1e-6)
+    assert described(falcon)["model_type"] == "falcon_mamba"
+    with pytest.raises(UserError, match="norms of dt, B and C"):
+        to_upstream(falcon)
     for options in ({"norm_before_gate": True}, {"eps": 1e-3}):
         with pytest.raises(UserError, match=r"norm_before_gate|epsilons"):
             to_upstream(causal_lm(vocab_size=8, d_model=16, n_layers=1, mixer="mamba2", **options), transformers=True)
@@ -295,8 +299,8 @@ def test_padded_vocabulary_of_the_published_models() -> None:
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="falcon_mamba"):
-        options_from_config({"hidden_size": 8, "model_type": "falcon_mamba"})
+    with pytest.raises(UserError, match="falcon_h1"):
+        options_from_config({"hidden_size": 8, "model_type": "falcon_h1"})
     with pytest.raises(UserError, match="hidden_act"):
         options_from_config({"hidden_size": 8, "hidden_act": "gelu"})
     for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 16}):

@@ -124,6 +124,22 @@ def test_configuration_of_the_published_models() -> None:
     assert model.backbone.layers[0].mixer.in_proj.weight.shape == (3352, 768)
 
 
+def test_configuration_of_codestral() -> None:
+    """mistralai/Mamba-Codestral-7B-v0.1, where an older transformers wrote what it does not use."""
+    text = """{"architectures": ["Mamba2ForCausalLM"], "chunk_size": 256, "conv_kernel": 4, "expand": 2, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 4096, "layer_norm_epsilon": 1e-05, "model_type": "mamba2", "n_groups": 8,
+        "norm_before_gate": true, "num_heads": 128, "num_hidden_layers": 64, "rms_norm": true, "state_size": 128,
+        "tie_word_embeddings": false, "time_step_limit": [0.0, Infinity], "torch_dtype": "bfloat16", "use_bias": false,
+        "use_conv_bias": true, "vocab_size": 32768}"""
+    options = options_from_config(json.loads(text))
+    with torch.device("meta"):
+        model = causal_lm(**{**options, "n_layers": 1})
+    layer, outside = model.backbone.layers[0], 2 * 32768 * 4096 + 4096
+    assert layer.mixer.n_groups == 8
+    assert layer.mixer.norm.group_size == 1024
+    assert 64 * (model.n_parameters() - outside) + outside == 7_285_403_648  # as its publishers say
+
+
 @pytest.mark.parametrize(
     ("ssm", "message"),
     [({"rmsnorm": False}, "rmsnorm"), ({"dt_limit": [0.0, 1.0]}, "dt_limit"), ({"d_ssm": 8}, "d_ssm")],

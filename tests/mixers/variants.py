@@ -15,6 +15,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"selective_dt": False, "selective_C": False, "A_init": "random"},
         {"selective_B": False, "complex": True, "dt_rank": 3},
         {"selective_dt": False, "selective_B": False, "selective_C": False, "A_init": "constant"},
+        {"selective_norm_eps": 1e-6},
     ],
     "s4d": [
         {},
@@ -33,6 +34,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "bias": True},
         {"n_heads": 3, "rope": False, "window": 5},
         {"n_heads": 3, "n_kv_heads": 1, "head_dim": 8, "rope_theta": 100.0, "window": 16},
+        {"n_heads": 3, "rope_dims": 2},
     ],
     "mlp": [{}, {"activation": "gelu", "hidden": 20, "bias": True}, {"activation": "gelu_tanh"}],
     "hyena": [
