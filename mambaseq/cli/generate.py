@@ -19,6 +19,12 @@ def run(argv: list[str], command: str) -> int:
         help="the prompt itself, or a file that the run's reader understands: each of its records is continued",
     )
     parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file of prompts, all continued: .txt has one in each line, .jsonl an object in each",
+    )
+    parser.add_argument("--prompts-key", metavar="KEY", help="of --prompts FILE.jsonl, where the text is (text)")
+    parser.add_argument(
         "--condition",
         action="append",
         nargs="+",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.generation.decode import generate
+from mambaseq.generation.decode import generate, generate_all
 from mambaseq.generation.decoder import Decoder
 
-__all__ = ["Decoder", "generate"]
+__all__ = ["Decoder", "generate", "generate_all"]

@@ -4,7 +4,7 @@ come."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,16 +17,14 @@ from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.prompts import Prompts
+from mambaseq.generation.reading import best_even, prefill
 from mambaseq.generation.sampling import Draws, Penalties, check_settings, sample
 from mambaseq.generation.stopping import StopStrings, Watch
 from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.heads.base import Head
-from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
-# Tokens of prompts that are read at once, all sequences together.
-_PREFILL = 8192
 # Fewest new tokens for which a CUDA graph is worth its capture.
 WORTH_A_GRAPH = 16
 # Positions that one kernel takes, if it can, before their tokens are read.
@@ -100,8 +98,54 @@ def generate(
             or that has no lm head. UserError: more tokens or sequences than `limits` allows. NotFinite: logits that are
             not finite numbers.
     """
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "seed": seed,
+        "condition": condition,
+        "stop_ids": stop_ids,
+        "stop": stop,
+        "cuda_graph": cuda_graph,
+        "samples": samples,
+        "numbers": numbers,
+        "given": given,
+        "guidance": guidance,
+    }
+    added = _added(model, prompt, max_new_tokens, settings, progress)
+    return torch.cat([prompt.repeat_interleave(samples, 0), added], dim=1)
+
+
+@torch.no_grad()
+def generate_all(
+    model: SequenceModel, prompts: Sequence[Tensor], max_new_tokens: int, *, progress: bool = False, **options: Any
+) -> list[Tensor]:
+    """Continue prompts of different lengths together, without padding.
+
+    prompts: `(length,)` int64 each, or `(length, codes)`. options: those of `generate`.
+
+    Returns:
+        `(length + n,)` for each prompt and sample, as `generate` gives for the prompt alone, filled after its end up to
+        the n of the longest.
+
+    Raises:
+        See `generate`.
+    """
+    added = _added(model, prompts, max_new_tokens, options, progress)
+    samples = options.get("samples", 1)
+    return [torch.cat([prompts[number // samples], row]) for number, row in enumerate(added)]
+
+
+def _added(
+    model: SequenceModel, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, options: dict[str, Any], shown: bool
+) -> Tensor:
+    """What is added to prompts, `(batch * samples, n)` or `(..., codes)`; see `generate`, whose checks these are."""
     codes = getattr(model.head, "codes", 0)
-    if prompt.dim() != (3 if codes else 2) or prompt.numel() == 0 or (codes and prompt.shape[2] != codes):
+    shapes = [tuple(one.shape) for one in prompts]
+    if not shapes or any(len(one) != 1 + bool(codes) or not one[0] or one[1:] not in ((), (codes,)) for one in shapes):
         several = f", and {codes} codes at each position" if codes else ""
         raise ConfigError(f"Generation needs a prompt of at least one token for each sequence{several}.")
     if not continues(model, "tokens"):
@@ -110,43 +154,25 @@ def generate(
             "causal backbone, such as residual or unet."
         )
     model.check_stateful()
-    check_settings(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty)
+    choices = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    check_settings(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | {k: options[k] for k in choices if k in options})
     check_whole("max_new_tokens", max_new_tokens, 0)
-    check_whole("samples", samples, 1)
-    limits.SEQUENCES.check(len(prompt) * samples, "Generation")
-    limits.GENERATED.check(len(prompt) * samples * max_new_tokens * max(codes, 1), "Generation")
-    if given is not None and given.shape != (len(prompt), max_new_tokens, *prompt.shape[2:]):
+    check_whole("samples", samples := options.get("samples", 1), 1)
+    limits.SEQUENCES.check(len(shapes) * samples, "Generation")
+    limits.GENERATED.check(len(shapes) * samples * max_new_tokens * max(codes, 1), "Generation")
+    given, numbers = options.get("given"), options.get("numbers")
+    if given is not None and given.shape != (len(shapes), max_new_tokens, *shapes[0][1:]):
         raise ConfigError(f"given must have the shape of what is added, not {tuple(given.shape)}.")
-    if (stop_ids or stop) and codes:
+    if (options.get("stop_ids") or options.get("stop")) and codes:
         raise ConfigError("What ends a sequence (stop_ids, stop) is for heads of one token a position.")
-    if numbers is not None and numbers.shape != (len(prompt), samples):
-        raise ConfigError(f"numbers must be {(len(prompt), samples)}, one a sample, not {tuple(numbers.shape)}.")
-    every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
-    out = [prompt[every]]
-    with tqdm(total=max_new_tokens, unit="token", disable=not progress) as bar:
-        for piece in stream(
-            model,
-            Prompts.of(prompt),
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            seed=seed,
-            condition=condition,
-            stop_ids=stop_ids,
-            stop=stop,
-            cuda_graph=cuda_graph,
-            samples=samples,
-            numbers=numbers,
-            given=given,
-            guidance=guidance,
-        ):
+    if numbers is not None and numbers.shape != (len(shapes), samples):
+        raise ConfigError(f"numbers must be {(len(shapes), samples)}, one a sample, not {tuple(numbers.shape)}.")
+    out = []
+    with tqdm(total=max_new_tokens, unit="token", disable=not shown) as bar:
+        for piece in stream(model, Prompts.of(prompts), max_new_tokens, **options):
             out.append(piece)
             bar.update(piece.shape[1])
-    return torch.cat(out, dim=1)
+    return torch.cat(out, dim=1) if out else prompts[0].new_zeros(len(shapes) * samples, 0, *shapes[0][1:])
 
 
 @torch.no_grad()
@@ -237,7 +263,8 @@ def stream(
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
         worth = max_new_tokens >= (_WORTH_A_KERNEL if device.type == "cpu" else WORTH_A_GRAPH)
-        worth = worth and given is None and not penalised and min_p == 0  # what the kernel does not know
+        even = not best_even(model) or len(set(prompts.lengths)) == 1
+        worth = worth and even and given is None and not penalised and min_p == 0  # what the kernel does not know
         if cuda_graph and worth and why_not_stretches(model, len(every), top_k, top_p) is None:
             check_finite(logits)
             token = next_token(logits, 0)
@@ -401,19 +428,3 @@ def not_finite() -> NotFinite:
         "The model's prediction is not a finite number: its training diverged, its weights are damaged or its "
         "computation overflows. Use an earlier checkpoint, or train again with a lower learning rate."
     )
-
-
-@torch.no_grad()
-def prefill(model: SequenceModel, prompts: Prompts, condition: Tensor | None) -> tuple[list, Tensor]:
-    """The state after the prompts, and what the head tells of their last position only (see `Head.told`), since all of
-    a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them."""
-    if not len(prompts) or not prompts.length:
-        raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
-    part = max(1, _PREFILL // len(prompts))
-    state: list | None = None
-    for start in range(0, prompts.length, part):
-        x = model.encoder(prompts.read(start, start + part), condition)
-        hidden, state = model.backbone(x, state=state, return_state=True)
-    assert state is not None
-    state = [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]
-    return state, model.told(hidden[:, -1:])[:, -1]

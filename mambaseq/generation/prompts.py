@@ -27,30 +27,28 @@ def parts(row: Row, size: int = _PART) -> Iterator[np.ndarray]:
 
 
 class Prompts:
-    """Prompts of one length: `(length,)` or `(length, codes)` whole numbers each, or `(length, channels)` float32.
+    """Prompts: `(length,)` or `(length, codes)` whole numbers each, or `(length, channels)` float32.
 
-    device: of the parts that are read.
+    device: of the parts that are read. lengths: of each.
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
         self.rows, self.device = rows, device
-        self.length = len(rows[0]) if len(rows) else 0
+        self.lengths = [len(row) for row in rows]
 
     @classmethod
-    def of(cls, values: Tensor) -> Prompts:
-        """Of `(batch, length)` int64, or `(batch, length, ...)`; parts are on its device."""
-        return cls(list(values.cpu().numpy()), values.device)
+    def of(cls, values: Tensor | Sequence[Tensor]) -> Prompts:
+        """Of `(batch, length)` int64, or `(batch, length, ...)`, or of one tensor each; parts are on its device."""
+        return cls([one.cpu().numpy() for one in values], values[0].device if len(values) else torch.device("cpu"))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As a tensor's: `(batch, length)`, or with codes or channels."""
-        more = np.shape(self.rows[0][:1])[1:] if len(self.rows) else ()
-        return (len(self.rows), self.length, *more)
+    def only(self, numbers: Sequence[int]) -> Prompts:
+        """Some of them."""
+        return Prompts([self.rows[number] for number in numbers], self.device)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Positions `[start, stop)` of all, int64 or float32."""
+        """Positions `[start, stop)` of all, which have one length, int64 or float32."""
         part = torch.from_numpy(np.stack([row[start:stop] for row in self.rows])).to(self.device)
         return part.float() if part.is_floating_point() else part.long()

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues, prefill
+from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.prompts import Prompts
+from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, check_settings
 from mambaseq.heads.distributions import Distribution, Point
 from mambaseq.models import SequenceModel

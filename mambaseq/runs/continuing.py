@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.checkpoints import LoadedModel
-from mambaseq.generation.decode import NotFinite, prefill, stream
+from mambaseq.generation.decode import NotFinite, stream
 from mambaseq.generation.prompts import Prompts, Row, parts
+from mambaseq.generation.reading import prefill
 
 AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
@@ -86,9 +87,11 @@ class Progress:
         self._bar.close()
 
 
-def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0) -> Iterator[list[Job]]:
-    """Jobs with one prompt length and one number of samples, at most `AT_ONCE` sequences together. begin: the number of
-    a prompt's first sample."""
+def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bool = True) -> Iterator[list[Job]]:
+    """Jobs with one number of samples, at most `AT_ONCE` sequences together, those of the shortest prompts first.
+
+    begin: the number of a prompt's first sample. even: only prompts of one length are in a batch; otherwise those to
+        which one number of tokens is added."""
     by_shape: dict[tuple[int, int], list[Job]] = {}
     seen: collections.Counter[tuple[bytes, Under]] = collections.Counter()
     place = -1
@@ -101,8 +104,10 @@ def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0) -> Iterator
             for first in range(begin, begin + samples, AT_ONCE):
                 stop = min(first + AT_ONCE, begin + samples)
                 job = Job(place, prompt, condition, first, stop, earlier)
-                by_shape.setdefault((len(prompt.values), stop - first), []).append(job)
+                shape = len(prompt.values) if even else 0 if prompt.given is None else len(prompt.given)
+                by_shape.setdefault((shape, stop - first), []).append(job)
     for (_, width), jobs in by_shape.items():
+        jobs.sort(key=lambda job: len(job.prompt.values))
         at_once = max(1, AT_ONCE // width)
         for start in range(0, len(jobs), at_once):
             yield jobs[start : start + at_once]

@@ -16,6 +16,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, shown
 from mambaseq.generation.decode import NotFinite, check_penalised, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
+from mambaseq.generation.reading import best_even
 from mambaseq.generation.sampling import check_settings
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
@@ -24,7 +25,7 @@ from mambaseq.runs.conditions import Conditions, Given, Known
 from mambaseq.runs.continuing import Job, Progress, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import check_reads_text, fitting_options
-from mambaseq.runs.prompting import ids_of, is_file, signals
+from mambaseq.runs.prompting import ids_of, ids_of_texts, is_file, signals, texts_of
 from mambaseq.runs.streaming import Plan, check_same, streams, written
 
 
@@ -57,7 +58,7 @@ def generate_to(
     checkpoint: str | Path,
     out: Path,
     *,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     writer: str | None = None,
     pictures: int = 0,
     expected: tuple[str, Path] | None = None,
@@ -73,8 +74,9 @@ def generate_to(
     some were begun; UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     output_target(out, folder=True)  # the writer decides whether it may be one
-    if prompt is not None and out.is_file() and is_file(prompt) and out.samefile(prompt):
-        raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
+    for source in (prompt, options.get("prompts")):
+        if isinstance(source, str | Path) and out.is_file() and is_file(str(source)) and out.samefile(source):
+            raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
     plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
     if expected is not None:
         check_same(plan.loaded.source, *expected)
@@ -86,17 +88,20 @@ def generate_to(
     return generated._replace(files=_write(generated, out, writer))
 
 
-def generate_from(checkpoint: str | Path, *, prompt: str | None = None, **options: Any) -> Generated:
+def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None = None, **options: Any) -> Generated:
     """Generate sequences. Settings that are None are the run's own.
 
     Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
     Each is what it would be without the others.
 
-    options: of `condition`, `condition_column` and `condition_table` (each record under a condition of its own instead;
-        see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, min_p,
-        repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is generated), seed,
-        guidance, writer (by which they are to be written; checked first), device, progress; record (the number of the
-        only record of the prompt's file that is continued, from 0) and first_sample (the number of the first sample).
+    prompt: a text or a file of the run's reader, or several texts.
+    options: prompts (in place of prompt, a file of texts: .txt has one in each line, .jsonl an object with it under
+        `prompts_key`, or "text"), `condition`, `condition_column` and `condition_table` (each record under a condition
+        of its own instead; see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k,
+        top_p, min_p, repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is
+        generated), seed, guidance, writer (by which they are to be written; checked first), device, progress; record
+        (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
+        the first sample).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     return _collected(_planned(checkpoint, prompt=prompt, **options))
@@ -112,7 +117,9 @@ def _collected(plan: Plan) -> Generated:
 def _planned(
     checkpoint: str | Path,
     *,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
+    prompts: str | Path | None = None,
+    prompts_key: str | None = None,
     condition: Given | Sequence[Given] | None = None,
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
@@ -147,6 +154,15 @@ def _planned(
     choices = {name: value for name, value in choices.items() if value is not None}
     check_settings(**{"temperature": 1.0 if temperature is None else temperature, "top_k": 0, "top_p": 1.0, **choices})
     check_stop(stop)
+    several: list[tuple[str, str]] | None = None
+    if prompts is not None:
+        if prompt is not None:
+            raise ConfigError("--prompt and --prompts were both given. Leave one of them out.")
+        several = texts_of(Path(prompts), prompts_key)
+    elif prompts_key is not None:
+        raise ConfigError("--prompts-key is of the file --prompts. Give it, or leave the key out.")
+    elif prompt is not None and not isinstance(prompt, str):
+        several, prompt = [(f"prompt {number}", text) for number, text in enumerate(prompt)], None
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
     card = loaded.card
@@ -168,10 +184,13 @@ def _planned(
         conditions = Conditions.exactly(exactly)
     if guidance != 1:
         _check_guidance(loaded, guidance, conditions)
-    prompts = signals(loaded, str(prompt), conditions) if signal else ids_of(loaded, prompt, conditions)
+    if several is not None:
+        found = ids_of_texts(loaded, several, conditions)
+    else:
+        found = signals(loaded, str(prompt), conditions) if signal else ids_of(loaded, prompt, conditions)
     if record is not None:
-        prompts = [one for one in prompts if one.number == record]
-        if not prompts:
+        found = [one for one in found if one.number == record]
+        if not found:
             raise ConfigError(f"{prompt} has no record {record}, counted from 0.")
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
@@ -180,14 +199,14 @@ def _planned(
             f"The model at {checkpoint} does not say how much to generate (length and generation in "
             f"its model.json); give --max-new-tokens."
         )
-    _check_amount(sum(len(prompt.conditions) for prompt in prompts) * samples, count)
+    _check_amount(sum(len(one.conditions) for one in found) * samples, count)
     if not signal:
         assert loaded.tokenizer is not None
-        for number, one in enumerate(prompts):
+        for number, one in enumerate(found):
             if not isinstance(one.values, np.ndarray):  # of a reader whose tokens are continued as they are
                 continue
             values, given = loaded.tokenizer.continued(one.values, count)
-            prompts[number] = one._replace(values=values, given=given)
+            found[number] = one._replace(values=values, given=given)
     settings: dict[str, Any] = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
         "seed": seed,
@@ -208,13 +227,13 @@ def _planned(
     return Plan(
         Path(checkpoint),
         loaded,
-        list(batches(prompts, samples, first_sample)),
+        list(batches(found, samples, first_sample, even=signal or best_even(loaded.model))),
         count,
         place,
         settings,
         progress,
         prompt,
-        0 if prompt is not None else len(card.start_ids),
+        0 if prompt is not None or several is not None else len(card.start_ids),
         writer or card.writer,
     )
 

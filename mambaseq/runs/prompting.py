@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, shown
 from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.continuing import Prompt, Under
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
@@ -98,6 +99,80 @@ def ids_of(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> l
             f"--prompt {shown(prompt)} is neither a file nor text that this model's tokenizer reads."
         ) from error
     return [Prompt(ids, conditions.each or [None])]
+
+
+def ids_of_texts(loaded: LoadedModel, texts: Sequence[tuple[str, str]], conditions: Conditions) -> list[Prompt]:
+    """Ids of each text; texts: where each is from, and itself. Raises ConfigError for none, for one without tokens, and
+    for one that the model's tokenizer does not read."""
+    if not texts:
+        raise ConfigError("There is no prompt to continue. Give one text at least.")
+    if loaded.tokenizer is None:
+        raise ConfigError(f"The model at {loaded.source.parent} continues signals, not texts. Give --prompt FILE.")
+    if conditions.by_record:
+        raise ConfigError(
+            "--condition-column is of the records of a file that the model's reader reads. Give it by --prompt."
+        )
+    limits.SEQUENCES.check(len(texts), "The list of prompts")
+    found = []
+    for number, (where, text) in enumerate(texts):
+        try:
+            ids = loaded.tokenizer.encode(text)
+        except (UserError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{where}: {shown(text)} cannot be read by this model's tokenizer ({cut(error, 200)}). Correct it."
+            ) from error
+        if not len(ids):
+            raise ConfigError(f"{where} is empty, and a prompt has at least one token. Remove it.")
+        found.append(Prompt(ids, conditions.each or [None], name=where, number=number))
+    return found
+
+
+def texts_of(path: Path, key: str | None) -> list[tuple[str, str]]:
+    """The prompts in a file, each with where it stands: a line each, without its end; of .jsonl what an object in each
+    line has under the key. Raises DataError that names the file and the line."""
+    rows = path.suffix.lower() in (".jsonl", ".ndjson")
+    if key is not None and not rows:
+        raise ConfigError(f"--prompts-key is of a .jsonl file, and {shown(path)} is none. Leave it out.")
+    found, number = [], 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(limits.DOCUMENT_BYTES.value + 1):
+                number += 1
+                where = f"{path}, line {number}"
+                limits.DOCUMENT_BYTES.check(len(line), where)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+                if not rows:
+                    found.append((where, text))
+                elif text.strip():
+                    found.append((where, _under_key(text, "text" if key is None else key, where)))
+                limits.SEQUENCES.check(len(found), f"The file of prompts {path}")
+    except OSError as error:
+        raise DataError(
+            f"The file of prompts {shown(path)} cannot be read: {error.strerror}. Check --prompts."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}, is not UTF-8 at byte {error.start:,}. Convert the file, for example with iconv."
+        ) from error
+    if not found:
+        raise DataError(f"The file of prompts {path} is empty. Write a prompt in each line.")
+    return found
+
+
+def _under_key(line: str, key: str, where: str) -> str:
+    """The text in a line of jsonl."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}, is not JSON ({cut(error, 100)}). Each line must be one whole JSON object."
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        has = f"an object with {cut_list(row, 8)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise DataError(
+            f"{where}, has no text under {shown(key)}; it is {has}. Name the key with --prompts-key, or correct it."
+        )
+    return str(row[key])
 
 
 def is_file(prompt: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,8 +119,10 @@ class Run:
         """Embeddings of records: `predict` with `what="embeddings"`."""
         return self.predict(*inputs, out=out, what="embeddings", **options)
 
-    def generate(self, prompt: str | None = None, *, out: str | Path | None = None, **options: Any) -> Generated:
-        """Continue a prompt (text, or a file of prompts), or begin from nothing.
+    def generate(
+        self, prompt: str | Sequence[str] | None = None, *, out: str | Path | None = None, **options: Any
+    ) -> Generated:
+        """Continue a prompt (text, or a file of prompts), a list of texts together, or begin from nothing.
 
         out: a file to write, in the run's own format.
         options: see `mambaseq.runs.generation.generate_from` (max_new_tokens, samples, condition, temperature, ...).

@@ -12,6 +12,8 @@ from runs.test_prediction import DNA, TEXT, classifier, language_model, saved, s
 
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record
+from mambaseq.errors import ConfigError
+from mambaseq.runs.run import load
 
 
 def test_a_prompt_longer_than_a_files_name(tmp_path: Path) -> None:
@@ -220,3 +222,44 @@ def test_a_prompt_that_is_no_sequence_is_named(tmp_path: Path, capsys: pytest.Ca
     assert f"--prompt {prompt[:60]!r}"[:60] in told
     assert "is not a base" in told
     assert not out.exists()
+
+
+def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
+    model, options = language_model(tmp_path / "m"), ["-n", "6", "--seed", "3"]
+    prompts = ["To be", "or", " not é", "or", "Whether 'tis nobler"]
+    plain, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_bytes("".join(text + "\r\n" for text in prompts).encode("utf-8-sig"))
+    rows.write_text("\n".join(json.dumps({"text": "no", "q": text}) + "\n" for text in prompts))
+    texts = generated(model, tmp_path / "a.jsonl", "--prompts", str(plain), *options)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    assert texts[0] == generated(model, tmp_path / "b.jsonl", "--prompt", "To be", *options)[0]
+    assert texts[1] != texts[3]
+    assert generated(model, tmp_path / "c.jsonl", "--prompts", str(rows), "--prompts-key", "q", *options) == texts
+    run = load(model)
+    assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
+    with pytest.raises(ConfigError, match="no prompt to continue"):
+        run.generate([], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "message"),
+    [
+        ("p.txt", b"a\n\nb\n", [], "p.txt, line 2 is empty, and a prompt has at least one token"),
+        ("p.txt", b"", [], "p.txt is empty. Write a prompt"),
+        ("p.txt", b"a\n\xff\n", [], "p.txt, line 2, is not UTF-8 at byte 0"),
+        ("p.txt", b"a\n", ["--prompts-key", "q"], "--prompts-key is of a .jsonl file"),
+        ("p.txt", b"a\n", ["--prompt", "b"], "--prompt and --prompts were both given"),
+        ("p.jsonl", b'{"text": "a"}\n{"text": "b"\n', [], "p.jsonl, line 2, is not JSON"),
+        ("p.jsonl", b'{"q": "a"}\n', [], "p.jsonl, line 1, has no text under 'text'; it is an object with q"),
+        ("p.jsonl", b"[1]\n", ["--prompts-key", "q"], "p.jsonl, line 1, has no text under 'q'; it is a list"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str, content: bytes, more: list[str], message: str
+) -> None:
+    model, path = language_model(tmp_path / "m"), tmp_path / name
+    path.write_bytes(content)
+    command = ["generate", "--checkpoint", str(model), "--out", str(tmp_path / "o.txt"), "--device", "cpu"]
+    assert main([*command, "--prompts", str(path), *more]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--prompts", str(tmp_path / "none.txt")]) == 2

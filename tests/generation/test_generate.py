@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.generation import decode, generate
+from mambaseq.generation import generate, reading
 from mambaseq.generation.decode import NotFinite
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, filter_logits, sample
@@ -178,10 +178,10 @@ def test_a_prompt_is_read_in_parts_with_the_same_result(kind: str, monkeypatch: 
     headed: list[int] = []
     model.backbone.register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
     model.head.register_forward_hook(lambda _, args, __: headed.append(args[0].shape[1]))
-    whole = decode.prefill(model, Prompts.of(prompt), None)[1]
-    monkeypatch.setattr(decode, "_PREFILL", 16)
+    whole = reading.prefill(model, Prompts.of(prompt), None)[1]
+    monkeypatch.setattr(reading, "_PREFILL", 16)
     with torch.no_grad():
-        state, logits = decode.prefill(model, Prompts.of(prompt), None)
+        state, logits = reading.prefill(model, Prompts.of(prompt), None)
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits, model(prompt).logits[:, -1], rtol=1e-4, atol=1e-5)
         following = torch.randint(0, 29, (2,))

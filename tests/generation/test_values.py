@@ -153,7 +153,7 @@ def test_a_forecaster_from_configuration_to_csv(tmp_path: Path, capsys: pytest.C
     assert len(rows) == 20
     capsys.readouterr()
     for more, message in (
-        (["--top-k", "3"], "--top-k and --top-p choose among tokens"),
+        (["--top-k", "3"], "--top-k is about tokens"),
         (["--prompt", "no such"], "is not a file, and a signal is read from a file"),
     ):
         assert main([*generate_, "--out", str(tmp_path / "e.csv"), *more]) == 2

@@ -1,0 +1,116 @@
+"""Prompts are read: the state after each, whatever their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.backbones.unet import UNet
+from mambaseq.errors import ConfigError
+from mambaseq.generation.prompts import Prompts
+from mambaseq.mixers.base import State
+from mambaseq.mixers.growing import GrowingState
+from mambaseq.models import SequenceModel
+
+# Tokens of prompts that are read at once, all sequences together.
+_PREFILL = 8192
+
+
+@torch.no_grad()
+def prefill(
+    model: SequenceModel, prompts: Prompts, condition: Tensor | None, state: list[Any] | None = None
+) -> tuple[list[Any], Tensor]:
+    """The state after the prompts, and what the head tells of their last position only (see `Head.told`), since all of
+    a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them.
+    Prompts of several lengths are packed, so that nothing is padded.
+
+    state: what was read before, of prompts of one length; it stays as it is.
+    """
+    if not len(prompts) or not min(prompts.lengths):
+        raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
+    if len(set(prompts.lengths)) == 1:
+        return _in_parts(model, prompts, condition, state)
+    if state is not None:
+        raise ConfigError("Prompts that go on from a state must have one length.")
+    states, told, order = [], [], []
+    for pack in _packs(prompts.lengths):
+        some, under = prompts.only(pack), None if condition is None else condition[pack]
+        read = _in_parts if len(set(some.lengths)) == 1 else _packed
+        found, logits = read(model, some, under)
+        states.append(found)
+        told.append(logits)
+        order += pack
+    back = torch.tensor(order).argsort().to(prompts.device)
+    return [layer.select(back) for layer in joined(states)], torch.cat(told)[back]
+
+
+def best_even(model: SequenceModel) -> bool:
+    """Whether prompts of one length are continued faster together than those of several: where windows are, a step
+    computes only what is due."""
+    return isinstance(model.backbone, UNet)
+
+
+def _packs(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts, by number, that are read together: the shortest first, long ones alone."""
+    found: list[list[int]] = []
+    taken = _PREFILL
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        taken += lengths[number]
+        if taken > _PREFILL:
+            found.append([])
+            taken = lengths[number]
+        found[-1].append(number)
+    return found
+
+
+def _in_parts(
+    model: SequenceModel, prompts: Prompts, condition: Tensor | None, state: list[Any] | None = None
+) -> tuple[list[Any], Tensor]:
+    """Prompts of one length."""
+    part = max(1, _PREFILL // len(prompts))
+    for start in range(0, prompts.lengths[0], part):
+        x = model.encoder(prompts.read(start, start + part), condition)
+        hidden, state = model.backbone(x, state=state, return_state=True)
+    assert state is not None
+    return _contiguous(state), model.told(hidden[:, -1:])[:, -1]
+
+
+def _packed(model: SequenceModel, prompts: Prompts, condition: Tensor | None) -> tuple[list[Any], Tensor]:
+    """Prompts of several lengths, in one row."""
+    row = torch.cat([prompts.only([number]).read(0, length)[0] for number, length in enumerate(prompts.lengths)])
+    ends = torch.tensor([0, *prompts.lengths]).cumsum(0).to(row.device)
+    bounds = ends.to(torch.int32)
+    x = model.encoder(row[None], condition, bounds)
+    hidden, state = model.backbone(x, cu_seqlens=bounds, return_state=True)
+    return _contiguous(state), model.told(hidden[0, ends[1:] - 1][:, None])[:, -1]
+
+
+def _contiguous(state: list[Any]) -> list[Any]:
+    return [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]
+
+
+def joined(states: Sequence[list[Any]]) -> list[Any]:
+    """States of several batches, a list of layers each, as those of one. They stay as they are."""
+    return [_joined(layers) for layers in zip(*states, strict=True)]
+
+
+def _joined(layers: Sequence[Any]) -> Any:
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    if isinstance(first, GrowingState):
+        layers = [layer.map(Tensor.clone) for layer in layers]
+        first = layers[0]
+        room = max(layer.capacity for layer in layers)
+        for layer in layers:
+            layer.reserve_(room)
+        first.longest = max(layer.longest for layer in layers)
+    names = list(first.tensors())
+    tensors = {name: torch.cat([getattr(layer, name) for layer in layers]) for name in names}
+    whole = first.map(lambda tensor: tensor)
+    for name, tensor in tensors.items():
+        setattr(whole, name, tensor)
+    return whole
