@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from mambaseq.atomic import atomic_folder, json_text
 from mambaseq.checkpoints.export import LoadedModel
+from mambaseq.checkpoints.forms import no_form
 from mambaseq.checkpoints.published import DTYPES, GENERATION
-from mambaseq.checkpoints.upstream import cast_, described, no_form, to_upstream
+from mambaseq.checkpoints.upstream import cast_, described, to_upstream
 from mambaseq.errors import ConfigError, UserError, shown
 
 _SHARD = 5 * 10**9  # bytes of a file of weights, as transformers cuts them
@@ -42,8 +44,8 @@ def save_transformers(
     cast_(model, {name: DTYPES[dtype] if dtype else stored.get(name) for name, _ in model.named_parameters()})  # type: ignore[misc]
     config, tensors = described(model), to_upstream(model, transformers=True)
     if model.tie_embeddings:
-        tensors.pop("lm_head.weight")
-    name = str(tensors[_EMBEDDING].dtype).removeprefix("torch.")
+        tensors.pop("lm_head.weight", None)
+    name = str(next(one for key, one in tensors.items() if _EMBEDDING.search(key)).dtype).removeprefix("torch.")
     notes = []
     with atomic_folder(out) as folder:
         ids = None if loaded.tokenizer is None else loaded.tokenizer.save_for_transformers(folder)
@@ -58,7 +60,7 @@ def save_transformers(
     return notes
 
 
-_EMBEDDING = "backbone.embeddings.weight"
+_EMBEDDING = re.compile(r"\.embed(dings|_tokens)\.weight")
 
 
 def _stored(source: Path) -> dict[str, torch.dtype]:

@@ -1,5 +1,5 @@
 """Conversion of names, in both directions: `state-spaces/mamba-*` and `mamba2-*` checkpoints, and transformers' Mamba,
-Mamba2 (also Mamba-Codestral) and FalconMamba."""
+Mamba2 (also Mamba-Codestral) and FalconMamba; Bamba is in `bamba`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
+from mambaseq.checkpoints import bamba
 from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
+from mambaseq.checkpoints.forms import no_form, one_for_all
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError, cut_list, shown
 from mambaseq.heads.lm import LMHead
@@ -59,6 +61,9 @@ def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bo
     options do not show in the tensors, so pass the model if you have it.
     """
     if isinstance(model, SequenceModel):
+        if transformers and bamba.is_hybrid(model):
+            bamba.described(model)
+            return bamba.to_transformers(model, weights(model))
         _check_options(model, transformers)
         tensors: Mapping[str, Tensor] = weights(model)
     else:
@@ -69,14 +74,6 @@ def to_upstream(model: SequenceModel | Mapping[str, Tensor], *, transformers: bo
     if transformers:
         out["backbone.embeddings.weight"] = out.pop("backbone.embedding.weight")
     return out
-
-
-def no_form(problem: str) -> UserError:
-    """The error for a model that other houses have no class for."""
-    return UserError(
-        f"This model cannot be written as a published Mamba or Mamba-2: {problem}. Those are language models over "
-        "tokens with one kind of layer, mamba or mamba2 as published. Save others with save_model."
-    )
 
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
@@ -124,13 +121,13 @@ def described(model: SequenceModel) -> dict[str, Any]:
 
     Raises UserError for other models, and for layers of one mixer with different sizes.
     """
+    if bamba.is_hybrid(model):
+        return bamba.described(model)
     _check_options(model, transformers=True)
     mixers = model.backbone.mixers()
-    sizes = [_sizes(mixer) for mixer in mixers]
-    if different := [number for number, one in enumerate(sizes) if one != sizes[0]]:
-        raise no_form(f"layer {different[0]} has other sizes than layer 0")
+    sizes = one_for_all([(number, _sizes(mixer)) for number, mixer in enumerate(mixers)])
     assert isinstance(model.encoder, TokenEncoder)
-    kind = "Mamba2" if isinstance(mixers[0], Mamba2) else "FalconMamba" if "mixer_rms_eps" in sizes[0] else "Mamba"
+    kind = "Mamba2" if isinstance(mixers[0], Mamba2) else "FalconMamba" if "mixer_rms_eps" in sizes else "Mamba"
     return {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": "falcon_mamba" if kind == "FalconMamba" else kind.lower(),
@@ -141,7 +138,7 @@ def described(model: SequenceModel) -> dict[str, Any]:
         "hidden_act": "silu",
         "residual_in_fp32": True,
         "tie_word_embeddings": model.tie_embeddings,
-        **sizes[0],
+        **sizes,
     }
 
 
@@ -169,6 +166,8 @@ def _sizes(mixer: Mixer) -> dict[str, Any]:
 
 def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Upstream's or transformers' names to ours."""
+    if bamba.is_bamba(tensors):
+        return bamba.from_transformers(tensors)
     ours = {theirs: mine for mine, theirs in _FIXED.items()}
     ours["backbone.embeddings.weight"] = "encoder.embedding.weight"
     return {ours.get(name, name): tensor for name, tensor in tensors.items()}
@@ -194,10 +193,12 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
 _WHOLE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "expand", "head_dim", "n_groups"),
     *("d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "headdim", "ngroups"),
+    *bamba.WHOLE,
 )
-_BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias")
+_BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias", *bamba.BOOLEAN)
+_EPSILONS = ("layer_norm_epsilon", "mixer_rms_eps", "rms_norm_eps")
 _LARGEST = 2**31 - 1
-_LOADED = ("mamba", "mamba2", "falcon_mamba")
+_LOADED = ("mamba", "mamba2", "falcon_mamba", "bamba")
 _HYBRIDS = {
     "jamba": "a hybrid of Mamba, attention and mixtures of experts",
     "zamba": "a hybrid whose layers share one attention on concatenated inputs",
@@ -226,6 +227,8 @@ def _check_types(config: dict[str, Any]) -> None:
     if not isinstance(ssm, dict | None):
         raise UserError(f"ssm_cfg must hold settings, not {shown(ssm)}.")
     for key, value in [*config.items(), *(ssm or {}).items()]:
+        if key in bamba.DERIVED and value in (None, "auto"):
+            continue
         if key in _WHOLE and not (type(value) is int and 0 < value <= _LARGEST):
             raise UserError(f"{key} must be a whole number from 1 to {_LARGEST:,}, not {shown(value)}.")
         if key in _BOOLEAN and type(value) is not bool:
@@ -236,15 +239,21 @@ def _check_types(config: dict[str, Any]) -> None:
             and not (type(value) is int and 0 < value <= _LARGEST)
         ):
             raise UserError(f'{key} must be "auto" or a whole number of at least 1, not {shown(value)}.')
-        if key in ("layer_norm_epsilon", "mixer_rms_eps") and not (type(value) in (int, float) and 0 <= value < 1):
+        if key in ("layer_norm_epsilon", "mixer_rms_eps", "rms_norm_eps") and not (
+            type(value) in (int, float) and 0 <= value < 1
+        ):
             raise UserError(f"{key} must be a number from 0 to 1, not {shown(value)}.")
     LAYERS.check(config.get("num_hidden_layers", config.get("n_layer", 1)), "The configuration")
 
 
 def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type", "mamba")
+    if kind == "bamba":
+        _check_dt_limit("time_step_limit", config.get("time_step_limit"))
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UserError(f"The checkpoint's activation (hidden_act) is {shown(activation)}; only 'silu' can be loaded.")
+    if kind == "bamba":
+        return bamba.options_of(config)
     options = {
         "vocab_size": config["vocab_size"],
         "d_model": config["hidden_size"],

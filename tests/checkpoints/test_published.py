@@ -19,9 +19,11 @@ from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
 from mambaseq.checkpoints.beginning import load_source
 from mambaseq.checkpoints.hub import from_pretrained
 from mambaseq.checkpoints.to_transformers import save_transformers
+from mambaseq.checkpoints.upstream import options_from_config
 from mambaseq.cli.main import main
 from mambaseq.errors import UserError
 from mambaseq.models import causal_lm
+from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.published import import_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +34,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 4, "mixer_rms_eps": 1e-3, "tie_word_embeddings": False, "use_bias": True},
     "mamba2": {"state_size": 8, "head_dim": 8, "num_heads": 8, "n_groups": 2, "tie_word_embeddings": False},
 }
-CLASSES = {"mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2"}
+BAMBA = {
+    **{"num_hidden_layers": 3, "attn_layer_indices": [1], "intermediate_size": 40, "rms_norm_eps": 1e-4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "mlp_bias": True, "attention_bias": True},
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "rope_theta": 100.0},
+}
+KINDS["bamba"] = BAMBA
+CLASSES = {"bamba": "Bamba", "mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def made(kind: str, folder: Path, tokenizer: Path | None = None, dtype: torch.dt
     """A model of transformers with random weights, in a folder."""
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(3)
-    config = getattr(transformers, f"{CLASSES[kind]}Config")(**sizes, **KINDS[kind])
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**{**sizes, **KINDS[kind]})
     model = getattr(transformers, f"{CLASSES[kind]}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # nothing may hide behind an initial value
@@ -87,6 +95,9 @@ def test_there_and_back(kind: str, tokenizer_file: Path, tmp_path: Path, capsys:
     with torch.no_grad():
         expected = theirs(ids).logits
         assert ((loaded.model(ids).logits - expected).norm() / expected.norm()) <= 1e-5
+    settings = parse_config(str(run / "config.yaml"), []).settings  # which evaluates it, and trains it further
+    assert settings["data"]["tokenizer"] == "text/hf"
+    assert changed_model_settings(str(run / "config.yaml"), settings) == []
     ours = ms.generate(loaded.model, ids, 12, temperature=0)[0].tolist()
     assert ours == greedy(theirs, ids)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "the dog", "--temperature", "0",
@@ -199,6 +210,30 @@ def test_bad_checkpoints_are_refused(spoil: Any, told: str, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ({"attn_layer_indices": [9]}, r"attn_layer_indices must be numbers of the 3 layers"),
+        ({"mamba_d_state": None}, "mamba_d_state must be a whole number"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"time_step_limit": [0.0, 1.0]}, "limits its step sizes"),
+    ],
+)
+def test_hybrids_that_are_not_computed(change: dict[str, Any], told: str) -> None:
+    config = {
+        "model_type": "bamba",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        **BAMBA,
+    }
+    assert options_from_config(config)["mixers"]["attention"]["rope_dims"] == 4
+    with pytest.raises(UserError, match=told):
+        options_from_config(config | change)
+
+
 def nan(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["backbone.layers.0.mixer.D"][3] = torch.nan
@@ -233,12 +268,19 @@ def renamed(folder: Path, kind: str) -> None:
 
 
 def test_models_without_such_a_form_are_refused_by_name(tmp_path: Path) -> None:
+    half = {"rope_dims": 8}
     for options, told in (
         ({"mixer": "s4d"}, "mixer of layer 0 is a S4D"),
         (
             {"pattern": ["mamba", "wide"], "mixers": {"wide": {"name": "mamba", "d_state": 4}}},
             "layer 1 has other sizes",
         ),
+        ({"pattern": ["mamba2", "attention"], "mlp": True}, "layer 2 turns 16 of 16 features, and Bamba's half"),
+        ({"pattern": ["mamba2", "attention"], "mlp": True, "mixers": {"attention": half | {"window": 4}}}, "a window"),
+        ({"pattern": ["mamba2", "attention"], "mlp": False, "mixers": {"attention": half}}, "layer 1 is a Attention"),
+        ({"pattern": ["mamba2*"], "mlp": True}, "share a mixer"),
+        ({"mixer": "mamba", "mlp": True}, "layer 0 is a Mamba, not mamba2 or attention"),
+        ({"mixer": "mamba2", "mlp": True, "mixers": {"mlp": {"activation": "gelu"}}}, "activation gelu"),
     ):
         model = causal_lm(vocab_size=256, d_model=16, n_layers=2, **options)  # type: ignore[arg-type]
         card = ModelCard(model.spec or {}, {"name": "text/bytes", "options": {}}, task="next_token")
