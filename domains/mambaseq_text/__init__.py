@@ -46,6 +46,10 @@ domain = Domain(
             "mambaseq_text.commands:perplexity",
             "perplexity of documents of any length, by the state passed on: --checkpoint RUN FILE [FILE ...]",
         ),
+        "recall": (
+            "mambaseq_text.commands:recall",
+            "numbers hidden in long texts, found again or not, by length and depth: --checkpoint RUN [--scale full]",
+        ),
     },
     reports={"demo": ("mambaseq_text.report:report", "bits a byte next to count models, and a sample")},
 )

@@ -1,4 +1,4 @@
-"""`mambaseq text/lambada` and `mambaseq text/perplexity`."""
+"""`mambaseq text/lambada`, `mambaseq text/perplexity` and `mambaseq text/recall`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.arguments import Arguments
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
 
 
@@ -79,6 +79,65 @@ def perplexity(argv: list[str]) -> int:
     print(f"word perplexity   {whole.word_perplexity:,.4f}")
     _save(given.out, whole.plain())
     return 0
+
+
+def recall(argv: list[str]) -> int:
+    """`mambaseq text/recall`."""
+    parser = Arguments(
+        prog="mambaseq text/recall",
+        description="What a model finds again in long texts: a number hidden at some depth, and all of several. Texts "
+        "are read in parts with the state passed on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
+    parser.add_argument(
+        "--scale",
+        choices=("tiny", "small", "full"),
+        default="small",
+        help="tiny: a trial; small: 1 k to 16 k tokens; full: 1 k to 1 M, which takes a GPU",
+    )
+    parser.add_argument("--lengths", metavar="N[,N...]", help="tokens of the texts, in place of the scale's")
+    parser.add_argument(
+        "--filler", action="append", metavar="FILE", help="text around what is hidden; the default is tinyshakespeare"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of places, numbers and filler")
+    parser.add_argument("--out", metavar="FOLDER", help="write recall.json, recall.txt and recall.png to it")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    given = parser.parse_args(argv)
+    lengths = None if given.lengths is None else _lengths(given.lengths)
+    if given.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, not {given.seed}.")
+    with uncollected(for_good=True):
+        from mambaseq.outputs import output_target
+        from mambaseq.runs.devices import memory_told
+        from mambaseq_text.corpus import SHAKESPEARE
+        from mambaseq_text.evaluating import Reader
+        from mambaseq_text.recall import SCALES, Found, Texts, table, write
+        from mambaseq_text.recall import recall as recalled
+
+    folder = None if given.out is None else output_target(Path(given.out), folder=True)
+    scale, reader = SCALES[given.scale], Reader(given.checkpoint, given.device)
+    texts = Texts(reader, given.filler or SHAKESPEARE, given.seed)
+    found: list[Found] = []
+    with memory_told("--lengths"):
+        for one in recalled(reader, texts, scale, lengths):
+            found.append(one)
+            print(f"{one.length:,} tokens: needle {one.needles[0]:.0%}", file=sys.stderr, flush=True)
+    print(table(found, scale))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, found, scale)
+    return 0
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ConfigError(f"--lengths must be whole numbers of at least 1 with commas between, not {shown(text)}.")
+    return found
 
 
 def _save(out: str | None, numbers: dict[str, Any]) -> None:

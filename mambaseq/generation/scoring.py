@@ -27,10 +27,15 @@ _LOGITS = 2048  # positions whose logits exist at once: a large vocabulary's wou
 
 
 class Asked(NamedTuple):
-    """Ids of a context, `(n,)`, and of what is asked to follow it, `(m,)`."""
+    """Ids of a context, `(n,)`, and of what is asked to follow it, `(m,)`.
+
+    given: how many of the continuation's tokens, from its first on, are no part of the score: a question behind a
+        context that several have.
+    """
 
     context: np.ndarray
     continuation: np.ndarray
+    given: int = 0
 
 
 class Scored(NamedTuple):
@@ -62,7 +67,8 @@ class Scorer:
     def __init__(self, model: SequenceModel) -> None:
         head = model.head
         by_parts = getattr(type(head), "draw", Head.draw) is not Head.draw  # which tells no logits of all tokens
-        if not continues(model, "tokens") or getattr(head, "codes", 0) or by_parts:
+        codes: int = getattr(head, "codes", 0)
+        if not continues(model, "tokens") or codes or by_parts:
             raise ConfigError(
                 f"Continuations are scored by a causal model with an lm head; this one has the head "
                 f"{type(head).__name__} on {type(model.backbone).__name__}. Give a run with the head lm and a causal "
@@ -83,12 +89,12 @@ class Scorer:
         """
         found: list[Scored | None] = [None] * len(asked)
         contexts: dict[bytes, list[int]] = {}
-        for number, (context, continuation) in enumerate(asked):
+        for number, (context, continuation, given) in enumerate(asked):
             if not len(context):
                 raise ConfigError("A continuation is scored given a context of at least one token; this one is empty.")
             self._check(context)
             self._check(continuation)
-            if len(continuation):
+            if len(continuation) > given:
                 contexts.setdefault(np.asarray(context, dtype=np.int64).tobytes(), []).append(number)
             else:
                 found[number] = Scored(0.0, True, 0)
@@ -100,7 +106,8 @@ class Scorer:
                 continue
             for number in numbers:
                 targets = np.asarray(asked[number].continuation, dtype=np.int64)
-                alone.append(_Row(np.concatenate([context, targets[:-1]]), targets, [number]))
+                row = np.concatenate([context, targets[:-1]])
+                alone.append(_Row(row, targets[asked[number].given :], [number]))
         with tqdm(total=found.count(None), unit="text", disable=not progress) as bar:
             for rows in self._batches(alone, len(alone)):
                 for row, scored in zip(rows, self._read(rows), strict=True):
@@ -189,18 +196,21 @@ class Scorer:
             for number in row.numbers:
                 continuation = np.asarray(asked[number].continuation, dtype=np.int64)
                 owner.append(place)
-                first.append(continuation[0])
-                rest.append(_Row(continuation[:-1], continuation[1:], [number]))
+                given = asked[number].given
+                first.append(-100 if given else continuation[0])
+                rest.append(_Row(continuation[:-1], continuation[max(given, 1) :], [number]))
         told = hidden[torch.tensor(owner, device=self.device)]
-        nats, right = self._scores(told, torch.tensor(first)[:, None])
-        begun = [Scored(*one, 1) for one in zip(nats[:, 0].tolist(), right[:, 0].tolist(), strict=True)]
+        scores = (one[:, 0].tolist() for one in self._scores(told, torch.tensor(first)[:, None]))
+        begun = [Scored(*one, int(token >= 0)) for *one, token in zip(*scores, first, strict=True)]
         longer = {id(row): place for place, row in enumerate(rest) if len(row.ids)}
         for some in self._batches([row for row in rest if len(row.ids)], _FORKED):
             which = torch.tensor([owner[longer[id(row)]] for row in some], device=self.device)
             forks = [layer.select(which) for layer in states]
             for row, scored in zip(some, self._read(some, forks), strict=True):
                 one = begun[longer[id(row)]]
-                begun[longer[id(row)]] = Scored(one.nats + scored.nats, one.greedy and scored.greedy, 1 + scored.tokens)
+                begun[longer[id(row)]] = Scored(
+                    one.nats + scored.nats, one.greedy and scored.greedy, one.tokens + scored.tokens
+                )
         for row, one in zip(rest, begun, strict=True):
             yield row.numbers[0], one
 

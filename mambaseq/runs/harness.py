@@ -55,7 +55,7 @@ class Harness(TemplateLM):
             )
         self._tokenizer = tokenizer
         self.scorer = Scorer(self.loaded.model)
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() and int(str(batch_size)) else 64
+        self.batch_size = max(int(str(batch_size)), 1) if str(batch_size).isdigit() else 64  # None, "auto", "auto:4"
         self._bos: int | None = getattr(tokenizer, "bos_id", None)
         self._eos: int | None = getattr(tokenizer, "eos_id", None)
 

@@ -31,7 +31,7 @@ def plainly(of: SequenceModel, asked: Asked) -> tuple[float, bool]:
     ids = torch.from_numpy(np.concatenate([asked.context, asked.continuation]).astype(np.int64))[None]
     with torch.no_grad():
         logits = of(ids[:, :-1]).logits[0, len(asked.context) - 1 :].double()
-    wanted = ids[0, len(asked.context) :]
+    logits, wanted = logits[asked.given :], ids[0, len(asked.context) + asked.given :]
     nats = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
     return float(nats), bool((logits.argmax(-1) == wanted).all())
 
@@ -47,18 +47,19 @@ def test_continuations_equal_one_reading_each(options: dict[str, Any], monkeypat
     asked = [Asked(contexts[n % 4], draw.integers(VOCABULARY, size=n)) for n in range(12)]
     asked.append(Asked(draw.integers(VOCABULARY, size=16).astype(np.uint8), draw.integers(VOCABULARY, size=1)))
     likeliest = int(of(torch.from_numpy(contexts[2])[None]).logits[0, -1].argmax())
+    asked += [one._replace(given=len(one.continuation) // 2) for one in asked[4:]]
     asked += [Asked(contexts[2], np.array([likeliest])), Asked(contexts[1][:2], np.array([likeliest, 3]))]
     lengths: list[int] = []
     of.encoder.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].numel()))
     found = Scorer(of).continuations(asked)
     read = sum(lengths)
     for one, scored in zip(asked, found, strict=True):
-        if not len(one.continuation):
+        if len(one.continuation) == one.given:
             assert scored == (0.0, True, 0)
             continue
         nats, greedy = plainly(of, one)
         assert scored.nats == pytest.approx(nats, rel=2e-6, abs=1e-6)
-        assert (scored.greedy, scored.tokens) == (greedy, len(one.continuation))
+        assert (scored.greedy, scored.tokens) == (greedy, len(one.continuation) - one.given)
     assert any(scored.greedy for scored in found if scored.tokens)
     # padding included, this is far less than all contexts once for each continuation
     assert read < sum(len(one.context) + len(one.continuation) for one in asked)

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mambaseq_text.corpus import SHAKESPEARE
 from mambaseq_text.evaluating import Reader, last_words, pair, surprise, total
+from mambaseq_text.recall import SCALES, Texts, recall
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer, TextTokenizer
 
 from mambaseq.checkpoints import ModelCard, save_model
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.generation.scoring import Asked, Scored
 from mambaseq.models import causal_lm
 
 
@@ -135,3 +138,56 @@ def test_bad_passages_and_models_are_named(byte_model: Path, tokenizer_json: Pat
         Reader(tmp_path / "none", "cpu")
     assert main(["text/lambada", "--checkpoint", str(byte_model), str(file), "--limit", "0"]) == 2
     assert np.isnan(last_words(reader, str(file)).accuracy_error)  # of one passage
+
+
+class Finder:
+    """Answers as a model that finds what stands in the text, or never does."""
+
+    def __init__(self, reader: Reader, finds: bool) -> None:
+        self.reader, self.finds = reader, finds
+
+    def continuations(self, asked: list[Asked]) -> list[Scored]:
+        said = [self.reader.tokenizer.decode(one.continuation).strip() for one in asked]
+        assert all(re.fullmatch(r"The secret number of [A-Z][a-z]+ is \d{5}", one) for one in said)
+        assert {self.reader.tokenizer.decode(one.continuation[one.given :])[0] for one in asked} == {" "}
+        there = [one in self.reader.tokenizer.decode(where.context) for one, where in zip(said, asked, strict=True)]
+        return [Scored(-1.0 if one == self.finds else -2.0, one == self.finds, 6) for one in there]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_hidden_numbers_are_where_they_are_said_to_be(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(request.getfixturevalue({"bytes": "byte_model"}.get(kind, kind)), "cpu")
+    texts = Texts(reader, SHAKESPEARE, seed=3, most=5000)
+    for depth in (0.0, 0.5, 1.0):
+        text = texts.text(400, [("Riga", 12345)], [depth])
+        assert len(text) == 400
+        said = reader.tokenizer.decode(text)
+        before, _, after = said.partition("\nThe secret number of Riga is 12345.\n")
+        assert len(before) / len(before + after) == pytest.approx(depth, abs=0.1)
+    for finds in (True, False):
+        monkeypatch.setattr(reader, "scorer", Finder(reader, finds))
+        (found,) = recall(reader, texts, SCALES["tiny"], [500])
+        shares = (1.0, 1.0) if finds else (0.0, 0.0)
+        assert found.recall == found.needles == shares
+        assert found.needle.keys() == {0.0, 1.0}
+    with pytest.raises(ConfigError, match="no room for 2 numbers"):
+        list(recall(reader, texts, SCALES["tiny"], [50]))
+
+
+def test_recall_has_a_table_and_a_picture(
+    byte_model: Path, tmp_path: Path, drawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["text/recall", "--checkpoint", str(byte_model), "--device", "cpu"]
+    assert main([*words, "--scale", "tiny", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "recall.txt").read_text() == printed
+    rows = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert [row["length"] for row in rows] == [256, 512]
+    # the state of one Mamba layer is what it is, however long the text was: three inputs and 16 states of 32 channels
+    assert [row["state_bytes"] for row in rows] == [32 * (3 + 16) * 4] * 2
+    assert f"{rows[1]['needle']['1']['choice']:.0%}" in printed
+    assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*words, "--lengths", "1k"]) == 2
+    assert "--lengths must be whole numbers" in capsys.readouterr().err
