@@ -194,6 +194,11 @@ class HFTokenizer(TextTokenizer):
         return found
 
     @property
+    def changes_later(self) -> bool:
+        """Whether a further token may change the text of those before it, as where blanks before signs are removed."""
+        return type(self._tokenizer.decoder).__name__ not in ("ByteLevel", "Metaspace")
+
+    @property
     def options(self) -> dict[str, Any]:
         return {"path": self.path, "bos": self.bos, "eos": self.eos}
 

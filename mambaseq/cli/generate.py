@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument(
         "--out",
-        required=True,
         metavar="FILE",
         help="file to write, in the domain's format, the prompt included; several are numbered; - for the standard "
-        "output (sound: a wav; --out=-.pcm raw samples), into a player while it is generated",
+        "output (sound: a wav; --out=-.pcm raw samples), into a player while it is generated; without --out, text goes "
+        "to the terminal while it is generated",
     )
     parser.add_argument(
         "-n", "--max-new-tokens", type=int, default=None, help="how many to add (bases, samples, bytes, steps)"
@@ -82,6 +83,20 @@ def run(argv: list[str], command: str) -> int:
         metavar="TEXT",
         help="end a result before this text; may be given again (a line's end: $'\\n' in bash)",
     )
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="take turns: each line that is typed is added to the text, then the model goes on; the state is kept. "
+        "Ctrl-C ends a turn, Ctrl-D all",
+    )
+    parser.add_argument(
+        "--save-state",
+        metavar="FILE.safetensors",
+        help="keep the state after the prompt (after the last turn, with --interactive)",
+    )
+    parser.add_argument(
+        "--from-state", metavar="FILE.safetensors", help="go on from there instead of reading that prompt again"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument(
         "--guidance",
@@ -106,13 +121,26 @@ def run(argv: list[str], command: str) -> int:
     if given["checkpoint"] is None and repeat is None:
         parser.error("one of --checkpoint and --repeat is needed")
     with uncollected(for_good=True):
-        from mambaseq.runs.generation import generate_to
+        from mambaseq.runs.generation import generate_text, generate_to
         from mambaseq.runs.streaming import Interrupted, check_alone, repeated
 
     if given["condition"] is not None:
         given["condition"] = [" ".join(words) for words in given["condition"]]
+    settings: dict[str, Any]
+    interactive = given.pop("interactive")
+    if given["out"] is None and repeat is not None:
+        parser.error("--repeat needs --out")
+    if interactive and (given["out"] is not None or repeat is not None):
+        parser.error("--interactive goes to the terminal, without --out or --repeat")
+    if given["out"] is None:
+        for name in ("out", "pictures"):
+            given.pop(name)
+        settings = {key: value for key, value in given.items() if value is not None}
+        generate_text(settings.pop("checkpoint"), _write, lines=_lines() if interactive else None, **settings)
+        _write("" if interactive else "\n")
+        return 0
     checkpoint, out, pictures = given.pop("checkpoint"), _output(given.pop("out")), given.pop("pictures")
-    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    settings = {key: value for key, value in given.items() if value is not None}
     if repeat is not None:
         own = {"samples": 1, "seed": 0}  # what they are if nobody says it
         stated = {key: value for key, value in settings.items() if key != "device" and own.get(key) != value}
@@ -126,6 +154,21 @@ def run(argv: list[str], command: str) -> int:
         raise
     _tell(files)
     return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, after a sign that asks for it where a person types."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
 
 
 def _output(text: str) -> Path:

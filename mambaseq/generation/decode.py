@@ -197,13 +197,15 @@ def stream(
     given: Tensor | None = None,
     guidance: float = 1.0,
     read: tuple[list[Any], Tensor] | None = None,
+    patience: float | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts as `generate` does, whose arguments these are; neither the prompts nor what was added is held.
 
-    read: what `prefill` gave of the prompts, which stays as it is; None reads them.
+    read: what `prefill` gave of the prompts, which stays as it is; None reads them. patience: seconds after which
+        tokens are given on; None is a quarter.
 
     Yields:
-        What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`, about four times a second. When it is
+        What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`. When it is
         interrupted, a last piece comes before the KeyboardInterrupt.
     """
     check_whole("max_new_tokens", max_new_tokens, 0)
@@ -211,7 +213,7 @@ def stream(
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
-    device = prompts.device
+    device, patience = prompts.device, _PATIENCE if patience is None else patience
     draws = None if temperature == 0 else Draws(seed, prompts, condition, samples, numbers, device)
     every = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     given = None if given is None else given.to(device)[every]
@@ -257,7 +259,7 @@ def stream(
                 Decoder(model, more, cuda_graph=captured),
             )
             logits = torch.stack([logits, untold], 1)[every]
-            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids, watch)
+            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids, watch, patience)
             return
         if samples > 1 or read is not None:
             state, logits = [layer.select(every) for layer in state], logits[every]
@@ -273,7 +275,7 @@ def stream(
             yield from _by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
             return
         decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= WORTH_A_GRAPH)
-        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch)
+        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
     finally:
         model.train(was_training)
 
@@ -290,6 +292,7 @@ def _by_steps(
     next_token: Callable[[Tensor, int], Tensor],
     stop_ids: Collection[int],
     watch: Watch | None,
+    patience: float,
 ) -> Iterator[Tensor]:
     """One token of each sequence at a time, up to where all have ended; see `stream`."""
     device = logits.device
@@ -330,7 +333,7 @@ def _by_steps(
             if i % 64 == 63:
                 check_finite(peak)
             # what may still be cut off at a stop is held back
-            if not all_ended and time.monotonic() - given_on > _PATIENCE:
+            if not all_ended and time.monotonic() - given_on > patience:
                 piece, out = torch.cat(out, dim=1), []
                 yield piece
                 given_on = time.monotonic()

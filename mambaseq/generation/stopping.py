@@ -33,12 +33,14 @@ def check_stop(stop: Any) -> list[str]:
 class Text:
     """The text of tokens as they come.
 
-    A character's last token gives it. What a tokenizer changes later is taken as it was first.
+    A character's last token gives it. A tokenizer that may still change the end of a text (`changes_later`) gives whole
+    words.
     before: ids in front of them, which are no part of the text, but on which it may depend.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: np.ndarray | Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._by_words = bool(getattr(tokenizer, "changes_later", False))
         self._ids = [int(one) for one in before[-_CONTEXT:]]
         self._given = len(self._decoded()) if self._ids else 0
 
@@ -47,6 +49,8 @@ class Text:
         self._ids += ids
         text = self._decoded()
         partial = min(len(text) - len(text.rstrip(_PARTIAL)), _BYTES - 1)
+        if self._by_words and len(self._ids) <= _WINDOW:
+            partial = max(partial, len(text) - max(text.rfind(" "), text.rfind("\n"), 0))
         new = self._up_to(text, len(text) - partial)
         if len(self._ids) > _WINDOW:
             self._ids = self._ids[-_CONTEXT:]
@@ -89,6 +93,7 @@ class StopStrings:
         front of the stop is encoded anew. All ids if there is no stop. before: the ids of the prompt."""
         search = Search(self, before)
         search.add(ids.tolist())
+        search.finish()
         if search.at is None:
             return ids
         begin = search.lengths[bisect.bisect_right(search.lengths, search.at) - 1]
@@ -112,17 +117,31 @@ class Search:
         self.text, self.lengths = "", [0]
         self.at: int | None = None
 
+    @property
+    def held(self) -> int:
+        """How many of the last characters may be the beginning of a stop, at most."""
+        return max(self._stops._longest - 1, 0)
+
     def add(self, ids: Sequence[int]) -> bool:
         """The next ids. Returns whether there is a stop by now; what comes after it is not read."""
         for one in ids:
             if self.at is not None:
                 break
-            start = max(len(self.text) - self._stops._longest + 1, 0)
-            self.text += self._new.add([one])
+            self._find(self._new.add([one]))
             self.lengths.append(len(self.text))
-            found = [place for stop in self._stops.strings if (place := self.text.find(stop, start)) >= 0]
-            self.at = min(found, default=None)
         return self.at is not None
+
+    def finish(self) -> None:
+        """There are no more ids: what is not whole is text, too."""
+        if self.at is None:
+            self._find(self._new.rest())
+            self.lengths[-1] = len(self.text)
+
+    def _find(self, new: str) -> None:
+        start = max(len(self.text) - self.held, 0)
+        self.text += new
+        found = [place for stop in self._stops.strings if (place := self.text.find(stop, start)) >= 0]
+        self.at = min(found, default=None)
 
 
 class Watch:

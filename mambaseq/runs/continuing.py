@@ -15,6 +15,7 @@ from mambaseq.checkpoints import LoadedModel
 from mambaseq.generation.decode import NotFinite, stream
 from mambaseq.generation.prompts import Prompts, Row, parts
 from mambaseq.generation.reading import prefill
+from mambaseq.generation.states import Begun
 
 AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
@@ -26,6 +27,7 @@ class Prompt(NamedTuple):
     or rows, [None] for a model that has none.
 
     given: what is known of what is added; see `mambaseq.generation.generate`. name: of its record, number: in its file.
+    begun: what was read of it already, all of it.
     """
 
     values: Row
@@ -33,6 +35,7 @@ class Prompt(NamedTuple):
     given: np.ndarray | None = None
     name: str = ""
     number: int = 0
+    begun: Begun | None = None
 
 
 class Job(NamedTuple):
@@ -150,6 +153,8 @@ def pieces(
         again = number + 1 < len(jobs) and _same(batch, jobs[number + 1])
         if not _same(batch, jobs[number - 1] if number else ()):
             read = None
+        if (begun := batch[0].prompt.begun) is not None:  # of the only prompt
+            read = begun.state, begun.told
         if again and read is None:
             read = prefill(loaded.model, prompts, condition)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,13 @@ from mambaseq.generation.decode import NotFinite, check_penalised, check_whole, 
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.reading import best_even
 from mambaseq.generation.sampling import check_settings
+from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
 from mambaseq.runs.conditions import Conditions, Given, Known
-from mambaseq.runs.continuing import Job, Progress, Under, batches, conditions_of, ended, numbers_of, pieces
+from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces
+from mambaseq.runs.conversation import Conversation, check_text, converse, digest_of, keep, unmarked
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import check_reads_text, fitting_options
 from mambaseq.runs.prompting import ids_of, ids_of_texts, is_file, signals, texts_of
@@ -101,10 +103,45 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
         top_p, min_p, repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is
         generated), seed, guidance, writer (by which they are to be written; checked first), device, progress; record
         (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
-        the first sample).
+        the first sample); save_state (a file for the state after the prompt), from_state (such a file, which the prompt
+        goes on from; the results hold what was read before, too).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     return _collected(_planned(checkpoint, prompt=prompt, **options))
+
+
+def generate_text(
+    checkpoint: str | Path,
+    write: Callable[[str], None],
+    *,
+    lines: Iterable[str] | None = None,
+    save_state: str | Path | None = None,
+    **options: Any,
+) -> None:
+    """Give the text of one result out while it is generated, in whole characters, the prompt first.
+
+    lines: further turns, each of which is given and then answered; the state is kept between them. save_state: as in
+        `generate_from`; with `lines` the state after the last turn. options: see `generate_from`.
+    Raises UserError as `generate_from` does, and for several results or a model that generates no text.
+    """
+    plan = _planned(checkpoint, save_state=save_state if lines is None else None, **options)
+    check_text(plan.loaded, "Generation without --out", "Give --out FILE.")
+    if len(plan.jobs) != 1 or len(plan.jobs[0]) != 1 or plan.jobs[0][0].stop - plan.jobs[0][0].first != 1:
+        raise ConfigError("Several results cannot be shown while they are generated. Give --out FILE.")
+    job, place, tokenizer = plan.jobs[0][0], plan.place, plan.loaded.tokenizer
+    assert tokenizer is not None
+    begun = job.prompt.begun
+    if begun is None:
+        begun = Begun.of(plan.loaded.model, np.asarray(job.prompt.values[:]), job.condition, place, plan.hidden)
+    conversation = Conversation(plan.loaded, begun, plan.new, plan.settings)
+    write(tokenizer.decode(begun.ids[begun.hidden :]))
+    if lines is None:
+        for text in conversation.answer():
+            write(text)
+        return
+    converse(conversation, lines, write, options.get("prompt") is not None)
+    if save_state is not None:
+        keep(conversation.begun, save_state, plan.loaded)
 
 
 def _collected(plan: Plan) -> Generated:
@@ -141,6 +178,8 @@ def _planned(
     record: int | None = None,
     first_sample: int = 0,
     exactly: Sequence[Under] | None = None,
+    from_state: str | Path | None = None,
+    save_state: str | Path | None = None,
 ) -> Plan:
     """What is to be generated; see `generate_from`. exactly: conditions as ids or rows, in place of what is said of
     them."""
@@ -178,13 +217,24 @@ def _planned(
         raise ConfigError(
             f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
         )
+    earlier = None
+    if from_state is not None:
+        check_text(loaded, "--from-state")
+        if not (condition is condition_column is condition_table is prompts is None):
+            raise ConfigError("--from-state goes on under its own condition, by one --prompt. Leave the others out.")
+        earlier = load_state(Path(from_state), loaded.model, digest_of(loaded), place)
+        exactly = [] if earlier.condition is None else [earlier.condition]
+    elif save_state is not None:
+        check_text(loaded, "--save-state")
     if exactly is None:
         conditions = Conditions(loaded, condition, condition_column, condition_table)
     else:
         conditions = Conditions.exactly(exactly)
     if guidance != 1:
         _check_guidance(loaded, guidance, conditions)
-    if several is not None:
+    if earlier is not None and prompt is None and several is None:
+        found = [Prompt(np.zeros(0, dtype=np.int64), conditions.each or [None])]
+    elif several is not None:
         found = ids_of_texts(loaded, several, conditions)
     else:
         found = signals(loaded, str(prompt), conditions) if signal else ids_of(loaded, prompt, conditions)
@@ -207,6 +257,18 @@ def _planned(
                 continue
             values, given = loaded.tokenizer.continued(one.values, count)
             found[number] = one._replace(values=values, given=given)
+    hidden = 0 if prompt is not None or several is not None else len(card.start_ids)
+    if earlier is not None or save_state is not None:
+        if len(found) != 1 or len(found[0].conditions) != 1:
+            raise ConfigError("A state is of one prompt under one condition, and there are several. Give one.")
+        one, under = found[0], found[0].conditions[0]
+        if earlier is None:
+            begun = Begun.of(loaded.model, np.asarray(one.values[:]), under, place, hidden)
+        else:
+            begun = earlier.on(loaded.model, unmarked(loaded.tokenizer, np.asarray(one.values[:])))
+        if save_state is not None:
+            keep(begun, save_state, loaded)
+        found, hidden = [one._replace(values=begun.ids, begun=begun)], begun.hidden
     settings: dict[str, Any] = {
         "temperature": defaults.get("temperature", 1.0) if temperature is None else temperature,
         "seed": seed,
@@ -233,7 +295,7 @@ def _planned(
         settings,
         progress,
         prompt,
-        0 if prompt is not None or several is not None else len(card.start_ids),
+        hidden,
         writer or card.writer,
     )
 
