@@ -81,7 +81,7 @@ def _generation(defaults: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if defaults.get("max_new_tokens"):
         found["max_new_tokens"] = defaults["max_new_tokens"]
-    drawn = {key: defaults[key] for key in ("temperature", "top_k", "top_p") if key in defaults}
+    drawn: dict[str, Any] = {key: defaults[key] for key in ("temperature", "top_k", "top_p") if key in defaults}
     if drawn and drawn.get("temperature") != 0:
         found |= {"do_sample": True, "top_k": 0, **drawn}  # there 50 is top_k's default
     return found

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
+from pages import blocks, run_cell
 from safetensors.torch import load_file, save_file
 
 import mambaseq as ms
@@ -23,11 +24,13 @@ from mambaseq.checkpoints.upstream import options_from_config
 from mambaseq.cli.main import main
 from mambaseq.errors import UserError
 from mambaseq.models import causal_lm
-from mambaseq.runs.parsing import changed_model_settings, parse_config
+from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.published import import_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
+_NEW = int(transformers.__version__.partition(".")[0]) >= 5
+PAGE = Path(__file__).parents[2] / "docs" / "text" / "checkpoints.md"
 TEXT = "the cat sat on the mat, and the dog sat on the log. "
 KINDS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "use_conv_bias": False},
@@ -77,12 +80,20 @@ def made(kind: str, folder: Path, tokenizer: Path | None = None, dtype: torch.dt
 
 
 def greedy(model: Any, ids: torch.Tensor) -> list[int]:
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     return model.generate(ids, **given)[0].tolist()
+
+
+def opened(folder: Path) -> Any:
+    """A folder as transformers loads it, in the dtype that it names."""
+    key = "dtype" if _NEW else "torch_dtype"
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **{key: "auto"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(kind: str, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if kind in ("mamba2", "bamba") and not _NEW:
+        pytest.skip("transformers before 5 norms all groups of heads as one, which mamba-ssm and later ones do not")
     theirs = made(kind, tmp_path / "theirs", tokenizer_file)
     run, back = tmp_path / "run", tmp_path / "back"
     assert main(["import", "--checkpoint", str(tmp_path / "theirs"), "--out", str(run)]) == 0
@@ -95,16 +106,14 @@ def test_there_and_back(kind: str, tokenizer_file: Path, tmp_path: Path, capsys:
     with torch.no_grad():
         expected = theirs(ids).logits
         assert ((loaded.model(ids).logits - expected).norm() / expected.norm()) <= 1e-5
-    settings = parse_config(str(run / "config.yaml"), []).settings  # which evaluates it, and trains it further
-    assert settings["data"]["tokenizer"] == "text/hf"
-    assert changed_model_settings(str(run / "config.yaml"), settings) == []
-    ours = ms.generate(loaded.model, ids, 12, temperature=0)[0].tolist()
+    if kind == "bamba":  # the description with most in it; others are evaluated and trained in the next test
+        settings = parse_config(str(run / "config.yaml"), []).settings
+        assert settings["model"]["mixers"]["attention"]["rope_dims"] == 4
+    ours = ms.generate(loaded.model, ids, 6, temperature=0)[0].tolist()
     assert ours == greedy(theirs, ids)
-    assert main(["generate", "--checkpoint", str(run), "--prompt", "the dog", "--temperature", "0",
-                 "--max-new-tokens", "12", "--out", str(tmp_path / "out.txt")]) == 0  # fmt: skip
 
     assert main(["export", "--checkpoint", str(run), "--format", "transformers", "--out", str(back)]) == 0
-    again = transformers.AutoModelForCausalLM.from_pretrained(back)
+    again = opened(back)
     assert type(again) is type(theirs)
     named = transformers.AutoTokenizer.from_pretrained(back)
     assert named("the dog")["input_ids"] == ids[0].tolist()
@@ -128,6 +137,9 @@ def test_a_run_is_evaluated_predicted_and_trained_further(tokenizer_file: Path, 
     found = ms.load(run).evaluate("test", progress=False, **{"data.files": str(texts)})
     assert found["test/bits_per_byte"] > 1
     table = ms.load(run).predict(texts)
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "the dog", "--max-new-tokens", "2", "--out",
+                 str(tmp_path / "out.txt")]) == 0  # fmt: skip
+    assert (tmp_path / "out.txt").read_text().startswith("the dog")
     assert table is not None
     assert len(table) == 1
     tuned = ms.fit(
@@ -148,9 +160,8 @@ def test_dtypes_are_kept_or_converted(tokenizer_file: Path, tmp_path: Path) -> N
         assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {want}
         save_transformers(load_model(run), back, shard_bytes=9000)
         assert len(list(back.glob("model-*.safetensors"))) > 2
-        again = transformers.AutoModelForCausalLM.from_pretrained(back)
-        assert again.dtype == want
-    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "keep back").state_dict()
+        assert opened(back).dtype == want
+    state = opened(tmp_path / "keep back").state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
@@ -327,3 +338,11 @@ def test_by_its_name_on_the_hub(tokenizer_file: Path, tmp_path: Path, monkeypatc
     assert torch.allclose(loaded.model(ids).logits, theirs(ids).logits, atol=1e-4)
     with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded"):
         from_pretrained("me/none")
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = [(text, line) for language, text, line in blocks(PAGE) if language == "python"]
+    assert cells
+    for text, line in cells:
+        run_cell(text, PAGE, line, {})
