@@ -120,6 +120,11 @@ class SequenceData(abc.ABC):
         reading all of them; the first sequence alone is looked at then."""
         return []
 
+    def splits_told(self) -> str:
+        """One line for people, after `setup`: how many sequences each set has, and how they were chosen; "" where there
+        is nothing to say. `fit` prints it."""
+        return ""
+
     def audited(self) -> Audited:
         """What `mambaseq data audit` looks at: the sequences of each split, each with its class and place, before
         augmentation, and how copies and shortcuts among them are told (see `mambaseq.data.audited.Audited`).

@@ -137,6 +137,29 @@ def test_every_layout_of_the_page(tmp_path: Path) -> None:
     }
 
 
+def test_a_column_called_split_is_used_and_the_splits_are_told() -> None:
+    """`split: null`, which dna/finetune advises for data of one's own, must not draw over what the file says."""
+    splits = ["test"] * 4 + ["dev"] * 6 + ["train"] * 30
+    table = [(b, k, split) for (b, k), split in zip(rows(40), splits, strict=True)]
+    written(Path("own.csv"), table, "sequence,label,split")
+    advised = {"--data.files": "own.csv", "--data.columns": "null", "--data.split": "null"}
+    config = parse_config("dna/finetune", [part for pair in advised.items() for part in pair])
+    data = config.make_data(setup=True)
+    assert isinstance(data, LabelledData)
+    assert [text(data.test()[i]) for i in range(4)] == [b for b, _, _ in table[:4]]  # type: ignore[index]
+    assert data.splits_told() == "sequences: train 30, validation 6, test 4; chosen by 'split' of the file"
+    none = made(files="own.csv", split="")
+    assert none.splits_told().endswith("test 4; chosen by a draw by data.seed 0 (test 10% and validation 10%)")
+    headers = [(f">s{n} label={k} split={split}\n{b}",) for n, (b, k, split) in enumerate(table)]
+    written(Path("own.fa"), headers)
+    assert made(files="own.fa").splits_told() == data.splits_told()
+    pandas.DataFrame(table, columns=["sequence", "label", "Split"]).to_parquet("own.parquet")
+    assert made(files="own.parquet").splits_told() == data.splits_told().replace("'split'", "'Split'")
+    written(Path("own.csv"), [*table, (bases(), 0, "left")], "sequence,label,split")
+    with pytest.raises(DataError, match=r"line 42: 'left' names no split.*data\.split; '' is none"):
+        made(files="own.csv")
+
+
 def test_intervals_by_hand() -> None:
     Path("g.fa").write_text(">1\nAACCGGTTAC\n>2\nTTTTTTTTTTTTTT\n")
     lines = [("chr1", 2, 4, "x", 0, "+"), ("1", 2, 4, "y", 0, "-"), ("2", 0, 3, "x"), ("2", 6, 9, "y")]

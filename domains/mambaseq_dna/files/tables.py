@@ -77,6 +77,24 @@ def table_rows(
         raise DataError(f"{path} has no rows. Check that it is the right file.")
 
 
+def table_columns(path: Path, columns: Sequence[str] | None = None) -> list[str]:
+    """The names of a table's columns. Raises DataError as `table_rows`."""
+    if not is_parquet(path):
+        return list(next(_delimited(path, [], columns, {}))[0])
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_schema(path).names)
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(f"{path} cannot be read as parquet: {reason}. Copy or write it again.")
+
+
 def _chunks(cells: Iterator[Any], place: int) -> Iterator[list[Any]]:
     """Rows in lists of up to `_AT_ONCE`, and of about `_LETTERS` letters, so that memory does not grow with sequences.
     place: of the sequence in a row."""
@@ -230,8 +248,7 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
                 number += 1
                 yield number, row
     except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} cannot be read as parquet: {reason}. Copy or write it again.") from error
+        raise _no_parquet(path, error) from error
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,12 +16,14 @@ from mambaseq.data.baselines import Baseline
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, DataError, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_choice, check_setting
 from mambaseq_dna.auditing import audited_dna
 from mambaseq_dna.base import Names, names_of
 from mambaseq_dna.files.assembly import Assembly
+from mambaseq_dna.files.tables import table_columns
 from mambaseq_dna.labelled.contents import equal_contents
+from mambaseq_dna.labelled.headers import header_keys
 from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
 from mambaseq_dna.labelled.layouts import Format, Part, parts_of
 from mambaseq_dna.labelled.overlaps import overlapping
@@ -107,7 +110,9 @@ class LabelledData(SequenceData):
         task: `classes` (one of several), `multilabels` (any of several), or `values` (numbers).
         classes: the names of the classes in their order; those of the training records, sorted, if not given.
         separator: for multilabels in one column: the sign between them.
-        split: where the split is (train, validation or dev, test), as for `label`.
+        split: where the split is (train, validation or dev, test), as for `label`. If not given, the column `split` of
+            tables, or the key `split` of FASTA headers, where there is one and the file's name gives no split; `""` is
+            none.
         group: where the group is, which is never split: a gene, a chromosome, a family; each record needs one.
             Intervals are grouped by their chromosome if it is not given.
         test_groups: patterns (`*`, `?`) for the groups of the test set, for instance `chr8`.
@@ -197,7 +202,8 @@ class LabelledData(SequenceData):
         self.format, self.columns, self.sequence, self.names = format, columns, sequence, names
         self.task, self.separator = task, separator
         self.classes = names_of("classes", classes) or None
-        self.label, self.split, self.group = label, split, group
+        self.label, self.split, self.group = label, split or None, group
+        self._finds_split = split is None
         if label is not None:
             label_columns(label, task, separator)
         self.plan = SplitPlan(
@@ -215,6 +221,8 @@ class LabelledData(SequenceData):
         if task == "values":
             self.n_outputs = 1 if label is None or isinstance(label, str) else len(label)
         self._found: _Split | None = None
+        self._split_places: dict[Path, str | None] = {}
+        self._chosen_by = ""
 
     @property
     def complement(self) -> list[int]:  # type: ignore[override]
@@ -318,9 +326,9 @@ class LabelledData(SequenceData):
         reading = Reading(
             self.sequence, self.columns, self.names, self._bases, self.width, self.stranded, tuple(self.features or ())
         )
-        more = [place for place in (self.split, self.group) if place is not None]
         sources = []
         for part in self._parts:
+            more = [place for place in (self._split_of(part), self.group) if place is not None]
             if part.kind == "folder" and (more or self._task == "values"):
                 raise ConfigError(
                     f"{part.path} is the folder of a class, which has no columns for data.split and data.group, and no "
@@ -344,6 +352,17 @@ class LabelledData(SequenceData):
             tables.append(table)
         first = np.cumsum([0, *(len(source) for source in sources)])[:-1]
         return _Records(sources, Sequences(stores, np.concatenate(tables)), first)
+
+    def _split_of(self, part: Part) -> str | None:
+        """Where the split of a part's records is: where `data.split` says, or what is called `split`."""
+        if part.path not in self._split_places:
+            place = self.split
+            taken = [*self._labels_of(part.kind), self.group, self.sequence, self.names]
+            if self._finds_split and not part.split and part.kind in ("table", "fasta"):
+                known = table_columns(part.path, self.columns) if part.kind == "table" else header_keys(part.path)
+                place = next((name for name in known if name.lower() == "split" and name not in taken), None)
+            self._split_places[part.path] = place
+        return self._split_places[part.path]
 
     def _texts(self, place: str | int, of_labels: bool = False) -> list[str]:
         """What all records have at a place; of_labels: at that one of the places of labels, by its number."""
@@ -385,8 +404,18 @@ class LabelledData(SequenceData):
                 for source in records.sources
             ]
         )
-        if self.split is not None:
-            splits = np.where(splits == UNKNOWN, split_numbers(self._texts(self.split), where), splits)
+        places = [self._split_of(source.part) for source in records.sources]
+        if any(places):
+            told = [
+                list(source.fields[place]) if place else ["train"] * len(source)
+                for source, place in zip(records.sources, places, strict=True)
+            ]
+            has = np.concatenate(
+                [np.full(len(source), place is not None) for source, place in zip(records.sources, places, strict=True)]
+            )
+            named = split_numbers([text for texts in told for text in texts], where)
+            splits = np.where((splits == UNKNOWN) & has, named, splits)
+        self._chosen_by = self._how(places, splits)
         labels = self._texts(0, of_labels=True) if self._task == "classes" else []
         strata = numbered(labels)[1] if labels else np.zeros(count, dtype=np.int64)
         content = equal_contents(records.sequences, self._intervals(), self.given_length, self.align)
@@ -414,6 +443,24 @@ class LabelledData(SequenceData):
             if not (splits[numbers] == TRAIN).any():
                 raise DataError("No training record has a value. Check data.label, and the file.")
         return _Split(numbers, splits[numbers], targets, names)
+
+    def _how(self, places: Sequence[str | None], splits: np.ndarray) -> str:
+        """How sequences come into their splits, for people. splits: those that are given, before any are drawn."""
+        how = ["the names of files and folders"] if any(part.split for part in self._parts) else []
+        if named := sorted({place for place in places if place}):
+            how.append(f"{cut_list(list(map(shown, named)), 3)} of the file")
+        how += [f"data.{SPLITS[split]}_groups" for split, patterns in self.plan.groups.items() if patterns]
+        if drawn := self.plan.drawn(splits):
+            shares = " and ".join(f"{SPLITS[split]} {self.plan.fractions[split]:.0%}" for split in drawn)
+            how.append(f"a draw by data.seed {self.seed} ({shares})")
+        return ", ".join(how) or "nothing: all are for training"
+
+    def splits_told(self) -> str:
+        self.setup()
+        assert self._found is not None
+        counts = np.bincount(self._found.splits, minlength=len(SPLITS))
+        told = ", ".join(f"{name} {int(count):,}" for name, count in zip(SPLITS, counts, strict=True))
+        return f"sequences: {told}; chosen by {self._chosen_by}"
 
     def _intervals(self) -> np.ndarray:
         """`(records,)` bool: which are intervals of an assembly."""

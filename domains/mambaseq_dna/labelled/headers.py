@@ -59,6 +59,13 @@ class HeaderField:
             ) from None
 
 
+def header_keys(path: Path) -> list[str]:
+    """The keys, of `key=value`, in a FASTA file's first header. Raises DataError as `fasta_pieces`."""
+    for name, description, _ in fasta_pieces(path, BaseTokenizer("keep").table):
+        return [key for key, _ in _KEY.findall(f"{name} {description}")]
+    return []
+
+
 def fasta_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
     """The records of a FASTA file, in order, with what their headers hold at `fields` (see `HeaderField`).
 

@@ -35,7 +35,7 @@ def split_numbers(texts: Sequence[str], where: Callable[[int], str]) -> np.ndarr
     def wrong(text: str) -> str:
         return (
             f"{shown(text)} names no split.{did_you_mean(text, SPLIT_WORDS)} Write train, validation (or dev) or test, "
-            "or choose another column (data.split)."
+            "or choose another column (data.split; '' is none)."
         )
 
     refuse(found, index, lambda text: text.strip().lower() not in SPLIT_WORDS, where, wrong)
@@ -67,6 +67,14 @@ class SplitPlan:
                 f"below 1, not {sum(self.fractions.values()):g}."
             )
 
+    def drawn(self, splits: np.ndarray) -> list[int]:
+        """The splits that are drawn by the seed, because neither `splits` nor groups give them."""
+        return [
+            split
+            for split, fraction in self.fractions.items()
+            if fraction and not self.groups.get(split) and not (splits == split).any()
+        ]
+
     def assign(self, splits: np.ndarray, groups: Sequence[str] | None, units: np.ndarray, strata: np.ndarray) -> None:
         """Fill in the unknown (-1) of `splits`, in place.
 
@@ -83,11 +91,7 @@ class SplitPlan:
                     "column that holds them: data.group."
                 )
             self._by_pattern(splits, groups)
-        wanted = {
-            split: fraction
-            for split, fraction in self.fractions.items()
-            if fraction and not self.groups.get(split) and not (splits == split).any()
-        }
+        wanted = {split: self.fractions[split] for split in self.drawn(splits)}
         splits[splits == UNKNOWN] = TRAIN
         chosen = np.flatnonzero(splits == TRAIN)
         if not wanted or not len(chosen):
