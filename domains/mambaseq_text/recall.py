@@ -130,7 +130,7 @@ class Texts:
 def _pieces(files: str | Sequence[str]) -> Iterator[str]:
     for name in text_files(files):
         for _, text in documents(name):
-            yield from (text[start : start + 2**20] for start in range(0, len(text), 2**20))
+            yield from (text[start : start + 2**16] for start in range(0, len(text), 2**16))
 
 
 def recall(reader: Reader, texts: Texts, scale: Scale, lengths: Sequence[int] | None = None) -> Iterator[Found]:

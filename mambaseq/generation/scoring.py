@@ -106,8 +106,8 @@ class Scorer:
                 continue
             for number in numbers:
                 targets = np.asarray(asked[number].continuation, dtype=np.int64)
-                row = np.concatenate([context, targets[:-1]])
-                alone.append(_Row(row, targets[asked[number].given :], [number]))
+                read = np.concatenate([context, targets[:-1]])
+                alone.append(_Row(read, targets[asked[number].given :], [number]))
         with tqdm(total=found.count(None), unit="text", disable=not progress) as bar:
             for rows in self._batches(alone, len(alone)):
                 for row, scored in zip(rows, self._read(rows), strict=True):
@@ -200,8 +200,11 @@ class Scorer:
                 first.append(-100 if given else continuation[0])
                 rest.append(_Row(continuation[:-1], continuation[max(given, 1) :], [number]))
         told = hidden[torch.tensor(owner, device=self.device)]
-        scores = (one[:, 0].tolist() for one in self._scores(told, torch.tensor(first)[:, None]))
-        begun = [Scored(*one, int(token >= 0)) for *one, token in zip(*scores, first, strict=True)]
+        nats, right = self._scores(told, torch.tensor(first)[:, None])
+        begun = [
+            Scored(total, greedy, int(token >= 0))
+            for total, greedy, token in zip(nats[:, 0].tolist(), right[:, 0].tolist(), first, strict=True)
+        ]
         longer = {id(row): place for place, row in enumerate(rest) if len(row.ids)}
         for some in self._batches([row for row in rest if len(row.ids)], _FORKED):
             which = torch.tensor([owner[longer[id(row)]] for row in some], device=self.device)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from mambaseq_text.evaluating import Reader, last_words
 from mambaseq_text.tokenization import HFTokenizer
+from pages import blocks, run_cell
 
 from mambaseq.checkpoints import ModelCard, save_model
 from mambaseq.checkpoints.upstream import from_upstream, options_from_config
@@ -108,6 +110,8 @@ TASKS = {
     "doc_to_target: '{{right}}'\nmetric_list: [{metric: acc}]",
     "made_up_texts": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
     "metric_list: [{metric: byte_perplexity}]",
+    "made_up_lambada": "output_type: loglikelihood\ndoc_to_text: \"{{question.split(' ')[:-1]|join(' ')}}\"\n"
+    "doc_to_target: \"{{' '+question.split(' ')[-1]}}\"\nmetric_list: [{metric: perplexity}, {metric: acc}]",
     "made_up_answers": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{right}}'\n"
     "generation_kwargs: {until: ['e'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]",
 }
@@ -131,9 +135,28 @@ def test_tasks_of_ones_own_on_the_command_line(
     assert 0 <= results["tasks/made_up_choices/acc"] <= 1
     assert results["tasks/made_up_texts/byte_perplexity"] > 1
     assert results["tasks/made_up_answers/exact_match"] == 0
+    own = last_words(Reader(run, "cpu"), str(data), field="question")  # without lm-eval
+    assert results["tasks/made_up_lambada/perplexity"] == pytest.approx(own.perplexity, rel=1e-6)
+    assert results["tasks/made_up_lambada/acc"] == own.accuracy
     assert f"made_up_texts/byte_perplexity  {results['tasks/made_up_texts/byte_perplexity']:.4f}" in (
         " ".join(capsys.readouterr().out.split()).replace("perplexity ", "perplexity  ")
     )
+
+
+def test_the_page_on_evaluation_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
+    page = Path(__file__).parents[2] / "docs" / "text" / "evaluation.md"
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(run)
+    Path("lambada_test.jsonl").write_text('{"text": "the end of the book"}\n')
+    Path("book.txt").write_text("the end of the book\n")
+    cells = [(text, line) for language, text, line in blocks(page) if language == "python"]
+    assert len(cells) == 2
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for text, line in cells:
+        run_cell(text, page, line, names)
+    assert len(names["scores"]) == 2
 
 
 def test_what_cannot_be_asked_of_tasks_is_refused(
