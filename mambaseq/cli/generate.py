@@ -84,6 +84,20 @@ def run(argv: list[str], command: str) -> int:
         help="end a result before this text; may be given again (a line's end: $'\\n' in bash)",
     )
     parser.add_argument(
+        "--beams",
+        type=int,
+        default=None,
+        metavar="N",
+        help="search for the likeliest results with N beginnings at a time, instead of drawing; the best are kept",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=None,
+        metavar="X",
+        help="of --beams: log-probabilities over length^X are compared (default 1; 0 favours short results)",
+    )
+    parser.add_argument(
         "--interactive",
         action="store_true",
         help="take turns: each line that is typed is added to the text, then the model goes on; the state is kept. "

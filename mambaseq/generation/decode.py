@@ -31,6 +31,7 @@ WORTH_A_GRAPH = 16
 _STRETCH = 256
 # Fewest new tokens for which that kernel is used on a CPU, where it is compiled for seconds at the first use.
 _WORTH_A_KERNEL = 1024
+PENALTIES = "repetition_penalty and presence_penalty are"
 # Seconds after which tokens are given on.
 _PATIENCE = 0.25
 # Tokens between checks whether all sequences have ended: on a GPU a check waits.
@@ -221,7 +222,7 @@ def stream(
     with_guidance = guidance != 1 and condition is not None
     penalised = repetition_penalty != 1 or presence_penalty != 0
     if penalised:
-        check_penalised(model)
+        check_one_pick(model, PENALTIES)
     watch = None if stop is None else stop.watch(prompts, samples)
     penalties: list[Penalties] = []  # made of the first logits, which tell the vocabulary
 
@@ -402,13 +403,12 @@ def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
     return bool(model.backbone.causal and head.per_token and says == what)
 
 
-def check_penalised(model: SequenceModel) -> None:
-    """Raise ConfigError for a model whose head picks several times for a position: nothing is then repeated as a
-    token."""
+def check_one_pick(model: SequenceModel, what: str) -> None:
+    """Raise ConfigError for a model whose head picks several times for a position. what: what cannot be had then."""
     if getattr(type(model.head), "draw", Head.draw) is not Head.draw:
         raise ConfigError(
-            f"repetition_penalty and presence_penalty are for heads that pick one token a position, and "
-            f"{type(model.head).__name__} picks parts of it. Leave them out."
+            f"{what} for heads that pick one token a position, and {type(model.head).__name__} picks parts of it. "
+            "Leave it out."
         )
 
 

@@ -12,6 +12,8 @@ import torch
 from tqdm import tqdm
 
 from mambaseq.checkpoints import LoadedModel
+from mambaseq.errors import ConfigError
+from mambaseq.generation.beams import beam_search
 from mambaseq.generation.decode import NotFinite, stream
 from mambaseq.generation.prompts import Prompts, Row, parts
 from mambaseq.generation.reading import prefill
@@ -90,11 +92,13 @@ class Progress:
         self._bar.close()
 
 
-def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bool = True) -> Iterator[list[Job]]:
+def batches(
+    prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bool = True, beams: int = 0
+) -> Iterator[list[Job]]:
     """Jobs with one number of samples, at most `AT_ONCE` sequences together, those of the shortest prompts first.
 
     begin: the number of a prompt's first sample. even: only prompts of one length are in a batch; otherwise those to
-        which one number of tokens is added."""
+        which one number of tokens is added. beams: of a search, whose states are in memory, too."""
     by_shape: dict[tuple[int, int], list[Job]] = {}
     seen: collections.Counter[tuple[bytes, Under]] = collections.Counter()
     place = -1
@@ -111,7 +115,7 @@ def batches(prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bo
                 by_shape.setdefault((shape, stop - first), []).append(job)
     for (_, width), jobs in by_shape.items():
         jobs.sort(key=lambda job: len(job.prompt.values))
-        at_once = max(1, AT_ONCE // width)
+        at_once = max(1, AT_ONCE // max(width, beams))
         for start in range(0, len(jobs), at_once):
             yield jobs[start : start + at_once]
 
@@ -153,6 +157,10 @@ def pieces(
         again = number + 1 < len(jobs) and _same(batch, jobs[number + 1])
         if not _same(batch, jobs[number - 1] if number else ()):
             read = None
+        if "beams" in settings:
+            yield number, _searched(loaded, batch, prompts, condition, count, settings)
+            progress.add(len(batch) * count)
+            continue
         if (begun := batch[0].prompt.begun) is not None:  # of the only prompt
             read = begun.state, begun.told
         if again and read is None:
@@ -174,6 +182,27 @@ def pieces(
                 yield number, made.unflatten(0, (len(batch), width)).numpy()
         except NotFinite as error:
             raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
+
+
+def _searched(
+    loaded: LoadedModel,
+    batch: Sequence[Job],
+    prompts: Prompts,
+    condition: torch.Tensor | None,
+    count: int,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    """The best that a beam search finds for each prompt, `(jobs, samples, n)` int64."""
+    beams, ends, penalty = (settings[name] for name in ("beams", "stop_ids", "length_penalty"))
+    try:
+        found = beam_search(
+            loaded.model, prompts, count, beams, condition=condition, stop_ids=ends, length_penalty=penalty
+        )
+    except NotFinite as error:
+        raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
+    if not found.scores[:, batch[0].stop - 1].isfinite().all():
+        raise ConfigError(f"There are fewer than --samples {batch[0].stop} sequences of so few tokens. Ask for fewer.")
+    return found.tokens[:, batch[0].first : batch[0].stop].cpu().numpy()
 
 
 def _same(batch: Sequence[Job], other: Sequence[Job]) -> bool:

@@ -14,7 +14,8 @@ from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, shown
-from mambaseq.generation.decode import NotFinite, check_penalised, check_whole, continues
+from mambaseq.generation.beams import check_beams
+from mambaseq.generation.decode import PENALTIES, NotFinite, check_one_pick, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.reading import best_even
 from mambaseq.generation.sampling import check_settings
@@ -101,7 +102,8 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
         `prompts_key`, or "text"), `condition`, `condition_column` and `condition_table` (each record under a condition
         of its own instead; see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k,
         top_p, min_p, repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is
-        generated), seed, guidance, writer (by which they are to be written; checked first), device, progress; record
+        generated), beams and length_penalty (see `mambaseq.generation.beams`; the best are kept, nothing is drawn),
+        seed, guidance, writer (by which they are to be written; checked first), device, progress; record
         (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
         the first sample); save_state (a file for the state after the prompt), from_state (such a file, which the prompt
         goes on from; the results hold what was read before, too).
@@ -126,8 +128,15 @@ def generate_text(
     """
     plan = _planned(checkpoint, save_state=save_state if lines is None else None, **options)
     check_text(plan.loaded, "Generation without --out", "Give --out FILE.")
-    if len(plan.jobs) != 1 or len(plan.jobs[0]) != 1 or plan.jobs[0][0].stop - plan.jobs[0][0].first != 1:
-        raise ConfigError("Several results cannot be shown while they are generated. Give --out FILE.")
+    if (
+        "beams" in plan.settings
+        or len(plan.jobs) != 1
+        or len(plan.jobs[0]) != 1
+        or plan.jobs[0][0].stop - plan.jobs[0][0].first != 1
+    ):
+        raise ConfigError(
+            "Several results, or those of --beams, cannot be shown while they are generated. Give --out FILE."
+        )
     job, place, tokenizer = plan.jobs[0][0], plan.place, plan.loaded.tokenizer
     assert tokenizer is not None
     begun = job.prompt.begun
@@ -169,6 +178,8 @@ def _planned(
     repetition_penalty: float | None = None,
     presence_penalty: float | None = None,
     stop: str | Sequence[str] = (),
+    beams: int | None = None,
+    length_penalty: float | None = None,
     seed: int = 0,
     guidance: float = 1.0,
     writer: str | None = None,
@@ -193,6 +204,18 @@ def _planned(
     choices = {name: value for name, value in choices.items() if value is not None}
     check_settings(**{"temperature": 1.0 if temperature is None else temperature, "top_k": 0, "top_p": 1.0, **choices})
     check_stop(stop)
+    if beams is not None:
+        check_beams(beams, 1.0 if length_penalty is None else length_penalty)
+        drawn = {"temperature": temperature, **choices, "guidance": guidance if guidance != 1 else None}
+        drawn |= {"stop": stop or None, "save_state": save_state, "from_state": from_state}
+        if wrong := [name.replace("_", "-") for name, value in drawn.items() if value is not None]:
+            raise ConfigError(f"--beams searches, and --{wrong[0]} is for drawing. Leave one of them out.")
+        if first_sample + samples > beams:
+            raise ConfigError(
+                f"--beams {beams} finds no {first_sample + samples} results. Give more, or fewer --samples."
+            )
+    elif length_penalty is not None:
+        raise ConfigError("--length-penalty is of a search. Give --beams, or leave it out.")
     several: list[tuple[str, str]] | None = None
     if prompts is not None:
         if prompt is not None:
@@ -207,7 +230,7 @@ def _planned(
     card = loaded.card
     signal = loaded.tokenizer is None
     if signal:
-        _check_continues(loaded, prompt, [*choices, *(["stop"] if stop else [])])
+        _check_continues(loaded, prompt, [*choices, *(["stop"] if stop else []), *(["beams"] if beams else [])])
     elif not continues(loaded.model, "tokens"):
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
@@ -284,12 +307,15 @@ def _planned(
             "stop": StopStrings(stop, loaded.tokenizer) if stop else None,
             "guidance": guidance,
         }
+        if beams is not None:
+            check_one_pick(loaded.model, "--beams is")
+            settings |= {"beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
         if settings["repetition_penalty"] != 1 or settings["presence_penalty"] != 0:
-            check_penalised(loaded.model)
+            check_one_pick(loaded.model, PENALTIES)
     return Plan(
         Path(checkpoint),
         loaded,
-        list(batches(found, samples, first_sample, even=signal or best_even(loaded.model))),
+        list(batches(found, samples, first_sample, even=signal or best_even(loaded.model), beams=beams or 0)),
         count,
         place,
         settings,

@@ -97,7 +97,7 @@ class Interrupted(KeyboardInterrupt):
 def streams(writer: Any, plan: Plan) -> bool:
     """Whether the writer can write the results while they are generated."""
     tokenizer = plan.loaded.tokenizer
-    if plan.settings.get("stop") is not None:  # what belongs to a stop is known afterwards
+    if plan.settings.get("stop") is not None or "beams" in plan.settings:  # what stays is known afterwards
         return False
     given = any(job.prompt.given is not None for batch in plan.jobs for job in batch)
     return hasattr(writer, "begin") and tokenizer is not None and not given and bool(writer.streams(tokenizer))

@@ -42,7 +42,7 @@ def test_text_goes_to_the_terminal_as_it_comes(tmp_path: Path, capsys: pytest.Ca
     assert "".join(given) == whole[: whole.index(stop, 5)]
     command = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "3"]
     assert main([*command, "--samples", "2"]) == 2
-    assert "Several results cannot be shown" in capsys.readouterr().err
+    assert "cannot be shown while they are generated" in capsys.readouterr().err
     assert main([*command, "--interactive", "--out", "x"]) == 2
     assert "--interactive goes to the terminal" in capsys.readouterr().err
 

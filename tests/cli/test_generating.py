@@ -62,6 +62,10 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--min-p", "2"], "min_p must be a number from 0 to 1, not 2.0"),
         (["--repetition-penalty", "-1"], "repetition_penalty must be a number from 0.01 to 100, not -1.0"),
         (["--presence-penalty", "nan"], "presence_penalty must be a number from 0 to 100, not nan"),
+        (["--beams", "0"], "beams must be at least 1"),
+        (["--beams", "2", "--top-k", "3"], "--beams searches, and --top-k is for drawing"),
+        (["--beams", "2", "--samples", "3"], "--beams 2 finds no 3 results"),
+        (["--length-penalty", "1"], "--length-penalty is of a search"),
         (["--stop", ""], "stop must be texts of 1 to 1,000 characters"),
         (["--top-k", "-1"], "top_k must be a whole number of at least 0, not -1"),
         (["--samples", "1000000000"], "--samples asks for 1,000,000,000 sequences"),
@@ -263,3 +267,15 @@ def test_prompts_that_cannot_be_read(
     assert main([*command, "--prompts", str(path), *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--prompts", str(tmp_path / "none.txt")]) == 2
+
+
+def test_beams_find_likelier_results(tmp_path: Path) -> None:
+    model, source = language_model(tmp_path / "m"), tmp_path / "p.txt"
+    source.write_text("To be\nor\n")
+    options = ["--prompts", str(source), "-n", "5"]
+    texts = generated(model, tmp_path / "a.jsonl", *options, "--beams", "4", "--samples", "2")
+    assert len(set(texts)) == 4
+    alone = generated(model, tmp_path / "b.jsonl", "--prompt", "or", "-n", "5", "--beams", "4")
+    assert alone == texts[2:3]
+    one = generated(model, tmp_path / "c.jsonl", *options, "--beams", "1")
+    assert one == generated(model, tmp_path / "d.jsonl", *options, "--temperature", "0")
