@@ -51,7 +51,9 @@ class Condition:
     @classmethod
     def from_plain(cls, given: Mapping[str, Any]) -> Condition:
         """The inverse of `plain`. Raises ConfigError for what `plain` cannot have made."""
-        made = cls(**{**given, "names": tuple(given.get("names", ()))}) if given.keys() <= _FIELDS else None
+        names = given.get("names", [])
+        whole = given.keys() <= _FIELDS and "name" in given and isinstance(names, list)
+        made = cls(**{**given, "names": tuple(names)}) if whole else None
         numbers = () if made is None else (made.low, made.high, made.mean, made.std)
         if (
             made is None
@@ -151,8 +153,13 @@ def number(text: str) -> float | None:
 
 
 def of_names(name: str, values: Sequence[str], training: Iterable[int]) -> Condition:
-    """A condition of names. values: of all sequences, "" where one has none. training: which of them train."""
+    """A condition of names. values: of all sequences, "" where one has none. training: which of them train.
+
+    Raises DataError if no training sequence has one.
+    """
     seen = {values[i] for i in training}
+    if not seen - {""}:
+        raise DataError(f"{name} is empty for all training sequences. Fill it in, or leave it out of the conditions.")
     return Condition(name, tuple(sorted(seen - {""}, key=_natural)), missing="" in seen)
 
 

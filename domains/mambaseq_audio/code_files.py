@@ -21,7 +21,7 @@ from mambaseq_audio.recordings import Recording, recordings
 SUFFIXES = frozenset((".npy",))
 
 # what NumPy raises for a header that is none
-_DAMAGED = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError, OverflowError)
+DAMAGED = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError, OverflowError)
 
 # Python 3.11's parser, by which NumPy reads a header, may fail where threads use it at once
 _PARSING = threading.Lock()
@@ -57,7 +57,7 @@ def header(one: Recording) -> tuple[tuple[int, ...], bool, np.dtype, int]:
                 raise ValueError(f"its format is {version[0]}.{version[1]}")
             shape, fortran, dtype = read[version](file)
             start = file.tell()
-    except (*_DAMAGED, OSError) as error:
+    except (*DAMAGED, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise DataError(
             f"{path} is no .npy file that can be read ({shown(reason, 120)}): it is empty, damaged or of another kind. "

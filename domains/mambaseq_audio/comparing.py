@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -98,26 +99,31 @@ def spoken(
             ours.append(("", number))
             continue
         try:
-            if len(condition_ids(loaded, said or None)) != 1:
+            asked = condition_ids(loaded, said or None)
+            if len(asked) > 1:
                 raise ConfigError(f"{shown(said)} is several conditions. Give them one by one.")
-            ours.append((said, place))
+            ours.append((said, place) if asked else ("", number))
         except ConfigError as error:
             ours.append(paragraph(error, 200))
     known = list(dict.fromkeys(row[0] for row in ours if not isinstance(row, str)))
     if not known:
         return Heard([row if isinstance(row, str) else "" for row in ours], math.inf)
-    samples = 1 + max(row[1] for row in ours if not isinstance(row, str))
     count, _ = length_of(loaded, one, seconds)
+    made: dict[tuple[str, int], np.ndarray] = {}
     began = time.perf_counter()
-    made = generate_from(
-        one.path,
-        condition=known if one.conditional else None,
-        samples=samples,
-        max_new_tokens=count,
-        seed=seed,
-        temperature=temperature,
-        device=device,
-    )
+    for conditions in ([said for said in known if said], [""] if "" in known else []):
+        if conditions:
+            samples = 1 + max(row[1] for row in ours if not isinstance(row, str) and row[0] in conditions)
+            found = generate_from(
+                one.path,
+                condition=conditions if conditions[0] else None,
+                samples=samples,
+                max_new_tokens=count,
+                seed=seed,
+                temperature=temperature,
+                device=device,
+            )
+            made |= zip(itertools.product(conditions, range(samples)), found.ids, strict=True)
     took = time.perf_counter() - began
     assert loaded.tokenizer is not None
     signals: list[np.ndarray | str] = []
@@ -125,8 +131,7 @@ def spoken(
         if isinstance(row, str):
             signals.append(row)
         else:
-            ids = made.ids[known.index(row[0]) * samples + row[1]]
-            signals.append(signal_of(loaded.tokenizer, ids, one.channels))
+            signals.append(signal_of(loaded.tokenizer, made[row], one.channels))
     return Heard(signals, took)
 
 

@@ -11,6 +11,7 @@ from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.errors import DataError, cut_list, shown
 from mambaseq.outputs import output_file
+from mambaseq_audio.code_files import DAMAGED
 from mambaseq_audio.scores import fid
 
 MOST_FEATURES = 8_192
@@ -30,14 +31,18 @@ def read_embeddings(path: str | Path) -> np.ndarray:
     for file in files:
         try:
             part = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (*DAMAGED, OSError, EOFError) as error:
             raise DataError(
                 f"{file} cannot be read as a .npy file of numbers: {shown(str(error), 200)}. Write it with numpy.save."
             ) from error
         if not isinstance(part, np.ndarray) or part.ndim != 2 or part.dtype.kind != "f" or not part.shape[1]:
             form = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else "several arrays"
             raise DataError(f"{file} holds {form}, not floats of (frames, features). Write one row a frame.")
+        if not np.isfinite(part).all():
+            raise DataError(f"{file} has embeddings that are not finite numbers. Embed its clips again.")
         parts.append(part)
+    if sum(map(len, parts)) < 2:
+        raise DataError(f"{path} holds fewer than 2 frames of embeddings. Give more clips.")
     if max(part.shape[1] for part in parts) > MOST_FEATURES:
         raise DataError(f"{path} has more than {MOST_FEATURES:,} features a frame. Embed with a smaller model.")
     if len(widths := sorted({part.shape[1] for part in parts})) > 1:

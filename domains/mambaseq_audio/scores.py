@@ -46,7 +46,7 @@ def fid(real: np.ndarray, generated: np.ndarray) -> float:
     """Fréchet inception distance of features, 0 for equal ones: lower is better. Covariances are divided by n - 1, as
     published. It is too high for few clips: compare only sets of one size."""
     (mean, cov), (other_mean, other_cov) = (_moments(_clips(each, "features")) for each in (real, generated))
-    return frechet_distance(mean, cov, other_mean, other_cov)
+    return max(frechet_distance(mean, cov, other_mean, other_cov), 0.0)  # of equal sets, rounding goes below
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,8 +133,15 @@ class Band(NamedTuple):
 
 def best_band(log_likelihoods: np.ndarray, log_p: np.ndarray) -> Band:
     """The band of the published grid with the highest inception score: what the published code means to choose. Choose
-    on one half of the clips and report scores of the other."""
+    on one half of the clips and report scores of the other.
+
+    Raises DataError for fewer than two clips: no band would hold any, or one clip.
+    """
+    count = len(log_likelihoods)
     bands = [(lower / 20, upper / 20) for lower in _LOWER for upper in _UPPER]
+    bands = [(lower, upper) for lower, upper in bands if int(lower * count) < int(upper * count)]
+    if count < 2 or not bands:
+        raise DataError(f"A band of likelihoods cannot be chosen on {count} clips. Give more, at least 4 in all.")
     found = [Band(*band, inception_score(log_p[kept(log_likelihoods, *band)])) for band in bands]
     return max(found, key=lambda band: band.score)
 

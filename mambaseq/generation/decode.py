@@ -211,6 +211,8 @@ def stream(
     """
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_guidance(guidance)
+    if guidance != 1 and condition is None:
+        raise ConfigError("guidance makes a condition count more, and none is given. Give one, or leave guidance out.")
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)

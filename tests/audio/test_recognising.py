@@ -291,13 +291,18 @@ def test_frechet_distance_of_embeddings(tmp_path: Path, capsys: pytest.CaptureFi
         (np.zeros((2, 3)), "have 2, 3 features"),
         (np.array(["a"]), "not floats of"),
         (np.zeros((1, 9000), np.float16), "more than 8,192 features"),
+        (np.array([[1.0, np.nan]]), r"c\.npy has embeddings that are not finite"),
     ):
         np.save(third, wrong)
         with pytest.raises(DataError, match=told):
             read_embeddings(parts)
-    third.write_bytes(b"no")
-    with pytest.raises(DataError, match=r"c\.npy cannot be read"):
-        read_embeddings(parts)
+    for damaged in (b"no", b"\x93NUMPY\x01\x00\x06\x00{'a': ("):
+        third.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"c\.npy cannot be read"):
+            read_embeddings(parts)
+    with pytest.raises(DataError, match="fewer than 2 frames"):
+        read_embeddings(parts / "a.npy")
+    assert frechet([real], real) == {str(real): 0.0}
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.npy files"):
         read_embeddings(tmp_path / "empty")

@@ -99,6 +99,12 @@ def test_rejection_keeps_a_band_of_likelihoods() -> None:
         scores.kept(np.zeros(1))
 
 
+def test_a_band_is_chosen_on_few_clips_or_says_that_they_are_too_few() -> None:
+    assert scores.best_band(np.arange(3.0), certain([0, 1, 0], 2)).score >= 1
+    with pytest.raises(DataError, match="cannot be chosen on 1 clips"):
+        scores.best_band(np.zeros(1), np.zeros((1, 2)))
+
+
 def test_the_best_band_is_not_the_last_one() -> None:
     """Clips of the lower likelihoods say something, those above 0.6 nothing: the narrowest band from the bottom wins.
     The published loop, whose best value stays 0, ends at its last band."""

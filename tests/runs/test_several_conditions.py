@@ -26,7 +26,7 @@ from mambaseq.checking.datasets import _check_item
 from mambaseq.checking.laws import LawBroken
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
-from mambaseq.conditions import Condition, encoder_options, row, told
+from mambaseq.conditions import Condition, encoder_options, of_names, row, told
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.generation import generate
@@ -216,6 +216,14 @@ def test_what_a_manifest_must_not_say(clips: Path) -> None:
         data(clips, condition_numbers=["digit"])
 
 
+def test_a_condition_that_is_empty_or_damaged_is_told() -> None:
+    with pytest.raises(DataError, match="mood is empty for all training sequences"):
+        of_names("mood", ["", "", "glad"], [0, 1])
+    for damaged in ({"name": "a", "names": 5}, {"name": "a", "names": "ab"}, {"names": ["a"]}):
+        with pytest.raises(ConfigError, match="conditions must hold names"):
+            Condition.from_plain(damaged)
+
+
 def test_what_a_user_asks_for(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     loaded = load_model(model)
     for speaker in TWO_WAYS:
@@ -341,6 +349,8 @@ def test_guidance_strengthens_what_a_condition_changes(model: Path, tmp_path: Pa
     assert torch.equal(found, ids)
     plain, weak = ({"seed": 1, "condition": condition, "samples": 2, **more} for more in ({}, {"guidance": 1.0}))
     assert torch.equal(generate(made, prompt, 6, **plain), generate(made, prompt, 6, **weak))
+    with pytest.raises(ConfigError, match="guidance makes a condition count more, and none is given"):
+        generate(made, prompt, 6, guidance=2.0)
     with pytest.raises(ConfigError, match="guidance must be a number from 0 to 100, not -1"):
         generate(made, prompt, 6, condition=condition, guidance=-1)
     words = ["generate", "--checkpoint", str(model), "--out", str(tmp_path / "o.jsonl"), "--guidance", "2"]
