@@ -30,6 +30,7 @@ class Prompt(NamedTuple):
 
     given: what is known of what is added; see `mambaseq.generation.generate`. name: of its record, number: in its file.
     begun: what was read of it already, all of it.
+    source: the record's own file, where a reader tells it: a recording that a manifest names.
     """
 
     values: Row
@@ -38,6 +39,7 @@ class Prompt(NamedTuple):
     name: str = ""
     number: int = 0
     begun: Begun | None = None
+    source: str | None = None
 
 
 class Job(NamedTuple):

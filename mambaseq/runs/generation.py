@@ -29,6 +29,7 @@ from mambaseq.runs.conversation import Conversation, check_text, converse, diges
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import check_reads_text, fitting_options
 from mambaseq.runs.prompting import ids_of, ids_of_texts, is_file, signals, texts_of
+from mambaseq.runs.replacing import check_not_prompts
 from mambaseq.runs.streaming import Plan, check_same, streams, written
 
 
@@ -85,6 +86,11 @@ def generate_to(
         check_same(plan.loaded.source, *expected)
     found = _writer(plan.loaded, writer)
     assert found is not None
+    files = getattr(found[1], "files", None)
+    count = sum(job.stop - job.first for batch in plan.jobs for job in batch)
+    sources = [job.prompt.source for batch in plan.jobs for job in batch if job.prompt.source]
+    sources += [str(one) for one in (prompt, options.get("prompts")) if isinstance(one, str | Path)]
+    check_not_prompts(out, {out, *(files(out, count) if files else [])}, sources)
     if streams(found[1], plan):
         return Generated([], plan.loaded, written(plan, out, *found[1:], pictures))
     generated = _collected(plan)

@@ -67,7 +67,7 @@ def signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[Pr
                 f"{channels}). Give a file with its channels."
             )
         values = signal.astype(np.float32)
-        found.append(Prompt(values, _under(record, conditions), name=record.name, number=number))
+        found.append(Prompt(values, _under(record, conditions), name=record.name, number=number, source=record.source))
     return found
 
 
@@ -79,7 +79,7 @@ def ids_of(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> l
         for number, record in enumerate(_prompt_records(loaded, card.reader, prompt, conditions)):
             ids = record.ids if record.spooled is None else record.spooled
             assert ids is not None  # from a reader that has a tokenizer
-            found.append(Prompt(ids, _under(record, conditions), name=record.name, number=number))
+            found.append(Prompt(ids, _under(record, conditions), name=record.name, number=number, source=record.source))
         return found
     if conditions.by_record:
         raise ConfigError(

@@ -24,6 +24,7 @@ from mambaseq.plain import read_json
 from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import Job, Progress, ended, pieces
 from mambaseq.runs.devices import memory_told
+from mambaseq.runs.replacing import check_beside, remove_beside
 
 FORMAT = 1
 _LATER = ("min_p", "repetition_penalty", "presence_penalty")  # settings that not every file of settings has
@@ -124,6 +125,8 @@ class _Result:
             assert self.plan.loaded.tokenizer is not None
             total = self.prompt + self.plan.new
             self._sink = self.writer.begin(self.file, self.plan.loaded.tokenizer, total, **self.options)
+            if self._sink.kept:
+                remove_beside(self.file)
             if self.prompt:
                 for part in parts(self.job.prompt.values):
                     self._sink.write(part)
@@ -151,6 +154,7 @@ def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, A
     jobs = plan.jobs
     count = sum(job.stop - job.first for batch in jobs for job in batch)
     files = writer.files(out, count)
+    check_beside(files)
     beginnings = _beginnings(jobs)
     progress = Progress(count * plan.new, writer.rate(**options), "sample", plan.progress)
     results: dict[tuple[int, int], _Result] = {}

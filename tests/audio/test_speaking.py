@@ -83,6 +83,33 @@ def test_one_of_several_samples_is_made_again(tmp_path: Path, capsys: pytest.Cap
     assert len({file.read_bytes() for file in files}) == 4
 
 
+def test_nothing_is_replaced_but_an_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = speaker(tmp_path / "m")
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "5"]
+    weights = (model / "model.json").read_bytes()
+    assert main([*arguments, "--out", str(model / "model.wav")]) == 2  # the settings would go to model.json
+    assert str(model / "model.json") in capsys.readouterr().err
+    assert (model / "model.json").read_bytes() == weights
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert main([*arguments, "--out", str(tmp_path / "a.wav")]) == 2
+    assert (tmp_path / "a.png").read_bytes() == b"mine"
+
+    recording = tmp_path / "q-001.wav"
+    soundfile.write(recording, np.zeros(30), RATE)
+    (tmp_path / "all.csv").write_text("file\nq-001.wav\n", encoding="utf-8")
+    for prompt in (recording, tmp_path / "all.csv"):  # its own numbered result
+        several = ["--prompt", str(prompt), "--out", str(tmp_path / "q.wav"), "--samples", "2"]
+        assert main([*arguments, *several]) == 2
+        assert "q-001.wav" in capsys.readouterr().err
+        assert soundfile.info(recording).frames == 30
+        assert not (tmp_path / "q-000.wav").exists()
+
+    made(model, tmp_path / "b.wav", "-n", "5")
+    assert (tmp_path / "b.png").exists()
+    assert made(model, tmp_path / "b.wav", "-n", "6", "--pictures", "0")["new_tokens"] == 6
+    assert not (tmp_path / "b.png").exists()  # of the earlier sound
+
+
 class Stops:
     """A player that leaves, or a user who does, after some pieces."""
 

@@ -1,0 +1,73 @@
+"""What results may replace: earlier results, not a prompt, and nothing that is somebody else's beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mambaseq.errors import ConfigError, UserError
+from mambaseq.outputs import is_stream
+from mambaseq.plain import read_json
+
+_KEYS = {"format", "writer", "checkpoint"}  # of the settings beside a result
+
+
+def check_not_prompts(out: Path, files: Iterable[Path], sources: Iterable[str | Path]) -> None:
+    """Raise ConfigError if one of the files to be written is one of those that are continued.
+
+    out: as it was given. sources: files of prompts; those that are none, or are gone, do not count.
+    """
+    there = {}
+    for source in sources:
+        if (key := _identity(Path(source))) is not None:
+            there[key] = source
+    for file in files if there else ():
+        if (source := there.get(_identity(file))) is not None:
+            raise ConfigError(
+                f"--out {out} writes {file}, which is the prompt's file ({source}) and would be overwritten. Give "
+                "another name."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a text with a NUL
+        return None
+    return (found.st_dev, found.st_ino) if path.is_file() else None
+
+
+def check_beside(files: Sequence[Path]) -> None:
+    """Raise ConfigError if something that no result left stands where a file's settings or picture go (NAME.json,
+    NAME.png)."""
+    for file in files:
+        if file.stem == "-" or is_stream(file):
+            continue
+        settings, picture = file.with_suffix(".json"), file.with_suffix(".png")
+        found = None
+        if os.path.lexists(settings):
+            found = None if _is_ours(settings) else settings
+        elif os.path.lexists(picture):
+            found = picture
+        if found is not None:
+            raise ConfigError(
+                f"{found} is in the way: a file of that name is written beside {file}, and this one is no earlier "
+                "result's. Move it away, or give another name with --out."
+            )
+
+
+def remove_beside(file: Path) -> None:
+    """Remove an earlier result's settings and picture: they would stand beside another sound. `check_beside` comes
+    first."""
+    for suffix in (".png", ".json"):
+        file.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        return read_json(path).keys() >= _KEYS
+    except (UserError, OSError):
+        return False
