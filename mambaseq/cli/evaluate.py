@@ -91,9 +91,6 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         batch_size=arguments.batch_size,
     )
-    folder = RunFolder(arguments.checkpoint)
-    if folder.config.is_file():  # not an exported model alone
-        folder.update_results(**{f"tasks/{name}": value for name, value in results.items()})
     wide = max(map(len, results), default=0)
     for name, value in results.items():
         if "_stderr" not in name:

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 
 from mambaseq.checkpoints import load_model
 from mambaseq.errors import ConfigError, cut_list, shown
-from mambaseq.generation import generate
+from mambaseq.generation import generate_all
 from mambaseq.generation.scoring import Asked, Scorer
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.runs.devices import choose_device
@@ -125,13 +125,15 @@ class Harness(TemplateLM):
         found = [""] * len(requests)
         for numbers in _alike(prompts, settings, self.batch_size):
             first = settings[numbers[0]]
-            rows = torch.tensor([prompts[number] for number in numbers], device=self._device)
+            rows = [torch.tensor(prompts[number], device=self._device) for number in numbers]
             for number, text in zip(numbers, self._continued(rows, *first), strict=True):
                 found[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return found
 
-    def _continued(self, prompts: torch.Tensor, count: int, until: list[str], sampling: dict[str, Any]) -> list[str]:
+    def _continued(
+        self, prompts: list[torch.Tensor], count: int, until: list[str], sampling: dict[str, Any]
+    ) -> list[str]:
         marks = {self._eos} if self._eos is not None else set()
         texts = []
         for text in until:
@@ -140,7 +142,7 @@ class Harness(TemplateLM):
                 marks.add(ids[0])
             else:
                 texts.append(text)
-        added = generate(
+        whole = generate_all(
             self.loaded.model,
             prompts,
             count,
@@ -148,7 +150,8 @@ class Harness(TemplateLM):
             stop_ids=sorted(mark for mark in marks if mark is not None),
             stop=StopStrings(texts, self._tokenizer) if texts else None,
             **sampling,
-        )[:, prompts.shape[1] :].tolist()
+        )
+        added = [row[len(prompt) :].tolist() for row, prompt in zip(whole, prompts, strict=True)]
         return [_cut(self.tok_decode(itertools.takewhile(lambda one: one not in marks, row)), texts) for row in added]
 
 
@@ -180,11 +183,11 @@ def _settings(given: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]
 
 
 def _alike(prompts: list[list[int]], settings: list[Any], most: int) -> Iterator[list[int]]:
-    """Numbers of prompts that are continued together: of one length, by equal settings."""
+    """Numbers of prompts that are continued together: by equal settings, and of about one length."""
 
     def key(number: int) -> tuple[str, int]:
         return repr(settings[number]), len(prompts[number])
 
-    for _, group in itertools.groupby(sorted(range(len(prompts)), key=key), key):
+    for _, group in itertools.groupby(sorted(range(len(prompts)), key=key), lambda number: key(number)[0]):
         numbers = list(group)
         yield from (numbers[start : start + most] for start in range(0, len(numbers), most))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
+from mambaseq.reporting.runs import RunFolder, RunInUse
+from mambaseq.runs.resuming import say
 
 
 def evaluate_tasks(
@@ -23,6 +25,8 @@ def evaluate_tasks(
 
     tasks: their names. shots: examples before each question; None for what a task has. limit: only the first so many
         of each task. folder: of further tasks (YAML files, as lm-eval has them).
+
+    The numbers are also merged into a run's results.json, under `tasks/`.
 
     Returns:
         `{"TASK/METRIC": value}`, a metric with a filter other than `none` as `METRIC:FILTER`, standard errors as
@@ -42,6 +46,8 @@ def evaluate_tasks(
             f"Tasks of lm-eval need its package ({error}). Install it with: pip install 'mambaseq[harness]'. LAMBADA "
             "and perplexity need none: see `mambaseq text/lambada --help` and `mambaseq text/perplexity --help`."
         ) from error
+    if not tasks:
+        raise ConfigError("--tasks names none. Name some with commas between, such as lambada_openai,hellaswag.")
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"There is no folder {shown(folder, 300)} of tasks. Give one with YAML files of lm-eval.")
     include = None if folder is None else str(folder)
@@ -49,8 +55,8 @@ def evaluate_tasks(
     if missing := [name for name in tasks if name not in manager.all_tasks]:  # reading all that ships takes seconds
         manager = TaskManager(include_path=include)
         missing = [name for name in missing if name not in manager.all_tasks]
-    if missing or not tasks:
-        near = did_you_mean(missing[0], manager.all_tasks) if missing else ""
+    if missing:
+        near = did_you_mean(missing[0], manager.all_tasks)
         raise ConfigError(
             f"lm-eval has no task {cut_list(map(shown, missing))}.{near} `lm-eval ls tasks` lists them; tasks of your "
             "own are found in the folder --task-folder."
@@ -72,7 +78,15 @@ def evaluate_tasks(
             "downloaded from the Hugging Face Hub at the first use, and some need more packages."
         ) from error
     assert found is not None
-    return dict(_flat(found["results"]))
+    results = dict(_flat(found["results"]))
+    run = RunFolder(checkpoint)
+    if run.config.is_file():  # not an exported model alone
+        try:
+            with run.locked():
+                run.update_results(**{f"tasks/{name}": value for name, value in results.items()})
+        except RunInUse:
+            say(run, "it is being trained; these results are not saved")
+    return results
 
 
 def _flat(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from pages import blocks, run_cell
 from mambaseq.checkpoints import ModelCard, save_model
 from mambaseq.checkpoints.upstream import from_upstream, options_from_config
 from mambaseq.cli.main import main
-from mambaseq.generation import generate
+from mambaseq.generation import generate_all
 from mambaseq.models import causal_lm
 
 END = "<|endoftext|>"
@@ -92,12 +93,12 @@ def test_it_agrees_with_lm_evals_transformers_adapter(
 def test_generation_ends_with_the_stop(harness: Any, instance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 
-    def watched(*given: Any, **settings: Any) -> torch.Tensor:
-        made = generate(*given, **settings)
-        lengths.append(made.shape[1])
+    def watched(*given: Any, **settings: Any) -> list[torch.Tensor]:
+        made = generate_all(*given, **settings)
+        lengths.append(len(made[0]))
         return made
 
-    monkeypatch.setattr("mambaseq.runs.harness.generate", watched)
+    monkeypatch.setattr("mambaseq.runs.harness.generate_all", watched)
     free = instance("generate_until", "the end", {"until": "\0", "max_gen_toks": 9})
     (whole,) = harness.generate_until([free], disable_tqdm=True)
     asked = instance("generate_until", "the end", {"until": [whole[2]], "max_gen_toks": 5000})
@@ -159,6 +160,10 @@ def test_the_page_on_evaluation_runs(run: Path, tmp_path: Path, monkeypatch: pyt
     assert len(names["scores"]) == 2
 
 
+def unreachable(*_: Any, **__: Any) -> None:
+    raise ConnectionError("no such host")
+
+
 def test_what_cannot_be_asked_of_tasks_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,10 +172,18 @@ def test_what_cannot_be_asked_of_tasks_is_refused(
         ("--shots", "3"): "--shots is for tasks of lm-eval",
         ("--tasks", "a", "--data.length", "3"): "--data.length is for the run's own test set",
         ("--tasks", "a", "--limit", "0"): "--limit must be at least 1",
+        ("--tasks", ","): "--tasks names none" if _installed() else "harness",
         ("--tasks", "a", "--task-folder", "/nowhere"): "no folder '/nowhere'" if _installed() else "harness",
     }.items():
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+    if _installed():
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(all_tasks=["lambada_openai"]))
+        assert main([*words, "--device", "cpu", "--tasks", "lambada_opena"]) == 2
+        assert "no task 'lambada_opena'. Did you mean 'lambada_openai'?" in capsys.readouterr().err
+        monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", unreachable)
+        assert main([*words, "--device", "cpu", "--tasks", "lambada_openai"]) == 2
+        assert "lambada_openai cannot be run: no such host. Their data are downloaded" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     assert main([*words, "--tasks", "lambada_openai"]) == 2
