@@ -50,8 +50,9 @@ def save_transformers(
     with atomic_folder(out) as folder:
         ids = None if loaded.tokenizer is None else loaded.tokenizer.save_for_transformers(folder)
         if ids is None:
-            known = "it has none" if loaded.card.tokenizer is None else shown(loaded.card.tokenizer["name"])
-            notes.append(f"no tokenizer is written ({known}, which transformers cannot read): give it ids")
+            own = loaded.card.tokenizer
+            why = "the model has none" if own is None else f"transformers cannot read {shown(own['name'])}"
+            notes.append(f"no tokenizer is written, since {why}: give it ids")
         marks: dict[str, Any] = {f"{mark}_token_id": (ids or {}).get(mark) for mark in ("bos", "eos")}
         marks["pad_token_id"] = marks["eos_token_id"]
         _write_json(folder / "config.json", {**config, **marks, "dtype": name, "torch_dtype": name})

@@ -17,8 +17,8 @@ def _import(argv: list[str]) -> int:
     parser = Arguments(
         prog="mambaseq import",
         description="Make a published language model a run with the same outputs: generate, predict, test and fit "
-        "--init-from take it. Mamba and Mamba-2 of state-spaces, their -hf forms, Mamba-Codestral and "
-        "Falcon Mamba; nothing that is downloaded is run.",
+        "--init-from take it. Mamba and Mamba-2 of state-spaces, their -hf forms, Mamba-Codestral, "
+        "Falcon Mamba and Bamba; nothing that is downloaded is run.",
     )
     parser.add_argument(
         "--checkpoint",
@@ -63,8 +63,8 @@ def _export(argv: list[str]) -> int:
         prog="mambaseq export",
         description="Write a run's model as a folder of another house: config.json, generation_config.json, weights "
         "and tokenizer, which transformers loads by AutoModelForCausalLM.from_pretrained(FOLDER).",
-        epilog="Language models of one kind of layer, mamba or mamba2 as published, have such a form; others are "
-        "refused, and the reason is named.",
+        epilog="Language models of one kind of layer, mamba or mamba2 as published, and hybrids as Bamba's have such a "
+        "form; others are refused, and the reason is named.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, not there yet")
