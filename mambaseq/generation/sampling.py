@@ -102,7 +102,7 @@ class Penalties:
     """
 
     def __init__(self, repetition: float, presence: float, prompts: Prompts, samples: int, n: int) -> None:
-        self.repetition, self.presence = repetition, presence
+        self.repetition, self.presence, self.device = repetition, presence, prompts.device
         self._added = torch.zeros(len(prompts) * samples, n, dtype=torch.bool, device=prompts.device)
         seen = np.zeros((len(prompts), n), dtype=bool)
         for row, prompt in zip(seen, prompts.rows, strict=True):

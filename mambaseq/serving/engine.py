@@ -15,12 +15,12 @@ from torch import Tensor
 from mambaseq import limits
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.generation.decode import check_whole, continues, not_finite
+from mambaseq.generation.decode import check_penalised, check_whole, continues, not_finite
 from mambaseq.generation.sampling import sample
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 from mambaseq.serving.prefixes import PrefixCache
-from mambaseq.serving.requests import Request, Ticket
+from mambaseq.serving.requests import Request, Settings, Ticket
 from mambaseq.serving.slots import Slots
 
 
@@ -127,6 +127,8 @@ class Engine:
             )
         if request.prompt.min() < 0 or (self._vocabulary is not None and request.prompt.max() >= self._vocabulary):
             raise ConfigError("The prompt has token ids that the model lacks. Use those of its own tokenizer.")
+        if request.settings.penalises:
+            check_penalised(self.model)
         ticket = Ticket(request, listen)
         with self._asked:
             begins = self.slots.size - self.active
@@ -280,7 +282,7 @@ class Engine:
     def _add(self, tickets: list[Ticket], told: Tensor) -> None:
         """A token to each answer from what the head tells, `(answers, ...)`; those with equal settings are sampled
         together."""
-        groups: dict[tuple[float, int, float], list[int]] = {}
+        groups: dict[Settings, list[int]] = {}
         for row, ticket in enumerate(tickets):
             groups.setdefault(ticket.request.settings, []).append(row)
         finite = told.amax(-1).isfinite()
@@ -305,12 +307,14 @@ class Engine:
             if ticket.finished is not None:
                 self.counts.answered += 1
 
-    def _drawn(self, told: Tensor, settings: tuple[float, int, float], tickets: list[Ticket]) -> Tensor:
+    def _drawn(self, told: Tensor, settings: Settings, tickets: list[Ticket]) -> Tensor:
         """`(answers,)` int64: a token of each, all with these settings."""
 
         def pick(logits: Tensor) -> Tensor:
             uniform = torch.tensor([ticket.draw() for ticket in tickets], dtype=torch.float64, device=told.device)
-            return sample(logits, *settings, uniform)
+            if settings.penalises:
+                logits = torch.stack([ticket.penalised(row) for ticket, row in zip(tickets, logits, strict=True)])
+            return sample(logits, settings.temperature, settings.top_k, settings.top_p, uniform, settings.min_p)
 
         draw = getattr(self.model.head, "draw", None)
         if draw is None:  # a plugin's

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mambaseq.errors import ConfigError
 from mambaseq.generation.decode import check_whole
 from mambaseq.generation.prompts import Prompts
-from mambaseq.generation.sampling import Draws, check_settings
+from mambaseq.generation.sampling import Draws, Penalties, check_settings
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
+
+
+class Settings(NamedTuple):
+    """How tokens are sampled; see `Request`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +49,9 @@ class Request:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
     seed: int = 0
     number: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -42,14 +61,16 @@ class Request:
         if self.prompt.ndim != 1 or not len(self.prompt) or self.prompt.dtype.kind not in "iu":
             raise ConfigError("A prompt must be at least one token, and its tokens whole numbers.")
         check_whole("max_new_tokens", self.max_new_tokens, 1)
-        check_settings(self.temperature, self.top_k, self.top_p)
+        check_settings(*self.settings)
         check_whole("seed", self.seed, 0, 2**63 - 1)
         check_whole("number", self.number, 0, 2**63 - 1)
 
     @property
-    def settings(self) -> tuple[float, int, float]:
+    def settings(self) -> Settings:
         """What sequences share that are sampled together."""
-        return float(self.temperature), self.top_k, float(self.top_p)
+        return Settings(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.presence_penalty
+        )
 
 
 class Ticket:
@@ -68,9 +89,10 @@ class Ticket:
         self.cancelled = False
         self._listen = listen
         numbers = torch.tensor([[request.number]])
-        prompts = Prompts([request.prompt.astype(np.int64, copy=False)], torch.device("cpu"))
-        greedy = request.temperature == 0
+        self._rows = [request.prompt.astype(np.int64, copy=False)]
+        prompts, greedy = Prompts(self._rows, torch.device("cpu")), request.temperature == 0
         self._draws = None if greedy else Draws(request.seed, prompts, None, 1, numbers, "cpu")
+        self._penalties: Penalties | None = None  # made of the first logits, which tell the vocabulary
 
     def cancel(self) -> None:
         """End it; its slot is free at the engine's next step. From any thread."""
@@ -80,9 +102,20 @@ class Ticket:
         """The next of its random numbers in [0, 1)."""
         return 0.0 if self._draws is None else float(self._draws.next())
 
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Its logits `(vocab_size,)`, changed by what it holds already."""
+        settings = self.request.settings
+        if self._penalties is None:
+            prompts = Prompts(self._rows, logits.device)
+            penalties = settings.repetition_penalty, settings.presence_penalty
+            self._penalties = Penalties(*penalties, prompts, 1, len(logits))
+        return self._penalties(logits[None])[0]
+
     def add(self, token: int) -> None:
         """A new token; ends the answer where it should."""
         self.tokens.append(token)
+        if self._penalties is not None:
+            self._penalties.add(torch.tensor([token], device=self._penalties.device))
         request = self.request
         stops = token in request.stop_ids
         if request.ends is not None and request.ends(token):

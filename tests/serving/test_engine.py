@@ -41,7 +41,7 @@ def run(engine: Engine) -> None:
 
 
 def expected(model: SequenceModel, request: Request) -> list[int]:
-    settings = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "seed", "stop_ids")}
+    settings = {**request.settings._asdict(), "seed": request.seed, "stop_ids": request.stop_ids}
     out = generate(
         model,
         torch.from_numpy(request.prompt)[None],
@@ -66,8 +66,8 @@ def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
                 {"temperature": 0},
                 {"seed": 5},
                 {"seed": 5, "temperature": 0.7, "top_k": 9, "stop_ids": frozenset({3, 8, 11})},
-                {"seed": 6, "top_p": 0.8},
-                {"seed": 6, "number": 2},
+                {"seed": 6, "top_p": 0.8, "min_p": 0.01},
+                {"seed": 6, "number": 2, "repetition_penalty": 1.3, "presence_penalty": 0.5},
                 {"temperature": 0, "stop_ids": frozenset({int(prompt_of(1)[0])})},
             ]
         )
@@ -247,6 +247,7 @@ def test_predictions_that_are_no_numbers_end_their_own_request_only() -> None:
         ({"temperature": NAN}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 2.0}, "min_p"),
         ({"seed": -1}, "seed"),
     ],
 )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 
 import pytest
+from mambaseq_text.tokenization import ByteTokenizer
 
-from mambaseq.serving.text import Text
-
-
-def decode(ids: list[int]) -> str:
-    return bytes(int(one) for one in ids).decode("utf-8", errors="replace")
+from mambaseq.generation.stopping import StopStrings
+from mambaseq.serving.text import Answer
 
 
-def pieces(data: bytes, stops: list[str], prompt: bytes = b"") -> tuple[list[str], int]:
+def decode(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
+
+
+def pieces(data: bytes, stops: list[str], prompt: str = "") -> tuple[list[str], int]:
     """What is given out after each byte, and how many bytes were taken."""
-    text, given = Text(decode, list(prompt), stops), []
+    text, given = Answer(StopStrings(stops, ByteTokenizer()), ByteTokenizer().encode(prompt)), []
     for count, byte in enumerate(data, start=1):
         ended = text.add(byte)
         given.append(text.take(last=ended or count == len(data)))
@@ -25,14 +27,14 @@ def pieces(data: bytes, stops: list[str], prompt: bytes = b"") -> tuple[list[str
 
 
 def test_characters_come_whole() -> None:
-    given, _ = pieces("aß水🙂z".encode(), [], "é".encode())
+    given, _ = pieces("aß水🙂z".encode(), [], "é")
     assert given == ["a", "", "ß", "", "", "水", "", "", "", "🙂", "z"]
 
 
 def test_bytes_that_are_no_text_are_given_out_in_time() -> None:
     data = b"a" + b"\x80" * 30 + "🙂".encode()
     given, _ = pieces(data, [])
-    assert "".join(given) == decode(list(data))
+    assert "".join(given) == decode(data)
     assert all(any(given[at : at + 10]) for at in range(len(given) - 10))
     assert "".join(pieces("ab🙂".encode()[:-1], [])[0]) == "ab\ufffd"
 
@@ -60,6 +62,6 @@ def test_no_part_of_a_stop_string_is_given_out() -> None:
         first = min((data.find(stop) for stop in stops if stop in data), default=len(data))
         ends = [data.find(stop) + len(stop) for stop in stops if stop in data]
         given, count = pieces(data.encode(), stops)
-        cut = decode(list(data.encode()[:count]))
+        cut = decode(data.encode()[:count])
         assert count == len(data[: min(ends, default=len(data))].encode())
         assert "".join(given) == data[: min((cut.find(stop) for stop in stops if stop in cut), default=first)]
