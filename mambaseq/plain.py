@@ -50,7 +50,11 @@ def read_json(path: str | Path, remedy: str = "", limit: Limit = YAML_BYTES) -> 
     limit: on the bytes of the file.
     """
     path = Path(path)
-    source, text = str(path), _text(path, limit, remedy)
+    return parse_json(_text(path, limit, remedy), str(path), remedy)
+
+
+def parse_json(text: str, source: str, remedy: str = "") -> dict[str, Any]:
+    """The object in a text of JSON; see `read_json`. source: what messages name."""
     _check_json(text, source, remedy)
     try:
         loaded = _unshared(json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_int=_whole))

@@ -36,6 +36,10 @@ COMMANDS = {
         "mambaseq.cli.checkpoints",
         "write a run's model for transformers: --checkpoint RUN --out FOLDER",
     ),
+    "serve": (
+        "mambaseq.cli.serve",
+        "answer over HTTP as OpenAI's completions do, many requests at once: --checkpoint RUN [--port 8000]",
+    ),
     "runs": (
         "mambaseq.cli.runs",
         "compare runs: settings that differ, metrics, speed, size: [FOLDER] [--sort COLUMN]",

@@ -103,6 +103,11 @@ class Engine:
         self._asked = threading.Condition()
 
     @property
+    def capacity(self) -> int:
+        """Requests that may be there at once."""
+        return self.queue + self.slots.size
+
+    @property
     def waiting(self) -> int:
         """Requests that have not begun."""
         return len(self._waiting)
@@ -131,8 +136,7 @@ class Engine:
             check_penalised(self.model)
         ticket = Ticket(request, listen)
         with self._asked:
-            begins = self.slots.size - self.active
-            if len(self._waiting) >= self.queue + begins:
+            if len(self._waiting) + self.active >= self.capacity:
                 self.counts.refused += 1
                 raise Full(f"{len(self._waiting):,} requests wait already, as many as may. Ask again later.")
             self._waiting.append(ticket)

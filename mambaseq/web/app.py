@@ -1,0 +1,193 @@
+"""The routes: completions as OpenAI's API has them, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from mambaseq import plain
+from mambaseq.errors import UserError, paragraph
+from mambaseq.limits import REQUEST_BYTES
+from mambaseq.serving import Full, Ticket
+from mambaseq.web import completions
+from mambaseq.web.completions import Completion, NoModel
+from mambaseq.web.metrics import metrics
+from mambaseq.web.service import Asked, Service
+
+
+class Refused(Exception):
+    """An answer with an error in the form that clients of the API know."""
+
+    def __init__(self, status: int, message: object, kind: str = "invalid_request_error", **headers: str) -> None:
+        super().__init__(str(message))
+        self.status, self.kind, self.headers = status, kind, headers
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": paragraph(self), "type": self.kind, "param": None, "code": self.status}}
+
+
+def make_app(service: Service, key: str | None = None, drain: float = 30.0) -> FastAPI:
+    """The application; its lifespan starts the engine's thread, and answers at its end what was asked, for at most
+    `drain` seconds. key: what requests but those for /health must bring."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        service.draining = True
+        await asyncio.to_thread(service.worker.close, drain)
+
+    app = FastAPI(title="mambaseq", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    app.add_exception_handler(Refused, refused)
+
+    def check_key(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())):
+            told = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "Bring the key: Authorization: Bearer KEY.", "authentication_error", **told)
+
+    @app.get("/health")
+    async def health() -> Response:
+        engine = service.engine
+        told = {"status": "ok" if service.ready else "ending", "active": engine.active, "waiting": engine.waiting}
+        return JSONResponse(told, 200 if service.ready else 503)
+
+    @app.get("/metrics")
+    async def tell_metrics(request: Request) -> Response:
+        check_key(request)
+        return PlainTextResponse(metrics(service), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        check_key(request)
+        model = {"id": service.name, "object": "model", "created": service.begun, "owned_by": "mambaseq"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        check_key(request)
+        if not service.ready:
+            raise Refused(503, "The server ends. Ask another one.", "server_error")
+        body = await _body(request)
+        try:
+            # a long text takes a while
+            completion = await asyncio.to_thread(completions.parse, body, service)
+            asked = service.ask(completion.requests, completion.stop)
+        except NoModel as error:
+            raise Refused(404, error) from error
+        except Full as error:
+            raise Refused(429, error, "rate_limit_error", **{"Retry-After": "1"}) from error
+        except UserError as error:
+            raise Refused(400, error) from error
+        if completion.stream:
+            return _Stream(service, completion, asked)
+        return await _unless_gone(request.receive, _whole(service, completion, asked), asked)
+
+    return app
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The object in a request's body. Other types of content are refused: a page elsewhere cannot send this one without
+    being allowed to."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "Send JSON: Content-Type: application/json.")
+    read = bytearray()
+    async for piece in request.stream():
+        read += piece
+        if len(read) > (most := REQUEST_BYTES.value):
+            raise Refused(413, f"The request has more than {most:,} bytes. Send fewer.", Connection="close")
+    try:
+        return plain.parse_json(read.decode("utf-8"), "The request")
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"The request is not UTF-8 at byte {error.start:,}.") from error
+    except UserError as error:
+        raise Refused(400, error) from error
+
+
+def _failure(ticket: Ticket) -> Refused | None:
+    """The error of an answer that did not end by itself."""
+    if ticket.finished == "failed":
+        told = ticket.error if isinstance(ticket.error, UserError) else "The answer failed in the server."
+        return Refused(500, told, "server_error")
+    if ticket.finished == "cancelled":
+        return Refused(503, "The server ended before the answer did. Ask again.", "server_error")
+    return None
+
+
+async def _whole(service: Service, completion: Completion, asked: Asked) -> Response:
+    texts, left = ["" for _ in asked.tickets], len(asked.tickets)
+    while left:
+        piece = await asked.pieces.get()
+        texts[piece.index] += piece.text
+        if piece.ended:
+            left -= 1
+            if (failure := _failure(asked.tickets[piece.index])) is not None:
+                raise failure
+    return JSONResponse(completions.whole(completion, service, texts, asked.tickets))
+
+
+async def _unless_gone(
+    receive: Callable[[], Awaitable[Any]], work: Awaitable[Response | None], asked: Asked
+) -> Response:
+    """Do the work unless the client goes away; its slots are free at the next step, whatever happened."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return (doing.result() if doing.done() else None) or Response(status_code=499)
+    finally:
+        asked.cancel()
+        for task in (doing, gone):
+            task.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
+class _Stream(Response):
+    """Server-sent events: the pieces of all answers as they come, an error if there is one, and [DONE]."""
+
+    def __init__(self, service: Service, completion: Completion, asked: Asked) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._service, self._completion, self._asked = service, completion, asked
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def work() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for data in self._events():
+                event = f"data: {data}\n\n".encode()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        with contextlib.suppress(OSError):  # the client went away
+            await _unless_gone(receive, work(), self._asked)
+
+    async def _events(self) -> AsyncIterator[str]:
+        tickets = self._asked.tickets
+        left = len(tickets)
+        while left:
+            index, text, ended = await self._asked.pieces.get()
+            ticket = tickets[index] if ended else None
+            left -= ended
+            if ticket is not None and (failure := _failure(ticket)) is not None:
+                yield json.dumps(failure.body())
+                return
+            yield json.dumps(completions.part(self._completion, self._service, index, text, ticket))
+        if self._completion.usage:
+            yield json.dumps(completions.last(self._completion, self._service, tickets))
+        yield "[DONE]"

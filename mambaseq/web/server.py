@@ -1,0 +1,94 @@
+"""Serving a run: its model, the engine, and the process that listens."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mambaseq.checkpoints import load_model
+from mambaseq.errors import ConfigError
+from mambaseq.generation.decode import check_whole
+from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.serving import Engine, PrefixCache
+from mambaseq.web.service import Service
+
+
+def serve(
+    checkpoint: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: str | None = None,
+    slots: int = 16,
+    queue: int = 64,
+    longest: int = 65_536,
+    part: int = 512,
+    cache_every: int = 256,
+    cache_mb: int = 1024,
+    drain: int = 30,
+    device: str | None = None,
+) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds.
+
+    slots, queue, longest, part: see `mambaseq.serving.Engine`. cache_every, cache_mb: tokens between two kept states of
+    prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
+    takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one.
+
+    Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, the model cannot be served, or the
+    address cannot be listened at.
+    """
+    check_web()
+    import uvicorn
+
+    from mambaseq.web.app import make_app
+
+    check_whole("--port", port, 0, 65_535)
+    check_whole("--drain", drain, 0, 86_400)
+    check_whole("--cache-mb", cache_mb, 0, 2**20)
+    key = os.environ.get("MAMBASEQ_API_KEY") if api_key is None else api_key
+    if key == "":
+        raise ConfigError("The key that requests must bring is empty. Give another --api-key, or none.")
+    cache = PrefixCache(cache_every, cache_mb * 2**20) if cache_mb else None
+    with memory_told("--slots"):
+        loaded = load_model(checkpoint, choose_device(device))
+        engine = Engine(loaded.model, slots=slots, queue=queue, part=part, longest=longest, cache=cache)
+    service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
+    if not _is_loopback(host) and key is None:
+        print(f"mambaseq serve: anyone who reaches {host} may ask; --api-key KEY asks for a key.", file=sys.stderr)
+    settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
+    app = make_app(service, key, drain)
+    config = uvicorn.Config(app, host, port, lifespan="on", timeout_graceful_shutdown=drain, **settings)
+    # uvicorn raises the signal again when it has ended, which is for us to have done
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened at. Stop what uses it, or give another --port or --host."
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_web() -> None:
+    """Raise ConfigError where what the server needs is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"serve needs the packages fastapi and uvicorn, and they cannot be imported ({str(error)[:100]}). Install "
+            "them: pip install 'mambaseq[serve]'."
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,281 @@
+"""The server on loopback: OpenAI's completions, streams, limits, going away, ending."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mambaseq_text.tokenization import ByteTokenizer
+
+from mambaseq.checkpoints import ModelCard, load_model, save_model
+from mambaseq.cli.main import main
+from mambaseq.models import causal_lm
+from mambaseq.runs.generation import generate_from
+from mambaseq.serving import Engine, PrefixCache
+
+uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from mambaseq.web.app import make_app  # noqa: E402
+from mambaseq.web.service import Service  # noqa: E402
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = causal_lm(vocab_size=256, d_model=16, n_layers=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    card = ModelCard(spec=model.spec, tokenizer={"name": "text/bytes", "options": {}}, start_ids=[10])
+    save_model(folder, model, card, ByteTokenizer())
+    return folder
+
+
+class Server:
+    """A server in a thread; what it is asked."""
+
+    def __init__(self, run: Path, key: str | None = None) -> None:
+        loaded = load_model(run)
+        self.engine = Engine(loaded.model, slots=2, queue=1, longest=20_000, cache=PrefixCache(8, 2**20))
+        app = make_app(Service("tiny", loaded, self.engine), key, drain=5)
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None))
+        self.thread = threading.Thread(target=self.uvicorn.run)
+        self.thread.start()
+        until(lambda: self.uvicorn.started)
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(10)
+
+    def send(self, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+        return send(self.port, path, body, **headers)
+
+    def ask(self, status: int = 200, /, **body: Any) -> dict[str, Any]:
+        answer = self.send("/v1/completions", body)
+        told: dict[str, Any] = json.loads(answer.read())
+        assert answer.status == status, told
+        return told
+
+    def events(self, **body: Any) -> list[Any]:
+        answer = self.send("/v1/completions", {**body, "stream": True})
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *events, done, rest = answer.read().decode().split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def send(port: int, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    text = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    connection.request("GET" if body is None else "POST", path, text, headers)
+    return connection.getresponse()
+
+
+def until(holds: Any) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    served = Server(run)
+    yield served
+    served.close()
+
+
+def test_a_completion_is_what_generate_gives(server: Server, run: Path) -> None:
+    settings = {"temperature": 0.8, "top_k": 40, "seed": 3}
+    made = generate_from(run, prompt="Thé day", max_new_tokens=30, samples=2, **settings).sequences
+    told = server.ask(model="tiny", prompt="Thé day", max_tokens=30, n=2, **settings)
+    assert ["Thé day" + choice["text"] for choice in told["choices"]] == made
+    assert [choice["finish_reason"] for choice in told["choices"]] == ["length"] * 2
+    assert (told["object"], told["model"]) == ("text_completion", "tiny")
+    assert told["usage"] | {"prompt_tokens_details": 0} == {
+        "prompt_tokens": 8,
+        "completion_tokens": 60,
+        "total_tokens": 68,
+        "prompt_tokens_details": 0,
+    }
+    again = server.ask(prompt=list("Thé day".encode()), max_tokens=30, n=2, **settings)
+    assert again["choices"] == told["choices"]
+    assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 16 - 8}
+    settings["stream_options"] = {"include_usage": True}
+    *events, last = server.events(prompt=["Thé day", "b"], max_tokens=30, **settings)
+    text = "".join(one["choices"][0]["text"] for one in events if one["choices"][0]["index"] == 0)
+    assert "Thé day" + text == made[0]
+    assert [one["choices"][0]["finish_reason"] for one in events].count("length") == 2
+    assert (last["choices"], last["usage"]["prompt_tokens"]) == ([], 9)
+
+
+def test_an_answer_ends_before_a_stop_string(server: Server) -> None:
+    whole = server.ask(prompt="a", max_tokens=60, temperature=1, seed=1)["choices"][0]["text"]
+    stop = whole[20:23]
+    expected = whole[: whole.index(stop)]
+    told = server.ask(prompt="a", max_tokens=60, seed=1, stop=["never there", stop])
+    assert (told["choices"][0]["text"], told["choices"][0]["finish_reason"]) == (expected, "stop")
+    assert told["usage"]["completion_tokens"] < 60
+    events = server.events(prompt="a", max_tokens=60, seed=1, stop=stop)
+    assert "".join(one["choices"][0]["text"] for one in events) == expected
+    assert server.ask(max_tokens=1)["usage"]["prompt_tokens"] == 1  # the start of a text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": "a" * 20_000}, 400, "more than the 20,000"),
+        ({"prompt": ""}, 400, "at least one token"),
+        ({"prompt": [5, 256]}, 400, "lacks"),
+        ({"prompt": [True]}, 400, "token ids"),
+        ({"prompt": {}}, 400, "prompt must be"),
+        ({"prompt": ["a"] * 4}, 400, "more answers than the 3"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"temperature": NAN}, 400, "NaN"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"temprature": 1}, 400, "Did you mean 'temperature'"),
+        ({"seed": 2**63}, 400, "seed"),
+        ({"n": 10**30}, 400, "more answers"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stop": 5}, 400, "stop"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"logprobs": 5}, 400, "logprobs"),
+        ({"model": "gpt"}, 404, "no model 'gpt'"),
+        (b"{", 400, "JSON"),
+        (b"[" * 10_000, 400, "inside of each other"),
+        (b"[]", 400, "names and values"),
+        (b"\xff", 400, "UTF-8"),
+        (b'"' + b"a" * 5_000_000, 413, "bytes"),
+    ],
+)
+def test_requests_that_cannot_be_used_are_refused(server: Server, body: Any, status: int, message: str) -> None:
+    answer = server.send("/v1/completions", body)
+    told = json.loads(answer.read())["error"]
+    assert (answer.status, told["code"]) == (status, status), told
+    assert message in told["message"]
+    assert len(told["message"]) < 1000
+    assert not server.engine.busy
+
+
+def test_other_pages_cannot_ask(server: Server) -> None:
+    answer = server.send("/v1/completions", b"{}", **{"Content-Type": "text/plain"})
+    assert answer.status == 415
+
+
+def test_who_goes_away_frees_the_slot_and_a_flood_is_refused(server: Server) -> None:
+    def sent(**body: Any) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        told = json.dumps({"prompt": "a", "max_tokens": 19_000, **body})
+        connection.request("POST", "/v1/completions", told, {"Content-Type": "application/json"})
+        return connection
+
+    connections = [sent(stream=True), sent(), sent(stream=True)]
+    until(lambda: server.engine.active == 2 and server.engine.waiting == 1)
+    refused = server.send("/v1/completions", {"prompt": "a"})
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
+    cancelled = server.engine.counts.cancelled
+    for connection in connections:
+        assert connection.sock is not None
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    until(lambda: not server.engine.busy)
+    assert server.engine.counts.cancelled == cancelled + 3
+    assert server.ask(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_models_health_and_metrics(server: Server) -> None:
+    assert [one["id"] for one in json.loads(server.send("/v1/models").read())["data"]] == ["tiny"]
+    assert json.loads(server.send("/health").read()) == {"status": "ok", "active": 0, "waiting": 0}
+    text = server.send("/metrics").read().decode()
+    values = dict(re.findall(r"^mambaseq_(\w+) (\S+)$", text, re.MULTILINE))
+    assert int(values["new_tokens_total"]) == server.engine.counts.new_tokens > 0
+    assert int(values["state_bytes"]) == server.engine.slots.bytes_each
+    assert int(values["cache_bytes"]) == server.engine.cache.bytes  # type: ignore[union-attr]
+    lines = text.splitlines()
+    assert len(values) * 3 == len(lines)
+    assert all(re.match(r"# (HELP|TYPE) mambaseq_\w+ .+|mambaseq_\w+ [0-9.e+-]+$", line) for line in lines)
+
+
+def test_a_key_is_asked_for(run: Path) -> None:
+    served = Server(run, "sesame")
+    try:
+        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/models", None), ("/metrics", None)):
+            for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "sesame"}):
+                assert served.send(path, body, **headers).status == 401
+            assert served.send(path, body, Authorization="Bearer sesame").status == 200
+        assert served.send("/health").status == 200
+    finally:
+        served.close()
+
+
+def test_sigterm_answers_what_was_asked_and_ends(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAMBASEQ_API_KEY", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers: list[dict[str, Any]] = []
+
+    def client() -> None:
+        def is_up() -> bool:
+            try:
+                return send(port, "/health").status == 200
+            except OSError:
+                return False
+
+        try:
+            until(is_up)
+            asking = [threading.Thread(target=ask) for _ in range(3)]  # one more than slots
+            for one in asking:
+                one.start()
+            until(lambda: json.loads(send(port, "/health").read())["active"] == 2)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ask() -> None:
+        answers.append(json.loads(send(port, "/v1/completions", {"prompt": "a", "max_tokens": 600}).read()))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert main(["serve", "--checkpoint", str(run), "--port", str(port), "--slots", "2"]) == 0
+    thread.join()
+    until(lambda: len(answers) == 3)
+    assert [one["usage"]["completion_tokens"] for one in answers] == [600] * 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_missing_or_wrong_is_told(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*options: str) -> str:
+        assert main(["serve", "--checkpoint", str(run), *options]) == 2
+        return capsys.readouterr().err
+
+    assert "--port" in told("--port", "70000")
+    assert "slots" in told("--slots", "0")
+    assert "key" in told("--api-key", "")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "cannot be listened at" in told("--port", str(taken.getsockname()[1]))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'mambaseq[serve]'" in told()
