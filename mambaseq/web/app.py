@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from mambaseq import plain
+from mambaseq.atomic import json_text
 from mambaseq.errors import UserError, paragraph
 from mambaseq.limits import REQUEST_BYTES
 from mambaseq.serving import Full, Ticket
@@ -130,10 +130,10 @@ async def _whole(service: Service, completion: Completion, asked: Asked) -> Resp
     texts, left = ["" for _ in asked.tickets], len(asked.tickets)
     while left:
         piece = await asked.pieces.get()
-        texts[piece.index] += piece.text
+        texts[piece.number] += piece.text
         if piece.ended:
             left -= 1
-            if (failure := _failure(asked.tickets[piece.index])) is not None:
+            if (failure := _failure(asked.tickets[piece.number])) is not None:
                 raise failure
     return JSONResponse(completions.whole(completion, service, texts, asked.tickets))
 
@@ -185,9 +185,9 @@ class _Stream(Response):
             ticket = tickets[index] if ended else None
             left -= ended
             if ticket is not None and (failure := _failure(ticket)) is not None:
-                yield json.dumps(failure.body())
+                yield json_text(failure.body())
                 return
-            yield json.dumps(completions.part(self._completion, self._service, index, text, ticket))
+            yield json_text(completions.part(self._completion, self._service, index, text, ticket))
         if self._completion.usage:
-            yield json.dumps(completions.last(self._completion, self._service, tickets))
+            yield json_text(completions.last(self._completion, self._service, tickets))
         yield "[DONE]"

@@ -77,8 +77,8 @@ def parse(body: dict[str, Any], service: Service) -> Completion:
     options = given.get("stream_options", {})
     if not isinstance(options, dict) or not {*options} <= {"include_usage"}:
         raise ConfigError(f"stream_options has include_usage alone, and is {shown(options)}.")
-    flags = {"stream": given.get("stream", False), "include_usage": options.get("include_usage", False)}
-    for key, value in flags.items():
+    stream, counts = given.get("stream", False), options.get("include_usage", False)
+    for key, value in (("stream", stream), ("include_usage", counts)):
         if not isinstance(value, bool):
             raise ConfigError(f"{key} must be true or false, not {shown(value)}.")
     stop = given.get("stop", [])
@@ -92,7 +92,7 @@ def parse(body: dict[str, Any], service: Service) -> Completion:
         for number in range(count)
     ]
     told = f"cmpl-{secrets.token_hex(12)}"
-    return Completion(requests, check_stop(stop), *flags.values(), told, int(time.time()), len(prompts))
+    return Completion(requests, check_stop(stop), stream, counts, told, int(time.time()), len(prompts))
 
 
 def prompts_of(prompt: Any, service: Service) -> list[str | list[int]]:

@@ -21,7 +21,7 @@ from mambaseq.serving.worker import Worker
 class Piece(NamedTuple):
     """New text of the answer to one of several requests, and its ticket, which tells whether it ended."""
 
-    index: int
+    number: int
     text: str
     ended: bool
 

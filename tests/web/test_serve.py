@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import json
 import os
@@ -200,6 +201,17 @@ def test_who_goes_away_frees_the_slot_and_a_flood_is_refused(server: Server) -> 
     until(lambda: not server.engine.busy)
     assert server.engine.counts.cancelled == cancelled + 3
     assert server.ask(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_what_the_page_shows_works(server: Server, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "text" / "serving.md").read_text(encoding="utf-8")
+    body = re.search(r"-d '(\{.*?\})'\n", page, re.DOTALL)
+    assert body is not None
+    assert 0 < server.ask(**json.loads(body[1]))["usage"]["completion_tokens"] <= 20
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    exec(code[1].replace("runs/text", str(run)), {})
+    assert len(set(ast.literal_eval(capsys.readouterr().out))) == 4
 
 
 def test_models_health_and_metrics(server: Server) -> None:
