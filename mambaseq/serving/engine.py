@@ -114,8 +114,11 @@ class Engine:
 
     @property
     def active(self) -> int:
-        """Requests that have begun: answers in the batch, and a prompt that is being read."""
-        return len(self._active) + (self._reading is not None)
+        """Requests that have begun and not ended: answers in the batch, and a prompt that is being read.
+
+        Whoever is told of an end may ask again at once, though the slot is free only when the step has ended.
+        """
+        return sum(ticket.finished is None for ticket in [*self._active]) + (self._reading is not None)
 
     def ask(self, request: Request, listen: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a request; from any thread.

@@ -195,6 +195,18 @@ def test_cancelling_frees_the_slot_within_a_step_and_floods_are_refused() -> Non
     assert (engine.counts.cancelled, engine.counts.refused) == (4, 1)
 
 
+def test_who_is_told_of_an_end_may_ask_again_at_once() -> None:
+    engine, tickets = Engine(made(), slots=1, queue=0), []
+
+    def listen(ticket: Ticket) -> None:
+        if ticket.finished and len(tickets) < 4:
+            tickets.append(engine.ask(ticket.request, listen))
+
+    tickets.append(engine.ask(Request(prompt_of(3), 2), listen))
+    run(engine)
+    assert [ticket.finished for ticket in tickets] == ["length"] * 4
+
+
 def test_a_long_prompt_is_read_between_the_tokens_of_others() -> None:
     engine = Engine(made(), part=10)
     short, long = engine.ask(Request(prompt_of(2), 30)), None
