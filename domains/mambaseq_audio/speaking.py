@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ import soundfile
 
 from mambaseq.atomic import write_failed
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.outputs import is_stream, output_stream, output_target
 from mambaseq_audio.io import check_rate, in_sixteen_bits, sound_files, write_wav
 from mambaseq_audio.mulaw import Codec
@@ -23,6 +26,7 @@ ENDINGS = (".wav", ".flac", ".pcm")
 STDOUT = Path("/dev/stdout")
 _STREAMED = 0x7FFFF000  # bytes of sound in the header of a stream whose length is not known
 _LARGEST = 0xFFFFFFFF - 44
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BEFORE, _DRAWN = 2, 30  # seconds of a picture: of the prompt, and of all
 
 
@@ -85,6 +89,31 @@ class Wav:
 wav = Wav()
 
 
+class _Whole:
+    """A file in which what is written arrives whole: the system may take a part of it only, without an error.
+
+    failed: the first error. quiet: only remember it, for libsndfile, which cannot pass one on.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.quiet = file, False
+        self.failed: OSError | None = None
+        self.seek, self.tell, self.truncate = file.seek, file.tell, file.truncate
+
+    def write(self, data: bytes) -> int:
+        """Returns how many bytes were written."""
+        rest = memoryview(data).cast("B")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._file.flush()
+        except OSError as error:
+            self.failed = self.failed or error
+            if not self.quiet:
+                raise
+        return len(data) - len(rest)
+
+
 class WavSink:
     """A sound on its way to its file or to a player."""
 
@@ -105,18 +134,16 @@ class WavSink:
             raise ConfigError(f"A flac cannot be written to {file}. Write wav or pcm there.")
         with self._told():
             if self._streams:
-                self._file: IO[bytes] = self._open.enter_context(output_stream(self._path, "wb"))
+                self._file = _Whole(self._open.enter_context(output_stream(self._path, "wb")))
             else:
-                target = output_target(file)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._open.enter_context(target.open("wb", buffering=0))
+                self._file = _Whole(self._open.enter_context(_alone(output_target(file))))
             if self._kind == "flac":
+                self._file.quiet = True
                 self._flac = self._open.enter_context(
-                    soundfile.SoundFile(self._file, "w", sample_rate, channels, "PCM_16", format="FLAC")
+                    soundfile.SoundFile(self._file, "w", sample_rate, channels, "PCM_16", format="FLAC")  # type: ignore[arg-type]
                 )
             elif self._kind == "wav":
                 self._file.write(self._header(total // channels if self._streams else 0))
-            self._file.flush()
 
     def write(self, ids: np.ndarray) -> None:
         """See `mambaseq.runs.streaming.Sink`; BrokenPipeError when a player has gone."""
@@ -128,15 +155,17 @@ class WavSink:
                 self._flac.write(samples.reshape(-1, self._channels))
             else:
                 self._file.write(samples.astype("<i2").tobytes())
-                self._file.flush()
             self._frames, self.count = self._frames + whole // self._channels, self.count + len(ids)
             self._mend()
 
     def close(self) -> None:
         """See `mambaseq.runs.streaming.Sink`."""
-        with self._told():
+        with self._open, self._told():
+            if self._flac is not None:
+                self._flac.close()
+            elif not self._streams:  # what a write that failed has left behind is no part of the sound
+                self._file.truncate(len(self._header(0)) * (self._kind == "wav") + 2 * self._channels * self._frames)
             self._mend()
-            self._open.close()
 
     def _mend(self) -> None:
         """Let the header say how much there is."""
@@ -154,11 +183,50 @@ class WavSink:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
+        file: _Whole | None = None
+        failed: Exception | None = None
         try:
             yield
         except BrokenPipeError:
             raise
-        except OSError as error:
-            if (told := write_failed(self._path, error)) is not None:
-                raise told from error
-            raise
+        except Exception as error:
+            failed = error
+        if (file := getattr(self, "_file", None)) is not None:
+            failed = file.failed or failed  # libsndfile says less
+        if failed is None:
+            return
+        number = getattr(failed, "errno", None)
+        if number in _FULL:
+            raise UserError(
+                f"{self._path} cannot be written further: the disk is full, or a quota or a limit reached. What has "
+                "been written stays. Free some space, or choose another place."
+            ) from failed
+        if number in (errno.EMFILE, errno.ENFILE):
+            raise UserError(
+                f"{self._path} cannot be opened: too many files are open. Raise the limit (ulimit -n), or generate "
+                "fewer at once (--samples)."
+            ) from failed
+        if (told := write_failed(self._path, failed)) is not None:
+            raise told from failed
+        raise failed
+
+
+def _alone(target: Path) -> IO[bytes]:
+    """An empty file, open for this process alone. Raises UserError while another one writes it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{target} is being written by another run. Wait for it, or give another name with --out."
+            ) from error
+        except OSError as error:  # some file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+        os.ftruncate(number, 0)
+        return open(number, "wb", buffering=0)  # noqa: PTH123 - a descriptor
+    except BaseException:
+        os.close(number)
+        raise

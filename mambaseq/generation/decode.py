@@ -337,12 +337,13 @@ def _by_steps(
                 check_finite(peak)
             # what may still be cut off at a stop is held back
             if not all_ended and time.monotonic() - given_on > patience:
+                check_finite(peak)
                 piece, out = torch.cat(out, dim=1), []
                 yield piece
                 given_on = time.monotonic()
         check_finite(peak)
     except KeyboardInterrupt:
-        if out:
+        if out and peak.isfinite().all():
             yield torch.cat(out, dim=1)
         raise
     if out:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +18,7 @@ from mambaseq.atomic import atomic_file, json_text
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.conditions import told
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, UserError, cut, shown
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
 from mambaseq.generation.prompts import parts
 from mambaseq.plain import read_json
 from mambaseq.runs.conditions import Known
@@ -111,7 +111,7 @@ class _Result:
         self.plan, self.job, self.number, self.file = plan, job, number, file
         self.writer, self.options = writer, options
         self.prompt = max(len(job.prompt.values) - plan.hidden, 0)
-        self.is_ended = False
+        self.is_ended = self._has_failed = False
         self._sink: Sink | None = None
 
     def add(self, ids: np.ndarray) -> None:
@@ -120,7 +120,6 @@ class _Result:
             return
         stops = self.plan.settings.get("stop_ids", ())
         kept = ended(ids, 0, stops)
-        self.is_ended = bool(stops) and len(kept) > 0 and int(kept[-1]) in stops
         if self._sink is None:
             assert self.plan.loaded.tokenizer is not None
             total = self.prompt + self.plan.new
@@ -131,6 +130,7 @@ class _Result:
                 for part in parts(self.job.prompt.values):
                     self._sink.write(part)
         self._sink.write(kept)
+        self.is_ended = bool(stops) and len(kept) > 0 and int(kept[-1]) in stops
 
     @property
     def added(self) -> int:
@@ -141,12 +141,23 @@ class _Result:
     def is_kept(self) -> bool:
         return self._sink is not None and self._sink.kept
 
-    def close(self) -> bool:
-        """Returns whether anything was written."""
+    @property
+    def is_begun(self) -> bool:
+        return self._sink is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is in the file."""
+        return not self._has_failed and (self.added == self.plan.new or self.is_ended)
+
+    def close(self) -> None:
         if self._sink is None:
-            return False
-        self._sink.close()
-        return True
+            return
+        try:
+            self._sink.close()
+        except BaseException:
+            self._has_failed = True
+            raise
 
 
 def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, Any], pictures: int) -> list[Path]:
@@ -158,14 +169,24 @@ def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, A
     beginnings = _beginnings(jobs)
     progress = Progress(count * plan.new, writer.rate(**options), "sample", plan.progress)
     results: dict[tuple[int, int], _Result] = {}
-    done: list[_Result] = []
+    beside = _Beside(progress, set(files[: max(pictures, 0)]))
     current = -1
 
     def finish() -> None:
-        for result in results.values():
-            if result.close():
-                done.append(result)
-        results.clear()
+        """Make whole what was begun, even if one of them fails."""
+        failed: Exception | None = None
+        while results:
+            result = results.pop(next(iter(results)))
+            try:
+                result.close()
+            except Exception as error:
+                failed = failed or error
+            try:
+                beside.tell(result)
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     try:
         with memory_told("--samples or --max-new-tokens"):
@@ -183,14 +204,16 @@ def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, A
         finish()
     except KeyboardInterrupt as error:
         finish()
-        raise Interrupted(_tell_all(done, progress, pictures)) from error
+        raise Interrupted(beside.files) from error
     except BaseException:
         with contextlib.suppress(Exception):
             finish()
+        if kept := [str(file) for file in beside.files if file not in beside.streamed]:
+            print(f"mambaseq: written before the error: {cut_list(kept, 5)}", file=sys.stderr)
         raise
     finally:
         progress.close()
-    return _tell_all(done, progress, pictures)
+    return beside.files
 
 
 def _beginnings(jobs: list[list[Job]]) -> dict[int, int]:
@@ -205,27 +228,46 @@ def _beginnings(jobs: list[list[Job]]) -> dict[int, int]:
     return found
 
 
-def _tell_all(done: list[_Result], progress: Progress, pictures: int) -> list[Path]:
-    """Write what stands beside the files. Returns the files, in their order."""
-    checksums: dict[Path, str] = {}
+class _Beside:
+    """Writes what stands beside the files. drawn: files that get a picture."""
 
-    def sha256(path: Path) -> str:
-        if path not in checksums:
+    def __init__(self, progress: Progress, drawn: Set[Path]) -> None:
+        self._progress, self._drawn = progress, drawn
+        self._checksums: dict[Path, str] = {}
+        self._done: list[_Result] = []
+
+    def _sha256(self, path: Path) -> str:
+        if path not in self._checksums:
             with path.open("rb") as file:
-                checksums[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return checksums[path]
+                self._checksums[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._checksums[path]
 
-    done = sorted(done, key=lambda result: (result.job.place, result.number))
-    for number, result in enumerate(done):
+    def tell(self, result: _Result) -> None:
+        """Of a result that is closed."""
+        if not result.is_begun:
+            return
+        self._done.append(result)
         if not result.is_kept:
-            continue
+            return
         with atomic_file(result.file.with_suffix(".json"), "w", encoding="utf-8") as file:
-            file.write(json_text(_settings(result, sha256, progress), indent=2, ensure_ascii=False) + "\n")
-        png = result.writer.picture(result.file, result.prompt, **result.options) if number < pictures else None
+            file.write(json_text(_settings(result, self._sha256, self._progress), indent=2, ensure_ascii=False) + "\n")
+        png = (
+            result.writer.picture(result.file, result.prompt, **result.options) if result.file in self._drawn else None
+        )
         if png is not None:
             with atomic_file(result.file.with_suffix(".png")) as picture:
                 picture.write(png)
-    return [result.file for result in done]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that were written, in their order."""
+        done = sorted(self._done, key=lambda result: (result.job.place, result.number))
+        return [result.file for result in done]
+
+    @property
+    def streamed(self) -> set[Path]:
+        """Those of `files` that keep nothing."""
+        return {result.file for result in self._done if not result.is_kept}
 
 
 def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any]:
@@ -239,7 +281,6 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
                 prompt = {"file": str(place.absolute()), "sha256": sha256(place), "record": job.prompt.number}
                 prompt["name"] = job.prompt.name
         prompt = prompt or {"text": plan.prompt}
-    stops = plan.settings.get("stop_ids", ())
     return {
         "format": FORMAT,
         "mambaseq": __version__,
@@ -259,11 +300,11 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
         "guidance": plan.settings["guidance"],
         "max_new_tokens": plan.new,
         "new_tokens": result.added,
-        "complete": result.added == plan.new or (bool(stops) and result.is_ended),
+        "complete": result.is_complete,
         "writer": plan.writer,
         "writer_options": result.options,
         "device": plan.place.type,
-        "real_time": round(progress.real_time, 3),
+        "real_time": round(progress.real_time, 3) or None,  # not known of a single piece
     }
 
 

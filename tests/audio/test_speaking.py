@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,64 @@ def test_what_came_before_an_interruption_is_whole(
     assert np.array_equal(found, whole[:7])
     told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert (told["complete"], told["new_tokens"]) == (False, 7)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac"])
+def test_a_short_write_is_no_success(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, prompt, out = speaker(tmp_path / "m"), tmp_path / "prompt.wav", tmp_path / f"a.{ending}"
+    soundfile.write(prompt, np.random.default_rng(0).uniform(-1, 1, 9_000), RATE)
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "5", "--pictures", "0"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5001, before[1]))
+    try:
+        assert main([*arguments, "--prompt", str(prompt), "--out", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert f"{out} cannot be written further" in error
+    assert "What has been written stays" in error
+    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["complete"] is False
+    if ending == "wav":
+        assert out.stat().st_size == 44 + 2 * soundfile.info(out).frames
+
+
+def test_a_failure_leaves_no_earlier_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model, out = speaker(tmp_path / "m"), tmp_path / "a.wav"
+    first = made(model, out, "-n", "30", "--seed", "1")
+    sound, left, step = out.read_bytes(), [0], decode.Decoder.step
+
+    def fails(decoder: Any, token: Any) -> Any:
+        left[0] -= 1
+        return step(decoder, token) * (float("nan") if left[0] < 0 else 1.0)
+
+    monkeypatch.setattr(decode, "_PATIENCE", 0.0)
+    monkeypatch.setattr(decode.Decoder, "step", fails)
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "30", "--out", str(out)]
+    assert main([*arguments, "--seed", "2"]) == 2  # before anything could be written
+    assert out.read_bytes() == sound
+    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8")) == first
+    left[0] = 10
+    assert main([*arguments, "--seed", "2", "--pictures", "0"]) == 2
+    assert f"written before the error: {out}" in capsys.readouterr().err
+    told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    wanted = {"seed": 2, "complete": False, "new_tokens": 10}
+    assert wanted.items() <= told.items()
+    assert soundfile.info(out).frames == 10
+    assert not out.with_suffix(".png").exists()
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, out = speaker(tmp_path / "m"), tmp_path / "a.wav"
+    arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "5", "--pictures", "0"]
+    other = WavSink(out, MuLaw(), 100, RATE, 1)
+    other.write(np.arange(3))
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert f"{out} is being written by another run" in capsys.readouterr().err
+    other.close()
+    assert soundfile.info(out).frames == 3
+    assert made(model, out, "-n", "5", "--pictures", "0")["real_time"] is None  # all came at once
 
 
 def test_a_wav_is_readable_while_it_is_written(tmp_path: Path) -> None:
