@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.cache import Unchanged
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.windows import Interval
 from mambaseq.errors import UserError
@@ -105,14 +106,16 @@ class CodeData(ClipData):
         def blocks(one: Recording, notices: Notices) -> Iterator[np.ndarray]:
             yield read_frames(one, self.layout, books, self.vocabulary).reshape(-1)
 
-        identities = identities_of(list(dict.fromkeys(one.path for one in found)))
+        paths = list(dict.fromkeys(one.path for one in found))
+        files = Unchanged(paths)
+        identities = identities_of(paths)
         meta = {
             "codes": [books, self.vocabulary, self.layout],
             "sources": [identities[one.path] for one in found],
             "recordings": [one.name for one in found],
             "skip_bad": [SAMPLES.value] if self.skip_bad else False,
         }
-        return kept_store("codes", Levels(found, blocks, self.skip_bad), smallest_dtype(self.vocabulary), meta)
+        return kept_store("codes", Levels(found, blocks, self.skip_bad), smallest_dtype(self.vocabulary), meta, files)
 
     def _books(self, found: Sequence[Recording]) -> int:
         """The books of the first file that can be used; each of the others says what is wrong with it."""

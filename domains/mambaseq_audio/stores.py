@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from mambaseq.data.cache import fingerprint
+from mambaseq.data.cache import Unchanged, fingerprint
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError, UserError, cut, shown
 from mambaseq.limits import SAMPLES, UNPACKED_RATIO
@@ -75,6 +75,7 @@ def sound_store(
     if channels == "each":
         recordings = [part for parts in _side_by_side(by_channel, recordings) for part in parts]
     paths = list(dict.fromkeys(one.path for one in recordings))
+    files = Unchanged(paths)
     identities = identities_of(paths)
     codec = codec or MuLaw()
     meta = {
@@ -92,14 +93,14 @@ def sound_store(
         told = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
         return map(codec.encode, told)
 
-    return kept_store(label, Levels(recordings, blocks, skip_bad), codec.dtype, meta)
+    return kept_store(label, Levels(recordings, blocks, skip_bad), codec.dtype, meta, files)
 
 
-def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any]) -> SoundStore:
+def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any], files: Unchanged) -> SoundStore:
     """The store of what is read, made at first use. meta: everything that it depends on, with the identities of its
-    files as "sources"."""
+    files as "sources". files: as they were before these were found."""
     recordings = levels.recordings
-    store = TokenStore.cached(label, levels, dtype, meta)
+    store = TokenStore.cached(label, levels, dtype, meta, unchanged=files.check)
     records = [number for number, length in enumerate(store.lengths.tolist()) if length]
     if len(records) < len(recordings) and not levels.bad:  # they were listed when the store was made
         without = [one for one, length in zip(recordings, store.lengths.tolist(), strict=True) if not length]

@@ -143,7 +143,7 @@ class CorpusData(SequenceData):
         check_setting("data.seed", self.seed, *SEEDS)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
-        self._files, self._sources = split_files(self.files, self.validation_files, self.test_files)
+        self._files, self._sources, unchanged = split_files(self.files, self.validation_files, self.test_files)
         files = self._files
         if not files["train"]:
             raise ConfigError("data.files names nothing. Give a file, a pattern, or a list of them.")
@@ -175,12 +175,14 @@ class CorpusData(SequenceData):
             yield from tokenised(SPLITS, 0)
             self._held_out.tell()
 
-        store = TokenStore.cached("corpus", compared, tokenizer.dtype, meta)
+        store = TokenStore.cached("corpus", compared, tokenizer.dtype, meta, unchanged=unchanged.check)
         numbers = iter(range(len(store)))
         records = {split: [next(numbers) for _ in self._parts[split]] for split in SPLITS}
         self._counts: dict[str, list[np.ndarray] | None] = {split: None for split in SPLITS}
         if not tokenizer.bytewise and records["validation"] + records["test"]:
-            counts = TokenStore.cached("corpus-bytes", lambda: tokenised(SPLITS[1:], 1), "uint32", meta)
+            counts = TokenStore.cached(
+                "corpus-bytes", lambda: tokenised(SPLITS[1:], 1), "uint32", meta, unchanged=unchanged.check
+            )
             first = len(records["train"])
             for split in SPLITS[1:]:
                 self._counts[split] = [counts[number - first] for number in records[split]]

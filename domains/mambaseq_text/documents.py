@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.data.cache import Unchanged
 from mambaseq.data.module import SequenceData, pack_collate, pad_collate
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list
@@ -152,7 +153,7 @@ class DocumentData(SequenceData):
         check_setting("data.seed", self.seed, *SEEDS)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
-        self._files, self._sources = split_files(
+        self._files, self._sources, unchanged = split_files(
             self.files, self.validation_files, self.test_files, streaming=self.streaming
         )
         if not self._files["train"]:
@@ -160,7 +161,7 @@ class DocumentData(SequenceData):
         stored = SPLITS[1:] if self.streaming else SPLITS
         records: dict[str, list[int]] = {split: [] for split in SPLITS}
         if any(self._files[split] for split in stored):
-            self._store_documents(tokenizer, stored)
+            self._store_documents(tokenizer, stored, unchanged)
             for number, split in enumerate(self._store.names):
                 records[split].append(number)
         for split in stored:
@@ -196,7 +197,7 @@ class DocumentData(SequenceData):
     def _read_for_training(self, name: str) -> Iterator[str]:
         return (text for where, text in self.read(name) if self._held_out.takes(where, [text]))
 
-    def _store_documents(self, tokenizer: TextTokenizer, splits: Sequence[str]) -> None:
+    def _store_documents(self, tokenizer: TextTokenizer, splits: Sequence[str], unchanged: Unchanged) -> None:
         files = {split: self._files[split] for split in splits}
         meta = {
             "reading": 2,  # the first one lost what was before a line feed
@@ -222,10 +223,14 @@ class DocumentData(SequenceData):
             if column == 0:
                 held_out.tell()
 
-        self._store = TokenStore.cached("documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta)
+        self._store = TokenStore.cached(
+            "documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta, unchanged=unchanged.check
+        )
         self._counts: dict[str, list[np.ndarray]] = {}
         if not tokenizer.bytewise and set(self._store.names) - {"train"}:
-            counts = TokenStore.cached("documents-bytes", lambda: tokenised(1, SPLITS[1:]), "uint32", meta)
+            counts = TokenStore.cached(
+                "documents-bytes", lambda: tokenised(1, SPLITS[1:]), "uint32", meta, unchanged=unchanged.check
+            )
             for number, split in enumerate(counts.names):
                 self._counts.setdefault(split, []).append(counts[number])
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from mambaseq.data.addresses import is_address
+from mambaseq.data.cache import Unchanged
 from mambaseq.errors import ConfigError, DataError
 from mambaseq_text.opening import checksum, source
 from mambaseq_text.reading import text_files
@@ -17,8 +20,9 @@ Names = str | Sequence[str] | None
 
 def split_files(
     train: Names, validation: Names, test: Names, *, streaming: bool = False
-) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    """Files of each split, and the identity of each file (see `opening.source`).
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]], Unchanged]:
+    """Files of each split, and the identity of each file (see `opening.source`); and the files that are read whole
+    as they were before that.
 
     streaming: training files are not read for this.
     Raises DataError if a file is missing or in two splits (also as a copy with another name), ConfigError for an
@@ -28,6 +32,9 @@ def split_files(
         split: text_files(names, key) if names else []
         for split, key, names in zip(SPLITS, KEYS, (train, validation, test), strict=True)
     }
+    whole = [split for split in SPLITS if not (streaming and split == "train")]
+    local = [name for split in whole for name in files[split] if not is_address(name)]
+    unchanged = Unchanged(map(Path, local))
     sources: dict[str, dict[str, Any]] = {}
     seen: dict[str, tuple[str, str]] = {}
     for split, members in files.items():
@@ -39,7 +46,7 @@ def split_files(
                     f"{name} ({split}) is {'' if name == earlier else f'a copy of {earlier}, which is '}in {other} "
                     "too. Give each file to only one split."
                 )
-    return files, sources
+    return files, sources, unchanged
 
 
 def checksums(files: Mapping[str, Sequence[str]], sources: Mapping[str, dict[str, Any]]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,42 +77,91 @@ def locate(name: str | Path) -> list[Path]:
     return found
 
 
-def fingerprint(path: Path, cache: str | Path | None = None) -> dict[str, Any]:
+class Stopped(Exception):
+    """Nobody waits for the result any more."""
+
+
+class Unchanged:
+    """Files as they are now, to tell later whether what was read since is of one state.
+
+    Make it before a file's checksum is begun and before its first record is read: a file that is replaced between the
+    two would otherwise be stored for good under another file's checksum.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._states = {path: _state_now(path) for path in paths}
+
+    def state(self, path: Path) -> list[int] | None:
+        """That of a file, for `fingerprint`; None for one that could not be read."""
+        return self._states[path]
+
+    def check(self) -> None:
+        """Raise DataError if one of the files has changed since."""
+        for path, state in self._states.items():
+            if _state_now(path) != state:
+                raise _changes(path)
+
+
+def fingerprint(
+    path: Path,
+    cache: str | Path | None = None,
+    *,
+    state: list[int] | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """The identity of a source file: its name, its size and the sha256 of its contents.
 
     A large file is read once: its checksum is kept in the cache folder together with its device, inode, size and times
     of change, and the file is read again if one of these differs. The time of the last status change is among them, and
     no program can set that back.
 
-    cache: the cache folder; see `cache_dir`. Raises DataError when the file cannot be read.
+    cache: the cache folder; see `cache_dir`. state: of the file that is read beside this (see `Unchanged`); a file in
+        another one is refused. Without it a file that was written meanwhile is read again.
+    stopped: asked now and then; once it is true, Stopped is raised.
+    Raises DataError when the file cannot be read, or changes.
     """
     try:
-        for _ in range(3):
+        for _ in range(3 if state is None else 1):
             status = path.stat()
+            if state is not None and _state(status) != state:
+                break
             memory = _Memory(path, status, cache)
             digest = memory.recall()
             if digest is None:
-                digest = _sha256(path)
+                digest = _sha256(path, stopped)
                 if _state(path.stat()) != _state(status):
                     continue  # it was written while it was read
                 memory.keep(digest)
             return {"name": path.name, "size": status.st_size, "sha256": digest}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and permissions.") from error
-    raise DataError(f"{path} changes while it is read. Wait until it is complete.")
+    raise _changes(path)
 
 
-def _sha256(path: Path) -> str:
+def _changes(path: Path) -> DataError:
+    return DataError(f"{path} changes while it is read. Wait until it is complete.")
+
+
+def _sha256(path: Path, stopped: Callable[[], bool] | None = None) -> str:
     """As `hashlib.file_digest`, in larger parts: a thread beside others waits between two of them."""
     found, part = hashlib.sha256(), memoryview(bytearray(_PART))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(part):
+            if stopped is not None and stopped():
+                raise Stopped
             found.update(part[:size])
     return found.hexdigest()
 
 
 def _state(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _state_now(path: Path) -> list[int] | None:
+    try:
+        return _state(path.stat())
+    except OSError:
+        return None
 
 
 class _Memory:

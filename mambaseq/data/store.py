@@ -319,6 +319,7 @@ class TokenStore:
         meta: dict[str, Any] | Future[dict[str, Any]],
         *,
         checksums: Checksums = content_checksums,
+        unchanged: Callable[[], None] | None = None,
         cache: str | Path | None = None,
     ) -> TokenStore:
         """The store of these sources and options in the cache folder, built if it is missing or damaged.
@@ -326,6 +327,8 @@ class TokenStore:
         label: a readable part of the folder's name. records: makes the records, called only to build.
         meta: everything that the tokens depend on (see `cache.fingerprint`); a different meta gives a different folder.
             While another thread still computes it, the store is built, and left if it turns out to be there.
+        unchanged: called when all records have been read; raises if the sources are no longer those that meta
+            describes (see `cache.Unchanged`).
 
         Any number of processes may call this at once: each builds its own copy, and the first to finish wins.
         """
@@ -339,10 +342,15 @@ class TokenStore:
             key = hashlib.sha256(json_text([FORMAT, dtype, described()], sort_keys=True).encode()).hexdigest()[:20]
             return stores / f"{label[:40]}-{key}"  # names have at most 255 bytes
 
+        def of_one_state() -> Records:
+            yield from records()
+            if unchanged is not None:
+                unchanged()
+
         def missing(meta: Future[dict[str, Any]]) -> Records:
             """The records, as long as it may be that there is no store of them."""
             checked = False
-            for name, tokens in records():
+            for name, tokens in of_one_state():
                 if not checked and meta.done():
                     checked = True
                     if os.path.lexists(place()):
@@ -368,7 +376,7 @@ class TokenStore:
                 if damaged:
                     logger.warning("%s It is rebuilt.", error)
             try:
-                return build(place(), records(), replace=damaged)
+                return build(place(), of_one_state(), replace=damaged)
             except (FileExistsError, StoreError):
                 continue
         return cls(place())

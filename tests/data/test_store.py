@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from mambaseq.data.cache import fingerprint, locate
+from mambaseq.data.cache import Unchanged, fingerprint, locate
 from mambaseq.data.store import Records, StoreError, TokenStore, content_checksums, smallest_dtype
 from mambaseq.errors import DataError, UserError
 from mambaseq.resources import cache_dir
@@ -335,6 +335,22 @@ def test_a_store_is_built_while_its_sources_are_described(tmp_path: Path, monkey
     assert len(list((tmp_path / "stores").iterdir())) == 1
 
 
+def test_a_source_replaced_after_its_checksum_is_not_stored(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    files = Unchanged([path, tmp_path / "none.txt"])
+
+    def records() -> Iterator[tuple[str, np.ndarray]]:
+        (tmp_path / "b.txt").write_text("new")
+        (tmp_path / "b.txt").replace(path)
+        yield from some_records()
+
+    with pytest.raises(DataError, match=r"a\.txt changes while it is read"):
+        TokenStore.cached("x", records, "uint8", META, unchanged=files.check, cache=tmp_path)
+    assert not list((tmp_path / "stores").iterdir())
+    TokenStore.cached("x", some_records, "uint8", META, unchanged=Unchanged([path]).check, cache=tmp_path)
+
+
 def slow_records() -> Iterator[tuple[str, np.ndarray]]:
     time.sleep(0.3)
     yield "r", np.arange(200)
@@ -384,7 +400,7 @@ def large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_large_file_is_read_once(large_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fingerprint(large_file)
     with monkeypatch.context() as patched:
-        patched.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        patched.setattr("mambaseq.data.cache._sha256", lambda *_: pytest.fail("it was read again"))
         assert fingerprint(large_file) == first
     (memory,) = (cache_dir() / "fingerprints").iterdir()
     for damaged in ("[", memory.read_text().replace(first["sha256"], "0" * 64), "{}"):

@@ -6,17 +6,27 @@ import bz2
 import gzip
 import io
 import lzma
+import threading
+import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from Bio import SeqIO, bgzf
-from mambaseq_dna.files.fasta import fasta_store, fasta_stores, read_fasta, strand_checksums, write_fasta
+from mambaseq_dna.files.fasta import (
+    fasta_store,
+    fasta_stores,
+    read_fasta,
+    sequence_pieces,
+    strand_checksums,
+    write_fasta,
+)
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources
+from mambaseq.data import cache as data_cache
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError, UserError
 
@@ -327,6 +337,69 @@ def test_a_bad_file_leaves_no_store(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="looks like a protein"):
         fasta_store(write(tmp_path / "a.fa", GOOD + PROTEIN), cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "stores").iterdir()) == []
+
+
+def test_a_file_replaced_while_its_checksum_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens have been read: they are not stored under the checksum of the new file."""
+    path = write(tmp_path / "a.fa", ">a\nACGT\n")
+    read, sha256 = threading.Event(), data_cache._sha256
+
+    def pieces(*given: object) -> Iterator[object]:
+        yield from sequence_pieces(*given)  # type: ignore[arg-type]
+        read.set()
+
+    def slow(path: Path, *more: object) -> str:
+        assert read.wait(10)
+        found = sha256(path)
+        path.write_text(">a\nGGGG\n")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mambaseq_dna.files.fasta.sequence_pieces", pieces)
+        patched.setattr("mambaseq.data.cache._sha256", slow)
+        with pytest.raises(DataError, match=r"a\.fa changes while it is read"):
+            fasta_store(path, tmp_path)
+    assert not list((tmp_path / "stores").iterdir())
+    assert BaseTokenizer("keep").decode(fasta_store(path, tmp_path)[0]) == "GGGG"
+
+
+def test_a_file_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.fa", ">a\nACGT\n")
+
+    def pieces(*given: object) -> Iterator[object]:
+        time.sleep(0.01)
+        path.write_text(">a\nGGGG\n")
+        yield from sequence_pieces(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mambaseq_dna.files.fasta.sequence_pieces", pieces)
+        with pytest.raises(DataError, match=r"a\.fa changes while it is read"):
+            fasta_store(path, tmp_path)
+    assert not list((tmp_path / "stores").iterdir())
+
+
+def test_an_interrupt_ends_the_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.fa", ">a\nACGT\n")
+    ended = []
+
+    def endless(path: Path, cache: object, *, stopped: Callable[[], bool], **_: object) -> dict[str, object]:
+        until = time.monotonic() + 5
+        while not stopped() and time.monotonic() < until:
+            time.sleep(0.01)
+        ended.append(stopped())
+        raise data_cache.Stopped
+
+    def interrupted(*_: object) -> Iterator[object]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("mambaseq_dna.files.fasta.fingerprint", endless)
+    monkeypatch.setattr("mambaseq_dna.files.fasta.sequence_pieces", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fasta_store(path, tmp_path)
+    assert ended == [True]
+    with pytest.raises(data_cache.Stopped):
+        data_cache.fingerprint(path, stopped=lambda: True)
 
 
 def test_several_files_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

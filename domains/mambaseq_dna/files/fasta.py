@@ -7,7 +7,7 @@ import gzip
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from mambaseq.data.cache import fingerprint
+from mambaseq.data.cache import Stopped, Unchanged, fingerprint
 from mambaseq.data.records import Record
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
@@ -140,7 +140,7 @@ def fasta_store(path: Path, cache: str | Path | None = None) -> TokenStore:
 
     The store keeps lower case; whether it is folded or used as a mask is decided when windows are read.
     """
-    return _store(path, cache, threading.Event())
+    return _store(path, cache, lambda: False)
 
 
 def fasta_stores(paths: Sequence[Path], cache: str | Path | None = None) -> list[TokenStore]:
@@ -150,30 +150,30 @@ def fasta_stores(paths: Sequence[Path], cache: str | Path | None = None) -> list
     stop = threading.Event()
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, _FILES_AT_ONCE)) as threads:
         try:
-            return list(threads.map(_store, paths, itertools.repeat(cache), itertools.repeat(stop)))
+            return list(threads.map(_store, paths, itertools.repeat(cache), itertools.repeat(stop.is_set)))
         except BaseException:
             stop.set()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-class _Stopped(Exception):
-    """Another file cannot be read, or the user interrupts."""
-
-
-def _store(path: Path, cache: str | Path | None, stop: threading.Event) -> TokenStore:
+def _store(path: Path, cache: str | Path | None, stopped: Callable[[], bool]) -> TokenStore:
+    """stopped: becomes true when another file cannot be read, or the user interrupts."""
     tokenizer = BaseTokenizer("keep")
+    file = Unchanged([path])
+    ended = threading.Event()
 
     def described() -> dict[str, Any]:
-        return {"sources": [fingerprint(path, cache)], "tokenizer": "dna/base", "options": tokenizer.options}
+        source = fingerprint(path, cache, state=file.state(path), stopped=lambda: ended.is_set() or stopped())
+        return {"sources": [source], "tokenizer": "dna/base", "options": tokenizer.options}
 
     def records() -> Iterator[tuple[str | None, np.ndarray]]:
         small = path.stat().st_size <= 64 * 2**20
         with tqdm(desc=f"reading {path.name}", unit="base", unit_scale=True, disable=small) as bar:
             read = 0
             for name, _, ids in sequence_pieces(path, tokenizer.table):
-                if stop.is_set():
-                    raise _Stopped
+                if stopped():
+                    raise Stopped
                 yield name, np.frombuffer(ids, dtype=np.uint8)
                 read += len(ids)
                 if read >= _CHUNK:
@@ -182,9 +182,14 @@ def _store(path: Path, cache: str | Path | None, stop: threading.Event) -> Token
             bar.update(read)
 
     with ThreadPoolExecutor(1) as thread:  # the checksum of a large file takes as long as reading it
-        meta = thread.submit(described)
-        wait([meta], timeout=_SOON)
-        return TokenStore.cached(path.name, records, "uint8", meta, checksums=strand_checksums, cache=cache)
+        try:
+            meta = thread.submit(described)
+            wait([meta], timeout=_SOON)
+            return TokenStore.cached(
+                path.name, records, "uint8", meta, checksums=strand_checksums, unchanged=file.check, cache=cache
+            )
+        finally:
+            ended.set()  # leaving waits for the thread: after Ctrl-C or an error, nobody needs its checksum
 
 
 def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> list[Path]:

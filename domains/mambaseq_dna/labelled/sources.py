@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mambaseq.data.cache import fingerprint
+from mambaseq.data.cache import Unchanged, fingerprint
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.files.assembly import Assembly
@@ -156,6 +156,7 @@ class _Gathered:
 
 def _stored(part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None) -> Source:
     path = part.path
+    files = Unchanged([path, *class_files(path)] if part.kind == "folder" else [path])
     if part.kind == "folder":
         states = [[one.name, (state := one.stat()).st_size, state.st_mtime_ns] for one in class_files(path)]
         fields = []
@@ -170,8 +171,12 @@ def _stored(part: Part, reading: Reading, fields: Sequence[str], cache: str | Pa
         columns = None if reading.columns is None else list(reading.columns)
         meta |= {"sequence": reading.sequence, "columns": columns, "name": reading.name}
     gathered = _Gathered(lambda: rows_of(part, reading, fields), fields)
-    store = TokenStore.cached(path.name, gathered.tokens, "uint8", meta, checksums=strand_checksums, cache=cache)
-    others = TokenStore.cached(path.name, gathered.others, "uint8", {**meta, "of": "fields"}, cache=cache)
+    store = TokenStore.cached(
+        path.name, gathered.tokens, "uint8", meta, checksums=strand_checksums, unchanged=files.check, cache=cache
+    )
+    others = TokenStore.cached(
+        path.name, gathered.others, "uint8", {**meta, "of": "fields"}, unchanged=files.check, cache=cache
+    )
     kept = {name: others[number] for number, name in enumerate(others.names)}
     values = {name: kept[name].tobytes().decode().split("\n")[:-1] for name in fields}
     places = np.zeros((len(store), 5), dtype=np.int64)
