@@ -212,7 +212,7 @@ def _planned(
     check_stop(stop)
     if beams is not None:
         check_beams(beams, 1.0 if length_penalty is None else length_penalty)
-        drawn = {"temperature": temperature, **choices, "guidance": guidance if guidance != 1 else None}
+        drawn: dict[str, Any] = {"temperature": temperature, **choices, "guidance": guidance if guidance != 1 else None}
         drawn |= {"stop": stop or None, "save_state": save_state, "from_state": from_state}
         if wrong := [name.replace("_", "-") for name, value in drawn.items() if value is not None]:
             raise ConfigError(f"--beams searches, and --{wrong[0]} is for drawing. Leave one of them out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cli.test_generating import generated
 from runs.test_prediction import classifier, language_model
 from safetensors.torch import load_file, save_file
 
+import mambaseq
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
 from mambaseq.generation import generate
@@ -139,3 +141,17 @@ def test_states_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(Exception, match=r"is damaged, or not this model's state: layer 0's conv is \(1, "):
         load_state(bad, loaded.model, "x", torch.device("cpu"))
     assert main(["generate", "--checkpoint", str(classifier(tmp_path / "c")), "--device", "cpu"]) == 2
+
+
+def test_the_page_on_generating_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = (Path(__file__).parents[2] / "docs/text/generating.md").read_text(encoding="utf-8")
+    model = str(language_model(tmp_path / "m"))
+    (tmp_path / "long.txt").write_text("To be, or not to be")
+    code = page.split("```python\n")[1].split("```")[0].replace('"RUN"', repr(model))
+    exec(code, {"ms": mambaseq})
+    assert "To be" in capsys.readouterr().out
+    for line in page.splitlines():
+        if line.startswith("    mambaseq generate"):
+            line = line.replace("RUN", model).replace("long.", f"{tmp_path}/long.").replace(" 100", " 5")
+            assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0
+    assert "To be, or not to be And then" in capsys.readouterr().out
