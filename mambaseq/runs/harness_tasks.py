@@ -79,11 +79,12 @@ def evaluate_tasks(
         ) from error
     assert found is not None
     results = dict(_flat(found["results"]))
+    named: dict[str, Any] = {f"tasks/{name}": value for name, value in results.items()}
     run = RunFolder(checkpoint)
     if run.config.is_file():  # not an exported model alone
         try:
             with run.locked():
-                run.update_results(**{f"tasks/{name}": value for name, value in results.items()})
+                run.update_results(**named)
         except RunInUse:
             say(run, "it is being trained; these results are not saved")
     return results
