@@ -239,7 +239,8 @@ def compare(
         heard = spoken(one, loaded, places, seconds=seconds, seed=seed, temperature=temperature, device=device)
         columns[one.name] = one.rate, heard.signals
         made = sum(len(signal) for signal in heard.signals if not isinstance(signal, str)) / one.rate
-        told.append({"run": one.name, **one.told, "times real time, loading included": made / heard.seconds})
+        speed = made / heard.seconds if made else "-"
+        told.append({"run": one.name, **one.told, "times real time, loading included": speed})
     beside = " and real recordings" if data is not None else ""
     lead = f"{cut_list([one.name for one in speakers], 4)}{beside}: the same conditions and one seed ({seed}) for all."
     _write(out, lead, notes, told, places, columns, blind)

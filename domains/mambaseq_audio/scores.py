@@ -33,7 +33,8 @@ def frechet_distance(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, 
     covariances `(features, features)`, which may be singular."""
     # tr (C D)^½ is the sum of the singular values of C^½ D^½: no root of a matrix that is not symmetric is needed
     cross = np.linalg.svd(_root(cov) @ _root(other_cov), compute_uv=False).sum()
-    return float(np.square(mean - other_mean).sum() + np.trace(cov) + np.trace(other_cov) - 2 * cross)
+    found = np.square(mean - other_mean).sum() + np.trace(cov) + np.trace(other_cov) - 2 * cross
+    return max(0.0, float(found))  # of equal ones, rounding may leave less than nothing
 
 
 def _root(cov: np.ndarray) -> np.ndarray:

@@ -131,6 +131,8 @@ def quiet() -> Iterator[None]:
             ".*treespec, LeafSpec.*",
             ".*isinstance.treespec.*",
             ".*GPU available but not used.*",
+            ".*have no `val_dataloader`.*",  # `fit` says so itself
+            ".*across ranks is zero.*",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

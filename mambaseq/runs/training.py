@@ -179,7 +179,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         still = sum(p.numel() for name, p in model.named_parameters() if name in kept or not p.requires_grad)
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
-        for told in filter(None, (data.splits_told(), classes_told(data))):
+        lacks = "" if named_sets(data.validation()) else "there is no validation set: the last weights are kept"
+        for told in filter(None, (data.splits_told(), lacks, classes_told(data))):
             print(f"{folder.path}: {told}", flush=True)
     return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
 

@@ -201,6 +201,10 @@ def test_runs_are_compared_by_ear(
     assert 'data-blind="1"' in text
     assert text.count("The condition digit knows no") == 2
     assert text.count("data:audio") == 2 * 3
+    assert main([*words, "--condition=four", "--out=none.html"]) == 0  # nothing is made, so that nothing was timed
+    speeds = re.search(r"times real time, loading included.*?</table>", Path("none.html").read_text(), re.DOTALL)
+    assert speeds is not None
+    assert speeds[0].count(">-<") == 2
     monkeypatch.setattr("mambaseq_audio.comparing.MOST_SOUND", 100)
     capsys.readouterr()
     assert main(words) == 2
