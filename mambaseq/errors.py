@@ -115,6 +115,15 @@ def shown(value: object, most: int = 80) -> str:
         return f"a {type(value).__name__}"
 
 
+def typed(pattern: str | None) -> str:
+    """A regular expression for a message, as it is typed: its backslashes are not doubled.
+
+    >>> print(typed(r"^(?P<digit>\\d)_"))
+    '^(?P<digit>\\d)_'
+    """
+    return shown(pattern, 200).replace("\\\\", "\\")
+
+
 def cut(text: object, most: int = 80) -> str:
     """A text for a message, without quotes, cut to `most` characters.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from mambaseq.conditions import composed, of_names, of_numbers, rows, single
 from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import Interval
-from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
@@ -113,10 +114,11 @@ class ClipData(SequenceData):
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
         condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`, each by itself:
-            combinations that no clip has can be generated too. None if empty. The default is the digit, and none with a
-            manifest.
+            combinations that no clip has can be generated too. None if empty. The default is `digit`, where the pattern
+            has that group.
         condition_numbers: groups that are numbers, such as `[age]`; a clip may lack one.
-        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest.
+        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest. Files
+            of your own for which neither this nor `validation`, `test` or the column `split` says anything are drawn.
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
             they hold commas; `""` for none. All values that neither set takes are for training. The default is that of
             the digits, and `validation` (`valid`, `val` and `dev` too) of a manifest's column `split`.
@@ -124,6 +126,9 @@ class ClipData(SequenceData):
         validation_list: a text file that names the validation clips, one a line (the end of its path); it replaces
             `validation`. Not used when left out.
         test_list: the same for the test set.
+        validation_fraction: share of the files that is drawn for the validation set, by `seed`, where nothing else
+            gives one; a tenth where nothing gives any set.
+        test_fraction: the same for the test set.
         length: samples of the longest sequence. A longer clip is cropped at random in training, and cut into pieces in
             validation and test.
         sample_rate: samples a second.
@@ -138,6 +143,8 @@ class ClipData(SequenceData):
 
     reader = "audio/audio"
     writer: str | None = "audio/wav"
+    condition_setting = "data.condition"
+    """What names the conditions, for messages."""
 
     def __init__(
         self,
@@ -151,6 +158,8 @@ class ClipData(SequenceData):
         test: str | Sequence[str] | None = None,
         validation_list: str | None = None,
         test_list: str | None = None,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
         length: int = 8192,
         sample_rate: int = 8000,
         resample: bool = True,
@@ -160,21 +169,42 @@ class ClipData(SequenceData):
         seed: int = 0,
     ) -> None:
         self.files, self.manifest, self.skip_bad = files, is_manifest(files), skip_bad
-        self.pattern = pattern if self.manifest or pattern is not None else DIGITS_NAMES
-        self.condition = tuple(
-            map(composed, condition if condition is not None else () if self.manifest else ("digit",))
-        )
+        shipped = files == DIGITS
+        self.pattern = DIGITS_NAMES if shipped and pattern is None else pattern
+        if condition is None:
+            condition = ("digit",) if not self.manifest and "(?P<digit>" in (self.pattern or "") else ()
+        self.condition = tuple(map(composed, condition))
         self.condition_numbers = tuple(map(composed, condition_numbers))
         self.split = composed(split or ("split" if self.manifest else "take"))
-        # whether the words of a manifest's column `split` are those of SPLITS
-        self._by_words = self.manifest and split is None and validation is None and test is None
-        if self._by_words:
-            validation, test = SPLITS["validation"], SPLITS["test"]
-        self.selections: dict[str, str | Sequence[str]] = {
-            "validation": "47-49" if validation is None else validation,
-            "test": "0-4" if test is None else test,
-        }
         self.lists = {"validation": validation_list, "test": test_list}
+        given: dict[str, str | Sequence[str] | None] = {"validation": validation, "test": test}
+        # whether the words of a manifest's column `split` are those of SPLITS
+        self._by_words = self.manifest and self.split == "split" and validation is None and test is None
+        # whether nothing but a manifest's column, which is looked for later, says which set a clip is in
+        self._undecided = not shipped and validation is None and test is None and (split is None or self._by_words)
+        self._silent = not shipped and split is not None and not self._by_words and validation is None and test is None
+        defaults: dict[str, str | Sequence[str]] = {"validation": "", "test": ""}
+        if self.manifest and self.split == "split":
+            defaults = {"validation": SPLITS["validation"], "test": SPLITS["test"]}
+        elif shipped:
+            defaults = {"validation": "47-49", "test": "0-4"}
+        self.selections: dict[str, str | Sequence[str]] = {
+            name: defaults[name] if value is None else value for name, value in given.items()
+        }
+        self.fractions = {"validation": validation_fraction, "test": test_fraction}
+        for name, fraction in self.fractions.items():
+            if fraction is None:
+                continue
+            if not 0 <= fraction < 1:
+                raise ConfigError(f"data.{name}_fraction must be in [0, 1), not {fraction}.")
+            if fraction and (given[name] or self.lists[name]):
+                raise ConfigError(
+                    f"data.{name}_fraction draws a {name} set, which data.{name if given[name] else f'{name}_list'} "
+                    "gives. Leave one of them out."
+                )
+            self.selections[name] = given[name] or ""
+        if sum(fraction or 0 for fraction in self.fractions.values()) >= 1:
+            raise ConfigError("data.validation_fraction and data.test_fraction leave nothing for training.")
         self.length, self.sample_rate, self.resample, self.channels = length, sample_rate, resample, channels
         self.seed = seed
         self._use(codec_of(samples))
@@ -193,6 +223,7 @@ class ClipData(SequenceData):
         self._check()
         check_setting("data.seed", self.seed, *SEEDS)
         found = self._found()
+        self._settle(found)
         groups = self._groups(found)
         self._label(found, groups, self._split(found, groups))  # before anything is decoded
         self._sounds = sounds = self._stored(found)
@@ -203,6 +234,72 @@ class ClipData(SequenceData):
         self._clips = [Interval(sounds.store, i, 0, int(lengths[i])) for i in sounds.records]
         self._refuse_copies(sounds, splits)
         self._splits = splits
+
+    def _settle(self, found: Sequence[Recording]) -> None:
+        """Decide by a manifest's columns whether sets are drawn where no setting gives them."""
+        self._draw = {name: fraction or 0.0 for name, fraction in self.fractions.items()}
+        if self._silent and not any(self.lists.values()) and not any(self._draw.values()):
+            raise ConfigError(
+                f"data.split is {shown(self.split)}, but neither data.validation nor data.test says which of its "
+                "values are not for training. Name some, or leave data.split out: then files are drawn."
+            )
+        if not self._undecided:
+            return
+        columns = dict.fromkeys(name for one in found for name in one.fields)
+        if self.manifest and (own := next((name for name in columns if name.lower() == "split"), None)) is not None:
+            self.split = own
+            return
+        if self.manifest and "(?P<split>" in (self.pattern or ""):
+            return
+        self._by_words = False
+        for name, fraction in self.fractions.items():
+            self.selections[name] = ""
+            self._draw[name] = (0.1 if fraction is None else fraction) if self.lists[name] is None else 0.0
+
+    def _selects(self, split: str) -> bool:
+        """Whether values of the group `data.split` give a set."""
+        return self.lists[split] is None and bool(self.selections[split])
+
+    def _drawn(
+        self, found: Sequence[Recording], groups: Sequence[dict[str, str]], taken: set[int]
+    ) -> dict[str, set[int]]:
+        """Clips of sets that are drawn by the seed: whole files, spread over the conditions, each of which keeps one
+        for training. taken: clips of other sets."""
+        wanted = {name: fraction for name, fraction in self._draw.items() if fraction}
+        if not wanted:
+            return {}
+        files: dict[str, list[int]] = {}
+        for i, one in enumerate(found):
+            files.setdefault(os.path.realpath(one.path), []).append(i)
+        free = [members for members in files.values() if not taken.intersection(members)]
+        kinds: dict[tuple[str, ...], list[list[int]]] = {}
+        for members in free:
+            kinds.setdefault(tuple(groups[members[0]].get(name, "") for name in self.condition), []).append(members)
+        rng = np.random.default_rng(self.seed)
+        line = []
+        for kind in sorted(kinds):
+            line += [kinds[kind][i] for i in rng.permutation(len(kinds[kind])).tolist()[1:]]
+        names = [name for name, fraction in wanted.items() for _ in range(max(1, round(fraction * len(free))))]
+        if len(names) > len(line):
+            raise DataError(
+                f"{self.files} has too few files ({len(free):,}) to draw {' and '.join(wanted)} from: each condition "
+                "keeps one for training. Add some, or set data.validation_fraction and data.test_fraction to 0."
+            )
+        chosen: dict[str, set[int]] = {name: set() for name in wanted}
+        for number, which in enumerate(rng.permutation(len(names)).tolist()):
+            chosen[names[which]].update(line[(2 * number + 1) * len(line) // (2 * len(names))])
+        return chosen
+
+    def splits_told(self) -> str:
+        self.setup()
+        assert self._splits is not None
+        how = [f"data.{name}_list" for name, of in self.lists.items() if of]
+        if any(map(self._selects, self.lists)):
+            how.append(f"{shown(self.split)} of the {'manifest' if self.manifest else 'name'}")
+        if drawn := [f"{name} {fraction:.0%}" for name, fraction in self._draw.items() if fraction]:
+            how.append(f"a draw of files by data.seed {self.seed} ({' and '.join(drawn)})")
+        told = ", ".join(f"{name} {len(members):,}" for name, members in self._splits.items())
+        return f"clips: {told}; chosen by {', '.join(how) or 'nothing: all are for training'}"
 
     def _check(self) -> None:
         """Raise ConfigError for settings out of range."""
@@ -236,28 +333,35 @@ class ClipData(SequenceData):
         try:
             pattern = re.compile(composed(self.pattern or ""))
         except re.error as error:
-            raise ConfigError(f"data.pattern is not a regular expression ({error}): {shown(self.pattern)}.") from error
-        wanted = {*self.condition, *self.condition_numbers, *([] if all(self.lists.values()) else [self.split])}
+            raise ConfigError(f"data.pattern is not a regular expression ({error}): {typed(self.pattern)}.") from error
+        setting = {self.split: "data.split"} if any(map(self._selects, self.lists)) else {}
+        setting |= dict.fromkeys(self.condition_numbers, "data.condition_numbers")
+        setting |= dict.fromkeys(self.condition, self.condition_setting)
         columns = dict.fromkeys(name for one in found for name in one.fields)
         if both := sorted(set(columns) & set(pattern.groupindex)):
             raise ConfigError(f"{shown(both[0])} is a column of {self.files} and a group of data.pattern. Rename one.")
         known = (*pattern.groupindex, *columns)
-        for name in sorted(wanted - set(known)):
+        for name in sorted(set(setting) - set(known)):
             if self.manifest and self.pattern is None:
                 raise ConfigError(
                     f"The manifest {self.files} has no column named {shown(name)}.{did_you_mean(name, known)} It has: "
-                    f"{cut_list(known)}. Add it, or change data.condition and data.split."
+                    f"{cut_list(known) or 'none'}. Add it, or change {setting[name]}."
+                )
+            if self.pattern is None:
+                raise ConfigError(
+                    f"{setting[name]} is {shown(name)}, but nothing says where it is in the files' names. Give "
+                    f"data.pattern, with (?P<{name}>...) around it, or change {setting[name]}."
                 )
             raise ConfigError(
                 f"data.pattern has no group named {shown(name)}.{did_you_mean(name, known)} It has: "
-                f"{cut_list(known)}. Write (?P<{name}>...) in it, or change data.condition and data.split."
+                f"{cut_list(known) or 'none'}. Write (?P<{name}>...) in it, or change {setting[name]}."
             )
         groups = []
         for one in found:
             match = pattern.search(composed(one.path.stem))
             if match is None:
                 raise DataError(
-                    f"The name of {one} does not match data.pattern, {shown(self.pattern)}. Change the pattern, "
+                    f"The name of {one} does not match data.pattern, {typed(self.pattern)}. Change the pattern, "
                     f"or narrow data.files so that it leaves this file out."
                 )
             groups.append({**dict.fromkeys(columns, ""), **one.fields, **match.groupdict(default="")})
@@ -272,7 +376,7 @@ class ClipData(SequenceData):
                 values = [group.get(self.split, "") for group in groups]
                 if self._by_words:
                     self._check_words(found, values)
-                else:
+                elif self.selections[split] is not SPLITS[split]:  # nobody asked for the default
                     self._check_selection(split, set(values))
                 takes = selector(self.selections[split])
                 chosen[split] = {i for i, value in enumerate(values) if takes(value)}
@@ -280,6 +384,7 @@ class ClipData(SequenceData):
                 chosen[split] = self._listed([one.path for one in found], name)
         if both := chosen["validation"] & chosen["test"]:
             raise ConfigError(f"{found[min(both)]} is chosen for both validation and test. Choose it for only one.")
+        chosen |= self._drawn(found, groups, set().union(*chosen.values()))
         for i in range(len(found)):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)

@@ -47,6 +47,8 @@ class CodeData(ClipData):
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
             they hold commas; `""` for none. All values that neither set takes are for training.
         test: the same for the test set.
+        validation_fraction: share of the files that is drawn for the validation set, by `seed`.
+        test_fraction: the same for the test set.
         length: frames of the longest sequence. A longer stream is cropped at random in training, and cut into pieces in
             validation and test.
         skip_bad: leave out files that cannot be used, and list them; false lists them in an error.
@@ -72,11 +74,13 @@ class CodeData(ClipData):
         split: str | None = None,
         validation: str | Sequence[str] | None = None,
         test: str | Sequence[str] | None = None,
+        validation_fraction: float = 0.0,
+        test_fraction: float = 0.0,
         length: int = 1024,
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        none = None if is_manifest(files) and split is None else ""
+        none = None if is_manifest(files) and split in (None, "split") else ""
         super().__init__(
             files=files,
             pattern="^(?P<take>)" if pattern is None and not is_manifest(files) else pattern,
@@ -85,6 +89,8 @@ class CodeData(ClipData):
             split=split,
             validation=none if validation is None and test is None else validation or "",
             test=none if validation is None and test is None else test or "",
+            validation_fraction=validation_fraction or None,
+            test_fraction=test_fraction or None,
             length=length,
             skip_bad=skip_bad,
             seed=seed,

@@ -87,7 +87,8 @@ class LabelledClips(ClipData):
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
         label: the group that is to be recognised.
-        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest.
+        split: the group that decides which set a clip is in; the default is `take`, and `split` with a manifest. Files
+            of your own for which neither this nor `validation`, `test` or the column `split` says anything are drawn.
         validation: values of that group for the validation set, such as `0-4` or `theo,lucas`, or a list of them where
             they hold commas; `""` for none. All values that neither set takes are for training. The default is that of
             the digits, and `validation` (`valid`, `val` and `dev` too) of a manifest's column `split`.
@@ -95,6 +96,9 @@ class LabelledClips(ClipData):
         validation_list: a text file that names the validation clips, one a line (the end of its path); it replaces
             `validation`. Not used when left out.
         test_list: the same for the test set.
+        validation_fraction: share of the files that is drawn for the validation set, by `seed`, where nothing else
+            gives one; a tenth where nothing gives any set.
+        test_fraction: the same for the test set.
         length: samples of the longest sequence. Of a longer clip a random part is used in training, otherwise the
             middle.
         speed: in training, clips are played faster or slower by up to this share, which changes the pitch too.
@@ -109,6 +113,7 @@ class LabelledClips(ClipData):
 
     task: Literal["classes"] = "classes"
     writer = None
+    condition_setting = "data.label"
 
     def __init__(
         self,
@@ -121,6 +126,8 @@ class LabelledClips(ClipData):
         test: str | Sequence[str] | None = None,
         validation_list: str | None = None,
         test_list: str | None = None,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
         length: int = 16384,
         speed: float = 0.0,
         gain: float = 0.0,
@@ -139,6 +146,8 @@ class LabelledClips(ClipData):
             test=test,
             validation_list=validation_list,
             test_list=test_list,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
             length=length,
             sample_rate=sample_rate,
             resample=resample,

@@ -14,7 +14,7 @@ from mambaseq.conditions import composed
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names, walk
 from mambaseq.data.tables import ENDINGS, named_rows
-from mambaseq.errors import DataError, did_you_mean, shown
+from mambaseq.errors import DataError, cut_list, did_you_mean, shown
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"))
 
@@ -105,8 +105,12 @@ def _rows(manifest: Path) -> Iterator[Recording]:
         where = f"{manifest}, line {line}"
         file = row.get("file")
         if not isinstance(file, str) or not file.strip():
-            near = "" if "file" in row else did_you_mean("file", [str(one)[:80] for one in row])
-            raise DataError(f"{where}: there is no file.{near} The column file holds the path of a recording.")
+            names = [str(one)[:80] for one in row]
+            what = "file"
+            if "file" not in row:
+                what = f"column file; it has {cut_list(names, 8)}"
+            near = "" if "file" in row else did_you_mean("file", names)
+            raise DataError(f"{where}: there is no {what}.{near} The column file holds the path of a recording.")
         try:
             path = _place(manifest.parent, file.strip(), folders)
         except (OSError, ValueError) as error:  # a name with a NUL, or too long

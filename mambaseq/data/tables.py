@@ -91,7 +91,7 @@ def _is_number(text: str) -> bool:
 
 def named_rows(path: Path, what: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line and row of each row of a table, by its name's ending: CSV and TSV with a first line of names, whose values
-    are texts, or jsonl, an object a line.
+    are texts (commas, tabs or semicolons between them, whichever the first line has), or jsonl, an object a line.
 
     what: the option that names the table, for messages.
     Raises DataError that names the file, and the line where there is one; UserError for one over `limits.TABLE_BYTES`.
@@ -114,7 +114,11 @@ def _rows_of(path: Path, what: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"{what} {shown(path, 300)} must end in .csv, .tsv or .jsonl. Rename it.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         if ending in (".csv", ".tsv"):
-            rows = csv.DictReader(file, delimiter="," if ending == ".csv" else "\t", strict=True)
+            first = file.readline(HEADER)
+            file.seek(0)
+            signs = ",;\t" if ending == ".csv" else "\t,;"
+            sign = next((sign for sign in signs if sign in first), signs[0])
+            rows = csv.DictReader(file, delimiter=sign, strict=True)
             names = [name.strip() for name in rows.fieldnames or []]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path} has more than one column {cut_list(twice, 3)}. Rename or remove one.")

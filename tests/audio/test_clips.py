@@ -258,6 +258,35 @@ def test_bad_settings(folder: Path) -> None:
         data(folder / "*.ogg")
 
 
+def test_files_of_ones_own_need_no_settings(folder: Path, tmp_path: Path) -> None:
+    """The defaults of the digits are theirs alone: other files are drawn, and none of their conditions is asked for."""
+    told = (
+        "clips: train 12, validation 2, test 2; chosen by a draw of files by data.seed 0 (validation 10% and test 10%)"
+    )
+    own = ClipData(files=str(folder))
+    assert own.splits_told() == told
+    assert own.conditions == ()
+    lines = [f"clips/{path.name};{path.name[0]}" for path in sorted(folder.iterdir())]
+    manifest = tmp_path / "semicolons.csv"
+    manifest.write_text("\n".join(["file;who", *lines]))
+    made = ClipData(files=str(manifest), condition=["who"])
+    assert made.splits_told() == told
+    assert set(made.train().conditions) == {0, 1}  # type: ignore[arg-type]
+    words = ["train"] * 12 + ["dev"] * 3 + ["test"]
+    manifest.write_text("\n".join(["file;split", *map(";".join, zip([one[:-2] for one in lines], words, strict=True))]))
+    for written in ({}, {"split": "split"}, {"validation": "dev"}):  # a default that is written out is the same
+        found = ClipData(files=str(manifest), **written).splits_told()  # type: ignore[arg-type]
+        assert found == "clips: train 12, validation 3, test 1; chosen by 'split' of the manifest"
+    with pytest.raises(ConfigError, match=r"data\.split is 'who', but neither"):
+        ClipData(files=str(folder), pattern="(?P<who>anna|ben)", split="who").setup()
+    with pytest.raises(ConfigError, match=r"data\.condition is 'who', but nothing says .* Give data\.pattern"):
+        ClipData(files=str(folder), condition=["who"]).setup()
+    with pytest.raises(DataError, match=r"does not match data\.pattern, '\^\(\?P<who>\\d\)\$'"):
+        ClipData(files=str(folder), pattern=r"^(?P<who>\d)$").setup()
+    with pytest.raises(ConfigError, match=r"data\.test_fraction draws a test set, which data\.test gives"):
+        ClipData(test_fraction=0.1, test="1")
+
+
 def test_copies_in_two_splits_are_refused(folder: Path) -> None:
     (folder / "3_anna_2.wav").write_bytes((folder / "3_anna_0.wav").read_bytes())
     with pytest.raises(DataError, match=r"3_anna_0\.wav \(test\) is a copy of .*3_anna_2\.wav \(train\)"):

@@ -137,11 +137,13 @@ def test_wrong_rows_are_named(four: Path, change: dict[str, object], message: st
 
 
 def test_wrong_manifests(four: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no column named 'split'.* It has: who"):
-        clips(manifest(four, "csv", [{"file": "a/one.wav", "who": 1}]))
+    with pytest.raises(ConfigError, match=r"has no column named 'take'.* It has: who"):
+        clips(manifest(four, "csv", [{"file": "a/one.wav", "who": 1}]), split="take", validation="1")
+    with pytest.raises(DataError, match=r"line 2: there is no column file; it has path, who\."):
+        clips(manifest(four, "csv", [{"path": "a/one.wav", "who": 1}]))
     with pytest.raises(ConfigError, match=r"'who' is a column of .* and a group of data\.pattern"):
         clips(manifest(four, "csv", ROWS), pattern="(?P<who>.*)")
-    with pytest.raises(DataError, match=r"line 1: there is no file. Did you mean 'files'"):
+    with pytest.raises(DataError, match=r"line 1: there is no column file; it has files, split\. Did you mean 'files'"):
         clips(manifest(four, "jsonl", [{"files": "a/one.wav", "split": "train"}]))
     (four / "none.csv").write_text("file,split\n")
     with pytest.raises(DataError, match=r"none\.csv has no row"):
