@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from mambaseq_audio.io import in_sixteen_bits
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.recipes import audio_context, spoken, spoken_digits
 from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_pieces, noise_bits
 
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, UserError
 from mambaseq.models import causal_lm
 from mambaseq.reproduction import Context
 
@@ -133,6 +134,22 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert again[1].lines[0].values == of
     with pytest.raises(DataError, match="none for test"):
         spoken.load(recordings).split(["nobody"])
+
+
+def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spoken, "bits", lambda *_: math.nan)
+    digits = spoken_digits.Digits(context(tmp_path), recordings)
+    of = spoken_digits.CONTENDERS[spoken_digits.LTI]
+    with pytest.raises(UserError, match="LTI U-Net diverged"):
+        spoken_digits._learn(digits, spoken_digits.LTI, of, 0, tmp_path / "trial")
+
+
+def test_clips_are_the_samples_of_their_levels(tmp_path: Path) -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    spoken_digits._write(tmp_path / "clips", ["0_ann_0"], [levels])
+    found, rate = soundfile.read(tmp_path / "clips" / "0_ann_0.wav", dtype="int16")
+    assert rate == spoken.RATE
+    np.testing.assert_array_equal(found, in_sixteen_bits(MuLaw().decode(levels)))
 
 
 def test_bits_by_context_on_made_recordings(tmp_path: Path) -> None:

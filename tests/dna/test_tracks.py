@@ -141,6 +141,7 @@ def test_bigwig_and_bedgraph_are_the_same(fasta, signals):
         ("a.bedGraph", "chr1\t1\t3\t1\nchr1\t2\t4\t2\n", ["line 2", "overlaps that of line 1"]),
         ("a.bedGraph", "chr1\t1\t3\tx\n", ["line 1", "'chr1\\t1\\t3\\tx'"]),
         ("a.bedGraph", "chr1\t1\t3\tnan\n", ["line 1", "'nan'"]),
+        ("a.bedGraph", "chr1\t1\t3\t1\nchr1\t3\t4\t-1e300\n", ["a.bedGraph, line 2", "'-1e300' is beyond 1e+09"]),
         ("a.bedGraph", "chr1\t1\t13\t1\n", ["line 1", "beyond its end"]),
         ("a.bdg", "chr9\t1\t3\t1\n", ["a.bdg, line 1", "no sequence 'chr9'"]),
         ("a.bw", "chr1\t1\t3\t1\n", ["a.bw", "cannot be read as bigWig"]),
@@ -154,6 +155,18 @@ def test_bad_signals_are_named(fasta, name, text, words):
         read_signal(Assembly(fasta), path)
     assert all(word in str(error.value) for word in words)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [-2e9, float("inf")])
+def test_a_bigwig_with_too_large_a_value_is_refused(tmp_path, value):
+    file = pybigwig().open(str(tmp_path / "a.bw"), "w")
+    file.addHeader([("chr1", 12)])
+    file.addEntries(["chr1"] * 2, [0, 4], ends=[4, 8], values=[1e9, value])
+    file.close()
+    big = BigWig(tmp_path / "a.bw")
+    assert big.read("chr1", 0, 4).tolist() == [1e9] * 4
+    with pytest.raises(DataError, match=r"a\.bw: 'chr1' has the value (-2e\+09|inf) at 4 .* beyond 1e\+09"):
+        big.read("chr1", 2, 12)
 
 
 def test_a_bigwig_of_another_assembly_is_refused(tmp_path, signals):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,13 @@ def test_other_files_are_named_as_what_they_are(name: str, tmp_path: Path) -> No
     finally:
         csv.field_size_limit(limit)
     assert "bad.vcf" in str(error.value)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    """It would be read to its end, and then waited for: nobody writes to this one."""
+    os.mkfifo(tmp_path / "pipe.vcf")
+    with pytest.raises(DataError, match=r"pipe\.vcf is a pipe or device"):
+        list(read_variants(tmp_path / "pipe.vcf"))
 
 
 def test_a_cut_file_is_noticed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, t
 from mambaseq.runs import run as runs
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_audio.baselines import unigram_bigram
+from mambaseq_audio.io import write_wav
 from mambaseq_audio.mulaw import LEVELS, MuLaw
 from mambaseq_audio.recipes import spoken
 from mambaseq_audio.recipes.spoken import Recordings, Rows, Variation
@@ -226,6 +227,11 @@ def _learn(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path
         average=context.at(full=0.999, small=0.99, tiny=0.9),
     )
     look()
+    if not best_file.exists():  # no look found a number of bits
+        raise UserError(
+            f"The training of {name} diverged: its bits on the validation recordings were never a finite number. Give "
+            "another seed with --seed."
+        )
     model.load_state_dict(torch.load(best_file, map_location=context.device, weights_only=True)["weights"])
     _export(digits, model, name, seed, run.steps)
     return {
@@ -304,7 +310,7 @@ def _write(place: Path, names: Sequence[str], clips: Sequence[np.ndarray], repla
     place.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), atomic_folder(place, replace=replace) as folder:
         for name, clip in zip(names, clips, strict=True):
-            soundfile.write(folder / f"{name}.wav", codec.decode(clip), spoken.RATE, subtype="PCM_16")
+            write_wav(folder / f"{name}.wav", [clip], codec, sample_rate=spoken.RATE)
     by_digit: dict[str, dict[str, int]] = {}
     for i, name in enumerate(names):
         digit, _, speaker = name.rpartition("_")[0].partition("_")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mambaseq.data.tables import LARGEST
 from mambaseq.errors import DataError, shown
 from mambaseq_dna.files.bed import text_lines
 from mambaseq_dna.files.faults import parsed
@@ -27,7 +28,8 @@ def read_bedgraph(path: str | Path) -> Iterator[Value]:
     """The intervals of a bedGraph file, plain or packed, in file order; comments, `track` and `browser` lines left out.
 
     Raises DataError that names file and line: another number of columns than four, positions that are no numbers, an
-    end that is not behind the start, a value that is no finite number; and for a file without intervals.
+    end that is not behind the start, a value that is no finite number up to `LARGEST`; and for a file without
+    intervals.
     """
     found = False
     for one in parsed(text_lines(path), lambda number, line: _values(path, number, line)):
@@ -59,4 +61,9 @@ def _values(path: str | Path, number: int, line: str) -> list[Value]:
         )
     if not math.isfinite(value):
         raise DataError(f"{where}: the value {shown(cells[3])} is not a finite number. Leave the line out.")
+    if abs(value) > LARGEST:
+        raise DataError(
+            f"{where}: the value {shown(cells[3])} is beyond {LARGEST:g}, the largest to learn. Scale the values, or "
+            "leave the line out."
+        )
     return [Value(chrom, start, stop, value, number)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mambaseq.data.tables import LARGEST
 from mambaseq.errors import DataError, UserError, shown
 
 _BIGWIG, _TREE, _NODE = 0x888FFC26, 0x78CA8C91, 256
@@ -115,7 +116,7 @@ class BigWig:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Values of bases `[start, stop)` of a sequence of the file, NaN where there is none; `(stop - start,)`
-        float32."""
+        float32. Raises DataError for a part that cannot be read, and for values beyond `LARGEST`."""
         out = np.full(stop - start, np.nan, np.float32)
         first, last = max(start, 0), min(stop, self.lengths[name])
         if last > first:
@@ -126,4 +127,9 @@ class BigWig:
                     f"{self.path}: {shown(name)}, {first:,} to {last:,}, cannot be read; the file is damaged. Copy or "
                     "make it again."
                 ) from error
+            if len(wrong := np.flatnonzero(np.abs(out) > LARGEST)):  # which is not true of NaN
+                raise DataError(
+                    f"{self.path}: {shown(name)} has the value {out[wrong[0]]:g} at {start + int(wrong[0]):,} (counted "
+                    f"from 0), beyond {LARGEST:g}, the largest to learn. Scale the values, or leave it out."
+                )
         return out

@@ -44,8 +44,14 @@ class Variant:
 
 
 def is_vcf(path: str | Path) -> bool:
-    """Whether a file begins as a VCF does, and not as a table. Raises DataError for a file that is neither."""
+    """Whether a file begins as a VCF does, and not as a table. Raises DataError for a file that is neither, and for a
+    pipe, which cannot be read a second time."""
     path = Path(path)
+    if path.is_fifo() or path.is_char_device() or path.is_socket():
+        raise DataError(
+            f"{path} is a pipe or device, and variants are read several times. Give a file: packed ones (.vcf.gz) are "
+            "read as they are; write what a command prints into one first."
+        )
     try:
         piece = next((piece for piece in read_pieces(path) if piece.strip()), b"").removeprefix(_BOM).lstrip()
     except Unreadable as error:
