@@ -15,7 +15,7 @@ from torch import Tensor
 from mambaseq import limits
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.generation.decode import check_one_pick, check_whole, continues, not_finite
+from mambaseq.generation.decode import PENALTIES, check_one_pick, check_whole, continues, not_finite
 from mambaseq.generation.sampling import sample
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
@@ -136,7 +136,7 @@ class Engine:
         if request.prompt.min() < 0 or (self._vocabulary is not None and request.prompt.max() >= self._vocabulary):
             raise ConfigError("The prompt has token ids that the model lacks. Use those of its own tokenizer.")
         if request.settings.penalises:
-            check_one_pick(self.model, "repetition_penalty and presence_penalty are")
+            check_one_pick(self.model, PENALTIES)
         ticket = Ticket(request, listen)
         with self._asked:
             if len(self._waiting) + self.active >= self.capacity:
