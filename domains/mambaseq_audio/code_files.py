@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_choice
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.codes import MOST_BOOKS, CodeFrames
@@ -110,11 +110,17 @@ def read_frames(one: Recording, layout: Layout, books: int | None, codes: int | 
 
 
 def read_codes(
-    path: str | Path, tokenizer: Tokenizer | None, *, layout: Layout = "frames_books", fields: Sequence[str] = ()
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    layout: Layout = "frames_books",
+    fields: Sequence[str] = (),
+    refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """Records of a file of codes, a folder of them, a pattern or a manifest, `(rows, books)` ids each.
 
-    layout: which axis of the arrays comes first. fields: columns of the manifest that records are to have.
+    layout: which axis of the arrays comes first. fields: columns of the manifest that records are to have. refuse:
+        called for a file that cannot be used.
     Raises DataError that names the file, for one that is missing, no `.npy` file, pickled, cut short or empty, whose
     numbers are not whole, or that has another number of books or codes out of range; UserError for more numbers than
     `limits.SAMPLES`. Raises ConfigError for a tokenizer of something else.
@@ -123,14 +129,19 @@ def read_codes(
     if not isinstance(tokenizer, CodeFrames):
         raise ConfigError("Codes are read for a model of codes (audio/codes), and this one is of something else.")
     for one in code_recordings(path):
-        for field in fields:
-            if field not in one.fields:
-                near = did_you_mean(field, one.fields)
+        missing = next((field for field in fields if field not in one.fields), None)
+        try:
+            if missing is not None:
                 raise DataError(
-                    f"{one}: there is no column {shown(field)}.{near} Give a manifest that has it, or a table for "
-                    "--condition-table."
+                    f"{one}: there is no column {shown(missing)}.{did_you_mean(missing, one.fields)} Give a manifest "
+                    "that has it, or a table for --condition-table."
                 )
-        ids = tokenizer.encode(read_frames(one, layout, tokenizer.books, tokenizer.codes))
+            ids = tokenizer.encode(read_frames(one, layout, tokenizer.books, tokenizer.codes))
+        except ConfigError:
+            raise
+        except UserError as error:
+            refuse(error)
+            continue
         yield Record(one.name, ids=ids, source=str(one.path), fields={field: one.fields[field] for field in fields})
 
 

@@ -7,17 +7,17 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import soundfile
 import soxr
 
 from mambaseq.conditions import composed
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.spooled import Spooled, spooled
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_unpacked
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.mulaw import Codec
@@ -278,43 +278,53 @@ def read_audio(
     channels: Channels = "mean",
     fields: Sequence[str] = (),
     spool: bool = False,
+    refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """Records of a sound file, a folder of them, a pattern or a manifest. Each has the name of its file, without the
     suffix and with the folders that differ (see `mambaseq_audio.recordings.recordings`).
 
     tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. fields: columns of the manifest
-        that records are to have. spool: leave the ids of
-        long recordings in a temporary file. See `signal_blocks` for the rest and the errors.
+        that records are to have. spool: leave the ids of long recordings in a temporary file. refuse: called for a
+        recording that cannot be used. See `signal_blocks` for the rest and the errors.
     """
-    found = recordings(path)
     asked_for = {composed(field): field for field in fields}
-    for one in found:
-        for field in asked_for:
-            if field not in one.fields:
-                near = did_you_mean(field, one.fields)
-                raise DataError(
-                    f"{one}: there is no column {shown(field)}.{near} Give a manifest that has it, or a table for "
-                    "--condition-table."
-                )
-    if channels == "each":
-        found = [part for one in found for part in by_channel(one)]
+    found = []
+    for one in recordings(path):
+        missing = next((field for field in asked_for if field not in one.fields), None)
+        if missing is None:
+            found += by_channel(one) if channels == "each" else [one]
+            continue
+        refuse(
+            DataError(
+                f"{one}: there is no column {shown(missing)}.{did_you_mean(missing, one.fields)} Give a manifest that "
+                "has it, or a table for --condition-table."
+            )
+        )
     notices = Notices()
     for one in found:
         blocks = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
+        try:
+            values = _values(blocks, tokenizer, spool)
+        except ConfigError:
+            raise
+        except UserError as error:
+            refuse(error)
+            continue
         columns = {asked: one.fields[field] for field, asked in asked_for.items()}
-        name, source = one.name, str(one.path)
-        if tokenizer is None:
-            yield Record(name=name, signal=np.concatenate(list(blocks))[:, None], source=source, fields=columns)
-        elif isinstance(tokenizer, Codec):  # a level depends only on its sample
-            ids = spooled(tokenizer.encode(block) for block in blocks) if spool else None
-            if isinstance(ids, Spooled):
-                yield Record(name=name, spooled=ids, source=source, fields=columns)
-                continue
-            ids = np.concatenate([tokenizer.encode(block) for block in blocks]) if ids is None else ids
-            yield Record(name=name, ids=ids, source=source, fields=columns)
-        else:
-            yield Record(name=name, ids=tokenizer.encode(np.concatenate(list(blocks))), source=source, fields=columns)
+        yield Record(name=one.name, source=str(one.path), fields=columns, **values)
     notices.tell()
+
+
+def _values(blocks: Iterator[np.ndarray], tokenizer: Tokenizer | None, spool: bool) -> dict[str, Any]:
+    """A record's ids, signal or spooled ids."""
+    if tokenizer is None:
+        return {"signal": np.concatenate(list(blocks))[:, None]}
+    if not isinstance(tokenizer, Codec):
+        return {"ids": tokenizer.encode(np.concatenate(list(blocks)))}
+    if not spool:  # a level depends only on its sample
+        return {"ids": np.concatenate([tokenizer.encode(block) for block in blocks])}
+    ids = spooled(tokenizer.encode(block) for block in blocks)
+    return {"spooled": ids} if isinstance(ids, Spooled) else {"ids": ids}
 
 
 def write_wav(

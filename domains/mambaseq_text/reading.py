@@ -13,10 +13,10 @@ from mambaseq.conditions import as_written
 from mambaseq.data.addresses import check_address, is_address
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, Refuse, raised, rest_left_out
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.data.unpacking import Unreadable, packed_by
-from mambaseq.errors import DataError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, UserError, cut_list, did_you_mean, shown
 from mambaseq.limits import DOCUMENT_BYTES, check_unpacked
 from mambaseq_text.lines import lines, paragraphs, whole
 from mambaseq_text.opening import (
@@ -144,17 +144,26 @@ def documents(
 _Row = tuple[str, str, dict[str, Any]]
 
 
-def _rows(name: str, field: str, encoding: str, unit: Unit, more: Sequence[str]) -> Iterator[_Row]:
-    """As `documents`, with the values in other columns, `more`. Raises DataError for a file that has none."""
+def _rows(
+    name: str, field: str, encoding: str, unit: Unit, more: Sequence[str], refuse: Refuse = raised
+) -> Iterator[_Row]:
+    """As `documents`, with the values in other columns, `more`. refuse: called for a row that cannot be used. Raises
+    DataError for a file that has no columns."""
     if more and is_plain(name):
         raise DataError(f"{name} is plain text and has no column {shown(more[0])}. Give jsonl or parquet, or a table.")
     try:
         if suffix_of(name) == ".parquet":
-            yield from _parquet(name, field, more)
+            yield from _parquet(name, field, more, refuse)
         elif suffix_of(name) in _JSONL:
             for number, line in enumerate(lines(name, characters(name, encoding)), start=1):
-                if line.strip():
-                    yield f"{name}, line {number}", *_fields_of_line(name, number, line, field, more)
+                if not line.strip():
+                    continue
+                try:
+                    found = _fields_of_line(name, number, line, field, more)
+                except DataError as error:
+                    refuse(error)
+                    continue
+                yield f"{name}, line {number}", *found
         elif unit == "file":
             yield from ((name, text, {}) for text in whole(name, characters(name, encoding)))
         else:
@@ -225,7 +234,7 @@ def _known(field: str, names: Sequence[str]) -> str:
     return f"{did_you_mean(field, short)} It has: {cut_list(map(repr, short), 8)}."
 
 
-def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
+def _parquet(name: str, field: str, more: Sequence[str], refuse: Refuse) -> Iterator[_Row]:
     import pyarrow.parquet
 
     # pyarrow raises many types of errors for a damaged file
@@ -249,10 +258,13 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
             for place, text in enumerate(found[field]):
                 number += 1
                 if not isinstance(text, str):
-                    raise DataError(
-                        f"Row {number} of {name} holds {type(text).__name__} in {shown(field)}, not text. Remove "
-                        f"the row, or set field to a column of text."
+                    refuse(
+                        DataError(
+                            f"Row {number} of {name} holds {type(text).__name__} in {shown(field)}, not text. Remove "
+                            f"the row, or set field to a column of text."
+                        )
                     )
+                    continue
                 taken += len(text)
                 DOCUMENT_BYTES.check(len(text), f"{name}, row {number}")
                 check_unpacked(taken, size or taken, name)
@@ -260,22 +272,49 @@ def _parquet(name: str, field: str, more: Sequence[str]) -> Iterator[_Row]:
 
 
 def read_text(
-    path: str | Path, tokenizer: Tokenizer, *, field: str = "text", encoding: str = "utf-8", fields: Sequence[str] = ()
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    field: str = "text",
+    encoding: str = "utf-8",
+    fields: Sequence[str] = (),
+    refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """Records for `predict`: a plain text file is one record, with the file's name (and the folders that differ, see
     `mambaseq.data.files.relative_names`); each row of jsonl or parquet is one.
 
-    fields: further columns of jsonl and parquet to return with each record.
+    fields: further columns of jsonl and parquet to return with each record. refuse: called for a file or row that
+        cannot be used; the rest of a file that cannot be read to its end is left out.
     Raises DataError as `documents` does, and if the files are empty or have no such column.
     """
     files = text_files(str(path))
     for name, short in zip(files, _record_names(files, str(path)), strict=True):
         count = 0
-        for where, text, more in _texts(name, short, field, encoding, fields):
+
+        def refused(error: UserError) -> None:
+            nonlocal count
             count += 1
-            yield Record(name=where, ids=tokenizer.encode(text), source=name, fields=more)
+            refuse(error)
+
+        rows = _texts(name, short, field, encoding, fields, refused)
+        while True:
+            try:
+                found = next(rows, None)
+                if found is None:
+                    break
+                where, text, more = found
+                count += 1
+                record = Record(name=where, ids=tokenizer.encode(text), source=name, fields=more)
+            except ConfigError:
+                raise
+            except UserError as error:
+                ended = getattr(rows, "gi_frame", None) is None
+                refuse(rest_left_out(error, name) if ended and count and refuse is not raised else error)
+                count += 1
+                continue
+            yield record
         if not count:
-            raise DataError(f"{name} holds no document. Put text into it, or name another file.")
+            refuse(DataError(f"{name} holds no document. Put text into it, or name another file."))
 
 
 def _record_names(files: Sequence[str], given: str) -> list[str]:
@@ -285,9 +324,9 @@ def _record_names(files: Sequence[str], given: str) -> list[str]:
     return [(Path(stem).parent / Path(name).name).as_posix() for stem, name in zip(short, files, strict=True)]
 
 
-def _texts(name: str, short: str, field: str, encoding: str, more: Sequence[str]) -> Iterator[_Row]:
+def _texts(name: str, short: str, field: str, encoding: str, more: Sequence[str], refuse: Refuse) -> Iterator[_Row]:
     if more or not is_plain(name):
-        yield from _rows(name, field, encoding, "file", more)
+        yield from _rows(name, field, encoding, "file", more, refuse)
         return
     data = read_bytes(name, encoding)
     yield short, "".join(decoded(name, data, 0, len(data))), {}

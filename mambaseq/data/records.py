@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mambaseq.data.spooled import Spooled
+from mambaseq.errors import DataError, UserError
+
+Refuse = Callable[[UserError], None]
+"""What a reader calls for a file or record that cannot be used. If it returns, the reader goes on with the next one: an
+exception would end the reader, and what comes after would be lost. A reader takes it as the option `refuse`."""
+
+
+def raised(error: UserError) -> None:
+    """Raise it: the default of the option `refuse`."""
+    raise error
+
+
+def rest_left_out(error: UserError, path: object) -> UserError:
+    """The error of a file that cannot be read to its end, which says so."""
+    return DataError(f"{error} What comes after it in {path} was not read.")
 
 
 @dataclasses.dataclass(frozen=True)

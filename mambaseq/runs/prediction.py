@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.cache import locate
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, rest_left_out
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
@@ -141,7 +142,7 @@ def predict(
     home, kept = name.partition("/")[0], [columns] if isinstance(columns, str) else columns
     with table(out, home, kept) as (rows, written), torch.no_grad(), memory_told("--batch-size, or --window"):
         records = _records(
-            loaded, files, name, conditions, [regions] if isinstance(regions, str | Path) else regions, refuse
+            loaded, files, name, conditions, [regions] if isinstance(regions, str | Path) else regions, refuse, skip_bad
         )
         last: Record | None = None
         for file, record, found in _merged(answer, _found(answer, records, batch_size, refuse), merger):
@@ -220,17 +221,24 @@ def _records(
     conditions: Conditions,
     regions: Sequence[str | Path],
     refuse: Bad,
+    goes_on: bool,
 ) -> Iterator[tuple[str, Record]]:
-    """Each record, with its condition, and the file it is in. name: of the reader."""
+    """Each record, with its condition, and the file it is in. name: of the reader. goes_on: whether `refuse` returns,
+    so that readers that can go on with what comes after."""
     read = catalog()["readers"].get(name)
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
     options = {**options, **columns_given(name, read, conditions.fields), **regions_given(name, read, regions)}
+    options = {key: value for key, value in options.items() if key != "refuse"}
+    refusing = goes_on and "refuse" in inspect.signature(read).parameters
+    if refusing:
+        options["refuse"] = refuse
     other = f"The reader {shown(name)} does not fit this model"
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
         with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
             records = records_of(read, path, loaded.tokenizer, options)
+            begun = False
             while True:
                 try:
                     record = next(records, None)
@@ -240,7 +248,7 @@ def _records(
                 except ConfigError:
                     raise
                 except UserError as error:
-                    refuse(error)
+                    refuse(rest_left_out(error, path) if goes_on and begun else error)
                     break
                 except OSError as error:
                     reason = error.strerror or str(error)
@@ -251,6 +259,7 @@ def _records(
                         raise
                     reason = " ".join(str(error).split()).rstrip(".")
                     raise ConfigError(f"{other}: {path} cannot be turned into tokens ({reason}). {remedy}") from error
+                begun = True
                 bar.update()
                 file = record.source or str(path)
                 try:

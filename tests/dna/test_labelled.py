@@ -621,6 +621,7 @@ def test_a_pretrained_run_is_tuned_and_predicts(capsys: pytest.CaptureFixture[st
     found = pandas.read_csv("all.csv")
     assert found["file"].str.split("/").str[0].value_counts().to_dict() == {
         "enhancers.csv": 40,
+        "bad.csv": 3,
         "reads.fa.gz": 40,
         "human_nontata_promoters": 28,
     }

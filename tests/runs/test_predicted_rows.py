@@ -19,6 +19,7 @@ from runs.test_prediction import DNA, classifier, fasta, language_model, predict
 
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
+from mambaseq.errors import DataError
 from mambaseq.models import SequenceModel
 from mambaseq.outputs import safe_cell
 from mambaseq.runs import answers
@@ -177,6 +178,54 @@ def test_what_was_finished_before_a_bad_file_is_kept(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".", "n"))) == ["n.csv"]
 
 
+def test_what_comes_after_a_bad_file_or_record_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In a folder, a file of records, whatever is bad first; a reader that cannot go on is told by the file's name."""
+    out = tmp_path / "o.csv"
+
+    def kept(model: Path, source: Path, left: int) -> tuple[list[str], str]:
+        assert run(model, [source], out, "--skip-bad") == 0
+        printed, err = capsys.readouterr()
+        assert f"{left} files or records left out" in printed
+        assert err.count("left out: ") == left
+        return [row["record"] for row in rows_of(out)], err
+
+    sounds = tmp_path / "clips"
+    sounds.mkdir()
+    write_wav(
+        sounds / "z", [np.full(50, 40 * number, dtype=np.uint8) for number in range(2)], MuLaw(), sample_rate=8000
+    )
+    (sounds / "a.wav").write_text("no sound")
+    (sounds / "z" / "000b.wav").write_bytes(b"")
+    audio = saved(tmp_path / "a", {"name": "lm", "vocab_size": 256}, MuLaw(), length=32, **AUDIO)
+    names, err = kept(audio, sounds, 2)
+    assert names == ["z/000", "z/001"]
+    assert "a.wav cannot be read as audio" in err
+    assert "000b.wav cannot be read as audio" in err
+    assert run(audio, [sounds], out) == 2
+    assert "a.wav" in told(capsys)[0]
+
+    letters = tmp_path / "in.fa"
+    letters.write_text(">a\nAC!T\nACGT\n>b\nACGTAC\n>c\n>d\nACGTACGT\n>b\nACGT\n>e\nACGTAC\n")
+    names, err = kept(classifier(tmp_path / "c"), letters, 3)
+    assert names == ["b", "d", "e"]
+    for what in ("record 'a'", "record 'c' has a header and no", "two records are named 'b'"):
+        assert what in err
+
+    texts = language_model(tmp_path / "t")
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"text": 1}\n{"text": "to be"}\n{"text": \n{"text": "or not"}\n')
+    names, err = kept(texts, lines, 2)
+    assert names == [f"{lines}, line 2", f"{lines}, line 4"]
+
+    ecg = {"reader": f"{__name__}:numbers", "class_names": [], "length": 4}
+    signals = saved(tmp_path / "s", {"name": "regression"}, None, encoder={"name": "signal", "n_channels": 1}, **ecg)
+    values = tmp_path / "in.txt"
+    values.write_text("1 2 3 4\nstop\n1 2 3 4\n")
+    names, err = kept(signals, values, 1)
+    assert names == ["line 0"]
+    assert f"What comes after it in {values} was not read." in err
+
+
 def test_nothing_is_kept_where_nothing_was_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, bad = language_model(tmp_path / "m"), tmp_path / "bad.jsonl"
     bad.write_text('{"text": \n')
@@ -223,6 +272,8 @@ def numbers(path, tokenizer):
     from mambaseq.data.records import Record
 
     for number, line in enumerate(path.read_text().splitlines()):
+        if line == "stop":
+            raise DataError(f"Line {number} of {path} holds no numbers. Correct it.")
         yield Record(f"line {number}", signal=np.array(line.split(), dtype=np.float32)[:, None])
 
 

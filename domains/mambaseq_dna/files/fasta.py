@@ -17,11 +17,11 @@ import xxhash
 from tqdm import tqdm
 
 from mambaseq.data.cache import Stopped, Unchanged, fingerprint
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file
-from mambaseq_dna.files.parsing import Piece, fasta_pieces
+from mambaseq_dna.files.parsing import Piece, fasta_pieces, usable
 from mambaseq_dna.files.twobit import is_twobit, twobit_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 
@@ -38,19 +38,24 @@ _N = bytes([N])
 _COMPLEMENT = bytes(complement(np.arange(256, dtype=np.uint8)))
 
 
-def sequence_pieces(path: Path, table: bytes) -> Iterator[Piece]:
+def sequence_pieces(path: Path, table: bytes, refuse: Refuse = raised) -> Iterator[Piece]:
     """The sequences of a FASTA or 2bit file, told apart by their first bytes: see `fasta_pieces`, `twobit_pieces`."""
-    return twobit_pieces(path, table) if is_twobit(path) else fasta_pieces(path, table)
+    return twobit_pieces(path, table) if is_twobit(path) else fasta_pieces(path, table, refuse)
 
 
 def read_fasta(
-    path: str | Path, tokenizer: BaseTokenizer, lowercase: Lowercase = "fold", regions: Sequence[str] = ()
+    path: str | Path,
+    tokenizer: BaseTokenizer,
+    lowercase: Lowercase = "fold",
+    regions: Sequence[str] = (),
+    refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """The records of a FASTA or 2bit file as ids, in file order: name (the header's first word), description (the
     rest), and which bases count in a likelihood, and have labels or values: N never does.
 
     lowercase: as in the model's training data; with `"unscored"` lower case does not count either.
     regions: parts of the records instead, in the order given (see `mambaseq_dna.files.regions`).
+    refuse: called for a record of FASTA that cannot be used; the others are read.
     Raises DataError as `fasta_pieces` and `twobit_pieces` do, ConfigError for another value of lowercase.
     """
     if lowercase not in get_args(Lowercase):
@@ -82,13 +87,14 @@ def read_fasta(
         return
     pieces: list[bytes] = []
     name = description = ""
-    for begins, told, ids in sequence_pieces(Path(path), BaseTokenizer("keep").table):
+    for begins, told, ids in sequence_pieces(Path(path), BaseTokenizer("keep").table, refuse):
         if begins is not None:
-            if pieces:
+            if usable(pieces):
                 yield record(name, description, pieces)
             name, description, pieces = begins, told, []
         pieces.append(ids)
-    yield record(name, description, pieces)
+    if usable(pieces):
+        yield record(name, description, pieces)
 
 
 def strand_checksums(ids: np.ndarray) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from mambaseq.data.records import Refuse, raised
 from mambaseq.errors import DataError, cut, cut_list
 
 Lines = Iterable[tuple[int, str]]
@@ -20,10 +21,12 @@ _LONGEST = 420  # characters of the first fault, whose row may be quoted in it
 class Faults:
     """Collects faults. Raises them at the end, or when there are so many that the file is another kind of file.
 
-    count: how many there are.
+    refuse: given, each fault is told to it at once instead, and rows without one are used.
+    count: how many there are to raise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refuse: Refuse = raised) -> None:
+        self.refuse = None if refuse is raised else refuse
         self.count = 0
         self._first = self._file = ""
         self._others: list[str] = []
@@ -36,6 +39,9 @@ class Faults:
     def add(self, place: str, error: DataError | str = "") -> None:
         """A fault. place: of the row, such as `line 7`, or `a.csv, line 7`. error: what is wrong with it, after
         its file and place; it is not read once enough are named."""
+        if self.refuse is not None:
+            self.refuse(error if isinstance(error, DataError) else DataError(error))
+            return
         self.count += 1
         if self.count == 1:
             self._first, self._file = cut(error, _LONGEST), place.rpartition(", ")[0]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mambaseq.data.records import Refuse, raised
 from mambaseq.data.unpacking import Unreadable, read_pieces
 from mambaseq.errors import DataError, shown
 from mambaseq_dna.tokenizer import InvalidBase
@@ -32,17 +33,18 @@ _LOOKS_LIKE = {
 Piece = tuple[str | None, str, bytes]
 
 
-def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
+def fasta_pieces(path: Path, table: bytes, refuse: Refuse = raised) -> Iterator[Piece]:
     """(name, description, ids) in file order; for a long record, (None, "", more of its ids) follow.
 
     table: the id of each of the 256 bytes; 255 for those that are not a base. Lines may end in any way; blank lines,
         spaces and tabs between bases, lines that begin with `;` (comments) and a UTF-8 byte order mark are passed over.
         Names and descriptions are UTF-8.
+    refuse: called for a record that cannot be used. If it returns, the record is to be left out, as `usable` says.
     Raises DataError that names file and record: for a missing or empty file, a cut or damaged gzip, no header, a header
     without a name or in another encoding than UTF-8, a name that occurs twice, a record without sequence, a letter that
     is not a base.
     """
-    parser = _Parser(path, table)
+    parser = _Parser(path, table, refuse)
     tail, mid = b"", False  # the beginning of a line, and whether it is a line of bases returned so far
     try:
         for piece in read_pieces(path):
@@ -71,12 +73,18 @@ def fasta_pieces(path: Path, table: bytes) -> Iterator[Piece]:
     parser.finish()
 
 
+def usable(pieces: list[bytes]) -> bool:
+    """Whether the pieces of a record are whole: none of them was refused."""
+    return any(pieces) and _INVALID not in pieces
+
+
 class _Parser:
     """The parser's state. place: the current place, for messages."""
 
-    def __init__(self, path: Path, table: bytes) -> None:
-        self.path, self.table = path, table
+    def __init__(self, path: Path, table: bytes, refuse: Refuse) -> None:
+        self.path, self.table, self.refuse = path, table, refuse
         self.name, self.number, self.length = "", 0, 0
+        self.refused = False  # the record
         self.seen: set[str] = set()
         self.untouched, self.comments = True, False
 
@@ -117,20 +125,29 @@ class _Parser:
             yield name, description, ids
 
     def _ids(self, letters: bytes) -> bytes:
-        """The bases among letters. Raises DataError for what is none."""
+        """The bases among letters; `_INVALID` in a record that is refused."""
+        if self.refused:
+            return _INVALID
         ids = letters.translate(self.table, _BETWEEN_BASES)
         if _INVALID in ids:
-            raise self._no_base(letters)
+            self._refuse(self._no_base(letters))
+            return _INVALID
         return ids
+
+    def _refuse(self, error: DataError) -> None:
+        self.refuse(error)
+        self.refused = True
 
     def _begin(self, header: bytes) -> tuple[str, str]:
         if self.number and not self.length:
-            raise self._without_sequence()
+            self._refuse(self._without_sequence())
         self.number += 1
-        self.length = 0
+        self.length, self.refused = 0, False
         words = header.split(None, 1)
         if not words:
-            raise DataError(f"{self.path}: record {self.number:,} has no name. Write one after its '>'.")
+            self._refuse(DataError(f"{self.path}: record {self.number:,} has no name. Write one after its '>'."))
+            self.name = ""
+            return "", ""
         try:
             self.name = words[0].decode()
             description = words[1].decode().rstrip() if len(words) > 1 else ""
@@ -142,9 +159,11 @@ class _Parser:
                 "its encoding)."
             ) from error
         if self.name in self.seen:
-            raise DataError(
-                f"{self.path}: two records are named {self.named} (the second is record {self.number:,}). The name is "
-                "the header's first word; make it unique."
+            self._refuse(
+                DataError(
+                    f"{self.path}: two records are named {self.named} (the second is record {self.number:,}). The name "
+                    "is the header's first word; make it unique."
+                )
             )
         self.seen.add(self.name)
         return self.name, description
@@ -200,4 +219,4 @@ class _Parser:
             only = "blank lines and comments" if self.comments else "blank lines"
             raise DataError(f"{self.path} has no sequence: only {only}. Check that it is the right file.")
         if not self.length:
-            raise self._without_sequence()
+            self._refuse(self._without_sequence())

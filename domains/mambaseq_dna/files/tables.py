@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambaseq.data.records import Refuse, raised
 from mambaseq.data.unpacking import read_pieces
 from mambaseq.errors import DataError, cut_list, did_you_mean, shown
 from mambaseq.limits import check_unpacked
@@ -45,18 +46,20 @@ def table_rows(
     name: str | None = None,
     fields: Sequence[str] = (),
     columns: Sequence[str] | None = None,
+    refuse: Refuse = raised,
 ) -> Iterator[Row]:
     """The rows of a table, in order. The ending `.parquet` or `.pq` says that it is parquet; any other file is text
     with commas, tabs or semicolons between its columns, whichever its first line has.
 
     sequence, name, fields: names of columns. name: None takes the column `name` or `id` where there is one. columns:
         names of all columns of a file without a header; None: the first line holds them.
+    refuse: called for a row that cannot be used; the others are returned.
     Raises DataError that names file and line: a missing column, another number of cells than columns, an open quote, an
     empty sequence, a letter that is no base; and for a file without rows. Rows are told together (`Faults`); none is
     returned after a wrong one.
     """
     wanted = [sequence, *fields] + ([] if name is None else [name])
-    faults, odd = Faults(), dict[int, str]()
+    faults, odd = Faults(refuse), dict[int, str]()
     cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns, odd)
     known, unit = next(cells)
     if name is None and (name := _names_column(known)) is not None:
@@ -65,13 +68,15 @@ def table_rows(
     found = 0
     for chunk in _chunks(cells, places[0]):
         sequences = [row[places[0]].strip() for _, row in chunk]
-        encoded = _encoded(path, unit, sequences, chunk, columns, odd, faults)
+        encoded, wrong = _encoded(path, unit, sequences, chunk, columns, odd, faults)
+        found += len(chunk)
         if faults.count:
             continue
-        for (line, row), ids in zip(chunk, encoded, strict=True):
+        for number, ((line, row), ids) in enumerate(zip(chunk, encoded, strict=True)):
+            if number in wrong:
+                continue
             told = row[places[-1]] if name is not None else ""
             yield Row(line, told, ids, tuple(row[place].strip() for place in places[1 : 1 + len(fields)]))
-        found += len(chunk)
     faults.check()
     if not found:
         raise DataError(f"{path} has no rows. Check that it is the right file.")
@@ -118,8 +123,8 @@ def _encoded(
     columns: Sequence[str] | None,
     odd: dict[int, str],
     faults: Faults,
-) -> list[np.ndarray]:
-    """The ids of sequences, and what is wrong with them as faults. odd: see `_delimited`."""
+) -> tuple[list[np.ndarray], set[int]]:
+    """The ids of sequences, and which are wrong; how, as faults. odd: see `_delimited`."""
     letters = np.frombuffer("".join(sequences).encode("latin-1", "replace"), dtype=np.uint8)
     ids = _TABLE[letters]
     ends = np.cumsum([len(one) for one in sequences])
@@ -127,7 +132,8 @@ def _encoded(
     wrong = np.flatnonzero(ids == _INVALID)
     rows, first = np.unique(np.searchsorted(ends, wrong, side="right"), return_index=True)
     at = dict(zip(rows.tolist(), wrong[first].tolist(), strict=True))
-    for row in sorted({*at, *np.flatnonzero(ends == starts).tolist()}):
+    bad = {*at, *np.flatnonzero(ends == starts).tolist()}
+    for row in sorted(bad):
         line = chunk[row][0]
         place = f"{unit} {line:,}"
         if faults.named:
@@ -145,7 +151,7 @@ def _encoded(
                 f"{shown(sequences[row], 30)}.{header}",
             )
     odd.clear()
-    return [ids[start:stop] for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return [ids[start:stop] for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)], bad
 
 
 def _names_column(known: Sequence[str]) -> str | None:

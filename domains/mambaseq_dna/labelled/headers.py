@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mambaseq.data.records import Refuse, raised
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq_dna.files.faults import Faults
-from mambaseq_dna.files.parsing import fasta_pieces
+from mambaseq_dna.files.parsing import fasta_pieces, usable
 from mambaseq_dna.files.tables import Row
 from mambaseq_dna.tokenizer import BaseTokenizer
 
@@ -66,28 +67,31 @@ def header_keys(path: Path) -> list[str]:
     return []
 
 
-def fasta_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
+def fasta_rows(path: Path, fields: Sequence[str] = (), refuse: Refuse = raised) -> Iterator[Row]:
     """The records of a FASTA file, in order, with what their headers hold at `fields` (see `HeaderField`).
 
+    refuse: called for a record that cannot be used; the others are read.
     Raises DataError as `fasta_pieces` and `HeaderField.of`; headers are told together (`Faults`).
     """
     places = [HeaderField(field) for field in fields]
     number, name, values = 0, "", ()
-    faults = Faults()
+    faults, known = Faults(refuse), True
     pieces: list[bytes] = []
-    for begins, description, ids in fasta_pieces(path, BaseTokenizer("keep").table):
+    for begins, description, ids in fasta_pieces(path, BaseTokenizer("keep").table, refuse):
         if begins is not None:
-            if number and not faults.count:
+            if known and usable(pieces) and not faults.count:
                 yield Row(number, name, _joined(pieces), values)
             number, name, pieces = number + 1, begins, []
-            record = f"record {shown(begins)}"
+            record, known = f"record {shown(begins)}", True
             try:
                 values = tuple(place.of(begins, description, f"{path}, {record}") for place in places)  # type: ignore[assignment]
             except DataError as error:
                 faults.add(record, error)
+                known = False
         pieces.append(ids)
     faults.check()
-    yield Row(number, name, _joined(pieces), values)
+    if known and usable(pieces):
+        yield Row(number, name, _joined(pieces), values)
 
 
 def _joined(pieces: list[bytes]) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, Refuse, raised, rest_left_out
+from mambaseq.errors import DataError
 from mambaseq.limits import check_choice
 from mambaseq_dna.files.assembly import Assembly
 from mambaseq_dna.files.tables import Row
@@ -33,12 +34,14 @@ def read_labelled(
     align: Align = "centre",
     pad: bool = False,
     fields: Sequence[str] = (),
+    refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """The sequences of a file, or of a folder, as ids in upper case, in order; labels are not read. A name is that in
     the file, or the row's or line's number, or the interval.
 
     The options are those of the dataset `dna/labelled`; fields: other columns of tables, places in FASTA headers,
-    columns of intervals, which records then have.
+    columns of intervals, which records then have. refuse: called for a row or file that cannot be used; the others are
+    read.
     Raises DataError as `read_source` does, ConfigError for another format or align.
     """
     check_choice("reader_options.format", format, get_args(Format))
@@ -49,20 +52,28 @@ def read_labelled(
     reading = Reading(sequence, columns, names, bases, width, stranded, tuple(features or ()))
     for part in parts:
         source = str(part.path) if len(parts) > 1 else ""
-        found = _rows(part, reading, fields, length, align, pad)
-        for told, ids, values in found:
+        rows = _rows(part, reading, fields, length, align, pad, refuse)
+        while True:
+            try:
+                found = next(rows, None)
+            except DataError as error:
+                refuse(error if refuse is raised else rest_left_out(error, part.path))
+                break
+            if found is None:
+                break
+            told, ids, values = found
             more: dict[str, Any] = dict(zip(fields, values, strict=False))
             yield Record(told, fold_case(ids), source=source, fields=more)
 
 
 def _rows(
-    part: Part, reading: Reading, fields: Sequence[str], length: int | None, align: Align, pad: bool
+    part: Part, reading: Reading, fields: Sequence[str], length: int | None, align: Align, pad: bool, refuse: Refuse
 ) -> Iterator[tuple[str, np.ndarray, tuple[str, ...]]]:
     if is_row(part):
-        for row in rows_of(part, reading, fields):
+        for row in rows_of(part, reading, fields, refuse):
             yield _name(part, row), _cut(row.ids, length, align, pad), row.fields
         return
-    source = read_source(part, reading, fields)
+    source = read_source(part, reading, fields, refuse=refuse)
     places = source.places if length is None else fitted(source.places, length, align, pad)
     sequences = Sequences(source.stores, places)
     for number in range(len(sequences)):

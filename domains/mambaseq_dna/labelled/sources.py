@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mambaseq.data.cache import Unchanged, fingerprint
+from mambaseq.data.records import Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 from mambaseq_dna.files.assembly import Assembly
@@ -82,42 +83,57 @@ class Source:
         return f"{'row' if is_parquet(self.part.path) else 'line'} {int(self.lines[number]):,}"
 
 
-def read_source(part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None = None) -> Source:
+def read_source(
+    part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None = None, refuse: Refuse = raised
+) -> Source:
     """The sequences of a part, with the values in these columns. Files of sequences are parsed once and kept in the
-    cache folder; intervals are read from their assembly.
+    cache folder; intervals are read from their assembly. refuse: called for an interval that cannot be used.
 
     Raises DataError that names file and line for what cannot be used, ConfigError for intervals without an assembly.
     """
     fields = list(dict.fromkeys(fields))
     if part.kind in ("bed", "gff"):
-        return _intervals(part, reading, fields, cache)
+        return _intervals(part, reading, fields, cache, refuse)
     return _stored(part, reading, fields, cache)
 
 
-def rows_of(part: Part, reading: Reading, fields: Sequence[str]) -> Iterator[Row]:
-    """The rows of a table, FASTA file, or folder of a class, as they are read."""
+def rows_of(part: Part, reading: Reading, fields: Sequence[str], refuse: Refuse = raised) -> Iterator[Row]:
+    """The rows of a table, FASTA file, or folder of a class, as they are read. refuse: called for one that cannot be
+    used; the others are returned."""
     if part.kind == "table":
-        return table_rows(part.path, reading.sequence, reading.name, fields, reading.columns)
+        return table_rows(part.path, reading.sequence, reading.name, fields, reading.columns, refuse)
     if part.kind == "fasta":
-        return fasta_rows(part.path, fields)
-    return _folder_rows(part.path)
+        return fasta_rows(part.path, fields, refuse)
+    return _folder_rows(part.path, refuse)
 
 
-def _folder_rows(folder: Path) -> Iterator[Row]:
+def _folder_rows(folder: Path, refuse: Refuse) -> Iterator[Row]:
     number = 0
     for path in class_files(folder):
         if ending(path) != ".txt":
-            for row in fasta_rows(path):
+            rows = fasta_rows(path, refuse=refuse)
+            while True:
+                try:
+                    row = next(rows, None)
+                except DataError as error:
+                    refuse(error)
+                    break
+                if row is None:
+                    break
                 number += 1
                 yield row._replace(line=number)
             continue
-        letters = plain_sequence(path)
-        if not letters:
-            raise DataError(f"{path} is empty. Remove it, or put a sequence into it.")
         try:
+            letters = plain_sequence(path)
+            if not letters:
+                raise DataError(f"{path} is empty. Remove it, or put a sequence into it.")
             ids = BaseTokenizer("keep").encode(letters)
         except InvalidBase as error:
-            raise DataError(f"{path}: {error}") from error
+            refuse(DataError(f"{path}: {error}"))
+            continue
+        except DataError as error:
+            refuse(error)
+            continue
         number += 1
         yield Row(number, path.name.partition(".")[0], ids, ())
 
@@ -190,7 +206,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None) -> Source:
+def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str | Path | None, refuse: Refuse) -> Source:
     assembly = reading.assembly
     if assembly is None:
         raise ConfigError(
@@ -198,7 +214,7 @@ def _intervals(part: Part, reading: Reading, fields: Sequence[str], cache: str |
         )
     numbers = {id(store): number for number, store in enumerate(assembly.stores)}
     known: dict[str, tuple[str, int, int, int]] = {}
-    faults = Faults()
+    faults = Faults(refuse)
     rows, lines, names, groups = [], [], [], []
     values: list[list[str]] = [[] for _ in fields]
     for one in _read_intervals(part, reading):
