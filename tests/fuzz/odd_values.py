@@ -128,9 +128,9 @@ ABOVE_0 = (
         "num_nodes",
     ),
     *("check_val_every_n_epoch", "data.size", "min_length", "max_depth", "max_args", "n_data", "chunk_length"),
-    *("top_p", "head.scale", "devices"),
+    *("top_p", "repetition_penalty", "head.scale", "devices"),
 )
-BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", "min_lr_ratio")
+BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", "min_p", "min_lr_ratio")
 
 
 @functools.lru_cache

@@ -118,6 +118,9 @@ CHANGED = {
     "generation.temperature": 0.5,
     "generation.top_k": 3,
     "generation.top_p": 0.9,
+    "generation.min_p": 0.01,
+    "generation.repetition_penalty": 1.1,
+    "generation.presence_penalty": 0.1,
 }
 
 REFUSED = {
