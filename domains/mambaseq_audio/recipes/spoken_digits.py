@@ -24,6 +24,7 @@ from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, t
 from mambaseq.runs import run as runs
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_audio.baselines import unigram_bigram
+from mambaseq_audio.clips import DIGITS_NAMES
 from mambaseq_audio.io import write_wav
 from mambaseq_audio.mulaw import LEVELS, MuLaw
 from mambaseq_audio.recipes import spoken
@@ -139,7 +140,7 @@ class Digits:
         lists = self.context.folder / "lists"
         lists.mkdir(exist_ok=True)
         files = sorted(self.folder.rglob("*.wav"))
-        given: dict[str, Any] = {"data.files": str(files[0].parent)}
+        given: dict[str, Any] = {"data.files": str(files[0].parent), "data.pattern": DIGITS_NAMES}
         for split in ("validation", "test"):
             path = lists / f"{self.run.name}-{split}.txt"
             with atomic_file(path) as file:
