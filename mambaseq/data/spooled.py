@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable
@@ -20,9 +21,19 @@ class Spooled:
     def __init__(self, pieces: Iterable[np.ndarray]) -> None:
         """pieces: one after the other, of one dtype and the same shape beyond the first dimension.
 
-        Raises UserError if the disk for temporary files is full.
+        Raises UserError if the disk for temporary files is full, or too many files are open.
         """
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        except OSError as error:
+            remedy = (
+                "Raise the limit (ulimit -n), or give fewer long sequences at once."
+                if error.errno in (errno.EMFILE, errno.ENFILE)
+                else "Set TMPDIR to another folder."
+            )
+            raise UserError(
+                f"A temporary file for a long sequence cannot be made: {error.strerror}. {remedy}"
+            ) from error
         self._length, self._dtype, self._shape = 0, np.dtype(np.int64), ()
         try:
             for piece in pieces:

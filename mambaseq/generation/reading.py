@@ -15,7 +15,7 @@ from mambaseq.mixers.base import State
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
 
-# Tokens of prompts that are read at once, all sequences together.
+# Tokens of prompts that are read at once, all sequences together: of one prompt at most, if it is long.
 _PREFILL = 8192
 
 
@@ -69,13 +69,27 @@ def _packs(lengths: Sequence[int]) -> list[list[int]]:
 def _in_parts(
     model: SequenceModel, prompts: Prompts, condition: Tensor | None, state: list[Any] | None = None
 ) -> tuple[list[Any], Tensor]:
-    """Prompts of one length."""
-    part = max(1, _PREFILL // len(prompts))
-    for start in range(0, prompts.lengths[0], part):
-        x = model.encoder(prompts.read(start, start + part), condition)
-        hidden, state = model.backbone(x, state=state, return_state=True)
-    assert state is not None
-    return _contiguous(state), model.told(hidden[:, -1:])[:, -1]
+    """Prompts of one length. Parts depend on it alone, not on how many prompts there are, so that none depends on its
+    neighbours: long ones are read alone, short ones some at a time."""
+    length, several = prompts.lengths[0], len(prompts)
+    part = min(length, _PREFILL)
+    at_once = _PREFILL // part
+    if several <= at_once:
+        for start in range(0, length, part):
+            x = model.encoder(prompts.read(start, start + part), condition)
+            hidden, state = model.backbone(x, state=state, return_state=True)
+        assert state is not None
+        return _contiguous(state), model.told(hidden[:, -1:])[:, -1]
+    states, told = [], []
+    for first in range(0, several, at_once):
+        some = list(range(first, min(first + at_once, several)))
+        under = None if condition is None else condition[some]
+        rows = torch.tensor(some, device=prompts.device)
+        begun = None if state is None else [layer.select(rows) for layer in state]
+        found, logits = _in_parts(model, prompts.only(some), under, begun)
+        states.append(found)
+        told.append(logits)
+    return joined(states), torch.cat(told)
 
 
 def _packed(model: SequenceModel, prompts: Prompts, condition: Tensor | None) -> tuple[list[Any], Tensor]:

@@ -18,12 +18,10 @@ def check_not_prompts(out: Path, files: Iterable[Path], sources: Iterable[str | 
 
     out: as it was given. sources: files of prompts; those that are none, or are gone, do not count.
     """
-    there = {}
-    for source in sources:
-        if (key := _identity(Path(source))) is not None:
-            there[key] = source
+    there = {_identity(Path(source)): source for source in sources}
+    there.pop(None, None)
     for file in files if there else ():
-        if (source := there.get(_identity(file))) is not None:
+        if (source := there.get(_identity(file), "")) != "":
             raise ConfigError(
                 f"--out {out} writes {file}, which is the prompt's file ({source}) and would be overwritten. Give "
                 "another name."

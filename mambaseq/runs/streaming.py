@@ -280,6 +280,9 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
             if place.is_file():
                 prompt = {"file": str(place.absolute()), "sha256": sha256(place), "record": job.prompt.number}
                 prompt["name"] = job.prompt.name
+                if job.prompt.source is not None and Path(job.prompt.source).absolute() != place.absolute():
+                    own = Path(job.prompt.source).absolute()
+                    prompt |= {"source": str(own), "source_sha256": sha256(own)}
         prompt = prompt or {"text": plan.prompt}
     return {
         "format": FORMAT,
@@ -321,7 +324,7 @@ def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
         options = {
             "checkpoint": Path(checkpoint or found["checkpoint"]),
             "exactly": [_ids(found["condition_ids"])],
-            "first_sample": _whole(found["sample"]),
+            "first_sample": _number(found["sample"]),
             "seed": _whole(found["seed"]),
             "temperature": float(found["temperature"]),
             "top_k": _whole(found["top_k"]),
@@ -331,15 +334,19 @@ def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
             "max_new_tokens": _whole(found["max_new_tokens"]),
         }
         prompt = found["prompt"]
+        if prompt is not None and not isinstance(prompt, dict):
+            raise ValueError(f"prompt, {shown(prompt)},")
         if prompt is not None and "file" in prompt:
-            options |= {"prompt": str(prompt["file"]), "record": _whole(prompt["record"])}
+            options |= {"prompt": _text(prompt["file"]), "record": _whole(prompt["record"])}
         elif prompt is not None:
-            options["prompt"] = str(prompt["text"])
+            options["prompt"] = _text(prompt["text"])
         options["expected"] = str(found["sha256"]), path
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {cut(str(error))} is missing or cannot be used. Give the .json as it was.") from error
     if prompt is not None and "file" in prompt:
         check_same(Path(prompt["file"]), str(prompt.get("sha256")), path)
+        if isinstance(prompt.get("source"), str):  # a recording that the file names
+            check_same(Path(prompt["source"]), str(prompt.get("source_sha256")), path)
     if found.get("device") not in (None, "cpu") and not torch.cuda.is_available():
         print(
             f"mambaseq: {path} was made on a GPU; a CPU rounds in another way, and may go on differently.",
@@ -360,6 +367,19 @@ def check_same(place: Path, digest: str, path: Path) -> None:
 def _whole(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{shown(value)}, which is no whole number,")
+    return value
+
+
+def _number(value: Any) -> int:
+    """Of a sample."""
+    if not 0 <= _whole(value) < 2**31:
+        raise ValueError(f"sample, {shown(value)},")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)}, which is no text,")
     return value
 
 

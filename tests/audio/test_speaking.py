@@ -111,6 +111,25 @@ def test_nothing_is_replaced_but_an_earlier_result(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "b.png").exists()  # of the earlier sound
 
 
+def test_a_changed_recording_of_a_manifest_and_damaged_settings_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, recording, out = speaker(tmp_path / "m"), tmp_path / "in.wav", tmp_path / "a.wav"
+    soundfile.write(recording, np.zeros(30), RATE)
+    (tmp_path / "all.csv").write_text("file\nin.wav\n", encoding="utf-8")
+    told = made(model, out, "-n", "5", "--prompt", str(tmp_path / "all.csv"), "--pictures", "0")
+    again = ["generate", "--device", "cpu", "--pictures", "0", "--out", str(tmp_path / "b.wav"), "--repeat"]
+    assert main([*again, str(tmp_path / "a.json")]) == 0
+    assert (tmp_path / "b.wav").read_bytes() == out.read_bytes()
+    for damage in ({"sample": -1}, {"prompt": 5}, {"prompt": {"file": 5, "record": 0}}, {"prompt": {}}):
+        (tmp_path / "s.json").write_text(json.dumps({**told, **damage}), encoding="utf-8")
+        assert main([*again, str(tmp_path / "s.json")]) == 2
+        assert "Give the .json as it was" in capsys.readouterr().err
+    soundfile.write(recording, np.ones(30), RATE)
+    assert main([*again, str(tmp_path / "a.json")]) == 2
+    assert f"{recording} is another file" in capsys.readouterr().err
+
+
 class Stops:
     """A player that leaves, or a user who does, after some pieces."""
 
