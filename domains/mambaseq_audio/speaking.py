@@ -140,7 +140,7 @@ class WavSink:
             if self._kind == "flac":
                 self._file.quiet = True
                 self._flac = self._open.enter_context(
-                    soundfile.SoundFile(self._file, "w", sample_rate, channels, "PCM_16", format="FLAC")  # type: ignore[arg-type]
+                    soundfile.SoundFile(self._file, "w", sample_rate, channels, "PCM_16", format="FLAC")
                 )
             elif self._kind == "wav":
                 self._file.write(self._header(total // channels if self._streams else 0))
