@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import pad_collate
-from mambaseq.errors import ConfigError, DataError, cut_list, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, shown, typed
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.outputs import output_file
 from mambaseq.runs.devices import choose_device, memory_told
@@ -35,15 +36,21 @@ _TOKENS = 2**19  # samples that are read together
 @dataclasses.dataclass(frozen=True)
 class Recognised:
     """What a classifier gives for clips. names: of the records. features: `(clips, features)` float32, what its last
-    linear map reads. log_p: `(clips, classes)` float64."""
+    linear map reads. log_p: `(clips, classes)` float64. sources: the files; empty if they are not known."""
 
     names: list[str]
     features: np.ndarray
     log_p: np.ndarray
+    sources: Sequence[str] = ()
 
     def only(self, chosen: np.ndarray) -> Recognised:
         """Those of some clips, by their indices."""
-        return Recognised([self.names[i] for i in chosen], self.features[chosen], self.log_p[chosen])
+        return Recognised(
+            [self.names[i] for i in chosen],
+            self.features[chosen],
+            self.log_p[chosen],
+            [self.sources[i] for i in chosen if self.sources],
+        )
 
 
 def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
@@ -61,12 +68,13 @@ def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
             "whose dataset is audio/labelled."
         )
     assert isinstance(classifier.tokenizer, MuLaw)
-    names, levels = [], []
+    names, levels, sources = [], [], []
     for record in read_audio(clips, classifier.tokenizer, **card.reader_options):
         assert record.ids is not None
         names.append(record.name)
+        sources.append(str(record.source))
         levels.append(record.ids)
-    return recognise_levels(classifier, names, levels)
+    return dataclasses.replace(recognise_levels(classifier, names, levels), sources=sources)
 
 
 def recognise_levels(classifier: LoadedModel, names: list[str], clips: Sequence[np.ndarray]) -> Recognised:
@@ -104,22 +112,25 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> float:
-    """The share of clips that are recognised as what their names say: the first named group of a pattern.
+    """The share of clips that are recognised as what their names say: the first named group of a pattern;
+    where a name says none, as the condition in the JSON that `generate` writes beside each clip.
 
     Raises ConfigError for a pattern without one, DataError for a name that says no class of the classifier.
     """
     try:
         compiled = re.compile(composed(pattern))
     except re.error as error:
-        raise ConfigError(f"--pattern is not a regular expression ({error}): {shown(pattern)}.") from error
+        raise ConfigError(f"--pattern is not a regular expression ({error}): {typed(pattern)}.") from error
     if not compiled.groupindex:
         raise ConfigError(
-            f"--pattern {shown(pattern)} names no group. Write (?P<digit>...) around what is a clip's class."
+            f"--pattern {typed(pattern)} names no group. Write (?P<digit>...) around what is a clip's class."
         )
     group, right = next(iter(compiled.groupindex)), 0
-    for name, answer in zip(clips.names, clips.log_p.argmax(1), strict=True):
+    for number, (name, answer) in enumerate(zip(clips.names, clips.log_p.argmax(1), strict=True)):
         match = compiled.search(composed(Path(name).name))
         said = match[group] if match else None
+        if said not in class_names and clips.sources:
+            said = asked_for(Path(clips.sources[number]).with_suffix(".json"), group) or said
         if said not in class_names:
             told = "nothing" if said is None else shown(said)
             raise DataError(
@@ -128,6 +139,19 @@ def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> flo
             )
         right += class_names[answer] == said
     return right / len(clips.names)
+
+
+def asked_for(settings: Path, group: str) -> str | None:
+    """What a generated clip was to be, by the settings beside it: the value of a condition of this name, or of the only
+    one. None if they do not say."""
+    try:
+        condition = json.loads(settings.read_text(encoding="utf-8"))["condition"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(condition, str):
+        return None
+    found = re.search(rf"(?:^|\s){re.escape(group)}=(\S+)", condition)
+    return composed(found[1] if found else condition)
 
 
 def score(

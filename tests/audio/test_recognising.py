@@ -183,6 +183,12 @@ def test_scores_of_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert low["am_score"] > same["am_score"] + 0.5
     assert "no more clips than features (8)" in low["note"]
     assert "IS as published" in capsys.readouterr().out
+    for number, name in enumerate(["low", "high"]):  # as generate names them, with what was asked for beside them
+        (folder / f"{name}_0.wav").rename(wrong.parent / f"both-00{number}.wav")
+        said = name if number else f"take=1 word={name}"
+        (wrong.parent / f"both-00{number}.json").write_text(json.dumps({"condition": said}))
+    both = score([tmp_path / "both-*.wav"], folder, place, pattern="^(?P<word>low|high)_")
+    assert [one["accuracy"] for one in both.values()] == [1.0]
 
 
 @pytest.fixture
