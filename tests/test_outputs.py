@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mambaseq_audio.codes import CodeFrames
 from mambaseq_audio.mulaw import MuLaw
 from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_text.tokenization import ByteTokenizer
@@ -24,6 +25,7 @@ from mambaseq.outputs import is_stream, numbered, output_file
 WRITERS = {
     "dna/fasta": (BaseTokenizer(), {}, "out.fa"),
     "audio/wav": (MuLaw(), {"sample_rate": 8000}, "out.wav"),
+    "audio/codes": (CodeFrames(1, 4), {}, "out.npy"),
     "text/text": (ByteTokenizer(), {}, "out.txt"),
     "csv": (None, {"columns": ["level"]}, "out.csv"),
 }
@@ -32,7 +34,10 @@ WRITERS = {
 def write(name: str, path: Path, count: int = 1) -> list[Path]:
     tokenizer, options, _ = WRITERS[name]
     ids = np.arange(50, dtype=np.uint8) % 4
-    ids = ids if tokenizer is not None else ids[:, None].astype(np.float32)
+    if tokenizer is None:
+        ids = ids[:, None].astype(np.float32)
+    elif isinstance(tokenizer, CodeFrames):
+        ids = tokenizer.encode(ids[:, None])
     files: list[Path] = catalog()["writers"].get(name)(path, [ids] * count, tokenizer, **options)
     return files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -170,5 +171,7 @@ def write_codes(
         frames = tokenizer.decode(np.asarray(ids))
         with output_file(file) as target:
             array = np.ascontiguousarray(frames if layout == "frames_books" else frames.T)
-            np.lib.format.write_array(target, array, version=(1, 0), allow_pickle=False)
+            whole = io.BytesIO()  # NumPy asks a file for its position, which a pipe has not
+            np.lib.format.write_array(whole, array, version=(1, 0), allow_pickle=False)
+            target.write(whole.getbuffer())
     return files

@@ -108,7 +108,14 @@ def configurations(data: Path) -> dict[str, dict[str, Any]]:
         },
         "audio": {
             **common,
-            "data": {"name": "audio/clips", "files": str(data / "clips"), "length": 40, "validation": "1", "test": "2"},
+            "data": {
+                "name": "audio/clips",
+                "files": str(data / "clips"),
+                "length": 40,
+                "pattern": r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$",
+                "validation": "1",
+                "test": "2",
+            },
             "model": lm,
             "generation": {"max_new_tokens": 20},
             "length_warmup": {"start": 8, "steps_per_stage": 1},

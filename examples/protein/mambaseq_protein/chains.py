@@ -13,7 +13,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from mambaseq.batch import Batch
 from mambaseq.data.masking import MaskedItems, MaskRule
 from mambaseq.data.module import SequenceData
-from mambaseq.data.records import Record, Refuse, raised
+from mambaseq.data.records import Record
 from mambaseq.data.tokenizer import Alphabet, Tokenizer
 from mambaseq.errors import DataError, shown
 
@@ -47,26 +47,21 @@ class Drawn:
         return Batch(torch.from_numpy(residues)[None], torch.from_numpy(states)[None] if self.labelled else None)
 
 
-def read_fasta(path: Path, tokenizer: Tokenizer, refuse: Refuse = raised) -> Iterator[Record]:
-    """A record a chain. refuse: called for a chain that cannot be used; the others are read.
-
-    Raises DataError, with the file and the chain, for what is no FASTA file of amino acids.
-    """
+def read_fasta(path: Path, tokenizer: Tokenizer) -> Iterator[Record]:
+    """A record a chain. Raises DataError, with the file and the chain, for what is no FASTA file of amino acids."""
+    where = str(path)
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             if not next(filter(str.strip, file), "").startswith(">"):
-                raise DataError(f"{path}: its first line is not > and the name of a chain. Begin it with one.")
+                raise DataError("its first line is not > and the name of a chain. Begin it with one.")
             file.seek(0)
             for title, chain in SimpleFastaParser(file):
                 where = f"{path}, chain {shown(title)}"
-                try:
-                    if not chain:
-                        raise DataError("it has no residues. Remove it.")
-                    ids = tokenizer.encode(chain)
-                except DataError as error:
-                    refuse(DataError(f"{where}: {error}"))
-                    continue
-                yield Record(title, ids=ids)
+                if not chain:
+                    raise DataError("it has no residues. Remove it.")
+                yield Record(title, ids=tokenizer.encode(chain))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Give a FASTA file.") from error
 
