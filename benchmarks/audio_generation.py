@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of some weights for moments: whether it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--models", nargs="+", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODELS", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--seconds", type=float, default=2.0, help="that a measurement is to last, about")
     parser.add_argument("--hour", type=float, metavar="MINUTES", help="measure the memory of a long prompt")
     parser.add_argument("--json", type=Path)
