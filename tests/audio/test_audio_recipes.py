@@ -11,7 +11,7 @@ import soundfile
 import torch
 from mambaseq_audio.io import in_sixteen_bits
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.recipes import audio_context, spoken, spoken_digits
+from mambaseq_audio.recipes import audio_context, spoken, spoken_digits, spoken_training
 from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_pieces, noise_bits
 
 from mambaseq.errors import DataError, UserError
@@ -128,7 +128,9 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert len(soundfile.read(ogg)[0]) > 2 * spoken.RATE // 8
     from mambaseq.runs.run import load
 
-    made = load(tmp_path / "models" / "LTI_U-Net-0.05min-seed0").generate(condition="1 bob", max_new_tokens=4)
+    made = load(tmp_path / "models" / "LTI_U-Net-0.05min-seed0").generate(
+        condition="digit=1 speaker=bob", max_new_tokens=4
+    )
     assert len(made.sequences[0]) == 4
     again = spoken_digits.tables(context(tmp_path, *only), recordings)  # from the finished trials
     assert again[1].lines[0].values == of
@@ -139,9 +141,12 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
 def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spoken, "bits", lambda *_: math.nan)
     digits = spoken_digits.Digits(context(tmp_path), recordings)
-    of = spoken_digits.CONTENDERS[spoken_digits.LTI]
+    of = spoken_training.CONTENDERS[spoken_digits.LTI]
     with pytest.raises(UserError, match="LTI U-Net diverged"):
-        spoken_digits._learn(digits, spoken_digits.LTI, of, 0, tmp_path / "trial")
+        spoken_training.learn(digits, spoken_digits.LTI, of, 0, 1e-3, 0.01, tmp_path / "trial")
+    tried = spoken_training.tried(digits, spoken_digits.LTI, 1e-3)
+    assert math.isnan(tried["validation"] or math.nan)
+    assert spoken_training.best_rate({1e-3: math.nan, 2e-3: 4.0, 3e-3: 4.1}) == 2e-3
 
 
 def test_clips_are_the_samples_of_their_levels(tmp_path: Path) -> None:

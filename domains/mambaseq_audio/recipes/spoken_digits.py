@@ -6,29 +6,44 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 
 from mambaseq.atomic import atomic_file, atomic_folder, atomic_path
-from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
+from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.errors import UserError
 from mambaseq.generation.decode import generate
-from mambaseq.models import SequenceModel, build_model
-from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
+from mambaseq.models import SequenceModel
+from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table
 from mambaseq.runs import run as runs
-from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import DIGITS_NAMES
 from mambaseq_audio.io import write_wav
-from mambaseq_audio.mulaw import LEVELS, MuLaw
+from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.recipes import spoken
-from mambaseq_audio.recipes.spoken import Recordings, Rows, Variation
+from mambaseq_audio.recipes.spoken import Recordings
+from mambaseq_audio.recipes.spoken_training import (
+    CONTENDERS,
+    HELD_OUT,
+    LONGEST,
+    LTI,
+    RATED,
+    RATES,
+    VARIANTS,
+    Contender,
+    best_rate,
+    export,
+    learn,
+    rates_of,
+    tried,
+)
 from mambaseq_audio.scores import scores
 from mambaseq_audio.scoring import Recognised, recognise_levels
 
@@ -36,66 +51,8 @@ MINUTES = 8.0
 GUIDANCE = (1.0, 2.0)
 """How many times over what digit and speaker change counts in the clips: as it was learned, and guided."""
 WANTED_BITS, WANTED_ACCURACY, WANTED_CLASSIFIER = 3.7, 0.90, 0.97
-LONGEST = 8192  # of a generated clip; 0.6 % of the recordings are longer
-
-
-class Contender(NamedTuple):
-    """A model: its parts at full scale, and how it is trained."""
-
-    d_model: int
-    backbone: dict[str, Any]
-    mixer: dict[str, Any]
-    more: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    dropout: float = 0.2
-    condition_dropout: float = 0.1
-    variation: Variation = Variation(gain=6.0, shift=256)
-
-
-_UNET = {"name": "unet", "n_layers": 4, "pool": [4, 4], "expand": 2}
-_STACK = {"name": "residual", "n_layers": 8}
-_LTI = {"name": "mamba", "lti": True}
-MAMBA, LTI = "Mamba U-Net", "LTI U-Net"
-CONTENDERS = {
-    MAMBA: Contender(88, _UNET, {"name": "mamba"}),
-    LTI: Contender(88, _UNET, _LTI),
-    "isotropic Mamba": Contender(336, _STACK, {"name": "mamba"}),
-    "isotropic LTI": Contender(336, _STACK, _LTI),
-    "S4 U-Net": Contender(
-        72,
-        {**_UNET, "mlp": True},
-        {"name": "s4d", "d_state": 32},
-        {"mixers": {"mlp": {"activation": "gelu"}}},
-    ),
-}
-UNCHANGED = f"{LTI}, recordings unchanged"
-DROPOUTS = {f"{LTI}, dropout {rate}": rate for rate in (0.0, 0.1, 0.3)}
-SMALL = f"small {LTI}"
-VARIANTS = {
-    SMALL: Contender(40, _UNET, _LTI, dropout=0.1, condition_dropout=0.0),
-    UNCHANGED: CONTENDERS[LTI]._replace(variation=Variation()),
-    **{name: CONTENDERS[LTI]._replace(dropout=rate) for name, rate in DROPOUTS.items()},
-}
-"""What is trained only when it is named: a model that is small enough to ship, and what of the training does which
-part."""
-HELD_OUT = {f"{name}, held-out speakers": name for name in (MAMBA, LTI)}
 CLASSIFIER = "classifier"
 CLASSIFIERS = (CLASSIFIER, f"{CLASSIFIER}, held-out speakers")
-
-
-def _build(context: Context, of: Contender, n_conditions: int) -> SequenceModel:
-    layers = context.at(full=of.backbone["n_layers"], small=2, tiny=1)
-    spec = {
-        "d_model": context.at(full=of.d_model, small=32, tiny=8),
-        "encoder": {
-            **{"name": "tokens", "vocab_size": LEVELS, "n_conditions": n_conditions},
-            "condition_dropout": of.condition_dropout,
-        },
-        "backbone": {**of.backbone, "n_layers": layers, "dropout": of.dropout},
-        "mixer": of.mixer,
-        "head": {"name": "lm", "vocab_size": LEVELS},
-        **of.more,
-    }
-    return build_model(spec).to(context.device)
 
 
 class Digits:
@@ -108,10 +65,7 @@ class Digits:
         self.context, self.folder, self.held = context, folder, held
         self.recordings: Recordings = spoken.load(folder)
         self.split = self.recordings.split(held)
-        self.conditions = self.recordings.conditions(with_speaker=not held)
-        speakers = [""] if held else self.recordings.names
-        n_digits = int(self.recordings.digits.max()) + 1
-        self.names = [f"{digit} {speaker}".strip() for digit in range(n_digits) for speaker in speakers]
+        self.described, self.conditions = self.recordings.conditions(self.split["train"], with_speaker=not held)
 
     @property
     def minutes(self) -> float:
@@ -191,59 +145,20 @@ class Digits:
         return {**found, "accuracy": float((heard == digits).mean())}
 
 
-def _learn(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path) -> dict[str, float]:
-    """Train by the clock, keep the weights that are best on the validation recordings, export them; bits a sample."""
-    context = digits.context
-    torch.manual_seed(seed)
-    model = _build(context, of, len(digits.names))
-    chosen = digits.split["train"]
-    length = context.at(full=4096, small=2048, tiny=128)
-    rows = Rows([digits.recordings.signals[i] for i in chosen], digits.conditions[chosen], length, context.device)
-    best_file = checkpoint.with_suffix(".best.pt")
-    best = math.inf
-    if best_file.exists():
-        best = torch.load(best_file, map_location="cpu", weights_only=True)["bits"]
-
-    def look() -> bool:
-        nonlocal best
-        now = digits.bits(model, "validation")
-        if now < best:
-            best = now
-            with atomic_file(best_file) as file:
-                torch.save({"bits": now, "weights": model.state_dict()}, file)
-        return False
-
-    steps = context.at(full=1_000_000, small=100_000, tiny=4)
-    run = train(
-        model,
-        rows.batches(context.at(full=16, small=4, tiny=2), seed, of.variation),
-        steps,
-        OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=steps // 50, min_lr_ratio=0.02),
-        autocast=torch.bfloat16 if context.device.type == "cuda" else None,
-        checkpoint=checkpoint,
-        finished=look,
-        check_every=context.at(full=400, small=100, tiny=2),
-        label=name,
-        clock=60 * digits.minutes,
-        average=context.at(full=0.999, small=0.99, tiny=0.9),
-    )
-    look()
-    if not best_file.exists():  # no look found a number of bits
-        raise UserError(
-            f"The training of {name} diverged: its bits on the validation recordings were never a finite number. Give "
-            "another seed with --seed."
-        )
-    model.load_state_dict(torch.load(best_file, map_location=context.device, weights_only=True)["weights"])
-    _export(digits, model, name, seed, run.steps)
+def _trial(digits: Digits, name: str, of: Contender, seed: int, rate: float, checkpoint: Path) -> dict[str, float]:
+    """Train, export the model; bits a sample."""
+    found = learn(digits, name, of, seed, rate, digits.minutes, checkpoint)
+    model, run = found.model, found.run
+    export(digits, model, digits.context.folder / "models" / _stem(name, digits.minutes, seed), run.steps)
     return {
         "bits": digits.bits(model, "test"),
-        "validation": best,
+        "validation": found.best,
         "train_bits": digits.bits(model, "train", len(digits.split["test"])),
         "last": run.loss / math.log(2),
+        "rate": rate,
         "seconds": run.clock,
         "steps": run.steps,
-        "passes": run.steps * context.at(full=16, small=4, tiny=2) * length / rows.total,
-        "samples_per_s": run.steps_per_second * context.at(full=16, small=4, tiny=2) * length,
+        "passes": found.passes,
         "captured": float(run.captured),
         "parameters": model.n_parameters(),
     }
@@ -251,26 +166,6 @@ def _learn(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path
 
 def _stem(name: str, minutes: float, seed: int) -> str:
     return f"{name.replace(', ', '-').replace(' ', '_')}-{minutes:g}min-seed{seed}"
-
-
-def _export(digits: Digits, model: SequenceModel, name: str, seed: int, step: int) -> None:
-    """A model that `mambaseq generate` reads."""
-    assert model.spec is not None
-    card = ModelCard(
-        spec=model.spec,
-        tokenizer={"name": "audio/mulaw", "options": {}},
-        condition_names=digits.names,
-        length=LONGEST,
-        start_ids=[MuLaw.start_id],
-        reader="audio/audio",
-        writer="audio/wav",
-        reader_options={"sample_rate": spoken.RATE, "resample": True, "channels": "mean"},
-        writer_options={"sample_rate": spoken.RATE},
-        generation={"max_new_tokens": 4000},
-        step=step,
-        task="next_token",
-    )
-    save_model(digits.context.folder / "models" / _stem(name, digits.minutes, seed), model, card, MuLaw())
 
 
 def _speak(digits: Digits, name: str, guidance: float, seed: int) -> dict[str, float]:
@@ -282,26 +177,23 @@ def _speak(digits: Digits, name: str, guidance: float, seed: int) -> dict[str, f
         raise UserError(f"{folder} is missing. Remove the trials of {name} from {context.folder} to train it again.")
     model = load_model(folder, context.device).model
     longest = context.at(full=LONGEST, small=LONGEST, tiny=32)
-    takes = max(len(digits.split["test"]) // len(digits.names), 1)
+    recordings, chosen = digits.recordings, digits.split["train"]
+    takes = max(len(digits.split["test"]) // len(digits.described[0].names) // len(recordings.names), 1)
     rng = np.random.default_rng(seed)
-    conditions, lengths = [], []
-    chosen = digits.split["train"]
-    for condition in range(len(digits.names)):
-        like = chosen[digits.conditions[chosen] == condition]
-        if not len(like):
-            continue
-        for _ in range(takes):
-            conditions.append(condition)
-            lengths.append(min(len(digits.recordings.signals[rng.choice(like)]), longest))
-    of = torch.tensor(conditions, device=context.device)
-    prompt = torch.full((len(of), 1), MuLaw.start_id, device=context.device)
-    ids = generate(model, prompt, max(lengths), guidance=guidance, seed=seed, condition=of)[:, 1:]
+    names, like = [], []  # a training recording for each clip, of the same digit, speaker and length
+    for digit, (speaker, of) in itertools.product(digits.described[0].names, enumerate(recordings.names)):
+        some = chosen[(recordings.digits[chosen] == int(digit)) & (recordings.speakers[chosen] == speaker)]
+        if len(some):
+            like += rng.choice(some, takes).tolist()
+            names += [f"{digit}_{of}_{take}" for take in range(takes)]
+    lengths = [min(len(recordings.signals[i]), longest) for i in like]
+    condition = torch.from_numpy(digits.conditions[like]).to(context.device)
+    prompt = torch.full((len(like), 1), MuLaw.start_id, device=context.device)
+    ids = generate(model, prompt, max(lengths), guidance=guidance, seed=seed, condition=condition)[:, 1:]
     clips = [row[:length] for row, length in zip(ids.cpu().numpy().astype(np.uint8), lengths, strict=True)]
-    said = np.array([int(digits.names[condition].split()[0]) for condition in conditions])
-    names = [f"{digits.names[condition].replace(' ', '_')}_{i % takes}" for i, condition in enumerate(conditions)]
     stem = _stem(name, digits.minutes, seed) + ("" if guidance == 1 else f"-guidance{guidance:g}")
     _write(context.folder / "clips" / stem, names, clips)
-    return digits.scored(recognise_levels(digits.loaded, names, clips), said)
+    return digits.scored(recognise_levels(digits.loaded, names, clips), recordings.digits[like])
 
 
 def _write(place: Path, names: Sequence[str], clips: Sequence[np.ndarray], replace: bool = True) -> None:
@@ -330,23 +222,42 @@ def run(context: Context) -> list[Table]:
 def tables(context: Context, folder: Path) -> list[Table]:
     """The recipe on a folder of recordings."""
     usual = [*CLASSIFIERS, *CONTENDERS, *HELD_OUT]
-    context.wanted([*usual, *VARIANTS])
-    wanted = [name for name in (*usual, *VARIANTS) if name in (context.only or usual)]
+    context.wanted([*usual, *VARIANTS, *RATED])
+    wanted = [name for name in (*usual, *VARIANTS, *RATED) if name in (context.only or usual)]
     found: list[Table] = []
     digits = Digits(context, folder)
     other = functools.cache(lambda: Digits(context, folder, spoken.HELD_OUT))
+    rate = functools.cache(lambda name: best_rate(rates_of(digits, name)))
     if classifiers := [name for name in CLASSIFIERS if name in wanted]:
         found.append(_classifier_table(classifiers, digits, other))
     names = {name: of for name, of in {**CONTENDERS, **VARIANTS}.items() if name in wanted}
     if names:
-        found += _main_tables(context, digits, names)
+        rates = {name: rate(of.rates_of or name) for name, of in names.items()}
+        found += _main_tables(context, digits, names, rates)
     if held := [name for name in HELD_OUT if name in wanted]:
-        lines = [
-            Line(name, _trials(other(), name, CONTENDERS[HELD_OUT[name]], context.seeds[:1]), note=_note(other()))
-            for name in held
-        ]
+        lines = []
+        for name, like in ((name, HELD_OUT[name]) for name in held):
+            values = _trials(other(), name, CONTENDERS[like], context.seeds[:1], rate(like))
+            lines.append(Line(name, values, note=_note(other())))
         found.append(Table("Spoken digits by speakers that training does not hear", _HELD, _HELD_COLUMNS, lines))
+    rated = [RATED[name] for name in wanted if name in RATED]
+    if context.scale == "full":
+        rated += [(name, one) for name in wanted if name in CONTENDERS for one in RATES]
+    if rated:
+        found.append(_rates_table(digits, rated))
     return found
+
+
+def _rates_table(digits: Digits, rated: Sequence[tuple[str, float]]) -> Table:
+    values: dict[str, dict[str, list[float]]] = {}
+    for name, one in dict.fromkeys(rated):
+        values.setdefault(name, {})[f"{one:g}"] = [tried(digits, name, one)["validation"]]
+    about = (
+        f"Bits a sample on the validation recordings after {digits.minutes / 5:g} minutes of steps at each peak "
+        "learning rate, under a schedule of that length. Each contender has its best one above."
+    )
+    columns = [Column(f"{one:g}", f"{one:g}", 3) for one in RATES]
+    return Table("Learning rates", about, columns, [Line(name, of) for name, of in values.items()])
 
 
 def _classifier_table(names: Sequence[str], digits: Digits, other: Callable[[], Digits]) -> Table:
@@ -365,12 +276,12 @@ def _classifier_table(names: Sequence[str], digits: Digits, other: Callable[[], 
     )
 
 
-def _trials(digits: Digits, name: str, of: Contender, seeds: Sequence[int]) -> dict[str, list[float]]:
+def _trials(digits: Digits, name: str, of: Contender, seeds: Sequence[int], rate: float) -> dict[str, list[float]]:
     return _over(
         digits,
         f"{name} minutes={digits.minutes:g}",
         seeds,
-        lambda seed, checkpoint: _learn(digits, name, of, seed, checkpoint),
+        lambda seed, checkpoint: _trial(digits, name, of, seed, rate, checkpoint),
     )
 
 
@@ -385,15 +296,16 @@ def _over(
     return found
 
 
-def _main_tables(context: Context, digits: Digits, names: dict[str, Contender]) -> list[Table]:
+def _main_tables(context: Context, digits: Digits, names: dict[str, Contender], rates: dict[str, float]) -> list[Table]:
     trained = {
-        name: _trials(digits, name, of, context.seeds[: len(context.seeds) if context.only else 1])
+        name: _trials(digits, name, of, context.seeds[: len(context.seeds) if context.only else 1], rates[name])
         for name, of in names.items()
     }
     seeds = {name: list(context.seeds[: len(of["bits"])]) for name, of in trained.items()}
     if not context.only:  # a second seed for the two that lead, on the validation recordings
         for name in sorted(names, key=lambda name: trained[name]["validation"][0])[:2]:
-            trained[name], seeds[name] = _trials(digits, name, names[name], context.seeds), list(context.seeds)
+            trained[name] = _trials(digits, name, names[name], context.seeds, rates[name])
+            seeds[name] = list(context.seeds)
     found = []
     for guidance in GUIDANCE:
         lines = []
@@ -479,6 +391,7 @@ _PUBLISHED = [
 ]
 _COSTS = [
     Column("seconds", "seconds trained", 0),
+    Column("rate", "learning rate", 4),
     Column("steps", "steps", 0),
     Column("passes", "times through the recordings", 0),
     Column("parameters", "parameters", 0),
@@ -496,29 +409,30 @@ def _about(digits: Digits) -> str:
         "The Free Spoken Digit Dataset, six speakers, official split: takes 0 to 4 of each digit and speaker are the "
         f"test ({len(digits.split['test']):,} recordings), takes 47 to 49 choose the weights, the others ("
         f"{len(digits.split['train']):,}) are trained on. 8-bit mu-law at fixed full scale, sample by sample, given "
-        "digit and speaker. U-Nets have three resolutions, windows of 4 joined twice, and 4 layers each way; S4 is the "
-        "diagonal one, with an MLP behind each layer; stacks have 8 layers. All are of about 6 M parameters and "
-        f"trained for {digits.minutes:g} minutes of steps (compiling and looking at the validation recordings do not "
-        "count), in rows of 4,096 samples, 16 a step; AdamW, peak 2e-3, a cosine that ends with the clock, weight "
-        f"decay 0.1, an average of the weights (0.999), dropout {usual.dropout:g}; one half of the rows is made louder "
-        f"or softer by up to {usual.variation.gain:g} dB, one half begins up to {usual.variation.shift} samples later. "
-        "bf16 autocast in training; bits in fp32. What bounds them: 'training recordings' has the same weights' bits "
-        "on recordings that they were trained on, and 'background noise alone' what a model that knows everything but "
-        "the noise would still pay, if speech and stationary Gaussian noise as in a recording's quietest frames add "
-        "up. Clips: at temperature 1, as many as there are test recordings, each as long as a training recording of "
-        "its digit and speaker; FID against all recordings that may be trained on. A second seed for the two that lead "
-        "on the validation recordings."
+        "digit, speaker and how long the recording lasts. U-Nets have three resolutions, windows of 4 joined twice, "
+        "and 4 layers each way; S4 is the diagonal one, with an MLP behind each layer; stacks have 8 layers. All are "
+        f"of about 6 M parameters and trained for {digits.minutes:g} minutes of steps (compiling and looking at the "
+        "validation recordings do not count), in rows of 4,096 samples, 16 a step; AdamW, a tenth of the time as "
+        "warm-up, a cosine that ends with the clock, weight decay 0.1, an average of the weights (0.999), dropout "
+        f"{usual.dropout:g}; one half of the rows is made louder or softer by up to {usual.variation.gain:g} dB, one "
+        f"half begins up to {usual.variation.shift} samples later. bf16 autocast in training; bits in fp32. What "
+        "bounds them: 'training recordings' has the same weights' bits on recordings that they were trained on, and "
+        "'background noise alone' what a model that knows everything but the noise would still pay, if speech and "
+        "stationary Gaussian noise as in a recording's quietest frames add up. Clips: at temperature 1, as many as "
+        "there are test recordings, each given the length of a training recording of its digit and speaker, and as "
+        "long; FID against all recordings that may be trained on. A second seed for the two that lead on the "
+        "validation recordings."
     )
 
 
 _GUIDED = (
-    "The same weights: logits without digit and speaker, plus so many times what these change (Ho and Salimans, "
-    "arXiv:2207.12598); a tenth of the rows in training were not told them. 'Published code' is what SaShiMi's code "
-    "computes under these names (see `mambaseq audio/score --help`)."
+    "The same weights: logits without digit, speaker and length, plus so many times what these change (Ho and "
+    "Salimans, arXiv:2207.12598); a tenth of the rows in training were told none of them, and of each another tenth. "
+    "'Published code' is what SaShiMi's code computes under these names (see `mambaseq audio/score --help`)."
 )
 _HELD = (
-    f"Trained on four speakers, given the digit alone, tested on all recordings of the two others "
-    f"({' and '.join(spoken.HELD_OUT)}); all else as above."
+    "Trained on four speakers, given digit and length alone, at the rates of those above, tested on all recordings of "
+    f"the two others ({' and '.join(spoken.HELD_OUT)}); all else as above."
 )
 
 recipe = Recipe(run, seeds=2, brings=True, by_clock=True)
