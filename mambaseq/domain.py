@@ -124,6 +124,11 @@ CORE: dict[str, Entries] = {
         "lssl": ("mambaseq.mixers.lssl:LSSL", "LSSL: full HiPPO matrices, LegS or LegT, fixed or trained"),
         "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
         "mamba2": ("mambaseq.mixers.mamba2:Mamba2", "Mamba-2 (SSD): a decay a head, larger states"),
+        "gated_delta": (
+            "mambaseq.mixers.gated_delta:GatedDelta",
+            "Gated DeltaNet: a matrix that corrects what it says of each key, and decays",
+        ),
+        "kda": ("mambaseq.mixers.kda:KDA", "Kimi Delta Attention: the same with a decay a channel"),
         "retention": ("mambaseq.mixers.retention:Retention", "RetNet's retention: fixed decays, rotated keys"),
         "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "linear attention, elu + 1, RoPE"),
     },

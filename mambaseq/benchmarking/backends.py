@@ -14,6 +14,7 @@ from mambaseq.benchmarking.timing import Attempt, attempt, measure
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.delta_rule import DeltaArguments
 from mambaseq.ops.dispatch import Op, leaves, relative_rms_error
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 from mambaseq.ops.lti.arguments import LtiArguments
@@ -161,6 +162,19 @@ def _wkv(normal: Normal, batch: int, length: int, channels: int) -> WkvArguments
     return WkvArguments(k, v, normal(channels).abs(), normal(channels))
 
 
+def _delta(normal: Normal, batch: int, length: int, channels: int) -> DeltaArguments:
+    heads = channels // HEAD_DIM
+    size = (batch, length, heads, HEAD_DIM)
+    return DeltaArguments(
+        q=normal(*size),
+        k=torch.nn.functional.normalize(normal(*size), dim=-1),
+        v=normal(*size),
+        g=-0.1 * normal(batch, length, heads).abs(),
+        beta=normal(batch, length, heads).sigmoid(),
+        wants_final_state=False,
+    )
+
+
 def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
     x, residual = normal(batch, length, channels), normal(batch, length, channels)
     return AddNormArguments(x, residual, normal(channels))
@@ -184,6 +198,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "state_space_scan": _state_space,
     "ssd": _ssd,
     "wkv": _wkv,
+    "delta_rule": _delta,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
     "linear_cross_entropy": _loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mambaseq.ops import causal_conv as _causal_conv
+from mambaseq.ops import delta_rule as _delta_rule
 from mambaseq.ops import linear_cross_entropy as _linear_cross_entropy
 from mambaseq.ops import lti as _lti
 from mambaseq.ops import norm as _norm
@@ -22,6 +23,7 @@ OPS: dict[str, Op] = {
         _state_space.OP,
         _ssd.OP,
         _wkv.OP,
+        _delta_rule.OP,
         _norm.ADD_OP,
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
@@ -30,6 +32,7 @@ OPS: dict[str, Op] = {
 
 add_rms_norm = _norm.add_rms_norm
 causal_conv = _causal_conv.causal_conv
+delta_rule = _delta_rule.delta_rule
 gated_rms_norm = _norm.gated_rms_norm
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 lti_scan = _lti.lti_scan
@@ -42,6 +45,7 @@ __all__ = [
     "OPS",
     "add_rms_norm",
     "causal_conv",
+    "delta_rule",
     "gated_rms_norm",
     "linear_cross_entropy",
     "lti_scan",

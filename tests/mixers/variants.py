@@ -51,6 +51,22 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 5, "d_conv": 2, "expand": 1, "head_dim": 2, "n_groups": 3, "conv_bias": False, "bias": True},
         {"d_state": 8, "head_dim": 4, "norm_before_gate": True, "chunk_size": 16},
     ],
+    "gated_delta": [
+        {},
+        {
+            "n_heads": 2,
+            "head_dim": 3,
+            "n_value_heads": 4,
+            "expand_v": 1,
+            "conv_bias": True,
+            "gate": False,
+            "output_gate": False,
+            "d_conv": 2,
+            "chunk_size": 16,
+            "negative_eigenvalues": True,
+        },
+    ],
+    "kda": [{}, {"n_heads": 2, "head_dim": 3, "n_value_heads": 4, "expand_v": 2, "lower_bound": -5.0}],
     "retention": [
         {},
         {"n_heads": 2, "expand_v": 1, "chunk_size": 16},

@@ -22,6 +22,8 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "mamba, lti": ("mamba", {"lti": True}),
     "mamba2": ("mamba2", {}),
+    "gated_delta": ("gated_delta", {}),
+    "kda": ("kda", {}),
     "s4d": ("s4d", {}),
     "s4": ("s4", {}),
     "s5": ("s5", {}),

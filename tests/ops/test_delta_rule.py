@@ -1,0 +1,176 @@
+"""The gated delta rule: chunks equal the loop, the loop the papers' matrices, one step the whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+
+from mambaseq.ops import OPS, delta_rule, ssd
+from mambaseq.ops.delta_rule import DeltaArguments, delta_rule_update_
+from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
+
+OP = OPS["delta_rule"]
+TORCH, REFERENCE = OP.backends
+
+
+def drawn(
+    label: str, batch: int, length: int, *, channels: bool = False, rate: float = 1.0, key_heads: int = 2
+) -> DeltaArguments:
+    """Of decays of about exp(-rate), each channel its own with `channels`, and of beta between 0 and 2."""
+    draw, heads = Draw(label), 2
+    g = draw.uniform(0, 2 * rate, batch, length, heads, *([5] if channels else []))
+    return DeltaArguments(
+        q=draw.normal(batch, length, key_heads, 5),
+        k=F.normalize(draw.normal(batch, length, key_heads, 5), dim=-1),
+        v=draw.normal(batch, length, heads, 3),
+        g=-g,
+        beta=draw.uniform(0, 2, batch, length, heads),
+        initial_state=draw.normal(batch, heads, 3, 5),
+        chunk_size=32,
+    )
+
+
+def packed(arguments: DeltaArguments, *bounds: int) -> DeltaArguments:
+    state = Draw("states").normal(len(bounds) - 1, 2, 3, 5)
+    return arguments._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32), initial_state=state)
+
+
+CASES: dict[str, Callable[[], DeltaArguments]] = {
+    "length 0": lambda: drawn("a", 2, 0),
+    "length 1, reverse": lambda: drawn("b", 2, 1)._replace(reverse=True),
+    "length 63, keys shared": lambda: drawn("c", 2, 63, key_heads=1),
+    "channels, length 100, reverse": lambda: drawn("d", 2, 100, channels=True, rate=0.1)._replace(reverse=True),
+    "channels, strong and none at all": lambda: mixed(drawn("e", 1, 130, channels=True)),
+    "strong decay": lambda: drawn("f", 1, 70, rate=100.0),
+    "chunks of 1": lambda: drawn("g", 1, 20, channels=True)._replace(chunk_size=1),
+    "no decay, no state": lambda: drawn("h", 1, 100)._replace(g=None, initial_state=None),
+    "no delta, channels, keys shared": lambda: drawn("i", 2, 70, channels=True, key_heads=1)._replace(beta=None),
+    "no delta, no decay": lambda: drawn("j", 1, 70)._replace(g=None, beta=None),
+    "packed": lambda: packed(drawn("k", 1, 150), 0, 0, 1, 3, 66, 66, 98, 150, 150),
+    "packed, channels, reverse": lambda: packed(drawn("l", 1, 100, channels=True), 0, 63, 64, 100)._replace(
+        reverse=True
+    ),
+    "packed, no states, no delta": lambda: packed(drawn("m", 1, 70), 0, 40, 40, 70)._replace(
+        initial_state=None, beta=None
+    ),
+    "packed, length 0": lambda: packed(drawn("n", 1, 0), 0, 0, 0),
+    "packed, no sequence": lambda: packed(drawn("o", 1, 0), 0),
+}
+CASES = {name: functools.cache(build) for name, build in CASES.items()}
+
+
+def mixed(arguments: DeltaArguments) -> DeltaArguments:
+    """Channels that forget all at once beside those that forget nothing: a quotient of decays would overflow."""
+    assert arguments.g is not None
+    return arguments._replace(g=arguments.g * torch.tensor([0, 1e-4, 1, 30, 1000]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(case: str, device: str) -> None:
+    assert_equals_reference(OP, "torch", CASES[case], device_or_skip(device))
+
+
+@pytest.mark.parametrize("case", ["channels, strong and none at all", "packed", "no decay, no state"])
+def test_in_float64_nothing_but_rounding_differs(case: str) -> None:
+    expected = outputs_and_gradients(REFERENCE, CASES[case](), double=True)
+    actual = outputs_and_gradients(TORCH, CASES[case](), double=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_rms_error(a, e) < 1e-12
+
+
+def test_half_precision() -> None:
+    @functools.cache
+    def halves() -> DeltaArguments:
+        made = drawn("half", 2, 70, channels=True)
+        return made._replace(**{name: getattr(made, name).bfloat16() for name in ("q", "k", "v")})
+
+    assert_equals_reference(OP, "torch", halves, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_the_reference_is_the_papers_product_of_matrices(channels: bool) -> None:
+    """Equation 10 of arXiv:2412.06464, and equation 1 of arXiv:2510.26692 (transposed)."""
+    made = drawn("matrices", 1, 9, channels=channels)
+    q, k, v, g, beta, state = (value[0].double() for value in made[:6] if isinstance(value, torch.Tensor))
+    expected, S = torch.zeros_like(v), state.clone()
+    for t in range(9):
+        for head in range(2):
+            key = k[t, head]
+            decay = g[t, head].exp() * torch.ones(5).double()
+            kept = torch.diag(decay) @ (torch.eye(5).double() - beta[t, head] * torch.outer(key, key))
+            S[head] = S[head] @ kept + beta[t, head] * torch.outer(v[t, head], key)
+            expected[t, head] = S[head] @ q[t, head]
+    for backend in ("reference", "torch"):
+        y, final = delta_rule(
+            *(value[None] for value in (q, k, v, g, beta)), initial_state=state[None], backend=backend
+        )
+        torch.testing.assert_close(y[0], expected)
+        torch.testing.assert_close(final[0], S)
+
+
+def test_without_the_rule_it_is_the_state_space_dual() -> None:
+    made = drawn("dual", 2, 50)._replace(beta=None)
+    assert made.g is not None
+    expected, last = ssd(made.v, -made.g, -torch.ones(2), made.k, made.q, initial_state=made.initial_state)
+    # the dual multiplies its inputs by the step, too
+    y, final = delta_rule(made.q, made.k, made.v * -made.g[..., None], made.g, initial_state=made.initial_state)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_steps_are_the_whole(channels: bool) -> None:
+    made = drawn("steps", 2, 40, channels=channels, key_heads=1)
+    assert made.initial_state is not None
+    expected, final = delta_rule(*made[:5], initial_state=made.initial_state)
+    state = made.initial_state.clone()
+    steps = [delta_rule_update_(state, *(value[:, t] for value in made[:5] if value is not None)) for t in range(40)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_held_grows_with_the_length_and_not_with_channels_of_pairs() -> None:
+    """The largest tensor of decays a channel: no pair of positions has channels of its own."""
+    draw, largest = Draw("memory"), 0
+    q, k, g = (draw.uniform(0, 1, 1, 2048, 1, 64) for _ in range(3))
+    v, beta = draw.normal(1, 2048, 1, 8), draw.uniform(0, 1, 1, 2048, 1)
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.untyped_storage().nbytes():
+                largest = max(largest, made.untyped_storage().nbytes() // made.element_size())
+            return made
+
+    with Counted():
+        delta_rule(q, F.normalize(k, dim=-1), v, -g, beta, backend="torch")
+    assert largest <= 2 * 2048 * 64  # keys and queries in one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(1, 4, 6)}, "v must be"),
+        ({"v": torch.zeros(1, 4, 2, 3, dtype=torch.int64)}, "v must be real"),
+        ({"k": torch.zeros(1, 3, 2, 5)}, "k must be"),
+        ({"q": torch.zeros(1, 4, 2, 6)}, "q must have the shape of k"),
+        ({"q": torch.zeros(1, 4, 3, 5), "k": torch.zeros(1, 4, 3, 5)}, "3 heads, which do not divide the 2 of v"),
+        ({"g": torch.zeros(1, 4, 2, 3)}, "g must be"),
+        ({"beta": torch.zeros(1, 4, 2, 1)}, "beta must be"),
+        ({"beta": torch.zeros(1, 4, 2, device="meta")}, "beta is on meta, but v is on cpu"),
+        ({"initial_state": torch.zeros(1, 2, 5, 3)}, "initial_state must be"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
+    given = {"q": torch.zeros(1, 4, 2, 5), "k": torch.zeros(1, 4, 2, 5), "v": torch.zeros(1, 4, 2, 3)}
+    with pytest.raises(ValueError, match=message):
+        delta_rule(**(given | change))
