@@ -23,7 +23,7 @@ class KDA(DeltaMixer):
     rank, with a sigmoid gate behind the norm.
 
         S_t = S_{t-1} diag(exp(g_t)) (1 - beta_t k_t k_tᵀ) + beta_t v_t k_tᵀ
-        g_t = -exp(A_log) softplus(f_t + dt_bias)      (with lower_bound: lower_bound sigmoid(exp(A_log) (f_t + dt_bias)))
+        g_t = -exp(A_log) softplus(f_t + dt_bias)      (or lower_bound sigmoid(exp(A_log) (f_t + dt_bias)))
 
     Args:
         d_model: width of the residual stream.

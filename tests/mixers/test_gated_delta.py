@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the published layer in a loop, its initial values, and what it is asked that cannot be."""
+"""Gated DeltaNet and Kimi Delta Attention: the published layers in a loop, their parameters, and what cannot be."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from mambaseq.errors import ConfigError
+from mambaseq.mixers.delta import DeltaMixer
 from mambaseq.mixers.gated_delta import GatedDelta
+from mambaseq.mixers.kda import KDA
 
 
-def layer(mixer: GatedDelta, x: torch.Tensor) -> torch.Tensor:
+def layer(mixer: DeltaMixer, x: torch.Tensor) -> torch.Tensor:
     """The layer as published, one position after another, its convolutions by their sums."""
     p = dict(mixer.named_parameters())
     heads, ratio = mixer.n_value_heads, mixer.n_value_heads // mixer.n_heads
@@ -30,29 +32,49 @@ def layer(mixer: GatedDelta, x: torch.Tensor) -> torch.Tensor:
     beta = beta * (2 if mixer.negative_eigenvalues else 1)
     S, outputs = x.new_zeros(len(x), heads, mixer.value_dim, mixer.head_dim), []
     for t in range(x.shape[1]):
-        if mixer.gate:
-            decay = torch.exp(-p["A_log"].exp() * F.softplus(x[:, t] @ p["a_proj.weight"].T + p["dt_bias"]))
-            S = S * decay[..., None, None]
+        S = S * decays(mixer, p, x[:, t])
         wrong = v[:, t] - torch.einsum("bhvk,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bh,bhv,bhk->bhvk", beta[:, t], wrong, k[:, t])
         outputs.append(torch.einsum("bhvk,bhk->bhv", S, q[:, t]))
     y = torch.stack(outputs, 1)
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p["o_norm.weight"]
-    if mixer.output_gate:
+    if isinstance(mixer, KDA):
+        z = x @ p["g_proj.0.weight"].T @ p["g_proj.1.weight"].T + p["g_proj.1.bias"]
+        y = y * torch.sigmoid(z.unflatten(-1, (heads, -1)))
+    elif "g_proj.weight" in p:
         y = y * F.silu((x @ p["g_proj.weight"].T).unflatten(-1, (heads, -1)))
     return y.flatten(2) @ p["o_proj.weight"].T
 
 
+def decays(mixer: DeltaMixer, p: dict[str, torch.nn.Parameter], x: torch.Tensor) -> torch.Tensor:
+    """What x `(batch, d_model)` leaves of the state `(batch, heads, value_dim, head_dim)`."""
+    if isinstance(mixer, KDA):
+        f = x @ p["f_proj.0.weight"].T @ p["f_proj.1.weight"].T + p["dt_bias"]
+        f, A = f.unflatten(-1, (mixer.n_value_heads, 1, -1)), p["A_log"].exp()[:, None, None]
+        bound = mixer.lower_bound
+        return torch.exp(-A * F.softplus(f) if bound is None else bound * torch.sigmoid(A * f))
+    if "a_proj.weight" not in p:
+        return torch.ones((), dtype=x.dtype)
+    return torch.exp(-p["A_log"].exp() * F.softplus(x @ p["a_proj.weight"].T + p["dt_bias"]))[..., None, None]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {"n_heads": 2, "head_dim": 3, "n_value_heads": 4, "conv_bias": True, "negative_eigenvalues": True},
-        {"gate": False, "output_gate": False, "expand_v": 1},
+        (
+            GatedDelta,
+            {"n_heads": 2, "head_dim": 3, "n_value_heads": 4, "conv_bias": True, "negative_eigenvalues": True},
+        ),
+        (GatedDelta, {"gate": False, "output_gate": False, "expand_v": 1, "conv_bias": True}),
+        (KDA, {"n_heads": 2, "head_dim": 3, "n_value_heads": 4, "expand_v": 2, "negative_eigenvalues": True}),
+        (KDA, {"lower_bound": -5.0}),
     ],
 )
-def test_is_the_published_layer(options: dict) -> None:
+def test_is_the_published_layer(kind: type, options: dict) -> None:
     torch.manual_seed(0)
-    mixer = GatedDelta(8, **options).double()
+    mixer = kind(8, **options).double()
+    for parameter in mixer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True)
     found, expected, weight = mixer(x), layer(mixer, x), torch.randn(2, 20, 8, dtype=torch.float64)
     torch.testing.assert_close(found, expected)
@@ -77,8 +99,21 @@ def test_names_and_shapes_are_the_published_ones() -> None:
         "o_norm.weight": (256,),
         "o_proj.weight": (512, 768),
     }
+    shapes = {name: tuple(value.shape) for name, value in KDA(512, n_heads=4, head_dim=64).named_parameters()}
+    assert {name: shape for name, shape in shapes.items() if "conv" not in name} == {
+        **dict.fromkeys(("q_proj.weight", "k_proj.weight", "v_proj.weight"), (256, 512)),
+        **dict.fromkeys(("f_proj.0.weight", "g_proj.0.weight"), (64, 512)),
+        **dict.fromkeys(("f_proj.1.weight", "g_proj.1.weight"), (256, 64)),
+        "g_proj.1.bias": (256,),
+        "b_proj.weight": (4, 512),
+        "A_log": (4,),
+        "dt_bias": (256,),
+        "o_norm.weight": (64,),
+        "o_proj.weight": (512, 256),
+    }
     # by default keys come to 3/4 of the width together
     assert [(GatedDelta(width).n_heads, GatedDelta(width).head_dim) for width in (12, 512)] == [(2, 4), (3, 128)]
+    assert [(KDA(width).n_heads, KDA(width).head_dim) for width in (12, 512)] == [(3, 4), (4, 128)]
     wide = GatedDelta(64, n_heads=3)
     assert (wide.n_heads, wide.head_dim) == (3, 16)
 
@@ -99,3 +134,8 @@ def test_names_and_shapes_are_the_published_ones() -> None:
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GatedDelta(8, **options)
+
+
+def test_a_bound_of_decays_is_below_0() -> None:
+    with pytest.raises(ConfigError, match="lower_bound must be below 0, not 0"):
+        KDA(8, lower_bound=0.0)

@@ -63,10 +63,19 @@ VARIANTS: dict[str, list[dict]] = {
             "output_gate": False,
             "d_conv": 2,
             "chunk_size": 16,
+        },
+    ],
+    "kda": [
+        {},
+        {
+            "n_heads": 2,
+            "head_dim": 3,
+            "n_value_heads": 4,
+            "expand_v": 2,
+            "lower_bound": -5.0,
             "negative_eigenvalues": True,
         },
     ],
-    "kda": [{}, {"n_heads": 2, "head_dim": 3, "n_value_heads": 4, "expand_v": 2, "lower_bound": -5.0}],
     "retention": [
         {},
         {"n_heads": 2, "expand_v": 1, "chunk_size": 16},

@@ -20,7 +20,7 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,10 +187,11 @@ def _forward_in_time(arguments: DeltaArguments) -> DeltaArguments:
     """The same with time running forward."""
     if not arguments.reverse:
         return arguments
-    flipped = {name: value for name, value in arguments._asdict().items() if name in ("q", "k", "v", "g", "beta")}
-    arguments = arguments._replace(
-        **{name: None if value is None else value.flip(1) for name, value in flipped.items()}
-    )
+    names = ("q", "k", "v", "g", "beta")
+    flipped: dict[str, Any] = {
+        name: value.flip(1) for name, value in zip(names, arguments[:5], strict=True) if value is not None
+    }
+    arguments = arguments._replace(**flipped)
     if arguments.cu_seqlens is None:
         return arguments
     state = arguments.initial_state

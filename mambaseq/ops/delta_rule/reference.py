@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
         return y.to(v.dtype), final
     ys, finals = [values[:, :0]], [state[:0]]
     for s, (start, end) in enumerate(itertools.pairwise(sequences.offsets(cu_seqlens, v.shape[1]))):
-        own = [None if value is None else value[:, start:end] for value in (q, k, values, g, beta)]
-        y, final = _scan(*own, state[s : s + 1], reverse)  # type: ignore[arg-type]
+        own: Any = [None if value is None else value[:, start:end] for value in (q, k, values, g, beta)]
+        y, final = _scan(*own, state[s : s + 1], reverse)
         ys.append(y)
         finals.append(final)
     return torch.cat(ys, dim=1).to(v.dtype), torch.cat(finals)
