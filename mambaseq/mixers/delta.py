@@ -75,10 +75,7 @@ class DeltaMixer(Mixer):
         super().__init__()
         if d_model < 1:
             raise ConfigError(f"{name}: d_model must be positive, not {d_model}.")
-        if head_dim is None:
-            head_dim = 1 << (max(1, min(128, keys // max(1, n_heads or 2))).bit_length() - 1)
-        if n_heads is None:
-            n_heads = max(1, round(keys / max(1, head_dim)))
+        n_heads, head_dim = _heads(keys, n_heads, head_dim)
         n_value_heads = n_heads if n_value_heads is None else n_value_heads
         sizes = {"n_heads": n_heads, "head_dim": head_dim, "n_value_heads": n_value_heads, "d_conv": d_conv}
         for key, size in {**sizes, "chunk_size": chunk_size}.items():
@@ -212,6 +209,18 @@ class DeltaMixer(Mixer):
         """See `Mixer.scale_residual_`."""
         with torch.no_grad():
             self.o_proj.weight.mul_(factor)
+
+
+def _heads(keys: int, n_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Number and size of heads that come to about `keys` channels: as given, else the fewest of at most 128 channels,
+    and at least two, that divide them, where there are such."""
+    if n_heads is None and head_dim is None:
+        fewest = max(2, -(-keys // 128))
+        n_heads = next((n for n in range(fewest, 2 * fewest + 1) if keys % n == 0), fewest)
+    if n_heads is None:
+        assert head_dim is not None
+        return max(1, round(keys / max(1, head_dim))), head_dim
+    return n_heads, max(1, min(128, keys // max(1, n_heads))) if head_dim is None else head_dim
 
 
 def unit(x: Tensor) -> Tensor:

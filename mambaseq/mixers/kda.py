@@ -27,8 +27,9 @@ class KDA(DeltaMixer):
 
     Args:
         d_model: width of the residual stream.
-        n_heads: heads of queries and keys. None for as many as come to d_model together.
-        head_dim: channels of a query or key. None for 128, or less where that would leave fewer than two heads.
+        n_heads: heads of queries and keys. None for as many as come to d_model together: two, or more where they would
+            have more than 128 channels.
+        head_dim: channels of a query or key. None for what the heads divide, at most 128.
         n_value_heads: heads of values, a multiple of n_heads; None for as many.
         expand_v: channels of a value are expand_v * head_dim, which is the rank of the gates, too.
         d_conv: width of the causal convolutions of q, k and v.

@@ -111,11 +111,24 @@ def test_names_and_shapes_are_the_published_ones() -> None:
         "o_norm.weight": (64,),
         "o_proj.weight": (512, 256),
     }
-    # by default keys come to 3/4 of the width together
-    assert [(GatedDelta(width).n_heads, GatedDelta(width).head_dim) for width in (12, 512)] == [(2, 4), (3, 128)]
-    assert [(KDA(width).n_heads, KDA(width).head_dim) for width in (12, 512)] == [(3, 4), (4, 128)]
-    wide = GatedDelta(64, n_heads=3)
-    assert (wide.n_heads, wide.head_dim) == (3, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "options", "heads"),
+    [
+        (GatedDelta, 12, {}, (3, 3)),
+        (GatedDelta, 768, {}, (6, 96)),  # 3/4 of the width together, as published
+        (GatedDelta, 1024, {}, (6, 128)),
+        (GatedDelta, 64, {"n_heads": 3}, (3, 16)),
+        (GatedDelta, 64, {"head_dim": 16}, (3, 16)),
+        (GatedDelta, 1, {}, (2, 1)),
+        (KDA, 512, {}, (4, 128)),
+        (KDA, 17, {}, (2, 8)),  # no divisor: nearly as many
+    ],
+)
+def test_heads_by_default(kind: type, width: int, options: dict, heads: tuple[int, int]) -> None:
+    mixer = kind(width, **options)
+    assert (mixer.n_heads, mixer.head_dim) == heads
 
 
 @pytest.mark.parametrize(
