@@ -144,8 +144,8 @@ def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monk
     of = spoken_training.CONTENDERS[spoken_digits.LTI]
     with pytest.raises(UserError, match="LTI U-Net diverged"):
         spoken_training.learn(digits, spoken_digits.LTI, of, 0, 1e-3, 0.01, tmp_path / "trial")
-    tried = spoken_training.tried(digits, spoken_digits.LTI, 1e-3)
-    assert math.isnan(tried["validation"] or math.nan)
+    for _ in range(2):  # run, and read from its file
+        assert math.isnan(spoken_training.tried(digits, spoken_digits.LTI, 1e-3)["validation"])
     assert spoken_training.best_rate({1e-3: math.nan, 2e-3: 4.0, 3e-3: 4.1}) == 2e-3
 
 

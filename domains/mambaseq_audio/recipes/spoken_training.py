@@ -169,7 +169,8 @@ def tried(digits: Digits, name: str, rate: float) -> dict[str, float]:
             return {"validation": math.nan}
         return {"validation": found.best, "seconds": found.run.clock, "steps": found.run.steps}
 
-    return digits.context.trial(f"{name} rate={rate:g} minutes={minutes:g}", trial)
+    found = digits.context.trial(f"{name} rate={rate:g} minutes={minutes:g}", trial)
+    return {key: math.nan if value is None else value for key, value in found.items()}  # as a file has it
 
 
 def rates_of(digits: Digits, name: str) -> dict[float, float]:
