@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq import parallel
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import mixer_names
+from mambaseq.batch import Batch
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
@@ -160,6 +162,32 @@ class SequenceModel(nn.Module):
                 "state. Declare position_wise = True if it holds, or use another encoder."
             )
 
+    def check_splits_time(self, has_labels: bool = True, padded_states: bool = False) -> None:
+        """Raise ConfigError for a part that needs whole sequences, so that these cannot be split over ranks along time
+        (see `mambaseq.parallel`)."""
+        check = getattr(self.backbone, "check_splits_time", None)
+        if check is not None:
+            check()
+        needing = [
+            f"The encoder {type(self.encoder).__name__}"
+            if not getattr(self.encoder, "position_wise", False) or self.stride != 1
+            else "",
+            f"The head {type(self.head).__name__}"
+            if has_labels and not getattr(self.head, "position_wise", False)
+            else "",
+        ]
+        for one in filter(None, needing):
+            raise ConfigError(
+                f"{one} does not declare that what it makes of a position depends on nothing else (position_wise), so "
+                "sequences cannot be split over ranks (context parallel). Use another one, such as 'tokens' and 'lm', "
+                "or one rank."
+            )
+        if padded_states:
+            raise ConfigError(
+                "States of padded sequences are those at each row's own end, for which sequences that are split over "
+                "ranks (context parallel) must be packed (cu_seqlens) instead."
+            )
+
     def forward(
         self,
         inputs: Tensor,
@@ -204,6 +232,9 @@ class SequenceModel(nn.Module):
                 _check_right_padding(mask)
         if state is not None or return_state:
             self.check_stateful()
+        part = parallel.current()
+        if part is not None:
+            self.check_splits_time(labels is not None, mask is not None and return_state)
         x = self.encoder(inputs, condition, cu_seqlens, **self.given_mask(self.encoder, "encoder", mask))
         if self.stride != 1:
             mask = None if mask is None else mask[:, :: self.stride]
@@ -218,6 +249,8 @@ class SequenceModel(nn.Module):
         if return_logits is None:
             return_logits = labels is None or not self.head.per_token
         loss, logits = self.head(x, labels, mask, cu_seqlens, return_logits)
+        if part is not None and loss is not None:
+            loss = part.context.mean(loss, Batch(inputs, labels).n_targets)
         distribution = getattr(self.head, "distribution", None)
         told = None if logits is None or distribution is None else distribution(logits)
         return ModelOutput(loss, logits, new_state, told)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mambaseq import parallel
+from mambaseq.backbones import relay
 from mambaseq.backbones.graphed import CudaGraph, StepGraphs
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
@@ -44,9 +47,11 @@ class Backbone(nn.Module, abc.ABC):
 
     A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
     takes_mask: whether `forward` takes a `mask=` of real positions, because these depend on the padding after them.
-        strands: how many vectors of size d_model a position has.
+        strands: how many vectors of size d_model a position has. splits_time: whether it can be given a rank's part of
+        sequences that are split along time (see `mambaseq.parallel`).
     """
 
+    splits_time: ClassVar[bool] = False
     takes_mask: ClassVar[bool] = False
     strands: ClassVar[int] = 1
     d_model: int
@@ -70,10 +75,15 @@ class Backbone(nn.Module, abc.ABC):
 
     def check_chunks(self) -> None:
         """Raise ConfigError for a chunk_length with a mixer that cannot be run in chunks."""
-        for mixer in self.mixers() if self.chunk_length else []:
+        if self.chunk_length:
+            self.check_bounded("chunk_length")
+
+    def check_bounded(self, what: str) -> None:
+        """Raise ConfigError for mixers that cannot be run in chunks."""
+        for mixer in self.mixers():
             if not (mixer.causal and mixer.bounded_state):
                 raise ConfigError(
-                    f"chunk_length needs causal mixers with a bounded state; {type(mixer).__name__} is not one."
+                    f"{what} needs causal mixers with a bounded state; {type(mixer).__name__} is not one."
                 )
 
     @abc.abstractmethod
@@ -99,7 +109,9 @@ class Backbone(nn.Module, abc.ABC):
         """x `(batch, length, d_model)` to the same, or `(y, states)`; see `Mixer.forward`."""
         if state is not None:
             self._check_states(state)
-        if self.chunk_length is None or x.shape[1] <= self.chunk_length:
+        if (part := parallel.current()) is not None and part.context.size > 1:
+            y, states = self._run_part(part, x, state, cu_seqlens, return_state)
+        elif self.chunk_length is None or x.shape[1] <= self.chunk_length:
             may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
             if may_replay and state is None and cu_seqlens is None:
                 replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x)
@@ -113,6 +125,50 @@ class Backbone(nn.Module, abc.ABC):
                 self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
             )
         return (y, states) if return_state else y
+
+    def check_splits_time(self) -> None:
+        """Raise ConfigError for a backbone or a mixer that cannot be given a part of a sequence."""
+        name = type(self).__name__
+        if not self.splits_time:
+            raise ConfigError(
+                f"The backbone {name} needs whole sequences, so these cannot be split over ranks (context parallel). "
+                "Use the backbone residual, or one rank."
+            )
+        for mixer in self.mixers():
+            if not mixer.causal:
+                raise ConfigError(
+                    f"The mixer {type(mixer).__name__} sees what comes after a position, so sequences cannot be split "
+                    "over ranks (context parallel). Use a causal mixer, or one rank."
+                )
+
+    def _run_part(
+        self, part: parallel.Part, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, list[Any]]:
+        """The same over a rank's part of split sequences."""
+        self.check_splits_time()
+        segments = part.segments if cu_seqlens is None else cu_seqlens[1:]
+        if (
+            x.shape[1] != part.length
+            or len(segments) != len(part.segments)
+            or (cu_seqlens is None) != (part.bounds is None)
+        ):
+            raise ValueError(
+                f"This rank has {part.length} positions of {len(part.segments)} stretches of sequences, but was given "
+                f"{tuple(x.shape[:2])}: take them by the part's take() and cu_seqlens()."
+            )
+        longest = max(piece.end - piece.begin for piece in part.pieces)  # on any rank, so that all do the same
+        if len(part.mine) == 1 and (self.chunk_length is None or longest <= self.chunk_length):
+            with relay.Relay(part, part.mine[0]).running():
+                return self._run(x, state, cu_seqlens, return_state)
+        self.check_bounded("A rank with several pieces of a sequence")
+        if self.chunk_length is not None and longest > self.chunk_length:
+            raise ConfigError(
+                f"The backbone runs in chunks of {self.chunk_length} (chunk_length), but a piece of a sequence that is "
+                f"split over ranks has {longest} positions. Split it with chunk_length={self.chunk_length}."
+            )
+        from mambaseq.backbones.chunks import run_in_chunks
+
+        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
 
     def _check_states(self, state: list[Any]) -> None:
         if len(state) != self.n_states:
@@ -136,16 +192,31 @@ class Backbone(nn.Module, abc.ABC):
         states."""
         branch: Tensor | None = None
         states: list[Any] = []
+        handing_on = relay.current()
         for index, layer in enumerate(layers):
             old = None if state is None else state[index]
-            if self.checkpoint and torch.is_grad_enabled():
-                branch, residual, new = torch.utils.checkpoint.checkpoint(
-                    layer, branch, residual, old, cu_seqlens, return_state, use_reentrant=False
-                )
+            if handing_on is None:
+                branch, residual, new = self._layer(layer, cu_seqlens, branch, residual, old, return_state)
             else:
-                branch, residual, new = layer(branch, residual, old, cu_seqlens, return_state)
+                mixer: Any = layer.mixer
+                run = functools.partial(self._layer, layer, cu_seqlens)
+                branch, residual, new = handing_on.run(mixer, run, branch, residual, old, return_state)
             states.append(new)
         return branch, residual, states
+
+    def _layer(
+        self,
+        layer: nn.Module,
+        cu_seqlens: Tensor | None,
+        branch: Tensor | None,
+        residual: Tensor,
+        state: Any,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, Any]:
+        arguments = (branch, residual, state, cu_seqlens, return_state)
+        if self.checkpoint and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
     @abc.abstractmethod
     def init_state(

@@ -21,56 +21,48 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from mambaseq.backbones.relay import Relay
 from mambaseq.errors import ConfigError
 from mambaseq.ops import sequences
+from mambaseq.parallel import Part
+from mambaseq.parallel.pieces import Piece, cut
 
 # (x, states or None, cu_seqlens, return_state) → (y, states)
 Run = Callable[[Tensor, list[Any] | None, Tensor | None, bool], tuple[Tensor, list[Any]]]
 
 
-class Chunk(NamedTuple):
-    """Positions `begin` to `end`, with sequences `first` to `stop`. The first `carried_in` of them began in an earlier
-    chunk, the last `carried_out` continue in the next."""
+class _Own(NamedTuple):
+    """A piece of a rank's row, `begin` to `end`. For the job nothing is carried from one to the next, since a relay
+    hands states on. Sequences that begin here are `entering` among those that begin on the rank, those that end here
+    are numbers `first` and up among those that end on it."""
 
     begin: int
     end: int
     first: int
-    stop: int
-    carried_in: int
-    carried_out: int
-
-    @property
-    def entering(self) -> slice:
-        """The sequences that begin here."""
-        return slice(self.first + self.carried_in, self.stop)
-
-    @property
-    def finished(self) -> int:
-        """How many of its sequences end here; these come first."""
-        return self.stop - self.first - self.carried_out
+    finished: int
+    entering: slice
+    segments: slice
+    carried_in: int = 0
+    carried_out: int = 0
 
 
-def plan(length: int, chunk_length: int, batch: int, bounds: list[int] | None = None) -> list[Chunk]:
-    """The chunks of `batch` rows of this length, or of one row of packed sequences.
+def plan(length: int, chunk_length: int, batch: int, bounds: list[int] | None = None) -> list[Piece]:
+    """The chunks of `batch` rows of this length, or of one row of packed sequences (see `cut`)."""
+    return cut([*range(0, length, chunk_length), length], batch, bounds)
 
-    bounds: the starts of the packed sequences, and the length. Every sequence, also an empty one, begins in one chunk
-        and ends in one.
-    """
-    chunks: list[Chunk] = []
-    first = carried = 0
-    for begin in range(0, length, chunk_length):
-        end = min(begin + chunk_length, length)
-        last = end == length
-        if bounds is None:
-            stop, cut = batch, 0 if last else batch
-        else:
-            stop = first
-            while stop < len(bounds) - 1 and (last or bounds[stop] < end):
-                stop += 1
-            cut = int(bounds[stop] > end)
-        chunks.append(Chunk(begin, end, first, stop, carried, cut))
-        first, carried = stop - cut, cut
-    return chunks
+
+def _own(part: Part) -> list[_Own]:
+    """The pieces of a rank's row."""
+    found: list[_Own] = []
+    at = first = begun = segment = 0
+    for number in part.mine:
+        piece = part.pieces[number]
+        begin, at = at, at + piece.end - piece.begin
+        entering = slice(begun, begun := begun + piece.stop - piece.first - piece.carried_in)
+        segments = slice(segment, segment := segment + piece.stop - piece.first)
+        found.append(_Own(begin, at, first, piece.finished, entering, segments))
+        first += piece.finished
+    return found
 
 
 class _Layout(NamedTuple):
@@ -138,16 +130,18 @@ class _Job:
     init_state: Callable[[int], list[Any]]
     # each parameter's module, its name there, and its number
     places: list[tuple[nn.Module, str, int]]
-    chunks: list[Chunk]
+    chunks: Sequence[Piece | _Own]
     return_state: bool
     surroundings: _Surroundings
     layout: _Layout | None = None
+    # of each chunk, where sequences are split over ranks
+    relays: list[Relay] | None = None
     random: list[Any] = dataclasses.field(default_factory=list)
 
-    def entering(self, chunk: Chunk, given: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor] | None:
+    def entering(self, chunk: Piece | _Own, given: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor] | None:
         """The states that a chunk starts from, None for empty histories only."""
         new = [tensor[chunk.entering] for tensor in given]
-        if not chunk.carried_in:
+        if isinstance(chunk, _Own) or not chunk.carried_in:
             return new or None
         begun = chunk.stop - chunk.first - chunk.carried_in
         if not begun:
@@ -157,12 +151,13 @@ class _Job:
         return [torch.cat([old, more.to(old)]) for old, more in zip(carried, new, strict=True)]  # (sequences, ...)
 
     def run_chunk(
-        self, chunk: Chunk, x: Tensor, states: list[Tensor] | None, cu_seqlens: Tensor | None
+        self, chunk: Piece | _Own, x: Tensor, states: list[Tensor] | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """y of a chunk and the states of all its sequences, which are left out if they are not needed."""
         wanted = self.return_state or bool(chunk.carried_out)
         if cu_seqlens is not None:
-            inside = cu_seqlens[chunk.first : chunk.stop + 1] - chunk.begin
+            within = chunk.segments if isinstance(chunk, _Own) else slice(chunk.first, chunk.stop)
+            inside = cu_seqlens[within.start : within.stop + 1] - chunk.begin
             cu_seqlens = inside.clamp(0, chunk.end - chunk.begin)
         old = None if states is None or self.layout is None else self.layout.states(states)
         with self.surroundings.casting():
@@ -181,17 +176,18 @@ class _Job:
         carried: list[Tensor] = []
         kept: list[list[Tensor]] = []
         finished: list[list[Tensor]] = []
-        for chunk in self.chunks:
+        for index, chunk in enumerate(self.chunks):
             if keep:
                 kept.append(carried)
                 self.random.append(_random_state(x))
-            part, states = self.run_chunk(
-                chunk, x[:, chunk.begin : chunk.end], self.entering(chunk, given, carried), cu_seqlens
-            )
+            with contextlib.nullcontext() if self.relays is None else self.relays[index].running():
+                part, states = self.run_chunk(
+                    chunk, x[:, chunk.begin : chunk.end], self.entering(chunk, given, carried), cu_seqlens
+                )
             if y is None:
                 y = part.new_empty(*x.shape[:2], *part.shape[2:])
             y[:, chunk.begin : chunk.end] = part
-            if self.return_state and chunk.finished:
+            if self.return_state and (chunk.finished or self.relays is not None):
                 finished.append([tensor[: chunk.finished] for tensor in states])
             # a copy if this is a part of a larger tensor, which would be kept alive
             carried = [tensor[chunk.finished :] for tensor in states] if chunk.carried_out else []
@@ -245,13 +241,15 @@ class _InChunks(torch.autograd.Function):
         dcarried: list[Tensor | None] = []
         for index in range(len(job.chunks) - 1, -1, -1):
             chunk = job.chunks[index]
-            x_chunk = x[:, chunk.begin : chunk.end].detach().requires_grad_(wants_x)
+            # with a relay, so that every layer hands its gradient on
+            x_chunk = x[:, chunk.begin : chunk.end].detach().requires_grad_(wants_x or job.relays is not None)
             entering = job.entering(chunk, given, carried[index])
             states = None if entering is None else [t.detach().requires_grad_(_differentiable(t)) for t in entering]
             with (
                 torch.enable_grad(),
                 job.with_parameters(leaves),
                 job.surroundings.with_random(job.random[index]),
+                contextlib.nullcontext() if job.relays is None else job.relays[index].again(),
             ):
                 y, left = job.run_chunk(chunk, x_chunk, states, cu_seqlens)
                 doutputs = [
@@ -280,7 +278,7 @@ class _InChunks(torch.autograd.Function):
         )
 
 
-def _joined(state: Tensor, dfinal: Tensor | None, rest: Tensor | None, chunk: Chunk) -> Tensor | None:
+def _joined(state: Tensor, dfinal: Tensor | None, rest: Tensor | None, chunk: Piece | _Own) -> Tensor | None:
     """The gradient of a chunk's states: of the sequences that ended in it, and of those that continue."""
     if dfinal is None and rest is None:
         return None
@@ -341,6 +339,7 @@ def run_in_chunks(
     cu_seqlens: Tensor | None,
     return_state: bool,
     chunk_length: int,
+    part: Part | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """`run(x, state, cu_seqlens, return_state)`, over `chunk_length` positions at a time.
 
@@ -351,19 +350,26 @@ def run_in_chunks(
 
     module: what `run` computes with. init_state: n → states of n empty histories. x `(batch, length, d_model)`, any
         float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once (waiting for the GPU), since
-        they decide how sequences are cut. Raises ValueError for states of another number of sequences, and ConfigError
-        for gradients of parameters that are shards, as FSDP's of single layers are.
+        they decide how sequences are cut. part: x is a rank's part of split sequences, whose pieces are the chunks.
+        Raises ValueError for states of another number of sequences, and ConfigError for gradients of parameters that
+        are shards, as FSDP's of single layers are.
     """
     batch, length = x.shape[:2]
     bounds = None
     if cu_seqlens is not None:
         sequences.check(cu_seqlens, batch, length)
         bounds = sequences.offsets(cu_seqlens, length)
-    n_sequences = batch if bounds is None else len(bounds) - 1
     given = [] if state is None else _tensors(state)
+    chunks: Sequence[Piece | _Own]
+    if part is None:
+        n_given = batch if bounds is None else len(bounds) - 1
+        chunks, relays = plan(length, chunk_length, batch, bounds), None
+    else:
+        n_given = len(part.entering)
+        chunks, relays = _own(part), [Relay(part, number, keeps=True) for number in part.mine]
     for tensor in given:
-        if tensor.shape[:1] != (n_sequences,):
-            raise ValueError(f"A state is {tuple(tensor.shape)}, but there are {n_sequences} sequences.")
+        if tensor.shape[:1] != (n_given,):
+            raise ValueError(f"A state is {tuple(tensor.shape)}, but there are {n_given} sequences.")
     parameters = [p for p in module.parameters() if p.requires_grad]
     numbers = {id(p): index for index, p in enumerate(parameters)}
     job = _Job(
@@ -375,13 +381,16 @@ def run_in_chunks(
             for name, p in owner._parameters.items()
             if id(p) in numbers
         ],
-        plan(length, chunk_length, batch, bounds),
+        chunks,
         return_state,
         _Surroundings(x),
         None if state is None else _Layout.of(state),
+        relays=relays,
     )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given, *parameters)):
+    if torch.is_grad_enabled() and (part is not None or any(t.requires_grad for t in (x, *given, *parameters))):
         _check_whole(parameters)
+        if part is not None and not x.requires_grad:  # on every rank alike: others wait for gradients
+            x = x.detach().requires_grad_()
         y, *final = _InChunks.apply(job, x, cu_seqlens, len(given), *given, *parameters)
     else:
         y, final, _ = job.forward(x, cu_seqlens, given, keep=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class ResidualStack(Backbone):
             packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes
             no number and is faster (see `backbones/automatic.py`).
     """
+
+    splits_time: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,0 +1,235 @@
+"""Residual layers over a piece of sequences that are split along time: the states that each layer leaves are handed to
+the rank with the next piece, and their gradients come back (see `mambaseq.parallel`).
+
+In a graph, receiving and sending are nodes through which the residual stream passes. So in the backward pass they run
+in the one order that the layers have, on every rank: a layer's gradient begins with that of the states it sent, and
+ends with sending that of the states it received.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambaseq.mixers.base import Mixer
+from mambaseq.mixers.growing import GrowingState
+from mambaseq.parallel import Part
+from mambaseq.parallel.context import Like
+
+_RELAY: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", default=None)
+# (branch, residual, state, return_state) → (branch, residual, state)
+RunLayer = Callable[[Tensor | None, Tensor, Any, bool], tuple[Tensor, Tensor, Any]]
+
+
+def current() -> Relay | None:
+    """The relay of the piece that is being run."""
+    return None if torch.compiler.is_compiling() else _RELAY.get()
+
+
+class Relay:
+    """Hands on the states of piece `index` of a part.
+
+    keeps: remember what is received, for `again`: the same piece run again, with gradients. Then nothing is sent or
+    received but gradients.
+    """
+
+    def __init__(self, part: Part, index: int, keeps: bool = False) -> None:
+        self.context, self.piece = part.context, part.pieces[index]
+        size = part.context.size
+        self.source = (index - 1) % size if self.piece.carried_in else None
+        self.target = (index + 1) % size if self.piece.carried_out else None
+        self._keeps, self._kept = keeps, list[list[Tensor]]()
+        self._replayed: Iterator[list[Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Layers are run for this piece."""
+        token = _RELAY.set(self)
+        try:
+            yield
+        finally:
+            _RELAY.reset(token)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """The layers are run again, from what was received the first time."""
+        self._replayed = iter(self._kept)
+        try:
+            with self.running():
+                yield
+        finally:
+            self._replayed = None
+
+    def run(
+        self,
+        mixer: Mixer,
+        layer: RunLayer,
+        branch: Tensor | None,
+        residual: Tensor,
+        given: Any,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """A layer over this piece. given: states of the sequences that begin in it, or None. The state returned, if it
+        is wanted, is that of the sequences that end in it."""
+        if mixer.position_wise or (self.source is None and self.target is None):
+            return layer(branch, residual, given, return_state)
+        wide = _wide(mixer, residual)
+        carried = None
+        if self.source is not None:
+            branch, residual, carried = self._receive(mixer, branch, residual, wide)
+        state = self._entering(mixer, carried, given)
+        branch, residual, new = layer(branch, residual, state, return_state or self.target is not None)
+        if self.target is not None:
+            branch = self._send(branch, _some(new, slice(self.piece.finished, None)), wide)
+            new = _some(new, slice(0, self.piece.finished))
+        return branch, residual, new if return_state else None
+
+    def _receive(
+        self, mixer: Mixer, branch: Tensor | None, residual: Tensor, wide: bool
+    ) -> tuple[Tensor | None, Tensor, Any]:
+        assert self.source is not None
+        room = None
+        if not mixer.bounded_state:
+            # its size depends on what came before
+            (numbers,) = self.context.receive([Like((2,), torch.int64)], self.source, residual.device)
+            room = numbers.tolist()
+        like = mixer.init_state(self.piece.carried_in, None if room is None else room[0], device=residual.device)
+        kinds = [_kind(tensor, wide) for tensor in like.tensors().values()]
+        passed = [residual] if branch is None else [residual, branch]
+        if torch.is_grad_enabled():
+            anchor = residual.new_zeros(0).requires_grad_()
+            outputs = _Receive.apply(self, kinds, anchor, *passed)
+            passed, tensors = list(outputs[: len(passed)]), list(outputs[len(passed) :])
+        else:
+            tensors = self.received(kinds, residual.device)
+        state = dataclasses.replace(like, **dict(zip(like.tensors(), tensors, strict=True)))
+        if room is not None:
+            state.longest = room[1]
+        return passed[1] if branch is not None else None, passed[0], state
+
+    def _send(self, branch: Tensor, state: Any, wide: bool) -> Tensor:
+        assert self.target is not None
+        tensors = [tensor.to(_kind(tensor, wide).dtype) for tensor in state.tensors().values()]
+        if isinstance(state, GrowingState):
+            numbers = torch.tensor([state.capacity, state.longest], device=branch.device)
+            self.context.send([numbers], self.target)
+        if torch.is_grad_enabled():
+            sent: Tensor = _Send.apply(self, branch.new_zeros(0).requires_grad_(), branch, *tensors)
+            return sent
+        self.sent(tensors)
+        return branch
+
+    def received(self, kinds: list[Like], device: torch.device) -> list[Tensor]:
+        """The tensors that the rank with the piece before has sent."""
+        if self._replayed is not None:
+            return next(self._replayed)
+        assert self.source is not None
+        tensors = self.context.receive(kinds, self.source, device)
+        if self._keeps:
+            self._kept.append(tensors)
+        return tensors
+
+    def sent(self, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to the rank with the piece after."""
+        if self._replayed is None:
+            assert self.target is not None
+            self.context.send(tensors, self.target)
+
+    def _entering(self, mixer: Mixer, carried: Any, given: Any) -> Any:
+        """The states of all sequences of the piece: of those that go on, then of those that begin."""
+        begun = self.piece.stop - self.piece.first - self.piece.carried_in
+        if carried is None or not begun:
+            return given if carried is None else carried
+        if given is None:
+            growing = isinstance(carried, GrowingState)
+            device = next(iter(carried.tensors().values())).device
+            given = mixer.init_state(begun, carried.capacity if growing else None, device=device)
+        return _together(carried, given)
+
+
+def _wide(mixer: Mixer, residual: Tensor) -> bool:
+    """Whether states are float64, as where the mixer computes in it."""
+    first = next(mixer.parameters(), residual)
+    return torch.float64 in (first.dtype, residual.dtype)
+
+
+def _kind(tensor: Tensor, wide: bool) -> Like:
+    """What is sent of a state's tensor: accumulators are fp32 on every rank, or wider where all is computed so."""
+    dtype = tensor.dtype
+    if dtype.is_complex:
+        dtype = torch.complex128 if wide else torch.complex64
+    elif dtype.is_floating_point:
+        dtype = torch.float64 if wide else torch.float32
+    return Like(tuple(tensor.shape), dtype)
+
+
+def _some(state: Any, rows: slice) -> Any:
+    return state.map(lambda tensor: tensor[rows])
+
+
+def _together(one: Any, other: Any) -> Any:
+    """The states of both one's sequences and the other's."""
+    if isinstance(one, GrowingState):
+        one, other = dataclasses.replace(one), dataclasses.replace(other)  # whose tensors may be replaced
+        room = max(one.capacity, other.capacity)
+        one.reserve_(room)
+        other.reserve_(room)
+        one.longest = max(one.longest, other.longest)
+    parts, more = one.tensors(), other.tensors()
+    joined = {name: torch.cat([tensor, more[name].to(tensor)]) for name, tensor in parts.items()}  # (sequences, ...)
+    return dataclasses.replace(one, **joined)
+
+
+def _has_gradient(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+class _Receive(torch.autograd.Function):
+    """The states that the rank before has left, beside tensors that pass through. The anchor has a gradient, so that
+    the states have one whatever passes."""
+
+    @staticmethod
+    def forward(ctx: Any, relay: Relay, kinds: list[Like], anchor: Tensor, *passed: Tensor) -> tuple[Tensor, ...]:
+        tensors = relay.received(kinds, passed[0].device)
+        ctx.relay, ctx.kinds, ctx.n, ctx.device = relay, kinds, len(passed), passed[0].device
+        ctx.set_materialize_grads(False)
+        # a view, for a tensor that was kept is given out again
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+        ctx.mark_non_differentiable(*(tensor for tensor in tensors if not _has_gradient(tensor.dtype)))
+        return (*(tensor.view_as(tensor) for tensor in passed), *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
+        gradients = [
+            torch.zeros(kind.shape, dtype=kind.dtype, device=ctx.device) if one is None else one
+            for one, kind in zip(d[ctx.n :], ctx.kinds, strict=True)
+            if _has_gradient(kind.dtype)
+        ]
+        ctx.relay.context.send(gradients, ctx.relay.source, back=True)
+        return None, None, None, *d[: ctx.n]
+
+
+class _Send(torch.autograd.Function):
+    """Sends states; the branch passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, relay: Relay, anchor: Tensor, branch: Tensor, *tensors: Tensor) -> Tensor:
+        relay.sent(tensors)
+        ctx.relay, ctx.kinds, ctx.device = relay, [Like.of(tensor) for tensor in tensors], branch.device
+        ctx.set_materialize_grads(False)
+        return branch.view_as(branch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
+        kinds = [kind for kind in ctx.kinds if _has_gradient(kind.dtype)]
+        found = iter(ctx.relay.context.receive(kinds, ctx.relay.target, ctx.device, back=True))
+        return None, None, d, *(next(found) if _has_gradient(kind.dtype) else None for kind in ctx.kinds)

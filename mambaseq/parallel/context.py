@@ -1,0 +1,222 @@
+"""The ranks that share a sequence, and what they say to each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambaseq.errors import ConfigError
+from mambaseq.ops import sequences
+from mambaseq.parallel.parts import Part
+from mambaseq.parallel.pieces import cut
+
+# bytes of gradients that are summed in one message
+_BUCKET = 2**26
+
+
+class Like(NamedTuple):
+    """What a tensor is that another rank sends."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Context:
+    """The ranks among which every sequence is split along time, in the order of time.
+
+    group: a process group, or a DeviceMesh of one dimension (`mesh["context"]`), of gloo or NCCL.
+
+    Messages go round a ring, states from each rank to the next and their gradients back. With NCCL the two directions,
+    and neighbouring links of the ring, have communicators of their own, so that messages that wait for each other never
+    stand in one queue. All ranks of the group must make their Context together.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group: Any = group.get_group() if hasattr(group, "get_group") else group
+        self.rank: int = self.group.rank()
+        self.size: int = self.group.size()
+        self._sent: list[tuple[Any, Tensor]] = []
+        self._links: dict[tuple[bool, int], Any] = {}
+        registered = isinstance(self.group, dist.ProcessGroup)
+        self._makes_links = "nccl" in (dist.get_backend(self.group) if registered else self.group.name())
+        if self._makes_links and self.size > 1:
+            ranks = dist.get_process_group_ranks(self.group)
+            for back in (False, True):
+                for colour in range(2 + self.size % 2):
+                    self._links[back, colour] = dist.new_group(ranks, use_local_synchronization=True)
+
+    def split(
+        self,
+        length: int,
+        batch: int = 1,
+        cu_seqlens: Tensor | None = None,
+        *,
+        chunk_length: int | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Part:
+        """How sequences of this length are split, and what this rank has of them.
+
+        cu_seqlens: `(sequences + 1,)` int32 of the whole packed row, on every rank; sequences may lie across ranks. Its
+            values are read on the host.
+        chunk_length: pieces of at most so many positions, dealt to the ranks in turn, for a backbone that runs in
+            chunks. So every rank has work while the states of a piece go through the layers.
+        lengths: how many positions each rank has, if not as many as the others.
+
+        Raises ConfigError for fewer positions than ranks, and lengths that do not add up; ValueError for a `cu_seqlens`
+        that does not pack them.
+        """
+        if length < self.size:
+            raise ConfigError(
+                f"A sequence of {length} positions cannot be split over {self.size} ranks: each needs one at least. "
+                "Use fewer ranks, or longer sequences."
+            )
+        if lengths is not None:
+            if chunk_length is not None:
+                raise ConfigError("Give a chunk_length or the lengths of the ranks' parts, not both.")
+            if len(lengths) != self.size or min(lengths) < 1 or sum(lengths) != length:
+                raise ConfigError(
+                    f"The lengths of the parts must be one for each of {self.size} ranks, at least 1 each and {length} "
+                    f"together, not {list(lengths)[:16]}."
+                )
+            cuts = [sum(lengths[:n]) for n in range(self.size + 1)]
+        else:
+            turns = 1 if chunk_length is None or self.size == 1 else -(-length // (self.size * chunk_length))
+            if turns * self.size > length:
+                raise ConfigError(f"chunk_length {chunk_length} cuts {length} positions into too many pieces.")
+            cuts = [n * length // (turns * self.size) for n in range(turns * self.size + 1)]
+        bounds = None
+        if cu_seqlens is not None:
+            sequences.check(cu_seqlens, batch, length)
+            bounds = sequences.offsets(cu_seqlens, length)
+        return Part(self, cut(cuts, batch, bounds), batch, bounds)
+
+    def send(self, tensors: Sequence[Tensor], to: int, back: bool = False) -> None:
+        """Send tensors to a neighbour, `back` for gradients. Does not wait for it."""
+        message = _joined(tensors)
+        self._forget_done()
+        self._sent.append((self._link(self.rank, to, back).send([message], to, 0), message))
+
+    def receive(self, kinds: Sequence[Like], source: int, device: torch.device, back: bool = False) -> list[Tensor]:
+        """The tensors that a neighbour sends. A GPU waits for them in its stream, a CPU here."""
+        message = torch.empty(sum(kind.bytes for kind in kinds), dtype=torch.uint8, device=device)
+        self._link(source, self.rank, back).recv([message], source, 0).wait()
+        return _parted(message, kinds)
+
+    def _link(self, source: int, to: int, back: bool) -> Any:
+        if not self._makes_links:
+            return self.group
+        # the link between a rank and its next, whichever way: by the first of the two
+        first = to if back else source
+        colour = 2 if self.size % 2 and first == self.size - 1 else first % 2
+        return self._links[back, colour]
+
+    def _forget_done(self) -> None:
+        if self._makes_links:  # gloo's do not know of their end before somebody waits for it
+            self._sent = [(work, message) for work, message in self._sent if not work.is_completed()]
+
+    def finish(self) -> None:
+        """Wait until what was sent has arrived: after a backward pass, before another call with the context."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on each, of a tensor of one shape; without gradients."""
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM
+        self.group.allreduce([total], options).wait()
+        return total
+
+    def mean(self, loss: Tensor, n: Tensor) -> Tensor:
+        """The mean over all ranks' targets, of each rank's mean loss over its n `()`. It is the same on every rank; its
+        gradient on a rank is that of the rank's share, so that gradients are to be summed over the ranks."""
+        count = n.to(torch.float64)
+        local = loss.detach().to(torch.float64)
+        total, everyone = self.sum(torch.stack([local * count, count]))
+        everyone = everyone.clamp(min=1)
+        mean: Tensor = _Share.apply(loss, (total / everyone).to(loss.dtype), (count / everyone).to(loss.dtype))
+        return mean
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank; they may have different first dimensions. Without gradients."""
+        rows = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
+        rows[self.rank] = tensor.shape[0]
+        counts: list[int] = self.sum(rows).tolist()
+        padded = tensor.detach().new_zeros(max(counts), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor.detach()
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        self.group.allgather([found], [padded]).wait()
+        return [one[:count] for one, count in zip(found, counts, strict=True)]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make every parameter's gradient the sum over all ranks; after `backward` on each."""
+        self.finish()
+        bucket: list[Tensor] = []
+        for gradient in [p.grad for p in parameters if p.grad is not None]:
+            if bucket and (gradient.dtype != bucket[0].dtype or sum(g.nbytes for g in bucket) > _BUCKET):
+                self._sum_(bucket)
+                bucket = []
+            bucket.append(gradient)
+        if bucket:
+            self._sum_(bucket)
+
+    def _sum_(self, tensors: list[Tensor]) -> None:
+        """Sum tensors of one dtype in place, in one message."""
+        total = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, mean: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        return d * share, None, None
+
+
+def _order(kinds: Sequence[Like]) -> list[int]:
+    """The widest numbers first, so that each tensor begins at a multiple of its number's bytes."""
+    return sorted(range(len(kinds)), key=lambda n: -kinds[n].dtype.itemsize)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One message of bytes."""
+    order = _order([Like.of(tensor) for tensor in tensors])
+    return torch.cat([_numbers(tensors[n]).view(torch.uint8) for n in order])
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """`(n,)`, real."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
+
+
+def _parted(message: Tensor, kinds: Sequence[Like]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    at = 0
+    for n in _order(kinds):
+        kind = kinds[n]
+        found[n] = message[at : at + kind.bytes].view(kind.dtype).view(kind.shape)
+        at += kind.bytes
+    return [found[n] for n in range(len(kinds))]

@@ -1,0 +1,192 @@
+"""Whole models over sequences that are split over ranks: the loss is the sequences', on every rank; what cannot be
+split is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import contexts, on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from mambaseq.errors import ConfigError
+from mambaseq.models import SequenceModel, build_model, causal_lm
+from mambaseq.parallel import Context, current
+
+LENGTH = 22
+# fp32, by other sums: relative to the largest
+TOLERANCE = 2e-5
+
+
+def data(batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens, and labels of which the first ranks know few."""
+    torch.manual_seed(3)
+    tokens, labels = torch.randint(0, 7, (2, batch, LENGTH))
+    labels[:, :12] = -100
+    labels[:, 5] = 1
+    return tokens, labels
+
+
+def model(**options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    return causal_lm(7, 8, 3, "mamba", d_state=3, **options)
+
+
+def close(actual: Tensor, expected: Tensor, name: str) -> None:
+    assert (actual - expected).abs().max() <= TOLERANCE * max(1e-3, expected.abs().max()), name
+
+
+def step(of: SequenceModel, *arguments: Any, **options: Any) -> Any:
+    """A training step's loss, gradients, and logits."""
+    of.zero_grad()
+    out = of(*arguments, **options, return_logits=True)
+    out.loss.backward()
+    return out.loss.detach(), {n: p.grad for n, p in of.named_parameters() if p.grad is not None}, out.logits.detach()
+
+
+def split_step(
+    of: SequenceModel, size: int, tokens: Tensor, labels: Tensor, bounds: Tensor | None = None, **how: Any
+) -> None:
+    """Compare the step on every rank with that on one device."""
+    options = {} if bounds is None else {"condition": torch.arange(len(bounds) - 1)}
+    loss, gradients, logits = step(of, tokens, labels, cu_seqlens=bounds, **options)
+    copies, ranks = [copy.deepcopy(of) for _ in range(size)], contexts(size)
+
+    def on(rank: int) -> Any:
+        part = ranks[rank].split(LENGTH, len(tokens), bounds, **how)
+        more = {} if bounds is None else {"condition": torch.tensor(part.segments)}
+        with part:
+            own = step(copies[rank], part.take(tokens), part.take(labels), cu_seqlens=part.cu_seqlens(), **more)
+        ranks[rank].sum_gradients(copies[rank].parameters())
+        close(own[2], part.take(logits), "logits")
+        return own[0], own[1]
+
+    for own, own_gradients in on_ranks(size, on):
+        close(own, loss, "loss")
+        assert own_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            close(own_gradients[name], gradient, name)
+
+
+def test_the_loss_is_the_whole_sequences_and_so_are_its_gradients() -> None:
+    split_step(model(), 2, *data(2))
+    split_step(model(checkpoint=True), 3, *data(2))
+    split_step(model(chunk_length=4), 2, *data(2), chunk_length=4)
+    tokens, labels = data()
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    split_step(model(n_conditions=4), 4, tokens, labels, bounds)
+    split_step(model(n_conditions=4, chunk_length=3), 3, tokens, labels, bounds, chunk_length=3)
+    hybrid = causal_lm(7, 8, 4, "mamba2", d_state=4, pattern=["mamba2", "attention*", "rwkv4+mlp", "attention*"])
+    split_step(hybrid, 2, *data(2))
+
+
+def test_layers_that_learn_nothing_hand_gradients_on() -> None:
+    frozen = model()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("layers.2" in name)
+    split_step(frozen, 2, *data(2))
+    frozen.backbone.chunk_length = 4
+    split_step(frozen, 2, *data(2), chunk_length=4)
+
+
+def test_evaluation_needs_no_graph() -> None:
+    one, (tokens, labels) = model(), data(2)
+    ranks = contexts(2)
+    with torch.no_grad():
+        expected = one(tokens, labels, return_logits=True, return_state=True)
+
+    def on(rank: int) -> None:
+        part = ranks[rank].split(LENGTH, 2)
+        with torch.no_grad(), part:
+            out = one(part.take(tokens), part.take(labels), return_logits=True, return_state=True)
+        ranks[rank].finish()
+        close(out.loss, expected.loss, "loss")
+        close(torch.cat(ranks[rank].gather(out.logits.transpose(0, 1))).transpose(0, 1), expected.logits, "logits")
+        for state, whole in zip(out.state, expected.state, strict=True):
+            close(torch.cat(ranks[rank].gather(state.ssm)), whole.ssm, "ssm")
+        assert current() is None
+
+    on_ranks(2, on)
+
+
+def refused(of: SequenceModel, expected: str, *arguments: Any, split: Any = None, **options: Any) -> None:
+    """By every rank alike, before any message."""
+    for context in contexts(2):
+        part = context.split(LENGTH, 1, **(split or {}))
+        with part, pytest.raises(ConfigError, match=expected):
+            of(*(part.take(argument) for argument in arguments), **options)
+
+
+def test_what_needs_whole_sequences_is_refused_by_name() -> None:
+    tokens, _ = data()
+    spec: dict[str, Any] = {
+        "d_model": 8,
+        "encoder": {"name": "tokens", "vocab_size": 7},
+        "backbone": {"name": "bidirectional", "n_layers": 1},
+        "mixer": {"name": "mamba"},
+        "head": {"name": "lm", "vocab_size": 7},
+    }
+    refused(build_model(spec), "BidirectionalStack needs whole sequences", tokens)
+    refused(build_model(spec | {"backbone": {"name": "unet", "pool": [2]}}), "backbone UNet", tokens)
+    classes = spec | {"backbone": {"name": "residual"}, "head": {"name": "classification", "n_classes": 2}}
+    refused(build_model(classes), "head ClassificationHead", tokens, labels=torch.zeros(1).long())
+    frames = classes | {
+        "encoder": {"name": "dna/kmer", "k": 3, "stride": 3},
+        "head": {"name": "classification", "n_classes": 2},
+    }
+    refused(build_model(frames), "encoder KmerEncoder", tokens)
+    mask = torch.ones(1, LENGTH // 2, dtype=torch.bool)
+    refused(model(), "must be packed", tokens, mask=mask, return_state=True)
+    refused(causal_lm(7, 8, 1, "attention"), "bounded state; Attention", tokens, split={"chunk_length": 4})
+    refused(model(chunk_length=4), "Split it with chunk_length=4", tokens)
+
+
+def test_splits_that_cannot_be_are_refused() -> None:
+    context = contexts(3)[0]
+    with pytest.raises(ConfigError, match="2 positions cannot be split over 3 ranks"):
+        context.split(2)
+    with pytest.raises(ConfigError, match="9 together, not \\[4, 5, 1\\]"):
+        context.split(9, lengths=[4, 5, 1])
+    with pytest.raises(ConfigError, match="not both"):
+        context.split(9, lengths=[3, 3, 3], chunk_length=2)
+    with pytest.raises(ValueError, match="must rise from 0 to the length 9"):
+        context.split(9, cu_seqlens=torch.tensor([0, 8]))
+    part = contexts(2)[0].split(LENGTH)
+    with part, pytest.raises(ValueError, match="11 positions of 1 stretches"):
+        model()(data()[0])
+
+
+def test_a_context_of_one_rank_is_of_a_mesh_and_changes_nothing() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        context = Context(init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "context"))["context"])
+        tokens, labels = data()
+        part = context.split(LENGTH, 1, chunk_length=4)
+        with part:
+            loss = model(chunk_length=4)(part.take(tokens), part.take(labels)).loss
+        close(loss, model()(tokens, labels).loss, "loss")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_messages_that_may_wait_for_each_other_have_links_of_their_own(size: int) -> None:
+    for rank in range(size):
+        context = copy.copy(contexts(2)[0])
+        context.size, context.rank, context._makes_links = size, rank, True
+        context._links = {(back, colour): (back, colour) for back in (False, True) for colour in range(2 + size % 2)}
+        before, after = (rank - 1) % size, (rank + 1) % size
+        of = [
+            context._link(before, rank, False),
+            context._link(rank, after, False),
+            context._link(after, rank, True),
+            context._link(rank, before, True),
+        ]
+        assert len(set(of)) == 4
+        # both ends of a link mean the same
+        context.rank = after
+        assert context._link(rank, after, False) == of[1]
