@@ -15,7 +15,8 @@ from mambaseq.backbones import relay
 from mambaseq.backbones.graphed import CudaGraph, StepGraphs
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
-from mambaseq.mixers.norm import NormName, make_norm
+from mambaseq.mixers.norm import NormName, RMSNorm, make_norm
+from mambaseq.ops.linear import is_plain
 
 
 class ResidualLayer(nn.Module):
@@ -37,7 +38,13 @@ class ResidualLayer(nn.Module):
         y, new = y if return_state else (y, None)
         return self.dropout(y), residual, new
 
-    def step_(self, x: Tensor | None, residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+    def step_(self, x: Tensor | None, residual: Tensor, state: Any) -> tuple[Tensor | None, Tensor]:
+        """See `forward`, of one position."""
+        if residual.is_cuda and type(self.norm) is RMSNorm and is_plain(self.norm) and not self.training:
+            stream = residual[:, 0]
+            if self.mixer.can_step_layer(stream, self.norm, state):
+                stream = stream if x is None else stream + x[:, 0]
+                return None, self.mixer.layer_step_(stream, self.norm, state)[:, None]
         y, residual = self.norm(x, residual)
         return self.mixer.step_(y, state), residual
 

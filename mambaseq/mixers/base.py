@@ -100,6 +100,15 @@ class Mixer(nn.Module, abc.ABC):
             tensor.copy_(getattr(new, name))
         return y
 
+    def can_step_layer(self, residual: Tensor, norm: Any, state: Any) -> bool:
+        """Whether `layer_step_` can take the place of the layer's norm, `step_` and the sum."""
+        return False
+
+    def layer_step_(self, residual: Tensor, norm: Any, state: Any) -> Tensor:
+        """residual + step_(norm(residual)), `(batch, d_model)` fp32, without changing the residual; changes the state in
+        place. For those that have kernels of the whole, where `can_step_layer` says so."""
+        raise NotImplementedError
+
     def scale_residual_(self, factor: float) -> None:
         """Multiply the weights that write to the residual stream, once, at initialisation (GPT-2's rule)."""
         with torch.no_grad():

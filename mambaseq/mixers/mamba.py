@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, check_not_negative
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
+from mambaseq.mixers.norm import RMSNorm
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, selective_scan, sequences
 from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
 from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
+from mambaseq.ops.decoding import layer
 from mambaseq.ops.decoding.block import BlockWeights, block_step_, can_step
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -351,6 +353,18 @@ class Mamba(Mixer):
                 A_is_log=not self.complex,
             )
         return apply_linear(self.out_proj, y).unsqueeze(1)  # (batch, 1, d_model)
+
+    def can_step_layer(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> bool:
+        """See `Mixer.can_step_layer`."""
+        if not (self._is_plain() and "step_" not in vars(self) and type(self).step_ is Mamba.step_):
+            return False
+        return layer.can_step(residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights())
+
+    def layer_step_(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> Tensor:
+        """See `Mixer.layer_step_`."""
+        self._check(state, residual)
+        given = layer.LayerNorm(norm.weight, norm.eps or 0.0)
+        return layer.mamba_step_(residual, given, state.conv, state.ssm, self._weights())
 
     def _weights(self) -> BlockWeights:
         # by nn.Module's own tables: a token asks for all of them in every layer, which `is_plain` has looked at

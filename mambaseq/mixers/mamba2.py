@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, check_not_negative, shown
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
+from mambaseq.mixers.norm import RMSNorm
 from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
 from mambaseq.ops.blocks.mamba2 import Mamba2BlockArguments, mamba2_block
 from mambaseq.ops.blocks.mamba2 import why_not as why_not_whole
+from mambaseq.ops.decoding import layer
 from mambaseq.ops.decoding.step import causal_conv_update_, ssd_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
@@ -268,6 +270,35 @@ class Mamba2(Mixer):
         x, B, C = self._heads(xBC)
         y = ssd_update_(state.ssm, x, dt, self._A(x), B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         return apply_linear(self.out_proj, self.norm(y.flatten(-2), z)).unsqueeze(1)  # (batch, 1, d_model)
+
+    def can_step_layer(self, residual: Tensor, norm: RMSNorm, state: Mamba2State) -> bool:
+        """See `Mixer.can_step_layer`."""
+        own = "step_" in vars(self) or type(self).step_ is not Mamba2.step_
+        if own or self.n_groups != 1 or self.norm.norm_before_gate or not self._has_plain_layers():
+            return False
+        return layer.can_step(
+            residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()
+        )
+
+    def layer_step_(self, residual: Tensor, norm: RMSNorm, state: Mamba2State) -> Tensor:
+        """See `Mixer.layer_step_`."""
+        self._check(state, residual)
+        given = layer.LayerNorm(norm.weight, norm.eps or 0.0)
+        return layer.mamba2_step_(residual, given, state.conv, state.ssm, self._weights(), self.norm.eps)
+
+    def _weights(self) -> layer.Mamba2Weights:
+        return layer.Mamba2Weights(
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )
 
 
 def _runs_whole(x: Tensor) -> bool:

@@ -21,6 +21,8 @@ class RMSNorm(nn.RMSNorm):
     device: the next linear map would cast it to that anyway, and read and write it once more.
     """
 
+    adds_bias = False  # so that `is_plain` knows it
+
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         check_not_negative("A norm", eps=eps)
         super().__init__(d_model, eps=eps)

@@ -29,12 +29,12 @@ _CONV_CHANNELS = 32 * _WARPS
 
 
 def can_run(state: Tensor, *values: Tensor | None) -> bool:
-    """Whether the kernels can run: a contiguous state in fp32 or complex64 on one GPU, which nobody differentiates, and
-    values of which only beside the latter some are complex."""
+    """Whether the kernels can run: a contiguous state in fp32, bf16 or complex64 on one GPU, which nobody differentiates,
+    and values of which only beside the last some are complex."""
     device = state.device
     if device.type != "cuda" or not is_eager(state, *values) or portable.why_not("cuda") is not None:
         return False
-    if state.dtype not in (torch.float32, torch.complex64) or not state.is_contiguous() or state.is_conj():
+    if state.dtype not in (torch.float32, torch.bfloat16, torch.complex64) or not state.is_contiguous() or state.is_conj():
         return False
     known = _COMPLEX if state.is_complex() else _REAL
     needs_gradient = torch.is_grad_enabled()
@@ -238,6 +238,7 @@ def ssd_update_(
     D: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    A_is_log: bool = False,
 ) -> Tensor:
     """See `decoding.step.ssd_update_`."""
     batch, heads, head_dim, d_state = state.shape
@@ -270,6 +271,7 @@ def ssd_update_(
             head_dim,
             channels // groups,
             D_STATE=d_state,
+            A_IS_LOG=A_is_log,
             HAS_D=D is not None,
             HAS_BIAS=dt_bias is not None,
             SOFTPLUS=dt_softplus,

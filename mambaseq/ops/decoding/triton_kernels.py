@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs
-"""The kernels of one decode step, in Triton: they change fp32 states in place and compute in fp32."""
+"""The kernels of one decode step, in Triton: they change states in place, fp32 or rounded to bf16, and compute in
+fp32."""
 
 import triton
 import triton.language as tl
@@ -102,7 +103,7 @@ def selective_state_update(
         here = real & (row < batch)
         cells = tile & (row < batch)
         place = state + ((row * channels + c)[:, None] * D_STATE + n) * N
-        h = tl.load(place, mask=cells, other=0.0)
+        h = tl.load(place, mask=cells, other=0.0).to(tl.float32)
         u = tl.load(x + row * x_stride + c, mask=here, other=0.0).to(tl.float32)
         delta = tl.load(dt + row * dt_stride + c, mask=here, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -282,6 +283,7 @@ def ssd_update(
     head_dim,
     channels_of_group,
     D_STATE: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -302,11 +304,14 @@ def ssd_update(
         delta += tl.load(dt_bias + head, mask=real, other=0.0).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta)
-    decay = tl.exp(delta * tl.load(A + head, mask=real, other=0.0).to(tl.float32))
+    rate = tl.load(A + head, mask=real, other=0.0).to(tl.float32)
+    if A_IS_LOG:
+        rate = -tl.exp(rate)
+    decay = tl.exp(delta * rate)
     b = tl.load(B + row * B_stride + group * B_group_stride + n, mask=tile, other=0.0).to(tl.float32)
     read = tl.load(C + row * C_stride + group * C_group_stride + n, mask=tile, other=0.0).to(tl.float32)
     place = state + (row * channels + c)[:, None] * D_STATE + n
-    h = decay[:, None] * tl.load(place, mask=tile, other=0.0) + (delta * u)[:, None] * b
+    h = decay[:, None] * tl.load(place, mask=tile, other=0.0).to(tl.float32) + (delta * u)[:, None] * b
     out = tl.sum(h * read, axis=1)
     if HAS_D:
         out += tl.load(D + head, mask=real, other=0.0).to(tl.float32) * u

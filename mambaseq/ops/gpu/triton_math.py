@@ -1,8 +1,22 @@
 # mypy: allow-untyped-defs
 """Elementary functions of Triton kernels."""
 
+import os
+
 import triton
 import triton.language as tl
+
+# its matrix products know no bfloat16
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def added_dot(a, b, total):
+    """total + a b, without rounding of fp32 inputs."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

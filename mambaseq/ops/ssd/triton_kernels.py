@@ -14,38 +14,26 @@ Operands of matrix products are of the dtype of x, everything else is float32. A
 computed is rounded once; where that is to float16, a tile is scaled by a power of two before, so that it fits.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-from mambaseq.ops.gpu.triton_math import softplus
+from mambaseq.ops.gpu.triton_math import INTERPRETED, added_dot, softplus
 
 _CHANGING = ["chunks", "chunks_of_row", "length", "segments", "chunks_of_segment", "n_parts"]
-# its matrix products know no bfloat16
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def _dot(a, b):
-    if _INTERPRETED:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def _added_dot(a, b, total):
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
 def _rounded(value, dtype: tl.constexpr):
     """float32 to the nearest of `dtype`."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # which would cut off the digits
+    if INTERPRETED and dtype == tl.bfloat16:  # which would cut off the digits
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return value.to(dtype)
@@ -197,7 +185,7 @@ def walk(
         if xs.dtype == tl.float16:
             state = state * tl.exp2(whole) + _dot(weighted, ms) * power
         else:
-            state = _added_dot(weighted, ms, state * tl.exp2(whole))
+            state = added_dot(weighted, ms, state * tl.exp2(whole))
         kept *= tl.exp2(whole)
         if table is not None:
             if not SUMMARY:
@@ -264,7 +252,7 @@ def output(
         if xs.dtype == tl.float16:
             total += _dot(matrix, xs) * power
         else:
-            total = _added_dot(matrix, xs, total)
+            total = added_dot(matrix, xs, total)
         if D is not None:
             total += tl.load(D + head).to(tl.float32) * xs.to(tl.float32)
         tl.store(y + head * P, _rounded(total, y.dtype.element_ty), mask=known)
@@ -335,7 +323,7 @@ def inner_backward(
         if xs.dtype == tl.float16:
             du += _dot(narrow, dys) * power
         else:
-            du = _added_dot(narrow, dys, du)
+            du = added_dot(narrow, dys, du)
         du *= step[:, None]
         if D is not None:
             wide = dys.to(tl.float32)

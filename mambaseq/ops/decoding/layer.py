@@ -1,0 +1,252 @@
+"""One decode step of a whole residual layer on a GPU: its norm, its Mamba or Mamba-2 block and the residual sum by four
+or three kernels (`layer_kernels.py`), where single operations would take eight to ten. For the steps of a few sequences
+the time between kernels counts as much as the reading of the weights.
+
+Under Triton's interpreter, CPU tensors work here too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops.decoding.block import BlockWeights
+from mambaseq.ops.decoding.gpu import ssd_update_
+from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
+from mambaseq.ops.norm import add_rms_norm, gated_rms_norm
+
+_WIDEST = 8192  # columns of a weight that a program holds whole, for one row
+_WIDEST_CONV = 8
+_NORMED_INSIDE = 16  # rows up to which every program norms them for itself
+_MOST_STATES = 256
+_MOST_RANKS = 1024
+STATES = (torch.float32, torch.bfloat16)
+
+
+@dataclasses.dataclass
+class Tuning:
+    """What was measured to be fast (`benchmarks/decode_parts.py`).
+
+    most_rows: sequences up to which layers are stepped whole. held: numbers of a weight that a program multiplies with
+        one row, by as many warps. outputs, columns, stages: of a program for several rows. pdl: start a kernel before
+        the one in front of it has ended (compute capability 9.0 on).
+    """
+
+    most_rows: int = 64
+    held: int = 16384
+    held_warps: int = 8
+    programs: int = 264
+    outputs: int = 16
+    columns: int = 128
+    stages: int = 4
+    scan_elements: int = 256
+    scan_rows: int = 4
+    pdl: bool = False
+
+
+tuning = Tuning()
+
+
+class LayerNorm(NamedTuple):
+    """The layer's RMSNorm."""
+
+    weight: Tensor
+    eps: float
+
+
+class Mamba2Weights(NamedTuple):
+    """Parameters of a Mamba-2 block with one group, of the names and shapes of the published checkpoints."""
+
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+
+def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: Any) -> bool:
+    """Whether the kernels can run: a contiguous fp32 stream `(rows, d_model)` of a few rows, contiguous states and
+    weights of one floating dtype on one GPU, which nobody differentiates. Several rows: of bfloat16 weights, which alone
+    hold what is not yet normed and are multiplied as matrices."""
+    device, rows = residual.device, len(residual)
+    tensors = [value for value in (*weights, norm.weight) if value is not None]
+    states = (conv_state, ssm_state)
+    if device.type != "cuda" or not is_eager(residual, *states, *tensors) or portable.why_not("cuda") is not None:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not 0 < rows <= tuning.most_rows:
+        return False
+    if residual.dtype != torch.float32 or conv_state.dtype != torch.float32 or ssm_state.dtype not in STATES:
+        return False
+    dtype = weights.in_proj.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or (rows > 1 and dtype != torch.bfloat16):
+        return False
+    if max(weights.in_proj.shape[1], weights.out_proj.shape[1]) > _WIDEST or weights.conv.shape[-1] > _WIDEST_CONV:
+        return False
+    if ssm_state.shape[-1] > _MOST_STATES or (hasattr(weights, "dt_proj") and weights.dt_proj.shape[1] > _MOST_RANKS):
+        return False
+    plain = all(t.device == device and t.is_contiguous() for t in (residual, *states, *tensors))
+    return plain and all(t.dtype == dtype for t in tensors)
+
+
+def mamba_step_(
+    residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights
+) -> Tensor:
+    """residual + block(norm(residual)), `(rows, d_model)` fp32; changes the states in place.
+
+    conv_state `(rows, d_inner, d_conv - 1)` fp32; ssm_state `(rows, d_inner, d_state)` fp32 or bf16.
+    """
+    w, (batch, channels, d_state) = weights, ssm_state.shape
+    rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
+    conv = Convolution(conv_state, w.conv, w.conv_bias, 0)
+    inner = linear_step(residual, w.in_proj, w.in_bias, norm=norm, conv=conv, out_dtype=dtype)
+    products = linear_step(inner[:, :channels], w.x_proj, out_dtype=torch.float32)
+    y = inner.new_empty(batch, channels)
+    states, ranks = _power_of_two(d_state), _power_of_two(rank)
+    per_program = max(tuning.scan_elements // states, 1)
+    rows = 1 if batch < 2 * tuning.scan_rows else tuning.scan_rows
+    with portable.on(residual):
+        _kernels().scan_step[(-(-channels // per_program) * -(-batch // rows),)](
+            ssm_state,
+            inner,
+            inner.stride(0),
+            products,
+            products.stride(0),
+            w.dt_proj,
+            w.dt_bias,
+            w.A_log,
+            w.D,
+            y,
+            batch,
+            channels,
+            RANK=rank,
+            RANKS=ranks,
+            D_STATE=d_state,
+            STATES=states,
+            CHANNELS=per_program,
+            ROWS=rows,
+            enable_fp_fusion=False,  # as in `gpu.py`
+            **_launch(4),
+        )
+    return linear_step(y, w.out_proj, w.out_bias, residual=residual, out_dtype=torch.float32)
+
+
+def mamba2_step_(
+    residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: Mamba2Weights, eps: float
+) -> Tensor:
+    """The same of Mamba-2. eps: of the gated norm. conv_state `(rows, d_inner + 2 d_state, d_conv - 1)`, ssm_state
+    `(rows, heads, head_dim, d_state)`."""
+    w, (_, heads, head_dim, d_state) = weights, ssm_state.shape
+    channels, dtype = heads * head_dim, w.in_proj.dtype
+    conv = Convolution(conv_state, w.conv, w.conv_bias, channels)
+    inner = linear_step(residual, w.in_proj, w.in_bias, norm=norm, conv=conv, out_dtype=dtype)
+    gate, x, B, C, dt = inner.split([channels, channels, d_state, d_state, heads], dim=1)
+    x = x.unflatten(1, (heads, head_dim))
+    y = ssd_update_(ssm_state, x, dt, w.A_log, B[:, None], C[:, None], w.D, w.dt_bias, True, A_is_log=True)
+    gated = LayerNorm(w.norm, eps)
+    y = y.flatten(1)
+    return linear_step(y, w.out_proj, w.out_bias, norm=gated, gate=gate, residual=residual, out_dtype=torch.float32)
+
+
+class Convolution(NamedTuple):
+    """The causal convolution of the outputs from `begin` on; state and weights as in `causal_conv_update_`."""
+
+    state: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    begin: int
+
+
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: LayerNorm | None = None,
+    gate: Tensor | None = None,
+    conv: Convolution | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x `(rows, in)` by the weight `(out, in)` to `(rows, out)`; see the kernel. One row may have any dtype, several
+    are multiplied in the weight's."""
+    rows, (n_out, columns) = len(x), weight.shape
+    if rows > _NORMED_INSIDE and norm is not None:
+        x = _normed(x, gate, norm, weight.dtype)
+        norm = gate = None
+    out = torch.empty(rows, n_out, dtype=out_dtype, device=x.device)
+    if rows == 1:
+        block = _power_of_two(columns)
+        outputs = max(tuning.held // block, 1)
+        while outputs > 1 and -(-n_out // outputs) < tuning.programs:
+            outputs //= 2
+        warps = max(1, min(tuning.held_warps, outputs * block * tuning.held_warps // tuning.held))
+        warps = max(warps, min(4, tuning.held_warps))
+        tiles = {"BLOCK": block, "ROWS": 1, "OUTPUTS": outputs}
+        launch = _launch(warps)
+    else:
+        padded = max(16, _power_of_two(min(rows, 64)))
+        tiles = {"BLOCK": tuning.columns, "ROWS": padded, "OUTPUTS": tuning.outputs}
+        launch = {**_launch(4), "num_stages": tuning.stages}
+    grid = (-(-n_out // tiles["OUTPUTS"]), -(-rows // tiles["ROWS"]))
+    with portable.on(x):
+        _kernels().linear_step[grid](
+            x,
+            x.stride(0),
+            gate,
+            0 if gate is None else gate.stride(0),
+            None if norm is None else norm.weight,
+            0.0 if norm is None else norm.eps,
+            weight,
+            bias,
+            out,
+            residual,
+            None if conv is None else conv.state,
+            None if conv is None else conv.weight,
+            None if conv is None else conv.bias,
+            0 if conv is None else conv.begin,
+            0 if conv is None else conv.state.shape[1],
+            rows,
+            n_out,
+            COLUMNS=columns,
+            NORM=norm is not None,
+            GATED=gate is not None,
+            HAS_BIAS=bias is not None,
+            CONV=0 if conv is None else conv.state.shape[2] + 1,
+            TAPS=1 if conv is None else _power_of_two(conv.state.shape[2] + 1),
+            HAS_CONV_BIAS=conv is not None and conv.bias is not None,
+            ADD=residual is not None,
+            enable_fp_fusion=False,  # as in `gpu.py`
+            **tiles,
+            **launch,
+        )
+    return out
+
+
+def _normed(x: Tensor, gate: Tensor | None, norm: LayerNorm, dtype: torch.dtype) -> Tensor:
+    if gate is not None:
+        return gated_rms_norm(x, gate, norm.weight, eps=norm.eps)
+    return add_rms_norm(None, x, norm.weight, eps=norm.eps, out_dtype=dtype)[0]
+
+
+def _launch(warps: int) -> dict[str, Any]:
+    return {"num_warps": warps, "PDL": tuning.pdl, **({"launch_pdl": True} if tuning.pdl else {})}
+
+
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module("mambaseq.ops.decoding.layer_kernels")
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
