@@ -252,7 +252,7 @@ def stream(
     model.eval()
     try:
         condition = settled(model.encoder, condition)
-        state, logits = prefill(model, prompts, condition) if read is None else read
+        state, logits = prefill(model, prompts, condition, cuda_graph=cuda_graph) if read is None else read
         if with_guidance and condition is not None:
             more, untold = prefill(model, prompts, None)
             state, more = ([layer.select(every) for layer in one] for one in (state, more))
@@ -277,7 +277,9 @@ def stream(
             choices = temperature, top_k, top_p
             yield from _by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
             return
-        decoder = Decoder(model, state, condition, cuda_graph=cuda_graph and max_new_tokens >= WORTH_A_GRAPH)
+        greedy = temperature == 0 and not penalised and given is None and draws_once(model)
+        worth = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
+        decoder = Decoder(model, state, condition, cuda_graph=worth, greedy=greedy)
         yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
     finally:
         model.train(was_training)
@@ -307,19 +309,20 @@ def _by_steps(
     may_end = bool(stop_ids) or watch is not None
     tokens_a_look = _TOKENS_A_LOOK.get(device.type, 1)
     peak = logits.amax(-1)  # NaN and infinity stay in it
+    chosen: Tensor | None = None  # by the decoder
     given_on = time.monotonic()
     try:
         for i in range(max_new_tokens):
-            token = next_token(logits, i)
+            token = next_token(logits, i) if chosen is None else chosen
             if may_end and last is not None:
                 token = torch.where(ended, last, token)
-            out.append(token[:, None])
-            last = token
+            out.append(token[:, None] if chosen is None else token[:, None].clone())  # which the decoder overwrites
+            last = out[-1][:, 0]
             if may_end:
                 for stop in stop_ids:
                     ended |= token == stop
                 all_ended.append(ended.all())
-                unread.append(token)
+                unread.append(last)
                 if len(all_ended) == tokens_a_look or i + 1 == max_new_tokens:
                     if watch is not None:
                         ended |= torch.from_numpy(watch(torch.stack(unread, 1).cpu().numpy())).to(device)
@@ -331,8 +334,12 @@ def _by_steps(
                         break
                     all_ended.clear()
             if i + 1 < max_new_tokens:
-                logits = decoder.step(token)
-                peak = torch.maximum(peak, logits.amax(-1))
+                if isinstance(decoder, Decoder) and decoder.greedy:
+                    chosen, highest = decoder.step(token)
+                else:
+                    logits = decoder.step(token)
+                    highest = logits.amax(-1)
+                peak = torch.maximum(peak, highest)
             if i % 64 == 63:
                 check_finite(peak)
             # what may still be cut off at a stop is held back
@@ -406,9 +413,14 @@ def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
     return bool(model.backbone.causal and head.per_token and says == what)
 
 
+def draws_once(model: SequenceModel) -> bool:
+    """Whether its head picks one token for a position, by all logits."""
+    return getattr(type(model.head), "draw", Head.draw) is Head.draw
+
+
 def check_one_pick(model: SequenceModel, what: str) -> None:
     """Raise ConfigError for a model whose head picks several times for a position. what: what cannot be had then."""
-    if getattr(type(model.head), "draw", Head.draw) is not Head.draw:
+    if not draws_once(model):
         raise ConfigError(
             f"{what} for heads that pick one token a position, and {type(model.head).__name__} picks parts of it. "
             "Leave it out."

@@ -33,16 +33,25 @@ class Decoder:
             change it.
         condition: `(batch,)` int64 (see `Batch`) for conditional models.
         cuda_graph: False never captures.
+        greedy: a step gives the likeliest tokens and their logits, both `(batch,)`, in place of all logits, for heads of
+            one pick a position; if that token is the next step's, nothing but the graph is run.
     """
 
     def __init__(
-        self, model: SequenceModel, state: list[Any], condition: Tensor | None = None, *, cuda_graph: bool = True
+        self,
+        model: SequenceModel,
+        state: list[Any],
+        condition: Tensor | None = None,
+        *,
+        cuda_graph: bool = True,
+        greedy: bool = False,
     ) -> None:
-        self.model, self.state, self.condition = model, state, condition
+        self.model, self.state, self.condition, self.greedy = model, state, condition, greedy
+        self._chosen: Tensor | None = None  # what the last replayed graph has put into `_token` already
         self._may_capture = cuda_graph
         self._token: Tensor | None = None
         # by the number of windows that a step completes
-        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._seen: set[int | None] = set()
         self._places: list[tuple[int, int]] | None = None
         backbone = model.backbone
@@ -57,12 +66,12 @@ class Decoder:
         return bool(self._graphs)
 
     @torch.no_grad()
-    def step(self, token: Tensor) -> Tensor:
+    def step(self, token: Tensor) -> Any:
         """token `(batch,)` or `(batch, codes)` int64 to logits `(batch, vocab_size)` fp32, or what else the head tells,
-        which the next step may overwrite."""
+        or with `greedy` (tokens, logits); the next step may overwrite it."""
         whole = self._go_on()
         if self._token is None and self._may_capture:
-            self._may_capture = _can_capture(self.model, self.state, token)
+            self._may_capture = can_capture(self.model, self.state, token)
         if self._may_capture and whole not in self._graphs:
             if whole not in self._seen:
                 self._seen.add(whole)
@@ -70,10 +79,12 @@ class Decoder:
             self._capture(whole)
         if not self._may_capture or self._token is None:
             return self._run(token, whole)
-        graph, logits = self._graphs[whole]
-        self._token.copy_(token)
+        graph, told = self._graphs[whole]
+        if token is not self._chosen:
+            self._token.copy_(token)
         graph.replay()
-        return logits
+        self._chosen = told[0] if self.greedy else None
+        return told
 
     def _go_on(self) -> int | None:
         """How many windows the next step completes, if known; moves the places of all one position on."""
@@ -87,23 +98,35 @@ class Decoder:
             whole += count + 1 == size
         return whole
 
-    def _run(self, token: Tensor, whole: int | None) -> Tensor:
-        return self.model.step_(token, self.state, self.condition, *(() if whole is None else (whole,)))
+    def _run(self, token: Tensor, whole: int | None) -> Any:
+        told = self.model.step_(token, self.state, self.condition, *(() if whole is None else (whole,)))
+        if not self.greedy:
+            return told
+        peak, chosen = told.max(-1)
+        return chosen, peak
 
-    def _first(self, token: Tensor, whole: int | None) -> Tensor:
+    def _run_on(self, token: Tensor, whole: int | None) -> Any:
+        """The same, with the chosen token where the next step reads it."""
+        told = self._run(token, whole)
+        if self.greedy:
+            token.copy_(told[0])
+        return told
+
+    def _first(self, token: Tensor, whole: int | None) -> Any:
         """Run the step on a side stream, as PyTorch requires before a capture, and see whether a capture is
         possible."""
-        before = _tensors(self.state)
+        before = tensors_of(self.state)
         with torch.cuda.device(token.device), capture.capturing:
-            logits, waits = capture.warm_up(lambda: self._run(token, whole), torch.cuda.Stream())
-            logits.record_stream(torch.cuda.current_stream())
+            told, waits = capture.warm_up(lambda: self._run(token, whole), torch.cuda.Stream())
+            for tensor in told if self.greedy else (told,):
+                tensor.record_stream(torch.cuda.current_stream())
         if self._token is None:
             self._token = token.clone()
-        if any(one is not other for one, other in itertools.zip_longest(before, _tensors(self.state))):
+        if any(one is not other for one, other in itertools.zip_longest(before, tensors_of(self.state))):
             self._may_capture = False
         elif waits:
             self._give_up("a step of the model waits for the GPU")
-        return logits
+        return told
 
     def _capture(self, whole: int | None) -> None:
         token = self._token
@@ -111,8 +134,8 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(token.device), capture.capturing:
-                logits = capture.capture(graph, lambda: self._run(token, whole))
-            self._graphs[whole] = graph, logits
+                told = capture.capture(graph, lambda: self._run_on(token, whole))
+            self._graphs[whole] = graph, told
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])
 
@@ -121,11 +144,12 @@ class Decoder:
         warnings.warn(f"Decoding without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
 
 
-def _tensors(state: list[Any]) -> list[Tensor]:
+def tensors_of(state: list[Any]) -> list[Tensor]:
+    """Of all layers."""
     return [tensor for layer in state for tensor in layer.tensors().values()]
 
 
-def _can_capture(model: SequenceModel, state: list[Any], token: Tensor) -> bool:
+def can_capture(model: SequenceModel, state: list[Any], token: Tensor) -> bool:
     """Whether replaying the GPU's work of one step equals the step: nothing else changes between steps, and there are
     no hooks."""
     if not token.is_cuda or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
@@ -136,5 +160,5 @@ def _can_capture(model: SequenceModel, state: list[Any], token: Tensor) -> bool:
         return False
     if not isinstance(state, list) or not all(isinstance(layer, State) for layer in state):
         return False
-    tensors = [*_tensors(state), *model.parameters(), *model.buffers()]
+    tensors = [*tensors_of(state), *model.parameters(), *model.buffers()]
     return is_eager(*tensors) and all(isinstance(v, Tensor) and v.device == token.device for v in tensors)

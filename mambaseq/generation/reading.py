@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambaseq.backbones.unet import UNet
 from mambaseq.errors import ConfigError
+from mambaseq.generation import read_graphs
 from mambaseq.generation.prompts import Prompts
 from mambaseq.mixers.base import State
 from mambaseq.mixers.growing import GrowingState
@@ -21,18 +22,24 @@ _PREFILL = 8192
 
 @torch.no_grad()
 def prefill(
-    model: SequenceModel, prompts: Prompts, condition: Tensor | None, state: list[Any] | None = None
+    model: SequenceModel,
+    prompts: Prompts,
+    condition: Tensor | None,
+    state: list[Any] | None = None,
+    *,
+    cuda_graph: bool = True,
 ) -> tuple[list[Any], Tensor]:
     """The state after the prompts, and what the head tells of their last position only (see `Head.told`), since all of
     a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them.
     Prompts of several lengths are packed, so that nothing is padded.
 
-    state: what was read before, of prompts of one length; it stays as it is.
+    state: what was read before, of prompts of one length; it stays as it is. cuda_graph: on a CUDA device, parts of a
+        shape that came before are replayed from a CUDA graph (see `generation/read_graphs.py`).
     """
     if not len(prompts) or not min(prompts.lengths):
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")
     if len(set(prompts.lengths)) == 1:
-        return _in_parts(model, prompts, condition, state)
+        return _in_parts(model, prompts, condition, state, cuda_graph)
     if state is not None:
         raise ConfigError("Prompts that go on from a state must have one length.")
     states, told, order = [], [], []
@@ -67,7 +74,11 @@ def _packs(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _in_parts(
-    model: SequenceModel, prompts: Prompts, condition: Tensor | None, state: list[Any] | None = None
+    model: SequenceModel,
+    prompts: Prompts,
+    condition: Tensor | None,
+    state: list[Any] | None = None,
+    cuda_graph: bool = True,
 ) -> tuple[list[Any], Tensor]:
     """Prompts of one length. Parts depend on it alone, not on how many prompts there are, so that none depends on its
     neighbours: long ones are read alone, short ones some at a time."""
@@ -76,17 +87,18 @@ def _in_parts(
     at_once = _PREFILL // part
     if several <= at_once:
         for start in range(0, length, part):
-            x = model.encoder(prompts.read(start, start + part), condition)
-            hidden, state = model.backbone(x, state=state, return_state=True)
+            ids = prompts.read(start, start + part)
+            by_graph = read_graphs.read(model, ids, condition, state) if cuda_graph and ids.is_cuda else None
+            state, last = read_graphs.plainly(model, ids, condition, state) if by_graph is None else by_graph
         assert state is not None
-        return _contiguous(state), model.told(hidden[:, -1:])[:, -1]
+        return _contiguous(state), last if by_graph is not None else model.told(last)[:, -1]
     states, told = [], []
     for first in range(0, several, at_once):
         some = list(range(first, min(first + at_once, several)))
         under = None if condition is None else condition[some]
         rows = torch.tensor(some, device=prompts.device)
         begun = None if state is None else [layer.select(rows) for layer in state]
-        found, logits = _in_parts(model, prompts.only(some), under, begun)
+        found, logits = _in_parts(model, prompts.only(some), under, begun, cuda_graph)
         states.append(found)
         told.append(logits)
     return joined(states), torch.cat(told)

@@ -1,0 +1,142 @@
+"""Parts of prompts read by CUDA graphs: launching the kernels of a short part takes longer than running them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.generation.decoder import can_capture, tensors_of
+from mambaseq.models import SequenceModel
+from mambaseq.ops.gpu import capture
+
+_MOST = 4  # graphs of a model: the latest used
+_SEEN = 64  # shapes that are remembered
+_PLAIN, _WATCHED, _NEVER = range(3)  # how a shape has been read last
+
+# what a graph depends on besides values: shapes, and whether there is a state and a condition
+Key = tuple[Any, ...]
+
+
+@dataclasses.dataclass
+class _Graph:
+    """What it reads from and writes to, in memory of its own."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    condition: Tensor | None
+    state: list[Any] | None
+    made: list[Any]
+    told: Tensor
+
+
+@dataclasses.dataclass
+class _Known:
+    """What is known of a model. places: where its weights are."""
+
+    places: tuple[int, ...]
+    seen: collections.OrderedDict[Key, int] = dataclasses.field(default_factory=collections.OrderedDict)
+    graphs: collections.OrderedDict[Key, _Graph] = dataclasses.field(default_factory=collections.OrderedDict)
+    pool: Any = None
+
+
+_known: weakref.WeakKeyDictionary[SequenceModel, _Known] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def plainly(
+    model: SequenceModel, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+) -> tuple[list[Any], Tensor]:
+    """The state after a part `(batch, length)` or `(batch, length, codes)`, and what is hidden behind its last position,
+    `(batch, 1, d_model)`."""
+    hidden, new = model.backbone(model.encoder(ids, condition), state=state, return_state=True)
+    return new, hidden[:, -1:]
+
+
+def read(
+    model: SequenceModel, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+) -> tuple[list[Any], Tensor] | None:
+    """The state after a part, and what the head tells of its last position `(batch, ...)`, both new; None if the part is
+    to be read without a graph.
+
+    A shape's first part is, its second is watched for waits, its third captured, and those after it replayed. The
+    weights may change in place in between.
+    """
+    key: Key = (tuple(ids.shape), None if condition is None else tuple(condition.shape), state is None)
+    with _lock:
+        places = tuple(parameter.data_ptr() for parameter in model.parameters())
+        known = _known.get(model)
+        if known is None or known.places != places:
+            known = _known[model] = _Known(places)
+        last = known.seen.get(key)
+        if last == _NEVER:
+            return None
+        if last is None:
+            known.seen[key] = _PLAIN
+            if len(known.seen) > _SEEN:
+                known.seen.popitem(last=False)
+            return None
+        given = [] if state is None else state
+        if model.training or not can_capture(model, given, ids):
+            return None
+        if key in known.graphs:
+            known.graphs.move_to_end(key)
+            return _replayed(known.graphs[key], ids, condition, state)
+        if last == _PLAIN:
+            with torch.cuda.device(ids.device), capture.capturing:
+                told, waits = capture.warm_up(
+                    lambda: _told(model, ids, condition, state), torch.cuda.Stream(ids.device)
+                )
+                for tensor in (*tensors_of(told[0]), told[1]):
+                    tensor.record_stream(torch.cuda.current_stream())
+            known.seen[key] = _NEVER if waits else _WATCHED
+            return told
+        graph = _captured(model, known, ids, condition, state)
+        if graph is None:
+            known.seen[key] = _NEVER
+            return None
+        known.graphs[key] = graph
+        if len(known.graphs) > _MOST:
+            known.graphs.popitem(last=False)
+        return _replayed(graph, ids, condition, state)
+
+
+def _told(
+    model: SequenceModel, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+) -> tuple[list[Any], Tensor]:
+    new, last = plainly(model, ids, condition, state)
+    return new, model.told(last)[:, -1]
+
+
+def _captured(
+    model: SequenceModel, known: _Known, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+) -> _Graph | None:
+    """None if it cannot be. The graphs of a model share their memory: results are copied before another one runs."""
+    ids, condition = ids.clone(), None if condition is None else condition.clone()
+    state = None if state is None else [layer.clone() for layer in state]
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(ids.device), capture.capturing:
+            if known.pool is None:
+                known.pool = torch.cuda.graph_pool_handle()
+            made, told = capture.capture(graph, lambda: _told(model, ids, condition, state), pool=known.pool)
+    except RuntimeError:  # no memory, or what cannot be captured
+        return None
+    return _Graph(graph, ids, condition, state, made, told)
+
+
+def _replayed(
+    graph: _Graph, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+) -> tuple[list[Any], Tensor]:
+    graph.ids.copy_(ids)
+    if graph.condition is not None and condition is not None:
+        graph.condition.copy_(condition)
+    if graph.state is not None and state is not None:
+        torch._foreach_copy_(tensors_of(graph.state), tensors_of(state))
+    graph.graph.replay()
+    return [layer.clone() for layer in graph.made], graph.told.clone()
