@@ -99,12 +99,14 @@ def test_ratios_and_their_means() -> None:
     assert report.failed
 
 
-def test_the_transformer_steps_as_it_reads() -> None:
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_transformer_steps_as_it_reads(kv_heads: int) -> None:
     torch.manual_seed(0)
-    model = Transformer(vocab_size=31, d_model=16, n_layers=3, n_heads=2, d_hidden=24, max_length=20).double()
+    model = Transformer(31, d_model=16, n_layers=3, n_heads=4, d_hidden=24, max_length=20, n_kv_heads=kv_heads).double()
     ids = torch.randint(31, (2, 20))
     whole = model(ids)
     cache = model.init_cache(2, 20)
+    assert cache[0].shape[3] == kv_heads
     torch.testing.assert_close(model.extend_(ids[:, :7], cache, 0), whole[:, 6])
     for position in range(7, 20):
         torch.testing.assert_close(model.extend_(ids[:, position : position + 1], cache, position), whole[:, position])
@@ -114,6 +116,21 @@ def test_the_transformer_steps_as_it_reads() -> None:
     assert not torch.allclose(model(changed)[:, 12:], whole[:, 12:])
     loss = torch.nn.functional.cross_entropy(whole.flatten(0, 1), ids.flatten())
     assert model(ids, ids).item() == pytest.approx(loss.item())
+
+
+def test_the_transformers_steps_by_kernels_are_its_steps() -> None:
+    """Under Triton's interpreter: a layer at a position that is not the first."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = Transformer(31, d_model=12, n_layers=1, n_heads=2, d_hidden=8, max_length=20, n_kv_heads=1)
+    ids = torch.randint(31, (1, 6))
+    caches = [model.init_cache(1, 8) for _ in range(2)]
+    for cache in caches:
+        model.extend_(ids[:, :5], cache, 0)
+    with torch.no_grad():
+        expected = model._hidden(ids[:, 5:], caches[0], 5)[:, 0]
+        torch.testing.assert_close(model.step(ids[:, 5], caches[1], 5), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(caches[1], caches[0])
 
 
 @pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -21,7 +21,7 @@ from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm import add_rms_norm, gated_rms_norm
 
-_WIDEST = 8192  # columns of a weight that a program holds whole, for one row
+WIDEST = 8192  # columns of a weight that a program holds whole, for one row
 _WIDEST_CONV = 8
 _NORMED_INSIDE = 16  # rows up to which every program norms them for itself
 _MOST_STATES = 256
@@ -91,7 +91,7 @@ def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: T
     dtype = weights.in_proj.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or (rows > 1 and dtype != torch.bfloat16):
         return False
-    if max(weights.in_proj.shape[1], weights.out_proj.shape[1]) > _WIDEST or weights.conv.shape[-1] > _WIDEST_CONV:
+    if max(weights.in_proj.shape[1], weights.out_proj.shape[1]) > WIDEST or weights.conv.shape[-1] > _WIDEST_CONV:
         return False
     if ssm_state.shape[-1] > _MOST_STATES or (hasattr(weights, "dt_proj") and weights.dt_proj.shape[1] > _MOST_RANKS):
         return False
@@ -184,6 +184,8 @@ def linear_step(
     if rows > _NORMED_INSIDE and norm is not None:
         x = _normed(x, gate, norm, weight.dtype)
         norm = gate = None
+    elif rows > _NORMED_INSIDE and gate is not None:
+        x, gate = torch.nn.functional.silu(gate) * x, None
     out = torch.empty(rows, n_out, dtype=out_dtype, device=x.device)
     if rows == 1:
         block = _power_of_two(columns)

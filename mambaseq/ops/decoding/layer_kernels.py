@@ -49,7 +49,7 @@ def linear_step(
     """out `(rows, n_out)` of x `(rows, COLUMNS)`; OUTPUTS rows of the weight, and ROWS of x, a program.
 
     One row of x is multiplied whole (BLOCK >= COLUMNS), several as a matrix, BLOCK columns at a time. NORM: x is divided
-    by its root of mean squares and multiplied by `norm`, GATED: after a product with silu(gate). CONV: the width of the
+    by its root of mean squares and multiplied by `norm`. GATED: x is multiplied by silu(gate) before. CONV: the width of the
     causal convolution that outputs from conv_begin on go through, 0 for none; TAPS: a power of two, at least that. ADD: the residual, of out's shape.
     """
     if PDL:
@@ -89,11 +89,11 @@ def linear_step(
             cells = known[:, None] & real[None, :]
             w = tl.load(lines + k[None, :], mask=there[:, None] & known[None, :], other=0.0)
             v = tl.load(x + line * x_stride + k[:, None], mask=cells, other=0.0)
+            if GATED:
+                g = tl.load(gate + line * gate_stride + k[:, None], mask=cells, other=0.0).to(tl.float32)
+                v = v.to(tl.float32) * g * tl.sigmoid(g)
             if NORM:
                 v = v.to(tl.float32)
-                if GATED:
-                    g = tl.load(gate + line * gate_stride + k[:, None], mask=cells, other=0.0).to(tl.float32)
-                    v *= g * tl.sigmoid(g)
                 squares += tl.sum(v * v, axis=0)
                 v *= tl.load(norm + k, mask=known, other=0.0).to(tl.float32)[:, None]
             total = added_dot(w, v.to(w.dtype), total)
