@@ -35,7 +35,7 @@ def _panel(
 def picture() -> str:
     """The picture, an SVG text."""
     training = [row for row in _rows("train_gpu.json") if row["shape"] == {"batch": 1, "length": 65_536}]
-    decoding = [row for row in _rows("decode_gpu.json") if row["shape"] == {"batch": 128, "prompt": 2048}]
+    decoding = [row for row in _rows("decode_gpu.json") if row["op"] in _DECODED and row["shape"] == _BATCH]
     block = [row for row in _rows("cpu.json") if row["what"] == "block forward, length 2048"]
     models, rate = ("mambaseq", "mamba-ssm", "Transformer"), "thousand tokens/s"
     panels = [

@@ -1,6 +1,6 @@
 """Speed beside the peers, correctness first: the work of `mambaseq bench ops|block|train|decode`.
 
-`--json FILE` writes one object:
+`--json FILE` writes one object (decode: after every row):
 
     bench, scale         what ran: "ops", "block", "train" or "decode", at "full", "small" or "tiny" shapes
     device, gpu          the device's type and name (the processor's if there is no GPU)
@@ -19,6 +19,8 @@
                          step_ms, prefill_ms, total_ms; host_ms: how long the host is busy with a call of both
         *_mib, *_gib     most memory allocated at a time, beyond what was allocated before
         *tokens_per_s    throughput
+        floor_*          of decode: what the device could do at best (see `decode` and `floors`); *_of_floor_percent:
+                         how near the row is to it
     ratios               a list of objects: op, shape, peer, value (the key in the rows), ratio; above 1 mambaseq is
                          ahead. `shape` is null for geometric means, which have `over` ("all", "batch > 1", "batch 1")
 

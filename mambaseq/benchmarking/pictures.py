@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -99,11 +100,15 @@ def _bars(axes: Any, rows: list[Row], column: Column) -> None:
 
 def _lines(axes: Any, rows: list[Row], key: str, along: str) -> None:
     contenders = list(dict.fromkeys(row.contender for row in rows if key in row.values))
+    ops = list(dict.fromkeys(row.op for row in rows if key in row.values))
     for contender in contenders:
-        points = sorted(
-            (row.shape[along], row.values[key]) for row in rows if row.contender == contender and key in row.values
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", ms=3.5, label=contender, color=_colour(contender, contenders))
+        for op, line in zip(ops, itertools.cycle(("-", "--", ":"))):
+            alike = [row for row in rows if (row.contender, row.op) == (contender, op) and key in row.values]
+            points = sorted((row.shape[along], row.values[key]) for row in alike)
+            label = contender if len(ops) == 1 else f"{contender}, {op.rpartition(', ')[2]}"
+            colour = _colour(contender, contenders)
+            if points:
+                axes.plot(*zip(*points, strict=True), line, marker="o", ms=3.5, label=label, color=colour)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")

@@ -63,9 +63,12 @@ class Ratio:
 
 
 class Report:
-    """Collects a benchmark's rows and prints each when it is ready."""
+    """Collects a benchmark's rows and prints each when it is ready. path: where all of them are written then."""
 
-    def __init__(self, bench: str, device: torch.device, scale: str, columns: Sequence[Column]) -> None:
+    def __init__(
+        self, bench: str, device: torch.device, scale: str, columns: Sequence[Column], path: Path | None = None
+    ) -> None:
+        self.path = path
         self.bench, self.device, self.scale, self.columns = bench, device, scale, columns
         self.rows: list[Row] = []
         on_gpu = device.type == "cuda"
@@ -89,6 +92,8 @@ class Report:
         else:
             text = f"  {'-' if row.status == 'skipped' else row.status}: {row.note}"
         print(f"{label(row.shape):<42} {who:<22}{text}", flush=True)
+        if self.path is not None:
+            self.write(self.path)
 
     def _cell(self, column: Column, value: float | None) -> str:
         return "-" if value is None else f"{value:,.{column.digits}f}"

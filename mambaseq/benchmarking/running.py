@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mambaseq.benchmarking import block, decode, ops, train
 from mambaseq.benchmarking.pictures import draw
+from mambaseq.benchmarking.report import Report
 from mambaseq.benchmarking.timing import on
 from mambaseq.reporting.pictures import save_png
 
-_BENCHES = {"ops": ops.run, "block": block.run, "train": train.run, "decode": decode.run}
+_BENCHES: dict[str, Callable[..., Report]] = {
+    "ops": ops.run,
+    "block": block.run,
+    "train": train.run,
+    "decode": decode.run,
+}
 
 
 def run(
-    bench: str, device: torch.device, scale: str, repeats: int, json: Path | None = None, picture: Path | None = None
+    bench: str,
+    device: torch.device,
+    scale: str,
+    repeats: int,
+    json: Path | None = None,
+    picture: Path | None = None,
+    **options: Any,
 ) -> int:
-    """Run the benchmark of this name. Returns 1 if a result was wrong or ours did not run, otherwise 0."""
+    """Run the benchmark of this name. options: those of `decode.Options`, for decode alone.
+
+    Returns 1 if a result was wrong or ours did not run, otherwise 0.
+    """
     with on(device):
-        report = _BENCHES[bench](device, scale, repeats)
+        given = (decode.Options(path=json, **options),) if bench == "decode" else ()
+        report = _BENCHES[bench](device, scale, repeats, *given)
     report.summary()
     if json is not None:
         report.write(json)

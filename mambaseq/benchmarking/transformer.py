@@ -155,7 +155,9 @@ class Transformer(nn.Module):
         weight = self.embedding.weight
         fits = weight.dtype == torch.bfloat16 or (rows == 1 and weight.dtype != torch.float64)
         narrow = max(layer.down.in_features for layer in self.layers) <= steps.WIDEST  # type: ignore[union-attr, type-var]
-        return weight.is_cuda and fits and narrow and rows <= steps.tuning.most_rows and portable.why_not("cuda") is None
+        return (
+            weight.is_cuda and fits and narrow and rows <= steps.tuning.most_rows and portable.why_not("cuda") is None
+        )
 
     def step(self, ids: Tensor, cache: list[Tensor], position: int) -> Tensor:
         """What is hidden behind ids `(batch,)` at a position, `(batch, d_model)`, by the kernels of whole layers."""

@@ -13,7 +13,7 @@ BENCHES = {
     "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
     "block": "a Mamba block, forward and backward",
     "train": "training steps of a language model, next to a Transformer of equal size",
-    "decode": "generation throughput, next to a Transformer with a cache of keys and values",
+    "decode": "generation throughput, next to peers and to a Transformer with a cache of keys and values",
 }
 SCALES = ("full", "small", "tiny")
 
@@ -35,6 +35,12 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write rows and ratios")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="draw them")
+    decode = parser.add_argument_group("decode")
+    decode.add_argument(
+        "--only", metavar="NAMES", default=None, help='sizes and contenders, such as "1.4B,mambaseq,mamba-ssm"'
+    )
+    decode.add_argument("--kv-heads", type=int, default=None, metavar="N", help="heads of the Transformer's keys")
+    decode.add_argument("--seconds", type=float, default=None, help="begin no further row after so long")
     arguments = parser.parse_args(argv)
     if arguments.bench not in BENCHES:
         raise ConfigError(
@@ -43,6 +49,12 @@ def run(argv: list[str], command: str) -> int:
         )
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {arguments.repeats}.")
+    given = {name: getattr(arguments, name) for name in ("only", "kv_heads", "seconds")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and arguments.bench != "decode":
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is for decode, not for {arguments.bench}.")
+    if "only" in given:
+        given["only"] = [name.strip() for name in given["only"].split(",") if name.strip()]
     if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture writes PNG files; {arguments.picture} does not end in .png.")
 
@@ -52,4 +64,4 @@ def run(argv: list[str], command: str) -> int:
 
     device = choose_device(arguments.device)
     scale = arguments.scale or ("full" if device.type == "cuda" else "small")
-    return run_bench(arguments.bench, device, scale, arguments.repeats, arguments.json, arguments.picture)
+    return run_bench(arguments.bench, device, scale, arguments.repeats, arguments.json, arguments.picture, **given)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.encoders import settled
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.prompts import Prompts
@@ -23,6 +23,7 @@ from mambaseq.generation.stopping import StopStrings, Watch
 from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.heads.base import Head
+from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 
 # Fewest new tokens for which a CUDA graph is worth its capture.
@@ -64,6 +65,7 @@ def generate(
     numbers: Tensor | None = None,
     given: Tensor | None = None,
     guidance: float = 1.0,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Continue prompts.
 
@@ -89,6 +91,8 @@ def generate(
         given: tokens to add that are known, of the shape of what is added to each prompt; negative where one is drawn.
         guidance: how many times over what the condition changes in the logits counts (see `generation/guidance.py`);
             for models that have learned to do without (`condition_dropout`). Every token then takes two steps.
+        state_dtype: torch.bfloat16 keeps the states of mamba and mamba2 rounded between steps: half the memory and its
+            traffic, for tokens that may come to differ (`benchmarks/state_drift.py`). None is float32.
 
     Returns:
         `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens, or `(..., codes)`; a prompt's samples
@@ -115,6 +119,7 @@ def generate(
         "numbers": numbers,
         "given": given,
         "guidance": guidance,
+        "state_dtype": state_dtype,
     }
     added = _added(model, prompt, max_new_tokens, settings, progress)
     return torch.cat([prompt.repeat_interleave(samples, 0), added], dim=1)
@@ -197,6 +202,7 @@ def stream(
     numbers: Tensor | None = None,
     given: Tensor | None = None,
     guidance: float = 1.0,
+    state_dtype: torch.dtype | None = None,
     read: tuple[list[Any], Tensor] | None = None,
     patience: float | None = None,
 ) -> Iterator[Tensor]:
@@ -213,6 +219,8 @@ def stream(
     check_guidance(guidance)
     if guidance != 1 and condition is None:
         raise ConfigError("guidance makes a condition count more, and none is given. Give one, or leave guidance out.")
+    if state_dtype is not None:
+        _check_state_dtype(model, state_dtype, guidance)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
@@ -267,9 +275,13 @@ def stream(
         if samples > 1 or read is not None:
             state, logits = [layer.select(every) for layer in state], logits[every]
             condition = None if condition is None else condition[every]
+        if state_dtype is not None:
+            state = [layer.stored_as(state_dtype) if isinstance(layer, State) else layer for layer in state]
         worth = max_new_tokens >= (_WORTH_A_KERNEL if device.type == "cpu" else WORTH_A_GRAPH)
         even = not best_even(model) or len(set(prompts.lengths)) == 1
-        worth = worth and even and given is None and not penalised and min_p == 0  # what the kernel does not know
+        worth = (
+            worth and even and given is None and not penalised and min_p == 0 and state_dtype is None
+        )  # what the kernel does not know
         if cuda_graph and worth and why_not_stretches(model, len(every), top_k, top_p) is None:
             check_finite(logits)
             token = next_token(logits, 0)
@@ -411,6 +423,17 @@ def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
     if says is None:  # a plugin's
         says = "values" if getattr(head, "learns", None) == "values" else "tokens"
     return bool(model.backbone.causal and head.per_token and says == what)
+
+
+def _check_state_dtype(model: SequenceModel, dtype: torch.dtype, guidance: float) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"state_dtype must be torch.float32 or torch.bfloat16, not {shown(dtype)}.")
+    if not any(getattr(layer, "accumulated", ()) for layer in model.init_state(1)):
+        raise ConfigError(
+            "state_dtype is for models with the mixers mamba or mamba2; this one has neither. Leave it out."
+        )
+    if guidance != 1:
+        raise ConfigError("state_dtype does not go with guidance. Leave one of them out.")
 
 
 def draws_once(model: SequenceModel) -> bool:

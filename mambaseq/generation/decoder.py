@@ -33,8 +33,8 @@ class Decoder:
             change it.
         condition: `(batch,)` int64 (see `Batch`) for conditional models.
         cuda_graph: False never captures.
-        greedy: a step gives the likeliest tokens and their logits, both `(batch,)`, in place of all logits, for heads of
-            one pick a position; if that token is the next step's, nothing but the graph is run.
+        greedy: a step gives the likeliest tokens and their logits, both `(batch,)`, in place of all logits, for heads
+            of one pick a position; if that token is the next step's, nothing but the graph is run.
     """
 
     def __init__(

@@ -52,8 +52,8 @@ _lock = threading.Lock()
 def plainly(
     model: SequenceModel, ids: Tensor, condition: Tensor | None, state: list[Any] | None
 ) -> tuple[list[Any], Tensor]:
-    """The state after a part `(batch, length)` or `(batch, length, codes)`, and what is hidden behind its last position,
-    `(batch, 1, d_model)`."""
+    """The state after a part `(batch, length)` or `(batch, length, codes)`, and what is hidden behind its last
+    position, `(batch, 1, d_model)`."""
     hidden, new = model.backbone(model.encoder(ids, condition), state=state, return_state=True)
     return new, hidden[:, -1:]
 
@@ -61,8 +61,8 @@ def plainly(
 def read(
     model: SequenceModel, ids: Tensor, condition: Tensor | None, state: list[Any] | None
 ) -> tuple[list[Any], Tensor] | None:
-    """The state after a part, and what the head tells of its last position `(batch, ...)`, both new; None if the part is
-    to be read without a graph.
+    """The state after a part, and what the head tells of its last position `(batch, ...)`, both new; None if the part
+    is to be read without a graph.
 
     A shape's first part is, its second is watched for waits, its third captured, and those after it replayed. The
     weights may change in place in between.

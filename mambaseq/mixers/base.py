@@ -24,6 +24,9 @@ class State:
     container of its tensors (see `register_tree`).
     """
 
+    accumulated: ClassVar[tuple[str, ...]] = ()
+    """Its float32 tensors that a step may also read and write as bfloat16 (see `stored_as`)."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         register_tree(cls)
@@ -44,6 +47,15 @@ class State:
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device. The dtype stays, because accumulators must be fp32."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        """With what it accumulates kept in float32 or bfloat16 between steps, in which it is computed in float32. What
+        has another dtype, or is not accumulated, stays."""
+        kept = self.map(lambda tensor: tensor)
+        for name in self.accumulated:
+            if (tensor := getattr(self, name)).dtype in (torch.float32, torch.bfloat16):
+                setattr(kept, name, tensor.to(dtype))
+        return kept
 
     def select(self, sequences: Tensor) -> Self:
         """The states of some sequences, `(n,)` int64 indices; repeats fork a sequence."""
@@ -105,8 +117,8 @@ class Mixer(nn.Module, abc.ABC):
         return False
 
     def layer_step_(self, residual: Tensor, norm: Any, state: Any) -> Tensor:
-        """residual + step_(norm(residual)), `(batch, d_model)` fp32, without changing the residual; changes the state in
-        place. For those that have kernels of the whole, where `can_step_layer` says so."""
+        """residual + step_(norm(residual)), `(batch, d_model)` fp32, without changing the residual; changes the state
+        in place. For those that have kernels of the whole, where `can_step_layer` says so."""
         raise NotImplementedError
 
     def scale_residual_(self, factor: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from mambaseq.ops.linear import apply_linear, is_plain
 class MambaState(State):
     """conv `(batch, d_inner, d_conv - 1)`: the last inputs of the convolution, oldest first, fp32.
     ssm `(batch, d_inner, d_state)`: fp32, or complex64 where A is complex."""
+
+    accumulated: ClassVar[tuple[str, ...]] = ("ssm",)
 
     conv: Tensor
     ssm: Tensor
@@ -358,7 +360,9 @@ class Mamba(Mixer):
         """See `Mixer.can_step_layer`."""
         if not (self._is_plain() and "step_" not in vars(self) and type(self).step_ is Mamba.step_):
             return False
-        return layer.can_step(residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights())
+        return layer.can_step(
+            residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()
+        )
 
     def layer_step_(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> Tensor:
         """See `Mixer.layer_step_`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _LAYERS = ("in_proj", "conv1d", "out_proj", "norm")
 class Mamba2State(State):
     """conv `(batch, d_inner + 2 * n_groups * d_state, d_conv - 1)`: the last inputs of the convolution, oldest first.
     ssm `(batch, n_heads, head_dim, d_state)`. Both fp32."""
+
+    accumulated: ClassVar[tuple[str, ...]] = ("ssm",)
 
     conv: Tensor
     ssm: Tensor

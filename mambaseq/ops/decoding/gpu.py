@@ -29,12 +29,16 @@ _CONV_CHANNELS = 32 * _WARPS
 
 
 def can_run(state: Tensor, *values: Tensor | None) -> bool:
-    """Whether the kernels can run: a contiguous state in fp32, bf16 or complex64 on one GPU, which nobody differentiates,
-    and values of which only beside the last some are complex."""
+    """Whether the kernels can run: a contiguous state in fp32, bf16 or complex64 on one GPU, which nobody
+    differentiates, and values of which only beside the last some are complex."""
     device = state.device
     if device.type != "cuda" or not is_eager(state, *values) or portable.why_not("cuda") is not None:
         return False
-    if state.dtype not in (torch.float32, torch.bfloat16, torch.complex64) or not state.is_contiguous() or state.is_conj():
+    if (
+        state.dtype not in (torch.float32, torch.bfloat16, torch.complex64)
+        or not state.is_contiguous()
+        or state.is_conj()
+    ):
         return False
     known = _COMPLEX if state.is_complex() else _REAL
     needs_gradient = torch.is_grad_enabled()

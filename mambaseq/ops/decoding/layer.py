@@ -77,8 +77,8 @@ class Mamba2Weights(NamedTuple):
 
 def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: Any) -> bool:
     """Whether the kernels can run: a contiguous fp32 stream `(rows, d_model)` of a few rows, contiguous states and
-    weights of one floating dtype on one GPU, which nobody differentiates. Several rows: of bfloat16 weights, which alone
-    hold what is not yet normed and are multiplied as matrices."""
+    weights of one floating dtype on one GPU, which nobody differentiates. Several rows: of bfloat16 weights, which
+    alone hold what is not yet normed and are multiplied as matrices."""
     device, rows = residual.device, len(residual)
     tensors = [value for value in (*weights, norm.weight) if value is not None]
     states = (conv_state, ssm_state)

@@ -48,9 +48,10 @@ def linear_step(
 ):
     """out `(rows, n_out)` of x `(rows, COLUMNS)`; OUTPUTS rows of the weight, and ROWS of x, a program.
 
-    One row of x is multiplied whole (BLOCK >= COLUMNS), several as a matrix, BLOCK columns at a time. NORM: x is divided
-    by its root of mean squares and multiplied by `norm`. GATED: x is multiplied by silu(gate) before. CONV: the width of the
-    causal convolution that outputs from conv_begin on go through, 0 for none; TAPS: a power of two, at least that. ADD: the residual, of out's shape.
+    One row of x is multiplied whole (BLOCK >= COLUMNS), several as a matrix, BLOCK columns at a time. NORM: x is
+    divided by its root of mean squares and multiplied by `norm`. GATED: x is multiplied by silu(gate) before. CONV: the
+    width of the causal convolution that outputs from conv_begin on go through, 0 for none; TAPS: a power of two, at
+    least that. ADD: the residual, of out's shape.
     """
     if PDL:
         gdc_launch_dependents()
@@ -145,8 +146,8 @@ def scan_step(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """CHANNELS channels of ROWS sequences of Mamba-1's scan. inner: inputs, then gates, `(batch, 2 channels)`; products:
-    what dt_proj takes, B and C, `(batch, RANK + 2 D_STATE)`. RANKS, STATES: powers of two, at least those."""
+    """CHANNELS channels of ROWS sequences of Mamba-1's scan. inner: inputs, then gates, `(batch, 2 channels)`;
+    products: what dt_proj takes, B and C, `(batch, RANK + 2 D_STATE)`. RANKS, STATES: powers of two, at least those."""
     if PDL:
         gdc_launch_dependents()
     blocks = tl.cdiv(channels, CHANNELS)

@@ -2,11 +2,15 @@
 
 With a float32 state and without gradients each is one kernel, by Numba on CPU and Triton on GPU, instead of many small
 operations of PyTorch. Everything else, `torch.compile` included, is computed by PyTorch.
+
+A state may also be kept in bfloat16 between steps: it is read, computed with in float32, and rounded when it is
+written.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +44,7 @@ def selective_state_update_(
     """One step of `mambaseq.ops.selective_scan`; changes `state` in place.
 
     Args:
-        state: `(batch, channels, d_state)`, float32, or complex64 if A is complex.
+        state: `(batch, channels, d_state)`, float32 or bfloat16, or complex64 if A is complex.
         x, dt, z: `(batch, channels)`.
         A: `(channels, d_state)`.
         B, C: `(batch, d_state)` or `(batch, groups, d_state)`.
@@ -53,6 +57,9 @@ def selective_state_update_(
     B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))  # (batch, groups, d_state)
     if step_gpu.can_run(state, x, dt, A, B, C, D, z, dt_bias) and step_gpu.can_update(state):
         return step_gpu.selective_state_update_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
+    if state.dtype == torch.bfloat16:
+        options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "A_is_log": A_is_log}
+        return _widened(selective_state_update_, state, x, dt, A, B, C, **options)
     if A_is_log:
         A = -torch.exp(A.to(state.dtype))
     channels = x.shape[1]
@@ -106,7 +113,7 @@ def lti_update_(
     """One step of `mambaseq.ops.lti_scan`; changes `state` in place.
 
     Args:
-        state: `(batch, channels, d_state)`, float32, or complex64 if A is complex.
+        state: `(batch, channels, d_state)`, float32 or bfloat16, or complex64 if A is complex.
         x, z: `(batch, channels)`.
         dt, D: `(channels,)`.
         A, B, C: `(channels, d_state)`.
@@ -116,6 +123,8 @@ def lti_update_(
     """
     if step_gpu.can_run(state, x, dt, A, B, C, D, z) and step_gpu.can_update(state):
         return step_gpu.lti_update_(state, x, dt, A, B, C, D, z, discretization)
+    if state.dtype == torch.bfloat16:
+        return _widened(lti_update_, state, x, dt, A, B, C, D=D, z=z, discretization=discretization)
     wide = state.dtype
     log_decay, B = discretize(dt.to(state.real.dtype), A.to(wide), B.to(wide), discretization)
     decay = torch.exp(log_decay)
@@ -139,7 +148,7 @@ def ssd_update_(
     """One step of `mambaseq.ops.ssd`; changes `state` in place.
 
     Args:
-        state: `(batch, heads, head_dim, d_state)`, float32.
+        state: `(batch, heads, head_dim, d_state)`, float32 or bfloat16.
         x: `(batch, heads, head_dim)`.
         dt: `(batch, heads)`.
         A, D, dt_bias: `(heads,)`.
@@ -149,11 +158,13 @@ def ssd_update_(
         y, the shape and dtype of x.
     """
     if (
-        state.dtype == torch.float32
+        state.dtype in (torch.float32, torch.bfloat16)
         and step_gpu.can_run(state, x, dt, A, B, C, D, dt_bias)
         and step_gpu.can_update(state)
     ):
         return step_gpu.ssd_update_(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
+    if state.dtype == torch.bfloat16:
+        return _widened(ssd_update_, state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)
     wide, heads = state.dtype, x.shape[1]
     dt, u = dt.to(wide), x.to(wide)
     if dt_bias is not None:
@@ -213,6 +224,13 @@ def causal_conv_update_(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _widened(update: Callable[..., Tensor], state: Tensor, *values: Any, **options: Any) -> Tensor:
+    wide = state.float()
+    y = update(wide, *values, **options)
+    state.copy_(wide)
+    return y
 
 
 def _read_out(state: Tensor, C: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
