@@ -312,8 +312,7 @@ def _mamba(
     model = _model(sizes, device, dtype)
 
     def generator(batch: int, length: int, new: int) -> Generate:
-        more = {} if state_dtype is None else {"state_dtype": state_dtype}
-        return lambda prompt, n: generate(model, prompt, n, temperature=0, **more)
+        return lambda prompt, n: generate(model, prompt, n, temperature=0, state_dtype=state_dtype)
 
     return Contestant(generator, lambda ids: model(ids).logits, *_costs(model, sizes, state_dtype), dtype)
 

@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         n_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
-        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        self.n_kv_heads, self.d_hidden = n_heads if n_kv_heads is None else n_kv_heads, d_hidden
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(Layer(d_model, n_heads, d_hidden, self.n_kv_heads) for _ in range(n_layers))
         self.norm = nn.RMSNorm(d_model, eps=EPS)
@@ -154,10 +154,10 @@ class Transformer(nn.Module):
         """Whether a step of so many sequences is taken by the kernels of whole layers."""
         weight = self.embedding.weight
         fits = weight.dtype == torch.bfloat16 or (rows == 1 and weight.dtype != torch.float64)
-        narrow = max(layer.down.in_features for layer in self.layers) <= steps.WIDEST  # type: ignore[union-attr, type-var]
-        return (
-            weight.is_cuda and fits and narrow and rows <= steps.tuning.most_rows and portable.why_not("cuda") is None
-        )
+        widest = max(self.d_hidden, self.embedding.embedding_dim)
+        if not weight.is_cuda or portable.why_not("cuda") is not None:
+            return False
+        return fits and widest <= steps.WIDEST and rows <= steps.tuning.most_rows
 
     def step(self, ids: Tensor, cache: list[Tensor], position: int) -> Tensor:
         """What is hidden behind ids `(batch,)` at a position, `(batch, d_model)`, by the kernels of whole layers."""

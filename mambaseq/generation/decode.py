@@ -428,9 +428,10 @@ def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
 def _check_state_dtype(model: SequenceModel, dtype: torch.dtype, guidance: float) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"state_dtype must be torch.float32 or torch.bfloat16, not {shown(dtype)}.")
-    if not any(getattr(layer, "accumulated", ()) for layer in model.init_state(1)):
+    layers = [layer for layer in model.init_state(1) if isinstance(layer, State)]
+    if not any(getattr(layer, name).dtype == torch.float32 for layer in layers for name in layer.accumulated):
         raise ConfigError(
-            "state_dtype is for models with the mixers mamba or mamba2; this one has neither. Leave it out."
+            "state_dtype is for models with real states of mamba or mamba2; this one has none. Leave it out."
         )
     if guidance != 1:
         raise ConfigError("state_dtype does not go with guidance. Leave one of them out.")
