@@ -32,6 +32,10 @@ domain = Domain(
             "mambaseq_text.recipes.ablations:recipe",
             "Mamba paper, Tables 6 to 10: what selection is made of",
         ),
+        "books": (
+            "mambaseq_text.recipes.books:recipe",
+            "novels in bytes and word pieces: Mamba, Mamba-2, a hybrid and a Transformer, by tokens and by time",
+        ),
     },
     configs={
         "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),

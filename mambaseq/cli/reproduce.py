@@ -77,9 +77,18 @@ def run(argv: list[str], command: str) -> int:
         metavar="N",
         help="of training of each contender, for recipes that give them equal time",
     )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of training of each contender, for recipes that leave it open",
+    )
     arguments = parser.parse_args(argv)
     if arguments.minutes is not None and not 0 < arguments.minutes <= 10_000:
         raise ConfigError(f"--minutes must be above 0 and at most 10,000, not {arguments.minutes:g}.")
+    if arguments.steps is not None and not 1 <= arguments.steps < 2**31:
+        raise ConfigError(f"--steps must be at least 1 and below 2^31, not {arguments.steps}.")
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {arguments.seeds}.")
     for seed in arguments.seed or []:
@@ -96,4 +105,5 @@ def run(argv: list[str], command: str) -> int:
     scale: Any = arguments.scale or ("full" if device.type == "cuda" else "small")
     folder = arguments.out or Path("runs") / "reproduce" / f"{name.rpartition('/')[2]}-{scale}"
     part = bool(arguments.only or arguments.seed)
-    return reproduce(name, device, scale, numbers, arguments.only, part, folder, arguments.data, arguments.minutes)
+    given = (arguments.data, arguments.minutes, arguments.steps)
+    return reproduce(name, device, scale, numbers, arguments.only, part, folder, *given)

@@ -36,6 +36,7 @@ class Context:
     hardware: what trials run on. records: of the requested trials, by name.
     data: the folder with files that users bring (see `brought`).
     minutes: of training of each contender, in recipes that train by the clock; None for the recipe's own.
+    steps: of training of each contender, in recipes that leave it open; None for the recipe's own.
     """
 
     device: torch.device
@@ -47,6 +48,7 @@ class Context:
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     data: Path | None = None
     minutes: float | None = None
+    steps: int | None = None
 
     def brought(self, name: str, sha256: str | None, source: str) -> Path:
         """A file of the folder `--data` that the project may not ship, or a folder in it.
@@ -183,10 +185,11 @@ class Recipe:
     """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told.
 
     brings: whether it needs files that users bring (`Context.brought`). by_clock: whether it trains by the clock
-        (`Context.minutes`).
+        (`Context.minutes`). by_steps: whether users may say for how many steps it trains (`Context.steps`).
     """
 
     run: Callable[[Context], list[Table]]
     seeds: int = 3
     brings: bool = False
     by_clock: bool = False
+    by_steps: bool = False

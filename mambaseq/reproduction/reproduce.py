@@ -73,18 +73,22 @@ def reproduce(
     folder: Path,
     data: Path | None = None,
     minutes: float | None = None,
+    steps: int | None = None,
 ) -> int:
     """Run all trials of a recipe that are not finished, with these seeds or its default number.
 
-    part: the report covers only a part. data: the folder of files that users bring. minutes: see `Context`. Returns 0.
+    part: the report covers only a part. data: the folder of files that users bring. minutes, steps: see `Context`.
+    Returns 0.
     """
     recipe: Recipe = catalog()["recipes"].get(name)
     if minutes is not None and not recipe.by_clock:
         raise UserError(f"{name} does not train by the clock, so that --minutes means nothing to it. Leave it out.")
+    if steps is not None and not recipe.by_steps:
+        raise UserError(f"{name} has numbers of steps of its own, so that --steps means nothing to it. Leave it out.")
     mine = {"recipe": name, "scale": scale, "version": __version__, "source": _source(recipe), "format": _FORMAT}
     _own(folder, mine)
     numbers = seeds or list(range(1 if scale == "tiny" else recipe.seeds))
-    context = Context(device, scale, numbers, folder, only, _hardware(device), data=data, minutes=minutes)
+    context = Context(device, scale, numbers, folder, only, _hardware(device), data=data, minutes=minutes, steps=steps)
     try:
         tables = recipe.run(context)
     finally:
@@ -100,6 +104,7 @@ def reproduce(
         command += f" --seeds {len(seeds)}" if from_the_first else f" --seed {' '.join(map(str, seeds))}"
     command += f" --only {shlex.join(only)}" if only else ""
     command += f" --minutes {minutes:g}" if minutes is not None else ""
+    command += f" --steps {steps}" if steps is not None else ""
     command += " --data FOLDER" if data is not None else ""
     report = Report(
         name,

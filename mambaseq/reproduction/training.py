@@ -58,6 +58,7 @@ def train(
     autocast: torch.dtype | None = None,
     checkpoint: Path | None = None,
     finished: Callable[[], bool] | None = None,
+    watch: Callable[[int], object] | None = None,
     check_every: int = 1000,
     cuda_graph: bool = True,
     label: str = "",
@@ -72,6 +73,8 @@ def train(
         checkpoint: a file written every 15 seconds and at the end. If it exists, training continues from it, with the
             same steps as without an interruption.
         finished: called every `check_every` steps, with the model in evaluation mode; says whether to stop early.
+        watch: called as `finished` is, before it, with the number of steps done: for curves. A run that goes on from a
+            checkpoint may tell a step again.
         cuda_graph: on a CUDA device, capture the step, unless the backbone has graphs of its own.
         label: of the progress bar.
         clock: end after so many seconds of steps, and let the learning rate follow the clock as if `steps`, which are
@@ -109,14 +112,14 @@ def train(
                 tqdm.write(f"{label or 'training'}: step {done:,}{of}, loss {run.mean_loss():.3f}")
                 told = now
             due = checkpoint is not None and now - saved > _SAVE_EVERY_S
-            ask = finished is not None and done % check_every == 0
+            ask = done % check_every == 0 and not (finished is None and watch is None)
             if not (due or ask):
                 continue
             run.wait()
             paused = time.perf_counter()
-            if finished is not None and ask:
+            if ask:
                 with run.averaged():
-                    finish = _asked(model, finished)
+                    finish = _asked(model, done, finished, watch)
             if checkpoint is not None and due:
                 run.save(checkpoint, done, spent + time.perf_counter() - began, finish)
                 saved = time.perf_counter()
@@ -134,10 +137,14 @@ def train(
     return Trained(done, spent, rate, run.mean_loss(), run.captured, run.clock)
 
 
-def _asked(model: SequenceModel, question: Callable[[], bool]) -> bool:
+def _asked(
+    model: SequenceModel, done: int, finished: Callable[[], bool] | None, watch: Callable[[int], object] | None
+) -> bool:
     model.eval()
     try:
-        return question()
+        if watch is not None:
+            watch(done)
+        return finished is not None and finished()
     finally:
         model.train()
 

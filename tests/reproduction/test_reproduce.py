@@ -68,6 +68,15 @@ def test_minutes_are_for_recipes_by_the_clock(tmp_path: Path, capsys: pytest.Cap
     assert "--minutes must be above 0" in capsys.readouterr().err
 
 
+def test_steps_are_for_recipes_that_leave_them_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce("lra", tmp_path / "out", "--steps", "5") == 2
+    assert "has numbers of steps of its own" in capsys.readouterr().err
+    assert reproduce("books", tmp_path / "out", "--steps", "0") == 2
+    assert "--steps must be at least 1" in capsys.readouterr().err
+    assert reproduce("books", tmp_path / "out", "--steps", "5", "--data", str(tmp_path)) == 2
+    assert f"There is no {tmp_path / 'books.tar.xz'}" in capsys.readouterr().err
+
+
 def test_a_run_that_is_started_again_runs_nothing_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert reproduce("lra", out, "--only", "s4d", "digits") == 0

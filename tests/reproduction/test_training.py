@@ -128,6 +128,23 @@ def test_a_run_that_has_learned_enough_stops(tmp_path: Path) -> None:
     assert same(weights(model), weights(stopped))
 
 
+def test_a_curve_is_told_at_its_steps_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    told: list[tuple[int, bool]] = []
+    model = make()
+
+    def watch(step: int) -> None:
+        told.append((step, model.training))
+
+    def stop() -> bool:
+        return told[-1][0] == 4  # asked after the step was told
+
+    train(model, batches(), 7, CONFIG, watch=watch, finished=stop, check_every=2, checkpoint=tmp_path / "run.pt")
+    assert told == [(2, False), (4, False)]
+    told.clear()
+    train(model := make(), batches(), 7, CONFIG, watch=watch, check_every=2)
+    assert told == [(2, False), (4, False), (6, False)]
+
+
 def test_the_learning_rate_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[float] = []
     step = torch.optim.AdamW.step

@@ -90,9 +90,15 @@ def trained(
     }
 
 
-@torch.no_grad()
 def bits_per_byte(model: SequenceModel, text: Tensor, length: int, batch_size: int) -> float:
     """Of a text `(n,)`, each byte of it but the first predicted once, in pieces of `length` that know only
+    themselves."""
+    return nats(model, text, length, batch_size) / (len(text) - 1) / math.log(2)
+
+
+@torch.no_grad()
+def nats(model: SequenceModel, text: Tensor, length: int, batch_size: int) -> float:
+    """Of all tokens of a text `(n,)` but the first, each predicted once, in pieces of `length` that know only
     themselves."""
     n, pieces = len(text) - 1, -(-(len(text) - 1) // length)
     inputs = torch.zeros(pieces * length, dtype=torch.int64, device=text.device)
@@ -105,7 +111,7 @@ def bits_per_byte(model: SequenceModel, text: Tensor, length: int, batch_size: i
             loss = model(some, targets).loss
         assert loss is not None
         total += loss.float() * (targets != -100).sum()
-    return float(total) / n / math.log(2)
+    return float(total)
 
 
 @functools.cache
