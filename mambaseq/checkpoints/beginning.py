@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mambaseq.checkpoints.card import ModelCard
 from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, weights
-from mambaseq.checkpoints.upstream import load_upstream, weights_in
+from mambaseq.checkpoints.stored import weights_in
+from mambaseq.checkpoints.upstream import load_upstream
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.models import SequenceModel, further_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,87 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
     """Load tensors by name. Raises UserError that names the file and the tensors, if some do not fit, are not finite,
     or differ although the model shares one tensor."""
     own = model.state_dict()
+    tensors = _fitting(model, own, tensors, source)
+    for name in own:
+        _check_finite(name, tensors[name], source)
+    model.load_state_dict(tensors)
+
+
+def assign_weights(
+    model: SequenceModel,
+    described: Mapping[str, torch.Tensor],
+    parts: Iterable[Mapping[str, torch.Tensor]],
+    source: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a model that was made on the meta device its weights, some at a time, each copied once.
+
+    described: all of them, on the meta device. parts: all of them, each in one part, which is not used any more when
+        the next one is asked for. dtype: of all that are floating-point; None for each one's own, but float32 for
+        float64.
+    Raises what `load_weights` raises. Tensors of the model that are no weights have no values afterwards.
+    """
+    _fitting(model, model.state_dict(), dict(described), source)
+    further, places = further_names(model), _places(model)
+    given: dict[str, torch.nn.Parameter | torch.Tensor] = {}  # what has several names, which may all be stored
+    several = {name for pair in further.items() for name in pair}
+    for part in parts:
+        for name, tensor in part.items():
+            first = further.get(name, name)
+            if first in given:
+                if not _equal(tensor, given[first]):
+                    raise _differing(next(one for one, other in further.items() if other == first), first, source)
+                continue
+            _check_finite(name, tensor, source)
+            kept = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+            made = tensor.to(dtype if dtype and tensor.is_floating_point() else kept, copy=True).contiguous()
+            module, attribute = places[first][0]
+            old = getattr(module, attribute)
+            new = torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
+            if first in several:
+                given[first] = new
+            for module, attribute in places[first]:
+                setattr(module, attribute, new)
+
+
+def _places(model: SequenceModel) -> dict[str, list[tuple[torch.nn.Module, str]]]:
+    """The attributes that hold each tensor, by its first name."""
+    first: dict[int, str] = {}
+    found: dict[str, list[tuple[torch.nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            whole = first.setdefault(id(tensor), f"{path}.{name}" if path else name)
+            found.setdefault(whole, []).append((module, name))
+    return found
+
+
+def _equal(other: torch.Tensor, one: torch.Tensor) -> bool:
+    """Whether two tensors are the same; on the meta device, by their shapes alone."""
+    if other.shape != one.shape or other.is_meta:
+        return other.shape == one.shape
+    return torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True)
+
+
+def _differing(name: str, earlier: str, source: Path) -> UserError:
+    return UserError(
+        f"The weights in {source} have an embedding and an output layer that differ, but the model has one tensor for "
+        "both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
+        if name == "head.linear.weight"
+        else f"The weights in {source} have a {name} that differs from {earlier}, but the model has one tensor for "
+        "both. Use a pattern without shared mixers."
+    )
+
+
+def _fitting(
+    model: SequenceModel, own: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], source: Path
+) -> dict[str, torch.Tensor]:
+    """Tensors by the names that the model has them under. Raises UserError if they are not the model's."""
     for name, earlier in further_names(model).items():
         if (other := tensors.get(name)) is None:
             continue
         one = tensors.get(earlier, other)
-        if other.shape != one.shape or not torch.allclose(other.to(one), one, rtol=0, atol=0, equal_nan=True):
-            raise UserError(
-                f"The weights in {source} have an embedding and an output layer that differ, but the model has one "
-                "tensor for both. Set tie_embeddings to false (tie_word_embeddings in a config.json of transformers)."
-                if name == "head.linear.weight"
-                else f"The weights in {source} have a {name} that differs from {earlier}, but the model has one tensor "
-                "for both. Use a pattern without shared mixers."
-            )
+        if not _equal(other, one):
+            raise _differing(name, earlier, source)
         tensors = {key: value for key, value in tensors.items() if key != name} | {earlier: one}
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
@@ -126,22 +195,28 @@ def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source:
             f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration "
             "that they were trained with (d_model, n_layers, mixer, vocabulary), or train without them."
         )
-    for name in own:
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(
-                f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "
-                f"diverged, or they were damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
-            )
-    model.load_state_dict(tensors)
+    return tensors
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file. Raises UserError when it is damaged."""
+def _check_finite(name: str, tensor: torch.Tensor, source: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise UserError(
+            f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "
+            f"diverged, or they were damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
+        )
+
+
+def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a file, or those with these names. Raises UserError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.") from error
+        raise cannot_be_read(path, error) from error
+
+
+def cannot_be_read(path: Path, error: Exception) -> UserError:
+    return UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.")
 
 
 def has_model(path: str | Path) -> bool:

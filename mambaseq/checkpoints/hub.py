@@ -21,7 +21,7 @@ import torch
 from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, save_model
 from mambaseq.checkpoints.published import GENERATION, TOKENIZER_FILES, load_published
-from mambaseq.checkpoints.upstream import WEIGHTS, parts_in
+from mambaseq.checkpoints.stored import WEIGHTS, parts_in
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
 from mambaseq.limits import HUB_FILES
 from mambaseq.models import SequenceModel, build_model

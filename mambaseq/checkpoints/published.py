@@ -9,7 +9,8 @@ import torch
 
 from mambaseq.checkpoints.card import ModelCard, check_generation
 from mambaseq.checkpoints.export import LoadedModel
-from mambaseq.checkpoints.upstream import cast_, load_upstream, weights_in
+from mambaseq.checkpoints.stored import weights_in
+from mambaseq.checkpoints.upstream import load_upstream
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown
@@ -46,9 +47,7 @@ def load_published(
     folder = Path(folder)
     if dtype not in (None, "keep", *DTYPES):
         raise ConfigError(f"dtype must be keep, {', '.join(DTYPES)}, not {shown(dtype)}.")
-    model = load_upstream(folder, keep_dtype=dtype == "keep")
-    if dtype is not None and dtype != "keep":
-        cast_(model, dict.fromkeys((name for name, _ in model.named_parameters()), DTYPES[dtype]))
+    model = load_upstream(folder, keep_dtype=dtype == "keep", dtype=DTYPES.get(dtype or "", torch.float32))
     assert model.spec is not None
     rows = model.spec["encoder"]["vocab_size"]
     found = _tokenizer(folder if tokenizer is None else Path(tokenizer), rows, asked=tokenizer is not None)

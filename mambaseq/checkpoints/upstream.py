@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,18 @@ from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints import bamba
-from mambaseq.checkpoints.export import load_weights, read_safetensors, weights
+from mambaseq.checkpoints.export import assign_weights, weights
 from mambaseq.checkpoints.forms import no_form, one_for_all
+from mambaseq.checkpoints.stored import REMEDY, StoredWeights
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError, cut_list, shown
 from mambaseq.heads.lm import LMHead
-from mambaseq.limits import INDEX_BYTES, LAYERS, YAML_BYTES, check_unpacked
+from mambaseq.limits import LAYERS, YAML_BYTES
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.models import SequenceModel, TokenEncoder, causal_lm
-from mambaseq.plain import read_json
 
 _FIXED = {
     "encoder.embedding.weight": "backbone.embedding.weight",
@@ -307,32 +306,38 @@ def _check_dt_limit(key: str, limit: Any) -> None:
         )
 
 
-def load_upstream(folder: str | Path, *, keep_dtype: bool = False) -> SequenceModel:
+def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.dtype = torch.float32) -> SequenceModel:
     """A language model from a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the parts of
     one of them that an index lists (`model.safetensors.index.json`).
 
-    keep_dtype: each parameter in its dtype in the file; otherwise all are fp32.
-    The `.bin` is read without unpickling code. Raises UserError if files are missing, damaged or do not fit.
+    keep_dtype: each parameter in its dtype in the file (float64 becomes float32). dtype: otherwise, that of all. Layers
+    are read one by one into the memory that they keep, which is all that the model is given.
+    Raises UserError if files are missing, damaged or do not fit.
     """
     folder = Path(folder)
     config_path = config_in(folder)
     options = _options(config_path)
-    source, tensors = read_weights(folder)
+    stored = StoredWeights(folder)
     with torch.device("meta"):  # without memory: the configuration may ask for far more than the weights have
-        asked = _made(config_path, options).n_parameters()
-    if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
+        model = _made(config_path, options)
+    asked, found = model.n_parameters(), sum(tensor.numel() for tensor in stored.described.values())
+    if asked > 2 * found + 2**20:
         raise UserError(
-            f"{config_path} describes a model of {asked:,} parameters, but {source} has {found:,}. {_REMEDY}"
+            f"{config_path} describes a model of {asked:,} parameters, but {stored.source} has {found:,}. {REMEDY}"
         )
-    model = _made(config_path, options)
-    named = from_upstream(tensors)
-    _check_floating(named, source)
-    load_weights(model, named, source)
-    if keep_dtype:
-        cast_(model, {name: tensor.dtype for name, tensor in named.items()})
+    ours = bamba.from_transformers if bamba.is_bamba(stored.described) else from_upstream
+    described = ours(stored.described)
+    _check_floating(described, stored.source)
+    groups: dict[str, list[str]] = {}
+    for name in stored.described:
+        layer = _LAYER_NUMBER.search(name)
+        groups.setdefault(layer[1] if layer else name, []).append(name)
+    parts = (ours(stored.read(names)) for names in groups.values())
+    assign_weights(model, described, parts, stored.source, None if keep_dtype else dtype)
     return model.eval()
 
 
+_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -361,58 +366,6 @@ def config_in(folder: Path) -> Path:
     return folder / "config.json"
 
 
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file with the weights of a published model, or their index, and its tensors by name. No code is unpickled.
-
-    Raises UserError if they are missing or damaged.
-    """
-    source = weights_in(folder)
-    return source, {name: tensor for part in _parts(source) for name, tensor in _read(part).items()}
-
-
-WEIGHTS = tuple(f"{name}{kind}" for name in ("model.safetensors", "pytorch_model.bin") for kind in ("", ".index.json"))
-"""The files in which weights may be, or that list the parts; the first one that is there counts."""
-
-
-def weights_in(folder: Path) -> Path:
-    """The file with the weights of a published model. Raises UserError if there is none."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"There is neither model.safetensors nor pytorch_model.bin in {folder}.")
-
-
-def _parts(source: Path) -> list[Path]:
-    """The files of weights: one, or those that an index lists. Raises UserError for an index that is none, or that
-    names what is not beside it."""
-    if source.suffix != ".json":
-        return [source]
-    names = parts_in(source)
-    for name in names:
-        if not (source.parent / name).is_file():
-            raise UserError(f"{source} names {shown(name)}, which is no file beside it. {_REMEDY}")
-    return [source.parent / name for name in names]
-
-
-def parts_in(index: Path) -> list[str]:
-    """The files that an index of weights lists. Raises UserError for one that is none, or that names a path."""
-    found = read_json(index, _REMEDY, INDEX_BYTES).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{index} must have a weight_map, names of tensors to names of files. {_REMEDY}")
-    names = sorted(set(found.values()))
-    for name in names:
-        if Path(name).name != name or name in ("", "."):
-            raise UserError(f"{index} names {shown(name)}, which is no file beside it. {_REMEDY}")
-    return names
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
-
-
-_REMEDY = "Download it again, from the same place as the weights."
-
-
 def _options(path: Path) -> dict[str, Any]:
     """The arguments of `causal_lm` in a configuration file."""
     try:
@@ -422,9 +375,9 @@ def _options(path: Path) -> dict[str, Any]:
             raise UserError("It holds no settings.")
         return options_from_config(config)
     except KeyError as error:
-        raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {_REMEDY}") from error
+        raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {REMEDY}") from error
     except UserError as error:
-        raise UserError(f"{path} cannot be used. {error} {_REMEDY}") from error
+        raise UserError(f"{path} cannot be used. {error} {REMEDY}") from error
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise _not_one(path, error) from error
 
@@ -439,36 +392,4 @@ def _made(path: Path, options: dict[str, Any]) -> SequenceModel:
 
 
 def _not_one(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a Mamba's configuration ({' '.join(str(error).split())[:200]}). {_REMEDY}")
-
-
-def _check_unpacked(path: Path) -> None:
-    """Refuse compressed members: a file of tensors is an uncompressed zip, but PyTorch would unpack compressed
-    members."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            size = sum(member.file_size for member in file.infolist())
-        check_unpacked(size, path.stat().st_size, str(path))
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    remedy = "Download it again, or take the checkpoint's model.safetensors."
-    try:
-        _check_unpacked(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch's error depends on where the file was cut
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(
-            f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged, or holds "
-            f"more than tensors. {remedy}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} is not a mapping of names to tensors. {remedy}")
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise UserError(f"{path}: {shown(name)} is sparse or quantised, not a plain tensor. {remedy}")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for any amount of memory
-            raise UserError(f"{path}: {shown(name)} is {tuple(tensor.shape)}, but fewer numbers are there. {remedy}")
-    return tensors
+    return UserError(f"{path} is not a Mamba's configuration ({' '.join(str(error).split())[:200]}). {REMEDY}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +98,43 @@ def test_weights_in_parts(tmp_path: Path, ending: str) -> None:
         index.write_text(text)
         with pytest.raises(UserError, match=told):
             load_upstream(tmp_path)
+
+
+def peak_memory(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What it returns, and by how many bytes this process grew at most meanwhile."""
+
+    def status(key: str) -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+        return 1024 * int(line.split()[1])
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest from now on
+    before = status("VmRSS")
+    found = run()
+    return found, status("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' peak of a process' memory")
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_large_model_takes_its_own_memory_once(ending: str, tmp_path: Path) -> None:
+    """128 MB in bf16, none of it in fp32, and neither the whole model nor its file twice."""
+    config = {"d_model": 640, "n_layer": 24, "vocab_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        names = to_upstream(causal_lm(**options_from_config(config)).state_dict())
+    del names["lm_head.weight"]  # as tied weights are saved
+    tensors = {name: torch.full(tensor.shape, 0.5, dtype=torch.bfloat16) for name, tensor in names.items()}
+    path = tmp_path / ("model.safetensors" if ending == "safetensors" else "pytorch_model.bin")
+    (save_file if ending == "safetensors" else torch.save)(tensors, path)
+    del tensors
+    (small := tmp_path / "small").mkdir()
+    (small / "config.json").write_text(json.dumps(CONFIG))
+    with_weights(small)  # what is imported at first use is no part of it
+    model, peak = peak_memory(lambda: load_upstream(tmp_path, keep_dtype=True))
+    assert peak <= 1.3 * path.stat().st_size, peak / path.stat().st_size
+    assert model.head.linear.weight is model.encoder.embedding.weight
+    assert all((p.dtype, p.device.type, p.requires_grad) == (torch.bfloat16, "cpu", True) for p in model.parameters())
+    assert all(bool((parameter == 0.5).all()) for parameter in model.parameters())
 
 
 def test_untied_embeddings(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mambaseq.checkpoints.upstream import config_in, read_weights
+from mambaseq.checkpoints.stored import read_weights
+from mambaseq.checkpoints.upstream import config_in
 from mambaseq.errors import UserError, shown
 from mambaseq.limits import YAML_BYTES
 from mambaseq.plain import read_json
