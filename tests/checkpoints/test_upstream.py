@@ -117,8 +117,8 @@ def peak_memory(run: Callable[[], Any]) -> tuple[Any, int]:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' peak of a process' memory")
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_a_large_model_takes_its_own_memory_once(ending: str, tmp_path: Path) -> None:
-    """128 MB in bf16, none of it in fp32, and neither the whole model nor its file twice."""
-    config = {"d_model": 640, "n_layer": 24, "vocab_size": 1024}
+    """64 MB in bf16, none of it in fp32, and neither the whole model nor its file twice."""
+    config = {"d_model": 448, "n_layer": 24, "vocab_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         names = to_upstream(causal_lm(**options_from_config(config)).state_dict())
