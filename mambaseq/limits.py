@@ -104,6 +104,7 @@ DEVICES = Limit("MAMBASEQ_MAX_DEVICES", 256, "devices, each with a process of it
 TRIALS = Limit("MAMBASEQ_MAX_TRIALS", 10_000, "runs of a sweep")
 BATCH = Limit("MAMBASEQ_MAX_BATCH", 65_536, "windows at once")
 REQUEST_BYTES = Limit("MAMBASEQ_MAX_REQUEST_BYTES", 4 * 2**20, "bytes of a request to the server")
+CHAT_CHARACTERS = Limit("MAMBASEQ_MAX_CHAT_CHARACTERS", 4 * 2**20, "characters")
 GENERATED = Limit("MAMBASEQ_MAX_GENERATED", 100_000_000, "generated tokens, all samples together")
 SEQUENCES = Limit("MAMBASEQ_MAX_SEQUENCES", 1_000_000, "sequences that are generated")
 UNPACKED_BYTES = Limit("MAMBASEQ_MAX_UNPACKED_BYTES", 500 * 10**9, "bytes of unpacked files")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
+from mambaseq_text.templates import ChatTemplate, check_messages
 
 
 class TextTokenizer(Tokenizer):
@@ -231,6 +233,32 @@ class HFTokenizer(TextTokenizer):
         """The text of `(length,)` ids, special tokens left out."""
         text: str = self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
         return text
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template beside the file, if there is one. Raises DataError if it is damaged."""
+        return ChatTemplate.beside(Path(self.path).expanduser())
+
+    @property
+    def chats(self) -> bool:
+        return self.template is not None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, frozenset[int]]:
+        """See `Tokenizer.chat`. An answer ends with eos, or with the special token that the template puts behind it."""
+        if self.template is None:
+            return super().chat(messages)
+        ids, _ = self.encode_counted(self.template.render(check_messages(messages)))
+        return ids, self._ends_of_answers
+
+    @functools.cached_property
+    def _ends_of_answers(self) -> frozenset[int]:
+        found = set() if self.eos_id is None else {self.eos_id}
+        if self.template is not None and (behind := self.template.after_an_answer()):
+            first = int(self.encode_counted(behind)[0][0])
+            added = self._tokenizer.get_added_tokens_decoder().get(first)
+            if added is not None and added.special:
+                found.add(first)
+        return frozenset(found)
 
     def save_files(self, folder: Path) -> dict[str, Any]:
         self._tokenizer.save(str(folder / self.FILE))

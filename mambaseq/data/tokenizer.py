@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ class Tokenizer(abc.ABC):
         `encode` gave, or a dataset's `start_ids`, the prompt `(length, ...)` int64, and what is added, negative where
         it is drawn, or None for `count` tokens that are all drawn."""
         return ids, None
+
+    @property
+    def chats(self) -> bool:
+        """Whether it writes conversations: there is a chat template."""
+        return False
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, frozenset[int]]:
+        """The prompt `(length,)` that an answer to a conversation follows, and the ids that end one.
+
+        messages: `{"role": ..., "content": ...}` each. Raises ConfigError where there is no template, as here, and
+        UserError for messages that it refuses.
+        """
+        raise ConfigError(
+            "The model's tokenizer has no chat template, so it answers no messages. Write the prompt yourself and ask "
+            "for its completion (/v1/completions)."
+        )
 
     def save_files(self, folder: Path) -> dict[str, Any]:
         """Write the tokenizer's files into a model's folder. Returns the options that read them there (paths relative
