@@ -133,6 +133,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float64, of streams (`Draws.keys`, uint64) at their steps from 0 on, uint64."""
+    bits = _mix(keys + _GAMMA * (steps + np.uint64(1))) >> np.uint64(32)
+    found: np.ndarray = bits.astype(np.float64) * 2.0**-32
+    return found
+
+
 class Draws:
     """Random numbers in [0, 1) for each sequence, from a stream of its own that depends on the seed, its prompt, its
     condition and its number among the samples of that prompt, but not on other sequences.
@@ -158,7 +165,7 @@ class Draws:
             counted = np.array(first, dtype=np.uint64)[:, None] + np.arange(samples, dtype=np.uint64)
         else:
             counted = numbers.cpu().numpy().astype(np.uint64)
-        self._keys = _mix(np.array(roots, dtype=np.uint64)[:, None] + _GAMMA * counted).ravel()
+        self.keys = _mix(np.array(roots, dtype=np.uint64)[:, None] + _GAMMA * counted).ravel()  # what `uniforms` takes
         self._device, self._step = device, 0
         self._block: Tensor | None = None
         self._begin = 0  # the step of the block's first numbers
@@ -177,9 +184,8 @@ class Draws:
         return numbers
 
     def _numbers(self, n: int) -> Tensor:
-        steps = np.arange(self._step + 1, self._step + 1 + n, dtype=np.uint64)
-        bits = _mix(self._keys + _GAMMA * steps[:, None]) >> np.uint64(32)
-        return torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(self._device)
+        steps = np.arange(self._step, self._step + n, dtype=np.uint64)
+        return torch.from_numpy(uniforms(self.keys, steps[:, None])).to(self._device)
 
 
 def _digest(seed: int, condition: int | list[int], prompt: Row) -> int:

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from mambaseq import limits
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.decode import PENALTIES, check_one_pick, check_whole, continues, not_finite
-from mambaseq.generation.sampling import sample
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
+from mambaseq.serving.picking import Picker
 from mambaseq.serving.prefixes import PrefixCache
-from mambaseq.serving.requests import Request, Settings, Ticket
+from mambaseq.serving.reading import Reading, Readings
+from mambaseq.serving.requests import Request, Ticket
 from mambaseq.serving.slots import Slots
 
 
@@ -44,13 +46,24 @@ class Counts:
 
 
 @dataclasses.dataclass
-class _Reading:
-    """A prompt that is being read: its state behind the first `at` tokens, and the backbone's last output."""
+class _Answer:
+    """An answer that has a slot. picked: its tokens so far, some of which nobody may have looked at yet. read: tokens,
+    the prompt's too, that its state has read."""
 
     ticket: Ticket
-    at: int = 0
-    state: list[State] | None = None
-    hidden: Tensor | None = None
+    read: int
+    picked: int = 0
+
+
+@dataclasses.dataclass
+class _Picked:
+    """Tokens that were picked on the device, and whether what the head told was finite: `(2, n)` int64, which are there
+    when the event has come. states: of some answers, by their row, with the number of tokens read."""
+
+    tickets: list[Ticket]
+    found: Tensor
+    event: torch.cuda.Event | None
+    states: dict[int, tuple[int, list[State]]] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -63,9 +76,12 @@ class Engine:
 
     Args:
         model: a causal one of tokens whose states have a fixed size; in eval mode from now on.
-        slots: answers that are made at once. queue: requests that may wait. part: tokens of prompts in a step.
+        slots: answers that are made at once. queue: requests that may wait. part: tokens of prompts in a step; None
+            takes 512, and 2,048 on a GPU.
         longest: most tokens of a prompt and its answer together.
         cache: states of prompts to be found again; None keeps none.
+        late: look at a step's tokens when the next one has been given to the device, which so never waits; an answer
+            that ends by its tokens then takes one step more, which nobody sees. None: on a GPU.
 
     Raises ConfigError for a model that cannot be served, and for numbers out of range.
     """
@@ -76,9 +92,10 @@ class Engine:
         *,
         slots: int = 16,
         queue: int = 64,
-        part: int = 512,
+        part: int | None = None,
         longest: int = 65_536,
         cache: PrefixCache | None = None,
+        late: bool | None = None,
     ) -> None:
         if not continues(model, "tokens") or getattr(model.head, "codes", 0) > 0:
             raise ConfigError(
@@ -86,20 +103,25 @@ class Engine:
                 "with the head lm and a causal backbone, such as residual."
             )
         model.check_stateful()
+        self._device = next(model.parameters()).device
+        on_gpu = self._device.type == "cuda"
+        part = (2048 if on_gpu else 512) if part is None else part
         check_whole("slots", slots, 1, limits.BATCH.value)
         check_whole("queue", queue, 0, limits.SEQUENCES.value)
         check_whole("part", part, 1, limits.WINDOW.value)
         check_whole("longest", longest, 2, limits.WINDOW.value)
         self.model = model.eval()
         self.queue, self.part, self.longest, self.cache = queue, part, longest, cache
+        self.late = on_gpu if late is None else late
         self.slots = Slots(model, slots)
         self.counts = Counts()
-        self._device = next(model.parameters()).device
         encoder = model.encoder
         self._vocabulary = encoder.embedding.num_embeddings if isinstance(encoder, TokenEncoder) else None
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._reading: _Reading | None = None
-        self._active: list[Ticket] = []  # by slot
+        self._readings = Readings(model, cache)
+        self._picker = Picker(model, slots)
+        self._active: list[_Answer] = []  # by slot
+        self._unseen: list[_Picked] = []
         self._asked = threading.Condition()
 
     @property
@@ -114,11 +136,11 @@ class Engine:
 
     @property
     def active(self) -> int:
-        """Requests that have begun and not ended: answers in the batch, and a prompt that is being read.
+        """Requests that have begun and not ended: answers in the batch, and prompts that are being read.
 
         Whoever is told of an end may ask again at once, though the slot is free only when the step has ended.
         """
-        return sum(ticket.finished is None for ticket in [*self._active]) + (self._reading is not None)
+        return sum(answer.ticket.finished is None for answer in [*self._active]) + len(self._readings)
 
     def ask(self, request: Request, listen: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a request; from any thread.
@@ -154,7 +176,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do."""
-        return bool(self._waiting or self._active or self._reading is not None)
+        return bool(self._waiting or self._active or self._unseen or len(self._readings))
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -163,24 +185,40 @@ class Engine:
         What goes wrong with the model's computation ends the requests that it was for.
         """
         self._drop_cancelled()
+        unseen, self._unseen = self._unseen, []
         self._read()
         self._decode()
+        for picked in unseen:
+            self._look(picked)
         self.counts.steps += 1
         return self.busy
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile and capture what steps need, so that the first requests do not wait for it. Before any is there."""
+        parts = [torch.zeros(1, length, dtype=torch.int64, device=self._device) for length in (1, self.part)]
+        for part in parts:
+            hidden, _ = self.model.backbone(self.model.encoder(part, None), return_state=True)
+            self.model.told(hidden[:, -1:])
+        self.slots.warm_up()
+
     def end_all(self) -> None:
         """Cancel all requests, and end them now. By the thread that steps, or when none does."""
-        for ticket in [*self._waiting, *self._active, *([self._reading.ticket] if self._reading else [])]:
+        unseen = [ticket for picked in self._unseen for ticket in picked.tickets]
+        active = [answer.ticket for answer in self._active]
+        for ticket in [*self._waiting, *active, *unseen, *(reading.ticket for reading in self._readings)]:
             ticket.cancel()
+        self._unseen.clear()
         self._drop_cancelled()
+        for ticket in unseen:
+            self._end(ticket, "cancelled")
 
     def _drop_cancelled(self) -> None:
         for slot in range(len(self._active) - 1, -1, -1):
-            if self._active[slot].cancelled:
+            if self._active[slot].ticket.cancelled:
                 self._end(self._leave(slot), "cancelled")
-        if self._reading is not None and self._reading.ticket.cancelled:
-            ticket, self._reading = self._reading.ticket, None
-            self._end(ticket, "cancelled")
+        for reading in self._readings.dropped():
+            self._end(reading.ticket, "cancelled")
         with self._asked:
             dropped = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in dropped:
@@ -188,120 +226,125 @@ class Engine:
         for ticket in dropped:
             self._end(ticket, "cancelled")
 
-    def _end(self, ticket: Ticket, why: str, error: Exception | None = None) -> None:
+    def _end(self, ticket: Ticket, why: Literal["cancelled", "failed"], error: Exception | None = None) -> None:
+        if ticket.finished is not None:
+            return
         if why == "cancelled":
             self.counts.cancelled += 1
-            ticket.end("cancelled")
         else:
             self.counts.failed += 1
-            ticket.end("failed", error)
+        ticket.end(why, error)
 
     def _leave(self, slot: int) -> Ticket:
         """Free a slot, whose place the last one takes."""
         self.slots.leave(slot)
-        ticket, last = self._active[slot], self._active.pop()
+        self._picker.leave(slot)
+        answer, last = self._active[slot], self._active.pop()
         if slot < len(self._active):
             self._active[slot] = last
-        return ticket
+        return answer.ticket
 
     def _read(self) -> None:
-        """Read prompts, in their order, `part` tokens of them."""
+        """Read `part` tokens of prompts, several at once, those that came first before the others."""
         left = self.part
         while left > 0:
-            if self._reading is None:
-                with self._asked:
-                    if not self._waiting or len(self._active) == self.slots.size:
-                        return
-                    self._reading = _Reading(self._waiting.popleft())
-                self._begin(self._reading)
-            reading = self._reading
-            try:
-                left -= self._read_part(reading, left)
-                if reading.at == len(reading.ticket.request.prompt):
-                    self._reading = None
-                    self._join(reading)
-                    left -= 1  # also prompts that are known take time
-            except Exception as error:  # one request's trouble is not the others'
-                self._reading = None
+            self._begin(left)
+            if not len(self._readings):
+                return
+            before = self.counts.run
+            failed = self._readings.run(left)
+            self.counts.run += self._readings.ran
+            for reading, error in failed:
                 self._end(reading.ticket, "failed", error)
+            left -= max(self.counts.run - before, 1)  # also prompts that are known take time
+            if whole := self._readings.whole():
+                self._join(whole)
 
-    def _begin(self, reading: _Reading) -> None:
-        prompt = reading.ticket.request.prompt
-        self.counts.prompt_tokens += len(prompt)
-        known = None if self.cache is None else self.cache.longest(prompt)
-        if known is not None:
-            reading.at, reading.state, reading.hidden = known.length, known.state, known.hidden
-            reading.ticket.known = known.length
+    def _begin(self, most: int) -> None:
+        """Begin to read prompts that wait, in their order, as long as there are slots for them and fewer than `most`
+        tokens to read. One that begins as another does waits for it, if that one's states are to be kept."""
+        with self._asked:
+            waiting = [] if self._full() else [*self._waiting]
+        for ticket in waiting:
+            if self._full() or self._readings.next >= most:
+                return
+            if self._readings.begin(ticket):
+                with self._asked:
+                    self._waiting.remove(ticket)
+                self.counts.prompt_tokens += len(ticket.request.prompt)
 
-    def _read_part(self, reading: _Reading, most: int) -> int:
-        """Read on, to where a state is to be kept at most. Returns the number of tokens."""
-        prompt = reading.ticket.request.prompt
-        stop = min(len(prompt), reading.at + most)
-        if self.cache is not None:
-            stop = min(stop, (reading.at // self.cache.every + 1) * self.cache.every)
-        if (count := stop - reading.at) == 0:
-            return 0
-        part = torch.from_numpy(prompt[reading.at : stop].astype(np.int64)).to(self._device)
-        x = self.model.encoder(part[None], None)
-        hidden, reading.state = self.model.backbone(x, state=reading.state, return_state=True)
-        reading.at, reading.hidden = stop, hidden[:, -1:]
-        self.counts.run += count
-        if self.cache is not None and (stop == len(prompt) or stop % self.cache.every == 0):
-            self.cache.keep(prompt[:stop], reading.state or (), reading.hidden)
-        return count
+    def _full(self) -> bool:
+        return len(self._active) + len(self._readings) >= self.slots.size
 
-    def _join(self, reading: _Reading) -> None:
-        """The first token of an answer; if there are more to come, it gets a slot."""
-        assert reading.hidden is not None
-        assert reading.state is not None
-        self._add([reading.ticket], self.model.told(reading.hidden)[:, -1])
-        if reading.ticket.finished is None:
-            self.slots.enter(reading.state)
-            self._active.append(reading.ticket)
+    def _join(self, readings: list[Reading]) -> None:
+        """Prompts that were read get slots, and their answers the first token."""
+        first = len(self._active)
+        try:
+            hidden = torch.cat([reading.hidden for reading in readings if reading.hidden is not None])
+            told = self.model.told(hidden)[:, -1]
+            for reading in readings:
+                assert reading.state is not None
+                self.slots.enter(reading.state, [reading.row])
+                self._picker.enter(reading.ticket.request)
+                self._active.append(_Answer(reading.ticket, reading.at))
+            self._pick(told, first)
+        except Exception as error:
+            self._fail(first, error)
+            for reading in readings:
+                self._end(reading.ticket, "failed", error)
 
     def _decode(self) -> None:
         if not self._active:
             return
         try:
-            logits = self.slots.step([ticket.tokens[-1] for ticket in self._active])
-            self._add(self._active, logits)
+            logits = self.slots.step(self._picker.tokens)
+            for answer in self._active:
+                answer.read += 1
+            self._pick(logits, 0)
         except Exception as error:
-            while self._active:
-                ticket = self._leave(len(self._active) - 1)
-                if ticket.finished is None:
-                    self._end(ticket, "failed", error)
-            return
-        for slot in range(len(self._active) - 1, -1, -1):
-            ticket = self._active[slot]
-            self._keep(slot, ticket)
-            if ticket.finished is not None:
+            self._fail(0, error)
+
+    def _fail(self, first: int, error: Exception) -> None:
+        """End the answers of the slots from `first` on."""
+        while len(self._active) > first:
+            self._end(self._leave(len(self._active) - 1), "failed", error)
+
+    def _pick(self, told: Tensor, first: int) -> None:
+        """A token to each answer from the slot `first` on, by what the head tells of them, `(answers, ...)`."""
+        answers = self._active[first:]
+        chosen = self._picker.pick(told, first)
+        found, event = self._to_host(torch.stack([chosen, told.amax(-1).isfinite().long()]))
+        picked = _Picked([answer.ticket for answer in answers], found, event)
+        for row, answer in enumerate(answers):
+            answer.picked += 1
+            ended = answer.picked == answer.ticket.request.max_new_tokens
+            if self.cache is not None and answer.picked > 1 and (ended or answer.read % self.cache.every == 0):
+                picked.states[row] = answer.read, self.slots.state_of(first + row)
+        for slot in range(len(self._active) - 1, first - 1, -1):
+            if self._active[slot].picked == self._active[slot].ticket.request.max_new_tokens:
                 self._leave(slot)
+        if self.late:
+            self._unseen.append(picked)
+        else:
+            self._look(picked)
 
-    def _keep(self, slot: int, ticket: Ticket) -> None:
-        """Keep an answer's state every K tokens and where it ends, for prompts that begin with it."""
-        read = len(ticket.request.prompt) + len(ticket.tokens) - 1  # its last token has not been read
-        if self.cache is None or ticket.finished == "failed":
-            return
-        if ticket.finished is not None or read % self.cache.every == 0:
-            tokens = np.concatenate([ticket.request.prompt.astype(np.int64), ticket.tokens[:-1]])
-            self.cache.keep(tokens, self.slots.state_of(slot), None)
+    def _to_host(self, found: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A copy on the host, which is there when the event has come."""
+        if not found.is_cuda:
+            return found, None
+        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        host.copy_(found, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
 
-    def _add(self, tickets: list[Ticket], told: Tensor) -> None:
-        """A token to each answer from what the head tells, `(answers, ...)`; those with equal settings are sampled
-        together."""
-        groups: dict[Settings, list[int]] = {}
-        for row, ticket in enumerate(tickets):
-            groups.setdefault(ticket.request.settings, []).append(row)
-        finite = told.amax(-1).isfinite()
-        chosen = torch.zeros(len(tickets), dtype=torch.int64, device=told.device)
-        for settings, rows in groups.items():
-            some = None if len(groups) == 1 else torch.tensor(rows, device=told.device)
-            drawn = self._drawn(told if some is None else told[some], settings, [tickets[row] for row in rows])
-            if some is None:
-                chosen = drawn
-            else:
-                chosen[some] = drawn
-        for ticket, token, fine in zip(tickets, *torch.stack([chosen, finite.long()]).tolist(), strict=True):
+    def _look(self, picked: _Picked) -> None:
+        """Add tokens to their answers, and free the slots of those that so end."""
+        if picked.event is not None:
+            picked.event.synchronize()
+        for row, (ticket, token, fine) in enumerate(zip(picked.tickets, *picked.found.tolist(), strict=True)):
+            if ticket.finished is not None:
+                continue
             if not fine:
                 self._end(ticket, "failed", not_finite())
                 continue
@@ -311,20 +354,20 @@ class Engine:
             except Exception as error:  # of what looks at its tokens
                 self._end(ticket, "failed", error)
                 continue
+            if row in picked.states:
+                self._keep(ticket, *picked.states[row])
             if ticket.finished is not None:
                 self.counts.answered += 1
+        for slot in range(len(self._active) - 1, -1, -1):
+            answer = self._active[slot]
+            if answer.ticket.finished is not None:
+                if answer.ticket.finished == "stop" and answer.read > len(answer.ticket.request.prompt):
+                    self._keep(answer.ticket, answer.read, self.slots.state_of(slot))
+                self._leave(slot)
 
-    def _drawn(self, told: Tensor, settings: Settings, tickets: list[Ticket]) -> Tensor:
-        """`(answers,)` int64: a token of each, all with these settings."""
-
-        def pick(logits: Tensor) -> Tensor:
-            uniform = torch.tensor([ticket.draw() for ticket in tickets], dtype=torch.float64, device=told.device)
-            if settings.penalises:
-                logits = torch.stack([ticket.penalised(row) for ticket, row in zip(tickets, logits, strict=True)])
-            return sample(logits, settings.temperature, settings.top_k, settings.top_p, uniform, settings.min_p)
-
-        draw = getattr(self.model.head, "draw", None)
-        if draw is None:  # a plugin's
-            return pick(told)
-        token: Tensor = draw(told, pick)
-        return token
+    def _keep(self, ticket: Ticket, read: int, state: list[State]) -> None:
+        """Keep the state behind the first `read` tokens of a prompt and its answer, for prompts that begin with
+        them: one every K tokens, and one where the answer ends."""
+        if self.cache is not None:
+            tokens = np.concatenate([ticket.request.prompt.astype(np.int64), np.array(ticket.tokens, dtype=np.int64)])
+            self.cache.keep(tokens[:read], state, None)

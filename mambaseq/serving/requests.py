@@ -7,19 +7,16 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mambaseq.errors import ConfigError
 from mambaseq.generation.decode import check_whole
-from mambaseq.generation.prompts import Prompts
-from mambaseq.generation.sampling import Draws, Penalties, check_settings
+from mambaseq.generation.sampling import check_settings
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 
 
 class Settings(NamedTuple):
-    """How tokens are sampled; see `Request`."""
+    """How tokens are picked; see `Request`."""
 
     temperature: float
     top_k: int
@@ -67,7 +64,7 @@ class Request:
 
     @property
     def settings(self) -> Settings:
-        """What sequences share that are sampled together."""
+        """How its tokens are picked."""
         return Settings(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.presence_penalty
         )
@@ -88,34 +85,14 @@ class Ticket:
         self.known = 0
         self.cancelled = False
         self._listen = listen
-        numbers = torch.tensor([[request.number]])
-        self._rows = [request.prompt.astype(np.int64, copy=False)]
-        prompts, greedy = Prompts(self._rows, torch.device("cpu")), request.temperature == 0
-        self._draws = None if greedy else Draws(request.seed, prompts, None, 1, numbers, "cpu")
-        self._penalties: Penalties | None = None  # made of the first logits, which tell the vocabulary
 
     def cancel(self) -> None:
         """End it; its slot is free at the engine's next step. From any thread."""
         self.cancelled = True
 
-    def draw(self) -> float:
-        """The next of its random numbers in [0, 1)."""
-        return 0.0 if self._draws is None else float(self._draws.next())
-
-    def penalised(self, logits: Tensor) -> Tensor:
-        """Its logits `(vocab_size,)`, changed by what it holds already."""
-        settings = self.request.settings
-        if self._penalties is None:
-            prompts = Prompts(self._rows, logits.device)
-            penalties = settings.repetition_penalty, settings.presence_penalty
-            self._penalties = Penalties(*penalties, prompts, 1, len(logits))
-        return self._penalties(logits[None])[0]
-
     def add(self, token: int) -> None:
         """A new token; ends the answer where it should."""
         self.tokens.append(token)
-        if self._penalties is not None:
-            self._penalties.add(torch.tensor([token], device=self._penalties.device))
         request = self.request
         stops = token in request.stop_ids
         if request.ends is not None and request.ends(token):

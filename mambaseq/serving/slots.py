@@ -41,34 +41,46 @@ class Slots:
         """Bytes of one sequence's state."""
         return sum(tensor.nbytes for layer in self._state for tensor in layer.tensors().values()) // self.size
 
-    def enter(self, state: list[State]) -> None:
-        """Copy the state of one sequence behind the others'. Its slot is the last."""
-        for mine, given in zip(self._state, state, strict=True):
-            tensors = given.tensors()
-            for name, tensor in mine.tensors().items():
-                tensor[self.used].copy_(tensors[name][0])
-        self.used += 1
+    def enter(self, state: list[State], rows: list[int]) -> None:
+        """Copy some of the given states, by their numbers, behind the others': their slots are the last."""
+        chosen = torch.tensor(rows, device=self._device)
+        mine, given = [], []
+        for layer, source in zip(self._state, state, strict=True):
+            tensors = source.tensors()
+            for name, tensor in layer.tensors().items():
+                mine.append(tensor[self.used : self.used + len(rows)])
+                given.append(tensors[name][chosen] if len(rows) < len(tensors[name]) else tensors[name])
+        torch._foreach_copy_(mine, given)
+        self.used += len(rows)
 
     def leave(self, slot: int) -> None:
         """Free a slot; the sequence of the last one moves there."""
         self.used -= 1
         if slot != self.used:
-            for layer in self._state:
-                for tensor in layer.tensors().values():
-                    tensor[slot].copy_(tensor[self.used])
+            tensors = [tensor for layer in self._state for tensor in layer.tensors().values()]
+            torch._foreach_copy_([tensor[slot] for tensor in tensors], [tensor[self.used] for tensor in tensors])
 
     def state_of(self, slot: int) -> list[State]:
         """A copy of one sequence's state."""
         return [layer.map(lambda tensor: tensor[slot : slot + 1].clone()) for layer in self._state]
 
-    def step(self, tokens: list[int]) -> Tensor:
-        """One token of each sequence in use to their logits `(used, vocab_size)` fp32, which the next step may
-        overwrite."""
-        count = len(tokens)
+    def step(self, tokens: Tensor) -> Tensor:
+        """One token of each sequence in use, the first of `(size,)`, to their logits `(used, vocab_size)` fp32, which
+        the next step may overwrite."""
+        count = self.used
         if self._device.type == "cuda":
             count = min(1 << (count - 1).bit_length(), self.size)
-        token = torch.tensor(tokens + [0] * (count - len(tokens)), device=self._device)
-        return self._decoder(count).step(token)[: len(tokens)]
+        return self._decoder(count).step(tokens[:count])[: self.used]
+
+    def warm_up(self) -> None:
+        """Compile and capture what steps need, for all numbers of sequences; nothing may be in use."""
+        counts = [self.size] if self._device.type != "cuda" else []
+        if not counts:
+            counts = sorted({min(1 << power, self.size) for power in range(self.size.bit_length() + 1)})
+        tokens = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        for count in counts:
+            for _ in range(2):  # the first runs, the second is captured
+                self._decoder(count).step(tokens[:count])
 
     def _decoder(self, count: int) -> Decoder:
         """Of the first `count` slots."""
