@@ -1,15 +1,15 @@
-"""The routes: completions as OpenAI's API has them, health and metrics."""
+"""The routes: completions and chats as OpenAI's API has them, a page to type into, health and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from mambaseq import plain
 from mambaseq.atomic import json_text
@@ -18,8 +18,10 @@ from mambaseq.limits import REQUEST_BYTES
 from mambaseq.serving import Full, Ticket
 from mambaseq.web import completions
 from mambaseq.web.completions import Completion, NoModel
+from mambaseq.web.doors import LOOPBACK, Doors
 from mambaseq.web.metrics import metrics
-from mambaseq.web.service import Asked, Service
+from mambaseq.web.page import make_page
+from mambaseq.web.service import Asked, Piece, Service
 
 
 class Refused(Exception):
@@ -33,9 +35,12 @@ class Refused(Exception):
         return {"error": {"message": paragraph(self), "type": self.kind, "param": None, "code": self.status}}
 
 
-def make_app(service: Service, key: str | None = None, drain: float = 30.0) -> FastAPI:
+def make_app(
+    service: Service, key: str | None = None, drain: float = 30.0, hosts: Collection[str] | None = LOOPBACK
+) -> FastAPI:
     """The application; its lifespan starts the engine's thread, and answers at its end what was asked, for at most
-    `drain` seconds. key: what requests but those for /health must bring."""
+    `drain` seconds. key: what requests but those for /health and the page must bring. hosts: names by which the server
+    may be called (see `Doors`)."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -45,6 +50,8 @@ def make_app(service: Service, key: str | None = None, drain: float = 30.0) -> F
         await asyncio.to_thread(service.worker.close, drain)
 
     app = FastAPI(title="mambaseq", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Doors, hosts=hosts)
+    page, page_headers = make_page()
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
@@ -57,6 +64,10 @@ def make_app(service: Service, key: str | None = None, drain: float = 30.0) -> F
         if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())):
             told = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, "Bring the key: Authorization: Bearer KEY.", "authentication_error", **told)
+
+    @app.get("/")
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health")
     async def health() -> Response:
@@ -72,19 +83,29 @@ def make_app(service: Service, key: str | None = None, drain: float = 30.0) -> F
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         check_key(request)
+        engine = service.engine
         model = {"id": service.name, "object": "model", "created": service.begun, "owned_by": "mambaseq"}
+        # beside the API's own: what the page shows
+        model |= {"chats": service.chats, "state_bytes": engine.slots.bytes_each, "longest": engine.longest}
         return JSONResponse({"object": "list", "data": [model]})
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
+        return await answer(request, False)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, True)
+
+    async def answer(request: Request, chat: bool) -> Response:
         check_key(request)
         if not service.ready:
             raise Refused(503, "The server ends. Ask another one.", "server_error")
         body = await _body(request)
         try:
             # a long text takes a while
-            completion = await asyncio.to_thread(completions.parse, body, service)
-            asked = service.ask(completion.requests, completion.stop)
+            completion = await asyncio.to_thread(completions.parse, body, service, chat)
+            asked = service.ask(completion.requests, completion.stop, completion.stream)
         except NoModel as error:
             raise Refused(404, error) from error
         except Full as error:
@@ -178,16 +199,30 @@ class _Stream(Response):
             await _unless_gone(receive, work(), self._asked)
 
     async def _events(self) -> AsyncIterator[str]:
-        tickets = self._asked.tickets
+        tickets, completion, service = self._asked.tickets, self._completion, self._service
+        for index in range(len(tickets)):
+            if (begun := completions.first(completion, service, index)) is not None:
+                yield json_text(begun)
         left = len(tickets)
         while left:
-            index, text, ended = await self._asked.pieces.get()
-            ticket = tickets[index] if ended else None
-            left -= ended
-            if ticket is not None and (failure := _failure(ticket)) is not None:
-                yield json_text(failure.body())
-                return
-            yield json_text(completions.part(self._completion, self._service, index, text, ticket))
-        if self._completion.usage:
-            yield json_text(completions.last(self._completion, self._service, tickets))
+            for index, text, ended in await self._pieces():
+                ticket = tickets[index] if ended else None
+                left -= ended
+                if ticket is not None and (failure := _failure(ticket)) is not None:
+                    yield json_text(failure.body())
+                    return
+                yield json_text(completions.part(completion, service, index, text, ticket, tickets))
+        if completion.usage:
+            yield json_text(completions.last(completion, service, tickets))
         yield "[DONE]"
+
+    async def _pieces(self) -> list[Piece]:
+        """What is there, and at least one: the pieces of an answer that came meanwhile are sent as one."""
+        found = [await self._asked.pieces.get()]
+        while not self._asked.pieces.empty():
+            found.append(self._asked.pieces.get_nowait())
+        merged: dict[int, Piece] = {}
+        for number, text, ended in found:
+            before = merged[number].text if number in merged else ""
+            merged[number] = Piece(number, before + text, ended)
+        return list(merged.values())

@@ -1,4 +1,4 @@
-"""A request for completions, from JSON to what the engine takes, and its answer back."""
+"""A request for completions or chat, from JSON to what the engine takes, and its answer back."""
 
 from __future__ import annotations
 
@@ -23,16 +23,55 @@ _SETTINGS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
 }
-# keys of the API whose other values are not served
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (),
-    "suffix": ("",),
-}
-_KEYS = (*_SETTINGS, *_FIXED, "model", "prompt", "max_tokens", "n", "seed", "stop", "stream", "stream_options", "user")
+_COMMON = (*_SETTINGS, "model", "n", "seed", "stop", "stream", "stream_options", "user")
+_OPTIONS = ("include_usage", "continuous_usage_stats")
+
+
+class _Kind(NamedTuple):
+    """What differs between completions and chats. keys: of a request. fixed: those of the API whose other values are
+    not served. most: new tokens where none are asked for. id, whole, part: how answers begin their id, and are
+    called."""
+
+    keys: tuple[str, ...]
+    fixed: dict[str, tuple[Any, ...]]
+    most: int
+    id: str
+    whole: str
+    part: str
+
+
+_TEXT = _Kind(
+    ("prompt", "max_tokens"),
+    {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (),
+        "suffix": ("",),
+    },
+    16,
+    "cmpl",
+    "text_completion",
+    "text_completion",
+)
+_CHAT = _Kind(
+    ("messages", "max_tokens", "max_completion_tokens"),
+    {
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "functions": ([],),
+    },
+    512,
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+)
 
 
 class NoModel(ConfigError):
@@ -41,58 +80,77 @@ class NoModel(ConfigError):
 
 class Completion(NamedTuple):
     """What is asked: a request for each prompt and sample, in this order; the texts that end answers; whether they are
-    streamed, and whether the stream ends with the numbers of tokens. id: of the answer. prompts: their number."""
+    streamed, and whether the stream ends with the numbers of tokens (usage), or each of its pieces has them (usages).
+    id: of the answer. prompts: their number."""
 
     requests: list[Request]
     stop: list[str]
     stream: bool
     usage: bool
+    usages: bool
     id: str
     begun: int
     prompts: int
+    kind: _Kind
+
+    @property
+    def chat(self) -> bool:
+        return self.kind is _CHAT
 
 
-def parse(body: dict[str, Any], service: Service) -> Completion:
-    """Raises ConfigError for keys and values that cannot be used, NoModel for another model's name."""
+def parse(body: dict[str, Any], service: Service, chat: bool = False) -> Completion:
+    """chat: whether there are messages, not prompts. Raises ConfigError for keys and values that cannot be used,
+    UserError for messages that the model's template refuses, NoModel for another model's name."""
+    kind = _CHAT if chat else _TEXT
+    known = (*_COMMON, *kind.keys, *kind.fixed)
     for key in body:
-        if key not in _KEYS:
-            raise ConfigError(f"There is no parameter {shown(key)}.{did_you_mean(key, _KEYS)}")
+        if key not in known:
+            raise ConfigError(f"There is no parameter {shown(key)}.{did_you_mean(key, known)}")
     given = {key: value for key, value in body.items() if value is not None}
-    for key, allowed in _FIXED.items():
+    for key, allowed in kind.fixed.items():
         if key in given and not any(given[key] == one for one in allowed):
             raise ConfigError(f"{key} cannot be {shown(given[key])} here. Leave it out.")
     name = given.get("model", service.name)
     if name != service.name:
         raise NoModel(f"There is no model {shown(name)} here. Ask for {shown(service.name)}.")
-    count, most, prompts = given.get("n", 1), given.get("max_tokens", 16), prompts_of(given.get("prompt"), service)
+    count = given.get("n", 1)
     check_whole("n", count, 1)
-    if len(prompts) * count > service.engine.capacity:
+    prompts = [] if chat else prompts_of(given.get("prompt"), service)
+    if (number := max(len(prompts), 1)) * count > service.engine.capacity:
         raise ConfigError(
-            f"{len(prompts)} prompts with n = {shown(count)} ask for more answers than the {service.engine.capacity:,} "
+            f"{number} prompts with n = {shown(count)} ask for more answers than the {service.engine.capacity:,} "
             "that may be at once. Ask for fewer."
         )
+    ids, stop_ids = [ids_of(one, service) for one in prompts], service.stop_ids
+    if chat:
+        if service.damaged:
+            raise ConfigError(service.damaged)
+        prompt, stop_ids = service.tokenizer.chat(given.get("messages", []))
+        ids = [prompt.astype(np.int64)]
+    most = given.get("max_completion_tokens", given.get("max_tokens"))
+    if most is None:
+        most = min(kind.most, max(service.engine.longest - len(ids[0]), 1)) if chat else kind.most
     check_whole("max_tokens", most, 1)
     seed = given.get("seed", secrets.randbits(62))
     check_whole("seed", seed, 0, 2**63 - 1)
     options = given.get("stream_options", {})
-    if not isinstance(options, dict) or not {*options} <= {"include_usage"}:
-        raise ConfigError(f"stream_options has include_usage alone, and is {shown(options)}.")
-    stream, counts = given.get("stream", False), options.get("include_usage", False)
-    for key, value in (("stream", stream), ("include_usage", counts)):
+    if not isinstance(options, dict) or not {*options} <= {*_OPTIONS}:
+        raise ConfigError(f"stream_options has {' and '.join(_OPTIONS)} alone, and is {shown(options)}.")
+    stream, usage, usages = given.get("stream", False), *(options.get(key, False) for key in _OPTIONS)
+    for key, value in (("stream", stream), (_OPTIONS[0], usage), (_OPTIONS[1], usages)):
         if not isinstance(value, bool):
             raise ConfigError(f"{key} must be true or false, not {shown(value)}.")
     stop = given.get("stop", [])
     if not isinstance(stop, str | list):
         raise ConfigError(f"stop must be a text, or a list of texts, not {shown(stop)}.")
     settings = {key: given.get(key, default) for key, default in _SETTINGS.items()}
-    ids = [ids_of(one, service) for one in prompts]
     requests = [
-        Request(prompt, most, **settings, seed=seed, number=number, stop_ids=service.stop_ids)
+        Request(prompt, most, **settings, seed=seed, number=number, stop_ids=stop_ids)
         for prompt in ids
         for number in range(count)
     ]
-    told = f"cmpl-{secrets.token_hex(12)}"
-    return Completion(requests, check_stop(stop), stream, counts, told, int(time.time()), len(prompts))
+    told = f"{kind.id}-{secrets.token_hex(12)}"
+    return Completion(requests, check_stop(stop), stream, usage, usages, told, int(time.time()), len(ids), kind)
 
 
 def prompts_of(prompt: Any, service: Service) -> list[str | list[int]]:
@@ -119,27 +177,50 @@ def ids_of(prompt: Any, service: Service) -> np.ndarray:
 
 def whole(completion: Completion, service: Service, texts: Sequence[str], tickets: Sequence[Ticket]) -> dict[str, Any]:
     """The answer in one piece."""
-    choices = [_choice(index, *one) for index, one in enumerate(zip(texts, tickets, strict=True))]
-    return {**_head(completion, service), "choices": choices, "usage": usage(completion, tickets)}
+    told = [
+        {"message": {"role": "assistant", "content": text}} if completion.chat else {"text": text} for text in texts
+    ]
+    choices = [_choice(index, *one) for index, one in enumerate(zip(told, tickets, strict=True))]
+    head = _head(completion, service, completion.kind.whole)
+    return {**head, "choices": choices, "usage": usage(completion, tickets)}
 
 
-def part(completion: Completion, service: Service, index: int, text: str, ticket: Ticket | None) -> dict[str, Any]:
-    """A piece of a streamed answer; ticket: of one that ended with it."""
-    return {**_head(completion, service), "choices": [_choice(index, text, ticket)]}
+def first(completion: Completion, service: Service, index: int) -> dict[str, Any] | None:
+    """What a chat's stream begins with; completions have no such piece."""
+    if not completion.chat:
+        return None
+    told = {"delta": {"role": "assistant", "content": ""}}
+    return {**_head(completion, service, completion.kind.part), "choices": [_choice(index, told, None)]}
+
+
+def part(
+    completion: Completion,
+    service: Service,
+    index: int,
+    text: str,
+    ticket: Ticket | None,
+    tickets: Sequence[Ticket],
+) -> dict[str, Any]:
+    """A piece of a streamed answer; ticket: of one that ended with it. tickets: of all, for the numbers of tokens so
+    far."""
+    told = {"delta": {"content": text}} if completion.chat else {"text": text}
+    more = {"usage": usage(completion, tickets)} if completion.usages else {}
+    return {**_head(completion, service, completion.kind.part), "choices": [_choice(index, told, ticket)], **more}
 
 
 def last(completion: Completion, service: Service, tickets: Sequence[Ticket]) -> dict[str, Any]:
     """The numbers of tokens at the end of a stream."""
-    return {**_head(completion, service), "choices": [], "usage": usage(completion, tickets)}
+    head = _head(completion, service, completion.kind.part)
+    return {**head, "choices": [], "usage": usage(completion, tickets)}
 
 
-def _head(completion: Completion, service: Service) -> dict[str, Any]:
-    return {"id": completion.id, "object": "text_completion", "created": completion.begun, "model": service.name}
+def _head(completion: Completion, service: Service, kind: str) -> dict[str, Any]:
+    return {"id": completion.id, "object": kind, "created": completion.begun, "model": service.name}
 
 
-def _choice(index: int, text: str, ticket: Ticket | None) -> dict[str, Any]:
+def _choice(index: int, told: dict[str, Any], ticket: Ticket | None) -> dict[str, Any]:
     reason = None if ticket is None else ticket.finished
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    return {"index": index, **told, "logprobs": None, "finish_reason": reason}
 
 
 def usage(completion: Completion, tickets: Sequence[Ticket]) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 from mambaseq.web.service import Service
 
@@ -40,6 +44,19 @@ def _values(service: Service) -> Iterator[tuple[str, str, str, float]]:
     yield "requests_waiting", "gauge", "Requests that wait.", engine.waiting
     yield "slots", "gauge", "Answers that can be made at once.", engine.slots.size
     yield "state_bytes", "gauge", "Bytes of one answer's state.", engine.slots.bytes_each
+    if (resident := resident_bytes()) is not None:
+        yield "resident_bytes", "gauge", "Bytes of memory that the process holds.", resident
+    if torch.cuda.is_initialized():
+        yield "gpu_bytes", "gauge", "Bytes of GPU memory that PyTorch holds.", torch.cuda.memory_reserved()
     if (cache := engine.cache) is not None:
         yield "cache_bytes", "gauge", "Bytes of states of prompts that are kept.", cache.bytes
         yield "cache_states", "gauge", "States of prompts that are kept.", len(cache)
+
+
+def resident_bytes() -> int | None:
+    """Bytes of memory that this process holds; None where the system does not say (/proc)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

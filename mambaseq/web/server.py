@@ -6,15 +6,20 @@ import ipaddress
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints import load_model
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, paragraph
 from mambaseq.generation.decode import check_whole
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.serving import Engine, PrefixCache
 from mambaseq.web.service import Service
+
+# Seconds after which a thread lets others run: the engine takes the interpreter back after each of its many short calls
+# of PyTorch, and waits so long where the event loop is busy. Python's are 0.005.
+_SWITCH = 0.0002
 
 
 def serve(
@@ -27,17 +32,20 @@ def serve(
     slots: int = 16,
     queue: int = 64,
     longest: int = 65_536,
-    part: int = 512,
+    part: int | None = None,
     cache_every: int = 256,
     cache_mb: int = 1024,
     drain: int = 30,
+    allow_host: Sequence[str] = (),
     device: str | None = None,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds.
 
     slots, queue, longest, part: see `mambaseq.serving.Engine`. cache_every, cache_mb: tokens between two kept states of
     prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
-    takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one.
+    takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one. allow_host: names by which the
+    server may be called, beside localhost; one that listens to other machines may be called anything unless there are
+    some.
 
     Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, the model cannot be served, or the
     address cannot be listened at.
@@ -46,6 +54,7 @@ def serve(
     import uvicorn
 
     from mambaseq.web.app import make_app
+    from mambaseq.web.doors import LOOPBACK
 
     check_whole("--port", port, 0, 65_535)
     check_whole("--drain", drain, 0, 86_400)
@@ -58,10 +67,17 @@ def serve(
         loaded = load_model(checkpoint, choose_device(device))
         engine = Engine(loaded.model, slots=slots, queue=queue, part=part, longest=longest, cache=cache)
     service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
+    if service.damaged:
+        print(f"mambaseq serve: no chats, since {paragraph(service.damaged)}", file=sys.stderr)
     if not _is_loopback(host) and key is None:
         print(f"mambaseq serve: anyone who reaches {host} may ask; --api-key KEY asks for a key.", file=sys.stderr)
+    hosts: set[str] | None = {*LOOPBACK, *allow_host}
+    if not _is_loopback(host):
+        hosts = {*LOOPBACK, host, *allow_host} if allow_host else None
+    engine.warm_up()
+    sys.setswitchinterval(_SWITCH)
     settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
-    app = make_app(service, key, drain)
+    app = make_app(service, key, drain, hosts)
     config = uvicorn.Config(app, host, port, lifespan="on", timeout_graceful_shutdown=drain, **settings)
     # uvicorn raises the signal again when it has ended, which is for us to have done
     before = signal.signal(signal.SIGTERM, lambda *_: None)

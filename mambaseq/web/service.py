@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mambaseq.checkpoints import LoadedModel
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.runs.conditions import Known
 from mambaseq.serving import Engine, Full, Request, Ticket
@@ -60,9 +61,15 @@ class Service:
                 "one that was trained without, or with model.encoder.condition_dropout."
             )
         self.start_ids = list(loaded.card.start_ids)
+        self.chats, self.damaged = False, ""  # what is wrong with the chat template, which is no reason not to serve
+        try:
+            self.chats = self.tokenizer.chats
+        except UserError as error:
+            self.damaged = str(error)
         end = getattr(self.tokenizer, "eos_id", None)
         self.stop_ids = frozenset(() if end is None else (int(end),))
         self.worker = Worker(engine)
+        self._outbox: _Outbox | None = None
         self.begun = int(time.time())
         self.draining = False
         # of all answers together: seconds until the first token and until the last, and how many had a first
@@ -72,17 +79,21 @@ class Service:
     def ready(self) -> bool:
         return self.worker.alive and not self.draining
 
-    def ask(self, requests: Sequence[Request], stop: Sequence[str]) -> Asked:
+    def ask(self, requests: Sequence[Request], stop: Sequence[str], stream: bool = True) -> Asked:
         """Ask for answers, each up to the first of the texts `stop`. By a running event loop.
+
+        stream: whether pieces come as soon as they are there; else each answer is one.
 
         Raises what `Engine.ask` raises; none of the requests is then answered.
         """
-        loop, asked, stops = asyncio.get_running_loop(), Asked(), StopStrings(list(stop), self.tokenizer)
+        asked, stops = Asked(), StopStrings(list(stop), self.tokenizer)
+        if self._outbox is None or self._outbox.loop is not asyncio.get_running_loop():
+            self._outbox = _Outbox(asyncio.get_running_loop())
         try:
             for index, request in enumerate(requests):
                 answer = Answer(stops, request.prompt)
                 request = dataclasses.replace(request, ends=_ends(answer, request.stop_ids))
-                listen = _Listener(self, loop, asked, index, answer)
+                listen = _Listener(self, self._outbox, asked, index, answer, stream)
                 asked.tickets.append(self.engine.ask(request, listen))
         except (ConfigError, Full):
             asked.cancel()
@@ -95,13 +106,37 @@ def _ends(answer: Answer, stop_ids: frozenset[int]) -> Callable[[int], bool]:
     return lambda token: token not in stop_ids and answer.add(token)
 
 
+class _Outbox:
+    """Pieces on their way from the engine's thread to an event loop, which is woken once for all that are there."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pieces: collections.deque[tuple[Asked, Piece]] = collections.deque()
+        self._called = False
+
+    def put(self, asked: Asked, piece: Piece) -> None:
+        """From the engine's thread."""
+        self._pieces.append((asked, piece))
+        if not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the look: what comes later calls again
+        while self._pieces:
+            asked, piece = self._pieces.popleft()
+            asked.pieces.put_nowait(piece)
+
+
 class _Listener:
     """Hands the text of an answer on to an event loop, from the engine's thread."""
 
     def __init__(
-        self, service: Service, loop: asyncio.AbstractEventLoop, asked: Asked, index: int, answer: Answer
+        self, service: Service, outbox: _Outbox, asked: Asked, index: int, answer: Answer, stream: bool
     ) -> None:
-        self._service, self._loop, self._asked, self._index, self._answer = service, loop, asked, index, answer
+        self._service, self._outbox, self._asked, self._index = service, outbox, asked, index
+        self._answer, self._stream = answer, stream
         self._begun, self._first = time.monotonic(), True
 
     def __call__(self, ticket: Ticket) -> None:
@@ -113,7 +148,6 @@ class _Listener:
             service.to_first += passed
         if ended:
             service.to_last += passed
-        text = self._answer.take(last=ended)
+        text = self._answer.take(last=ended) if self._stream or ended else ""
         if text or ended:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                self._loop.call_soon_threadsafe(self._asked.pieces.put_nowait, Piece(self._index, text, ended))
+            self._outbox.put(self._asked, Piece(self._index, text, ended))
