@@ -169,9 +169,15 @@ class Engine:
         return ticket
 
     def wait(self, seconds: float) -> None:
-        """Wait until there is something to do, or so long."""
+        """Wait until there is something to do, or so long, or until it is woken."""
         with self._asked:
-            self._asked.wait_for(lambda: self.busy, seconds)
+            if not self.busy:
+                self._asked.wait(seconds)
+
+    def wake(self) -> None:
+        """End a wait; from any thread."""
+        with self._asked:
+            self._asked.notify_all()
 
     @property
     def busy(self) -> bool:

@@ -33,6 +33,7 @@ class Worker:
         while self.alive and self.engine.busy and time.monotonic() < until:
             time.sleep(0.01)
         self._closing.set()
+        self.engine.wake()
         self._thread.join()
 
     def _work(self) -> None:

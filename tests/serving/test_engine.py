@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from mambaseq.errors import ConfigError
 from mambaseq.generation import generate
+from mambaseq.generation.sampling import sample
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.serving import Engine, Full, PrefixCache, Request, Ticket
+from mambaseq.serving.picking import sample_rows
 
 NAN = float("nan")
 
@@ -52,12 +57,15 @@ def expected(model: SequenceModel, request: Request) -> list[int]:
     return out[0, len(request.prompt) :].tolist()
 
 
-@pytest.mark.parametrize(("mixer", "backbone"), [("mamba", None), ("s4d", UNET)])
+@pytest.mark.parametrize(
+    ("mixer", "backbone", "late", "part"),
+    [("mamba", None, False, 7), ("s4d", UNET, False, 7), ("mamba", None, True, 64)],
+)
 def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
-    mixer: str, backbone: dict[str, object] | None
+    mixer: str, backbone: dict[str, object] | None, late: bool, part: int
 ) -> None:
     model = made(mixer, backbone)
-    engine = Engine(model, slots=3, part=7, cache=PrefixCache(4, 2**20))
+    engine = Engine(model, slots=3, part=part, cache=PrefixCache(4, 2**20), late=late)
     shared = prompt_of(9, 99)
     requests = [
         Request(np.concatenate([shared, prompt_of(n, n)])[: 3 + 2 * n], 5 + 3 * n, **more)
@@ -108,14 +116,21 @@ def test_a_shared_prefix_of_any_length_runs_fewer_than_k_of_its_tokens_again() -
         assert run_of(engine, np.concatenate([first[:shared], follows])) - 2 <= every - 1
 
 
-def test_an_answer_is_a_prefix_too() -> None:
-    engine = Engine(made(), cache=PrefixCache(8, 2**24))
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_is_a_prefix_too(late: bool) -> None:
+    engine = Engine(made(), cache=PrefixCache(8, 2**24), late=late)
     ticket = engine.ask(Request(prompt_of(5), 20, temperature=0))
     run(engine)
     spoken = np.concatenate([ticket.request.prompt, ticket.tokens, prompt_of(2, 1)])
     assert run_of(engine, spoken) == 3  # its last token was never read
     spoken[14] = (spoken[14] + 1) % 31
     assert run_of(engine, spoken) == len(spoken) - 8
+    stop = frozenset({ticket.tokens[12]})
+    ended = engine.ask(Request(prompt_of(5, 2), 400, seed=3, stop_ids=stop))  # nobody knows before where it ends
+    run(engine)
+    assert ended.finished == "stop"
+    spoken = np.concatenate([ended.request.prompt, ended.tokens, prompt_of(2, 1)])
+    assert run_of(engine, spoken) == (2 if late else 3)
 
 
 def test_requests_that_share_a_prompt_cost_one_reading() -> None:
@@ -126,6 +141,58 @@ def test_requests_that_share_a_prompt_cost_one_reading() -> None:
     assert engine.counts.run == 200
     assert engine.counts.prompt_tokens == 8 * 200
     assert len({tuple(ticket.tokens) for ticket in tickets}) > 1
+
+
+def test_prompts_that_begin_alike_wait_for_the_first_and_others_do_not() -> None:
+    engine = Engine(made(), slots=8, part=32, cache=PrefixCache(16, 2**24))
+    shared = prompt_of(200)
+    alike = [engine.ask(Request(np.append(shared, [n, 7, n]), 4, temperature=0)) for n in range(6)]
+    other = engine.ask(Request(prompt_of(10, 5), 4, temperature=0))
+    engine.step()
+    assert len(other.tokens) == 2  # the rest of the part was its own
+    run(engine)
+    assert engine.counts.run == 203 + 5 * (203 - 192) + 10  # 192 is the last multiple of 16 that they share
+    assert [ticket.known for ticket in alike] == [0] + 5 * [192]
+    for ticket in [*alike, other]:
+        assert ticket.tokens == expected(engine.model, ticket.request)
+
+
+def test_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine(made(), part=64), []
+    forward = engine.model.backbone.forward
+
+    def counted(x: torch.Tensor, **options: Any) -> Any:
+        calls.append(x.shape[1])
+        return forward(x, **options)
+
+    monkeypatch.setattr(engine.model.backbone, "forward", counted)
+    tickets = [engine.ask(Request(prompt_of(length, length), 3, seed=1)) for length in (9, 4, 40, 30, 1)]
+    run(engine)
+    assert calls == [64, 20]  # what did not fit went on from its state, beside the last
+    assert engine.counts.run == 84
+    monkeypatch.undo()
+    for ticket in tickets:
+        assert ticket.tokens == expected(engine.model, ticket.request)
+
+
+def test_rows_are_picked_by_their_own_settings() -> None:
+    rng = random.Random(0)
+    logits = 3 * torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
+    choices = {
+        "temperature": [0.0, 0.3, 1.0, 7.0, 1e-9],
+        "top_k": [0, 1, 5, 40, 99],
+        "top_p": [1.0, 0.8, 0.1],
+        "min_p": [0.0, 0.05, 1.0],
+    }
+    rows = [{name: rng.choice(some) for name, some in choices.items()} for _ in range(200)]
+    values = {name: np.array([row[name] for row in rows], dtype=float) for name in choices}
+    there = {name: torch.from_numpy(some)[:, None] for name, some in values.items()}
+    uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = sample_rows(logits, values, there, uniform)
+    for number, row in enumerate(rows):
+        if row["temperature"] > 0:
+            one = slice(number, number + 1)
+            assert tokens[one] == sample(logits[one], uniform=uniform[one], **row)  # type: ignore[arg-type]
 
 
 def test_the_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used() -> None:
@@ -160,8 +227,9 @@ def test_a_state_of_the_cache_holds_no_more_memory_than_it_says() -> None:
     assert len(cache) == 5  # at 64, 128, 192 and 256 tokens, and at the end
 
 
-def test_cancelling_frees_the_slot_within_a_step_and_floods_are_refused() -> None:
-    engine = Engine(made(), slots=2, queue=1, part=4)
+@pytest.mark.parametrize("late", [False, True])
+def test_cancelling_frees_the_slot_within_a_step_and_floods_are_refused(late: bool) -> None:
+    engine = Engine(made(), slots=2, queue=1, part=4, late=late)
     ended: list[str | None] = []
 
     def listen(ticket: Ticket) -> None:
@@ -195,8 +263,9 @@ def test_cancelling_frees_the_slot_within_a_step_and_floods_are_refused() -> Non
     assert (engine.counts.cancelled, engine.counts.refused) == (4, 1)
 
 
-def test_who_is_told_of_an_end_may_ask_again_at_once() -> None:
-    engine, tickets = Engine(made(), slots=1, queue=0), []
+@pytest.mark.parametrize("late", [False, True])
+def test_who_is_told_of_an_end_may_ask_again_at_once(late: bool) -> None:
+    engine, tickets = Engine(made(), slots=1, queue=0, late=late), []
 
     def listen(ticket: Ticket) -> None:
         if ticket.finished and len(tickets) < 4:
@@ -218,7 +287,8 @@ def test_a_long_prompt_is_read_between_the_tokens_of_others() -> None:
         assert (len(short.tokens) - before, long.tokens, engine.counts.run) == (1, [], 2 + 10 * step)
 
 
-def test_what_ends_an_answer_may_look_at_its_tokens() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_what_ends_an_answer_may_look_at_its_tokens(late: bool) -> None:
     seen: list[int] = []
 
     def ends(token: int) -> bool:
@@ -228,7 +298,7 @@ def test_what_ends_an_answer_may_look_at_its_tokens() -> None:
     def fails(token: int) -> bool:
         raise ValueError(f"what is {token}?")
 
-    engine = Engine(made())
+    engine = Engine(made(), late=late)
     ticket, failed = (engine.ask(Request(prompt_of(3), 100, ends=what)) for what in (ends, fails))
     run(engine)
     assert (failed.finished, str(failed.error)[:7]) == ("failed", "what is")
@@ -236,11 +306,12 @@ def test_what_ends_an_answer_may_look_at_its_tokens() -> None:
     assert len(seen) == 4
 
 
-def test_predictions_that_are_no_numbers_end_their_own_request_only() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_predictions_that_are_no_numbers_end_their_own_request_only(late: bool) -> None:
     model = made()
     with torch.no_grad():
         model.encoder.embedding.weight[7] = NAN  # type: ignore[union-attr, index]
-    engine = Engine(model)
+    engine = Engine(model, late=late)
     fine, broken = (engine.ask(Request(np.array(ids), 5, temperature=0)) for ids in ([1, 2], [1, 7]))
     run(engine)
     assert (fine.finished, broken.finished) == ("length", "failed")

@@ -11,97 +11,20 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from mambaseq_text.tokenization import ByteTokenizer
 
-from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.cli.main import main
-from mambaseq.models import causal_lm
 from mambaseq.runs.generation import generate_from
-from mambaseq.serving import Engine, PrefixCache
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from mambaseq.web.app import make_app  # noqa: E402
-from mambaseq.web.service import Service  # noqa: E402
+from servers import Server, send, until
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = causal_lm(vocab_size=256, d_model=16, n_layers=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    card = ModelCard(spec=model.spec, tokenizer={"name": "text/bytes", "options": {}}, start_ids=[10])
-    save_model(folder, model, card, ByteTokenizer())
-    return folder
-
-
-class Server:
-    """A server in a thread; what it is asked."""
-
-    def __init__(self, run: Path, key: str | None = None) -> None:
-        loaded = load_model(run)
-        self.engine = Engine(loaded.model, slots=2, queue=1, longest=20_000, cache=PrefixCache(8, 2**20))
-        app = make_app(Service("tiny", loaded, self.engine), key, drain=5)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None))
-        self.thread = threading.Thread(target=self.uvicorn.run)
-        self.thread.start()
-        until(lambda: self.uvicorn.started)
-        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
-
-    def close(self) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join(30)
-
-    def send(self, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
-        return send(self.port, path, body, **headers)
-
-    def ask(self, status: int = 200, /, **body: Any) -> dict[str, Any]:
-        answer = self.send("/v1/completions", body)
-        told: dict[str, Any] = json.loads(answer.read())
-        assert answer.status == status, told
-        return told
-
-    def events(self, **body: Any) -> list[Any]:
-        answer = self.send("/v1/completions", {**body, "stream": True})
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        *events, done, rest = answer.read().decode().split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "")
-        return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
-def send(port: int, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    text = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", **headers}
-    connection.request("GET" if body is None else "POST", path, text, headers)
-    return connection.getresponse()
-
-
-def until(holds: Any) -> None:
-    end = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def server(run: Path) -> Iterator[Server]:
-    served = Server(run)
-    yield served
-    served.close()
 
 
 def test_a_completion_is_what_generate_gives(server: Server, run: Path) -> None:
@@ -234,7 +157,7 @@ def test_a_key_is_asked_for(run: Path) -> None:
             for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "sesame"}):
                 assert served.send(path, body, **headers).status == 401
             assert served.send(path, body, Authorization="Bearer sesame").status == 200
-        assert served.send("/health").status == 200
+        assert served.send("/health").status == served.send("/").status == 200
     finally:
         served.close()
 
@@ -296,3 +219,29 @@ def test_what_is_missing_or_wrong_is_told(
         assert "cannot be listened at" in told("--port", str(taken.getsockname()[1]))
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install 'mambaseq[serve]'" in told()
+
+
+def test_foreign_names_and_pages_are_refused(server: Server, run: Path) -> None:
+    own = f"127.0.0.1:{server.port}"
+    for headers, status in (
+        ({"Host": f"localhost:{server.port}", "Origin": f"http://localhost:{server.port}"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Host": f"evil.example:{server.port}"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": own, "Origin": "http://evil.example"}, 403),
+        ({"Host": own, "Origin": "null"}, 403),
+        ({"Host": own, "Origin": f"http://127.0.0.1:{server.port + 1}"}, 403),
+    ):
+        for path, body in (("/v1/completions", {"prompt": "a", "max_tokens": 1}), ("/", None), ("/metrics", None)):
+            answer = server.send(path, body, **headers)
+            told = answer.read().decode()
+            assert answer.status == status, (headers, told)
+            assert status == 200 or "--allow-host" in told or "may not ask" in told
+            assert "access-control-allow-origin" not in answer.headers
+    for hosts, status in (({"localhost", "Gpu.Example"}, 200), (None, 200), ({"other"}, 403)):
+        served = Server(run, hosts=hosts)
+        try:
+            assert served.send("/health", Host="gpu.example:8000").status == status
+        finally:
+            served.close()
