@@ -209,7 +209,7 @@ def _token(written: Any) -> str | None:
 def _json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
     if isinstance(indent, int) and indent > 16:
         raise _Refused("it indents JSON by more than 16")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, allow_nan=False, **more)
 
 
 def _refuse(message: Any) -> None:
