@@ -124,6 +124,10 @@ CORE: dict[str, Entries] = {
         "lssl": ("mambaseq.mixers.lssl:LSSL", "LSSL: full HiPPO matrices, LegS or LegT, fixed or trained"),
         "lmu": ("mambaseq.mixers.lmu:LMU", "Legendre memory units in parallel: a sliding window of learned signals"),
         "mamba2": ("mambaseq.mixers.mamba2:Mamba2", "Mamba-2 (SSD): a decay a head, larger states"),
+        "mamba3": (
+            "mambaseq.mixers.mamba3:Mamba3",
+            "Mamba-3: trapezoidal steps, a state that turns",
+        ),
         "gated_delta": (
             "mambaseq.mixers.gated_delta:GatedDelta",
             "Gated DeltaNet: a matrix that corrects what it says of each key, and decays",

@@ -22,6 +22,7 @@ from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.ssd.arguments import SsdArguments
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
+from mambaseq.ops.trapezoid import TrapezoidArguments
 from mambaseq.ops.wkv.arguments import WkvArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
@@ -175,6 +176,20 @@ def _delta(normal: Normal, batch: int, length: int, channels: int) -> DeltaArgum
     )
 
 
+def _trapezoid(normal: Normal, batch: int, length: int, channels: int) -> TrapezoidArguments:
+    heads = channels // HEAD_DIM
+    one, size = (batch, length, heads), (batch, length, heads, 1, HEAD_DIM)
+    return TrapezoidArguments(
+        x=normal(*size),
+        dt=0.1 * normal(*one).abs(),
+        A=-normal(*one).abs(),
+        trap=normal(*one).sigmoid(),
+        B=normal(*size),
+        C=normal(*size),
+        wants_final_state=False,
+    )
+
+
 def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
     x, residual = normal(batch, length, channels), normal(batch, length, channels)
     return AddNormArguments(x, residual, normal(channels))
@@ -199,6 +214,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "ssd": _ssd,
     "wkv": _wkv,
     "delta_rule": _delta,
+    "trapezoidal_scan": _trapezoid,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
     "linear_cross_entropy": _loss,

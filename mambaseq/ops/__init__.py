@@ -10,6 +10,7 @@ from mambaseq.ops import norm as _norm
 from mambaseq.ops import selective_scan as _selective_scan
 from mambaseq.ops import ssd as _ssd
 from mambaseq.ops import state_space as _state_space
+from mambaseq.ops import trapezoid as _trapezoid
 from mambaseq.ops import wkv as _wkv
 from mambaseq.ops.dispatch import Op
 from mambaseq.ops.eager import only_reference
@@ -24,6 +25,7 @@ OPS: dict[str, Op] = {
         _ssd.OP,
         _wkv.OP,
         _delta_rule.OP,
+        _trapezoid.OP,
         _norm.ADD_OP,
         _norm.GATED_OP,
         _linear_cross_entropy.OP,
@@ -39,6 +41,7 @@ lti_scan = _lti.lti_scan
 selective_scan = _selective_scan.selective_scan
 ssd = _ssd.ssd
 state_space_scan = _state_space.state_space_scan
+trapezoidal_scan = _trapezoid.trapezoidal_scan
 wkv = _wkv.wkv
 
 __all__ = [
@@ -53,5 +56,6 @@ __all__ = [
     "selective_scan",
     "ssd",
     "state_space_scan",
+    "trapezoidal_scan",
     "wkv",
 ]

@@ -16,7 +16,7 @@ from mambaseq.errors import ConfigError, shown
 from mambaseq.specs import check_options
 
 # dynamics have no weight decay: pulling A_log, B, D or dt towards zero would change the learned memory
-NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D"}
+NO_DECAY = {"A", "A_log", "A_log_real", "A_imag", "B", "P", "log_dt", "D", "B_bias", "C_bias"}
 
 
 def matches(name: str, pattern: str) -> bool:

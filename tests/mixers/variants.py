@@ -51,6 +51,19 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 5, "d_conv": 2, "expand": 1, "head_dim": 2, "n_groups": 3, "conv_bias": False, "bias": True},
         {"d_state": 8, "head_dim": 4, "norm_before_gate": True, "chunk_size": 16},
     ],
+    "mamba3": [
+        {"d_state": 8},
+        {
+            "d_state": 4,
+            "expand": 1,
+            "head_dim": 3,
+            "n_groups": 2,
+            "rank": 2,
+            "rope_fraction": 1.0,
+            "out_norm": True,
+            "chunk_size": 32,
+        },
+    ],
     "gated_delta": [
         {},
         {

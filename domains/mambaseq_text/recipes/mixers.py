@@ -22,6 +22,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "mamba, lti": ("mamba", {"lti": True}),
     "mamba2": ("mamba2", {}),
+    "mamba3": ("mamba3", {}),
     "gated_delta": ("gated_delta", {}),
     "kda": ("kda", {}),
     "s4d": ("s4d", {}),

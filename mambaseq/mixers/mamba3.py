@@ -1,0 +1,310 @@
+"""The Mamba-3 block, with one input a head or several.
+
+"Mamba-3: Improved Sequence Modeling using State Space Principles", arXiv:2603.15569: exponential-trapezoidal steps, a
+rate that depends on the data, a state that turns (a complex one, as rotations of B and C), norms and biases of B and
+C, no convolution. Parameter names and shapes are those of `mamba_ssm`'s module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambaseq.errors import ConfigError, check_not_negative, check_positive
+from mambaseq.mixers.base import Mixer, State, check_backend, check_state
+from mambaseq.mixers.initialisation import initial_dt_bias
+from mambaseq.mixers.mamba2 import GatedRMSNorm
+from mambaseq.ops import sequences, trapezoidal_scan
+from mambaseq.ops.chunks import sums
+from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.trapezoid import trapezoidal_update_
+
+
+@dataclasses.dataclass
+class Mamba3State(State):
+    """angle `(batch, n_heads, n_angles)` float64: how far each pair of the state has turned. k `(batch, n_heads, rank,
+    d_state)`, v `(batch, n_heads, rank, head_dim)`: what the last position wrote, B turned, and its inputs. ssm
+    `(batch, n_heads, head_dim, d_state)`. All but the angles fp32."""
+
+    angle: Tensor
+    k: Tensor
+    v: Tensor
+    ssm: Tensor
+
+
+class StateNorm(nn.Module):
+    """The norm of B or C over the state's channels, in full precision."""
+
+    def __init__(self, d_state: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_state))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(..., d_state)` to the same in fp32 (float64 if x is)."""
+        wide = working_dtype(x)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+
+
+class Mamba3(Mixer):
+    """Mamba-3 block: in_proj to (z, x, B, C, dt, A, trap, angles), norms and biases of B and C, both turned by angles
+    that add up over time, the trapezoidal scan, gate, out_proj.
+
+        dt = softplus(dt + dt_bias),    A = -max(A_floor, 1 + a, or 1 / (1 - a) of negative a),    trap = sigmoid(trap)
+        angle_t = angle_{t-1} + pi tanh(angles_t) dt_t
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: states a head channel (N).
+        expand: d_inner = expand * d_model.
+        head_dim: channels a head (P); must divide d_inner. None for d_inner's largest divisor of at most 64.
+        n_groups: groups of heads with B and C of their own; must divide the number of heads, d_inner / head_dim.
+        rank: inputs and outputs a head that share its state (the paper's MIMO; 4 as published). None for one
+            (SISO), without the maps between them.
+        rope_fraction: share of the state's channels that turn: 0.5 or 1.
+        dt_min: smallest initial step size: softplus(dt_bias) is log-uniform in [dt_min, dt_max] at initialisation.
+        dt_max: largest initial step size.
+        dt_init_floor: no initial dt is below it.
+        A_floor: no rate of decay is below it.
+        out_norm: norm each head before its gate.
+        eps: epsilon of the norms.
+        chunk_size: positions that are computed as one matrix, over the rank; a matter of speed and memory only.
+        backend: what runs the scan; None for the fastest that can (see `mambaseq doctor`).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        expand: int = 2,
+        head_dim: int | None = None,
+        n_groups: int = 1,
+        rank: int | None = None,
+        rope_fraction: float = 0.5,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        A_floor: float = 1e-4,
+        out_norm: bool = False,
+        eps: float = 1e-5,
+        chunk_size: int = 64,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"d_model": d_model, "d_state": d_state, "expand": expand, "n_groups": n_groups}
+        for name, size in {**sizes, "rank": 1 if rank is None else rank, "chunk_size": chunk_size}.items():
+            if size < 1:
+                raise ConfigError(f"mamba3: {name} must be positive, not {size}.")
+        check_not_negative("mamba3", eps=eps)
+        check_positive("mamba3", A_floor=A_floor)
+        check_backend("mamba3", "trapezoidal_scan", backend)
+        d_inner = expand * d_model
+        if head_dim is None:
+            head_dim = next(size for size in range(min(64, d_inner), 0, -1) if d_inner % size == 0)
+        if head_dim < 1 or d_inner % head_dim:
+            raise ConfigError(
+                f"mamba3: head_dim {head_dim} does not divide expand * d_model = {d_inner}. Set head_dim to a divisor "
+                f"of {d_inner}, leave it out for the largest up to 64, or make d_model or expand larger."
+            )
+        n_heads = d_inner // head_dim
+        if n_heads % n_groups:
+            raise ConfigError(
+                f"mamba3: n_groups {n_groups} does not divide the {n_heads} heads (expand * d_model / head_dim). Set "
+                "n_groups to a divisor of it, or head_dim to a smaller one."
+            )
+        if rope_fraction not in (0.5, 1.0):
+            raise ConfigError(f"mamba3: rope_fraction must be 0.5 or 1, not {rope_fraction:g}.")
+        n_angles = int(d_state * rope_fraction) // 2
+        if d_state % 2 or n_angles < 1:
+            raise ConfigError(
+                f"mamba3: rope_fraction {rope_fraction:g} of d_state {d_state} leaves no whole pairs to turn. Set "
+                f"d_state to an even number of at least {2 if rope_fraction == 1 else 4}."
+            )
+        self.d_model, self.d_state, self.d_inner, self.head_dim = d_model, d_state, d_inner, head_dim
+        self.n_heads, self.n_groups, self.n_angles = n_heads, n_groups, n_angles
+        self.A_floor = A_floor
+        self.several, self.rank, self.out_norm = rank is not None, 1 if rank is None else rank, out_norm
+        self.chunk_size, self.backend = max(1, chunk_size // self.rank), backend
+        width = n_groups * self.rank * d_state
+        self.widths = [d_inner, d_inner, width, width, n_heads, n_heads, n_heads, n_angles]
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.dt_bias = nn.Parameter(initial_dt_bias(n_heads, dt_min, dt_max, dt_init_floor))
+        self.B_bias = nn.Parameter(torch.ones(n_heads, self.rank, d_state))
+        self.C_bias = nn.Parameter(torch.ones(n_heads, self.rank, d_state))
+        self.B_norm, self.C_norm = StateNorm(d_state, eps), StateNorm(d_state, eps)
+        if self.several:
+            self.mimo_x, self.mimo_z, self.mimo_o = (
+                nn.Parameter(torch.full((n_heads, self.rank, head_dim), value))
+                for value in (1 / self.rank, 1.0, 1 / self.rank)
+            )
+        self.D = nn.Parameter(torch.ones(n_heads))
+        if out_norm:
+            self.norm = GatedRMSNorm(d_inner, eps, head_dim, norm_before_gate=True)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba3State | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """See `Mixer.forward`."""
+        if state is not None:
+            self._check(state, x, cu_seqlens)
+        z, v, B, C, dt, A, trap, turn = self._project(x)
+        before = None if state is None else state.angle
+        angle, last_angle = _added_up(turn, before, cu_seqlens)
+        B, C = self._turned(B, angle), self._turned(C, angle)
+        y, ssm = trapezoidal_scan(
+            v,
+            dt,
+            A,
+            trap,
+            B,
+            C,
+            initial_state=None if state is None else state.ssm,
+            initial_x=None if state is None else state.v,
+            initial_B=None if state is None else state.k,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+        y = self._output(y, v, z, x)
+        if not return_state:
+            return y
+        k = _last(B, None if state is None else state.k, cu_seqlens)
+        return y, Mamba3State(last_angle, k, _last(v, None if state is None else state.v, cu_seqlens), ssm)
+
+    def _check(self, state: Mamba3State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        n = sequences.count(x, cu_seqlens)
+        shapes = {name: (n, *shape) for name, shape in self._shapes().items()}
+        check_state("mamba3", state, Mamba3State, x.device, **shapes)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "angle": (self.n_heads, self.n_angles),
+            "k": (self.n_heads, self.rank, self.d_state),
+            "v": (self.n_heads, self.rank, self.head_dim),
+            "ssm": (self.n_heads, self.head_dim, self.d_state),
+        }
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """All in full precision, of x `(..., d_model)`: the gate `(..., d_inner)`, inputs `(..., heads, rank,
+        head_dim)`, B and C `(..., heads, rank, d_state)`, dt, A and trap `(..., heads)`, and what is turned by, `(...,
+        heads, n_angles)` float64."""
+        parts = apply_linear(self.in_proj, x).split(self.widths, dim=-1)
+        wide = working_dtype(x)
+        z, v, B, C, dt, A, trap, angles = (part.to(wide) for part in parts)
+        v = v.unflatten(-1, (self.n_heads, 1, self.head_dim))
+        if self.several:
+            v = v * self.mimo_x.to(wide)
+        ranked = (self.rank, self.n_groups, self.d_state)
+        per_group = self.n_heads // self.n_groups
+        B, C = (
+            norm(M.unflatten(-1, ranked)).transpose(-2, -3).repeat_interleave(per_group, dim=-3) + bias.to(wide)
+            for M, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
+        )
+        dt = F.softplus(dt + self.dt_bias.to(wide))
+        A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=self.A_floor)
+        turn = math.pi * torch.tanh(angles)[..., None, :] * dt[..., None]
+        return z, v, B, C, dt, A, torch.sigmoid(trap), turn.double()
+
+    def _turned(self, M: Tensor, angle: Tensor) -> Tensor:
+        """M `(..., heads, rank, d_state)`, pairs of whose channels turn by `(..., heads, n_angles)`: neighbours, or, as
+        published of several inputs, i and d_state / 2 + i."""
+        cos, sin = (value.to(M.dtype)[..., None, :] for value in (torch.cos(angle), torch.sin(angle)))
+        if self.several:
+            a, b = M.chunk(2, dim=-1)
+        else:
+            a, b = M.unflatten(-1, (-1, 2)).unbind(-1)
+        n = self.n_angles
+        one, other = a[..., :n] * cos - b[..., :n] * sin, a[..., :n] * sin + b[..., :n] * cos
+        one, other = torch.cat([one, a[..., n:]], dim=-1), torch.cat([other, b[..., n:]], dim=-1)
+        return torch.cat([one, other], dim=-1) if self.several else torch.stack([one, other], dim=-1).flatten(-2)
+
+    def _output(self, y: Tensor, v: Tensor, z: Tensor, like: Tensor) -> Tensor:
+        """y and inputs v `(..., heads, rank, head_dim)` and the gate, before its maps, to the block's output."""
+        wide = y.dtype
+        y = (y + self.D.to(wide)[:, None, None] * v).transpose(-2, -3)  # (..., rank, heads, head_dim)
+        z = z.unflatten(-1, (1, self.n_heads, self.head_dim))
+        if self.several:
+            z = z * self.mimo_z.to(wide).transpose(0, 1)
+        if self.out_norm:
+            y = self.norm(y.flatten(-2), z.flatten(-2)).unflatten(-1, y.shape[-2:])
+        else:
+            y = y * F.silu(z)
+        if self.several:
+            y = y * self.mimo_o.to(wide).transpose(0, 1)
+        return apply_linear(self.out_proj, y.sum(-3).flatten(-2).to(like.dtype))
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Mamba3State:
+        """See `Mixer.init_state`."""
+        device = self.in_proj.weight.device if device is None else device
+        return Mamba3State(
+            **{
+                name: torch.zeros(
+                    batch_size, *shape, dtype=torch.float64 if name == "angle" else torch.float32, device=device
+                )
+                for name, shape in self._shapes().items()
+            }
+        )
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: Mamba3State) -> Tensor:
+        """See `Mixer.step_`."""
+        self._check(state, x)
+        x = x[:, 0]
+        z, v, B, C, dt, A, trap, turn = self._project(x)
+        state.angle.add_(turn)
+        B, C = self._turned(B, state.angle), self._turned(C, state.angle)
+        y = trapezoidal_update_(state.ssm, v, dt, A, trap, B, C, state.v, state.k)
+        state.k.copy_(B)
+        state.v.copy_(v)
+        return self._output(y, v, z, x).unsqueeze(1)  # (batch, 1, d_model)
+
+
+def _added_up(turn: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Angles up to each position, and at the end of each sequence `(sequences, heads, angles)`.
+
+    turn: by how much each position turns `(batch, length, heads, angles)`. before: where sequences begin, 0 if None.
+    """
+    angle = sums(turn.flatten(2)).view(turn.shape)
+    if cu_seqlens is None:
+        if before is not None:
+            angle = angle + before[:, None]
+    else:
+        upto = torch.cat([angle.new_zeros(1, *angle.shape[2:]), angle[0]])  # (length + 1, heads, angles)
+        start = -upto.index_select(0, cu_seqlens[:-1].long())
+        start = start if before is None else start + before
+        angle = angle + start.index_select(0, sequences.of_positions(cu_seqlens, turn.shape[1]))
+    return angle, _last(angle, before, cu_seqlens)
+
+
+def _last(value: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """What stands at the last position of each sequence, `(sequences, ...)`; of empty ones what stood before, or 0.
+
+    value: `(batch, length, ...)`.
+    """
+    n, length = sequences.count(value, cu_seqlens), value.shape[1]
+    before = value.new_zeros(n, *value.shape[2:]) if before is None else before.to(value.dtype)
+    if length == 0:
+        return before
+    if cu_seqlens is None:
+        return value[:, -1].contiguous()
+    ends = cu_seqlens[1:].long()
+    filled = (ends > cu_seqlens[:-1]).view(-1, *[1] * (value.ndim - 2))
+    return torch.where(filled, value[0].index_select(0, (ends - 1).clamp(min=0)), before)

@@ -1,0 +1,143 @@
+"""Mamba-3's recurrence: chunks equal the loop, the loop the rule that it is named after, one step the whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+
+from mambaseq.ops import OPS, ssd, trapezoidal_scan
+from mambaseq.ops.chunks import sums
+from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
+from mambaseq.ops.trapezoid import TrapezoidArguments, trapezoidal_update_
+
+OP = OPS["trapezoidal_scan"]
+TORCH, REFERENCE = OP.backends
+
+
+def drawn(label: str, batch: int, length: int, *, rank: int = 1, rate: float = 1.0) -> TrapezoidArguments:
+    draw, one = Draw(label), (batch, length, 2)
+    return TrapezoidArguments(
+        x=draw.normal(*one, rank, 3),
+        dt=draw.uniform(0, 1, *one),
+        A=-rate * draw.uniform(0, 2, *one),
+        trap=draw.uniform(0, 1, *one),
+        B=draw.normal(*one, rank, 5),
+        C=draw.normal(*one, rank, 5),
+        initial_state=draw.normal(batch, 2, 3, 5),
+        initial_x=draw.normal(batch, 2, rank, 3),
+        initial_B=draw.normal(batch, 2, rank, 5),
+        chunk_size=32,
+    )
+
+
+def packed(arguments: TrapezoidArguments, *bounds: int) -> TrapezoidArguments:
+    n, rank = len(bounds) - 1, arguments.x.shape[3]
+    states = drawn("states", max(1, n), 1, rank=rank)
+    return arguments._replace(
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        **{name: getattr(states, name)[:n] for name in ("initial_state", "initial_x", "initial_B")},
+    )
+
+
+CASES: dict[str, Callable[[], TrapezoidArguments]] = {
+    "length 0": lambda: drawn("a", 2, 0),
+    "length 1, reverse": lambda: drawn("b", 2, 1)._replace(reverse=True),
+    "length 100": lambda: drawn("c", 1, 100),
+    "rank 3, reverse": lambda: drawn("d", 2, 70, rank=3)._replace(reverse=True),
+    "strong decay": lambda: drawn("e", 1, 70, rate=300.0),
+    "slow decay, chunks of 1": lambda: drawn("f", 1, 20, rate=1e-3)._replace(chunk_size=1),
+    "no states": lambda: drawn("g", 1, 40)._replace(initial_state=None, initial_x=None, initial_B=None),
+    "packed, rank 2": lambda: packed(drawn("h", 1, 150, rank=2), 0, 0, 1, 3, 66, 66, 98, 150, 150),
+    "packed, reverse": lambda: packed(drawn("i", 1, 100), 0, 63, 64, 100)._replace(reverse=True),
+    "packed, length 0": lambda: packed(drawn("j", 1, 0), 0, 0, 0),
+    "packed, no sequence": lambda: packed(drawn("k", 1, 0), 0),
+}
+CASES = {name: functools.cache(build) for name, build in CASES.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(case: str, device: str) -> None:
+    assert_equals_reference(OP, "torch", CASES[case], device_or_skip(device))
+
+
+def test_in_float64_nothing_but_rounding_differs() -> None:
+    made = CASES["packed, rank 2"]()
+    expected, actual = (outputs_and_gradients(run, made, double=True) for run in (REFERENCE, TORCH))
+    assert max(relative_rms_error(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-12
+
+
+def test_half_precision() -> None:
+    @functools.cache
+    def halves() -> TrapezoidArguments:
+        made = drawn("half", 1, 70, rank=2)
+        return made._replace(**{name: getattr(made, name).bfloat16() for name in ("x", "B", "C")})
+
+    assert_equals_reference(OP, "torch", halves, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_of_a_half_it_is_the_trapezoidal_rule(backend: str) -> None:
+    """h' = A h + u, u linear between positions 0.01 apart: the error falls with the square of the step."""
+    t = torch.linspace(0, 2, 201, dtype=torch.float64)
+    x, ones = torch.sin(5 * t)[None, :, None, None, None], torch.ones(1, 201, 1, 1, 1, dtype=torch.float64)
+    flat = torch.ones(1, 201, 1, dtype=torch.float64)
+    y, _ = trapezoidal_scan(x, 0.01 * flat, -2 * flat, 0.5 * flat, ones, ones, backend=backend)
+    exact = (2 * torch.sin(5 * t) - 5 * torch.cos(5 * t) + 5 * torch.exp(-2 * t)) / 29
+    assert (y.flatten() - exact).abs().max() < 3e-4
+    euler, _ = trapezoidal_scan(x, 0.01 * flat, -2 * flat, flat, ones, ones, backend=backend)
+    assert (euler.flatten() - exact).abs().max() > 3e-3
+
+
+def test_of_1_it_is_the_state_space_dual() -> None:
+    made = drawn("dual", 2, 50)._replace(A=-torch.ones(2, 50, 2), trap=torch.ones(2, 50, 2))
+    expected, last = ssd(
+        made.x[:, :, :, 0], made.dt, -torch.ones(2), made.B[:, :, :, 0], made.C[:, :, :, 0],
+        initial_state=made.initial_state,
+    )  # fmt: skip
+    y, final = trapezoidal_scan(*made[:6], initial_state=made.initial_state)
+    torch.testing.assert_close(y[:, :, :, 0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_are_the_whole() -> None:
+    made = drawn("steps", 2, 40, rank=2)
+    states = {name: getattr(made, name) for name in ("initial_state", "initial_x", "initial_B")}
+    expected, final = trapezoidal_scan(*made[:6], **states)
+    state, last_x, last_B = made[6].clone(), *made[7:9]
+    for t in range(40):
+        y = trapezoidal_update_(state, *(value[:, t] for value in made[:6]), last_x, last_B)
+        last_x, last_B = made.x[:, t], made.B[:, t]
+        torch.testing.assert_close(y, expected[:, t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_of_many_are_made_of_few() -> None:
+    values = Draw("sums").normal(2, 64 * 64 + 5, 3).double()
+    torch.testing.assert_close(sums(values), values.cumsum(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 2, 3)}, "x must be"),
+        ({"x": torch.zeros(1, 4, 2, 1, 3, dtype=torch.int64)}, "x must be real"),
+        ({"trap": torch.zeros(1, 4)}, "trap must be"),
+        ({"B": torch.zeros(1, 4, 2, 5)}, "B must be"),
+        ({"C": torch.zeros(1, 4, 2, 1, 6)}, "C must have the shape of B"),
+        ({"A": torch.zeros(1, 4, 2, device="meta")}, "A is on meta, but x is on cpu"),
+        ({"initial_state": torch.zeros(1, 2, 5, 3)}, "initial_state must be"),
+        ({"initial_x": torch.zeros(1, 2, 1, 3)}, "go together"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
+    given = {"x": torch.zeros(1, 4, 2, 1, 3), **{name: torch.zeros(1, 4, 2) for name in ("dt", "A", "trap")}}
+    given |= {name: torch.zeros(1, 4, 2, 1, 5) for name in ("B", "C")}
+    with pytest.raises(ValueError, match=message):
+        trapezoidal_scan(**(given | change))
