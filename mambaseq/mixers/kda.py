@@ -79,8 +79,9 @@ class KDA(DeltaMixer):
         self.f_proj = nn.Sequential(
             nn.Linear(d_model, self.value_dim, bias=False), nn.Linear(self.value_dim, decays, bias=False)
         )
-        self.g_proj = nn.Sequential(nn.Linear(d_model, self.value_dim, bias=False), nn.Linear(self.value_dim, values))
-        nn.init.zeros_(self.g_proj[1].bias)
+        gates = nn.Linear(self.value_dim, values)
+        nn.init.zeros_(gates.bias)
+        self.g_proj = nn.Sequential(nn.Linear(d_model, self.value_dim, bias=False), gates)
         self.A_log, self.dt_bias = initial_decays(self.n_value_heads, 1.0, 16.0, decays)
         if lower_bound is not None:
             nn.init.zeros_(self.A_log)

@@ -20,7 +20,7 @@ def layer(mixer: DeltaMixer, x: torch.Tensor) -> torch.Tensor:
     def convolved(name: str) -> torch.Tensor:
         inputs = F.pad(x @ p[f"{name}_proj.weight"].T, (0, 0, mixer.d_conv - 1, 0))
         taps = p[f"{name}_conv1d.weight"][:, 0].T
-        y = sum(taps[i] * inputs[:, i : i + x.shape[1]] for i in range(mixer.d_conv))
+        y = torch.stack([taps[i] * inputs[:, i : i + x.shape[1]] for i in range(mixer.d_conv)]).sum(0)
         if f"{name}_conv1d.bias" in p:
             y = y + p[f"{name}_conv1d.bias"]
         return F.silu(y)

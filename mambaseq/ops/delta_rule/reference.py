@@ -29,7 +29,7 @@ def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
     ys, finals = [values[:, :0]], [state[:0]]
     for s, (start, end) in enumerate(itertools.pairwise(sequences.offsets(cu_seqlens, v.shape[1]))):
         own: Any = [None if value is None else value[:, start:end] for value in (q, k, values, g, beta)]
-        y, final = _scan(*own, state[s : s + 1], reverse)
+        y, final = _scan(*own, S=state[s : s + 1], reverse=reverse)
         ys.append(y)
         finals.append(final)
     return torch.cat(ys, dim=1).to(v.dtype), torch.cat(finals)

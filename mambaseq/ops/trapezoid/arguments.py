@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,15 +87,16 @@ def samples(device: torch.device) -> Iterator[tuple[str, TrapezoidArguments]]:
         chunk_size=16,
     )
     yield "several inputs", plain._replace(wants_final_state=False)
-    one = plain._replace(**{name: getattr(plain, name)[..., :1, :] for name in ("x", "B", "C")})
-    states = {
+    first: dict[str, Any] = {name: getattr(plain, name)[..., :1, :] for name in ("x", "B", "C")}
+    one = plain._replace(**first)
+    states: dict[str, Any] = {
         "initial_state": normal(batch, heads, head_dim, d_state),
         "initial_x": normal(batch, heads, 1, head_dim),
         "initial_B": normal(batch, heads, 1, d_state),
     }
     yield "one input, initial state, reverse", one._replace(**states, reverse=True)
     cu_seqlens = torch.tensor([0, 10, 10, 41, length], dtype=torch.int32, device=device)
-    row = {name: getattr(plain, name)[:1] for name in ("x", "dt", "A", "trap", "B", "C")}
+    row: dict[str, Any] = {name: getattr(plain, name)[:1] for name in ("x", "dt", "A", "trap", "B", "C")}
     states = {
         "initial_state": normal(4, heads, head_dim, d_state),
         "initial_x": normal(4, heads, rank, head_dim),
