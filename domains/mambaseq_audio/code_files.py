@@ -11,13 +11,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mambaseq.data.records import Record, Refuse, raised
+from mambaseq.data.records import Record, Refuse, raised, with_columns
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_choice
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.codes import MOST_BOOKS, CodeFrames
-from mambaseq_audio.recordings import Recording, recordings
+from mambaseq_audio.recordings import Recording, manifest_columns, recordings
 
 SUFFIXES = frozenset((".npy",))
 
@@ -110,6 +110,7 @@ def read_frames(one: Recording, layout: Layout, books: int | None, codes: int | 
     return np.ascontiguousarray(array)
 
 
+@with_columns(manifest_columns)
 def read_codes(
     path: str | Path,
     tokenizer: Tokenizer | None,
@@ -143,7 +144,8 @@ def read_codes(
         except UserError as error:
             refuse(error)
             continue
-        yield Record(one.name, ids=ids, source=str(one.path), fields={field: one.fields[field] for field in fields})
+        columns = {field: one.fields[field] for field in fields}
+        yield Record(one.name, ids=ids, source=str(one.path), alone=0, place=one.place, fields=columns)
 
 
 def write_codes(

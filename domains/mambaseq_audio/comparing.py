@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import Arguments, add_condition, parse_inputs
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError, cut_list, paragraph, shown
@@ -23,7 +23,7 @@ from mambaseq.reporting import Section, table
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import located
-from mambaseq.runs.conditions import Known, condition_ids
+from mambaseq.runs.conditions import Known, condition_ids, in_words
 from mambaseq.runs.generation import generate_from
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.players import Clip, clip, grid, scales
@@ -289,24 +289,18 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or models that were exported")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
-    parser.add_argument(
-        "--condition",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only this condition; may be given several times (default: those of recordings, spread over the test set)",
-    )
+    add_condition(parser, "only this condition, in place of those of recordings, spread over the test set")
     parser.add_argument("--rows", type=int, default=10, help="at most so many clips of each run (default: 10)")
     parser.add_argument("--seconds", type=float, help="of each clip (default: what each run says)")
     parser.add_argument("--seed", type=int, default=0, help="of all clips (default: 0)")
     parser.add_argument("--temperature", type=float, help="of all runs (default: what each run says)")
     parser.add_argument("--blind", action="store_true", help="begin with the names hidden")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
-    given = parser.parse_args(argv)
+    given = parse_inputs(parser, argv)
     notes = compare(
         given.runs,
         given.out,
-        conditions=given.condition,
+        conditions=[in_words(words) for words in given.condition or []],
         rows=given.rows,
         seconds=given.seconds,
         seed=given.seed,

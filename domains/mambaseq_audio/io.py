@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from mambaseq.conditions import composed
-from mambaseq.data.records import Record, Refuse, raised
+from mambaseq.data.records import Record, Refuse, raised, with_columns
 from mambaseq.data.spooled import Spooled, spooled
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
@@ -22,7 +22,7 @@ from mambaseq.limits import SAMPLES, check_unpacked
 from mambaseq.outputs import is_stream, numbered, output_file
 from mambaseq_audio.mulaw import Codec
 from mambaseq_audio.notices import Heard, Notices
-from mambaseq_audio.recordings import Recording, recordings
+from mambaseq_audio.recordings import Recording, manifest_columns, recordings
 
 Channels = Literal["mean", "left", "right", "each", "stereo", "refuse"]
 """What is made of several channels: their mean, one of the first two, each a recording of its own, or both of two in
@@ -269,6 +269,7 @@ def _check_values(path: Path, samples: np.ndarray, start: int) -> None:
         )
 
 
+@with_columns(manifest_columns)
 def read_audio(
     path: str | Path,
     tokenizer: Tokenizer | None,
@@ -289,8 +290,10 @@ def read_audio(
     """
     asked_for = {composed(field): field for field in fields}
     found = []
-    for one in recordings(path):
-        missing = next((field for field in asked_for if field not in one.fields), None)
+    every = recordings(path)
+    there = {field for one in every for field in one.fields}  # a row of jsonl may lack what another has
+    missing = next((field for field in asked_for if field not in there), None)
+    for one in every:
         if missing is None:
             found += by_channel(one) if channels == "each" else [one]
             continue
@@ -310,8 +313,9 @@ def read_audio(
         except UserError as error:
             refuse(error)
             continue
-        columns = {asked: one.fields[field] for field, asked in asked_for.items()}
-        yield Record(name=one.name, source=str(one.path), fields=columns, **values)
+        columns = {asked: one.fields.get(field, "") for field, asked in asked_for.items()}
+        alone = None if one.is_part else one.channel or 0
+        yield Record(name=one.name, source=str(one.path), alone=alone, place=one.place, fields=columns, **values)
     notices.tell()
 
 

@@ -98,6 +98,12 @@ def is_manifest(name: str | Path) -> bool:
     return Path(name).suffix.lower() in ENDINGS
 
 
+def manifest_columns(name: str | Path) -> list[str]:
+    """The names of a manifest's `fields`, of all rows; none of what is no manifest. Raises DataError as `recordings`
+    does."""
+    return list(dict.fromkeys(field for one in recordings(name) for field in one.fields)) if is_manifest(name) else []
+
+
 def _rows(manifest: Path) -> Iterator[Recording]:
     seen: dict[tuple[Path, float, float | None], str] = {}
     folders: dict[Path, dict[str, str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from mambaseq.conditions import as_written
 from mambaseq.data.addresses import check_address, is_address
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names
-from mambaseq.data.records import Record, Refuse, raised, rest_left_out
+from mambaseq.data.records import Record, Refuse, raised, rest_left_out, with_columns
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.data.unpacking import Unreadable, packed_by
 from mambaseq.errors import ConfigError, DataError, UserError, cut_list, did_you_mean, shown
@@ -271,6 +272,25 @@ def _parquet(name: str, field: str, more: Sequence[str], refuse: Refuse) -> Iter
                 yield f"{name}, row {number}", text, {other: found[column][place] for other, column in written.items()}
 
 
+def columns(path: str | Path) -> list[str]:
+    """The columns of jsonl and parquet, of jsonl those of its first line; none of what is plain text, or cannot be
+    read, which `read_text` tells."""
+    if is_address(str(path)) or is_plain(str(path)):
+        return []
+    with contextlib.suppress(UserError, ValueError, RecursionError, OSError):
+        if suffix_of(str(path)) == ".parquet":
+            import pyarrow.parquet
+
+            with opened(str(path)) as (file, _):
+                return list(pyarrow.parquet.ParquetFile(file).schema_arrow.names)
+        for line in lines(str(path), characters(str(path), "utf-8")):
+            if line.strip():
+                row = json.loads(line)
+                return list(row) if isinstance(row, dict) else []
+    return []
+
+
+@with_columns(columns)
 def read_text(
     path: str | Path,
     tokenizer: Tokenizer,

@@ -36,6 +36,12 @@ def run(argv: list[str], command: str) -> int:
     refuse_words(argv, overrides, "--checkpoint", parser.prog)
     if asks_for_help(overrides):
         return print_keys(parser, str(RunFolder(arguments.checkpoint).require().config), overrides)
+    for word in overrides:
+        if word.partition("=")[0] in ("--condition", "--condition-column", "--condition-table"):
+            raise ConfigError(
+                f"{command} has no {word.partition('=')[0]}: each sequence of the set is measured under its own "
+                "condition, from the data. Leave it out; `mambaseq predict` takes other files under any condition."
+            )
     if command == "test" and _asks_for_tasks(arguments, overrides):
         return _run_tasks(arguments)
     with uncollected(for_good=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import Arguments, add_condition, add_condition_columns
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 
@@ -17,7 +17,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument(
         "--prompt",
-        help="the prompt itself, or a file that the run's reader understands: each of its records is continued",
+        help="the prompt itself, or what the run's reader reads (a file, folder or pattern): each record is continued",
     )
     parser.add_argument(
         "--prompts",
@@ -25,25 +25,8 @@ def run(argv: list[str], command: str) -> int:
         help="a file of prompts, all continued: .txt has one in each line, .jsonl an object in each",
     )
     parser.add_argument("--prompts-key", metavar="KEY", help="of --prompts FILE.jsonl, where the text is (text)")
-    parser.add_argument(
-        "--condition",
-        action="append",
-        nargs="+",
-        metavar="NAME",
-        help="what to generate, for conditional models: a name, or several with commas; digit=7 speaker=theo age=31.5 "
-        "for several conditions; may be given again",
-    )
-    parser.add_argument(
-        "--condition-column",
-        metavar="NAME",
-        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table; "
-        "several with commas",
-    )
-    parser.add_argument(
-        "--condition-table",
-        metavar="FILE",
-        help="a .csv, .tsv or .jsonl that has the columns, and a column record or file that says of which record",
-    )
+    add_condition(parser, "what to generate, for conditional models")
+    add_condition_columns(parser)
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -136,10 +119,9 @@ def run(argv: list[str], command: str) -> int:
         parser.error("one of --checkpoint and --repeat is needed")
     with uncollected(for_good=True):
         from mambaseq.runs.generation import generate_text, generate_to
-        from mambaseq.runs.streaming import Interrupted, check_alone, repeated
+        from mambaseq.runs.repeating import check_alone, repeated
+        from mambaseq.runs.streaming import Interrupted
 
-    if given["condition"] is not None:
-        given["condition"] = [" ".join(words) for words in given["condition"]]
     settings: dict[str, Any]
     interactive = given.pop("interactive")
     if given["out"] is None and repeat is not None:

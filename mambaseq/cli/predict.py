@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import Arguments, add_condition, add_condition_columns, parse_inputs
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 
@@ -47,24 +47,8 @@ def run(argv: list[str], command: str) -> int:
         help="embeddings: after this layer, 1 being the first; the default is the backbone's output",
     )
     parser.add_argument("--reader", help="another reader (`mambaseq list readers`)")
-    parser.add_argument(
-        "--condition",
-        action="append",
-        metavar="NAME",
-        help="for conditional models: the condition of the records, one name; 'digit=7 speaker=theo age=31.5' for "
-        "several conditions",
-    )
-    parser.add_argument(
-        "--condition-column",
-        metavar="NAME",
-        help="a column with the condition of each record: of the rows that are read (jsonl, parquet), or of a table; "
-        "several with commas",
-    )
-    parser.add_argument(
-        "--condition-table",
-        metavar="FILE",
-        help="a .csv, .tsv or .jsonl that has the columns, and a column record or file that says of which record",
-    )
+    add_condition(parser, "for conditional models, the condition of all records")
+    add_condition_columns(parser)
     parser.add_argument(
         "--window",
         type=int,
@@ -105,7 +89,7 @@ def run(argv: list[str], command: str) -> int:
         "--skip-bad", action="store_true", help="leave out files and records that cannot be used, and say which"
     )
     add_allow_import(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parse_inputs(parser, argv)
     with uncollected(for_good=True):
         from mambaseq.runs.prediction import predict, report
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,26 @@ def raised(error: UserError) -> None:
     raise error
 
 
+_Read = TypeVar("_Read", bound=Callable[..., Any])
+
+
+def with_columns(columns: Callable[[Path], Sequence[str]]) -> Callable[[_Read], _Read]:
+    """Say of a reader which columns an input has whose values it gives as `Record.fields`; none of what is no table. By
+    them `predict` and `generate` find conditions without being told."""
+
+    def told(read: _Read) -> _Read:
+        read.columns = columns  # type: ignore[attr-defined]
+        return read
+
+    return told
+
+
+def columns_of(read: Callable[..., Any], path: Path) -> Sequence[str]:
+    """The columns of an input of a reader, none where it does not say them."""
+    columns: Callable[[Path], Sequence[str]] | None = getattr(read, "columns", None)
+    return () if columns is None else columns(path)
+
+
 def rest_left_out(error: UserError, path: object) -> UserError:
     """The error of a file that cannot be read to its end, which says so."""
     return DataError(f"{error} What comes after it in {path} was not read.")
@@ -33,7 +54,9 @@ class Record:
     spooled: in place of ids those in a temporary file, of what is long, from a reader whose option `spool` asks for it,
         as `generate` does.
     description: what the file says about it besides the name (the rest of a FASTA header).
-    source: its file, if the reader was given a folder.
+    source: its file, if the reader was given a folder or a table of files. alone: its number among the records that the
+        reader finds in that file by itself; None if it finds another, since a table names a part of the file.
+    place: the table and the line that name it.
     scored: `(length,)` bool, which tokens count in a likelihood; None for all. A reader leaves out tokens that are
         never a target in training (N in a genome), about which a model has learned nothing.
     fields: values of other columns of its row, by name. A reader of tables takes an option `fields` with the wanted
@@ -51,6 +74,8 @@ class Record:
     description: str = ""
     scored: np.ndarray | None = None
     source: str = ""
+    alone: int | None = None
+    place: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     condition: int | tuple[int, ...] | None = None
     start: int = 0

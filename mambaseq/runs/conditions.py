@@ -36,6 +36,14 @@ _TABLE = "--condition-table needs the name of the column with the conditions: --
 Given = str | Mapping[str, object]
 """Conditions as a user says them: `"7"`, `"digit=7 speaker=theo age=31.5"`, or a mapping of such names."""
 
+Asked = Given | Sequence[Given] | Sequence[Sequence[str]]
+"""All that is asked for: one, several, or the words of each as --condition gives them."""
+
+
+def in_words(given: Given | Sequence[str]) -> Any:
+    """What one --condition gives, as one text: `["digit=7", "speaker=Ann,", "Bo"]` is `"digit=7 speaker=Ann, Bo"`."""
+    return given if isinstance(given, str | Mapping) else " ".join(given)
+
 
 class Known:
     """The conditions of a model, by which names and numbers become ids and rows.
@@ -114,6 +122,18 @@ class Known:
         count = sum(not one.is_number for one in self.all)
         return row(values[:count], values[count:])
 
+    def checked(self, given: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        """An id or a row that may be somebody else's. Raises ConfigError for one that the model does not know."""
+        counts = [len(one.names) for one in self.all if not one.is_number]
+        ids = [given] if isinstance(given, int) else list(given)
+        if not self.all or isinstance(given, int) != single(self.all) or len(ids) != len(self.all):
+            is_ = "no condition" if not self.all else "an id" if single(self.all) else f"a row of {len(self.all)}"
+            raise ConfigError(f"The model at {self.source} has {is_}.")
+        for one, which, count in zip(self.all, ids, counts, strict=False):
+            if not NOT_GIVEN <= which < count or (which == NOT_GIVEN and not self.may_lack(one)):
+                raise ConfigError(f"{one.name or 'the condition'} has {count} names in the model, counted from 0.")
+        return given
+
     def number(self, condition: Condition, given: object) -> float:
         """A number that a user gives; one that training has not seen the like of is told. Raises ConfigError."""
         whole = isinstance(given, int | float) and not isinstance(given, bool)
@@ -184,12 +204,12 @@ class Known:
         return found
 
 
-def condition_ids(loaded: LoadedModel, condition: Given | Sequence[Given] | None) -> list[int] | list[tuple[int, ...]]:
+def condition_ids(loaded: LoadedModel, condition: Asked | None) -> list[int] | list[tuple[int, ...]]:
     """What a user asks for, as ids, or rows for a model of several conditions or of numbers (see
     `mambaseq.conditions`); none where nothing is asked for and the model can do without.
 
     condition: what all conditions are: one name, or `digit=7 speaker=theo age=31.5`, or a mapping; several values with
-    commas, or a sequence of these. A name that itself holds commas is found first.
+    commas, or a sequence of these, or of their words. A name that itself holds commas is found first.
 
     Raises ConfigError for unknown names, and where a condition is needed.
     """
@@ -199,7 +219,7 @@ def condition_ids(loaded: LoadedModel, condition: Given | Sequence[Given] | None
         if needed:
             raise ConfigError(f"This model needs a condition. Give one with --condition: {listed(needed)}.")
         return []
-    every = [condition] if isinstance(condition, str | Mapping) else condition
+    every = [condition] if isinstance(condition, str | Mapping) else [in_words(one) for one in condition]
     if not known.all:
         raise ConfigError(known.unknown(0, str(every[0]) if every else ""))
     return [one for given in every for one in known.rows(given)]  # type: ignore[return-value]
@@ -231,24 +251,34 @@ class Conditions:
         record. Its columns `record` and `file` (one or both) say which record a row is for: the record's name, and its
         file, relative to the table's folder or to the current one. For several conditions: their names, with commas,
         each a column, or `digit=COLUMN speaker=COLUMN`; with a table all of them if left out.
+    there: the columns of each input that is a table itself. If nothing else is said, those with the names of conditions
+        are taken: rows of one input without such columns have no condition, which the model must have learned.
 
-    each: ids or rows for all records, [] with a column or if none are needed. fields: columns that the reader is asked
-        for. by_record: whether each record has its own.
+    each: ids or rows for all records, [] with a column or if none are needed. by_record: whether each record has its
+        own.
         Raises ConfigError for options that do not fit each other or the model, DataError for a table that cannot be
-        used.
+        used, and for an input that lacks the column of a condition that is needed.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        condition: Given | Sequence[Given] | None = None,
+        condition: Asked | None = None,
         column: str | None = None,
         table: str | Path | None = None,
+        there: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.table = None if table is None else Path(table)
         self.by_record = column is not None or table is not None
         self.each: list[int] | list[tuple[int, ...]] = []
-        self.fields: list[str] = []
+        self._fields: list[str] = []
+        self._own: dict[str, dict[int, str | None]] = {}
+        if not self.by_record and condition is None and there:
+            self._known = Known(loaded)
+            self._own = _own_columns(self._known, there)
+            self.by_record = bool(self._own)
+            if self.by_record:
+                return
         if not self.by_record:
             self.each = condition_ids(loaded, condition)
             return
@@ -261,7 +291,7 @@ class Conditions:
         self._columns = dict(enumerate(_columns(known, column)))
         columns = [one for one in self._columns.values() if one is not None]
         if self.table is None:
-            self.fields = columns
+            self._fields = columns
         else:
             self._by, self._rows = _read_table(self.table, columns)
 
@@ -269,18 +299,26 @@ class Conditions:
     def exactly(cls, each: Sequence[Any]) -> Conditions:
         """Those ids or rows, for all records; [None] for none."""
         made = cls.__new__(cls)
-        made.table, made.by_record, made.fields = None, False, []
+        made.table, made.by_record, made._fields, made._own = None, False, [], {}
         made.each = [one for one in each if one is not None]
         return made
 
-    def of(self, record: Record, file: str) -> int | tuple[int, ...] | None:
-        """The id or row of a record's condition; None if none is needed. file: the record's file.
+    def fields(self, given: str | Path) -> list[str]:
+        """The columns that the reader is asked for in an input."""
+        own = self._own.get(str(given), {})
+        return self._fields or [column for column in own.values() if column is not None]
+
+    def of(self, record: Record, file: str, given: str | Path) -> int | tuple[int, ...] | None:
+        """The id or row of a record's condition; None if none is needed. file: the record's file, given: the input that
+        it was found by.
 
         Raises DataError for a record without one, and for a value that is not a condition of the model.
         """
         if not self.by_record:
             return self.each[0] if self.each else None
         here = cut(record.name, 300) if record.name.startswith(file) else f"{file}, record {shown(record.name, 300)}"
+        here = record.place or here
+        columns = self._own.get(str(given), dict.fromkeys(range(len(self._known.all)))) if self._own else self._columns
         if self.table is None:
             values, place = record.fields, ""
         else:
@@ -296,7 +334,7 @@ class Conditions:
             None
             if column is None
             else self._value(which, values.get(column), f"{here}: the column {shown(column)}{place}")
-            for which, column in self._columns.items()
+            for which, column in columns.items()
         ]
         return self._known.row(found)
 
@@ -318,6 +356,38 @@ class Conditions:
             said = known.unknown(which, text)
             raise DataError(f"{where}: {said[0].lower()}{said[1:]}")
         return known.names[which].index(text)
+
+
+def _own_columns(known: Known, there: Mapping[str, Sequence[str]]) -> dict[str, dict[int, str | None]]:
+    """The columns of inputs that are named as the conditions, by the places of these; none for an input that has no
+    such column. Raises DataError for an input that lacks one which the model needs."""
+    found: dict[str, dict[int, str | None]] = {}
+    needed = [one for one in known.all if not known.may_lack(one)]
+    if not known.all or any(not one.name for one in known.all):
+        return found
+    for given, columns in there.items():
+        has = {composed(str(column)) for column in columns}
+        lacking = [one for one in known.all if one.name not in has]
+        if columns and (wanted := [one for one in lacking if one in needed]):
+            raise DataError(
+                f"{given} has no column {shown(wanted[0].name)}.{did_you_mean(wanted[0].name, has)} This model needs "
+                f"{values_of(wanted[0])}. Add the column, name another with --condition-column, or give one for all "
+                "records with --condition."
+            )
+        if len(lacking) == len(known.all):
+            continue
+        for one in lacking:
+            logger.warning(
+                "%s has no column %s, so that its records are taken without.%s",
+                given, shown(one.name), did_you_mean(one.name, has - {other.name for other in known.all}),
+            )  # fmt: skip
+        found[given] = {place: one.name if one.name in has else None for place, one in enumerate(known.all)}
+    if found and needed and (without := [given for given in there if given not in found]):
+        raise DataError(
+            f"{without[0]} is no table, so that nothing says the condition of its records, and this model needs "
+            f"{listed(needed)}. Predict it by itself with --condition, or write a table that names it."
+        )
+    return found
 
 
 def _columns(known: Known, column: str | None) -> list[str | None]:

@@ -28,9 +28,10 @@ class Prompt(NamedTuple):
     """What is continued, `(length, ...)` whole numbers or `(length, channels)` float32, and under which conditions, ids
     or rows, [None] for a model that has none.
 
-    given: what is known of what is added; see `mambaseq.generation.generate`. name: of its record, number: in its file.
-    begun: what was read of it already, all of it.
-    source: the record's own file, where a reader tells it: a recording that a manifest names.
+    given: what is known of what is added; see `mambaseq.generation.generate`. begun: what was read of it already, all
+    of it.
+    name: of its record. file: by which it is read again, as record `number`: its own, or a table that names a part of
+    one. source: its own file, where a reader tells it.
     """
 
     values: Row
@@ -39,6 +40,7 @@ class Prompt(NamedTuple):
     name: str = ""
     number: int = 0
     begun: Begun | None = None
+    file: str | None = None
     source: str | None = None
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.data.records import columns_of
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, shown
 from mambaseq.generation.beams import check_beams
@@ -23,14 +24,15 @@ from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
 from mambaseq.outputs import output_target
-from mambaseq.runs.conditions import Conditions, Given, Known
+from mambaseq.runs.conditions import Asked, Conditions, Known
 from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.conversation import Conversation, check_text, converse, digest_of, keep, unmarked
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.loading import check_reads_text, fitting_options
-from mambaseq.runs.prompting import ids_of, ids_of_texts, is_file, signals, texts_of
+from mambaseq.runs.prompting import NoSuchRecord, ids_of, ids_of_texts, is_file, signals, sources_of, texts_of
+from mambaseq.runs.repeating import Written
 from mambaseq.runs.replacing import check_not_prompts
-from mambaseq.runs.streaming import Plan, check_same, streams, written
+from mambaseq.runs.streaming import Plan, streams, written
 
 
 class Generated(NamedTuple):
@@ -65,14 +67,15 @@ def generate_to(
     prompt: str | Sequence[str] | None = None,
     writer: str | None = None,
     pictures: int = 0,
-    expected: tuple[str, Path] | None = None,
+    again: Written | None = None,
     **options: Any,
 ) -> Generated:
     """Generate and write. Returns what was generated, with the files; without ids if it went straight to them, as sound
     does (see `mambaseq.runs.streaming`).
 
-    pictures: draw at most so many of the results, where the writer draws them. expected: the SHA-256 of the model's
-        weights, and the file that says so. options: see `generate_from`.
+    pictures: draw at most so many of the results, where the writer draws them. again: the settings of an earlier
+        result, which model, prompt and writer must be those of (`mambaseq.runs.repeating`). options: see
+        `generate_from`.
 
     Raises mambaseq.runs.streaming.Interrupted, a KeyboardInterrupt that has the files, when it is interrupted after
     some were begun; UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
@@ -81,14 +84,15 @@ def generate_to(
     for source in (prompt, options.get("prompts")):
         if isinstance(source, str | Path) and out.is_file() and is_file(str(source)) and out.samefile(source):
             raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
-    plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, **options)
-    if expected is not None:
-        check_same(plan.loaded.source, *expected)
+    plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, again=again, **options)
     found = _writer(plan.loaded, writer)
     assert found is not None
+    if again is not None:
+        again.check_result(max(len(plan.jobs[0][0].prompt.values) - plan.hidden, 0), found[2])
     files = getattr(found[1], "files", None)
     count = sum(job.stop - job.first for batch in plan.jobs for job in batch)
-    sources = [job.prompt.source for batch in plan.jobs for job in batch if job.prompt.source]
+    prompts = [job.prompt for batch in plan.jobs for job in batch]
+    sources = [path for one in prompts for path in (one.file, one.source) if path]
     sources += [str(one) for one in (prompt, options.get("prompts")) if isinstance(one, str | Path)]
     check_not_prompts(out, {out, *(files(out, count) if files else [])}, sources)
     if streams(found[1], plan):
@@ -100,10 +104,10 @@ def generate_to(
 def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None = None, **options: Any) -> Generated:
     """Generate sequences. Settings that are None are the run's own.
 
-    Every record of a prompt's file is continued, under every condition, `samples` times: sequences are in this order.
+    Every record of a prompt's files is continued, under every condition, `samples` times: sequences are in this order.
     Each is what it would be without the others.
 
-    prompt: a text or a file of the run's reader, or several texts.
+    prompt: a text, what the run's reader reads (a file, a folder, a pattern), or several texts.
     options: prompts (in place of prompt, a file of texts: .txt has one in each line, .jsonl an object with it under
         `prompts_key`, or "text"), `condition`, `condition_column` and `condition_table` (each record under a condition
         of its own instead; see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k,
@@ -172,7 +176,7 @@ def _planned(
     prompt: str | Sequence[str] | None = None,
     prompts: str | Path | None = None,
     prompts_key: str | None = None,
-    condition: Given | Sequence[Given] | None = None,
+    condition: Asked | None = None,
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
     samples: int = 1,
@@ -195,6 +199,7 @@ def _planned(
     record: int | None = None,
     first_sample: int = 0,
     exactly: Sequence[Under] | None = None,
+    again: Written | None = None,
     from_state: str | Path | None = None,
     save_state: str | Path | None = None,
 ) -> Plan:
@@ -233,6 +238,8 @@ def _planned(
         several, prompt = [(f"prompt {number}", text) for number, text in enumerate(prompt)], None
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
+    if again is not None:
+        again.check_model(loaded)
     card = loaded.card
     signal = loaded.tokenizer is None
     if signal:
@@ -255,8 +262,11 @@ def _planned(
         exactly = [] if earlier.condition is None else [earlier.condition]
     elif save_state is not None:
         check_text(loaded, "--save-state")
+    sources = sources_of(loaded, prompt) if several is None else []
     if exactly is None:
-        conditions = Conditions(loaded, condition, condition_column, condition_table)
+        read = catalog()["readers"].get(card.reader) if sources and card.reader else None
+        there = {} if read is None else {str(path): columns_of(read, path) for path in sources}
+        conditions = Conditions(loaded, condition, condition_column, condition_table, there)
     else:
         conditions = Conditions.exactly(exactly)
     if guidance != 1:
@@ -266,11 +276,10 @@ def _planned(
     elif several is not None:
         found = ids_of_texts(loaded, several, conditions)
     else:
-        found = signals(loaded, str(prompt), conditions) if signal else ids_of(loaded, prompt, conditions)
-    if record is not None:
-        found = [one for one in found if one.number == record]
-        if not found:
-            raise ConfigError(f"{prompt} has no record {record}, counted from 0.")
+        try:
+            found = (signals if signal else ids_of)(loaded, prompt, sources, conditions, record)
+        except NoSuchRecord as error:
+            raise error if again is None else again.wrong("prompt.record", record, str(error)) from error
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.cache import locate
-from mambaseq.data.records import Record, rest_left_out
+from mambaseq.data.records import Record, columns_of, rest_left_out
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
 from mambaseq.runs.columns import Frame
-from mambaseq.runs.conditions import Conditions, Given
+from mambaseq.runs.conditions import Asked, Conditions
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
 from mambaseq.runs.loading import check_reads_text, columns_given, fitting_options, records_of, regions_given
@@ -63,7 +63,7 @@ def predict(
     pool: Pool = "mean",
     layer: int | None = None,
     reader: str | None = None,
-    condition: Given | Sequence[Given] | None = None,
+    condition: Asked | None = None,
     condition_column: str | None = None,
     condition_table: str | Path | None = None,
     window: int | None = None,
@@ -82,7 +82,8 @@ def predict(
     what: "answers" of the head, bits of all "tokens" of a language model, or "embeddings", by pool and layer
         (`mambaseq.runs.embeddings`).
     condition: for conditional models, the one condition of all records (see `mambaseq.runs.conditions`); or
-        condition_column and condition_table give each record its own: see `mambaseq.runs.conditions.Conditions`.
+        condition_column and condition_table give each record its own, as the columns of a table of records do if
+        nothing is said: see `mambaseq.runs.conditions.Conditions`.
     window: tokens read by themselves; None takes the length of training (whole records for language models, and for
         labels of positions from a causal model).
     stride: from the start of a window to that of the next. The last window of a record is then a complete one, and
@@ -111,7 +112,9 @@ def predict(
         raise ConfigError("--pool and --layer are for --what embeddings.")
     place = choose_device(device)
     loaded = load_model(checkpoint, place)
-    conditions = Conditions(loaded, condition, condition_column, condition_table)
+    own = reader or loaded.card.reader
+    there = {} if own is None else {str(file): columns_of(catalog()["readers"].get(own), file) for file in files}
+    conditions = Conditions(loaded, condition, condition_column, condition_table, there)
     if len(conditions.each) > 1:
         raise ConfigError(
             f"Records are predicted under one condition, not under {len(conditions.each)} (--condition). Run once for "
@@ -228,7 +231,7 @@ def _records(
     read = catalog()["readers"].get(name)
     own = name == loaded.card.reader
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
-    options = {**options, **columns_given(name, read, conditions.fields), **regions_given(name, read, regions)}
+    options = {**options, **regions_given(name, read, regions)}
     options = {key: value for key, value in options.items() if key != "refuse"}
     refusing = goes_on and "refuse" in inspect.signature(read).parameters
     if refusing:
@@ -237,7 +240,8 @@ def _records(
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
         with tqdm(desc=path.name, unit="record", mininterval=0.5) as bar:
-            records = records_of(read, path, loaded.tokenizer, options)
+            columns = columns_given(name, read, conditions.fields(path))
+            records = records_of(read, path, loaded.tokenizer, {**options, **columns})
             begun = False
             while True:
                 try:
@@ -263,7 +267,7 @@ def _records(
                 bar.update()
                 file = record.source or str(path)
                 try:
-                    record = dataclasses.replace(record, condition=conditions.of(record, file))
+                    record = dataclasses.replace(record, condition=conditions.of(record, file, path))
                 except DataError as error:
                     refuse(error)
                     continue

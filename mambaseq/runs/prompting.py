@@ -1,47 +1,77 @@
-"""What is continued: the records of a file, a text, or the start of a sequence."""
+"""What is continued: the records of files, a text, or the start of a sequence."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel
+from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, shown
+from mambaseq.generation.prompts import Row
 from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.continuing import Prompt, Under
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
 
 
-def _prompt_records(loaded: LoadedModel, reader: str, prompt: str, conditions: Conditions) -> list[Record]:
-    """The records of a prompt's file, from the model's reader. Raises ConfigError where there is none, or an empty
-    one."""
-    found = []
+class NoSuchRecord(ConfigError):
+    """A prompt's file has fewer records than the number of the one that is asked for."""
+
+
+class _Found(NamedTuple):
+    """A record of a prompt. file: by which it is read again, as record `number`."""
+
+    record: Record
+    file: str
+    number: int
+
+
+def _prompt_records(
+    loaded: LoadedModel, reader: str, sources: Sequence[Path], conditions: Conditions, only: int | None
+) -> Iterator[_Found]:
+    """The records of a prompt's files, from the model's reader; only: that of one number. Raises ConfigError where
+    there is none, or an empty one."""
     read = catalog()["readers"].get(reader)
     options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
-    options = {**options, **columns_given(reader, read, conditions.fields)}
     if "spool" in inspect.signature(read).parameters:  # long ones are read from a temporary file, piece by piece
-        options["spool"] = True
-    for record in records_of(read, Path(prompt), loaded.tokenizer, options):
-        if not len(record):
-            raise ConfigError(
-                f"The prompt file {prompt} has an empty record, {shown(record.name, 300)}, and a prompt has at "
-                f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
-            )
-        if conditions.by_record:
-            record = dataclasses.replace(record, condition=conditions.of(record, record.source or prompt))
-        found.append(record)
-        limits.SEQUENCES.check(len(found), f"The prompt file {prompt}")
-    if not found:
-        raise ConfigError(f"The prompt file {prompt} holds no record. Give another one, or the prompt itself.")
-    return found
+        options = {**options, "spool": True}
+    count = 0
+    for path in sources:
+        columns = columns_given(reader, read, conditions.fields(path))
+        for number, record in enumerate(records_of(read, path, loaded.tokenizer, {**options, **columns})):
+            count += 1
+            if only is not None and number != only:
+                continue
+            if not len(record):
+                raise ConfigError(
+                    f"The prompt file {path} has an empty record, {shown(record.name, 300)}, and a prompt has at "
+                    f"least one {'step' if loaded.tokenizer is None else 'token'}. Remove it."
+                )
+            if conditions.by_record:
+                condition = conditions.of(record, record.source or str(path), path)
+                record = dataclasses.replace(record, condition=condition)
+            alone = record.source and record.alone is not None
+            yield _Found(record, record.source, record.alone or 0) if alone else _Found(record, str(path), number)
+            limits.SEQUENCES.check(count, f"The prompt {path}")
+            if only is not None:
+                return
+    if only is not None:
+        raise NoSuchRecord(f"{cut_list(map(str, sources), 3)} has {count} record(s), counted from 0.")
+    if not count:
+        raise ConfigError(
+            f"The prompt {cut_list(map(str, sources), 3)} holds no record. Give another one, or the prompt itself."
+        )
 
 
 def _under(record: Record, conditions: Conditions) -> Sequence[Under]:
@@ -49,16 +79,20 @@ def _under(record: Record, conditions: Conditions) -> Sequence[Under]:
     return [record.condition] if conditions.by_record else conditions.each or [None]
 
 
-def signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[Prompt]:
-    """`(length, channels)` float32 for every record of a prompt's file. Raises ConfigError for a file that the model's
-    reader does not read as signals with its channels."""
+def signals(
+    loaded: LoadedModel, prompt: str | None, sources: Sequence[Path], conditions: Conditions, only: int | None = None
+) -> list[Prompt]:
+    """`(length, channels)` float32 for every record of a prompt's files. only: that of one number. Raises ConfigError
+    for a file that the model's reader does not read as signals with its channels."""
     card, channels = loaded.card, loaded.card.spec["encoder"].get("n_channels")
-    if not is_file(prompt):
-        raise ConfigError(f"--prompt {shown(prompt)} is not a file, and a signal is read from a file. Check the path.")
     if card.reader is None:
         raise ConfigError(f"The model at {loaded.source.parent} names no reader, so no prompt can be read.")
+    if not sources:
+        raise ConfigError(
+            f"There is no file {shown(prompt)} (--prompt), and a signal is read from a file. Check the path."
+        )
     found = []
-    for number, record in enumerate(_prompt_records(loaded, card.reader, prompt, conditions)):
+    for record, file, number in _prompt_records(loaded, card.reader, sources, conditions, only):
         signal = record.signal
         if signal is None or signal.ndim != 2 or (channels is not None and signal.shape[1] != channels):
             kind = "ids" if signal is None else f"a signal {signal.shape}"
@@ -66,20 +100,27 @@ def signals(loaded: LoadedModel, prompt: str, conditions: Conditions) -> list[Pr
                 f"The record {shown(record.name, 300)} of {prompt} is {kind}, but the model reads (length, "
                 f"{channels}). Give a file with its channels."
             )
-        values = signal.astype(np.float32)
-        found.append(Prompt(values, _under(record, conditions), name=record.name, number=number, source=record.source))
+        found.append(_prompt(signal.astype(np.float32), record, file, number, conditions))
     return found
 
 
-def ids_of(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> list[Prompt]:
-    """Ids `(length,)` of each prompt: every record of a file, or the text itself."""
+def _prompt(values: Row, record: Record, file: str, number: int, conditions: Conditions) -> Prompt:
+    under, source = _under(record, conditions), record.source or None
+    return Prompt(values, under, name=record.name, number=number, file=file, source=source)
+
+
+def ids_of(
+    loaded: LoadedModel, prompt: str | None, sources: Sequence[Path], conditions: Conditions, only: int | None = None
+) -> list[Prompt]:
+    """Ids `(length,)` of each prompt: every record of its files, or the text itself. only: the record of one number."""
     card = loaded.card
-    if prompt is not None and card.reader is not None and is_file(prompt):
+    if sources:
+        assert card.reader is not None
         found = []
-        for number, record in enumerate(_prompt_records(loaded, card.reader, prompt, conditions)):
+        for record, file, number in _prompt_records(loaded, card.reader, sources, conditions, only):
             ids = record.ids if record.spooled is None else record.spooled
             assert ids is not None  # from a reader that has a tokenizer
-            found.append(Prompt(ids, _under(record, conditions), name=record.name, number=number, source=record.source))
+            found.append(_prompt(ids, record, file, number, conditions))
         return found
     if conditions.by_record:
         raise ConfigError(
@@ -96,7 +137,8 @@ def ids_of(loaded: LoadedModel, prompt: str | None, conditions: Conditions) -> l
         ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"--prompt {shown(prompt)} is neither a file nor text that this model's tokenizer reads."
+            f"There is no file {shown(prompt)} (--prompt), and it is no text that this model's tokenizer reads. Check "
+            "the path."
         ) from error
     return [Prompt(ids, conditions.each or [None])]
 
@@ -173,6 +215,43 @@ def _under_key(line: str, key: str, where: str) -> str:
             f"{where}, has no text under {shown(key)}; it is {has}. Name the key with --prompts-key, or correct it."
         )
     return str(row[key])
+
+
+def sources_of(loaded: LoadedModel, prompt: str | None) -> list[Path]:
+    """What a prompt names, as the inputs of `predict` do: a file, a folder, or the files of a pattern or resource; []
+    for what is text, or nothing.
+
+    What the model's tokenizer reads as text is a folder only with a slash, and a pattern only if it is one word with a
+    slash or a dot, and files fit it. Raises DataError for a resource that is not there.
+    """
+    if prompt is None or not prompt.strip() or loaded.card.reader is None:
+        return []
+    if is_file(prompt):
+        return [Path(prompt)]
+    text = _is_text(loaded, prompt)
+    if _is_folder(prompt) and (not text or ("/" in prompt and prompt.strip("./"))):
+        return [Path(prompt)]
+    if prompt.startswith(("mambaseq:", "fetched:")) and not text:
+        return locate(prompt)
+    if text and (re.search(r"\s", prompt) or not (re.search(r"[*?\[]", prompt) and re.search(r"[/.]", prompt))):
+        return []
+    with contextlib.suppress(DataError):
+        return locate(prompt)
+    return []
+
+
+def _is_text(loaded: LoadedModel, prompt: str) -> bool:
+    try:
+        return loaded.tokenizer is not None and loaded.tokenizer.encode(prompt).ndim == 1
+    except (UserError, TypeError, ValueError):
+        return False
+
+
+def _is_folder(prompt: str) -> bool:
+    try:
+        return Path(prompt).is_dir()
+    except OSError:  # too long for a name
+        return False
 
 
 def is_file(prompt: str) -> bool:

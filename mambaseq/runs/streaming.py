@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,16 +18,13 @@ from mambaseq.atomic import atomic_file, json_text
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.conditions import told
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
+from mambaseq.errors import cut_list
 from mambaseq.generation.prompts import parts
-from mambaseq.plain import read_json
 from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import Job, Progress, ended, pieces
 from mambaseq.runs.devices import memory_told
+from mambaseq.runs.repeating import FORMAT, LATER
 from mambaseq.runs.replacing import check_beside, remove_beside
-
-FORMAT = 1
-_LATER = ("min_p", "repetition_penalty", "presence_penalty")  # settings that not every file of settings has
 
 
 class Sink(Protocol):
@@ -274,16 +271,16 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
     plan, job = result.plan, result.job
     source = plan.loaded.source
     prompt: dict[str, Any] | None = None
-    if plan.prompt is not None:
-        place = Path(plan.prompt)
-        with contextlib.suppress(OSError):
-            if place.is_file():
-                prompt = {"file": str(place.absolute()), "sha256": sha256(place), "record": job.prompt.number}
-                prompt["name"] = job.prompt.name
-                if job.prompt.source is not None and Path(job.prompt.source).absolute() != place.absolute():
-                    own = Path(job.prompt.source).absolute()
-                    prompt |= {"source": str(own), "source_sha256": sha256(own)}
-        prompt = prompt or {"text": plan.prompt}
+    if job.prompt.file is not None:
+        place = Path(job.prompt.file).absolute()
+        prompt = {"file": str(place), "record": job.prompt.number, "name": job.prompt.name}
+        if place.is_file():  # a folder is read again as it is then
+            prompt["sha256"] = sha256(place)
+        if job.prompt.source is not None and Path(job.prompt.source).absolute() != place:
+            own = Path(job.prompt.source).absolute()
+            prompt |= {"source": str(own), "source_sha256": sha256(own)}
+    elif plan.prompt is not None:
+        prompt = {"text": plan.prompt}
     return {
         "format": FORMAT,
         "mambaseq": __version__,
@@ -299,7 +296,7 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
         "temperature": plan.settings["temperature"],
         "top_k": plan.settings["top_k"],
         "top_p": plan.settings["top_p"],
-        **{name: plan.settings[name] for name in _LATER},
+        **{name: plan.settings[name] for name in LATER},
         "guidance": plan.settings["guidance"],
         "max_new_tokens": plan.new,
         "new_tokens": result.added,
@@ -309,88 +306,3 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
         "device": plan.place.type,
         "real_time": round(progress.real_time, 3) or None,  # not known of a single piece
     }
-
-
-def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
-    """The options of `generate_to` by which the result beside this file of settings was made. checkpoint: where the
-    model is now.
-
-    Raises UserError for a file that is none, and where model or prompt are not those that it names.
-    """
-    found = read_json(path, "Give the .json beside a result of mambaseq generate.")
-    if found.get("format") != FORMAT or not isinstance(found.get("checkpoint"), str):
-        raise UserError(f"{path} has no settings of a result that this mambaseq knows. Give the .json beside one.")
-    try:
-        options = {
-            "checkpoint": Path(checkpoint or found["checkpoint"]),
-            "exactly": [_ids(found["condition_ids"])],
-            "first_sample": _number(found["sample"]),
-            "seed": _whole(found["seed"]),
-            "temperature": float(found["temperature"]),
-            "top_k": _whole(found["top_k"]),
-            "top_p": float(found["top_p"]),
-            **{name: float(found[name]) for name in _LATER if name in found},
-            "guidance": float(found["guidance"]),
-            "max_new_tokens": _whole(found["max_new_tokens"]),
-        }
-        prompt = found["prompt"]
-        if prompt is not None and not isinstance(prompt, dict):
-            raise ValueError(f"prompt, {shown(prompt)},")
-        if prompt is not None and "file" in prompt:
-            options |= {"prompt": _text(prompt["file"]), "record": _whole(prompt["record"])}
-        elif prompt is not None:
-            options["prompt"] = _text(prompt["text"])
-        options["expected"] = str(found["sha256"]), path
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {cut(str(error))} is missing or cannot be used. Give the .json as it was.") from error
-    if prompt is not None and "file" in prompt:
-        check_same(Path(prompt["file"]), str(prompt.get("sha256")), path)
-        if isinstance(prompt.get("source"), str):  # a recording that the file names
-            check_same(Path(prompt["source"]), str(prompt.get("source_sha256")), path)
-    if found.get("device") not in (None, "cpu") and not torch.cuda.is_available():
-        print(
-            f"mambaseq: {path} was made on a GPU; a CPU rounds in another way, and may go on differently.",
-            file=sys.stderr,
-        )
-    return options
-
-
-def check_same(place: Path, digest: str, path: Path) -> None:
-    """Raise UserError unless a file has the checksum that the settings in `path` name."""
-    if not place.is_file():
-        raise UserError(f"{path} names {shown(str(place))}, which is not there. Put it back.")
-    with place.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise UserError(f"{place} is another file than {path} names: its SHA-256 differs. Give that one.")
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{shown(value)}, which is no whole number,")
-    return value
-
-
-def _number(value: Any) -> int:
-    """Of a sample."""
-    if not 0 <= _whole(value) < 2**31:
-        raise ValueError(f"sample, {shown(value)},")
-    return int(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{shown(value)}, which is no text,")
-    return value
-
-
-def _ids(value: Any) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    return tuple(map(_whole, value)) if isinstance(value, list) else _whole(value)
-
-
-def check_alone(given: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError for settings beside --repeat, whose file has them."""
-    if given:
-        name = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{name} is among the settings of --repeat {path}. Leave one of them out.")

@@ -154,7 +154,7 @@ def test_a_forecaster_from_configuration_to_csv(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     for more, message in (
         (["--top-k", "3"], "--top-k is about tokens"),
-        (["--prompt", "no such"], "is not a file, and a signal is read from a file"),
+        (["--prompt", "no such"], "(--prompt), and a signal is read from a file"),
     ):
         assert main([*generate_, "--out", str(tmp_path / "e.csv"), *more]) == 2
         assert message in capsys.readouterr().err
