@@ -280,13 +280,15 @@ def read_audio(
     fields: Sequence[str] = (),
     spool: bool = False,
     refuse: Refuse = raised,
+    generated: bool = False,
 ) -> Iterator[Record]:
     """Records of a sound file, a folder of them, a pattern or a manifest. Each has the name of its file, without the
     suffix and with the folders that differ (see `mambaseq_audio.recordings.recordings`).
 
     tokenizer: turns the waveform into ids; None gives a signal, `(length, 1)` float32. fields: columns of the manifest
         that records are to have. spool: leave the ids of long recordings in a temporary file. refuse: called for a
-        recording that cannot be used. See `signal_blocks` for the rest and the errors.
+        recording that cannot be used. generated: a model has made them, which is what notices call them. See
+        `signal_blocks` for the rest and the errors.
     """
     asked_for = {composed(field): field for field in fields}
     found = []
@@ -303,7 +305,7 @@ def read_audio(
                 "has it, or a table for --condition-table."
             )
         )
-    notices = Notices()
+    notices = Notices(generated)
     for one in found:
         blocks = signal_blocks(one, sample_rate, resample=resample, channels=channels, notices=notices)
         try:

@@ -50,7 +50,7 @@ def log_likelihoods(generator: LoadedModel, clips: str | Path) -> Likelihoods:
     device = next(model.parameters()).device
     names, log_p, lengths = [], [], []
     with torch.no_grad(), memory_told("the length of the clips"):
-        for record in read_audio(clips, generator.tokenizer, **card.reader_options):
+        for record in read_audio(clips, generator.tokenizer, **{**card.reader_options, "generated": True}):
             assert record.ids is not None
             targets = torch.from_numpy(record.ids.astype(np.int64)).to(device)
             inputs = torch.cat([targets.new_tensor(card.start_ids), targets[:-1]])

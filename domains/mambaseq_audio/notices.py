@@ -40,10 +40,13 @@ class Heard:
 
 
 class Notices:
-    """Collects what is odd, from any thread, to say it in one line a kind."""
+    """Collects what is odd, from any thread, to say it in one line a kind.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    generated: of clips that a model has made, not of recordings.
+    """
+
+    def __init__(self, generated: bool = False) -> None:
+        self._lock, self._generated = threading.Lock(), generated
         self.beyond: Counter[str] = Counter()
         self.peak = 1.0
         self.clipped: dict[str, float] = {}
@@ -78,16 +81,21 @@ class Notices:
             )
         if self.clipped:
             path, share = max(self.clipped.items(), key=lambda item: item[1])
+            what, remedy = "Files that were clipped when they were recorded", "Nothing can restore them"
+            if self._generated:
+                what, remedy = "Generated clips that reach full scale", "The model makes them so"
             logger.warning(
-                "Files that were clipped when they were recorded: %s (%.2g%% of the samples of %s are at full scale). "
-                "Nothing can restore them; leave them out if this is not intended.",
+                "%s: %s (%.2g%% of the samples of %s are at full scale). %s; leave them out if this is not intended.",
+                what,
                 f"{len(self.clipped):,}",
                 100 * share,
                 path,
+                remedy,
             )
         if self.silent:
             logger.warning(
-                "Files that are silent from beginning to end: %s (such as %s). Leave them out if this is not intended.",
+                "%s that are silent from beginning to end: %s (such as %s). Leave them out if this is not intended.",
+                "Generated clips" if self._generated else "Files",
                 f"{len(self.silent):,}",
                 min(self.silent),
             )

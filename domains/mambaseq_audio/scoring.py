@@ -16,8 +16,9 @@ from torch import Tensor
 from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.conditions import parts_of
 from mambaseq.data.module import pad_collate
-from mambaseq.errors import ConfigError, DataError, cut_list, shown, typed
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.outputs import output_file
 from mambaseq.runs.devices import choose_device, memory_told
@@ -53,9 +54,9 @@ class Recognised:
         )
 
 
-def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
+def recognise(classifier: LoadedModel, clips: str | Path, generated: bool = False) -> Recognised:
     """Features and answers for a folder of sound files, a pattern or a file. Clips are brought to the classifier's rate
-    and to mu-law levels; of clips longer than in its training the middle is read.
+    and to mu-law levels; of clips longer than in its training the middle is read. generated: whether a model made them.
 
     Raises ConfigError for a model that is not a classifier of `audio/labelled`, DataError for files that cannot be
     read.
@@ -69,7 +70,7 @@ def recognise(classifier: LoadedModel, clips: str | Path) -> Recognised:
         )
     assert isinstance(classifier.tokenizer, MuLaw)
     names, levels, sources = [], [], []
-    for record in read_audio(clips, classifier.tokenizer, **card.reader_options):
+    for record in read_audio(clips, classifier.tokenizer, **{**card.reader_options, "generated": generated}):
         assert record.ids is not None
         names.append(record.name)
         sources.append(str(record.source))
@@ -115,7 +116,8 @@ def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> flo
     """The share of clips that are recognised as what their names say: the first named group of a pattern;
     where a name says none, as the condition in the JSON that `generate` writes beside each clip.
 
-    Raises ConfigError for a pattern without one, DataError for a name that says no class of the classifier.
+    Raises ConfigError for a pattern without one, and where that JSON has several conditions, none of which is called as
+    the group; DataError for a name that says no class of the classifier.
     """
     try:
         compiled = re.compile(composed(pattern))
@@ -143,15 +145,21 @@ def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> flo
 
 def asked_for(settings: Path, group: str) -> str | None:
     """What a generated clip was to be, by the settings beside it: the value of a condition of this name, or of the only
-    one. None if they do not say."""
+    one. None if they do not say. Raises ConfigError where they name others only."""
     try:
         condition = json.loads(settings.read_text(encoding="utf-8"))["condition"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     if not isinstance(condition, str):
         return None
-    found = re.search(rf"(?:^|\s){re.escape(group)}=(\S+)", condition)
-    return composed(found[1] if found else condition)
+    names = re.findall(r"(?:^|\s)([^\s=]+)=", condition)
+    _, given = parts_of(condition, names)
+    if given and composed(group) not in given:
+        raise ConfigError(
+            f"{settings} says of its clip {shown(condition)}, and nothing there is called {shown(group)}, the group of "
+            f"--pattern.{did_you_mean(group, given)} Call the group as one of these: {cut_list(given)}."
+        )
+    return composed(given[group] if given else condition)
 
 
 def score(
@@ -185,7 +193,7 @@ def score(
         return values
 
     for name in generated:
-        clips = recognise(loaded, name)
+        clips = recognise(loaded, name, generated=True)
         found[str(name)] = scored(clips)
         if maker is not None:
             chosen, told = rejected(clips, maker, name, band)

@@ -25,7 +25,7 @@ def run(argv: list[str], command: str) -> int:
         from mambaseq.runs.sweep import sweep
 
     found = sweep(arguments.plan, out=arguments.out)
-    print_table(found.table())
+    print_table(found.table(), found.metric)
     for trial in found.trials:
         if trial.score is None:
             print(f"trial {trial.number + 1} {trial.status}: {trial.message}")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from mambaseq.atomic import atomic_file
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
-from mambaseq.outputs import safe_cell
+from mambaseq.outputs import output_file, safe_cell
 from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting.runs import RunFolder
 
@@ -81,18 +81,24 @@ def _cell(value: Any) -> Any:
     )
 
 
-def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
-    """The runs sorted by a column, or by the end of its name; runs without a value come last.
-
-    Raises ConfigError for a name that fits no column, or several.
-    """
+def column_named(runs: Runs, column: str) -> str:
+    """The whole name of a column, given as such or by its end. Raises ConfigError for a name that fits no column, or
+    several."""
     names = [name for name in runs.columns if name == column] or [
         name for name in runs.columns if name.endswith((f".{column}", f"/{column}"))
     ]
     if len(names) != 1:
         told = f" It may be {cut_list(names)}." if names else did_you_mean(column, runs.columns)
         raise ConfigError(f"No column is named {shown(column)}.{told} Columns: {cut_list(runs.columns)}.")
-    place = runs.columns.index(names[0])
+    return names[0]
+
+
+def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
+    """The runs sorted by a column, or by the end of its name; runs without a value come last.
+
+    Raises ConfigError as `column_named` does.
+    """
+    place = runs.columns.index(column_named(runs, column))
     numeric = all(isinstance(row[place], int | float) or row[place] == "" for row in runs.rows)
 
     def key(number: int) -> Any:
@@ -111,6 +117,15 @@ def write_csv(runs: Runs, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(map(safe_cell, runs.columns))
         writer.writerows([safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in runs.rows)
+
+
+def write_json(runs: Runs, path: Path) -> None:
+    """Write the table as a list of objects, one a run; null where a run has no value."""
+    rows = [
+        {name: None if cell == "" else cell for name, cell in zip(runs.columns, row, strict=True)} for row in runs.rows
+    ]
+    with output_file(path) as file:
+        file.write((json_text(rows, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
@@ -149,3 +164,59 @@ def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=anchor, ncols=3, fontsize=8)
     told = "an earlier version did not log tokens and seconds of"
     return figure, [f"over steps alone: {told} {cut_list(old)}"] if old else []
+
+
+_WIDEST, _NARROW, _GAP = 40, 16, 2
+_LEAST = ("exported_step", "train_tokens", "train_seconds", "tokens_per_second", "steps", "parameters")
+
+
+def lines_of(runs: Runs, width: int | None = None, keep: str | None = None) -> list[str]:
+    """The table as text, a line each run. width: characters of a line, None for all.
+
+    What does not fit is left out in a fixed order, until the rest fits: texts are cut to 16 characters; then go metrics
+    of training, numbers (those of training before steps and parameters), settings and metrics, each the last column
+    first. The run and `keep` (a column) stay; then the run's name is cut at its beginning. A last line says what is not
+    shown.
+    """
+    shown_of = list(range(len(runs.columns)))
+    most = _WIDEST
+    gone = _by_importance(runs.columns, keep)
+    while True:
+        cells = [[_text(row[i], most) for i in shown_of] for row in [runs.columns, *runs.rows]]
+        widths = [max(len(row[place]) for row in cells) for place in range(len(shown_of))]
+        over = 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
+        if over <= 0:
+            break
+        if most > _NARROW:
+            most = _NARROW
+            continue
+        if not gone:
+            widths[0] = max(widths[0] - over, _NARROW)
+            for row in cells:
+                row[0] = _end(row[0], widths[0])
+            break
+        shown_of.remove(gone.pop(0))
+    gap = " " * _GAP
+    lines = [gap.join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if left := [name for i, name in enumerate(runs.columns) if i not in shown_of]:
+        lines.append(f"not shown: {cut_list(left, 6)}. Widen the window, or use --all, --csv or --json.")
+    return lines
+
+
+def _by_importance(columns: Sequence[str], keep: str | None) -> list[int]:
+    """The places of the columns that may be left out, the first to go first."""
+
+    def rank(place: int) -> tuple[int, int]:
+        name = columns[place]
+        kinds = (name.startswith("train/"), name in _LEAST, "/" not in name, True)
+        return kinds.index(True), _LEAST.index(name) if name in _LEAST else -place
+
+    return sorted((i for i in range(1, len(columns)) if columns[i] != keep), key=rank)
+
+
+def _text(cell: Any, most: int) -> str:
+    return f"{cell:.5g}" if isinstance(cell, float) else _end(str(cell), most)
+
+
+def _end(text: str, most: int) -> str:
+    return text if len(text) <= most else f"…{text[len(text) - most + 1 :]}"

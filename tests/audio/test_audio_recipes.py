@@ -14,6 +14,7 @@ from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.recipes import audio_context, spoken, spoken_digits, spoken_training
 from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_pieces, noise_bits
 
+from mambaseq.cli.main import main
 from mambaseq.errors import DataError, UserError
 from mambaseq.models import causal_lm
 from mambaseq.reproduction import Context
@@ -120,7 +121,7 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert lines["counting samples"]["bits"][0] < 8
     assert 0 < lines["background noise alone"]["bits"][0] < lines["counting pairs of samples"]["bits"][0]
     assert [line.name for line in guided.lines] == list(lines)[:3]
-    assert held.lines[0].note == "10 recordings of lucas and theo"
+    assert held.lines[0].note == "10 recordings of theo"
     (ogg,) = (tmp_path / "clips").glob("LTI_U-Net-0.05min-seed0.ogg")
     clips = sorted(path.name for path in ogg.with_suffix("").glob("*.wav"))
     assert len(clips) == 12
@@ -136,6 +137,20 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert again[1].lines[0].values == of
     with pytest.raises(DataError, match="none for test"):
         spoken.load(recordings).split(["nobody"])
+
+
+def test_spoken_digits_run_on_those_that_ship(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["reproduce", "spoken_digits", "--device", "cpu", "--out", str(tmp_path / "o")]
+    assert main([*out, "--scale", "tiny", "--only", "classifier, held-out speakers"]) == 0
+    told = capsys.readouterr().out
+    assert "**A sample: these are not the figures of the table" in told
+    assert "50 recordings of theo" in told
+    assert "0.702" not in told  # what was measured on all six speakers
+    assert len(list((tmp_path / "o" / "sample").glob("*.wav"))) == 150
+    assert main([*out, "--scale", "tiny", "--data", str(tmp_path)]) == 2  # what is kept is of the sample
+    assert "holds trainings on the sample that ships" in capsys.readouterr().err
+    assert main([*out[:-1], str(tmp_path / "p"), "--scale", "full"]) == 2
+    assert "small and tiny also run on the digits that ship" in capsys.readouterr().err
 
 
 def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,9 @@ def classifier(folder: Path, place: Path, steps: int = 25) -> Path:
     return place
 
 
-def test_scores_of_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_folders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     place = classifier(folder, tmp_path / "model")
     loaded = load_model(place)
     found = recognise(loaded, folder)
@@ -189,6 +191,17 @@ def test_scores_of_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (wrong.parent / f"both-00{number}.json").write_text(json.dumps({"condition": said}))
     both = score([tmp_path / "both-*.wav"], folder, place, pattern="^(?P<word>low|high)_")
     assert [one["accuracy"] for one in both.values()] == [1.0]
+    capsys.readouterr()
+    arguments = ["audio/score", "--generated", str(tmp_path / "both-*.wav"), *options[:4], "--pattern", "(?P<wrd>low)_"]
+    assert main(arguments) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "both-000.json says of its clip 'take=1 word=low', and nothing there is called 'wrd'" in error
+    assert "Did you mean 'word'? Call the group as one of these: take, word." in error
+    caplog.clear()
+    soundfile.write(tmp_path / "both-000.wav", np.sign(tone(300, 1)), 8000)
+    score([tmp_path / "both-*.wav"], tmp_path / "both-*.wav", place)
+    told = [line.partition(":")[0] for line in caplog.messages]
+    assert told == ["Files that were clipped when they were recorded", "Generated clips that reach full scale"]
 
 
 @pytest.fixture

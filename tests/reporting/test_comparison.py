@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,42 @@ def test_the_command(runs: Path, drawn: None, capsys: pytest.CaptureFixture) -> 
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["runs", str(runs), "--picture", str(picture), "--curve", "val/none"]) == 2
     assert main(["runs", str(runs / "nowhere")]) == 2
+
+
+def test_the_table_fits_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    results = {
+        "val/loss": 2.0,
+        "val/accuracy": 0.5,
+        "train/loss": 1.0,
+        "steps": 2,
+        "parameters": 7,
+        "train_seconds": 3.5,
+    }
+    made(tmp_path / f"a-run-with-{'a-long-' * 8}name", 0.1, results, [3.0])
+    made(tmp_path / "b", 0.2, {**results, "val/loss": 1.0}, [2.0])
+    order = ["run", "optimizer.lr", "val/accuracy", "val/loss", "parameters", "steps", "train_seconds", "train/loss"]
+    whole = compare([tmp_path]).columns
+    assert sorted(whole) == sorted(order)
+    shown = []
+    for width in range(200, 5, -1):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["runs", str(tmp_path), "--sort", "val/loss"]) == 0
+        head, *rows = capsys.readouterr().out.splitlines()
+        columns = head.split()
+        assert "val/loss" in columns
+        if width >= 16 + 2 + len("val/loss"):
+            assert max(map(len, (head, *rows[:2]))) <= width
+        assert rows[0].split()[0].endswith("b")
+        assert ("not shown" in rows[-1]) is (len(columns) < len(order))
+        if columns not in shown:
+            shown.append(columns)
+    left = [next(name for name in before if name not in after) for before, after in itertools.pairwise(shown)]
+    assert left == ["train/loss", "train_seconds", "steps", "parameters", "optimizer.lr", "val/accuracy"]
+    assert main(["runs", str(tmp_path), "--all", "--json", str(tmp_path / "t.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == whole
+    assert [list(row) for row in json.loads((tmp_path / "t.json").read_text())] == [whole, whole]
+    monkeypatch.delenv("COLUMNS")
+    assert main(["runs", str(tmp_path)]) == 0  # into a file or a pipe
+    assert capsys.readouterr().out.splitlines()[0].split() == whole

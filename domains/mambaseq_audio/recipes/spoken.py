@@ -23,8 +23,9 @@ from mambaseq.batch import Batch
 from mambaseq.conditions import Condition
 from mambaseq.conditions import row as condition_row
 from mambaseq.data.archives import unpack
+from mambaseq.data.cache import locate
 from mambaseq.data.drawing import below, words
-from mambaseq.errors import DataError
+from mambaseq.errors import DataError, UserError
 from mambaseq.models import SequenceModel
 from mambaseq.reproduction import Context
 from mambaseq.reproduction.batches import numbers
@@ -103,9 +104,40 @@ class Recordings(NamedTuple):
         return described if with_speaker else [described[0], described[2]], np.array(rows, dtype=np.int64)
 
 
+SAMPLED = {"tiny": (0, 1, 5, 6, 47), "small": tuple(range(50))}
+"""Takes of the recordings that ship, which are read if none are brought."""
+
+
+def is_sample(context: Context) -> bool:
+    """Whether the recordings that ship with the project are taken, since none are brought and the scale shows no
+    result. Raises UserError for a folder that holds trainings on the others."""
+    sample = context.data is None and context.scale in SAMPLED
+    other = context.folder / ("recordings" if sample else "sample")
+    if other.is_dir():
+        held = (
+            "the whole set: name its folder again with --data" if sample else "the sample that ships: leave --data out"
+        )
+        raise UserError(f"{context.folder} holds trainings on {held}, or choose another --out.")
+    return sample
+
+
+def sampled(context: Context) -> Path:
+    """The recordings that ship with the project, or a few of them, as wav files."""
+    folder = context.folder / "sample"
+    if not folder.is_dir():
+        # another process may be first
+        with contextlib.suppress(FileExistsError), atomic_folder(folder, replace=False) as temporary:
+            for file in locate("mambaseq:data/fsdd/recordings/*.flac"):
+                if int(file.stem.rpartition("_")[2]) in SAMPLED[context.scale]:
+                    signal, rate = soundfile.read(file, dtype="int16")
+                    soundfile.write(temporary / f"{file.stem}.wav", signal, rate, subtype="PCM_16")
+    return folder
+
+
 def unpacked(context: Context) -> Path:
     """The folder of the recordings that the user has brought, as single files."""
-    archive = context.brought(ARCHIVE, SHA256, SOURCE)
+    ships = "" if context.data is not None else " (--scale small and tiny also run on the digits that ship)"
+    archive = context.brought(ARCHIVE, SHA256, SOURCE + ships)
     folder = context.folder / "recordings"
     if not folder.is_dir():
         # another process may be first
