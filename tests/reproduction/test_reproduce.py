@@ -22,6 +22,7 @@ def reproduce(name: str, out: Path, *more: str) -> int:
 
 
 QUICK = {"dna/species_length": ["Mamba", "10-mer naive Bayes"]}  # lines of recipes that are long even when tiny
+SHIPPED = ("audio/spoken_digits",)  # without files that are brought, a sample of them is taken
 MAY_MISS = ("eager_steps_per_s", "mib_at", "peak_gib", "surely")  # measured on GPUs alone; of several seeds
 
 
@@ -31,8 +32,9 @@ def test_a_recipe_runs_and_is_reported(name: str, tmp_path: Path, capsys: pytest
     recipe = catalog()["recipes"].get(name)
     assert isinstance(recipe, Recipe)
     if recipe.brings:  # what it does with the files is tested in its domain
-        assert reproduce(name, out) == 2
-        assert "Name the folder that it is in with --data FOLDER." in capsys.readouterr().err
+        if name not in SHIPPED:
+            assert reproduce(name, out) == 2
+            assert "Name the folder that it is in with --data FOLDER." in capsys.readouterr().err
         assert reproduce(name, out, "--data", str(tmp_path)) == 2
         assert f"There is no {tmp_path}" in capsys.readouterr().err
         return
