@@ -93,3 +93,17 @@ class ResidualStack(Backbone):
             branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]
         y, _ = self.norm_f(branch, residual)
         return y
+
+    def positions(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]] | None:
+        """See `Mixer.positions`; None where one of the mixers has none."""
+        self._check_states(state)
+        residual, branch, states = x.float(), None, []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            y, residual = layer.norm(branch, residual)  # type: ignore[operator, union-attr]
+            found = layer.mixer.positions(y, layer_state)  # type: ignore[operator, union-attr]
+            if found is None:
+                return None
+            branch, new = found
+            states.append(new)
+        y, _ = self.norm_f(branch, residual)
+        return y, states

@@ -94,6 +94,15 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument(
         "--from-state", metavar="FILE.safetensors", help="go on from there instead of reading that prompt again"
     )
+    parser.add_argument(
+        "--draft",
+        metavar="RUN",
+        help="guess several tokens and check them at once: by a run with a smaller model and the same tokenizer, or "
+        "ngram, by what followed the same tokens before; the result stays the same",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, default=None, metavar="K", help="of --draft: guesses at once, at most (15)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument(
         "--guidance",
@@ -132,8 +141,10 @@ def run(argv: list[str], command: str) -> int:
         for name in ("out", "pictures"):
             given.pop(name)
         settings = {key: value for key, value in given.items() if value is not None}
-        generate_text(settings.pop("checkpoint"), _write, lines=_lines() if interactive else None, **settings)
+        lines = _lines() if interactive else None
+        came_of_drafts = generate_text(settings.pop("checkpoint"), _write, lines=lines, **settings)
         _write("" if interactive else "\n")
+        _tell_drafts(came_of_drafts)
         return 0
     checkpoint, out, pictures = given.pop("checkpoint"), _output(given.pop("out")), given.pop("pictures")
     settings = {key: value for key, value in given.items() if value is not None}
@@ -144,11 +155,12 @@ def run(argv: list[str], command: str) -> int:
         settings = {**repeated(Path(repeat), checkpoint), **({"device": given["device"]} if given["device"] else {})}
         checkpoint = settings.pop("checkpoint")
     try:
-        files = generate_to(checkpoint, out, progress=True, pictures=pictures, **settings).files
+        generated = generate_to(checkpoint, out, progress=True, pictures=pictures, **settings)
     except Interrupted as error:
         _tell(error.files)
         raise
-    _tell(files)
+    _tell(generated.files)
+    _tell_drafts(generated.speculation)
     return 0
 
 
@@ -169,6 +181,11 @@ def _lines() -> Iterator[str]:
 
 def _output(text: str) -> Path:
     return Path("/dev/stdout") if text == "-" else Path(text)
+
+
+def _tell_drafts(came_of_drafts: object) -> None:
+    if came_of_drafts is not None:
+        print(f"mambaseq: {came_of_drafts}", file=sys.stderr)
 
 
 def _tell(files: list[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.heads.base import Head
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
+
+if TYPE_CHECKING:
+    from mambaseq.generation.speculation import Speculation
 
 # Fewest new tokens for which a CUDA graph is worth its capture.
 WORTH_A_GRAPH = 16
@@ -66,6 +69,8 @@ def generate(
     given: Tensor | None = None,
     guidance: float = 1.0,
     state_dtype: torch.dtype | None = None,
+    draft: Speculation | SequenceModel | str | None = None,
+    draft_tokens: int | None = None,
 ) -> Tensor:
     """Continue prompts.
 
@@ -93,6 +98,10 @@ def generate(
             for models that have learned to do without (`condition_dropout`). Every token then takes two steps.
         state_dtype: torch.bfloat16 keeps the states of mamba and mamba2 rounded between steps: half the memory and its
             traffic, for tokens that may come to differ (`benchmarks/state_drift.py`). None is float32.
+        draft: guess several tokens and let the model check them at once, one sequence at a time: `"ngram"` guesses what
+            followed the same tokens before, a smaller model of the same vocabulary what it would add. The result stays
+            the same, within rounding (see `generation/speculation.py`, whose `Speculation` also tells what came of it).
+        draft_tokens: guesses in a round at most, 1 to 31; fewer where they do not pay. None: 15.
 
     Returns:
         `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens, or `(..., codes)`; a prompt's samples
@@ -120,6 +129,8 @@ def generate(
         "given": given,
         "guidance": guidance,
         "state_dtype": state_dtype,
+        "draft": draft,
+        "draft_tokens": draft_tokens,
     }
     added = _added(model, prompt, max_new_tokens, settings, progress)
     return torch.cat([prompt.repeat_interleave(samples, 0), added], dim=1)
@@ -203,6 +214,8 @@ def stream(
     given: Tensor | None = None,
     guidance: float = 1.0,
     state_dtype: torch.dtype | None = None,
+    draft: Speculation | SequenceModel | str | None = None,
+    draft_tokens: int | None = None,
     read: tuple[list[Any], Tensor] | None = None,
     patience: float | None = None,
 ) -> Iterator[Tensor]:
@@ -221,6 +234,10 @@ def stream(
         raise ConfigError("guidance makes a condition count more, and none is given. Give one, or leave guidance out.")
     if state_dtype is not None:
         _check_state_dtype(model, state_dtype, guidance)
+    speculation = _speculation(draft, draft_tokens)
+    if speculation is not None:
+        others = {"guidance": guidance != 1, "given": given is not None, "state_dtype": state_dtype is not None}
+        speculation.check(model, len(prompts) * samples, condition is not None, **others)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     check_whole("seed", seed, 0, 2**63 - 1)
@@ -259,7 +276,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        condition = settled(model.encoder, condition)
+        as_given, condition = condition, settled(model.encoder, condition)
         state, logits = prefill(model, prompts, condition, cuda_graph=cuda_graph) if read is None else read
         if with_guidance and condition is not None:
             more, untold = prefill(model, prompts, None)
@@ -287,7 +304,31 @@ def stream(
             token = next_token(logits, 0)
             stretches = Stretches(model, state, condition, len(every))
             choices = temperature, top_k, top_p
+            if speculation is not None:
+                speculation.why_not = "this model's tokens are made by one kernel, which takes less time"
             yield from _by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
+            return
+        if speculation is not None:
+            from mambaseq.generation.speculation import speculate
+
+            n = logits.shape[-1]
+            yield from speculate(
+                model,
+                prompts,
+                max_new_tokens,
+                speculation,
+                state=state,
+                logits=logits,
+                settled_condition=condition,
+                condition=as_given,
+                settings=(temperature, top_k, top_p, min_p),
+                draws=draws,
+                penalties=Penalties(repetition_penalty, presence_penalty, prompts, 1, n) if penalised else None,
+                stop_ids=stop_ids,
+                watch=watch,
+                cuda_graph=cuda_graph,
+                patience=patience,
+            )
             return
         greedy = temperature == 0 and not penalised and given is None and draws_once(model)
         worth = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
@@ -295,6 +336,17 @@ def stream(
         yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
     finally:
         model.train(was_training)
+
+
+def _speculation(draft: Speculation | SequenceModel | str | None, tokens: int | None) -> Speculation | None:
+    """How tokens are guessed. Raises ConfigError as `Speculation` does, and for a number of guesses without them."""
+    if draft is None:
+        if tokens is not None:
+            raise ConfigError("draft_tokens is of draft. Give it, or leave draft_tokens out.")
+        return None
+    from mambaseq.generation.speculation import Speculation  # which uses the checks below
+
+    return Speculation.of(draft, tokens)
 
 
 def _picked(told: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:

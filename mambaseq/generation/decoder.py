@@ -86,6 +86,18 @@ class Decoder:
         self._chosen = told[0] if self.greedy else None
         return told
 
+    @torch.no_grad()
+    def take(self, state: list[Any]) -> None:
+        """Go on from another state of as many sequences; on a GPU it is copied where it fits."""
+        own, others = tensors_of(self.state), tensors_of(state)
+        fits = [one.shape for one in own] == [one.shape for one in others]
+        if self._graphs or (fits and own and own[0].is_cuda):
+            torch._foreach_copy_(own, others)
+        else:
+            self.state = state
+        if self._places is not None and isinstance(self.model.backbone, UNet):
+            self._places = self.model.backbone.places(self.state)
+
     def _go_on(self) -> int | None:
         """How many windows the next step completes, if known; moves the places of all one position on."""
         if self._places is None:
@@ -145,7 +157,7 @@ class Decoder:
 
 
 def tensors_of(state: list[Any]) -> list[Tensor]:
-    """Of all layers."""
+    """All tensors of a state, in their order."""
     return [tensor for layer in state for tensor in layer.tensors().values()]
 
 

@@ -117,9 +117,20 @@ class Penalties:
             logits = torch.where(self._seen | self._added, penalised, logits)
         return logits - self.presence * self._added
 
+    def along(self, logits: Tensor, guesses: Tensor) -> Tensor:
+        """Of one sequence, logits `(m, n)` of its next positions, the last of which come behind `guesses` `(g,)`, each
+        as if the guesses before it had been added: of `g + 1` positions the last m. As new ones."""
+        added = self._added
+        guessed = torch.nn.functional.one_hot(guesses, added.shape[1]).cumsum(0).bool()
+        self._added = (torch.cat([added, added | guessed]))[-len(logits) :]
+        try:
+            return self(logits)
+        finally:
+            self._added = added
+
     def add(self, token: Tensor) -> None:
-        """The tokens that were taken, `(batch,)`."""
-        self._added.scatter_(1, token[:, None], True)
+        """The tokens that were taken, `(batch,)`, or `(batch, n)`."""
+        self._added.scatter_(1, token.view(len(self._added), -1), True)
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -182,6 +193,16 @@ class Draws:
         numbers = self._numbers(n)
         self._step += n
         return numbers
+
+    def ahead(self, n: int) -> Tensor:
+        """What `many` would give; it is given again."""
+        if self._block is None or not self._begin <= self._step <= self._begin + len(self._block) - n:
+            self._block, self._begin = self._numbers(max(n, self._BLOCK)), self._step
+        return self._block[self._step - self._begin :][:n]
+
+    def skip(self, n: int) -> None:
+        """As if so many had been given."""
+        self._step += n
 
     def _numbers(self, n: int) -> Tensor:
         steps = np.arange(self._step, self._step + n, dtype=np.uint64)

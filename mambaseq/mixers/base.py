@@ -121,6 +121,11 @@ class Mixer(nn.Module, abc.ABC):
         in place. For those that have kernels of the whole, where `can_step_layer` says so."""
         raise NotImplementedError
 
+    def positions(self, x: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+        """x `(1, n, d_model)`, positions of one sequence, to y of the same shape and the states after each of them, as
+        those of n sequences; the given state stays as it is. None where no kernel does that faster than steps."""
+        return None
+
     def scale_residual_(self, factor: float) -> None:
         """Multiply the weights that write to the residual stream, once, at initialisation (GPT-2's rule)."""
         with torch.no_grad():

@@ -26,7 +26,7 @@ from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
 from mambaseq.ops.decoding import layer
-from mambaseq.ops.decoding.block import BlockWeights, block_step_, can_step
+from mambaseq.ops.decoding.block import BlockWeights, block_positions, block_step_, can_run_positions, can_step
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
@@ -369,6 +369,18 @@ class Mamba(Mixer):
         self._check(state, residual)
         given = layer.LayerNorm(norm.weight, norm.eps or 0.0)
         return layer.mamba_step_(residual, given, state.conv, state.ssm, self._weights())
+
+    @torch.no_grad()
+    def positions(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState] | None:
+        """See `Mixer.positions`."""
+        self._check(state, x)
+        if not self._is_plain():
+            return None
+        weights = self._weights()
+        if not can_run_positions(x[0], state.conv, state.ssm, weights):
+            return None
+        y, *states = block_positions(x[0], state.conv, state.ssm, weights)
+        return y[None], MambaState(*states)
 
     def _weights(self) -> BlockWeights:
         # by nn.Module's own tables: a token asks for all of them in every layer, which `is_plain` has looked at

@@ -97,3 +97,8 @@ class MLP(Mixer):
         """See `Mixer.step_`."""
         check_state("mlp", state, MLPState, x.device)
         return self._layer(x[:, 0]).unsqueeze(1)  # (batch, 1, d_model)
+
+    @torch.no_grad()
+    def positions(self, x: Tensor, state: MLPState) -> tuple[Tensor, MLPState]:
+        """See `Mixer.positions`."""
+        return self._layer(x), MLPState()

@@ -97,12 +97,14 @@ class Progress:
 
 
 def batches(
-    prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bool = True, beams: int = 0
+    prompts: Sequence[Prompt], samples: int, begin: int = 0, *, even: bool = True, beams: int = 0, alone: bool = False
 ) -> Iterator[list[Job]]:
     """Jobs with one number of samples, at most `AT_ONCE` sequences together, those of the shortest prompts first.
 
     begin: the number of a prompt's first sample. even: only prompts of one length are in a batch; otherwise those to
-        which one number of tokens is added. beams: of a search, whose states are in memory, too."""
+        which one number of tokens is added. beams: of a search, whose states are in memory, too. alone: one sequence a
+        batch."""
+    most = 1 if alone else AT_ONCE
     by_shape: dict[tuple[int, int], list[Job]] = {}
     seen: collections.Counter[tuple[bytes, Under]] = collections.Counter()
     place = -1
@@ -112,14 +114,14 @@ def batches(
             place += 1
             earlier = seen[key, condition] * samples
             seen[key, condition] += 1
-            for first in range(begin, begin + samples, AT_ONCE):
-                stop = min(first + AT_ONCE, begin + samples)
+            for first in range(begin, begin + samples, most):
+                stop = min(first + most, begin + samples)
                 job = Job(place, prompt, condition, first, stop, earlier)
                 shape = len(prompt.values) if even else 0 if prompt.given is None else len(prompt.given)
                 by_shape.setdefault((shape, stop - first), []).append(job)
     for (_, width), jobs in by_shape.items():
         jobs.sort(key=lambda job: len(job.prompt.values))
-        at_once = max(1, AT_ONCE // max(width, beams))
+        at_once = max(1, most // max(width, beams))
         for start in range(0, len(jobs), at_once):
             yield jobs[start : start + at_once]
 

@@ -20,6 +20,7 @@ from mambaseq.generation.decode import PENALTIES, NotFinite, check_one_pick, che
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.reading import best_even
 from mambaseq.generation.sampling import check_settings
+from mambaseq.generation.speculation import Speculation
 from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
@@ -28,6 +29,7 @@ from mambaseq.runs.conditions import Asked, Conditions, Known
 from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.conversation import Conversation, check_text, converse, digest_of, keep, unmarked
 from mambaseq.runs.devices import choose_device, memory_told
+from mambaseq.runs.drafting import check_draft_tokens, drafted
 from mambaseq.runs.loading import check_reads_text, fitting_options
 from mambaseq.runs.prompting import NoSuchRecord, ids_of, ids_of_texts, is_file, signals, sources_of, texts_of
 from mambaseq.runs.repeating import Written
@@ -39,12 +41,13 @@ class Generated(NamedTuple):
     """What was generated.
 
     ids: one for each prompt, condition and sample, in this order: `(length,)` int64, or for a signal `(length,
-        channels)` float32. model: what generated them. files: those written.
+        channels)` float32. model: what generated them. files: those written. speculation: what came of drafts.
     """
 
     ids: list[np.ndarray]
     model: LoadedModel
     files: list[Path] = []  # noqa: RUF012 - nobody adds to it
+    speculation: Speculation | None = None
 
     @property
     def sequences(self) -> list[Any]:
@@ -96,7 +99,8 @@ def generate_to(
     sources += [str(one) for one in (prompt, options.get("prompts")) if isinstance(one, str | Path)]
     check_not_prompts(out, {out, *(files(out, count) if files else [])}, sources)
     if streams(found[1], plan):
-        return Generated([], plan.loaded, written(plan, out, *found[1:], pictures))
+        files_made = written(plan, out, *found[1:], pictures)
+        return Generated([], plan.loaded, files_made, plan.settings.get("draft"))
     generated = _collected(plan)
     return generated._replace(files=_write(generated, out, writer))
 
@@ -116,7 +120,9 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
         seed, guidance, writer (by which they are to be written; checked first), device, progress; record
         (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
         the first sample); save_state (a file for the state after the prompt), from_state (such a file, which the prompt
-        goes on from; the results hold what was read before, too).
+        goes on from; the results hold what was read before, too); draft ("ngram", or the folder of a run with a smaller
+        model and the same tokenizer: tokens are guessed and checked several at once, one sequence after the other, and
+        are what they would be without) and draft_tokens (guesses at once, at most).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     return _collected(_planned(checkpoint, prompt=prompt, **options))
@@ -129,11 +135,12 @@ def generate_text(
     lines: Iterable[str] | None = None,
     save_state: str | Path | None = None,
     **options: Any,
-) -> None:
+) -> Speculation | None:
     """Give the text of one result out while it is generated, in whole characters, the prompt first.
 
     lines: further turns, each of which is given and then answered; the state is kept between them. save_state: as in
         `generate_from`; with `lines` the state after the last turn. options: see `generate_from`.
+    Returns what came of drafts, where there are any.
     Raises UserError as `generate_from` does, and for several results or a model that generates no text.
     """
     plan = _planned(checkpoint, save_state=save_state if lines is None else None, **options)
@@ -157,17 +164,19 @@ def generate_text(
     if lines is None:
         for text in conversation.answer():
             write(text)
-        return
+        return plan.settings.get("draft")
     converse(conversation, lines, write, options.get("prompt") is not None)
     if save_state is not None:
         keep(conversation.begun, save_state, plan.loaded)
+    return plan.settings.get("draft")
 
 
 def _collected(plan: Plan) -> Generated:
     with memory_told("--samples or --max-new-tokens"):
         sequences = _sequences(plan.loaded, plan.jobs, plan.new, plan.place, plan.settings, plan.progress)
     # a given prompt is part of the result; made-up start tokens are not
-    return Generated([row[plan.hidden :] for row in sequences], plan.loaded)
+    rows = [row[plan.hidden :] for row in sequences]
+    return Generated(rows, plan.loaded, speculation=plan.settings.get("draft"))
 
 
 def _planned(
@@ -202,6 +211,8 @@ def _planned(
     again: Written | None = None,
     from_state: str | Path | None = None,
     save_state: str | Path | None = None,
+    draft: str | Path | None = None,
+    draft_tokens: int | None = None,
 ) -> Plan:
     """What is to be generated; see `generate_from`. exactly: conditions as ids or rows, in place of what is said of
     them."""
@@ -215,10 +226,13 @@ def _planned(
     choices = {name: value for name, value in choices.items() if value is not None}
     check_settings(**{"temperature": 1.0 if temperature is None else temperature, "top_k": 0, "top_p": 1.0, **choices})
     check_stop(stop)
+    check_draft_tokens(draft, draft_tokens)
+    if draft is not None and guidance != 1:
+        raise ConfigError("--draft does not go with --guidance. Leave one of them out.")
     if beams is not None:
         check_beams(beams, 1.0 if length_penalty is None else length_penalty)
         drawn: dict[str, Any] = {"temperature": temperature, **choices, "guidance": guidance if guidance != 1 else None}
-        drawn |= {"stop": stop or None, "save_state": save_state, "from_state": from_state}
+        drawn |= {"stop": stop or None, "save_state": save_state, "from_state": from_state, "draft": draft}
         if wrong := [name.replace("_", "-") for name, value in drawn.items() if value is not None]:
             raise ConfigError(f"--beams searches, and --{wrong[0]} is for drawing. Leave one of them out.")
         if first_sample + samples > beams:
@@ -243,7 +257,8 @@ def _planned(
     card = loaded.card
     signal = loaded.tokenizer is None
     if signal:
-        _check_continues(loaded, prompt, [*choices, *(["stop"] if stop else []), *(["beams"] if beams else [])])
+        others = {"stop": stop, "beams": beams, "draft": draft}
+        _check_continues(loaded, prompt, [*choices, *(name for name, given in others.items() if given)])
     elif not continues(loaded.model, "tokens"):
         raise ConfigError(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
@@ -327,10 +342,17 @@ def _planned(
             settings |= {"beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
         if settings["repetition_penalty"] != 1 or settings["presence_penalty"] != 0:
             check_one_pick(loaded.model, PENALTIES)
+        if draft is not None:
+            conditioned = any(under is not None for one in found for under in one.conditions)
+            speculation = drafted(loaded, draft, draft_tokens, conditioned, place)
+            given_too = any(one.given is not None for one in found)
+            speculation.check(loaded.model, 1, conditioned, given=given_too)
+            settings["draft"] = speculation
+    even = signal or best_even(loaded.model)
     return Plan(
         Path(checkpoint),
         loaded,
-        list(batches(found, samples, first_sample, even=signal or best_even(loaded.model), beams=beams or 0)),
+        list(batches(found, samples, first_sample, even=even, beams=beams or 0, alone=draft is not None)),
         count,
         place,
         settings,

@@ -75,6 +75,24 @@ def test_equals_the_whole_sequence(batch: int, options: dict, dtype: torch.dtype
     assert relative_rms_error(state.ssm, expected_state.ssm) <= limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_steps_whose_states_are_kept(dtype: torch.dtype) -> None:
+    mixer = Mamba(40, d_state=5, d_conv=3, bias=True).to(dtype)
+    x = torch.randn(1, 9, 40).to(dtype)
+    _, state = steps(mixer, x[:, :2])
+    before = state.clone()
+    y, states = mixer.positions(x[:, 2:], state)  # type: ignore[misc]
+    assert torch.equal(state.ssm, before.ssm)
+    for t in range(7):
+        assert torch.equal(y[:, t : t + 1], mixer.step_(x[:, t + 2 : t + 3], state))
+        kept = states.select(torch.tensor([t]))
+        assert torch.equal(kept.ssm, state.ssm)
+        assert torch.equal(kept.conv, state.conv)
+    assert mixer.positions(torch.randn(1, 65, 40).to(dtype), state) is None
+    other = Mamba(40, selective_dt=False).to(dtype)
+    assert other.positions(x, other.init_state(1)) is None
+
+
 def test_the_number_of_threads_changes_nothing(threads: None, runs: list) -> None:
     mixer, x = Mamba(300), torch.randn(2, 30, 300)
     results = []

@@ -1,4 +1,5 @@
-"""One step of a whole Mamba-1 block on CPU, for decode loops of a few sequences.
+"""One step of a whole Mamba-1 block on CPU, for decode loops of a few sequences; or a few steps of one sequence, whose
+inputs are known.
 
 Its time is that of reading the weights once, in fp32 or bf16. A thread computes a range of channels from in_proj to the
 convolution. When all have added their share of x_proj, it goes on from dt_proj to out_proj.
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from mambaseq.ops.linear import LITTLE_WORK, bits, can_read_few_rows
 
+# positions that one call takes, since their states are all kept
+MOST_POSITIONS = 64
 # channels that a thread takes at a time; sums over channels are made of them in order
 _CHANNELS = 256
 
@@ -51,6 +54,34 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
     Returns:
         `(batch, d_model)` in the dtype of x.
     """
+    return _run(x, conv_state, ssm_state, weights, False)
+
+
+def can_run_positions(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights) -> bool:
+    """Whether `block_positions` can run; see `can_step`."""
+    states_fit = conv_state.dtype == ssm_state.dtype == torch.float32
+    return len(x) <= MOST_POSITIONS and len(ssm_state) == 1 and states_fit and can_read_few_rows(x[:1], *weights)
+
+
+def block_positions(
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What as many calls of `block_step_` give, and the states after each; the weights are read once.
+
+    Args:
+        x: `(n, d_model)`, positions of one sequence. conv_state `(1, d_inner, d_conv - 1)`, ssm_state `(1, d_inner,
+            d_state)`: before the first; they stay as they are.
+
+    Returns:
+        `(n, d_model)` in the dtype of x; `(n, d_inner, d_conv - 1)` and `(n, d_inner, d_state)` fp32.
+    """
+    kept = [state.new_empty(len(x), *state.shape[1:]) for state in (conv_state, ssm_state)]
+    for state, first in zip(kept, (conv_state, ssm_state), strict=True):
+        state[:1] = first
+    return _run(x, kept[0], kept[1], weights, True), kept[0], kept[1]
+
+
+def _run(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights, in_order: bool) -> Tensor:
     kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
     team: Any = importlib.import_module("mambaseq.ops.cpu.team")
     w = weights
@@ -81,6 +112,7 @@ def block_step_(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Block
         inner,
         shares,
         out_shares,
+        in_order,
     )
     little = w.in_proj.numel() + w.out_proj.numel() < LITTLE_WORK
     team.run(lambda: kernels.mamba_block(*arguments), 1 if little else n_blocks)

@@ -183,12 +183,14 @@ def mamba_block(
     inner,
     shares,
     out_shares,
+    in_order,
 ):
     """One step of a Mamba block, `size` channels at a time; a channel's way stops once, where x_proj needs them all.
 
     x `(rows, d_model)`; inner `(rows, 2 d_inner)`; shares `(blocks, rows, dt_rank + 2 d_state)` and out_shares
     `(blocks, rows, d_model)`: what each block of channels adds to x_proj's and out_proj's results. conv, A_log and
-    the states are flat.
+    the states are flat. in_order: the rows are positions of one sequence, each of which goes on from the state of the
+    one before.
     """
     rows, channels, n_blocks = x.shape[0], inner.shape[1] // 2, shares.shape[0]
     n_projected, dt_rank = x_proj.shape[0], dt_proj.shape[1]
@@ -206,6 +208,9 @@ def mamba_block(
         for r in range(rows):
             for c in range(low, high):
                 at, at_weight = (r * channels + c) * before, c * (before + 1)
+                if in_order and r:
+                    for k in range(before):
+                        conv_state[at + k] = conv_state[at - channels * before + k]
                 out = _conv_channel(conv_state, at, conv, at_weight, inner[r, c], before)
                 if has_conv_bias:
                     out += widen(conv_bias[c])
@@ -234,6 +239,9 @@ def mamba_block(
                 for k in range(d_state):
                     decay[k] = -exp2(widen(A_log[c * d_state + k]) * LOG2_E)
                 dt, u = delta[c - low], row[c]
+                if in_order and r:
+                    for k in range((r * channels + c) * d_state, (r * channels + c + 1) * d_state):
+                        state[k] = state[k - channels * d_state]
                 at = np.uint64((r * channels + c) * d_state)
                 out = _update_channel(
                     state, at, dt * LOG2_E, decay, np.uint64(0), dt * u, dbc, dbc, at_B, at_C, d_state

@@ -1,0 +1,107 @@
+"""How many tokens are worth drafting, by what calls take and how often guesses were right."""
+
+from __future__ import annotations
+
+import collections
+
+from mambaseq.generation.blocks import LENGTHS
+
+# Measurements of one kind that are looked at; the least counts, since a machine does other things, too.
+_LATEST = 5
+_FORGOTTEN = 0.9  # of what was right and wrong, at each round
+_BEGINNING = (2.0, 1.0)  # right and wrong, before anything is known
+# Tokens without drafts of a kind that did not pay, the first time and at most; then it is tried once more.
+_REST, _LONGEST_REST = 16, 512
+# How much faster drafting must promise to be.
+_MARGIN = 1.02
+_HOPE, _AGAIN = 0.9, (0.5, 0.25)  # how often guesses are right, where they are tried once more, and what is known then
+
+
+class Timed:
+    """What one kind of call takes, in seconds; the first one prepares."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._latest: collections.deque[float] = collections.deque(maxlen=_LATEST)
+
+    def add(self, seconds: float) -> None:
+        """One more measurement."""
+        self._seen += 1
+        if self._seen > 1:
+            self._latest.append(seconds)
+
+    @property
+    def seconds(self) -> float | None:
+        """None before it is known."""
+        return min(self._latest, default=None)
+
+
+class Pace:
+    """Chooses the number of guesses of a round.
+
+    most: guesses at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.step, self.guess = Timed(), Timed()
+        self._calls: dict[int, Timed] = {length: Timed() for length in LENGTHS}
+        self._right: dict[int, tuple[float, float]] = {}
+        self._rests: dict[int, int] = {}  # how long each kind last rested
+        self._until: dict[int, int] = {}  # up to which token
+
+    def begin(self) -> None:
+        """Another sequence begins."""
+        self._rests.clear()
+        self._until.clear()
+
+    def guesses(self, kind: int, unread: int, left: int, made: int) -> int:
+        """How many are worth it; 0 for a plain step.
+
+        unread: positions that the call reads in any case. left: guesses that are wanted at most. made: tokens so far.
+        """
+        plain = self.step.seconds
+        if plain is None or made < self._until.get(kind, 0):
+            return 0
+        again = kind in self._until
+        right, wrong = self._right.get(kind, _BEGINNING)
+        share = _HOPE if again else right / (right + wrong)
+        best, found = _MARGIN / plain, 0
+        most = min(self.most, left)
+        for length in LENGTHS:
+            n = min(length - unread, most)
+            if n < 1:
+                continue
+            expected = (1 - share ** (n + 1)) / (1 - share)
+            call = self._calls[length].seconds
+            guess = self.guess.seconds
+            takes = (plain if call is None else call) + n * (plain / 4 if guess is None else guess)
+            if expected / takes > best:
+                best, found = expected / takes, n
+                if again:  # the shortest that may pay
+                    break
+        if found:
+            if again:
+                del self._until[kind]
+                self._right[kind] = _AGAIN
+        else:
+            self._rests[kind] = min(2 * self._rests.get(kind, _REST // 2), _LONGEST_REST)
+            self._until[kind] = made + self._rests[kind]
+        return found
+
+    def resting(self, kind: int, made: int) -> int:
+        """Tokens that a kind still rests."""
+        return self._until.get(kind, 0) - made
+
+    def called(self, positions: int, seconds: float) -> None:
+        """What a call of so many positions took."""
+        length = next((length for length in LENGTHS if length >= positions), LENGTHS[-1])
+        self._calls[length].add(seconds)
+
+    def came_of(self, kind: int, right: int, n: int) -> None:
+        """How many of n guesses were right."""
+        before = self._right.get(kind, _BEGINNING)
+        known = before[0] * _FORGOTTEN + right, before[1] * _FORGOTTEN + (right < n)
+        self._right[kind] = known
+        if right == n:
+            self._rests.pop(kind, None)

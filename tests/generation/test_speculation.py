@@ -1,0 +1,210 @@
+"""Speculative decoding: what is added is what decoding without guesses adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from generation.test_generate import BACKBONES
+from generation.test_ragged import lively
+from mambaseq_text.tokenization import ByteTokenizer
+
+from mambaseq.errors import ConfigError
+from mambaseq.generation import generate
+from mambaseq.generation.blocks import Blocks
+from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.drafts import NGrams
+from mambaseq.generation.pace import Pace
+from mambaseq.generation.speculation import Speculation
+from mambaseq.generation.stopping import StopStrings
+from mambaseq.models import SequenceModel, build_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "mamba and mlp": {"mlp": True},
+    "mamba2": {"mixer": "mamba2"},
+    "s4d": {"mixer": "s4d"},
+    "attention": {"mixer": "attention"},
+    "hybrid": {"pattern": ["mamba", "attention"]},
+    "unet": BACKBONES["unet"],
+}
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if drafting always paid: what calls take is another matter."""
+
+    def always(self: Pace, kind: int, unread: int, left: int, made: int) -> int:
+        return min(self.most, left) if made % 7 else 0
+
+    monkeypatch.setattr(Pace, "guesses", always)
+
+
+def near(model: SequenceModel) -> SequenceModel:
+    """A model that is often of another opinion."""
+    assert model.spec is not None
+    other = build_model(model.spec).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_that_without_drafts(kind: str) -> None:
+    model = lively(**KINDS[kind])
+    prompt, condition = torch.randint(0, 29, (1, 11)), torch.tensor([1])
+    draft, right, guessed = near(model), 0, 0
+    greedy: dict[str, Any] = {"temperature": 0.0}
+    drawn = {"top_k": 9, "min_p": 0.02, "repetition_penalty": 1.3, "presence_penalty": 0.2, "seed": 5}
+    for options, drafts in ((greedy, [("ngram", 3), (draft, 5)]), (drawn, [(draft, 4)])):
+        plain = generate(model, prompt, 32, condition=condition, **options)
+        for source, tokens in drafts:
+            told = Speculation(source, tokens)
+            assert torch.equal(generate(model, prompt, 32, condition=condition, draft=told, **options), plain)
+            assert told.added == 32
+            assert told.of_rounds == told.rounds + told.right > 0
+            right, guessed = right + told.right, guessed + told.guessed
+    assert 0 < right < guessed
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_draft_that_is_the_model_is_right() -> None:
+    model = lively()
+    prompt = torch.randint(0, 29, (1, 11))
+    for temperature in (0.0, 1.0):
+        told = Speculation(model, 4)
+        generate(model, prompt, 40, temperature=temperature, seed=1, draft=told)
+        assert told.right == told.guessed
+        assert "tokens a round of drafts, 100% of them right" in str(told)
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_is_drawn_has_the_models_distribution() -> None:
+    """The chi-square test of pairs of tokens, over many seeds: 8 degrees of freedom, 0.1% of them above 26.1."""
+    model = build_model(
+        {
+            "d_model": 8,
+            "encoder": {"name": "tokens", "vocab_size": 3},
+            "mixer": {"name": "mamba"},
+            "backbone": {"name": "residual", "n_layers": 1},
+            "head": {"name": "lm", "vocab_size": 3},
+        }
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    draft, prompt, count = near(model), torch.tensor([[1, 2, 0]]), 250
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].double().softmax(-1)
+        rows = torch.cat([prompt.expand(3, 3), torch.arange(3)[:, None]], 1)
+        expected = count * first[:, None] * model(rows).logits[:, -1].double().softmax(-1)
+    seen = torch.zeros(3, 3, dtype=torch.float64)
+    for seed in range(count):
+        pair = generate(model, prompt, 2, seed=seed, draft=draft, draft_tokens=2)[0, 3:]
+        seen[pair[0], pair[1]] += 1
+    assert float(((seen - expected) ** 2 / expected).sum()) < 26.1
+
+
+@pytest.mark.usefixtures("eager")
+def test_it_ends_where_it_would_without() -> None:
+    tokenizer, model = ByteTokenizer(), lively()
+    prompt = torch.randint(0, 29, (1, 11))
+    whole = generate(model, prompt, 60, seed=3)[0, 11:]
+    stop = int(whole[37])
+    text = tokenizer.decode(whole[20:23].numpy())
+    for options in ({"stop_ids": [stop]}, {"stop": StopStrings([text], tokenizer)}):
+        plain = generate(model, prompt, 60, seed=3, **options)
+        assert 11 < plain.shape[1] < 71
+        assert torch.equal(generate(model, prompt, 60, seed=3, draft=model, **options), plain)
+
+
+def test_guesses_that_do_not_pay_are_left_out() -> None:
+    pace = Pace(15)
+    assert pace.guesses(0, 1, 100, 0) == 0  # nothing is known yet
+    for _ in range(3):
+        pace.step.add(1.0)
+        pace.guess.add(0.1)
+        for length in (2, 4, 8, 16, 32):
+            pace.called(length, 1.0 + 0.05 * length)
+    assert pace.guesses(0, 1, 100, 5) > 1
+    assert pace.guesses(0, 1, 1, 5) == 1
+    for _ in range(20):
+        pace.came_of(0, 15, 15)
+    assert pace.guesses(0, 1, 100, 30) == 15
+    for _ in range(40):
+        pace.came_of(0, 0, 15)
+    tried = [made for made in range(2000) if pace.guesses(0, 1, 100, made) and pace.came_of(0, 0, 1) is None]
+    assert 1 <= len(tried) < 25  # seldom again, and ever more seldom
+    slow = Pace(15)
+    for _ in range(3):
+        slow.step.add(1.0)
+        for length in (2, 4, 8, 16, 32):
+            slow.called(length, 3.0 * length)
+    assert not any(slow.guesses(0, 1, 100, made) for made in range(2000))
+
+
+def test_what_followed_before_is_guessed() -> None:
+    grams = NGrams(np.array([5, 1, 2, 3, 4, 9, 8, 1, 2]))
+    assert grams.kind() == 2
+    pick: Any = None
+    assert grams.guesses(4, pick, torch.device("cpu")).tolist() == [3, 4, 9, 8]
+    grams.add([3, 4])
+    assert grams.kind() == 4
+    assert grams.guesses(9, pick, torch.device("cpu")).tolist() == [9, 8, 1, 2, 3, 4, 9, 8, 1]
+    grams.add([7])
+    assert grams.kind() is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_that_after_what_is_kept(kind: str) -> None:
+    model = lively(**KINDS[kind])
+    ids = torch.randint(0, 29, (20,))
+    with torch.no_grad():
+        told = model(ids[None], return_state=True)
+        begun = model(ids[None, :9], return_state=True).state
+        decoder = Decoder(model, begun)
+        blocks = Blocks(model, decoder, None, True)
+        logits = blocks.run(torch.cat([ids[9:14], ids[:3]]))
+    torch.testing.assert_close(logits[:5], told.logits[0, 9:14])
+    kept = blocks.keep(5)
+    assert kept == (5 if kind in ("mamba", "mamba and mlp", "attention") else 0)
+    blocks.advance(ids[9 + kept : 19])
+    torch.testing.assert_close(decoder.step(ids[19:]), told.logits[:, -1])
+
+
+def test_drafts_that_cannot_be() -> None:
+    model, prompt = lively(), torch.ones(1, 3).long()
+    assert model.spec is not None
+    other = {**model.spec, "head": {"name": "lm", "vocab_size": 30}}
+    untold = {**model.spec, "encoder": {"name": "tokens", "vocab_size": 29}}
+    levels = {**model.spec, "head": {"name": "levels", "vocab_size": 256}}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"draft": "bigram"}, 'draft must be "ngram" or a smaller model'),
+        ({"draft": "ngram", "draft_tokens": 0}, "draft_tokens must be at least 1 and at most 31"),
+        ({"draft_tokens": 3}, "draft_tokens is of draft"),
+        ({"draft": Speculation("ngram"), "draft_tokens": 3}, "leave draft_tokens out"),
+        ({"draft": "ngram", "samples": 2}, "one sequence at a time"),
+        ({"draft": "ngram", "given": torch.ones(1, 4).long()}, "do not go with given"),
+        ({"draft": "ngram", "guidance": 2.0, "condition": torch.tensor([0])}, "do not go with guidance"),
+        ({"draft": build_model(other)}, "vocabulary of 30 tokens, and the model one of 29"),
+        ({"draft": build_model(untold), "condition": torch.tensor([0])}, "does not take the model's conditions"),
+        ({"draft": build_model(levels)}, "picks parts of it"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            generate(model, prompt, 4, **options)
+    with pytest.raises(ConfigError, match="Drafts are for heads that pick one token"):
+        generate(build_model(levels), prompt, 4, draft="ngram")
+
+
+def test_one_kernel_is_not_given_up_for_drafts() -> None:
+    told = Speculation("ngram")
+    model = lively()
+    plain = generate(model, torch.ones(1, 3).long(), 1024, temperature=0)
+    assert torch.equal(generate(model, torch.ones(1, 3).long(), 1024, temperature=0, draft=told), plain)
+    assert "by one kernel" in str(told)
