@@ -99,7 +99,7 @@ class ResidualStack(Backbone):
         self._check_states(state)
         residual, branch, states = x.float(), None, []
         for layer, layer_state in zip(self.layers, state, strict=True):
-            y, residual = layer.norm(branch, residual)  # type: ignore[operator, union-attr]
+            y, residual = layer.norm(branch, residual)  # type: ignore[operator]
             found = layer.mixer.positions(y, layer_state)  # type: ignore[operator, union-attr]
             if found is None:
                 return None
