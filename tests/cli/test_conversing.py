@@ -152,6 +152,11 @@ def test_the_page_on_generating_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "To be" in capsys.readouterr().out
     for line in page.splitlines():
         if line.startswith("    mambaseq generate"):
-            line = line.replace("RUN", model).replace("SMALLER", model).replace("long.", f"{tmp_path}/long.").replace(" 100", " 5")
+            line = (
+                line.replace("RUN", model)
+                .replace("SMALLER", model)
+                .replace("long.", f"{tmp_path}/long.")
+                .replace(" 100", " 5")
+            )
             assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0
     assert "To be, or not to be And then" in capsys.readouterr().out

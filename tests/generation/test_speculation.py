@@ -189,6 +189,7 @@ def test_drafts_that_cannot_be() -> None:
         ({"draft_tokens": 3}, "draft_tokens is of draft"),
         ({"draft": Speculation("ngram"), "draft_tokens": 3}, "leave draft_tokens out"),
         ({"draft": "ngram", "samples": 2}, "one sequence at a time"),
+        ({"draft": "ngram", "state_dtype": torch.bfloat16}, "do not go with state_dtype"),
         ({"draft": "ngram", "given": torch.ones(1, 4).long()}, "do not go with given"),
         ({"draft": "ngram", "guidance": 2.0, "condition": torch.tensor([0])}, "do not go with guidance"),
         ({"draft": build_model(other)}, "vocabulary of 30 tokens, and the model one of 29"),
