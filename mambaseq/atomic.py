@@ -267,14 +267,15 @@ def atomic_folder(path: str | Path, *, replace: bool = True, place: Callable[[],
             for entry in sorted(temporary.rglob("*")):
                 _sync(entry)
             _sync(temporary)
-            _install(temporary, place() if place else path, replace)
+            install(temporary, place() if place else path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(path.parent)
 
 
-def _install(temporary: Path, path: Path, replace: bool) -> None:
+def install(temporary: Path, path: Path, replace: bool) -> None:
+    """Move a whole folder to `path`, beside it. replace: as of `atomic_folder`."""
     try:
         temporary.rename(path)  # fails if `path` is a folder that is not empty
         return

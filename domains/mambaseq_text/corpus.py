@@ -13,19 +13,25 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.data.masking import MaskedItems, MaskRule, Objective, same_tokens
 from mambaseq.data.module import SequenceData
+from mambaseq.data.records import Refuse
 from mambaseq.data.store import TokenStore
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
 from mambaseq.errors import ConfigError, DataError, cut_list
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_text.copies import Duplicates, HeldOut
-from mambaseq_text.reading import character_start, decoded, documents, is_plain, read_bytes
+from mambaseq_text.left_out import LeftOut
+from mambaseq_text.reading import character_start, decoded, read_bytes
+from mambaseq_text.rows import documents, is_plain
 from mambaseq_text.splits import SPLITS, check_fractions, checksums, split_files
+from mambaseq_text.tokenising import Piece, Reading, check_workers, tokenised
 from mambaseq_text.tokenization import make_tokenizer
 
 SHAKESPEARE = "mambaseq:data/text/tinyshakespeare.txt"
 
-Part = tuple[str, Callable[[], Iterator[Iterator[str]]]]
-"""A file's name, and a function that makes its documents, each in pieces of text."""
+Source = Callable[[Refuse], Iterator[str]]
+"""Makes the text of a file: a plain one in pieces, others document by document."""
+Part = tuple[str, Source]
+"""A file's name, and its text."""
 
 
 class TextTiles:
@@ -74,16 +80,23 @@ class CorpusData(SequenceData):
     their texts except the first once. Texts are split before they are tokenised, and tokenised once into a cache.
 
     Args:
-        files: what to train on: a file, a pattern (`*`, `?`), a resource, or a list of them; the default is
-            tinyshakespeare, which ships. Plain text is taken byte by byte; documents of jsonl and parquet files are
-            laid end to end.
+        files: what to train on: a file, a pattern (`*`, `?`), a resource, a data set of the Hugging Face Hub
+            (`hub:OWNER/NAME`, and where wanted `@REVISION`, `:CONFIG`, `:SPLIT`), or a list of them; the default is
+            tinyshakespeare, which ships. Plain text is taken byte by byte; documents of jsonl, JSON arrays, parquet,
+            CSV and TSV are laid end to end.
         validation_files: files of the validation set. When left out, it is a share of every training file.
         test_files: files of the test set. When left out, it is a share of every training file.
         validation_fraction: that share for validation, before the test's. Not used with `validation_files`.
         test_fraction: that share for the test, at the end of every file. Not used with `test_files`.
         duplicates: a training document of jsonl or parquet files that is in validation or test files too is refused
             (`refuse`) or left out of training (`drop`). Copies of whole plain files are always refused.
-        field: the field of jsonl and parquet rows that holds the text.
+        skip_bad: leave out rows that cannot be used (broken JSON, no text, not UTF-8) and list them in the run's
+            folder, `left_out.jsonl`; otherwise all of them are told at once.
+        workers: processes that tokenise; null for as many as there are cores, 0 for none but the run's own. What is
+            tokenised is kept, part by part, and a killed run goes on from there.
+        max_tokens: of the training files, as many are tokenised as give about so many tokens, from the first on; 0 for
+            all.
+        field: the field of rows that holds the text.
         encoding: of the files.
         tokenizer: a registered tokenizer (`mambaseq list tokenizers`).
         tokenizer_options: its options, such as `{path: tokenizer.json}` of `text/hf`; its defaults when left out.
@@ -109,6 +122,9 @@ class CorpusData(SequenceData):
         validation_fraction: float = 0.05,
         test_fraction: float = 0.1,
         duplicates: Duplicates = "refuse",
+        skip_bad: bool = False,
+        workers: int | None = None,
+        max_tokens: int = 0,
         field: str = "text",
         encoding: str = "utf-8",
         tokenizer: str = "text/bytes",
@@ -131,6 +147,8 @@ class CorpusData(SequenceData):
             "test": 0.0 if test_files else test_fraction,
         }
         self.field, self.encoding, self.duplicates = field, encoding, duplicates
+        self.skip_bad, self.workers, self.max_tokens = skip_bad, workers, max_tokens
+        self.left_out_rows = LeftOut(skip_bad)
         self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
         self.length, self.epoch_size, self.seed = length, epoch_size, seed
         self._texts: dict[str, list[Interval]] | None = None
@@ -141,6 +159,8 @@ class CorpusData(SequenceData):
         check_setting("data.length", self.length, 1, WINDOW.value)
         check_setting("data.epoch_size", self.epoch_size, *EPOCH)
         check_setting("data.seed", self.seed, *SEEDS)
+        check_setting("data.max_tokens", self.max_tokens, 0, 2**60)
+        check_workers(self.workers)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
         self._files, self._sources, unchanged = split_files(self.files, self.validation_files, self.test_files)
@@ -149,7 +169,10 @@ class CorpusData(SequenceData):
             raise ConfigError("data.files names nothing. Give a file, a pattern, or a list of them.")
         self._parts = self._make_parts(files)
         meta = {
+            "reading": 2,
             "duplicates": self.duplicates,
+            "skip_bad": self.skip_bad,
+            "max_tokens": self.max_tokens,
             "tokenizer": tokenizer.identity,
             "field": self.field,
             "encoding": self.encoding,
@@ -158,31 +181,20 @@ class CorpusData(SequenceData):
             "sources": list(self._sources.values()),
         }
 
-        def tokenised(splits: Sequence[str], column: int) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-            # a new generator for each record: the store finishes it before the next
-            def tokens(make: Callable[[], Iterator[Iterator[str]]]) -> Iterator[np.ndarray]:
-                for pieces in make():
-                    for both in tokenizer.document(pieces, joint="\n" if joined else ""):
-                        yield both[column]
+        def stored(label: str, splits: Sequence[str], **options: Any) -> TokenStore:
+            reading = _Reading(self, splits)
+            return tokenised(
+                label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged.check, **options
+            )
 
-            for split in splits:
-                for name, make in self._parts[split]:
-                    joined = not is_plain(name)
-                    yield f"{split} {Path(name).name}", tokens(make)
-
-        def compared() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-            self._refuse_copies()
-            yield from tokenised(SPLITS, 0)
-            self._held_out.tell()
-
-        store = TokenStore.cached("corpus", compared, tokenizer.dtype, meta, unchanged=unchanged.check)
-        numbers = iter(range(len(store)))
-        records = {split: [next(numbers) for _ in self._parts[split]] for split in SPLITS}
+        self._store = stored("corpus", SPLITS, max_tokens=self.max_tokens)
+        records: dict[str, list[int]] = {split: [] for split in SPLITS}
+        for number, name in enumerate(self._store.names):
+            records[name.partition(" ")[0]].append(number)
+        store = self._store
         self._counts: dict[str, list[np.ndarray] | None] = {split: None for split in SPLITS}
         if not tokenizer.bytewise and records["validation"] + records["test"]:
-            counts = TokenStore.cached(
-                "corpus-bytes", lambda: tokenised(SPLITS[1:], 1), "uint32", meta, unchanged=unchanged.check
-            )
+            counts = stored("corpus-bytes", SPLITS[1:], counts=True)
             first = len(records["train"])
             for split in SPLITS[1:]:
                 self._counts[split] = [counts[number - first] for number in records[split]]
@@ -213,23 +225,28 @@ class CorpusData(SequenceData):
                     parts[split].append((name, self._documents(name, training=split == "train")))
         return parts
 
-    def _documents(self, name: str, training: bool) -> Callable[[], Iterator[Iterator[str]]]:
-        return lambda: (
-            iter([text])
-            for where, text in documents(name, field=self.field, encoding=self.encoding)
-            if not training or self._held_out.takes(where, [text])
+    def _documents(self, name: str, training: bool) -> Source:
+        return lambda refuse: (
+            text
+            for where, text in documents(name, field=self.field, encoding=self.encoding, refuse=refuse)
+            if text and (not training or self._held_out.takes(where, [text]))
         )
+
+    def left_out(self) -> list[dict[str, Any]]:
+        self.setup()
+        return self._store.found
 
     @functools.cached_property
     def _held_out(self) -> HeldOut:
         """The contents of the validation and test files; plain ones as a whole."""
         found = HeldOut(self.duplicates)
+        refuse = functools.partial(self.left_out_rows, listed=False)
         for split in SPLITS[1:]:
             for name in self._files[split]:
                 if is_plain(name):
                     found.add(split, name, self._whole(name))
                 else:
-                    for where, text in documents(name, field=self.field, encoding=self.encoding):
+                    for where, text in documents(name, field=self.field, encoding=self.encoding, refuse=refuse):
                         found.add(split, where, [text])
         return found
 
@@ -261,7 +278,8 @@ class CorpusData(SequenceData):
     def raw(self, split: str) -> list[np.ndarray]:
         """The texts of `"train"`, `"validation"` or `"test"` as UTF-8 bytes: `(length,)` uint8 each."""
         self.setup()
-        texts = ("".join(piece for pieces in make() for piece in pieces) for _, make in self._parts[split])
+        refuse = functools.partial(self.left_out_rows, listed=False)
+        texts = ("".join(make(refuse)) for _, make in self._parts[split])
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def _members(self, split: str) -> list[Interval]:
@@ -303,5 +321,50 @@ class CorpusData(SequenceData):
         return {"field": self.field, "encoding": self.encoding}
 
 
-def _stretch(name: str, data: np.ndarray, start: int, stop: int) -> Callable[[], Iterator[Iterator[str]]]:
-    return lambda: iter([decoded(name, data, start, stop)])
+def _stretch(name: str, data: np.ndarray, start: int, stop: int) -> Source:
+    return lambda refuse: decoded(name, data, start, stop)
+
+
+class _Reading(Reading):
+    """The texts of splits, each file's part of one a record `SPLIT NAME`."""
+
+    def __init__(self, data: CorpusData, splits: Sequence[str]) -> None:
+        self.data, self.left_out, self._enough = data, data.left_out_rows, False
+        self.parts = [(split, *part) for split in splits for part in data._parts[split]]
+
+    def pieces(self, place: Any) -> Iterator[Piece]:
+        if place is None:
+            self.data._refuse_copies()
+        first, skipped = place or (0, 0)
+        for number, (split, name, make) in enumerate(self.parts):
+            if number < first or (split == "train" and self._enough):
+                continue
+            before, seen = skipped if number == first else 0, 0
+            refuse = lambda error: self.left_out(error) if seen >= before else None  # noqa: B023, E731
+            plain, training, record = is_plain(name), split == "train", f"{split} {Path(name).name}"
+            pieces = make(refuse)
+            # the last one of plain text ends a document: one is read ahead
+            text = next(pieces, None)
+            if text is None and not before:
+                yield Piece(record, "", [number, 0], False, False, more=training)
+            while text is not None:
+                following = next(pieces, None) if plain else None
+                seen += 1
+                if self.left_out.refused:
+                    if not self.left_out.look(text):
+                        self.left_out.check()
+                elif seen > before:
+                    begins, ends, joint = (seen == 1, following is None, "") if plain else (True, True, "\n")
+                    new = record if seen == 1 else None
+                    yield Piece(new, text, [number, seen], begins, ends, joint, more=training)
+                    if training and self._enough:
+                        break
+                text = following if plain else next(pieces, None)
+        self.left_out.check()
+        self.data._held_out.tell()
+
+    def found(self) -> list[Any]:
+        return self.left_out.take()
+
+    def enough(self) -> None:
+        self._enough = True

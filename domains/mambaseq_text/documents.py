@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,19 @@ import torch
 from mambaseq.batch import Batch
 from mambaseq.data.cache import Unchanged
 from mambaseq.data.module import SequenceData, pack_collate, pad_collate
+from mambaseq.data.records import Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list
 from mambaseq.limits import SEEDS, WINDOW, check_setting
 from mambaseq_text.copies import Duplicates, HeldOut
-from mambaseq_text.reading import Unit, documents
+from mambaseq_text.left_out import LeftOut, ListedRows
+from mambaseq_text.rows import Unit, documents
 from mambaseq_text.splits import SPLITS, check_fractions, checksums, split_files, split_of_text
 from mambaseq_text.streaming import StreamedWindows
+from mambaseq_text.tokenising import Piece, Reading, check_workers, tokenised
 from mambaseq_text.tokenization import TextTokenizer, make_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class PackedDocuments:
@@ -39,26 +45,20 @@ class PackedDocuments:
         length: int,
         counts: Sequence[np.ndarray] | None = None,
         rng: np.random.Generator | None = None,
+        scored: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self.store, self.records, self.counts = store, records, counts
-        pieces = np.array(
-            [
-                (which, start, min(start + length, n))
-                for which, n in enumerate(store.lengths[list(records)].tolist())
-                for start in range(1, n, length)
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 3)
+        self.store, self.records, self.counts, self.scored = store, np.asarray(records, np.int64), counts, scored
+        sizes = store.lengths[self.records]
+        numbers = np.maximum(-(-(sizes - 1) // length), 0)  # pieces of each
+        which = np.repeat(np.arange(len(sizes)), numbers)
+        starts = 1 + length * (np.arange(len(which)) - np.repeat(np.cumsum(numbers) - numbers, numbers))
+        pieces = np.stack([which, starts, np.minimum(starts + length, sizes[which])], axis=1)
         self._pieces = pieces if rng is None else rng.permutation(pieces)
+        filled = np.concatenate([[0], np.cumsum(self._pieces[:, 2] - self._pieces[:, 1])])
         self._bounds = [0]
-        filled = 0
-        for number, size in enumerate((self._pieces[:, 2] - self._pieces[:, 1]).tolist()):
-            if filled and filled + size > length:
-                self._bounds.append(number)
-                filled = 0
-            filled += size
-        if len(self._pieces):
-            self._bounds.append(len(self._pieces))
+        while self._bounds[-1] < len(self._pieces):
+            at = self._bounds[-1]
+            self._bounds.append(int(np.searchsorted(filled, filled[at] + length, side="right")) - 1)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -68,19 +68,84 @@ class PackedDocuments:
             raise IndexError(index)
         pieces = self._pieces[self._bounds[index] : self._bounds[index + 1]].tolist()
         tokens = [self.store[self.records[which]][start - 1 : stop].astype(np.int64) for which, start, stop in pieces]
+        targets = [ids[1:] for ids in tokens]
+        known: list[Any] = [slice(None)] * len(pieces)
+        if self.scored is not None:
+            known = [self.scored[which][start:stop].astype(bool) for which, start, stop in pieces]
+            targets = [np.where(mine, ids, -100) for mine, ids in zip(known, targets, strict=True)]
         n_bytes = None
         if self.counts is not None:
             n_bytes = torch.tensor(
-                [int(self.counts[which][start:stop].sum(dtype=np.int64)) for which, start, stop in pieces]
+                [
+                    int(self.counts[which][start:stop][mine].sum(dtype=np.int64))
+                    for mine, (which, start, stop) in zip(known, pieces, strict=True)
+                ]
             )
         return Batch(
             inputs=torch.from_numpy(np.concatenate([ids[:-1] for ids in tokens]))[None],
-            targets=torch.from_numpy(np.concatenate([ids[1:] for ids in tokens]))[None],
-            cu_seqlens=torch.tensor([0, *(len(ids) - 1 for ids in tokens)], dtype=torch.int32).cumsum(
-                0, dtype=torch.int32
-            ),
+            targets=torch.from_numpy(np.concatenate(targets))[None],
+            cu_seqlens=torch.tensor([0, *map(len, targets)], dtype=torch.int32).cumsum(0, dtype=torch.int32),
             n_units=n_bytes,
         )
+
+
+class _Reading(Reading):
+    """The documents of files, each a record with the name of its split.
+
+    wanted: the splits to read, each with how many of its documents, None for all.
+    """
+
+    def __init__(self, data: DocumentData, wanted: Mapping[str, int | None]) -> None:
+        self.data, self.wanted = data, dict(wanted)
+        self.left_out, self._enough, self._empty = data.left_out_rows, False, 0
+
+    def pieces(self, place: Any) -> Iterator[Piece]:
+        data, left_out, held_out = self.data, self.left_out, self.data._held_out
+        first, skipped = place or (0, 0)
+        files = [
+            (split, name)
+            for split in SPLITS
+            for name in data._files[split]
+            if not (split == "train" and data.streaming)
+        ]
+        for number, (split, name) in enumerate(files):
+            if number < first or (split == "train" and self._enough):
+                continue
+            before, seen = skipped if number == first else 0, 0
+            refuse = lambda error: left_out(error) if seen >= before else None  # noqa: B023, E731
+            for where, text in data.read(name, refuse):
+                seen += 1
+                if seen <= before:
+                    continue
+                if left_out.refused:
+                    if left_out.look(text):
+                        continue
+                    left_out.check()
+                if split == "train" and not held_out.takes(where, [text]):
+                    continue
+                target = split_of_text(text, data.fractions) if split == "train" else split
+                if target not in self.wanted or self.wanted[target] == 0:
+                    continue
+                if (left := self.wanted[target]) is not None:
+                    self.wanted[target] = left - 1
+                if not text:
+                    self._empty += 1
+                    continue
+                yield Piece(target, text, [number, seen], more=split == "train")
+                if self._enough and split == "train":
+                    break
+            if not any(left is None or left for left in self.wanted.values()):
+                break
+        left_out.check()
+        held_out.tell()
+        if self._empty:
+            logger.warning("Left out: %s documents without text.", f"{self._empty:,}")
+
+    def found(self) -> list[Any]:
+        return self.left_out.take()
+
+    def enough(self) -> None:
+        self._enough = True
 
 
 class DocumentData(SequenceData):
@@ -89,18 +154,26 @@ class DocumentData(SequenceData):
     never ends.
 
     Args:
-        files: what to train on: jsonl or parquet (a document a row), or plain text; file names, patterns (`*`, `?`),
-            resources, or addresses with `://`, in which `${NAME}` stands for an environment variable.
+        files: what to train on: jsonl, a JSON array, parquet, CSV or TSV (a document a row), or plain text; file names,
+            patterns (`*`, `?`), resources, data sets of the Hugging Face Hub (`hub:OWNER/NAME`, and where wanted
+            `@REVISION`, `:CONFIG`, `:SPLIT`), or addresses with `://`, in which `${NAME}` stands for an environment
+            variable.
         validation_files: files of the validation set. When left out, it is a share of the training documents (none when
             streaming), chosen by their content, so that copies of one never are in two sets.
         test_files: the same for the test set.
         validation_fraction: that share for validation. Not used with `validation_files`.
         test_fraction: that share for the test. Not used with `test_files`.
-        field: the field of jsonl and parquet rows that holds the text.
+        field: the field of rows that holds the text.
         encoding: of the files.
         unit: what a document is in plain text: the whole `file`, a `paragraph`, or a `line`.
         duplicates: a training document that is in validation or test files too is refused (`refuse`) or left out of
             training (`drop`).
+        skip_bad: leave out rows that cannot be used (broken JSON, no text, not UTF-8) and list them in the run's
+            folder, `left_out.jsonl`; otherwise all of them are told at once.
+        workers: processes that tokenise; null for as many as there are cores, 0 for none but the run's own. What is
+            tokenised is kept, part by part, and a killed run goes on from there.
+        max_tokens: of the training files, as many are tokenised as give about so many tokens, from the first on; 0 for
+            all.
         tokenizer: a registered tokenizer (`mambaseq list tokenizers`).
         tokenizer_options: its options; `bos` and `eos` mark where documents begin and end. Its defaults when left out.
         length: tokens a pack or window; a batch has `loader.batch_size` of them.
@@ -123,6 +196,9 @@ class DocumentData(SequenceData):
         encoding: str = "utf-8",
         unit: Unit = "paragraph",
         duplicates: Duplicates = "refuse",
+        skip_bad: bool = False,
+        workers: int | None = None,
+        max_tokens: int = 0,
         tokenizer: str = "text/bytes",
         tokenizer_options: dict[str, Any] | None = None,
         length: int = 2048,
@@ -136,6 +212,8 @@ class DocumentData(SequenceData):
             "test": 0.0 if test_files or streaming else test_fraction,
         }
         self.field, self.encoding, self.unit, self.duplicates = field, encoding, unit, duplicates
+        self.skip_bad, self.workers, self.max_tokens = skip_bad, workers, max_tokens
+        self.left_out_rows = LeftOut(skip_bad)
         self.tokenizer_name, self.tokenizer_options = tokenizer, tokenizer_options
         self.length, self.streaming, self.shuffle_windows, self.seed = (
             length,
@@ -144,6 +222,7 @@ class DocumentData(SequenceData):
             seed,
         )
         self._records: dict[str, list[int]] | None = None
+        self._store: TokenStore | None = None
 
     def setup(self) -> None:
         if self._records is not None:
@@ -151,6 +230,8 @@ class DocumentData(SequenceData):
         check_setting("data.length", self.length, 1, WINDOW.value)
         check_setting("data.shuffle_windows", self.shuffle_windows, 0, 2**24)
         check_setting("data.seed", self.seed, *SEEDS)
+        check_setting("data.max_tokens", self.max_tokens, 0, 2**60)
+        check_workers(self.workers)
         check_fractions(self.fractions["validation"], self.fractions["test"])
         tokenizer = make_tokenizer(self.tokenizer_name or "", self.tokenizer_options)
         self._files, self._sources, unchanged = split_files(
@@ -162,6 +243,7 @@ class DocumentData(SequenceData):
         records: dict[str, list[int]] = {split: [] for split in SPLITS}
         if any(self._files[split] for split in stored):
             self._store_documents(tokenizer, stored, unchanged)
+            assert self._store is not None
             for number, split in enumerate(self._store.names):
                 records[split].append(number)
         for split in stored:
@@ -181,27 +263,34 @@ class DocumentData(SequenceData):
         self.setup()
         return checksums(self._files, self._sources)
 
-    def read(self, name: str) -> Iterator[tuple[str, str]]:
+    def read(self, name: str, refuse: Refuse = raised) -> Iterator[tuple[str, str]]:
         """The documents of a file, each with its place."""
-        return documents(name, field=self.field, encoding=self.encoding, unit=self.unit)
+        return documents(name, field=self.field, encoding=self.encoding, unit=self.unit, refuse=refuse)
+
+    def left_out(self) -> list[dict[str, Any]]:
+        self.setup()
+        return [] if self._store is None else self._store.found
 
     @functools.cached_property
     def _held_out(self) -> HeldOut:
         """The documents of the validation and test files."""
         found = HeldOut(self.duplicates)
+        refuse = functools.partial(self.left_out_rows, listed=False)
         for split in SPLITS[1:]:
-            for where, text in (both for name in self._files[split] for both in self.read(name)):
+            for where, text in (both for name in self._files[split] for both in self.read(name, refuse)):
                 found.add(split, where, [text])
         return found
 
-    def _read_for_training(self, name: str) -> Iterator[str]:
-        return (text for where, text in self.read(name) if self._held_out.takes(where, [text]))
+    def _read_for_training(self, name: str, refuse: Refuse = raised) -> Iterator[str]:
+        return (text for where, text in self.read(name, refuse) if text and self._held_out.takes(where, [text]))
 
     def _store_documents(self, tokenizer: TextTokenizer, splits: Sequence[str], unchanged: Unchanged) -> None:
         files = {split: self._files[split] for split in splits}
         meta = {
-            "reading": 2,  # the first one lost what was before a line feed
+            "reading": 3,  # the second one kept documents without text
             "duplicates": self.duplicates,
+            "skip_bad": self.skip_bad,
+            "max_tokens": self.max_tokens,
             "tokenizer": tokenizer.identity,
             "field": self.field,
             "encoding": self.encoding,
@@ -211,26 +300,17 @@ class DocumentData(SequenceData):
             "sources": [self._sources[name] for names in files.values() for name in names],
         }
 
-        def tokenised(column: int, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-            held_out = self._held_out
-            for split, names in files.items():
-                for where, text in (both for name in names for both in self.read(name)):
-                    if split == "train" and not held_out.takes(where, [text]):
-                        continue
-                    target = split_of_text(text, self.fractions) if split == "train" else split
-                    if target in wanted:
-                        yield target, np.concatenate([both[column] for both in tokenizer.document([text])])
-            if column == 0:
-                held_out.tell()
-
-        self._store = TokenStore.cached(
-            "documents", lambda: tokenised(0, SPLITS), tokenizer.dtype, meta, unchanged=unchanged.check
-        )
-        self._counts: dict[str, list[np.ndarray]] = {}
-        if not tokenizer.bytewise and set(self._store.names) - {"train"}:
-            counts = TokenStore.cached(
-                "documents-bytes", lambda: tokenised(1, SPLITS[1:]), "uint32", meta, unchanged=unchanged.check
+        def stored(label: str, wanted: Mapping[str, int | None], **options: Any) -> TokenStore:
+            reading = _Reading(self, wanted)
+            return tokenised(
+                label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged.check, **options
             )
+
+        self._store = stored("documents", dict.fromkeys(SPLITS), max_tokens=self.max_tokens)
+        self._counts: dict[str, list[np.ndarray]] = {}
+        held_out = {split: self._store.names.count(split) for split in SPLITS[1:]}
+        if not tokenizer.bytewise and any(held_out.values()):
+            counts = stored("documents-bytes", held_out, counts=True)
             for number, split in enumerate(counts.names):
                 self._counts.setdefault(split, []).append(counts[number])
 
@@ -246,14 +326,17 @@ class DocumentData(SequenceData):
                 self.length,
                 shuffle=self.shuffle_windows,
                 seed=self.seed,
+                refuse=ListedRows(self.skip_bad, self.left_out_file),
             )
         rng = np.random.default_rng(self.seed)
+        assert self._store is not None
         return PackedDocuments(self._store, self._records["train"], self.length, rng=rng)
 
     def _packs(self, split: str) -> PackedDocuments | None:
         assert self._records is not None, "setup comes first"
         if not self._records[split]:
             return None
+        assert self._store is not None
         return PackedDocuments(self._store, self._records[split], self.length, self._counts.get(split))
 
     def validation(self) -> PackedDocuments | None:

@@ -16,7 +16,8 @@ from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.generation.scoring import Asked, Scored, Scorer, perplexity
 from mambaseq.runs.devices import choose_device
-from mambaseq_text.reading import Unit, decoded, documents, is_plain, read_bytes, text_files
+from mambaseq_text.reading import decoded, read_bytes, text_files
+from mambaseq_text.rows import Unit, documents, is_plain
 from mambaseq_text.tokenization import TextTokenizer
 
 

@@ -31,6 +31,25 @@ def lines(name: str, pieces: Iterator[str]) -> Iterator[str]:
         yield "".join(held)
 
 
+def byte_lines(name: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """As `lines`, of bytes that are not decoded yet: a character that does not belong there ends with its line."""
+    held: list[bytes] = []
+    size = number = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if b"\n" in piece or b"\r" in piece:
+            found = b"".join(held).splitlines(keepends=True)
+            # the last one may go on, and so may a line end
+            held = [] if found[-1].endswith(b"\n") else [found.pop()]
+            size = sum(map(len, held))
+            for line in found:
+                number += 1
+                yield line
+        DOCUMENT_BYTES.check(size, f"{name}, line {number + 1:,}")
+    yield from b"".join(held).splitlines(keepends=True)
+
+
 def paragraphs(name: str, pieces: Iterator[str]) -> Iterator[str]:
     """Paragraphs between blank lines, without the two line ends before the next; the last keeps its end.
 

@@ -13,6 +13,7 @@ from mambaseq.data.addresses import expanded, is_address, redacted
 from mambaseq.data.cache import fingerprint
 from mambaseq.data.unpacking import Unreadable, pieces_of, read_pieces
 from mambaseq.errors import DataError, UserError, shown
+from mambaseq_text.hub import pinned
 
 CHUNK = 2**20
 PACKED = (".gz", ".xz", ".zst", ".bz2")
@@ -60,6 +61,8 @@ def checksum(found: dict[str, Any]) -> str:
 
 
 def _version(address: str) -> str | None:
+    if (revision := pinned(address)) is not None:
+        return revision
     import fsspec
 
     try:

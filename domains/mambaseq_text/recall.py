@@ -18,7 +18,8 @@ from mambaseq.generation.scoring import Asked
 from mambaseq.limits import WINDOW
 from mambaseq.mixers.base import State
 from mambaseq_text.evaluating import Reader
-from mambaseq_text.reading import documents, text_files
+from mambaseq_text.reading import text_files
+from mambaseq_text.rows import documents
 
 PLACES = (
     *("Aachen", "Bergen", "Cairo", "Delhi", "Essen", "Faro", "Geneva", "Havana", "Izmir", "Jena", "Kyoto", "Lima"),

@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mambaseq.batch import Batch
+from mambaseq.data.records import Refuse
 from mambaseq.errors import DataError, cut_list
+from mambaseq_text.left_out import ListedRows
 from mambaseq_text.tokenization import TextTokenizer
 
 
@@ -26,18 +28,21 @@ class StreamedWindows(IterableDataset):
 
     files: what to read. read: gives the documents of a file, as text. tokenizer: see `TextTokenizer.document`.
     length: targets a window. shuffle: windows that the buffer holds; 0 keeps their order. seed: of both orders.
+    refuse: what `read` calls for rows that cannot be used.
     """
 
     def __init__(
         self,
         files: Sequence[str],
-        read: Callable[[str], Iterator[str]],
+        read: Callable[[str, Refuse], Iterator[str]],
         tokenizer: TextTokenizer,
         length: int,
         *,
         shuffle: int = 1000,
         seed: int = 0,
+        refuse: ListedRows | None = None,
     ) -> None:
+        self.refuse = refuse or ListedRows(False)
         self.files, self.read, self.tokenizer, self.length = list(files), read, tokenizer, length
         self.shuffle, self.seed = shuffle, seed
         self.place(batch_size=1)
@@ -55,6 +60,7 @@ class StreamedWindows(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         which, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        self.refuse.active = self.rank == 0 and which == 0
         per_step = self.batch_size * self.world_size
         windows = self._windows(self.start_batch * per_step)
         # a loader takes batches from its workers in turn, starting with the first
@@ -102,7 +108,7 @@ class StreamedWindows(IterableDataset):
         held: list[np.ndarray] = []
         n_held = 0
         for name in files:
-            for text in self.read(name):
+            for text in self.read(name, self.refuse):
                 for ids, _ in self.tokenizer.document([text], joint="\n"):
                     held.append(ids)
                     n_held += len(ids)

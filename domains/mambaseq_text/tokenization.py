@@ -21,7 +21,9 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
+from mambaseq_text.hub import hub_tokenizer, is_hub
 from mambaseq_text.templates import ChatTemplate, check_messages
+from mambaseq_text.words import Words, by_words, byte_counts
 
 
 class TextTokenizer(Tokenizer):
@@ -61,6 +63,22 @@ class TextTokenizer(Tokenizer):
     @property
     def dtype(self) -> str:
         return smallest_dtype(self.vocab_size)
+
+    def part(self, text: str, begins: bool = True, ends: bool = True, joint: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Ids and byte counts of a part of a document, with the marks of its beginning and its end where it has them.
+        joint: see `document`."""
+        found = [self.encode_counted(text)] if text else []
+        none = np.zeros(1, dtype=np.uint32)
+        if begins and self.bos_id is not None:
+            found.insert(0, (np.array([self.bos_id], dtype=self.dtype), none))
+        if ends and self.eos_id is not None:
+            found.append((np.array([self.eos_id], dtype=self.dtype), none))
+        elif ends and joint:
+            found.append(self.encode_counted(joint))
+        if len(found) == 1:
+            return found[0]
+        empty = np.zeros(0, dtype=self.dtype), np.zeros(0, dtype=np.uint32)
+        return tuple(np.concatenate([empty[which], *(both[which] for both in found)]) for which in (0, 1))  # type: ignore
 
     def document(self, pieces: Iterable[str], *, joint: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and byte counts of a document, piece by piece, between bos and eos.
@@ -152,7 +170,7 @@ class HFTokenizer(TextTokenizer):
     those beside it that say more of it (`COMPANIONS`), such as a chat template.
 
     Args:
-        path: the file `tokenizer.json`.
+        path: the file `tokenizer.json`; or `hub:OWNER/NAME`, that of a model of the Hugging Face Hub.
         bos: token of its vocabulary that marks where a document begins, such as `<|endoftext|>`; None for none.
         eos: token that marks where a document ends; None for none.
     """
@@ -161,6 +179,7 @@ class HFTokenizer(TextTokenizer):
     COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
     def __init__(self, path: str, bos: str | None = None, eos: str | None = None) -> None:
+        path = str(hub_tokenizer(path)) if is_hub(path) else path
         self.path, self.bos, self.eos = path, bos, eos
         if not _is_file(path):
             raise DataError(f"There is no tokenizer file {path[:200]}. Give the path of a model's tokenizer.json.")
@@ -185,6 +204,10 @@ class HFTokenizer(TextTokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._special("bos", bos)
         self.eos_id = self._special("eos", eos)
+        self._words = Words(self._encoded, self.dtype) if by_words(self._tokenizer) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.bos, self.eos)  # the library's own would be far longer
 
     def _special(self, option: str, token: str | None) -> int | None:
         if token is None:
@@ -210,6 +233,13 @@ class HFTokenizer(TextTokenizer):
         return {"tokenizer_json": digest, "bos": self.bos_id, "eos": self.eos_id}
 
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        if self._words is not None:
+            return self._words(text)
+        ids, ends = self._encoded(text)
+        return ids, byte_counts(text, ends)
+
+    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids by the library, and the characters behind which each token ends, `(length,)` int64."""
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
@@ -218,16 +248,10 @@ class HFTokenizer(TextTokenizer):
                 f"stands for unknown text; add that token to it, or give another file."
             ) from error
         ids = np.asarray(encoding.ids, dtype=self.dtype)
-        if not len(ids):
-            return ids, np.zeros(0, dtype=np.uint32)
-        # offsets count characters; a token ends where it or an earlier one does, the last one where the text
-        # does
-        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-        behind = np.concatenate([[0], np.cumsum(sizes)])
-        ends = np.maximum.accumulate(behind[np.asarray(encoding.offsets, dtype=np.int64)[:, 1]])
-        ends[-1] = behind[-1]
-        return ids, np.diff(ends, prepend=0).astype(np.uint32)
+        # a token ends where it or an earlier one does, the last one where the text does
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
+        ends[-1:] = len(text)
+        return ids, ends
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of `(length,)` ids, special tokens left out."""

@@ -144,10 +144,16 @@ def download_tokenizer(repository: str, **options: Any) -> Path | None:
     is not known."""
     if not repository.startswith("state-spaces/"):
         return None
-    folder = _fetch(_NEOX, TOKENIZER_FILES[0], options).parent
+    return download_tokenizer_files(_NEOX, **options).parent
+
+
+def download_tokenizer_files(repository: str, **options: Any) -> Path:
+    """The tokenizer.json of a repository, with those beside it that say more of it. Raises UserError if it cannot be
+    downloaded."""
+    path = _fetch(repository, TOKENIZER_FILES[0], options)
     for name in TOKENIZER_FILES[1:]:
-        _fetch_if_there(_NEOX, name, options)
-    return folder
+        _fetch_if_there(repository, name, options)
+    return path
 
 
 def _fetch_if_there(repository: str, name: str, options: dict[str, Any]) -> Path | None:

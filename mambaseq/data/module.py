@@ -8,6 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import lightning
@@ -69,6 +70,9 @@ class SequenceData(abc.ABC):
     start_ids: what generation starts from without a prompt (silence, a line break).
     reader, writer: registered names of what reads records for `predict` and writes for `generate`.
     task: what is to be learned, one of `mambaseq.data.purpose.TASKS`; None derives it from a few sequences.
+
+    Set before training:
+    left_out_file: where a stream lists the rows that it leaves out as it meets them; None for nowhere.
     """
 
     vocab_size: int | None = None
@@ -91,6 +95,7 @@ class SequenceData(abc.ABC):
     reader: str | None = None
     writer: str | None = None
     task: Literal["next_token", "masked", "labels", "classes", "multilabels", "values", "next_values"] | None = None
+    left_out_file: Path | None = None
 
     @abc.abstractmethod
     def setup(self) -> None:
@@ -124,6 +129,11 @@ class SequenceData(abc.ABC):
         """One line for people, after `setup`: how many sequences each set has, and how they were chosen; "" where there
         is nothing to say. `fit` prints it."""
         return ""
+
+    def left_out(self) -> list[dict[str, Any]]:
+        """The rows of files that could not be used and were left out, after `setup`: `file`, `line` and `reason` of
+        each. `fit` lists them in the run's folder."""
+        return []
 
     def audited(self) -> Audited:
         """What `mambaseq data audit` looks at: the sequences of each split, each with its class and place, before

@@ -22,8 +22,10 @@ from mambaseq.resources import cache_dir, make_private
 
 FORMAT = 2
 TOKENS, NAMES, LENGTHS, CHECKSUMS, INDEX = "tokens.bin", "names.json", "lengths.bin", "checksums.bin", "index.json"
+FOUND = "found.json"
 DTYPES = ("uint8", "uint16", "uint32")
 _WRITTEN_AT_ONCE = 1 << 19  # below what readers give at once, which is then not copied
+_READ_AT_ONCE = 1 << 24  # tokens
 _LONG = 1 << 20  # tokens of a record whose checksums are worth a thread
 _WORKERS = 4
 
@@ -85,6 +87,66 @@ class _OfRecords:
         self._threads.shutdown(cancel_futures=True)
 
 
+def check_ids(name: str, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Tokens of a record as they are written. Raises DataError for ids outside of the range of the dtype."""
+    if tokens.dtype == dtype and tokens.flags.c_contiguous:
+        return tokens
+    limit = np.iinfo(dtype).max
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= limit:
+        raise DataError(f"Record {shown(name)} has token ids outside [0, {limit}], the range of {dtype}.")
+    return np.ascontiguousarray(tokens, dtype=dtype)
+
+
+def no_tokens(meta: dict[str, Any], place: Path) -> DataError:
+    """The error of a store that would be empty."""
+    sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
+    return DataError(
+        f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, or only empty "
+        f"ones; nothing is stored in {place}. Give files with contents."
+    )
+
+
+def write_index(
+    folder: Path, dtype: str, meta: dict[str, Any], names: list[str], lengths: list[int], found: list[Any]
+) -> None:
+    """Make a store of a folder with tokens: read them once, and write what describes them. found: see `TokenStore`."""
+    whole, size = xxhash.xxh3_64(), sum(lengths)
+    tokens = np.memmap(folder / TOKENS, dtype, "r", shape=(size,))
+    for start in range(0, size, _READ_AT_ONCE):
+        whole.update(tokens[start : start + _READ_AT_ONCE].data)
+    written = np.array(lengths, dtype="<i8")
+    checksums = np.empty((len(written), 2), dtype="<u8")
+    for record, stop in enumerate(np.cumsum(written).tolist()):
+        checksums[record] = content_checksums(tokens[stop - lengths[record] : stop])
+    _describe(folder, dtype, meta, names, written, checksums, [tokens.nbytes, whole.hexdigest()], found)
+
+
+def _describe(
+    folder: Path,
+    dtype: str,
+    meta: dict[str, Any],
+    names: list[str],
+    lengths: np.ndarray,
+    checksums: np.ndarray,
+    tokens: list[Any],
+    found: list[Any],
+) -> None:
+    """Write what describes the tokens. tokens: the size of their file and its checksum."""
+    parts = {
+        NAMES: json.dumps(names, allow_nan=False).encode(),
+        LENGTHS: lengths.tobytes(),
+        CHECKSUMS: checksums.tobytes(),
+    }
+    if found:
+        parts[FOUND] = json_text(found).encode()
+    files = {TOKENS: tokens}
+    for name, data in parts.items():
+        (folder / name).write_bytes(data)
+        files[name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
+    index = json.loads(json_text({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
+    (folder / INDEX).write_text(json_text(index | {"checksum": _seal(index)}), encoding="utf-8")
+
+
 def _seal(index: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json_text(index, sort_keys=True).encode())
 
@@ -98,18 +160,13 @@ class _Tokens:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._path, self._file = path, path.open("wb", buffering=_WRITTEN_AT_ONCE)
-        self._dtype, self._limit = np.dtype(dtype), np.iinfo(dtype).max
+        self._dtype = np.dtype(dtype)
         self._thread = ThreadPoolExecutor(1, "token-store")
         self.checksum = xxhash.xxh3_64()
 
     def write(self, name: str, tokens: np.ndarray) -> None:
         """Append tokens of a record. name: for messages."""
-        if tokens.dtype != self._dtype or not tokens.flags.c_contiguous:
-            if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self._limit:
-                raise DataError(
-                    f"Record {shown(name)} has token ids outside [0, {self._limit}], the range of {self._dtype}."
-                )
-            tokens = np.ascontiguousarray(tokens, dtype=self._dtype)
+        tokens = check_ids(name, tokens, self._dtype)
         self._file.write(tokens.data)
         self.checksum.update(tokens.data)
 
@@ -141,6 +198,7 @@ class TokenStore:
         two for each record) and `index.json` (dtype, meta, size and checksum of each of the files and of itself); and
         what was found out about the tokens (`kept`).
     names, starts, lengths: of the records, in file order. meta: what the store was built from.
+    found: plain values about what was read and is in no record (see `growing.Part`).
     tokens: all records end to end, `(tokens,)`. checksums: `(records, 2)` uint64, see `Checksums`. A store pickles as
         its path, so loader workers map the same file.
     """
@@ -176,6 +234,7 @@ class TokenStore:
                 if actual != checksum:
                     raise StoreError(f"{self.folder / name} is damaged: its checksum differs. {remedy}")
             self.names: list[str] = json.loads(parts[NAMES])
+            self.found: list[Any] = json.loads(parts.get(FOUND, b"[]"))
             self.lengths = np.frombuffer(parts[LENGTHS], dtype="<i8")
             self.checksums = np.frombuffer(parts[CHECKSUMS], dtype="<u8").reshape(-1, 2)
             self.starts = np.cumsum(self.lengths) - self.lengths
@@ -290,23 +349,10 @@ class TokenStore:
             on_disk = file.to_disk()
             meta = describe()
             if not sum(lengths):
-                sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
-                raise DataError(
-                    f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, "
-                    f"or only empty ones; nothing is stored in {place()}. Give files with contents."
-                )
+                raise no_tokens(meta, place())
             written = np.array(lengths, dtype="<i8")
-            parts = {
-                NAMES: json.dumps(names, allow_nan=False).encode(),
-                LENGTHS: written.tobytes(),
-                CHECKSUMS: of_records.all(written).tobytes(),
-            }
-            files = {TOKENS: [start * np.dtype(dtype).itemsize, file.checksum.hexdigest()]}
-            for name, data in parts.items():
-                (temporary / name).write_bytes(data)
-                files[name] = [len(data), xxhash.xxh3_64_hexdigest(data)]
-            index = json.loads(json_text({"format": FORMAT, "dtype": dtype, "meta": meta, "files": files}))
-            (temporary / INDEX).write_text(json_text(index | {"checksum": _seal(index)}), encoding="utf-8")
+            checksum = [start * np.dtype(dtype).itemsize, file.checksum.hexdigest()]
+            _describe(temporary, dtype, meta, names, written, of_records.all(written), checksum, [])
             on_disk.result()
         return place()
 

@@ -27,6 +27,7 @@ from mambaseq.plain import read_json
 _OURS = (
     "config.yaml",
     "data.json",
+    "left_out.jsonl",
     "checkpoints",
     "model",
     "logs",
@@ -84,6 +85,7 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.report = self.path / "report.html"
         self.data = self.path / "data.json"
+        self.left_out = self.path / "left_out.jsonl"
         self._lock, self._holder = self.path / ".lock", self.path / ".holder"
 
     def check_place(self, *, begins: bool) -> None:

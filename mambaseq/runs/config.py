@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from mambaseq.checkpoints.card import check_generation
@@ -155,12 +156,14 @@ class RunConfig:
         given = self.trainer.get("callbacks") or []
         return list(given) if isinstance(given, list | tuple) else [given]
 
-    def make_data(self, *, setup: bool = False) -> SequenceData:
-        """The dataset. setup: call its `setup` as well. Raises UserError that names the setting under `data` that is
+    def make_data(self, *, setup: bool = False, left_out: Path | None = None) -> SequenceData:
+        """The dataset. setup: call its `setup` as well. left_out: see
+        `SequenceData.left_out_file`. Raises UserError that names the setting under `data` that is
         wrong."""
         options = {key: value for key, value in self.settings["data"].items() if key != "name"}
         with under_key("data", options):
             data: SequenceData = self.classes["data"](**options)
+            data.left_out_file = left_out
             if setup:
                 data.setup()
         return data

@@ -10,7 +10,7 @@ import lightning
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mambaseq.atomic import atomic_file, remove_leftovers
+from mambaseq.atomic import atomic_file, json_text, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from, load_source
 from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
@@ -124,7 +124,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if rank() == 0:
         remove_leftovers(folder.path, deep=True)
         remove_leftovers(cache_dir(settings.settings["data"].get("cache")) / "stores")
-    data = settings.make_data(setup=True)
+    data = settings.make_data(setup=True, left_out=folder.left_out)
     record = record_of(settings, data)
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics, filter(None, named_sets(data.validation())))
@@ -180,9 +180,18 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
         lacks = "" if named_sets(data.validation()) else "there is no validation set: the last weights are kept"
-        for told in filter(None, (data.splits_told(), lacks, classes_told(data))):
+        for told in filter(None, (data.splits_told(), lacks, classes_told(data), _left_out_told(data, folder))):
             print(f"{folder.path}: {told}", flush=True)
     return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
+
+
+def _left_out_told(data: SequenceData, folder: RunFolder) -> str:
+    """List the rows that were left out in the run's folder; one line for people, "" where there are none."""
+    if not (rows := data.left_out()):
+        return ""
+    with atomic_file(folder.left_out, "w", encoding="utf-8") as file:
+        file.writelines(json_text(row) + "\n" for row in rows)
+    return f"{len(rows):,} rows that cannot be used are left out; they are listed in {folder.left_out.name}"
 
 
 def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_changed_data: bool) -> Resumption:
@@ -290,7 +299,7 @@ def _begin(trainer: lightning.Trainer, settings: RunConfig, run: Training, recor
     if not trainer.is_global_zero:
         return
     # of a run that ended before its first checkpoint
-    for path in (folder.best, folder.results, folder.evaluation, folder.curves, folder.report):
+    for path in (folder.best, folder.results, folder.evaluation, folder.curves, folder.report, folder.left_out):
         _remove(path)
     write_record(folder, record)
     with atomic_file(folder.config, "w", encoding="utf-8") as file:

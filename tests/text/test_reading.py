@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mambaseq_text.documents import DocumentData
-from mambaseq_text.reading import CHUNK, decoded, documents, read_bytes, read_text, text_files
+from mambaseq_text.reading import CHUNK, decoded, read_bytes, read_text, text_files
+from mambaseq_text.rows import documents
 from mambaseq_text.tokenization import ByteTokenizer
 from mambaseq_text.writing import write_text
 

@@ -1,0 +1,294 @@
+"""Texts are tokenised once, in parts that a killed run does not make again, and by processes as without."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from mambaseq_text import tokenising
+from mambaseq_text.corpus import CorpusData
+from mambaseq_text.documents import DocumentData
+from mambaseq_text.tokenising import Piece, Reading, tokenised
+from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
+from mambaseq_text.words import Words, byte_counts
+
+from mambaseq.data.store import TokenStore
+from mambaseq.errors import ConfigError, DataError, UserError
+
+
+class Numbers(Reading):
+    """Twenty texts, of which the last ones may not come."""
+
+    def __init__(self, stops_at: int = 20) -> None:
+        self.stops_at, self.read = stops_at, 0
+
+    def pieces(self, place: Any) -> Iterator[Piece]:
+        for number in range(place or 0, 20):
+            if number >= self.stops_at:
+                raise KeyboardInterrupt
+            self.read += 1
+            yield Piece(f"{number}", f"text {number} " * 5, number + 1)
+
+
+class Counting(ByteTokenizer):
+    calls = 0
+
+    def part(self, *given: Any) -> Any:
+        type(self).calls += 1
+        return super().part(*given)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAMBASEQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenising, "PART", 100)
+
+
+def same(one: TokenStore, other: TokenStore) -> bool:
+    return one.names == other.names and np.array_equal(one.tokens, other.tokens) and one.found == other.found
+
+
+@pytest.mark.parametrize("torn", ["nothing", "journal", "tokens"])
+def test_a_killed_run_goes_on_behind_its_whole_parts(tmp_path: Path, torn: str, caplog: Any) -> None:
+    """And makes the store that a run makes that was not; what is half-written does not count."""
+    wanted = tokenised("whole", Numbers(), ByteTokenizer(), {}, workers=0)
+    Counting.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        tokenised("killed", Numbers(stops_at=11), Counting(), {}, workers=0)
+    (growing,) = (tmp_path / "cache" / "stores").glob("*.growing")
+    assert not list((tmp_path / "cache" / "stores").glob("killed-*[0-9a-f]"))  # half of a store is none
+    journal, tokens = growing / "journal.jsonl", growing / "tokens.bin"
+    if torn == "journal":
+        journal.write_bytes(journal.read_bytes()[:-20])
+    elif torn == "tokens":
+        tokens.write_bytes(tokens.read_bytes()[:-3])
+    else:
+        with tokens.open("ab") as file:  # of a part that is not in the journal
+            file.write(b"half of a part")
+    made, Counting.calls, again = Counting.calls, 0, Numbers()
+    found = tokenised("killed", again, Counting(), {}, workers=0)
+    assert same(found, wanted)
+    whole = made - 3 * (torn != "nothing")  # the last part has three texts
+    assert again.read == Counting.calls == 20 - whole
+    assert "Goes on behind" in caplog.text
+    Counting.calls = 0
+    tokenised("killed", Numbers(), Counting(), {}, workers=0)
+    assert not Counting.calls  # it is there
+    tokenised("killed", Numbers(), Counting(), {"other": 1}, workers=0)
+    assert Counting.calls == 20
+
+
+def test_processes_give_the_same_store(tokenizer_json: Path) -> None:
+    tokenizer = HFTokenizer(str(tokenizer_json), eos="<|endoftext|>")
+    one = tokenised("one", Numbers(), tokenizer, {}, workers=0)
+    assert same(tokenised("two", Numbers(), tokenizer, {}, workers=1), one)
+
+
+class Ends(HFTokenizer):
+    def __reduce__(self) -> Any:
+        return (exit, ())
+
+
+def test_a_process_that_ends_is_told(tokenizer_json: Path) -> None:
+    with pytest.raises(UserError, match=r"process that tokenises has ended .*what was done is kept"):
+        tokenised("x", Numbers(), Ends(str(tokenizer_json)), {}, workers=1)
+
+
+def test_no_more_than_so_many_tokens(tmp_path: Path) -> None:
+    """The same ones whatever stops in between; held-out files are read whole."""
+    for name, letter in (("train", "a"), ("test", "b")):
+        rows = [json.dumps({"text": f"{letter}{number:02}" * 20}) + "\n" for number in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    options = {"test_files": str(tmp_path / "test.jsonl"), "validation_fraction": 0.0, "max_tokens": 300, "workers": 0}
+    for kind in (DocumentData, CorpusData):
+        data = kind(files=str(tmp_path / "train.jsonl"), **options)  # type: ignore[operator]
+        data.setup()
+        text = bytes(data._store.tokens)
+        assert text.count(b"a") == 120  # three parts of two documents, sixty bytes each
+        assert text.count(b"b") == 600
+
+
+BAD = [
+    '{"text": "good"}',
+    '{"text": "broken',
+    '{"text": 3}',
+    "",
+    '{"text": "fine"}',
+    '{"txt": "x"}',
+]
+
+
+def bad_file(folder: Path) -> str:
+    path = folder / "bad.jsonl"
+    path.write_bytes("\n".join(BAD).encode() + b'\n{"text": "\xff"}\n{"text": "last"}\n')
+    return str(path)
+
+
+NONE = {"validation_fraction": 0.0, "test_fraction": 0.0}
+
+
+@pytest.mark.parametrize("kind", [DocumentData, CorpusData])
+def test_broken_rows_are_told_at_once_or_left_out(tmp_path: Path, kind: Any) -> None:
+    name = bad_file(tmp_path)
+    with pytest.raises(DataError, match=r"Line 2 of .*bad\.jsonl is not JSON") as caught:
+        kind(files=name, **NONE).setup()
+    told = str(caught.value)
+    assert "3 more cannot be used, by line:" in told
+    assert "bad.jsonl: 3, 6, 7." in told
+    assert "data.skip_bad: true" in told
+    assert len(told) < 1000
+    for _ in range(2):  # made, and from the cache
+        data = kind(files=name, skip_bad=True, **NONE)
+        data.setup()
+        assert bytes(data._store.tokens).replace(b"\n", b"") == b"goodfinelast"
+        assert [(row["file"], row["line"]) for row in data.left_out()] == [(name, line) for line in (2, 3, 6, 7)]
+        assert data.left_out()[0]["reason"] == "is not JSON: Invalid control character at at column 17"
+        assert "0xff at offset" in data.left_out()[3]["reason"]
+
+
+def test_a_stream_lists_what_it_leaves_out(tmp_path: Path) -> None:
+    name = bad_file(tmp_path)
+    data = DocumentData(files=name, streaming=True, skip_bad=True, length=3, shuffle_windows=0)
+    data.left_out_file = tmp_path / "left_out.jsonl"
+    data.setup()
+    for _ in range(2):  # a second pass, and a second run, list nothing again
+        for _, _ in zip(range(12), data.train(), strict=False):
+            pass
+        lines = [json.loads(line)["line"] for line in data.left_out_file.read_text().splitlines()]
+        assert lines == [2, 3, 6, 7]
+    with pytest.raises(DataError, match="Line 2 of"):
+        next(iter(DocumentDataOf(name).train()))
+
+
+def DocumentDataOf(name: str) -> DocumentData:
+    data = DocumentData(files=name, streaming=True, length=30)
+    data.setup()
+    return data
+
+
+def test_documents_without_text_are_left_out(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "ab"}\n{"text": ""}\n')
+    options = {"bos": True, "eos": True}
+    data = DocumentData(files=str(tmp_path / "a.jsonl"), tokenizer_options=options, **NONE)  # type: ignore[arg-type]
+    data.setup()
+    assert data._store is not None
+    assert data._store.tokens.tolist() == [256, 97, 98, 257]
+    assert "Left out: 2 documents without text" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
+def test_kinds_of_files(tmp_path: Path, kind: str) -> None:
+    """A JSON array, whatever its white space, and tables, as lines of JSON."""
+    rows = [{"id": number, "text": f'a, "b"\n{number}\té'} for number in range(3)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text("\n [" + " ,\n".join(json.dumps(row, indent=1) for row in rows) + "\n] \n")
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="," if kind == "csv" else "\t").writerows(
+                [["id", "text"], *map(dict.values, rows)]
+            )
+    data = DocumentData(files=str(path), **NONE)  # type: ignore[arg-type]
+    data.setup()
+    assert data._store is not None
+    assert [bytes(one).decode() for one in data._store] == [row["text"] for row in rows]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"text": "a"}, {"text": "b"', r"Row 2 of .*a\.json is not JSON"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', r"a\.json is no JSON array of objects after its row 1"),
+        ("a.json", '[{"text": "a"}] and', r"after its row 1"),
+        ("a.json", '[{"text": "a"}, 3]', r"Row 2 of .*a\.json is not a JSON object but int"),
+        ("a.csv", "id,txt\n1,a\n", r"has no column 'text'\. Did you mean 'txt'"),
+        ("a.csv", "id,text\n1,a,b\n", r"Line 2 of .*a\.csv has 3 cells, not 2"),
+        ("a.csv", 'id,text\n1,"a"b\n', r"Line 2 of .*a\.csv is no row"),
+        ("a.json", "[]", "There are no tokens"),
+    ],
+)
+def test_broken_arrays_and_tables(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        DocumentData(files=str(tmp_path / name), **NONE).setup()  # type: ignore[arg-type]
+
+
+def test_data_sets_as_the_hub_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder here, since there is no network: splits and configs are found as `datasets` does."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": f"this is {split}"}) + "\n")
+    name = f"hub:{folder}"
+    data = DocumentData(files=name, validation_files=name, test_files=f"{name}:default:test")
+    data.setup()
+    assert data._store is not None
+    assert [bytes(one) for one in data._store] == [b"this is train", b"this is validation", b"this is test"]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"has no split 'tst'\. Did you mean 'test'"):
+        DocumentData(files=f"{name}:default:tst").setup()
+    with pytest.raises(DataError, match=r"hub:.*/none cannot be looked up"):
+        DocumentData(files=f"hub:{tmp_path}/none").setup()
+    with pytest.raises(ConfigError, match=r"of the form hub:OWNER/NAME"):
+        DocumentData(files="hub::x").setup()
+
+
+def test_workers_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.workers must be at least 0, not -1"):
+        DocumentData(files=bad_file(tmp_path), workers=-1).setup()
+
+
+def test_words_are_encoded_as_the_library_does(tokenizer_json: Path, sample: str) -> None:
+    """With white of any kind, added tokens of blanks as GPT-NeoX has them, and accents in two characters."""
+    library = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    library.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in (2, 3, 4)])
+    library.normalizer = tokenizers.normalizers.NFC()
+    library.save(str(tokenizer_json.with_name("blanks.json")))
+    letters = [*" \n\t\r\u00a0\x1c\u2003\x85ab1.'s!é京🎲", "  ", "the", "<|endoftext|>", "e\u0301"]
+    rng = np.random.default_rng(0)
+    for path in (tokenizer_json, tokenizer_json.with_name("blanks.json")):
+        tokenizer = HFTokenizer(str(path))
+        assert isinstance(tokenizer._words, Words)
+        drawn = ["".join(rng.choice(letters[: len(letters) - number % 2], 60)) for number in range(200)]
+        texts = [sample, *drawn, "x" * 500, " " * 300, "", "\n"]
+        for text in [*texts, "".join(texts)]:
+            wanted, ends = tokenizer._encoded(text)
+            for _ in range(2):  # new words, and words that were met
+                ids, counts = tokenizer.encode_counted(text)
+                assert ids.tolist() == wanted.tolist()
+                assert counts.sum() == len(text.encode())
+                assert "\u0301" in text or counts.tolist() == byte_counts(text, ends).tolist()
+
+
+def test_long_texts_are_cut_between_words(tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch, sample: str) -> None:
+    tokenizer = HFTokenizer(str(tokenizer_json))
+    wanted = tokenizer._encoded(sample * 3)[0].tolist()
+    monkeypatch.setattr("mambaseq_text.words._LONG", 4)
+    monkeypatch.setattr("mambaseq_text.words._KEPT", 3)
+    for size in (1, 7, 30):
+        monkeypatch.setattr("mambaseq_text.words._BLOCK", size)
+        assert tokenizer.encode_counted(sample * 3)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("change", ["lstrip", "token", "dropped", "prefix"])
+def test_tokenizers_that_see_over_words_are_left_to_the_library(tokenizer_json: Path, change: str) -> None:
+    told = json.loads(tokenizer_json.read_text())
+    if change == "lstrip":
+        told["added_tokens"][0]["lstrip"] = True
+    elif change == "token":
+        told["added_tokens"].append({**told["added_tokens"][0], "id": 300, "content": "of the"})
+    elif change == "dropped":
+        told["model"]["vocab"]["zz"] = told["model"]["vocab"].pop("z")
+    else:
+        told["pre_tokenizer"]["add_prefix_space"] = True
+    path = tokenizer_json.with_name(f"{change}.json")
+    path.write_text(json.dumps(told))
+    assert HFTokenizer(str(path))._words is None
