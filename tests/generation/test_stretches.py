@@ -18,6 +18,7 @@ from mambaseq.ops.eager import only_reference
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none here")
+pytestmark = pytest.mark.usefixtures("full_precision")  # steps of several sequences are products of matrices
 
 
 CONDITIONS = {"n_conditions": 5, "condition_sizes": [2, 3], "condition_means": [1.0], "condition_stds": [2.0]}
