@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mambaseq_synthetic.recipes import induction_heads, lra, selection, selective_copying
+from mambaseq_synthetic.recipes import induction_heads, lra, selection, selective_copying, state_tracking
 from mambaseq_text.recipes import ablations, mixers
 from tqdm import tqdm
 
@@ -62,6 +62,12 @@ def untimed() -> list[Job]:
     """Each training once, whatever number of lines it is in."""
     jobs = [Job("lra", (mixer, task)) for mixer in lra.MIXERS for task in lra.TASKS]
     jobs += [Job("selection", (name,), (seed,)) for name in selection.LINES for seed in SEEDS]
+    jobs += [
+        Job("state_tracking", (name, task), (seed,))
+        for name in state_tracking.MODELS
+        for task in state_tracking.TASKS
+        for seed in SEEDS
+    ]
     jobs += [Job("species_length", (), (seed,)) for seed in SEEDS]
     seen = []
     for entry in (entry for group in ablations.GROUPS for entry in group.entries):

@@ -6,7 +6,7 @@ from mambaseq.domain import Domain
 
 domain = Domain(
     name="synthetic",
-    summary="tasks for measurements: selective copying, induction heads, ListOps, Pathfinder, pixels of digits",
+    summary="tasks for measurements: copying, recall, state tracking, ListOps, Pathfinder, pixels of digits",
     datasets={
         "selective_copying": (
             "mambaseq_synthetic.selective_copying:SelectiveCopyingData",
@@ -15,6 +15,14 @@ domain = Domain(
         "induction_heads": (
             "mambaseq_synthetic.induction_heads:InductionHeadsData",
             "which token followed the special token earlier; tested at other lengths",
+        ),
+        "recall": (
+            "mambaseq_synthetic.recall:RecallData",
+            "which values went with keys, several of a sequence (MQAR); tested at other lengths",
+        ),
+        "state_tracking": (
+            "mambaseq_synthetic.state_tracking:StateTrackingData",
+            "parity, modular arithmetic or permutations: the state after each token; tested at other lengths",
         ),
         "digits": ("mambaseq_synthetic.digits:DigitsData", "handwritten digits pixel by pixel, in order or permuted"),
         "listops": ("mambaseq_synthetic.listops:ListOpsData", "the value of nested MIN, MAX, MED, SM expressions"),
@@ -39,6 +47,10 @@ domain = Domain(
             "mambaseq_synthetic.recipes.induction_heads:recipe",
             "Mamba paper, section 4.1.2: trained at 256, tested up to 2^20",
         ),
+        "state_tracking": (
+            "mambaseq_synthetic.recipes.state_tracking:recipe",
+            "parity, modular arithmetic and permutations by mixers of positive, negative and complex eigenvalues",
+        ),
         "selective_copying": (
             "mambaseq_synthetic.recipes.selective_copying:recipe",
             "Mamba paper, Table 1: what a time-invariant model cannot do",
@@ -53,6 +65,10 @@ domain = Domain(
         "induction_heads": (
             "mambaseq:configs/synthetic/induction_heads.yaml",
             "as in the Mamba paper, tested up to 2^20, on a GPU",
+        ),
+        "state_tracking": (
+            "mambaseq:configs/synthetic/state_tracking.yaml",
+            "parity by Mamba-3, tested at lengths that it was not trained at",
         ),
         "digits": ("mambaseq:configs/synthetic/digits.yaml", "digits pixel by pixel, minutes on a CPU"),
         "listops": ("mambaseq:configs/synthetic/listops.yaml", "ListOps of 50 to 200 tokens, on a GPU"),

@@ -110,7 +110,7 @@ def test_steps_are_the_whole() -> None:
     expected, final = trapezoidal_scan(*made[:6], **states)
     state, last_x, last_B = (value.clone() for value in states.values())
     for t in range(40):
-        y = trapezoidal_update_(state, *(value[:, t] for value in made[:6]), last_x=last_x, last_B=last_B)
+        y = trapezoidal_update_(state, *(value[:, t] for value in made[:6]), last_x, last_B)  # type: ignore[call-arg]
         last_x, last_B = made.x[:, t], made.B[:, t]
         torch.testing.assert_close(y, expected[:, t], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)

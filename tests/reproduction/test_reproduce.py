@@ -21,7 +21,10 @@ def reproduce(name: str, out: Path, *more: str) -> int:
     return main(["reproduce", name, "--scale", "tiny", "--device", "cpu", "--out", str(out), *more])
 
 
-QUICK = {"dna/species_length": ["Mamba", "10-mer naive Bayes"]}  # lines of recipes that are long even when tiny
+QUICK = {  # lines of recipes that are long even when tiny
+    "dna/species_length": ["Mamba", "10-mer naive Bayes"],
+    "synthetic/state_tracking": ["mamba3", "gated_delta, negative", "parity", "permutations"],
+}
 SHIPPED = ("audio/spoken_digits",)  # without files that are brought, a sample of them is taken
 MAY_MISS = ("eager_steps_per_s", "mib_at", "peak_gib", "surely")  # measured on GPUs alone; of several seeds
 

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mambaseq_synthetic import induction_heads, selective_copying
+from mambaseq_synthetic import induction_heads, recall, selective_copying, state_tracking
 from mambaseq_synthetic.drawing import TEST
 from mambaseq_synthetic.induction_heads import InductionHeadsData
 from mambaseq_synthetic.listops import ListOpsData
 from mambaseq_synthetic.listops import draw as listops_draw
 from mambaseq_synthetic.pathfinder import PathfinderData
+from mambaseq_synthetic.recall import RecallData
 from mambaseq_synthetic.selective_copying import SelectiveCopyingData
+from mambaseq_synthetic.state_tracking import StateTrackingData, machine
 
 from mambaseq.data.drawing import below, distinct, splitmix64, words
 from mambaseq.data.module import SequenceDataModule, pad_collate
@@ -28,10 +30,14 @@ ENDLESS = (
     lambda **options: InductionHeadsData(length=20, test_lengths=[10, 30], **options),
     lambda **options: ListOpsData(min_length=10, length=40, **options),
     lambda **options: PathfinderData(size=12, **options),
+    lambda **options: RecallData(length=20, n_pairs=3, test_lengths=[10, 30], **options),
+    lambda **options: StateTrackingData(length=20, test_lengths=[10, 30], **options),
 )
 
 
-@pytest.mark.parametrize("module", ["selective_copying", "induction_heads", "digits", "listops", "pathfinder"])
+@pytest.mark.parametrize(
+    "module", ["selective_copying", "induction_heads", "digits", "listops", "pathfinder", "recall", "state_tracking"]
+)
 def test_examples_in_the_docstrings(module: str) -> None:
     done = doctest.testmod(importlib.import_module(f"mambaseq_synthetic.{module}"))
     assert done.attempted >= 2
@@ -93,7 +99,7 @@ def test_random_numbers_are_uniform() -> None:
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same(cuda: torch.device) -> None:
     items = torch.arange(5, 9)
-    for draw in (selective_copying.draw, induction_heads.draw):
+    for draw in (selective_copying.draw, induction_heads.draw, recall.draw, state_tracking.draw):
         for one, other in zip(draw(0, items), draw(0, items.to(cuda)), strict=True):
             assert torch.equal(one, other.cpu())
 
@@ -131,6 +137,64 @@ def test_induction_is_tested_at_many_lengths() -> None:
     for k in range(4):
         assert torch.equal(test[4 + k].inputs[0], inputs[k])
         assert torch.equal(test[4 + k].targets[0], labels[k])
+
+
+def test_recall_asks_once_for_the_value_of_each_key() -> None:
+    inputs, labels = recall.draw(0, torch.arange(300), length=40, n_pairs=6, vocab_size=30)
+    keys, values, later = inputs[:, :12:2], inputs[:, 1:12:2], inputs[:, 12:]
+    assert (keys.min() >= 1, keys.max() < 15 <= values.min(), values.max() < 30) == (True, True, True)
+    assert (labels[:, :12] == -100).all()
+    assert torch.equal(later > 0, labels[:, 12:] > 0)
+    for row in range(300):
+        pairs = dict(zip(keys[row].tolist(), values[row].tolist(), strict=True))
+        asked = later[row][later[row] > 0].tolist()
+        assert sorted(asked) == sorted(pairs)
+        assert [pairs[key] for key in asked] == labels[row][labels[row] > 0].tolist()
+    assert set(keys.flatten().tolist()) == set(range(1, 15))
+    assert (keys.double().mean(0) - 7.5).abs().max() < 5 * (14**2 / 12 / 300) ** 0.5  # in random order
+
+
+def test_states_are_those_of_the_machines() -> None:
+    inputs, labels = state_tracking.draw(0, torch.arange(50), task="parity", size=2, length=30)
+    assert torch.equal(labels, inputs.cumsum(1) % 2)
+    inputs, labels = state_tracking.draw(0, torch.arange(50), task="modular", size=5, length=30)
+    for tokens, states in zip(inputs.tolist(), labels.tolist(), strict=True):
+        value, found = 0, []
+        for what, number in (divmod(token, 5) for token in tokens):
+            value = (value + number, value - number, value * number)[what] % 5
+            found.append(value)
+        assert found == states
+    inputs, labels = state_tracking.draw(0, torch.arange(20), task="permutations", size=5, length=30)
+    every = list(itertools.permutations("abcde"))
+    for tokens, states in zip(inputs.tolist(), labels.tolist(), strict=True):
+        order = every[0]
+        for token, state in zip(tokens, states, strict=True):
+            order = tuple(order["abcde".index(letter)] for letter in every[token])
+            assert order == every[state]
+    for size in (2, 5):  # a group: each token, and each state, is a permutation of the others
+        table = machine("permutations", size)
+        for axis in (0, 1):
+            assert torch.equal(table.sort(axis).values, torch.arange(len(table)).expand_as(table).movedim(-1, axis))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (RecallData, {"n_pairs": 0}, "data.n_pairs"),
+        (RecallData, {"length": 47}, r"data.length.*three times data.n_pairs"),
+        (RecallData, {"test_lengths": [256, 5]}, "data.test_lengths"),
+        (RecallData, {"vocab_size": 33}, "data.vocab_size must be at least 34 for 16 pairs"),
+        (StateTrackingData, {"task": "party"}, "data.task must be parity, modular or permutations, not 'party'"),
+        (StateTrackingData, {"size": 3}, "data.size must be 2 for data.task parity, not 3; leave it out for 2"),
+        (StateTrackingData, {"task": "permutations", "size": 6}, "from 2 to 5 .* not 6; leave it out for 5"),
+        (StateTrackingData, {"test_lengths": []}, "data.test_lengths"),
+        (StateTrackingData, {"length": 0}, "data.length"),
+        (StateTrackingData, {"seed": -1}, "data.seed"),
+    ],
+)
+def test_settings_of_recall_and_of_machines_that_cannot_be(kind: type, wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**wrong)
 
 
 def test_settings_that_cannot_be() -> None:

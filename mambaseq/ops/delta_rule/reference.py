@@ -24,21 +24,20 @@ def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
         state = v.new_zeros(arguments.n_sequences, heads, v.shape[3], d_key)
     state = state.to(wide, copy=True)  # of length 0, it is what is returned
     if cu_seqlens is None:
-        y, final = _scan(q, k, values, g, beta, state, reverse)
+        y, final = _scan([q, k, values, g, beta], state, reverse)
         return y.to(v.dtype), final
     ys, finals = [values[:, :0]], [state[:0]]
     for s, (start, end) in enumerate(itertools.pairwise(sequences.offsets(cu_seqlens, v.shape[1]))):
-        own: Any = [None if value is None else value[:, start:end] for value in (q, k, values, g, beta)]
-        y, final = _scan(*own, S=state[s : s + 1], reverse=reverse)
+        own = [None if value is None else value[:, start:end] for value in (q, k, values, g, beta)]
+        y, final = _scan(own, state[s : s + 1], reverse)
         ys.append(y)
         finals.append(final)
     return torch.cat(ys, dim=1).to(v.dtype), torch.cat(finals)
 
 
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, S: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """q and k are given for every head."""
+def _scan(over_time: list[Any], S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """over_time: q and k for every head, v, g and beta."""
+    q, k, v, g, beta = over_time
     length = v.shape[1]
     ys: list[Tensor] = [v] * length
     for t in reversed(range(length)) if reverse else range(length):

@@ -1,0 +1,128 @@
+"""State tracking by mixers of positive, negative and complex eigenvalues: parity, modular arithmetic, S5.
+
+Of which a recurrence is capable: Grazzi et al., arXiv:2411.12537 (negative eigenvalues); Mamba-3, arXiv:2603.15569,
+section 4.2 (complex ones).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
+from mambaseq.reproduction.batches import drawn
+from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq_synthetic.drawing import TEST, VALIDATION
+from mambaseq_synthetic.state_tracking import SIZES, Task, draw, machine
+
+# Mixer and options, and what is published of parity, scaled so that 0 is chance
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba2": ("mamba2", {}, "0.9"),
+    "mamba3": ("mamba3", {"rope_fraction": 1.0}, "100"),
+    "gated_delta": ("gated_delta", {}, ""),
+    "gated_delta, negative": ("gated_delta", {"negative_eigenvalues": True}, ""),
+    "kda, negative": ("kda", {"negative_eigenvalues": True}, ""),
+}
+TASKS: dict[Task, str] = {
+    "parity": "Parity of bits",
+    "modular": "Addition, subtraction and multiplication modulo 5, from left to right",
+    "permutations": "Products of permutations of 5 things (S5)",
+}
+# what must be: those of negative or complex eigenvalues keep the parity at the length that they have learned
+_SOLVE, _FAIL = ("mamba3", "gated_delta, negative", "kda, negative"), ("mamba2", "gated_delta")
+LR = 2e-3
+_TOKENS = 2**20  # that are read at once
+
+
+def run(context: Context) -> list[Table]:
+    learned = context.at(full=(16, 64, 256), small=(8, 16, 32), tiny=(8,))
+    tested = [learned[-1] * 4**k for k in range(context.at(full=5, small=3, tiny=2))]
+    steps = context.at(full=5_000, small=300, tiny=2)
+    batch_size = context.at(full=128, small=32, tiny=2)
+    layers, d_model = context.at(full=(2, 128), small=(1, 32), tiny=(1, 8))
+
+    def trial(name: str, task: Task, seed: int, checkpoint: Path) -> dict[str, float]:
+        torch.manual_seed(seed)
+        mixer, options, _ = MODELS[name]
+        these = functools.partial(draw, task=task, size=SIZES[task])
+        model = causal_lm(max(machine(task, SIZES[task]).shape), d_model, layers, mixer, **options).to(context.device)
+        config = OptimizerConfig(lr=LR, weight_decay=0.0, beta2=0.999, warmup_steps=min(100, steps // 2))
+        taken, seconds = 0, 0.0
+        for phase, length in enumerate(learned):
+            trained = train(
+                model,
+                drawn(functools.partial(these, length=length), batch_size, seed * len(learned) + phase),
+                steps,
+                config,
+                checkpoint=checkpoint.with_suffix(f".{length}.pt"),
+                finished=lambda length=length: accuracy(model, these, VALIDATION, 4 * length, 256) == 1,  # type: ignore[misc]
+                check_every=250,
+                label=f"{name}, {task} at {length}",
+            )
+            taken, seconds = taken + trained.steps, seconds + trained.seconds
+        n = context.at(full=256, small=64, tiny=4)
+        found = {_key(length): accuracy(model, these, TEST, length, n) for length in tested}
+        return {**found, "parameters": model.n_parameters(), "steps": taken, "minutes": seconds / 60}
+
+    columns = [
+        *(Column(_key(length), f"{length:,}", 1, percent=True) for length in tested),
+        Column("parameters", "parameters", 0),
+        Column("steps", "steps", 0),
+        Column("minutes", "minutes", 1),
+    ]
+    about = (
+        "Share of states that are told rightly in the second half of test sequences of each length, scaled so that 0 "
+        f"is the share of the most frequent one and 100 all. {layers} layers of d_model {d_model}, batches of "
+        f"{batch_size}, trained at the lengths {', '.join(map(str, learned))} one after the other, every position's "
+        f"state a target; AdamW, learning rate {LR:g} with warm-up and cosine at each, until validation sequences four "
+        f"times as long are right or {steps:,} steps are done. Longer ones are read in pieces, the state handed on."
+    )
+    tables = []
+    tasks, names = context.wanted(TASKS, MODELS), context.wanted(MODELS, TASKS)
+    for task in tasks:
+        lines = []
+        for name in names:
+            values = context.over_seeds(
+                f"{name} {task} steps={steps} a length",
+                lambda seed, checkpoint, name=name, task=task: trial(name, task, seed, checkpoint),  # type: ignore[misc]
+            )
+            paper = MODELS[name][2] if task == "parity" else ""
+            lines.append(Line(name, values, paper, _wanted(name, learned[-1]) if task == "parity" else ()))
+        tables.append(Table(TASKS[task], about, columns, lines))
+    return tables
+
+
+def _key(length: int) -> str:
+    return f"accuracy at {length}"
+
+
+def _wanted(name: str, length: int) -> tuple[Bound, ...]:
+    if name in _SOLVE:
+        return (Bound(_key(length), ">=", 0.99),)
+    return (Bound(_key(length), "<=", 0.2),) if name in _FAIL else ()
+
+
+@torch.no_grad()
+def accuracy(model: SequenceModel, draw: Callable[..., tuple[Tensor, Tensor]], seed: int, length: int, n: int) -> float:
+    """Of the states in the second half of the first n sequences of a set, 0 for chance and 1 for all."""
+    device = next(model.parameters()).device
+    inputs, labels = draw(seed, torch.arange(n, device=device), length=length)
+    piece = max(1, _TOKENS // n)
+    right, state = [], None
+    for part, targets in zip(inputs.split(piece, dim=1), labels.split(piece, dim=1), strict=True):
+        output = model(part, state=state, return_state=True)
+        state = output.state
+        right.append(output.logits.argmax(-1) == targets)
+    late = labels[:, length // 2 :]
+    chance = float(torch.bincount(late.flatten()).max()) / late.numel()
+    found = float(torch.cat(right, dim=1)[:, length // 2 :].double().mean())
+    return (found - chance) / (1 - chance)
+
+
+recipe = Recipe(run, seeds=3)
