@@ -384,7 +384,14 @@ def _mamba_ssm(
 
     def generator(batch: int, length: int, new: int) -> Generate:
         theirs._decoding_cache = None  # the graph of another batch
-        return lambda prompt, n: theirs.generate(prompt, max_length=prompt.shape[1] + n, cg=n > 1, top_k=1)
+
+        def tokens(prompt: Tensor, n: int) -> Tensor:
+            if n > 1 and theirs._decoding_cache is None:  # captured for the longest, or again for each longer one
+                theirs.generate(prompt, max_length=prompt.shape[1] + new, cg=True, top_k=1)
+            found: Tensor = theirs.generate(prompt, max_length=prompt.shape[1] + n, cg=n > 1, top_k=1)
+            return found
+
+        return tokens
 
     return generator
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambaseq.domain import catalog
-from mambaseq.generation import Decoder, decode, generate
+from mambaseq.generation import Decoder, decode, generate, read_graphs
+from mambaseq.generation.prompts import Prompts
+from mambaseq.generation.reading import prefill
 from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.ops.decoding import layer as steps
 
 VOCABULARY = 29
 MIXERS = [
@@ -121,6 +124,45 @@ def test_a_graph_gives_the_tokens_of_the_loop(
             generate(model, prompt, 40, condition=condition, cuda_graph=wanted, **settings) for wanted in (True, False)
         )
         assert torch.equal(graph, loop)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_steps_of_whole_layers_are_steps(
+    cuda: torch.device, mixer: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(mixer, d_model=64).to(cuda, torch.bfloat16)
+    tokens = torch.randint(0, VOCABULARY, (batch, 12)).to(cuda)
+    logits = []
+    for rows in (0, steps.tuning.most_rows):
+        monkeypatch.setattr(steps.tuning, "most_rows", rows)
+        decoder = Decoder(model, model.init_state(batch))
+        logits.append(run(decoder, tokens))
+        assert decoder.captured
+    torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mixer", "options"), [("mamba", {}), ("mamba2", {"d_state": 16}), ("s4d", {})])
+def test_a_prompt_of_a_known_shape_is_read_by_a_graph(cuda: torch.device, mixer: str, options: dict) -> None:
+    model, _ = on_gpu(cuda, mixer, **options)
+    for turn in range(6):
+        prompt = torch.randint(0, VOCABULARY, (3, 50), device=cuda)
+        plain, replayed = (prefill(model, Prompts.of(prompt), None, cuda_graph=g) for g in (False, True))
+        torch.testing.assert_close(replayed[1], plain[1])
+        for a, b in zip(replayed[0], plain[0], strict=True):
+            torch.testing.assert_close(a.tensors(), b.tensors())
+        if turn == 4:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+    assert len(read_graphs._known[model].graphs) == 1
+    for _ in range(4):  # a state before it makes another graph
+        given = [layer.clone() for layer in plain[0]]
+        again, replayed = (prefill(model, Prompts.of(prompt), None, given, cuda_graph=g) for g in (False, True))
+        torch.testing.assert_close(replayed[1], again[1])
+    assert len(read_graphs._known[model].graphs) == 2
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ class Tuning:
         the one in front of it has ended (compute capability 9.0 on).
     """
 
-    most_rows: int = 64
+    most_rows: int = 16
     held: int = 16384
     held_warps: int = 8
     programs: int = 264
