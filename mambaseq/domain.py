@@ -133,6 +133,7 @@ CORE: dict[str, Entries] = {
             "Gated DeltaNet: a matrix that corrects what it says of each key, and decays",
         ),
         "kda": ("mambaseq.mixers.kda:KDA", "Kimi Delta Attention: the same with a decay a channel"),
+        "gla": ("mambaseq.mixers.gla:GLA", "gated linear attention: a decay a channel of the keys"),
         "retention": ("mambaseq.mixers.retention:Retention", "RetNet's retention: fixed decays, rotated keys"),
         "linear_attention": ("mambaseq.mixers.linear_attention:LinearAttention", "linear attention, elu + 1, RoPE"),
     },

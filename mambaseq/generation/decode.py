@@ -96,8 +96,9 @@ def generate(
         given: tokens to add that are known, of the shape of what is added to each prompt; negative where one is drawn.
         guidance: how many times over what the condition changes in the logits counts (see `generation/guidance.py`);
             for models that have learned to do without (`condition_dropout`). Every token then takes two steps.
-        state_dtype: torch.bfloat16 keeps the states of mamba and mamba2 rounded between steps: half the memory and its
-            traffic, for tokens that may come to differ (`benchmarks/state_drift.py`). None is float32.
+        state_dtype: torch.bfloat16 keeps the states of mamba, mamba2, mamba3, gated_delta, kda and gla rounded between
+            steps: half the memory and its traffic, for tokens that may come to differ (`benchmarks/state_drift.py`).
+            None is float32.
         draft: guess several tokens and let the model check them at once, one sequence at a time: `"ngram"` guesses what
             followed the same tokens before, a smaller model of the same vocabulary what it would add. The result stays
             the same, within rounding (see `generation/speculation.py`, whose `Speculation` also tells what came of it).
@@ -483,7 +484,8 @@ def _check_state_dtype(model: SequenceModel, dtype: torch.dtype, guidance: float
     layers = [layer for layer in model.init_state(1) if isinstance(layer, State)]
     if not any(getattr(layer, name).dtype == torch.float32 for layer in layers for name in layer.accumulated):
         raise ConfigError(
-            "state_dtype is for models with real states of mamba or mamba2; this one has none. Leave it out."
+            "state_dtype is for models with real states of mamba, mamba2, mamba3, gated_delta, kda or gla; this one "
+            "has none. Leave it out."
         )
     if guidance != 1:
         raise ConfigError("state_dtype does not go with guidance. Leave one of them out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class DeltaState(State):
     """conv `(batch, channels of q, k and v, d_conv - 1)`: the last inputs of the convolutions, oldest first.
     kv `(batch, n_value_heads, value_dim, head_dim)`. Both fp32."""
 
+    accumulated: ClassVar[tuple[str, ...]] = ("kv",)
     conv: Tensor
     kv: Tensor
 

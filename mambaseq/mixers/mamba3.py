@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Mamba3State(State):
     d_state)`, v `(batch, n_heads, rank, head_dim)`: what the last position wrote, B turned, and its inputs. ssm
     `(batch, n_heads, head_dim, d_state)`. All but the angles fp32."""
 
+    accumulated: ClassVar[tuple[str, ...]] = ("ssm",)
     angle: Tensor
     k: Tensor
     v: Tensor

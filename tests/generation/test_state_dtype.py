@@ -14,6 +14,8 @@ from mambaseq.generation import Decoder, generate
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.ops.decoding import gpu as step_gpu
 from mambaseq.ops.decoding import step
+from mambaseq.ops.delta_rule import delta_rule_update_
+from mambaseq.ops.trapezoid import trapezoidal_update_
 
 
 def make(mixer: str, **options: Any) -> SequenceModel:
@@ -58,7 +60,22 @@ def test_a_step_rounds_the_state_alone(name: str, module: Any) -> None:
     torch.testing.assert_close(half.float(), wide, rtol=2**-8 if module is step else 2**-7, atol=0)
 
 
-@pytest.mark.parametrize(("mixer", "options"), [("mamba", {}), ("mamba2", {"d_state": 8})])
+def test_steps_of_the_delta_rule_and_of_trapezoids_round_the_state_alone() -> None:
+    torch.manual_seed(0)
+    one, key, value = torch.rand(2, 3), torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+    ranked: dict[str, Any] = {"last_x": value[:, :, None], "last_B": key[:, :, None]}
+
+    def trapezoid(state: Tensor) -> Tensor:
+        return trapezoidal_update_(state, value[:, :, None], one, -one, one, key[:, :, None], key[:, :, None], **ranked)
+
+    for update in (lambda state: delta_rule_update_(state, key, key, value, -one, one), trapezoid):
+        half = torch.randn(2, 3, 4, 5).bfloat16()
+        wide = half.float()
+        torch.testing.assert_close(update(half), update(wide))
+        assert torch.equal(half, wide.bfloat16())
+
+
+@pytest.mark.parametrize(("mixer", "options"), [("mamba", {}), ("mamba2", {"d_state": 8}), ("gated_delta", {})])
 def test_generation_with_rounded_states(mixer: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(mixer, **options)
     seen: list[set[torch.dtype]] = []

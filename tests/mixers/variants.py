@@ -89,6 +89,7 @@ VARIANTS: dict[str, list[dict]] = {
             "negative_eigenvalues": True,
         },
     ],
+    "gla": [{}, {"n_heads": 3, "expand_k": 1.0, "gate_rank": 3, "normalizer": 2.0, "chunk_size": 16}],
     "retention": [
         {},
         {"n_heads": 2, "expand_v": 1, "chunk_size": 16},

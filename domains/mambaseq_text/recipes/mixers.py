@@ -25,6 +25,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba3": ("mamba3", {}),
     "gated_delta": ("gated_delta", {}),
     "kda": ("kda", {}),
+    "gla": ("gla", {}),
     "s4d": ("s4d", {}),
     "s4": ("s4", {}),
     "s5": ("s5", {}),

@@ -79,11 +79,16 @@ def delta_rule(
 def delta_rule_update_(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Tensor | None = None
 ) -> Tensor:
-    """One step of `delta_rule`; changes state `(batch, heads, d_value, d_key)` in place.
+    """One step of `delta_rule`; changes state `(batch, heads, d_value, d_key)`, float32 or bfloat16, in place.
 
     q, k `(batch, key heads, d_key)`, v `(batch, heads, d_value)`, g `(batch, heads)` or `(batch, heads, d_key)`, beta
     `(batch, heads)`. Returns y, the shape and dtype of v.
     """
+    if state.dtype == torch.bfloat16:  # computed in float32, rounded when it is written
+        kept = state.float()
+        y = delta_rule_update_(kept, q, k, v, g, beta)
+        state.copy_(kept)
+        return y
     wide, heads = state.dtype, v.shape[1]
     q, k = (value.to(wide).repeat_interleave(heads // value.shape[1], dim=1) for value in (q, k))
     if g is not None:

@@ -95,11 +95,16 @@ def trapezoidal_update_(
     last_x: Tensor,
     last_B: Tensor,
 ) -> Tensor:
-    """One step of `trapezoidal_scan`; changes state `(batch, heads, head_dim, d_state)` in place.
+    """One step of `trapezoidal_scan`; changes state `(batch, heads, head_dim, d_state)`, float32 or bfloat16, in place.
 
     x and last_x, of the step before, `(batch, heads, rank, head_dim)`; dt, A, trap `(batch, heads)`; B, C and last_B
     `(batch, heads, rank, d_state)`. Returns y, the shape and dtype of x.
     """
+    if state.dtype == torch.bfloat16:  # computed in float32, rounded when it is written
+        kept = state.float()
+        y = trapezoidal_update_(kept, x, dt, A, trap, B, C, last_x, last_B)
+        state.copy_(kept)
+        return y
     wide = state.dtype
     dt, trap = (value.to(wide)[..., None, None] for value in (dt, trap))
     state.add_((1 - trap) * dt * (last_x.to(wide).mT @ last_B.to(wide)))
