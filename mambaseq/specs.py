@@ -23,6 +23,7 @@ NOT_IN_WEIGHTS = {
     "chunk_length",
     "class_weights",
     "condition_dropout",
+    "context_parallel",
     "cuda_graph",
     "dropout",
     "focal_gamma",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
+from mambaseq.errors import check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
 
@@ -39,6 +40,9 @@ class ResidualStack(Backbone):
             (see `backbones/graphed.py`): faster where kernels are shorter than their launches. Calls with states,
             packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes
             no number and is faster (see `backbones/automatic.py`).
+        context_parallel: how many processes share every training sequence, each with a part of its positions (see
+            `mambaseq.parallel`); trainer.devices is a multiple of it. With chunk_length, chunks are dealt to them in
+            turn.
     """
 
     splits_time: ClassVar[bool] = True
@@ -55,8 +59,11 @@ class ResidualStack(Backbone):
         pattern: list[str] | None = None,
         mlp: bool | None = None,
         norm: NormName = "rms",
+        context_parallel: int = 1,
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
+        check_positive("The residual backbone", context_parallel=context_parallel)
+        self.context_parallel = context_parallel
         mixers = make_mixers(make_mixer, n_layers, pattern, mlp)
         self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
         scale_residual_(mixers)

@@ -327,6 +327,7 @@ class SequenceDataModule(lightning.LightningDataModule):
     set_names: for "val" and "test", the names of the sets that the loaders were last made for (see `named_sets`).
     batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint. The
         order of the data depends only on it and the seed.
+    sharing: how many processes in a row are given the same training batches (see `mambaseq.parallel`).
     """
 
     def __init__(
@@ -340,7 +341,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         self.data = data
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.collate = pack_collate if pack else data.collate
-        self.batches_done = 0
+        self.batches_done, self.sharing = 0, 1
         self.set_names: dict[str, list[str]] = {}
 
     def setup(self, stage: str) -> None:
@@ -358,6 +359,7 @@ class SequenceDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         dataset = self.data.train()
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = rank // self.sharing, world // self.sharing
         if isinstance(dataset, torch.utils.data.IterableDataset):
             place = functools.partial(dataset.place, batch_size=self.batch_size, rank=rank, world_size=world)  # type: ignore[attr-defined]
             start = lambda: place(start_batch=self.batches_done)  # noqa: E731

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mambaseq.batch import Batch
 from mambaseq.parallel.pieces import Piece
 
 if TYPE_CHECKING:
@@ -51,6 +53,23 @@ class Part:
         """This rank's positions of x, whose dimension `dim` is time."""
         parts = [x.narrow(dim, self.pieces[n].begin, self.pieces[n].end - self.pieces[n].begin) for n in self.mine]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def share(self, whole: Batch) -> Batch:
+        """This rank's part of a batch with a target for each position. Units are counted on the first rank."""
+        condition, units = whole.condition, whole.n_units
+        if condition is not None and self.bounds is not None:
+            condition = condition[torch.tensor(self.segments, device=condition.device)]
+        if units is not None and self.context.rank:
+            units = torch.zeros_like(units)
+        return dataclasses.replace(
+            whole,
+            inputs=self.take(whole.inputs),
+            targets=None if whole.targets is None else self.take(whole.targets),
+            mask=None if whole.mask is None else self.take(whole.mask),
+            cu_seqlens=self.cu_seqlens(whole.inputs.device),
+            condition=condition,
+            n_units=units,
+        )
 
     @functools.cached_property
     def segments(self) -> list[int]:

@@ -180,7 +180,7 @@ class Resumption(lightning.Callback):
         if not (ours.get("batch_size") and self.same_data):
             return
         former = ours["batch_size"] * ours["world_size"]
-        now = module.batch_size * trainer.world_size
+        now = module.batch_size * (trainer.world_size // module.sharing)
         if former == now:
             return
         size = getattr(module.data.train(), "__len__", lambda: 0)()

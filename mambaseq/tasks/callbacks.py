@@ -113,7 +113,7 @@ class RunCheckpoints(Checkpoint):
         checkpoint[KEY] = {
             "data": None if self.data is None else self.data.plain(),
             "batch_size": getattr(datamodule, "batch_size", None),
-            "world_size": trainer.world_size,
+            "world_size": trainer.world_size // getattr(datamodule, "sharing", 1),
             "ended": self.ended,
         }
 
@@ -307,7 +307,8 @@ class Throughput(lightning.Callback):
         if on_gpu and (batch_idx % 10 == 0 or self._is_first):
             torch.cuda.synchronize(pl_module.device)
         seconds = time.perf_counter() - self._started
-        tokens = batch.inputs.shape[0] * batch.inputs.shape[1] * trainer.world_size
+        batches = trainer.world_size // getattr(trainer.datamodule, "sharing", 1)  # type: ignore[attr-defined]
+        tokens = batch.inputs.shape[0] * batch.inputs.shape[1] * batches
         self.seconds += seconds
         self.tokens += tokens
         if self._is_first:

@@ -20,6 +20,8 @@ from mambaseq.metrics.answers import Answers, AnswerSheet
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
+from mambaseq.parallel import Context
+from mambaseq.tasks.contexts import make_context
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.fitting import check_kinds, check_masked, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
@@ -128,6 +130,8 @@ class Task(lightning.LightningModule):
         # in the current accumulation window: targets of its first batch, and of all so far, over all processes
         self._window: tuple[Tensor, Tensor] | None = None
         self._fits = False
+        # of the processes that share this one's training sequences
+        self._context: Context | None = None
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
         self.keep_answers = keep_answers
@@ -148,6 +152,16 @@ class Task(lightning.LightningModule):
             cu_seqlens=batch.cu_seqlens,
             return_logits=return_logits,
         )
+
+    def setup(self, stage: str) -> None:
+        """Raise ConfigError for sequences that are to be shared by processes (`context_parallel`) in another way than
+        can be. Only those of training are: an evaluation keeps no activations."""
+        shared = getattr(self.model.backbone, "context_parallel", 1) if stage == "fit" else 1
+        self._context = None
+        if shared > 1:
+            self.model.check_splits_time()
+            self._context = make_context(shared, self.trainer.strategy)
+        self.trainer.datamodule.sharing = shared  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         self._window, self._fits = None, False
@@ -177,11 +191,22 @@ class Task(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = shorten(batch, self.length_warmup.length(self.global_step, batch.inputs.shape[1]))
-        output = self.run_model(batch)
+        output = self._run_shared(batch)
         assert output.loss is not None
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
         self.log("train/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0])
         return self._weighted(output.loss, batch)
+
+    def _run_shared(self, batch: Batch) -> ModelOutput:
+        """The model's output, for this process's part of sequences that several share; the loss is that of them all."""
+        if self._context is None:
+            return self.run_model(batch)
+        chunk_length = getattr(self.model.backbone, "chunk_length", None)
+        part = self._context.split(
+            batch.inputs.shape[1], batch.inputs.shape[0], batch.cu_seqlens, chunk_length=chunk_length
+        )
+        with part:
+            return self.run_model(part.share(batch))
 
     def _weighted(self, loss: Tensor, batch: Batch) -> Tensor:
         """A mean over the batch's targets, scaled so that its mean over batches and processes becomes, after
@@ -200,8 +225,10 @@ class Task(lightning.LightningModule):
             self._window = everywhere.clamp(min=1), everywhere
         else:
             self._window = self._window[0], self._window[1] + everywhere
+        # gradients of processes that share a sequence are parts of a sum, of which the mean is taken
+        shares = processes if self._context is None else processes * self._context.size
         # equal counts make this exactly 1; the dtype is explicit, since half-precision runs change the default
-        return loss * ((here * processes).float() / self._window[0].float())
+        return loss * ((here * shares).float() / self._window[0].float())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lightning has divided by the number of batches in a whole window, even if there were fewer, and `_weighted`

@@ -13,6 +13,7 @@ from ranks import contexts, on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model, causal_lm
 from mambaseq.parallel import Context, current
@@ -190,3 +191,23 @@ def test_messages_that_may_wait_for_each_other_have_links_of_their_own(size: int
         # both ends of a link mean the same
         context.rank = after
         assert context._link(rank, after, False) == of[1]
+
+
+def test_a_batch_is_shared_with_its_conditions_and_its_units() -> None:
+    tokens, labels = data()
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    whole = Batch(tokens, labels, cu_seqlens=bounds, condition=torch.arange(4), n_units=torch.tensor([9]))
+    first, second = (context.split(LENGTH, 1, bounds).share(whole) for context in contexts(2))
+    assert first.cu_seqlens is not None
+    assert first.condition is not None
+    assert second.condition is not None
+    assert first.cu_seqlens.tolist() == [0, 3, 3, 11]
+    assert (first.condition.tolist(), second.condition.tolist()) == ([0, 1, 2], [2, 3])
+    assert [int(one.n_units.sum()) for one in (first, second) if one.n_units is not None] == [9, 0]
+    assert int(first.n_targets + second.n_targets) == int(whole.n_targets)
+    padded = Batch(tokens, labels, mask=torch.ones(1, LENGTH, dtype=torch.bool), condition=torch.tensor([3]))
+    part = contexts(2)[1].split(LENGTH).share(padded)
+    assert part.condition is not None
+    assert part.mask is not None
+    assert part.condition.tolist() == [3]
+    assert part.mask.shape == part.inputs.shape == (1, 11)

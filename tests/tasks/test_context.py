@@ -1,0 +1,68 @@
+"""Processes that share training sequences train as one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.contexts import make_context
+
+CONFIG = """
+metrics: [bits_per_token]
+data: {name: "tiny:TinyTokens", size: 32}
+model: {d_model: 8, backbone: {name: residual, n_layers: 2, chunk_length: 3}, mixer: {name: mamba, d_state: 4}}
+optimizer: {lr: 1.0e-2}
+loader: {batch_size: 2}
+trainer:
+  {max_steps: 5, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1, accumulate_grad_batches: 2}
+"""
+
+
+def config(folder: Path) -> list[str]:
+    (folder / "c.yaml").write_text(CONFIG)
+    return ["fit", "--allow-import", "tiny", "--config", str(folder / "c.yaml")]
+
+
+@pytest.mark.slow
+def test_two_processes_share_sequences_and_learn_what_one_does(tmp_path: Path) -> None:
+    fit = config(tmp_path)
+    assert main([*fit, "--out", str(tmp_path / "one")]) == 0
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mambaseq", *fit, "--out", str(tmp_path / "two"), "--trainer.devices=2"]
+    command += ["--model.backbone.context_parallel=2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
+    assert one["SequenceDataModule"] == two["SequenceDataModule"]  # the same batches, not half of them
+    for name, tensor in one["state_dict"].items():
+        assert (tensor - two["state_dict"][name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
+    tokens = [checkpoint["callbacks"]["Throughput"]["tokens"] for checkpoint in (one, two)]
+    assert tokens[0] == tokens[1]
+    for curve in ("train/loss", "train/grad_norm", "val/bits_per_token"):
+        curves = [RunFolder(tmp_path / name).curve(curve) for name in ("one", "two")]
+        assert curves[0]
+        for (step, value), (other_step, other) in zip(*curves, strict=True):
+            assert step == other_step
+            assert value == pytest.approx(other, rel=1e-4), curve
+
+
+def test_processes_that_cannot_share_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = [*config(tmp_path), "--out", str(tmp_path / "run"), "--model.backbone.context_parallel"]
+    assert main([*fit, "2"]) != 0
+    told = capsys.readouterr().err
+    assert "splits each sequence over 2 processes, but there are 1" in told
+    assert "trainer.devices" in told
+    assert main([*fit, "0"]) != 0
+    assert "context_parallel" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy"):
+        make_context(1, SingleDeviceStrategy("cpu"))
