@@ -51,7 +51,10 @@ class Service:
 
     def __init__(self, name: str, loaded: LoadedModel, engine: Engine) -> None:
         if loaded.tokenizer is None:
-            raise ConfigError(f"The model at {loaded.source} has no tokenizer, and the server answers texts.")
+            raise ConfigError(
+                f"The model at {loaded.source.parent} has no tokenizer, and the server answers texts. Import it again "
+                "with --tokenizer FILE (a tokenizer.json), or serve a run of text."
+            )
         self.name, self.engine, self.tokenizer = name, engine, loaded.tokenizer
         self.stops = StopStrings([], self.tokenizer)
         known = Known(loaded)

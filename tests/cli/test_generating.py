@@ -54,6 +54,7 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--temperature", "-1"], "temperature must be a finite number of at least 0, not -1"),
         (["--prompt", ""], "at least one token"),
+        (["--prompt", "a\udcff"], "no text that this model's tokenizer reads"),  # a byte of no text
         (["--condition", "7"], "not conditional"),
         (["--temperature", "nan"], "temperature must be a finite number of at least 0, not nan"),
         (["--temperature", "inf"], "temperature must be a finite number"),
@@ -243,6 +244,8 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
     with pytest.raises(ConfigError, match="no prompt to continue"):
         run.generate([], device="cpu")
+    with pytest.raises(ConfigError, match="prompt 1 is empty"):
+        run.generate(["a", ""], device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_arguments_that_are_left_over_are_quoted() -> None:
         ("optimizer.weight_decay", 2**63),
         ("data.cache", "a\0b"),
         ("trainer.gradient_clip_val", float("nan")),
+        ("generation.temperature", float("nan")),
         ("trainer.min_steps", -1),
         ("trainer.num_nodes", 0),
         ("trainer.accumulate_grad_batches", None),

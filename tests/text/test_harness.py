@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from pages import blocks, run_cell
 from mambaseq.checkpoints import ModelCard, save_model
 from mambaseq.checkpoints.upstream import from_upstream, options_from_config
 from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError
 from mambaseq.generation import generate_all
 from mambaseq.models import causal_lm
 
@@ -78,6 +80,7 @@ def test_it_agrees_with_lm_evals_transformers_adapter(
     found = harness.loglikelihood(asked, disable_tqdm=True)
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert max(nats for nats, _ in found) - min(nats for nats, _ in found) > 1  # answers are told apart
     texts = [instance("loglikelihood_rolling", text) for text in ("the end of the café", "a b", "the\n\nend " * 9)]
     expected = other.loglikelihood_rolling(texts, disable_tqdm=True)
     assert harness.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(expected, rel=1e-5)
@@ -119,7 +122,12 @@ TASKS = {
 
 
 def test_tasks_of_ones_own_on_the_command_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    theirs: Any,
+    tokenizer_json: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -136,12 +144,32 @@ def test_tasks_of_ones_own_on_the_command_line(
     assert 0 <= results["tasks/made_up_choices/acc"] <= 1
     assert results["tasks/made_up_texts/byte_perplexity"] > 1
     assert results["tasks/made_up_answers/exact_match"] == 0
+    expected = by_transformers(theirs, tokenizer_json, tmp_path)
+    for task, metric in (
+        *(("made_up_choices", "acc"), ("made_up_texts", "byte_perplexity"), ("made_up_lambada", "perplexity")),
+        *(("made_up_lambada", "acc"), ("made_up_answers", "exact_match")),
+    ):
+        assert results[f"tasks/{task}/{metric}"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-5)
     own = last_words(Reader(run, "cpu"), str(data), field="question")  # without lm-eval
     assert results["tasks/made_up_lambada/perplexity"] == pytest.approx(own.perplexity, rel=1e-6)
     assert results["tasks/made_up_lambada/acc"] == own.accuracy
     assert f"made_up_texts/byte_perplexity  {results['tasks/made_up_texts/byte_perplexity']:.4f}" in (
         " ".join(capsys.readouterr().out.split()).replace("perplexity ", "perplexity  ")
     )
+
+
+def by_transformers(theirs: Any, tokenizer_json: Path, tasks: Path) -> dict[str, dict[str, float]]:
+    """The same tasks by lm-eval's own adapter of the model that the run's weights are those of."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json), eos_token=END, pad_token=END)
+    other = HFLM(pretrained=theirs, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found: Any = simple_evaluate(other, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
+    return found["results"]
 
 
 def test_the_page_on_evaluation_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,13 +218,36 @@ def test_what_cannot_be_asked_of_tasks_is_refused(
     assert "pip install 'mambaseq[harness]'" in capsys.readouterr().err
 
 
+def test_a_model_without_a_tokenizer_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = causal_lm(16, 8, 1)
+    save_model(tmp_path / "bare", model, ModelCard(spec=model.spec, task="next_token"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b"}\n')
+    commands = {
+        "generate": ["--out", str(tmp_path / "o")],
+        "serve": [],
+        "text/lambada": [str(tmp_path / "rows.jsonl")],
+        "text/perplexity": [str(tmp_path / "rows.jsonl")],
+        "text/recall": [],
+    }
+    for command, more in commands.items():
+        assert main([command, "--checkpoint", str(tmp_path / "bare"), *more, "--device", "cpu"]) == 2, command
+        told = capsys.readouterr().err
+        assert str(tmp_path / "bare") in told, command
+        assert "has no tokenizer" in told, command
+        assert re.search(r"--tokenizer FILE|Give a run of text", told), command  # what to do
+    if _installed():
+        from mambaseq.runs.harness import Harness
+
+        with pytest.raises(ConfigError, match=r"has no tokenizer of text.* Give a run of text"):
+            Harness(tmp_path / "bare", "cpu")
+
+
 def _installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
 def test_settings_of_tasks() -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
-    from mambaseq.errors import ConfigError
     from mambaseq.runs.harness import _settings
 
     assert _settings({}) == (256, [], {"temperature": 0.0})
