@@ -20,6 +20,7 @@ domain = Domain(
             "mambaseq_text.documents:DocumentData",
             "documents, packed without crossing, or streamed",
         ),
+        "chats": ("mambaseq_text.chats:ChatData", "conversations, or prompts and answers; the loss is that of answers"),
     },
     readers={"text": ("mambaseq_text.reading:read_text", "plain text, jsonl, parquet")},
     writers={"text": ("mambaseq_text.writing:write_text", "plain text or jsonl")},

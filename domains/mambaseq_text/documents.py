@@ -36,6 +36,8 @@ class PackedDocuments:
 
     store, records: the documents. counts: the bytes of their tokens, or None if every token is one byte or counts are
         not needed. rng: shuffles the pieces; None keeps their order.
+    scored: of each document, `(length,)`, whether its tokens are targets; None for all. whole: a longer document loses
+        its end; nothing is cut into pieces.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class PackedDocuments:
         counts: Sequence[np.ndarray] | None = None,
         rng: np.random.Generator | None = None,
         scored: Sequence[np.ndarray] | None = None,
+        whole: bool = False,
     ) -> None:
         self.store, self.records, self.counts, self.scored = store, np.asarray(records, np.int64), counts, scored
         sizes = store.lengths[self.records]
+        sizes = np.minimum(sizes, length + 1) if whole else sizes
         numbers = np.maximum(-(-(sizes - 1) // length), 0)  # pieces of each
         which = np.repeat(np.arange(len(sizes)), numbers)
         starts = 1 + length * (np.arange(len(which)) - np.repeat(np.cumsum(numbers) - numbers, numbers))

@@ -58,9 +58,9 @@ class ChatTemplate:
         return ChatTemplate, (self.source, self.tokens, self.name)
 
     @classmethod
-    def beside(cls, tokenizer: Path) -> ChatTemplate | None:
+    def beside(cls, tokenizer: Path, file: Path | None = None) -> ChatTemplate | None:
         """The template in the folder of a tokenizer.json: the file chat_template.jinja, or `chat_template` in its
-        tokenizer_config.json; of several there, that named default. None where there is none.
+        tokenizer_config.json; of several there, that named default. None where there is none. file: one to use instead.
 
         Raises DataError for a damaged template, UserError for another damaged file.
         """
@@ -72,7 +72,9 @@ class ChatTemplate:
             for key, value in one.items()
             if key.endswith("_token") and (text := _token(value)) is not None
         }
-        if (path := folder / FILE).is_file():
+        if file is not None and not file.is_file():
+            raise DataError(f"There is no chat template {shown(file, 300)}. Check its path.")
+        if (path := file or folder / FILE).is_file():
             YAML_BYTES.check(path.stat().st_size, str(path))
             try:
                 return cls(path.read_text(encoding="utf-8"), tokens, str(path))

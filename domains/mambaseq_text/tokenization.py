@@ -22,6 +22,7 @@ from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
 from mambaseq_text.hub import hub_tokenizer, is_hub
+from mambaseq_text.templates import FILE as TEMPLATE
 from mambaseq_text.templates import ChatTemplate, check_messages
 from mambaseq_text.words import Words, by_words, byte_counts
 
@@ -173,12 +174,14 @@ class HFTokenizer(TextTokenizer):
         path: the file `tokenizer.json`; or `hub:OWNER/NAME`, that of a model of the Hugging Face Hub.
         bos: token of its vocabulary that marks where a document begins, such as `<|endoftext|>`; None for none.
         eos: token that marks where a document ends; None for none.
+        template: a file with a chat template, in the place of the one beside the tokenizer.json.
     """
 
     FILE = "tokenizer.json"
     COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-    def __init__(self, path: str, bos: str | None = None, eos: str | None = None) -> None:
+    def __init__(self, path: str, bos: str | None = None, eos: str | None = None, template: str | None = None) -> None:
+        self.template_file = template
         path = str(hub_tokenizer(path)) if is_hub(path) else path
         self.path, self.bos, self.eos = path, bos, eos
         if not _is_file(path):
@@ -207,7 +210,7 @@ class HFTokenizer(TextTokenizer):
         self._words = Words(self._encoded, self.dtype) if by_words(self._tokenizer) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.bos, self.eos)  # the library's own would be far longer
+        return type(self), (self.path, self.bos, self.eos, self.template_file)  # the library's own would be far longer
 
     def _special(self, option: str, token: str | None) -> int | None:
         if token is None:
@@ -225,7 +228,8 @@ class HFTokenizer(TextTokenizer):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"path": self.path, "bos": self.bos, "eos": self.eos}
+        given = {} if self.template_file is None else {"template": self.template_file}
+        return {"path": self.path, "bos": self.bos, "eos": self.eos, **given}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -261,7 +265,8 @@ class HFTokenizer(TextTokenizer):
     @functools.cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template beside the file, if there is one. Raises DataError if it is damaged."""
-        return ChatTemplate.beside(Path(self.path).expanduser())
+        given = None if self.template_file is None else Path(self.template_file).expanduser()
+        return ChatTemplate.beside(Path(self.path).expanduser(), given)
 
     @property
     def chats(self) -> bool:
@@ -287,7 +292,7 @@ class HFTokenizer(TextTokenizer):
     def save_files(self, folder: Path) -> dict[str, Any]:
         self._tokenizer.save(str(folder / self.FILE))
         self._copy_companions(folder)
-        return {**self.options, "path": self.FILE}
+        return {"path": self.FILE, "bos": self.bos, "eos": self.eos}
 
     def _copy_companions(self, folder: Path) -> None:
         for name in self.COMPANIONS:
@@ -295,6 +300,8 @@ class HFTokenizer(TextTokenizer):
             if source.is_file():
                 YAML_BYTES.check(source.stat().st_size, str(source))
                 shutil.copyfile(source, folder / name)
+        if self.template_file is not None and self.template is not None:
+            (folder / TEMPLATE).write_text(self.template.source, encoding="utf-8")
 
     @classmethod
     def from_folder(cls, source: Path) -> HFTokenizer:
