@@ -15,8 +15,10 @@ from mambaseq.resources import find, share
 from mambaseq.runs.parsing import parse_config
 
 ALIKE = {"dna/five_species": "dna/great_apes"}  # but for their data, which are not here
-# of data that are not here either: set up, built and stepped with their recipes (tests/audio/test_published_audio.py)
-OF_RECIPES = {"audio/sc09", "audio/youtubemix"}
+# of data that are not here either: set up, built and stepped with their recipes (tests/audio/test_published_audio.py,
+# tests/text/test_text_configs.py)
+OF_RECIPES = {"audio/sc09", "audio/youtubemix", "text/pile", "text/slimpajama", "text/fineweb_edu"}
+OF_RECIPES |= {"text/wikitext103", "text/chat"}
 NAMES = [
     entry.name
     for entry in catalog()["configs"]

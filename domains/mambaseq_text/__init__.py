@@ -39,7 +39,11 @@ domain = Domain(
         ),
     },
     configs={
-        "shakespeare": ("mambaseq:configs/text/shakespeare.yaml", "Shakespeare byte by byte, on a GPU"),
+        "pile": ("mambaseq:configs/text/pile.yaml", "the Pile with the Mamba paper's recipe, 125 M parameters"),
+        "slimpajama": ("mambaseq:configs/text/slimpajama.yaml", "SlimPajama with that recipe"),
+        "fineweb_edu": ("mambaseq:configs/text/fineweb_edu.yaml", "FineWeb-Edu with that recipe"),
+        "wikitext103": ("mambaseq:configs/text/wikitext103.yaml", "WikiText-103 with that recipe"),
+        "chat": ("mambaseq:configs/text/chat.yaml", "fine-tuning of a published model on conversations"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
     commands={

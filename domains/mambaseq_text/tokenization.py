@@ -21,6 +21,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
+from mambaseq.resources import located
 from mambaseq_text.hub import hub_tokenizer, is_hub
 from mambaseq_text.templates import FILE as TEMPLATE
 from mambaseq_text.templates import ChatTemplate, check_messages
@@ -265,7 +266,7 @@ class HFTokenizer(TextTokenizer):
     @functools.cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template beside the file, if there is one. Raises DataError if it is damaged."""
-        given = None if self.template_file is None else Path(self.template_file).expanduser()
+        given = None if self.template_file is None else located(self.template_file).expanduser()
         return ChatTemplate.beside(Path(self.path).expanduser(), given)
 
     @property
