@@ -1,4 +1,4 @@
-"""How fast text is tokenised on one core: MB/s of text by `tokenizers` alone and by this project, and that both give the same.
+"""How fast text is tokenised on one core: MB/s by `tokenizers` alone and by this project, which give the same ids.
 
     python benchmarks/text_reading.py --tokenizer tokenizer.json FILE [FILE ...]
 

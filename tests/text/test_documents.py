@@ -351,3 +351,17 @@ def test_many_files_make_no_long_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No document is in the") as other:
         data(tmp_path / "*.jsonl")
     assert max(len(str(error.value)) for error in (caught, other)) < 1000
+
+
+def test_packs_are_filled(tmp_path: Path) -> None:
+    """Pieces of any length; evaluation keeps the order of the documents."""
+    lengths = np.random.default_rng(0).lognormal(3, 1.2, 2000).astype(int) + 1
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths.tolist()))
+    documents = data(path, length=64, validation_fraction=0, test_fraction=0, seed=3)
+    packs = documents.train()
+    assert isinstance(packs, PackedDocuments)
+    sizes = [packs[number].inputs.shape[1] for number in range(len(packs))]
+    assert max(sizes) <= 64
+    assert np.mean(sizes) > 0.97 * 64
+    assert sum(sizes) == (lengths - 1).sum()

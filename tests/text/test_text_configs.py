@@ -58,7 +58,7 @@ def test_it_is_built_and_stepped(name: str, tmp_path: Path, tokenizer_json: Path
         step.zero_grad()
         loss.backward()
         step.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[1] < losses[0]
 
 
