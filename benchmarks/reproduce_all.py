@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mambaseq_synthetic.recipes import induction_heads, lra, selection, selective_copying, state_tracking
+from mambaseq_synthetic.recipes import induction_heads, lra, recall, selection, selective_copying, state_tracking
 from mambaseq_text.recipes import ablations, mixers
 from tqdm import tqdm
 
@@ -68,6 +68,7 @@ def untimed() -> list[Job]:
         for task in state_tracking.TASKS
         for seed in SEEDS
     ]
+    jobs += [Job("recall", (name,), (seed,)) for name in recall.MODELS for seed in SEEDS]
     jobs += [Job("species_length", (), (seed,)) for seed in SEEDS]
     seen = []
     for entry in (entry for group in ablations.GROUPS for entry in group.entries):

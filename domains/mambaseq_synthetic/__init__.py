@@ -51,6 +51,10 @@ domain = Domain(
             "mambaseq_synthetic.recipes.state_tracking:recipe",
             "parity, modular arithmetic and permutations by mixers of positive, negative and complex eigenvalues",
         ),
+        "recall": (
+            "mambaseq_synthetic.recipes.recall:recipe",
+            "recall of many keys (MQAR) by mixers of three sizes",
+        ),
         "selective_copying": (
             "mambaseq_synthetic.recipes.selective_copying:recipe",
             "Mamba paper, Table 1: what a time-invariant model cannot do",

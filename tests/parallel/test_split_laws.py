@@ -26,6 +26,7 @@ BOUNDS = [0, 1, 1, 11, LENGTH, LENGTH]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba": [{"d_state": 3}, {"d_state": 3, "lti": True}, {"d_state": 3, "complex": True, "selective_B": False}],
     "mamba2": [{"d_state": 4, "chunk_size": 4}],
+    "mamba3": [{"d_state": 4, "rank": 2, "chunk_size": 8}],
     "s4d": [{"d_state": 3}, {"d_state": 3, "mode": "fft", "discretization": "bilinear"}],
     "s4": [{"d_state": 3}],
     "s5": [{"d_state": 4}],

@@ -84,7 +84,8 @@ def run(context: Context) -> list[Table]:
         f"times as long are right or {steps:,} steps are done. Longer ones are read in pieces, the state handed on."
     )
     tables = []
-    tasks, names = context.wanted(TASKS, MODELS), context.wanted(MODELS, TASKS)
+    names = context.wanted(MODELS, TASKS)
+    tasks: list[Any] = context.wanted(TASKS, MODELS)
     for task in tasks:
         lines = []
         for name in names:
