@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import statistics
 import time
@@ -108,7 +107,7 @@ class Measure:
         self.rows.append(row)
         if self.context.rank:
             return
-        print(json.dumps(row), flush=True)
+        print(json_text(row), flush=True)
         if self.out is not None:
             gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
             found = {"bench": "context_parallel", "gpu": gpu, "torch": torch.__version__, "rows": self.rows}

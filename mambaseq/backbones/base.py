@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambaseq import parallel
 from mambaseq.backbones import relay
 from mambaseq.backbones.graphed import CudaGraph, StepGraphs
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, RMSNorm, make_norm
 from mambaseq.ops.linear import is_plain
@@ -69,8 +69,10 @@ class Backbone(nn.Module, abc.ABC):
         checkpoint: bool = False,
         chunk_length: int | None = None,
         cuda_graph: CudaGraph = "auto",
+        context_parallel: int = 1,
     ) -> None:
         super().__init__()
+        check_positive("The backbone", context_parallel=context_parallel)
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
         if chunk_length is not None and chunk_length < 1:
@@ -78,6 +80,7 @@ class Backbone(nn.Module, abc.ABC):
         self.checkpoint = checkpoint
         self.chunk_length = chunk_length
         self.cuda_graph = cuda_graph
+        self.context_parallel = context_parallel
         self.graphs = StepGraphs(cuda_graph == "auto")
 
     def check_chunks(self) -> None:
@@ -152,17 +155,7 @@ class Backbone(nn.Module, abc.ABC):
         self, part: parallel.Part, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
         """The same over a rank's part of split sequences."""
-        self.check_splits_time()
-        segments = part.segments if cu_seqlens is None else cu_seqlens[1:]
-        if (
-            x.shape[1] != part.length
-            or len(segments) != len(part.segments)
-            or (cu_seqlens is None) != (part.bounds is None)
-        ):
-            raise ValueError(
-                f"This rank has {part.length} positions of {len(part.segments)} stretches of sequences, but was given "
-                f"{tuple(x.shape[:2])}: take them by the part's take() and cu_seqlens()."
-            )
+        self.check_part(part, x, cu_seqlens)
         longest = max(piece.end - piece.begin for piece in part.pieces)  # on any rank, so that all do the same
         if len(part.mine) == 1 and (self.chunk_length is None or longest <= self.chunk_length):
             with relay.Relay(part, part.mine[0]).running():
@@ -176,6 +169,22 @@ class Backbone(nn.Module, abc.ABC):
         from mambaseq.backbones.chunks import run_in_chunks
 
         return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
+
+    def check_part(self, part: parallel.Part, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Raise ConfigError or ValueError for what is not a part that this backbone can be given."""
+        self.check_splits_time()
+        segments = part.segments if cu_seqlens is None else cu_seqlens[1:]
+        if (
+            x.shape[1] != part.length
+            or len(segments) != len(part.segments)
+            or (cu_seqlens is None) != (part.bounds is None)
+        ):
+            raise ValueError(
+                f"This rank has {part.length} positions of {len(part.segments)} stretches of sequences, but was given "
+                f"{tuple(x.shape[:2])}: take them by the part's take() and cu_seqlens()."
+            )
+        if len(part.mine) > 1 and not self.causal:
+            raise ConfigError("Pieces dealt to the ranks in turn (chunk_length) need a causal backbone.")
 
     def _check_states(self, state: list[Any]) -> None:
         if len(state) != self.n_states:

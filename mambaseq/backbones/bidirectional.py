@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from mambaseq import parallel
+from mambaseq.backbones import relay
 from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers
@@ -51,6 +54,50 @@ class BidirectionalLayer(nn.Module):
             both = both + turned if self.combine == "add" else both * turned
         return self.dropout(both), residual
 
+    def over_part(
+        self,
+        strands: list[tuple[Tensor | None, Tensor]],
+        part: parallel.Part,
+        order: Tensor | None,
+        cu_seqlens: Tensor | None,
+        checkpoint: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The same over a rank's part of split sequences, of one strand, or of two, the second of which is reversed and
+        runs from the last rank to the first. What comes early to this rank is run first, so that the ranks of one half
+        read ahead while those of the other read back."""
+        normed = [self.norm(x, residual) for x, residual in strands]
+        ys = [y for y, _ in normed]
+        if self.ahead.position_wise:
+            outputs = [self.ahead(y, cu_seqlens=cu_seqlens) for y in ys]
+            return [(self.dropout(y), residual) for y, (_, residual) in zip(outputs, normed, strict=True)]
+        back = self.ahead if self.back is None else self.back
+        # whether time runs backwards, the strand, and whether it is read back
+        runs = [(bool(strand) != turned, strand, turned) for strand in range(len(ys)) for turned in (False, True)]
+        late = part.context.rank >= part.context.size / 2
+        found: dict[tuple[int, bool], Tensor] = {}
+        for backwards, strand, turned in sorted(runs, key=lambda run: run[0] != late):
+            y = reverse(ys[strand], order) if turned else ys[strand]
+            one = relay.Relay(part, part.mine[0], backwards=backwards)
+            run = functools.partial(_read, back if turned else self.ahead, cu_seqlens, checkpoint)
+            y, _, _ = one.run(back if turned else self.ahead, run, None, y, None, False)
+            found[strand, turned] = reverse(y, order) if turned else y
+        both = [
+            found[s, False] + found[s, True] if self.combine == "add" else found[s, False] * found[s, True]
+            for s in range(len(ys))
+        ]
+        return [(self.dropout(y), residual) for y, (_, residual) in zip(both, normed, strict=True)]
+
+
+def _read(
+    mixer: Mixer, cu_seqlens: Tensor | None, checkpoint: bool, branch: None, x: Tensor, state: Any, return_state: bool
+) -> tuple[Tensor, Tensor, Any]:
+    """A mixer as a layer of a relay."""
+    if checkpoint and torch.is_grad_enabled():
+        y = torch.utils.checkpoint.checkpoint(mixer, x, state, cu_seqlens, return_state, use_reentrant=False)
+    else:
+        y = mixer(x, state, cu_seqlens, return_state)
+    return (y[0], x, y[1]) if return_state else (y, x, None)
+
 
 def _tie(ahead: Mixer, back: Mixer) -> None:
     """Give the second mixer the parameters of the first one's in_proj and out_proj.
@@ -94,9 +141,12 @@ class BidirectionalStack(Backbone):
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
+        context_parallel: how many processes share every training sequence (see `ResidualStack`). Half of them read
+            ahead while the others read back: two work as fast as each can, more wait for each other.
     """
 
     takes_mask: ClassVar[bool] = True
+    splits_time: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -112,8 +162,9 @@ class BidirectionalStack(Backbone):
         tie_projections: bool = False,
         combine: Combine = "add",
         norm: NormName = "rms",
+        context_parallel: int = 1,
     ) -> None:
-        super().__init__(checkpoint=checkpoint, cuda_graph=cuda_graph, dropout=dropout)
+        super().__init__(dropout, checkpoint, None, cuda_graph, context_parallel)
         if combine not in ("add", "multiply"):
             raise ConfigError(f"combine must be add or multiply, not {shown(combine)}.")
         if shared and tie_projections:
@@ -159,12 +210,27 @@ class BidirectionalStack(Backbone):
         """
         if state is not None or return_state:
             refuse_states("bidirectional")
+        if (part := parallel.current()) is not None and part.context.size > 1:
+            self.check_part(part, x, cu_seqlens)
+            refuse_padding(mask)
+            order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens)
+            (y,) = self.over_part([x], part, order, cu_seqlens)
+            return y
         order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
         if self.cuda_graph and order is None and not (self.checkpoint or torch.compiler.is_compiling()):
             replayed = self.graphs(self, lambda x: self._both(x, None, None), x)
             if replayed is not None:
                 return replayed
         return self._both(x, order, cu_seqlens)
+
+    def over_part(
+        self, strands: list[Tensor], part: parallel.Part, order: Tensor | None, cu_seqlens: Tensor | None
+    ) -> list[Tensor]:
+        """The stack over a rank's part of each strand (see `BidirectionalLayer.over_part`)."""
+        streams: list[tuple[Tensor | None, Tensor]] = [(None, x.float()) for x in strands]
+        for layer in self.layers:
+            streams = layer.over_part(streams, part, order, cu_seqlens, self.checkpoint)  # type: ignore[operator]
+        return [self.norm_f(*stream)[0] for stream in streams]
 
     def _both(self, x: Tensor, order: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         branch: Tensor | None = None
@@ -184,6 +250,16 @@ class BidirectionalStack(Backbone):
 
     def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
         refuse_states("bidirectional")
+
+
+def refuse_padding(mask: Tensor | None) -> None:
+    """Raise ConfigError for padded sequences that are split over ranks: a reversed one begins at its end, on whichever
+    rank that is."""
+    if mask is not None:
+        raise ConfigError(
+            "Padded sequences cannot be read backwards where they are split over ranks (context parallel). Pack them "
+            "(loader.pack: true), or let all have one length."
+        )
 
 
 def refuse_states(backbone: str) -> NoReturn:

@@ -37,14 +37,22 @@ class Relay:
     """Hands on the states of piece `index` of a part.
 
     keeps: remember what is received, for `again`: the same piece run again, with gradients. Then nothing is sent or
-    received but gradients.
+    received but gradients. backwards: time runs from the last piece to the first.
     """
 
-    def __init__(self, part: Part, index: int, keeps: bool = False) -> None:
-        self.context, self.piece = part.context, part.pieces[index]
-        size = part.context.size
-        self.source = (index - 1) % size if self.piece.carried_in else None
-        self.target = (index + 1) % size if self.piece.carried_out else None
+    def __init__(self, part: Part, index: int, keeps: bool = False, backwards: bool = False) -> None:
+        self.context, self.backwards = part.context, backwards
+        piece, size = part.pieces[index], part.context.size
+        before, after = (index - 1) % size, (index + 1) % size
+        n = self._n = piece.stop - piece.first
+        # which of the piece's sequences come from another one, and which go on to another
+        self._arriving, self._leaving = slice(0, piece.carried_in), slice(n - piece.carried_out, n)
+        arrive, leave = piece.carried_in, piece.carried_out
+        if backwards:
+            before, after, arrive, leave = after, before, leave, arrive
+            self._arriving, self._leaving = self._leaving, self._arriving
+        self.source, self.target = before if arrive else None, after if leave else None
+        self._arrive, self._finished = arrive, slice(0, n - leave)
         self._keeps, self._kept = keeps, list[list[Tensor]]()
         self._replayed: Iterator[list[Tensor]] | None = None
 
@@ -87,8 +95,8 @@ class Relay:
         state = self._entering(mixer, carried, given)
         branch, residual, new = layer(branch, residual, state, return_state or self.target is not None)
         if self.target is not None:
-            branch = self._send(branch, _some(new, slice(self.piece.finished, None)), wide)
-            new = _some(new, slice(0, self.piece.finished))
+            branch = self._send(branch, _some(new, self._leaving), wide)
+            new = _some(new, self._finished) if return_state else None
         return branch, residual, new if return_state else None
 
     def _receive(
@@ -98,9 +106,9 @@ class Relay:
         room = None
         if not mixer.bounded_state:
             # its size depends on what came before
-            (numbers,) = self.context.receive([Like((2,), torch.int64)], self.source, residual.device)
+            (numbers,) = self.context.receive([Like((2,), torch.int64)], self.source, residual.device, self.backwards)
             room = numbers.tolist()
-        like = mixer.init_state(self.piece.carried_in, None if room is None else room[0], device=residual.device)
+        like = mixer.init_state(self._arrive, None if room is None else room[0], device=residual.device)
         kinds = [_kind(tensor, wide) for tensor in like.tensors().values()]
         passed = [residual] if branch is None else [residual, branch]
         if torch.is_grad_enabled():
@@ -119,7 +127,7 @@ class Relay:
         tensors = [tensor.to(_kind(tensor, wide).dtype) for tensor in state.tensors().values()]
         if isinstance(state, GrowingState):
             numbers = torch.tensor([state.capacity, state.longest], device=branch.device)
-            self.context.send([numbers], self.target)
+            self.context.send([numbers], self.target, self.backwards)
         if torch.is_grad_enabled():
             sent: Tensor = _Send.apply(self, branch.new_zeros(0).requires_grad_(), branch, *tensors)
             return sent
@@ -131,7 +139,7 @@ class Relay:
         if self._replayed is not None:
             return next(self._replayed)
         assert self.source is not None
-        tensors = self.context.receive(kinds, self.source, device)
+        tensors = self.context.receive(kinds, self.source, device, self.backwards)
         if self._keeps:
             self._kept.append(tensors)
         return tensors
@@ -140,18 +148,19 @@ class Relay:
         """Send tensors to the rank with the piece after."""
         if self._replayed is None:
             assert self.target is not None
-            self.context.send(tensors, self.target)
+            self.context.send(tensors, self.target, self.backwards)
 
     def _entering(self, mixer: Mixer, carried: Any, given: Any) -> Any:
-        """The states of all sequences of the piece: of those that go on, then of those that begin."""
-        begun = self.piece.stop - self.piece.first - self.piece.carried_in
+        """The states of all sequences of the piece: of those that go on in it, and of those that begin."""
+        begun = self._n - self._arrive
         if carried is None or not begun:
             return given if carried is None else carried
         if given is None:
             growing = isinstance(carried, GrowingState)
             device = next(iter(carried.tensors().values())).device
             given = mixer.init_state(begun, carried.capacity if growing else None, device=device)
-        return _together(carried, given)
+        # the one that comes from the piece behind is the last
+        return _together(given, carried) if self.backwards else _together(carried, given)
 
 
 def _wide(mixer: Mixer, residual: Tensor) -> bool:
@@ -183,7 +192,10 @@ def _together(one: Any, other: Any) -> Any:
         other.reserve_(room)
         one.longest = max(one.longest, other.longest)
     parts, more = one.tensors(), other.tensors()
-    joined = {name: torch.cat([tensor, more[name].to(tensor)]) for name, tensor in parts.items()}  # (sequences, ...)
+    joined: dict[str, Tensor] = {}
+    for name, tensor in parts.items():
+        dtype = torch.promote_types(tensor.dtype, more[name].dtype)
+        joined[name] = torch.cat([tensor.to(dtype), more[name].to(dtype)])  # (sequences, ...)
     return dataclasses.replace(one, **joined)
 
 
@@ -213,7 +225,7 @@ class _Receive(torch.autograd.Function):
             for one, kind in zip(d[ctx.n :], ctx.kinds, strict=True)
             if _has_gradient(kind.dtype)
         ]
-        ctx.relay.context.send(gradients, ctx.relay.source, back=True)
+        ctx.relay.context.send(gradients, ctx.relay.source, back=not ctx.relay.backwards)
         return None, None, None, *d[: ctx.n]
 
 
@@ -231,5 +243,5 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
         kinds = [kind for kind in ctx.kinds if _has_gradient(kind.dtype)]
-        found = iter(ctx.relay.context.receive(kinds, ctx.relay.target, ctx.device, back=True))
+        found = iter(ctx.relay.context.receive(kinds, ctx.relay.target, ctx.device, back=not ctx.relay.backwards))
         return None, None, d, *(next(found) if _has_gradient(kind.dtype) else None for kind in ctx.kinds)

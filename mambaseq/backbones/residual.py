@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mambaseq.backbones.base import Backbone, ResidualLayer
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
-from mambaseq.errors import check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
 
@@ -61,9 +60,7 @@ class ResidualStack(Backbone):
         norm: NormName = "rms",
         context_parallel: int = 1,
     ) -> None:
-        super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
-        check_positive("The residual backbone", context_parallel=context_parallel)
-        self.context_parallel = context_parallel
+        super().__init__(dropout, checkpoint, chunk_length, cuda_graph, context_parallel)
         mixers = make_mixers(make_mixer, n_layers, pattern, mlp)
         self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
         scale_residual_(mixers)

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from mambaseq import parallel
 from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.bidirectional import BidirectionalStack, Combine, refuse_states, reverse
+from mambaseq.backbones.bidirectional import BidirectionalStack, Combine, refuse_padding, refuse_states, reverse
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer
 from mambaseq.backbones.residual import ResidualStack
@@ -48,9 +49,11 @@ class ReverseComplementStack(Backbone):
         dropout: probability with which a layer's contribution is dropped, element by element, in training.
         checkpoint: recompute each layer's activations in the backward pass instead of keeping them.
         cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
+        context_parallel: how many processes share every training sequence (see `BidirectionalStack`).
     """
 
     takes_mask: ClassVar[bool] = True
+    splits_time: ClassVar[bool] = True
     strands: ClassVar[int] = 2
 
     def __init__(
@@ -68,8 +71,9 @@ class ReverseComplementStack(Backbone):
         tie_projections: bool = False,
         combine: Combine = "add",
         norm: NormName = "rms",
+        context_parallel: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(context_parallel=context_parallel)
         options: dict[str, Any] = {
             "n_layers": n_layers,
             "pattern": pattern,
@@ -101,6 +105,15 @@ class ReverseComplementStack(Backbone):
     def causal(self) -> bool:
         return False
 
+    def check_splits_time(self) -> None:
+        """See `Backbone.check_splits_time`."""
+        super().check_splits_time()
+        if not isinstance(self.stack, BidirectionalStack):
+            raise ConfigError(
+                "The backbone reverse_complement with bidirectional: false needs whole sequences, so these cannot be "
+                "split over ranks (context parallel). Use bidirectional: true, or one rank."
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -115,8 +128,15 @@ class ReverseComplementStack(Backbone):
         """
         if state is not None or return_state:
             refuse_states("reverse_complement")
-        order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
         this, other = x.chunk(2, dim=-1)
+        if (part := parallel.current()) is not None and part.context.size > 1:
+            self.check_part(part, x, cu_seqlens)
+            refuse_padding(mask)
+            order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens)
+            assert isinstance(self.stack, BidirectionalStack)  # by check_splits_time
+            this, other = self.stack.over_part([this, reverse(other, order)], part, order, cu_seqlens)
+            return torch.cat([this, reverse(other, order)], dim=-1)  # (batch, length, 2 d_model)
+        order = sequences.reversal(x.shape[0], x.shape[1], cu_seqlens, mask)
         # the strands are separate sequences: more rows of a batch, or more sequences of a packed row
         dim = 0 if cu_seqlens is None else 1
         # (2 batch, length, d_model), or packed (1, 2 length, d_model)

@@ -105,13 +105,13 @@ class Context:
         return Part(self, cut(cuts, batch, bounds), batch, bounds)
 
     def send(self, tensors: Sequence[Tensor], to: int, back: bool = False) -> None:
-        """Send tensors to a neighbour, `back` for gradients. Does not wait for it."""
+        """Send tensors to a neighbour, the one before with `back`. Does not wait for it."""
         message = _joined(tensors)
         self._forget_done()
         self._sent.append((self._link(self.rank, to, back).send([message], to, 0), message))
 
     def receive(self, kinds: Sequence[Like], source: int, device: torch.device, back: bool = False) -> list[Tensor]:
-        """The tensors that a neighbour sends. A GPU waits for them in its stream, a CPU here."""
+        """The tensors that a neighbour sends, `back` to the one before it. A GPU waits in its stream, a CPU here."""
         message = torch.empty(sum(kind.bytes for kind in kinds), dtype=torch.uint8, device=device)
         self._link(source, self.rank, back).recv([message], source, 0).wait()
         return _parted(message, kinds)

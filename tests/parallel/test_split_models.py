@@ -50,16 +50,22 @@ def step(of: SequenceModel, *arguments: Any, **options: Any) -> Any:
 
 
 def split_step(
-    of: SequenceModel, size: int, tokens: Tensor, labels: Tensor, bounds: Tensor | None = None, **how: Any
+    of: SequenceModel,
+    size: int,
+    tokens: Tensor,
+    labels: Tensor,
+    bounds: Tensor | None = None,
+    conditions: bool = True,
+    **how: Any,
 ) -> None:
     """Compare the step on every rank with that on one device."""
-    options = {} if bounds is None else {"condition": torch.arange(len(bounds) - 1)}
+    options = {} if bounds is None or not conditions else {"condition": torch.arange(len(bounds) - 1)}
     loss, gradients, logits = step(of, tokens, labels, cu_seqlens=bounds, **options)
     copies, ranks = [copy.deepcopy(of) for _ in range(size)], contexts(size)
 
     def on(rank: int) -> Any:
         part = ranks[rank].split(LENGTH, len(tokens), bounds, **how)
-        more = {} if bounds is None else {"condition": torch.tensor(part.segments)}
+        more = {} if not options else {"condition": torch.tensor(part.segments)}
         with part:
             own = step(copies[rank], part.take(tokens), part.take(labels), cu_seqlens=part.cu_seqlens(), **more)
         ranks[rank].sum_gradients(copies[rank].parameters())
@@ -83,6 +89,34 @@ def test_the_loss_is_the_whole_sequences_and_so_are_its_gradients() -> None:
     split_step(model(n_conditions=4, chunk_length=3), 3, tokens, labels, bounds, chunk_length=3)
     hybrid = causal_lm(7, 8, 4, "mamba2", d_state=4, pattern=["mamba2", "attention*", "rwkv4+mlp", "attention*"])
     split_step(hybrid, 2, *data(2))
+
+
+def both_ways(backbone: str, **options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    pairs: dict[str, Any] = {"vocab_size": 7, "complement": [3, 2, 1, 0, 4, 5, 6]}
+    strands = "rc_" if backbone == "reverse_complement" else ""
+    table = pairs if strands else {"vocab_size": 7}
+    return build_model(
+        {
+            "d_model": 8,
+            "encoder": {"name": f"{strands}tokens", **table},
+            "backbone": {"name": backbone, "n_layers": 2, **options},
+            "mixer": {"name": "mamba", "d_state": 3},
+            "head": {"name": f"{strands}lm", **table},
+        }
+    )
+
+
+def test_sequences_that_are_read_both_ways_may_be_split() -> None:
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    split_step(both_ways("bidirectional", combine="multiply"), 2, *data(2))
+    split_step(both_ways("bidirectional", checkpoint=True, pattern=["mamba", "mamba+mlp"]), 3, *data(2))
+    split_step(both_ways("bidirectional", shared=True), 4, *data(), bounds, conditions=False)
+    split_step(both_ways("reverse_complement"), 2, *data(2))
+    split_step(both_ways("reverse_complement", tie_projections=True), 3, *data(), bounds, conditions=False)
+    split_step(
+        both_ways("bidirectional", pattern=["attention", "mamba"], mlp=False), 3, *data(), bounds, conditions=False
+    )
 
 
 def test_layers_that_learn_nothing_hand_gradients_on() -> None:
@@ -131,7 +165,9 @@ def test_what_needs_whole_sequences_is_refused_by_name() -> None:
         "mixer": {"name": "mamba"},
         "head": {"name": "lm", "vocab_size": 7},
     }
-    refused(build_model(spec), "BidirectionalStack needs whole sequences", tokens)
+    mask = torch.ones(1, LENGTH // 2, dtype=torch.bool)
+    refused(build_model(spec), "Padded sequences cannot be read backwards", tokens, mask=mask)
+    refused(build_model(spec), "in turn", tokens, split={"chunk_length": 4})
     refused(build_model(spec | {"backbone": {"name": "unet", "pool": [2]}}), "backbone UNet", tokens)
     classes = spec | {"backbone": {"name": "residual"}, "head": {"name": "classification", "n_classes": 2}}
     refused(build_model(classes), "head ClassificationHead", tokens, labels=torch.zeros(1).long())
@@ -140,7 +176,6 @@ def test_what_needs_whole_sequences_is_refused_by_name() -> None:
         "head": {"name": "classification", "n_classes": 2},
     }
     refused(build_model(frames), "encoder KmerEncoder", tokens)
-    mask = torch.ones(1, LENGTH // 2, dtype=torch.bool)
     refused(model(), "must be packed", tokens, mask=mask, return_state=True)
     refused(causal_lm(7, 8, 1, "attention"), "bounded state; Attention", tokens, split={"chunk_length": 4})
     refused(model(chunk_length=4), "Split it with chunk_length=4", tokens)
