@@ -4,6 +4,7 @@ beside it."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -190,23 +191,29 @@ class Engine:
 
         What goes wrong with the model's computation ends the requests that it was for.
         """
-        self._drop_cancelled()
-        unseen, self._unseen = self._unseen, []
-        self._read()
-        self._decode()
-        for picked in unseen:
-            self._look(picked)
+        with self._on_device():
+            self._drop_cancelled()
+            unseen, self._unseen = self._unseen, []
+            self._read()
+            self._decode()
+            for picked in unseen:
+                self._look(picked)
         self.counts.steps += 1
         return self.busy
 
     @torch.no_grad()
     def warm_up(self) -> None:
         """Compile and capture what steps need, so that the first requests do not wait for it. Before any is there."""
-        parts = [torch.zeros(1, length, dtype=torch.int64, device=self._device) for length in (1, self.part)]
-        for part in parts:
-            hidden, _ = self.model.backbone(self.model.encoder(part, None), return_state=True)
-            self.model.told(hidden[:, -1:])
-        self.slots.warm_up()
+        with self._on_device():
+            for length in {1, min(self.part, self.longest)}:
+                part = torch.zeros(1, length, dtype=torch.int64, device=self._device)
+                hidden, _ = self.model.backbone(self.model.encoder(part, None), return_state=True)
+                self.model.told(hidden[:, -1:])
+            self.slots.warm_up()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Kernels and events go to the current device, which is each thread's own."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def end_all(self) -> None:
         """Cancel all requests, and end them now. By the thread that steps, or when none does."""

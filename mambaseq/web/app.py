@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
@@ -22,6 +23,9 @@ from mambaseq.web.doors import LOOPBACK, Doors
 from mambaseq.web.metrics import metrics
 from mambaseq.web.page import make_page
 from mambaseq.web.service import Asked, Piece, Service
+
+# seconds between two events of a stream for each answer that is being made, and at most
+_EVENT, _LONGEST_WAIT = 0.001, 0.05
 
 
 class Refused(Exception):
@@ -186,43 +190,53 @@ class _Stream(Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._service, self._completion, self._asked = service, completion, asked
+        self._sent = 0.0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def work() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._events():
-                event = f"data: {data}\n\n".encode()
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for events in self._events():
+                told = "".join(f"data: {data}\n\n" for data in events).encode()
+                await send({"type": "http.response.body", "body": told, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         with contextlib.suppress(OSError):  # the client went away
             await _unless_gone(receive, work(), self._asked)
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(self) -> AsyncIterator[list[str]]:
+        """Events that are sent together."""
         tickets, completion, service = self._asked.tickets, self._completion, self._service
-        for index in range(len(tickets)):
-            if (begun := completions.first(completion, service, index)) is not None:
-                yield json_text(begun)
+        begun = [completions.first(completion, service, index) for index in range(len(tickets))]
+        if told := [json_text(one) for one in begun if one is not None]:
+            yield told
         left = len(tickets)
         while left:
+            told = []
             for index, text, ended in await self._pieces():
                 ticket = tickets[index] if ended else None
                 left -= ended
                 if ticket is not None and (failure := _failure(ticket)) is not None:
-                    yield json_text(failure.body())
+                    yield [*told, json_text(failure.body())]
                     return
-                yield json_text(completions.part(completion, service, index, text, ticket, tickets))
-        if completion.usage:
-            yield json_text(completions.last(completion, service, tickets))
-        yield "[DONE]"
+                told.append(json_text(completions.part(completion, service, index, text, ticket, tickets)))
+            yield told
+        yield [*([json_text(completions.last(completion, service, tickets))] if completion.usage else []), "[DONE]"]
 
     async def _pieces(self) -> list[Piece]:
-        """What is there, and at least one: the pieces of an answer that came meanwhile are sent as one."""
-        found = [await self._asked.pieces.get()]
-        while not self._asked.pieces.empty():
-            found.append(self._asked.pieces.get_nowait())
+        """What is there, and at least one: the pieces of an answer that came meanwhile are one. Where many are answered
+        it is waited for more, since each event takes time from the engine."""
         merged: dict[int, Piece] = {}
-        for number, text, ended in found:
-            before = merged[number].text if number in merged else ""
-            merged[number] = Piece(number, before + text, ended)
+
+        def take(piece: Piece) -> bool:
+            before = merged[piece.number].text if piece.number in merged else ""
+            merged[piece.number] = piece._replace(text=before + piece.text)
+            return piece.ended
+
+        ended = take(await self._asked.pieces.get())
+        wait = min(_EVENT * self._service.engine.active, _LONGEST_WAIT) + self._sent - time.monotonic()
+        if not ended and wait > 0:
+            await asyncio.sleep(wait)
+        while not self._asked.pieces.empty():
+            take(self._asked.pieces.get_nowait())
+        self._sent = time.monotonic()
         return list(merged.values())
