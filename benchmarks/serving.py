@@ -151,7 +151,8 @@ def started(arguments: argparse.Namespace, slots: int) -> Any:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--checkpoint", str(arguments.checkpoint), "--port", str(port), "--slots", str(slots)]
-    options += ["--cache-mb", str(arguments.cache_mb), "--cache-every", str(arguments.cache_every)]
+    cache = min(arguments.cache_mb, 32) if arguments.minutes else arguments.cache_mb  # is to be full soon
+    options += ["--cache-mb", str(cache), "--cache-every", str(arguments.cache_every)]
     options += ["--queue", str(max(64, slots)), "--name", "served", *arguments.option]
     options += ["--device", arguments.device] if arguments.device else []
     command = [sys.executable, "-m", "mambaseq.cli.main", "serve", *options]
@@ -469,7 +470,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="of mixed load")
     parser.add_argument("--clients", type=int, default=24, help="of mixed load (24)")
     parser.add_argument("--cache-every", type=int, default=256, metavar="K", help="of the server (256)")
-    parser.add_argument("--cache-mb", type=int, default=256, help="of the server (256)")
+    parser.add_argument("--cache-mb", type=int, default=256, help="of the server (256; at most 32 for mixed load)")
     parser.add_argument(
         "--option", action="append", default=[], help="a further option of the server, as --option=--part=64"
     )
