@@ -297,7 +297,7 @@ class Engine:
             told = self.model.told(hidden)[:, -1]
             for reading in readings:
                 assert reading.state is not None
-                self.slots.enter(reading.state, [reading.row])
+                self.slots.enter(reading.state, reading.row)
                 self._picker.enter(reading.ticket.request)
                 self._active.append(_Answer(reading.ticket, reading.at))
             self._pick(told, first)

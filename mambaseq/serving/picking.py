@@ -77,14 +77,14 @@ class Picker:
     def _chosen(self, logits: Tensor, first: int, end: int) -> Tensor:
         values = dict(zip(_NAMES, self._values[:, first:end], strict=True))
         if self._there is None:
-            self._there = torch.from_numpy(self._values.copy()).to(self._device, non_blocking=True)
+            self._there = self._sent(self._values.copy())
         there = dict(zip(_NAMES, self._there[:, first:end, None], strict=True))
         if (values["repetition_penalty"] != 1).any() or (values["presence_penalty"] != 0).any():
             logits = self._penalised(logits, there, first, end)
         sampled = values["temperature"] > 0
         if not sampled.any():
             return logits.argmax(-1)
-        uniform = torch.from_numpy(uniforms(self._keys[first:end], self._drawn[first:end])).to(self._device)
+        uniform = self._sent(uniforms(self._keys[first:end], self._drawn[first:end]))
         self._drawn[first:end] += np.uint64(1)
         token = sample_rows(logits, values, there, uniform)
         return token if sampled.all() else torch.where(there["temperature"][:, 0] > 0, token, logits.argmax(-1))
@@ -107,7 +107,11 @@ class Picker:
         self._seen[slot] = False
         self._added[slot] = False
         if (request := self._requests[slot]).settings.penalises:
-            self._seen[slot, torch.from_numpy(np.unique(request.prompt).astype(np.int64)).to(self._device)] = True
+            self._seen[slot, self._sent(np.unique(request.prompt).astype(np.int64))] = True
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """On the device, without a wait for what it is doing."""
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
 def sample_rows(logits: Tensor, values: dict[str, np.ndarray], there: dict[str, Tensor], uniform: Tensor) -> Tensor:

@@ -137,12 +137,12 @@ class Readings:
         if not pack:
             return
         parts = [reading.ticket.request.prompt[reading.at : stop] for reading, stop in pack]
-        row = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._device)
+        row = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._device, non_blocking=True)
         ends = np.cumsum([len(part) for part in parts])
         state = self._states([reading for reading, _ in pack])
         bounds = None
         if len(pack) > 1:
-            bounds = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(self._device)
+            bounds = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(self._device, non_blocking=True)
         x = self._model.encoder(row[None], None, bounds)
         hidden, state = self._model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
         for number, (reading, stop) in enumerate(pack):

@@ -41,17 +41,16 @@ class Slots:
         """Bytes of one sequence's state."""
         return sum(tensor.nbytes for layer in self._state for tensor in layer.tensors().values()) // self.size
 
-    def enter(self, state: list[State], rows: list[int]) -> None:
-        """Copy some of the given states, by their numbers, behind the others': their slots are the last."""
-        chosen = torch.tensor(rows, device=self._device)
+    def enter(self, state: list[State], row: int = 0) -> None:
+        """Copy one of the given states, by its number, behind the others': its slot is the last."""
         mine, given = [], []
         for layer, source in zip(self._state, state, strict=True):
             tensors = source.tensors()
             for name, tensor in layer.tensors().items():
-                mine.append(tensor[self.used : self.used + len(rows)])
-                given.append(tensors[name][chosen] if len(rows) < len(tensors[name]) else tensors[name])
+                mine.append(tensor[self.used])
+                given.append(tensors[name][row])
         torch._foreach_copy_(mine, given)
-        self.used += len(rows)
+        self.used += 1
 
     def leave(self, slot: int) -> None:
         """Free a slot; the sequence of the last one moves there."""

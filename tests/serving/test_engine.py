@@ -94,6 +94,28 @@ def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
     assert engine.slots.used == engine.active == 0
 
 
+@pytest.mark.gpu
+def test_answers_on_a_gpu_are_those_of_generate(cuda: torch.device) -> None:
+    model = made().to(cuda)
+    engine = Engine(model, slots=4, part=32, cache=PrefixCache(16, 2**24))
+    assert engine.late
+    engine.warm_up()
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 3, "top_k": 5},
+        {"seed": 3, "top_p": 0.7, "repetition_penalty": 1.2},
+        {"seed": 4, "stop_ids": frozenset({1, 2, 3})},
+    ]
+    tickets = [engine.ask(Request(prompt_of(5 + 9 * n, n), 12 + n, **kinds[n % 4])) for n in range(10)]
+    run(engine)
+    for ticket in tickets:
+        request = ticket.request
+        settings = {**request.settings._asdict(), "seed": request.seed, "stop_ids": request.stop_ids}
+        prompt = torch.from_numpy(request.prompt)[None].to(cuda)
+        out = generate(model, prompt, request.max_new_tokens, **settings)
+        assert ticket.tokens == out[0, prompt.shape[1] :].tolist()
+
+
 def run_of(engine: Engine, prompt: np.ndarray) -> int:
     """Tokens of a prompt that are run for it."""
     before = engine.counts.run

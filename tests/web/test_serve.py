@@ -63,6 +63,17 @@ def test_an_answer_ends_before_a_stop_string(server: Server) -> None:
     assert server.ask(max_tokens=1)["usage"]["prompt_tokens"] == 1  # the start of a text
 
 
+def test_several_at_once_are_each_what_generate_gives_with_penalties_and_stops(server: Server, run: Path) -> None:
+    prompts = ["a", "Thé day", "b c"]
+    settings = {"temperature": 0.9, "seed": 2, "repetition_penalty": 1.2, "presence_penalty": 0.4}
+    whole = server.ask(prompt=prompts[1], max_tokens=50, **settings)["choices"][0]["text"]
+    stop = [whole[10:12], "never there"]
+    made = generate_from(run, prompt=prompts, max_new_tokens=50, stop=stop, **settings).sequences
+    told = server.ask(prompt=prompts, max_tokens=50, stop=stop, **settings)["choices"]
+    assert [prompt + one["text"] for prompt, one in zip(prompts, told, strict=True)] == made
+    assert told[1]["text"] == whole[: whole.index(stop[0])]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
