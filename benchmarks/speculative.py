@@ -44,11 +44,11 @@ def timed(
     model: SequenceModel, prompt: Tensor, tokens: int, draft: Any, most: int, repeats: int, **options: Any
 ) -> tuple[float, Tensor, Speculation | None]:
     """Tokens a second, what was added, and what came of the drafts."""
-    best, added, told = 0.0, prompt, None
+    best, added = 0.0, prompt
+    told = None if draft is None else Speculation(draft, most)  # which keeps its graphs and what it has measured
     prompts = Prompts.of(prompt)
     read = prefill(model, prompts, None)
     for repeat in range(repeats + 1):
-        told = None if draft is None else Speculation(draft, most)
         waits = torch.cuda.synchronize if prompt.is_cuda else lambda: None
         waits()
         begun = time.perf_counter()

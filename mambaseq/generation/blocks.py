@@ -17,59 +17,85 @@ from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
 from mambaseq.ops.gpu import capture
 
-# Positions of a call that CUDA graphs are captured for.
-LENGTHS = (2, 4, 8, 16, 32)
+# Guesses of a call at most.
+MOST_GUESSES = 15
+# Positions of packed calls: the second has room for as many guesses behind as many positions that are read again.
+PACKS = (16, 3 * (MOST_GUESSES + 1))
 
 
 class Blocks:
-    """Reads positions of one sequence behind the state of a `Decoder`, which stays as it is until `keep`.
+    """Reads positions of one sequence behind the state of a `Decoder`, which stays as it is until `keep`: first what is
+    known (`unread`, one position or more), then guesses.
 
-    Where every mixer gives its states after each position (see `Mixer.positions`), or has one that grows, any number of
-    them can be kept; elsewhere all of a call or none, so that those which turn out to be right are read again with the
-    next call. On a CUDA device calls of a few lengths are replayed from CUDA graphs, shorter ones padded.
+    The state is then had behind those guesses that were right, in one of three ways. Where every mixer gives its states
+    after each position (see `Mixer.positions`) or has one that grows, it is there. In packed calls two copies of the
+    state go on side by side, over what is known, and over that and the guesses: so what was right is known at the next
+    call, and read again with it. Elsewhere the same is read again until all of a call's guesses are right.
 
-    condition: as the model takes it, of the one sequence. cuda_graph: False never captures.
+    condition: as the model takes it, of the one sequence. cuda_graph: on a CUDA device calls are packed, to one of a
+        few lengths, and replayed from CUDA graphs; False never captures. packed: of the tests, packed on any device.
     """
 
-    def __init__(self, model: SequenceModel, decoder: Decoder, condition: Tensor | None, cuda_graph: bool) -> None:
+    def __init__(
+        self,
+        model: SequenceModel,
+        decoder: Decoder,
+        condition: Tensor | None,
+        cuda_graph: bool = True,
+        packed: bool = False,
+    ) -> None:
         self.model, self.decoder, self.condition = model, decoder, condition
-        self._may_capture = cuda_graph and can_capture(model, decoder.state, next(model.parameters()))
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, list[Any]]] = {}
+        self.packed = packed or (cuda_graph and can_capture(model, decoder.state, next(model.parameters())))
+        self._graphs: dict[int, _Graph] = {}
         self._warm: set[int] = set()
-        self._each: list[Any] | None = None  # states after each position
-        self._last: list[Any] | None = None  # the state after the last one
-        self._count = 0
         self._has_positions = type(model.backbone) is ResidualStack
+        # of the last call
+        self._unread = self._guesses = 0
+        self._each: list[Any] | None = None  # states after each position
+        self._packs: list[Any] | None = None  # after what was known, after all
+        self._last: list[Any] | None = None  # after all
 
-    @property
-    def has_lengths(self) -> bool:
-        """Whether calls have one of `LENGTHS`, and shorter ones take as long."""
-        return self._may_capture
+    def size(self, unread: int, guesses: int) -> int:
+        """What decides how long a call takes."""
+        if self.packed:
+            return next((size for size in PACKS if size >= 2 * unread + guesses), 0)
+        return 1 << (unread + guesses - 1).bit_length()
 
     @torch.no_grad()
-    def run(self, tokens: Tensor) -> Tensor:
-        """tokens `(n,)` int64 to what the head tells after each, `(n, ...)`, which the next call may overwrite."""
-        self._each = self._last = None
-        self._count = n = len(tokens)
-        length = next((length for length in LENGTHS if length >= n), 0)
-        if self._may_capture and length:
-            return self._captured(tokens, length)
-        if self._has_positions and (told := self._run_positions(tokens)) is not None:
-            return told
-        told, self._last = self._run(tokens)
-        return told
+    def run(self, unread: Tensor, guesses: Tensor) -> Tensor:
+        """unread `(u,)`, guesses `(n,)` int64 to what the head tells after the last unread position and after each
+        guess, `(n + 1, ...)`, which the next call may overwrite."""
+        self._each = self._packs = self._last = None
+        self._unread, self._guesses = len(unread), len(guesses)
+        if self.packed and (size := self.size(len(unread), len(guesses))):
+            told = self._run_packed(unread, guesses, size)
+            return told[2 * len(unread) - 1 :][: len(guesses) + 1]
+        tokens = torch.cat([unread, guesses])
+        told_each = self._run_positions(tokens) if self._has_positions else None
+        if told_each is None:
+            model = self.model
+            x = model.encoder(tokens[None], self.condition)
+            hidden, self._last = model.backbone(x, state=self.decoder.state, return_state=True)
+            told_each = model.told(hidden[:, len(unread) - 1 :])[0]
+        else:
+            told_each = told_each[len(unread) - 1 :]
+        return told_each
 
-    def keep(self, n: int) -> int:
-        """Let the decoder go on behind as many of the call's first `n` positions as is possible. Returns how many."""
+    def keep(self, right: int) -> int:
+        """Let the decoder go on, where so many guesses were right. Returns behind how many of the unread positions and
+        right guesses it is."""
+        n = self._unread + right
         if self._each is not None:
-            if n:
-                at = torch.tensor([n - 1], device=tensors_of(self._each)[0].device)
-                self.decoder.take([layer.select(at) for layer in self._each])
+            self._take(self._each, n - 1)
             return n
-        if self._last is None or not n:
+        if self._packs is not None:
+            whole = right == self._guesses
+            self._take(self._packs, int(whole))
+            return n if whole else self._unread
+        if self._last is None:
             return 0
-        if n < self._count:
-            cut = [_shorter(layer, self._count - n) for layer in self._last]
+        if right < self._guesses:
+            cut = [_shorter(layer, self._guesses - right) for layer in self._last]
             if None in cut:
                 return 0
             self._last = cut
@@ -78,24 +104,17 @@ class Blocks:
         return n
 
     def advance(self, tokens: Tensor) -> None:
-        """Let the decoder go on behind all tokens `(n,)`."""
-        while len(tokens):
-            n = len(tokens)
-            if self.has_lengths:
-                n = max((length for length in LENGTHS if length <= n), default=1)
-            if n == 1:
-                self.decoder.step(tokens[:1])
-            else:
-                self.run(tokens[:n])
-                self.keep(n)
-            tokens = tokens[n:]
+        """Let the decoder go on behind all tokens `(n,)`, at least one."""
+        if len(tokens) == 1:
+            self.decoder.step(tokens)
+            return
+        self.run(tokens, tokens[:0])
+        self.keep(0)
 
-    def _run(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
-        model = self.model
-        hidden, state = model.backbone(
-            model.encoder(tokens[None], self.condition), state=self.decoder.state, return_state=True
-        )
-        return model.told(hidden)[0], state
+    def _take(self, states: list[Any], number: int) -> None:
+        """Go on from one of several."""
+        at = torch.tensor([number], device=next(self.model.parameters()).device)
+        self.decoder.take([layer.select(at) for layer in states])
 
     def _run_positions(self, tokens: Tensor) -> Tensor | None:
         backbone: Any = self.model.backbone
@@ -106,50 +125,70 @@ class Blocks:
         hidden, self._each = found
         return self.model.told(hidden)[0]
 
-    def _captured(self, tokens: Tensor, length: int) -> Tensor:
-        """From a graph: the first call of a length runs as usual, the second is captured."""
-        n = len(tokens)
-        padded = tokens if n == length else torch.cat([tokens, tokens.new_zeros(length - n)])
-        if length not in self._warm:
-            self._warm.add(length)
-            with torch.cuda.device(tokens.device), capture.capturing:
-                (told, state), waits = capture.warm_up(lambda: self._run(padded), torch.cuda.Stream())
-                for tensor in (told, *tensors_of(state)):
+    def _run_packed(self, unread: Tensor, guesses: Tensor, size: int) -> Tensor:
+        """What is known, the same with the guesses, and padding; what the head tells of all, `(size, ...)`. The first
+        call of a size on a GPU runs as usual, the second is captured."""
+        u, n = len(unread), len(guesses)
+        row = torch.cat([unread, unread, guesses, unread.new_zeros(size - 2 * u - n)])
+        bounds = torch.tensor([0, u, 2 * u + n, size], dtype=torch.int32).to(row.device)
+        if not row.is_cuda or not self.packed:
+            told, self._packs = self._read(row, bounds)
+        elif size not in self._warm:
+            self._warm.add(size)
+            with torch.cuda.device(row.device), capture.capturing:
+                (told, self._packs), waits = capture.warm_up(lambda: self._read(row, bounds), torch.cuda.Stream())
+                for tensor in (told, *tensors_of(self._packs)):
                     tensor.record_stream(torch.cuda.current_stream())
             if waits:
                 self._give_up("a call of the model waits for the GPU")
-        elif length not in self._graphs and not self._capture(padded, length):
-            told, state = self._run(padded)
+        elif size not in self._graphs and not self._capture(row, bounds, size):
+            told, self._packs = self._read(row, bounds)
         else:
-            graph, held, told, state = self._graphs[length]
-            held.copy_(padded)
-            graph.replay()
-        self._last = state if n == length else None
-        return told[:n]
+            graph = self._graphs[size]
+            graph.row.copy_(row)
+            graph.bounds.copy_(bounds)
+            graph.graph.replay()
+            told, self._packs = graph.told, graph.states
+        return told
 
-    def _capture(self, tokens: Tensor, length: int) -> bool:
-        graph, held = torch.cuda.CUDAGraph(), tokens.clone()
+    def _read(self, row: Tensor, bounds: Tensor) -> tuple[Tensor, list[Any]]:
+        """Three packed sequences, from the state each; what the head tells of all, and the states of all."""
+        model, fork = self.model, torch.zeros(3, dtype=torch.int64, device=row.device)
+        under = None if self.condition is None else self.condition[fork]
+        state = [layer.select(fork) for layer in self.decoder.state]
+        x = model.encoder(row[None], under, bounds)
+        hidden, new = model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
+        return model.told(hidden)[0], new
+
+    def _capture(self, row: Tensor, bounds: Tensor, size: int) -> bool:
+        graph, row, bounds = torch.cuda.CUDAGraph(), row.clone(), bounds.clone()
         try:
-            with torch.cuda.device(tokens.device), capture.capturing:
-                told, state = capture.capture(graph, lambda: self._run(held))
+            with torch.cuda.device(row.device), capture.capturing:
+                told, states = capture.capture(graph, lambda: self._read(row, bounds))
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])
             return False
-        self._graphs[length] = graph, held, told, state
+        self._graphs[size] = _Graph(graph, row, bounds, told, states)
         return True
 
     def _give_up(self, reason: str) -> None:
-        self._may_capture = False
-        warnings.warn(f"Drafts are checked without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=4)
+        self.packed = False
+        warnings.warn(f"Drafts are checked without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
+
+
+@dataclasses.dataclass
+class _Graph:
+    """What it reads from and writes to, in memory of its own."""
+
+    graph: torch.cuda.CUDAGraph
+    row: Tensor
+    bounds: Tensor
+    told: Tensor
+    states: list[Any]
 
 
 def _shorter(state: Any, less: int) -> Any:
     """A state without its last positions; None where it does not tell them apart."""
-    if isinstance(state, GrowingState) and not _others(state):
+    if isinstance(state, GrowingState) and not set(state.tensors()) - {*state.rows, "length"}:
         return dataclasses.replace(state, length=state.length - less, longest=state.longest - less)
     return state if isinstance(state, State) and not state.tensors() else None
-
-
-def _others(state: GrowingState) -> bool:
-    """Whether it holds more than rows of positions."""
-    return bool(set(state.tensors()) - {*state.rows, "length"})

@@ -102,7 +102,7 @@ def generate(
         draft: guess several tokens and let the model check them at once, one sequence at a time: `"ngram"` guesses what
             followed the same tokens before, a smaller model of the same vocabulary what it would add. The result stays
             the same, within rounding (see `generation/speculation.py`, whose `Speculation` also tells what came of it).
-        draft_tokens: guesses in a round at most, 1 to 31; fewer where they do not pay. None: 15.
+        draft_tokens: guesses in a round at most, 1 to 15, as None; fewer where they do not pay.
 
     Returns:
         `(batch * samples, prompt_length + n)` int64, n at most max_new_tokens, or `(..., codes)`; a prompt's samples

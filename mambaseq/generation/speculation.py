@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError, shown
-from mambaseq.generation.blocks import LENGTHS, Blocks
+from mambaseq.generation.blocks import MOST_GUESSES, Blocks
 from mambaseq.generation.decode import WORTH_A_GRAPH, check_one_pick, check_whole, continues, not_finite
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.drafts import Drafter, NGrams, SmallerModel
@@ -29,11 +29,12 @@ from mambaseq.generation.sampling import Draws, Penalties, sample
 from mambaseq.generation.stopping import Watch
 from mambaseq.models import SequenceModel
 
-MOST_GUESSES = LENGTHS[-1] - 1
 NGRAM: Literal["ngram"] = "ngram"
 # Tokens that are added without a look at them, where nothing is guessed.
-_BURST = {"cuda": 4}
+_BURST = {"cuda": 8}
 _LONGEST_BURST = 64
+# Positions that are read again with each call, at most, where the state cannot be had behind them.
+_MOST_UNREAD = 16
 
 
 class Speculation:
@@ -41,7 +42,7 @@ class Speculation:
 
     Args:
         draft: `"ngram"`, or a smaller model of the same tokens.
-        tokens: guesses in a round at most, 1 to 31. Fewer are made where they do not pay, by what calls take and how
+        tokens: guesses in a round at most, 1 to 15. Fewer are made where they do not pay, by what calls take and how
             often guesses are right; none where nothing is won.
 
     Attributes (of all sequences since it was made):
@@ -53,7 +54,7 @@ class Speculation:
     Raises ConfigError for a number of tokens out of range, or a draft that is neither.
     """
 
-    def __init__(self, draft: SequenceModel | str, tokens: int = 15) -> None:
+    def __init__(self, draft: SequenceModel | str, tokens: int = MOST_GUESSES) -> None:
         if not isinstance(draft, SequenceModel) and draft != NGRAM:
             raise ConfigError(f'draft must be "{NGRAM}" or a smaller model, not {shown(draft)}.')
         check_whole("draft_tokens", tokens, 1, MOST_GUESSES)
@@ -62,6 +63,7 @@ class Speculation:
         self.seconds = 0.0
         self.why_not: str | None = None
         self.pace = Pace(tokens)
+        self._held: dict[str, tuple[Any, Blocks]] = {}
 
     @classmethod
     def of(cls, draft: Speculation | SequenceModel | str, tokens: int | None) -> Speculation:
@@ -71,6 +73,21 @@ class Speculation:
                 raise ConfigError("draft says how many tokens there are; leave draft_tokens out.")
             return draft
         return cls(draft) if tokens is None else cls(draft, tokens)
+
+    def begun(
+        self, name: str, model: SequenceModel, state: list[Any], condition: Tensor | None, captured: bool, greedy: bool
+    ) -> Blocks:
+        """Calls of a model behind a state: those of the last sequence, if their graphs can be replayed."""
+        key = (greedy, captured, *(parameter.data_ptr() for parameter in model.parameters()))
+        before, blocks = self._held.get(name, (None, None))
+        if blocks is not None and before == key and condition is None and blocks.decoder.captured:
+            blocks.decoder.take(state)
+            return blocks
+        decoder = Decoder(model, state, condition, cuda_graph=captured, greedy=greedy)
+        blocks = Blocks(model, decoder, condition, captured)
+        if condition is None:
+            self._held[name] = key, blocks
+        return blocks
 
     def __str__(self) -> str:
         """What came of it, in words."""
@@ -148,7 +165,6 @@ def speculate(
     settings: temperature, top_k, top_p, min_p.
     """
     captured = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
-    decoder = Decoder(model, state, settled_condition, cuda_graph=captured)
     smaller = speculation.draft if isinstance(speculation.draft, SequenceModel) else None
     was_training = smaller is not None and smaller.training
     try:
@@ -159,9 +175,12 @@ def speculate(
             smaller.eval()
             under = settled(smaller.encoder, condition)
             begun, _ = prefill(smaller, prompts, under)
-            drafter = SmallerModel(smaller, Decoder(smaller, begun, under, cuda_graph=captured), under)
+            made = speculation.begun("draft", smaller, begun, under, captured, False)
+            drafter = SmallerModel(smaller, made.decoder, under)
         picks = _Picks(settings, draws, penalties)
-        blocks = Blocks(model, decoder, settled_condition, captured)
+        greedy = settings[0] == 0 and penalties is None
+        blocks = speculation.begun("model", model, state, settled_condition, captured, greedy)
+        decoder = blocks.decoder
         one = _Sequence(decoder, blocks, drafter, picks, speculation, logits)
         yield from _given_on(one, max_new_tokens, set(stop_ids), watch, patience, logits.device)
     finally:
@@ -221,7 +240,9 @@ class _Sequence:
         kind = None if self._logits is not None else self.drafter.kind()
         n = 0
         if kind is not None and left > 1:
-            n = self.pace.guesses(kind, len(self._unread), left - 1, self._made)
+            n = self.pace.guesses(
+                kind, left - 1, self._made, lambda number: self.blocks.size(len(self._unread), number)
+            )
         tokens = self._steps(min(left, self._burst(kind))) if kind is None or not n else self._round(kind, n)
         self._made += len(tokens)
         self.drafter.add(tokens)
@@ -232,7 +253,7 @@ class _Sequence:
         if self._logits is not None:
             return 1
         if self.pace.step.seconds is None:
-            return 2  # a step is captured at the second call
+            return 2
         if kind is None or isinstance(self.drafter, NGrams):
             return _BURST.get(self.device.type, 1)
         return min(max(self.pace.resting(kind, self._made), 1), _LONGEST_BURST)
@@ -243,15 +264,24 @@ class _Sequence:
         logits = self._logits
         if len(self._unread) > 1:
             self.blocks.advance(self._unread[:-1])
+            self._unread = self._unread[-1:]
         begun = time.perf_counter()
         for _ in range(n):
+            if logits is None and self.decoder.greedy:
+                token, most = self.decoder.step(self._unread)
+                # the graph's own memory, which its next step reads
+                self._unread = token
+                made.append(token.clone())
+                peak.append(most.clone())
+                continue
             if logits is None:
-                logits = self.decoder.step(self._unread[-1:])
+                logits = self.decoder.step(self._unread)
             peak.append(logits.amax(-1))
             self._unread = self.picks.along(logits, self._nothing)
             self.picks.add(self._unread)
             made.append(self._unread)
             logits = None
+        self._unread = made[-1]
         tokens = self._read(torch.cat(made), torch.cat(peak))
         if self._logits is None:
             self.pace.step.add((time.perf_counter() - begun) / n)
@@ -267,7 +297,7 @@ class _Sequence:
         between = time.perf_counter()
         self.pace.guess.add((between - begun) / n)
         unread = len(self._unread)
-        logits = self.blocks.run(torch.cat([self._unread, guesses]))[unread - 1 :]  # (n + 1, vocabulary)
+        logits = self.blocks.run(self._unread, guesses)  # (n + 1, vocabulary)
         picked = self.picks.along(logits, guesses)
         # guesses up to the first that is wrong, and what the model adds there
         right_so_far = (picked[:n] == guesses).cumprod(0)
@@ -278,13 +308,13 @@ class _Sequence:
         if not all(found[n + 2 : n + 3 + right]):
             raise not_finite()
         added = picked[: right + 1]
-        kept = self.blocks.keep(unread + right)
+        kept = self.blocks.keep(right)
         self._unread = torch.cat([self._unread, added])[kept:]
         self.picks.add(added)
-        if len(self._unread) > LENGTHS[-1] // 2:
+        if len(self._unread) > _MOST_UNREAD:
             self.blocks.advance(self._unread[:-1])
             self._unread = self._unread[-1:]
-        self.pace.called(unread + n, time.perf_counter() - between)
+        self.pace.called(self.blocks.size(unread, n), time.perf_counter() - between)
         self.pace.came_of(kind, right, n)
         told = self.told
         told.rounds, told.guessed, told.right = told.rounds + 1, told.guessed + n, told.right + right
