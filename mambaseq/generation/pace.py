@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import statistics
 from collections.abc import Callable
 
-# Measurements of one kind that are looked at; the least counts, since a machine does other things, too.
+# Measurements of one kind that are looked at; their median counts, since a machine does other things, too.
 _LATEST = 5
 _PREPARE = 2  # the first calls compile, or are captured
 _NUMBERS = (1, 3, 7, 15)  # of guesses that are thought about
@@ -14,7 +15,7 @@ _BEGINNING = (2.0, 1.0)  # right and wrong, before anything is known
 # Tokens without drafts of a kind that did not pay, the first time and at most; then it is tried once more.
 _REST, _LONGEST_REST = 16, 512
 # How much faster drafting must promise to be.
-_MARGIN = 1.02
+_MARGIN = 1.05
 # How often guesses are right, where they are tried once more, and what is known then.
 _HOPE, _AGAIN = 0.9, (0.5, 0.25)
 
@@ -35,7 +36,7 @@ class Timed:
     @property
     def seconds(self) -> float | None:
         """None before it is known."""
-        return min(self._latest, default=None)
+        return statistics.median(self._latest) if self._latest else None
 
 
 class Pace:
@@ -84,6 +85,8 @@ class Pace:
             if again:
                 del self._until[kind]
                 self._right[kind] = _AGAIN
+            elif kind in self._rests:  # it has to pay for as long as it rested
+                self._rests[kind] = max(self._rests[kind] - 1, _REST // 2)
         else:
             self._rests[kind] = min(2 * self._rests.get(kind, _REST // 2), _LONGEST_REST)
             self._until[kind] = made + self._rests[kind]
@@ -107,5 +110,3 @@ class Pace:
         """How many of n guesses were right."""
         before = self._right.get(kind, _BEGINNING)
         self._right[kind] = before[0] * _FORGOTTEN + right, before[1] * _FORGOTTEN + (right < n)
-        if right == n:
-            self._rests.pop(kind, None)

@@ -232,20 +232,30 @@ class _Sequence:
         self.device = logits.device
         self._logits: Tensor | None = logits  # of the next token, if they are known
         self._unread = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._nothing = self._unread
+        self._nothing = self._guesses = self._unread
         self._made = 0
 
     def more(self, left: int) -> list[int]:
         """The next tokens, at least one and at most `left`."""
-        kind = None if self._logits is not None else self.drafter.kind()
-        n = 0
+        begun, is_first = time.perf_counter(), self._logits is not None
+        kind = None if is_first else self.drafter.kind()
+        n, unread = 0, len(self._unread)
         if kind is not None and left > 1:
-            n = self.pace.guesses(
-                kind, left - 1, self._made, lambda number: self.blocks.size(len(self._unread), number)
-            )
-        tokens = self._steps(min(left, self._burst(kind))) if kind is None or not n else self._round(kind, n)
+            n = self.pace.guesses(kind, left - 1, self._made, lambda number: self.blocks.size(unread, number))
+        if kind is None or not n:
+            guessing, size = 0.0, 0
+            tokens = self._steps(min(left, self._burst(kind)))
+        else:
+            guessing, size = self._guess(n), self.blocks.size(unread, n)
+            tokens = self._check(kind)
         self._made += len(tokens)
         self.drafter.add(tokens)
+        takes = time.perf_counter() - begun
+        if size:
+            self.pace.guess.add(guessing / n)
+            self.pace.called(size, takes - guessing)
+        elif not is_first and unread == 1:
+            self.pace.step.add(takes / len(tokens))
         return tokens
 
     def _burst(self, kind: int | None) -> int:
@@ -265,7 +275,6 @@ class _Sequence:
         if len(self._unread) > 1:
             self.blocks.advance(self._unread[:-1])
             self._unread = self._unread[-1:]
-        begun = time.perf_counter()
         for _ in range(n):
             if logits is None and self.decoder.greedy:
                 token, most = self.decoder.step(self._unread)
@@ -283,20 +292,20 @@ class _Sequence:
             logits = None
         self._unread = made[-1]
         tokens = self._read(torch.cat(made), torch.cat(peak))
-        if self._logits is None:
-            self.pace.step.add((time.perf_counter() - begun) / n)
         self._logits = None
         return tokens
 
-    def _round(self, kind: int, n: int) -> list[int]:
-        """n guesses, and what the model says of them."""
+    def _guess(self, n: int) -> float:
+        """n guesses. Returns what they took, in seconds."""
         begun = time.perf_counter()
-        guesses = self.drafter.guesses(n, self.picks.along, self.device)
+        self._guesses = self.drafter.guesses(n, self.picks.along, self.device)
         if self.device.type == "cuda" and isinstance(self.drafter, SmallerModel):
             torch.cuda.current_stream().synchronize()  # what each part takes decides how many there are
-        between = time.perf_counter()
-        self.pace.guess.add((between - begun) / n)
-        unread = len(self._unread)
+        return time.perf_counter() - begun
+
+    def _check(self, kind: int) -> list[int]:
+        """What the model says of the guesses: those that are right, and one token more."""
+        guesses, n = self._guesses, len(self._guesses)
         logits = self.blocks.run(self._unread, guesses)  # (n + 1, vocabulary)
         picked = self.picks.along(logits, guesses)
         # guesses up to the first that is wrong, and what the model adds there
@@ -314,7 +323,6 @@ class _Sequence:
         if len(self._unread) > _MOST_UNREAD:
             self.blocks.advance(self._unread[:-1])
             self._unread = self._unread[-1:]
-        self.pace.called(self.blocks.size(unread, n), time.perf_counter() - between)
         self.pace.came_of(kind, right, n)
         told = self.told
         told.rounds, told.guessed, told.right = told.rounds + 1, told.guessed + n, told.right + right
