@@ -137,7 +137,7 @@ class Blocks:
             self._warm.add(size)
             with torch.cuda.device(row.device), capture.capturing:
                 (told, self._packs), waits = capture.warm_up(lambda: self._read(row, bounds), torch.cuda.Stream())
-                for tensor in (told, *tensors_of(self._packs)):
+                for tensor in (told, *tensors_of(self._packs or [])):
                     tensor.record_stream(torch.cuda.current_stream())
             if waits:
                 self._give_up("a call of the model waits for the GPU")
