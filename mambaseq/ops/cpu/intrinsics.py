@@ -50,7 +50,7 @@ def _prefetch_line(typingctx, array, index):
 # Numba calls an intrinsic with the arguments after the first.
 fetch_add: Any = _fetch_add  # (int64 array, index): adds 1 atomically; returns what was there
 load: Any = _load  # (int64 array, index): reads anew each time, and before whatever is read next
-_prefetch: Any = _prefetch_line
+prefetch_line: Any = _prefetch_line  # (array, index): starts fetching; what does not exist does no harm
 
 
 @njit
@@ -60,4 +60,4 @@ def prefetch(array, stride, first, width, row, go, steps):
     for t in range(steps):
         at = (row + t * go) * stride + first
         for c in range(0, width, _LINE):
-            _prefetch(array, at + c)
+            prefetch_line(array, at + c)

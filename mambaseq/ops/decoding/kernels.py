@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from mambaseq.ops.cpu.intrinsics import fetch_add, load
+from mambaseq.ops.cpu.intrinsics import fetch_add, load, prefetch_line
 from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.team import STRIDE
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
@@ -19,6 +19,8 @@ from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoi
 _ZERO = np.float32(0)
 # The usual number of states: a loop of this constant length becomes vector instructions without a rest.
 _LANES = np.uint64(16)
+# Bytes of weights that are asked for before they are read: by itself the processor looks ahead too little.
+_AHEAD, _LINE = 8192, 64
 
 
 def widen(value):
@@ -41,6 +43,15 @@ def _dot(weight, x):
     return total
 
 
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+def _fetch(weight, row, low, high):
+    """Start fetching columns low to high of the row that is read some rows after this one."""
+    size = weight.itemsize
+    at = (row + max(1, _AHEAD // ((high - low) * size))) * weight.shape[1]
+    for i in range(low, high, _LINE // size):
+        prefetch_line(weight, at + i)
+
+
 @kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def linear(counters, size, x, weight, y):
     """y = x @ weight.T, `size` rows of the weight at a time; x `(rows, in)`, weight `(out, in)`, y `(rows, out)`."""
@@ -50,6 +61,7 @@ def linear(counters, size, x, weight, y):
     while block < n_blocks:
         for o in range(block * size, min((block + 1) * size, n_out)):
             w = weight[o]
+            _fetch(weight, o, 0, x.shape[1])
             for r in range(x.shape[0]):
                 y[r, o] = _dot(w, x[r])
         fetch_add(counters, STRIDE)
@@ -203,6 +215,7 @@ def mamba_block(
         for half in (0, channels):
             for c in range(half + low, half + high):
                 w = in_proj[c]
+                _fetch(in_proj, c, 0, x.shape[1])
                 for r in range(rows):
                     inner[r, c] = _dot(w, x[r]) + (widen(in_bias[c]) if has_in_bias else _ZERO)
         for r in range(rows):
@@ -216,6 +229,7 @@ def mamba_block(
                     out += widen(conv_bias[c])
                 inner[r, c] = out * sigmoid(out)
             for o in range(n_projected):
+                _fetch(x_proj, o, low, high)
                 shares[block, r, o] = _dot(x_proj[o, low:high], inner[r, low:high])
         fetch_add(counters, STRIDE)
         block = fetch_add(counters, 0)
@@ -232,6 +246,7 @@ def mamba_block(
         for r in range(rows):
             row, dbc = inner[r], projected[r]
             for c in range(low, high):
+                _fetch(dt_proj, c, 0, dt_rank)
                 delta[c - low] = _dot(dt_proj[c], dbc[:dt_rank]) + widen(dt_bias[c])
             for c in range(high - low):
                 delta[c] = softplus(delta[c])
@@ -250,6 +265,7 @@ def mamba_block(
                 row[c] = (out + widen(D[c]) * u) * gate * sigmoid(gate)
         for o in range(out_proj.shape[0]):
             w = out_proj[o, low:high]
+            _fetch(out_proj, o, low, high)
             for r in range(rows):
                 out_shares[block, r, o] = _dot(w, inner[r, low:high])
         fetch_add(counters, 3 * STRIDE)
