@@ -240,11 +240,11 @@ def _note_vocabulary(
     if not any(not name.startswith("backbone.") for name in (*found.taken, *found.grown)):
         return  # no rows belong to ids
     if loaded.tokenizer is not None and tokenizer is not None:
-        count = min(loaded.tokenizer.vocab_size, tokenizer.vocab_size, _COMPARED)
-        if other := [i for i in range(count) if not _same(i, loaded.tokenizer, tokenizer)]:
+        other, count, first = differing_ids(loaded.tokenizer, tokenizer)
+        if other:
             found.notes.append(
-                f"the tokenizers differ: {len(other):,} of {count:,} ids mean something else (the first is "
-                f"{other[0]}), and rows belong to ids"
+                f"the tokenizers differ: {other:,} of {count:,} ids mean something else (the first is {first}), and "
+                "rows belong to ids"
             )
     elif published:
         found.notes.append("there is no tokenizer of this run's kind next to its weights, and rows belong to ids")
@@ -283,6 +283,14 @@ _TOLD = {
     "n_layers",
     "complement",
 }
+
+
+def differing_ids(one: Tokenizer, other: Tokenizer) -> tuple[int, int, int]:
+    """How many of the first ids that two tokenizers share mean something else, of how many, and the first of them (-1
+    for none)."""
+    count = min(one.vocab_size, other.vocab_size, _COMPARED)
+    found = [number for number in range(count) if not _same(number, one, other)]
+    return len(found), count, found[0] if found else -1
 
 
 def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:

@@ -167,7 +167,7 @@ class _Growth:
     def finish(self, place: Path) -> None:
         """Make it the store at `place`."""
         if not self._size:
-            raise no_tokens(self.meta, place)
+            raise no_tokens(self.meta, place, self.found)
         self.close()
         write_index(self.folder, str(self.dtype), self.meta, self.names, self.lengths, self.found)
         install(self.folder, place, replace=True)

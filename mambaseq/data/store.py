@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,13 @@ def check_ids(name: str, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(tokens, dtype=dtype)
 
 
-def no_tokens(meta: dict[str, Any], place: Path) -> DataError:
-    """The error of a store that would be empty."""
+def no_tokens(meta: dict[str, Any], place: Path, found: Sequence[Any] = ()) -> DataError:
+    """The error of a store that would be empty. found: see `TokenStore`."""
     sources = [source.get("name") for source in meta.get("sources", []) if isinstance(source, dict)]
     return DataError(
         f"There are no tokens in {cut_list(sources) if sources else 'the source'}, which has no records, or only empty "
         f"ones; nothing is stored in {place}. Give files with contents."
+        + (f" {len(found):,} rows were left out, the first is {shown(found[0], 200)}." if found else "")
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambaseq.checkpoints.export import load_model
+from mambaseq.checkpoints.beginning import differing_ids
+from mambaseq.checkpoints.export import LoadedModel, load_model
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.metrics.base import Metric
@@ -47,12 +48,33 @@ def evaluate(
         return _evaluate(settings, folder, command, progress, baselines)
 
 
+def _check_vocabulary(data: SequenceData, loaded: LoadedModel) -> None:
+    """Raise ConfigError for data with ids that the model does not have, or whose ids mean something else to it."""
+    rows = (loaded.model.spec or {}).get("encoder", {}).get("vocab_size")
+    if rows is not None and data.vocab_size is not None and data.vocab_size > rows:
+        raise ConfigError(
+            f"These data have {data.vocab_size:,} ids, and the vocabulary of the model at {loaded.source.parent} has "
+            f"{rows:,}. Take the tokenizer that it was trained with: leave data.tokenizer and its options out."
+        )
+    mine, theirs = data.tokenizer, loaded.tokenizer
+    if mine is None or theirs is None:
+        return
+    if type(mine) is not type(theirs) or mine.options != theirs.options:
+        other, count, first = differing_ids(theirs, mine)
+        if other:
+            raise ConfigError(
+                f"The tokenizer of these data is another than that of the model at {loaded.source.parent}: {other:,} "
+                f"of {count:,} ids mean something else, the first is {first}. Leave data.tokenizer and its options out."
+            )
+
+
 def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool, baselines: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
     before = _identities(folder)  # of every file that may be loaded, before one is
     loaded = load_model(folder.path)
     data = settings.make_data(setup=True)
+    _check_vocabulary(data, loaded)
     sets = named_sets(data.validation() if command == "validate" else data.test())
     if not sets:
         raise UserError(

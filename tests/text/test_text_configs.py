@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from mambaseq.checkpoints.export import load_model
@@ -123,8 +124,20 @@ def test_an_imported_model_is_tuned_on_conversations(tmp_path: Path, tokenizer_j
     assert (weights[0] - weights[1]).abs().max() < 0.01  # it began with the imported ones
 
 
-def test_the_page_says_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_page_says_what_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tokenizer_json: Path
+) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(textwrap.dedent(example), "data.md", "exec"), {"__name__": "page"})
     assert '"line": 401' in capsys.readouterr().out
+    # its run is not measured with ids of another vocabulary
+    other = ["--data.tokenizer", "text/hf", "--data.tokenizer_options", f"{{path: {tokenizer_json}}}"]
+    assert main(["test", "--checkpoint", "run", *other]) == 2
+    assert "These data have 280 ids, and the vocabulary of the model at run/model has 257." in capsys.readouterr().err
+    small = tokenizer_json.with_name("small.json")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={str(n): n for n in range(10)}, merges=[]))
+    made.save(str(small))
+    other[-1] = f"{{path: {small}}}"
+    assert main(["test", "--checkpoint", "run", *other]) == 2
+    assert "10 of 10 ids mean something else" in capsys.readouterr().err

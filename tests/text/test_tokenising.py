@@ -152,6 +152,14 @@ def test_broken_rows_are_told_at_once_or_left_out(tmp_path: Path, kind: Any) -> 
         assert "0xff at offset" in data.left_out()[3]["reason"]
 
 
+def test_nothing_is_left_of_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(
+        DataError, match=r"There are no tokens in a\.jsonl.*1 rows were left out, the first is .*not text"
+    ):
+        DocumentData(files=str(tmp_path / "a.jsonl"), skip_bad=True, **NONE).setup()  # type: ignore[arg-type]
+
+
 def test_a_stream_lists_what_it_leaves_out(tmp_path: Path) -> None:
     name = bad_file(tmp_path)
     data = DocumentData(files=name, streaming=True, skip_bad=True, length=3, shuffle_windows=0)
