@@ -20,6 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 from mambaseq_text.corpus import CorpusData
+from mambaseq_text.tokenising import cores
 from mambaseq_text.tokenization import HFTokenizer
 
 PIECE = 1 << 20
@@ -64,7 +65,7 @@ def main() -> None:
     print(f"tokenizers alone, in batches   {size / alone:6.2f} MB/s a core")
     print(f"no word known before           {size / (cold - loading):6.2f} MB/s a core")
     print(f"words known                    {size / warm:6.2f} MB/s a core")
-    for workers in (0, len(os.sched_getaffinity(0))):
+    for workers in (0, cores()):
         with tempfile.TemporaryDirectory() as cache:
             os.environ["MAMBASEQ_CACHE"] = cache
             options = {"tokenizer": "text/hf", "tokenizer_options": {"path": given.tokenizer}}

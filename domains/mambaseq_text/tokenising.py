@@ -66,6 +66,11 @@ class Reading:
         pass
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_workers(workers: int | None) -> None:
     """Raise UserError for a number of processes that makes no sense."""
     if workers is not None and workers < 0:
@@ -100,7 +105,7 @@ class _Parts:
         self, reading: Reading, tokenizer: TextTokenizer, counts: bool, workers: int | None, max_tokens: int
     ) -> None:
         self.reading, self.tokenizer, self.counts, self.max_tokens = reading, tokenizer, counts, max_tokens
-        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.workers = cores() if workers is None else workers
 
     def __call__(self, place: Any) -> Iterator[Part]:
         taken, place = place or (0, None)

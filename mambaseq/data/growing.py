@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mambaseq.errors import UserError
 from mambaseq.resources import cache_dir, make_private
 
 _JOURNAL = "journal.jsonl"
+_FORGOTTEN = 30 * 24 * 3600  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ def grown(
 
     try:
         make_private(stores)
+        _remove_forgotten(stores)
         with filelock.FileLock(stores / f".{place.name}.lock"):
             if (there := _opened(place, dtype, meta, warn=True)) is not None:
                 return there  # another process was first
@@ -80,7 +84,12 @@ def grown(
     except UserError:
         raise
     except OSError as error:
-        raise write_failed(place, error) or error from error
+        if write_failed(place, error) is None:
+            raise
+        raise UserError(
+            f"{place} cannot be written: {error.strerror or error}. What is done so far is kept, and the next run goes "
+            "on from there. Free some space, or set the variable MAMBASEQ_CACHE to a folder on another disk."
+        ) from error
     return TokenStore(place, check=False)
 
 
@@ -96,6 +105,14 @@ def _opened(place: Path, dtype: str, meta: dict[str, Any], warn: bool = False) -
         if warn:
             logger.warning("%s It is rebuilt.", error)
         return None
+
+
+def _remove_forgotten(stores: Path) -> None:
+    """Remove what killed processes left and nobody went on with for a month."""
+    for folder in stores.glob("*.growing"):
+        with contextlib.suppress(OSError):
+            if time.time() - max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()]) > _FORGOTTEN:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Growth:

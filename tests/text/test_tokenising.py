@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
 from mambaseq_text import tokenising
 from mambaseq_text.corpus import CorpusData
 from mambaseq_text.documents import DocumentData
+from mambaseq_text.opening import source
 from mambaseq_text.tokenising import Piece, Reading, tokenised
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
 from mambaseq_text.words import Words, byte_counts
@@ -82,6 +87,35 @@ def test_a_killed_run_goes_on_behind_its_whole_parts(tmp_path: Path, torn: str, 
     assert not Counting.calls  # it is there
     tokenised("killed", Numbers(), Counting(), {"other": 1}, workers=0)
     assert Counting.calls == 20
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=r"No space left on device\. What is done so far is kept.*MAMBASEQ_CACHE"):
+            tokenised("full", Numbers(), ByteTokenizer(), {}, workers=0)
+    again = Numbers()
+    assert same(
+        tokenised("full", again, ByteTokenizer(), {}, workers=0),
+        tokenised("whole", Numbers(), ByteTokenizer(), {}, workers=0),
+    )
+    assert again.read == 11
+
+
+def test_what_nobody_went_on_with_is_removed(tmp_path: Path) -> None:
+    for name, age in (("old", 40), ("new", 20)):
+        folder = tmp_path / "cache" / "stores" / f"{name}.growing"
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - age * 86400,) * 2)
+    tokenised("x", Numbers(), ByteTokenizer(), {}, workers=0)
+    assert [path.name for path in (tmp_path / "cache" / "stores").glob("*.growing")] == ["new.growing"]
 
 
 def test_processes_give_the_same_store(tokenizer_json: Path) -> None:
@@ -247,6 +281,29 @@ def test_data_sets_as_the_hub_has_them(tmp_path: Path, monkeypatch: pytest.Monke
         DocumentData(files=f"hub:{tmp_path}/none").setup()
     with pytest.raises(ConfigError, match=r"of the form hub:OWNER/NAME"):
         DocumentData(files="hub::x").setup()
+
+
+def test_what_the_hub_pins_needs_no_question() -> None:
+    address = f"hf://datasets/a/b@{'0f' * 20}/c/train.jsonl.zst"
+    assert source(address) == {"name": address, "version": "0f" * 20}
+
+
+def test_a_tokenizer_of_the_hub(tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetched(repository: str, name: str, **options: Any) -> str:
+        asked.append((repository, options["revision"]))
+        if name != "tokenizer.json" or repository != "some/model":
+            raise huggingface_hub.errors.EntryNotFoundError("not there")
+        return str(tokenizer_json)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    assert HFTokenizer("hub:some/model@v1", eos="<|endoftext|>").path == str(tokenizer_json)
+    assert asked[0] == ("some/model", "v1")
+    with pytest.raises(DataError, match=r"tokenizer\.json of 'some/other' cannot be downloaded.*give the path"):
+        HFTokenizer("hub:some/other")
+    with pytest.raises(ConfigError, match=r"is not of the form hub:OWNER/NAME"):
+        HFTokenizer("hub:model")
 
 
 def test_workers_that_make_no_sense(tmp_path: Path) -> None:
