@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+from agreement import DEVICES, TOLERANCE, Draw, assert_equals_reference, device_or_skip, moved
 
 from mambaseq.ops import OPS, delta_rule, ssd
-from mambaseq.ops.delta_rule import DeltaArguments, delta_rule_update_
+from mambaseq.ops.delta_rule import DeltaArguments, delta_rule_update_, fla
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
 
 OP = OPS["delta_rule"]
-TORCH, REFERENCE = OP.backends
+TORCH, _, REFERENCE = OP.backends
 
 
 def drawn(
@@ -154,6 +157,63 @@ def test_what_is_held_grows_with_the_length_and_not_with_channels_of_pairs() -> 
     assert largest <= 2 * 2048 * 64  # keys and queries in one
 
 
+def documented(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, beta=None):  # type: ignore[no-untyped-def]
+    """What flash-linear-attention documents of its kernels: q, k `(batch, length, heads, d_key)`, v `(..., d_value)`,
+    log-decays g, states `(sequences, heads, d_key, d_value)`."""
+    assert scale == 1.0
+    ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    ys, finals = [], []
+    for s, (start, end) in enumerate(itertools.pairwise(ends)):
+        rows = slice(s, s + 1) if cu_seqlens is not None else slice(None)
+        h = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[3]) if initial_state is None else initial_state[rows]
+        for t in range(start, end):
+            decay = g[:, t].exp()
+            h = h * (decay[..., None] if g.ndim == 4 else decay[..., None, None])
+            new = v[:, t] if beta is None else beta[:, t, :, None] * (v[:, t] - (h * k[:, t, :, :, None]).sum(2))
+            h = h + k[:, t, :, :, None] * new[:, :, None]
+            ys.append((h * q[:, t, :, :, None]).sum(2))
+        finals.append(h)
+    return torch.stack(ys, 1), torch.cat(finals) if output_final_state else None
+
+
+@pytest.mark.parametrize(
+    "case", ["length 63, keys shared", "no decay, no state", "no delta, channels, keys shared", "packed"]
+)
+def test_what_is_handed_to_flash_linear_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its kernels as documented in the place of the kernels, in float32."""
+    made = CASES[case]()
+    for module, name in fla._KERNELS.values():
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: documented}))
+    expected_y, expected_state = REFERENCE.run(made)
+    y, state = fla.run(made)
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+    assert fla.run(made._replace(wants_final_state=False))[1].numel() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_the_package_at_the_sizes_of_models(channels: bool, delta: bool) -> None:
+    """Without gradients, which the package's kernels may refuse."""
+    device, draw = device_or_skip("cuda"), Draw("sizes")
+    q, k = draw.normal(1, 1000, 4, 64), F.normalize(draw.normal(1, 1000, 4, 64), dim=-1)
+    g = -draw.uniform(0, 0.5, 1, 1000, 4, *([64] if channels else []))
+    made = DeltaArguments(
+        q / 8, k, draw.normal(1, 1000, 4, 128), g, draw.uniform(0, 1, 1, 1000, 4) if delta else None,
+        draw.normal(4, 4, 128, 64), torch.tensor([0, 63, 64, 320, 1000], dtype=torch.int32),
+    )  # fmt: skip
+    made = moved(made._replace(**{name: getattr(made, name).bfloat16() for name in ("q", "k", "v")}), device)
+    package = OP.backends[1]
+    with torch.no_grad():
+        if (reason := package.why_not(made)) is not None:
+            pytest.skip(f"fla: {reason}")
+        double = (t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in made)
+        for actual, expected in zip(package.run(made), TORCH.run(DeltaArguments(*double)), strict=True):
+            # products of this precision, where ours are of float32
+            assert relative_rms_error(actual, expected) < 4 * TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +228,7 @@ def test_what_is_held_grows_with_the_length_and_not_with_channels_of_pairs() -> 
         ({"initial_state": torch.zeros(1, 2, 5, 3)}, "initial_state must be"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"backend": "fla"}, "'fla' cannot run these arguments: its kernels run on CUDA"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict, message: str) -> None:

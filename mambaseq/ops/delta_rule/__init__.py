@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.delta_rule import arguments as _arguments
-from mambaseq.ops.delta_rule import chunked, reference
+from mambaseq.ops.delta_rule import chunked, fla, reference
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
 
 __all__ = ["OP", "DeltaArguments", "delta_rule", "delta_rule_update_"]
@@ -17,9 +17,12 @@ OP = dispatch.Op(
     name="delta_rule",
     backends=(
         dispatch.Backend("torch", chunked.run, dispatch.never),
+        # behind one that always runs: by name only
+        dispatch.Backend("fla", fla.run, fla.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
+    half=_arguments.half,
 )
 
 
@@ -69,7 +72,7 @@ def delta_rule(
         every floating-point argument.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or there is no such backend.
+        ValueError: shapes, dtypes or devices do not fit, or the backend asked for cannot run these arguments.
     """
     arguments = DeltaArguments(q, k, v, g, beta, initial_state, cu_seqlens, reverse, return_final_state, chunk_size)
     _arguments.check(arguments)

@@ -67,6 +67,11 @@ def check(arguments: DeltaArguments) -> None:
         raise ValueError(f"initial_state must be {expected}, not {tuple(state.shape)}")
 
 
+def half(arguments: DeltaArguments) -> DeltaArguments:
+    """The same with the sequences in bfloat16, as models hand them over."""
+    return arguments._replace(**{name: getattr(arguments, name).bfloat16() for name in ("q", "k", "v")})
+
+
 def samples(device: torch.device) -> Iterator[tuple[str, DeltaArguments]]:
     """Small float32 inputs that use every argument."""
     generator = torch.Generator().manual_seed(0)

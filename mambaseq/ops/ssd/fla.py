@@ -7,26 +7,24 @@ The package is imported when it runs for the first time, never before.
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
+from mambaseq.ops.gpu.packages import gated_gradients_miscompiled, needs_gradient
 from mambaseq.ops.ssd import packages
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 _MODULE = "fla.ops.simple_gla"
 _SIZES = (16, 32, 64)
-_HOPPER = 9  # major compute capability
 
 
 def why_not(arguments: SsdArguments) -> str | None:
     """The reason why the package cannot run these arguments, or None."""
     reason = packages.why_not(arguments, "flash-linear-attention", "fla", _SIZES)
-    if reason is None and packages.needs_gradient(arguments) and _miscompiled(arguments.x.device):
+    if reason is None and needs_gradient(arguments) and gated_gradients_miscompiled(arguments.x.device):
         return "Triton 3.4 to 3.7.0 compiles its backward pass wrongly for Hopper GPUs"
     return reason
 
@@ -58,11 +56,3 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
 def _transposed(state: Tensor) -> Tensor:
     """Ours is `(..., head_dim, d_state)`, the package's has d_state first."""
     return state.float().transpose(-1, -2).contiguous()  # the last two axes change places
-
-
-@functools.cache
-def _miscompiled(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        return False
-    version = TorchVersion(importlib.import_module("triton").__version__)
-    return version >= "3.4.0" and version < "3.7.1"

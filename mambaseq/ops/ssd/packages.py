@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
-from torch import Tensor
 
 from mambaseq.ops.dispatch import PACKAGES
+from mambaseq.ops.gpu.packages import installed
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -31,7 +28,7 @@ def why_not(arguments: SsdArguments, package: str, module: str, chunk_sizes: tup
     x = arguments.x
     if x.device.type != "cuda":
         return f"its kernels run on CUDA, x is on {x.device}"
-    if not _installed(module):
+    if not installed(module):
         return f"{package} is not installed"
     if torch.compiler.is_compiling():
         return "it is not registered with torch.library"
@@ -44,14 +41,3 @@ def why_not(arguments: SsdArguments, package: str, module: str, chunk_sizes: tup
     if arguments.reverse:
         return "it does not run in reverse"
     return None
-
-
-def needs_gradient(arguments: SsdArguments) -> bool:
-    """Whether anything that is to be computed from these arguments is differentiated."""
-    tensors = (value for value in arguments if isinstance(value, Tensor))
-    return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
-
-
-@functools.cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
