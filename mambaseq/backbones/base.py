@@ -42,7 +42,7 @@ class ResidualLayer(nn.Module):
         """See `forward`, of one position."""
         if residual.is_cuda and type(self.norm) is RMSNorm and is_plain(self.norm) and not self.training:
             stream = residual[:, 0]
-            if self.mixer.can_step_layer(stream, self.norm, state):
+            if isinstance(self.mixer, Mixer) and self.mixer.can_step_layer(stream, self.norm, state):
                 stream = stream if x is None else stream + x[:, 0]
                 return None, self.mixer.layer_step_(stream, self.norm, state)[:, None]
         y, residual = self.norm(x, residual)

@@ -358,7 +358,8 @@ class Mamba(Mixer):
 
     def can_step_layer(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> bool:
         """See `Mixer.can_step_layer`."""
-        if not (self._is_plain() and "step_" not in vars(self) and type(self).step_ is Mamba.step_):
+        own = "step_" in vars(self) or type(self).step_ is not Mamba.step_
+        if own or type(state) is not MambaState or not self._is_plain():
             return False
         return layer.can_step(
             residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()

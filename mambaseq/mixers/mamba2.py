@@ -276,7 +276,13 @@ class Mamba2(Mixer):
     def can_step_layer(self, residual: Tensor, norm: RMSNorm, state: Mamba2State) -> bool:
         """See `Mixer.can_step_layer`."""
         own = "step_" in vars(self) or type(self).step_ is not Mamba2.step_
-        if own or self.n_groups != 1 or self.norm.norm_before_gate or not self._has_plain_layers():
+        if (
+            own
+            or type(state) is not Mamba2State
+            or self.n_groups != 1
+            or self.norm.norm_before_gate
+            or not self._has_plain_layers()
+        ):
             return False
         return layer.can_step(
             residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()

@@ -119,11 +119,12 @@ def test_the_transformer_steps_as_it_reads(kv_heads: int) -> None:
 
 
 def test_the_transformers_steps_by_kernels_are_its_steps() -> None:
-    """Under Triton's interpreter: a layer at a position that is not the first."""
+    """A layer at a position that is not the first; without a GPU under Triton's interpreter."""
     pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = Transformer(31, d_model=12, n_layers=1, n_heads=2, d_hidden=8, max_length=20, n_kv_heads=1)
-    ids = torch.randint(31, (1, 6))
+    model = Transformer(31, d_model=12, n_layers=1, n_heads=2, d_hidden=8, max_length=20, n_kv_heads=1).to(device)
+    ids = torch.randint(31, (1, 6)).to(device)
     caches = [model.init_cache(1, 8) for _ in range(2)]
     for cache in caches:
         model.extend_(ids[:, :5], cache, 0)

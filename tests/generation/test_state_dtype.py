@@ -17,6 +17,8 @@ from mambaseq.ops.decoding import step
 from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.trapezoid import trapezoidal_update_
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels: without a GPU under Triton's interpreter
+
 
 def make(mixer: str, **options: Any) -> SequenceModel:
     torch.manual_seed(0)
@@ -26,9 +28,9 @@ def make(mixer: str, **options: Any) -> SequenceModel:
 def updates() -> dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor], Tensor]]]:
     """By name, the state's shape and the step of a module of ops on a state."""
     torch.manual_seed(0)
-    x, dt, z = torch.randn(3, 6), torch.rand(3, 6), torch.randn(3, 6)
-    B, C, A = torch.randn(3, 1, 5), torch.randn(3, 1, 5), -torch.rand(6, 5)
-    heads, D = torch.randn(3, 2, 4), torch.randn(6)
+    x, dt, z, A = (torch.rand(shape).to(DEVICE) for shape in ((3, 6), (3, 6), (3, 6), (6, 5)))
+    B, C, heads, D = (torch.randn(shape).to(DEVICE) for shape in ((3, 1, 5), (3, 1, 5), (3, 2, 4), (6,)))
+    A = -A
     return {
         "selective": ((3, 6, 5), lambda m, s: m.selective_state_update_(s, x, dt, A, B, C, **_of(m, D=D, z=z))),
         "ssd": ((3, 2, 4, 5), lambda m, s: m.ssd_update_(s, heads, dt[:, :2], -dt[0, :2], B, C, **_of(m, D=D[:2]))),
@@ -48,10 +50,10 @@ def _of(module: Any, D: Tensor, z: Tensor | None = None, rule: str | None = None
 @pytest.mark.parametrize("module", [step, step_gpu], ids=["torch", "triton"])
 @pytest.mark.parametrize("name", ["selective", "ssd", "lti"])
 def test_a_step_rounds_the_state_alone(name: str, module: Any) -> None:
-    """step_gpu under Triton's interpreter, which cuts digits off instead."""
+    """Triton's interpreter cuts digits off instead."""
     pytest.importorskip("triton")
     shape, update = updates()[name]
-    half = torch.randn(shape).bfloat16()
+    half = torch.randn(shape).to(DEVICE).bfloat16()
     wide = half.float()
     expected = update(step, wide)
     y = update(module, half)
