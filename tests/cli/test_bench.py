@@ -281,6 +281,7 @@ def test_the_parser_imports_nothing_heavy() -> None:
 def test_doctor_times_what_is_right(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = off_by_a_hundredth(OPS["causal_conv"], "cpu")
     monkeypatch.setattr(diagnosis, "OPS", {"causal_conv": wrong, "lti_scan": OPS["lti_scan"]})
+    monkeypatch.setitem(backends.SIZES, "cpu", (1, 8, 64))
     assert main(["doctor", "--device", "cpu"]) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  r")]
     assert len(lines) >= 5
