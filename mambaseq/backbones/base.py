@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,11 @@ class Backbone(nn.Module, abc.ABC):
     A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
     takes_mask: whether `forward` takes a `mask=` of real positions, because these depend on the padding after them.
         strands: how many vectors of size d_model a position has. splits_time: whether it can be given a rank's part of
-        sequences that are split along time (see `mambaseq.parallel`).
+        sequences that are split along time (see `mambaseq.parallel`), and how: "layers", whose states go from rank to
+        rank one by one, so that all ranks work; "whole", all its states at once, so that ranks work in turn.
     """
 
-    splits_time: ClassVar[bool] = False
+    splits_time: ClassVar[Literal["layers", "whole", ""]] = ""
     takes_mask: ClassVar[bool] = False
     strands: ClassVar[int] = 1
     d_model: int
@@ -156,10 +157,13 @@ class Backbone(nn.Module, abc.ABC):
     ) -> tuple[Tensor, list[Any]]:
         """The same over a rank's part of split sequences."""
         self.check_part(part, x, cu_seqlens)
+        if self.splits_time == "whole":
+            self.check_bounded("A backbone that hands all its states on at once")
+        run = self._run if self.splits_time == "layers" else functools.partial(relay.Whole(self).run, self._run)
         longest = max(piece.end - piece.begin for piece in part.pieces)  # on any rank, so that all do the same
         if len(part.mine) == 1 and (self.chunk_length is None or longest <= self.chunk_length):
             with relay.Relay(part, part.mine[0]).running():
-                return self._run(x, state, cu_seqlens, return_state)
+                return run(x, state, cu_seqlens, return_state)
         self.check_bounded("A rank with several pieces of a sequence")
         if self.chunk_length is not None and longest > self.chunk_length:
             raise ConfigError(
@@ -168,7 +172,7 @@ class Backbone(nn.Module, abc.ABC):
             )
         from mambaseq.backbones.chunks import run_in_chunks
 
-        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
+        return run_in_chunks(self, run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
 
     def check_part(self, part: parallel.Part, x: Tensor, cu_seqlens: Tensor | None) -> None:
         """Raise ConfigError or ValueError for what is not a part that this backbone can be given."""

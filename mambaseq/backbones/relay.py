@@ -28,6 +28,58 @@ _RELAY: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", d
 RunLayer = Callable[[Tensor | None, Tensor, Any, bool], tuple[Tensor, Tensor, Any]]
 
 
+class States:
+    """The states of a backbone as one."""
+
+    def __init__(self, each: list[Any]) -> None:
+        self.each = each
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{n}.{name}": tensor for n, one in enumerate(self.each) for name, tensor in one.tensors().items()}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> States:
+        return States([one.map(function) for one in self.each])
+
+
+class Whole:
+    """A backbone as the owner of its states. They are handed on once all its layers have run, so that ranks work one
+    after the other."""
+
+    position_wise = False
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+        self.bounded_state = all(mixer.bounded_state for mixer in backbone.mixers())
+
+    def init_state(self, batch_size: int, max_length: int | None = None, *, device: Any = None) -> States:
+        return States(self.backbone.init_state(batch_size, max_length, device=device))
+
+    def parameters(self) -> Iterator[Any]:
+        return self.backbone.parameters()
+
+    def run(self, layers: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Any, return_state: bool) -> Any:
+        """`layers(x, states, cu_seqlens, return_state)` over the piece that is being run, from the states that the rank
+        with the piece before it leaves."""
+        one = current()
+        assert one is not None
+
+        def layer(_: Tensor | None, x: Tensor, state: Any, return_state: bool) -> tuple[Tensor, Tensor, Any]:
+            y, states = layers(x, None if state is None else state.each, cu_seqlens, return_state)
+            return y, x, States(states)
+
+        token = _RELAY.set(None)
+        try:
+            given = None if state is None else States(state)
+            y, _, new = one.run(self, layer, None, x, given, return_state)
+        finally:
+            _RELAY.reset(token)
+        return y, [] if new is None else new.each
+
+
+# whose states are handed on
+Owner = Mixer | Whole
+
+
 def current() -> Relay | None:
     """The relay of the piece that is being run."""
     return None if torch.compiler.is_compiling() else _RELAY.get()
@@ -77,7 +129,7 @@ class Relay:
 
     def run(
         self,
-        mixer: Mixer,
+        mixer: Owner,
         layer: RunLayer,
         branch: Tensor | None,
         residual: Tensor,
@@ -100,7 +152,7 @@ class Relay:
         return branch, residual, new if return_state else None
 
     def _receive(
-        self, mixer: Mixer, branch: Tensor | None, residual: Tensor, wide: bool
+        self, mixer: Owner, branch: Tensor | None, residual: Tensor, wide: bool
     ) -> tuple[Tensor | None, Tensor, Any]:
         assert self.source is not None
         room = None
@@ -117,7 +169,7 @@ class Relay:
             passed, tensors = list(outputs[: len(passed)]), list(outputs[len(passed) :])
         else:
             tensors = self.received(kinds, residual.device)
-        state = dataclasses.replace(like, **dict(zip(like.tensors(), tensors, strict=True)))
+        state = _with(like, tensors)
         if room is not None:
             state.longest = room[1]
         return passed[1] if branch is not None else None, passed[0], state
@@ -150,7 +202,7 @@ class Relay:
             assert self.target is not None
             self.context.send(tensors, self.target, self.backwards)
 
-    def _entering(self, mixer: Mixer, carried: Any, given: Any) -> Any:
+    def _entering(self, mixer: Owner, carried: Any, given: Any) -> Any:
         """The states of all sequences of the piece: of those that go on in it, and of those that begin."""
         begun = self._n - self._arrive
         if carried is None or not begun:
@@ -163,7 +215,7 @@ class Relay:
         return _together(given, carried) if self.backwards else _together(carried, given)
 
 
-def _wide(mixer: Mixer, residual: Tensor) -> bool:
+def _wide(mixer: Owner, residual: Tensor) -> bool:
     """Whether states are float64, as where the mixer computes in it."""
     first = next(mixer.parameters(), residual)
     return torch.float64 in (first.dtype, residual.dtype)
@@ -183,6 +235,12 @@ def _some(state: Any, rows: slice) -> Any:
     return state.map(lambda tensor: tensor[rows])
 
 
+def _with(like: Any, tensors: Sequence[Tensor]) -> Any:
+    """A state as another one, of these tensors."""
+    remaining = iter(tensors)
+    return like.map(lambda _: next(remaining))
+
+
 def _together(one: Any, other: Any) -> Any:
     """The states of both one's sequences and the other's."""
     if isinstance(one, GrowingState):
@@ -192,11 +250,11 @@ def _together(one: Any, other: Any) -> Any:
         other.reserve_(room)
         one.longest = max(one.longest, other.longest)
     parts, more = one.tensors(), other.tensors()
-    joined: dict[str, Tensor] = {}
+    joined: list[Tensor] = []
     for name, tensor in parts.items():
         dtype = torch.promote_types(tensor.dtype, more[name].dtype)
-        joined[name] = torch.cat([tensor.to(dtype), more[name].to(dtype)])  # (sequences, ...)
-    return dataclasses.replace(one, **joined)
+        joined.append(torch.cat([tensor.to(dtype), more[name].to(dtype)]))  # (sequences, ...)
+    return _with(one, joined)
 
 
 def _has_gradient(dtype: torch.dtype) -> bool:
@@ -225,7 +283,8 @@ class _Receive(torch.autograd.Function):
             for one, kind in zip(d[ctx.n :], ctx.kinds, strict=True)
             if _has_gradient(kind.dtype)
         ]
-        ctx.relay.context.send(gradients, ctx.relay.source, back=not ctx.relay.backwards)
+        if gradients:
+            ctx.relay.context.send(gradients, ctx.relay.source, back=not ctx.relay.backwards)
         return None, None, None, *d[: ctx.n]
 
 
@@ -243,5 +302,6 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
         kinds = [kind for kind in ctx.kinds if _has_gradient(kind.dtype)]
-        found = iter(ctx.relay.context.receive(kinds, ctx.relay.target, ctx.device, back=not ctx.relay.backwards))
+        context, target, back = ctx.relay.context, ctx.relay.target, not ctx.relay.backwards
+        found = iter(context.receive(kinds, target, ctx.device, back) if kinds else [])
         return None, None, d, *(next(found) if _has_gradient(kind.dtype) else None for kind in ctx.kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class ResidualStack(Backbone):
             turn.
     """
 
-    splits_time: ClassVar[bool] = True
+    splits_time: ClassVar[Literal["layers", "whole", ""]] = "layers"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,11 @@ class UNet(Backbone):
         chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
             the backward pass (see `ResidualStack`); None runs them whole.
         cuda_graph: replay training steps as CUDA graphs (see `ResidualStack`).
+        context_parallel: how many processes share every training sequence (see `ResidualStack`). They work one after
+            the other: each has its part of the activations, but two take no less time than one.
     """
+
+    splits_time: ClassVar[Literal["layers", "whole", ""]] = "whole"
 
     def __init__(
         self,
@@ -81,8 +85,9 @@ class UNet(Backbone):
         cuda_graph: CudaGraph = "auto",
         norm: NormName = "rms",
         tiers: list[list[str]] | None = None,
+        context_parallel: int = 1,
     ) -> None:
-        super().__init__(dropout, checkpoint, chunk_length, cuda_graph)
+        super().__init__(dropout, checkpoint, chunk_length, cuda_graph, context_parallel)
         pool = [4, 4] if pool is None else pool
         if not isinstance(pool, list) or not pool or not all(isinstance(n, int) and n >= 2 for n in pool):
             raise ConfigError(

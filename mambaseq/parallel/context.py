@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from mambaseq.ops import sequences
 from mambaseq.parallel.parts import Part
 from mambaseq.parallel.pieces import cut
 
-# bytes of gradients that are summed in one message
-_BUCKET = 2**26
+# bytes of gradients that are summed in one message; tensors in a message begin at multiples of bytes
+_BUCKET, _ALIGNED = 2**26, 128
 
 
 class Like(NamedTuple):
@@ -112,7 +113,7 @@ class Context:
 
     def receive(self, kinds: Sequence[Like], source: int, device: torch.device, back: bool = False) -> list[Tensor]:
         """The tensors that a neighbour sends, `back` to the one before it. A GPU waits in its stream, a CPU here."""
-        message = torch.empty(sum(kind.bytes for kind in kinds), dtype=torch.uint8, device=device)
+        message = torch.empty(_places(kinds)[-1], dtype=torch.uint8, device=device)
         self._link(source, self.rank, back).recv([message], source, 0).wait()
         return _parted(message, kinds)
 
@@ -195,28 +196,22 @@ class _Share(torch.autograd.Function):
         return d * share, None, None
 
 
-def _order(kinds: Sequence[Like]) -> list[int]:
-    """The widest numbers first, so that each tensor begins at a multiple of its number's bytes."""
-    return sorted(range(len(kinds)), key=lambda n: -kinds[n].dtype.itemsize)
+def _places(kinds: Sequence[Like]) -> list[int]:
+    """Where each tensor begins in a message, and the message's bytes: where kernels that read several numbers at once
+    expect tensors to begin."""
+    return list(itertools.accumulate((-(-kind.bytes // _ALIGNED) * _ALIGNED for kind in kinds), initial=0))
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """One message of bytes."""
-    order = _order([Like.of(tensor) for tensor in tensors])
-    return torch.cat([_numbers(tensors[n]).view(torch.uint8) for n in order])
-
-
-def _numbers(tensor: Tensor) -> Tensor:
-    """`(n,)`, real."""
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
+    kinds = [Like.of(tensor) for tensor in tensors]
+    message = torch.empty(_places(kinds)[-1], dtype=torch.uint8, device=tensors[0].device)
+    for place, tensor in zip(_parted(message, kinds), tensors, strict=True):
+        place.copy_(tensor.detach())
+    return message
 
 
 def _parted(message: Tensor, kinds: Sequence[Like]) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
-    at = 0
-    for n in _order(kinds):
-        kind = kinds[n]
-        found[n] = message[at : at + kind.bytes].view(kind.dtype).view(kind.shape)
-        at += kind.bytes
-    return [found[n] for n in range(len(kinds))]
+    """The tensors of a message, as views."""
+    places = zip(_places(kinds), kinds, strict=False)
+    return [message[at : at + kind.bytes].view(kind.dtype).view(kind.shape) for at, kind in places]

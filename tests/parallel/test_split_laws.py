@@ -60,7 +60,7 @@ class Layer(nn.Module):
 
 
 class Plain(Backbone):
-    splits_time = True
+    splits_time = "layers"
 
     def __init__(self, mixers: list[Mixer]) -> None:
         super().__init__()

@@ -119,6 +119,19 @@ def test_sequences_that_are_read_both_ways_may_be_split() -> None:
     )
 
 
+def test_a_unet_may_be_split_anywhere_in_its_windows() -> None:
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    spec = both_ways("bidirectional").spec
+    assert spec is not None
+    for size, options, batch, packed, how in (
+        (2, {}, 2, False, {"lengths": [7, 15]}),
+        (3, {"pool": [2, 3]}, 1, True, {}),
+        (2, {"chunk_length": 4}, 2, False, {"chunk_length": 4}),
+    ):
+        unet = build_model(spec | {"backbone": {"name": "unet", "n_layers": 1, "pool": [3], **options}})
+        split_step(unet, size, *data(batch), bounds if packed else None, conditions=False, **how)
+
+
 def test_layers_that_learn_nothing_hand_gradients_on() -> None:
     frozen = model()
     for name, parameter in frozen.named_parameters():
@@ -168,7 +181,9 @@ def test_what_needs_whole_sequences_is_refused_by_name() -> None:
     mask = torch.ones(1, LENGTH // 2, dtype=torch.bool)
     refused(build_model(spec), "Padded sequences cannot be read backwards", tokens, mask=mask)
     refused(build_model(spec), "in turn", tokens, split={"chunk_length": 4})
-    refused(build_model(spec | {"backbone": {"name": "unet", "pool": [2]}}), "backbone UNet", tokens)
+    unet = {"backbone": {"name": "unet", "pool": [2]}, "mixer": {"name": "attention"}}
+    refused(build_model(spec | unet), "bounded state; Attention", tokens)
+    refused(build_model(spec | {"backbone": {"name": "dna/codons"}}), "backbone CodonStack", tokens)
     classes = spec | {"backbone": {"name": "residual"}, "head": {"name": "classification", "n_classes": 2}}
     refused(build_model(classes), "head ClassificationHead", tokens, labels=torch.zeros(1).long())
     frames = classes | {
