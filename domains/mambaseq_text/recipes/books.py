@@ -22,7 +22,7 @@ from mambaseq.reproduction.batches import of_text
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_text.recipes import shelf
 from mambaseq_text.recipes.shakespeare import PRECISION, precision
-from mambaseq_text.recipes.shelf import Texts, Tokens, floors
+from mambaseq_text.recipes.shelf import Split, Texts, Tokens, floors
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer, TextTokenizer
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -70,7 +70,7 @@ ENTRIES = {**_USUAL, **_PIECES, **VARIANTS}
 
 class Sizes(NamedTuple):
     """length, pieces: of windows in bytes, and in word pieces, which are about as long a text. looks: at the validation
-    book during a training. positions: that are tested at once."""
+    book during a training. positions: bytes that are tested at once; word pieces, a quarter of it."""
 
     length: int
     pieces: int
@@ -109,6 +109,10 @@ class Shelf:
         """The tokens of an entry, and how many are in a window."""
         return (self.pieces, self.sizes.pieces) if entry.pieces else (self.bytes, self.sizes.length)
 
+    def bits(self, entry: Entry, split: Split, model: SequenceModel) -> float:
+        positions = self.sizes.positions // (4 if entry.pieces else 1)  # the logits of a large vocabulary are, too
+        return split.bits(model, self.of(entry)[1], positions)
+
     def make(self, entry: Entry, seed: int) -> SequenceModel:
         of = CONTENDERS[entry.contender]
         at_least = len(of.more.get("pattern", [0]))
@@ -136,7 +140,7 @@ class Shelf:
             config, dtype = self.optimizer(rate, steps), precision(self.context.device)
             label = f"{name}, rate {rate:g}"
             train(model, batches, steps, config, autocast=dtype, checkpoint=checkpoint, label=label)
-            return {"validation": tokens.validation.bits(model, length, self.sizes.positions)}
+            return {"validation": self.bits(entry, tokens.validation, model)}
 
         found = self.context.trial(f"{name} steps={steps} rate={rate:g}", trial)["validation"]
         release()
@@ -172,7 +176,7 @@ class Shelf:
         curve: dict[int, float] = torch.load(curve_file, weights_only=True) if curve_file.exists() else {}
 
         def look(step: int) -> None:
-            now = tokens.validation.bits(model, length, of.positions)
+            now = self.bits(entry, tokens.validation, model)
             if now < min((bits for at, bits in curve.items() if at != step), default=math.inf):
                 with atomic_file(best_file) as file:
                     torch.save(model.state_dict(), file)
@@ -199,7 +203,7 @@ class Shelf:
             model.load_state_dict(torch.load(best_file, map_location=self.context.device, weights_only=True))
         read = of.steps * of.batch_size * length
         return {
-            "bits": tokens.test.bits(model, length, of.positions),
+            "bits": self.bits(entry, tokens.test, model),
             "carried": tokens.test.carried(model),
             "validation": known.get(best, math.nan),
             "train_bits": run.loss / math.log(2) / tokens.bytes_per_token,
@@ -273,7 +277,7 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
             line.wanted = (bound,)
         made += _floor_lines(counted)
     if not context.only:
-        made.append(_lead(*(f"{name}" for name in leading), found))
+        made.append(_lead(leading[0], leading[1], found))
     _draw(context, of, found, speeds)
     return [Table("Novels: bits a byte of books that training does not see", _about(of, made), _COLUMNS, made)]
 
