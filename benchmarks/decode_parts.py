@@ -83,6 +83,18 @@ def seconds_of(run: Callable[[], Any], calls: int, samples: int = 5) -> float:
     return min(found)
 
 
+def kernels_of(run: Callable[[], Any], calls: int) -> list[Any]:
+    """What ran on the GPU in some calls."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def logits_of(model: Any, batch: int, positions: int = 6) -> Any:
     """Those of some steps from an empty state, which every way has to give."""
     import torch
@@ -95,32 +107,36 @@ def logits_of(model: Any, batch: int, positions: int = 6) -> Any:
         return torch.stack([model.step_(token, state) for token in tokens])
 
 
-def run_steps(model: str, batch: int) -> None:
+def run_steps(model: str, batch: int, only_compile: bool = False) -> None:
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from mambaseq.benchmarking.floors import peak
     from mambaseq.generation import Decoder
     from mambaseq.ops.decoding import layer
 
-    whole = model_of(model)
+    variants = {"plain": PLAIN, "layers": {}, "pdl": PDL, **STEPS[model, batch]}
     small = model_of(model, 4)
+    if only_compile:
+        for settings in variants.values():
+            layer.tuning = layer.Tuning(**{"most_rows": max(batch, 64), **settings})
+            logits_of(small, batch, 1)
+        return
+    whole = model_of(model)
     layer.tuning = layer.Tuning(**PLAIN)
-    expected = logits_of(small, min(batch, 16))
+    expected = logits_of(small, batch)
     # the same by fp32 weights, so that a difference of the ways is not taken for an error
-    exact = logits_of(small.float(), min(batch, 16))
+    exact = logits_of(small.float(), batch)
     small = small.bfloat16()
     error_of_plain = float((expected - exact).norm() / exact.norm())
     held = sum(p.numel() * p.element_size() for p in whole.parameters())
     held += 2 * sum(t.numel() * t.element_size() for layer in whole.init_state(batch) for t in layer.tensors().values())
     floor = held / peak(torch.device("cuda")).bytes_per_s
     first = None
-    variants = {"plain": PLAIN, "layers": {}, "pdl": PDL, **STEPS[model, batch]}
     for name, settings in variants.items():
         row: dict[str, Any] = {"part": "step", "model": model, "batch": batch, "variant": name}
         try:
             layer.tuning = layer.Tuning(**{"most_rows": max(batch, 64), **settings})
-            got = logits_of(small, min(batch, 16))
+            got = logits_of(small, batch)
             row["error"], row["error_of_plain"] = float((got - exact).norm() / exact.norm()), error_of_plain
             if not row["error"] <= 1.5 * error_of_plain + 1e-3:
                 row["wrong"] = True
@@ -138,14 +154,10 @@ def run_steps(model: str, batch: int) -> None:
                     token, _ = decoder.step(token)
 
                 took = seconds_of(step, 20)
-                with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                    for _ in range(4):
-                        step()
-                    torch.cuda.synchronize()
-            kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) / 4
-            first = took if first is None else first
-            row |= {"us": took * 1e6, "tokens_per_s": batch / took, "of_floor": floor / took, "kernels": kernels}
-            row["times_plain"] = first / took
+                first = took if first is None else first
+                row |= {"us": took * 1e6, "tokens_per_s": batch / took, "of_floor": floor / took}
+                row["times_plain"] = first / took
+                row["kernels"] = len(kernels_of(step, 4)) / 4
             del decoder
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -213,7 +225,6 @@ def run_profile() -> None:
     import collections
 
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from mambaseq.generation import Decoder
     from mambaseq.ops.decoding import layer
@@ -226,13 +237,10 @@ def run_profile() -> None:
             token = torch.zeros(1, dtype=torch.long, device="cuda")
             for _ in range(4):
                 token, _ = decoder.step(token)
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                token, _ = decoder.step(token)
-                torch.cuda.synchronize()
+            events = kernels_of(functools.partial(decoder.step, token), 1)
         found: dict[str, list[float]] = collections.defaultdict(list)
-        for event in seen.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                found[event.name[:70]].append(event.device_time)
+        for event in events:
+            found[event.name[:70]].append(event.device_time)
         for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:12]:
             row = {"part": "profile", "variant": name, "kernel": kernel, "count": len(times)}
             print(json.dumps(row | {"us_each": sum(times) / len(times), "us": sum(times)}), flush=True)
@@ -298,29 +306,42 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         what, *where = arguments.child.split(":")
-        if what == "step":
-            run_steps(where[0], int(where[1]))
+        if what in ("step", "compile"):
+            run_steps(where[0], int(where[1]), what == "compile")
         else:
             {"gemv": run_gemv, "profile": run_profile, "prefill": run_prefill, "ssd": run_ssd}[what]()
         return
     parts = ["step:1.4B:1", "prefill", "step:130M:1", "step:130M:64", "step:1.4B:4", "step:1.4B:64", "step:mamba2:128"]
     parts += ["gemv", "ssd", "profile", "step:130M:8", "step:1.4B:16", "step:mamba2:1"]
+    parts = [p for p in parts if not arguments.only or any(one in (p, p.split(":")[0]) for one in arguments.only)]
     began, rows = time.monotonic(), []
+    # kernels of all variants are compiled side by side first: one after the other that takes longer than the measuring
+    compiled = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--child", part.replace("step", "compile")], stderr=subprocess.DEVNULL
+        )
+        for part in parts
+        if part.startswith("step")
+    ]
+    for process in compiled:
+        try:
+            process.wait(max(1.0, LONGEST_S - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     for part in parts:
-        if arguments.only and not any(part == one or part.split(":")[0] == one for one in arguments.only):
-            continue
         left = arguments.seconds - (time.monotonic() - began)
         if left < 5:
             print(f"{part}: the time is up")
             continue
-        process = subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, __file__, "--child", part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         try:
-            out, errors = process.communicate(timeout=min(LONGEST_S, left))
+            out, errors = child.communicate(timeout=min(LONGEST_S, left))
         except subprocess.TimeoutExpired:
-            process.kill()
-            out, errors = process.communicate()
+            child.kill()
+            out, errors = child.communicate()
             print(f"{part}: stopped, it took too long")
         for line in out.splitlines():
             if not line.startswith("{"):
@@ -329,7 +350,7 @@ def main() -> None:
             rows.append(row)
             values = (f"{k} {v:,.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(("WRONG  " if row.get("wrong") else "") + "  ".join(values), flush=True)
-        if process.returncode and errors:
+        if child.returncode and errors:
             print(f"{part}: {errors.strip().splitlines()[-1][:300]}", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

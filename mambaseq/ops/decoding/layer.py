@@ -89,7 +89,9 @@ def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: T
     if residual.dtype != torch.float32 or conv_state.dtype != torch.float32 or ssm_state.dtype not in STATES:
         return False
     dtype = weights.in_proj.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or (rows > 1 and dtype != torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if rows > 1 and (dtype != torch.bfloat16 or not _multiplies_bf16(device)):
         return False
     if max(weights.in_proj.shape[1], weights.out_proj.shape[1]) > WIDEST or weights.conv.shape[-1] > _WIDEST_CONV:
         return False
@@ -97,6 +99,11 @@ def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: T
         return False
     plain = all(t.device == device and t.is_contiguous() for t in (residual, *states, *tensors))
     return plain and all(t.dtype == dtype for t in tensors)
+
+
+@functools.cache
+def _multiplies_bf16(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def mamba_step_(
