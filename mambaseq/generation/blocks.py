@@ -154,9 +154,8 @@ class Blocks:
     def _read(self, row: Tensor, bounds: Tensor) -> tuple[Tensor, list[Any]]:
         """Three packed sequences, from the state each; what the head tells of all, and the states of all."""
         model, fork = self.model, torch.zeros(3, dtype=torch.int64, device=row.device)
-        under = None if self.condition is None else self.condition[fork]
         state = [layer.select(fork) for layer in self.decoder.state]
-        x = model.encoder(row[None], under, bounds)
+        x = model.encoder(row[None], self.condition)  # the same for all, and each position by itself
         hidden, new = model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
         return model.told(hidden)[0], new
 

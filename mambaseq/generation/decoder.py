@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mambaseq.backbones.unet import UNet
 from mambaseq.mixers.base import Mixer, State
+from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
@@ -90,7 +91,8 @@ class Decoder:
     def take(self, state: list[Any]) -> None:
         """Go on from another state of as many sequences; on a GPU it is copied where it fits."""
         own, others = tensors_of(self.state), tensors_of(state)
-        fits = [one.shape for one in own] == [one.shape for one in others]
+        grows = any(isinstance(layer, GrowingState) for layer in state)  # whose length the host knows, too
+        fits = not grows and [one.shape for one in own] == [one.shape for one in others]
         if self._graphs or (fits and own and own[0].is_cuda):
             torch._foreach_copy_(own, others)
         else:
