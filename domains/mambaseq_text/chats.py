@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from mambaseq.atomic import json_text
 from mambaseq.batch import Batch
 from mambaseq.data.growing import Part, grown
 from mambaseq.data.module import SequenceData, pack_collate
@@ -238,7 +238,7 @@ class ChatData(SequenceData):
 
     @staticmethod
     def _said(messages: Sequence[dict[str, Any]]) -> str:
-        return json.dumps([[one["role"], one["content"]] for one in messages], ensure_ascii=False)
+        return json_text([[one["role"], one["content"]] for one in messages], ensure_ascii=False)
 
     def _held_out(self, columns: Sequence[str]) -> HeldOut:
         found = HeldOut(self.duplicates)
