@@ -155,7 +155,7 @@ async def _whole(service: Service, completion: Completion, asked: Asked) -> Resp
     texts, left = ["" for _ in asked.tickets], len(asked.tickets)
     while left:
         piece = await asked.pieces.get()
-        texts[piece.number] += piece.text
+        texts[piece.number] += asked.text(piece)
         if piece.ended:
             left -= 1
             if (failure := _failure(asked.tickets[piece.number])) is not None:
@@ -218,24 +218,26 @@ class _Stream(Response):
                 if ticket is not None and (failure := _failure(ticket)) is not None:
                     yield [*told, json_text(failure.body())]
                     return
-                told.append(json_text(completions.part(completion, service, index, text, ticket, tickets)))
-            yield told
+                if text or ended:
+                    told.append(json_text(completions.part(completion, service, index, text, ticket, tickets)))
+            if told:
+                yield told
         yield [*([json_text(completions.last(completion, service, tickets))] if completion.usage else []), "[DONE]"]
 
-    async def _pieces(self) -> list[Piece]:
+    async def _pieces(self) -> list[tuple[int, str, bool]]:
         """What is there, and at least one: the pieces of an answer that came meanwhile are one. Where many are answered
         it is waited for more, since each event takes time from the engine."""
-        merged: dict[int, Piece] = {}
+        merged: dict[int, tuple[int, str, bool]] = {}
 
-        def take(piece: Piece) -> bool:
-            before = merged[piece.number].text if piece.number in merged else ""
-            merged[piece.number] = piece._replace(text=before + piece.text)
-            return piece.ended
+        def take(piece: Piece) -> None:
+            _, before, _ = merged.get(piece.number, (0, "", False))
+            merged[piece.number] = piece.number, before + self._asked.text(piece), piece.ended
 
-        ended = take(await self._asked.pieces.get())
+        first = await self._asked.pieces.get()
         wait = min(_EVENT * self._service.engine.active, _LONGEST_WAIT) + self._sent - time.monotonic()
-        if not ended and wait > 0:
+        if not first.ended and wait > 0:
             await asyncio.sleep(wait)
+        take(first)
         while not self._asked.pieces.empty():
             take(self._asked.pieces.get_nowait())
         self._sent = time.monotonic()

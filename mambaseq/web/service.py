@@ -12,18 +12,21 @@ from typing import NamedTuple
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.generation.stopping import StopStrings
+from mambaseq.generation.stopping import StopStrings, Text
 from mambaseq.runs.conditions import Known
 from mambaseq.serving import Engine, Full, Request, Ticket
 from mambaseq.serving.text import Answer
 from mambaseq.serving.worker import Worker
 
+_AT_ONCE = 16  # tokens that are decoded together
+
 
 class Piece(NamedTuple):
-    """New text of the answer to one of several requests, and its ticket, which tells whether it ended."""
+    """That there is new text of the answer to one of several requests, and whether it ended. text: None where it is
+    yet to be made of the answer's tokens."""
 
     number: int
-    text: str
+    text: str | None
     ended: bool
 
 
@@ -36,6 +39,11 @@ class Asked:
     def __init__(self) -> None:
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self.tickets: list[Ticket] = []
+        self.listeners: list[_Listener] = []
+
+    def text(self, piece: Piece) -> str:
+        """The text that is new with a piece, each of which is asked for once and in its order."""
+        return self.listeners[piece.number].text(self.tickets[piece.number], piece)
 
     def cancel(self) -> None:
         """Free their slots; nothing happens to those that ended."""
@@ -94,9 +102,13 @@ class Service:
             self._outbox = _Outbox(asyncio.get_running_loop())
         try:
             for index, request in enumerate(requests):
-                answer = Answer(stops, request.prompt)
-                request = dataclasses.replace(request, ends=_ends(answer, request.stop_ids))
-                listen = _Listener(self, self._outbox, asked, index, answer, stream)
+                # only who waits for a stop string must look at each token's text while the engine steps
+                answer = Answer(stops, request.prompt) if stop else None
+                if answer is not None:
+                    request = dataclasses.replace(request, ends=_ends(answer, request.stop_ids))
+                before = Text(self.tokenizer, request.prompt)
+                listen = _Listener(self, self._outbox, asked, index, before, answer, stream)
+                asked.listeners.append(listen)
                 asked.tickets.append(self.engine.ask(request, listen))
         except (ConfigError, Full):
             asked.cancel()
@@ -133,24 +145,54 @@ class _Outbox:
 
 
 class _Listener:
-    """Hands the text of an answer on to an event loop, from the engine's thread."""
+    """Hands the text of an answer on to an event loop, from the engine's thread. Without stop strings the text is made
+    in the event loop, of all tokens that are there.
+
+    made: the text so far, for answers without stop strings. answer: of one with them.
+    """
 
     def __init__(
-        self, service: Service, outbox: _Outbox, asked: Asked, index: int, answer: Answer, stream: bool
+        self,
+        service: Service,
+        outbox: _Outbox,
+        asked: Asked,
+        index: int,
+        made: Text,
+        answer: Answer | None,
+        stream: bool,
     ) -> None:
         self._service, self._outbox, self._asked, self._index = service, outbox, asked, index
-        self._answer, self._stream = answer, stream
+        self._made, self._answer, self._stream = made, answer, stream
         self._begun, self._first = time.monotonic(), True
+        self._called, self._given = False, 0  # whether a piece is on its way; tokens whose text was made
 
     def __call__(self, ticket: Ticket) -> None:
         ended, service = ticket.finished is not None, self._service
-        passed = time.monotonic() - self._begun
         if self._first and ticket.tokens:
             self._first = False
             service.first_tokens += 1
-            service.to_first += passed
+            service.to_first += time.monotonic() - self._begun
         if ended:
-            service.to_last += passed
-        text = self._answer.take(last=ended) if self._stream or ended else ""
-        if text or ended:
-            self._outbox.put(self._asked, Piece(self._index, text, ended))
+            service.to_last += time.monotonic() - self._begun
+        elif not self._stream:
+            return
+        text: str | None = None
+        if self._answer is not None:
+            text = self._answer.take(last=ended)
+            if not text and not ended:
+                return
+        elif self._called and not ended:
+            return
+        self._called = True
+        self._outbox.put(self._asked, Piece(self._index, text, ended))
+
+    def text(self, ticket: Ticket, piece: Piece) -> str:
+        """The text of a piece; by the event loop."""
+        if piece.text is not None:
+            return piece.text
+        self._called = False  # before the look: what comes later calls again
+        ids = ticket.tokens[self._given :]
+        self._given += len(ids)
+        ids = [token for token in ids if token not in ticket.request.stop_ids]
+        made = [self._made.add(ids[begin : begin + _AT_ONCE]) for begin in range(0, len(ids), _AT_ONCE)]
+        return "".join([*made, self._made.rest() if piece.ended else ""])
