@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
@@ -219,7 +220,8 @@ class _Stream(Response):
                     yield [*told, json_text(failure.body())]
                     return
                 if text or ended:
-                    told.append(json_text(completions.part(completion, service, index, text, ticket, tickets)))
+                    part = completions.part(completion, service, index, text, ticket, tickets)
+                    told.append(json.dumps(part, allow_nan=False))  # there are many, and all in them is plain
             if told:
                 yield told
         yield [*([json_text(completions.last(completion, service, tickets))] if completion.usage else []), "[DONE]"]
