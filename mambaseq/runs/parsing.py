@@ -471,6 +471,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     catalog()["optimizers"].get(settings["optimizer"]["name"], "optimizer.name")
     for name in settings["metrics"]:
         catalog()["metrics"].get(name, "metrics")
-    # nulls are kept, since a missing key reads back as its default (positional: jsonargparse renamed the argument)
-    text = parser.dump(parsed, "parser_mode", False)
+    # nulls are kept, since a missing key reads back as its default; values are not checked again (positional:
+    # jsonargparse renamed the arguments)
+    text = parser.dump(parsed, "parser_mode", False, False, True)
     return RunConfig(settings, trainer, classes, text, lambda: _defaults(parser))
