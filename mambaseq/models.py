@@ -162,21 +162,19 @@ class SequenceModel(nn.Module):
                 "state. Declare position_wise = True if it holds, or use another encoder."
             )
 
-    def check_splits_time(self, has_labels: bool = True, padded_states: bool = False) -> None:
+    def check_splits_time(self, padded_states: bool = False) -> None:
         """Raise ConfigError for a part that needs whole sequences, so that these cannot be split over ranks along time
         (see `mambaseq.parallel`)."""
         check = getattr(self.backbone, "check_splits_time", None)
         if check is not None:
             check()
-        needing = [
-            f"The encoder {type(self.encoder).__name__}"
-            if not getattr(self.encoder, "position_wise", False) or self.stride != 1
-            else "",
-            f"The head {type(self.head).__name__}"
-            if has_labels and not getattr(self.head, "position_wise", False)
-            else "",
-        ]
-        for one in filter(None, needing):
+        encoder, head = self.encoder, self.head
+        needing = []
+        if not getattr(encoder, "position_wise", False) or self.stride != 1:
+            needing.append(f"The encoder {type(encoder).__name__}")
+        if not getattr(head, "position_wise", False) and not getattr(head, "splits_time", False):
+            needing.append(f"The head {type(head).__name__}")
+        for one in needing:
             raise ConfigError(
                 f"{one} does not declare that what it makes of a position depends on nothing else (position_wise), so "
                 "sequences cannot be split over ranks (context parallel). Use another one, such as 'tokens' and 'lm', "
@@ -234,7 +232,7 @@ class SequenceModel(nn.Module):
             self.check_stateful()
         part = parallel.current()
         if part is not None:
-            self.check_splits_time(labels is not None, mask is not None and return_state)
+            self.check_splits_time(mask is not None and return_state)
         x = self.encoder(inputs, condition, cu_seqlens, **self.given_mask(self.encoder, "encoder", mask))
         if self.stride != 1:
             mask = None if mask is None else mask[:, :: self.stride]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq import parallel
 from mambaseq.errors import ConfigError
 
 Pool = Literal["mean", "max", "last", "first"]
@@ -29,6 +30,8 @@ class Head(nn.Module, abc.ABC):
     codes: labels that it predicts at each position, where they are several (see `Batch.target_of`); otherwise 0.
     n_labels: classes of a label; None for those of its map `linear`.
     position_wise: whether what it says of a position depends on nothing else, so that positions may be given in parts.
+    splits_time: whether it can be given a rank's part of sequences that are split along time (see `mambaseq.parallel`)
+        although it is not position-wise, because all that it knows of a sequence comes from `pool`.
     """
 
     per_token: ClassVar[bool]
@@ -39,6 +42,7 @@ class Head(nn.Module, abc.ABC):
     codes: int = 0
     n_labels: int | None = None
     position_wise: ClassVar[bool] = False
+    splits_time: ClassVar[bool] = False
 
     @abc.abstractmethod
     def forward(
@@ -106,7 +110,10 @@ def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | No
 
     mean: over the real positions (mask, right padding), or over each packed sequence. max: the largest of each feature
         there. last: the last real position. first: position 0. An empty packed sequence gives zeros.
+    Of sequences that are split over ranks it is that of whole ones, on every rank.
     """
+    if (part := parallel.current()) is not None and part.context.size > 1:
+        return _pool_of_parts(part, hidden, how, mask)
     if cu_seqlens is not None:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         if how in ("last", "first"):
@@ -131,3 +138,34 @@ def pool(hidden: Tensor, how: Pool, mask: Tensor | None, cu_seqlens: Tensor | No
     if how == "max":
         return hidden.float().masked_fill(~mask[..., None], -torch.inf).amax(1)
     return (hidden.float() * mask[..., None]).sum(1) / lengths.clamp(min=1)[:, None]
+
+
+def _pool_of_parts(part: parallel.Part, hidden: Tensor, how: Pool, mask: Tensor | None) -> Tensor:
+    """See `pool`; hidden `(batch, length, d_model)` and the mask are this rank's."""
+    device, n, bounds = hidden.device, part.n_sequences, part.bounds
+    here = part.positions(device)
+    row = torch.arange(len(hidden), device=device)[:, None]  # (batch, 1)
+    if bounds is None:
+        owner = row.expand(hidden.shape[:2])  # the sequence of each position, (batch, length)
+    else:
+        starts = torch.tensor(bounds, device=device)
+        owner = torch.searchsorted(starts[1:], here, right=True)[None]
+    real = torch.ones_like(owner, dtype=torch.bool) if mask is None else mask
+    counts = part.context.sum(real.new_zeros(n, dtype=torch.int64).index_add(0, owner.flatten(), real.flatten().long()))
+    wide = hidden.float()
+    if how == "mean":
+        wide = wide * real[..., None]
+        total = wide.new_zeros(n, hidden.shape[-1]).index_add(0, owner.flatten(), wide.flatten(0, 1))
+        return part.context.add(total) / counts.clamp(min=1)[:, None]
+    if how == "max":
+        wide = wide.masked_fill(~real[..., None], -torch.inf).flatten(0, 1)
+        of = owner.flatten()[:, None].expand_as(wide)
+        own = wide.new_full((n, hidden.shape[-1]), -torch.inf).scatter_reduce(0, of, wide, "amax")
+        holds = (own == part.context.largest(own)) & (counts > 0)[:, None]
+        return part.context.add(torch.where(holds, own, 0.0)) / part.context.sum(holds.float()).clamp(min=1)
+    begin = counts.new_zeros(n) if bounds is None else starts[:-1]
+    wanted = begin if how == "first" else begin + counts - 1
+    at = torch.searchsorted(here, wanted.clamp(min=0)).clamp(max=len(here) - 1)
+    owned = (here[at] == wanted) & (counts > 0)
+    found = wide[torch.arange(n, device=device) if bounds is None else 0, at]  # (sequences, d_model)
+    return part.context.add(torch.where(owned[:, None], found, 0.0))

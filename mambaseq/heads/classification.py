@@ -16,6 +16,7 @@ class _PooledHead(Head):
     """Pooled linear map, `(sequences, n_classes)`."""
 
     per_token: ClassVar[bool] = False
+    splits_time: ClassVar[bool] = True
     loss: nn.Module
 
     def __init__(self, d_model: int, n_classes: int, pooling: Pool, scale: float, dropout: float) -> None:

@@ -21,6 +21,7 @@ class RegressionHead(Head):
     """
 
     per_token: ClassVar[bool] = False
+    splits_time: ClassVar[bool] = True
     learns: ClassVar[Kind | None] = "values"
 
     def __init__(self, d_model: int, n_outputs: int = 1, pooling: Pool = "mean") -> None:

@@ -137,10 +137,23 @@ class Context:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on each, of a tensor of one shape; without gradients."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest of all ranks' numbers, on each, as `sum`."""
+        return self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.SUM
+        options.reduceOp = how
         self.group.allreduce([total], options).wait()
+        return total
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on each, with gradients: that of a rank's tensor is the sum of those of all ranks'
+        results."""
+        total: Tensor = _Add.apply(self, tensor)
         return total
 
     def mean(self, loss: Tensor, n: Tensor) -> Tensor:
@@ -181,6 +194,18 @@ class Context:
         total = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
         for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: Context, tensor: Tensor) -> Tensor:
+        ctx.context = context
+        return context.sum(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.context.sum(d)
 
 
 class _Share(torch.autograd.Function):

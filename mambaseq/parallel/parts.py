@@ -55,7 +55,7 @@ class Part:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def share(self, whole: Batch) -> Batch:
-        """This rank's part of a batch with a target for each position. Units are counted on the first rank."""
+        """This rank's part of a batch. Targets of sequences are on every rank; units are counted on the first."""
         condition, units = whole.condition, whole.n_units
         if condition is not None and self.bounds is not None:
             condition = condition[torch.tensor(self.segments, device=condition.device)]
@@ -64,12 +64,17 @@ class Part:
         return dataclasses.replace(
             whole,
             inputs=self.take(whole.inputs),
-            targets=None if whole.targets is None else self.take(whole.targets),
+            targets=whole.targets if whole.targets is None or not whole.per_token else self.take(whole.targets),
             mask=None if whole.mask is None else self.take(whole.mask),
             cu_seqlens=self.cu_seqlens(whole.inputs.device),
             condition=condition,
             n_units=units,
         )
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """`(length,)` int64, rising: where in its whole row each position of this rank stands."""
+        pieces = [self.pieces[n] for n in self.mine]
+        return torch.cat([torch.arange(piece.begin, piece.end, device=device) for piece in pieces])
 
     @functools.cached_property
     def segments(self) -> list[int]:

@@ -132,6 +132,42 @@ def test_a_unet_may_be_split_anywhere_in_its_windows() -> None:
         split_step(unet, size, *data(batch), bounds if packed else None, conditions=False, **how)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
+def test_heads_of_whole_sequences_pool_over_all_ranks(pooling: str) -> None:
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    tokens, _ = data(2)
+    mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [9]])
+    spec = both_ways("reverse_complement").spec
+    assert spec is not None
+    head = {"name": "rc_classification", "n_classes": 3, "pooling": pooling}
+    one, pairs = (
+        build_model(both_ways("residual").spec | {"head": head | {"name": "classification"}}),
+        build_model(spec | {"head": head}),
+    )
+    cases = [
+        (one, 2, Batch(tokens, torch.tensor([2, 0]))),
+        (one, 3, Batch(tokens, torch.tensor([1, -100]), mask=mask)),
+        (pairs, 3, Batch(tokens[:1], torch.tensor([0, 1, 2, 1]), cu_seqlens=bounds)),
+    ]
+    for of, size, whole in cases:
+        found = step(of, whole.inputs, whole.targets, mask=whole.mask, cu_seqlens=whole.cu_seqlens)
+        copies, ranks = [copy.deepcopy(of) for _ in range(size)], contexts(size)
+
+        def on(rank: int, whole: Batch = whole, copies: Any = copies, ranks: Any = ranks) -> Any:
+            part = ranks[rank].split(LENGTH, len(whole.inputs), whole.cu_seqlens)
+            mine = part.share(whole)
+            with part:
+                own = step(copies[rank], mine.inputs, mine.targets, mask=mine.mask, cu_seqlens=mine.cu_seqlens)
+            ranks[rank].sum_gradients(copies[rank].parameters())
+            return own
+
+        for loss, gradients, logits in on_ranks(size, on):
+            close(loss, found[0], "loss")
+            close(logits, found[2], "logits")
+            for name, gradient in found[1].items():
+                close(gradients[name], gradient, name)
+
+
 def test_layers_that_learn_nothing_hand_gradients_on() -> None:
     frozen = model()
     for name, parameter in frozen.named_parameters():
@@ -184,8 +220,8 @@ def test_what_needs_whole_sequences_is_refused_by_name() -> None:
     unet = {"backbone": {"name": "unet", "pool": [2]}, "mixer": {"name": "attention"}}
     refused(build_model(spec | unet), "bounded state; Attention", tokens)
     refused(build_model(spec | {"backbone": {"name": "dna/codons"}}), "backbone CodonStack", tokens)
-    classes = spec | {"backbone": {"name": "residual"}, "head": {"name": "classification", "n_classes": 2}}
-    refused(build_model(classes), "head ClassificationHead", tokens, labels=torch.zeros(1).long())
+    classes = spec | {"backbone": {"name": "residual"}, "head": {"name": "forecast", "n_channels": 2, "horizon": 2}}
+    refused(build_model(classes), "head ForecastHead", tokens)
     frames = classes | {
         "encoder": {"name": "dna/kmer", "k": 3, "stride": 3},
         "head": {"name": "classification", "n_classes": 2},
