@@ -95,7 +95,7 @@ class Site:
         stream = isinstance(body, dict) and body.setdefault("stream", True)
         if stream and isinstance(body, dict):
             body["stream_options"] = {"include_usage": True}
-        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = body if isinstance(body, bytes) else json_text(body).encode()
         reader, writer, status = await self._open("/v1/completions", sent)
         first, pieces, words, usage = 0.0, 0, "", {}
         try:
