@@ -129,7 +129,7 @@ def main() -> int:
         parser.error(f"--recipes must be of {', '.join(dict.fromkeys(job.recipe for job in [*timed(), *untimed()]))}")
     where = (arguments.scale, arguments.device, arguments.out)
     # what others wait for: the baseline of the ablations, and examples that all mixers learn from
-    before = [job for job in second if job.only == BASELINE or job.only[0] == next(iter(lra.MIXERS))]
+    before = [job for job in second if job.only == BASELINE or job.only[:1] == (next(iter(lra.MIXERS)),)]
     failed = run(first, gpus, 1, *where)
     failed += run(before, gpus, arguments.each, *where)
     failed += run([job for job in second if job not in before], gpus, arguments.each, *where)
