@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mambaseq.atomic import json_text
+
 MODELS = {
     "130M": {"d_model": 768, "n_layers": 24, "mixer": "mamba"},
     "1.4B": {"d_model": 2048, "n_layers": 48, "mixer": "mamba"},
@@ -140,7 +142,7 @@ def run_steps(model: str, batch: int, only_compile: bool = False) -> None:
             row["error"], row["error_of_plain"] = float((got - exact).norm() / exact.norm()), error_of_plain
             if not row["error"] <= 1.5 * error_of_plain + 1e-3:
                 row["wrong"] = True
-                print(json.dumps(row), flush=True)
+                print(json_text(row), flush=True)
                 continue
             with torch.no_grad():
                 decoder = Decoder(whole, whole.init_state(batch), greedy=True)
@@ -161,7 +163,7 @@ def run_steps(model: str, batch: int, only_compile: bool = False) -> None:
             del decoder
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-        print(json.dumps(row), flush=True)
+        print(json_text(row), flush=True)
         torch.cuda.empty_cache()
 
 
@@ -216,7 +218,7 @@ def run_gemv() -> None:
                 }
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-            print(json.dumps(row), flush=True)
+            print(json_text(row), flush=True)
         del weights
         torch.cuda.empty_cache()
 
@@ -243,7 +245,7 @@ def run_profile() -> None:
             found[event.name[:70]].append(event.device_time)
         for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:12]:
             row = {"part": "profile", "variant": name, "kernel": kernel, "count": len(times)}
-            print(json.dumps(row | {"us_each": sum(times) / len(times), "us": sum(times)}), flush=True)
+            print(json_text(row | {"us_each": sum(times) / len(times), "us": sum(times)}), flush=True)
 
 
 def run_prefill() -> None:
@@ -268,7 +270,7 @@ def run_prefill() -> None:
             for variant, wanted in (("plain", False), ("graph", True)):
                 took = seconds_of(functools.partial(prefill, model, Prompts.of(ids), None, cuda_graph=wanted), 3)
                 row = {"part": "prefill", "model": name, "variant": variant, "ms": took * 1e3, "same_bits": same}
-                print(json.dumps(row | {"error": difference, "wrong": difference > 1e-2}), flush=True)
+                print(json_text(row | {"error": difference, "wrong": difference > 1e-2}), flush=True)
 
 
 def run_ssd() -> None:
@@ -294,7 +296,7 @@ def run_ssd() -> None:
                 row |= {"us": took * 1e6, "gb_per_s": rate / 1e9, "of_peak": rate / best}
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-            print(json.dumps(row), flush=True)
+            print(json_text(row), flush=True)
 
 
 def main() -> None:
@@ -353,7 +355,7 @@ def main() -> None:
         if child.returncode and errors:
             print(f"{part}: {errors.strip().splitlines()[-1][:300]}", flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            arguments.json.write_text(json_text(rows, indent=1) + "\n")
     wrong = [row for row in rows if row.get("wrong") or row.get("failed")]
     best: dict[str, Any] = {}
     for row in rows:

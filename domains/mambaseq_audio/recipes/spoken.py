@@ -91,7 +91,9 @@ class Recordings(NamedTuple):
             Condition("speaker", tuple(self.names), missing=True),
             Condition(
                 "seconds",
-                **{"low": float(heard.min()), "high": float(heard.max()), "mean": float(heard.mean())},
+                low=float(heard.min()),
+                high=float(heard.max()),
+                mean=float(heard.mean()),
                 std=float(heard.std()),
                 missing=True,
             ),
