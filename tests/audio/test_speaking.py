@@ -247,9 +247,9 @@ def test_a_prompt_is_read_once_for_many_samples(tmp_path: Path, monkeypatch: pyt
     seen: list[int] = []
     load = continuing.prefill
 
-    def counted(of: Any, prompts: Any, condition: Any) -> Any:
+    def counted(of: Any, prompts: Any, condition: Any, **options: Any) -> Any:
         hook = of.backbone.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0] * args[0].shape[1]))
-        with_hook = load(of, prompts, condition)
+        with_hook = load(of, prompts, condition, **options)
         hook.remove()
         return with_hook
 

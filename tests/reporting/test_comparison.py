@@ -68,7 +68,8 @@ def test_curves_are_over_the_tokens_and_seconds_that_were_logged(tmp_path: Path,
     assert notes[0] in capsys.readouterr().out
 
 
-def test_the_command(runs: Path, drawn: None, capsys: pytest.CaptureFixture) -> None:
+def test_the_command(runs: Path, drawn: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     table, picture = runs / "t.csv", runs / "p.png"
     assert main(["runs", str(runs), "--sort", "accuracy", "--csv", str(table), "--picture", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()

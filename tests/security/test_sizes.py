@@ -33,8 +33,8 @@ STRANDS: dict[str, Any] = {
     "mixer": {"name": "mamba"},
     "head": {"name": "rc_lm", **PAIRS},
 }
-# how a call is cut in time, and lengths that something is scaled to: no tensor has such a size
-NO_SIZE = {"chunk_length", "chunk_size", "window", "l_max", "max_length"}
+# how a call is cut in time or over processes, and lengths that something is scaled to: no tensor has such a size
+NO_SIZE = {"chunk_length", "chunk_size", "context_parallel", "window", "l_max", "max_length"}
 
 
 def parts() -> list[tuple[str, str, dict[str, Any]]]:

@@ -135,7 +135,9 @@ def test_the_first_batch_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch
     """Neither in a run that begins nor in one that goes on; the totals have all."""
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), log=logged.__setitem__)
-    trainer: Any = SimpleNamespace(world_size=1, _logger_connector=SimpleNamespace(should_update_logs=True))
+    trainer: Any = SimpleNamespace(
+        world_size=1, datamodule=None, _logger_connector=SimpleNamespace(should_update_logs=True)
+    )
     batch = SimpleNamespace(inputs=torch.zeros(2, 50))
     clock = [0.0]
     monkeypatch.setattr("mambaseq.tasks.callbacks.time.perf_counter", lambda: clock[0])
