@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -60,10 +61,12 @@ class Words:
     """The ids and byte counts of texts, piece by piece; those of pieces that were met before are looked up.
 
     encode: of a text the ids, and the characters behind which each ends. dtype: of the ids.
+    Threads may share one; they wait for each other.
     """
 
     def __init__(self, encode: Callable[[str], tuple[np.ndarray, np.ndarray]], dtype: str) -> None:
         self._encode, self._dtype = encode, dtype
+        self._lock = threading.Lock()  # a server's requests come on threads of their own
         self._forget()
 
     def _forget(self) -> None:
@@ -78,7 +81,8 @@ class Words:
         start = 0
         while start < len(text):
             end = _border(text, start, start + _BLOCK)
-            found.append(self._block(text[start:end]))
+            with self._lock:
+                found.append(self._block(text[start:end]))
             start = end
         if len(found) == 2:
             return found[1]

@@ -6,6 +6,9 @@ import csv
 import errno
 import json
 import os
+import random
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -341,6 +344,39 @@ def test_long_texts_are_cut_between_words(tokenizer_json: Path, monkeypatch: pyt
     for size in (1, 7, 30):
         monkeypatch.setattr("mambaseq_text.words._BLOCK", size)
         assert tokenizer.encode_counted(sample * 3)[0].tolist() == wanted
+
+
+def test_threads_that_share_words_get_the_ids_of_the_library(
+    tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a server do; and so does one thread afterwards, from what they have kept."""
+    tokenizer, rng = HFTokenizer(str(tokenizer_json)), random.Random(0)
+    monkeypatch.setattr("mambaseq_text.words._KEPT", 1500)  # forgotten meanwhile, too
+    texts = [" ".join("".join(rng.choices("abcdefgh", k=6)) for _ in range(60)) for _ in range(120)]
+    wanted = [tokenizer._encoded(text)[0].tolist() for text in texts]
+    wrong: list[object] = []
+
+    def encode(numbers: range) -> None:
+        for number in numbers:
+            try:
+                if tokenizer.encode(texts[number]).tolist() != wanted[number]:
+                    wrong.append(number)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=encode, args=(range(start, 120, 4),)) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    encode(range(120))
+    assert not wrong
 
 
 @pytest.mark.parametrize("change", ["lstrip", "token", "dropped", "prefix"])
