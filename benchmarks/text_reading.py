@@ -20,8 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 from mambaseq_text.corpus import CorpusData
-from mambaseq_text.tokenising import cores
 from mambaseq_text.tokenization import HFTokenizer
+
+from mambaseq.resources import cores
 
 PIECE = 1 << 20
 

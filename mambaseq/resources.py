@@ -1,4 +1,4 @@
-"""Files that ship with a package, in a checkout or an installed wheel; and the cache folder."""
+"""Files that ship with a package, in a checkout or an installed wheel; the cache folder; and the cores."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def find(resource: str) -> Path:
     if not path.exists():
         raise ConfigError(f"The resource {shown(resource)} does not exist; its place would be {path}.")
     return path
+
+
+def cores() -> int:
+    """How many cores this process may use: on shared machines fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_dir(override: str | Path | None = None) -> Path:

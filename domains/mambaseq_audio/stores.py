@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from mambaseq.data.cache import Unchanged, fingerprint
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import DataError, UserError, cut, shown
 from mambaseq.limits import SAMPLES, UNPACKED_RATIO
+from mambaseq.resources import cores
 from mambaseq_audio.io import Channels, by_channel, signal_blocks
 from mambaseq_audio.mulaw import Codec, MuLaw
 from mambaseq_audio.notices import Notices
@@ -126,7 +126,7 @@ def _side_by_side(work: Callable[[A], B], items: Sequence[A], told: str = "") ->
 
     told: what is done, for the bar."""
     waiting: deque[Future[B]] = deque()
-    count = max(min(os.cpu_count() or 1, _THREADS, len(items)), 1)
+    count = max(min(cores(), _THREADS, len(items)), 1)
     bar: Iterable[A] = tqdm(items, told, unit="file", disable=None if told and len(items) >= _MANY else True)
     with ThreadPoolExecutor(count, "sounds") as threads:
         try:

@@ -22,6 +22,7 @@ from mambaseq.data.growing import Part, grown
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.limits import WORKERS
+from mambaseq.resources import cores
 from mambaseq_text.tokenization import TextTokenizer
 
 PART = 1 << 23
@@ -64,11 +65,6 @@ class Reading:
 
     def enough(self) -> None:
         pass
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_workers(workers: int | None) -> None:

@@ -165,7 +165,7 @@ class Backbone(nn.Module, abc.ABC):
             with relay.Relay(part, part.mine[0]).running():
                 return run(x, state, cu_seqlens, return_state)
         self.check_bounded("A rank with several pieces of a sequence")
-        if self.chunk_length is not None and longest > self.chunk_length:
+        if self.chunk_length is not None and longest > max(2, self.chunk_length):  # 1 cannot always be dealt
             raise ConfigError(
                 f"The backbone runs in chunks of {self.chunk_length} (chunk_length), but a piece of a sequence that is "
                 f"split over ranks has {longest} positions. Split it with chunk_length={self.chunk_length}."

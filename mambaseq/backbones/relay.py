@@ -222,12 +222,13 @@ def _wide(mixer: Owner, residual: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor, wide: bool) -> Like:
-    """What is sent of a state's tensor: accumulators are fp32 on every rank, or wider where all is computed so."""
+    """What is sent of a state's tensor: accumulators are fp32 on every rank, or wider where all is computed so, or
+    where they always are, as angles that add up."""
     dtype = tensor.dtype
     if dtype.is_complex:
-        dtype = torch.complex128 if wide else torch.complex64
+        dtype = torch.promote_types(dtype, torch.complex128 if wide else torch.complex64)
     elif dtype.is_floating_point:
-        dtype = torch.float64 if wide else torch.float32
+        dtype = torch.promote_types(dtype, torch.float64 if wide else torch.float32)
     return Like(tuple(tensor.shape), dtype)
 
 

@@ -15,6 +15,9 @@ from mambaseq.ops import sequences
 
 # chunks are of at least so many positions: many short packed sequences need no shorter ones
 _FEWEST = 16
+FORGOTTEN = -1000.0
+"""Log-decays below it are summed as it: the decay is 0 in every precision either way, but differences of sums stay
+numbers where a log-decay is -inf, and keep their digits."""
 
 
 class Chunks(NamedTuple):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.ops import sequences
 from mambaseq.parallel.parts import Part
 from mambaseq.parallel.pieces import cut
@@ -73,18 +73,21 @@ class Context:
 
         cu_seqlens: `(sequences + 1,)` int32 of the whole packed row, on every rank; sequences may lie across ranks. Its
             values are read on the host.
-        chunk_length: pieces of at most so many positions, dealt to the ranks in turn, for a backbone that runs in
-            chunks. So every rank has work while the states of a piece go through the layers.
+        chunk_length: pieces of at most so many positions (of 2, where pieces of 1 cannot be dealt), dealt to the ranks
+            in turn, for a backbone that runs in chunks. So every rank has work while the states of a piece go through
+            the layers.
         lengths: how many positions each rank has, if not as many as the others.
 
-        Raises ConfigError for fewer positions than ranks, and lengths that do not add up; ValueError for a `cu_seqlens`
-        that does not pack them.
+        Raises ConfigError for fewer positions than ranks, a chunk_length below 1, and lengths that do not add up;
+        ValueError for a `cu_seqlens` that does not pack them.
         """
         if length < self.size:
             raise ConfigError(
                 f"A sequence of {length} positions cannot be split over {self.size} ranks: each needs one at least. "
                 "Use fewer ranks, or longer sequences."
             )
+        if chunk_length is not None:
+            check_positive("The split", chunk_length=chunk_length)
         if lengths is not None:
             if chunk_length is not None:
                 raise ConfigError("Give a chunk_length or the lengths of the ranks' parts, not both.")
@@ -96,8 +99,7 @@ class Context:
             cuts = [sum(lengths[:n]) for n in range(self.size + 1)]
         else:
             turns = 1 if chunk_length is None or self.size == 1 else -(-length // (self.size * chunk_length))
-            if turns * self.size > length:
-                raise ConfigError(f"chunk_length {chunk_length} cuts {length} positions into too many pieces.")
+            turns = min(turns, length // self.size)  # every rank has a piece in every turn
             cuts = [n * length // (turns * self.size) for n in range(turns * self.size + 1)]
         bounds = None
         if cu_seqlens is not None:
@@ -178,10 +180,23 @@ class Context:
         return [one[:count] for one, count in zip(found, counts, strict=True)]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Make every parameter's gradient the sum over all ranks; after `backward` on each."""
+        """Make every parameter's gradient the sum over all ranks; after `backward` on each, with the same parameters.
+
+        One that is None counts as zeros where another rank has it, and stays None where none does.
+        """
         self.finish()
+        told = list(parameters)
+        if not told:
+            return
+        # what a rank does not know of would put others' gradients beside the wrong ones of its own
+        has = self.largest(torch.tensor([p.grad is not None for p in told], dtype=torch.int32, device=told[0].device))
         bucket: list[Tensor] = []
-        for gradient in [p.grad for p in parameters if p.grad is not None]:
+        for parameter, found in zip(told, has.tolist(), strict=True):
+            if not found:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad
             if bucket and (gradient.dtype != bucket[0].dtype or sum(g.nbytes for g in bucket) > _BUCKET):
                 self._sum_(bucket)
                 bucket = []

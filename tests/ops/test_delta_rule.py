@@ -50,6 +50,8 @@ CASES: dict[str, Callable[[], DeltaArguments]] = {
     "channels, length 100, reverse": lambda: drawn("d", 2, 100, channels=True, rate=0.1)._replace(reverse=True),
     "channels, strong and none at all": lambda: mixed(drawn("e", 1, 130, channels=True)),
     "strong decay": lambda: drawn("f", 1, 70, rate=100.0),
+    "all forgotten": lambda: forgetful(drawn("p", 1, 70)),
+    "channels, all forgotten": lambda: forgetful(drawn("q", 1, 70, channels=True)),
     "chunks of 1": lambda: drawn("g", 1, 20, channels=True)._replace(chunk_size=1),
     "no decay, no state": lambda: drawn("h", 1, 100)._replace(g=None, initial_state=None),
     "no delta, channels, keys shared": lambda: drawn("i", 2, 70, channels=True, key_heads=1)._replace(beta=None),
@@ -71,6 +73,14 @@ def mixed(arguments: DeltaArguments) -> DeltaArguments:
     """Channels that forget all at once beside those that forget nothing: a quotient of decays would overflow."""
     assert arguments.g is not None
     return arguments._replace(g=arguments.g * torch.tensor([0, 1e-4, 1, 30, 1000]))
+
+
+def forgetful(arguments: DeltaArguments) -> DeltaArguments:
+    """Two positions behind which nothing of before is left; the sums' digits are those of decays between."""
+    assert arguments.g is not None
+    g = arguments.g.clone()
+    g[:, 20], g[:, 40] = -torch.inf, -1e30
+    return arguments._replace(g=g)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,7 +187,8 @@ def documented(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
 
 
 @pytest.mark.parametrize(
-    "case", ["length 63, keys shared", "no decay, no state", "no delta, channels, keys shared", "packed"]
+    "case",
+    ["length 63, keys shared", "no decay, no state", "no delta, channels, keys shared", "packed", "all forgotten"],
 )
 def test_what_is_handed_to_flash_linear_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its kernels as documented in the place of the kernels, in float32."""

@@ -13,7 +13,9 @@ from ranks import contexts, on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from mambaseq.backbones import relay
 from mambaseq.batch import Batch
+from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model, causal_lm
 from mambaseq.parallel import Context, current
@@ -64,7 +66,7 @@ def split_step(
     copies, ranks = [copy.deepcopy(of) for _ in range(size)], contexts(size)
 
     def on(rank: int) -> Any:
-        part = ranks[rank].split(LENGTH, len(tokens), bounds, **how)
+        part = ranks[rank].split(tokens.shape[1], len(tokens), bounds, **how)
         more = {} if not options else {"condition": torch.tensor(part.segments)}
         with part:
             own = step(copies[rank], part.take(tokens), part.take(labels), cu_seqlens=part.cu_seqlens(), **more)
@@ -89,6 +91,35 @@ def test_the_loss_is_the_whole_sequences_and_so_are_its_gradients() -> None:
     split_step(model(n_conditions=4, chunk_length=3), 3, tokens, labels, bounds, chunk_length=3)
     hybrid = causal_lm(7, 8, 4, "mamba2", d_state=4, pattern=["mamba2", "attention*", "rwkv4+mlp", "attention*"])
     split_step(hybrid, 2, *data(2))
+
+
+def test_chunks_of_one_position_are_dealt_to_more_ranks_than_they_divide_by() -> None:
+    tokens, labels = data(2)
+    split_step(
+        causal_lm(7, 8, 1, "mamba", d_state=3, chunk_length=1), 4, tokens[:, -5:], labels[:, -5:], chunk_length=1
+    )
+
+
+def test_a_parameter_without_a_gradient_on_one_rank_counts_as_zeros_there() -> None:
+    ranks = contexts(2)
+
+    def on(rank: int) -> list[Tensor | None]:
+        both, one, other, none = parameters = [torch.zeros(2, requires_grad=True) for _ in range(4)]
+        none.requires_grad_(False)
+        (both.sum() + (rank + 1) * (one if rank else other).sum()).backward()
+        ranks[rank].sum_gradients(parameters)
+        return [p.grad for p in parameters]
+
+    for both, one, other, none in on_ranks(2, on):
+        assert none is None
+        assert [g.tolist() for g in (both, one, other)] == [[2, 2], [2, 2], [1, 1]]
+
+
+def test_what_a_mixer_keeps_in_float64_is_sent_in_it() -> None:
+    state = catalog()["mixers"].get("mamba3")(8).init_state(1)
+    sent = {name: relay._kind(tensor, wide=False).dtype for name, tensor in state.tensors().items()}
+    assert sent.pop("angle") == torch.float64
+    assert set(sent.values()) == {torch.float32}
 
 
 def both_ways(backbone: str, **options: Any) -> SequenceModel:
@@ -238,6 +269,8 @@ def test_splits_that_cannot_be_are_refused() -> None:
         context.split(2)
     with pytest.raises(ConfigError, match="9 together, not \\[4, 5, 1\\]"):
         context.split(9, lengths=[4, 5, 1])
+    with pytest.raises(ConfigError, match="chunk_length must be positive and finite, not 0"):
+        context.split(9, chunk_length=0)
     with pytest.raises(ConfigError, match="not both"):
         context.split(9, lengths=[3, 3, 3], chunk_length=2)
     with pytest.raises(ValueError, match="must rise from 0 to the length 9"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file
+from mambaseq.resources import cores
 from mambaseq_dna.files.parsing import Piece, fasta_pieces, usable
 from mambaseq_dna.files.twobit import is_twobit, twobit_pieces
 from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
@@ -154,7 +154,7 @@ def fasta_stores(paths: Sequence[Path], cache: str | Path | None = None) -> list
     if len(paths) < 2:
         return [fasta_store(path, cache) for path in paths]
     stop = threading.Event()
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, _FILES_AT_ONCE)) as threads:
+    with ThreadPoolExecutor(min(len(paths), cores(), _FILES_AT_ONCE)) as threads:
         try:
             return list(threads.map(_store, paths, itertools.repeat(cache), itertools.repeat(stop.is_set)))
         except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from mambaseq.errors import DataError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import of_arrays
+from mambaseq.resources import cores
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_synthetic.digits import DigitsData
 from mambaseq_synthetic.listops import ListOpsData
@@ -166,7 +166,7 @@ def _as_arrays(items: list[Batch]) -> list[tuple[np.ndarray, int]]:
 def _read(path: Path, items: ItemDataset, n: int, device: torch.device) -> Examples:
     """The first n items, from the file if it is there, else drawn and written to it."""
     if not path.exists():
-        workers = min(os.cpu_count() or 1, n // _ENOUGH_FOR_A_WORKER)
+        workers = min(cores(), n // _ENOUGH_FOR_A_WORKER)
         loader: DataLoader = DataLoader(Subset(items, range(n)), 256, num_workers=workers, collate_fn=_as_arrays)  # type: ignore[arg-type]
         drawn = [one for some in tqdm(loader, desc=path.stem, leave=False, disable=None) for one in some]
         padded = np.zeros((n, max(len(tokens) for tokens, _ in drawn)), dtype=np.uint8)

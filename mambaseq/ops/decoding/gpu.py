@@ -251,7 +251,7 @@ def ssd_update_(
     if y.numel() == 0:
         return y
     rows, dt, B, C = _rows(x.flatten(1)), _rows(dt), _rows(B), _rows(C)  # rows (batch, channels)
-    states = _power_of_two(d_state)
+    states = power_of_two(d_state)
     per_program = max(_LITTLE[0] // states, 1)
     with portable.on(x):
         _kernels().ssd_update[(-(-channels // per_program) * batch,)](
@@ -290,7 +290,7 @@ def ssd_update_(
 def _shape(state: Tensor) -> tuple[int, int, int]:
     """States, padded, and channels and sequences of a program."""
     batch, channels, d_state = state.shape
-    states = _power_of_two(d_state)
+    states = power_of_two(d_state)
     elements, rows = _MUCH
     if batch * channels * states < elements * rows * _MANY_PROGRAMS:
         elements, rows = _LITTLE
@@ -311,5 +311,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n, n at least 1."""
     return 1 << (n - 1).bit_length()

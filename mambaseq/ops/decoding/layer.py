@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops.decoding.block import BlockWeights
-from mambaseq.ops.decoding.gpu import ssd_update_
+from mambaseq.ops.decoding.gpu import power_of_two, ssd_update_
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm import add_rms_norm, gated_rms_norm
@@ -119,7 +119,7 @@ def mamba_step_(
     inner = linear_step(residual, w.in_proj, w.in_bias, norm=norm, conv=conv, out_dtype=dtype)
     products = linear_step(inner[:, :channels], w.x_proj, out_dtype=torch.float32)
     y = inner.new_empty(batch, channels)
-    states, ranks = _power_of_two(d_state), _power_of_two(rank)
+    states, ranks = power_of_two(d_state), power_of_two(rank)
     per_program = max(tuning.scan_elements // states, 1)
     rows = 1 if batch < 2 * tuning.scan_rows else tuning.scan_rows
     with portable.on(residual):
@@ -195,7 +195,7 @@ def linear_step(
         x, gate = torch.nn.functional.silu(gate) * x, None
     out = torch.empty(rows, n_out, dtype=out_dtype, device=x.device)
     if rows == 1:
-        block = _power_of_two(columns)
+        block = power_of_two(columns)
         outputs = max(tuning.held // block, 1)
         while outputs > 1 and -(-n_out // outputs) < tuning.programs:
             outputs //= 2
@@ -204,7 +204,7 @@ def linear_step(
         tiles = {"BLOCK": block, "ROWS": 1, "OUTPUTS": outputs}
         launch = _launch(warps)
     else:
-        padded = max(16, _power_of_two(min(rows, 64)))
+        padded = max(16, power_of_two(min(rows, 64)))
         tiles = {"BLOCK": tuning.columns, "ROWS": padded, "OUTPUTS": tuning.outputs}
         launch = {**_launch(4), "num_stages": tuning.stages}
     grid = (-(-n_out // tiles["OUTPUTS"]), -(-rows // tiles["ROWS"]))
@@ -232,7 +232,7 @@ def linear_step(
             GATED=gate is not None,
             HAS_BIAS=bias is not None,
             CONV=0 if conv is None else conv.state.shape[2] + 1,
-            TAPS=1 if conv is None else _power_of_two(conv.state.shape[2] + 1),
+            TAPS=1 if conv is None else power_of_two(conv.state.shape[2] + 1),
             HAS_CONV_BIAS=conv is not None and conv.bias is not None,
             ADD=residual is not None,
             enable_fp_fusion=False,  # as in `gpu.py`
@@ -255,7 +255,3 @@ def _launch(warps: int) -> dict[str, Any]:
 @functools.cache
 def _kernels() -> Any:
     return importlib.import_module("mambaseq.ops.decoding.layer_kernels")
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

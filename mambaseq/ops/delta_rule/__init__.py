@@ -53,8 +53,8 @@ def delta_rule(
         q: `(batch, length, key heads, d_key)`, float64, float32, bfloat16 or float16.
         k: the same. Each head of keys serves `heads / key heads` neighbouring heads.
         v: `(batch, length, heads, d_value)`. Float64 is computed in float64, all others in float32, under autocast too.
-        g: log-decays, as a rule negative: `(batch, length, heads)`, or `(batch, length, heads, d_key)` for one a
-            channel of the keys. None for no decay.
+        g: log-decays, as a rule negative, -inf to forget all: `(batch, length, heads)`, or `(batch, length, heads,
+            d_key)` for one a channel of the keys. None for no decay.
         beta: `(batch, length, heads)`. None for no correction.
         initial_state: `(batch, heads, d_value, d_key)`, or `(sequences, ...)` with `cu_seqlens`; zeros if None.
         return_final_state: make the state after the last position of each sequence. Without it some

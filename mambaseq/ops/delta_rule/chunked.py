@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.ops.chunks import Chunks, forward_in_time, sums
+from mambaseq.ops.chunks import FORGOTTEN, Chunks, forward_in_time, sums
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 
@@ -49,7 +49,8 @@ def _run(given: DeltaArguments) -> tuple[Tensor, Tensor]:
     q, k = (in_chunks(value.to(wide)).repeat_interleave(heads // value.shape[2], dim=2) for value in (q, k))
     u = in_chunks(v.to(wide))  # b c h i v
     g = v.new_zeros(v.shape[:3]) if g is None else g
-    total = sums(in_chunks(g.double() if g.ndim == 4 else g.double()[..., None]))  # b c h i k; one number for all k
+    g = g.double().clamp(min=FORGOTTEN)
+    total = sums(in_chunks(g if g.ndim == 4 else g[..., None]))  # b c h i k; one number for all k
     kept = total.to(wide).exp()
     products = _products_of_one if total.shape[-1] == 1 else _products
     to_end = k * (total[..., -1:, :] - total).to(wide).exp()  # b c h i k, keys as they are at the end
