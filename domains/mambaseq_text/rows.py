@@ -177,7 +177,7 @@ def _loaded(name: str, number: int, line: str, columns: Sequence[str]) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        reason = f"is not JSON: {error.msg} at column {error.colno}"
+        reason = f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         remedy = "Each line must be one complete JSON object; correct or remove the line."
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; endlessly nested lists
         reason, remedy = f"cannot be read as JSON: {str(error)[:100]}", "Correct or remove the line."

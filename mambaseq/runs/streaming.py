@@ -20,6 +20,7 @@ from mambaseq.conditions import told
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import cut_list
 from mambaseq.generation.prompts import parts
+from mambaseq.resources import is_resource
 from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import Job, Progress, ended, pieces
 from mambaseq.runs.devices import memory_told
@@ -284,7 +285,7 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
     return {
         "format": FORMAT,
         "mambaseq": __version__,
-        "checkpoint": str(plan.checkpoint.absolute()),
+        "checkpoint": name if is_resource(name := str(plan.checkpoint)) else str(plan.checkpoint.absolute()),
         "weights": source.name,
         "sha256": sha256(source),
         "prompt": prompt,

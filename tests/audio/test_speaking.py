@@ -452,3 +452,14 @@ def test_settings_that_were_edited_are_told_by_file_and_key(tmp_path: Path, caps
             other = {"prompt.sha256": "in.wav is another file", "condition_ids": "condition is"}.get(name, name)
             assert name in error or other in error, (name, value, error)
     assert (tmp_path / "b.wav").read_bytes() == out.read_bytes()
+
+
+def test_a_clip_of_the_model_that_ships_is_made_again(tmp_path: Path) -> None:
+    first = tmp_path / "seven.wav"
+    one = generate_to(
+        Path("mambaseq:data/models/digits"), first, condition="7 theo", max_new_tokens=20, seed=1, device="cpu"
+    )
+    told = json.loads(first.with_suffix(".json").read_text())
+    assert told["checkpoint"] == "mambaseq:data/models/digits"
+    assert main(["generate", "--repeat", str(first.with_suffix(".json")), "--out", str(tmp_path / "again.wav")]) == 0
+    assert one.files[0].read_bytes() == (tmp_path / "again.wav").read_bytes()
