@@ -119,6 +119,8 @@ class Engine:
         encoder = model.encoder
         self._vocabulary = encoder.embedding.num_embeddings if isinstance(encoder, TokenEncoder) else None
         self._waiting: collections.deque[Ticket] = collections.deque()
+        # all that have not ended, and some that have: tickets move between the other lists while others ask
+        self._open: list[Ticket] = []
         self._readings = Readings(model, cache)
         self._picker = Picker(model, slots)
         self._active: list[_Answer] = []  # by slot
@@ -162,9 +164,11 @@ class Engine:
             check_one_pick(self.model, PENALTIES)
         ticket = Ticket(request, listen)
         with self._asked:
-            if len(self._waiting) + self.active >= self.capacity:
+            self._open = [one for one in self._open if one.finished is None]
+            if len(self._open) >= self.capacity:
                 self.counts.refused += 1
                 raise Full(f"{len(self._waiting):,} requests wait already, as many as may. Ask again later.")
+            self._open.append(ticket)
             self._waiting.append(ticket)
             self._asked.notify_all()
         return ticket
@@ -193,11 +197,12 @@ class Engine:
         """
         with self._on_device():
             self._drop_cancelled()
-            unseen, self._unseen = self._unseen, []
+            unseen = len(self._unseen)
             self._read()
             self._decode()
-            for picked in unseen:
-                self._look(picked)
+            for _ in range(unseen):
+                self._look(self._unseen[0])
+                del self._unseen[0]  # not before: `end_all` must know of it where the look fails
         self.counts.steps += 1
         return self.busy
 
@@ -216,15 +221,17 @@ class Engine:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def end_all(self) -> None:
-        """Cancel all requests, and end them now. By the thread that steps, or when none does."""
-        unseen = [ticket for picked in self._unseen for ticket in picked.tickets]
-        active = [answer.ticket for answer in self._active]
-        for ticket in [*self._waiting, *active, *unseen, *(reading.ticket for reading in self._readings)]:
+        """Cancel all requests, and end them now; the device, which may have failed for good, is not used. By the thread
+        that steps, or when none does."""
+        with self._asked:
+            self._waiting.clear()
+            tickets = [*self._open]
+        for ticket in tickets:
             ticket.cancel()
-        self._unseen.clear()
-        self._drop_cancelled()
-        for ticket in unseen:
             self._end(ticket, "cancelled")
+        self._unseen.clear()
+        self._readings.clear()
+        self._cut(0)
 
     def _drop_cancelled(self) -> None:
         for slot in range(len(self._active) - 1, -1, -1):
@@ -256,6 +263,12 @@ class Engine:
         if slot < len(self._active):
             self._active[slot] = last
         return answer.ticket
+
+    def _cut(self, count: int) -> None:
+        """Free all slots but the first `count`, also those that were only entered in part. The device is not used."""
+        del self._active[count:]
+        self.slots.cut(len(self._active))
+        self._picker.cut(len(self._active))
 
     def _read(self) -> None:
         """Read `part` tokens of prompts, several at once, those that came first before the others."""
@@ -302,25 +315,25 @@ class Engine:
                 self._active.append(_Answer(reading.ticket, reading.at))
             self._pick(told, first)
         except Exception as error:
-            self._fail(first, error)
-            for reading in readings:
-                self._end(reading.ticket, "failed", error)
+            self._fail(first, [reading.ticket for reading in readings], error)
 
     def _decode(self) -> None:
         if not self._active:
             return
+        tickets = [answer.ticket for answer in self._active]
         try:
             logits = self.slots.step(self._picker.tokens)
             for answer in self._active:
                 answer.read += 1
             self._pick(logits, 0)
         except Exception as error:
-            self._fail(0, error)
+            self._fail(0, tickets, error)
 
-    def _fail(self, first: int, error: Exception) -> None:
-        """End the answers of the slots from `first` on."""
-        while len(self._active) > first:
-            self._end(self._leave(len(self._active) - 1), "failed", error)
+    def _fail(self, first: int, tickets: list[Ticket], error: Exception) -> None:
+        """Free the slots from `first` on, and end the answers that have them, or had them when the step began."""
+        self._cut(first)
+        for ticket in tickets:
+            self._end(ticket, "failed", error)
 
     def _pick(self, told: Tensor, first: int) -> None:
         """A token to each answer from the slot `first` on, by what the head tells of them, `(answers, ...)`."""

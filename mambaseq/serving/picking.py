@@ -59,6 +59,10 @@ class Picker:
                 table[slot].copy_(table[end])
         self._there = None
 
+    def cut(self, count: int) -> None:
+        """Free all slots but the first `count`. The device is not used."""
+        del self._requests[count:]
+
     def pick(self, told: Tensor, first: int = 0) -> Tensor:
         """The next tokens of the slots in use from `first` on, `(n,)` int64, by what the head tells of them, `(n,
         ...)`. Nothing waits for the device."""
@@ -92,8 +96,8 @@ class Picker:
     def _penalised(self, logits: Tensor, there: dict[str, Tensor], first: int, end: int) -> Tensor:
         """As `Penalties` does it, for rows with penalties of their own; those without stay as they are."""
         if self._seen is None or self._added is None:
-            self._seen = torch.zeros(len(self.tokens), logits.shape[-1], dtype=torch.bool, device=self._device)
-            self._added = self._seen.clone()
+            seen = torch.zeros(len(self.tokens), logits.shape[-1], dtype=torch.bool, device=self._device)
+            self._seen, self._added = seen, seen.clone()  # both or none, also where memory is short
             for slot in range(end):
                 self._fill(slot)
         seen, added = self._seen[first:end], self._added[first:end]

@@ -126,6 +126,11 @@ class Readings:
         self._behind = {ticket: wait for ticket, wait in self._behind.items() if not ticket.cancelled}
         return found
 
+    def clear(self) -> None:
+        """Forget all. The device is not used."""
+        self._all.clear()
+        self._behind.clear()
+
     def _stop(self, reading: Reading) -> int:
         """How far a prompt can be read at once: to where a state is kept."""
         if self._cache is None:

@@ -59,6 +59,10 @@ class Slots:
             tensors = [tensor for layer in self._state for tensor in layer.tensors().values()]
             torch._foreach_copy_([tensor[slot] for tensor in tensors], [tensor[self.used] for tensor in tensors])
 
+    def cut(self, count: int) -> None:
+        """Free all slots but the first `count`. The device is not used."""
+        self.used = count
+
     def state_of(self, slot: int) -> list[State]:
         """A copy of one sequence's state."""
         return [layer.map(lambda tensor: tensor[slot : slot + 1].clone()) for layer in self._state]

@@ -37,13 +37,15 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._closing.is_set():
-            try:
-                more = self.engine.step()
-            except Exception:  # a fault of ours: those who wait are told, and others can be answered
-                logging.getLogger(__name__).exception("A step failed; all requests are cancelled.")
-                self.engine.end_all()
-                continue
-            if not more:
-                self.engine.wait(_PATIENCE)
-        self.engine.end_all()
+        try:
+            while not self._closing.is_set():
+                try:
+                    more = self.engine.step()
+                except Exception:  # a fault of ours: those who wait are told, and others can be answered
+                    logging.getLogger(__name__).exception("A step failed; all requests are cancelled.")
+                    self.engine.end_all()
+                    more = False  # where steps go on to fail, they do so about once a second
+                if not more:
+                    self.engine.wait(_PATIENCE)
+        finally:  # nobody waits for a thread that is gone
+            self.engine.end_all()
