@@ -13,7 +13,7 @@ from generation.test_ragged import lively
 from mambaseq_text.tokenization import ByteTokenizer
 
 from mambaseq.errors import ConfigError
-from mambaseq.generation import generate, speculation
+from mambaseq.generation import decode, generate, speculation
 from mambaseq.generation.blocks import Blocks
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.drafts import NGrams
@@ -230,9 +230,25 @@ def test_drafts_that_cannot_be() -> None:
         generate(build_model(levels), prompt, 4, draft="ngram")
 
 
-def test_one_kernel_is_not_given_up_for_drafts() -> None:
+class OneKernel:
+    """In the place of the kernel, which takes long to compile."""
+
+    def __init__(self, model: SequenceModel, state: Any, condition: Any, batch_size: int) -> None:
+        self.decoder = Decoder(model, state, condition)
+
+    def run(self, token: torch.Tensor, n: int, *settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = [token]
+        for _ in range(n):
+            tokens.append(self.decoder.step(tokens[-1]).argmax(-1))
+        return torch.stack(tokens[1:], 1), torch.tensor(False)
+
+
+def test_one_kernel_is_not_given_up_for_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Speculation("ngram")
-    model = lively()
-    plain = generate(model, torch.ones(1, 3).long(), 1024, temperature=0)
-    assert torch.equal(generate(model, torch.ones(1, 3).long(), 1024, temperature=0, draft=told), plain)
+    model, prompt = lively(), torch.ones(1, 3).long()
+    plain = generate(model, prompt, 24, temperature=0)
+    monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 24)
+    monkeypatch.setattr(decode, "Stretches", OneKernel)
+    assert torch.equal(generate(model, prompt, 24, temperature=0, draft=told), plain)
     assert "by one kernel" in str(told)
+    assert not told.rounds

@@ -17,7 +17,7 @@ from mambaseq.mixers import norm as norm_module
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.ops import OPS, add_rms_norm, gated_rms_norm
-from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.dispatch import explain, relative_rms_error
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 
@@ -84,6 +84,12 @@ def build(op: str, case: str, **dtypes: torch.dtype) -> Callable[[], Any]:
 
 def names_of(op: Any) -> list[str]:
     return [backend.name for backend in op.backends]
+
+
+def test_no_op_takes_the_interpreter_of_kernels_unasked() -> None:
+    for op in OPS.values():
+        for _, arguments in op.samples(torch.device("cpu")):
+            assert next(name for name, reason in explain(op, arguments) if reason is None) != "triton", op.name
 
 
 @pytest.mark.parametrize("device", DEVICES)

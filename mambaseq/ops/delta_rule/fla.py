@@ -17,6 +17,8 @@ from mambaseq.ops.gpu import packages
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST = 256  # channels of a key
+# of a log-decay: float32 has 0 below it too, and the kernels subtract sums, which of -inf are no numbers
+_FORGOTTEN = -128.0
 # by whether there is a decay a channel, and whether the rule corrects: module and function
 _KERNELS = {
     (False, True): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
@@ -52,7 +54,7 @@ def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
     """y and the final state; both carry gradients, the state an empty tensor where it is not wanted."""
     q, k, v, g, beta, initial_state, cu_seqlens, _, wants_state, _ = arguments
     q, k = (value.to(v.dtype).repeat_interleave(v.shape[2] // value.shape[2], dim=2) for value in (q, k))
-    g = v.new_zeros(v.shape[:3], dtype=torch.float32) if g is None else g.float()
+    g = v.new_zeros(v.shape[:3], dtype=torch.float32) if g is None else g.float().clamp(min=_FORGOTTEN)
     module, name = _KERNELS[g.ndim == 4, beta is not None]
     rule: dict[str, Any] = {} if beta is None else {"beta": beta.float()}
     y, final_state = getattr(importlib.import_module(module), name)(

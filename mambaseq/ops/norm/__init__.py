@@ -23,6 +23,8 @@ ADD_OP = dispatch.Op(
 GATED_OP = dispatch.Op(
     name="gated_rms_norm",
     backends=(
+        # as on every CPU, also where Triton's interpreter is on, which is for its kernels' tests and slow
+        dispatch.Backend("cpu", reference.run_gated, reference.why_not_cpu),
         dispatch.Backend("triton", gpu.run_gated, gpu.why_not_gated),
         dispatch.Backend("reference", reference.run_gated, dispatch.never),
     ),

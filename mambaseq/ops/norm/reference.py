@@ -32,3 +32,9 @@ def run_gated(arguments: GatedNormArguments) -> Any:
     normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     y = normed.flatten(-2) * weight.to(wide)  # (..., channels)
     return ((y * gate if norm_before_gate else y).to(x.dtype),)
+
+
+def why_not_cpu(arguments: GatedNormArguments) -> str | None:
+    """The reason why a CPU is not what runs these arguments, or None."""
+    device = arguments.x.device
+    return None if device.type == "cpu" else f"x is on {device}"
