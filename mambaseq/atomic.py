@@ -195,7 +195,8 @@ def _reported(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until what is written to a file, or what is in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -225,7 +226,7 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -237,12 +238,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         remove_leftovers(path.parent)
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -264,14 +265,19 @@ def atomic_folder(path: str | Path, *, replace: bool = True, place: Callable[[],
         try:
             temporary.mkdir()
             yield temporary
-            for entry in sorted(temporary.rglob("*")):
-                _sync(entry)
-            _sync(temporary)
+            sync_folder(temporary)
             install(temporary, place() if place else path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder is on disk, with all that is in it."""
+    for entry in sorted(folder.rglob("*")):
+        sync(entry)
+    sync(folder)
 
 
 def install(temporary: Path, path: Path, replace: bool) -> None:

@@ -26,6 +26,9 @@ class InvalidBase(DataError):
             "for unknown bases."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.letter, self.position)
+
 
 def _encoding(lowercase: str) -> np.ndarray:
     table = np.full(256, _INVALID, dtype=np.uint8)

@@ -181,7 +181,7 @@ class ChatData(SequenceData):
             "sources": [self._sources[name] for names in self._files.values() for name in names],
         }
         parts = functools.partial(self._parts, tokenizer, template, columns)
-        store = grown("chats", parts, "uint32", meta, unchanged=unchanged.check)
+        store = grown("chats", parts, "uint32", meta, unchanged=unchanged)
         self._records: dict[str, list[int]] = {split: [] for split in SPLITS}
         cut_off = 0
         for number, split in enumerate(store.names[::2]):

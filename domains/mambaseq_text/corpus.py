@@ -182,10 +182,8 @@ class CorpusData(SequenceData):
         }
 
         def stored(label: str, splits: Sequence[str], **options: Any) -> TokenStore:
-            reading = _Reading(self, splits)
-            return tokenised(
-                label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged.check, **options
-            )
+            reading = _Reading(self, splits, again="counts" in options)
+            return tokenised(label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged, **options)
 
         self._store = stored("corpus", SPLITS, max_tokens=self.max_tokens)
         records: dict[str, list[int]] = {split: [] for split in SPLITS}
@@ -326,10 +324,11 @@ def _stretch(name: str, data: np.ndarray, start: int, stop: int) -> Source:
 
 
 class _Reading(Reading):
-    """The texts of splits, each file's part of one a record `SPLIT NAME`."""
+    """The texts of splits, each file's part of one a record `SPLIT NAME`. again: they have been read before, so what is
+    left out has been told."""
 
-    def __init__(self, data: CorpusData, splits: Sequence[str]) -> None:
-        self.data, self.left_out, self._enough = data, data.left_out_rows, False
+    def __init__(self, data: CorpusData, splits: Sequence[str], again: bool = False) -> None:
+        self.data, self.left_out, self._enough, self.again = data, data.left_out_rows, False, again
         self.parts = [(split, *part) for split in splits for part in data._parts[split]]
 
     def pieces(self, place: Any) -> Iterator[Piece]:
@@ -346,7 +345,7 @@ class _Reading(Reading):
             # the last one of plain text ends a document: one is read ahead
             text = next(pieces, None)
             if text is None and not before:
-                yield Piece(record, "", [number, 0], False, False, more=training)
+                yield Piece(record, "", [number + 1, 0], False, False, more=training)
             while text is not None:
                 following = next(pieces, None) if plain else None
                 seen += 1
@@ -361,7 +360,8 @@ class _Reading(Reading):
                         break
                 text = following if plain else next(pieces, None)
         self.left_out.check()
-        self.data._held_out.tell()
+        if not self.again:
+            self.data._held_out.tell()
 
     def found(self) -> list[Any]:
         return self.left_out.take()

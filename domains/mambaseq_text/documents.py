@@ -120,16 +120,17 @@ def _filled(pieces: np.ndarray, length: int) -> tuple[np.ndarray, list[int]]:
 class _Reading(Reading):
     """The documents of files, each a record with the name of its split.
 
-    wanted: the splits to read, each with how many of its documents, None for all.
+    wanted: the splits to read, each with how many of its documents, None for all. again: they have been read before, so
+        what is left out has been told.
     """
 
-    def __init__(self, data: DocumentData, wanted: Mapping[str, int | None]) -> None:
-        self.data, self.wanted = data, dict(wanted)
+    def __init__(self, data: DocumentData, wanted: Mapping[str, int | None], again: bool = False) -> None:
+        self.data, self.wanted, self.again = data, dict(wanted), again
         self.left_out, self._enough, self._empty = data.left_out_rows, False, 0
 
     def pieces(self, place: Any) -> Iterator[Piece]:
         data, left_out, held_out = self.data, self.left_out, self.data._held_out
-        first, skipped = place or (0, 0)
+        first, skipped, self.wanted = place or (0, 0, self.wanted)
         files = [
             (split, name)
             for split in SPLITS
@@ -154,17 +155,19 @@ class _Reading(Reading):
                 target = split_of_text(text, data.fractions) if split == "train" else split
                 if target not in self.wanted or self.wanted[target] == 0:
                     continue
-                if (left := self.wanted[target]) is not None:
-                    self.wanted[target] = left - 1
                 if not text:
                     self._empty += 1
                     continue
-                yield Piece(target, text, [number, seen], more=split == "train")
+                if (left := self.wanted[target]) is not None:
+                    self.wanted = {**self.wanted, target: left - 1}
+                yield Piece(target, text, [number, seen, self.wanted], more=split == "train")
                 if self._enough and split == "train":
                     break
             if not any(left is None or left for left in self.wanted.values()):
                 break
         left_out.check()
+        if self.again:
+            return
         held_out.tell()
         if self._empty:
             logger.warning("Left out: %s documents without text.", f"{self._empty:,}")
@@ -329,10 +332,8 @@ class DocumentData(SequenceData):
         }
 
         def stored(label: str, wanted: Mapping[str, int | None], **options: Any) -> TokenStore:
-            reading = _Reading(self, wanted)
-            return tokenised(
-                label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged.check, **options
-            )
+            reading = _Reading(self, wanted, again="counts" in options)
+            return tokenised(label, reading, tokenizer, meta, workers=self.workers, unchanged=unchanged, **options)
 
         self._store = stored("documents", dict.fromkeys(SPLITS), max_tokens=self.max_tokens)
         self._counts: dict[str, list[np.ndarray]] = {}

@@ -39,6 +39,9 @@ class BadRow(DataError):
         super().__init__(message)
         self.file, self.line, self.reason = file, line, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.file, self.line, self.reason)
+
 
 def is_plain(name: str) -> bool:
     """Whether a file is plain text by its name: neither jsonl, JSON, parquet nor CSV."""

@@ -12,15 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from mambaseq.data.cache import Unchanged
 from mambaseq.data.growing import Part, grown
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, DataError, UserError
 from mambaseq.limits import WORKERS
 from mambaseq.resources import cores
 from mambaseq_text.tokenization import TextTokenizer
@@ -83,7 +84,7 @@ def tokenised(
     counts: bool = False,
     workers: int | None = None,
     max_tokens: int = 0,
-    unchanged: Callable[[], None] | None = None,
+    unchanged: Unchanged | None = None,
 ) -> TokenStore:
     """The store of what `reading` gives, from the cache if it is there (see `growing.grown`).
 
@@ -104,7 +105,9 @@ class _Parts:
         self.workers = cores() if workers is None else workers
 
     def __call__(self, place: Any) -> Iterator[Part]:
-        taken, place = place or (0, None)
+        taken, place, over = place or (0, None, False)
+        if over:
+            return
         if self._has_enough(taken):
             self.reading.enough()
         with contextlib.closing(_progress()) as told, contextlib.closing(self._made(self._cut(place))) as made:
@@ -119,7 +122,7 @@ class _Parts:
                 told.update(sum(len(piece.text) for piece in part.pieces))
                 records = [(piece.record, ids) for piece, ids in zip(part.pieces, tokens, strict=True)]
                 place = part.pieces[-1].place if part.pieces else place
-                yield Part(records, [taken, place], part.found)
+                yield Part(records, [taken, place, part.last], part.found)
 
     def _made(self, cut: Iterator[_Cut]) -> Generator[tuple[_Cut, list[np.ndarray]]]:
         """Each part with its tokens, in order."""
@@ -134,7 +137,8 @@ class _Parts:
         return 0 < self.max_tokens <= taken
 
     def _cut(self, place: Any) -> Iterator[_Cut]:
-        """Pieces of one kind, about `PART` characters together."""
+        """Pieces of one kind, about `PART` characters together. A last part says that all has been read, also what gave
+        no pieces."""
         held, size = _Cut(), 0
         for piece in self.reading.pieces(place):
             found = self.reading.found()  # before this piece
@@ -148,6 +152,7 @@ class _Parts:
                 yield held
                 held, size = _Cut(), 0
         held.found.extend(self.reading.found())
+        held.last = True
         if held.pieces or held.found:
             yield held
 
@@ -156,6 +161,7 @@ class _Parts:
 class _Cut:
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     found: list[Any] = dataclasses.field(default_factory=list)
+    last: bool = False
 
     def texts(self) -> Texts:
         return [(piece.text, piece.begins, piece.ends, piece.joint) for piece in self.pieces]
@@ -259,6 +265,17 @@ def serve() -> None:
             found = tokens_of(texts, tokenizer, counts)
             answer = [len(ids) for ids in found], np.concatenate(found)
         except Exception as error:
-            answer = error
+            answer = _sendable(error)
         pickle.dump(answer, answers, protocol=5)
         answers.flush()
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as it is, if it can be sent; otherwise one of a more general kind that says the same."""
+    with contextlib.suppress(Exception):
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    for kind in (DataError, ConfigError, UserError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

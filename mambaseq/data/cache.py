@@ -95,6 +95,11 @@ class Unchanged:
         """That of a file, for `fingerprint`; None for one that could not be read."""
         return self._states[path]
 
+    def seen(self) -> list[list[int] | None]:
+        """Size and time of change (in nanoseconds) of each file, in order, to tell in another process whether they are
+        the same still; None for one that could not be read."""
+        return [state and state[2:4] for state in self._states.values()]
+
     def check(self) -> None:
         """Raise DataError if one of the files has changed since."""
         for path, state in self._states.items():

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mambaseq.errors import DataError
 from mambaseq.limits import UNPACKED_RATIO, UNRATED, check_unpacked
@@ -37,6 +37,9 @@ class Unreadable(DataError):
     def __init__(self, path: Path | str, what: str, remedy: str) -> None:
         self.path, self.what, self.remedy = path, what, remedy
         super().__init__(f"{path} {what}. {remedy}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.what, self.remedy)
 
     def at(self, place: str) -> Unreadable:
         """The same error with the place in the file ("in record 'x'")."""
