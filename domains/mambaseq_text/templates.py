@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from mambaseq.errors import DataError, UserError, cut, shown
 from mambaseq.limits import CHAT_CHARACTERS, YAML_BYTES
 from mambaseq.plain import read_json
+from mambaseq_text.sandbox import Refused, Sandbox, Work, working
 
 FILE, CONFIG, MAP = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 _REMEDY = "Mend the template, or leave it out and write the prompts yourself."
@@ -28,7 +23,8 @@ class ChatTemplate:
     """Writes conversations as text.
 
     The template is one for transformers' `apply_chat_template`. It comes with a model, so from others: it runs in
-    Jinja's sandbox, where it reaches neither files nor Python's insides, and what it writes is bounded.
+    a sandbox, where it reaches neither files nor Python's insides. It has the methods, filters and tests that published
+    templates use. What it writes and holds is bounded, and all its work together: see `mambaseq_text.sandbox`.
 
     Args:
         source: the template's text.
@@ -41,14 +37,10 @@ class ChatTemplate:
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None, name: str = "The chat template") -> None:
         self.source, self.tokens, self.name = source, dict(tokens or {}), name
         self._mark = secrets.token_hex(8)  # cannot stand in a message
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Answers, loopcontrols])
-        environment.filters["tojson"] = _json
-        environment.filters["joined by a template"] = _joined
-        environment.filters.pop("center")
-        environment.globals.update(raise_exception=_refuse, strftime_now=_now, mark_of_answers=self._mark)
+        environment = Sandbox()
+        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
         try:
-            tree = _Bounded().visit(environment.parse(source))
-            self._template = jinja2.Template.from_code(environment, environment.compile(tree), environment.globals)
+            self._template = environment.bounded(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{name}, line {error.lineno}: {cut(error.message, 200)}. {_REMEDY}") from error
         except (RecursionError, MemoryError, SyntaxError, TypeError, ValueError) as error:
@@ -105,21 +97,21 @@ class ChatTemplate:
         """The text as `render` gives it, and where in it what the template marks as an answer begins and ends
         (`{% generation %}`, which most templates lack), in characters."""
         given = {"tools": None, "documents": None, **self.tokens, **more}
+        messages = [dict(one) for one in messages]
         pieces, length = [], 0
         try:
-            for piece in self._template.generate(
-                messages=[dict(one) for one in messages], add_generation_prompt=reply, **given
-            ):
-                pieces.append(piece)
-                CHAT_CHARACTERS.check(length := length + len(piece), f"{self.name} with these messages")
+            with working(_marks([messages, given] if "generation" in self.source else [])) as work:
+                for piece in self._template.generate(messages=messages, add_generation_prompt=reply, **given):
+                    pieces.append(piece)
+                    CHAT_CHARACTERS.check(length := length + len(piece), f"{self.name} with these messages")
+            return _spans("".join(pieces), work)
         except UserError:
             raise
-        except _Refused as error:
+        except Refused as error:
             raise UserError(f"{self.name} refuses these messages: {cut(error, 300)}") from error
         except Exception as error:  # whatever a template may do wrong
             told = f"{type(error).__name__}: {cut(error, 200)}"
             raise UserError(f"{self.name} cannot write these messages ({told}). Use others, or no template.") from error
-        return _spans("".join(pieces), self._mark)
 
     def after_an_answer(self) -> str:
         """What the template writes behind an answer, such as the token that ends a turn; "" where it cannot be told."""
@@ -132,74 +124,37 @@ class ChatTemplate:
         return text.rpartition(probe)[2] if probe in text else ""
 
 
-class _Refused(jinja2.TemplateError):
-    """What a template says of messages that it does not take."""
+def _spans(text: str, work: Work) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and where they stood. Each mark is one character, so none is ever cut up."""
+    if not work.answers:
+        return text, []
+    begin, end = work.marks
+    found: list[str] = []
+    spans, length, left = [], 0, work.answers
+    before, *rest = text.split(begin)
+    for piece in (before, *rest):
+        if found:
+            answer, closed, piece = piece.partition(end)
+            spans.append((length, length := length + len(answer)))
+            found.append(answer)
+            left -= 1 if closed else left + 1
+        if end in piece or left < 0:
+            break
+        found.append(piece)
+        length += len(piece)
+    else:
+        if not left:
+            return "".join(found), spans
+    raise Refused("it cuts up, repeats or drops what it marks as an answer by {% generation %}")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, whose operators make nothing large."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(one) for one in (left, right) if isinstance(one, str | list | tuple)]
-        numbers = [abs(one) for one in (left, right) if isinstance(one, int)]
-        if operator == "**" or (operator == "%" and isinstance(left, str)):
-            raise _Refused("it uses powers, or % with a text, which are not needed here")
-        if sizes and numbers:
-            _check(sizes[0] * numbers[0])
-        else:
-            _check(sum(sizes))
-        return super().call_binop(context, operator, left, right)
-
-
-def _check(length: int) -> None:
-    CHAT_CHARACTERS.check(length, "A text that a chat template makes")
-
-
-class _Bounded(NodeTransformer):
-    """Texts are laid together (`~`) within bounds."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        parts = [self.visit(one) for one in node.nodes]
-        return nodes.Filter(nodes.List(parts), "joined by a template", [], [], None, None, lineno=node.lineno)
-
-
-def _joined(parts: list[Any]) -> str:
-    texts = [str(part) for part in parts]
-    _check(sum(map(len, texts)))
-    return "".join(texts)
-
-
-class _Answers(Extension):
-    """`{% generation %} ... {% endgeneration %}` around what a model is to learn."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        mark = nodes.Name("mark_of_answers", "load")
-        made = nodes.CallBlock(self.call_method("_marked", [mark]), [], [], body)
-        made.set_lineno(line)
-        return made
-
-    def _marked(self, mark: str, caller: Any) -> str:
-        return f"\0{mark}[{caller()}\0{mark}]"
-
-
-def _spans(text: str, mark: str) -> tuple[str, list[tuple[int, int]]]:
-    first, *rest = text.split(f"\0{mark}")
-    found, length, begun = [first], len(first), 0
-    spans = []
-    for piece in rest:
-        if piece[0] == "[":
-            begun = length
-        else:
-            spans.append((begun, length))
-        found.append(piece[1:])
-        length += len(piece) - 1
-    return "".join(found), spans
+def _marks(given: Any) -> tuple[str, str]:
+    """Two characters that stand for nothing, and do not stand in what is given."""
+    told = repr(given)  # writes such characters as \\ufdd0
+    for first in range(0xFDD0, 0xFDF0, 2):
+        if not any(f"\\u{one:x}" in told for one in (first, first + 1)):
+            return chr(first), chr(first + 1)
+    raise Refused("they hold all the characters that mark an answer")
 
 
 def _token(written: Any) -> str | None:
@@ -208,14 +163,8 @@ def _token(written: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
-    if isinstance(indent, int) and indent > 16:
-        raise _Refused("it indents JSON by more than 16")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, allow_nan=False, **more)
-
-
 def _refuse(message: Any) -> None:
-    raise _Refused(str(message))
+    raise Refused(str(message)[:1000] if isinstance(message, str) else shown(message))
 
 
 def _now(form: str) -> str:

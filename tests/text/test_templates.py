@@ -133,6 +133,34 @@ def test_a_damaged_template_is_told(source: str, message: str) -> None:
         "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{% for i in range(10000) %}{% for j in range(10000) %}{{ messages }}{% endfor %}{% endfor %}",
         "{% for i in range(10000000) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ ('x'.ljust(300000000)) | length }}",
+        "{{ ('%300000000d' | format(1)) | length }}",
+        "{{ '{:>300000000}'.format(1) | length }}",
+        "{{ '{x:>300000000}'.format_map({'x': 1}) | length }}",
+        "{{ 'x' | indent(300000000, true) | length }}",
+        "{{ ('ab' * 500000) | replace('a', 'b' * 1000) | length }}",
+        "{{ ('ab' * 500000).replace('a', 'c' * 1000) | length }}",
+        "{{ (['x'] * 1000) | join('y' * 100000) | length }}",
+        "{{ ('y' * 100000).join(['x'] * 1000) | length }}",
+        "{{ ('y' * 10000).join('x' * 10000) | length }}",
+        "{{ [1] | batch(100000000, 0) | list | length }}",
+        "{{ 'x' | center(300000000) | length }}",
+        "{{ dict.fromkeys(range(9), 1) }}",
+        "{{ lipsum(n=100000) | length }}",
+        "{{ '%300000000d' is odd }}",
+        "{{ ['%300000000d'] | select('even') | list }}",
+        "{{ 2 | round(300000000) }}",
+        "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=1) %}{% for i in range(50) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}",
+        "{% set n = namespace(x=1) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}",
+        "{% set n = namespace() %}{% set n.x = [n] %}",
+        "{{ [1, 2] | tojson(separators=('a' * 1000000, ':')) | length }}",
+        "{{ ('a ' * 2000000).split() | length }}",
+        "{{ ('a' * 4000000).strip('b' * 4000000) | length }}",
+        "{{ [-1000000000] | map('a charge') | list }}{{ ''.ljust(1) }}",
+        "{% autoescape true %}{{ messages }}{% endautoescape %}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{% include '/etc/passwd' %}",
@@ -146,6 +174,81 @@ def test_what_a_template_may_not_do_is_told(source: str) -> None:
     with pytest.raises(UserError, match="chat template") as told:
         print(ChatTemplate(source).render(TALK)[:100])
     assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) recursive %}{{ loop(range(99)) if loop.depth < 9 }}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ range(99999) | select('even') | list | length }}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+        "{% set x = 'a' * 60000 %}{% for i in range(99999) %}{{ 'b' in x }}{% endfor %}",
+        "{% set x = 'a' * 60000 %}{% for i in range(99999) %}{{ x.find('b') }}{% endfor %}",
+        "{% set x = 'a' * 60000 %}{% for i in range(99999) %}{{ (x | upper)[:1] }}{% endfor %}",
+        "{% set x = [1] * 60000 %}{% for i in range(99999) %}{{ x == x[:] }}{% endfor %}",
+        "{% set x %}{% for i in range(99999) %}" + "a" * 5000 + "{% endfor %}{% endset %}{{ x | length }}",
+    ],
+)
+def test_all_the_work_of_a_template_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAMBASEQ_MAX_CHAT_CHARACTERS", "65536")
+    with pytest.raises(UserError, match="more work than"):
+        ChatTemplate(source).render(TALK)
+
+
+PUBLISHED = """
+{%- macro parameters(given) -%}
+    {%- for key, value in given | dictsort %}{{ key }}:{{ value['type'] | upper }}{% if not loop.last %},{% endif %}
+    {%- endfor %}
+{%- endmacro -%}
+{%- set ns = namespace(last=-1, seen=[], text='') -%}
+{%- set rest = messages[1:] if messages[0].role == 'system' else messages -%}
+{%- for message in rest[::-1] if message.role == 'user' %}
+    {%- set ns.last = (rest | length - 1) - loop.index0 %}{% set ns.seen = ns.seen + [message] %}
+{%- endfor -%}
+{{ parameters(tools[0].function.parameters) }}|{{ tools | tojson(indent=2) | indent(4) }}|{{ tools[0] | string }}
+{%- for key, value in tools[0].function.items() %}{{ key | title ~ loop.index }}={{ value }};{% endfor %}
+{%- set asked = rest | selectattr('role', 'equalto', 'user') | list %}
+{{- asked | map(attribute='content') | map('trim') | join(', ') }} {{ (messages | rejectattr('role', 'eq', 'user')
+    | list | last).content.split('.')[0].lstrip('\n').replace('e', 'E') }} {{ message is defined }}
+{%- for message in rest %}
+    {%- if message == asked[-1] and loop.index0 >= ns.last and message.get('tool_calls') is none %} last {% endif %}
+    {%- if message.content is string and '?' in message.content and not message.content.startswith('no') %}
+        {{- message.role | capitalize + ': ' + (message.content | default('', true)).strip() }}
+    {%- else %}{{ raise_exception('no') if message.content is mapping }}{{ message.content.rstrip().rsplit('s', 1) }}
+    {%- endif %}
+    {%- set ns.text = ns.text + message.content %}
+{%- endfor %}{{ ns.text[:9] ~ (1, 'a', none, 1.5, true) }} {{ 7 % 2 + 3 * 2 - 1 }} {{ '-' * 5 }} {{ '3' | int + 1 }}
+{%- set made %}{% generation %}answer{% endgeneration %}{% endset %}{{ made }}{{ ' ' ~ nothing }}
+{{- 'a' if nothing is undefined else 'b' }} {{ ['b', 'a'] | sort | first }} {{ [1, 2] | reject('equalto', 1) | list }}
+"""
+
+
+def test_what_published_templates_use_is_there() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    tools = [{"function": {"name": "é", "parameters": {"b": {"type": "int"}, "a": {"type": "string"}}}}]
+    texts, _ = utils.render_jinja_template([TALK], chat_template=PUBLISHED, tools=tools)
+    text, spans = ChatTemplate(PUBLISHED).marked(TALK, tools=tools)
+    assert text == texts[0]
+    assert [text[slice(*span)] for span in spans] == ["answer"]
+
+
+def test_long_conversations_are_written() -> None:
+    talk = [{"role": role, "content": "word " * 20} for _ in range(5000) for role in ("user", "assistant")]
+    text = ChatTemplate(CHATML).render(talk)
+    assert text.count("<|im_start|>") == len(talk) + 1
+
+
+@pytest.mark.parametrize(
+    "shown", ["x[:3]", "x[1:]", "x[:-1]", "x | replace('Yes', '') ~ x", "x ~ x[:2]", "x | tojson(true)", "x ~ x", "''"]
+)
+def test_what_is_left_of_a_mark_is_never_written(shown: str) -> None:
+    block = "{% set x %}{% generation %}{{ messages[2].content }}{% endgeneration %}{% endset %}"
+    assert ChatTemplate(block + "a{{ x }}").marked(TALK) == ("aYes.\n", [(1, 6)])
+    with pytest.raises(UserError, match="generation"):
+        ChatTemplate(block + "{{ " + shown + " }}").marked(TALK)
+    held = [{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDE0)))}, *TALK[1:]]
+    assert ChatTemplate(block + "{{ messages[0].content ~ x }}").marked(held)[1] == [(16, 21)]
 
 
 @pytest.mark.parametrize(
