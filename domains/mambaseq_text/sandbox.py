@@ -5,9 +5,9 @@ Jinja's own sandbox keeps a template from files and from Python's insides. This 
 - Only the methods, filters and tests named below are there. None writes a form such as `%300000000d`.
 - No text that a template makes is longer than the limit `MAMBASEQ_MAX_CHAT_CHARACTERS`. Lists and objects count with
   all that they hold, and are nested no deeper than 100.
-- All that a render does is counted, in characters: a character that is read or made counts one, a written one 8, an
+- All that a render does is counted, in bytes: a text that is read or made counts its memory, a written character 8, an
   item of a list that is gone through 128, and a step 512: a pass of a loop, or a call. 64 times the limit above is the
-  most: half a million steps, which take a few seconds.
+  most: half a million steps, which take a few seconds, or 256 MB of texts.
 - Whole numbers have 64 bits.
 
 Not bounded: the time to compile a template, which grows with its text. Its size is bounded where it is read.
@@ -16,7 +16,7 @@ Not bounded: the time to compile a template, which grows with its text. Its size
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import GeneratorType
@@ -46,7 +46,7 @@ _METHODS = (
 )
 TEXT_METHODS = frozenset(_METHODS.split())
 MAPPING_METHODS = frozenset({"get", "items", "keys", "values"})
-_HOLDING: Any = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
+_Holding = list | tuple | dict | KeysView | ValuesView | ItemsView
 
 
 class Refused(jinja2.TemplateError):
@@ -76,9 +76,9 @@ def working(marks: tuple[str, str]) -> Iterator[Work]:
         _work.reset(token)
 
 
-def _spend(characters: int) -> None:
+def _spend(amount: int) -> None:
     work = _work.get()
-    work.left -= max(characters, 0)
+    work.left -= max(amount, 0)
     if work.left < 0:
         raise Refused("it does more work than the text of a conversation needs")
 
@@ -91,14 +91,15 @@ def _check(length: int) -> None:
 def _weigh(value: Any) -> None:
     """Count all that a value holds. Refuses what is large, or nested deep, or cannot stand in a text."""
     _spend(STEP // 8)
-    total, level = 0, [value]
+    total, read, level = 0, 0, [value]
     for _ in range(DEPTH):
         deeper: list[Any] = []
         _spend(HELD * (len(level) - 1))
         for one in level:
             if isinstance(one, str):
                 total += len(one)
-            elif isinstance(one, _HOLDING):
+                read += one.__sizeof__()
+            elif isinstance(one, _Holding):
                 total += len(one)
                 _check(total + len(deeper))
                 deeper.extend(one)
@@ -111,7 +112,7 @@ def _weigh(value: Any) -> None:
                 raise Refused(f"it uses a {type(one).__name__} as a text or a list would be")
         _check(total)
         if not deeper:
-            _spend(total)
+            _spend(read)
             return
         level = deeper
     raise Refused(f"it nests lists more than {DEPTH} deep")
@@ -135,7 +136,7 @@ def _taken(count: int) -> int:
 
 
 def _copied(value: Any) -> Any:
-    _spend(STEP // 8 + (len(value) if isinstance(value, str | list | tuple) else 0))
+    _spend(STEP // 8 + (value.__sizeof__() if isinstance(value, str | list | tuple) else 0))
     return value
 
 
@@ -158,7 +159,7 @@ def _items(value: Any) -> Any:
         return made
     if isinstance(value, str) and len(value) > PIECES:
         raise Refused(f"it takes a text of more than {PIECES:,} characters apart")
-    if isinstance(value, (str, range, *_HOLDING)):
+    if isinstance(value, str | range | _Holding):
         _spend(STEP * len(value))
     return value
 
@@ -200,7 +201,7 @@ def _split(text: str, name: str, sep: str | None = None, maxsplit: int = -1) -> 
 
 def _method(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A method of a text, within bounds."""
-    _spend(len(text))
+    _spend(text.__sizeof__())
     for one in (*args, *kwargs.values()):
         if not isinstance(one, GeneratorType):
             _weigh(one)
