@@ -41,11 +41,15 @@ class Refused(Exception):
 
 
 def make_app(
-    service: Service, key: str | None = None, drain: float = 30.0, hosts: Collection[str] | None = LOOPBACK
+    service: Service,
+    key: str | None = None,
+    drain: float = 30.0,
+    hosts: Collection[str] | None = LOOPBACK,
+    addresses: bool = False,
 ) -> FastAPI:
     """The application; its lifespan starts the engine's thread, and answers at its end what was asked, for at most
-    `drain` seconds. key: what requests but those for /health and the page must bring. hosts: names by which the server
-    may be called (see `Doors`)."""
+    `drain` seconds. key: what requests but those for /health and the page must bring. hosts, addresses: names by
+    which the server may be called (see `Doors`)."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +59,7 @@ def make_app(
         await asyncio.to_thread(service.worker.close, drain)
 
     app = FastAPI(title="mambaseq", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Doors, hosts=hosts)
+    app.add_middleware(Doors, hosts=hosts, addresses=addresses)
     page, page_headers = make_page()
 
     async def refused(request: Request, error: Exception) -> Response:

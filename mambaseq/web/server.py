@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import sys
@@ -44,17 +43,16 @@ def serve(
     slots, queue, longest, part: see `mambaseq.serving.Engine`. cache_every, cache_mb: tokens between two kept states of
     prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
     takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one. allow_host: names by which the
-    server may be called, beside localhost; one that listens to other machines may be called anything unless there are
-    some.
+    server may be called, beside localhost (see `mambaseq.web.doors.names`).
 
-    Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, the model cannot be served, or the
-    address cannot be listened at.
+    Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, no request can bring the key, the
+    model cannot be served, or the address cannot be listened at.
     """
     check_web()
     import uvicorn
 
     from mambaseq.web.app import make_app
-    from mambaseq.web.doors import LOOPBACK
+    from mambaseq.web.doors import is_loopback, names
 
     check_whole("--port", port, 0, 65_535)
     check_whole("--drain", drain, 0, 86_400)
@@ -62,6 +60,12 @@ def serve(
     key = os.environ.get("MAMBASEQ_API_KEY") if api_key is None else api_key
     if key == "":
         raise ConfigError("The key that requests must bring is empty. Give another --api-key, or none.")
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ConfigError(
+            "The key that requests must bring has characters that no header can hold as they are: letters beyond "
+            "ASCII, line ends, or spaces around it. Give an --api-key (or MAMBASEQ_API_KEY) of ASCII letters, digits "
+            "and signs."
+        )
     cache = PrefixCache(cache_every, cache_mb * 2**20) if cache_mb else None
     with memory_told("--slots"):
         loaded = load_model(checkpoint, choose_device(device))
@@ -69,15 +73,12 @@ def serve(
     service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
     if service.damaged:
         print(f"mambaseq serve: no chats, since {paragraph(service.damaged)}", file=sys.stderr)
-    if not _is_loopback(host) and key is None:
+    if not is_loopback(host) and key is None:
         print(f"mambaseq serve: anyone who reaches {host} may ask; --api-key KEY asks for a key.", file=sys.stderr)
-    hosts: set[str] | None = {*LOOPBACK, *allow_host}
-    if not _is_loopback(host):
-        hosts = {*LOOPBACK, host, *allow_host} if allow_host else None
     engine.warm_up()
     sys.setswitchinterval(_SWITCH)
     settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
-    app = make_app(service, key, drain, hosts)
+    app = make_app(service, key, drain, *names(host, allow_host, key is not None))
     config = uvicorn.Config(app, host, port, lifespan="on", timeout_graceful_shutdown=drain, **settings)
     # uvicorn raises the signal again when it has ended, which is for us to have done
     before = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -101,10 +102,3 @@ def check_web() -> None:
             f"serve needs the packages fastapi and uvicorn, and they cannot be imported ({str(error)[:100]}). Install "
             "them: pip install 'mambaseq[serve]'."
         ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import http.client
 import json
 import os
@@ -227,7 +228,15 @@ def test_what_is_missing_or_wrong_is_told(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot be listened at" in told("--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        assert "cannot be listened at" in told("--port", port)
+        for key in ("clé", "sesame\n", " sesame", "se\tsame"):
+            error = told("--port", port, "--api-key", key)
+            assert "ASCII" in error
+            assert key.strip() not in error
+        monkeypatch.setenv("MAMBASEQ_API_KEY", "clé")
+        assert "MAMBASEQ_API_KEY" in told("--port", port)
+        monkeypatch.delenv("MAMBASEQ_API_KEY")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install 'mambaseq[serve]'" in told()
 
@@ -256,3 +265,49 @@ def test_foreign_names_and_pages_are_refused(server: Server, run: Path) -> None:
             assert served.send("/health", Host="gpu.example:8000").status == status
         finally:
             served.close()
+
+
+OWN = ["localhost:8000", "[::1]", "127.0.0.1"]
+ADDRESSES = ["192.168.0.7:8000", "[fe80::1]:8000", "10.0.0.1"]
+FOREIGN = ["evil.example:8000", "10.0.0.1.evil.example", "0x7f.1", "[10.0.0.1", ""]
+MACHINE = ["gpu.example:8000", "GPU"]
+
+
+@pytest.mark.parametrize(
+    ("options", "answered", "refused"),
+    [
+        ((), OWN, ADDRESSES + FOREIGN + MACHINE),
+        (("--host", "0.0.0.0"), OWN + ADDRESSES + MACHINE, FOREIGN),
+        (("--host", "::"), OWN + ADDRESSES + MACHINE, FOREIGN),
+        (("--host", "inner.example"), ["inner.example", *OWN, *ADDRESSES, *MACHINE], FOREIGN),
+        (("--host", "0.0.0.0", "--api-key", "k"), OWN + ADDRESSES + MACHINE + FOREIGN, []),
+        (("--host", "0.0.0.0", "--allow-host", "Given"), ["given:1", *OWN], ADDRESSES + FOREIGN + MACHINE),
+        (("--host", "0.0.0.0", "--allow-host", "Given", "--api-key", "k"), ["given", *OWN], ADDRESSES + FOREIGN),
+    ],
+)
+def test_no_foreign_name_leads_to_a_server_without_a_key(
+    run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], answered: list[str], refused: list[str]
+) -> None:
+    import uvicorn
+
+    apps: list[Any] = []
+    machine = "Gpu.example"
+    monkeypatch.delenv("MAMBASEQ_API_KEY", raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: apps.append(self.config.app))
+    assert main(["serve", "--checkpoint", str(run), *options]) == 0
+
+    async def status(host: str) -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"host", host.encode())]
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": headers}
+        await apps[0](scope, None, send)
+        return int(sent[0]["status"])
+
+    for hosts, expected in ((answered, 200), (refused, 403)):
+        for host in hosts:
+            assert asyncio.run(status(host)) == expected, host
