@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from mambaseq.batch import Batch
+from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 
@@ -63,3 +65,35 @@ def check_sets(
         check_setting(f"data.{key}", size, *EPOCH)
     check_setting("data.length", length, 1, WINDOW.value)
     check_setting("data.vocab_size", vocab_size, 1, 2**31 - 1)
+
+
+class DrawnAtLengths(SequenceData):
+    """Data that are drawn: training and validation sequences of one length, test sequences of several.
+
+    A subclass sets length, test_lengths, samples_per_epoch, n_validation, n_test and seed.
+    """
+
+    length: int
+    test_lengths: list[int]
+    samples_per_epoch: int
+    n_validation: int
+    n_test: int
+    seed: int
+    _draw: Callable[..., tuple[Tensor, Tensor]]
+    """As `DrawnSet` draws, with the argument `length`."""
+
+    def setup(self) -> None:
+        """Nothing is read."""
+
+    def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
+        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
+
+    def train(self) -> DrawnSet:
+        return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
+
+    def validation(self) -> DrawnSet:
+        return self._set(VALIDATION, self.n_validation, self.length)
+
+    def test(self) -> ConcatDataset:
+        """All lengths, in the order in which they are given."""
+        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])

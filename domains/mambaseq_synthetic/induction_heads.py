@@ -6,12 +6,10 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from mambaseq.data.drawing import below, words
-from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
-from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
+from mambaseq_synthetic.drawing import DrawnAtLengths, check_sets
 
 
 def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -> tuple[Tensor, Tensor]:
@@ -37,7 +35,7 @@ def draw(seed: int, items: Tensor, *, length: int = 256, vocab_size: int = 16) -
     return inputs, labels
 
 
-class InductionHeadsData(SequenceData):
+class InductionHeadsData(DrawnAtLengths):
     """Induction heads: which token followed the special one earlier?
 
     Only the last token counts in the loss. Trained at one length and tested at many, to see whether the model
@@ -76,19 +74,3 @@ class InductionHeadsData(SequenceData):
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self.seed = seed
         self._draw = functools.partial(draw, vocab_size=vocab_size)
-
-    def setup(self) -> None:
-        """Nothing is read."""
-
-    def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
-        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
-
-    def train(self) -> DrawnSet:
-        return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
-
-    def validation(self) -> DrawnSet:
-        return self._set(VALIDATION, self.n_validation, self.length)
-
-    def test(self) -> ConcatDataset:
-        """All lengths, in the order in which they are given."""
-        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])

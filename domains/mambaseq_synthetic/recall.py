@@ -6,12 +6,10 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from mambaseq.data.drawing import below, distinct, words
-from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
-from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
+from mambaseq_synthetic.drawing import DrawnAtLengths, check_sets
 
 BLANK = 0
 
@@ -42,7 +40,7 @@ def draw(
     return inputs, labels
 
 
-class RecallData(SequenceData):
+class RecallData(DrawnAtLengths):
     """Which value went with each key? As many keys are asked for as there are, so that a state must hold them all.
 
     Trained at one length and tested at many; the metric `synthetic/accuracy_by_length` reports each.
@@ -84,19 +82,3 @@ class RecallData(SequenceData):
         self.length, self.n_pairs, self.vocab_size, self.seed = length, n_pairs, vocab_size, seed
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self._draw = functools.partial(draw, n_pairs=n_pairs, vocab_size=vocab_size)
-
-    def setup(self) -> None:
-        """Nothing is read."""
-
-    def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
-        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
-
-    def train(self) -> DrawnSet:
-        return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
-
-    def validation(self) -> DrawnSet:
-        return self._set(VALIDATION, self.n_validation, self.length)
-
-    def test(self) -> ConcatDataset:
-        """All lengths, in the order in which they are given."""
-        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])

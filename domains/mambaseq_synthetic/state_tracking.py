@@ -12,12 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from mambaseq.data.drawing import below, words
-from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, shown
-from mambaseq_synthetic.drawing import TEST, VALIDATION, DrawnSet, check_sets
+from mambaseq_synthetic.drawing import DrawnAtLengths, check_sets
 
 Task = Literal["parity", "modular", "permutations"]
 _MOST = {"modular": 512, "permutations": 5}  # of 6, tables would have half a million entries
@@ -69,7 +67,7 @@ def draw(seed: int, items: Tensor, *, task: Task = "parity", size: int = 2, leng
     return inputs, torch.stack(labels, dim=1)
 
 
-class StateTrackingData(SequenceData):
+class StateTrackingData(DrawnAtLengths):
     """Which state is a machine in, after each token? Trained at one length and tested at many; the metric
     `synthetic/accuracy_by_length` reports each.
 
@@ -115,19 +113,3 @@ class StateTrackingData(SequenceData):
         self.length, self.seed = length, seed
         self.samples_per_epoch, self.n_validation, self.n_test = samples_per_epoch, n_validation, n_test
         self._draw = functools.partial(draw, task=task, size=size)
-
-    def setup(self) -> None:
-        """Nothing is read."""
-
-    def _set(self, seed: int, size: int, length: int, endless: bool = False) -> DrawnSet:
-        return DrawnSet(functools.partial(self._draw, length=length), seed, size, endless=endless)
-
-    def train(self) -> DrawnSet:
-        return self._set(self.seed, self.samples_per_epoch, self.length, endless=True)
-
-    def validation(self) -> DrawnSet:
-        return self._set(VALIDATION, self.n_validation, self.length)
-
-    def test(self) -> ConcatDataset:
-        """All lengths, in the order in which they are given."""
-        return ConcatDataset([self._set(TEST, self.n_test, length) for length in self.test_lengths])
