@@ -8,7 +8,8 @@
 //   CHOICES  tokens that a lane has, at most
 //   KINDS    bits: the kinds of phases that there are      FLAGS    all of their flags
 //   COMPLEX_STATES   0 or 1 where all states are alike, else 2      BIASED, POOLED   whether any phase has a bias, a pool
-//   SINGLE   whether no warp has more than one row of a phase
+//   SINGLE   whether no warp has more than one row of a phase. Otherwise weights are read when they are needed, by so many
+//            warps that these hide the wait
 typedef unsigned int u32;
 typedef long long i64;
 #define WARPS (THREADS / 32)
@@ -54,6 +55,13 @@ __device__ __forceinline__ void sums_of_warp(float &u, float &v, float &w) {
         u += a, v += b, w += c;
     }
 }
+__device__ __forceinline__ void sums_of_warp(float &u, float &v) {
+#pragma unroll
+    for (int far = 16; far; far /= 2) {
+        const float a = __shfl_xor_sync(FULL, u, far), b = __shfl_xor_sync(FULL, v, far);
+        u += a, v += b;
+    }
+}
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
 __device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
 __device__ __forceinline__ float gelu(float v) { return .5f * v * (1.f + erff(v * .70710678f)); }
@@ -74,6 +82,19 @@ __device__ __forceinline__ float dot(const Vec &x, const Vec &y) {
     for (int i = 0; i < PIECES; i++) {
         sum.x = fmaf(x.v[i].x, y.v[i].x, sum.x), sum.y = fmaf(x.v[i].y, y.v[i].y, sum.y);
         sum.z = fmaf(x.v[i].z, y.v[i].z, sum.z), sum.w = fmaf(x.v[i].w, y.v[i].w, sum.w);
+    }
+    return (sum.x + sum.y) + (sum.z + sum.w);
+}
+// The same of a row that is yet to be read and a vector of this block, in the same order.
+__device__ __forceinline__ float dot_of(const float *row, const float *vector, int cols) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int at = i * 128 + threadIdx.x % 32 * 4;
+        if (at >= cols) continue;
+        const float4 x = *(const float4 *)(vector + at), y = *(const float4 *)(row + at);
+        sum.x = fmaf(x.x, y.x, sum.x), sum.y = fmaf(x.y, y.y, sum.y);
+        sum.z = fmaf(x.z, y.z, sum.z), sum.w = fmaf(x.w, y.w, sum.w);
     }
     return (sum.x + sum.y) + (sum.z + sum.w);
 }
@@ -116,14 +137,14 @@ __device__ __forceinline__ void fetch(Ahead &f, const Phase &p, int row, int slo
     const int rows = (int)p.rows, cols = (int)p.cols, lane = threadIdx.x % 32;
     if (row >= rows) return;
     if (!IS(LTI)) {
-        f.weight = part_of(p.weight + (i64)row * cols, cols);
+        if (SINGLE) f.weight = part_of(p.weight + (i64)row * cols, cols);
         f.bias = BIASED && p.bias ? p.bias[row] : 0.f;
         if (has_other(p)) {
-            f.other = part_of(p.weight + (i64)(rows + row) * cols, cols);
+            if (SINGLE) f.other = part_of(p.weight + (i64)(rows + row) * cols, cols);
             f.other_bias = BIASED && p.bias ? p.bias[rows + row] : 0.f;
         }
     }
-    if (POOLED && p.up) f.up = part_of(p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
+    if (SINGLE && POOLED && p.up) f.up = part_of(p.up + ((i64)slot * rows + row) * p.held_cols, (int)p.held_cols);
     if (has_conv(p)) {
         const int width = (int)p.width;
         f.past = lane < width - 1 ? p.conv_state[(i64)row * (width - 1) + lane] : 0.f;
@@ -332,7 +353,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     __syncthreads();
                 }
                 if (worker < rows) {
-                    const Vec x = part_of(vector, cols);
+                    Vec x;
+                    if (SINGLE) x = part_of(vector, cols);
+                    const float own = SINGLE || !normed ? 0.f : sum_of_warp(dot_of(vector, vector, cols));
                     for (int row = worker; row < rows; row += workers) {
                         if (!SINGLE && row != worker) {
                             keep(ahead, p, done);
@@ -343,13 +366,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         }
                         done = row;
                         // sums that are not wanted cost nothing beside those that are
-                        float v = dot(x, ahead.weight), other = dot(x, ahead.other), squares = dot(x, x);
-                        sums_of_warp(v, other, squares);
+                        float v = 0.f, other = 0.f, squares = own;
+                        if (SINGLE) {
+                            v = dot(x, ahead.weight), other = dot(x, ahead.other), squares = dot(x, x);
+                            sums_of_warp(v, other, squares);
+                        } else if (!IS(LTI)) {
+                            const float *const weight = p.weight + (i64)row * cols;
+                            v = dot_of(weight, vector, cols);
+                            if (has_other(p)) other = dot_of(weight + (i64)rows * cols, vector, cols);
+                            sums_of_warp(v, other);
+                        }
                         // a norm's weight is in the rows'
                         const float scale = normed ? rsqrtf(fmaf(squares, share, eps)) : 1.f;
                         v = fmaf(scale, v, ahead.bias), other = fmaf(scale, other, ahead.other_bias);
                         if (IS(OUT)) {
-                            const float given = POOLED && p.held ? sum_of_warp(dot(part_of(held, (int)p.held_cols), ahead.up)) : 0.f;
+                            float given = 0.f;
+                            if (POOLED && p.held) {
+                                const int n = (int)p.held_cols;
+                                given = SINGLE ? dot(part_of(held, n), ahead.up) : dot_of(p.up + ((i64)slot * rows + row) * n, held, n);
+                                given = sum_of_warp(given);
+                            }
                             if (HAS(GLU)) v *= 1.f / (1.f + __expf(-other));
                             if (lane == 0) {
                                 v += input;

@@ -28,7 +28,8 @@ MOST_PHASES = 200  # that fit into a block's memory
 MOST_POOLS = 4
 MOST_READ = 2**27  # weights that a position of several sequences reads on average, from a GPU's second cache
 CACHED = 2**21  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
-_THREADS = 256
+_THREADS, _MANY_THREADS = 256, 1024
+"""Of a block whose warps have a row of a phase each, which they hold, and of one whose warps have more."""
 OWN = ("source", "out", "state", "conv_state", "residual", "window", "copy", "held")
 """Tensors of a phase of which each sequence has its own: the first dimension."""
 _LINE = 32  # numbers between the counters of barriers, so that no two share a cache line
@@ -190,9 +191,10 @@ def macros(phases: list[Phase], vocabulary: int, blocks: int) -> dict[str, int]:
     """What stretch.cu is compiled with: no more than these phases need, since a phase is as fast as one warp is."""
     longest = max(max(phase.cols, phase.held_cols) for phase in phases)
     states = max(phase.n_states for phase in phases)
+    single = max(phase.rows for phase in phases) <= blocks * _THREADS // 32
     alike = {bool(phase.flags & COMPLEX) for phase in phases if phase.n_states}
     return {
-        "THREADS": _THREADS,
+        "THREADS": _THREADS if single else _MANY_THREADS,
         "PIECES": -(-longest // 128),
         "HELD": -(-max(1, states) // 32),
         "CHOICES": -(-vocabulary // 32),
@@ -201,11 +203,12 @@ def macros(phases: list[Phase], vocabulary: int, blocks: int) -> dict[str, int]:
         "COMPLEX_STATES": 2 if len(alike) > 1 else int(True in alike),
         "BIASED": int(any(phase.bias is not None for phase in phases)),
         "POOLED": int(any(phase.pool >= 0 for phase in phases)),
-        "SINGLE": int(max(phase.rows for phase in phases) <= blocks * _THREADS // 32),
+        "SINGLE": int(single),
     }
 
 
 @functools.cache
 def _kernel(settings: tuple[tuple[str, int], ...], device: int, phases: int) -> nvrtc.Kernel:
     shared = phases * len(Phase._fields) * 8
-    return nvrtc.kernel((FILE,), "stretch", dict(settings), _THREADS, shared, device, cooperative=True)
+    macros = dict(settings)
+    return nvrtc.kernel((FILE,), "stretch", macros, macros["THREADS"], shared, device, cooperative=True)
