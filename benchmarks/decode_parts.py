@@ -3,11 +3,11 @@
 `python benchmarks/decode_parts.py [--only PART ...] [--seconds N] [--json FILE]`: every variant runs in a process of
 its own, is held against the plain operations first, and is stopped if it hangs. Parts:
 
-    step     a whole greedy step from its graph, by model and batch: `plain` (single operations, as before), `layers` (a
-             layer is four kernels), `pdl` (the same, each started before the one in front has ended), and `layers` with
-             other tile sizes. With the floor of reading weights and states, and kernels a step.
+    step     a whole greedy step from its graph, by model and batch: `plain` (single operations), `layers` (a layer is
+             four kernels, each started before the one in front has ended), `waiting` (none before that), and `layers`
+             with other tile sizes. With the floor of reading weights and states, and kernels a step.
     gemv     each linear map of the 1.4B and 130M models for one row: GB/s of cuBLAS and of tile sizes of ours.
-    profile  the kernels of one step of the 1.4B model at batch 1, by name: count and microseconds.
+    profile  the kernels of one step, by model, batch and name: count and microseconds.
     prefill  2,048 tokens at batch 1: plain, and replayed from a graph.
     ssd      Mamba-2's state update at batch 128, fp32 and bf16 states, elements a program: GB/s.
 """
@@ -34,18 +34,22 @@ MODELS = {
 VOCABULARY = 50280
 # settings of `ops.decoding.layer.tuning`; None leaves layers to single operations
 PLAIN: dict[str, Any] = {"most_rows": 0}
-PDL: dict[str, Any] = {"pdl": True}
+WAITING: dict[str, Any] = {"pdl": False}
 ONE_ROW = {
-    "pdl, 8192 held by 4 warps": PDL | {"held": 8192, "held_warps": 4},
-    "pdl, 32768 held by 8 warps": PDL | {"held": 32768, "held_warps": 8},
+    "4096 held by 4 warps": {"held": 4096, "held_warps": 4},
+    "8192 held by 8 warps": {"held": 8192, "held_warps": 8},
+    "16384 held by 8 warps": {"held": 16384, "held_warps": 8},
 }
-ROWS = {"pdl, outputs 32": PDL | {"outputs": 32}, "pdl, columns 256, 3 stages": PDL | {"columns": 256, "stages": 3}}
+ROWS = {"outputs 32": {"outputs": 32}, "columns 256, 3 stages": {"columns": 256, "stages": 3}}
 STEPS: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
     ("1.4B", 1): ONE_ROW,
+    ("1.4B", 2): {},
     ("1.4B", 4): {},
     ("1.4B", 16): {},
     ("1.4B", 64): ROWS,
-    ("130M", 1): {},
+    ("130M", 1): ONE_ROW,
+    ("130M", 2): {},
+    ("130M", 4): {},
     ("130M", 8): {},
     ("130M", 64): ROWS,
     ("mamba2", 1): {},
@@ -116,7 +120,7 @@ def run_steps(model: str, batch: int, only_compile: bool = False) -> None:
     from mambaseq.generation import Decoder
     from mambaseq.ops.decoding import layer
 
-    variants = {"plain": PLAIN, "layers": {}, "pdl": PDL, **STEPS[model, batch]}
+    variants = {"plain": PLAIN, "waiting": WAITING, "layers": {}, **STEPS[model, batch]}
     small = model_of(model, 4)
     if only_compile:
         for settings in variants.values():
@@ -223,7 +227,7 @@ def run_gemv() -> None:
         torch.cuda.empty_cache()
 
 
-def run_profile() -> None:
+def run_profile(model: str, batch: int) -> None:
     import collections
 
     import torch
@@ -231,12 +235,12 @@ def run_profile() -> None:
     from mambaseq.generation import Decoder
     from mambaseq.ops.decoding import layer
 
-    whole = model_of("1.4B")
-    for name, settings in (("plain", PLAIN), ("layers", {}), ("pdl", {"pdl": True})):
+    whole = model_of(model)
+    for name, settings in (("plain", PLAIN), ("layers", {"most_rows": batch})):
         layer.tuning = layer.Tuning(**settings)
         with torch.no_grad():
-            decoder = Decoder(whole, whole.init_state(1), greedy=True)
-            token = torch.zeros(1, dtype=torch.long, device="cuda")
+            decoder = Decoder(whole, whole.init_state(batch), greedy=True)
+            token = torch.zeros(batch, dtype=torch.long, device="cuda")
             for _ in range(4):
                 token, _ = decoder.step(token)
             events = kernels_of(functools.partial(decoder.step, token), 1)
@@ -244,7 +248,8 @@ def run_profile() -> None:
         for event in events:
             found[event.name[:70]].append(event.device_time)
         for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:12]:
-            row = {"part": "profile", "variant": name, "kernel": kernel, "count": len(times)}
+            row = {"part": "profile", "model": model, "batch": batch, "variant": name, "kernel": kernel}
+            row["count"] = len(times)
             print(json_text(row | {"us_each": sum(times) / len(times), "us": sum(times)}), flush=True)
 
 
@@ -310,11 +315,23 @@ def main() -> None:
         what, *where = arguments.child.split(":")
         if what in ("step", "compile"):
             run_steps(where[0], int(where[1]), what == "compile")
+        elif what == "profile":
+            run_profile(where[0], int(where[1]))
         else:
-            {"gemv": run_gemv, "profile": run_profile, "prefill": run_prefill, "ssd": run_ssd}[what]()
+            {"gemv": run_gemv, "prefill": run_prefill, "ssd": run_ssd}[what]()
         return
     parts = ["step:1.4B:1", "prefill", "step:130M:1", "step:130M:64", "step:1.4B:4", "step:1.4B:64", "step:mamba2:128"]
-    parts += ["gemv", "ssd", "profile", "step:130M:8", "step:1.4B:16", "step:mamba2:1"]
+    parts += [
+        "gemv",
+        "ssd",
+        "profile:130M:64",
+        "profile:1.4B:1",
+        "step:130M:8",
+        "step:130M:4",
+        "step:130M:2",
+        "step:1.4B:2",
+    ]
+    parts += ["step:1.4B:16", "step:mamba2:1"]
     parts = [p for p in parts if not arguments.only or any(one in (p, p.split(":")[0]) for one in arguments.only)]
     began, rows = time.monotonic(), []
     # kernels of all variants are compiled side by side first: one after the other that takes longer than the measuring

@@ -35,19 +35,19 @@ class Tuning:
 
     most_rows: sequences up to which layers are stepped whole. held: numbers of a weight that a program multiplies with
         one row, by as many warps. outputs, columns, stages: of a program for several rows. pdl: start a kernel before
-        the one in front of it has ended (compute capability 9.0 on).
+        the one in front of it has ended, where a GPU can (compute capability 9.0 on).
     """
 
-    most_rows: int = 16
-    held: int = 16384
-    held_warps: int = 8
+    most_rows: int = 1
+    held: int = 8192
+    held_warps: int = 4
     programs: int = 264
     outputs: int = 16
     columns: int = 128
     stages: int = 4
     scan_elements: int = 256
     scan_rows: int = 4
-    pdl: bool = False
+    pdl: bool = True
 
 
 tuning = Tuning()
@@ -143,7 +143,7 @@ def mamba_step_(
             CHANNELS=per_program,
             ROWS=rows,
             enable_fp_fusion=False,  # as in `gpu.py`
-            **_launch(4),
+            **_launch(4, residual.device),
         )
     return linear_step(y, w.out_proj, w.out_bias, residual=residual, out_dtype=torch.float32)
 
@@ -202,11 +202,11 @@ def linear_step(
         warps = max(1, min(tuning.held_warps, outputs * block * tuning.held_warps // tuning.held))
         warps = max(warps, min(4, tuning.held_warps))
         tiles = {"BLOCK": block, "ROWS": 1, "OUTPUTS": outputs}
-        launch = _launch(warps)
+        launch = _launch(warps, x.device)
     else:
         padded = max(16, power_of_two(min(rows, 64)))
         tiles = {"BLOCK": tuning.columns, "ROWS": padded, "OUTPUTS": tuning.outputs}
-        launch = {**_launch(4), "num_stages": tuning.stages}
+        launch = {**_launch(4, x.device), "num_stages": tuning.stages}
     grid = (-(-n_out // tiles["OUTPUTS"]), -(-rows // tiles["ROWS"]))
     with portable.on(x):
         _kernels().linear_step[grid](
@@ -248,8 +248,16 @@ def _normed(x: Tensor, gate: Tensor | None, norm: LayerNorm, dtype: torch.dtype)
     return add_rms_norm(None, x, norm.weight, eps=norm.eps, out_dtype=dtype)[0]
 
 
-def _launch(warps: int) -> dict[str, Any]:
-    return {"num_warps": warps, "PDL": tuning.pdl, **({"launch_pdl": True} if tuning.pdl else {})}
+def _launch(warps: int, device: torch.device) -> dict[str, Any]:
+    early = tuning.pdl and _starts_early(device)
+    return {"num_warps": warps, "PDL": early, **({"launch_pdl": True} if early else {})}
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
