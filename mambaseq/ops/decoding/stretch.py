@@ -162,7 +162,7 @@ class Stretch:
                 len(self._embedding),
                 torch.tensor([temperature], dtype=torch.float64, device=device),
                 uniforms,
-                token,
+                token.contiguous(),
                 tokens,
                 torch.tensor([*self.counts, 0], dtype=torch.int64, device=device),
                 torch.tensor([*self._pools, 1], dtype=torch.int64, device=device),
