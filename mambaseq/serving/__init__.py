@@ -3,8 +3,8 @@ read once."""
 
 from __future__ import annotations
 
-from mambaseq.serving.engine import Engine, Full
+from mambaseq.serving.engine import Closed, Engine, Full
 from mambaseq.serving.prefixes import PrefixCache
 from mambaseq.serving.requests import Request, Ticket
 
-__all__ = ["Engine", "Full", "PrefixCache", "Request", "Ticket"]
+__all__ = ["Closed", "Engine", "Full", "PrefixCache", "Request", "Ticket"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambaseq import limits
 from mambaseq.encoders import TokenEncoder
-from mambaseq.errors import ConfigError, UserError
+from mambaseq.errors import ConfigError, UserError, cut
 from mambaseq.generation.decode import PENALTIES, check_one_pick, check_whole, continues, not_finite
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
@@ -29,6 +29,10 @@ from mambaseq.serving.slots import Slots
 
 class Full(UserError):
     """As many requests wait as may."""
+
+
+class Closed(UserError):
+    """Nobody steps the engine any more."""
 
 
 @dataclasses.dataclass
@@ -84,6 +88,9 @@ class Engine:
         late: look at a step's tokens when the next one has been given to the device, which so never waits; an answer
             that ends by its tokens then takes one step more, which nobody sees. None: on a GPU.
 
+    Attributes:
+        fault: what went wrong with the last computation, in words; None where it went well.
+
     Raises ConfigError for a model that cannot be served, and for numbers out of range.
     """
 
@@ -116,6 +123,8 @@ class Engine:
         self.late = on_gpu if late is None else late
         self.slots = Slots(model, slots)
         self.counts = Counts()
+        self.fault: str | None = None
+        self._closed: str | None = None
         encoder = model.encoder
         self._vocabulary = encoder.embedding.num_embeddings if isinstance(encoder, TokenEncoder) else None
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -150,7 +159,8 @@ class Engine:
 
         listen: called after each new token and at the end, by the thread that steps; it is quick and raises nothing.
 
-        Raises Full where too many wait, ConfigError for a prompt that is too long or has ids that the model lacks.
+        Raises Full where too many wait, Closed behind `close`, ConfigError for a prompt that is too long or has ids
+        that the model lacks.
         """
         length = len(request.prompt)
         if length + request.max_new_tokens > self.longest:
@@ -164,6 +174,8 @@ class Engine:
             check_one_pick(self.model, PENALTIES)
         ticket = Ticket(request, listen)
         with self._asked:
+            if self._closed is not None:
+                raise Closed(self._closed)
             self._open = [one for one in self._open if one.finished is None]
             if len(self._open) >= self.capacity:
                 self.counts.refused += 1
@@ -219,6 +231,36 @@ class Engine:
     def _on_device(self) -> contextlib.AbstractContextManager[None]:
         """Kernels and events go to the current device, which is each thread's own."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Run a token, to see whether what failed works again, and say so in `fault`. By the thread that steps, where
+        nothing is asked."""
+        try:
+            with self._on_device():
+                token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+                hidden, _ = self.model.backbone(self.model.encoder(token, None), return_state=True)
+                self.model.told(hidden).amax().item()  # waits for the device
+        except Exception as error:
+            self.failed(error)
+        else:
+            self.fault = None
+
+    def failed(self, error: Exception) -> None:
+        """Note what went wrong with a computation. What a user can mend is of one request, and no fault."""
+        if not isinstance(error, UserError):
+            self.fault = f"{type(error).__name__}: {cut(str(error).strip().partition(chr(10))[0], 300)}"
+
+    def close(self, reason: str) -> None:
+        """Refuse what is asked from now on, for this reason, and end all requests; see `end_all`."""
+        with self._asked:
+            self._closed = reason if self._closed is None else self._closed
+        self.end_all()
+
+    @property
+    def closed(self) -> str | None:
+        """Why nothing is answered any more; None while it is."""
+        return self._closed
 
     def end_all(self) -> None:
         """Cancel all requests, and end them now; the device, which may have failed for good, is not used. By the thread
@@ -281,6 +323,7 @@ class Engine:
             failed = self._readings.run(left)
             self.counts.run += self._readings.ran
             for reading, error in failed:
+                self.failed(error)
                 self._end(reading.ticket, "failed", error)
             left -= max(self.counts.run - before, 1)  # also prompts that are known take time
             if whole := self._readings.whole():
@@ -331,6 +374,7 @@ class Engine:
 
     def _fail(self, first: int, tickets: list[Ticket], error: Exception) -> None:
         """Free the slots from `first` on, and end the answers that have them, or had them when the step began."""
+        self.failed(error)
         self._cut(first)
         for ticket in tickets:
             self._end(ticket, "failed", error)
@@ -375,6 +419,7 @@ class Engine:
                 self._end(ticket, "failed", not_finite())
                 continue
             self.counts.new_tokens += 1
+            self.fault = None
             try:
                 ticket.add(token)
             except Exception as error:  # of what looks at its tokens

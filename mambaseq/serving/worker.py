@@ -37,15 +37,22 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
+        reason = "The server has ended. Ask another one."
         try:
             while not self._closing.is_set():
                 try:
+                    if self.engine.fault is not None and not self.engine.busy:
+                        self.engine.probe()
                     more = self.engine.step()
-                except Exception:  # a fault of ours: those who wait are told, and others can be answered
+                except Exception as error:  # a fault of ours: those who wait are told, and others can be answered
                     logging.getLogger(__name__).exception("A step failed; all requests are cancelled.")
+                    self.engine.failed(error)
                     self.engine.end_all()
                     more = False  # where steps go on to fail, they do so about once a second
                 if not more:
                     self.engine.wait(_PATIENCE)
+        except BaseException as error:
+            reason = f"The engine's thread has ended by {type(error).__name__}. Start the server again."
+            raise
         finally:  # nobody waits for a thread that is gone
-            self.engine.end_all()
+            self.engine.close(reason)

@@ -12,12 +12,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
 
 from mambaseq import plain
 from mambaseq.atomic import json_text
-from mambaseq.errors import UserError, paragraph
+from mambaseq.errors import UserError, cut, paragraph, shown
 from mambaseq.limits import REQUEST_BYTES
-from mambaseq.serving import Full, Ticket
+from mambaseq.serving import Closed, Full, Ticket
 from mambaseq.web import completions
 from mambaseq.web.completions import Completion, NoModel
 from mambaseq.web.doors import LOOPBACK, Doors
@@ -27,6 +28,7 @@ from mambaseq.web.service import Asked, Piece, Service
 
 # seconds between two events of a stream for each answer that is being made, and at most
 _EVENT, _LONGEST_WAIT = 0.001, 0.05
+_ADDRESSES = "/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics or /"
 
 
 class Refused(Exception):
@@ -66,7 +68,25 @@ def make_app(
         assert isinstance(error, Refused)
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
+    async def unknown(request: Request, error: Exception) -> Response:
+        """Addresses and methods that there are not, as all else is refused."""
+        assert isinstance(error, HTTPException)
+        asked, headers = f"{cut(request.method, 20)} {shown(request.url.path)}", dict(error.headers or {})
+        if error.status_code == 405:
+            message = f"There is no {asked}; this address takes {headers.get('Allow', headers.get('allow', 'POST'))}."
+        elif error.status_code == 404:
+            message = f"There is no {asked}. Ask {_ADDRESSES}."
+        else:
+            message = f"{asked}: {error.detail}"
+        return JSONResponse(Refused(error.status_code, message).body(), error.status_code, headers=headers)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        """A fault of ours, which is logged."""
+        return JSONResponse(Refused(500, "The request failed in the server.", "server_error").body(), 500)
+
     app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(Exception, failed)
 
     def check_key(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -80,9 +100,13 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        engine = service.engine
-        told = {"status": "ok" if service.ready else "ending", "active": engine.active, "waiting": engine.waiting}
-        return JSONResponse(told, 200 if service.ready else 503)
+        engine, problem = service.engine, service.problem
+        told: dict[str, Any] = {"status": "ok", "active": engine.active, "waiting": engine.waiting}
+        if problem is not None:
+            told |= {"status": "ending" if service.draining else "failed", "reason": problem}
+        elif engine.fault is not None:  # until a computation goes well again
+            told |= {"status": "failed", "reason": f"The last computation failed. {engine.fault}"}
+        return JSONResponse(told, 200 if told["status"] == "ok" else 503)
 
     @app.get("/metrics")
     async def tell_metrics(request: Request) -> Response:
@@ -92,11 +116,20 @@ def make_app(
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         check_key(request)
+        return JSONResponse({"object": "list", "data": [model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        check_key(request)
+        if name != service.name:
+            raise Refused(404, NoModel.of(name, service.name))
+        return JSONResponse(model_card())
+
+    def model_card() -> dict[str, Any]:
         engine = service.engine
-        model = {"id": service.name, "object": "model", "created": service.begun, "owned_by": "mambaseq"}
+        told = {"id": service.name, "object": "model", "created": service.begun, "owned_by": "mambaseq"}
         # beside the API's own: what the page shows
-        model |= {"chats": service.chats, "state_bytes": engine.slots.bytes_each, "longest": engine.longest}
-        return JSONResponse({"object": "list", "data": [model]})
+        return told | {"chats": service.chats, "state_bytes": engine.slots.bytes_each, "longest": engine.longest}
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -108,8 +141,8 @@ def make_app(
 
     async def answer(request: Request, chat: bool) -> Response:
         check_key(request)
-        if not service.ready:
-            raise Refused(503, "The server ends. Ask another one.", "server_error")
+        if (problem := service.problem) is not None:
+            raise Refused(503, problem, "server_error")
         body = await _body(request)
         try:
             # a long text takes a while
@@ -117,6 +150,8 @@ def make_app(
             asked = service.ask(completion.requests, completion.stop, completion.stream)
         except NoModel as error:
             raise Refused(404, error) from error
+        except Closed as error:
+            raise Refused(503, error, "server_error") from error
         except Full as error:
             raise Refused(429, error, "rate_limit_error", **{"Retry-After": "1"}) from error
         except UserError as error:

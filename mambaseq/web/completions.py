@@ -77,6 +77,10 @@ _CHAT = _Kind(
 class NoModel(ConfigError):
     """A name of a model that is not served."""
 
+    @classmethod
+    def of(cls, name: object, served: str) -> NoModel:
+        return cls(f"There is no model {shown(name)} here. Ask for {shown(served)}.")
+
 
 class Completion(NamedTuple):
     """What is asked: a request for each prompt and sample, in this order; the texts that end answers; whether they are
@@ -112,7 +116,7 @@ def parse(body: dict[str, Any], service: Service, chat: bool = False) -> Complet
             raise ConfigError(f"{key} cannot be {shown(given[key])} here. Leave it out.")
     name = given.get("model", service.name)
     if name != service.name:
-        raise NoModel(f"There is no model {shown(name)} here. Ask for {shown(service.name)}.")
+        raise NoModel.of(name, service.name)
     count = given.get("n", 1)
     check_whole("n", count, 1)
     prompts = [] if chat else prompts_of(given.get("prompt"), service)

@@ -14,7 +14,7 @@ from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.stopping import StopStrings, Text
 from mambaseq.runs.conditions import Known
-from mambaseq.serving import Engine, Full, Request, Ticket
+from mambaseq.serving import Closed, Engine, Full, Request, Ticket
 from mambaseq.serving.text import Answer
 from mambaseq.serving.worker import Worker
 
@@ -87,8 +87,13 @@ class Service:
         self.to_first, self.to_last, self.first_tokens = 0.0, 0.0, 0
 
     @property
-    def ready(self) -> bool:
-        return self.worker.alive and not self.draining
+    def problem(self) -> str | None:
+        """Why nothing is answered; None where it is."""
+        if self.engine.closed is not None:
+            return self.engine.closed
+        if self.draining:
+            return "The server ends. Ask another one."
+        return None if self.worker.alive else "The engine has not begun. Ask again later."
 
     def ask(self, requests: Sequence[Request], stop: Sequence[str], stream: bool = True) -> Asked:
         """Ask for answers, each up to the first of the texts `stop`. By a running event loop.
@@ -110,7 +115,7 @@ class Service:
                 listen = _Listener(self, self._outbox, asked, index, before, answer, stream)
                 asked.listeners.append(listen)
                 asked.tickets.append(self.engine.ask(request, listen))
-        except (ConfigError, Full):
+        except (ConfigError, Full, Closed):
             asked.cancel()
             raise
         return asked

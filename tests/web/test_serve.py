@@ -162,6 +162,79 @@ def test_models_health_and_metrics(server: Server) -> None:
     assert all(re.match(r"# (HELP|TYPE) mambaseq_\w+ .+|mambaseq_\w+ [0-9.e+-]+$", line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/v1/nothing", 404, ["no GET '/v1/nothing'", "/v1/completions"]),
+        ("POST", "/v1/" + "a" * 5000, 404, ["no POST '/v1/aaa"]),
+        ("GET", "/v1/models/other", 404, ["no model 'other'", "'tiny'"]),
+        ("GET", "/v1/completions", 405, ["no GET '/v1/completions'", "takes POST"]),
+        ("DELETE", "/health", 405, ["takes GET"]),
+    ],
+)
+def test_unknown_addresses_and_methods_are_refused_as_all_else_is(
+    server: Server, method: str, path: str, status: int, words: list[str]
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    told = json.loads(answer.read())["error"]
+    assert (answer.status, told["code"], told["type"]) == (status, status, "invalid_request_error")
+    assert all(word in told["message"] for word in words), told
+    assert len(told["message"]) < 1000
+    if status == 405:
+        assert answer.headers["allow"] in words[-1]
+
+
+def test_without_a_prompt_a_text_is_begun(server: Server, run: Path) -> None:
+    made = generate_from(run, max_new_tokens=20, seed=4).sequences[0]  # without the line's end that it starts from
+    for body in ({}, {"prompt": None}):
+        told = server.ask(max_tokens=20, seed=4, **body)
+        assert told["choices"][0]["text"] == made
+        assert told["usage"]["prompt_tokens"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_tells_of_what_has_failed_and_nobody_waits_for_an_engine_that_has_ended(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(run)
+    forward = server.engine.model.backbone.forward
+
+    def health() -> tuple[int, dict[str, Any]]:
+        answer = server.send("/health")
+        return answer.status, json.loads(answer.read())
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access\nand more")
+
+    try:
+        assert json.loads(server.send("/v1/models/tiny").read())["id"] == "tiny"
+        monkeypatch.setattr("mambaseq.serving.worker._PATIENCE", 0.01)
+        monkeypatch.setattr(server.engine.model.backbone, "forward", broken)
+        answer = server.send("/v1/completions", {"prompt": "a"})
+        assert (answer.status, json.loads(answer.read())["error"]["type"]) == (500, "server_error")
+        status, told = health()
+        assert (status, told["status"]) == (503, "failed")
+        assert told["reason"].endswith("RuntimeError: CUDA error: an illegal memory access")
+        monkeypatch.setattr(server.engine.model.backbone, "forward", forward)
+        until(lambda: health()[0] == 200)  # a token is tried now and then, so it is back without a request
+        assert server.ask(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+        monkeypatch.setattr(server.engine, "step", lambda: sys.exit(1))
+        server.engine.wake()
+        until(lambda: not server.service.worker.alive)
+        status, told = health()
+        assert (status, told["status"], told["active"]) == (503, "failed", 0)
+        assert "ended by SystemExit" in told["reason"]
+        monkeypatch.setattr(type(server.service), "problem", None)  # the thread ends behind the look
+        answer = server.send("/v1/completions", {"prompt": "a"})
+        assert (answer.status, answer.read().decode().count("ended by SystemExit")) == (503, 1)
+        assert server.engine.waiting == 0
+    finally:
+        server.close()
+
+
 def test_a_key_is_asked_for(run: Path) -> None:
     served = Server(run, "sesame")
     try:
