@@ -45,7 +45,8 @@ class Blocks:
         packed: bool = False,
     ) -> None:
         self.model, self.decoder, self.condition = model, decoder, condition
-        self.packed = packed or (cuda_graph and can_capture(model, decoder.state, next(model.parameters())))
+        self._captures = cuda_graph and can_capture(model, decoder.state, next(model.parameters()))
+        self.packed = packed or self._captures
         self._graphs: dict[int, _Graph] = {}
         self._warm: set[int] = set()
         self._has_positions = type(model.backbone) is ResidualStack
@@ -99,7 +100,7 @@ class Blocks:
             if None in cut:
                 return 0
             self._last = cut
-        self.decoder.take([layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in self._last])
+        self.decoder.take(self._last)
         self._last = None
         return n
 
@@ -112,9 +113,12 @@ class Blocks:
         self.keep(0)
 
     def _take(self, states: list[Any], number: int) -> None:
-        """Go on from one of several."""
-        at = torch.tensor([number], device=next(self.model.parameters()).device)
-        self.decoder.take([layer.select(at) for layer in states])
+        """Go on from one of several, which nothing else uses."""
+        if any(isinstance(layer, GrowingState) for layer in states):
+            at = torch.tensor([number], device=next(self.model.parameters()).device)
+            self.decoder.take([layer.select(at) for layer in states])
+        else:  # a GPU copies all of them by one kernel, and waits for nothing
+            self.decoder.take([layer.map(lambda tensor: tensor[number : number + 1]) for layer in states])
 
     def _run_positions(self, tokens: Tensor) -> Tensor | None:
         backbone: Any = self.model.backbone
@@ -131,7 +135,7 @@ class Blocks:
         u, n = len(unread), len(guesses)
         row = torch.cat([unread, unread, guesses, unread.new_zeros(size - 2 * u - n)])
         bounds = torch.tensor([0, u, 2 * u + n, size], dtype=torch.int32).to(row.device)
-        if not row.is_cuda or not self.packed:
+        if not self._captures:
             told, self._packs = self._read(row, bounds)
         elif size not in self._warm:
             self._warm.add(size)
@@ -141,7 +145,8 @@ class Blocks:
                     tensor.record_stream(torch.cuda.current_stream())
             if waits:
                 self._give_up("a call of the model waits for the GPU")
-        elif size not in self._graphs and not self._capture(row, bounds, size):
+        elif size not in self._graphs and (reason := self._capture(row, bounds, size)) is not None:
+            self._give_up(reason)
             told, self._packs = self._read(row, bounds)
         else:
             graph = self._graphs[size]
@@ -159,19 +164,19 @@ class Blocks:
         hidden, new = model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
         return model.told(hidden)[0], new
 
-    def _capture(self, row: Tensor, bounds: Tensor, size: int) -> bool:
+    def _capture(self, row: Tensor, bounds: Tensor, size: int) -> str | None:
+        """Returns why it cannot be done."""
         graph, row, bounds = torch.cuda.CUDAGraph(), row.clone(), bounds.clone()
         try:
             with torch.cuda.device(row.device), capture.capturing:
                 told, states = capture.capture(graph, lambda: self._read(row, bounds))
         except RuntimeError as error:
-            self._give_up(str(error).partition("\n")[0])
-            return False
+            return str(error).partition("\n")[0]
         self._graphs[size] = _Graph(graph, row, bounds, told, states)
-        return True
+        return None
 
     def _give_up(self, reason: str) -> None:
-        self.packed = False
+        self.packed = self._captures = False
         warnings.warn(f"Drafts are checked without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
 
 

@@ -96,7 +96,7 @@ class Decoder:
         if self._graphs or (fits and own and own[0].is_cuda):
             torch._foreach_copy_(own, others)
         else:
-            self.state = state
+            self.state = [layer.map(Tensor.contiguous) if isinstance(layer, State) else layer for layer in state]
         if self._places is not None and isinstance(self.model.backbone, UNet):
             self._places = self.model.backbone.places(self.state)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mambaseq.generation.decoder import Decoder, tensors_of
 from mambaseq.generation.prompts import Row
-from mambaseq.mixers.base import State
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
 
@@ -120,7 +119,7 @@ class SmallerModel:
         if len(unread) > _FEW:
             x = self.model.encoder(unread[None, :-1], self.condition)
             _, state = self.model.backbone(x, state=self.decoder.state, return_state=True)
-            self.decoder.take([one.map(Tensor.contiguous) if isinstance(one, State) else one for one in state])
+            self.decoder.take(state)
             unread = unread[-1:]
         for token in unread:
             logits = self.decoder.step(token[None])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from mambaseq.generation.blocks import Blocks
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.drafts import NGrams
 from mambaseq.generation.pace import Pace
-from mambaseq.generation.speculation import Speculation
+from mambaseq.generation.speculation import NGRAM, Speculation
 from mambaseq.generation.stopping import StopStrings
+from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel, build_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -184,24 +186,115 @@ def test_the_state_is_that_after_what_is_kept(kind: str, packed: bool) -> None:
     torch.testing.assert_close(decoder.step(ids[19:]), told.logits[:, -1])
 
 
+class Knows:
+    """In the place of n-grams: guesses what is known to follow, every fifth token wrong."""
+
+    text: ClassVar[list[int]] = []
+
+    def __init__(self, row: Any) -> None:
+        self._ids = list(self.text[: len(row)])
+
+    def add(self, tokens: list[int]) -> None:
+        self._ids += tokens
+
+    def kind(self) -> int:
+        return 0
+
+    def guesses(self, n: int, pick: Any, device: torch.device) -> torch.Tensor:
+        first = len(self._ids)
+        known = (self.text + [0] * n)[first : first + n]
+        found = [(token + (place % 5 == 0)) % 29 for place, token in enumerate(known, first)]
+        return torch.tensor(found, device=device)
+
+
+def check_replays(
+    model: SequenceModel,
+    prompt: torch.Tensor,
+    drafts: list[Any],
+    same: float,
+    monkeypatch: pytest.MonkeyPatch,
+    captured: bool = True,
+) -> None:
+    """Calls of the model are captured once, and replayed for the next sequence, too. same: share of the tokens."""
+    count = 64 if prompt.is_cuda else 48
+    monkeypatch.setattr("mambaseq.generation.decode.why_not_stretches", lambda *_: "the test is of steps")
+    monkeypatch.setattr(speculation, "NGrams", Knows)
+    for options in ({"temperature": 0.0}, {"seed": 5}):
+        plain = generate(model, prompt, count, cuda_graph=False, **options)
+        monkeypatch.setattr(Knows, "text", plain[0].tolist())
+        for source in drafts:
+            told, graphs = Speculation(source, 7), []
+            for _ in range(2):
+                found = generate(model, prompt, count, draft=told, **options)
+                assert float((found == plain).float().mean()) >= same
+                blocks = told.begun("model", model, model.init_state(1), None, True, "seed" not in options)
+                graphs.append({size: one.graph for size, one in blocks._graphs.items()})
+            assert told.rounds > count // 6
+            assert bool(graphs[1]) is captured
+            assert graphs[0].items() <= graphs[1].items()
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "s4d", "unet", "hybrid"])
 def test_calls_are_replayed_on_a_gpu(kind: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambaseq.generation.decode.why_not_stretches", lambda *_: "the test is of steps")
+    # a GPU's calls round otherwise, and go on from there
+    prompt = torch.randint(0, 29, (1, 11)).to(cuda)
     model = lively(**KINDS[kind]).to(cuda)
-    draft, prompt = near(model).to(cuda), torch.randint(0, 29, (1, 11), device=cuda)
-    for options in ({"temperature": 0.0}, {"seed": 5}):
-        plain = generate(model, prompt, 64, **options)
-        for source in ("ngram", draft):
-            told = Speculation(source, 7)
-            for _ in range(2):  # the second replays the graphs of the first
-                found = generate(model, prompt, 64, draft=told, **options)
-                assert (
-                    float((found == plain).float().mean()) > 0.9
-                )  # a GPU's calls round otherwise, and go on from there
-            if kind != "hybrid":
-                assert told.begun("model", model, model.init_state(1), None, True, not options.get("seed"))._graphs
+    drafts = [NGRAM, near(model).to(cuda)]
+    check_replays(model, prompt, drafts, 0.9, monkeypatch, captured=kind != "hybrid")
+
+
+class Replayed:
+    """A CUDA graph on a CPU: what was captured is run again, into the same memory."""
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.made: list[torch.Tensor] = []
+
+    def replay(self) -> None:
+        for own, new in zip(self.made, leaves(self.run()), strict=True):
+            own.copy_(new)
+
+
+def leaves(made: Any) -> list[torch.Tensor]:
+    if isinstance(made, torch.Tensor):
+        return [made]
+    return [leaf for part in (made.tensors().values() if isinstance(made, State) else made) for leaf in leaves(part)]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", ["mamba2", "unet"])
+def test_calls_are_replayed_where_they_can_be_captured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the GPU."""
+    decoders: list[Decoder] = []
+
+    def capture(graph: Any, run: Any) -> Any:
+        held = [
+            one for each in decoders for one in [*leaves(each.state), *([] if each._token is None else [each._token])]
+        ]
+        before = [one.clone() for one in held]
+        made, graph.run = run(), run
+        for own, old in zip(held, before, strict=True):  # a capture computes nothing
+            own.copy_(old)
+        graph.made = [one.fill_(0) for one in leaves(made)]
+        return made
+
+    class Watched(Decoder):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            decoders.append(self)
+
+    for module in ("blocks", "decoder"):
+        monkeypatch.setattr(f"mambaseq.generation.{module}.can_capture", lambda *_: True)
+    monkeypatch.setattr(speculation, "Decoder", Watched)
+    monkeypatch.setattr("mambaseq.ops.gpu.capture.warm_up", lambda run, stream: (run(), False))
+    monkeypatch.setattr("mambaseq.ops.gpu.capture.capture", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    for name in ("device", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    check_replays(lively(**KINDS[kind]), torch.randint(0, 29, (1, 11)), [NGRAM], 1.0, monkeypatch)
 
 
 def test_drafts_that_cannot_be() -> None:
