@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ParamSpec
 
 from mambaseq.atomic import atomic_file, write_failed
-from mambaseq.errors import ConfigError, UserError, cut, shown
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
+
+_P = ParamSpec("_P")
 
 _DESCRIPTOR = re.compile(rf"/(?:dev/fd|proc/(?:self|thread-self|{os.getpid()})/fd)/(\d+)")
 _LINKS = 40  # the number that Linux follows
@@ -127,6 +130,34 @@ def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:
         raise ConfigError(f"--out {path} takes one result, but there are {count:,}. Give the name of a file.")
     digits = max(3, len(str(count - 1)))
     return [path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix or suffix}") for number in range(count)]
+
+
+def writes(what: str, *endings: str) -> Callable[[Callable[_P, list[Path]]], Callable[_P, list[Path]]]:
+    """Of a writer, whose first argument is the file: it refuses a name with an ending that is none of these. Whoever
+    makes what is written asks earlier, by `check_written`. what: how the message begins, such as `Text is`."""
+
+    def checked(write: Callable[_P, list[Path]]) -> Callable[_P, list[Path]]:
+        @functools.wraps(write)
+        def written(*args: _P.args, **kwargs: _P.kwargs) -> list[Path]:
+            check_written(written, args[0] if args else kwargs["path"])
+            return write(*args, **kwargs)
+
+        written.written_as = (what, endings)  # type: ignore[attr-defined]
+        return written
+
+    return checked
+
+
+def check_written(writer: Any, path: Any, option: str = "--out") -> None:
+    """Raise ConfigError for a name whose ending is none of those of a writer that tells them (see `writes`). One
+    without an ending, and a stream, may have any content."""
+    what, endings = getattr(writer, "written_as", ("", ()))
+    path = Path(path)
+    if not endings or not path.suffix or path.name.lower().endswith(endings) or (not path.is_dir() and is_stream(path)):
+        return
+    raise ConfigError(
+        f"{what} written as {cut_list(endings)}, not as {cut(path.name)}. Give another name with {option}."
+    )
 
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")

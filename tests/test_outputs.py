@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -80,6 +81,16 @@ def test_a_pipe_is_written_to(tmp_path: Path, name: str) -> None:
     reader.join(10)
     assert read == [plain.read_bytes()]
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_another_ending_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    for wrong in ("x.ogg", "x.tar.gz"):
+        with pytest.raises(ConfigError, match=re.escape(wrong)) as told:
+            write(name, tmp_path / wrong)
+        assert "written as" in str(told.value)
+        assert Path(WRITERS[name][2]).suffix in str(told.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_standard_output_goes_where_the_shell_put_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mambaseq.data.records import Record, Refuse, raised, with_columns
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_choice
-from mambaseq.outputs import is_stream, numbered, output_file
+from mambaseq.outputs import is_stream, numbered, output_file, writes
 from mambaseq_audio.codes import MOST_BOOKS, CodeFrames
 from mambaseq_audio.recordings import Recording, manifest_columns, recordings
 
@@ -148,6 +148,7 @@ def read_codes(
         yield Record(one.name, ids=ids, source=str(one.path), alone=0, place=one.place, fields=columns)
 
 
+@writes("Codes are", ".npy")
 def write_codes(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer, *, layout: Layout = "frames_books"
 ) -> list[Path]:
@@ -161,10 +162,7 @@ def write_codes(
     check_choice("layout", layout, LAYOUTS)
     if not isinstance(tokenizer, CodeFrames):
         raise ConfigError("Codes are written for a model of codes (audio/codes), and this one is of something else.")
-    suffix = path.suffix.lower()
-    if suffix not in ("", ".npy"):
-        raise ConfigError(f"Codes are written as .npy, not as {path.name}. Give another name with --out.")
-    if suffix or (not path.is_dir() and is_stream(path)):
+    if path.suffix or (not path.is_dir() and is_stream(path)):
         files = numbered(path, len(sequences))
     else:
         digits = max(3, len(str(len(sequences) - 1)))

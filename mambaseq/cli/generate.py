@@ -20,6 +20,9 @@ def run(argv: list[str], command: str) -> int:
         help="the prompt itself, or what the run's reader reads (a file, folder or pattern): each record is continued",
     )
     parser.add_argument(
+        "--prompt-text", metavar="TEXT", help="the prompt itself, also where it seems to be the name of a file"
+    )
+    parser.add_argument(
         "--prompts",
         metavar="FILE",
         help="a file of prompts, all continued: .txt has one in each line, .jsonl an object in each",

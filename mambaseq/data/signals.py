@@ -11,7 +11,7 @@ import numpy as np
 from mambaseq.data.records import Record
 from mambaseq.data.tables import HEADER, read_table
 from mambaseq.errors import ConfigError, DataError
-from mambaseq.outputs import numbered, output_file
+from mambaseq.outputs import numbered, output_file, writes
 
 
 def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None) -> Iterator[Record]:
@@ -30,6 +30,7 @@ def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None)
     yield Record(path.stem, signal=read_table(path, columns, others=True).astype(np.float32))
 
 
+@writes("A signal is", ".csv")
 def write_csv(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Any, columns: list[str] | None = None
 ) -> list[Path]:

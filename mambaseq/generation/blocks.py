@@ -34,6 +34,9 @@ class Blocks:
 
     condition: as the model takes it, of the one sequence. cuda_graph: on a CUDA device calls are packed, to one of a
         few lengths, and replayed from CUDA graphs; False never captures. packed: of the tests, packed on any device.
+
+    Attributes:
+        captures: whether calls are, or will be, replayed; they are for the next sequence, too (see `Decoder.take`).
     """
 
     def __init__(
@@ -45,8 +48,8 @@ class Blocks:
         packed: bool = False,
     ) -> None:
         self.model, self.decoder, self.condition = model, decoder, condition
-        self._captures = cuda_graph and can_capture(model, decoder.state, next(model.parameters()))
-        self.packed = packed or self._captures
+        self.captures = cuda_graph and can_capture(model, decoder.state, next(model.parameters()))
+        self.packed = packed or self.captures
         self._graphs: dict[int, _Graph] = {}
         self._warm: set[int] = set()
         self._has_positions = type(model.backbone) is ResidualStack
@@ -135,7 +138,7 @@ class Blocks:
         u, n = len(unread), len(guesses)
         row = torch.cat([unread, unread, guesses, unread.new_zeros(size - 2 * u - n)])
         bounds = torch.tensor([0, u, 2 * u + n, size], dtype=torch.int32).to(row.device)
-        if not self._captures:
+        if not self.captures:
             told, self._packs = self._read(row, bounds)
         elif size not in self._warm:
             self._warm.add(size)
@@ -176,7 +179,7 @@ class Blocks:
         return None
 
     def _give_up(self, reason: str) -> None:
-        self.packed = self._captures = False
+        self.packed = self.captures = False
         warnings.warn(f"Drafts are checked without a CUDA graph: {reason}.", RuntimeWarning, stacklevel=5)
 
 

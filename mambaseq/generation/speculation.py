@@ -80,7 +80,7 @@ class Speculation:
         """Calls of a model behind a state: those of the last sequence, if their graphs can be replayed."""
         key = (greedy, captured, *(parameter.data_ptr() for parameter in model.parameters()))
         before, blocks = self._held.get(name, (None, None))
-        if blocks is not None and before == key and condition is None and blocks.decoder.captured:
+        if blocks is not None and before == key and condition is None and blocks.captures:
             blocks.decoder.take(state)
             return blocks
         decoder = Decoder(model, state, condition, cuda_graph=captured, greedy=greedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.conditions import told
 from mambaseq.data.records import columns_of
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, shown
@@ -24,7 +26,7 @@ from mambaseq.generation.speculation import Speculation
 from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
-from mambaseq.outputs import output_target
+from mambaseq.outputs import check_written, output_target
 from mambaseq.runs.conditions import Asked, Conditions, Known
 from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.conversation import Conversation, check_text, converse, digest_of, keep, unmarked
@@ -90,6 +92,7 @@ def generate_to(
     plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, again=again, **options)
     found = _writer(plan.loaded, writer)
     assert found is not None
+    check_written(found[1], out)
     if again is not None:
         again.check_result(max(len(plan.jobs[0][0].prompt.values) - plan.hidden, 0), found[2])
     files = getattr(found[1], "files", None)
@@ -102,7 +105,7 @@ def generate_to(
         files_made = written(plan, out, *found[1:], pictures)
         return Generated([], plan.loaded, files_made, plan.settings.get("draft"))
     generated = _collected(plan)
-    return generated._replace(files=_write(generated, out, writer))
+    return generated._replace(files=_write(generated, out, writer, _described(plan)))
 
 
 def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None = None, **options: Any) -> Generated:
@@ -112,8 +115,9 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
     Each is what it would be without the others.
 
     prompt: a text, what the run's reader reads (a file, a folder, a pattern), or several texts.
-    options: prompts (in place of prompt, a file of texts: .txt has one in each line, .jsonl an object with it under
-        `prompts_key`, or "text"), `condition`, `condition_column` and `condition_table` (each record under a condition
+    options: prompt_text (in place of prompt, a text that is never a file's name), prompts (a file of texts: .txt has
+        one in each line, .jsonl an object with it under `prompts_key`, or "text"), `condition`, `condition_column` and
+        `condition_table` (each record under a condition
         of its own instead; see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k,
         top_p, min_p, repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is
         generated), beams and length_penalty (see `mambaseq.generation.beams`; the best are kept, nothing is drawn),
@@ -165,7 +169,7 @@ def generate_text(
         for text in conversation.answer():
             write(text)
         return plan.settings.get("draft")
-    converse(conversation, lines, write, options.get("prompt") is not None)
+    converse(conversation, lines, write, options.get("prompt", options.get("prompt_text")) is not None)
     if save_state is not None:
         keep(conversation.begun, save_state, plan.loaded)
     return plan.settings.get("draft")
@@ -183,6 +187,7 @@ def _planned(
     checkpoint: str | Path,
     *,
     prompt: str | Sequence[str] | None = None,
+    prompt_text: str | None = None,
     prompts: str | Path | None = None,
     prompts_key: str | None = None,
     condition: Asked | None = None,
@@ -241,13 +246,17 @@ def _planned(
             )
     elif length_penalty is not None:
         raise ConfigError("--length-penalty is of a search. Give --beams, or leave it out.")
+    if prompts_key is not None and prompts is None:
+        raise ConfigError("--prompts-key is of the file --prompts. Give it, or leave the key out.")
     several: list[tuple[str, str]] | None = None
-    if prompts is not None:
+    if prompt_text is not None:
+        if prompt is not None or prompts is not None:
+            raise ConfigError("--prompt-text is the prompt itself, and another one is given. Leave one of them out.")
+        several = [("--prompt-text", prompt_text)]
+    elif prompts is not None:
         if prompt is not None:
             raise ConfigError("--prompt and --prompts were both given. Leave one of them out.")
         several = texts_of(Path(prompts), prompts_key)
-    elif prompts_key is not None:
-        raise ConfigError("--prompts-key is of the file --prompts. Give it, or leave the key out.")
     elif prompt is not None and not isinstance(prompt, str):
         several, prompt = [(f"prompt {number}", text) for number, text in enumerate(prompt)], None
     place = choose_device(device)
@@ -289,7 +298,7 @@ def _planned(
     if earlier is not None and prompt is None and several is None:
         found = [Prompt(np.zeros(0, dtype=np.int64), conditions.each or [None])]
     elif several is not None:
-        found = ids_of_texts(loaded, several, conditions)
+        found = ids_of_texts(loaded, several, conditions, None if prompts is None else str(prompts))
     else:
         try:
             found = (signals if signal else ids_of)(loaded, prompt, sources, conditions, record)
@@ -409,8 +418,39 @@ def _writer(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str
     return name, write, fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
 
 
-def _write(generated: Generated, out: Path, writer: str | None = None) -> list[Path]:
+def _described(plan: Plan) -> list[dict[str, Any]]:
+    """Of each result, in their order: of which prompt it is (its number, its file and record where it has them), which
+    of its samples, and by which condition and settings."""
+    conditions = Known(plan.loaded).all
+    neutral = {
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "guidance": 1,
+    }
+    settings = {"max_new_tokens": plan.new, **plan.settings}
+    for name in ("stop_ids", "draft", *(("seed", "temperature") if "beams" in settings else ())):
+        settings.pop(name, None)
+    stop: StopStrings | None = settings.pop("stop", None)
+    settings = {name: value for name, value in settings.items() if neutral.get(name) != value}
+    settings |= {} if stop is None else {"stop": stop.strings}
+    found, number, last = [], -1, None
+    for job in sorted((job for batch in plan.jobs for job in batch), key=lambda job: (job.place, job.first)):
+        number, last = number + (job.prompt is not last), job.prompt
+        own = {"file": job.prompt.source or job.prompt.file, "record": job.prompt.name}
+        about = {"prompt": number, **{name: value for name, value in own.items() if value}}
+        if job.condition is not None:
+            about["condition"] = told(conditions, job.condition)
+        found += [{**about, "sample": sample, "settings": settings} for sample in range(job.first, job.stop)]
+    return found
+
+
+def _write(generated: Generated, out: Path, writer: str | None, described: list[dict[str, Any]]) -> list[Path]:
     """Write sequences by the model's own writer, or another one. Returns the files.
+
+    described: what is said of each, for writers that say it.
 
     Raises ConfigError where there is none, or another one cannot write them.
     """
@@ -418,6 +458,8 @@ def _write(generated: Generated, out: Path, writer: str | None = None) -> list[P
     found = _writer(loaded, writer)
     assert found is not None
     name, write, options = found
+    if "described" in inspect.signature(write).parameters:
+        options = {**options, "described": described}
     try:
         return write(out, generated.ids, loaded.tokenizer, **options)
     except (TypeError, ValueError, AttributeError) as error:

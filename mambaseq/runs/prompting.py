@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +20,15 @@ from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, shown
+from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.generation.prompts import Row
 from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.continuing import Prompt, Under
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
+
+# What the names of files end with that prompts may be in, of all modalities.
+_ENDINGS = (".txt", ".text", ".md", ".html", ".pdf", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".yaml")
+_ENDINGS += (".gz", ".xz", ".zst", ".bz2", ".zip", ".fa", ".fasta", ".fna", ".2bit", ".wav", ".flac", ".mp3", ".npy")
 
 
 class NoSuchRecord(ConfigError):
@@ -129,6 +135,7 @@ def ids_of(
     if prompt is None:
         return [Prompt(np.asarray(card.start_ids, dtype=np.int64), conditions.each or [None])]
     assert loaded.tokenizer is not None
+    _check_is_no_file(loaded, prompt)
     try:
         ids = loaded.tokenizer.encode(prompt)
     except UserError as error:
@@ -143,9 +150,12 @@ def ids_of(
     return [Prompt(ids, conditions.each or [None])]
 
 
-def ids_of_texts(loaded: LoadedModel, texts: Sequence[tuple[str, str]], conditions: Conditions) -> list[Prompt]:
-    """Ids of each text; texts: where each is from, and itself. Raises ConfigError for none, for one without tokens, and
-    for one that the model's tokenizer does not read."""
+def ids_of_texts(
+    loaded: LoadedModel, texts: Sequence[tuple[str, str]], conditions: Conditions, source: str | None = None
+) -> list[Prompt]:
+    """Ids of each text; texts: where each is from, and itself. source: the file that they are in.
+
+    Raises ConfigError for none, for one without tokens, and for one that the model's tokenizer does not read."""
     if not texts:
         raise ConfigError("There is no prompt to continue. Give one text at least.")
     if loaded.tokenizer is None:
@@ -165,7 +175,7 @@ def ids_of_texts(loaded: LoadedModel, texts: Sequence[tuple[str, str]], conditio
             ) from error
         if not len(ids):
             raise ConfigError(f"{where} is empty, and a prompt has at least one token. Remove it.")
-        found.append(Prompt(ids, conditions.each or [None], name=where, number=number))
+        found.append(Prompt(ids, conditions.each or [None], name=where, number=number, source=source))
     return found
 
 
@@ -238,6 +248,31 @@ def sources_of(loaded: LoadedModel, prompt: str | None) -> list[Path]:
     with contextlib.suppress(DataError):
         return locate(prompt)
     return []
+
+
+def _check_is_no_file(loaded: LoadedModel, prompt: str) -> None:
+    """Raise ConfigError for what seems to be the name of a file that is not there, or that nobody reads: one word with
+    an ending of such files or a separator of folders, or a name like that of a file there."""
+    path, remedy = Path(prompt), "To continue these words themselves, give --prompt-text (in Python a list of texts)."
+    if is_file(prompt):  # which would be in `sources`
+        raise ConfigError(
+            f"The prompt {shown(prompt)} is a file, and the model at {loaded.source.parent} names no reader for it. "
+            f"Give --prompts with a file of prompts, one in each line. {remedy}"
+        )
+    ending, one_word = path.suffix.lower() in _ENDINGS, re.fullmatch(r"[\w./\\~+@:=,%*?\[\]-]+", prompt)
+    if not (ending or (one_word and ("/" in prompt or os.sep in prompt))) or not _is_text(loaded, prompt):
+        return
+    near = did_you_mean(path.name, _names_beside(path))
+    if one_word or near:
+        raise ConfigError(f"There is no file {shown(prompt)} (--prompt).{near} Check the path. {remedy}")
+
+
+def _names_beside(path: Path) -> list[str]:
+    """Names in a path's folder, some thousand at most."""
+    try:
+        return [one.name for one in itertools.islice(path.parent.iterdir(), 2000)]
+    except (OSError, ValueError):
+        return []
 
 
 def _is_text(loaded: LoadedModel, prompt: str) -> bool:

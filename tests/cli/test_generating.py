@@ -77,6 +77,13 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--out", "n" * 300], "too long for a file's name"),
         (["--out", "/proc/nothing/x"], "cannot be written"),
         (["--checkpoint", "n" * 300], "There is no model at"),
+        (["--out", "x.wav"], "Text is written as .txt, .text, .md, .jsonl, .ndjson, not as x.wav"),
+        (["--out", "x.txt.gz"], "not as x.txt.gz"),
+        (["--prompt", "promts.txt"], "no file 'promts.txt' (--prompt). Check the path. To continue these words"),
+        (["--prompt", "texts/one"], "no file 'texts/one'"),
+        (["--prompt", "texts/*.md"], "no file 'texts/*.md'"),
+        (["--prompt-text", "a", "--prompt", "b"], "another one is given"),
+        (["--prompts-key", "q", "--prompt-text", "b"], "--prompts-key is of the file --prompts"),
         (["--writer", "audio/wav"], "'audio/wav' needs sample_rate"),
         (["--writer", f"{__name__}:badly"], "cannot write what this model generates (no wave)"),
     ],
@@ -270,6 +277,44 @@ def test_prompts_that_cannot_be_read(
     assert main([*command, "--prompts", str(path), *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--prompts", str(tmp_path / "none.txt")]) == 2
+
+
+def test_what_seems_to_be_a_file_is_a_prompt_where_that_is_said(tmp_path: Path) -> None:
+    model, options = language_model(tmp_path / "m"), ["-n", "3", "--seed", "3"]
+    (tmp_path / "my prompts.txt").write_text("To be")
+    told = "no file .*promts.* Did you mean 'my prompts.txt'"
+    with pytest.raises(ConfigError, match=told):
+        load(model).generate(str(tmp_path / "my promts.txt"), device="cpu")
+    for text in ("promts.txt", "and/or", "my promts.txt"):
+        assert generated(model, tmp_path / "a.jsonl", "--prompt-text", text, *options)[0].startswith(text)
+    for text in ("To be and/or not", "</s>", "a. b", "3.14", "..."):
+        assert generated(model, tmp_path / "a.jsonl", "--prompt", text, *options)[0].startswith(text)
+
+
+def test_rows_tell_their_prompt_and_sample(tmp_path: Path) -> None:
+    model = language_model(tmp_path / "m", n_conditions=2, condition_names=["low", "high"])
+    source, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    source.write_text('{"text": "one"}\n\n{"text": "seven"}\n')
+    command = ["generate", "--checkpoint", str(model), "--out", str(out), "--device", "cpu", "-n", "2", "--seed", "3"]
+    more = ["--samples", "2", "--condition", "low,high", "--top-k", "5", "--stop", "zz"]
+    for option in ("--prompt", "--prompts"):
+        assert main([*command, option, str(source), *more]) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [(row["prompt"], row["condition"], row["sample"]) for row in rows] == [
+            (prompt, name, sample) for prompt in (0, 1) for name in ("low", "high") for sample in (0, 1)
+        ]
+        for row in rows:
+            assert row["text"].startswith(("one", "seven")[row["prompt"]])
+            assert row["file"] == str(source)
+            assert row["record"].endswith(f"line {(1, 3)[row['prompt']]}")
+            settings = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3, "top_k": 5, "stop": ["zz"]}
+            assert row["settings"] == settings
+    assert main([*command[:-2], "--condition", "low", "--beams", "2", "--samples", "2"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    settings = {"max_new_tokens": 2, "beams": 2, "length_penalty": 1.0}
+    assert [{**row, "text": ""} for row in rows] == [
+        {"prompt": 0, "condition": "low", "sample": sample, "settings": settings, "text": ""} for sample in (0, 1)
+    ]
 
 
 def test_beams_find_likelier_results(tmp_path: Path) -> None:

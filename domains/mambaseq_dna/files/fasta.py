@@ -19,7 +19,7 @@ from mambaseq.data.cache import Stopped, Unchanged, fingerprint
 from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, shown
-from mambaseq.outputs import output_file
+from mambaseq.outputs import output_file, writes
 from mambaseq.resources import cores
 from mambaseq_dna.files.parsing import Piece, fasta_pieces, usable
 from mambaseq_dna.files.twobit import is_twobit, twobit_pieces
@@ -28,6 +28,7 @@ from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 Lowercase = Literal["fold", "keep", "unscored"]
 
 _LINE = 80
+_ENDINGS = tuple(f"{ending}{packed}" for ending in (".fa", ".fasta", ".fna", ".fas") for packed in ("", ".gz"))
 _SHORT, _CHUNK = 1 << 12, 1 << 20
 _PART = 1 << 18  # what stays in a processor's cache
 _WORTH_A_THREAD = 1 << 24
@@ -198,19 +199,32 @@ def _store(path: Path, cache: str | Path | None, stopped: Callable[[], bool]) ->
             ended.set()  # leaving waits for the thread: after Ctrl-C or an error, nobody needs its checksum
 
 
-def write_fasta(path: str | Path, sequences: Iterable[np.ndarray | Record], tokenizer: BaseTokenizer) -> list[Path]:
+@writes("DNA is", *_ENDINGS)
+def write_fasta(
+    path: str | Path,
+    sequences: Iterable[np.ndarray | Record],
+    tokenizer: BaseTokenizer,
+    *,
+    described: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Path]:
     """Write sequences of ids, 80 letters a line; gzipped when the name ends in `.gz`; complete or not at all.
 
-    Records keep their names; bare ids are named `sequence_1`, `sequence_2`, ... Returns the files written:
-    `path`.
-    Raises UserError when the disk is full or the place is not writable.
+    Records keep their names; bare ids are named `sequence_1`, `sequence_2`, ..., and described by what `described` says
+    of their prompt and sample. Returns the files written: `path`.
+    Raises ConfigError for a name without the ending of a FASTA; UserError when the disk is full or the place is not
+    writable.
     """
     path = Path(path)
     with output_file(path) as file:
         zipped = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else None
         with zipped or contextlib.nullcontext(file) as out:
             for number, sequence in enumerate(sequences, start=1):
-                record = sequence if isinstance(sequence, Record) else Record(f"sequence_{number}", sequence)
+                if isinstance(sequence, Record):
+                    record = sequence
+                else:
+                    of = {} if described is None else described[number - 1]
+                    told = " ".join(f"{key}={of[key]}" for key in ("prompt", "record", "sample") if key in of)
+                    record = Record(f"sequence_{number}", sequence, description=" ".join(told.split()))
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
                 out.write(f">{record.name} {record.description}".rstrip().encode("utf-8", "replace") + b"\n")
