@@ -60,4 +60,5 @@ def run(argv: list[str], command: str) -> int:
     outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed)
     if outcome.message and rank() == 0:
         print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)
-    return outcome.code
+    # an outcome that all processes share; what started them kills the first at another's nonzero code, at its last page
+    return outcome.code if rank() == 0 else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -40,25 +41,29 @@ class Context:
     """The ranks among which every sequence is split along time, in the order of time.
 
     group: a process group, or a DeviceMesh of one dimension (`mesh["context"]`), of gloo or NCCL.
+    timeout: how long a message is waited for before an error is raised, if not as long as the group's own.
 
     Messages go round a ring, states from each rank to the next and their gradients back. With NCCL the two directions,
     and neighbouring links of the ring, have communicators of their own, so that messages that wait for each other never
     stand in one queue. All ranks of the group must make their Context together.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, timeout: datetime.timedelta | None = None) -> None:
         self.group: Any = group.get_group() if hasattr(group, "get_group") else group
         self.rank: int = self.group.rank()
         self.size: int = self.group.size()
         self._sent: list[tuple[Any, Tensor]] = []
         self._links: dict[tuple[bool, int], Any] = {}
         registered = isinstance(self.group, dist.ProcessGroup)
+        if timeout is not None:
+            for device in self.group._device_types:
+                self.group._get_backend(device)._set_default_timeout(timeout)
         self._makes_links = "nccl" in (dist.get_backend(self.group) if registered else self.group.name())
         if self._makes_links and self.size > 1:
             ranks = dist.get_process_group_ranks(self.group)
             for back in (False, True):
                 for colour in range(2 + self.size % 2):
-                    self._links[back, colour] = dist.new_group(ranks, use_local_synchronization=True)
+                    self._links[back, colour] = dist.new_group(ranks, timeout, use_local_synchronization=True)
 
     def split(
         self,

@@ -247,6 +247,17 @@ class RunFolder:
         """The metrics files of a run, one for each time that it was begun or gone on with, in their order."""
         return sorted(self.logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
 
+    def read_parts(self) -> dict[str, Any]:
+        """Where the time of a step went when it was last measured (`trainer.profiler parts`); {} if it was not, or the
+        file is damaged."""
+        for path in reversed(self.starts()):
+            if (parts := path.parent / "parts.json").is_file():
+                try:
+                    return read_json(parts)
+                except UserError:
+                    return {}
+        return {}
+
 
 def _number(text: str | None) -> float | None:
     """A finite number; None for anything else."""

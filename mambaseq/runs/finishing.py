@@ -98,7 +98,8 @@ class Training:
             results = self.task.results
         if trainer.is_global_zero:
             device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
-            return self._export(steps=step, device=device, **results)
+            several = {} if trainer.world_size == 1 else {"devices": trainer.world_size}
+            return self._export(steps=step, device=device, **several, **results)
         return ""
 
     def _export(self, **results: Any) -> str:

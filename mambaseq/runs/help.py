@@ -12,7 +12,7 @@ OF_CLASSES = {
     "logger": "true for CSV files and TensorBoard, false for none, or loggers, each",
     "plugins": "a list of plugins (precision, clusters, ...), each",
     "strategy": "how several devices work together: auto, ddp, fsdp, ..., or a class",
-    "profiler": "what measures the parts of a step: simple, advanced, ..., or a class",
+    "profiler": "what measures a step: parts (drawn on the run's page), simple, advanced, ..., or a class",
     "accelerator": "what to train on: auto, cpu, gpu, ..., or a class",
 }
 """What `trainer.KEY` takes, for the keys that name classes of Lightning's."""

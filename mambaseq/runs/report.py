@@ -11,7 +11,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import UserError, cut, paragraph
 from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting import Section, drawing, side_by_side, table
-from mambaseq.reporting.charts import confusion
+from mambaseq.reporting.charts import Bar, bars, confusion
 from mambaseq.reporting.curves import loss_charts, other_charts
 from mambaseq.reporting.evaluation import beside_baselines, pictures
 from mambaseq.reporting.numbers import number
@@ -94,6 +94,7 @@ def _write(folder: RunFolder, settings: RunConfig, outcome: Outcome, sections: l
         sections.append(Section("Beside baselines", "", beside))
     sections += [
         _costs(results, facts, logged),
+        *_parts(folder),
         _settings(folder, settings),
     ]
     write_page(
@@ -244,9 +245,26 @@ def _costs(results: Mapping[str, Any], facts: Facts, logged: Mapping[str, list[P
     rows += [("tokens trained on", round(tokens))] if tokens is not None else []
     rows += [("seconds of training alone", round(seconds) if seconds > 10 else float(seconds))] if seconds else []
     rows += [("tokens a second, without each start's first batch", round(rate))] if rate is not None else []
+    devices = _whole(results, "devices") or 1
+    rows += [(f"of each of {devices} devices", round(rate / devices))] if rate is not None and devices > 1 else []
     rows += [("most memory, GiB", memory)] if (memory := last("memory_gib")) else []
     rows += [("share of the GPU's peak", share)] if (share := last("mfu")) else []
     return Section("Size and speed", "", table(("", ""), rows, alike="rows"))
+
+
+def _parts(folder: RunFolder) -> list[Section]:
+    """Where the time of a step goes, if it was measured."""
+    found = folder.read_parts()
+    parts = found.get("milliseconds")
+    parts = (
+        {str(name)[:60]: float(ms) for name, ms in parts.items() if _is_number(ms)} if isinstance(parts, dict) else {}
+    )
+    if not (whole := sum(parts.values())) > 0:
+        return []
+    largest = max(parts.values())
+    rows = [Bar(f"{name}, {ms / whole:.0%}", ms, 0 if ms == largest else 2) for name, ms in parts.items()]
+    told = f"A batch takes {number(whole)} ms, without validation and checkpoints (mean of {_whole(found, 'batches')})."
+    return [Section("Where the time of a step goes", "", f"<p>{told}</p>{drawing(bars(rows, ' ms'))}")]
 
 
 def _settings(folder: RunFolder, settings: RunConfig) -> Section:

@@ -69,6 +69,9 @@ KEYS = {
     "accelerator": Key((f"{PYTORCH}.accelerators:Accelerator",), (f"{PYTORCH}.accelerators",), False, (str,)),
 }
 
+# names of ours, beside Lightning's
+_OURS = {"profiler": {"parts": "mambaseq.tasks.parts:StepParts"}}
+
 
 class TrainerClasses:
     """The value of such a key as written: plain values, with `class_path` and `init_args` where a class is named."""
@@ -142,7 +145,7 @@ def _make(key: str, value: Any, where: str) -> Any:
 
 
 def _names_class(key: str, text: str) -> bool:
-    return "." in text or ":" in text or text in _public(key)
+    return "." in text or ":" in text or text in _OURS.get(key, {}) or text in _public(key)
 
 
 def _public(key: str) -> dict[str, str]:
@@ -171,6 +174,8 @@ def _load(target: str) -> Any:
 
 def _resolve(key: str, path: str, where: str) -> Any:
     """The class for a short name, its path in Lightning, a registered name, or an allowed import path."""
+    if path in _OURS.get(key, {}):
+        return _load(_OURS[key][path])
     if path in _registered(key):
         return catalog()[key].get(path, where)
     public = _public(key)

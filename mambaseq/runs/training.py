@@ -22,6 +22,7 @@ from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, Training, diverged, interrupted
+from mambaseq.runs.lost import told_if_lost, watch_processes
 from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.report import write_report
 from mambaseq.runs.resuming import (
@@ -45,6 +46,7 @@ from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
 from mambaseq.tasks.lora import AdapterRecord, add_adapters
+from mambaseq.tasks.parts import StepParts
 from mambaseq.tasks.record import KEY, DataRecord
 from mambaseq.tasks.task import Task
 
@@ -119,6 +121,7 @@ def fit(
 
 def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool) -> Outcome:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which say there what they have measured
     seed = settings.settings["seed"]
     lightning.seed_everything(seed, workers=False, verbose=False)
     if rank() == 0:
@@ -168,6 +171,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if finetune.freeze:
         callbacks.append(Freezing(model, finetune))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
+    if isinstance(trainer.profiler, StepParts):  # type: ignore[attr-defined]
+        trainer.profiler.watch(task)  # type: ignore[attr-defined]
     if begins:
         if resume and trainer.is_global_zero:
             say(folder, "there is no checkpoint yet; the run starts at its first step")
@@ -244,10 +249,13 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
 
 def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> Outcome:
     folder, checkpoints = run.folder, run.checkpoints
+    watch_processes(trainer)
     try:
-        trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
-        checkpoints.ended = True
-        trainer.save_checkpoint(folder.last)
+        with told_if_lost(trainer, folder.path, checkpoints):
+            trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
+            checkpoints.ended = True
+            checkpoints.guard.check(trainer, run.task)  # in all processes alike, before some wait for the others
+            trainer.save_checkpoint(folder.last)
     except Interrupted as error:
         return interrupted(folder.path, f"Interrupted after step {error.step}.")
     except StoppedAtOnce:
@@ -273,7 +281,8 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
             raise
         with explained("The run cannot start with these settings"):
             raise
-    return Outcome("finished", run.finish(trainer, trainer.global_step))
+    with told_if_lost(trainer, folder.path, checkpoints):
+        return Outcome("finished", run.finish(trainer, trainer.global_step))
 
 
 def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:

@@ -30,4 +30,4 @@ def make_context(shared: int, strategy: Strategy) -> Context:
     mesh = init_device_mesh(
         strategy.root_device.type, (processes // shared, shared), mesh_dim_names=("data", "context")
     )
-    return Context(mesh["context"])
+    return Context(mesh["context"], strategy._timeout)

@@ -1,46 +1,122 @@
-"""Two processes train as one does: the same data in the same order, the same loss."""
+"""Two processes train as one does: the same data in the same order, the same loss. Where one is lost the other says so,
+nothing is half-written, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import resource
+import time
 from pathlib import Path
 
+import launching
 import pytest
+import torch
+from fuzz.kill_ranks import differences
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks.task import Task
 
 CONFIG = """
+seed: 1
 metrics: [bits_per_token]
 data: {name: "tiny:TinyTokens", size: 32}
-model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4}}
+model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4, backend: reference}}
 optimizer: {lr: 1.0e-2}
 finetune: {freeze: [backbone], unfreeze: {backbone.layers.0.mixer: 4}}
 ema: {decay: 0.5}
-trainer: {max_steps: 10, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1}
+checkpoint: {every_n_steps: 3}
+trainer: {max_steps: 8, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1}
 """
+TWO = ["--loader.batch_size=2", "--trainer.devices=2"]
+WITHIN = 20  # seconds that a process waits for another
+
+
+def fit(folder: Path, *more: str) -> list[str]:
+    """The command; it resumes what has begun in the folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "c.yaml").write_text(CONFIG)
+    if (folder / "run" / "config.yaml").is_file():
+        return ["fit", "--allow-import", "tiny", "--resume", str(folder / "run")]
+    return ["fit", "--allow-import", "tiny", "--config", str(folder / "c.yaml"), "--out", str(folder / "run"), *more]
+
+
+def patient(seconds: int) -> str:
+    return f'--trainer.strategy={{class_path: DDPStrategy, init_args: {{timeout: "0:00:{seconds:02}"}}}}'
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_loss_of_one(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    fit = ["fit", "--allow-import", "tiny", "--config", str(tmp_path / "c.yaml")]
-    assert main([*fit, "--out", str(tmp_path / "one"), "--loader.batch_size=4"]) == 0
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mambaseq", *fit, "--out", str(tmp_path / "two"), "--loader.batch_size=2"]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    saved = [read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two")]
-    one, two = ({**checkpoint["state_dict"], **checkpoint["average"]} for checkpoint in saved)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert (tensor - two[name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
-    curves = [RunFolder(tmp_path / name).curve("val/bits_per_token") for name in ("one", "two")]
+def test_two_processes_get_the_loss_of_one_also_after_one_was_killed(tmp_path: Path) -> None:
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    assert main(fit(one, "--loader.batch_size=4")) == 0
+    ranks = launching.start(fit(two, *TWO, patient(WITHIN)), two)
+    assert ranks.wait(200) == [0, 0], ranks.told(0) + ranks.told(1)
+    saved = [read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt") for folder in (one, two)]
+    first, other = ({**checkpoint["state_dict"], **checkpoint["average"]} for checkpoint in saved)
+    assert first.keys() == other.keys()
+    for name, tensor in first.items():
+        assert (tensor - other[name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
+    curves = [RunFolder(folder / "run").curve("val/bits_per_token") for folder in (one, two)]
     assert curves[0]
-    for (step, value), (other_step, other) in zip(*curves, strict=True):
+    for (step, value), (other_step, found) in zip(*curves, strict=True):
         assert step == other_step
-        assert value == pytest.approx(other, rel=1e-4)
+        assert value == pytest.approx(found, rel=1e-4)
+    assert "of each of 2 devices" in RunFolder(two / "run").report.read_text()
+
+    ranks = launching.start(fit(killed, *TWO, patient(WITHIN)), killed)
+    # what is logged of a checkpoint's step is on the disk a moment after it
+    while len(RunFolder(killed / "run").curve("train/loss")) < 3 and ranks.busy_for(0) is not None:
+        time.sleep(0.005)
+    ranks.kill(1)
+    assert ranks.wait(WITHIN + 20) == [2, -9]
+    told = ranks.told(0)
+    assert "process 0 of 2 stops, because another one has ended" in told
+    assert f"resume with: mambaseq fit --resume {killed / 'run'}" in told
+    assert "Traceback" not in told
+    ranks = launching.start(fit(killed), killed)
+    assert ranks.wait(200) == [0, 0], ranks.told(0) + ranks.told(1)
+    assert differences(two, killed) == []
+
+
+def infinite_loss() -> None:
+    """From the fifth batch on."""
+    run, calls = Task.run_model, []
+
+    def broken(self, batch, *arguments):
+        output = run(self, batch, *arguments)
+        calls.append(1)
+        if len(calls) > 4:
+            output.loss = output.loss * torch.inf
+        return output
+
+    Task.run_model = broken
+
+
+def full_disk() -> None:
+    """No file can be as long as a checkpoint is."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+
+
+def test_what_happens_to_one_process_stops_both_with_a_reason(tmp_path: Path) -> None:
+    for fault, codes, told in (
+        (infinite_loss, [1, 0], ["is not finite after step 5", "of step 3. Resume"]),
+        (full_disk, [2, 2], ["because another one has ended", "There is no checkpoint yet"]),
+    ):
+        folder, rank = tmp_path / fault.__name__, 1 if fault is infinite_loss else 0
+        ranks = launching.start(fit(folder, *TWO, patient(WITHIN)), folder, before={rank: fault})
+        assert ranks.wait(WITHIN + 100) == codes, ranks.told(0) + ranks.told(1)
+        for words in told:
+            assert words in ranks.told(1 - rank)
+        assert not list(folder.rglob("*.tmp"))
+    assert "The disk is full" in ranks.told(0)
+    page = RunFolder(tmp_path / "infinite_loss" / "run").report.read_text()
+    assert 'bad">diverged' in page
+    assert read_checkpoint(RunFolder(tmp_path / "infinite_loss" / "run").last)["global_step"] == 3
+
+
+def test_a_process_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    ranks = launching.start(fit(tmp_path, *TWO, patient(1)), tmp_path)
+    ranks.kill(1)
+    assert ranks.wait(100)[0] == 2, ranks.told(0)
+    assert "another one did not answer in time" in ranks.told(0)
+    assert "timeout: '1:00:00'" in ranks.told(0)

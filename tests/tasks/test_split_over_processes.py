@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ from mambaseq.tasks.contexts import make_context
 CONFIG = """
 metrics: [bits_per_token]
 data: {name: "tiny:TinyTokens", size: 32}
-model: {d_model: 8, backbone: {name: residual, n_layers: 2, chunk_length: 3}, mixer: {name: mamba, d_state: 4}}
+model:
+  d_model: 8
+  backbone: {name: residual, n_layers: 2, chunk_length: 3}
+  mixer: {name: mamba, d_state: 4, backend: reference}
 optimizer: {lr: 1.0e-2}
 loader: {batch_size: 2}
 trainer:
@@ -32,14 +36,23 @@ def config(folder: Path) -> list[str]:
     return ["fit", "--allow-import", "tiny", "--config", str(folder / "c.yaml")]
 
 
+def documented(fit: list[str], out: Path) -> list[str]:
+    """What the page on several devices says for one machine, for this configuration and two devices."""
+    page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
+    told = page[page.index("    mambaseq fit ") :].partition("\n\n")[0]
+    words = shlex.split(told.replace("\\\n", " "))
+    at, place, devices = words.index("--config"), words.index("--out"), words.index("--trainer.devices")
+    words[devices + 1], words[place + 1] = "2", str(out)
+    return ["-m", "mambaseq", *fit, *words[at + 2 :]]
+
+
 @pytest.mark.slow
 def test_two_processes_share_sequences_and_learn_what_one_does(tmp_path: Path) -> None:
     fit = config(tmp_path)
     assert main([*fit, "--out", str(tmp_path / "one")]) == 0
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mambaseq", *fit, "--out", str(tmp_path / "two"), "--trainer.devices=2"]
-    command += ["--model.backbone.context_parallel=2"]
+    command = [sys.executable, *documented(fit, tmp_path / "two")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))

@@ -1,0 +1,83 @@
+"""Runs of several processes of which one is lost: the others stop, each with a reason, and the run can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import torch.distributed as dist
+
+from mambaseq.errors import UserError
+from mambaseq.tasks.callbacks import RunCheckpoints
+
+_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+_STARTED_BY = "MAMBASEQ_FIRST_PROCESS"
+# the logger of what Lightning says before it kills the processes that are left of those that it started
+_OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
+
+
+class ProcessLost(UserError):
+    """Another process of the run has ended or does not answer. The message says how the run goes on."""
+
+
+@contextlib.contextmanager
+def told_if_lost(trainer: lightning.Trainer, folder: Path, checkpoints: RunCheckpoints) -> Iterator[None]:
+    """Turn errors of the messages between processes into ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not _is_about_others(error):
+            raise
+        told = _message(" ".join(str(error).split()), type(error).__name__, trainer, folder, checkpoints.saved_step)
+        raise ProcessLost(told) from error
+
+
+def _is_about_others(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
+
+
+def _message(text: str, kind: str, trainer: lightning.Trainer, folder: Path, saved: int | None) -> str:
+    late = "imed out" in text or "imeout" in text
+    text = re.sub(r"\[[^\]]*\.cc:\d+\] ?", "", text).partition(" This is typically")[0][:160].rstrip(".")
+    why = "did not answer in time" if late else "has ended"
+    remedy = (
+        "All have to be there; one that only needs longer is given more time by trainer.strategy {class_path: "
+        "DDPStrategy, init_args: {timeout: '1:00:00'}}."
+        if late
+        else "What it said itself, or the system's log of memory, says why."
+    )
+    step = "There is no checkpoint yet" if saved is None else f"The last checkpoint is of step {saved}"
+    return (
+        f"{folder}: process {trainer.global_rank} of {trainer.world_size} stops, because another one {why} ({kind}: "
+        f"{text}). {remedy} {step}; resume with: mambaseq fit --resume {folder}"
+    )
+
+
+def watch_processes(trainer: lightning.Trainer) -> None:
+    """To be called before training. A process that Lightning has started ends with the one that started it, and says
+    so: on GPUs it would wait ten minutes for its messages. Before Lightning kills the first process because another one
+    has ended, it says that."""
+    if trainer.world_size == 1:
+        return
+    first = os.environ.get(_STARTED_BY)
+    if first == str(os.getppid()):
+        threading.Thread(target=_end_with, args=(int(first),), daemon=True, name="parent-observer").start()
+    elif trainer.is_global_zero:
+        os.environ[_STARTED_BY] = str(os.getpid())
+        logging.getLogger(_OBSERVER).setLevel(logging.INFO)
+
+
+def _end_with(parent: int, every: float = 1.0, grace: float = 3.0) -> None:
+    while os.getppid() == parent:
+        time.sleep(every)
+    time.sleep(grace)  # most processes notice it by a message that fails, and end in order
+    print("mambaseq: the first process of this run has ended, so this one ends.", file=sys.stderr, flush=True)
+    os._exit(1)
