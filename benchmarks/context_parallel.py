@@ -33,8 +33,8 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.domain import catalog
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel, build_model, causal_lm
-from mambaseq.ops import selective_scan
 from mambaseq.parallel import Context, Part
+from mambaseq.parallel.recurrences import selective_scan
 
 LAYERS = 24
 
@@ -200,6 +200,8 @@ def check_one(
 
 class Scan(Mixer):
     """The selective scan alone, of given steps and matrices."""
+
+    sums_up = True
 
     def __init__(self, d_inner: int, length: int, device: torch.device) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ NOT_IN_WEIGHTS = {
     "class_weights",
     "condition_dropout",
     "context_parallel",
+    "context_states",
     "cuda_graph",
     "dropout",
     "focal_gamma",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,11 @@ from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, RMSNorm, make_norm
 from mambaseq.ops.linear import is_plain
+
+# how ranks that share sequences get the states between their parts; see `ResidualStack`
+ContextStates = Literal["auto", "relayed", "gathered"]
+# of a mixer's time, what it takes to say what a piece does to a state, and to hear what the others do
+_SUMMARY = 1 / 16
 
 
 class ResidualLayer(nn.Module):
@@ -82,6 +87,7 @@ class Backbone(nn.Module, abc.ABC):
         self.chunk_length = chunk_length
         self.cuda_graph = cuda_graph
         self.context_parallel = context_parallel
+        self.context_states: ContextStates = "auto"
         self.graphs = StepGraphs(cuda_graph == "auto")
 
     def check_chunks(self) -> None:
@@ -162,7 +168,7 @@ class Backbone(nn.Module, abc.ABC):
         run = self._run if self.splits_time == "layers" else functools.partial(relay.Whole(self).run, self._run)
         longest = max(piece.end - piece.begin for piece in part.pieces)  # on any rank, so that all do the same
         if len(part.mine) == 1 and (self.chunk_length is None or longest <= self.chunk_length):
-            with relay.Relay(part, part.mine[0]).running():
+            with relay.Relay(part, part.mine[0], gathers=self._gathers(part)).running():
                 return run(x, state, cu_seqlens, return_state)
         self.check_bounded("A rank with several pieces of a sequence")
         if self.chunk_length is not None and longest > max(2, self.chunk_length):  # 1 cannot always be dealt
@@ -173,6 +179,24 @@ class Backbone(nn.Module, abc.ABC):
         from mambaseq.backbones.chunks import run_in_chunks
 
         return run_in_chunks(self, run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
+
+    def _gathers(self, part: parallel.Part) -> bool:
+        """Whether all ranks run a layer at once, from states that they gather, instead of handing them on.
+
+        With L mixers and N ranks, those that hand on wait for N - 1 of L layers. Those that gather wait for none, but
+        each mixer says what its piece does to a state, which takes them `_SUMMARY` of its time.
+        """
+        mixers = [mixer for mixer in self.mixers() if not mixer.position_wise]
+        able = self.splits_time == "layers" and all(mixer.sums_up for mixer in mixers)
+        if self.context_states == "gathered" and not able:
+            names = ", ".join(sorted({type(mixer).__name__ for mixer in mixers if not mixer.sums_up}))
+            raise ConfigError(
+                "context_states: gathered needs states that are decayed sums over positions; "
+                f"{names or 'the backbone'} has others. Set model.backbone.context_states to auto or relayed."
+            )
+        if self.context_states != "auto":
+            return self.context_states == "gathered"
+        return able and part.context.size - 1 > _SUMMARY * len(mixers)
 
     def check_part(self, part: parallel.Part, x: Tensor, cu_seqlens: Tensor | None) -> None:
         """Raise ConfigError or ValueError for what is not a part that this backbone can be given."""
@@ -219,14 +243,14 @@ class Backbone(nn.Module, abc.ABC):
                 branch, residual, new = self._layer(layer, cu_seqlens, branch, residual, old, return_state)
             else:
                 mixer: Any = layer.mixer
-                run = functools.partial(self._layer, layer, cu_seqlens)
+                run = functools.partial(self._layer, handing_on.around(layer), cu_seqlens)
                 branch, residual, new = handing_on.run(mixer, run, branch, residual, old, return_state)
             states.append(new)
         return branch, residual, states
 
     def _layer(
         self,
-        layer: nn.Module,
+        layer: Callable[..., Any],
         cu_seqlens: Tensor | None,
         branch: Tensor | None,
         residual: Tensor,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.parallel import Part
 from mambaseq.parallel.context import Like
+from mambaseq.parallel.ends import Ends
 
 _RELAY: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", default=None)
 # (branch, residual, state, return_state) → (branch, residual, state)
@@ -89,11 +91,15 @@ class Relay:
     """Hands on the states of piece `index` of a part.
 
     keeps: remember what is received, for `again`: the same piece run again, with gradients. Then nothing is sent or
-    received but gradients. backwards: time runs from the last piece to the first.
+    received but gradients. backwards: time runs from the last piece to the first. gathers: nothing is handed on; all
+    ranks run a layer at once, from what each says of its piece (see `mambaseq.parallel.ends`).
     """
 
-    def __init__(self, part: Part, index: int, keeps: bool = False, backwards: bool = False) -> None:
+    def __init__(
+        self, part: Part, index: int, keeps: bool = False, backwards: bool = False, gathers: bool = False
+    ) -> None:
         self.context, self.backwards = part.context, backwards
+        self._part = part if gathers else None
         piece, size = part.pieces[index], part.context.size
         before, after = (index - 1) % size, (index + 1) % size
         n = self._n = piece.stop - piece.first
@@ -127,6 +133,12 @@ class Relay:
         finally:
             self._replayed = None
 
+    def around(self, layer: Any) -> Callable[..., Any]:
+        """The layer, as it is to be run (again, too)."""
+        if self._part is None or layer.mixer.position_wise:
+            return layer
+        return functools.partial(Ends(self._part).call, layer)
+
     def run(
         self,
         mixer: Owner,
@@ -140,6 +152,11 @@ class Relay:
         is wanted, is that of the sequences that end in it."""
         if mixer.position_wise or (self.source is None and self.target is None):
             return layer(branch, residual, given, return_state)
+        if self._part is not None:
+            if given is not None and self._arrive:  # room for what is gathered
+                given = _together(mixer.init_state(self._arrive, device=residual.device), given)
+            branch, residual, new = layer(branch, residual, given, return_state)
+            return branch, residual, _some(new, self._finished) if return_state else None
         wide = _wide(mixer, residual)
         carried = None
         if self.source is not None:

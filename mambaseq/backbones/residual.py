@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.base import Backbone, ResidualLayer
+from mambaseq.backbones.base import Backbone, ContextStates, ResidualLayer
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
@@ -42,6 +42,10 @@ class ResidualStack(Backbone):
         context_parallel: how many processes share every training sequence, each with a part of its positions (see
             `mambaseq.parallel`); trainer.devices is a multiple of it. With chunk_length, chunks are dealt to them in
             turn.
+        context_states: how they get the states between their parts. relayed: each layer's go from one to the next; a
+            process is one layer behind the one before it. gathered: all run a layer at once, after each has told all
+            what its part does to a state; for mixers whose states are decayed sums (mamba, mamba2, gla), without
+            chunks, which are always relayed. auto: what keeps processes waiting less.
     """
 
     splits_time: ClassVar[Literal["layers", "whole", ""]] = "layers"
@@ -59,8 +63,10 @@ class ResidualStack(Backbone):
         mlp: bool | None = None,
         norm: NormName = "rms",
         context_parallel: int = 1,
+        context_states: ContextStates = "auto",
     ) -> None:
         super().__init__(dropout, checkpoint, chunk_length, cuda_graph, context_parallel)
+        self.context_states = context_states
         mixers = make_mixers(make_mixer, n_layers, pattern, mlp)
         self.layers = nn.ModuleList(ResidualLayer(mixer, norm_eps, dropout, norm) for mixer in mixers)
         scale_residual_(mixers)

@@ -73,12 +73,15 @@ class Mixer(nn.Module, abc.ABC):
     causal: position t sees nothing after t. bounded_state: the state's size does not grow with the history. These two
         decide which laws a mixer is tested under.
     companion: the name of the mixer that follows it in a stack by default ("mlp" for those whose published block has a
-        channel MLP). position_wise: position t sees t alone.
+        channel MLP). position_wise: position t sees t alone. sums_up: the state is a sum over positions, each decayed
+        by known factors, and forward takes its ops from `mambaseq.parallel.recurrences`, so that ranks which share a
+        sequence may all run it at once.
     """
 
     causal: ClassVar[bool] = True
     bounded_state: ClassVar[bool] = True
     companion: ClassVar[str | None] = None
+    sums_up: bool = False
     position_wise: ClassVar[bool] = False
     d_model: int
 

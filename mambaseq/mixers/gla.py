@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, check_not_negative, check_positive
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.delta import HeadNorm
-from mambaseq.ops import delta_rule, sequences
+from mambaseq.ops import sequences
 from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.parallel.recurrences import delta_rule
 
 
 @dataclasses.dataclass
@@ -49,6 +50,7 @@ class GLA(Mixer):
     """
 
     companion = "mlp"
+    sums_up = True
 
     def __init__(
         self,

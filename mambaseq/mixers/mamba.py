@@ -20,7 +20,7 @@ from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.mixers.s4d import DiagonalSSM
-from mambaseq.ops import causal_conv, selective_scan, sequences
+from mambaseq.ops import sequences
 from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
 from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
@@ -30,6 +30,8 @@ from mambaseq.ops.decoding.block import BlockWeights, block_positions, block_ste
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
+from mambaseq.parallel import blocks, ends
+from mambaseq.parallel.recurrences import causal_conv, selective_scan
 
 
 @dataclasses.dataclass
@@ -135,6 +137,7 @@ class Mamba(Mixer):
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.lti, self.complex, self.backend = lti, complex, backend
+        self.sums_up = not lti
         # what the kernels of a whole block compute, and those of a step
         self._is_whole = all_selective and not lti and selective_norm_eps is None
         self._is_published = self._is_whole and not complex
@@ -188,8 +191,11 @@ class Mamba(Mixer):
             self._check(state, x, cu_seqlens)
         if x.is_cuda and self._is_whole and self._has_plain(_LAYERS) and self.backend in (None, "cuda"):
             whole = self._block_arguments(x, state, cu_seqlens, return_state)
-            if why_not_whole(whole) is None:
+            if (split := ends.current()) is None and why_not_whole(whole) is None:
                 y, *new = mamba_block(whole)
+                return (y, MambaState(*new)) if return_state else y
+            if split is not None and blocks.why_not(whole, split) is None:
+                y, *new = blocks.mamba_block(whole, split)
                 return (y, MambaState(*new)) if return_state else y
         if x.is_cuda and self.lti and self.backend in (None, "cuda") and self._has_plain(_OUTER_LAYERS):
             whole_lti = self._lti_block_arguments(x, state, cu_seqlens, return_state)

@@ -18,13 +18,15 @@ from mambaseq.errors import ConfigError, check_not_negative, shown
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.mixers.norm import RMSNorm
-from mambaseq.ops import causal_conv, gated_rms_norm, sequences, ssd
+from mambaseq.ops import gated_rms_norm, sequences
 from mambaseq.ops.blocks.mamba2 import Mamba2BlockArguments, mamba2_block
 from mambaseq.ops.blocks.mamba2 import why_not as why_not_whole
 from mambaseq.ops.decoding import layer
 from mambaseq.ops.decoding.step import causal_conv_update_, ssd_update_
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear, is_plain
+from mambaseq.parallel import ends
+from mambaseq.parallel.recurrences import causal_conv, ssd
 
 _LAYERS = ("in_proj", "conv1d", "out_proj", "norm")
 
@@ -80,6 +82,8 @@ class Mamba2(Mixer):
         chunk_size: positions that are computed as one matrix; a matter of speed and memory only.
         backend: what runs the state-space dual; None for the fastest that can (see `mambaseq doctor`).
     """
+
+    sums_up = True
 
     def __init__(
         self,
@@ -165,7 +169,7 @@ class Mamba2(Mixer):
         """See `Mixer.forward`."""
         if state is not None:
             self._check(state, x, cu_seqlens)
-        if _runs_whole(x) and self.backend in (None, "triton") and self._has_plain_layers():
+        if ends.current() is None and _runs_whole(x) and self.backend in (None, "triton") and self._has_plain_layers():
             whole = self._block_arguments(x, state, cu_seqlens, return_state)
             if why_not_whole(whole) is None:
                 y, *new = mamba2_block(whole)

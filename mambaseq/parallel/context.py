@@ -37,6 +37,18 @@ class Like(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Gathering:
+    """Tensors of all ranks that are on their way."""
+
+    def __init__(self, work: Any, sent: Tensor, found: Tensor, kinds: Sequence[Like]) -> None:
+        self._work, self._sent, self._found, self._kinds = work, sent, found, kinds
+
+    def wait(self) -> list[list[Tensor]]:
+        """Those of each rank. A GPU waits in its stream, a CPU here."""
+        self._work.wait()
+        return [_parted(message, self._kinds) for message in self._found]
+
+
 class Context:
     """The ranks among which every sequence is split along time, in the order of time.
 
@@ -183,6 +195,13 @@ class Context:
         found = [torch.empty_like(padded) for _ in range(self.size)]
         self.group.allgather([found], [padded]).wait()
         return [one[:count] for one, count in zip(found, counts, strict=True)]
+
+    def begin_gather(self, tensors: Sequence[Tensor]) -> Gathering:
+        """Send every rank these tensors, of the same shapes and dtypes on all; without gradients. Does not wait."""
+        message = _joined(tensors)
+        found = message.new_empty(self.size, message.numel())
+        work = self.group.allgather([list(found.unbind())], [message])
+        return Gathering(work, message, found, [Like.of(tensor) for tensor in tensors])
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make every parameter's gradient the sum over all ranks; after `backward` on each, with the same parameters.

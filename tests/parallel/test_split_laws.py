@@ -184,3 +184,18 @@ def test_outputs_states_and_gradients_are_those_of_one_device(name: str, options
     split_equals_whole(backbone, 2, packed=True, given=False, lengths=[11, 2])
     if all(mixer.bounded_state for mixer in backbone.mixers()):
         split_equals_whole(backbone, 2, packed=True, given=True, chunk_length=4)
+
+
+GATHERED = [case for case in CASES if plain(case[0], tuple(case[1].items())).mixers()[0].sums_up]
+
+
+@pytest.mark.parametrize(("name", "options"), GATHERED, ids=[f"{name}-{n}" for n, (name, _) in enumerate(GATHERED)])
+def test_ranks_that_run_a_layer_at_once_compute_what_one_device_does(name: str, options: dict[str, Any]) -> None:
+    backbone = copy.deepcopy(plain(name, tuple(options.items())))
+    backbone.context_states = "gathered"
+    split_equals_whole(backbone, 3, packed=False, given=True, lengths=[6, 1, 6])
+    split_equals_whole(backbone, 4, packed=False, given=False, lengths=[8, 2, 1, 2])
+    split_equals_whole(backbone, 3, packed=True, given=True)
+    split_equals_whole(backbone, 4, packed=True, given=False)
+    backbone.checkpoint = True
+    split_equals_whole(backbone, 2, packed=True, given=False, lengths=[11, 2])

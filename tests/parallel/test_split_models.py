@@ -262,6 +262,20 @@ def test_what_needs_whole_sequences_is_refused_by_name() -> None:
     refused(model(chunk_length=4), "Split it with chunk_length=4", tokens)
 
 
+def test_ranks_gather_states_where_handing_them_on_would_have_them_wait_longer() -> None:
+    part = contexts(3)[0].split(LENGTH)
+    for n_layers, mixer, expected in ((4, "mamba", True), (40, "mamba", False), (4, "rwkv4", False)):
+        with torch.device("meta"):
+            assert causal_lm(7, 8, n_layers, mixer).backbone._gathers(part) == expected
+    one = model()
+    one.backbone.context_states = "relayed"
+    assert not one.backbone._gathers(part)
+    split_step(one, 3, *data(2))
+    attending = causal_lm(7, 8, 2, "mamba", pattern=["mamba", "attention"])
+    attending.backbone.context_states = "gathered"
+    refused(attending, "context_states: gathered needs .* Attention has others", data()[0])
+
+
 def test_splits_that_cannot_be_are_refused() -> None:
     context = contexts(3)[0]
     with pytest.raises(ConfigError, match="2 positions cannot be split over 3 ranks"):

@@ -6,7 +6,7 @@ Stored are the input, the products of in_proj and x_proj, and the scan's states 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ _SCHEMA = (
     "Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor? conv_state, Tensor? ssm_state, "
     "Tensor? A_imag, Tensor? cu_seqlens, bool wants_state"
 )
-_DIFFERENTIABLE = 15  # of them, the first
+DIFFERENTIABLE = 15  # of them, the first
 
 
 class BlockArguments(NamedTuple):
@@ -127,6 +127,37 @@ def _split(a: BlockArguments, products: Tensor) -> tuple[Tensor, ...]:
     return products[:, :rank], products[:, rank : rank + width], products[:, rank + width :]
 
 
+class Link(Protocol):
+    """What a block that has a piece of its sequences hears of other pieces, where these are with other devices. What is
+    asked for is begun early and fetched late, so that it is on its way while the block computes."""
+
+    def begin_conv(self, tail: Tensor) -> None:
+        """tail `(batch, steps, d_inner)`: the last inputs of the convolution, width - 1 of them if there are."""
+
+    def conv_state(self) -> Tensor | None:
+        """The states that the convolution begins with."""
+
+    def begin_scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> None:
+        """The scan's inputs but z, `(batch, length, ...)`."""
+
+    def ssm_state(self) -> Tensor | None:
+        """The states that the scan begins with."""
+
+    def begin_scan_gradient(
+        self, dy: Tensor, dt: Tensor, C: Tensor, A: Tensor, z: Tensor, dstate: Tensor | None
+    ) -> None:
+        """The gradients of the scan's outputs and last states."""
+
+    def scan_gradient(self) -> Tensor | None:
+        """The gradients of the last states, with what other pieces make of them."""
+
+    def begin_conv_gradient(self, dstate: Tensor | None) -> None:
+        """The gradients of the states that the convolution began with."""
+
+    def add_conv_gradient_(self, dx: Tensor) -> None:
+        """Add to the gradients of the convolution's inputs what other pieces make of the last of them."""
+
+
 class _Matrices(NamedTuple):
     """The weight matrices, cast to the dtype of x."""
 
@@ -136,18 +167,56 @@ class _Matrices(NamedTuple):
     out_proj: Tensor
 
 
-def _matrices(a: BlockArguments) -> _Matrices:
+def matrices(a: BlockArguments) -> _Matrices:
     return _Matrices(*(w.to(a.x.dtype) for w in (a.in_proj, a.x_proj, a.dt_proj, a.out_proj)))
 
 
-def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
+def _in_time(a: BlockArguments, rows: Tensor) -> Tensor:
+    """Rows of numbers as `(batch, length, numbers)`; complex where states are and these have two for each."""
+    return rows.unflatten(0, a.sizes[:2])
+
+
+def _B_and_C(a: BlockArguments, products: Tensor) -> tuple[Tensor, Tensor]:
+    B, C = (_in_time(a, M) for M in _split(a, products)[1:])
+    if a.A_imag is None:
+        return B, C
+    B, C = (torch.complex(M[..., ::2].float(), M[..., 1::2].float()) for M in (B, C))
+    return B, C
+
+
+def _whole_A(a: BlockArguments) -> Tensor:
+    return -torch.exp(vector(a.A_log.detach())) if a.A_imag is None else _A(a)
+
+
+def _project(a: BlockArguments, m: _Matrices, hidden: Tensor, xz: Tensor, half: slice) -> None:
+    """Write one half of in_proj's output."""
+    if a.in_bias is None:
+        torch.mm(hidden, m.in_proj[half].t(), out=xz[:, half])
+    else:
+        torch.addmm(a.in_bias[half].to(hidden.dtype), hidden, m.in_proj[half].t(), out=xz[:, half])
+
+
+def forward(a: BlockArguments, m: _Matrices, keep: bool, link: Link | None = None) -> tuple[Tensor, ...]:
+    """Output, states, and what `backward` wants of it if `keep`, without autograd. link: to other pieces."""
     batch, length, d_inner = a.sizes
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
-        xz = linear(a.x.reshape(batch * length, -1), m.in_proj, a.in_bias)  # (rows, 2 d_inner)
+        hidden = a.x.reshape(batch * length, -1)
+        if link is None:
+            xz = linear(hidden, m.in_proj, a.in_bias)  # (rows, 2 d_inner)
+        else:
+            last = a.x[:, max(0, length - a.conv.shape[-1] + 1) :]
+            link.begin_conv(linear(last, m.in_proj[:d_inner], None if a.in_bias is None else a.in_bias[:d_inner]))
+            xz = hidden.new_empty(batch * length, 2 * d_inner)
+            _project(a, m, hidden, xz, slice(0, d_inner))
+            a = a._replace(conv_state=link.conv_state())
         u, conv_state = conv.forward_into(_conv_arguments(a, xz))
         u = u.view(-1, d_inner)  # (rows, d_inner)
         products = u @ m.x_proj.t()
         dt = _split(a, products)[0] @ m.dt_proj.t()
+        if link is not None:
+            link.begin_scan(_in_time(a, u), _in_time(a, dt), *_B_and_C(a, products), _whole_A(a))
+            _project(a, m, hidden, xz, slice(d_inner, 2 * d_inner))
+            a = a._replace(ssm_state=link.ssm_state())
         y, ssm_state, kept = scan.forward(_scan_inputs(a, xz, u, dt, products), keep)
         out = linear(y, m.out_proj, a.out_bias).view(batch, length, -1)  # (batch, length, d_model)
     if conv_state is None or not a.wants_state:
@@ -155,7 +224,7 @@ def _forward(a: BlockArguments, m: _Matrices, keep: bool) -> tuple[Tensor, ...]:
     return out, conv_state, ssm_state, xz, products, kept
 
 
-def _backward(
+def backward(
     a: BlockArguments,
     m: _Matrices,
     dout: Tensor,
@@ -164,20 +233,30 @@ def _backward(
     xz: Tensor,
     products: Tensor,
     kept: Tensor,
+    link: Link | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of the first arguments, see `forward`; a: with the states that its convolution and its scan began
+    with."""
     batch, length, d_inner = a.sizes
     dtype = xz.dtype
     with portable.on(a.x), torch.autocast("cuda", enabled=False):
         hidden = a.x.reshape(batch * length, -1)  # (rows, d_model)
         dout = dout.to(dtype).reshape(batch * length, -1)  # (rows, d_model)
-        conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
-        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)  # (rows, d_inner)
         low = _split(a, products)[0]
         dt = low @ m.dt_proj.t()
+        dy = scan.Rows(dout @ m.out_proj, d_inner)
+        if link is not None:
+            z = _in_time(a, xz[:, d_inner:])
+            dy_in_time, C = _in_time(a, dy.data), _B_and_C(a, products)[1]
+            link.begin_scan_gradient(dy_in_time, _in_time(a, dt), C, _whole_A(a), z, dssm)
+            del z, dy_in_time
+        conv_arguments = _conv_arguments(a, xz)._replace(wants_final_state=False)
+        u = conv.forward_into(conv_arguments)[0].view(-1, d_inner)  # (rows, d_inner)
+        if link is not None:
+            dssm = link.scan_gradient()
         dxz, dproducts, gated = torch.empty_like(xz), torch.empty_like(products), torch.empty_like(u)
         dlow, dB, dC = _split(a, dproducts)
         inputs = _scan_inputs(a, xz, u, dt, products)
-        dy = scan.Rows(dout @ m.out_proj, d_inner)
         dstate = _state(dssm, a.A_imag is not None)
         found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
         del dy, inputs, dt
@@ -185,11 +264,15 @@ def _backward(
         dout_proj = weight_gradient(dout, gated, a.out_proj)
         del gated
         torch.mm(found.ddt, m.dt_proj, out=dlow)
-        ddt_proj = weight_gradient(found.ddt, low, a.dt_proj)
-        dx_proj = weight_gradient(dproducts, u, a.x_proj)
         du = found.dx.addmm_(dproducts, m.x_proj).view(batch, length, d_inner)
         dx_of_conv = dxz.view(batch, length, -1)[..., :d_inner]  # (batch, length, d_inner)
         _, dconv_weight, dconv_bias, dconv_state = conv.backward_into(conv_arguments, du, dconv, dx_of_conv)
+        if link is not None:
+            link.begin_conv_gradient(dconv_state)
+        ddt_proj = weight_gradient(found.ddt, low, a.dt_proj)
+        dx_proj = weight_gradient(dproducts, u, a.x_proj)
+        if link is not None:
+            link.add_conv_gradient_(dx_of_conv)
         dx = dxz @ m.in_proj
         dA, dA_imag = found.dA, None
         if a.A_imag is not None:  # through A = -exp(A_log) + i A_imag
@@ -235,5 +318,5 @@ def _fake(a: BlockArguments, keep: bool) -> tuple[Tensor, ...]:
 
 
 mamba_block = block_operator(
-    Block("mamba_block", BlockArguments, _SCHEMA, _DIFFERENTIABLE, 3, _matrices, _forward, _backward, _fake, why_not)
+    Block("mamba_block", BlockArguments, _SCHEMA, DIFFERENTIABLE, 3, matrices, forward, backward, _fake, why_not)
 )
