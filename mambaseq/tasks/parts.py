@@ -173,7 +173,7 @@ def _part_of(action: str) -> str | None:
 def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The modules of a model whose calls are timed, and what they are called."""
     found: list[tuple[nn.Module, str]] = [(model.encoder, "encoder"), (model.head, "head and loss")]  # type: ignore[list-item]
-    for module in model.backbone.modules():  # type: ignore[union-attr, operator]
+    for module in model.backbone.modules():  # type: ignore[union-attr]
         if isinstance(module, ResidualLayer):
             found.append((module, f"{type(module.mixer).__name__} layers"))
     return found
