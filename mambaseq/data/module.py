@@ -327,7 +327,8 @@ class SequenceDataModule(lightning.LightningDataModule):
     set_names: for "val" and "test", the names of the sets that the loaders were last made for (see `named_sets`).
     batches_done: how many training batches the run has seen (counted by the task); saved with every checkpoint. The
         order of the data depends only on it and the seed.
-    sharing: how many processes in a row are given the same training batches (see `mambaseq.parallel`).
+    sharing, sharing_validation: how many processes in a row are given the same batches, of training and of validation
+        (see `mambaseq.parallel`).
     """
 
     def __init__(
@@ -341,7 +342,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         self.data = data
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.collate = pack_collate if pack else data.collate
-        self.batches_done, self.sharing = 0, 1
+        self.batches_done, self.sharing, self.sharing_validation = 0, 1, 1
         self.set_names: dict[str, list[str]] = {}
 
     def setup(self, stage: str) -> None:
@@ -392,13 +393,14 @@ class SequenceDataModule(lightning.LightningDataModule):
     def _evaluation_loaders(self, sets: Any | None, stage: str, what: str) -> list[DataLoader]:
         named = named_sets(sets)
         self.set_names[stage] = list(named)
-        return [self._evaluation_loader(part, f"{what} {name}".rstrip()) for name, part in named.items()]
+        shared = self.sharing_validation if stage == "val" else 1
+        return [self._evaluation_loader(part, f"{what} {name}".rstrip(), shared) for name, part in named.items()]
 
-    def _evaluation_loader(self, dataset: Any, what: str) -> DataLoader:
+    def _evaluation_loader(self, dataset: Any, what: str, shared: int) -> DataLoader:
         if len(dataset) == 0:
             raise DataError(f"The {what} set is empty. Check the split settings under data: and the input files.")
         if self.trainer is not None and self.trainer.world_size > 1:  # every item once, for any number of processes
-            rank, world = self.trainer.global_rank, self.trainer.world_size
+            rank, world = self.trainer.global_rank // shared, self.trainer.world_size // shared
             if len(dataset) < world:
                 raise DataError(
                     f"The {what} set has {len(dataset)} sequences, fewer than one for each of {world} processes. Lower "

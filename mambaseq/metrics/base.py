@@ -25,6 +25,8 @@ class Metric(torchmetrics.Metric, abc.ABC):
         None: either.
     measures: "labels" (one of several classes), "multilabels" (any of several labels) or "values", as `Batch.kind`;
         None: any of them. These two let a run refuse a metric that does not fit before its first step.
+    splits_time: whether it is a sum over positions, so that processes that share sequences may each update it with
+        their part (see `mambaseq.parallel`).
     """
 
     full_state_update = False
@@ -32,6 +34,7 @@ class Metric(torchmetrics.Metric, abc.ABC):
     scalar: ClassVar[bool] = True
     per_token: ClassVar[bool | None] = None
     measures: ClassVar[Kind | None] = None
+    splits_time: ClassVar[bool] = False
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class _Likelihood(Metric):
     needs_logits = False
     higher_is_better = False
     measures: ClassVar[Kind | None] = "labels"
+    splits_time: ClassVar[bool] = True
     nll: Tensor
     units: Tensor
 
@@ -86,6 +87,7 @@ class TokenAccuracy(Metric):
 
     higher_is_better = True
     measures: ClassVar[Kind | None] = "labels"
+    splits_time: ClassVar[bool] = True
     correct: Tensor
     total: Tensor
 

@@ -132,6 +132,7 @@ class Task(lightning.LightningModule):
         self._fits = False
         # of the processes that share this one's training sequences
         self._context: Context | None = None
+        self._validates_parts = False
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
         self.keep_answers = keep_answers
@@ -155,13 +156,17 @@ class Task(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raise ConfigError for sequences that are to be shared by processes (`context_parallel`) in another way than
-        can be. Only those of training are: an evaluation keeps no activations."""
+        can be. Those of training are, and those that are validated meanwhile, if the loss and all metrics are sums over
+        positions (`Metric.splits_time`); others are validated whole, by one process each."""
         shared = getattr(self.model.backbone, "context_parallel", 1) if stage == "fit" else 1
         self._context = None
         if shared > 1:
             self.model.check_splits_time()
             self._context = make_context(shared, self.trainer.strategy)
-        self.trainer.datamodule.sharing = shared  # type: ignore[attr-defined]
+        adds = self.model.head.per_token and all(metric.splits_time for metric in self._metrics("val").values())
+        self._validates_parts = self._context is not None and adds
+        module: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        module.sharing, module.sharing_validation = shared, shared if self._validates_parts else 1
 
     def on_train_start(self) -> None:
         self._window, self._fits = None, False
@@ -191,22 +196,24 @@ class Task(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = shorten(batch, self.length_warmup.length(self.global_step, batch.inputs.shape[1]))
-        output = self._run_shared(batch)
+        output, _ = self._run_shared(batch)
         assert output.loss is not None
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
         self.log("train/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0])
         return self._weighted(output.loss, batch)
 
-    def _run_shared(self, batch: Batch) -> ModelOutput:
-        """The model's output, for this process's part of sequences that several share; the loss is that of them all."""
+    def _run_shared(self, batch: Batch, return_logits: bool | None = None) -> tuple[ModelOutput, Batch]:
+        """The model's output for this process's part of sequences that several share, and the part; the loss is that of
+        them all."""
         if self._context is None:
-            return self.run_model(batch)
+            return self.run_model(batch, return_logits), batch
         chunk_length = getattr(self.model.backbone, "chunk_length", None)
         part = self._context.split(
             batch.inputs.shape[1], batch.inputs.shape[0], batch.cu_seqlens, chunk_length=chunk_length
         )
         with part:
-            return self.run_model(part.share(batch))
+            share = part.share(batch)
+            return self.run_model(share, return_logits), share
 
     def _weighted(self, loss: Tensor, batch: Batch) -> Tensor:
         """A mean over the batch's targets, scaled so that its mean over batches and processes becomes, after
@@ -265,7 +272,16 @@ class Task(lightning.LightningModule):
         loss, metrics = self._measures(stage, number)
         check_kinds(self.model, batch, metrics)
         reads = self.keep_answers or any(metric.needs_logits for metric in metrics.values())
-        output = self.run_model(batch, reads or None)
+        if stage == "val" and self._validates_parts:
+            assert self._context is not None
+            if batch.inputs.shape[1] < self._context.size:  # too short for a part each: one of them takes it
+                if self._context.rank:
+                    return
+                output = self.run_model(batch, reads or None)
+            else:
+                output, batch = self._run_shared(batch, reads or None)
+        else:
+            output = self.run_model(batch, reads or None)
         for metric in (loss, *metrics.values()):
             metric.update(output, batch)
         if self.keep_answers:

@@ -6,19 +6,28 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from parallel.ranks import contexts, on_ranks
 
+from mambaseq.batch import Batch
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
+from mambaseq.metrics.likelihood import BitsPerByte, BitsPerToken, TokenAccuracy
+from mambaseq.models import causal_lm
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks import task as task_module
 from mambaseq.tasks.contexts import make_context
+from mambaseq.tasks.task import Task
 
 CONFIG = """
-metrics: [bits_per_token]
+metrics: [bits_per_token, token_accuracy]
 data: {name: "tiny:TinyTokens", size: 32}
 model:
   d_model: 8
@@ -61,7 +70,7 @@ def test_two_processes_share_sequences_and_learn_what_one_does(tmp_path: Path) -
         assert (tensor - two["state_dict"][name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
     tokens = [checkpoint["callbacks"]["Throughput"]["tokens"] for checkpoint in (one, two)]
     assert tokens[0] == tokens[1]
-    for curve in ("train/loss", "train/grad_norm", "val/bits_per_token"):
+    for curve in ("train/loss", "train/grad_norm", "val/bits_per_token", "val/token_accuracy"):
         curves = [RunFolder(tmp_path / name).curve(curve) for name in ("one", "two")]
         assert curves[0]
         for (step, value), (other_step, other) in zip(*curves, strict=True):
@@ -79,3 +88,63 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, capsys: pytest.
     assert "context_parallel" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy"):
         make_context(1, SingleDeviceStrategy("cpu"))
+
+
+class Whole(BitsPerToken):
+    """One that no part can update."""
+
+    splits_time = False
+
+
+def test_validation_is_shared_where_metrics_are_sums_over_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = causal_lm(7, 8, 2, "mamba", d_state=3)
+    tokens, targets = torch.randint(0, 7, (2, 3, 9))
+    targets[0, :7] = -100
+    units = torch.tensor([40])
+    batches = [
+        Batch(tokens, targets, n_units=units),
+        Batch(tokens[:, :1], targets[:, 1:2], n_units=units),  # too short for two
+        Batch(tokens[:1], targets[:1], cu_seqlens=torch.tensor([0, 2, 9], dtype=torch.int32), n_units=units),
+    ]
+    named = {"bits_per_byte": BitsPerByte(), "token_accuracy": TokenAccuracy()}
+    seen: list[list[int]] = [[], []]
+
+    class Module:
+        sharing = sharing_validation = 0
+
+    def measured(rank: int | None, metrics: dict[str, Any]) -> tuple[dict[str, float], int]:
+        task = Task(model, metrics=metrics).eval()
+        trainer = type("Trainer", (), {"datamodule": Module(), "strategy": None})()
+        monkeypatch.setattr(Task, "trainer", trainer)
+        if rank is not None:
+            run = task.run_model
+            task.run_model = lambda batch, *rest: (seen[rank].append(batch.inputs.shape[1]), run(batch, *rest))[1]
+        task.setup("fit")
+        with torch.no_grad():
+            for batch in batches:
+                task._evaluate(batch, "val", 0)
+        held = {"loss": task.losses["val_"], **task._metrics("val")}
+        sums = {f"{n}.{k}": float(getattr(m, k)) for n, m in held.items() for k in m._defaults}
+        return sums, trainer.datamodule.sharing_validation
+
+    whole, shared = measured(None, named)
+    assert shared == 1
+    model.backbone.context_parallel = 2
+    found = contexts(2)
+    rank_of = {}
+    monkeypatch.setattr(task_module, "make_context", lambda shared, strategy: found[rank_of[threading.get_ident()]])
+
+    def on_rank(rank: int) -> tuple[dict[str, float], int]:
+        rank_of[threading.get_ident()] = rank
+        return measured(rank, named)
+
+    parts = on_ranks(2, on_rank)
+    assert [shared for _, shared in parts] == [2, 2]
+    assert seen == [[4, 1, 4], [5, 5]]
+    for name, value in whole.items():
+        assert sum(one[name] for one, _ in parts) == pytest.approx(value, rel=1e-5), name
+    rank_of[threading.get_ident()] = 0
+    again, shared = measured(None, {"bits_per_token": Whole()})
+    assert shared == 1
+    assert again["loss.nll"] == pytest.approx(whole["loss.nll"])
