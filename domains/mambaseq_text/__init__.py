@@ -37,6 +37,10 @@ domain = Domain(
             "mambaseq_text.recipes.books:recipe",
             "novels in bytes and word pieces: Mamba, Mamba-2, a hybrid and a Transformer, by tokens and by time",
         ),
+        "books_mixers": (
+            "mambaseq_text.recipes.books_mixers:recipe",
+            "the same novels in bytes: Mamba-1 to -3, delta rules, hybrids and a Transformer, three seeds each",
+        ),
     },
     configs={
         "pile": ("mambaseq:configs/text/pile.yaml", "the Pile with the Mamba paper's recipe, 125 M parameters"),

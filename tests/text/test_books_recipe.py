@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from mambaseq_text.baselines import interpolated
-from mambaseq_text.recipes import books, shelf
-from mambaseq_text.recipes.books import CONTENDERS, ENTRIES, PIECES, Shelf, tables
+from mambaseq_text.recipes import books, books_mixers, shelf
+from mambaseq_text.recipes.books import CONTENDERS, ENTRIES, PIECES, TODAY, Shelf, tables
 from mambaseq_text.recipes.shelf import Split, Texts, Tokens
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
 
@@ -73,6 +73,20 @@ def test_all_of_it_and_once_only(texts: Texts, tmp_path: Path, tokenizer_json: P
     assert [line.name for line in again[0].lines] == list(named)
 
 
+def test_the_mixers_of_today_beside_the_published_order(texts: Texts, tmp_path: Path) -> None:
+    made = context(tmp_path, "Mamba-2", "Mamba-3, rank 4", "KDA")
+    (table,) = books_mixers.tables(made, texts)
+    lines = {line.name: line for line in table.lines}
+    assert lines["KDA"].paper == "52.28"
+    first, second = (lines[name].values["bits"][0] for name in ("Mamba-3, rank 4", "KDA"))
+    ahead = lines["Mamba-3, rank 4 is ahead of KDA by"]
+    assert ahead.values == {"bits": [second - first], "ahead": [float(first < second)]}
+    assert ahead.note.startswith("as" if first < second else "the other way")
+    drawn = " ".join(xml.etree.ElementTree.parse(tmp_path / "books_mixers.svg").getroot().itertext())
+    assert "KDA" in drawn
+    assert "rank 4" not in drawn  # which is in the other picture
+
+
 def test_a_killed_training_goes_on_with_its_curve_and_its_best_weights(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +114,10 @@ def test_a_killed_training_goes_on_with_its_curve_and_its_best_weights(
 def test_models_are_of_one_size() -> None:
     sizes = {}
     with torch.device("meta"):
-        for name, of in CONTENDERS.items():
+        for name, of in {**CONTENDERS, **TODAY}.items():
             sizes[name] = causal_lm(256, books.D_MODEL, of.n_layers, of.mixer, **of.more).n_parameters()
     assert max(sizes.values()) < 1.05 * min(sizes.values()), sizes
-    assert set(ENTRIES) > set(CONTENDERS)
+    assert set(ENTRIES) > {*CONTENDERS, *TODAY}
 
 
 def test_all_bytes_of_a_book_count_once_whatever_the_tokens(texts: Texts, tokenizer_json: Path) -> None:

@@ -48,6 +48,15 @@ CONTENDERS = {
     "hybrid": Contender(20, "mamba2", {"pattern": _PATTERN, "mlp": False}),
     "Transformer++": Contender(9, "attention", {"mixers": {"mlp": {"expand": 3}}}),
 }
+_DELTA = ["gated_delta", "gated_delta", "gated_delta", "attention"]
+TODAY = {
+    "Mamba-3": Contender(18, "mamba3"),
+    "Mamba-3, rank 4": Contender(14, "mamba3", {"rank": 4}),
+    "gated delta": Contender(20, "gated_delta"),
+    "KDA": Contender(23, "kda"),
+    "gated delta hybrid": Contender(16, "gated_delta", {"pattern": _DELTA}),
+}
+"""Mixers of today, which the recipe `books_mixers` trains beside the others."""
 D_MODEL = 512
 
 
@@ -65,7 +74,8 @@ VARIANTS = {
     f"{name}, dropout {DROPOUT:g}": entry._replace(dropout=DROPOUT) for name, entry in {**_USUAL, **_PIECES}.items()
 }
 """Trained only when they are named: they say whether the others overfit."""
-ENTRIES = {**_USUAL, **_PIECES, **VARIANTS}
+_TODAY = {name: Entry(name) for name in TODAY}
+ENTRIES = {**_USUAL, **_PIECES, **VARIANTS, **_TODAY}
 
 
 class Sizes(NamedTuple):
@@ -114,7 +124,7 @@ class Shelf:
         return split.bits(model, self.of(entry)[1], positions)
 
     def make(self, entry: Entry, seed: int) -> SequenceModel:
-        of = CONTENDERS[entry.contender]
+        of = (CONTENDERS | TODAY)[entry.contender]
         at_least = len(of.more.get("pattern", [0]))
         n_layers = self.context.at(
             full=of.n_layers, small=max(of.n_layers // 4, at_least), tiny=max(of.n_layers // 9, at_least)
@@ -269,7 +279,7 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
         trained([f"{name}, {PIECES}" for name in leading], context.seeds)
     timed = list(found) or list(_USUAL)
     speeds = {name: of.speed(name) for name in timed} if not context.only or SPEED in context.only else {}
-    made = [_line(name, found.get(name, {}), of, speeds.get(name)) for name in dict.fromkeys([*found, *speeds])]
+    made = [line_of(name, found.get(name, {}), of, speeds.get(name)) for name in dict.fromkeys([*found, *speeds])]
     if not context.only or FLOORS in context.only:
         counted = context.trial(FLOORS, lambda _: floors(texts))
         bound = Bound("bits", "<=", counted["Markov bits"])
@@ -278,11 +288,11 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
         made += _floor_lines(counted)
     if not context.only:
         made.append(_lead(leading[0], leading[1], found))
-    _draw(context, of, found, speeds)
-    return [Table("Novels: bits a byte of books that training does not see", _about(of, made), _COLUMNS, made)]
+    draw(context, "books.svg", of, found, speeds)
+    return [Table("Novels: bits a byte of books that training does not see", _about(of, made), COLUMNS, made)]
 
 
-_COLUMNS = [
+COLUMNS = [
     Column("bits", "bits a byte, test books", 3),
     Column("carried", "the same, by the state passed on", 3),
     Column("validation", "validation book", 3),
@@ -296,7 +306,7 @@ _COLUMNS = [
 ]
 
 
-def _line(name: str, values: dict[str, list[float]], of: Shelf, speed: float | None) -> Line:
+def line_of(name: str, values: dict[str, list[float]], of: Shelf, speed: float | None) -> Line:
     if "carried" in values:
         values["carried"] = [value for value in values["carried"] if math.isfinite(value)]
     if speed is not None:
@@ -330,8 +340,10 @@ def _lead(first: str, second: str, found: dict[str, dict[str, list[float]]]) -> 
     return Line(f"{first} is ahead of {second} by", ahead, note=f"on the test books: {said}")
 
 
-def _draw(context: Context, of: Shelf, found: dict[str, dict[str, list[float]]], speeds: dict[str, float]) -> None:
-    """Write `books.svg` into the recipe's folder: the validation book's bits, the mean of the seeds, against what was
+def draw(
+    context: Context, file_name: str, of: Shelf, found: dict[str, dict[str, list[float]]], speeds: dict[str, float]
+) -> None:
+    """Write a picture into the recipe's folder: the validation book's bits, the mean of the seeds, against what was
     read and, where speeds are known, against time. A training's first look is left out: it would set the scale."""
     read, time, named = [], [], []
     for number, name in enumerate(name for name in found if name not in VARIANTS):
@@ -366,26 +378,33 @@ def _draw(context: Context, of: Shelf, found: dict[str, dict[str, list[float]]],
     head, inner = frame(wide, 260 + top + 6, told, body).split(">", 1)
     style = f".chart {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ .chart {{ {DARK} }} }} {STYLE}"
     ground = '<rect width="100%" height="100%" rx="8" fill="var(--ground)"/>'
-    with atomic_file(context.folder / "books.svg", "w", encoding="utf-8") as file:
+    with atomic_file(context.folder / file_name, "w", encoding="utf-8") as file:
         file.write(f"{head}><style>{style}</style>{ground}{inner}\n")
 
 
-def _about(of: Shelf, made: Sequence[Line]) -> str:
+def about_training(of: Shelf) -> str:
+    """What all contenders have in common."""
     sizes, texts = of.sizes, of.texts
     n = {name: f"{sum(map(len, books)):,}" for name, books in texts._asdict().items()}
-    seeds = len(of.context.seeds)
-    said = (
+    return (
         f"{len(texts.train)} novels to train on ({n['train']} bytes), {len(texts.validation)} for validation "
         f"({n['validation']}), {len(texts.test)} to test ({n['test']}), of other authors: whole books, no edition in "
         f"two sets. {sizes.steps:,} steps of {sizes.batch_size} windows of {sizes.length:,} bytes "
         f"({of.bytes_read('Mamba', sizes.steps) / len(of.bytes.train):.1f} passes), the same windows in the same order "
-        f"for all with one seed; in word pieces of GPT-NeoX's tokenizer, {sizes.pieces:,} a window, which are about as "
-        "many bytes. The hybrid has attention without MLP in every fifth layer; attention is rotary, with a SwiGLU MLP "
-        f"behind it in the Transformer. AdamW, warm-up and cosine, {PRECISION}. The peak rate of each is the best of "
-        f"{', '.join(f'{rate:g}' for rate in RATES)} on the validation book after one {TRIED}th of the steps. The "
-        f"validation book is read {len(range(sizes.every, sizes.steps + 1, sizes.every))} times, at fixed steps; the "
-        "weights that are best there are tested once, in pieces of a window that know only themselves, and, where the "
-        "state does not grow, over whole books by the state passed on. "
+        f"for all with one seed. Attention is rotary, with a SwiGLU MLP behind it in the Transformer. AdamW, warm-up "
+        f"and cosine, {PRECISION}. The peak rate of each is the best of {', '.join(f'{rate:g}' for rate in RATES)} on "
+        f"the validation book after one {TRIED}th of the steps. The validation book is read "
+        f"{len(range(sizes.every, sizes.steps + 1, sizes.every))} times, at fixed steps; the weights that are best "
+        "there are tested once, in pieces of a window that know only themselves, and, where the state does not grow, "
+        "over whole books by the state passed on. "
+    )
+
+
+def _about(of: Shelf, made: Sequence[Line]) -> str:
+    seeds = len(of.context.seeds)
+    said = about_training(of) + (
+        f"In word pieces of GPT-NeoX's tokenizer a window is {of.sizes.pieces:,}, which are about as many bytes. The "
+        "hybrid has attention without MLP in every fifth layer. "
     )
     if any("minutes" in line.values for line in made):
         said += "Minutes are those of all steps at the speed of a hundred steps with the GPU for themselves. "
