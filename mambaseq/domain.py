@@ -172,6 +172,10 @@ CORE: dict[str, Entries] = {
     "metrics": {
         "bits_per_token": ("mambaseq.metrics.likelihood:BitsPerToken", "mean negative log2 likelihood of a target"),
         "bits_per_byte": ("mambaseq.metrics.likelihood:BitsPerByte", "the same, per byte of the raw data"),
+        "bits_by_length": (
+            "mambaseq.metrics.likelihood:BitsByLength",
+            "bits a target in sequences (documents) of each length; a table",
+        ),
         "perplexity": ("mambaseq.metrics.likelihood:Perplexity", "exp of the mean negative log likelihood"),
         "token_accuracy": ("mambaseq.metrics.likelihood:TokenAccuracy", "share of targets ranked first"),
         "accuracy": ("mambaseq.metrics.classification:Accuracy", "share of labels that are right"),

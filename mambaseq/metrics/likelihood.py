@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.batch import Batch
+from mambaseq.errors import ConfigError
 from mambaseq.heads.base import Kind
 from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
@@ -105,3 +107,41 @@ class TokenAccuracy(Metric):
 
     def compute(self) -> Tensor:
         return self.correct / self.total
+
+
+class BitsByLength(Metric):
+    """Mean negative log2 likelihood of the targets of sequences (documents, where they are packed) of 2^k up to 2^(k+1)
+    - 1 tokens: rows of 2^k, the number of targets, and bits a target; `(rows, 3)` float64."""
+
+    scalar = False
+    higher_is_better = None
+    per_token: ClassVar[bool | None] = True
+    measures: ClassVar[Kind | None] = "labels"
+    sums: Tensor
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.add_state("sums", torch.zeros(2, 63, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        targets, logits = batch.targets, output.logits
+        assert targets is not None
+        if logits is None or logits.shape[:-1] != targets.shape:
+            raise ConfigError("The metric bits_by_length needs a head that gives logits for each target. Leave it out.")
+        known = (targets != -100).flatten(2).sum(2) if targets.dim() > 2 else targets != -100
+        nll = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view_as(targets)
+        nll = nll.flatten(2).sum(2) if targets.dim() > 2 else nll
+        if batch.cu_seqlens is not None:
+            lengths = batch.cu_seqlens.diff().long()
+            of = lengths.repeat_interleave(lengths, output_size=targets.shape[1])[None]
+        elif batch.mask is not None:
+            of = batch.mask.sum(1, keepdim=True).expand_as(nll)
+        else:
+            of = torch.full_like(nll, targets.shape[1], dtype=torch.long)
+        k = torch.bucketize(of.flatten(), 2 ** torch.arange(1, 63, device=of.device), right=True)
+        self.sums.index_add_(1, k, torch.stack([nll.flatten(), known.flatten()]).double())
+
+    def compute(self) -> Tensor:
+        seen = self.sums[1].nonzero()[:, 0]
+        nll, count = self.sums[:, seen]
+        return torch.stack([2.0 ** seen.double(), count, nll / count / math.log(2)], 1)

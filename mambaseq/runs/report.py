@@ -188,7 +188,7 @@ def _figure(results: Mapping[str, Any], stage: str, name: str) -> list[object]:
 
 
 def _tables(results: Mapping[str, Any], facts: Facts) -> str:
-    """Tables of classes among the results, drawn."""
+    """Tables of classes and of lengths among the results, drawn."""
     drawn = []
     for key, counts in results.items():
         if key.partition("/")[0] not in _STAGES or not isinstance(counts, list):
@@ -196,7 +196,14 @@ def _tables(results: Mapping[str, Any], facts: Facts) -> str:
         size = len(facts.class_names)
         if counts and len(counts) == size <= _LARGEST_TABLE and all(_counts(row, size) for row in counts):
             drawn.append(drawing(confusion(counts, facts.class_names), key))
+        if key.rpartition("/")[2] == "bits_by_length" and all(map(_is_row, counts)):
+            rows = [Bar(f"{low:,.0f} tokens or more, {n:,.0f} targets", bits) for low, n, bits in counts]
+            drawn.append(drawing(bars(rows, " bits"), key))
     return f'<div class="wide">{side_by_side(*drawn)}</div>' if drawn else ""
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(map(_is_number, row))
 
 
 def _beside(results: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.heads.distributions import Gaussian, Quantiles
 from mambaseq.metrics.classification import MCC, Accuracy, Confusion, MacroF1
-from mambaseq.metrics.likelihood import BitsPerByte, BitsPerToken, Perplexity, TokenAccuracy
+from mambaseq.metrics.likelihood import BitsByLength, BitsPerByte, BitsPerToken, Perplexity, TokenAccuracy
 from mambaseq.metrics.multilabel import AUROC, MultilabelF1
 from mambaseq.metrics.values import CRPS, MAE, RMSE, Correlation
 from mambaseq.models import ModelOutput
@@ -197,6 +197,7 @@ def test_every_registered_metric_is_known_here() -> None:
         "confusion",
         "bits_per_token",
         "bits_per_byte",
+        "bits_by_length",
         "perplexity",
         "token_accuracy",
         "multilabel_auroc",
@@ -209,3 +210,33 @@ def test_every_registered_metric_is_known_here() -> None:
         "spearman",
     }
     assert {entry.name for entry in catalog()["metrics"] if "/" not in entry.name} == known
+
+
+def test_bits_by_length_are_those_of_each_document() -> None:
+    """Of probabilities 2^-k, documents of 1, 2 and 5 tokens, packed, padded and alone."""
+    bits = torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0, 1.0, 2.0, 4.0]])
+    logits = torch.stack([-bits, torch.log2(1 - 2**-bits)], -1) * math.log(2)
+    targets = torch.zeros(1, 8, dtype=torch.long)
+    targets[0, 3] = -100
+    metric = BitsByLength()
+    packed = Batch(targets, targets, cu_seqlens=torch.tensor([0, 1, 3, 8], dtype=torch.int32))
+    metric.update(ModelOutput(logits=logits), packed)
+    expected = [[1.0, 1.0, 3.0], [2.0, 2.0, 1.5], [4.0, 4.0, 2.0]]
+    assert metric.compute().tolist() == [pytest.approx(row) for row in expected]
+    metric.reset()
+    rows = torch.zeros(3, 5, dtype=torch.long), torch.tensor([[1], [2], [5]]) > torch.arange(5)
+    padded, wide = torch.where(rows[1], 0, -100), torch.zeros(3, 5, 2)
+    padded[2, 0] = -100
+    wide[rows[1]] = logits[0]
+    metric.update(ModelOutput(logits=wide), Batch(rows[0], padded, mask=rows[1]))
+    assert metric.compute().tolist() == [pytest.approx(row) for row in expected]
+    metric.update(ModelOutput(logits=logits), Batch(targets, targets))
+    assert metric.compute().tolist() == [pytest.approx(row) for row in [*expected, [8.0, 7.0, 2.0]]]
+    several = BitsByLength()  # codes: two targets a position
+    several.update(
+        ModelOutput(logits=logits.view(1, 4, 2, 2)),
+        Batch(targets.view(1, 4, 2), targets.view(1, 4, 2), target_of="code"),
+    )
+    assert several.compute().tolist() == [pytest.approx([4.0, 7.0, 2.0])]
+    with pytest.raises(ConfigError, match="logits for each target"):
+        metric.update(ModelOutput(logits=logits[:, 1:]), Batch(targets, targets))

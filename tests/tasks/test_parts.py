@@ -18,7 +18,7 @@ from mambaseq.tasks import parts
 from mambaseq.tasks.task import Task
 
 CONFIG = """
-metrics: [bits_per_token]
+metrics: [bits_per_token, bits_by_length]
 data: {name: "tiny:TinyTokens"}
 model:
   d_model: 8
@@ -70,6 +70,11 @@ def test_a_step_is_told_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "optimizer": 250,
     }
     assert {"data", "callbacks and logs"} <= told["milliseconds"].keys()
+    assert main(["validate", "--allow-import", "tiny", "--checkpoint", str(run.path)]) == 0
+    ((length, targets, bits),) = run.read_results()["val/bits_by_length"]
+    assert (length, targets) == (16, 96)
+    assert bits == pytest.approx(run.read_results()["val/bits_per_token"], rel=1e-5)
+    assert "16 tokens or more, 96 targets" in run.report.read_text()
     page = re.sub("<[^>]*>", " ", run.report.read_text()).partition("Where the time of a step goes")[2]
     assert re.match(r"\W*A batch takes 1,124,750 ms, [^.]* \(mean of 4\)\.", page)
     assert re.search(r"head and loss, 89%\W*1,000,000\D* ms", page)
