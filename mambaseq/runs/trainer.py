@@ -133,6 +133,7 @@ def quiet() -> Iterator[None]:
             ".*GPU available but not used.*",
             ".*have no `val_dataloader`.*",  # `fit` says so itself
             ".*across ranks is zero.*",
+            ".*returned a view tensor.*",  # of sharded layers, whose outputs nothing is added to in place
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

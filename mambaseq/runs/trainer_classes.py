@@ -70,7 +70,10 @@ KEYS = {
 }
 
 # names of ours, beside Lightning's
-_OURS = {"profiler": {"parts": "mambaseq.tasks.parts:StepParts"}}
+_OURS = {
+    "profiler": {"parts": "mambaseq.tasks.parts:StepParts"},
+    "strategy": {"fsdp2": "mambaseq.tasks.sharding:FullySharded"},
+}
 
 
 class TrainerClasses:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +25,7 @@ from mambaseq.tasks.contexts import make_context
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.fitting import check_kinds, check_masked, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
+from mambaseq.tasks.sharding import shard
 
 
 @dataclasses.dataclass
@@ -167,6 +168,11 @@ class Task(lightning.LightningModule):
         self._validates_parts = self._context is not None and adds
         module: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         module.sharing, module.sharing_validation = shared, shared if self._validates_parts else 1
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy (fsdp2) leaves that to the task."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.trainer.strategy)
 
     def on_train_start(self) -> None:
         self._window, self._fits = None, False
@@ -348,7 +354,8 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
-        if self.optimizer_config.name == "muon" and isinstance(self.trainer.strategy, FSDPStrategy):
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        if self.optimizer_config.name == "muon" and sharded:
             raise ConfigError("optimizer.name is 'muon', which needs whole matrices; fsdp shards them. Use 'adamw'.")
         frozen = self.finetune.frozen(self.model, -1)
         optimizer, schedule = make_optimizer(

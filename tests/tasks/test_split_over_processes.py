@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from parallel.ranks import contexts, on_ranks
 
 from mambaseq.batch import Batch
+from mambaseq.checkpoints.export import load_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
@@ -55,19 +56,46 @@ def documented(fit: list[str], out: Path) -> list[str]:
     return ["-m", "mambaseq", *fit, *words[at + 2 :]]
 
 
+def run(folder: Path, arguments: list[str]) -> None:
+    """Python with these arguments, in processes of its own."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+def same_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last checkpoints of the runs one and two, which have had the same batches."""
+    one, two = (read_checkpoint(folder / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
+    assert one["SequenceDataModule"] == two["SequenceDataModule"]
+    for name, tensor in one["state_dict"].items():
+        assert (tensor - two["state_dict"][name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
+    return one, two
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
+    """FSDP2, with sequences split over the processes, whose states are gathered, and layers that are run again."""
+    fit = [*config(tmp_path), "--model.backbone.chunk_length=null", "--optimizer.schedule=constant"]
+    assert main([*fit, "--out", str(tmp_path / "one")]) == 0
+    split = ["--model.backbone.context_parallel=2", "--model.backbone.context_states=gathered"]
+    sharded = ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.backbone.checkpoint=true"]
+    out = str(tmp_path / "two")
+    run(tmp_path, ["-m", "mambaseq", *fit, "--out", out, *split, *sharded, "--trainer.max_steps=3"])
+    rest = ["--trainer.devices=1", "--trainer.strategy=auto", "--model.backbone.context_parallel=1"]
+    assert main(["fit", "--allow-import=tiny", "--resume", out, *rest, "--trainer.max_steps=5"]) == 0
+    same_weights(tmp_path)
+    exported = [load_model(tmp_path / name / "model").model.state_dict() for name in ("one", "two")]
+    assert exported[0].keys() == exported[1].keys()
+
+
 @pytest.mark.slow
 def test_two_processes_share_sequences_and_learn_what_one_does(tmp_path: Path) -> None:
     fit = config(tmp_path)
     assert main([*fit, "--out", str(tmp_path / "one")]) == 0
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *documented(fit, tmp_path / "two")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
-    assert one["SequenceDataModule"] == two["SequenceDataModule"]  # the same batches, not half of them
-    for name, tensor in one["state_dict"].items():
-        assert (tensor - two["state_dict"][name]).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
+    run(tmp_path, documented(fit, tmp_path / "two"))
+    one, two = same_weights(tmp_path)
     tokens = [checkpoint["callbacks"]["Throughput"]["tokens"] for checkpoint in (one, two)]
     assert tokens[0] == tokens[1]
     for curve in ("train/loss", "train/grad_norm", "val/bits_per_token", "val/token_accuracy"):
@@ -86,7 +114,7 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, capsys: pytest.
     assert "trainer.devices" in told
     assert main([*fit, "0"]) != 0
     assert "context_parallel" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy"):
+    with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy\. Set it to one of them"):
         make_context(1, SingleDeviceStrategy("cpu"))
 
 
