@@ -22,7 +22,7 @@ from mambaseq_text.left_out import LeftOut
 from mambaseq_text.rows import BadRow, is_plain, objects, text_in
 from mambaseq_text.splits import SPLITS, check_fractions, checksums, split_files, split_of_text
 from mambaseq_text.templates import ChatTemplate, check_messages
-from mambaseq_text.tokenization import TextTokenizer, make_tokenizer
+from mambaseq_text.tokenization import ByteTokenizer, TextTokenizer, make_tokenizer
 
 ASSISTANT = "assistant"
 PART = 1 << 20  # tokens
@@ -208,10 +208,16 @@ class ChatData(SequenceData):
     def _template(self, tokenizer: TextTokenizer) -> ChatTemplate:
         template: ChatTemplate | None = getattr(tokenizer, "template", None)
         if template is None:
+            by_bytes = (
+                " Of a run of bytes, `mambaseq export --format transformers` writes the tokenizer.json for text/hf."
+                if isinstance(tokenizer, ByteTokenizer)
+                else ""
+            )
             raise ConfigError(
                 "The tokenizer has no chat template, by which messages become text. Give one with a template beside "
                 "its tokenizer.json (chat_template.jinja, or chat_template in tokenizer_config.json), name a file as "
-                "data.tokenizer_options.template, or give prompts and answers (data.form: pairs)."
+                "data.tokenizer_options.template of text/hf, or give prompts and answers (data.form: pairs)."
+                f"{by_bytes}"
             )
         return template
 

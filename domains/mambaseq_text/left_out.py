@@ -11,6 +11,7 @@ from mambaseq.errors import DataError, UserError, cut, cut_list, cut_path
 from mambaseq_text.rows import BadRow
 
 _MOST_TOLD, _FURTHER = 1000, 1 << 30
+_REASONS = 3  # of further rows
 LISTED = 10_000
 
 
@@ -59,15 +60,16 @@ class LeftOut:
             return
         first, *others = self._refused.values()
         if others:
+            told = [f"{cut_path(one.file)}, line {one.line:,} ({cut(one.reason, 45)})" for one in others[:_REASONS]]
             lines: dict[str, list[int]] = {}
-            for error in others:
+            for error in others[_REASONS:]:
                 lines.setdefault(error.file, []).append(error.line)
-            told = [f"{cut_path(file)}: {cut_list(at, 10)}" for file, at in lines.items()]
-            more = f" {len(others):,} more cannot be used, by line: {cut_list(told, 4, separator='; ')}."
+            told += [f"{cut_path(file)}, line {cut_list(at, 10)}" for file, at in lines.items()]
+            more = f" {len(others):,} more cannot be used: {'; '.join(told[: _REASONS + 2])}."
         else:
             more = ""
         raise DataError(
-            f"{cut(first, 450)}{more} With data.skip_bad: true such rows are left out, and listed in the run's folder."
+            f"{cut(first, 330)}{more} With data.skip_bad: true such rows are left out, and listed in the run's folder."
         ) from first
 
 

@@ -16,6 +16,8 @@ from mambaseq.errors import DataError, UserError, shown
 from mambaseq_text.hub import pinned
 
 CHUNK = 2**20
+# Where a user says what a file's encoding is; other commands read files as the data of the run.
+_WHERE = "data.encoding of training data, --encoding of text/perplexity"
 PACKED = (".gz", ".xz", ".zst", ".bz2")
 
 _MARKS = {
@@ -134,6 +136,12 @@ def unpacked(name: str) -> Iterator[bytes]:
         raise error.at(f"in line {line:,} or after it") from error
 
 
+def _remedy(encoding: str = "") -> str:
+    """encoding: that of the file, if it is known."""
+    own = encoding or "its own (latin-1, cp1252, utf-16, ...)"
+    return f"Convert it to UTF-8, for example with iconv, or say that it is {own} ({_WHERE})."
+
+
 def check_encoding(name: str, encoding: str) -> None:
     """Raise DataError if there is no such text encoding."""
     try:
@@ -141,8 +149,8 @@ def check_encoding(name: str, encoding: str) -> None:
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError) as error:
         raise DataError(
-            f"{name} cannot be read: there is no text encoding {shown(encoding)}. Set encoding to utf-8, latin-1, "
-            f"cp1252, ..."
+            f"{name} cannot be read: there is no text encoding {shown(encoding)}. Give one such as utf-8, latin-1 "
+            f"or cp1252 ({_WHERE})."
         ) from error
 
 
@@ -180,7 +188,7 @@ def _decode(
         at = held + len(chunk) - len(error.object) + error.start
         raise not_encoded(name, done - held + at, encoding, error.object[error.start], head) from error
     except UnicodeError as error:
-        raise DataError(f"{name} is not {encoding.upper()} text: {error}. Set encoding to the file's own.") from error
+        raise DataError(f"{name} is not {encoding.upper()} text: {error}. {_remedy()}") from error
     if text:
         yield text
 
@@ -194,11 +202,11 @@ def not_encoded(name: str, offset: int, encoding: str, value: int, head: bytes) 
     """The remedy for a byte that does not belong. head: the beginning of the file."""
     marked = next((other for mark, other in _MARKS.items() if head.startswith(mark)), None)
     if marked is not None and marked != "utf-8-sig":
-        remedy = f"It begins like {marked.upper()}: set encoding to {marked}, or convert it, for example with iconv."
+        remedy = f"It begins like {marked.upper()}. {_remedy(marked)}"
     elif b"\0" in head:
         remedy = "It does not seem to be text. Name another file, or leave it out."
     else:
-        remedy = "Set encoding to the file's own (latin-1, cp1252, utf-16, ...), or convert it, for example with iconv."
+        remedy = _remedy()
     return DataError(
         f"{name} is not {encoding.upper()} text: byte 0x{value:02x} at offset {offset:,} does not belong there. "
         f"{remedy}"

@@ -20,6 +20,8 @@ from mambaseq_text.opening import characters, explained, is_utf8, not_encoded, o
 
 Unit = Literal["file", "paragraph", "line"]
 
+# How a user names the field or column of the text; predict and generate read that of the run's data.
+_FIELD = "(data.field of training data, --field of text commands)"
 _JSONL, _TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 _ROWS, _BATCH_BYTES = (8, 256), 2**28
 _PIECE = 1 << 20
@@ -174,8 +176,8 @@ def _json_lines(name: str, encoding: str, refuse: Refuse) -> Iterator[tuple[int,
 def _loaded(name: str, number: int, line: str, columns: Sequence[str]) -> Any:
     if line.startswith("\ufeff"):
         raise DataError(
-            f"Line {number} of {name} begins with a byte order mark (BOM), which is not JSON. Set encoding to "
-            "utf-8-sig, or save the file without it."
+            f"Line {number} of {name} begins with a byte order mark (BOM), which is not JSON. Save the file "
+            "without it, or say that it is utf-8-sig (data.encoding of training data, --encoding of text/perplexity)."
         )
     try:
         return json.loads(line)
@@ -195,7 +197,7 @@ def _values(kind: str, number: int, name: str, row: Any, columns: Sequence[str])
     written = as_written(columns, row)
     for place, other in enumerate(written.values()):
         if other not in row:
-            remedy = "Set field" if not place else "Name another column"
+            remedy = f"Name one {_FIELD}" if not place else "Name another column"
             reason = f"has no field {shown(other)}"
             raise _bad(
                 kind, number, name, reason, f"{_known(other, list(row))} {remedy}, or correct the {kind}.".strip()
@@ -209,7 +211,7 @@ def text_in(row: dict[str, Any], field: str, kind: str, number: int, name: str) 
     if not isinstance(text, str):
         if kind == "row" and suffix_of(name) == ".parquet":
             reason = f"holds {type(text).__name__} in {shown(field)}, not text"
-            raise _bad(kind, number, name, reason, "Remove the row, or set field to a column of text.")
+            raise _bad(kind, number, name, reason, f"Remove the row, or name a column of text {_FIELD}.")
         raise BadRow(
             f"Field {shown(field)} in {kind} {number} of {name} is not text but {type(text).__name__}. Correct or "
             "remove it.",
@@ -340,7 +342,7 @@ def _table(
     written = as_written(columns, names)
     for other in written.values():
         if other not in names:
-            raise DataError(f"{name} has no column {shown(other)}.{_known(other, names)} Set field to one of them.")
+            raise DataError(f"{name} has no column {shown(other)}.{_known(other, names)} Name one of them {_FIELD}.")
     places = {column: names.index(other) for column, other in written.items()}
     reader = csv.reader(source, delimiter=sign, strict=True)
     while True:
@@ -371,7 +373,7 @@ def _parquet(name: str, columns: Sequence[str]) -> Iterator[tuple[str, int, dict
         written = as_written(columns, there)
         for place, other in enumerate(written.values()):
             if other not in there:
-                remedy = "Name one of them" if place else "Set field to one of them"
+                remedy = "Name one of them" if place else f"Name one of them {_FIELD}"
                 raise DataError(f"{name} has no column {shown(other)}.{_known(other, there)} {remedy}.")
         # not by columns: asking for one that a damaged index lacks crashes the process
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]

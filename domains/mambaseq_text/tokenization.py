@@ -18,10 +18,11 @@ from mambaseq.atomic import json_text
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, did_you_mean, shown, under_key
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
 from mambaseq.resources import located
+from mambaseq.specs import check_options
 from mambaseq_text.hub import hub_tokenizer, is_hub
 from mambaseq_text.templates import FILE as TEMPLATE
 from mambaseq_text.templates import ChatTemplate, check_messages
@@ -402,13 +403,10 @@ def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:
     Raises ConfigError when it does not exist, does not take the options, or cannot say which bytes a token
     stands for.
     """
-    kind = catalog()["tokenizers"].get(name)
-    try:
-        tokenizer = kind(**(options or {}))
-    except TypeError as error:
-        raise ConfigError(
-            f"The tokenizer {shown(name)} cannot be made of {options or {}} (data.tokenizer_options): {error}."
-        ) from error
+    kind, options = catalog()["tokenizers"].get(name), options or {}
+    with under_key("data.tokenizer_options", options, kind=ConfigError):
+        check_options("tokenizer", name, kind, options, 0)
+    tokenizer = kind(**options)
     if not isinstance(tokenizer, TextTokenizer):
         raise ConfigError(
             f"{shown(name)} is no tokenizer of text; text needs a mambaseq_text.tokenization.TextTokenizer."

@@ -53,7 +53,8 @@ class Tokenizer(abc.ABC):
         """
         raise ConfigError(
             "The model's tokenizer has no chat template, so it answers no messages. Write the prompt yourself and ask "
-            "for its completion (/v1/completions)."
+            "for its completion (/v1/completions); or tune it on conversations (the data set text/chats), whose "
+            "template it then keeps."
         )
 
     def save_files(self, folder: Path) -> dict[str, Any]:

@@ -92,13 +92,13 @@ class Speculation:
     def __str__(self) -> str:
         """What came of it, in words."""
         if self.why_not is not None:
-            return f"no drafts: {self.why_not}"
+            return f"no tokens were guessed: {self.why_not}"
         speed = f"{self.added / self.seconds:,.0f} tokens/s" if self.seconds else "no tokens"
         if not self.rounds:
-            return f"no drafts, which would not have paid; {speed}"
+            return f"no tokens were guessed, since that would not have been faster; {speed}"
         return (
-            f"{self.of_rounds / self.rounds:.1f} tokens a round of drafts, {self.right / self.guessed:.0%} of them "
-            f"right; {self.of_rounds / max(self.added, 1):.0%} of the tokens came so; {speed}"
+            f"{self.right / self.guessed:.0%} of the guessed tokens were right; each call that checked some brought "
+            f"{self.of_rounds / self.rounds:.1f} tokens, {self.of_rounds / max(self.added, 1):.0%} of all; {speed}"
         )
 
     def check(self, model: SequenceModel, sequences: int, conditioned: bool, **others: object) -> None:

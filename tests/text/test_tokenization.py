@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,16 @@ def test_names(tokenizer_json: Path) -> None:
     assert isinstance(make_tokenizer("text/hf", {"path": str(tokenizer_json)}), HFTokenizer)
     with pytest.raises(ConfigError, match="Did you mean 'text/bytes'"):
         make_tokenizer("text/byte", None)
-    with pytest.raises(ConfigError, match=r"cannot be made of \{'boss': True\}"):
-        make_tokenizer("text/bytes", {"boss": True})
+    for name, options, message in (
+        ("text/bytes", {"boss": True}, "'text/bytes' has no option 'boss'. Did you mean 'bos'? It has: bos, eos."),
+        ("text/bytes", {"eos": "</s>"}, "'text/bytes' takes bool for eos, not '</s>'"),
+        ("text/hf", {}, "'text/hf' needs path, which is not given"),
+        ("text/hf", {"path": 5}, "'text/hf' takes str for path, not 5"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)) as told:
+            make_tokenizer(name, options)
+        assert str(told.value).startswith("data.tokenizer_options")
+        assert "__init__" not in str(told.value)
     for kind in ("tokenizers", "datasets", "readers", "writers"):
         for entry in catalog()[kind]:
             if entry.name.startswith("text/"):
