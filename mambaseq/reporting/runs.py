@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,8 @@ class RunFolder:
         if rank() != 0:
             yield
             return
+        made = [path for path in (self.path, *self.path.parents) if not os.path.lexists(path)]
+        begins = not os.path.lexists(self._lock)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self._lock)
@@ -151,9 +153,22 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self._holder.write_text(f"{os.getpid()} {platform.node()}\n", encoding="utf-8")
             yield
+        except BaseException:
+            self._holder.unlink(missing_ok=True)
+            if begins:
+                self._leave(made)
+            raise
         finally:
             self._holder.unlink(missing_ok=True)
             lock.release()
+
+    def _leave(self, made: Sequence[Path]) -> None:
+        """Remove the lock where nothing else is in the folder, and then the folders that were made for it."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.path) == [self._lock.name]:  # noqa: PTH208 - names
+                self._lock.unlink()
+                for path in made:
+                    path.rmdir()
 
     def _held_by(self) -> tuple[str, str]:
         try:

@@ -204,12 +204,15 @@ class Known:
         return found
 
 
-def condition_ids(loaded: LoadedModel, condition: Asked | None) -> list[int] | list[tuple[int, ...]]:
+def condition_ids(
+    loaded: LoadedModel, condition: Asked | None, by_columns: bool = False
+) -> list[int] | list[tuple[int, ...]]:
     """What a user asks for, as ids, or rows for a model of several conditions or of numbers (see
     `mambaseq.conditions`); none where nothing is asked for and the model can do without.
 
     condition: what all conditions are: one name, or `digit=7 speaker=theo age=31.5`, or a mapping; several values with
     commas, or a sequence of these, or of their words. A name that itself holds commas is found first.
+    by_columns: whether records may have conditions of their own instead, which a message then says.
 
     Raises ConfigError for unknown names, and where a condition is needed.
     """
@@ -217,12 +220,24 @@ def condition_ids(loaded: LoadedModel, condition: Asked | None) -> list[int] | l
     if condition is None:
         needed = [one for one in known.all if not known.may_lack(one)]
         if needed:
-            raise ConfigError(f"This model needs a condition. Give one with --condition: {listed(needed)}.")
+            raise ConfigError(
+                f"This model needs a condition. Give one with --condition: {listed(needed)}."
+                f"{_own_told(needed) if by_columns else ''}"
+            )
         return []
     every = [condition] if isinstance(condition, str | Mapping) else [in_words(one) for one in condition]
     if not known.all:
         raise ConfigError(known.unknown(0, str(every[0]) if every else ""))
     return [one for given in every for one in known.rows(given)]  # type: ignore[return-value]
+
+
+def _own_told(needed: Sequence[Condition]) -> str:
+    names = " and ".join(cut(one.name, 60) for one in needed[:4] if one.name)
+    called = f"called {names}, which is used unasked, or one named" if names else "named"
+    return (
+        f" Or give each record its own: a manifest, jsonl or parquet has a column {called} with --condition-column; "
+        "other files have a table beside them (--condition-table)."
+    )
 
 
 def _near(given: str, names: list[str]) -> str:
@@ -280,7 +295,7 @@ class Conditions:
             if self.by_record:
                 return
         if not self.by_record:
-            self.each = condition_ids(loaded, condition)
+            self.each = condition_ids(loaded, condition, by_columns=True)
             return
         if condition is not None:
             raise ConfigError("--condition is for all records, --condition-column for each record. Give one of them.")

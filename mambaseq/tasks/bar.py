@@ -65,13 +65,15 @@ class Bar(TQDMProgressBar):
         return metrics
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer, *_)
-        bar, done = self.train_progress_bar, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if trainer.max_steps >= 0:
-            left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-            bar.total = done + left if bar.total is None else min(bar.total, done + left)
-        if self._first:
-            bar.set_description("First step (kernels are compiled)")
+        # a resumed run goes on in the middle of an epoch; later the loop still tells of the epoch before
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready if self._first else 0
+        done = done if done < trainer.num_training_batches else 0
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        total = min(trainer.num_training_batches, done + left if trainer.max_steps >= 0 else float("inf"))
+        bar = self.train_progress_bar
+        bar.reset(None if total == float("inf") else int(total))
+        bar.n = bar.initial = done
+        bar.set_description("First step (kernels are compiled)" if self._first else f"Epoch {trainer.current_epoch}")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
         with self._first_ends(self.train_progress_bar, f"Epoch {trainer.current_epoch}"):

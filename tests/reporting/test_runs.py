@@ -26,3 +26,18 @@ def test_damaged_results_are_named(tmp_path: Path, content: bytes) -> None:
         with pytest.raises(UserError, match=r"results\.json(, line 1,)? (is not|holds).*Delete it"):
             touch()
     assert folder.results.read_bytes() == content
+
+
+def test_what_is_refused_leaves_no_lock_behind(tmp_path: Path) -> None:
+    here, there, kept = tmp_path / "here", tmp_path / "new" / "there", tmp_path / "kept"
+    here.mkdir()
+    for path in (here, there):
+        with pytest.raises(UserError), RunFolder(path).locked():
+            raise UserError("The data cannot be read.")
+    assert list(tmp_path.iterdir()) == [here]
+    assert not list(here.iterdir())
+    kept.mkdir()
+    (kept / "config.yaml").touch()
+    with pytest.raises(UserError), RunFolder(kept).locked():
+        raise UserError("The data changed.")
+    assert sorted(path.name for path in kept.iterdir()) == [".lock", "config.yaml"]

@@ -31,7 +31,7 @@ from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.generation import generate
 from mambaseq.models import build_model
-from mambaseq.runs.conditions import Known, condition_ids
+from mambaseq.runs.conditions import Conditions, Known, condition_ids
 
 CONDITIONS = (
     Condition("digit", ("3", "7")),
@@ -264,6 +264,11 @@ def test_what_cannot_be_asked_for(model: Path, asked: Any, told_: str) -> None:
         condition_ids(load_model(model), asked)
     assert told_ in str(caught.value)
     assert len(str(caught.value)) < 1000
+    if asked is None:
+        with pytest.raises(
+            ConfigError, match="jsonl or parquet has a column called digit and speaker, which is used una"
+        ):
+            Conditions(load_model(model))
 
 
 def test_records_under_conditions_of_their_columns(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -31,6 +31,12 @@ def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys
     assert "3/3" in told.err.replace("\r", "\n").splitlines()[-2] + told.err.splitlines()[-1]
     assert not re.search(r"v_num|\d/\d|it/s", told.out)
     assert "v_num" not in told.err
+    assert main(["fit", "--resume", str(out), "--trainer.max_steps", "5"]) == 0
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if re.match("Epoch|First", line)]
+    found = re.findall(r" (\d+)/(\d+|\?) ", "\n".join(lines))
+    assert found[0] == ("3", "5")
+    assert found[-1] == ("5", "5")
+    assert {total for _, total in found} == {"5"}
     assert main(["validate", "--checkpoint", str(out)]) == 0
     told = capsys.readouterr()
     assert "Validation" in told.err

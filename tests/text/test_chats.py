@@ -132,7 +132,7 @@ def test_what_cannot_be_learned_is_refused(options: dict[str, Any], tmp_path: Pa
         ChatData(tokenizer_options={"path": options["path"]}, **given).setup()
     with pytest.raises(DataError, match=r"There is no chat template .*none\.jinja"):
         ChatData(tokenizer_options={**options, "template": "none.jinja"}, **given).setup()
-    with pytest.raises(DataError, match=r"Line 2 of .*a\.jsonl: messages must be a list.*2 more .*: 3, 4"):
+    with pytest.raises(DataError, match=r"Line 2 of .*a\.jsonl: messages must be a list.*2 more .*line 3 .*line 4 "):
         ChatData(tokenizer_options=options, **given).setup()
     data = ChatData(tokenizer_options=options, skip_bad=True, **given)
     assert len(learned(data)) == 1

@@ -158,7 +158,7 @@ def test_broken_rows_are_told_at_once_or_left_out(tmp_path: Path, kind: Any) -> 
     told = str(caught.value)
     assert "3 more cannot be used: " in told
     for line, reason in (
-        (3, "is not text but int"),
+        (3, "'text' is not text but int"),
         (6, "has no field 'text'"),
         (7, "is not UTF-8: byte 0xff at offset"),
     ):
