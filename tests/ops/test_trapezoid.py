@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import DEVICES, Draw, assert_equals_reference, device_or_skip
+from agreement import (
+    DEVICES,
+    TOLERANCE,
+    Draw,
+    assert_equals_reference,
+    device_or_skip,
+    moved,
+    names_of,
+    poisoned_memory,
+)
 
 from mambaseq.ops import OPS, ssd, trapezoidal_scan
 from mambaseq.ops.chunks import sums
@@ -15,7 +24,8 @@ from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
 from mambaseq.ops.trapezoid import TrapezoidArguments, trapezoidal_update_
 
 OP = OPS["trapezoidal_scan"]
-TORCH, REFERENCE = OP.backends
+TORCH, TRITON, REFERENCE = (next(b for b in OP.backends if b.name == name) for name in ("torch", "triton", "reference"))
+PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not
 
 
 def drawn(label: str, batch: int, length: int, *, rank: int = 1, rate: float = 1.0) -> TrapezoidArguments:
@@ -55,6 +65,39 @@ CASES: dict[str, Callable[[], TrapezoidArguments]] = {
     "packed, reverse": lambda: packed(drawn("i", 1, 100), 0, 63, 64, 100)._replace(reverse=True),
     "packed, length 0": lambda: packed(drawn("j", 1, 0), 0, 0, 0),
     "packed, no sequence": lambda: packed(drawn("k", 1, 0), 0),
+    "forgetting all at times": lambda: forgetting(drawn("l", 1, 40)),
+}
+
+
+def forgetting(arguments: TrapezoidArguments) -> TrapezoidArguments:
+    """Decays of 0 in between, whose logarithms would take the digits of all others."""
+    A = arguments.A.clone()
+    A[:, 3::7] = -1e30
+    return arguments._replace(A=A)
+
+
+def sized(label: str, length: int, rank: int, head_dim: int, d_state: int, *bounds: int) -> TrapezoidArguments:
+    """As models have them."""
+    batch, draw = 1 if bounds else 2, Draw(label)
+    made, n = drawn(label, batch, length), len(bounds) - 1 if bounds else batch
+    one = (batch, length, 2, rank)
+    return made._replace(
+        x=draw.normal(*one, head_dim),
+        B=draw.normal(*one, d_state),
+        C=draw.normal(*one, d_state),
+        initial_state=draw.normal(n, 2, head_dim, d_state),
+        initial_x=draw.normal(n, 2, rank, head_dim),
+        initial_B=draw.normal(n, 2, rank, d_state),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32) if bounds else None,
+    )
+
+
+SIZED: dict[str, Callable[[], TrapezoidArguments]] = {
+    "64 x 128": lambda: sized("q", 500, 1, 64, 128),
+    "64 x 128, rank 4": lambda: sized("r", 500, 4, 64, 128),
+    "rank 4, packed": lambda: sized("s", 300, 4, 64, 64, 0, 0, 1, 17, 150, 150, 300),
+    "128 x 256, rank 2, reverse": lambda: sized("t", 150, 2, 128, 256)._replace(reverse=True),
+    "a long row, in segments": lambda: sized("u", 4000, 1, 32, 32)._replace(wants_final_state=False),
 }
 CASES = {name: functools.cache(build) for name, build in CASES.items()}
 
@@ -78,6 +121,58 @@ def test_half_precision() -> None:
         return made._replace(**{name: getattr(made, name).bfloat16() for name in ("x", "B", "C")})
 
     assert_equals_reference(OP, "torch", halves, torch.device("cpu"), torch.bfloat16)
+
+
+def halved(arguments: TrapezoidArguments, dtype: torch.dtype) -> TrapezoidArguments:
+    return arguments._replace(**{name: getattr(arguments, name).to(dtype) for name in ("x", "B", "C")})
+
+
+def assert_kernels_are_near(made: TrapezoidArguments, dtype: torch.dtype, device: torch.device) -> None:
+    """Against the chunked form in float64, on the same rounded inputs."""
+    made = moved(halved(made, dtype), device)
+    expected = outputs_and_gradients(TORCH, made, double=True)
+    with poisoned_memory():
+        actual = outputs_and_gradients(TRITON, made)
+    for label, a, e in zip(names_of(made), actual, expected, strict=True):
+        error = relative_rms_error(a, e)
+        assert error < TOLERANCE[dtype], f"{label}: relative RMS error {error:.1e}"
+
+
+def test_kernels() -> None:
+    """By the interpreter, which takes its time: a short one; on a GPU all."""
+    made = packed(forgetting(drawn("m", 1, 24, rank=3)), 0, 0, 1, 24)
+    assert_kernels_are_near(made._replace(reverse=True), torch.float16, PLACE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *SIZED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_on_a_gpu(case: str, dtype: torch.dtype) -> None:
+    made = (CASES | SIZED)[case]()
+    if made.x.numel() == 0:
+        pytest.skip("empty")
+    assert_kernels_are_near(made, dtype, device_or_skip("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["64 x 128, rank 4", "a long row, in segments"])
+def test_kernels_give_the_same_bits_twice(case: str) -> None:
+    made = moved(halved(SIZED[case](), torch.bfloat16), device_or_skip("cuda"))
+    first, second = (outputs_and_gradients(TRITON, made) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_kernels_compile_in_one_graph() -> None:
+    made = moved(halved(drawn("compiled", 1, 3, rank=2), torch.bfloat16), PLACE)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y, final = trapezoidal_scan(x, *made[1:6], backend="triton")
+        return y.float().sum() + final.sum()
+
+    torch._dynamo.reset()
+    x = made.x.clone().requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(run(x), x)[0])
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -134,6 +229,7 @@ def test_sums_of_many_are_made_of_few() -> None:
         ({"initial_x": torch.zeros(1, 2, 1, 3)}, "go together"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"backend": "triton"}, "multiply matrices of bfloat16 or float16"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict, message: str) -> None:

@@ -7,6 +7,7 @@ but the arguments: it makes decays and states again.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,12 @@ from mambaseq.ops.ssd.arguments import SsdArguments
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM, MOST_STATES = 128, 256
-_MOST_PIECES = 16  # that a wider head is cut into
+MOST_PIECES = 16  # that a wider head is cut into
 _LONGEST = 2**30  # row: steps are counted in 32 bits
 # Rows and columns of a matrix product. 16 would do, but on Hopper Triton 3.6 compiles 16 beside a wider block wrong:
 # outputs of 16 x 32, gradients of B of 32 x 16; at 64 x 16 it reads out of bounds.
 _LEAST = 32
-_STEPS_HEADS = 16  # of a program
+STEPS_HEADS = 16  # of a program
 _LEAST_CHUNKS = 4  # that a program walks over
 _MANY = 2  # times the programs that a walk wants
 
@@ -63,42 +64,60 @@ def plan(head_dim: int, d_state: int) -> Plan:
 
 def why_not(arguments: SsdArguments) -> str | None:
     """The reason why the kernels cannot run these arguments, or None."""
-    x, B, C = arguments.x, arguments.B, arguments.C
+    others = {name: getattr(arguments, name) for name in ("dt", "A", "D", "dt_bias", "initial_state")}
+    return why_not_these(arguments.x, arguments.B, arguments.C, others, MOST_PIECES * MOST_HEAD_DIM)
+
+
+def why_not_these(
+    x: Tensor, B: Tensor, C: Tensor, others: Mapping[str, Tensor | None], most_head_dim: int = MOST_HEAD_DIM
+) -> str | None:
+    """The same of `(batch, length, ..., head_dim)` and `(..., d_state)`, and what is not multiplied as matrices."""
     if (reason := portable.why_not(x.device.type)) is not None:
         return reason
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, the kernels multiply matrices of bfloat16 or float16"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"x is {x.dtype}, B {B.dtype} and C {C.dtype}: the kernels want one dtype"
-    for name in ("dt", "A", "D", "dt_bias", "initial_state"):
-        value = getattr(arguments, name)
+    for name, value in others.items():
         if value is not None and value.dtype == torch.float64:
             return f"{name} is float64, the kernels compute in float32"
     if x.numel() == 0 or B.numel() == 0:
         return "x or B is empty"
-    if x.shape[3] > _MOST_PIECES * MOST_HEAD_DIM:
-        return f"heads are {x.shape[3]} wide, the kernels take {_MOST_PIECES * MOST_HEAD_DIM}"
-    if B.shape[3] > MOST_STATES:
-        return f"there are {B.shape[3]} states, the kernels hold {MOST_STATES}"
+    if x.shape[-1] > most_head_dim:
+        return f"heads are {x.shape[-1]} wide, the kernels take {most_head_dim}"
+    if B.shape[-1] > MOST_STATES:
+        return f"there are {B.shape[-1]} states, the kernels hold {MOST_STATES}"
     if x.shape[1] >= _LONGEST:
         return "a row is longer than 2^30"
     return None
 
 
-class _Call:
-    """The arguments as the kernels take them, and decays and steps."""
+class Call:
+    """Arguments as the kernels take them, and room for decays and steps.
 
-    def __init__(self, arguments: SsdArguments) -> None:
-        x, dt, A, B, C, D, dt_bias, softplus, _, cu_seqlens, reverse, *_ = arguments
-        self.arguments, self.kernels = arguments, importlib.import_module("mambaseq.ops.ssd.triton_kernels")
+    own: room for what a step sees of itself instead of its dt; see the kernels. rank: rows that are one step, which
+    divide a chunk; lengths and bounds are counted in rows.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+        own: bool = False,
+        rank: int = 1,
+    ) -> None:
+        self.kernels = importlib.import_module("mambaseq.ops.ssd.triton_kernels")
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.d_state = B.shape[2:]
         self.heads_of_group = self.heads // self.groups
         self.plan = plan(self.head_dim, self.d_state)
-        self.x, self.B, self.C, self.dt = (_rows(value) for value in (x, B, C, dt[..., None]))
-        self.A, self.D, self.dt_bias = (None if v is None else v.contiguous() for v in (A, D, dt_bias))
+        self.x, self.B, self.C = (_rows(value) for value in (x, B, C))
         self.state_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        self.sequences = arguments.n_sequences
+        self.sequences = sequences.count(x, cu_seqlens)
+        self.reverse, self.rank = reverse, {"RANK": rank}
         size = self.plan.size
         self.table = None
         self.chunks_of_row = -(-self.length // size)
@@ -107,18 +126,13 @@ class _Call:
             self.chunks_of_row = self.table.shape[1]
         self.chunks = self.batch * self.chunks_of_row
         self.place = (self.table, self.chunks, self.chunks_of_row, self.length)
-        self.decay, self.step = self.empty(2, self.chunks, self.heads, size).unbind(0)  # each (chunks, heads, size)
+        made = self.empty(2 + own, self.chunks, self.heads, size).unbind(0)  # each (chunks, heads, size)
+        self.decay, self.step = made[:2]
+        self.own = made[2] if own else None
         self.blocks = {"P": self.head_dim, "N": self.d_state, "SIZE": size, "REVERSE": reverse}
-        self.kernels.steps[(self.chunks, -(-self.heads // _STEPS_HEADS))](
-            *self.raw(), *self.place, self.decay, self.step, self.heads,
-            SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS,
-        )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
-
-    def raw(self) -> tuple[Any, ...]:
-        return self.dt, *self.dt.stride()[:3], self.A, self.dt_bias
 
     def whole(self, shape: Shape) -> dict[str, int]:
         """Blocks of all of head_dim and d_state."""
@@ -129,9 +143,6 @@ class _Call:
         """Heads of a program that shares B and C among them: a divisor of those of a group."""
         most = min(shape.heads, self.heads_of_group)
         return next(n for n in range(most, 0, -1) if self.heads_of_group % n == 0)
-
-    def state_like(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.contiguous()
 
     def walk(
         self, x: Tensor, m: Tensor, start: Tensor | None, end: Tensor | None, entered: Tensor | None = None
@@ -167,21 +178,42 @@ class _Call:
         return start.float().clone()
 
 
+def _raw(a: SsdArguments) -> tuple[Any, ...]:
+    return (a.dt, *a.dt.stride(), *(None if v is None else v.contiguous() for v in (a.A, a.dt_bias)))
+
+
+def _call(a: SsdArguments) -> Call:
+    """With decays and steps."""
+    call = Call(a.x, a.B, a.C, a.cu_seqlens, a.reverse)
+    call.kernels.steps[(call.chunks, -(-call.heads // STEPS_HEADS))](
+        *_raw(a), *call.place, call.decay, call.step, call.heads,
+        SOFTPLUS=a.dt_softplus, REVERSE=a.reverse, SIZE=call.plan.size, HEADS=STEPS_HEADS,
+    )  # fmt: skip
+    return call
+
+
 def forward_into(arguments: SsdArguments) -> tuple[Tensor, Tensor | None]:
     """y and the final state (None if it is not wanted), without autograd; of what `why_not` is None for."""
     with portable.on(arguments.x):
-        call = _Call(arguments)
-        start = call.state_like(arguments.initial_state)
-        final = call.ends(start) if arguments.wants_final_state else None
-        states, _ = call.walk(call.x, call.B, start, final)
-        y = call.empty(*arguments.x.shape, dtype=arguments.x.dtype)
-        shape = call.plan.output
-        heads = call.parts(shape)
-        call.kernels.output[(call.chunks, call.heads // heads)](
-            call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
-            call.decay, call.step, call.D, states, *call.place, y, call.heads, call.heads_of_group,
-            HEADS=heads, **call.whole(shape),
-        )  # fmt: skip
+        D = None if arguments.D is None else arguments.D.contiguous()
+        return outputs_of(_call(arguments), D, arguments.initial_state, arguments.wants_final_state)
+
+
+def outputs_of(
+    call: Call, D: Tensor | None, initial: Tensor | None, wants_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y and the final state, if it is wanted."""
+    start = None if initial is None else initial.contiguous()
+    final = call.ends(start) if wants_final_state else None
+    states, _ = call.walk(call.x, call.B, start, final)
+    y = call.empty(*call.x.shape, dtype=call.x.dtype)
+    shape = call.plan.output
+    heads = call.parts(shape)
+    call.kernels.output[(call.chunks, call.heads // heads)](
+        call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
+        call.decay, call.step, call.own, D, states, *call.place, y, call.heads, call.heads_of_group,
+        HEADS=heads, **call.rank, **call.whole(shape),
+    )  # fmt: skip
     return y, final
 
 
@@ -205,49 +237,15 @@ def backward_into(
     if into is None:
         into = Into(*(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, dt, B, C)))
     with portable.on(x):
-        call = _Call(arguments)
-        dy = _rows(dy.to(x.dtype))
-        entered, _ = call.walk(call.x, call.B, call.state_like(initial), None)
-        dstart = call.state_like(dfinal)
-        dinitial = None if initial is None else call.ends(dstart)
-        left, flow = call.walk(dy, call.C, dstart, dinitial, entered)
-        assert flow is not None
-
-        chunks, groups, heads, size = call.chunks, call.groups, call.heads, call.plan.size
-        shape = call.plan.inner
-        taken = call.parts(shape)
-        parts = call.heads_of_group // taken
-        # each (parts, chunks, groups, size, d_state)
-        dB_parts, dC_parts = call.empty(2, parts, chunks, groups, size, call.d_state).unbind(0)
-        direct, inner = call.empty(2, chunks, heads, size).unbind(0)  # each (chunks, heads, size)
-        shares = call.empty(3, chunks, heads)
-        call.kernels.inner_backward[(chunks, heads // taken)](
-            call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
-            call.decay, call.step, call.D, dy, *dy.stride()[:3], left, *call.place,
-            into.dx, *into.dx.stride()[:3], dB_parts, dC_parts, direct, inner, shares,
-            heads, call.heads_of_group, groups, HEADS=taken, **call.whole(shape),
+        call = _call(arguments)
+        given = None if D is None else D.contiguous()
+        found = gradients_of(call, given, initial, dy, dfinal, (into.dx, into.dB, into.dC))
+        call.kernels.steps_backward[(call.chunks, -(-call.heads // STEPS_HEADS))](
+            *_raw(arguments), call.step, *call.place, found.direct, *found.of_decay,
+            into.ddt, *into.ddt.stride(), found.shares, call.heads,
+            SOFTPLUS=softplus, REVERSE=reverse, SIZE=call.plan.size, HEADS=STEPS_HEADS, **found.blocks(),
         )  # fmt: skip
-
-        shape = call.plan.outer
-        columns = min(_block(call.d_state), shape.columns)
-        blocks = -(-call.d_state // columns)
-        outer = call.empty(blocks, chunks, heads, size)
-        for of_C in (False, True):
-            rows, matrix, found = (dy, call.C, into.dC) if of_C else (call.x, call.B, into.dB)
-            call.kernels.outer_backward[(chunks, groups * blocks)](
-                rows, *rows.stride()[:3], matrix, *matrix.stride()[:3], call.decay, call.step,
-                entered if of_C else left, *call.place, dC_parts if of_C else dB_parts, parts,
-                found, *found.stride()[:3], outer, heads, call.heads_of_group, groups,
-                OF_C=of_C, **{**call.whole(shape), "BLOCK_N": columns},
-            )  # fmt: skip
-        del entered, left, dB_parts, dC_parts
-
-        call.kernels.steps_backward[(chunks, -(-heads // _STEPS_HEADS))](
-            *call.raw(), call.step, *call.place, direct, inner, outer, flow,
-            into.ddt, *into.ddt.stride(), shares, heads,
-            SOFTPLUS=softplus, REVERSE=reverse, SIZE=size, HEADS=_STEPS_HEADS, OUTER=blocks, FLOW=flow.shape[2],
-        )  # fmt: skip
-        dD, dA, dbias = (share.sum(0) for share in shares)  # an operator's results share no memory
+        dD, dA, dbias = (share.sum(0) for share in found.shares)  # an operator's results share no memory
     return (
         into.dx,
         into.ddt,
@@ -256,8 +254,74 @@ def backward_into(
         into.dC,
         None if D is None else dD.to(D.dtype),
         None if dt_bias is None else dbias.to(dt_bias.dtype),
-        None if initial is None or dinitial is None else dinitial.to(initial.dtype),
+        None if initial is None or found.dinitial is None else found.dinitial.to(initial.dtype),
     )
+
+
+class Found(NamedTuple):
+    """What is found beside the gradients of x, B and C.
+
+    direct, own: of a step's weight, and of the one by which it sees itself, `(chunks, heads, size)`. of_decay: of the
+    sums of log-decays, `(chunks, heads, size)`, the same in blocks before them, and of a chunk's whole decay
+    `(chunks, heads, blocks)`. shares: `(3, chunks, heads)`, D's the first, else room.
+    """
+
+    direct: Tensor
+    own: Tensor | None
+    of_decay: tuple[Tensor, Tensor, Tensor]
+    shares: Tensor
+    dinitial: Tensor | None
+
+    def blocks(self) -> dict[str, int]:
+        return {"OUTER": self.of_decay[1].shape[0], "FLOW": self.of_decay[2].shape[2]}
+
+
+def gradients_of(
+    call: Call,
+    D: Tensor | None,
+    initial: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> Found:
+    """into: where the gradients of x, B and C are written."""
+    dx, dB, dC = into
+    dy = _rows(dy.to(call.x.dtype))
+    start, dstart = (None if v is None else v.contiguous() for v in (initial, dfinal))
+    entered, _ = call.walk(call.x, call.B, start, None)
+    dinitial = None if initial is None else call.ends(dstart)
+    left, flow = call.walk(dy, call.C, dstart, dinitial, entered)
+    assert flow is not None
+
+    chunks, groups, heads, size = call.chunks, call.groups, call.heads, call.plan.size
+    shape = call.plan.inner
+    taken = call.parts(shape)
+    parts = call.heads_of_group // taken
+    # each (parts, chunks, groups, size, d_state)
+    dB_parts, dC_parts = call.empty(2, parts, chunks, groups, size, call.d_state).unbind(0)
+    direct, inner = call.empty(2, chunks, heads, size).unbind(0)  # each (chunks, heads, size)
+    own = None if call.own is None else call.empty(chunks, heads, size)
+    shares = call.empty(3, chunks, heads)
+    call.kernels.inner_backward[(chunks, heads // taken)](
+        call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
+        call.decay, call.step, call.own, D, dy, *dy.stride()[:3], left, *call.place,
+        dx, *dx.stride()[:3], dB_parts, dC_parts, direct, inner, own, shares,
+        heads, call.heads_of_group, groups, HEADS=taken, **call.rank, **call.whole(shape),
+    )  # fmt: skip
+
+    shape = call.plan.outer
+    columns = min(_block(call.d_state), shape.columns)
+    blocks = -(-call.d_state // columns)
+    outer = call.empty(blocks, chunks, heads, size)
+    for of_C in (False, True):
+        rows, matrix, found = (dy, call.C, dC) if of_C else (call.x, call.B, dB)
+        call.kernels.outer_backward[(chunks, groups * blocks)](
+            rows, *rows.stride()[:3], matrix, *matrix.stride()[:3], call.decay, call.step,
+            entered if of_C else left, *call.place, dC_parts if of_C else dB_parts, parts,
+            found, *found.stride()[:3], outer, heads, call.heads_of_group, groups,
+            OF_C=of_C, **{**call.whole(shape), "BLOCK_N": columns},
+        )  # fmt: skip
+    return Found(direct, own, (inner, outer, flow), shares, dinitial)
 
 
 def _segments(tiles: int, chunks: int, programs: int) -> tuple[int, int]:

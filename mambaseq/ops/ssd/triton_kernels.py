@@ -8,7 +8,8 @@ table (4, chunks) int32: first row, count, sequence, and 1 where a sequence begi
 `count` counts as a step of length 0, which changes nothing.
 
 `decay` and `dt` (chunks, heads, SIZE) are what `steps` makes: the sums of dt A log2(e) up to each step of the chunk,
-and dt. States are (chunks, heads, head_dim, d_state).
+and dt. States are (chunks, heads, head_dim, d_state). RANK neighbouring rows may be one step, which sees all of them;
+where `own` (chunks, heads, SIZE) is given, a step sees what it writes itself with this weight in the place of dt.
 
 Operands of matrix products are of the dtype of x, everything else is float32. An operand that is not given but
 computed is rounded once; where that is to float16, a tile is scaled by a power of two before, so that it fits.
@@ -205,10 +206,10 @@ def walk(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def output(
-    x, x_batch, x_row, x_head, B, B_batch, B_row, B_group, C, C_batch, C_row, C_group, decay, dt, D, states,
+    x, x_batch, x_row, x_head, B, B_batch, B_row, B_group, C, C_batch, C_row, C_group, decay, dt, own, D, states,
     table, chunks, chunks_of_row, length, y, heads, heads_of_group,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr, HEADS: tl.constexpr,
+    REVERSE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """y (batch, length, heads, head_dim), contiguous; a program takes HEADS heads of a group, which share their B and
     C, of a chunk."""
@@ -216,6 +217,7 @@ def output(
     h = tl.program_id(1) * HEADS
     g = h // heads_of_group
     k = tl.arange(0, SIZE)
+    at = k // RANK
     n = tl.arange(0, BLOCK_N)
     p = tl.arange(0, BLOCK_P)
     batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
@@ -247,8 +249,12 @@ def output(
         xs = tl.load(x + head * x_head, mask=known, other=0.0)
         narrow, power = _narrow(entered.to(tl.float32), xs)
         total = _dot(Cs, narrow) * (tl.exp2(sums_to) * power)[:, None]
-        exponent = tl.where(k[:, None] >= k[None, :], sums_to[:, None] - sums_to[None, :], float("-inf"))
-        matrix, power = _narrow(scores * tl.exp2(exponent) * step[None, :], xs)
+        exponent = tl.where(at[:, None] >= at[None, :], sums_to[:, None] - sums_to[None, :], float("-inf"))
+        weight = step[None, :]
+        if own is not None:
+            itself = tl.load(own + which * SIZE + k)
+            weight = tl.where(at[:, None] == at[None, :], itself[None, :], weight)
+        matrix, power = _narrow(scores * tl.exp2(exponent) * weight, xs)
         if xs.dtype == tl.float16:
             total += _dot(matrix, xs) * power
         else:
@@ -260,11 +266,11 @@ def output(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def inner_backward(
-    x, x_batch, x_row, x_head, B, B_batch, B_row, B_group, C, C_batch, C_row, C_group, decay, dt, D,
+    x, x_batch, x_row, x_head, B, B_batch, B_row, B_group, C, C_batch, C_row, C_group, decay, dt, own, D,
     dy, dy_batch, dy_row, dy_head, dstates, table, chunks, chunks_of_row, length,
-    dx, dx_batch, dx_row, dx_head, dB, dC, direct, ddecay, shares, heads, heads_of_group, groups,
+    dx, dx_batch, dx_row, dx_head, dB, dC, direct, ddecay, down, shares, heads, heads_of_group, groups,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr, HEADS: tl.constexpr,
+    REVERSE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """dx; what pairs of a chunk's own steps and the states that leave it say of dt and of the decays; of dB and dC
     what the pairs say, (parts, chunks, groups, SIZE, d_state) float32.
@@ -277,6 +283,7 @@ def inner_backward(
     h = tl.program_id(1) * HEADS
     g = h // heads_of_group
     k = tl.arange(0, SIZE)
+    at = k // RANK
     n = tl.arange(0, BLOCK_N)
     p = tl.arange(0, BLOCK_P)
     batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
@@ -305,26 +312,34 @@ def inner_backward(
             other=0.0,
         )
         products = _dot(xs, tl.trans(dys))
-        exponent = tl.where(k[:, None] <= k[None, :], sums_to[None, :] - sums_to[:, None], float("-inf"))
+        exponent = tl.where(at[:, None] <= at[None, :], sums_to[None, :] - sums_to[:, None], float("-inf"))
         between = tl.exp2(exponent)
         matrix = scores * between
         products *= between
-        all_weights += products * step[:, None]
+        weight = step[:, None]
+        if own is not None:
+            itself = tl.load(own + which * SIZE + k)
+            weight = tl.where(at[:, None] == at[None, :], itself[:, None], weight)
+            matrix *= weight
+        all_weights += products * weight
         products *= scores
-        same = tl.sum(tl.where(k[:, None] == k[None, :], products, 0.0), axis=1)
+        same = tl.sum(tl.where(at[:, None] == at[None, :], products, 0.0), axis=1)
         # without those of a step with itself, which no decay is part of
-        products = tl.where(k[:, None] == k[None, :], 0.0, products)
+        products = tl.where(at[:, None] == at[None, :], 0.0, products)
         of_pairs = tl.sum(products, axis=1)
         of_rows = tl.sum(products * step[:, None], axis=0)
         narrow, power = _narrow(left.to(tl.float32), xs)
         du = _dot(Bs, narrow) * (tl.exp2(whole - sums_to) * power)[:, None]
         of_state = tl.sum(du * xs.to(tl.float32), axis=1)
+        if own is not None:
+            du *= step[:, None]
         narrow, power = _narrow(matrix, xs)
         if xs.dtype == tl.float16:
             du += _dot(narrow, dys) * power
         else:
             du = added_dot(narrow, dys, du)
-        du *= step[:, None]
+        if own is None:
+            du *= step[:, None]
         if D is not None:
             wide = dys.to(tl.float32)
             du += tl.load(D + head).to(tl.float32) * wide
@@ -332,14 +347,18 @@ def inner_backward(
         tl.store(dx + head * dx_head, _rounded(du, dx.dtype.element_ty), mask=known)
         of_decay = of_rows - step * (of_pairs + of_state)
         of_decay += tl.where(k == SIZE - 1, tl.sum(step * of_state), 0.0)
-        tl.store(direct + which * SIZE + k, same + of_pairs + of_state)
+        if own is not None:
+            tl.store(down + which * SIZE + k, same)
+            tl.store(direct + which * SIZE + k, of_pairs + of_state)
+        else:
+            tl.store(direct + which * SIZE + k, same + of_pairs + of_state)
         tl.store(ddecay + which * SIZE + k, of_decay)
     narrow, power = _narrow(all_weights, Bs)
     part = (h % heads_of_group) // HEADS
-    at = ((part.to(tl.int64) * chunks + c) * groups + g) * (SIZE * N) + k[:, None] * N + n[None, :]
+    to = ((part.to(tl.int64) * chunks + c) * groups + g) * (SIZE * N) + k[:, None] * N + n[None, :]
     valid = (k < SIZE)[:, None] & (n < N)[None, :]
-    tl.store(dB + at, _dot(narrow, tl.load(C, mask=inside, other=0.0)) * power, mask=valid)
-    tl.store(dC + at, _dot(tl.trans(narrow), Bs) * power, mask=valid)
+    tl.store(dB + to, _dot(narrow, tl.load(C, mask=inside, other=0.0)) * power, mask=valid)
+    tl.store(dC + to, _dot(tl.trans(narrow), Bs) * power, mask=valid)
 
 
 @triton.jit(do_not_specialize=_CHANGING)

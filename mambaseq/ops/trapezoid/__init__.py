@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.trapezoid import arguments as _arguments
-from mambaseq.ops.trapezoid import chunked, reference
+from mambaseq.ops.trapezoid import chunked, gpu, reference
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
 
 __all__ = ["OP", "TrapezoidArguments", "trapezoidal_scan", "trapezoidal_update_"]
@@ -16,9 +16,11 @@ OP = dispatch.Op(
     name="trapezoidal_scan",
     backends=(
         dispatch.Backend("torch", chunked.run, dispatch.never),
+        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
+    half=_arguments.half,
 )
 
 

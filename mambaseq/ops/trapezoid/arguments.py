@@ -69,6 +69,11 @@ def check(arguments: TrapezoidArguments) -> None:
         raise ValueError("initial_x and initial_B, of the position before the first, go together")
 
 
+def half(arguments: TrapezoidArguments) -> TrapezoidArguments:
+    """The same with what is multiplied in bfloat16, as models hand it over."""
+    return arguments._replace(**{name: getattr(arguments, name).bfloat16() for name in ("x", "B", "C")})
+
+
 def samples(device: torch.device) -> Iterator[tuple[str, TrapezoidArguments]]:
     """Small float32 inputs that use every argument."""
     generator = torch.Generator().manual_seed(0)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambaseq.ops.chunks import Chunks, forward_in_time, sums
+from mambaseq.ops.chunks import FORGOTTEN, Chunks, forward_in_time, sums
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
 
-_OVER_TIME = ("x", "dt", "A", "trap", "B", "C")
-_OF_SEQUENCES = ("initial_state", "initial_x", "initial_B")
+OVER_TIME = ("x", "dt", "A", "trap", "B", "C")
+OF_SEQUENCES = ("initial_state", "initial_x", "initial_B")
 
 
 def run(arguments: TrapezoidArguments) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def run(arguments: TrapezoidArguments) -> tuple[Tensor, Tensor]:
 
 
 def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
-    arguments: TrapezoidArguments = forward_in_time(given, _OVER_TIME, _OF_SEQUENCES)
+    arguments: TrapezoidArguments = forward_in_time(given, OVER_TIME, OF_SEQUENCES)
     x, dt, A, trap, B, C, initial, *_ = arguments
     wide, (_, length, heads, rank, head_dim), d_state = working_dtype(x), x.shape, B.shape[4]
     shape = (arguments.n_sequences, heads, head_dim, d_state)
@@ -42,10 +42,12 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
         return chunks.cut(value).transpose(2, 3)
 
     dt, trap = dt.to(wide), trap.to(wide)
-    later, entered = _of_the_next(arguments, initial, (1 - trap) * dt)
+    later, entered = of_the_next(arguments, initial, (1 - trap) * dt)
+    assert entered is not None
     # axes: b(atch), c(hunk), h(ead), i and j (positions of a chunk), r (rank), p (head_dim), n (d_state)
     at_once, later = in_chunks(trap * dt), in_chunks(later)  # b c h j
-    total = sums(in_chunks(dt.double() * A.double())[..., None])  # b c h i 1
+    log_decay = in_chunks(dt.double() * A.double()).clamp(min=FORGOTTEN)
+    total = sums(log_decay[..., None])  # b c h i 1
     exponent = (total - total.mT).to(wide)  # b c h i j
     hidden = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=x.device).triu(1)
     weight = exponent.masked_fill(hidden, -torch.inf).exp() * (at_once + later)[..., None, :]
@@ -70,18 +72,18 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final
 
 
-def _of_the_next(arguments: TrapezoidArguments, initial: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+def of_the_next(arguments: TrapezoidArguments, initial: Tensor | None, old: Tensor) -> tuple[Tensor, Tensor | None]:
     """How much of what a position writes the next one adds `(batch, length, heads)`, 0 at the end of a sequence; and
     initial states to which the first one has added what was written before.
 
-    old: how much each adds of what the one before it has written.
+    old: how much each adds of what the one before it has written. initial: None only where nothing was written before.
     """
     length, bounds = old.shape[1], arguments.cu_seqlens
     later = torch.cat([old[:, 1:], torch.zeros_like(old[:, :1])], dim=1)
     if bounds is not None:
         begins = torch.zeros(length + 1, dtype=torch.bool, device=old.device).index_fill(0, bounds.long(), True)
         later = later.masked_fill(begins[1:, None], 0)
-    if arguments.initial_x is None or arguments.initial_B is None or length == 0:
+    if initial is None or arguments.initial_x is None or arguments.initial_B is None or length == 0:
         return later, initial
     if bounds is None:
         first = old[:, 0]  # (sequences, heads)

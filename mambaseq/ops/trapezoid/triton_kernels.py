@@ -1,0 +1,80 @@
+# mypy: allow-untyped-defs
+"""What Mamba-3's recurrence has of its own beside the kernels of the state-space dual (`ops/ssd/triton_kernels.py`):
+its steps, handed over as numbers, and their gradients.
+
+`weights` (3, batch, positions, heads) float32, contiguous: log-decay, how much of what a position writes later ones
+see, and how much it sees itself. Chunks are of SIZE rows, RANK of which are a position; its decay stands at the first.
+"""
+
+import triton
+import triton.language as tl
+
+from mambaseq.ops.ssd.triton_kernels import _chunk
+
+_CHANGING = ["chunks", "chunks_of_row", "length", "batches"]
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def steps(
+    weights, table, chunks, chunks_of_row, length, batches, decay, dt, own, heads,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """decay, dt and own (chunks, heads, SIZE); a program takes HEADS heads of a chunk."""
+    c = tl.program_id(0)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q = tl.arange(0, SIZE)
+    batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, False)
+    inside = (q < count)[:, None] & (h < heads)[None, :]
+    positions = length // RANK
+    apart = batches.to(tl.int64) * positions * heads
+    place = weights + (batch * positions + first // RANK) * heads + (q // RANK)[:, None] * heads + h[None, :]
+    rate = tl.load(place, mask=inside & (q % RANK == 0)[:, None], other=0.0) * 1.4426950408889634
+    to = (c.to(tl.int64) * heads + h)[None, :] * SIZE + q[:, None]
+    known = (h < heads)[None, :] & (q < SIZE)[:, None]
+    tl.store(decay + to, tl.cumsum(rate, axis=0), mask=known)
+    tl.store(dt + to, tl.load(place + apart, mask=inside, other=0.0), mask=known)
+    tl.store(own + to, tl.load(place + 2 * apart, mask=inside, other=0.0), mask=known)
+
+
+@triton.jit
+def _of_positions(value, SIZE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr):
+    """Sums over a position's rows (SIZE // RANK, HEADS)."""
+    if RANK > 1:
+        value = tl.sum(tl.reshape(value, [SIZE // RANK, RANK, HEADS]), axis=1)
+    return value
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def steps_backward(
+    table, chunks, chunks_of_row, length, batches, direct, down, inner, outer, flow, dweights, heads,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, OUTER: tl.constexpr, FLOW: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `weights`. OUTER, FLOW: how many blocks `outer` and `flow` have."""
+    c = tl.program_id(0)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q = tl.arange(0, SIZE)
+    batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, False)
+    valid = h < heads
+    every = valid[None, :] & (q < SIZE)[:, None]
+    which = c.to(tl.int64) * heads + h
+    at = which[None, :] * SIZE + q[:, None]
+    found = tl.load(inner + at, mask=every, other=0.0)
+    apart = chunks.to(tl.int64) * heads * SIZE
+    for block in tl.static_range(OUTER):
+        found += tl.load(outer + block * apart + at, mask=every, other=0.0)
+    whole = tl.zeros([HEADS], dtype=tl.float32)
+    for block in tl.static_range(FLOW):
+        whole += tl.load(flow + which * FLOW + block, mask=valid, other=0.0)
+    # a step's decay is part of all sums from it on
+    found = tl.cumsum(found, axis=0, reverse=True) + whole[None, :]
+    found = tl.where((q % RANK == 0)[:, None], found, 0.0)
+    positions = length // RANK
+    apart = batches.to(tl.int64) * positions * heads
+    j = tl.arange(0, SIZE // RANK)
+    inside = (j * RANK < count)[:, None] & valid[None, :]
+    place = dweights + (batch * positions + first // RANK) * heads + j[:, None] * heads + h[None, :]
+    tl.store(place, _of_positions(found, SIZE, HEADS, RANK), mask=inside)
+    of_dt = tl.load(direct + at, mask=every, other=0.0)
+    tl.store(place + apart, _of_positions(of_dt, SIZE, HEADS, RANK), mask=inside)
+    of_own = tl.load(down + at, mask=every, other=0.0)
+    tl.store(place + 2 * apart, _of_positions(of_own, SIZE, HEADS, RANK), mask=inside)
