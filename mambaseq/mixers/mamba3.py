@@ -23,6 +23,7 @@ from mambaseq.ops import sequences, trapezoidal_scan
 from mambaseq.ops.chunks import sums
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
+from mambaseq.ops.ssd.packages import input_dtype
 from mambaseq.ops.trapezoid import trapezoidal_update_
 
 
@@ -159,17 +160,19 @@ class Mamba3(Mixer):
         """See `Mixer.forward`."""
         if state is not None:
             self._check(state, x, cu_seqlens)
-        z, v, B, C, dt, A, trap, turn = self._project(x)
+        projected = apply_linear(self.in_proj, x)
+        z, v, B, C, dt, A, trap, turn = self._parts(projected)
         before = None if state is None else state.angle
         angle, last_angle = _added_up(turn, before, cu_seqlens)
         B, C = self._turned(B, angle), self._turned(C, angle)
+        taken = input_dtype(self.backend, projected.dtype, x.device)
         y, ssm = trapezoidal_scan(
-            v,
+            v.to(taken),
             dt,
             A,
             trap,
-            B,
-            C,
+            B.to(taken),
+            C.to(taken),
             initial_state=None if state is None else state.ssm,
             initial_x=None if state is None else state.v,
             initial_B=None if state is None else state.k,
@@ -178,7 +181,7 @@ class Mamba3(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y = self._output(y, v, z, x)
+        y = self._output(y.to(v.dtype), v, z, x)
         if not return_state:
             return y
         k = _last(B, None if state is None else state.k, cu_seqlens)
@@ -197,13 +200,12 @@ class Mamba3(Mixer):
             "ssm": (self.n_heads, self.head_dim, self.d_state),
         }
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """All in full precision, of x `(..., d_model)`: the gate `(..., d_inner)`, inputs `(..., heads, rank,
+    def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """All in full precision, of what in_proj gives: the gate `(..., d_inner)`, inputs `(..., heads, rank,
         head_dim)`, B and C `(..., heads, rank, d_state)`, dt, A and trap `(..., heads)`, and what is turned by, `(...,
         heads, n_angles)` float64."""
-        parts = apply_linear(self.in_proj, x).split(self.widths, dim=-1)
-        wide = working_dtype(x)
-        z, v, B, C, dt, A, trap, angles = (part.to(wide) for part in parts)
+        wide = working_dtype(projected)
+        z, v, B, C, dt, A, trap, angles = (part.to(wide) for part in projected.split(self.widths, dim=-1))
         v = v.unflatten(-1, (self.n_heads, 1, self.head_dim))
         if self.several:
             v = v * self.mimo_x.to(wide)
@@ -269,7 +271,7 @@ class Mamba3(Mixer):
         """See `Mixer.step_`."""
         self._check(state, x)
         x = x[:, 0]
-        z, v, B, C, dt, A, trap, turn = self._project(x)
+        z, v, B, C, dt, A, trap, turn = self._parts(apply_linear(self.in_proj, x))
         state.angle.add_(turn)
         B, C = self._turned(B, state.angle), self._turned(C, state.angle)
         y = trapezoidal_update_(state.ssm, v, dt, A, trap, B, C, state.v, state.k)

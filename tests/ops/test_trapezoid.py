@@ -12,6 +12,7 @@ from agreement import (
     TOLERANCE,
     Draw,
     assert_equals_reference,
+    calls_of,
     device_or_skip,
     moved,
     names_of,
@@ -21,7 +22,7 @@ from agreement import (
 from mambaseq.ops import OPS, ssd, trapezoidal_scan
 from mambaseq.ops.chunks import sums
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
-from mambaseq.ops.trapezoid import TrapezoidArguments, trapezoidal_update_
+from mambaseq.ops.trapezoid import TrapezoidArguments, step, trapezoidal_update_
 
 OP = OPS["trapezoidal_scan"]
 TORCH, TRITON, REFERENCE = (next(b for b in OP.backends if b.name == name) for name in ("torch", "triton", "reference"))
@@ -162,7 +163,9 @@ def test_kernels_give_the_same_bits_twice(case: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.gpu
 def test_kernels_compile_in_one_graph() -> None:
+    device_or_skip("cuda")
     made = moved(halved(drawn("compiled", 1, 3, rank=2), torch.bfloat16), PLACE)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -199,8 +202,9 @@ def test_of_1_it_is_the_state_space_dual() -> None:
     torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_are_the_whole() -> None:
-    made = drawn("steps", 2, 40, rank=2)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_steps_are_the_whole(rank: int) -> None:
+    made = drawn("steps", 2, 40, rank=rank)
     states = {name: getattr(made, name) for name in ("initial_state", "initial_x", "initial_B")}
     expected, final = trapezoidal_scan(*made[:6], **states)
     state, last_x, last_B = (value.clone() for value in states.values())
@@ -209,6 +213,47 @@ def test_steps_are_the_whole() -> None:
         last_x, last_B = made.x[:, t], made.B[:, t]
         torch.testing.assert_close(y, expected[:, t], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def stepped(device: torch.device, dtype: torch.dtype, rank: int, head_dim: int, d_state: int) -> list[torch.Tensor]:
+    """A state and what a step is given, of columns of wider rows."""
+    draw, one = Draw("one step"), (3, 4)
+    wide = draw.normal(3, 4 * rank * (2 * head_dim + 3 * d_state) + 1)[:, 1:].to(device, dtype)
+    widths = [4 * rank * head_dim] * 2 + [4 * rank * d_state] * 3
+    x, last_x, B, C, last_B = (part.unflatten(1, (4, rank, -1)) for part in wide.split(widths, dim=1))
+    dt, A, trap = (
+        value.to(device) for value in (draw.uniform(0, 1, *one), -draw.uniform(0, 2, *one), draw.uniform(0, 1, *one))
+    )
+    state = draw.normal(*one, head_dim, d_state).to(device)
+    return [state, x, dt, A, trap, B, C, last_x, last_B]
+
+
+@pytest.mark.parametrize(("rank", "head_dim", "d_state"), [(1, 5, 6), (3, 20, 16)])
+@pytest.mark.parametrize("where", ["numba", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_a_step(where: str, dtype: torch.dtype, rank: int, head_dim: int, d_state: int) -> None:
+    run, place = (step._on_cpu, torch.device("cpu")) if where == "numba" else (step._on_gpu, PLACE)
+    state, *given = stepped(place, dtype, rank, head_dim, d_state)
+    expected_state = state.double()
+    expected = trapezoidal_update_(expected_state, *(value.double() for value in given))  # type: ignore[call-arg]
+    y = run(state, *given)  # type: ignore[call-arg]
+    assert y.dtype == dtype
+    assert relative_rms_error(state, expected_state) < 1e-6
+    assert relative_rms_error(y, expected) < {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]  # which may be cut off
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_steps_on_a_gpu_are_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a state in bfloat16, too, which is rounded once a step."""
+    device = device_or_skip("cuda")
+    seen = calls_of(monkeypatch, step, "_on_gpu")
+    state, *given = stepped(device, torch.bfloat16, rank, 64, 128)
+    half, expected = state.bfloat16(), state.bfloat16().double()
+    trapezoidal_update_(half, *given)  # type: ignore[call-arg]
+    trapezoidal_update_(expected, *(value.double() for value in given))  # type: ignore[call-arg]
+    assert len(seen) == 1
+    assert relative_rms_error(half, expected) < 2**-9
 
 
 def test_sums_of_many_are_made_of_few() -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.trapezoid import arguments as _arguments
 from mambaseq.ops.trapezoid import chunked, gpu, reference
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
+from mambaseq.ops.trapezoid.step import trapezoidal_update_
 
 __all__ = ["OP", "TrapezoidArguments", "trapezoidal_scan", "trapezoidal_update_"]
 
 OP = dispatch.Op(
     name="trapezoidal_scan",
     backends=(
-        dispatch.Backend("torch", chunked.run, dispatch.never),
         dispatch.Backend("triton", gpu.run, gpu.why_not),
+        dispatch.Backend("torch", chunked.run, dispatch.never),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
     samples=_arguments.samples,
@@ -84,31 +84,3 @@ def trapezoidal_scan(
     )
     _arguments.check(arguments)
     return dispatch.run(OP, arguments, backend)
-
-
-def trapezoidal_update_(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    trap: Tensor,
-    B: Tensor,
-    C: Tensor,
-    last_x: Tensor,
-    last_B: Tensor,
-) -> Tensor:
-    """One step of `trapezoidal_scan`; changes state `(batch, heads, head_dim, d_state)`, float32 or bfloat16, in place.
-
-    x and last_x, of the step before, `(batch, heads, rank, head_dim)`; dt, A, trap `(batch, heads)`; B, C and last_B
-    `(batch, heads, rank, d_state)`. Returns y, the shape and dtype of x.
-    """
-    if state.dtype == torch.bfloat16:  # computed in float32, rounded when it is written
-        kept = state.float()
-        y = trapezoidal_update_(kept, x, dt, A, trap, B, C, last_x, last_B)
-        state.copy_(kept)
-        return y
-    wide = state.dtype
-    dt, trap = (value.to(wide)[..., None, None] for value in (dt, trap))
-    state.add_((1 - trap) * dt * (last_x.to(wide).mT @ last_B.to(wide)))
-    state.mul_(torch.exp(dt * A.to(wide)[..., None, None])).add_(trap * dt * (x.to(wide).mT @ B.to(wide)))
-    return (C.to(wide) @ state.mT).to(x.dtype)

@@ -78,3 +78,42 @@ def steps_backward(
     tl.store(place + apart, _of_positions(of_dt, SIZE, HEADS, RANK), mask=inside)
     of_own = tl.load(down + at, mask=every, other=0.0)
     tl.store(place + 2 * apart, _of_positions(of_own, SIZE, HEADS, RANK), mask=inside)
+
+
+@triton.jit
+def update(
+    state, x, x_row, last_x, last_x_row, B, B_row, C, C_row, last_B, last_B_row,
+    dt, dt_row, A, A_row, trap, trap_row, y, heads, head_dim,
+    D_STATE: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One step of CHANNELS channels of one row's head. Of a row, all heads, ranks and channels are side by side."""
+    blocks = tl.cdiv(head_dim, CHANNELS)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    row = line // heads
+    h = line % heads
+    p = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, STATES)
+    real = p < head_dim
+    known = n < D_STATE
+    tile = real[:, None] & known[None, :]
+    step = tl.load(dt + row * dt_row + h).to(tl.float32)
+    decay = tl.exp(step * tl.load(A + row * A_row + h).to(tl.float32))
+    share = tl.load(trap + row * trap_row + h).to(tl.float32)
+    now = share * step
+    old = (1 - share) * step * decay
+    place = state + (line * head_dim + p)[:, None] * D_STATE + n[None, :]
+    new = decay * tl.load(place, mask=tile, other=0.0).to(tl.float32)
+    for r in tl.static_range(RANK):
+        channel = (h * RANK + r) * head_dim + p
+        of_state = (h * RANK + r) * D_STATE + n
+        before = old * tl.load(last_x + row * last_x_row + channel, mask=real, other=0.0).to(tl.float32)
+        last = tl.load(last_B + row * last_B_row + of_state, mask=known, other=0.0).to(tl.float32)
+        u = now * tl.load(x + row * x_row + channel, mask=real, other=0.0).to(tl.float32)
+        b = tl.load(B + row * B_row + of_state, mask=known, other=0.0).to(tl.float32)
+        new += before[:, None] * last[None, :] + u[:, None] * b[None, :]
+    tl.debug_barrier()  # all have loaded, whichever threads store
+    tl.store(place, new, mask=tile)
+    for r in tl.static_range(RANK):
+        read = tl.load(C + row * C_row + (h * RANK + r) * D_STATE + n, mask=known, other=0.0).to(tl.float32)
+        out = tl.sum(new * read[None, :], axis=1)
+        tl.store(y + (line * RANK + r) * head_dim + p, out, mask=real)

@@ -1,0 +1,210 @@
+"""The mixers of today on a GPU, of a 1.5B model's width: Mamba-2 and -3, delta rules; scans, training and decode steps.
+
+`python benchmarks/mixers_gpu.py [--only PART ...]`. Parts:
+
+    scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
+             kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates).
+    layers   whole mixers, projections too, forward and backward under bfloat16 autocast; of mamba-ssm what is between
+             its projections.
+    update   a decode step's state and output at batch 128, states in float32 and bfloat16: share of the time that
+             reading and writing the state takes at the memory's speed. Beside them what is published, on an H100.
+    steps    whole mixers' decode steps, projections too, and how far from reading weights and states once they are.
+
+All is timed inside of CUDA graphs, so that nothing of Python is counted; scans and updates are held against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lti_gpu import milliseconds
+from torch import Tensor
+
+from mambaseq.benchmarking.floors import peak
+from mambaseq.domain import catalog
+from mambaseq.ops import OPS
+from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
+from mambaseq.ops.trapezoid import step
+from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
+
+D_MODEL, HEADS, HEAD_DIM, D_STATE = 2048, 64, 64, 128
+# batch, length, heads, rank
+SCANS = ((8, 2048, 24, 1), (8, 2048, 24, 4), (4, 2048, HEADS, 1), (1, 65536, 24, 1))
+CHECKED = 512  # positions that are held against float64
+TOLERANCE = 5e-3  # relative RMS of outputs and gradients in bfloat16
+BACKENDS = {backend.name: backend for backend in OPS["trapezoidal_scan"].backends}
+MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": ("mamba2", {}),
+    "mamba3": ("mamba3", {}),
+    "mamba3, rank 4": ("mamba3", {"rank": 4}),
+    "gated_delta": ("gated_delta", {}),
+    "kda": ("kda", {}),
+}
+# Milliseconds of kernels, states in bfloat16 (arXiv:2603.15569)
+PUBLISHED = {"mamba2": 0.203, "gated_delta": 0.257, "mamba3": 0.156, "mamba3, rank 4": 0.179}
+BATCH = 128
+
+
+def scan_arguments(batch: int, length: int, heads: int, rank: int) -> TrapezoidArguments:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    one = (batch, length, heads)
+    # ranks outside of heads, as the projection has them
+    x, B, C = (normal(batch, length, rank, heads, n).bfloat16().transpose(2, 3) for n in (HEAD_DIM, D_STATE, D_STATE))
+    return TrapezoidArguments(
+        x, 0.1 * normal(*one).abs(), -1 - normal(*one).abs(), normal(*one).sigmoid(), B, C, wants_final_state=False
+    )  # fmt: skip
+
+
+def timed(run: Callable[[], Any], wanted: list[Tensor]) -> str:
+    """Milliseconds forward / backward (what both together take, less the forward)."""
+    with torch.no_grad():
+        forward = milliseconds(run, 10)
+        cotangent = torch.randn_like(run())
+
+    def both() -> None:
+        torch.autograd.grad(run(), wanted, cotangent)
+
+    return f"{forward:.3f} / {milliseconds(both, 10) - forward:.3f}"
+
+
+def scans() -> None:
+    for shape in SCANS:
+        made = scan_arguments(*shape)
+        names = ("x", "dt", "A", "trap", "B", "C")
+        part = made._replace(**{name: getattr(made, name)[:1, :CHECKED] for name in names})
+        expected = outputs_and_gradients(BACKENDS["torch"], part, double=True)
+        for name in ("triton", "torch"):
+            attempted(f"scan {shape} {name}", functools.partial(_scan, name, made, part, expected))
+        if shape[3] == 1:
+            attempted(f"scan {shape} mamba-ssm", functools.partial(published_scan, *shape[:3]))
+
+
+def _scan(name: str, made: TrapezoidArguments, part: TrapezoidArguments, expected: list[Tensor]) -> str:
+    found = outputs_and_gradients(BACKENDS[name], part)
+    error = max(relative_rms_error(a, e) for a, e in zip(found, expected, strict=True))
+    if not error < TOLERANCE:
+        return f"wrong by {error:.1e}"
+    given = leaves(made)
+    wanted = [v for v in given if isinstance(v, Tensor)]
+    return f"{timed(lambda: BACKENDS[name].run(given)[0], wanted)} ms, error {error:.1e}"
+
+
+def published_scan(batch: int, length: int, heads: int, gated: bool = True) -> str:
+    """mamba-ssm's kernel for one input, with all that it does beside the scan."""
+    name = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
+    run: Any = importlib.import_module(name).mamba3_siso_combined
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+    half = torch.bfloat16
+    Q, K = (normal(batch, length, 1, D_STATE, dtype=half) for _ in range(2))
+    V, Z = (normal(batch, length, heads, HEAD_DIM, dtype=half) for _ in range(2))
+    ADT, DT = ((sign * torch.rand(batch, heads, length, device="cuda") * 0.1).requires_grad_() for sign in (-1, 1))
+    trap, biases = normal(batch, heads, length, dtype=half), [normal(heads, D_STATE) for _ in range(2)]
+    angles, D = normal(batch, length, heads, D_STATE // 4), normal(heads)
+    given = (Q, K, V, ADT, DT, trap, *biases, angles, D, Z)
+    return timed(lambda: run(*given), list(given)) + " ms"
+
+
+def mixer_of(name: str) -> Any:
+    torch.manual_seed(0)
+    kind, options = MIXERS[name]
+    with torch.device("cuda"):
+        return catalog()["mixers"].get(kind)(D_MODEL, **options)
+
+
+def layers() -> None:
+    for name in MIXERS:
+        attempted(f"layers 4 x 2048 {name}", functools.partial(_layer, name))
+
+
+def _layer(name: str) -> str:
+    mixer = mixer_of(name)
+    x = torch.randn(4, 2048, D_MODEL, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def forward() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            y: Tensor = mixer(x)
+        return y
+
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(forward().sum(), [x, *mixer.parameters()])
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    return f"{timed(forward, [x, *mixer.parameters()])} ms, {memory:.2f} GiB"
+
+
+def updates() -> None:
+    for name, rank in (("mamba3", 1), ("mamba3, rank 4", 4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            label = f"update {name}, {str(dtype)[6:]} states (published {PUBLISHED[name]} ms)"
+            attempted(label, functools.partial(_update, rank, dtype))
+
+
+def _update(rank: int, dtype: torch.dtype) -> str:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(BATCH, HEADS, *shape, generator=generator, device="cuda").bfloat16()
+
+    x, last_x = (normal(rank, HEAD_DIM) for _ in range(2))
+    B, C, last_B = (normal(rank, D_STATE) for _ in range(3))
+    given: Any = (x, normal().abs(), -normal().abs(), normal().sigmoid(), B, C, last_x, last_B)
+    state = normal(HEAD_DIM, D_STATE).to(dtype)
+    exact, kept = state[:2].double(), state[:2].clone()
+    expected = step.trapezoidal_update_(exact, *(v[:2].double() for v in given))
+    y = step.trapezoidal_update_(kept, *(v[:2] for v in given))
+    errors = relative_rms_error(y, expected), relative_rms_error(kept, exact)
+    took = milliseconds(lambda: step.trapezoidal_update_(state, *given))
+    floor = 1e3 * 2 * state.numel() * state.element_size() / peak(torch.device("cuda")).bytes_per_s
+    return f"{took:.3f} ms, {floor / took:.0%} of the memory's speed, errors {errors[0]:.1e} {errors[1]:.1e}"
+
+
+def steps() -> None:
+    for name in MIXERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            label = f"steps, batch {BATCH}, {name}, {str(dtype)[6:]} states"
+            attempted(label, functools.partial(_step, name, dtype))
+
+
+def _step(name: str, dtype: torch.dtype) -> str:
+    mixer = mixer_of(name).bfloat16().eval()
+    state = mixer.init_state(BATCH)
+    for one in state.accumulated if dtype == torch.bfloat16 else ():
+        setattr(state, one, getattr(state, one).to(dtype))
+    x = torch.randn(BATCH, 1, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    took = milliseconds(lambda: mixer.step_(x, state))
+    held = sum(p.numel() * p.element_size() for p in mixer.parameters())
+    held += 2 * sum(t.numel() * t.element_size() for t in state.tensors().values())
+    floor = 1e3 * held / peak(torch.device("cuda")).bytes_per_s
+    return f"{took:.3f} ms, {floor / took:.0%} of the memory's speed"
+
+
+def attempted(label: str, run: Callable[[], str]) -> None:
+    try:
+        print(f"{label}: {run()}", flush=True)
+    except Exception as error:
+        print(f"{label}: {type(error).__name__}: {str(error)[:160]}", flush=True)
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parts = {"scan": scans, "layers": layers, "update": updates, "steps": steps}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; ms forward / backward")
+    for part in parser.parse_args().only:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()
