@@ -25,6 +25,8 @@ from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.ssd.packages import input_dtype
 from mambaseq.ops.trapezoid import trapezoidal_update_
+from mambaseq.ops.trapezoid.gating import GateArguments, gated
+from mambaseq.ops.trapezoid.turning import TurnArguments, turned
 
 
 @dataclasses.dataclass
@@ -164,15 +166,16 @@ class Mamba3(Mixer):
         z, v, B, C, dt, A, trap, turn = self._parts(projected)
         before = None if state is None else state.angle
         angle, last_angle = _added_up(turn, before, cu_seqlens)
-        B, C = self._turned(B, angle), self._turned(C, angle)
         taken = input_dtype(self.backend, projected.dtype, x.device)
+        B, C = turned(TurnArguments(B, C, self.B_bias, self.C_bias, angle, self.several, taken == torch.bfloat16))
+        written = self._written(v, taken)
         y, ssm = trapezoidal_scan(
-            v.to(taken),
+            written,
             dt,
             A,
             trap,
-            B.to(taken),
-            C.to(taken),
+            B,
+            C,
             initial_state=None if state is None else state.ssm,
             initial_x=None if state is None else state.v,
             initial_B=None if state is None else state.k,
@@ -181,11 +184,11 @@ class Mamba3(Mixer):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y = self._output(y.to(v.dtype), v, z, x)
+        y = self._output(y, v, z, x)
         if not return_state:
             return y
         k = _last(B, None if state is None else state.k, cu_seqlens)
-        return y, Mamba3State(last_angle, k, _last(v, None if state is None else state.v, cu_seqlens), ssm)
+        return y, Mamba3State(last_angle, k, _last(written, None if state is None else state.v, cu_seqlens), ssm)
 
     def _check(self, state: Mamba3State, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         n = sequences.count(x, cu_seqlens)
@@ -201,52 +204,46 @@ class Mamba3(Mixer):
         }
 
     def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """All in full precision, of what in_proj gives: the gate `(..., d_inner)`, inputs `(..., heads, rank,
-        head_dim)`, B and C `(..., heads, rank, d_state)`, dt, A and trap `(..., heads)`, and what is turned by, `(...,
-        heads, n_angles)` float64."""
+        """Of what in_proj gives: the gate and inputs `(..., heads, head_dim)`, as they are; in full precision B and C,
+        normed, `(..., rank, groups, d_state)`, dt, A and trap `(..., heads)`, and what is turned by, `(..., heads,
+        n_angles)` float64."""
+        z, v, *parts = projected.split(self.widths, dim=-1)
         wide = working_dtype(projected)
-        z, v, B, C, dt, A, trap, angles = (part.to(wide) for part in projected.split(self.widths, dim=-1))
-        v = v.unflatten(-1, (self.n_heads, 1, self.head_dim))
-        if self.several:
-            v = v * self.mimo_x.to(wide)
+        B, C, dt, A, trap, angles = (part.to(wide) for part in parts)
+        z, v = (part.unflatten(-1, (self.n_heads, self.head_dim)) for part in (z, v))
         ranked = (self.rank, self.n_groups, self.d_state)
-        per_group = self.n_heads // self.n_groups
-        B, C = (
-            norm(M.unflatten(-1, ranked)).transpose(-2, -3).repeat_interleave(per_group, dim=-3) + bias.to(wide)
-            for M, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
-        )
+        B, C = self.B_norm(B.unflatten(-1, ranked)), self.C_norm(C.unflatten(-1, ranked))
         dt = F.softplus(dt + self.dt_bias.to(wide))
         A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=self.A_floor)
         turn = math.pi * torch.tanh(angles)[..., None, :] * dt[..., None]
         return z, v, B, C, dt, A, torch.sigmoid(trap), turn.double()
 
-    def _turned(self, M: Tensor, angle: Tensor) -> Tensor:
-        """M `(..., heads, rank, d_state)`, pairs of whose channels turn by `(..., heads, n_angles)`: neighbours, or, as
-        published of several inputs, i and d_state / 2 + i."""
-        cos, sin = (value.to(M.dtype)[..., None, :] for value in (torch.cos(angle), torch.sin(angle)))
-        if self.several:
-            a, b = M.chunk(2, dim=-1)
-        else:
-            a, b = M.unflatten(-1, (-1, 2)).unbind(-1)
-        n = self.n_angles
-        one, other = a[..., :n] * cos - b[..., :n] * sin, a[..., :n] * sin + b[..., :n] * cos
-        one, other = torch.cat([one, a[..., n:]], dim=-1), torch.cat([other, b[..., n:]], dim=-1)
-        return torch.cat([one, other], dim=-1) if self.several else torch.stack([one, other], dim=-1).flatten(-2)
+    def _written(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is written to the states, `(..., heads, rank, head_dim)`, of inputs `(..., heads, head_dim)`."""
+        v = v[..., None, :]
+        return (v.to(working_dtype(v)) * self.mimo_x.to(working_dtype(v))).to(dtype) if self.several else v.to(dtype)
 
     def _output(self, y: Tensor, v: Tensor, z: Tensor, like: Tensor) -> Tensor:
-        """y and inputs v `(..., heads, rank, head_dim)` and the gate, before its maps, to the block's output."""
-        wide = y.dtype
-        y = (y + self.D.to(wide)[:, None, None] * v).transpose(-2, -3)  # (..., rank, heads, head_dim)
-        z = z.unflatten(-1, (1, self.n_heads, self.head_dim))
+        """y `(..., heads, rank, head_dim)`, inputs and gate `(..., heads, head_dim)` to the block's output."""
+        if self.out_norm:
+            out = self._normed(y, v, z)
+        else:
+            maps = (self.mimo_x, self.mimo_z, self.mimo_o) if self.several else (None, None, None)
+            out = gated(GateArguments(y, v, z, self.D, *maps))
+        return apply_linear(self.out_proj, out.flatten(-2).to(like.dtype))
+
+    def _normed(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """The same before out_proj, `(..., heads, head_dim)`, each head of y normed before its gate."""
+        wide = working_dtype(v)
+        skip = self.D.to(wide)[:, None, None] * self._written(v, wide)
+        y = (y.to(wide) + skip).transpose(-2, -3)  # (..., rank, heads, head_dim)
+        z = z.to(wide)[..., None, :, :]
         if self.several:
             z = z * self.mimo_z.to(wide).transpose(0, 1)
-        if self.out_norm:
-            y = self.norm(y.flatten(-2), z.flatten(-2)).unflatten(-1, y.shape[-2:])
-        else:
-            y = y * F.silu(z)
+        y = self.norm(y.flatten(-2), z.flatten(-2).expand(*y.shape[:-2], -1)).unflatten(-1, y.shape[-2:])
         if self.several:
             y = y * self.mimo_o.to(wide).transpose(0, 1)
-        return apply_linear(self.out_proj, y.sum(-3).flatten(-2).to(like.dtype))
+        return y.sum(-3)
 
     def init_state(
         self,
@@ -273,10 +270,11 @@ class Mamba3(Mixer):
         x = x[:, 0]
         z, v, B, C, dt, A, trap, turn = self._parts(apply_linear(self.in_proj, x))
         state.angle.add_(turn)
-        B, C = self._turned(B, state.angle), self._turned(C, state.angle)
-        y = trapezoidal_update_(state.ssm, v, dt, A, trap, B, C, state.v, state.k)
+        B, C = turned(TurnArguments(B, C, self.B_bias, self.C_bias, state.angle, self.several))
+        written = self._written(v, B.dtype)
+        y = trapezoidal_update_(state.ssm, written, dt, A, trap, B, C, state.v, state.k)
         state.k.copy_(B)
-        state.v.copy_(v)
+        state.v.copy_(written)
         return self._output(y, v, z, x).unsqueeze(1)  # (batch, 1, d_model)
 
 
@@ -298,16 +296,17 @@ def _added_up(turn: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) ->
 
 
 def _last(value: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """What stands at the last position of each sequence, `(sequences, ...)`; of empty ones what stood before, or 0.
+    """What stands at the last position of each sequence, `(sequences, ...)`, in full precision; of empty ones what
+    stood before, or 0.
 
     value: `(batch, length, ...)`.
     """
-    n, length = sequences.count(value, cu_seqlens), value.shape[1]
-    before = value.new_zeros(n, *value.shape[2:]) if before is None else before.to(value.dtype)
+    n, length, wide = sequences.count(value, cu_seqlens), value.shape[1], working_dtype(value)
+    before = value.new_zeros(n, *value.shape[2:], dtype=wide) if before is None else before.to(wide)
     if length == 0:
         return before
     if cu_seqlens is None:
-        return value[:, -1].contiguous()
+        return value[:, -1].to(wide).contiguous()
     ends = cu_seqlens[1:].long()
     filled = (ends > cu_seqlens[:-1]).view(-1, *[1] * (value.ndim - 2))
-    return torch.where(filled, value[0].index_select(0, (ends - 1).clamp(min=0)), before)
+    return torch.where(filled, value[0].index_select(0, (ends - 1).clamp(min=0)).to(wide), before)

@@ -1,0 +1,101 @@
+# mypy: allow-untyped-defs
+"""Triton kernels of what follows Mamba-3's scan: skip, gate, and the map of several outputs a head to one.
+
+    out = sum over r of o_r silu(z z_r) (y_r + D v x_r)
+
+y `(rows, RANK, heads, P)`, v, z and out `(rows, heads, P)` with strides between rows, maps x_r, z_r and o_r `(heads,
+RANK, P)` or none. A program takes ROWS rows of a head.
+"""
+
+import triton
+import triton.language as tl
+
+from mambaseq.ops.ssd.triton_kernels import _rounded
+
+
+@triton.jit
+def _map(m, h, r, p, P: tl.constexpr, RANK: tl.constexpr):
+    return tl.load(m + (h * RANK + r) * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate(
+    y, v, v_row, z, z_row, D, x_map, z_map, o_map, out, rows, heads,
+    P: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    h = tl.program_id(1)
+    p = tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (p < P)[None, :]
+    channel = (h * P + p)[None, :]
+    skip = tl.load(v + row[:, None] * v_row + channel, mask=known, other=0.0).to(tl.float32)
+    skip *= tl.load(D + h).to(tl.float32)
+    gates = tl.load(z + row[:, None] * z_row + channel, mask=known, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for r in tl.static_range(RANK):
+        here = tl.load(y + ((row * RANK + r) * heads)[:, None] * P + channel, mask=known, other=0.0).to(tl.float32)
+        g = gates
+        if x_map is not None:
+            here += skip * _map(x_map, h, r, p, P, RANK)
+            g = g * _map(z_map, h, r, p, P, RANK)
+        else:
+            here += skip
+        here *= g * tl.sigmoid(g)
+        if x_map is not None:
+            here *= _map(o_map, h, r, p, P, RANK)
+        total += here
+    tl.store(out + (row * heads)[:, None] * P + channel, _rounded(total, out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def gate_backward(
+    y, v, v_row, z, z_row, D, x_map, z_map, o_map, dout, dy, dv, dz, shares, dD, rows, heads, blocks,
+    P: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dv and dz `(rows, heads, P)`; of each block of rows dD `(blocks, heads)` and the gradients of the maps, `shares`
+    (3, blocks, heads, RANK, P)."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    h = tl.program_id(1)
+    p = tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (p < P)[None, :]
+    channel = (h * P + p)[None, :]
+    values = tl.load(v + row[:, None] * v_row + channel, mask=known, other=0.0).to(tl.float32)
+    scale = tl.load(D + h).to(tl.float32)
+    gates = tl.load(z + row[:, None] * z_row + channel, mask=known, other=0.0).to(tl.float32)
+    d = tl.load(dout + (row * heads)[:, None] * P + channel, mask=known, other=0.0).to(tl.float32)
+    of_v = tl.zeros([ROWS, BLOCK], dtype=tl.float32)  # of v and of D, as a factor of the other
+    of_z = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    apart = (blocks * heads).to(tl.int64) * RANK * P
+    for r in tl.static_range(RANK):
+        at = ((row * RANK + r) * heads)[:, None] * P + channel
+        here = tl.load(y + at, mask=known, other=0.0).to(tl.float32)
+        g = gates
+        e = d
+        skip = scale * values
+        if x_map is not None:
+            from_v = _map(x_map, h, r, p, P, RANK)
+            from_z = _map(z_map, h, r, p, P, RANK)
+            here += skip * from_v
+            g = g * from_z
+            e = e * _map(o_map, h, r, p, P, RANK)
+        else:
+            here += skip
+        sigmoid = tl.sigmoid(g)
+        open = g * sigmoid
+        back = e * open  # of y_r
+        of_gate = e * here * (sigmoid * (1 + g * (1 - sigmoid)))
+        tl.store(dy + at, _rounded(back, dy.dtype.element_ty), mask=known)
+        if x_map is not None:
+            to = shares + ((tl.program_id(0).to(tl.int64) * heads + h) * RANK + r) * P + p
+            tl.store(to, tl.sum(back * skip, axis=0), mask=p < P)
+            tl.store(to + apart, tl.sum(of_gate * gates, axis=0), mask=p < P)
+            tl.store(to + 2 * apart, tl.sum(d * open * here, axis=0), mask=p < P)
+            of_v += back * from_v
+            of_z += of_gate * from_z
+        else:
+            of_v += back
+            of_z += of_gate
+    tl.store(dD + tl.program_id(0) * heads + h, tl.sum(tl.sum(of_v * values, axis=1), axis=0))
+    to = (row * heads)[:, None] * P + channel
+    tl.store(dv + to, _rounded(of_v * scale, dv.dtype.element_ty), mask=known)
+    tl.store(dz + to, _rounded(of_z, dz.dtype.element_ty), mask=known)

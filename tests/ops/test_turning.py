@@ -1,0 +1,38 @@
+"""B and C of Mamba-3 as its scan takes them: kernels equal PyTorch in float64, gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import DEVICES, Draw, device_or_skip, poisoned_memory
+
+from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.trapezoid.turning import TurnArguments, kernel, turned
+
+HEADS = 2
+
+
+def drawn(halves: bool, rank: int, groups: int, d_state: int, n_angles: int) -> TurnArguments:
+    draw = Draw(f"{halves} {rank} {groups} {d_state}")
+    B, C = (draw.normal(1, 18, rank, groups, d_state) for _ in range(2))
+    B_bias, C_bias = (draw.normal(HEADS, rank, d_state) for _ in range(2))
+    return TurnArguments(B, C, B_bias, C_bias, 1e4 * draw.normal(1, 18, HEADS, n_angles).double(), halves)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("sizes", [(False, 1, 1, 8, 2), (True, 2, 2, 12, 6), (False, 1, 2, 32, 8)])
+def test_kernels_equal_the_definition(sizes: tuple, rounded: bool, device: str) -> None:
+    """Angles of thousands of turns keep their digits."""
+    made, place = drawn(*sizes)._replace(rounded=rounded), device_or_skip(device)
+    found, expected = [], []
+    cotangents = [Draw("cotangents").normal(1, 18, HEADS, sizes[1], sizes[3]).bfloat16() for _ in range(2)]
+    for run, wide, results in ((kernel, False, found), (turned, True, expected)):
+        leaves = [v.to(place, torch.float64 if wide else v.dtype).requires_grad_() for v in made[:5]]
+        with poisoned_memory():
+            outputs = run(TurnArguments(*leaves, made.halves, rounded and not wide))
+        assert outputs[0].dtype == (torch.float64 if wide else torch.bfloat16 if rounded else torch.float32)
+        given = [c.to(place, y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+        results += [*outputs, *torch.autograd.grad(outputs, leaves, given)]
+    for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+        assert relative_rms_error(a, e) < (3e-3 if rounded and i < 2 else 1e-6)
