@@ -156,8 +156,8 @@ def _update(rank: int, dtype: torch.dtype) -> str:
     def normal(*shape: int) -> Tensor:
         return torch.randn(BATCH, HEADS, *shape, generator=generator, device="cuda").bfloat16()
 
-    x, last_x = (normal(rank, HEAD_DIM) for _ in range(2))
-    B, C, last_B = (normal(rank, D_STATE) for _ in range(3))
+    x, last_x = (normal(rank, HEAD_DIM).float() for _ in range(2))  # as the mixer has them
+    B, C, last_B = (normal(rank, D_STATE).float() for _ in range(3))
     given: Any = (x, normal().abs(), -normal().abs(), normal().sigmoid(), B, C, last_x, last_B)
     state = normal(HEAD_DIM, D_STATE).to(dtype)
     exact, kept = state[:2].double(), state[:2].clone()

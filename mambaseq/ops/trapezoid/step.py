@@ -15,7 +15,7 @@ from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import portable
 
 # numbers of the state that a program holds, and warps that hold them
-_ELEMENTS, _WARPS = 1024, 4
+_ELEMENTS, _WARPS = 2048, 4
 _LITTLE = 1 << 15  # numbers of the state that one thread updates alone
 
 
