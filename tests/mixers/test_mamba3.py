@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.mamba3 import Mamba3
+from mambaseq.ops.dispatch import relative_rms_error
 from mambaseq.tasks.optimizer import parameter_groups
 
 
@@ -77,6 +79,39 @@ def test_is_a_complex_state_that_turns(options: dict) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 4, "rope_fraction": 1.0}, {"rank": 3, "n_groups": 2}, {"out_norm": True}]
+)
+def test_kernels_in_half_precision(options: dict) -> None:
+    """Under autocast, against the same in float64 on a CPU: outputs, gradients, the state handed on, packed."""
+    torch.manual_seed(0)
+    exact = Mamba3(128, d_state=64, **options).double()
+    for parameter in exact.parameters():
+        parameter.data += 0.1 * parameter.std(correction=0) * torch.randn_like(parameter)
+    mixer = copy.deepcopy(exact).float().cuda()
+    x = torch.randn(1, 200, 128, dtype=torch.float64)
+    weight = torch.randn(1, 200, 128, dtype=torch.float64)
+    results = []
+    for run, given in ((exact, x), (mixer, x.float().cuda())):
+        leaf = given.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            first, state = run(leaf[:, :77], return_state=True)
+            second, state = run(leaf[:, 77:], state=state, return_state=True)
+            bounds = torch.tensor([0, 0, 77, 200], dtype=torch.int32, device=leaf.device)
+            packed = run(leaf, cu_seqlens=bounds)
+            y = torch.cat([first, second], 1)
+            loss = (y.float() * weight.to(leaf)).sum() + (packed.float() * weight.to(leaf)).sum()
+        found = torch.autograd.grad(loss, [leaf, *run.parameters()])
+        results.append([y, packed, *state.tensors().values(), *found])
+    names = ["y", "packed", *state.tensors(), "x", *dict(exact.named_parameters())]
+    errors = {name: relative_rms_error(a.cpu(), e) for name, a, e in zip(names, results[1], results[0], strict=True)}
+    summed = {"dt_bias", "B_bias", "C_bias", "D", "B_norm.weight", "C_norm.weight"}  # terms cancel, their rounding not
+    wrong = {name: error for name, error in errors.items() if not error < (8e-2 if name in summed else 2e-2)}
+    assert not wrong
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:

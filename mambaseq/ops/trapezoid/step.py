@@ -16,6 +16,8 @@ from mambaseq.ops.gpu import portable
 
 # numbers of the state that a program holds, and warps that hold them
 _ELEMENTS, _WARPS = 2048, 4
+_PRODUCTS = False  # of matrices, of several inputs
+_FUSED = False  # whether products and sums may be one operation
 _LITTLE = 1 << 15  # numbers of the state that one thread updates alone
 
 
@@ -80,20 +82,24 @@ def _on_gpu(
     states = step_gpu.power_of_two(d_state)
     channels = max(1, min(step_gpu.power_of_two(head_dim), _ELEMENTS // states))
     kernels: Any = importlib.import_module("mambaseq.ops.trapezoid.triton_kernels")
+    rank = x.shape[2]
+    by_products = _PRODUCTS and 2 <= rank <= 8
+    if by_products:
+        states, channels = max(16, states), max(16, min(channels, 64))
     with portable.on(x):
-        kernels.update[(batch * heads * -(-head_dim // channels),)](
+        (kernels.update_by_products if by_products else kernels.update)[(batch * heads * -(-head_dim // channels),)](
             state,
             *(part for value in over_rows for part in (value, value.stride(0))),
             y,
             heads,
             head_dim,
             D_STATE=d_state,
-            RANK=x.shape[2],
+            RANK=rank,
             STATES=states,
             CHANNELS=channels,
             num_warps=_WARPS,
             # threads that hold the same sum would each round it in their own way, and any of them may write it
-            enable_fp_fusion=False,
+            enable_fp_fusion=_FUSED,
         )
     return y
 

@@ -117,3 +117,51 @@ def update(
         read = tl.load(C + row * C_row + (h * RANK + r) * D_STATE + n, mask=known, other=0.0).to(tl.float32)
         out = tl.sum(new * read[None, :], axis=1)
         tl.store(y + (line * RANK + r) * head_dim + p, out, mask=real)
+
+
+@triton.jit
+def update_by_products(
+    state, x, x_row, last_x, last_x_row, B, B_row, C, C_row, last_B, last_B_row,
+    dt, dt_row, A, A_row, trap, trap_row, y, heads, head_dim,
+    D_STATE: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The same of several inputs by products of matrices, in three parts of TF32 each: what is written now and what was
+    written before are up to 16 columns side by side, outputs up to 32."""
+    blocks = tl.cdiv(head_dim, CHANNELS)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    row = line // heads
+    h = line % heads
+    p = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, STATES)
+    k = tl.arange(0, 16)
+    j = tl.arange(0, 32)
+    real = p < head_dim
+    known = n < D_STATE
+    tile = real[:, None] & known[None, :]
+    step = tl.load(dt + row * dt_row + h).to(tl.float32)
+    decay = tl.exp(step * tl.load(A + row * A_row + h).to(tl.float32))
+    share = tl.load(trap + row * trap_row + h).to(tl.float32)
+    now = share * step
+    old = (1 - share) * step * decay
+    is_now = k < RANK
+    is_old = (k >= RANK) & (k < 2 * RANK)
+    channel = (h * RANK + k[None, :]) * head_dim + p[:, None]
+    u = now * tl.load(x + row * x_row + channel, mask=real[:, None] & is_now[None, :], other=0.0).to(tl.float32)
+    channel -= RANK * head_dim
+    before = tl.load(last_x + row * last_x_row + channel, mask=real[:, None] & is_old[None, :], other=0.0)
+    u += old * before.to(tl.float32)
+    of_state = (h * RANK + k[:, None]) * D_STATE + n[None, :]
+    b = tl.load(B + row * B_row + of_state, mask=is_now[:, None] & known[None, :], other=0.0).to(tl.float32)
+    of_state -= RANK * D_STATE
+    last = tl.load(last_B + row * last_B_row + of_state, mask=is_old[:, None] & known[None, :], other=0.0)
+    b += last.to(tl.float32)
+    place = state + (line * head_dim + p)[:, None] * D_STATE + n[None, :]
+    new = decay * tl.load(place, mask=tile, other=0.0).to(tl.float32)
+    new = tl.dot(u, b, new, input_precision="tf32x3")
+    tl.debug_barrier()  # all have loaded, whichever threads store
+    tl.store(place, new, mask=tile)
+    reading = C + row * C_row + (h * RANK + j[None, :]) * D_STATE + n[:, None]
+    read = tl.load(reading, mask=known[:, None] & (j < RANK)[None, :], other=0.0).to(tl.float32)
+    out = tl.dot(new, read, input_precision="tf32x3")
+    to = y + (line * RANK + j[None, :]) * head_dim + p[:, None]
+    tl.store(to, out, mask=real[:, None] & (j < RANK)[None, :])
