@@ -98,7 +98,7 @@ SIZED: dict[str, Callable[[], TrapezoidArguments]] = {
     "64 x 128, rank 4": lambda: sized("r", 500, 4, 64, 128),
     "rank 4, packed": lambda: sized("s", 300, 4, 64, 64, 0, 0, 1, 17, 150, 150, 300),
     "128 x 256, rank 2, reverse": lambda: sized("t", 150, 2, 128, 256)._replace(reverse=True),
-    "one position": lambda: sized("v", 1, 2, 64, 64),
+    "one position each": lambda: sized("v", 40, 2, 64, 64, *range(41)),
     "forgetting all at times": lambda: forgetting(sized("w", 100, 1, 64, 64)),
     "a long row, in segments": lambda: sized("u", 4000, 1, 32, 32)._replace(wants_final_state=False),
 }

@@ -14,10 +14,8 @@ from mambaseq.ops.decoding import gpu as step_gpu
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import portable
 
-# numbers of the state that a program holds, and warps that hold them
-_ELEMENTS, _WARPS = 2048, 4
-_PRODUCTS = False  # of matrices, of several inputs
-_FUSED = False  # whether products and sums may be one operation
+# numbers of the state that a program holds, and warps that hold them, of one input a head and of several
+_ONE, _SEVERAL = (2048, 4), (8192, 8)
 _LITTLE = 1 << 15  # numbers of the state that one thread updates alone
 
 
@@ -79,15 +77,12 @@ def _on_gpu(
     # of a row everything side by side
     over_rows = [value.flatten(1) for value in (x, last_x, B, C, last_B, dt, A, trap)]
     over_rows = [value if value.stride(1) == 1 else value.contiguous() for value in over_rows]
-    states = step_gpu.power_of_two(d_state)
-    channels = max(1, min(step_gpu.power_of_two(head_dim), _ELEMENTS // states))
+    rank, states = x.shape[2], step_gpu.power_of_two(d_state)
+    elements, warps = _ONE if rank == 1 else _SEVERAL
+    channels = max(1, min(step_gpu.power_of_two(head_dim), elements // states))
     kernels: Any = importlib.import_module("mambaseq.ops.trapezoid.triton_kernels")
-    rank = x.shape[2]
-    by_products = _PRODUCTS and 2 <= rank <= 8
-    if by_products:
-        states, channels = max(16, states), max(16, min(channels, 64))
     with portable.on(x):
-        (kernels.update_by_products if by_products else kernels.update)[(batch * heads * -(-head_dim // channels),)](
+        kernels.update[(batch * heads * -(-head_dim // channels),)](
             state,
             *(part for value in over_rows for part in (value, value.stride(0))),
             y,
@@ -97,9 +92,9 @@ def _on_gpu(
             RANK=rank,
             STATES=states,
             CHANNELS=channels,
-            num_warps=_WARPS,
+            num_warps=warps,
             # threads that hold the same sum would each round it in their own way, and any of them may write it
-            enable_fp_fusion=_FUSED,
+            enable_fp_fusion=False,
         )
     return y
 
