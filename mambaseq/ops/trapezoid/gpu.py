@@ -76,7 +76,9 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
 
     y, final = _scan(
         Rows(
-            *(rows(value) for value in (x, B, C)),
+            rows(x),
+            rows(B),
+            rows(C),
             torch.stack([(dt * A.float()).clamp(min=_FORGOTTEN), at_once + later, at_once]),
             entered,
             None if bounds is None else bounds * padded,
