@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from mambaseq.backbones.graphed import CudaGraph, StepGraphs
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, RMSNorm, make_norm
+from mambaseq.ops.decoding.block import MOST_POSITIONS, Layer, layers_positions, layers_step_
 from mambaseq.ops.linear import is_plain
 
 # how ranks that share sequences get the states between their parts; see `ResidualStack`
@@ -52,6 +53,71 @@ class ResidualLayer(nn.Module):
                 return None, self.mixer.layer_step_(stream, self.norm, state)[:, None]
         y, residual = self.norm(x, residual)
         return self.mixer.step_(y, state), residual
+
+    def cpu_layer(self, stream: Tensor, state: Any) -> Layer | None:
+        """See `Mixer.cpu_layer`."""
+        plain = type(self) is ResidualLayer and "step_" not in vars(self) and type(self.norm) is RMSNorm
+        if not stream.is_cpu or not plain or not isinstance(self.mixer, Mixer) or not is_plain(self.norm):
+            return None
+        return self.mixer.cpu_layer(stream, self.norm, state)
+
+
+def step_layers_(layers: Iterable[Any], residual: Tensor, states: Sequence[Any]) -> tuple[Tensor | None, Tensor]:
+    """One position through residual layers: residual `(batch, 1, d_model)` fp32. Returns what is still to be added, and
+    the stream, as `ResidualLayer.step_` does. On a CPU, layers that follow each other are one kernel if they can be."""
+    branch: Tensor | None = None
+    for joined, one, state in _joined(layers, residual, states):
+        if one is None:
+            branch, residual = None, layers_step_(_sum(branch, residual)[:, 0], joined)[:, None]
+        else:
+            branch, residual = one.step_(branch, residual, state)
+    return branch, residual
+
+
+def positions_of_layers(
+    layers: Iterable[Any], residual: Tensor, states: Sequence[Any]
+) -> tuple[Tensor | None, Tensor, list[Any]] | None:
+    """Positions `(1, n, d_model)` fp32 of one sequence through residual layers: what is still to be added, the stream,
+    and the states after each position (see `Mixer.positions`); None where one of the mixers has none."""
+    branch: Tensor | None = None
+    kept: list[Any] = []
+    few = residual.shape[1] <= MOST_POSITIONS
+    for joined, one, state in _joined(layers, residual[:, :1] if few else residual, states):
+        if one is None:
+            stream, made = layers_positions(_sum(branch, residual)[0], joined)
+            branch, residual = None, stream[None]
+            kept += [type(old)(*new) for old, new in zip(state, made, strict=True)]
+            continue
+        y, residual = one.norm(branch, residual)
+        found = one.mixer.positions(y, state)
+        if found is None:
+            return None
+        branch, new = found
+        kept.append(new)
+    return branch, residual, kept
+
+
+def _joined(layers: Iterable[Any], residual: Tensor, states: Sequence[Any]) -> Iterator[tuple[list[Layer], Any, Any]]:
+    """Layers in their order: those that are one kernel together, None and their states; or nothing, a layer and its
+    state."""
+    joined: list[Layer] = []
+    theirs: list[Any] = []
+    for layer, state in zip(layers, states, strict=True):
+        found = layer.cpu_layer(residual[:, 0], state) if residual.is_cpu and residual.shape[1] == 1 else None
+        if joined and (found is None or found.norm.dtype != joined[0].norm.dtype):
+            yield joined, None, theirs
+            joined, theirs = [], []
+        if found is None:
+            yield [], layer, state
+        else:
+            joined.append(found)
+            theirs.append(state)
+    if joined:
+        yield joined, None, theirs
+
+
+def _sum(branch: Tensor | None, residual: Tensor) -> Tensor:
+    return residual if branch is None else residual + branch.float()
 
 
 class Backbone(nn.Module, abc.ABC):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.base import Backbone, ContextStates, ResidualLayer
+from mambaseq.backbones.base import Backbone, ContextStates, ResidualLayer, positions_of_layers, step_layers_
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
@@ -98,22 +98,16 @@ class ResidualStack(Backbone):
     def step_(self, x: Tensor, state: list[Any]) -> Tensor:
         """x `(batch, 1, d_model)`; changes the states in place."""
         self._check_states(state)
-        residual, branch = x.float(), None
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]
+        branch, residual = step_layers_(self.layers, x.float(), state)
         y, _ = self.norm_f(branch, residual)
         return y
 
     def positions(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]] | None:
         """See `Mixer.positions`; None where one of the mixers has none."""
         self._check_states(state)
-        residual, branch, states = x.float(), None, []
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            y, residual = layer.norm(branch, residual)  # type: ignore[operator]
-            found = layer.mixer.positions(y, layer_state)  # type: ignore[operator, union-attr]
-            if found is None:
-                return None
-            branch, new = found
-            states.append(new)
+        found = positions_of_layers(self.layers, x.float(), state)
+        if found is None:
+            return None
+        branch, residual, states = found
         y, _ = self.norm_f(branch, residual)
         return y, states

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.backbones.base import Backbone, ResidualLayer
+from mambaseq.backbones.base import Backbone, ResidualLayer, step_layers_
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, read_tiers, scale_residual_
 from mambaseq.backbones.pooling import Pool, PoolState, windows
@@ -284,11 +284,12 @@ class UNet(Backbone):
 
 
 def _step_layers(layers: nn.ModuleList, x: Tensor, state: list[Any], active: Tensor | None) -> Tensor:
-    branch, residual = None, x
-    for layer, layer_state in zip(layers, state, strict=True):
-        if active is None:
-            branch, residual = layer.step_(branch, residual, layer_state)  # type: ignore[operator]
-        else:
+    branch: Tensor | None
+    if active is None:
+        branch, residual = step_layers_(layers, x, state)
+    else:
+        branch, residual = None, x
+        for layer, layer_state in zip(layers, state, strict=True):
             y, residual = layer.norm(branch, residual)  # type: ignore[operator]
             branch = _step_some(layer.mixer, y, layer_state, active)  # type: ignore[arg-type]
     return residual if branch is None else residual + branch.float()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.ops import OPS
+from mambaseq.ops.decoding.block import Layer
 from mambaseq.trees import register_tree
 
 
@@ -123,6 +124,11 @@ class Mixer(nn.Module, abc.ABC):
         """residual + step_(norm(residual)), `(batch, d_model)` fp32, without changing the residual; changes the state
         in place. For those that have kernels of the whole, where `can_step_layer` says so."""
         raise NotImplementedError
+
+    def cpu_layer(self, stream: Tensor, norm: Any, state: Any) -> Layer | None:
+        """What `layers_step_` on a CPU reads of the layer of this norm for its next step; None where it cannot run.
+        stream `(batch, d_model)`."""
+        return None
 
     def positions(self, x: Tensor, state: Any) -> tuple[Tensor, Any] | None:
         """x `(1, n, d_model)`, positions of one sequence, to y of the same shape and the states after each of them, as

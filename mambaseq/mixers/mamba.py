@@ -25,7 +25,7 @@ from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
 from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
-from mambaseq.ops.decoding import layer
+from mambaseq.ops.decoding import block, layer
 from mambaseq.ops.decoding.block import BlockWeights, block_positions, block_step_, can_run_positions, can_step
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -364,8 +364,7 @@ class Mamba(Mixer):
 
     def can_step_layer(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> bool:
         """See `Mixer.can_step_layer`."""
-        own = "step_" in vars(self) or type(self).step_ is not Mamba.step_
-        if own or type(state) is not MambaState or not self._is_plain():
+        if self._has_own_step() or type(state) is not MambaState or not self._is_plain():
             return False
         return layer.can_step(
             residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()
@@ -376,6 +375,17 @@ class Mamba(Mixer):
         self._check(state, residual)
         given = layer.LayerNorm(norm.weight, norm.eps or 0.0)
         return layer.mamba_step_(residual, given, state.conv, state.ssm, self._weights())
+
+    def cpu_layer(self, stream: Tensor, norm: RMSNorm, state: MambaState) -> block.Layer | None:
+        """See `Mixer.cpu_layer`."""
+        if self._has_own_step() or not self._is_plain():
+            return None
+        self._check(state, stream)
+        found = block.Layer(norm.weight, norm.eps or 0.0, self._weights(), state.conv, state.ssm)
+        return found if block.can_step_layer(stream, found) else None
+
+    def _has_own_step(self) -> bool:
+        return "step_" in vars(self) or type(self).step_ is not Mamba.step_
 
     @torch.no_grad()
     def positions(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState] | None:

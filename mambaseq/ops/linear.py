@@ -61,7 +61,11 @@ def is_plain(module: nn.Module) -> bool:
 
 def can_read_few_rows(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the kernels for a few rows can run: x `(rows, features)`, weights of its dtype on CPU, no gradient."""
-    dtype = x.dtype
+    return can_read_rows(x, x.dtype, *weights)
+
+
+def can_read_rows(x: Tensor, dtype: torch.dtype, *weights: Tensor | None) -> bool:
+    """The same for weights of this dtype, whatever x's is."""
     if (
         x.shape[0] > FEW_ROWS
         or not x.is_cpu
@@ -86,7 +90,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x `(rows, in)`, weight `(out, in)`, both fp32 or both bf16; accumulates in fp32."""
     kernels: Any = importlib.import_module("mambaseq.ops.decoding.kernels")
     team: Any = importlib.import_module("mambaseq.ops.cpu.team")
-    rows, table = x.float().contiguous().numpy(), bits(weight)
+    rows, table = x.float().contiguous().numpy(), bits(weight).reshape(-1)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     out, counters = y.numpy(), np.zeros(2 * team.STRIDE, dtype=np.int64)
     team.run(

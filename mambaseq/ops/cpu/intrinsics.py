@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from llvmlite import ir
@@ -47,10 +48,33 @@ def _prefetch_line(typingctx, array, index):
     return types.void(array, types.intp), codegen
 
 
+@intrinsic
+def _load_pair(typingctx, array, index):
+    def codegen(context, builder, signature, args):
+        place = builder.bitcast(_place(context, builder, signature, args), ir.IntType(32).as_pointer())
+        pair = builder.load(place)
+        pair.align = 2
+        return pair
+
+    return types.uint32(array, types.intp), codegen
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), codegen
+
+
 # Numba calls an intrinsic with the arguments after the first.
 fetch_add: Any = _fetch_add  # (int64 array, index): adds 1 atomically; returns what was there
 load: Any = _load  # (int64 array, index): reads anew each time, and before whatever is read next
 prefetch_line: Any = _prefetch_line  # (array, index): starts fetching; what does not exist does no harm
+load_pair: Any = _load_pair  # (uint16 array, index): two numbers as one uint32, the first as its lower half
+pointer: Any = _pointer  # (int64 address): for `numba.carray`
+# (): lets another thread have this core, if one waits for it
+yield_core: Any = None if sys.platform == "win32" else types.ExternalFunction("sched_yield", types.int32())
 
 
 @njit

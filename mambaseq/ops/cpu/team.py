@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mambaseq.ops.cpu.intrinsics import load
-from mambaseq.ops.cpu.kept import kept_njit
+from mambaseq.ops.cpu.intrinsics import load, yield_core
+from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 
 # Between the counters of a kernel, so that no two share a cache line.
 STRIDE = 16
@@ -25,12 +25,29 @@ STRIDE = 16
 _LOOKS = 1_000_000
 
 
+# Looks between which a thread lets others have its core: what it waits for may be done by one that has none.
+_PATIENCE = 4096
+_YIELDS = yield_core is not None
+
+
 @kept_njit(nogil=True)
 def _look(posted, seen, looks):
-    for _ in range(looks):  # noqa: SIM110
+    for number in range(looks):
         if load(posted, 0) != seen:
             return True
+        if _YIELDS and number % _PATIENCE == _PATIENCE - 1:
+            yield_core()
     return False
+
+
+@inner_njit(nogil=True)
+def wait(counters, at, n):
+    """Return when the counter is at least n."""
+    looks = 0
+    while load(counters, at) < n:
+        looks += 1
+        if _YIELDS and looks >= _PATIENCE:
+            yield_core()
 
 
 class _Helper(threading.Thread):

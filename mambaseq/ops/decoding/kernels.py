@@ -11,16 +11,17 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from mambaseq.ops.cpu.intrinsics import fetch_add, load, prefetch_line
+from mambaseq.ops.cpu.intrinsics import fetch_add, load_pair, prefetch_line
 from mambaseq.ops.cpu.kept import inner_njit, kept_njit
-from mambaseq.ops.cpu.team import STRIDE
-from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, exp2, sigmoid, softplus
+from mambaseq.ops.cpu.team import STRIDE, wait
+from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, sigmoid, softplus
 
 _ZERO = np.float32(0)
 # The usual number of states: a loop of this constant length becomes vector instructions without a rest.
 _LANES = np.uint64(16)
 # Bytes of weights that are asked for before they are read: by itself the processor looks ahead too little.
 _AHEAD, _LINE = 8192, 64
+_UP, _UPPER = np.uint32(16), np.uint32(0xFFFF0000)
 
 
 def widen(value):
@@ -36,42 +37,105 @@ def _widen(value):
 
 
 @inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def _dot(weight, x):
-    total = _ZERO
-    for i in range(weight.shape[0]):
-        total += widen(weight[i]) * x[i]
-    return total
+def _dots_of_floats(weight, at, other, n, x, at_x):
+    first, second, x_first = np.uint64(at), np.uint64(other), np.uint64(at_x)
+    one, two = _ZERO, _ZERO
+    for i in range(np.uint64(n)):
+        one += weight[first + i] * x[x_first + i]
+        two += weight[second + i] * x[x_first + i]
+    return one, two
 
 
 @inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def _fetch(weight, row, low, high):
-    """Start fetching columns low to high of the row that is read some rows after this one."""
+def _dots_of_halves(weight, at, other, n, x, at_x):
+    """Two numbers are read as one, whose halves are float32's upper ones, so that none has to change its place; without
+    the last of an odd number of them."""
+    first, second = np.uint64(at), np.uint64(other)
+    half = np.uint64(n) >> np.uint64(1)
+    even = np.uint64(at_x)
+    odd = even + np.uint64(n) - half
+    one, one_odd, two, two_odd = _ZERO, _ZERO, _ZERO, _ZERO
+    for i in range(half):
+        pair, others = load_pair(weight, first + np.uint64(2) * i), load_pair(weight, second + np.uint64(2) * i)
+        one += np.uint32(pair << _UP).view(np.float32) * x[even + i]
+        one_odd += np.uint32(pair & _UPPER).view(np.float32) * x[odd + i]
+        two += np.uint32(others << _UP).view(np.float32) * x[even + i]
+        two_odd += np.uint32(others & _UPPER).view(np.float32) * x[odd + i]
+    return one + one_odd, two + two_odd
+
+
+def _dots(weight, at, other, n, x, at_x):
+    """`n` numbers of a flat weight from `at` on, and from `other` on, times those of an `arrange`d vector: two rows at
+    once, whose loop costs what one's does."""
+
+
+@overload(_dots, inline="always")
+def _typed_dots(weight, at, other, n, x, at_x):
+    if isinstance(weight.dtype, types.Float):
+        return lambda weight, at, other, n, x, at_x: _dots_of_floats(weight, at, other, n, x, at_x)
+    return lambda weight, at, other, n, x, at_x: _dots_of_halves(weight, at, other, n, x, at_x)
+
+
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+def arrange(to, at, source, n, like):
+    """A vector of `n` numbers as products with weights of the kind of `like` read it: in its order, or first those of
+    even and then those of odd places."""
+    if like.itemsize == 4:
+        for i in range(n):
+            to[at + i] = source[i]
+    else:
+        half = (n + 1) // 2
+        for i in range(half):
+            to[at + i] = source[2 * i]
+        for i in range(n // 2):
+            to[at + half + i] = source[2 * i + 1]
+
+
+@inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
+def multiply(weight, first, last, n, x, y, shift, adds):
+    """y[r, o - shift] = weight[o] · x[r], or added to it, of rows o of a flat weight `(..., n)`; x flat, `arrange`d.
+
+    Each row of y is computed as if it were alone.
+    """
     size = weight.itemsize
-    at = (row + max(1, _AHEAD // ((high - low) * size))) * weight.shape[1]
-    for i in range(low, high, _LINE // size):
-        prefetch_line(weight, at + i)
+    ahead = max(1, _AHEAD // (n * size)) * n
+    has_last = size == 2 and n % 2 == 1
+    for o in range(first, last, 2):
+        at, both = o * n, o + 1 < last
+        other = at + n if both else at
+        for i in range(at + ahead, at + ahead + 2 * n, _LINE // size):
+            prefetch_line(weight, i)
+        for r in range(y.shape[0]):
+            one, two = _dots(weight, at, other, n, x, r * n)
+            if has_last:
+                one += widen(weight[at + n - 1]) * x[r * n + n // 2]
+                two += widen(weight[other + n - 1]) * x[r * n + n // 2]
+            y[r, o - shift] = y[r, o - shift] + one if adds else one
+            if both:
+                y[r, o + 1 - shift] = y[r, o + 1 - shift] + two if adds else two
 
 
 @kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 def linear(counters, size, x, weight, y):
-    """y = x @ weight.T, `size` rows of the weight at a time; x `(rows, in)`, weight `(out, in)`, y `(rows, out)`."""
-    n_out = weight.shape[0]
+    """y = x @ weight.T, `size` rows of the weight at a time; x `(rows, in)`, weight of `(out, in)` flat, y `(rows,
+    out)`."""
+    rows, n = x.shape
+    n_out = y.shape[1]
     n_blocks = (n_out + size - 1) // size
+    arranged = np.empty(rows * n, dtype=np.float32)
     block = fetch_add(counters, 0)
+    if block < n_blocks:
+        for r in range(rows):
+            arrange(arranged, r * n, x[r], n, weight)
     while block < n_blocks:
-        for o in range(block * size, min((block + 1) * size, n_out)):
-            w = weight[o]
-            _fetch(weight, o, 0, x.shape[1])
-            for r in range(x.shape[0]):
-                y[r, o] = _dot(w, x[r])
+        multiply(weight, block * size, min((block + 1) * size, n_out), n, arranged, y, 0, False)
         fetch_add(counters, STRIDE)
         block = fetch_add(counters, 0)
-    while load(counters, STRIDE) < n_blocks:
-        pass
+    wait(counters, STRIDE, n_blocks)
 
 
 @inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def _conv_channel(state, at, weight, at_weight, now, before):
+def conv_channel(state, at, weight, at_weight, now, before):
     """The convolution's output of one channel; shifts its latest input into the state."""
     out = widen(weight[at_weight + before]) * now
     for k in range(before):
@@ -84,7 +148,7 @@ def _conv_channel(state, at, weight, at_weight, now, before):
 
 
 @inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def _update_channel(state, at, exponent, A, at_A, drive, B, C, at_B, at_C, d_state):
+def update_channel(state, at, exponent, A, at_A, drive, B, C, at_B, at_C, d_state):
     """h = 2^(exponent A) h + drive B for the states of one channel; returns h · C."""
     out = _ZERO
     for start in range(0, d_state - 15, 16):
@@ -139,7 +203,7 @@ def selective_state_update(
             at = np.uint64((b * channels + c) * d_state)
             at_B = np.uint64((b * groups + c // per_group) * d_state)
             drive = delta[c] * x[b * x_stride + c]
-            y[b * channels + c] = _update_channel(
+            y[b * channels + c] = update_channel(
                 state, at, delta[c] * LOG2_E, A, np.uint64(c * d_state), drive, B, C, at_B, at_B, d_state
             )
         if has_D:
@@ -154,121 +218,9 @@ def selective_state_update(
 def causal_conv_update(state, x, x_stride, weight, bias, has_bias, silu, batch, channels, before, y):
     for b in range(batch):
         for c in range(channels):
-            out = _conv_channel(
+            out = conv_channel(
                 state, (b * channels + c) * before, weight, c * (before + 1), x[b * x_stride + c], before
             )
             if has_bias:
                 out += bias[c]
             y[b * channels + c] = out * sigmoid(out) if silu else out
-
-
-@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def sum_of_blocks(partial, y):
-    """`(blocks, rows, n)` → y `(rows, n)`, in the order of the blocks whichever thread did them."""
-    for r in range(y.shape[0]):
-        for o in range(y.shape[1]):
-            y[r, o] = partial[0, r, o]
-        for block in range(1, partial.shape[0]):
-            for o in range(y.shape[1]):
-                y[r, o] += partial[block, r, o]
-
-
-@kept_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
-def mamba_block(
-    counters,
-    size,
-    x,
-    in_proj,
-    in_bias,
-    has_in_bias,
-    conv,
-    conv_bias,
-    has_conv_bias,
-    x_proj,
-    dt_proj,
-    dt_bias,
-    A_log,
-    D,
-    out_proj,
-    conv_state,
-    state,
-    inner,
-    shares,
-    out_shares,
-    in_order,
-):
-    """One step of a Mamba block, `size` channels at a time; a channel's way stops once, where x_proj needs them all.
-
-    x `(rows, d_model)`; inner `(rows, 2 d_inner)`; shares `(blocks, rows, dt_rank + 2 d_state)` and out_shares
-    `(blocks, rows, d_model)`: what each block of channels adds to x_proj's and out_proj's results. conv, A_log and
-    the states are flat. in_order: the rows are positions of one sequence, each of which goes on from the state of the
-    one before.
-    """
-    rows, channels, n_blocks = x.shape[0], inner.shape[1] // 2, shares.shape[0]
-    n_projected, dt_rank = x_proj.shape[0], dt_proj.shape[1]
-    d_state = (n_projected - dt_rank) // 2
-    before = conv.shape[0] // channels - 1
-
-    block = fetch_add(counters, 0)
-    while block < n_blocks:
-        low, high = block * size, min((block + 1) * size, channels)
-        for half in (0, channels):
-            for c in range(half + low, half + high):
-                w = in_proj[c]
-                _fetch(in_proj, c, 0, x.shape[1])
-                for r in range(rows):
-                    inner[r, c] = _dot(w, x[r]) + (widen(in_bias[c]) if has_in_bias else _ZERO)
-        for r in range(rows):
-            for c in range(low, high):
-                at, at_weight = (r * channels + c) * before, c * (before + 1)
-                if in_order and r:
-                    for k in range(before):
-                        conv_state[at + k] = conv_state[at - channels * before + k]
-                out = _conv_channel(conv_state, at, conv, at_weight, inner[r, c], before)
-                if has_conv_bias:
-                    out += widen(conv_bias[c])
-                inner[r, c] = out * sigmoid(out)
-            for o in range(n_projected):
-                _fetch(x_proj, o, low, high)
-                shares[block, r, o] = _dot(x_proj[o, low:high], inner[r, low:high])
-        fetch_add(counters, STRIDE)
-        block = fetch_add(counters, 0)
-    while load(counters, STRIDE) < n_blocks:
-        pass
-
-    projected = np.empty((rows, n_projected), dtype=np.float32)
-    sum_of_blocks(shares, projected)
-    decay, delta = np.empty(d_state, dtype=np.float32), np.empty(size, dtype=np.float32)
-    at_B, at_C = np.uint64(dt_rank), np.uint64(dt_rank + d_state)
-    block = fetch_add(counters, 2 * STRIDE)
-    while block < n_blocks:
-        low, high = block * size, min((block + 1) * size, channels)
-        for r in range(rows):
-            row, dbc = inner[r], projected[r]
-            for c in range(low, high):
-                _fetch(dt_proj, c, 0, dt_rank)
-                delta[c - low] = _dot(dt_proj[c], dbc[:dt_rank]) + widen(dt_bias[c])
-            for c in range(high - low):
-                delta[c] = softplus(delta[c])
-            for c in range(low, high):
-                for k in range(d_state):
-                    decay[k] = -exp2(widen(A_log[c * d_state + k]) * LOG2_E)
-                dt, u = delta[c - low], row[c]
-                if in_order and r:
-                    for k in range((r * channels + c) * d_state, (r * channels + c + 1) * d_state):
-                        state[k] = state[k - channels * d_state]
-                at = np.uint64((r * channels + c) * d_state)
-                out = _update_channel(
-                    state, at, dt * LOG2_E, decay, np.uint64(0), dt * u, dbc, dbc, at_B, at_C, d_state
-                )
-                gate = row[channels + c]
-                row[c] = (out + widen(D[c]) * u) * gate * sigmoid(gate)
-        for o in range(out_proj.shape[0]):
-            w = out_proj[o, low:high]
-            _fetch(out_proj, o, low, high)
-            for r in range(rows):
-                out_shares[block, r, o] = _dot(w, inner[r, low:high])
-        fetch_add(counters, 3 * STRIDE)
-        block = fetch_add(counters, 2 * STRIDE)
-    while load(counters, 3 * STRIDE) < n_blocks:
-        pass

@@ -8,13 +8,11 @@ and states of channels are planes, `(parts, d_state, channels)`, so that loops r
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
+from mambaseq.ops.cpu.intrinsics import pointer
 from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, exp2, sigmoid, softplus
 from mambaseq.ops.decoding.stretch import COMPLEX, CONV, EMBEDS, GATED, GLU, LTI, MAMBA, OUT, SCAN, SWIGLU
@@ -31,20 +29,9 @@ _ZERO, _ONE, _HALF, _ROOT = np.float32(0), np.float32(1), np.float32(0.5), np.fl
 _LOWEST = np.float32(-87)  # below, a share is 0
 
 
-@intrinsic
-def _pointer_to(typingctx, address):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(address), codegen
-
-
-_pointer: Any = _pointer_to
-
-
 @inner_njit(nogil=True)
 def _array(address, size):
-    return carray(_pointer(address), (size,), dtype=np.float32)
+    return carray(pointer(address), (size,), dtype=np.float32)
 
 
 @inner_njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
