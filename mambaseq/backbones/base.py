@@ -126,11 +126,10 @@ class Backbone(nn.Module, abc.ABC):
     A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
     takes_mask: whether `forward` takes a `mask=` of real positions, because these depend on the padding after them.
         strands: how many vectors of size d_model a position has. splits_time: whether it can be given a rank's part of
-        sequences that are split along time (see `mambaseq.parallel`), and how: "layers", whose states go from rank to
-        rank one by one, so that all ranks work; "whole", all its states at once, so that ranks work in turn.
+        sequences that are split along time (see `mambaseq.parallel`).
     """
 
-    splits_time: ClassVar[Literal["layers", "whole", ""]] = ""
+    splits_time: ClassVar[bool] = False
     takes_mask: ClassVar[bool] = False
     strands: ClassVar[int] = 1
     d_model: int
@@ -229,13 +228,10 @@ class Backbone(nn.Module, abc.ABC):
     ) -> tuple[Tensor, list[Any]]:
         """The same over a rank's part of split sequences."""
         self.check_part(part, x, cu_seqlens)
-        if self.splits_time == "whole":
-            self.check_bounded("A backbone that hands all its states on at once")
-        run = self._run if self.splits_time == "layers" else functools.partial(relay.Whole(self).run, self._run)
         longest = max(piece.end - piece.begin for piece in part.pieces)  # on any rank, so that all do the same
         if len(part.mine) == 1 and (self.chunk_length is None or longest <= self.chunk_length):
             with relay.Relay(part, part.mine[0], gathers=self._gathers(part)).running():
-                return run(x, state, cu_seqlens, return_state)
+                return self._run(x, state, cu_seqlens, return_state)
         self.check_bounded("A rank with several pieces of a sequence")
         if self.chunk_length is not None and longest > max(2, self.chunk_length):  # 1 cannot always be dealt
             raise ConfigError(
@@ -244,7 +240,7 @@ class Backbone(nn.Module, abc.ABC):
             )
         from mambaseq.backbones.chunks import run_in_chunks
 
-        return run_in_chunks(self, run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
+        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
 
     def _gathers(self, part: parallel.Part) -> bool:
         """Whether all ranks run a layer at once, from states that they gather, instead of handing them on.
@@ -253,7 +249,7 @@ class Backbone(nn.Module, abc.ABC):
         each mixer says what its piece does to a state, which takes them `_SUMMARY` of its time.
         """
         mixers = [mixer for mixer in self.mixers() if not mixer.position_wise]
-        able = self.splits_time == "layers" and all(mixer.sums_up for mixer in mixers)
+        able = all(mixer.sums_up for mixer in mixers)
         if self.context_states == "gathered" and not able:
             names = ", ".join(sorted({type(mixer).__name__ for mixer in mixers if not mixer.sums_up}))
             raise ConfigError(

@@ -146,7 +146,7 @@ class BidirectionalStack(Backbone):
     """
 
     takes_mask: ClassVar[bool] = True
-    splits_time: ClassVar[Literal["layers", "whole", ""]] = "layers"
+    splits_time: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ coarse position, so that a window's result is used in the next window."""
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,34 @@ class PoolState(State):
     begun: Tensor
     held: Tensor
     count: Tensor
+
+
+@dataclasses.dataclass
+class Begun(State):
+    """What of a PoolState the way down needs and makes."""
+
+    begun: Tensor
+    count: Tensor
+
+
+@dataclasses.dataclass
+class Held(State):
+    """What of a PoolState the way up needs and makes."""
+
+    held: Tensor
+
+
+class Way(NamedTuple):
+    """A pooling's way down or up as the owner of its states, which ranks that share sequences hand on like those of a
+    mixer."""
+
+    pool: Pool
+    init_state: Callable[..., Any]
+    position_wise: bool = False
+    bounded_state: bool = True
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.pool.parameters()
 
 
 class Windows(NamedTuple):
@@ -116,26 +145,31 @@ class Pool(nn.Module):
         fine = self._apply_linear(self.up, y).reshape(len(y), y.shape[1] * self.pool, self.d_model)
         return F.pad(fine, (0, 0, self.pool, 0))[:, :length]
 
-    def shorten_packed(self, x: Tensor, state: PoolState, at: Windows) -> Tensor:
+    def shorten_packed(self, x: Tensor, state: Begun, at: Windows) -> Tensor:
         """x `(positions, d_model)` fp32 to `(at.length, d_coarse)` fp32."""
         rows = torch.cat([x, state.begun.flatten(0, 1)])
         # (at.length, d_coarse)
         return self._apply_linear(self.down, rows.index_select(0, at.sources).view(at.length, -1))
 
-    def lengthen_packed(self, y: Tensor, state: PoolState, at: Windows) -> Tensor:
+    def lengthen_packed(self, y: Tensor, state: Held, at: Windows) -> Tensor:
         """y `(at.length, d_coarse)` fp32 to `(positions, d_model)` fp32."""
         # rows of a fine position, (…, d_model)
         fine = self._apply_linear(self.up, torch.cat([y, state.held])).view(-1, self.d_model)
         return fine.index_select(0, at.targets)
 
-    def next_state(self, x: Tensor, y: Tensor, state: PoolState, at: Windows) -> PoolState:
-        """The state after positions x `(positions, d_model)`, whose coarse outputs are y `(at.length, d_coarse)`."""
+    def next_begun(self, x: Tensor, state: Begun, at: Windows) -> Begun:
+        """The state after positions x `(positions, d_model)`."""
         rows = torch.cat([x, state.begun.flatten(0, 1)])
         begun = rows.index_select(0, at.kept).view_as(state.begun)
-        last = (at.cu_seqlens[1:-1].long() - 1).clamp(min=0)
-        held = torch.where(at.completed[:, None] > 0, y.index_select(0, last), state.held)  # (sequences, d_coarse)
         # begun (sequences, pool - 1, d_model)
-        return PoolState(torch.where(at.is_kept[..., None], begun, 0.0), held, at.left)
+        return Begun(torch.where(at.is_kept[..., None], begun, 0.0), at.left)
+
+    def next_held(self, y: Tensor, state: Held, at: Windows) -> Held:
+        """The state after positions whose coarse outputs are y `(at.length, d_coarse)`."""
+        last = (at.cu_seqlens[1:-1].long() - 1).clamp(min=0)
+        return Held(
+            torch.where(at.completed[:, None] > 0, y.index_select(0, last), state.held)
+        )  # (sequences, d_coarse)
 
     def final_state(self, x: Tensor, y: Tensor) -> PoolState:
         """The same for whole sequences, x `(batch, length, d_model)` and y `(batch, length // pool, d_coarse)`."""
@@ -154,6 +188,13 @@ class Pool(nn.Module):
             torch.zeros(batch_size, self.d_coarse, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
+
+    def init_begun(self, batch_size: int, max_length: int | None = None, *, device: Any = None) -> Begun:
+        state = self.init_state(batch_size, device)
+        return Begun(state.begun, state.count)
+
+    def init_held(self, batch_size: int, max_length: int | None = None, *, device: Any = None) -> Held:
+        return Held(self.init_state(batch_size, device).held)
 
     def check(self, state: PoolState, n: int, device: torch.device) -> None:
         """Raise ValueError unless the state is one of n sequences, on this device."""

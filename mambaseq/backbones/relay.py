@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambaseq.backbones.pooling import Way
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.parallel import Part
@@ -30,56 +31,8 @@ _RELAY: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", d
 RunLayer = Callable[[Tensor | None, Tensor, Any, bool], tuple[Tensor, Tensor, Any]]
 
 
-class States:
-    """The states of a backbone as one."""
-
-    def __init__(self, each: list[Any]) -> None:
-        self.each = each
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"{n}.{name}": tensor for n, one in enumerate(self.each) for name, tensor in one.tensors().items()}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> States:
-        return States([one.map(function) for one in self.each])
-
-
-class Whole:
-    """A backbone as the owner of its states. They are handed on once all its layers have run, so that ranks work one
-    after the other."""
-
-    position_wise = False
-
-    def __init__(self, backbone: Any) -> None:
-        self.backbone = backbone
-        self.bounded_state = all(mixer.bounded_state for mixer in backbone.mixers())
-
-    def init_state(self, batch_size: int, max_length: int | None = None, *, device: Any = None) -> States:
-        return States(self.backbone.init_state(batch_size, max_length, device=device))
-
-    def parameters(self) -> Iterator[Any]:
-        return self.backbone.parameters()
-
-    def run(self, layers: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Any, return_state: bool) -> Any:
-        """`layers(x, states, cu_seqlens, return_state)` over the piece that is being run, from the states that the rank
-        with the piece before it leaves."""
-        one = current()
-        assert one is not None
-
-        def layer(_: Tensor | None, x: Tensor, state: Any, return_state: bool) -> tuple[Tensor, Tensor, Any]:
-            y, states = layers(x, None if state is None else state.each, cu_seqlens, return_state)
-            return y, x, States(states)
-
-        token = _RELAY.set(None)
-        try:
-            given = None if state is None else States(state)
-            y, _, new = one.run(self, layer, None, x, given, return_state)
-        finally:
-            _RELAY.reset(token)
-        return y, [] if new is None else new.each
-
-
 # whose states are handed on
-Owner = Mixer | Whole
+Owner = Mixer | Way
 
 
 def current() -> Relay | None:
@@ -113,6 +66,7 @@ class Relay:
         self._arrive, self._finished = arrive, slice(0, n - leave)
         self._keeps, self._kept = keeps, list[list[Tensor]]()
         self._replayed: Iterator[list[Tensor]] | None = None
+        self._fillers = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -133,6 +87,15 @@ class Relay:
         finally:
             self._replayed = None
 
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """Rows have one more sequence at their end, from an empty history, of which nobody hears."""
+        self._fillers += 1
+        try:
+            yield
+        finally:
+            self._fillers -= 1
+
     def around(self, layer: Any) -> Callable[..., Any]:
         """The layer, as it is to be run (again, too)."""
         if self._part is None or layer.mixer.position_wise:
@@ -150,7 +113,7 @@ class Relay:
     ) -> tuple[Tensor, Tensor, Any]:
         """A layer over this piece. given: states of the sequences that begin in it, or None. The state returned, if it
         is wanted, is that of the sequences that end in it."""
-        if mixer.position_wise or (self.source is None and self.target is None):
+        if mixer.position_wise or (self.source is None and self.target is None and not self._fillers):
             return layer(branch, residual, given, return_state)
         if self._part is not None:
             if given is not None and self._arrive:  # room for what is gathered
@@ -162,11 +125,12 @@ class Relay:
         if self.source is not None:
             branch, residual, carried = self._receive(mixer, branch, residual, wide)
         state = self._entering(mixer, carried, given)
+        if self._fillers and state is not None:
+            state = _together(state, mixer.init_state(self._fillers, device=residual.device))
         branch, residual, new = layer(branch, residual, state, return_state or self.target is not None)
         if self.target is not None:
             branch = self._send(branch, _some(new, self._leaving), wide)
-            new = _some(new, self._finished) if return_state else None
-        return branch, residual, new if return_state else None
+        return branch, residual, _some(new, self._finished) if return_state else None
 
     def _receive(
         self, mixer: Owner, branch: Tensor | None, residual: Tensor, wide: bool

@@ -9,7 +9,7 @@ strand is then its output for this one, reversed. Encoder and head must take par
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class ReverseComplementStack(Backbone):
     """
 
     takes_mask: ClassVar[bool] = True
-    splits_time: ClassVar[Literal["layers", "whole", ""]] = "layers"
+    splits_time: ClassVar[bool] = True
     strands: ClassVar[int] = 2
 
     def __init__(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambaseq.backbones import relay
 from mambaseq.backbones.base import Backbone, ResidualLayer, step_layers_
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, read_tiers, scale_residual_
-from mambaseq.backbones.pooling import Pool, PoolState, windows
+from mambaseq.backbones.pooling import Begun, Held, Pool, PoolState, Way, windows
 from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
+from mambaseq.parallel import Part
 
 
 class Tier(nn.Module):
@@ -64,11 +66,10 @@ class UNet(Backbone):
         chunk_length: run longer sequences over this many positions at a time, recomputing each chunk's activations in
             the backward pass (see `ResidualStack`); None runs them whole.
         cuda_graph: replay training steps as CUDA graphs (see `ResidualStack`).
-        context_parallel: how many processes share every training sequence (see `ResidualStack`). They work one after
-            the other: each has its part of the activations, but two take no less time than one.
+        context_parallel: how many processes share every training sequence (see `ResidualStack`).
     """
 
-    splits_time: ClassVar[Literal["layers", "whole", ""]] = "whole"
+    splits_time: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -149,9 +150,20 @@ class UNet(Backbone):
     def _run(
         self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
+        if relay.current() is not None:
+            self.check_bounded("A unet over a part of sequences")
         y, states = self._tier(self.top, x.float(), state, cu_seqlens, return_state)
         y, _ = self.norm_f(None, y)
         return y, states
+
+    def _gathers(self, part: Part) -> bool:
+        """Never: a part need not begin with a window."""
+        if self.context_states == "gathered":
+            raise ConfigError(
+                "context_states: gathered is not for a unet, whose windows go on from rank to rank. Set "
+                "model.backbone.context_states to auto or relayed."
+            )
+        return False
 
     def _tier(
         self, tier: Tier, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
@@ -162,7 +174,7 @@ class UNet(Backbone):
         assert tier.inner is not None
         old_down, old_pool, old_inner, old_up = (None,) * 4 if state is None else tier.states(state)
         x, down = self._stream(tier.down, x, old_down, cu_seqlens, return_state)
-        if state is None and cu_seqlens is None:
+        if state is None and cu_seqlens is None and relay.current() is None:
             inner: list[Any] = []
             coarse = tier.pool.shorten(x)
             if coarse.shape[1]:
@@ -172,7 +184,7 @@ class UNet(Backbone):
             given = tier.pool.lengthen(coarse, x.shape[1])
             pooled = tier.pool.final_state(x, coarse) if return_state else None
         else:
-            given, pooled, inner = self._packed(tier, x, old_pool, old_inner, cu_seqlens, return_state)
+            x, given, pooled, inner = self._packed(tier, x, old_pool, old_inner, cu_seqlens, return_state)
         y, up = self._stream(tier.up, x + given, old_up, cu_seqlens, return_state)
         return y, [*down, pooled, *inner, *up]
 
@@ -190,32 +202,56 @@ class UNet(Backbone):
         inner: list[Any] | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
-    ) -> tuple[Tensor, PoolState | None, list[Any]]:
-        """The output of the tiers below for each position, with sequences anywhere in their windows: all are one packed
-        row. The filler at the row's end continues from a copy of the first sequence's states."""
+    ) -> tuple[Tensor, Tensor, PoolState | None, list[Any]]:
+        """x, and the output of the tiers below for each position, with sequences anywhere in their windows: all are one
+        packed row. The filler at the row's end continues from a copy of the first sequence's states, or, in a part of
+        sequences, from empty ones."""
         pool, batch, length = tier.pool, x.shape[0], x.shape[1]
         assert pool is not None
         assert tier.inner is not None
         if cu_seqlens is None:
             cu_seqlens = length * torch.arange(batch + 1, device=x.device, dtype=torch.int32)
-        n = cu_seqlens.shape[0] - 1
-        if pooled is None:
-            pooled = pool.init_state(n, x.device)
-        pool.check(pooled, n, x.device)
+        bounds, n, handing_on = cu_seqlens, cu_seqlens.shape[0] - 1, relay.current()
+        if pooled is not None and handing_on is None:
+            pool.check(pooled, n, x.device)
+        begun = None if pooled is None else Begun(pooled.begun, pooled.count)
+        held = None if pooled is None else Held(pooled.held)
+        at: Any = None
+
+        def down(_: Any, row: Tensor, state: Begun | None, wanted: bool) -> tuple[Tensor, Tensor, Begun | None]:
+            nonlocal at
+            state = pool.init_begun(n, device=x.device) if state is None else state
+            at = windows(bounds, len(row), state.count, pool.pool)
+            coarse = pool.shorten_packed(row, state, at)  # (at.length, d_coarse)
+            return coarse, row, pool.next_begun(row, state, at) if wanted else None
+
+        def up(coarse: Any, row: Tensor, state: Held | None, wanted: bool) -> tuple[Tensor, Tensor, Held | None]:
+            state = pool.init_held(n, device=x.device) if state is None else state
+            given = pool.lengthen_packed(coarse, state, at)
+            return given, row, pool.next_held(coarse, state, at) if wanted else None
+
         row = x.flatten(0, 1)  # (batch * length, width of the tier)
-        at = windows(cu_seqlens, len(row), pooled.count, pool.pool)
-        if inner is not None:
-            with_filler = torch.arange(n + 1, device=x.device) % n
-            inner = [state.select(with_filler) for state in inner]
-        coarse = pool.shorten_packed(row, pooled, at)
-        # coarse (1, at.length, d_coarse)
-        coarse, states = self._tier(tier.inner, coarse[None], inner, at.cu_seqlens, return_state)
-        given = pool.lengthen_packed(coarse[0], pooled, at).view_as(x)  # (batch, length, width of the tier)
-        if not return_state:
-            return given, None, []
-        everyone = torch.arange(n, device=x.device)
-        new = pool.next_state(row, coarse[0], pooled, at)
-        return given, new, [state.select(everyone) for state in states]
+        new_begun: Begun | None
+        new_held: Held | None
+        if handing_on is not None:
+            # the row goes through what is sent and received, so that gradients come in one order on all ranks
+            coarse, row, new_begun = handing_on.run(Way(pool, pool.init_begun), down, None, row, begun, return_state)
+            with handing_on.filled():
+                coarse, states = self._tier(tier.inner, coarse[None], inner, at.cu_seqlens, return_state)
+            given, row, new_held = handing_on.run(Way(pool, pool.init_held), up, coarse[0], row, held, return_state)
+        else:
+            coarse, _, new_begun = down(None, row, begun, return_state)
+            if inner is not None:
+                with_filler = torch.arange(n + 1, device=x.device) % n
+                inner = [state.select(with_filler) for state in inner]
+            coarse, states = self._tier(tier.inner, coarse[None], inner, at.cu_seqlens, return_state)
+            given, _, new_held = up(coarse[0], row, held, return_state)
+            everyone = torch.arange(n, device=x.device)
+            states = [state.select(everyone) for state in states] if return_state else []
+        new = None
+        if new_begun is not None and new_held is not None:
+            new = PoolState(new_begun.begun, new_held.held, new_begun.count)
+        return row.view_as(x), given.view_as(x), new, states if return_state else []  # (batch, length, width) both
 
     def init_state(
         self,

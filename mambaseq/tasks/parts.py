@@ -14,12 +14,13 @@ from torch import nn
 
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.backbones.base import ResidualLayer
-from mambaseq.parallel import Context
+from mambaseq.parallel.context import Context, Gathering
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data", "forward, the rest", "backward", "optimizer"
 MESSAGES, CALLBACKS = "messages between processes", "callbacks and logs"
 FILE = "parts.json"
-_MESSAGES = ("receive", "finish", "sum", "largest", "gather")  # calls of a Context that wait
+# calls that wait for others
+_MESSAGES = [(Context, name) for name in ("receive", "finish", "sum", "largest", "gather")] + [(Gathering, "wait")]
 
 
 class StepParts(Profiler):
@@ -81,12 +82,12 @@ class StepParts(Profiler):
         for module, part in _parts(self._task.model):
             self._undo.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter_module(part)).remove)
             self._undo.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True).remove)
-        if (context := self._task._context) is not None:
-            for name in _MESSAGES:
-                self._wrap(context, name)
+        if self._task._context is not None:
+            for owner, name in _MESSAGES:
+                self._wrap(owner, name)
 
-    def _wrap(self, context: Context, name: str) -> None:
-        function = getattr(context, name)
+    def _wrap(self, owner: type, name: str) -> None:
+        function = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
             self._enter(MESSAGES)
@@ -95,8 +96,8 @@ class StepParts(Profiler):
             finally:
                 self._leave()
 
-        setattr(context, name, timed)
-        self._undo.append(lambda: delattr(context, name))
+        setattr(owner, name, timed)
+        self._undo.append(lambda: setattr(owner, name, function))
 
     def _enter_module(self, part: str) -> None:
         # what is run again in the backward pass belongs to that

@@ -164,7 +164,7 @@ class Task(lightning.LightningModule):
         if shared > 1:
             self.model.check_splits_time()
             self._context = make_context(shared, self.trainer.strategy)
-        adds = self.model.head.per_token and all(metric.splits_time for metric in self._metrics("val").values())
+        adds = bool(self.model.head.per_token) and all(metric.splits_time for metric in self._metrics("val").values())
         self._validates_parts = self._context is not None and adds
         module: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         module.sharing, module.sharing_validation = shared, shared if self._validates_parts else 1

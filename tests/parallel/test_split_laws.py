@@ -60,7 +60,7 @@ class Layer(nn.Module):
 
 
 class Plain(Backbone):
-    splits_time = "layers"
+    splits_time = True
 
     def __init__(self, mixers: list[Mixer]) -> None:
         super().__init__()

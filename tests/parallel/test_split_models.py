@@ -162,6 +162,39 @@ def test_a_unet_may_be_split_anywhere_in_its_windows() -> None:
         split_step(unet, size, *data(batch), bounds if packed else None, conditions=False, **how)
 
 
+def test_a_unet_hands_on_its_states_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ranks work at the same time; what enters and what is left is as on one device."""
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    spec = both_ways("bidirectional").spec
+    assert spec is not None
+    unet = build_model(spec | {"backbone": {"name": "unet", "n_layers": 1, "pool": [3, 2]}}).backbone
+    x = torch.randn(1, LENGTH, 8)
+    with torch.no_grad():
+        _, begun = unet(torch.randn(4, 5, 8), return_state=True)
+        y, final = unet(x, state=begun, cu_seqlens=bounds, return_state=True)
+    sent, send, ranks = [0, 0, 0], Context.send, contexts(3)
+
+    def counted(self: Context, *arguments: Any, **options: Any) -> None:
+        sent[self.rank] += 1
+        send(self, *arguments, **options)
+
+    monkeypatch.setattr(Context, "send", counted)
+
+    def on(rank: int) -> Any:
+        part = ranks[rank].split(LENGTH, 1, bounds)
+        entering = [state.select(torch.tensor(part.entering).long()) for state in begun]
+        with part, torch.no_grad():
+            return part, *unet(part.take(x), state=entering, cu_seqlens=part.cu_seqlens(), return_state=True)
+
+    for part, own, states in on_ranks(3, on):
+        close(own, part.take(y), "y")
+        for mine, whole in zip(states, final, strict=True):
+            for name, tensor in whole.tensors().items() if part.finished else ():
+                close(mine.tensors()[name], tensor[part.finished], name)
+    layers = len(unet.mixers()) + 2 * 2  # and each pooling on the way down and on the way up
+    assert sent == [layers, layers, 0]
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
 def test_heads_of_whole_sequences_pool_over_all_ranks(pooling: str) -> None:
     bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
