@@ -1,16 +1,17 @@
-"""The mixers of today on a GPU, of a 1.5B model's width: Mamba-2 and -3, delta rules; scans, training and decode steps.
+"""The mixers of today: Mamba-2 and -3, delta rules; scans, training and decode steps.
 
-`python benchmarks/mixers_gpu.py [--only PART ...]`. Parts:
+`python benchmarks/mixers.py [--only PART ...] [--device cpu]`. On a GPU of a 1.5B model's width, on a CPU of a 130M
+model's, in float32, whole mixers only. Parts:
 
     scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
              kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates).
-    layers   whole mixers, projections too, forward and backward under bfloat16 autocast; of mamba-ssm what is between
-             its projections.
+    layers   whole mixers, projections too, forward and backward, on a GPU under bfloat16 autocast.
     update   a decode step's state and output at batch 128, states in float32 and bfloat16: share of the time that
              reading and writing the state takes at the memory's speed. Beside them what is published, on an H100.
     steps    whole mixers' decode steps, projections too, and how far from reading weights and states once they are.
 
-All is timed inside of CUDA graphs, so that nothing of Python is counted; scans and updates are held against float64.
+On a GPU all is timed inside of CUDA graphs, so that nothing of Python is counted, on a CPU the best of some calls is
+told. Scans and updates are held against float64.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import lti_gpu
 import torch
-from lti_gpu import milliseconds
 from torch import Tensor
 
 from mambaseq.benchmarking.floors import peak
@@ -32,7 +34,7 @@ from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_er
 from mambaseq.ops.trapezoid import step
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
 
-D_MODEL, HEADS, HEAD_DIM, D_STATE = 2048, 64, 64, 128
+HEADS, HEAD_DIM, D_STATE = 64, 64, 128
 # batch, length, heads, rank
 SCANS = ((8, 2048, 24, 1), (8, 2048, 24, 4), (4, 2048, HEADS, 1), (1, 65536, 24, 1))
 CHECKED = 512  # positions that are held against float64
@@ -47,7 +49,31 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Milliseconds of kernels, states in bfloat16 (arXiv:2603.15569)
 PUBLISHED = {"mamba2": 0.203, "gated_delta": 0.257, "mamba3": 0.156, "mamba3, rank 4": 0.179}
-BATCH = 128
+
+
+class Sizes(NamedTuple):
+    """d_model; batch and length of a training step; sequences of a decode step."""
+
+    d_model: int
+    batch: int
+    length: int
+    decoded: int
+
+
+SIZES = {"cuda": Sizes(2048, 4, 2048, 128), "cpu": Sizes(768, 1, 1024, 1)}
+BATCH = SIZES["cuda"].decoded
+
+
+def milliseconds(run: Callable[[], Any], device: str = "cuda", repeats: int = 20) -> float:
+    if device == "cuda":
+        return lti_gpu.milliseconds(run, repeats)
+    run()
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return 1e3 * min(found)
 
 
 def scan_arguments(batch: int, length: int, heads: int, rank: int) -> TrapezoidArguments:
@@ -64,16 +90,21 @@ def scan_arguments(batch: int, length: int, heads: int, rank: int) -> TrapezoidA
     )  # fmt: skip
 
 
-def timed(run: Callable[[], Any], wanted: list[Tensor]) -> str:
-    """Milliseconds forward / backward (what both together take, less the forward)."""
+def timed(run: Callable[[], Any], wanted: list[Tensor], device: str = "cuda") -> tuple[float, float]:
+    """Milliseconds forward, and backward (what both together take, less the forward)."""
+    repeats = 10 if device == "cuda" else 5
     with torch.no_grad():
-        forward = milliseconds(run, 10)
+        forward = milliseconds(run, device, repeats)
         cotangent = torch.randn_like(run())
 
     def both() -> None:
         torch.autograd.grad(run(), wanted, cotangent)
 
-    return f"{forward:.3f} / {milliseconds(both, 10) - forward:.3f}"
+    return forward, milliseconds(both, device, repeats) - forward
+
+
+def told(times: tuple[float, float]) -> str:
+    return "{:.3f} / {:.3f} ms".format(*times)
 
 
 def scans() -> None:
@@ -95,10 +126,10 @@ def _scan(name: str, made: TrapezoidArguments, part: TrapezoidArguments, expecte
         return f"wrong by {error:.1e}"
     given = leaves(made)
     wanted = [v for v in given if isinstance(v, Tensor)]
-    return f"{timed(lambda: BACKENDS[name].run(given)[0], wanted)} ms, error {error:.1e}"
+    return f"{told(timed(lambda: BACKENDS[name].run(given)[0], wanted))}, error {error:.1e}"
 
 
-def published_scan(batch: int, length: int, heads: int, gated: bool = True) -> str:
+def published_scan(batch: int, length: int, heads: int) -> str:
     """mamba-ssm's kernel for one input, with all that it does beside the scan."""
     name = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
     run: Any = importlib.import_module(name).mamba3_siso_combined
@@ -113,34 +144,37 @@ def published_scan(batch: int, length: int, heads: int, gated: bool = True) -> s
     trap, biases = normal(batch, heads, length, dtype=half), [normal(heads, D_STATE) for _ in range(2)]
     angles, D = normal(batch, length, heads, D_STATE // 4), normal(heads)
     given = (Q, K, V, ADT, DT, trap, *biases, angles, D, Z)
-    return timed(lambda: run(*given), list(given)) + " ms"
+    return told(timed(lambda: run(*given), list(given)))
 
 
-def mixer_of(name: str) -> Any:
+def mixer_of(name: str, device: str) -> Any:
     torch.manual_seed(0)
     kind, options = MIXERS[name]
-    with torch.device("cuda"):
-        return catalog()["mixers"].get(kind)(D_MODEL, **options)
+    with torch.device(device):
+        return catalog()["mixers"].get(kind)(SIZES[device].d_model, **options)
 
 
-def layers() -> None:
+def layers(device: str) -> None:
     for name in MIXERS:
-        attempted(f"layers 4 x 2048 {name}", functools.partial(_layer, name))
+        attempted(f"layers {SIZES[device].batch} x {SIZES[device].length}, {name}", functools.partial(_layer, name, device))
 
 
-def _layer(name: str) -> str:
-    mixer = mixer_of(name)
-    x = torch.randn(4, 2048, D_MODEL, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def _layer(name: str, device: str) -> str:
+    mixer, of, on_gpu = mixer_of(name, device), SIZES[device], device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    x = torch.randn(of.batch, of.length, of.d_model, device=device, dtype=dtype, requires_grad=True)
 
     def forward() -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             y: Tensor = mixer(x)
         return y
 
-    torch.cuda.reset_peak_memory_stats()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(forward().sum(), [x, *mixer.parameters()])
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    return f"{timed(forward, [x, *mixer.parameters()])} ms, {memory:.2f} GiB"
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_gpu else ""
+    times = timed(forward, [x, *mixer.parameters()], device)
+    return f"{told(times)}, {1e3 * of.batch * of.length / sum(times):,.0f} tokens/s{memory}"
 
 
 def updates() -> None:
@@ -169,23 +203,24 @@ def _update(rank: int, dtype: torch.dtype) -> str:
     return f"{took:.3f} ms, {floor / took:.0%} of the memory's speed, errors {errors[0]:.1e} {errors[1]:.1e}"
 
 
-def steps() -> None:
+def steps(device: str) -> None:
     for name in MIXERS:
         for dtype in (torch.float32, torch.bfloat16):
-            label = f"steps, batch {BATCH}, {name}, {str(dtype)[6:]} states"
-            attempted(label, functools.partial(_step, name, dtype))
+            label = f"steps of {SIZES[device].decoded}, {name}, {str(dtype)[6:]} states"
+            attempted(label, functools.partial(_step, name, dtype, device))
 
 
-def _step(name: str, dtype: torch.dtype) -> str:
-    mixer = mixer_of(name).bfloat16().eval()
-    state = mixer.init_state(BATCH)
+def _step(name: str, dtype: torch.dtype, device: str) -> str:
+    mixer, of = mixer_of(name, device).eval(), SIZES[device]
+    mixer = mixer.bfloat16() if device == "cuda" else mixer
+    state = mixer.init_state(of.decoded)
     for one in state.accumulated if dtype == torch.bfloat16 else ():
         setattr(state, one, getattr(state, one).to(dtype))
-    x = torch.randn(BATCH, 1, D_MODEL, device="cuda", dtype=torch.bfloat16)
-    took = milliseconds(lambda: mixer.step_(x, state))
+    x = torch.randn(of.decoded, 1, of.d_model, device=device, dtype=next(mixer.parameters()).dtype)
+    took = milliseconds(lambda: mixer.step_(x, state), device, 20 if device == "cuda" else 200)
     held = sum(p.numel() * p.element_size() for p in mixer.parameters())
     held += 2 * sum(t.numel() * t.element_size() for t in state.tensors().values())
-    floor = 1e3 * held / peak(torch.device("cuda")).bytes_per_s
+    floor = 1e3 * held / peak(torch.device(device)).bytes_per_s
     return f"{took:.3f} ms, {floor / took:.0%} of the memory's speed"
 
 
@@ -194,16 +229,24 @@ def attempted(label: str, run: Callable[[], str]) -> None:
         print(f"{label}: {run()}", flush=True)
     except Exception as error:
         print(f"{label}: {type(error).__name__}: {str(error)[:160]}", flush=True)
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
-    parts = {"scan": scans, "layers": layers, "update": updates, "steps": steps}
+    on_gpu: dict[str, Callable[[], None]] = {"scan": scans, "update": updates}
+    on_both = {"layers": layers, "steps": steps}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; ms forward / backward")
-    for part in parser.parse_args().only:
-        parts[part]()
+    parser.add_argument("--only", nargs="+", choices=[*on_gpu, *on_both], default=[*on_gpu, *on_both])
+    parser.add_argument("--device", choices=list(SIZES), default="cuda")
+    given = parser.parse_args()
+    name = torch.cuda.get_device_name() if given.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}; ms forward / backward")
+    for part in given.only:
+        if part in on_both:
+            on_both[part](given.device)
+        elif given.device == "cuda":
+            on_gpu[part]()
 
 
 if __name__ == "__main__":
