@@ -156,7 +156,9 @@ def mixer_of(name: str, device: str) -> Any:
 
 def layers(device: str) -> None:
     for name in MIXERS:
-        attempted(f"layers {SIZES[device].batch} x {SIZES[device].length}, {name}", functools.partial(_layer, name, device))
+        attempted(
+            f"layers {SIZES[device].batch} x {SIZES[device].length}, {name}", functools.partial(_layer, name, device)
+        )
 
 
 def _layer(name: str, device: str) -> str:

@@ -15,6 +15,7 @@ from mambaseq.resources import find, share
 from mambaseq.runs.parsing import parse_config
 
 ALIKE = {"dna/five_species": "dna/great_apes"}  # but for their data, which are not here
+MIXERS = {"text/mamba3": "text/demo", "dna/gated_delta": "dna/genome", "audio/mamba3": "audio/digits"}  # but for these
 # of data that are not here either: set up, built and stepped with their recipes (tests/audio/test_published_audio.py,
 # tests/text/test_text_configs.py)
 OF_RECIPES = {"audio/sc09", "audio/youtubemix", "text/pile", "text/slimpajama", "text/fineweb_edu"}
@@ -22,7 +23,7 @@ OF_RECIPES |= {"text/wikitext103", "text/chat"}
 NAMES = [
     entry.name
     for entry in catalog()["configs"]
-    if entry.target.startswith("mambaseq:") and entry.name not in ALIKE.keys() | OF_RECIPES
+    if entry.target.startswith("mambaseq:") and entry.name not in ALIKE.keys() | MIXERS.keys() | OF_RECIPES
 ]
 SMALL = {
     "--model.d_model": "16",
@@ -87,6 +88,17 @@ def test_it_differs_in_its_data_alone(name: str) -> None:
     assert {key: value for key, value in one.items() if key != "data"} == {
         key: value for key, value in other.items() if key != "data"
     }
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_it_differs_in_its_mixer_alone(name: str) -> None:
+    """Which the laws hold for; it can be made."""
+    one, other = (parse_config(config, []).settings for config in (name, MIXERS[name]))
+    mixer = one["model"].pop("mixer")
+    assert mixer != other["model"].pop("mixer")
+    assert one == other
+    with torch.device("meta"):
+        catalog()["mixers"].get(mixer.pop("name"))(one["model"]["d_model"], **mixer)
 
 
 @pytest.mark.parametrize("name", NAMES)

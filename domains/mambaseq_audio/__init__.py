@@ -53,6 +53,7 @@ domain = Domain(
         "sc09": ("mambaseq:configs/audio/sc09.yaml", "SC09 as in the Mamba paper, 6.1 M; you bring the clips"),
         "youtubemix": ("mambaseq:configs/audio/youtubemix.yaml", "YouTubeMix as there, 3.5 M; you bring the piano"),
         "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
+        "mamba3": ("mambaseq:configs/audio/mamba3.yaml", "digits with Mamba-3 of several inputs a head, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
     commands={

@@ -60,6 +60,7 @@ domain = Domain(
         "hg38": ("mambaseq:configs/dna/hg38.yaml", "next-base pretraining on hg38 as in the Mamba paper, on a GPU"),
         "great_apes": ("mambaseq:configs/dna/great_apes.yaml", "which great ape, as in the Mamba paper, on a GPU"),
         "five_species": ("mambaseq:configs/dna/five_species.yaml", "which of HyenaDNA's five species, on a GPU"),
+        "gated_delta": ("mambaseq:configs/dna/gated_delta.yaml", "genome with the gated delta rule, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     recipes={

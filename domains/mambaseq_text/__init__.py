@@ -48,6 +48,7 @@ domain = Domain(
         "fineweb_edu": ("mambaseq:configs/text/fineweb_edu.yaml", "FineWeb-Edu with that recipe"),
         "wikitext103": ("mambaseq:configs/text/wikitext103.yaml", "WikiText-103 with that recipe"),
         "chat": ("mambaseq:configs/text/chat.yaml", "fine-tuning of a published model on conversations"),
+        "mamba3": ("mambaseq:configs/text/mamba3.yaml", "the demo with Mamba-3, minutes on a CPU"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
     commands={
