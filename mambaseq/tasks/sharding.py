@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from mambaseq.errors import ConfigError
@@ -34,7 +35,7 @@ class FullySharded(ModelParallelStrategy):
 
 
 def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:
-    """Shard a model over the processes of a strategy, once; layer by layer, unless layers share weights.
+    """Shard a model over the processes of a strategy, once.
 
     Raises ConfigError for a strategy that splits weights in another way (tensor parallel).
     """
@@ -45,7 +46,12 @@ def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:
             "trainer.strategy splits single products of matrices over processes (tensor_parallel_size), which these "
             "models cannot. Use trainer.strategy fsdp2."
         )
-    mesh = strategy.device_mesh["data_parallel"]
+    shard_over(model, strategy.device_mesh["data_parallel"])
+    model.is_sharded = True  # type: ignore[assignment]
+
+
+def shard_over(model: SequenceModel, mesh: DeviceMesh) -> None:
+    """Shard a model over a mesh of one dimension, layer by layer, unless layers share weights."""
     if mesh.device_type == "cpu":
         let_storages_be_freed()
     backbone: Any = model.backbone
@@ -56,4 +62,3 @@ def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.is_sharded = True  # type: ignore[assignment]

@@ -134,6 +134,9 @@ class Task(lightning.LightningModule):
         # of the processes that share this one's training sequences
         self._context: Context | None = None
         self._validates_parts = False
+        # of an evaluation: how many batches less than another process this one has, and the last that it has seen
+        self._lacking = 0
+        self._seen: Batch | None = None
         self.tables: dict[str, list] = {}
         self.results: dict[str, float] = {}
         self.keep_answers = keep_answers
@@ -278,12 +281,15 @@ class Task(lightning.LightningModule):
         loss, metrics = self._measures(stage, number)
         check_kinds(self.model, batch, metrics)
         reads = self.keep_answers or any(metric.needs_logits for metric in metrics.values())
+        self._seen = batch if self._lacking else None
         if stage == "val" and self._validates_parts:
             assert self._context is not None
             if batch.inputs.shape[1] < self._context.size:  # too short for a part each: one of them takes it
-                if self._context.rank:
+                if self._context.rank and not self._is_sharded:
                     return
                 output = self.run_model(batch, reads or None)
+                if self._context.rank:
+                    return
             else:
                 output, batch = self._run_shared(batch, reads or None)
         else:
@@ -295,7 +301,44 @@ class Task(lightning.LightningModule):
                 self._sheets[number] = AnswerSheet(self.global_rank, self.trainer.world_size).to(self.device)
             self._sheets[number].update(output, batch)
 
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a layer's weights are gathered from all processes when it is run."""
+        return isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+
+    def _compare_counts(self, stage: str) -> None:
+        """Of sharded models: find how many more batches of this evaluation another process has than this one.
+
+        Raises ConfigError where one has none: it could not help the others to gather weights.
+        """
+        self._lacking, self._seen = 0, None
+        if not self._is_sharded or self.trainer.world_size == 1:
+            return
+        asked = "num_sanity_val_batches" if self.trainer.sanity_checking else f"num_{stage}_batches"
+        found = getattr(self.trainer, asked)
+        count = int(sum(found) if isinstance(found, list) else found)
+        counts = torch.tensor([count, -count], device=self.device)
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+        most, least = int(counts[0]), -int(counts[1])
+        if most and not least:
+            raise ConfigError(
+                f"The {stage} set has fewer batches than there are processes, all of which a sharded model needs. Set "
+                "loader.batch_size lower, or trainer.strategy to ddp."
+            )
+        self._lacking = most - count
+
+    def _even_out(self, stage: str) -> None:
+        """Run the model as often as any other process has, which waits for all to gather weights."""
+        batch, self._seen = self._seen, None
+        for _ in range(self._lacking if batch is not None else 0):
+            assert batch is not None
+            if stage == "val" and self._validates_parts and batch.inputs.shape[1] >= self._context.size:  # type: ignore[union-attr]
+                self._run_shared(batch)
+            else:
+                self.run_model(batch)
+
     def _finish(self, stage: str) -> None:
+        self._even_out(stage)
         names = getattr(self.trainer.datamodule, "set_names", {}).get(stage) or [""]  # type: ignore[attr-defined]
         found: dict[str, list[Tensor]] = {}  # for each number, its values on the sets with targets
         empty = True
@@ -328,6 +371,12 @@ class Task(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "val", dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        self._compare_counts("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._compare_counts("test")
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
