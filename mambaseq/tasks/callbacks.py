@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -219,6 +220,12 @@ class RunCheckpoints(Checkpoint):
             return
         self.guard.check(trainer, pl_module)
         self._save_logs(trainer)  # a resumed run does not log again what is before its checkpoint
+        if trainer.training and trainer._logger_connector.should_update_logs:
+            metrics = convert_tensors_to_scalars(trainer._logger_connector.metrics["log"])
+            for logger in trainer.loggers if metrics else ():
+                if callable(ahead := getattr(logger, "log_ahead", None)):
+                    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                    ahead({"epoch": trainer.current_epoch, **metrics}, step)
         trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step
         self._due, self._stopping, self._flush = False, asked, True

@@ -34,9 +34,20 @@ class RunLog(CSVLogger):
     def __init__(self, *arguments: Any, throughput: Throughput, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._throughput = throughput
+        self._ahead: int | None = None
+
+    def log_ahead(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write what Lightning is going to log of this training step: a run that is killed once the step's checkpoint
+        is there does not log it again."""
+        self.log_metrics(metrics, step)
+        self.save()
+        self._ahead = step
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead == step:
+            return
         spent = {"tokens": self._throughput.tokens, "seconds": round(self._throughput.seconds, 3)}
         super().log_metrics({**metrics, **spent}, step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -119,6 +120,21 @@ def test_killed_between_the_last_step_and_the_last_picture(tmp_path: Path, monit
     RunFolder(out).curves.unlink()
     assert main(["fit", "--resume", str(out)]) == 0
     assert_whole(tmp_path / "whole", out)
+
+
+def test_killed_as_soon_as_a_checkpoint_is_there_no_logged_step_is_lost(tmp_path: Path) -> None:
+    often = ["--checkpoint.every_n_steps=3", "--checkpoint.monitor=", "--trainer.val_check_interval=100"]
+    assert main(begin(tmp_path, "whole", *often)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        kill_in(patch, lightning.Trainer, "save_checkpoint", after=True)
+        with pytest.raises(Killed):
+            main(begin(tmp_path, "killed", *often))
+    assert [step for step, _ in RunFolder(tmp_path / "killed").curve("train/loss")] == [0, 1, 2]
+    assert main(["fit", "--resume", str(tmp_path / "killed")]) == 0
+    assert_whole(tmp_path / "whole", tmp_path / "killed")
+    (log,) = (tmp_path / "whole" / "logs").rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(log.open()) if row["train/loss"]]
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]  # each once
 
 
 def test_killed_before_the_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

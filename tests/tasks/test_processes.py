@@ -3,9 +3,11 @@ nothing is half-written, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import launching
 import pytest
@@ -15,6 +17,7 @@ from fuzz.kill_ranks import differences
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs import lost
 from mambaseq.tasks.task import Task
 
 CONFIG = """
@@ -64,8 +67,7 @@ def test_two_processes_get_the_loss_of_one_also_after_one_was_killed(tmp_path: P
     assert "of each of 2 devices" in RunFolder(two / "run").report.read_text()
 
     ranks = launching.start(fit(killed, *TWO, patient(WITHIN)), killed)
-    # what is logged of a checkpoint's step is on the disk a moment after it
-    while len(RunFolder(killed / "run").curve("train/loss")) < 3 and ranks.busy_for(0) is not None:
+    while not RunFolder(killed / "run").last.is_file() and ranks.busy_for(0) is not None:
         time.sleep(0.005)
     ranks.kill(1)
     assert ranks.wait(WITHIN + 20) == [2, -9]
@@ -120,3 +122,20 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path) -
     assert ranks.wait(100)[0] == 2, ranks.told(0)
     assert "another one did not answer in time" in ranks.told(0)
     assert "timeout: '1:00:00'" in ranks.told(0)
+
+
+def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """On a GPU nothing else would tell it for minutes."""
+    started: list[tuple] = []
+    monkeypatch.setattr(lost.threading, "Thread", lambda target, args, **_: started.append((target, args)) or Mock())
+    monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", str(os.getppid()))
+    lost.watch_processes(Mock(world_size=1))
+    assert not started
+    lost.watch_processes(Mock(world_size=2, is_global_zero=False))
+    ((watch, arguments),) = started
+    parents, codes = iter([*arguments, *arguments, 1]), []
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    watch(*arguments, 0.0, 0.0)
+    assert codes == [1]
+    assert "the first process of this run has ended" in capsys.readouterr().err
