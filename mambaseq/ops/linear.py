@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mambaseq.ops.eager import has_kernels
 
 # rows of x above which a matrix product is faster
-FEW_ROWS = 4
+FEW_ROWS = 8
 # weights below which starting threads costs more than it saves
 LITTLE_WORK = 2**17
 # outputs that a thread takes at a time

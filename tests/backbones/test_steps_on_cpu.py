@@ -82,7 +82,7 @@ def test_equals_the_whole_sequence(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_threads_and_known_positions_change_nothing(dtype: torch.dtype, runs: list) -> None:
     backbone, before = stack(["mamba", "mamba", "mlp", "mamba"], dtype), torch.get_num_threads()
-    x = torch.randn(4, STEPS, WIDTH).to(dtype)
+    x = torch.randn(8, STEPS, WIDTH).to(dtype)
     y, state = steps(backbone, x)
     try:
         torch.set_num_threads(3)
@@ -122,7 +122,7 @@ def test_left_to_the_layers(runs: list) -> None:
     handle.remove()
     assert len(runs) == STEPS
     runs.clear()
-    steps(backbone, torch.randn(5, 1, WIDTH))
+    steps(backbone, torch.randn(9, 1, WIDTH))
     steps(stack(["mamba"], selective_dt=False), x)
     steps(stack(["mamba"]).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):

@@ -109,3 +109,18 @@ def test_left_to_the_module(change: str, products: list, request: pytest.Fixture
         )
         torch.testing.assert_close(function(module, x), expected)
     assert not products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (5, 3), (48, 131), (768, 66)])
+def test_few_rows_each_as_if_it_were_alone(n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(n_in, n_out).to(dtype), torch.randn(8, n_in).to(dtype)
+    with torch.no_grad():
+        assert linear.can_read_few_rows(x, module.weight)
+        assert not linear.can_read_few_rows(torch.zeros(9, n_in, dtype=dtype), module.weight)
+        y = apply_linear(module, x)
+        expected = nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
+        assert relative_rms_error(y, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+        for row in range(8):
+            assert torch.equal(apply_linear(module, x[row : row + 1])[0], y[row])
