@@ -44,7 +44,7 @@ class ResidualStack(Backbone):
             turn.
         context_states: how they get the states between their parts. relayed: each layer's go from one to the next; a
             process is one layer behind the one before it. gathered: all run a layer at once, after each has told all
-            what its part does to a state; for mixers whose states are decayed sums (mamba, mamba2, gla), without
+            what its part does to a state; for mixers whose states are decayed sums (mamba, mamba2, gla, s4d), without
             chunks, which are always relayed. auto: what keeps processes waiting less.
     """
 

@@ -92,6 +92,8 @@ class Mamba(Mixer):
         backend: what runs the scan; None for the fastest that can (see `mambaseq doctor`).
     """
 
+    sums_up = True
+
     def __init__(
         self,
         d_model: int,
@@ -137,7 +139,6 @@ class Mamba(Mixer):
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.lti, self.complex, self.backend = lti, complex, backend
-        self.sums_up = not lti
         # what the kernels of a whole block compute, and those of a step
         self._is_whole = all_selective and not lti and selective_norm_eps is None
         self._is_published = self._is_whole and not complex
@@ -197,7 +198,13 @@ class Mamba(Mixer):
             if split is not None and blocks.why_not(whole, split) is None:
                 y, *new = blocks.mamba_block(whole, split)
                 return (y, MambaState(*new)) if return_state else y
-        if x.is_cuda and self.lti and self.backend in (None, "cuda") and self._has_plain(_OUTER_LAYERS):
+        if (
+            x.is_cuda
+            and ends.current() is None
+            and self.lti
+            and self.backend in (None, "cuda")
+            and self._has_plain(_OUTER_LAYERS)
+        ):
             whole_lti = self._lti_block_arguments(x, state, cu_seqlens, return_state)
             if why_not_whole_lti(whole_lti) is None:
                 y, *new = lti_block(whole_lti)

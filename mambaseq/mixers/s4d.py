@@ -16,11 +16,13 @@ from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
 from mambaseq.mixers.lti_layer import LTILayer, check_sizes
-from mambaseq.ops import lti_scan, sequences
+from mambaseq.ops import sequences
 from mambaseq.ops.decoding import gpu as step_gpu
 from mambaseq.ops.decoding.step import lti_update_
 from mambaseq.ops.lti import cuda, discretise, discretize
 from mambaseq.ops.lti.arguments import LtiArguments
+from mambaseq.parallel import ends
+from mambaseq.parallel.recurrences import lti_scan
 
 Init = Literal["lin", "inv", "legs", "real"]
 
@@ -121,7 +123,7 @@ class DiagonalSSM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, z `(batch, length, channels)` to y, and the state `(sequences, channels,
         d_state)`, made if `return_state`."""
-        if self.mode is None and self._holds_by_kernel():
+        if self.mode is None and ends.current() is None and self._holds_by_kernel():
             a, B, C = self.discrete()
             arguments = LtiArguments(x, a, B, C, state, cu_seqlens, False, "scan", self.D, z)
             if cuda.why_not(arguments) is None:
@@ -173,6 +175,8 @@ class S4D(LTILayer):
         dt_max: largest initial step size.
         mode: "fft" (convolution), "scan" (recurrence), or None for the faster of the two where both can run.
     """
+
+    sums_up = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from the ranks before is gathered; else they are the ops themselves."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from mambaseq import ops
 from mambaseq.ops import ends as matrices
 from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops.lti import discretize
+from mambaseq.ops.lti import ends as systems
 from mambaseq.ops.selective_scan import ends as scans
 from mambaseq.parallel.ends import Ends, Enter, Halo, current
 
@@ -79,6 +81,29 @@ class MatrixRecurrence:
 
     def decay(self, rows: slice) -> Tensor:
         return matrices.decay(self.log_decay[:, rows])
+
+
+class ConstantRecurrence:
+    """Of a time-invariant system, in discrete time."""
+
+    def __init__(self, x: Tensor | None, log_decay: Tensor, B: Tensor | None, C: Tensor, z: Tensor | None) -> None:
+        self.x, self.log_decay, self.B, self.C, self.z = x, log_decay, B, C, z
+
+    def behind(self, rows: slice) -> tuple[Tensor, Tensor]:
+        assert self.x is not None
+        assert self.B is not None
+        return systems.state_behind(self.x[:, rows], self.log_decay, self.B), self._decay(self.x[:, rows])
+
+    def before(self, dy: Tensor, rows: slice) -> Tensor:
+        z = None if self.z is None else self.z[:, rows]
+        self._dy = dy
+        return systems.gradient_before(dy[:, rows], self.log_decay, self.C, z)
+
+    def decay(self, rows: slice) -> Tensor:
+        return self._decay(self._dy[:, rows])
+
+    def _decay(self, x: Tensor) -> Tensor:
+        return systems.decay(self.log_decay, x.shape[1]).expand(len(x), *self.log_decay.shape)
 
 
 def causal_conv(
@@ -174,6 +199,58 @@ def selective_scan(
     recurrence = ScanRecurrence(x, dt, A, B, C, z, dt_bias, dt_softplus)
     like = torch.zeros((ends.rows, *A.shape), dtype=working_dtype(x, A), device=x.device)
     return _between(ends, recurrence, like, like, run, initial_state, return_final_state, again, (dt, A, C, z, dt_bias))
+
+
+def lti_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = True,
+    cu_seqlens: Tensor | None = None,
+    discretization: Literal["zoh", "bilinear"] = "zoh",
+    mode: Literal["fft", "scan"] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `mambaseq.ops.lti_scan`."""
+
+    def run(state: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+        return ops.lti_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            initial_state=state,
+            return_final_state=wanted,
+            cu_seqlens=cu_seqlens,
+            discretization=discretization,
+            mode=mode,
+        )
+
+    if (ends := current()) is None:
+        return run(initial_state, return_final_state)
+    wide = working_dtype(x, A)
+    with torch.no_grad():
+        log_decay, Bbar = discretize(dt.to(working_dtype(x)), A.to(wide), B.to(wide), discretization)
+    like = torch.zeros((ends.rows, *A.shape), dtype=wide, device=x.device)
+    return _between(
+        ends,
+        ConstantRecurrence(x, log_decay, Bbar, C, z),
+        like,
+        like,
+        run,
+        initial_state,
+        return_final_state,
+        lambda log_decay, C, z: ConstantRecurrence(None, log_decay, None, C, z),
+        (log_decay, C, z),
+    )
 
 
 def ssd(

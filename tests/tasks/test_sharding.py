@@ -1,0 +1,49 @@
+"""Processes of a sharded model run it equally often, since each waits for all to gather weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mambaseq.batch import Batch
+from mambaseq.errors import ConfigError
+from mambaseq.models import causal_lm
+from mambaseq.runs.trainer_classes import make_classes
+from mambaseq.tasks.sharding import FullySharded
+from mambaseq.tasks.task import Task
+
+
+def task_of(own: int, others: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Task, list[Any]]:
+    """A task that has so many batches of an evaluation, beside a process with others; and what its model is run on."""
+    task, seen = Task(causal_lm(7, 8, 1)), []
+
+    def largest(counts: torch.Tensor, op: Any) -> None:
+        counts.copy_(torch.maximum(counts, torch.tensor([others, -others])))
+
+    strategy = make_classes("strategy", "fsdp2")
+    assert isinstance(strategy, FullySharded)
+    trainer = SimpleNamespace(strategy=strategy, world_size=2, sanity_checking=False, num_val_batches=[own])
+    monkeypatch.setattr(Task, "trainer", trainer)
+    monkeypatch.setattr(torch.distributed, "all_reduce", largest)
+    monkeypatch.setattr(task, "run_model", lambda batch, return_logits=None: seen.append(batch))
+    return task, seen
+
+
+@pytest.mark.parametrize(("own", "others", "more"), [(1, 3, 2), (3, 1, 0), (2, 2, 0)])
+def test_a_process_with_fewer_batches_runs_its_last_again(
+    own: int, others: int, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, seen = task_of(own, others, monkeypatch)
+    task._compare_counts("val")
+    task._seen = last = Batch(torch.zeros(1, 4, dtype=torch.int64), None)
+    task._even_out("val")
+    assert seen == [last] * more
+
+
+def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = task_of(1, 0, monkeypatch)
+    with pytest.raises(ConfigError, match=r"The val set has fewer batches than there are processes.*batch_size lower"):
+        task._compare_counts("val")
