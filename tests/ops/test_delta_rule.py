@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DEVICES, TOLERANCE, Draw, assert_equals_reference, device_or_skip, moved
+from agreement import DEVICES, TOLERANCE, Draw, assert_equals_reference, calls_of, device_or_skip, moved
 
 from mambaseq.ops import OPS, delta_rule, ssd
-from mambaseq.ops.delta_rule import DeltaArguments, delta_rule_update_, fla
+from mambaseq.ops.delta_rule import DeltaArguments, delta_rule_update_, fla, step
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
 
 OP = OPS["delta_rule"]
@@ -146,6 +146,22 @@ def test_steps_are_the_whole(channels: bool) -> None:
     steps = [delta_rule_update_(state, *(value[:, t] for value in made[:5] if value is not None)) for t in range(40)]
     torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decays", [None, 1, 6])
+@pytest.mark.parametrize("delta", [False, True])
+def test_one_step_on_cpu_is_one_kernel(delta: bool, decays: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Draw("one step")
+    q, k = (draw.normal(2, 2, 9)[..., 3:] for _ in range(2))
+    v, beta = draw.normal(2, 4, 35), draw.uniform(0, 2, 2, 4) if delta else None
+    g = None if decays is None else -draw.uniform(0, 2, 2, 4, *([6] if decays > 1 else []))
+    state = draw.normal(2, 4, 35, 6)
+    expected_state = state.double()
+    expected = delta_rule_update_(expected_state, q.double(), k.double(), v.double(), g, beta)
+    called = calls_of(monkeypatch, step, "update_on_cpu_")
+    torch.testing.assert_close(delta_rule_update_(state, q, k, v, g, beta), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state.float(), rtol=1e-5, atol=1e-5)
+    assert called
 
 
 def test_what_is_held_grows_with_the_length_and_not_with_channels_of_pairs() -> None:
