@@ -59,7 +59,7 @@ def drift(model: SequenceModel, tokens: Tensor, first: int = 256) -> Iterator[Dr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a run or an exported model")
-    parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2"))
+    parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2", "mamba3", "gated_delta", "kda", "gla"))
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1024)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
@@ -31,7 +32,7 @@ class GateArguments(NamedTuple):
 def gated(a: GateArguments) -> Tensor:
     """sum over r of o_r silu(z z_r) (y_r + D v x_r), `(..., heads, head_dim)`, in full precision; by a kernel, of y in
     half precision on a GPU, in the dtype of y."""
-    if a.y.is_cuda and why_not(a) is None:
+    if a.y.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
     wide = torch.promote_types(a.y.dtype, torch.float32)
     y, v, z = (value.to(wide) for value in (a.y, a.v[..., None, :], a.z[..., None, :]))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
@@ -37,7 +38,7 @@ class TurnArguments(NamedTuple):
 
 def turned(a: TurnArguments) -> tuple[Tensor, Tensor]:
     """B and C `(..., heads, rank, d_state)`; on a GPU by a kernel."""
-    if a.B.is_cuda and why_not(a) is None:
+    if a.B.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
     per_group = a.heads // a.B.shape[-2]
     B, C = (
