@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -289,11 +290,28 @@ class SequenceModel(nn.Module):
 
         Returns logits `(batch, vocab_size)` fp32, or what else the head tells (see `Head.told`).
         """
+        return self.told(self._hidden_step_(inputs, state, condition, whole))[:, -1]
+
+    @torch.no_grad()
+    def greedy_step_(
+        self, inputs: Tensor, state: list[Any], condition: Tensor | None = None, whole: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`step_` for what picks the likeliest token, of heads of one pick a position: the tokens `(batch,)` int64, and
+        their logits `(batch,)` fp32, not finite where one of a row is NaN."""
+        own = "step_" in vars(self) or type(self).step_ is not SequenceModel.step_
+        choose = getattr(self.head, "likeliest", None)  # which a plugin's may not have
+        if own or choose is None:
+            peak, token = self.step_(inputs, state, condition, *(() if whole is None else (whole,))).max(-1)
+            return token, peak
+        chosen: tuple[Tensor, Tensor] = choose(self._hidden_step_(inputs, state, condition, whole)[:, -1])
+        return chosen
+
+    def _hidden_step_(self, inputs: Tensor, state: list[Any], condition: Tensor | None, whole: int | None) -> Tensor:
         self.check_stateful()
         x = self.encoder(inputs[:, None], condition)
         step: Any = self.backbone.step_
-        x = step(x, state) if whole is None else step(x, state, whole=whole)
-        return self.told(x)[:, -1]
+        hidden: Tensor = step(x, state) if whole is None else step(x, state, whole=whole)
+        return hidden
 
     def told(self, hidden: Tensor) -> Tensor:
         """See `Head.told`; the logits of a plugin's head that has no such method."""
@@ -324,6 +342,32 @@ class SequenceModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of parameters; a tied weight counts once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once, in any order: a few times faster than `modules`, which makes names."""
+    found: dict[int, nn.Module] = {}
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            left.extend(module._modules.values())
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs the block with the model in eval mode, and restores each module's own. A model that is in it already is only
+    asked: setting that in every module takes as long as half a prompt."""
+    trained = [module for module in modules_of(model) if module.training]
+    if trained:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 _PADDING = (

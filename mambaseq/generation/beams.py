@@ -15,7 +15,7 @@ from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_one_pi
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, evaluating
 
 MOST_BEAMS = 1024
 
@@ -71,12 +71,8 @@ def beam_search(
     model.check_stateful()
     limits.SEQUENCES.check(len(prompts) * beams, "A beam search")
     limits.GENERATED.check(len(prompts) * beams * max_new_tokens, "A beam search")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _search(model, prompts, max_new_tokens, beams, condition, sorted(stop_ids), length_penalty, cuda_graph)
-    finally:
-        model.train(was_training)
 
 
 def _search(

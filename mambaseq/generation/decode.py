@@ -24,7 +24,7 @@ from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.heads.base import Head
 from mambaseq.mixers.base import State
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, evaluating
 
 if TYPE_CHECKING:
     from mambaseq.generation.speculation import Speculation
@@ -274,9 +274,7 @@ def stream(
             penalties[0].add(token)
         return token
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         as_given, condition = condition, settled(model.encoder, condition)
         state, logits = prefill(model, prompts, condition, cuda_graph=cuda_graph) if read is None else read
         if with_guidance and condition is not None:
@@ -335,8 +333,6 @@ def stream(
         worth = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
         decoder = Decoder(model, state, condition, cuda_graph=worth, greedy=greedy)
         yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
-    finally:
-        model.train(was_training)
 
 
 def _speculation(draft: Speculation | SequenceModel | str | None, tokens: int | None) -> Speculation | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mambaseq.backbones.unet import UNet
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.mixers.growing import GrowingState
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, modules_of
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
 
@@ -113,11 +114,8 @@ class Decoder:
         return whole
 
     def _run(self, token: Tensor, whole: int | None) -> Any:
-        told = self.model.step_(token, self.state, self.condition, *(() if whole is None else (whole,)))
-        if not self.greedy:
-            return told
-        peak, chosen = told.max(-1)
-        return chosen, peak
+        step: Any = self.model.greedy_step_ if self.greedy else self.model.step_
+        return step(token, self.state, self.condition, *(() if whole is None else (whole,)))
 
     def _run_on(self, token: Tensor, whole: int | None) -> Any:
         """The same, with the chosen token where the next step reads it."""
@@ -163,16 +161,20 @@ def tensors_of(state: list[Any]) -> list[Tensor]:
     return [tensor for layer in state for tensor in layer.tensors().values()]
 
 
-def can_capture(model: SequenceModel, state: list[Any], token: Tensor) -> bool:
+def can_capture(
+    model: SequenceModel, state: list[Any], token: Tensor, modules: Sequence[nn.Module] | None = None
+) -> bool:
     """Whether replaying the GPU's work of one step equals the step: nothing else changes between steps, and there are
-    no hooks."""
+    no hooks. modules: the model's, where they are at hand: walking through them takes time."""
     if not token.is_cuda or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
         return False
-    if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    modules = modules_of(model) if modules is None else modules
+    if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return False
-    if not all(module.bounded_state for module in model.modules() if isinstance(module, Mixer)):
+    if not all(module.bounded_state for module in modules if isinstance(module, Mixer)):
         return False
     if not isinstance(state, list) or not all(isinstance(layer, State) for layer in state):
         return False
-    tensors = [*tensors_of(state), *model.parameters(), *model.buffers()]
+    held = [tensor for m in modules for tensor in (*m._parameters.values(), *m._buffers.values())]
+    tensors = [*tensors_of(state), *(tensor for tensor in held if tensor is not None)]
     return is_eager(*tensors) and all(isinstance(v, Tensor) and v.device == token.device for v in tensors)

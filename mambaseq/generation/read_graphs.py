@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.generation.decoder import can_capture, tensors_of
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, modules_of
 from mambaseq.ops.gpu import capture
 
 _MOST = 4  # graphs of a model: the latest used
@@ -69,7 +69,9 @@ def read(
     """
     key: Key = (tuple(ids.shape), None if condition is None else tuple(condition.shape), state is None)
     with _lock:
-        places = tuple(parameter.data_ptr() for parameter in model.parameters())
+        modules = modules_of(model)
+        held = (parameter for module in modules for parameter in module._parameters.values())
+        places = tuple(parameter.data_ptr() for parameter in held if parameter is not None)
         known = _known.get(model)
         if known is None or known.places != places:
             known = _known[model] = _Known(places)
@@ -82,7 +84,7 @@ def read(
                 known.seen.popitem(last=False)
             return None
         given = [] if state is None else state
-        if model.training or not can_capture(model, given, ids):
+        if model.training or not can_capture(model, given, ids, modules):
             return None
         if key in known.graphs:
             known.graphs.move_to_end(key)
@@ -139,4 +141,7 @@ def _replayed(
     if graph.state is not None and state is not None:
         torch._foreach_copy_(tensors_of(graph.state), tensors_of(state))
     graph.graph.replay()
-    return [layer.clone() for layer in graph.made], graph.told.clone()
+    made = [layer.map(torch.empty_like) for layer in graph.made]
+    if into := tensors_of(made):
+        torch._foreach_copy_(into, tensors_of(graph.made))  # by a few kernels, where clones would take one each
+    return made, graph.told.clone()

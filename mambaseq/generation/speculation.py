@@ -9,6 +9,7 @@ steps do: where two tokens are equally likely within rounding, either may come, 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, Penalties, sample
 from mambaseq.generation.stopping import Watch
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, evaluating
 
 NGRAM: Literal["ngram"] = "ngram"
 # Tokens that are added without a look at them, where nothing is guessed.
@@ -166,13 +167,11 @@ def speculate(
     """
     captured = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
     smaller = speculation.draft if isinstance(speculation.draft, SequenceModel) else None
-    was_training = smaller is not None and smaller.training
-    try:
+    with contextlib.nullcontext() if smaller is None else evaluating(smaller):
         drafter: Drafter
         if smaller is None:
             drafter = NGrams(prompts.rows[0])
         else:
-            smaller.eval()
             under = settled(smaller.encoder, condition)
             begun, _ = prefill(smaller, prompts, under)
             made = speculation.begun("draft", smaller, begun, under, captured, False)
@@ -183,9 +182,6 @@ def speculate(
         decoder = blocks.decoder
         one = _Sequence(decoder, blocks, drafter, picks, speculation, logits)
         yield from _given_on(one, max_new_tokens, set(stop_ids), watch, patience, logits.device)
-    finally:
-        if smaller is not None:
-            smaller.train(was_training)
 
 
 class _Picks:

@@ -15,7 +15,7 @@ from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, check_settings
 from mambaseq.heads.distributions import Distribution, Point
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, evaluating
 
 
 @torch.no_grad()
@@ -70,9 +70,7 @@ def continue_values(
     draws = None if temperature == 0 else Draws(seed, Prompts.of(prompt), condition, samples, numbers, prompt.device)
     every = torch.arange(len(prompt), device=prompt.device).repeat_interleave(samples)
     out = [prompt[every]]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         condition = settled(model.encoder, condition)
         state, logits = prefill(model, Prompts.of(prompt), condition)
         if samples > 1:
@@ -96,8 +94,6 @@ def continue_values(
                 if i % 64 == 63:
                     check_finite(out[-1])  # what is not finite stays so in all later steps
         check_finite(out[-1])
-    finally:
-        model.train(was_training)
     return torch.cat(out, dim=1)
 
 

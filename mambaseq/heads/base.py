@@ -65,6 +65,12 @@ class Head(nn.Module, abc.ABC):
         assert logits is not None
         return logits
 
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden `(batch, d_model)`, of one position, to its likeliest token `(batch,)` int64 and that one's logit
+        `(batch,)` fp32, which is not finite if one of the logits is NaN. For heads that pick one token."""
+        peak, chosen = self.told(hidden[:, None])[:, -1].max(-1)
+        return chosen, peak
+
     def draw(self, told: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """The next token of each sequence, `(batch,)` int64, or its codes, `(batch, codes)`.
 

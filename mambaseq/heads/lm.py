@@ -10,6 +10,7 @@ from mambaseq.errors import check_positive
 from mambaseq.heads.base import Head, Kind, check_targets
 from mambaseq.heads.losses import label_loss
 from mambaseq.ops import linear_cross_entropy
+from mambaseq.ops.decoding.gpu import can_choose, likeliest
 from mambaseq.ops.linear import apply_linear, is_plain
 
 
@@ -59,3 +60,17 @@ class LMHead(Head):
             return None, None
         total = linear_cross_entropy(hidden.flatten(0, 1), self.linear.weight, labels.flatten())
         return total / (labels != -100).sum().clamp(min=1), None
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Head.likeliest`. On a GPU the logits are read as the map makes them."""
+        if hidden.is_cuda and type(self) is LMHead and is_plain(self.linear) and _is_called_plainly(self):
+            logits = apply_linear(self.linear, hidden)
+            if can_choose(logits):
+                return likeliest(logits)
+        return super().likeliest(hidden)
+
+
+def _is_called_plainly(module: nn.Module) -> bool:
+    state = module.__dict__
+    own = any(name in state for name in ("forward", "told"))
+    return not (own or state["_forward_hooks"] or state["_forward_pre_hooks"])

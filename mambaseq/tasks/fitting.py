@@ -17,7 +17,7 @@ from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.heads.positions import PositionHead
 from mambaseq.metrics.base import Metric
-from mambaseq.models import SequenceModel
+from mambaseq.models import SequenceModel, evaluating
 
 _GIVEN = {"labels": "label", "multilabels": "set of yes-or-no labels", "values": "value"}
 _FITTING: dict[tuple[str, bool], tuple[str, ...]] = {  # kind and whether it is of positions, to heads
@@ -201,14 +201,8 @@ def check_masked(model: SequenceModel, dataset: str = "that is given") -> None:
 @contextlib.contextmanager
 def _aside(model: nn.Module) -> Iterator[None]:
     """Runs the block in evaluation mode without gradients, and restores the state afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def rehearse(model: SequenceModel, batch: Batch, metrics: Mapping[str, Metric]) -> None:

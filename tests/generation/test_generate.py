@@ -236,6 +236,19 @@ def test_what_cannot_generate_says_so() -> None:
         generate(classifier, torch.zeros(1, 1, dtype=torch.long), 1)
 
 
+def test_each_module_keeps_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = causal_lm(vocab_size=3, d_model=8, n_layers=1).eval(), torch.zeros(1, 1, dtype=torch.long)
+    model.head.train()
+    seen = []
+    model.head.register_forward_hook(lambda head, *_: seen.append(head.training))
+    generate(model, prompt, 2)
+    assert seen == [False] * 2
+    assert [module for module in model.modules() if module.training] == list(model.head.modules())
+    model.eval()
+    monkeypatch.setattr(torch.nn.Module, "train", None)  # which takes milliseconds
+    generate(model, prompt, 2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_stays_after_an_error_too(training: bool) -> None:
     model = causal_lm(vocab_size=3, d_model=8, n_layers=1).train(training)

@@ -325,3 +325,19 @@ def test_beyond_32_bit_offsets(cuda: torch.device) -> None:
     y = step_gpu.selective_state_update_(state, x, x, A, B, B, None, None, None, True, False)
     torch.testing.assert_close(state[-1:], one)
     torch.testing.assert_close(y[-1:], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_greatest_logit(dtype: torch.dtype) -> None:
+    wide = Draw("logits").normal(5, 20_100).to(DEVICE, dtype)
+    logits = wide[:, 50:]  # rows that do not touch
+    logits[1, [7, 19_999]] = 90.0
+    logits[2] = -torch.inf
+    logits[3, 16_500] = torch.nan
+    logits[4, 20_049] = torch.inf
+    with poisoned_memory():
+        ids, peaks = step_gpu.likeliest(logits)
+    expected = logits.float().max(-1)
+    assert torch.equal(ids, expected.indices)
+    assert ids.tolist()[1:] == [7, 0, 16_500, 20_049]
+    assert torch.equal(peaks, expected.values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))

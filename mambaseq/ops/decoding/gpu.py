@@ -26,6 +26,8 @@ _MANY_PROGRAMS = 1024
 _WARPS = 4
 # Channels a program of the convolution: one a thread, which alone reads and moves what its channel remembers.
 _CONV_CHANNELS = 32 * _WARPS
+# Logits that a program looks at at a time.
+_CHOSEN = 16384
 
 
 def can_run(state: Tensor, *values: Tensor | None) -> bool:
@@ -285,6 +287,29 @@ def ssd_update_(
             enable_fp_fusion=False,  # as above
         )
     return y
+
+
+def can_choose(logits: Tensor) -> bool:
+    """Whether `likeliest` can run: logits `(rows, n)` on a GPU, which nobody differentiates."""
+    if not logits.is_cuda or not is_eager(logits) or portable.why_not("cuda") is not None:
+        return False
+    usable = logits.dtype in _REAL and logits.dim() == 2 and logits.numel() > 0
+    return usable and not (torch.is_grad_enabled() and logits.requires_grad)
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of the first greatest of each row, `(rows,)` int64, and that logit, `(rows,)` fp32: infinity where a
+    row holds what is no number. Logits of 16 bits are read as they are."""
+    rows, n = logits.shape
+    logits = _rows(logits)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    peaks = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(_CHOSEN, power_of_two(n))
+    with portable.on(logits):
+        _kernels().likeliest[(rows,)](
+            logits, logits.stride(0), ids, peaks, n, BLOCK=block, num_warps=max(1, block // 512)
+        )
+    return ids, peaks
 
 
 def _shape(state: Tensor) -> tuple[int, int, int]:

@@ -318,3 +318,23 @@ def ssd_update(
     tl.debug_barrier()  # all have loaded, whichever threads store
     tl.store(place, h, mask=tile)
     tl.store(y + row * channels + c, out, mask=real)
+
+
+@triton.jit
+def likeliest(logits, stride, ids, peaks, n, BLOCK: tl.constexpr):
+    """The first greatest of n logits of a row, and its place; infinity where one is no number."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, n, BLOCK):
+        i = begin + at
+        v = tl.load(logits + row * stride + i, mask=i < n, other=-float("inf")).to(tl.float32)
+        v = tl.where(v != v, float("inf"), v)
+        better = v > best
+        best = tl.where(better, v, best)
+        place = tl.where(better, i, place)
+    peak = tl.max(best, axis=0)
+    tl.store(peaks + row, peak)
+    # where all are -infinity, the first
+    tl.store(ids + row, tl.min(tl.where(best == peak, place, n), axis=0).to(tl.int64))
