@@ -3,12 +3,14 @@
 `python benchmarks/decode_parts.py [--only PART ...] [--seconds N] [--json FILE]`: every variant runs in a process of
 its own, is held against the plain operations first, and is stopped if it hangs. Parts:
 
-    step     a whole greedy step from its graph, by model and batch: `plain` (single operations), `layers` (a layer is
-             four kernels, each started before the one in front has ended), `waiting` (none before that), and `layers`
-             with other tile sizes. With the floor of reading weights and states, and kernels a step.
+    step     a whole greedy step from its graph, by model and batch: `plain` (single operations), `layers` (one
+             sequence: a layer is four kernels, each started before the one in front has ended), `rows` (several:
+             dt_proj, scan and gate are one kernel), and these with other tile sizes or without early starts. With
+             the floor of reading weights and states, and kernels a step.
     gemv     each linear map of the 1.4B and 130M models for one row: GB/s of cuBLAS and of tile sizes of ours.
     profile  the kernels of one step, by model, batch and name: count and microseconds.
     prefill  2,048 tokens at batch 1: plain, and replayed from a graph.
+    reading  the same by name of kernel, and a whole call for one token; beside the Transformer of `bench decode`.
     ssd      Mamba-2's state update at batch 128, fp32 and bf16 states, elements a program: GB/s.
 """
 
@@ -32,29 +34,26 @@ MODELS = {
     "mamba2": {"d_model": 2048, "n_layers": 48, "mixer": "mamba2"},
 }
 VOCABULARY = 50280
-# settings of `ops.decoding.layer.tuning`; None leaves layers to single operations
-PLAIN: dict[str, Any] = {"most_rows": 0}
-WAITING: dict[str, Any] = {"pdl": False}
-ONE_ROW = {
-    "4096 held by 4 warps": {"held": 4096, "held_warps": 4},
-    "8192 held by 8 warps": {"held": 8192, "held_warps": 8},
-    "16384 held by 8 warps": {"held": 16384, "held_warps": 8},
+# settings of the tuning of `ops.decoding.layer` (one row) and of `ops.decoding.rows` (several)
+Settings = dict[str, Any]
+ONE_ROW: dict[str, Settings] = {
+    "plain": {"on": False},
+    "layers": {},
+    "layers, waiting": {"pdl": False},
+    "layers, 4096 held by 4 warps": {"held": 4096, "held_warps": 4},
+    "layers, 8192 held by 8 warps": {"held": 8192, "held_warps": 8},
+    "layers, 16384 held by 8 warps": {"held": 16384, "held_warps": 8},
 }
-ROWS = {"outputs 32": {"outputs": 32}, "columns 256, 3 stages": {"columns": 256, "stages": 3}}
-STEPS: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
-    ("1.4B", 1): ONE_ROW,
-    ("1.4B", 2): {},
-    ("1.4B", 4): {},
-    ("1.4B", 16): {},
-    ("1.4B", 64): ROWS,
-    ("130M", 1): ONE_ROW,
-    ("130M", 2): {},
-    ("130M", 4): {},
-    ("130M", 8): {},
-    ("130M", 64): ROWS,
-    ("mamba2", 1): {},
-    ("mamba2", 128): {},
+ROWS: dict[str, Settings] = {
+    "plain": {"on": False},
+    "rows": {"untried": True},
+    "rows, room for 2 blocks": {"untried": True, "blocks": 2},
+    "rows, half as many states a thread": {"untried": True, "held": 8},
+    "rows, twice as many states a thread": {"untried": True, "held": 32},
 }
+STEPS = [("1.4B", n) for n in (1, 2, 4, 16, 64, 128)] + [("130M", n) for n in (1, 2, 4, 8, 64, 256)]
+STEPS += [("mamba2", 1), ("mamba2", 128)]
+COMPILERS = 4  # processes that compile a step's variants
 LONGEST_S = 60.0  # that a process may take
 
 
@@ -113,35 +112,48 @@ def logits_of(model: Any, batch: int, positions: int = 6) -> Any:
         return torch.stack([model.step_(token, state) for token in tokens])
 
 
-def run_steps(model: str, batch: int, only_compile: bool = False) -> None:
+def variants_of(batch: int) -> dict[str, Settings]:
+    return ONE_ROW if batch == 1 else ROWS
+
+
+def tune(batch: int, settings: Settings) -> None:
+    from mambaseq.ops.decoding import layer, rows
+
+    if batch == 1:
+        layer.tuning = layer.Tuning(**settings)
+    else:
+        rows.tuning = rows.Tuning(**settings)
+
+
+def run_steps(model: str, batch: int, only_compile: int | None = None) -> None:
+    """only_compile: the variants from this one on, every `COMPILERS`th."""
     import torch
 
     from mambaseq.benchmarking.floors import peak
     from mambaseq.generation import Decoder
-    from mambaseq.ops.decoding import layer
 
-    variants = {"plain": PLAIN, "waiting": WAITING, "layers": {}, **STEPS[model, batch]}
+    variants = variants_of(batch)
     small = model_of(model, 4)
-    if only_compile:
-        for settings in variants.values():
-            layer.tuning = layer.Tuning(**{"most_rows": max(batch, 64), **settings})
+    if only_compile is not None:
+        for settings in list(variants.values())[only_compile::COMPILERS]:
+            tune(batch, settings)
             logits_of(small, batch, 1)
         return
     whole = model_of(model)
-    layer.tuning = layer.Tuning(**PLAIN)
+    tune(batch, variants["plain"])
     expected = logits_of(small, batch)
     # the same by fp32 weights, so that a difference of the ways is not taken for an error
     exact = logits_of(small.float(), batch)
     small = small.bfloat16()
     error_of_plain = float((expected - exact).norm() / exact.norm())
     held = sum(p.numel() * p.element_size() for p in whole.parameters())
-    held += 2 * sum(t.numel() * t.element_size() for layer in whole.init_state(batch) for t in layer.tensors().values())
+    held += 2 * sum(t.numel() * t.element_size() for one in whole.init_state(batch) for t in one.tensors().values())
     floor = held / peak(torch.device("cuda")).bytes_per_s
     first = None
     for name, settings in variants.items():
         row: dict[str, Any] = {"part": "step", "model": model, "batch": batch, "variant": name}
         try:
-            layer.tuning = layer.Tuning(**{"most_rows": max(batch, 64), **settings})
+            tune(batch, settings)
             got = logits_of(small, batch)
             row["error"], row["error_of_plain"] = float((got - exact).norm() / exact.norm()), error_of_plain
             if not row["error"] <= 1.5 * error_of_plain + 1e-3:
@@ -228,29 +240,33 @@ def run_gemv() -> None:
 
 
 def run_profile(model: str, batch: int) -> None:
-    import collections
-
     import torch
 
     from mambaseq.generation import Decoder
-    from mambaseq.ops.decoding import layer
 
     whole = model_of(model)
-    for name, settings in (("plain", PLAIN), ("layers", {"most_rows": batch})):
-        layer.tuning = layer.Tuning(**settings)
+    for name, settings in list(variants_of(batch).items())[:2]:
+        tune(batch, settings)
         with torch.no_grad():
             decoder = Decoder(whole, whole.init_state(batch), greedy=True)
             token = torch.zeros(batch, dtype=torch.long, device="cuda")
             for _ in range(4):
                 token, _ = decoder.step(token)
             events = kernels_of(functools.partial(decoder.step, token), 1)
-        found: dict[str, list[float]] = collections.defaultdict(list)
-        for event in events:
-            found[event.name[:70]].append(event.device_time)
-        for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:12]:
-            row = {"part": "profile", "model": model, "batch": batch, "variant": name, "kernel": kernel}
-            row["count"] = len(times)
-            print(json_text(row | {"us_each": sum(times) / len(times), "us": sum(times)}), flush=True)
+        show_kernels({"part": "profile", "model": model, "batch": batch, "variant": name}, events)
+
+
+def show_kernels(row: dict[str, Any], events: list[Any], most: int = 12) -> None:
+    import collections
+
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for event in events:
+        found[event.name[:60]].append(event.device_time)
+    for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:most]:
+        told = {"kernel": kernel, "count": len(times), "us_each": sum(times) / len(times), "us": sum(times)}
+        print(json_text(row | told), flush=True)
+    whole = sum(event.device_time for event in events)
+    print(json_text(row | {"kernel": "all", "count": len(events), "us": whole}), flush=True)
 
 
 def run_prefill() -> None:
@@ -276,6 +292,43 @@ def run_prefill() -> None:
                 took = seconds_of(functools.partial(prefill, model, Prompts.of(ids), None, cuda_graph=wanted), 3)
                 row = {"part": "prefill", "model": name, "variant": variant, "ms": took * 1e3, "same_bits": same}
                 print(json_text(row | {"error": difference, "wrong": difference > 1e-2}), flush=True)
+
+
+def run_reading(model: str) -> None:
+    import torch
+
+    from mambaseq.benchmarking import decode
+    from mambaseq.generation import generate
+    from mambaseq.generation.prompts import Prompts
+    from mambaseq.generation.reading import prefill
+
+    ids = torch.randint(VOCABULARY, (1, 2048), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    ours = model_of(model)
+    sizes = next(sizes for sizes in decode.SIZES["full"] if sizes.name == model)
+    theirs = decode._transformer(sizes, torch.device("cuda")).generate(1, 2048, 2)
+
+    def told(run: Callable[[], Any]) -> dict[str, float]:
+        took = seconds_of(run, 5)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        host = time.perf_counter() - began
+        torch.cuda.synchronize()
+        return {"ms": took * 1e3, "host_ms": host * 1e3}
+
+    with torch.no_grad():
+        ways: dict[str, Callable[[], Any]] = {
+            "prefill": lambda: prefill(ours, Prompts.of(ids), None),
+            "one token": lambda: generate(ours, ids, 1, temperature=0),
+            "Transformer": lambda: theirs(ids, 1),
+        }
+        for name, run in ways.items():
+            row = {"part": "reading", "model": model, "variant": name}
+            for _ in range(4):
+                run()
+            print(json_text(row | told(run)), flush=True)
+            if name != "one token":
+                show_kernels(row, kernels_of(run, 1), 13 if name == "prefill" else 6)
 
 
 def run_ssd() -> None:
@@ -306,41 +359,39 @@ def run_ssd() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], help="step, gemv, profile, prefill, ssd, or step:1.4B:1")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="step, gemv, profile, prefill, reading, ssd, or step:1.4B:1"
+    )
     parser.add_argument("--seconds", type=float, default=190, help="after which no further process is begun")
     parser.add_argument("--json", type=Path, help="write the rows here too, as they come")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         what, *where = arguments.child.split(":")
-        if what in ("step", "compile"):
-            run_steps(where[0], int(where[1]), what == "compile")
+        if what == "step":
+            run_steps(where[0], int(where[1]))
+        elif what == "compile":
+            run_steps(where[0], int(where[1]), int(where[2]))
         elif what == "profile":
             run_profile(where[0], int(where[1]))
+        elif what == "reading":
+            run_reading(where[0])
         else:
             {"gemv": run_gemv, "prefill": run_prefill, "ssd": run_ssd}[what]()
         return
-    parts = ["step:1.4B:1", "prefill", "step:130M:1", "step:130M:64", "step:1.4B:4", "step:1.4B:64", "step:mamba2:128"]
-    parts += [
-        "gemv",
-        "ssd",
-        "profile:130M:64",
-        "profile:1.4B:1",
-        "step:130M:8",
-        "step:130M:4",
-        "step:130M:2",
-        "step:1.4B:2",
-    ]
-    parts += ["step:1.4B:16", "step:mamba2:1"]
+    parts = ["profile:130M:64", "reading:130M", "reading:1.4B", *(f"step:{name}:{batch}" for name, batch in STEPS)]
+    parts += ["prefill", "gemv", "ssd", "profile:130M:8", "profile:1.4B:1", "profile:1.4B:64"]
     parts = [p for p in parts if not arguments.only or any(one in (p, p.split(":")[0]) for one in arguments.only)]
     began, rows = time.monotonic(), []
     # kernels of all variants are compiled side by side first: one after the other that takes longer than the measuring
     compiled = [
         subprocess.Popen(
-            [sys.executable, __file__, "--child", part.replace("step", "compile")], stderr=subprocess.DEVNULL
+            [sys.executable, __file__, "--child", f"{part.replace('step', 'compile')}:{number}"],
+            stderr=subprocess.DEVNULL,
         )
         for part in parts
         if part.startswith("step")
+        for number in range(COMPILERS)
     ]
     for process in compiled:
         try:

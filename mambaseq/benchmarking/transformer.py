@@ -1,7 +1,7 @@
 """The Transformer for comparison: RMSNorm, RoPE, keys and values shared by groups of heads (arXiv:2305.13245), SDPA,
 SwiGLU (LLaMA, arXiv:2302.13971), tied weights.
 
-On a GPU a decoding step of few sequences takes the kernels that ours takes (`ops/decoding/layer.py`): norms are part of
+On a GPU a decoding step of one sequence takes the kernels that ours takes (`ops/decoding/layer.py`): norms are part of
 the linear maps behind them, sums and gates of those before them, and keys, values and turned queries are written by one
 kernel. Six or seven kernels a layer, of which two are attention's.
 """
@@ -153,11 +153,10 @@ class Transformer(nn.Module):
     def steps_by_kernels(self, rows: int) -> bool:
         """Whether a step of so many sequences is taken by the kernels of whole layers."""
         weight = self.embedding.weight
-        fits = weight.dtype == torch.bfloat16 or (rows == 1 and weight.dtype != torch.float64)
         widest = max(self.d_hidden, self.embedding.embedding_dim)
         if not weight.is_cuda or portable.why_not("cuda") is not None:
             return False
-        return fits and widest <= steps.WIDEST and rows <= steps.tuning.most_rows
+        return rows == 1 and weight.dtype != torch.float64 and widest <= steps.WIDEST and steps.tuning.on
 
     def step(self, ids: Tensor, cache: list[Tensor], position: int) -> Tensor:
         """What is hidden behind ids `(batch,)` at a position, `(batch, d_model)`, by the kernels of whole layers."""

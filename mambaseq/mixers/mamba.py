@@ -25,7 +25,7 @@ from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
 from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
-from mambaseq.ops.decoding import block, layer
+from mambaseq.ops.decoding import block, layer, rows
 from mambaseq.ops.decoding.block import BlockWeights, block_positions, block_step_, can_run_positions, can_step
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -346,7 +346,11 @@ class Mamba(Mixer):
             weights = self._weights()
             if can_step(x[:, 0], state.conv, state.ssm, weights):
                 return block_step_(x[:, 0], state.conv, state.ssm, weights).unsqueeze(1)  # (batch, 1, d_model)
-        x, z = apply_linear(self.in_proj, x[:, 0]).chunk(2, dim=-1)
+        inner = apply_linear(self.in_proj, x[:, 0])
+        if inner.is_cuda and self._is_plain() and rows.can_step_rows(inner, state.conv, state.ssm, self._weights()):
+            y = rows.step_rows_(inner, state.conv, state.ssm, self._weights())
+            return apply_linear(self.out_proj, y).unsqueeze(1)  # (batch, 1, d_model)
+        x, z = inner.chunk(2, dim=-1)
         x = causal_conv_update_(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         if self.lti:
             y = self.ssm.step_(x, state.ssm, z)

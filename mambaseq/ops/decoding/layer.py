@@ -1,6 +1,6 @@
-"""One decode step of a whole residual layer on a GPU: its norm, its Mamba or Mamba-2 block and the residual sum by four
-or three kernels (`layer_kernels.py`), where single operations would take eight to ten. For the steps of a few sequences
-the time between kernels counts as much as the reading of the weights.
+"""One decode step of one sequence through a whole residual layer on a GPU: its norm, its Mamba or Mamba-2 block and the
+residual sum by four or three kernels (`layer_kernels.py`), where single operations would take eight to ten. The time
+between kernels counts as much as the reading of the weights then. Several sequences: see `rows.py`.
 
 Under Triton's interpreter, CPU tensors work here too.
 """
@@ -19,11 +19,9 @@ from mambaseq.ops.decoding.block import BlockWeights
 from mambaseq.ops.decoding.gpu import power_of_two, ssd_update_
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import portable
-from mambaseq.ops.norm import add_rms_norm, gated_rms_norm
 
 WIDEST = 8192  # columns of a weight that a program holds whole, for one row
 _WIDEST_CONV = 8
-_NORMED_INSIDE = 16  # rows up to which every program norms them for itself
 _MOST_STATES = 256
 _MOST_RANKS = 1024
 STATES = (torch.float32, torch.bfloat16)
@@ -33,20 +31,16 @@ STATES = (torch.float32, torch.bfloat16)
 class Tuning:
     """What was measured to be fast (`benchmarks/decode_parts.py`).
 
-    most_rows: sequences up to which layers are stepped whole. held: numbers of a weight that a program multiplies with
-        one row, by as many warps. outputs, columns, stages: of a program for several rows. pdl: start a kernel before
-        the one in front of it has ended, where a GPU can (compute capability 9.0 on).
+    on: whether layers are stepped whole. held: numbers of a weight that a program multiplies, by as many warps.
+        programs: the fewest. scan_elements: numbers of the states that a program has. pdl: start a kernel before the
+        one in front of it has ended, where a GPU can (compute capability 9.0 on).
     """
 
-    most_rows: int = 1
+    on: bool = True
     held: int = 8192
     held_warps: int = 4
     programs: int = 264
-    outputs: int = 16
-    columns: int = 128
-    stages: int = 4
     scan_elements: int = 256
-    scan_rows: int = 4
     pdl: bool = True
 
 
@@ -76,22 +70,19 @@ class Mamba2Weights(NamedTuple):
 
 
 def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: Any) -> bool:
-    """Whether the kernels can run: a contiguous fp32 stream `(rows, d_model)` of a few rows, contiguous states and
-    weights of one floating dtype on one GPU, which nobody differentiates. Several rows: of bfloat16 weights, which
-    alone hold what is not yet normed and are multiplied as matrices."""
-    device, rows = residual.device, len(residual)
+    """Whether the kernels can run: a contiguous fp32 stream `(1, d_model)`, contiguous states and weights of one
+    floating dtype on one GPU, which nobody differentiates."""
+    device = residual.device
     tensors = [value for value in (*weights, norm.weight) if value is not None]
     states = (conv_state, ssm_state)
     if device.type != "cuda" or not is_eager(residual, *states, *tensors) or portable.why_not("cuda") is not None:
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not 0 < rows <= tuning.most_rows:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or len(residual) != 1 or not tuning.on:
         return False
     if residual.dtype != torch.float32 or conv_state.dtype != torch.float32 or ssm_state.dtype not in STATES:
         return False
     dtype = weights.in_proj.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    if rows > 1 and (dtype != torch.bfloat16 or not _multiplies_bf16(device)):
         return False
     if max(weights.in_proj.shape[1], weights.out_proj.shape[1]) > WIDEST or weights.conv.shape[-1] > _WIDEST_CONV:
         return False
@@ -101,47 +92,37 @@ def can_step(residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: T
     return plain and all(t.dtype == dtype for t in tensors)
 
 
-@functools.cache
-def _multiplies_bf16(device: torch.device) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def mamba_step_(
     residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: BlockWeights
 ) -> Tensor:
-    """residual + block(norm(residual)), `(rows, d_model)` fp32; changes the states in place.
+    """residual + block(norm(residual)), `(1, d_model)` fp32; changes the states in place.
 
-    conv_state `(rows, d_inner, d_conv - 1)` fp32; ssm_state `(rows, d_inner, d_state)` fp32 or bf16.
+    conv_state `(1, d_inner, d_conv - 1)` fp32; ssm_state `(1, d_inner, d_state)` fp32 or bf16.
     """
-    w, (batch, channels, d_state) = weights, ssm_state.shape
+    w, (_, channels, d_state) = weights, ssm_state.shape
     rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
     conv = Convolution(conv_state, w.conv, w.conv_bias, 0)
     inner = linear_step(residual, w.in_proj, w.in_bias, norm=norm, conv=conv, out_dtype=dtype)
     products = linear_step(inner[:, :channels], w.x_proj, out_dtype=torch.float32)
-    y = inner.new_empty(batch, channels)
+    y = inner.new_empty(1, channels)
     states, ranks = power_of_two(d_state), power_of_two(rank)
     per_program = max(tuning.scan_elements // states, 1)
-    rows = 1 if batch < 2 * tuning.scan_rows else tuning.scan_rows
     with portable.on(residual):
-        _kernels().scan_step[(-(-channels // per_program) * -(-batch // rows),)](
+        _kernels().scan_step[(-(-channels // per_program),)](
             ssm_state,
             inner,
-            inner.stride(0),
             products,
-            products.stride(0),
             w.dt_proj,
             w.dt_bias,
             w.A_log,
             w.D,
             y,
-            batch,
             channels,
             RANK=rank,
             RANKS=ranks,
             D_STATE=d_state,
             STATES=states,
             CHANNELS=per_program,
-            ROWS=rows,
             enable_fp_fusion=False,  # as in `gpu.py`
             **_launch(4, residual.device),
         )
@@ -151,8 +132,8 @@ def mamba_step_(
 def mamba2_step_(
     residual: Tensor, norm: LayerNorm, conv_state: Tensor, ssm_state: Tensor, weights: Mamba2Weights, eps: float
 ) -> Tensor:
-    """The same of Mamba-2. eps: of the gated norm. conv_state `(rows, d_inner + 2 d_state, d_conv - 1)`, ssm_state
-    `(rows, heads, head_dim, d_state)`."""
+    """The same of Mamba-2. eps: of the gated norm. conv_state `(1, d_inner + 2 d_state, d_conv - 1)`, ssm_state `(1,
+    heads, head_dim, d_state)`."""
     w, (_, heads, head_dim, d_state) = weights, ssm_state.shape
     channels, dtype = heads * head_dim, w.in_proj.dtype
     conv = Convolution(conv_state, w.conv, w.conv_bias, channels)
@@ -185,35 +166,19 @@ def linear_step(
     residual: Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """x `(rows, in)` by the weight `(out, in)` to `(rows, out)`; see the kernel. One row may have any dtype, several
-    are multiplied in the weight's."""
-    rows, (n_out, columns) = len(x), weight.shape
-    if rows > _NORMED_INSIDE and norm is not None:
-        x = _normed(x, gate, norm, weight.dtype)
-        norm = gate = None
-    elif rows > _NORMED_INSIDE and gate is not None:
-        x, gate = torch.nn.functional.silu(gate) * x, None
-    out = torch.empty(rows, n_out, dtype=out_dtype, device=x.device)
-    if rows == 1:
-        block = power_of_two(columns)
-        outputs = max(tuning.held // block, 1)
-        while outputs > 1 and -(-n_out // outputs) < tuning.programs:
-            outputs //= 2
-        warps = max(1, min(tuning.held_warps, outputs * block * tuning.held_warps // tuning.held))
-        warps = max(warps, min(4, tuning.held_warps))
-        tiles = {"BLOCK": block, "ROWS": 1, "OUTPUTS": outputs}
-        launch = _launch(warps, x.device)
-    else:
-        padded = max(16, power_of_two(min(rows, 64)))
-        tiles = {"BLOCK": tuning.columns, "ROWS": padded, "OUTPUTS": tuning.outputs}
-        launch = {**_launch(4, x.device), "num_stages": tuning.stages}
-    grid = (-(-n_out // tiles["OUTPUTS"]), -(-rows // tiles["ROWS"]))
+    """x `(1, in)` by the weight `(out, in)` to `(1, out)`; see the kernel."""
+    n_out, columns = weight.shape
+    out = torch.empty(1, n_out, dtype=out_dtype, device=x.device)
+    block = power_of_two(columns)
+    outputs = max(tuning.held // block, 1)
+    while outputs > 1 and -(-n_out // outputs) < tuning.programs:
+        outputs //= 2
+    warps = max(1, min(tuning.held_warps, outputs * block * tuning.held_warps // tuning.held))
+    warps = max(warps, min(4, tuning.held_warps))
     with portable.on(x):
-        _kernels().linear_step[grid](
+        _kernels().linear_step[(-(-n_out // outputs),)](
             x,
-            x.stride(0),
             gate,
-            0 if gate is None else gate.stride(0),
             None if norm is None else norm.weight,
             0.0 if norm is None else norm.eps,
             weight,
@@ -225,9 +190,10 @@ def linear_step(
             None if conv is None else conv.bias,
             0 if conv is None else conv.begin,
             0 if conv is None else conv.state.shape[1],
-            rows,
             n_out,
             COLUMNS=columns,
+            BLOCK=block,
+            OUTPUTS=outputs,
             NORM=norm is not None,
             GATED=gate is not None,
             HAS_BIAS=bias is not None,
@@ -236,16 +202,9 @@ def linear_step(
             HAS_CONV_BIAS=conv is not None and conv.bias is not None,
             ADD=residual is not None,
             enable_fp_fusion=False,  # as in `gpu.py`
-            **tiles,
-            **launch,
+            **_launch(warps, x.device),
         )
     return out
-
-
-def _normed(x: Tensor, gate: Tensor | None, norm: LayerNorm, dtype: torch.dtype) -> Tensor:
-    if gate is not None:
-        return gated_rms_norm(x, gate, norm.weight, eps=norm.eps)
-    return add_rms_norm(None, x, norm.weight, eps=norm.eps, out_dtype=dtype)[0]
 
 
 def _launch(warps: int, device: torch.device) -> dict[str, Any]:
