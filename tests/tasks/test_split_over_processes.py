@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -82,7 +83,8 @@ def test_a_sharded_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None
     split = ["--model.backbone.context_parallel=2", "--model.backbone.context_states=gathered"]
     sharded = ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.backbone.checkpoint=true"]
     out = str(tmp_path / "two")
-    run(tmp_path, ["-m", "mambaseq", *fit, "--out", out, *split, *sharded, "--trainer.max_steps=3"])
+    ranks = launching.start([*fit, "--out", out, *split, *sharded, "--trainer.max_steps=3"], tmp_path)
+    assert ranks.wait(250) == [0, 0], ranks.told(0) + ranks.told(1)
     rest = ["--trainer.devices=1", "--trainer.strategy=auto", "--model.backbone.context_parallel=1"]
     assert main(["fit", "--allow-import=tiny", "--resume", out, *rest, "--trainer.max_steps=5"]) == 0
     same_weights(tmp_path)
