@@ -132,9 +132,12 @@ def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:
     return [path.with_name(f"{path.stem}-{number:0{digits}d}{path.suffix or suffix}") for number in range(count)]
 
 
-def writes(what: str, *endings: str) -> Callable[[Callable[_P, list[Path]]], Callable[_P, list[Path]]]:
+def writes(
+    what: str, *endings: str, folder: bool = False
+) -> Callable[[Callable[_P, list[Path]]], Callable[_P, list[Path]]]:
     """Of a writer, whose first argument is the file: it refuses a name with an ending that is none of these. Whoever
-    makes what is written asks earlier, by `check_written`. what: how the message begins, such as `Text is`."""
+    makes what is written asks earlier, by `check_written`. what: how the message begins, such as `Text is`. folder:
+    whether it may be one."""
 
     def checked(write: Callable[_P, list[Path]]) -> Callable[_P, list[Path]]:
         @functools.wraps(write)
@@ -142,17 +145,19 @@ def writes(what: str, *endings: str) -> Callable[[Callable[_P, list[Path]]], Cal
             check_written(written, args[0] if args else kwargs["path"])
             return write(*args, **kwargs)
 
-        written.written_as = (what, endings)  # type: ignore[attr-defined]
+        written.written_as = (what, endings, folder)  # type: ignore[attr-defined]
         return written
 
     return checked
 
 
 def check_written(writer: Any, path: Any, option: str = "--out") -> None:
-    """Raise ConfigError for a name whose ending is none of those of a writer that tells them (see `writes`). One
+    """Raise ConfigError for a folder, and for a name whose ending is none of those of a writer (see `writes`). One
     without an ending, and a stream, may have any content."""
-    what, endings = getattr(writer, "written_as", ("", ()))
+    what, endings, folder = getattr(writer, "written_as", ("", (), True))
     path = Path(path)
+    if not folder:
+        output_target(path, option)
     if not endings or not path.suffix or path.name.lower().endswith(endings) or (not path.is_dir() and is_stream(path)):
         return
     raise ConfigError(

@@ -148,7 +148,7 @@ def read_codes(
         yield Record(one.name, ids=ids, source=str(one.path), alone=0, place=one.place, fields=columns)
 
 
-@writes("Codes are", ".npy")
+@writes("Codes are", ".npy", folder=True)
 def write_codes(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer, *, layout: Layout = "frames_books"
 ) -> list[Path]:

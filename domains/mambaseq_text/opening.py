@@ -138,8 +138,8 @@ def unpacked(name: str) -> Iterator[bytes]:
 
 def _remedy(encoding: str = "") -> str:
     """encoding: that of the file, if it is known."""
-    own = encoding or "its own (latin-1, cp1252, utf-16, ...)"
-    return f"Convert it to UTF-8, for example with iconv, or say that it is {own} ({_WHERE})."
+    known = encoding or "latin-1, cp1252, utf-16, ..."
+    return f"Convert it to UTF-8, for example with iconv, or name its encoding ({known}): {_WHERE}."
 
 
 def check_encoding(name: str, encoding: str) -> None:

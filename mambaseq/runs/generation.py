@@ -16,7 +16,7 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.conditions import told
 from mambaseq.data.records import columns_of
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, cut_list, shown
+from mambaseq.errors import ConfigError, cut, cut_list, shown
 from mambaseq.generation.beams import check_beams
 from mambaseq.generation.decode import PENALTIES, NotFinite, check_one_pick, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
@@ -85,6 +85,7 @@ def generate_to(
     Raises mambaseq.runs.streaming.Interrupted, a KeyboardInterrupt that has the files, when it is interrupted after
     some were begun; UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
+    check_whole("--pictures", pictures, 0)
     output_target(out, folder=True)  # the writer decides whether it may be one
     for source in (prompt, options.get("prompts")):
         if isinstance(source, str | Path) and out.is_file() and is_file(str(source)) and out.samefile(source):
@@ -155,6 +156,11 @@ def generate_text(
         or len(plan.jobs[0]) != 1
         or plan.jobs[0][0].stop - plan.jobs[0][0].first != 1
     ):
+        if lines is not None:
+            raise ConfigError(
+                "--interactive takes turns with one text, drawn as it comes. Give one prompt or none, and leave "
+                "--samples and --beams out."
+            )
         raise ConfigError(
             "Several results, or those of --beams, cannot be shown while they are generated. Give --out FILE."
         )
@@ -232,6 +238,10 @@ def _planned(
     check_settings(**{"temperature": 1.0 if temperature is None else temperature, "top_k": 0, "top_p": 1.0, **choices})
     check_stop(stop)
     check_draft_tokens(draft, draft_tokens)
+    if save_state is not None and Path(save_state).suffix.lower() != ".safetensors":
+        raise ConfigError(
+            f"--save-state writes safetensors, not {cut(Path(save_state).name)}. Give a name that ends in .safetensors."
+        )
     if draft is not None and guidance != 1:
         raise ConfigError("--draft does not go with --guidance. Leave one of them out.")
     if beams is not None:

@@ -45,6 +45,10 @@ def test_text_goes_to_the_terminal_as_it_comes(tmp_path: Path, capsys: pytest.Ca
     command = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "3"]
     assert main([*command, "--samples", "2"]) == 2
     assert "cannot be shown while they are generated" in capsys.readouterr().err
+    assert main([*command, "--interactive", "--samples", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "--interactive takes turns with one text" in told
+    assert "--out" not in told
     assert main([*command, "--interactive", "--out", "x"]) == 2
     assert "--interactive goes to the terminal" in capsys.readouterr().err
 

@@ -269,7 +269,7 @@ def test_marks_of_the_byte_order(tmp_path: Path) -> None:
         name = write(tmp_path / "c.jsonl", (line * 2).encode(encoding))
         for read in (whole, texts):
             with pytest.raises(
-                DataError, match=rf"begins like {name_of.upper()}.*say that it is {name_of} .data.encoding"
+                DataError, match=rf"begins like {name_of.upper()}.*its encoding .{name_of}.: data.encoding"
             ):
                 read(name)
         assert texts(name, encoding=name_of) == ["é", "é"]

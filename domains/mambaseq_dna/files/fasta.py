@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -28,6 +29,7 @@ from mambaseq_dna.tokenizer import BaseTokenizer, N, complement, fold_case
 Lowercase = Literal["fold", "keep", "unscored"]
 
 _LINE = 80
+_LETTERS = re.compile(r"[A-Za-z*.-]*")
 _ENDINGS = tuple(f"{ending}{packed}" for ending in (".fa", ".fasta", ".fna", ".fas") for packed in ("", ".gz"))
 _SHORT, _CHUNK = 1 << 12, 1 << 20
 _PART = 1 << 18  # what stays in a processor's cache
@@ -227,6 +229,8 @@ def write_fasta(
                     record = Record(f"sequence_{number}", sequence, description=" ".join(told.split()))
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
+                if not isinstance(letters, str) or not _LETTERS.fullmatch(letters):
+                    raise ConfigError("FASTA holds sequences of letters, and this is none. Use the model's own writer.")
                 out.write(f">{record.name} {record.description}".rstrip().encode("utf-8", "replace") + b"\n")
                 for start in range(0, len(letters), _LINE):
                     out.write(letters[start : start + _LINE].encode() + b"\n")
