@@ -333,6 +333,10 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
 )
 
 
+_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+_KINDS = {"int": "whole number", "float": "finite number", "str": "text", "bool": "true or false", "dict": "mapping"}
+
+
 def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
     text, chosen = redacted(" ".join(str(error).split()).rstrip(".")), ""
     for pattern in _UNKNOWN_KEY:
@@ -349,7 +353,7 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
                 chosen = f" --{part}.name {name}"
             break
     else:
-        text, hint = paragraph(text, _EXPLAINED), ""
+        text, hint = paragraph(_CLASS.sub(lambda found: _KINDS.get(found[1], found[1]), text), _EXPLAINED), ""
     return ConfigError(
         f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source}{chosen} "
         f"--help` lists the keys."

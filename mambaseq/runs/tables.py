@@ -22,7 +22,7 @@ import numpy as np
 
 from mambaseq.atomic import atomic_path
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.outputs import is_stream, output_stream, output_target, safe_cell
 
 COLUMNS = ("file", "record", "start", "stop")
@@ -291,8 +291,8 @@ def _opened(ending: str, files: Files, home: str, stack: contextlib.ExitStack, o
 @contextlib.contextmanager
 def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterator[tuple[Table, list[Path]]]:
     """A table that is moved to `out` when the block ends without an error, and the files that were written, then. The
-    name's ending says the format (CSV for any other); see `mambaseq.outputs` for links, devices and pipes. None: a
-    table in memory.
+    name's ending says the format, CSV for none and for .txt; see `mambaseq.outputs` for links, devices and pipes. None:
+    a table in memory.
 
     home: the model's domain. only: the columns to keep.
     If the block ends with a UserError, with Ctrl-C or for lack of memory, the finished predictions are kept at
@@ -308,6 +308,10 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
         yield rows, written
         return
     target, ending = output_target(out), out.suffix.lower()
+    if ending not in ("", ".txt") and not known_ending(out) and not is_stream(out):
+        others = sorted({f".{entry.name.rpartition('/')[2]}" for entry in catalog()["tables"]})
+        known = cut_list([*ENDINGS, *others])
+        raise ConfigError(f"A table is written as {known}, not as {cut(out.name)}. Give another name with --out.")
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     if is_stream(out):
         if known_ending(out) and ending not in (".csv", ".tsv"):

@@ -33,7 +33,7 @@ def try_value(raw: dict[str, Any], key: str, value: Any, path: Path) -> str | No
             run.model_spec(data)
     except UserError as error:
         text = str(error)
-        if len(text) >= 1000 or "\n" in text or key.rpartition(".")[2] not in text:
+        if len(text) >= 1000 or "\n" in text or "<class" in text or key.rpartition(".")[2] not in text:
             return f"{case}: {len(text)} characters: {text[:300]}"
     except Exception as error:
         return f"{case}: {type(error).__name__}: {error!s:.300}"

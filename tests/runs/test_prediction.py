@@ -204,6 +204,8 @@ def test_a_conditional_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--out", "x.xyz"], "A table is written as .csv, .tsv, .parquet, .npz, .bdg, "),
+        (["--out", "x.csv.gz"], "not as x.csv.gz"),
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
