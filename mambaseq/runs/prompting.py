@@ -27,7 +27,20 @@ from mambaseq.runs.continuing import Prompt, Under
 from mambaseq.runs.loading import columns_given, fitting_options, records_of
 
 # What the names of files end with that prompts may be in, of all modalities.
-_ENDINGS = (".txt", ".text", ".md", ".html", ".pdf", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".yaml")
+_ENDINGS: tuple[str, ...] = (
+    ".txt",
+    ".text",
+    ".md",
+    ".html",
+    ".pdf",
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".yaml",
+)
 _ENDINGS += (".gz", ".xz", ".zst", ".bz2", ".zip", ".fa", ".fasta", ".fna", ".2bit", ".wav", ".flac", ".mp3", ".npy")
 
 
