@@ -14,9 +14,9 @@ from mambaseq.ops.selective_scan import ends
 CHANNELS, STATES = 18, 3
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 4e-6) -> None:
     assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 4e-6 * expected.abs().max().clamp(min=1e-3)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -58,3 +58,20 @@ def test_no_position_is_read_whose_weight_is_no_number() -> None:
     behind, decay = ends.state_behind(x, dt, A, B)
     close(behind, torch.full((1, 2, 1), 1 / (1 - torch.exp(torch.tensor(-1.0)).item())))
     assert not decay.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_say_what_the_scan_does_over_thousands_of_positions(cuda: torch.device, dtype: torch.dtype) -> None:
+    """Fast decays, whose far positions are not read, beside slow ones."""
+    torch.manual_seed(0)
+    length, channels = 5000, 80
+    x, dt, z, dy = torch.randn(4, 1, length, channels, device=cuda).to(dtype)
+    bias = torch.linspace(-14, 1, channels, device=cuda)
+    A = -torch.arange(1, 17, device=cuda).float().repeat(channels, 1)
+    B, C = torch.randn(2, 1, length, 16, device=cuda).to(dtype)
+    state = torch.zeros(1, channels, 16, device=cuda, requires_grad=True)
+    y, final = selective_scan(x, dt, A, B, C, z=z, dt_bias=bias, dt_softplus=True, initial_state=state)
+    (gradient,) = torch.autograd.grad(y, state, dy)
+    close(ends.state_behind(x, dt, A, B, bias, True)[0], final.detach(), 1e-4)
+    close(ends.gradient_before(dy, dt, A, C, z, bias, True), gradient, 1e-4)
