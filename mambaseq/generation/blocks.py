@@ -15,6 +15,7 @@ from mambaseq.generation.decoder import Decoder, can_capture, tensors_of
 from mambaseq.mixers.base import State
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
+from mambaseq.ops import sequences
 from mambaseq.ops.gpu import capture
 
 # Guesses of a call at most.
@@ -164,7 +165,8 @@ class Blocks:
         model, fork = self.model, torch.zeros(3, dtype=torch.int64, device=row.device)
         state = [layer.select(fork) for layer in self.decoder.state]
         x = model.encoder(row[None], self.condition)  # the same for all, and each position by itself
-        hidden, new = model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
+        with sequences.shared_tables():  # each layer would make them anew, by more kernels than all else takes
+            hidden, new = model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
         return model.told(hidden)[0], new
 
     def _capture(self, row: Tensor, bounds: Tensor, size: int) -> str | None:

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+class _Held(threading.local):
+    """What this thread has made of `cu_seqlens` in a call; None outside of one."""
+
+    tables: dict[tuple[Any, ...], tuple[Tensor, Any]] | None = None
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def shared_tables() -> Iterator[None]:
+    """Around one call of a model: what its layers make of the same `cu_seqlens` by `shared` is made once, and none of
+    it outlives the call. Within, `cu_seqlens` stays as it is, and all is on one stream and in one capture at most."""
+    before, _held.tables = _held.tables, {}
+    try:
+        yield
+    finally:
+        _held.tables = before
+
+
+def shared(make: Callable[..., _T], cu_seqlens: Tensor, *arguments: Any) -> _T:
+    """`make(cu_seqlens, *arguments)`, which nobody changes; made once in `shared_tables`."""
+    tables = _held.tables
+    if tables is None:
+        return make(cu_seqlens, *arguments)
+    key = (make, id(cu_seqlens), *arguments)
+    if key not in tables:
+        tables[key] = cu_seqlens, make(cu_seqlens, *arguments)  # held, so that no other tensor has its id
+    found: _T = tables[key][1]
+    return found
 
 
 def count(x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.ops import sequences
+
 # Steps between two checkpoints of the state; segments are multiples of it.
 EVERY = 16
 # Blocks that a multiprocessor takes side by side, forward and backward; the shortest segment that is worth two passes.
@@ -153,7 +155,7 @@ class Cut(NamedTuple):
 def cut(n_sequences: int, length: int, first: int, steps: int, cu_seqlens: Tensor | None, reverse: bool) -> Cut:
     """Sequences of `length`, or packed into one row of it, cut into segments of `steps`, the first of `first`."""
     total = n_segments(n_sequences, length, first, steps, cu_seqlens is not None)
-    table = None if cu_seqlens is None else of_packed(cu_seqlens, length, steps, reverse)
+    table = None if cu_seqlens is None else sequences.shared(of_packed, cu_seqlens, length, steps, reverse)
     return Cut(table, length, first, steps, total // n_sequences if n_sequences else 0, total)
 
 

@@ -122,7 +122,7 @@ class Call:
         self.table = None
         self.chunks_of_row = -(-self.length // size)
         if cu_seqlens is not None:
-            self.table = _table(cu_seqlens, self.length, size, reverse)
+            self.table = sequences.shared(_table, cu_seqlens, self.length, size, reverse)
             self.chunks_of_row = self.table.shape[1]
         self.chunks = self.batch * self.chunks_of_row
         self.place = (self.table, self.chunks, self.chunks_of_row, self.length)
