@@ -165,6 +165,14 @@ def check_written(writer: Any, path: Any, option: str = "--out") -> None:
     )
 
 
+def check_json(path: str | Path | None, option: str = "--out") -> None:
+    """Raise ConfigError for a name of numbers that are written as JSON whose ending is another one; None is no file."""
+    if path is not None and Path(path).suffix.lower() not in ("", ".json") and not is_stream(path):
+        raise ConfigError(
+            f"Numbers are written as .json, not as {cut(Path(path).name)}. Give another name with {option}."
+        )
+
+
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 

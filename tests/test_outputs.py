@@ -19,6 +19,7 @@ from mambaseq_audio.mulaw import MuLaw
 from mambaseq_dna.tokenizer import BaseTokenizer
 from mambaseq_text.tokenization import ByteTokenizer
 
+from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.outputs import is_stream, numbered, output_file
@@ -91,6 +92,20 @@ def test_another_ending_is_refused_by_name(tmp_path: Path, name: str) -> None:
         assert "written as" in str(told.value)
         assert Path(WRITERS[name][2]).suffix in str(told.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["text/lambada", "--checkpoint", "none", "x.txt"],
+        ["text/perplexity", "--checkpoint", "none", "x.txt"],
+        ["audio/frechet", "--generated", "a", "--real", "b"],
+        ["audio/score", "--generated", "a", "--real", "b", "--classifier", "c"],
+    ],
+)
+def test_numbers_are_written_as_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--out", "x.wav"]) == 2
+    assert "Numbers are written as .json, not as x.wav" in capsys.readouterr().err
 
 
 def test_standard_output_goes_where_the_shell_put_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.errors import DataError, cut_list, shown
-from mambaseq.outputs import output_file
+from mambaseq.outputs import check_json, output_file
 from mambaseq_audio.code_files import DAMAGED
 from mambaseq_audio.scores import fid
 
@@ -85,6 +85,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--real", required=True, metavar="FILE", help=what)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the distances as JSON")
     given = parser.parse_args(argv)
+    check_json(given.out)
     found = frechet(given.generated, given.real)
     if given.out is not None:
         with output_file(given.out) as file:

@@ -20,7 +20,7 @@ from mambaseq.conditions import parts_of
 from mambaseq.data.module import pad_collate
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.heads.classification import ClassificationHead
-from mambaseq.outputs import output_file
+from mambaseq.outputs import check_json, output_file
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq_audio.clips import composed
 from mambaseq_audio.io import read_audio
@@ -274,6 +274,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     given = parser.parse_args(argv)
+    check_json(given.out)
     found = score(
         given.generated,
         given.real,

@@ -11,6 +11,7 @@ from typing import Any
 from mambaseq.arguments import Arguments
 from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
+from mambaseq.outputs import check_json, output_file, output_target
 
 
 def _parser(name: str, description: str, what: str) -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def lambada(argv: list[str]) -> int:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N passages")
     given = parser.parse_args(argv)
+    check_json(given.out)
     if given.limit is not None and given.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {given.limit}.")
     with uncollected(for_good=True):
@@ -63,6 +65,7 @@ def perplexity(argv: list[str]) -> int:
     )
     parser.add_argument("--each", action="store_true", help="print a line for each document, too")
     given = parser.parse_args(argv)
+    check_json(given.out)
     with uncollected(for_good=True):
         from mambaseq_text.evaluating import Reader, Surprise, surprise, total
 
@@ -108,7 +111,6 @@ def recall(argv: list[str]) -> int:
     if given.seed < 0:
         raise ConfigError(f"--seed must be at least 0, not {given.seed}.")
     with uncollected(for_good=True):
-        from mambaseq.outputs import output_target
         from mambaseq.runs.devices import memory_told
         from mambaseq_text.corpus import SHAKESPEARE
         from mambaseq_text.evaluating import Reader
@@ -144,7 +146,6 @@ def _save(out: str | None, numbers: dict[str, Any]) -> None:
     if out is None:
         return
     from mambaseq.atomic import json_text
-    from mambaseq.outputs import output_file
 
     with output_file(Path(out)) as file:
         file.write((json_text(numbers, indent=2) + "\n").encode())
