@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import init_device_mesh
 
+from mambaseq.backbones.residual import ResidualStack
 from mambaseq.errors import ConfigError
 from mambaseq.parallel import Context
 
@@ -31,3 +34,23 @@ def make_context(shared: int, strategy: Strategy) -> Context:
         strategy.root_device.type, (processes // shared, shared), mesh_dim_names=("data", "context")
     )
     return Context(mesh["context"], strategy._timeout)
+
+
+def gather_states(backbone: Any) -> None:
+    """Have the processes of a sharded model gather the states between their parts: if states were handed on, one would
+    wait for a state from another that waits for it to gather a layer's weights.
+
+    Raises ConfigError for a backbone or mixers that cannot.
+    """
+    able = isinstance(backbone, ResidualStack) and backbone.chunk_length is None
+    if (
+        not able
+        or backbone.context_states == "relayed"
+        or not all(m.sums_up or m.position_wise for m in backbone.mixers())
+    ):
+        raise ConfigError(
+            "trainer.strategy fsdp2 goes with model.backbone.context_parallel where processes gather states: for the "
+            "backbone residual without chunk_length, of the mixers mamba, mamba2, gla and s4d. Set trainer.strategy to "
+            "ddp, or context_parallel to 1."
+        )
+    backbone.context_states = "gathered"

@@ -21,7 +21,7 @@ from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
 from mambaseq.parallel import Context
-from mambaseq.tasks.contexts import make_context
+from mambaseq.tasks.contexts import gather_states, make_context
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.fitting import check_kinds, check_masked, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
@@ -167,6 +167,8 @@ class Task(lightning.LightningModule):
         if shared > 1:
             self.model.check_splits_time()
             self._context = make_context(shared, self.trainer.strategy)
+            if self._is_sharded:
+                gather_states(self.model.backbone)
         adds = bool(self.model.head.per_token) and all(metric.splits_time for metric in self._metrics("val").values())
         self._validates_parts = self._context is not None and adds
         module: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
+from mambaseq.tasks.contexts import gather_states
 from mambaseq.tasks.sharding import FullySharded
 from mambaseq.tasks.task import Task
 
@@ -41,6 +42,16 @@ def test_a_process_with_fewer_batches_runs_its_last_again(
     task._seen = last = Batch(torch.zeros(1, 4, dtype=torch.int64), None)
     task._even_out("val")
     assert seen == [last] * more
+
+
+def test_processes_of_a_sharded_model_gather_states() -> None:
+    """One that waited for another's state would keep it from gathering weights."""
+    one = causal_lm(7, 8, 2)
+    gather_states(one.backbone)
+    assert one.backbone.context_states == "gathered"
+    for options in ({"mixer": "rwkv4"}, {"chunk_length": 4}):
+        with pytest.raises(ConfigError, match=r"fsdp2 goes with .* where processes gather states"):
+            gather_states(causal_lm(7, 8, 2, **options).backbone)  # type: ignore[arg-type]
 
 
 def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
