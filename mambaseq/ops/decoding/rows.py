@@ -26,8 +26,9 @@ _MOST_SEQUENCES = 8  # of a block
 _MOST_STATES, _MOST_RANKS = 64, 512
 _ALIGNED = 16  # bytes that are read at once
 # States a channel, ranks of dt_proj and types of parameters and states that a GPU has computed right and faster than
-# single operations (`benchmarks/decode_parts.py`: the published 130M on an H200).
-_TRIED = {(16, 48, torch.bfloat16, torch.float32)}
+# single operations (`benchmarks/decode_parts.py`). None yet: an earlier form was right and took 647 where these took
+# 706 us for 64 rows of the published 130M (16, 48, bfloat16, float32) on an H200; this one has run on no GPU.
+_TRIED: set[tuple[int, int, torch.dtype, torch.dtype]] = set()
 
 
 @dataclasses.dataclass
