@@ -1,5 +1,8 @@
 """One decode step of Mamba-1 blocks of several sequences on an NVIDIA GPU: dt_proj, the scan and the gate by one kernel
 (`step_rows.cu`), where single operations take two. The other products are cuBLAS's, and the convolution has its kernel.
+
+Off until this form of the kernel has run on a GPU (`_TRIED`): tests and `benchmarks/decode_parts.py` run it by
+`tuning.untried`.
 """
 
 from __future__ import annotations
