@@ -262,8 +262,9 @@ class _Share(torch.autograd.Function):
 
 def _places(kinds: Sequence[Like]) -> list[int]:
     """Where each tensor begins in a message, and the message's bytes: where kernels that read several numbers at once
-    expect tensors to begin."""
-    return list(itertools.accumulate((-(-kind.bytes // _ALIGNED) * _ALIGNED for kind in kinds), initial=0))
+    expect tensors to begin. Also a message of empty tensors has some bytes, since rows of none do not begin there."""
+    *places, end = itertools.accumulate((-(-kind.bytes // _ALIGNED) * _ALIGNED for kind in kinds), initial=0)
+    return [*places, max(end, _ALIGNED)]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
