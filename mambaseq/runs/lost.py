@@ -61,18 +61,30 @@ def _message(text: str, kind: str, trainer: lightning.Trainer, folder: Path, sav
     )
 
 
-def watch_processes(trainer: lightning.Trainer) -> None:
-    """To be called before training. A process that Lightning has started ends with the one that started it, and says
-    so: on GPUs it would wait ten minutes for its messages. Before Lightning kills the first process because another one
-    has ended, it says that."""
+@contextlib.contextmanager
+def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
+    """While training. A process that Lightning has started ends with the one that started it, and says so: on GPUs it
+    could wait half an hour for its messages. Before Lightning kills the first process because another one has ended, it
+    says that.
+
+    The first process tells the others by a variable of the environment who started them. It is there for the length of
+    the run only: another run that this process starts later is none of them.
+    """
     if trainer.world_size == 1:
+        yield
         return
-    first = os.environ.get(_STARTED_BY)
-    if first == str(os.getppid()):
-        threading.Thread(target=_end_with, args=(int(first),), daemon=True, name="parent-observer").start()
-    elif trainer.is_global_zero:
-        os.environ[_STARTED_BY] = str(os.getpid())
-        logging.getLogger(_OBSERVER).setLevel(logging.INFO)
+    given = os.environ.get(_STARTED_BY)
+    if not trainer.is_global_zero:
+        if given == str(os.getppid()):
+            threading.Thread(target=_end_with, args=(int(given),), daemon=True, name="parent-observer").start()
+        yield
+        return
+    os.environ[_STARTED_BY] = str(os.getpid())
+    logging.getLogger(_OBSERVER).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        os.environ.pop(_STARTED_BY, None)
 
 
 def _end_with(parent: int, every: float = 1.0, grace: float = 3.0) -> None:

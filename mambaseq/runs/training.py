@@ -187,7 +187,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         lacks = "" if named_sets(data.validation()) else "there is no validation set: the last weights are kept"
         for told in filter(None, (data.splits_told(), lacks, classes_told(data), _left_out_told(data, folder))):
             print(f"{folder.path}: {told}", flush=True)
-    return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
+    with watch_processes(trainer):
+        return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
 
 
 def _left_out_told(data: SequenceData, folder: RunFolder) -> str:
@@ -249,7 +250,6 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
 
 def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> Outcome:
     folder, checkpoints = run.folder, run.checkpoints
-    watch_processes(trainer)
     try:
         with told_if_lost(trainer, folder.path, checkpoints):
             trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))

@@ -79,3 +79,14 @@ def test_costs_are_those_of_a_count_by_hand() -> None:
 def test_the_table_of_the_documentation_is_what_the_script_prints() -> None:
     page = (ROOT / "docs" / "several_devices.md").read_text(encoding="utf-8")
     assert PAPER["table"](PAPER["Machine"]()) in page, "run `python benchmarks/scaling_on_paper.py`"
+
+
+def test_the_documentation_names_what_is_measured_and_what_is_assumed() -> None:
+    page = " ".join((ROOT / "docs" / "several_devices.md").read_text(encoding="utf-8").split())
+    m = PAPER["Machine"]()
+    assert f"Only {m.mfu} of the bf16 peak is measured, for 130 M parameters on one H200; {m.larger} for" in page
+    rates = f"{m.nvlink / 1e9:.0f} GB/s between the GPUs of a host, {m.network / 1e9:.0f} GB/s a GPU between hosts"
+    assert f"{rates}, {m.near * 1e6:.0f} and {m.far * 1e6:.0f} µs a message" in page
+    told = "None of it has run on several GPUs"
+    assert page.count(told) == 2
+    assert told in " ".join(PAPER["__doc__"].split())

@@ -3,6 +3,7 @@ nothing is half-written, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import resource
 import time
@@ -13,11 +14,13 @@ import launching
 import pytest
 import torch
 from fuzz.kill_ranks import differences
+from lightning.pytorch.strategies import DDPStrategy
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs import lost
+from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks.task import Task
 
 CONFIG = """
@@ -129,9 +132,10 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
     started: list[tuple] = []
     monkeypatch.setattr(lost.threading, "Thread", lambda target, args, **_: started.append((target, args)) or Mock())
     monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", str(os.getppid()))
-    lost.watch_processes(Mock(world_size=1))
-    assert not started
-    lost.watch_processes(Mock(world_size=2, is_global_zero=False))
+    with lost.watch_processes(Mock(world_size=1)):
+        assert not started
+    with lost.watch_processes(Mock(world_size=2, is_global_zero=False)):
+        pass
     ((watch, arguments),) = started
     parents, codes = iter([*arguments, *arguments, 1]), []
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
@@ -139,3 +143,30 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
     watch(*arguments, 0.0, 0.0)
     assert codes == [1]
     assert "the first process of this run has ended" in capsys.readouterr().err
+
+
+def test_a_later_run_is_none_of_the_processes_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first process is nobody's helper, whoever started it; and no run leaves its name in the environment."""
+    started: list[dict] = []
+    monkeypatch.setattr(lost.threading, "Thread", lambda **how: started.append(how) or Mock())
+    monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", str(os.getppid()))
+    seen: list[str] = []
+
+    def fails() -> None:
+        with lost.watch_processes(Mock(world_size=2, is_global_zero=True)):
+            seen.append(os.environ["MAMBASEQ_FIRST_PROCESS"])
+            raise RuntimeError("of training")
+
+    with pytest.raises(RuntimeError, match="of training"):
+        fails()
+    assert seen == [str(os.getpid())]
+    assert "MAMBASEQ_FIRST_PROCESS" not in os.environ
+    assert not started
+
+
+def test_a_process_that_does_not_answer_is_waited_for_as_long_as_the_page_says() -> None:
+    """Half an hour also by NCCL, whose own ten minutes no strategy leaves it."""
+    page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
+    assert "after half an hour where one does not answer" in page
+    for strategy in (DDPStrategy(), make_classes("strategy", "fsdp2")):
+        assert strategy._timeout == datetime.timedelta(minutes=30)

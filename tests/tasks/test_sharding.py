@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
+from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.contexts import gather_states
 from mambaseq.tasks.sharding import FullySharded
 from mambaseq.tasks.task import Task
@@ -58,3 +60,14 @@ def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -
     task, _ = task_of(1, 0, monkeypatch)
     with pytest.raises(ConfigError, match=r"The val set has fewer batches than there are processes.*batch_size lower"):
         task._compare_counts("val")
+
+
+def test_weights_that_no_process_has_whole_are_not_averaged() -> None:
+    """And the page on several devices says so."""
+    trainer: Any = SimpleNamespace(strategy=make_classes("strategy", "fsdp2"))
+    task = Task(causal_lm(7, 8, 1))
+    with pytest.raises(ConfigError, match=r"ema\.decay works on one device and under ddp.* Set it to 0"):
+        WeightAverage(task.model, 0.5).setup(trainer, task, "fit")
+    page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
+    (refused,) = (item for item in page.partition("## What is refused")[2].split("\n- ") if "`fsdp2` with" in item)
+    assert "`ema.decay`" in refused
