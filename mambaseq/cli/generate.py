@@ -27,7 +27,9 @@ def run(argv: list[str], command: str) -> int:
         metavar="FILE",
         help="a file of prompts, all continued: .txt has one in each line, .jsonl an object in each",
     )
-    parser.add_argument("--prompts-key", metavar="KEY", help="of --prompts FILE.jsonl, where the text is (text)")
+    parser.add_argument(
+        "--prompts-key", metavar="KEY", help="of --prompts FILE.jsonl, where the text is (text or prompt)"
+    )
     add_condition(parser, "what to generate, for conditional models")
     add_condition_columns(parser)
     parser.add_argument(

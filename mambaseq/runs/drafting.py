@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.checkpoints.export import has_model
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.generation.speculation import MOST_GUESSES, NGRAM, Speculation
 from mambaseq.runs.conditions import Known
 
@@ -36,6 +37,11 @@ def drafted(
     """
     if str(draft) == NGRAM:
         return Speculation.of(NGRAM, tokens)
+    if not has_model(draft):
+        raise ConfigError(
+            f"--draft {shown(str(draft), 300)} is no model: there is no model.json and no model/model.json."
+            f"{did_you_mean(str(draft), [NGRAM])} Give {NGRAM}, or the folder of a run."
+        )
     other = load_model(draft, place)
     if loaded.tokenizer is None or other.tokenizer is None or not _equal(loaded.tokenizer, other.tokenizer):
         raise ConfigError(

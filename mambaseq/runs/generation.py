@@ -117,11 +117,11 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
 
     prompt: a text, what the run's reader reads (a file, a folder, a pattern), or several texts.
     options: prompt_text (in place of prompt, a text that is never a file's name), prompts (a file of texts: .txt has
-        one in each line, .jsonl an object with it under `prompts_key`, or "text"), `condition`, `condition_column` and
-        `condition_table` (each record under a condition
-        of its own instead; see `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k,
-        top_p, min_p, repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is
-        generated), beams and length_penalty (see `mambaseq.generation.beams`; the best are kept, nothing is drawn),
+        one in each line, .jsonl an object with it under `prompts_key`, or "text" or "prompt"), `condition`,
+        `condition_column` and `condition_table` (each record under a condition of its own instead; see
+        `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, min_p,
+        repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is generated), beams
+        and length_penalty (see `mambaseq.generation.beams`; the best are kept, nothing is drawn),
         seed, guidance, writer (by which they are to be written; checked first), device, progress; record
         (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
         the first sample); save_state (a file for the state after the prompt), from_state (such a file, which the prompt

@@ -9,16 +9,17 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mambaseq import limits
 from mambaseq.checkpoints import LoadedModel
+from mambaseq.conditions import as_written
 from mambaseq.data.cache import locate
-from mambaseq.data.records import Record
+from mambaseq.data.records import Record, columns_of
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.generation.prompts import Row
@@ -42,6 +43,9 @@ _ENDINGS: tuple[str, ...] = (
     ".yaml",
 )
 _ENDINGS += (".gz", ".xz", ".zst", ".bz2", ".zip", ".fa", ".fasta", ".fna", ".2bit", ".wav", ".flac", ".mp3", ".npy")
+
+# Under which key of a row a prompt is, if nothing else is said: the first that there is.
+_KEYS = ("text", "prompt")
 
 
 class NoSuchRecord(ConfigError):
@@ -68,6 +72,7 @@ def _prompt_records(
     count = 0
     for path in sources:
         columns = columns_given(reader, read, conditions.fields(path))
+        columns |= _column_of_prompts(read, path, options)
         for number, record in enumerate(records_of(read, path, loaded.tokenizer, {**options, **columns})):
             count += 1
             if only is not None and number != only:
@@ -91,6 +96,24 @@ def _prompt_records(
         raise ConfigError(
             f"The prompt {cut_list(map(str, sources), 3)} holds no record. Give another one, or the prompt itself."
         )
+
+
+def _column_of_prompts(read: Callable[..., Any], path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option of a reader of rows by which the texts are in the column `prompt`, where the one that it reads is not
+    there. Raises DataError, which names the option of `generate` for another column, where neither is."""
+    parameter = inspect.signature(read).parameters.get("field")
+    there = columns_of(read, path) if parameter is not None and path.is_file() else ()
+    if parameter is None or not there:
+        return {}
+    field = options.get("field", parameter.default)
+    if as_written([field], there)[field] in there:
+        return {}
+    if _KEYS[1] in there:
+        return {"field": _KEYS[1]}
+    raise DataError(
+        f"{path} has no field {shown(field)}, nor {shown(_KEYS[1])}. It has: {cut_list(map(shown, there), 8)}. Name "
+        "the one with the prompts, of .jsonl: --prompts FILE --prompts-key NAME."
+    )
 
 
 def _under(record: Record, conditions: Conditions) -> Sequence[Under]:
@@ -194,7 +217,8 @@ def ids_of_texts(
 
 def texts_of(path: Path, key: str | None) -> list[tuple[str, str]]:
     """The prompts in a file, each with where it stands: a line each, without its end; of .jsonl what an object in each
-    line has under the key. Raises DataError that names the file and the line."""
+    line has under the key, or under "text", where that is missing under "prompt". Raises DataError that names the file
+    and the line."""
     rows = path.suffix.lower() in (".jsonl", ".ndjson")
     if key is not None and not rows:
         raise ConfigError(f"--prompts-key is of a .jsonl file, and {shown(path)} is none. Leave it out.")
@@ -209,7 +233,7 @@ def texts_of(path: Path, key: str | None) -> list[tuple[str, str]]:
                 if not rows:
                     found.append((where, text))
                 elif text.strip():
-                    found.append((where, _under_key(text, "text" if key is None else key, where)))
+                    found.append((where, _under_key(text, _KEYS if key is None else (key,), where)))
                 limits.SEQUENCES.check(len(found), f"The file of prompts {path}")
     except OSError as error:
         raise DataError(
@@ -224,18 +248,20 @@ def texts_of(path: Path, key: str | None) -> list[tuple[str, str]]:
     return found
 
 
-def _under_key(line: str, key: str, where: str) -> str:
-    """The text in a line of jsonl."""
+def _under_key(line: str, keys: tuple[str, ...], where: str) -> str:
+    """The text in a line of jsonl, under the first of the keys that it has."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}, is not JSON ({cut(error, 100)}). Each line must be one whole JSON object."
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+    key = next((one for one in keys if isinstance(row, dict) and one in row), None)
+    if key is None or not isinstance(row[key], str):
         has = f"an object with {cut_list(row, 8)}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(
-            f"{where}, has no text under {shown(key)}; it is {has}. Name the key with --prompts-key, or correct it."
+            f"{where}, has no text under {' or '.join(map(shown, keys))}; it is {has}. Name the key with "
+            "--prompts-key, or correct it."
         )
     return str(row[key])
 

@@ -14,7 +14,7 @@ from mambaseq.errors import ConfigError, paragraph
 from mambaseq.generation.decode import check_whole
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.serving import Engine, PrefixCache
-from mambaseq.web.service import Service
+from mambaseq.web.service import Service, check_serves
 
 # Seconds after which a thread lets others run: the engine takes the interpreter back after each of its many short calls
 # of PyTorch, and waits so long where the event loop is busy. Python's are 0.005.
@@ -69,6 +69,7 @@ def serve(
     cache = PrefixCache(cache_every, cache_mb * 2**20) if cache_mb else None
     with memory_told("--slots"):
         loaded = load_model(checkpoint, choose_device(device))
+        check_serves(loaded)
         engine = Engine(loaded.model, slots=slots, queue=queue, part=part, longest=longest, cache=cache)
     service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
     if service.damaged:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.stopping import StopStrings, Text
@@ -51,6 +53,29 @@ class Asked:
             ticket.cancel()
 
 
+def check_serves(loaded: LoadedModel) -> None:
+    """Raise ConfigError for a model that makes no text, or that needs conditions. Before an engine is made for it."""
+    card, where = loaded.card, loaded.source.parent
+    made = None if loaded.tokenizer is None else loaded.tokenizer.decode(np.zeros(0, dtype=np.int64))
+    if made is not None and not isinstance(made, str):
+        kind = str(card.reader or (card.tokenizer or {}).get("name", "")).partition("/")[0]
+        raise ConfigError(
+            f"The model at {where} is one of {kind or 'something else'}, and serve takes models of text. Use it by "
+            f"`mambaseq generate --checkpoint {where} --out FILE`, or serve a run of text."
+        )
+    if made is None:
+        raise ConfigError(
+            f"The model at {where} has no tokenizer, and the server answers texts. Import it again with --tokenizer "
+            "FILE (a tokenizer.json), or serve a run of text."
+        )
+    known = Known(loaded)
+    if needed := [one.name or "a condition" for one in known.all if not known.may_lack(one)]:
+        raise ConfigError(
+            f"The model at {loaded.source} needs {', '.join(needed)[:200]}, and requests have no conditions. Serve "
+            "one that was trained without, or with model.encoder.condition_dropout."
+        )
+
+
 class Service:
     """Answers texts by a model.
 
@@ -58,19 +83,10 @@ class Service:
     """
 
     def __init__(self, name: str, loaded: LoadedModel, engine: Engine) -> None:
-        if loaded.tokenizer is None:
-            raise ConfigError(
-                f"The model at {loaded.source.parent} has no tokenizer, and the server answers texts. Import it again "
-                "with --tokenizer FILE (a tokenizer.json), or serve a run of text."
-            )
+        check_serves(loaded)
+        assert loaded.tokenizer is not None
         self.name, self.engine, self.tokenizer = name, engine, loaded.tokenizer
         self.stops = StopStrings([], self.tokenizer)
-        known = Known(loaded)
-        if needed := [one.name or "a condition" for one in known.all if not known.may_lack(one)]:
-            raise ConfigError(
-                f"The model at {loaded.source} needs {', '.join(needed)[:200]}, and requests have no conditions. Serve "
-                "one that was trained without, or with model.encoder.condition_dropout."
-            )
         self.start_ids = list(loaded.card.start_ids)
         self.chats, self.damaged = False, ""  # what is wrong with the chat template, which is no reason not to serve
         try:

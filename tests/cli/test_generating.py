@@ -12,7 +12,7 @@ from runs.test_prediction import DNA, TEXT, classifier, language_model, saved, s
 
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, DataError
 from mambaseq.runs.run import load
 
 
@@ -87,6 +87,10 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--prompt", "texts/one"], "no file 'texts/one'"),
         (["--prompt", "texts/*.md"], "no file 'texts/*.md'"),
         (["--prompt-text", "a", "--prompt", "b"], "another one is given"),
+        (
+            ["--draft", "ngrm"],
+            "no model/model.json. Did you mean 'ngram'? Give ngram, or the folder",
+        ),
         (["--prompts-key", "q", "--prompt-text", "b"], "--prompts-key is of the file --prompts"),
         (["--writer", "audio/wav"], "'audio/wav' needs sample_rate"),
         (["--writer", f"{__name__}:badly"], "cannot write what this model generates (no wave)"),
@@ -251,7 +255,13 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     assert texts[0] == generated(model, tmp_path / "b.jsonl", "--prompt", "To be", *options)[0]
     assert texts[1] != texts[3]
     assert generated(model, tmp_path / "c.jsonl", "--prompts", str(rows), "--prompts-key", "q", *options) == texts
+    rows.write_text("\n".join(json.dumps({"id": 1, "prompt": text}) for text in prompts))
+    assert generated(model, tmp_path / "d.jsonl", "--prompts", str(rows), *options) == texts
+    assert generated(model, tmp_path / "e.jsonl", "--prompt", str(rows), *options) == texts
     run = load(model)
+    rows.write_text('{"q": "To be"}')
+    with pytest.raises(DataError, match=r"no field 'text', nor 'prompt'. It has: 'q'.*--prompts FILE --prompts-key"):
+        run.generate(str(rows), device="cpu")
     assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
     with pytest.raises(ConfigError, match="no prompt to continue"):
         run.generate([], device="cpu")
@@ -268,7 +278,12 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
         ("p.txt", b"a\n", ["--prompts-key", "q"], "--prompts-key is of a .jsonl file"),
         ("p.txt", b"a\n", ["--prompt", "b"], "--prompt and --prompts were both given"),
         ("p.jsonl", b'{"text": "a"}\n{"text": "b"\n', [], "p.jsonl, line 2, is not JSON"),
-        ("p.jsonl", b'{"q": "a"}\n', [], "p.jsonl, line 1, has no text under 'text'; it is an object with q"),
+        (
+            "p.jsonl",
+            b'{"q": "a"}\n',
+            [],
+            "line 1, has no text under 'text' or 'prompt'; it is an object with q",
+        ),
         ("p.jsonl", b"[1]\n", ["--prompts-key", "q"], "p.jsonl, line 1, has no text under 'q'; it is a list"),
     ],
 )

@@ -297,6 +297,8 @@ def test_what_is_missing_or_wrong_is_told(
 
     assert "--port" in told("--port", "70000")
     assert "slots" in told("--slots", "0")
+    audio = told("--checkpoint", "mambaseq:data/models/digits", "--device", "cpu", "--slots", "0")  # before the engine
+    assert "is one of audio, and serve takes models of text. Use it by `mambaseq generate" in audio
     assert "key" in told("--api-key", "")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
