@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, ParamSpec
 
@@ -133,11 +133,11 @@ def numbered(path: Path, count: int, suffix: str = "") -> list[Path]:
 
 
 def writes(
-    what: str, *endings: str, folder: bool = False
+    what: str, *endings: str, folder: bool = False, takes: Callable[..., None] | None = None
 ) -> Callable[[Callable[_P, list[Path]]], Callable[_P, list[Path]]]:
     """Of a writer, whose first argument is the file: it refuses a name with an ending that is none of these. Whoever
-    makes what is written asks earlier, by `check_written`. what: how the message begins, such as `Text is`. folder:
-    whether it may be one."""
+    makes what is written asks earlier, by `check_written` and `check_taken`. what: how the message begins, such as
+    `Text is`. folder: whether it may be one. takes: see `check_taken`."""
 
     def checked(write: Callable[_P, list[Path]]) -> Callable[_P, list[Path]]:
         @functools.wraps(write)
@@ -146,6 +146,7 @@ def writes(
             return write(*args, **kwargs)
 
         written.written_as = (what, endings, folder)  # type: ignore[attr-defined]
+        written.takes = takes  # type: ignore[attr-defined]
         return written
 
     return checked
@@ -163,6 +164,17 @@ def check_written(writer: Any, path: Any, option: str = "--out") -> None:
     raise ConfigError(
         f"{what} written as {cut_list(endings)}, not as {cut(path.name)}. Give another name with {option}."
     )
+
+
+def check_taken(writer: Any, begun: Any, tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Raise what a writer's `takes(begun, tokenizer, **options)` raises: ConfigError where it cannot write what goes on
+    as `begun` does, so that nobody makes it in vain. A writer without `takes` is not asked.
+
+    begun: `(length,)` ids, `(length, books)`, or a signal `(length, channels)`; a position or none is enough.
+        tokenizer: of the ids; None of a signal. options: the writer's.
+    """
+    if (takes := getattr(writer, "takes", None)) is not None:
+        takes(begun, tokenizer, **options)
 
 
 def check_json(path: str | Path | None, option: str = "--out") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -22,7 +23,7 @@ from mambaseq_text.tokenization import ByteTokenizer
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.outputs import is_stream, numbered, output_file
+from mambaseq.outputs import check_taken, is_stream, numbered, output_file
 
 WRITERS = {
     "dna/fasta": (BaseTokenizer(), {}, "out.fa"),
@@ -33,19 +34,35 @@ WRITERS = {
 }
 
 
-def write(name: str, path: Path, count: int = 1) -> list[Path]:
-    tokenizer, options, _ = WRITERS[name]
-    ids = np.arange(50, dtype=np.uint8) % 4
+def values_of(tokenizer: Any) -> np.ndarray:
+    ids: np.ndarray = np.arange(50, dtype=np.uint8) % 4
     if tokenizer is None:
         ids = ids[:, None].astype(np.float32)
     elif isinstance(tokenizer, CodeFrames):
         ids = tokenizer.encode(ids[:, None])
-    files: list[Path] = catalog()["writers"].get(name)(path, [ids] * count, tokenizer, **options)
+    return ids
+
+
+def write(name: str, path: Path, count: int = 1) -> list[Path]:
+    tokenizer, options, _ = WRITERS[name]
+    values = [values_of(tokenizer)] * count
+    files: list[Path] = catalog()["writers"].get(name)(path, values, tokenizer, **options)
     return files
 
 
 def test_every_writer_is_tried_here() -> None:
     assert set(WRITERS) == {entry.name for entry in catalog()["writers"] if not entry.name.startswith("ecg/")}
+
+
+def test_a_writer_says_of_a_position_what_it_cannot_write() -> None:
+    taken = set()
+    for name, (_, options, _) in WRITERS.items():
+        for other, (tokenizer, _, _) in WRITERS.items():
+            with contextlib.suppress(ConfigError):
+                check_taken(catalog()["writers"].get(name), values_of(tokenizer)[:1], tokenizer, options)
+                taken.add((name, other))
+    # bases are text as well, and codes are numbers in columns
+    assert taken == {(name, name) for name in WRITERS} | {("text/text", "dna/fasta"), ("csv", "audio/codes")}
 
 
 @pytest.mark.parametrize("name", WRITERS)

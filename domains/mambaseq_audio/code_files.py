@@ -148,7 +148,13 @@ def read_codes(
         yield Record(one.name, ids=ids, source=str(one.path), alone=0, place=one.place, fields=columns)
 
 
-@writes("Codes are", ".npy", folder=True)
+def _check_codes(begun: np.ndarray, tokenizer: Tokenizer | None, layout: Layout = "frames_books") -> None:
+    check_choice("layout", layout, LAYOUTS)
+    if not isinstance(tokenizer, CodeFrames):
+        raise ConfigError("Codes are written for a model of codes (audio/codes), and this one is of something else.")
+
+
+@writes("Codes are", ".npy", folder=True, takes=_check_codes)
 def write_codes(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Tokenizer, *, layout: Layout = "frames_books"
 ) -> list[Path]:
@@ -159,9 +165,8 @@ def write_codes(
     Raises ConfigError for another suffix; UserError if the disk is full or the place is not writable.
     """
     path = Path(path)
-    check_choice("layout", layout, LAYOUTS)
-    if not isinstance(tokenizer, CodeFrames):
-        raise ConfigError("Codes are written for a model of codes (audio/codes), and this one is of something else.")
+    _check_codes(np.zeros(0), tokenizer, layout)
+    assert isinstance(tokenizer, CodeFrames)
     if path.suffix or (not path.is_dir() and is_stream(path)):
         files = numbered(path, len(sequences))
     else:

@@ -50,6 +50,13 @@ class Wav:
         """See `write_wav`."""
         return write_wav(path, sequences, tokenizer, sample_rate=sample_rate, channels=channels)
 
+    def takes(self, begun: np.ndarray, tokenizer: Tokenizer | None, **_: Any) -> None:
+        """Raise ConfigError for a tokenizer that gives no waveform (see `mambaseq.outputs.check_taken`)."""
+        if tokenizer is None or np.asarray(tokenizer.decode(begun)).dtype.kind != "f":
+            raise ConfigError(
+                "Sound is written of a model of sound, and this one is of something else. Use its own writer."
+            )
+
     def streams(self, tokenizer: Tokenizer) -> bool:
         """Whether a sample depends on its token alone."""
         return isinstance(tokenizer, Codec)

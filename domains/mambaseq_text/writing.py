@@ -10,12 +10,20 @@ import numpy as np
 
 from mambaseq.atomic import json_text
 from mambaseq.data.tokenizer import Tokenizer
+from mambaseq.errors import ConfigError
 from mambaseq.outputs import numbered, output_file, writes
 
 _ROWS = (".jsonl", ".ndjson")
 
 
-@writes("Text is", ".txt", ".text", ".md", *_ROWS)
+def _check_text(begun: np.ndarray, tokenizer: Tokenizer | None, **_: Any) -> None:
+    if tokenizer is None or not isinstance(tokenizer.decode(begun), str):
+        raise ConfigError(
+            "The writer text writes what a tokenizer of text reads, and this is none. Use the model's own."
+        )
+
+
+@writes("Text is", ".txt", ".text", ".md", *_ROWS, takes=_check_text)
 def write_text(
     path: str | Path,
     sequences: Sequence[np.ndarray],

@@ -30,7 +30,15 @@ def read_csv(path: str | Path, tokenizer: Any, columns: list[str] | None = None)
     yield Record(path.stem, signal=read_table(path, columns, others=True).astype(np.float32))
 
 
-@writes("A signal is", ".csv")
+def _check_signal(values: np.ndarray, tokenizer: Any, columns: list[str] | None = None) -> None:
+    if values.ndim != 2 or (columns is not None and len(columns) != values.shape[1]):
+        raise ConfigError(
+            f"The writer csv writes signals (length, channels){f' of {len(columns)} channels' if columns else ''}, "
+            f"not what has the shape {values.shape}. Use the model's own writer."
+        )
+
+
+@writes("A signal is", ".csv", takes=_check_signal)
 def write_csv(
     path: str | Path, sequences: Sequence[np.ndarray], tokenizer: Any, columns: list[str] | None = None
 ) -> list[Path]:
@@ -42,11 +50,7 @@ def write_csv(
     """
     files = numbered(Path(path), len(sequences), ".csv")
     for file, values in zip(files, sequences, strict=True):
-        if values.ndim != 2 or (columns is not None and len(columns) != values.shape[1]):
-            raise ConfigError(
-                f"The writer csv writes signals (length, channels){f' of {len(columns)} channels' if columns else ''}, "
-                f"not what has the shape {values.shape}. Use the model's own writer."
-            )
+        _check_signal(values, tokenizer, columns)
         names = columns or [f"value_{number}" for number in range(1, values.shape[1] + 1)]
         lines = [",".join(names), *(",".join(f"{value:.9g}" for value in row) for row in values.tolist())]
         with output_file(file) as target:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from mambaseq.generation.speculation import Speculation
 from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
-from mambaseq.outputs import check_written, output_target
+from mambaseq.outputs import check_taken, check_written, output_target
 from mambaseq.runs.conditions import Asked, Conditions, Known
 from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces
 from mambaseq.runs.conversation import Conversation, check_text, converse, digest_of, keep, unmarked
@@ -283,7 +284,8 @@ def _planned(
             f"The model at {checkpoint} cannot generate: only a causal model with an lm head can. Give another "
             f"--checkpoint, of a run with the head lm and a causal backbone, such as residual or unet."
         )
-    if _writer(loaded, writer) is None and writes:
+    writing = _writer(loaded, writer) if writes or writer is not None else None
+    if writing is None and writes:
         raise ConfigError(
             f"The model at {loaded.source} names no writer. Give one: --writer NAME (`mambaseq list writers`)."
         )
@@ -314,6 +316,10 @@ def _planned(
             found = (signals if signal else ids_of)(loaded, prompt, sources, conditions, record)
         except NoSuchRecord as error:
             raise error if again is None else again.wrong("prompt.record", record, str(error)) from error
+    if writing is not None:
+        name, write, writer_options = writing
+        with _own_or_told(loaded, name):
+            check_taken(write, np.asarray(found[0].values[:1]), loaded.tokenizer, writer_options)
     defaults = card.generation
     count = max_new_tokens or defaults.get("max_new_tokens") or card.length
     if not isinstance(count, int) or count < 1:
@@ -449,8 +455,10 @@ def _described(plan: Plan) -> list[dict[str, Any]]:
     found, number, last = [], -1, None
     for job in sorted((job for batch in plan.jobs for job in batch), key=lambda job: (job.place, job.first)):
         number, last = number + (job.prompt is not last), job.prompt
-        own = {"file": job.prompt.source or job.prompt.file, "record": job.prompt.name}
-        about = {"prompt": number, **{name: value for name, value in own.items() if value}}
+        file = job.prompt.source or job.prompt.file
+        about: dict[str, Any] = {"prompt": number}
+        if file:  # a text that was given is named for messages alone
+            about |= {"file": file, **({"record": job.prompt.name} if job.prompt.name else {})}
         if job.condition is not None:
             about["condition"] = told(conditions, job.condition)
         found += [{**about, "sample": sample, "settings": settings} for sample in range(job.first, job.stop)]
@@ -464,21 +472,28 @@ def _write(generated: Generated, out: Path, writer: str | None, described: list[
 
     Raises ConfigError where there is none, or another one cannot write them.
     """
-    loaded, card = generated.model, generated.model.card
+    loaded = generated.model
     found = _writer(loaded, writer)
     assert found is not None
     name, write, options = found
     if "described" in inspect.signature(write).parameters:
         options = {**options, "described": described}
-    try:
+    with _own_or_told(loaded, name):
         return write(out, generated.ids, loaded.tokenizer, **options)
+
+
+@contextlib.contextmanager
+def _own_or_told(loaded: LoadedModel, name: str) -> Iterator[None]:
+    """Raise ConfigError where a writer that is not the model's own fails on what the model generates."""
+    try:
+        yield
     except (TypeError, ValueError, AttributeError) as error:
-        if name == card.writer:
+        if name == loaded.card.writer:
             raise
         raise ConfigError(
             f"The writer {shown(name)} cannot write what this model generates "
             f"({' '.join(str(error).split()).rstrip('.')})."
-            f"{f' Use its own writer ({shown(card.writer)}).' if card.writer else ''}"
+            f"{f' Use its own writer ({shown(loaded.card.writer)}).' if loaded.card.writer else ''}"
         ) from error
 
 

@@ -291,7 +291,7 @@ def sources_of(loaded: LoadedModel, prompt: str | None) -> list[Path]:
 
 def _check_is_no_file(loaded: LoadedModel, prompt: str) -> None:
     """Raise ConfigError for what seems to be the name of a file that is not there, or that nobody reads: one word with
-    an ending of such files or a separator of folders, or a name like that of a file there."""
+    an ending of such files, or in a folder that is there, or a name like that of a file there."""
     path, remedy = Path(prompt), "To continue these words themselves, give --prompt-text (in Python a list of texts)."
     if is_file(prompt):  # which would be in `sources`
         raise ConfigError(
@@ -299,11 +299,21 @@ def _check_is_no_file(loaded: LoadedModel, prompt: str) -> None:
             f"Give --prompts with a file of prompts, one in each line. {remedy}"
         )
     ending, one_word = path.suffix.lower() in _ENDINGS, re.fullmatch(r"[\w./\\~+@:=,%*?\[\]-]+", prompt)
-    if not (ending or (one_word and ("/" in prompt or os.sep in prompt))) or not _is_text(loaded, prompt):
+    if not (ending or (one_word and _is_in_a_folder(prompt))) or not _is_text(loaded, prompt):
         return
     near = did_you_mean(path.name, _names_beside(path))
     if one_word or near:
         raise ConfigError(f"There is no file {shown(prompt)} (--prompt).{near} Check the path. {remedy}")
+
+
+def _is_in_a_folder(word: str) -> bool:
+    """Whether a word with separators begins with a folder that is there; "and/or" and "C/C=C/C" seldom do. Homes and
+    resources are asked for by name."""
+    if "/" not in word and os.sep not in word:
+        return False
+    return word.startswith(("~", "mambaseq:", "fetched:")) or _is_folder(
+        word.replace(os.sep, "/").partition("/")[0] or "/"
+    )
 
 
 def _names_beside(path: Path) -> list[str]:

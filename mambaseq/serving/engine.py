@@ -6,9 +6,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from mambaseq.serving.reading import Reading, Readings
 from mambaseq.serving.requests import Request, Ticket
 from mambaseq.serving.slots import Slots
 
+_LOG = logging.getLogger(__name__)
+
 
 class Full(UserError):
     """As many requests wait as may."""
@@ -33,6 +36,16 @@ class Full(UserError):
 
 class Closed(UserError):
     """Nobody steps the engine any more."""
+
+
+class Fault(NamedTuple):
+    """What went wrong. kind: the exception's type. message: the first line that it says, cut."""
+
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
 
 @dataclasses.dataclass
@@ -89,7 +102,7 @@ class Engine:
             that ends by its tokens then takes one step more, which nobody sees. None: on a GPU.
 
     Attributes:
-        fault: what went wrong with the last computation, in words; None where it went well.
+        fault: what went wrong with the last computation; None where it went well.
 
     Raises ConfigError for a model that cannot be served, and for numbers out of range.
     """
@@ -123,7 +136,7 @@ class Engine:
         self.late = on_gpu if late is None else late
         self.slots = Slots(model, slots)
         self.counts = Counts()
-        self.fault: str | None = None
+        self.fault: Fault | None = None
         self._closed: str | None = None
         encoder = model.encoder
         self._vocabulary = encoder.embedding.num_embeddings if isinstance(encoder, TokenEncoder) else None
@@ -247,9 +260,14 @@ class Engine:
             self.fault = None
 
     def failed(self, error: Exception) -> None:
-        """Note what went wrong with a computation. What a user can mend is of one request, and no fault."""
-        if not isinstance(error, UserError):
-            self.fault = f"{type(error).__name__}: {cut(str(error).strip().partition(chr(10))[0], 300)}"
+        """Note what went wrong with a computation, and log it whole, once until another goes well or fails otherwise.
+        What a user can mend is of one request, and no fault."""
+        if isinstance(error, UserError):
+            return
+        fault = Fault(type(error).__name__, cut(str(error).strip().partition("\n")[0], 300))
+        if fault != self.fault:
+            _LOG.error("A computation failed.", exc_info=error)
+        self.fault = fault
 
     def close(self, reason: str) -> None:
         """Refuse what is asked from now on, for this reason, and end all requests; see `end_all`."""
@@ -423,6 +441,8 @@ class Engine:
             try:
                 ticket.add(token)
             except Exception as error:  # of what looks at its tokens
+                if not isinstance(error, UserError):
+                    _LOG.error("An answer failed.", exc_info=error)
                 self._end(ticket, "failed", error)
                 continue
             if row in picked.states:

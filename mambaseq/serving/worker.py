@@ -45,8 +45,8 @@ class Worker:
                         self.engine.probe()
                     more = self.engine.step()
                 except Exception as error:  # a fault of ours: those who wait are told, and others can be answered
-                    logging.getLogger(__name__).exception("A step failed; all requests are cancelled.")
-                    self.engine.failed(error)
+                    self.engine.failed(error)  # which logs it
+                    logging.getLogger(__name__).error("A step failed; all requests are cancelled.")
                     self.engine.end_all()
                     more = False  # where steps go on to fail, they do so about once a second
                 if not more:

@@ -88,9 +88,13 @@ def make_app(
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, failed)
 
-    def check_key(request: Request) -> None:
+    def shows_key(request: Request) -> bool:
+        """Whether there is a key, and the request brings it."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())):
+        return key is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())
+
+    def check_key(request: Request) -> None:
+        if key is not None and not shows_key(request):
             told = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, "Bring the key: Authorization: Bearer KEY.", "authentication_error", **told)
 
@@ -99,13 +103,15 @@ def make_app(
         return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         engine, problem = service.engine, service.problem
         told: dict[str, Any] = {"status": "ok", "active": engine.active, "waiting": engine.waiting}
         if problem is not None:
             told |= {"status": "ending" if service.draining else "failed", "reason": problem}
         elif engine.fault is not None:  # until a computation goes well again
-            told |= {"status": "failed", "reason": f"The last computation failed. {engine.fault}"}
+            # what an exception says may name files, which is not for everyone
+            why = engine.fault if shows_key(request) else engine.fault.kind
+            told |= {"status": "failed", "reason": f"The last computation failed: {why}"}
         return JSONResponse(told, 200 if told["status"] == "ok" else 503)
 
     @app.get("/metrics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from runs.test_prediction import DNA, TEXT, classifier, language_model, saved, s
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.runs.generation import generate_to
 from mambaseq.runs.run import load
 
 
@@ -80,11 +82,13 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--out", "x.wav"], "Text is written as .txt, .text, .md, .jsonl, .ndjson, not as x.wav"),
         (["--out", "x.txt.gz"], "not as x.txt.gz"),
         (["--out", "/tmp"], "--out /tmp is a folder"),
-        (["--writer", "dna/fasta", "--prompt", "a b"], "FASTA holds sequences of letters"),
         (["--pictures", "-1"], "--pictures must be at least 0"),
         (["--save-state", "s.txt"], "--save-state writes safetensors, not s.txt"),
         (["--prompt", "promts.txt"], "no file 'promts.txt' (--prompt). Check the path. To continue these words"),
-        (["--prompt", "texts/one"], "no file 'texts/one'"),
+        (["--prompt", "./one"], "no file './one'"),
+        (["--prompt", "/usr/one"], "no file '/usr/one'"),
+        (["--prompt", "mambaseq:a/b"], "no file 'mambaseq:a/b'"),
+        (["--prompt", "texts/one.txt"], "no file 'texts/one.txt'"),
         (["--prompt", "texts/*.md"], "no file 'texts/*.md'"),
         (["--prompt-text", "a", "--prompt", "b"], "another one is given"),
         (
@@ -107,6 +111,34 @@ def test_mistakes_are_told_in_a_paragraph(
     assert len(told) == 1
     assert message in told[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("writer", "message"),
+    [
+        ("dna/fasta", "FASTA holds sequences of letters"),
+        ("csv", "The writer csv writes signals (length, channels)"),
+        ("audio/codes", "Codes are written for a model of codes"),
+        ("audio/wav", "Sound is written of a model of sound"),
+    ],
+)
+def test_what_a_writer_cannot_write_is_not_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, message: str
+) -> None:
+    def generates(*_: object) -> None:
+        pytest.fail("It was generated in vain.")
+
+    for name in ("_collected", "written"):
+        monkeypatch.setattr(f"mambaseq.runs.generation.{name}", generates)
+    model = language_model(tmp_path / "m", writer_options={"sample_rate": 8000}, writer=f"{__name__}:at_a_rate")
+    for prompt in (None, "ACGT"):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            generate_to(model, tmp_path / "out", prompt=prompt, writer=writer, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def at_a_rate(path, sequences, tokenizer, sample_rate):
+    return []
 
 
 def badly(path, sequences, tokenizer):
@@ -306,7 +338,7 @@ def test_what_seems_to_be_a_file_is_a_prompt_where_that_is_said(tmp_path: Path) 
         load(model).generate(str(tmp_path / "my promts.txt"), device="cpu")
     for text in ("promts.txt", "and/or", "my promts.txt"):
         assert generated(model, tmp_path / "a.jsonl", "--prompt-text", text, *options)[0].startswith(text)
-    for text in ("To be and/or not", "</s>", "a. b", "3.14", "..."):
+    for text in ("To be and/or not", "and/or", "C/C=C/C", "</s>", "a. b", "3.14", "..."):
         assert generated(model, tmp_path / "a.jsonl", "--prompt", text, *options)[0].startswith(text)
 
 
@@ -328,6 +360,9 @@ def test_rows_tell_their_prompt_and_sample(tmp_path: Path) -> None:
             assert row["record"].endswith(f"line {(1, 3)[row['prompt']]}")
             settings = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3, "top_k": 5, "stop": ["zz"]}
             assert row["settings"] == settings
+    for given in ({"prompt_text": "one"}, {"prompt": ["one"]}, {"prompt": "one"}):  # in no file
+        generate_to(model, out, condition="low", max_new_tokens=2, device="cpu", **given)
+        assert set(json.loads(out.read_text())) == {"prompt", "condition", "sample", "settings", "text"}
     assert main([*command[:-2], "--condition", "low", "--beams", "2", "--samples", "2"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     settings = {"max_new_tokens": 2, "beams": 2, "length_penalty": 1.0}

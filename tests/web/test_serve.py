@@ -216,7 +216,8 @@ def test_health_tells_of_what_has_failed_and_nobody_waits_for_an_engine_that_has
         assert (answer.status, json.loads(answer.read())["error"]["type"]) == (500, "server_error")
         status, told = health()
         assert (status, told["status"]) == (503, "failed")
-        assert told["reason"].endswith("RuntimeError: CUDA error: an illegal memory access")
+        assert told["reason"] == "The last computation failed: RuntimeError"
+        assert str(server.engine.fault) == "RuntimeError: CUDA error: an illegal memory access"
         monkeypatch.setattr(server.engine.model.backbone, "forward", forward)
         until(lambda: health()[0] == 200)  # a token is tried now and then, so it is back without a request
         assert server.ask(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
@@ -235,7 +236,7 @@ def test_health_tells_of_what_has_failed_and_nobody_waits_for_an_engine_that_has
         server.close()
 
 
-def test_a_key_is_asked_for(run: Path) -> None:
+def test_a_key_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     served = Server(run, "sesame")
     try:
         for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/models", None), ("/metrics", None)):
@@ -243,6 +244,14 @@ def test_a_key_is_asked_for(run: Path) -> None:
                 assert served.send(path, body, **headers).status == 401
             assert served.send(path, body, Authorization="Bearer sesame").status == 200
         assert served.send("/health").status == served.send("/").status == 200
+        monkeypatch.setattr(served.engine, "probe", lambda: None)
+        for _ in range(2):
+            served.engine.failed(RuntimeError("cannot open /home/ann/secret\nand more"))
+        told = "The last computation failed: RuntimeError"
+        for key, reason in (("no", told), ("sesame", f"{told}: cannot open /home/ann/secret")):
+            answer = served.send("/health", Authorization=f"Bearer {key}")
+            assert (answer.status, json.loads(answer.read())["reason"]) == (503, reason)
+        assert caplog.text.count("RuntimeError: cannot open /home/ann/secret\nand more") == 1
     finally:
         served.close()
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mambaseq.data.cache import Stopped, Unchanged, fingerprint
 from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.store import TokenStore
+from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file, writes
 from mambaseq.resources import cores
@@ -30,6 +31,9 @@ Lowercase = Literal["fold", "keep", "unscored"]
 
 _LINE = 80
 _LETTERS = re.compile(r"[A-Za-z*.-]*")
+_NO_LETTERS = (
+    "FASTA holds sequences of letters, and the model's tokenizer gives something else. Use the model's own writer."
+)
 _ENDINGS = tuple(f"{ending}{packed}" for ending in (".fa", ".fasta", ".fna", ".fas") for packed in ("", ".gz"))
 _SHORT, _CHUNK = 1 << 12, 1 << 20
 _PART = 1 << 18  # what stays in a processor's cache
@@ -201,7 +205,21 @@ def _store(path: Path, cache: str | Path | None, stopped: Callable[[], bool]) ->
             ended.set()  # leaving waits for the thread: after Ctrl-C or an error, nobody needs its checksum
 
 
-@writes("DNA is", *_ENDINGS)
+def _check_letters(begun: np.ndarray, tokenizer: Tokenizer | None, **_: Any) -> None:
+    """Raise ConfigError for a tokenizer whose ids, all at once, are no sequence of letters: others may be drawn."""
+    letters: Any = None
+    if tokenizer is not None:
+        with contextlib.suppress(ValueError, TypeError, IndexError):  # of ids of another shape
+            letters = tokenizer.decode(np.arange(tokenizer.vocab_size))
+    if not _is_letters(letters):
+        raise ConfigError(_NO_LETTERS)
+
+
+def _is_letters(decoded: Any) -> bool:
+    return isinstance(decoded, str) and _LETTERS.fullmatch(decoded) is not None
+
+
+@writes("DNA is", *_ENDINGS, takes=_check_letters)
 def write_fasta(
     path: str | Path,
     sequences: Iterable[np.ndarray | Record],
@@ -229,8 +247,8 @@ def write_fasta(
                     record = Record(f"sequence_{number}", sequence, description=" ".join(told.split()))
                 assert record.ids is not None
                 letters = tokenizer.decode(record.ids)
-                if not isinstance(letters, str) or not _LETTERS.fullmatch(letters):
-                    raise ConfigError("FASTA holds sequences of letters, and this is none. Use the model's own writer.")
+                if not _is_letters(letters):
+                    raise ConfigError(_NO_LETTERS)
                 out.write(f">{record.name} {record.description}".rstrip().encode("utf-8", "replace") + b"\n")
                 for start in range(0, len(letters), _LINE):
                     out.write(letters[start : start + _LINE].encode() + b"\n")
