@@ -14,6 +14,7 @@ from mambaseq import __version__
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError, did_you_mean, paragraph, shown
 from mambaseq.registry import allow_imports
+from mambaseq.started import watch_from_the_start
 
 COMMANDS = {
     "fit": (
@@ -83,6 +84,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 for an error that the user has to mend, 130 when interrupted."""
+    watch_from_the_start()
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)

@@ -6,9 +6,7 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import lightning
 import torch.distributed as dist
 
 from mambaseq.errors import UserError
+from mambaseq.started import STARTED_BY, end_with
 from mambaseq.tasks.callbacks import RunCheckpoints
 
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-_STARTED_BY = "MAMBASEQ_FIRST_PROCESS"
 # the logger of what Lightning says before it kills the processes that are left of those that it started
 _OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 
@@ -73,23 +71,15 @@ def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
     if trainer.world_size == 1:
         yield
         return
-    given = os.environ.get(_STARTED_BY)
+    given = os.environ.get(STARTED_BY)
     if not trainer.is_global_zero:
         if given == str(os.getppid()):
-            threading.Thread(target=_end_with, args=(int(given),), daemon=True, name="parent-observer").start()
+            threading.Thread(target=end_with, args=(int(given),), daemon=True, name="parent-observer").start()
         yield
         return
-    os.environ[_STARTED_BY] = str(os.getpid())
+    os.environ[STARTED_BY] = str(os.getpid())
     logging.getLogger(_OBSERVER).setLevel(logging.INFO)
     try:
         yield
     finally:
-        os.environ.pop(_STARTED_BY, None)
-
-
-def _end_with(parent: int, every: float = 1.0, grace: float = 3.0) -> None:
-    while os.getppid() == parent:
-        time.sleep(every)
-    time.sleep(grace)  # most processes notice it by a message that fails, and end in order
-    print("mambaseq: the first process of this run has ended, so this one ends.", file=sys.stderr, flush=True)
-    os._exit(1)
+        os.environ.pop(STARTED_BY, None)

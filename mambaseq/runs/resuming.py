@@ -206,6 +206,7 @@ class Resumption(lightning.Callback):
             if self.checkpoints.forgotten:
                 say(self.folder, f"the best score so far no longer counts: {self.checkpoints.forgotten}")
             self.go_on()
+            say(self.folder, f"goes on from step {trainer.global_step:,}")
 
     def _check_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise UserError for optimizer moments that do not have the shape of their weights. They would fail, or be

@@ -91,6 +91,7 @@ class Bar(TQDMProgressBar):
         yield
         if not bar.disable:  # as it is in all processes of a run but one
             bar.initial, bar.start_t = bar.n, bar._time()
+            bar.last_print_t = bar.start_t  # one that was last drawn before its start is closed without an end of line
 
     def on_validation_batch_start(self, trainer: lightning.Trainer, *arguments: Any, **options: Any) -> None:
         super().on_validation_batch_start(trainer, *arguments, **options)

@@ -150,7 +150,12 @@ class StepParts(Profiler):
 
     def summary(self) -> str:
         if not self.timed:
-            return ""
+            if not self._seen:
+                return ""
+            return (
+                f"too few batches ({self._seen}) to time the parts of a step, since the first {self.skip} are left out: "
+                f"give at least {self.skip + 1} steps, or {self.skip + self.steps} to time {self.steps}"
+            )
         parts = self.told()["milliseconds"]
         whole = sum(parts.values())
         lines = [f"{name:<32} {value:10.2f} ms  {value / whole:4.0%}" for name, value in parts.items()]

@@ -28,11 +28,14 @@ def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys
     assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "kernels are compiled" in told.err
+    assert told.err.endswith("]\n")  # what is said next begins a line
     assert "3/3" in told.err.replace("\r", "\n").splitlines()[-2] + told.err.splitlines()[-1]
     assert not re.search(r"v_num|\d/\d|it/s", told.out)
     assert "v_num" not in told.err
     assert main(["fit", "--resume", str(out), "--trainer.max_steps", "5"]) == 0
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if re.match("Epoch|First", line)]
+    told = capsys.readouterr()
+    assert f"{out}: goes on from step 3\n" in told.err
+    lines = [line for line in told.err.replace("\r", "\n").splitlines() if re.match("Epoch|First", line)]
     found = re.findall(r" (\d+)/(\d+|\?) ", "\n".join(lines))
     assert found[0] == ("3", "5")
     assert found[-1] == ("5", "5")

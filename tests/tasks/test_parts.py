@@ -83,3 +83,7 @@ def test_a_step_is_told_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert main([*fit, str(tmp_path / "simple"), "--trainer.profiler=simple", "--trainer.max_steps=1"]) == 0
     assert "run_training_batch" in caplog.text
     assert RunFolder(tmp_path / "simple").read_parts() == {}
+    caplog.clear()
+    assert main([*fit, str(tmp_path / "short"), "--trainer.profiler=parts", "--trainer.max_steps=2"]) == 0
+    assert "too few batches (2)" in caplog.text
+    assert "give at least 6 steps, or 25 to time 20" in caplog.text

@@ -170,3 +170,21 @@ def test_a_process_that_does_not_answer_is_waited_for_as_long_as_the_page_says()
     assert "after half an hour where one does not answer" in page
     for strategy in (DDPStrategy(), make_classes("strategy", "fsdp2")):
         assert strategy._timeout == datetime.timedelta(minutes=30)
+
+
+def test_a_process_watches_the_first_one_before_they_have_met(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It would wait for the address of one that died while both were starting."""
+    started: list[tuple] = []
+    monkeypatch.setattr(lost.threading, "Thread", lambda target, args, **_: started.append((target, args)) or Mock())
+    monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", "123")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # what the first process starts otherwise has its environment
+    assert main(["--version"]) == 0
+    assert started == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["--version"]) == 0
+    assert started == [(lost.end_with, (123,))]
+    assert "MAMBASEQ_FIRST_PROCESS" not in os.environ
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    lost.end_with(os.getppid() + 1, grace=0.0)  # it died before this one could look
+    assert codes == [1]
