@@ -153,7 +153,7 @@ class StepParts(Profiler):
             if not self._seen:
                 return ""
             return (
-                f"too few batches ({self._seen}) to time the parts of a step, since the first {self.skip} are left out: "
+                f"too few batches ({self._seen}) to time the parts of a step, as the first {self.skip} are left out: "
                 f"give at least {self.skip + 1} steps, or {self.skip + self.steps} to time {self.steps}"
             )
         parts = self.told()["milliseconds"]
