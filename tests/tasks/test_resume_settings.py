@@ -243,8 +243,9 @@ def test_a_resume_without_changes_has_nothing_to_say(run: Path, tmp_path: Path, 
     capsys.readouterr()
     assert main(["fit", "--resume", str(out), "--trainer.callbacks=null"]) == 0
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
+    assert len(told) == 2
     assert "trainer.callbacks changed" in told[0]
+    assert told[1] == f"{out}: goes on from step 4"
 
 
 def test_settings_without_effect_are_refused_by_name(run: Path, capsys: pytest.CaptureFixture) -> None:
