@@ -161,7 +161,7 @@ def make_app(
         except Full as error:
             raise Refused(429, error, "rate_limit_error", **{"Retry-After": "1"}) from error
         except UserError as error:
-            raise Refused(400, error) from error
+            raise Refused(400, service.told(error)) from error
         if completion.stream:
             return _Stream(service, completion, asked)
         return await _unless_gone(request.receive, _whole(service, completion, asked), asked)
@@ -187,10 +187,10 @@ async def _body(request: Request) -> dict[str, Any]:
         raise Refused(400, error) from error
 
 
-def _failure(ticket: Ticket) -> Refused | None:
+def _failure(service: Service, ticket: Ticket) -> Refused | None:
     """The error of an answer that did not end by itself."""
     if ticket.finished == "failed":
-        told = ticket.error if isinstance(ticket.error, UserError) else "The answer failed in the server."
+        told = service.told(ticket.error) if isinstance(ticket.error, UserError) else "The answer failed in the server."
         return Refused(500, told, "server_error")
     if ticket.finished == "cancelled":
         return Refused(503, "The server ended before the answer did. Ask again.", "server_error")
@@ -204,7 +204,7 @@ async def _whole(service: Service, completion: Completion, asked: Asked) -> Resp
         texts[piece.number] += asked.text(piece)
         if piece.ended:
             left -= 1
-            if (failure := _failure(asked.tickets[piece.number])) is not None:
+            if (failure := _failure(service, asked.tickets[piece.number])) is not None:
                 raise failure
     return JSONResponse(completions.whole(completion, service, texts, asked.tickets))
 
@@ -261,7 +261,7 @@ class _Stream(Response):
             for index, text, ended in await self._pieces():
                 ticket = tickets[index] if ended else None
                 left -= ended
-                if ticket is not None and (failure := _failure(ticket)) is not None:
+                if ticket is not None and (failure := _failure(service, ticket)) is not None:
                     yield [*told, json_text(failure.body())]
                     return
                 if text or ended:

@@ -6,6 +6,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -87,6 +89,7 @@ class Service:
         assert loaded.tokenizer is not None
         self.name, self.engine, self.tokenizer = name, engine, loaded.tokenizer
         self.stops = StopStrings([], self.tokenizer)
+        self._folder = re.compile(rf"(?<![\w./-]){re.escape(str(loaded.source.parent) + os.sep)}")
         self.start_ids = list(loaded.card.start_ids)
         self.chats, self.damaged = False, ""  # what is wrong with the chat template, which is no reason not to serve
         try:
@@ -110,6 +113,10 @@ class Service:
         if self.draining:
             return "The server ends. Ask another one."
         return None if self.worker.alive else "The engine has not begun. Ask again later."
+
+    def told(self, error: UserError) -> str:
+        """What clients are told of an error: files of the model, such as a chat template, without their folder."""
+        return self._folder.sub("", str(error))
 
     def ask(self, requests: Sequence[Request], stop: Sequence[str], stream: bool = True) -> Asked:
         """Ask for answers, each up to the first of the texts `stop`. By a running event loop.
