@@ -18,7 +18,7 @@ from mambaseq.atomic import json_text
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, DataError, did_you_mean, shown, under_key
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, under_key
 from mambaseq.limits import TOKEN_IDS, YAML_BYTES
 from mambaseq.plain import read_json
 from mambaseq.resources import located
@@ -220,7 +220,13 @@ class HFTokenizer(TextTokenizer):
         found: int | None = self._tokenizer.token_to_id(token)
         if found is None:
             near = did_you_mean(token, self._tokenizer.get_vocab(with_added_tokens=True))
-            raise ConfigError(f"{self.path} has no token {shown(token)}, which is asked for as {option}.{near}")
+            special = [one.content for one in self._tokenizer.get_added_tokens_decoder().values() if one.special]
+            has = f"Its special tokens: {cut_list(map(shown, special), 8)}" if special else "It has no special tokens"
+            raise ConfigError(
+                f"{self.path} has no token {shown(token)}, which the option {option} asks for, as it may stand in the "
+                f"configuration that a run begins with.{near} {has}. Name one of its tokens, or null for none (of "
+                f"training: --data.tokenizer_options.{option} null)."
+            )
         return found
 
     @property
@@ -405,6 +411,13 @@ def make_tokenizer(name: str, options: dict[str, Any] | None) -> TextTokenizer:
     """
     kind, options = catalog()["tokenizers"].get(name), options or {}
     with under_key("data.tokenizer_options", options, kind=ConfigError):
+        if kind is ByteTokenizer and "template" in options:
+            raise ConfigError(
+                f"data.tokenizer_options: the tokenizer {shown(name)} writes no chats, so it takes no template. "
+                "They need --data.tokenizer text/hf with a tokenizer.json; of a run of bytes it is written by "
+                "`mambaseq export --checkpoint RUN --format transformers --out FOLDER`: give "
+                "--data.tokenizer_options.path FOLDER/tokenizer.json."
+            )
         check_options("tokenizer", name, kind, options, 0)
     tokenizer = kind(**options)
     if not isinstance(tokenizer, TextTokenizer):

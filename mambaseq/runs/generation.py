@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.conditions import told
 from mambaseq.data.records import columns_of
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, cut, cut_list, shown
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
 from mambaseq.generation.beams import check_beams
 from mambaseq.generation.decode import PENALTIES, NotFinite, check_one_pick, check_whole, continues
 from mambaseq.generation.guidance import check_guidance
@@ -38,6 +38,10 @@ from mambaseq.runs.prompting import NoSuchRecord, ids_of, ids_of_texts, is_file,
 from mambaseq.runs.repeating import Written
 from mambaseq.runs.replacing import check_not_prompts
 from mambaseq.runs.streaming import Plan, streams, written
+
+# Options of `_planned` that are not for users, and what others call max_new_tokens.
+_INNER = ("checkpoint", "writes", "exactly", "again")
+_LENGTHS = ("max_tokens", "max_length", "new_tokens", "max_completion_tokens", "n", "length", "tokens")
 
 
 class Generated(NamedTuple):
@@ -91,7 +95,7 @@ def generate_to(
     for source in (prompt, options.get("prompts")):
         if isinstance(source, str | Path) and out.is_file() and is_file(str(source)) and out.samefile(source):
             raise ConfigError(f"--out {out} is the prompt's file and would be overwritten. Give another name.")
-    plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, again=again, **options)
+    plan = _planned(checkpoint, prompt=prompt, writer=writer, writes=True, again=again, **_checked(options, "pictures"))
     found = _writer(plan.loaded, writer)
     assert found is not None
     check_written(found[1], out)
@@ -131,7 +135,7 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
         are what they would be without) and draft_tokens (guesses at once, at most).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
-    return _collected(_planned(checkpoint, prompt=prompt, **options))
+    return _collected(_planned(checkpoint, prompt=prompt, **_checked(options)))
 
 
 def generate_text(
@@ -149,7 +153,7 @@ def generate_text(
     Returns what came of drafts, where there are any.
     Raises UserError as `generate_from` does, and for several results or a model that generates no text.
     """
-    plan = _planned(checkpoint, save_state=save_state if lines is None else None, **options)
+    plan = _planned(checkpoint, save_state=save_state if lines is None else None, **_checked(options))
     check_text(plan.loaded, "Generation without --out", "Give --out FILE.")
     if (
         "beams" in plan.settings
@@ -386,6 +390,19 @@ def _planned(
         hidden,
         writer or card.writer,
     )
+
+
+def _checked(options: Mapping[str, Any], *further: str) -> Mapping[str, Any]:
+    """The options of `generate_from` and its like. Raises ConfigError for one that there is not.
+
+    further: what only the caller takes.
+    """
+    takes = [one for one in inspect.signature(_planned).parameters if one not in _INNER]
+    for name in options:
+        if name not in takes and name not in _INNER:
+            near = " Did you mean 'max_new_tokens'?" if name in _LENGTHS else did_you_mean(name, [*takes, *further])
+            raise ConfigError(f"generate has no option {shown(name)}.{near} It has: {cut_list(takes, 40, 600)}.")
+    return options
 
 
 def _check_guidance(loaded: LoadedModel, guidance: float, conditions: Conditions) -> None:

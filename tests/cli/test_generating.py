@@ -295,6 +295,10 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no field 'text', nor 'prompt'. It has: 'q'.*--prompts FILE --prompts-key"):
         run.generate(str(rows), device="cpu")
     assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
+    for wrong, meant in (("max_tokens", "max_new_tokens"), ("temprature", "temperature")):
+        for out in (None, tmp_path / "f.txt"):
+            with pytest.raises(ConfigError, match=f"generate has no option '{wrong}'. Did you mean '{meant}'"):
+                run.generate("To be", out=out, **{wrong: 3})
     with pytest.raises(ConfigError, match="no prompt to continue"):
         run.generate([], device="cpu")
     with pytest.raises(ConfigError, match="prompt 1 is empty"):

@@ -122,8 +122,11 @@ def test_bad_tokenizer_files(tmp_path: Path, tokenizer_json: Path) -> None:
     (tmp_path / "bad.json").write_text('{"vocab": 1}')
     with pytest.raises(DataError, match=r"bad\.json cannot be read as a tokenizer\.json"):
         HFTokenizer(str(tmp_path / "bad.json"))
-    with pytest.raises(ConfigError, match=r"no token '<\|endoftxt\|>'.*Did you mean '<\|endoftext\|>'"):
+    with pytest.raises(ConfigError, match=r"no token '<\|endoftxt\|>'.*Did you mean '<\|endoftext\|>'.*null for none"):
         HFTokenizer(str(tokenizer_json), bos="<|endoftxt|>")
+    ByteTokenizer().save_for_transformers(tmp_path)
+    with pytest.raises(ConfigError, match=r"no special tokens\. .* --data\.tokenizer_options\.eos null"):
+        HFTokenizer(str(tmp_path / "tokenizer.json"), eos="<|endoftext|>")
 
 
 def test_names(tokenizer_json: Path) -> None:
@@ -132,6 +135,7 @@ def test_names(tokenizer_json: Path) -> None:
         make_tokenizer("text/byte", None)
     for name, options, message in (
         ("text/bytes", {"boss": True}, "'text/bytes' has no option 'boss'. Did you mean 'bos'? It has: bos, eos."),
+        ("text/bytes", {"template": "a.jinja"}, "writes no chats, so it takes no template. They need --data.tokenizer"),
         ("text/bytes", {"eos": "</s>"}, "'text/bytes' takes bool for eos, not '</s>'"),
         ("text/hf", {}, "'text/hf' needs path, which is not given"),
         ("text/hf", {"path": 5}, "'text/hf' takes str for path, not 5"),
