@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mambaseq.errors import ConfigError, cut_list
+from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean
 
 
 class Arguments(argparse.ArgumentParser):
@@ -19,15 +19,29 @@ class Arguments(argparse.ArgumentParser):
         be seen."""
         parsed, left = self.parse_known_args(args, namespace)
         if left:
-            words = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
-            raise ConfigError(
-                f"{words} on the command line is not used: there is no such option, and all inputs are given. "
-                f"`{self.prog} --help` lists the options (unrecognized arguments)."
-            )
+            self._refuse(left)
         return parsed
+
+    def _refuse(self, left: list[str]) -> NoReturn:
+        options = [text.partition("=")[0] for text in left if text.startswith("-") and text.strip("-")]
+        if options:
+            told = f"there is no option {cut(options[0])}.{did_you_mean(options[0], _options(self))}"
+        else:
+            words = cut_list([text if text.isprintable() and text.strip() else repr(text) for text in left])
+            told = f"{words} on the command line: the command takes no more words."
+        raise ConfigError(f"{told} `{self.prog} --help` lists the options.")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser, and of those of its words (`data fetch`)."""
+    found = [name for name in parser._option_string_actions if name.startswith("--")]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [name for inner in action.choices.values() for name in _options(inner)]
+    return found
 
 
 def add_condition(parser: argparse.ArgumentParser, told: str) -> None:

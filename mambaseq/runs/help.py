@@ -11,7 +11,7 @@ OF_CLASSES = {
     "callbacks": "a list of callbacks (Lightning's, or of `mambaseq list callbacks`), each",
     "logger": "true for CSV files and TensorBoard, false for none, or loggers, each",
     "plugins": "a list of plugins (precision, clusters, ...), each",
-    "strategy": "how several devices work together: auto, ddp, fsdp, ..., or a class",
+    "strategy": "how several devices work together: auto, ddp, fsdp2, ..., or a class",
     "profiler": "what measures a step: parts (drawn on the run's page), simple, advanced, ..., or a class",
     "accelerator": "what to train on: auto, cpu, gpu, ..., or a class",
 }

@@ -75,6 +75,8 @@ _OURS = {
     "strategy": {"fsdp2": "mambaseq.tasks.sharding:FullySharded"},
 }
 
+_NO_FSDP = "runs are not sharded by Lightning's FSDP. Use trainer.strategy fsdp2, which does the same, also on CPUs."
+
 
 class TrainerClasses:
     """The value of such a key as written: plain values, with `class_path` and `init_args` where a class is named."""
@@ -118,6 +120,7 @@ def make_classes(key: str, value: Any) -> Any:
 def _make(key: str, value: Any, where: str) -> Any:
     known = KEYS[key]
     if isinstance(value, str) and str in known.plain and not _names_class(key, value):
+        _check_short(key, value, where)
         return value  # Lightning's own short names, such as ddp, which it looks up itself
     spec = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
@@ -145,6 +148,26 @@ def _make(key: str, value: Any, where: str) -> Any:
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{where}: {kind.__name__} cannot be made ({type(error).__name__}: {reason}).") from error
+
+
+def _check_short(key: str, name: str, where: str) -> None:
+    """Raise ConfigError for a short name that Lightning does not know, whose own message lacks our names, and for its
+    first sharded strategy (FSDP), which does not go with the checkpoints of a run."""
+    if key == "strategy" and name.startswith("fsdp"):
+        raise ConfigError(f"{where}: {_NO_FSDP}")
+    if key == "profiler":
+        known = ["simple", "advanced", "pytorch", "xla"]
+    elif key == "strategy":
+        registry = importlib.import_module(f"{PYTORCH}.strategies").StrategyRegistry
+        known = ["auto", *(one for one in registry.available_strategies() if not one.startswith("fsdp"))]
+    else:
+        return
+    if (name.lower() if key == "profiler" else name) not in known:
+        known = [*_OURS[key], *known]
+        raise ConfigError(
+            f"{where}: there is no {key} {shown(name, 200)}.{did_you_mean(name[:80], known)} Known: "
+            f"{cut_list(known, most=40)}; or a class, as {{class_path: NAME, init_args: {{...}}}}."
+        )
 
 
 def _names_class(key: str, text: str) -> bool:
@@ -187,6 +210,8 @@ def _resolve(key: str, path: str, where: str) -> Any:
         kind = getattr(importlib.import_module(public[name]), name)
         # the public path, and the module that defines it
         if module in ("", public[name], kind.__module__, *KEYS[key].packages):
+            if kind.__name__ == "FSDPStrategy":
+                raise ConfigError(f"{where}: {_NO_FSDP}")
             return kind
     if not module or not is_allowed(module):
         remedy = f" If you trust the package: --allow-import {module.partition('.')[0]}" if module else ""

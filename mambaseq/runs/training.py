@@ -41,6 +41,7 @@ from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.specs import NOT_IN_WEIGHTS
 from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput
+from mambaseq.tasks.contexts import check_processes
 from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
@@ -171,6 +172,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if finetune.freeze:
         callbacks.append(Freezing(model, finetune))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
+    check_processes(getattr(model.backbone, "context_parallel", 1), trainer.world_size)  # before others are started
     if isinstance(trainer.profiler, StepParts):  # type: ignore[attr-defined]
         trainer.profiler.watch(task)  # type: ignore[attr-defined]
     if begins:

@@ -13,6 +13,15 @@ from mambaseq.errors import ConfigError
 from mambaseq.parallel import Context
 
 
+def check_processes(shared: int, processes: int) -> None:
+    """Raise ConfigError unless `processes` are groups of `shared` that share their sequences."""
+    if processes % shared:
+        raise ConfigError(
+            f"model.backbone.context_parallel splits each sequence over {shared} processes, but there are {processes}. "
+            f"Set trainer.devices (times trainer.num_nodes) to a multiple of {shared}, or context_parallel to 1."
+        )
+
+
 def make_context(shared: int, strategy: Strategy) -> Context:
     """The context of this process: each `shared` processes in a row share their sequences, and there are as many groups
     as that leaves, with sequences of their own. All processes call it.
@@ -20,11 +29,7 @@ def make_context(shared: int, strategy: Strategy) -> Context:
     Raises ConfigError unless they are a multiple of it, and have whole weights or gather them layer by layer.
     """
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if processes % shared:
-        raise ConfigError(
-            f"model.backbone.context_parallel splits each sequence over {shared} processes, but there are {processes}. "
-            f"Set trainer.devices (times trainer.num_nodes) to a multiple of {shared}, or context_parallel to 1."
-        )
+    check_processes(shared, processes)
     if not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
         raise ConfigError(
             f"model.backbone.context_parallel goes with the strategies ddp and fsdp2, but trainer.strategy is "

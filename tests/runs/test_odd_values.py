@@ -107,6 +107,34 @@ def test_arguments_that_are_left_over_are_quoted() -> None:
         Arguments(prog="mambaseq predict").parse_args(["\t"])
 
 
+def test_a_misspelt_option_is_named_with_the_one_that_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    from mambaseq.cli.main import main
+
+    for command, near in (
+        (["generate", "--checkpoint", "run", "--out", "x", "--temprature", "0"], "--temperature"),
+        (["predict", "--checkpoint", "run", "x", "--out", "x", "--batchsize=3"], "--batch-size"),
+        (["runs", "--srot", "name"], "--sort"),
+    ):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        wrong = next(text for text in reversed(command) if text.startswith("--")).partition("=")[0]
+        assert f"there is no option {wrong}. Did you mean '{near}'?" in told
+        assert "all inputs" not in told
+
+
+def test_short_names_of_the_trainer_are_told_with_ours() -> None:
+    from mambaseq.runs.trainer_classes import make_classes
+
+    with pytest.raises(ConfigError, match=r"profiler 'part'\. Did you mean 'parts'\? Known: parts, simple"):
+        make_classes("profiler", "part")
+    with pytest.raises(ConfigError, match=r"strategy 'dpp'\. Did you mean 'ddp'\? Known: fsdp2, auto, ddp"):
+        make_classes("strategy", "dpp")
+    for sharded in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy", {"class_path": "FSDPStrategy"}):
+        with pytest.raises(ConfigError, match=r"Use trainer\.strategy fsdp2"):
+            make_classes("strategy", sharded)
+    assert [make_classes("profiler", "Simple"), make_classes("strategy", "auto")] == ["Simple", "auto"]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

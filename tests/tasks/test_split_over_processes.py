@@ -108,12 +108,16 @@ def test_two_processes_share_sequences_and_learn_what_one_does(tmp_path: Path) -
             assert value == pytest.approx(other, rel=1e-4), curve
 
 
-def test_processes_that_cannot_share_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_cannot_share_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     fit = [*config(tmp_path), "--out", str(tmp_path / "run"), "--model.backbone.context_parallel"]
     assert main([*fit, "2"]) != 0
     told = capsys.readouterr().err
     assert "splits each sequence over 2 processes, but there are 1" in told
     assert "trainer.devices" in told
+    with monkeypatch.context() as patched:  # before another process is started, which would say it once more
+        patched.setattr("subprocess.Popen", None)
+        assert main([*fit, "3", "--trainer.devices=2", "--trainer.strategy=ddp"]) == 2
+    assert "over 3 processes, but there are 2" in capsys.readouterr().err
     assert main([*fit, "0"]) != 0
     assert "context_parallel" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy\. Set it to one of them"):
