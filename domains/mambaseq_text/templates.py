@@ -10,13 +10,15 @@ from typing import Any
 
 import jinja2
 
-from mambaseq.errors import DataError, UserError, cut, shown
+from mambaseq.errors import DataError, UserError, cut, did_you_mean, shown
 from mambaseq.limits import CHAT_CHARACTERS, YAML_BYTES
 from mambaseq.plain import read_json
 from mambaseq_text.sandbox import Refused, Sandbox, Work, working
 
 FILE, CONFIG, MAP = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 _REMEDY = "Mend the template, or leave it out and write the prompts yourself."
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class ChatTemplate:
@@ -90,6 +92,16 @@ class ChatTemplate:
         Raises UserError for messages that the template refuses, or that it cannot write, or whose text is too long.
         """
         return self.marked(messages, reply=reply, **more)[0]
+
+    def check_roles(self, roles: Sequence[str]) -> None:
+        """Raise DataError for a role that is none of the usual ones, nor one that the template names: most templates
+        write any word as a role, and the model has learned only those."""
+        for number, role in enumerate(roles, start=1):
+            if role not in ROLES and f"'{role}'" not in self.source and f'"{role}"' not in self.source:
+                raise DataError(
+                    f"Message {number} has the role {shown(role)}.{did_you_mean(role, ROLES)} Roles are "
+                    f"{', '.join(ROLES)}, and others that the chat template names."
+                )
 
     def marked(
         self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **more: Any

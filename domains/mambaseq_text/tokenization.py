@@ -284,7 +284,9 @@ class HFTokenizer(TextTokenizer):
         """See `Tokenizer.chat`. An answer ends with eos, or with the special token that the template puts behind it."""
         if self.template is None:
             return super().chat(messages)
-        ids, _ = self.encode_counted(self.template.render(check_messages(messages)))
+        said = check_messages(messages)
+        self.template.check_roles([one["role"] for one in said])
+        ids, _ = self.encode_counted(self.template.render(said))
         return ids, self._ends_of_answers
 
     @functools.cached_property

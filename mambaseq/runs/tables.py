@@ -309,7 +309,9 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
         return
     target, ending = output_target(out), out.suffix.lower()
     if ending not in ("", ".txt") and not known_ending(out) and not is_stream(out):
-        others = sorted({f".{entry.name.rpartition('/')[2]}" for entry in catalog()["tables"]})
+        others = sorted(
+            f".{entry.name.partition('/')[2]}" for entry in catalog()["tables"] if entry.name.startswith(f"{home}/")
+        )
         known = cut_list([*ENDINGS, *others])
         raise ConfigError(f"A table is written as {known}, not as {cut(out.name)}. Give another name with --out.")
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}

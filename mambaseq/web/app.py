@@ -73,7 +73,9 @@ def make_app(
         assert isinstance(error, HTTPException)
         asked, headers = f"{cut(request.method, 20)} {shown(request.url.path)}", dict(error.headers or {})
         if error.status_code == 405:
-            message = f"There is no {asked}; this address takes {headers.get('Allow', headers.get('allow', 'POST'))}."
+            takes = headers.pop("Allow", headers.pop("allow", "POST"))
+            headers["Allow"] = ", ".join(sorted(takes.split(", ")))  # which the framework tells in any order
+            message = f"There is no {asked}; this address takes {headers['Allow']}."
         elif error.status_code == 404:
             message = f"There is no {asked}. Ask {_ADDRESSES}."
         else:
@@ -98,11 +100,11 @@ def make_app(
             told = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, "Bring the key: Authorization: Bearer KEY.", "authentication_error", **told)
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def show_page() -> Response:
         return HTMLResponse(page, headers=page_headers)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health(request: Request) -> Response:
         engine, problem = service.engine, service.problem
         told: dict[str, Any] = {"status": "ok", "active": engine.active, "waiting": engine.waiting}

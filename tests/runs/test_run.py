@@ -94,6 +94,10 @@ def test_predictions_are_a_table(model: Path, tmp_path: Path) -> None:
     assert run.predict(source, out=tmp_path / "out.csv") is None
     written = pandas.read_csv(tmp_path / "out.csv")
     assert written["bits_per_token"][0] == pytest.approx(table["bits_per_token"][0], rel=1e-7)
+    with pytest.raises(
+        ConfigError, match=r"as \.csv, \.tsv, \.parquet, \.npz, not as out\.xyz"
+    ):  # no tracks, as of DNA
+        run.predict(source, out=tmp_path / "out.xyz")
     with pytest.raises(ConfigError, match="at least one file"):
         run.predict()
 

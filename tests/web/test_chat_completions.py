@@ -56,6 +56,11 @@ def test_the_mark_behind_an_answer_ends_it_and_it_has_what_room_is_left(talking:
             {"messages": [{"role": "nobody", "content": "a"}]},
             "chat_template in tokenizer_config.json refuses these messages: There is no nobody",
         ),
+        (
+            {"messages": [*TALK, {"role": "wizard", "content": "a"}]},
+            "Message 2 has the role 'wizard'. Roles are system",
+        ),
+        ({"messages": [{"role": "User", "content": "a"}]}, "Did you mean 'user'?"),
         ({"messages": [{"role": "user", "content": 5}]}, "must be text"),
         ({"messages": TALK, "prompt": "a"}, "no parameter 'prompt'"),
         ({"messages": TALK, "tools": [{}]}, "tools cannot be"),

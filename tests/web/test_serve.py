@@ -169,7 +169,8 @@ def test_models_health_and_metrics(server: Server) -> None:
         ("POST", "/v1/" + "a" * 5000, 404, ["no POST '/v1/aaa"]),
         ("GET", "/v1/models/other", 404, ["no model 'other'", "'tiny'"]),
         ("GET", "/v1/completions", 405, ["no GET '/v1/completions'", "takes POST"]),
-        ("DELETE", "/health", 405, ["takes GET"]),
+        ("DELETE", "/metrics", 405, ["takes GET"]),
+        ("DELETE", "/health", 405, ["takes GET, HEAD"]),
     ],
 )
 def test_unknown_addresses_and_methods_are_refused_as_all_else_is(
@@ -184,6 +185,17 @@ def test_unknown_addresses_and_methods_are_refused_as_all_else_is(
     assert len(told["message"]) < 1000
     if status == 405:
         assert answer.headers["allow"] in words[-1]
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_a_head_is_a_get_without_its_body(server: Server, path: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("HEAD", path)
+    answer = connection.getresponse()
+    assert (answer.status, answer.read()) == (200, b"")
+    whole = server.send(path)
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    assert int(answer.headers["content-length"]) == len(whole.read()) > 0
 
 
 def test_without_a_prompt_a_text_is_begun(server: Server, run: Path) -> None:
