@@ -63,7 +63,7 @@ def _message(text: str, kind: str, trainer: lightning.Trainer, folder: Path, sav
 def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
     """While training. A process that Lightning has started ends with the one that started it, and says so: on GPUs it
     could wait half an hour for its messages. Before Lightning kills the first process because another one has ended, it
-    says that.
+    says that, and how the run goes on.
 
     The first process tells the others by a variable of the environment who started them. It is there for the length of
     the run only: another run that this process starts later is none of them.
@@ -77,9 +77,19 @@ def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
             threading.Thread(target=end_with, args=(int(given),), daemon=True, name="parent-observer").start()
         yield
         return
+
+    def told(record: logging.LogRecord) -> bool:
+        record.msg = f"{record.getMessage()}\n{trainer.default_root_dir}: process 0 of {trainer.world_size} stops, too."
+        record.msg += f" Resume with: mambaseq fit --resume {trainer.default_root_dir}"
+        record.args = ()
+        return True
+
     os.environ[STARTED_BY] = str(os.getpid())
-    logging.getLogger(_OBSERVER).setLevel(logging.INFO)
+    observer = logging.getLogger(_OBSERVER)
+    observer.setLevel(logging.INFO)
+    observer.addFilter(told)
     try:
         yield
     finally:
+        observer.removeFilter(told)
         os.environ.pop(STARTED_BY, None)

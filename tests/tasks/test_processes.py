@@ -4,6 +4,7 @@ nothing is half-written, and the run goes on as if nothing had been."""
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import resource
 import time
@@ -162,6 +163,16 @@ def test_a_later_run_is_none_of_the_processes_of_an_earlier_one(monkeypatch: pyt
     assert seen == [str(os.getpid())]
     assert "MAMBASEQ_FIRST_PROCESS" not in os.environ
     assert not started
+
+
+def test_a_first_process_says_how_the_run_goes_on_before_it_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """Lightning kills it when it finds that another one has ended, before they have met for instance."""
+    observer = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    caplog.set_level(logging.INFO, observer.name)
+    with lost.watch_processes(Mock(world_size=2, is_global_zero=True, default_root_dir="runs/a")):
+        observer.info("Child process with PID 7 terminated with code -9. 100%")
+    assert "code -9. 100%\nruns/a: process 0 of 2 stops, too. Resume with: mambaseq fit --resume runs/a" in caplog.text
+    assert not observer.filters
 
 
 def test_a_process_that_does_not_answer_is_waited_for_as_long_as_the_page_says() -> None:
