@@ -131,7 +131,7 @@ def signals(
         raise ConfigError(f"The model at {loaded.source.parent} names no reader, so no prompt can be read.")
     if not sources:
         raise ConfigError(
-            f"There is no file {shown(prompt)} (--prompt), and a signal is read from a file. Check the path."
+            f"There is no file {shown(prompt, 300)} (--prompt), and a signal is read from a file. Check the path."
         )
     found = []
     for record, file, number in _prompt_records(loaded, card.reader, sources, conditions, only):
@@ -180,8 +180,8 @@ def ids_of(
         ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"There is no file {shown(prompt)} (--prompt), and it is no text that this model's tokenizer reads. Check "
-            "the path."
+            f"There is no file {shown(prompt, 300)} (--prompt), and it is no text that this model's tokenizer reads. "
+            "Check the path."
         ) from error
     return [Prompt(ids, conditions.each or [None])]
 
@@ -303,7 +303,7 @@ def _check_is_no_file(loaded: LoadedModel, prompt: str) -> None:
         return
     near = did_you_mean(path.name, _names_beside(path))
     if one_word or near:
-        raise ConfigError(f"There is no file {shown(prompt)} (--prompt).{near} Check the path. {remedy}")
+        raise ConfigError(f"There is no file {shown(prompt, 300)} (--prompt).{near} Check the path. {remedy}")
 
 
 def _is_in_a_folder(word: str) -> bool:

@@ -336,10 +336,12 @@ def test_prompts_that_cannot_be_read(
 
 def test_what_seems_to_be_a_file_is_a_prompt_where_that_is_said(tmp_path: Path) -> None:
     model, options = language_model(tmp_path / "m"), ["-n", "3", "--seed", "3"]
-    (tmp_path / "my prompts.txt").write_text("To be")
-    told = "no file .*promts.* Did you mean 'my prompts.txt'"
+    folder = tmp_path / "a folder whose name is long enough for a path to be cut in messages of eighty characters"
+    folder.mkdir()
+    (folder / "my prompts.txt").write_text("To be")
+    told = "no file .*my promts.txt'.* Did you mean 'my prompts.txt'"
     with pytest.raises(ConfigError, match=told):
-        load(model).generate(str(tmp_path / "my promts.txt"), device="cpu")
+        load(model).generate(str(folder / "my promts.txt"), device="cpu")
     for text in ("promts.txt", "and/or", "my promts.txt"):
         assert generated(model, tmp_path / "a.jsonl", "--prompt-text", text, *options)[0].startswith(text)
     for text in ("To be and/or not", "and/or", "C/C=C/C", "</s>", "a. b", "3.14", "..."):

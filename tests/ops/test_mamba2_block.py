@@ -104,6 +104,19 @@ def test_compiled_equals_eager_and_both_repeat() -> None:
         assert relative_rms_error(third, first) < 1e-5
 
 
+def test_no_memory_is_left_as_it_was_between_rows_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's products of bfloat16 read it there: dx was NaN now and then."""
+
+    def poisoned(shape: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full((shape[0] * strides[0],), float("nan"), dtype=dtype).as_strided(shape, strides)
+
+    monkeypatch.setattr(torch, "empty_strided", poisoned)
+    mixer, x, _, _ = made(32, 20, False, False, SMALL)
+    room = mamba2_block._room(mixer._block_arguments(x.cpu(), None, None, False))
+    assert room.stride(0) > room.shape[1]
+    assert (room.copy_(torch.ones_like(room)) @ torch.ones(room.shape[1], 32, dtype=room.dtype)).isfinite().all()
+
+
 def test_gradients_share_no_memory() -> None:
     """What an operator returns must not, and it is compiled on a GPU alone."""
     mixer, x, _, _ = made(32, 5, False, False, SMALL)

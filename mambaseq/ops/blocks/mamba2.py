@@ -111,8 +111,10 @@ def _strides(a: Mamba2BlockArguments) -> tuple[int, int]:
 
 def _room(a: Mamba2BlockArguments) -> Tensor:
     """Memory for in_proj's product or its gradient, `(batch * length, width)`."""
-    shape = (a.x.shape[0] * a.x.shape[1], a.in_proj.shape[0])
-    return torch.empty_strided(shape, _strides(a), dtype=a.x.dtype, device=a.x.device)
+    shape, strides = (a.x.shape[0] * a.x.shape[1], a.in_proj.shape[0]), _strides(a)
+    if a.x.device.type == "cpu":  # whose bf16 products read what is between rows, and 0 times NaN is NaN
+        return a.x.new_zeros(shape[0], strides[0])[:, : shape[1]]
+    return torch.empty_strided(shape, strides, dtype=a.x.dtype, device=a.x.device)
 
 
 def _heads(a: Mamba2BlockArguments, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
