@@ -85,6 +85,11 @@ def predict(run: Path | str, source: Path, out: Path, *more: str) -> list[str]:
     return ["predict", "--checkpoint", str(run), str(source), "--out", str(out), "--device", "cpu", *more]
 
 
+def generated_as(name: str) -> str:
+    """The name of a file that a run's generated sequences may be written to."""
+    return {"audio": "out.wav", "dna_lm": "out.fa", "dna_labels": "out.fa", "ecg": "out.csv"}.get(name, "out.txt")
+
+
 def condition(run: str) -> list[str]:
     return ["--condition", "7"] if run == "audio" else []
 

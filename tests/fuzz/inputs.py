@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mutations as m
-from cases import Case, Place, as_argument, condition, mutated_input, predict
+from cases import Case, Place, as_argument, condition, generated_as, mutated_input, predict
 
 
 def fasta(place: Place) -> Case:
@@ -123,7 +123,7 @@ def prompts(place: Place) -> Case:
     """Harmed prompts, as files and as they are."""
     rng = place.rng
     name = place.one_of("dna_lm", "audio", "text", "pieces")
-    out = place.folder / {"audio": "out.wav", "dna_lm": "out.fa"}.get(name, "out.txt")
+    out = place.folder / generated_as(name)
     wrong = {"--prompt", "prompt"}
     if rng.random() < 0.6:
         names = {

@@ -95,7 +95,7 @@ def work(world_folder: Path, scratch: Path, runs: Sequence[str]) -> None:
 def _warm(world: Any, all_of_it: bool) -> None:
     """Everything that is imported or compiled at first use, so that no case pays for it or is blamed for it. all_of_it:
     also what is used while a world is made."""
-    from cases import condition
+    from cases import condition, generated_as
     from world import INPUTS, call
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
@@ -104,7 +104,7 @@ def _warm(world: Any, all_of_it: bool) -> None:
             if all_of_it and name in INPUTS:
                 call("predict", *common, world.data / INPUTS[name], "--out", Path(folder) / "out.csv")
             if name in ("audio", "dna_lm", "text"):
-                call("generate", *common, "-n", 3, "--out", Path(folder) / ("o.wav" if name == "audio" else "o.txt"))
+                call("generate", *common, "-n", 3, "--out", Path(folder) / generated_as(name))
         if all_of_it:
             shutil.copytree(world.run("dna_lm"), Path(folder) / "run")
             call("fit", "--resume", Path(folder) / "run", "--trainer.max_steps", 2)

@@ -15,21 +15,21 @@ import zipfile
 from pathlib import Path
 
 import mutations as m
-from cases import Case, Place, condition, predict
+from cases import Case, Place, condition, generated_as, predict
 from world import INPUTS, configurations
 
 
 def _use(place: Place, run: Path, name: str, wrong: set[str], *, exact: bool) -> Case:
     """predict, generate, test or validate with a run whose files were harmed."""
-    rng, out = place.rng, place.folder / ("out.wav" if name == "audio" else "out.csv")
+    rng, out = place.rng, place.folder / "out.csv"
     command = rng.choice(("predict", "predict", "generate", "test", "validate")) if name in INPUTS else "test"
     if exact:
         command = "predict"
     if command == "predict":
-        out = out.with_suffix(".csv")
         same = (out, place.world.expected(f"{name}.csv")) if exact else None
         return Case(predict(run, place.world.data / INPUTS[name], out, *condition(name)), wrong, same)
     if command == "generate":
+        out = place.folder / generated_as(name)
         argv = ["generate", "--checkpoint", str(run), "--out", str(out), "-n", "4", "--device", "cpu"]
         wrong = {*wrong, "--prompt", "--checkpoint", "model.json"}  # whatever else is wrong, some cannot generate
         return Case([*argv, *condition(name), *(["--prompt", "ACGT"] if rng.random() < 0.3 else [])], wrong)

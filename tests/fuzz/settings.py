@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mutations as m
-from cases import Case, Place, as_argument, condition, predict
+from cases import Case, Place, as_argument, condition, generated_as, predict
 from world import INPUTS, configurations
 
 
@@ -259,7 +259,7 @@ def options(place: Place) -> Case:
             "--checkpoint",
             str(run),
             "--out",
-            str(out),
+            str(place.folder / generated_as(name)),
             "-n",
             "4",
             "--device",
