@@ -4,7 +4,8 @@
 model's, in float32, whole mixers only. Parts:
 
     scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
-             kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates).
+             kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates:
+             ours beside it by the mixer's parts, both held against float64).
     layers   whole mixers, projections too, forward and backward, on a GPU under bfloat16 autocast.
     update   a decode step's state and output at batch 128, states in float32 and bfloat16: share of the time that
              reading and writing the state takes at the memory's speed. Beside them what is published, on an H100.
@@ -19,25 +20,31 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lti_gpu
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.benchmarking.floors import peak
 from mambaseq.domain import catalog
-from mambaseq.ops import OPS
+from mambaseq.mixers.mamba3 import _added_up
+from mambaseq.ops import OPS, trapezoidal_scan
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 from mambaseq.ops.trapezoid import step
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
+from mambaseq.ops.trapezoid.gating import GateArguments, gated
+from mambaseq.ops.trapezoid.turning import TurnArguments, turned
 
 HEADS, HEAD_DIM, D_STATE = 64, 64, 128
 # batch, length, heads, rank
 SCANS = ((8, 2048, 24, 1), (8, 2048, 24, 4), (4, 2048, HEADS, 1), (1, 65536, 24, 1))
 CHECKED = 512  # positions that are held against float64
+TUNED = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (2, 2))  # warps and stages of mamba-ssm's kernels
 TOLERANCE = 5e-3  # relative RMS of outputs and gradients in bfloat16
 BACKENDS = {backend.name: backend for backend in OPS["trapezoidal_scan"].backends}
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,22 +136,74 @@ def _scan(name: str, made: TrapezoidArguments, part: TrapezoidArguments, expecte
     return f"{told(timed(lambda: BACKENDS[name].run(given)[0], wanted))}, error {error:.1e}"
 
 
-def published_scan(batch: int, length: int, heads: int) -> str:
-    """mamba-ssm's kernel for one input, with all that it does beside the scan."""
-    name = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
-    run: Any = importlib.import_module(name).mamba3_siso_combined
+def published_scan(batch: int, length: int, heads: int, configurations: tuple[tuple[int, int], ...] = TUNED) -> str:
+    """mamba-ssm's kernel for one input, with all that it does beside the scan, and the same by ours.
 
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    configurations: of its kernels, warps and stages that it may choose from (it would try up to 81 of each).
+    """
+    modules = [
+        importlib.import_module(f"mamba_ssm.ops.triton.mamba3.{name}")
+        for name in ("angle_dt", "mamba3_siso_fwd", "mamba3_siso_bwd", "mamba3_siso_combined")
+    ]
+    for tuner in (value for module in modules for value in vars(module).values() if hasattr(value, "configs")):
+        tuner.configs = [
+            tuner.configs[0].__class__(_pieces(tuner), num_warps=w, num_stages=s) for w, s in configurations
+        ]
+    peer: Any = modules[-1].mamba3_siso_combined  # type: ignore[attr-defined]
+    given = published_arguments(batch, length, heads)
+    times = told(timed(lambda: peer(*given), list(given)))  # first, so that it chooses at this size
+    own = told(timed(lambda: around(*given), list(given)))
+    small = published_arguments(2, CHECKED, heads)
+    names = ("y", "C", "B", "x", "dt A", "dt", "trap", "C_bias", "B_bias", "angles", "D", "z")
+    exact = [value.detach().double().requires_grad_() for value in small]
+    expected, *others = (_with_gradients(run, a) for run, a in ((around, exact), (peer, small), (around, small)))
+    errors = [
+        {name: relative_rms_error(a, e) for name, a, e in zip(names, found, expected, strict=True)} for found in others
+    ]
+    said = (f"y {e.pop('y'):.1e}, gradients {max(e.values()):.1e} ({max(e, key=lambda n: e[n])})" for e in errors)
+    return f"{times}, {next(said)}; ours, the same work: {own}, {next(said)}"
 
-    half = torch.bfloat16
-    Q, K = (normal(batch, length, 1, D_STATE, dtype=half) for _ in range(2))
-    V, Z = (normal(batch, length, heads, HEAD_DIM, dtype=half) for _ in range(2))
-    ADT, DT = ((sign * torch.rand(batch, heads, length, device="cuda") * 0.1).requires_grad_() for sign in (-1, 1))
-    trap, biases = normal(batch, heads, length, dtype=half), [normal(heads, D_STATE) for _ in range(2)]
-    angles, D = normal(batch, length, heads, D_STATE // 4), normal(heads)
-    given = (Q, K, V, ADT, DT, trap, *biases, angles, D, Z)
-    return told(timed(lambda: run(*given), list(given)))
+
+def _pieces(tuner: Any) -> dict[str, int]:
+    """What its configurations hold beside warps and stages: lengths of pieces of time, where there is a choice."""
+    return {name: 64 for name in tuner.configs[0].kwargs}
+
+
+def published_arguments(batch: int, length: int, heads: int) -> tuple[Tensor, ...]:
+    """As mamba-ssm's kernel takes them: C, B, x, dt A, dt, trap, biases of C and B, angles, D, z."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    C, B = (F.rms_norm(normal(batch, length, 1, D_STATE), (D_STATE,)).bfloat16() for _ in range(2))
+    x, z = (normal(batch, length, heads, HEAD_DIM).bfloat16() for _ in range(2))
+    dt = 0.02 + 0.08 * torch.rand(batch, heads, length, generator=generator, device="cuda")
+    given = (C, B, x, -(1 + normal(*dt.shape).abs()) * dt, dt, normal(*dt.shape).bfloat16())
+    biases = (1 + 0.1 * normal(heads, D_STATE) for _ in range(2))
+    angles = normal(batch, length, heads, D_STATE // 4).bfloat16()
+    return tuple(v.requires_grad_() for v in (*given, *biases, angles, normal(heads), z))
+
+
+def around(
+    C: Tensor, B: Tensor, x: Tensor, dt_A: Tensor, dt: Tensor, trap: Tensor, C_bias: Tensor, B_bias: Tensor,
+    angles: Tensor, D: Tensor, z: Tensor,
+) -> Tensor:  # fmt: skip
+    """What mamba-ssm's kernel does, by the parts of our mixer; of float64 by PyTorch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turn = math.pi * torch.tanh(angles.to(wide)) * dt.mT[..., None]
+    angle, _ = _added_up(turn.double(), None, None)
+    B, C = (M[:, :, None].to(wide) for M in (B, C))
+    B, C = turned(TurnArguments(B, C, B_bias[:, None], C_bias[:, None], angle, False, x.dtype == torch.bfloat16))
+    trap = trap.to(wide).sigmoid().mT
+    y, _ = trapezoidal_scan(x[..., None, :], dt.mT, (dt_A / dt).mT, trap, B, C, return_final_state=False)
+    return gated(GateArguments(y, x, z, D))
+
+
+def _with_gradients(run: Callable[..., Tensor], given: Any) -> list[Tensor]:
+    y = run(*given)
+    weight = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    return [y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), list(given))]
 
 
 def mixer_of(name: str, device: str) -> Any:
