@@ -101,7 +101,7 @@ def scan_rows_(u: Tensor, products: Tensor, gate: Tensor, ssm_state: Tensor, wei
     device: int = u.device.index
     plan = planned(rows, channels, d_state, torch.cuda.get_device_properties(device).multi_processor_count)
     macros = macros_of(plan, u.dtype, w.dt_proj.shape[1], d_state, ssm_state.dtype == torch.bfloat16)
-    y = torch.empty_like(u)
+    y = u.new_empty(rows, channels)
     with portable.on(u):
         _kernel(tuple(macros.items()), device)(
             -(-rows // plan.rows) * -(-channels // _CHANNELS),
