@@ -65,21 +65,22 @@ def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
     could wait half an hour for its messages. Before Lightning kills the first process because another one has ended, it
     says that, and how the run goes on.
 
-    The first process tells the others by a variable of the environment who started them. It is there for the length of
-    the run only: another run that this process starts later is none of them.
+    The first process of each machine tells those that it starts by a variable of the environment who it is. It is there
+    for the length of the run only: another run that this process starts later is none of them.
     """
     if trainer.world_size == 1:
         yield
         return
     given = os.environ.get(STARTED_BY)
-    if not trainer.is_global_zero:
+    if trainer.local_rank:  # on every machine, process 0 starts the others
         if given == str(os.getppid()):
             threading.Thread(target=end_with, args=(int(given),), daemon=True, name="parent-observer").start()
         yield
         return
 
     def told(record: logging.LogRecord) -> bool:
-        record.msg = f"{record.getMessage()}\n{trainer.default_root_dir}: process 0 of {trainer.world_size} stops, too."
+        record.msg = f"{record.getMessage()}\n{trainer.default_root_dir}: process {trainer.global_rank} of "
+        record.msg += f"{trainer.world_size} stops, too."
         record.msg += f" Resume with: mambaseq fit --resume {trainer.default_root_dir}"
         record.args = ()
         return True

@@ -407,7 +407,10 @@ class Task(lightning.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
         if self.optimizer_config.name == "muon" and sharded:
-            raise ConfigError("optimizer.name is 'muon', which needs whole matrices; fsdp shards them. Use 'adamw'.")
+            raise ConfigError(
+                "optimizer.name is 'muon', which needs whole matrices, but the strategy (fsdp2) gives every process a "
+                "part of each. Set optimizer.name to adamw, or trainer.strategy to ddp."
+            )
         frozen = self.finetune.frozen(self.model, -1)
         optimizer, schedule = make_optimizer(
             self.model, self.optimizer_config, steps, factors=self.finetune.lr_of, frozen=frozen

@@ -135,7 +135,7 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", str(os.getppid()))
     with lost.watch_processes(Mock(world_size=1)):
         assert not started
-    with lost.watch_processes(Mock(world_size=2, is_global_zero=False)):
+    with lost.watch_processes(Mock(world_size=2, local_rank=1)):
         pass
     ((watch, arguments),) = started
     parents, codes = iter([*arguments, *arguments, 1]), []
@@ -153,8 +153,8 @@ def test_a_later_run_is_none_of_the_processes_of_an_earlier_one(monkeypatch: pyt
     monkeypatch.setenv("MAMBASEQ_FIRST_PROCESS", str(os.getppid()))
     seen: list[str] = []
 
-    def fails() -> None:
-        with lost.watch_processes(Mock(world_size=2, is_global_zero=True)):
+    def fails() -> None:  # on the second of two machines, whose first process was started by hand
+        with lost.watch_processes(Mock(world_size=4, local_rank=0, is_global_zero=False)):
             seen.append(os.environ["MAMBASEQ_FIRST_PROCESS"])
             raise RuntimeError("of training")
 
@@ -169,7 +169,7 @@ def test_a_first_process_says_how_the_run_goes_on_before_it_is_ended(caplog: pyt
     """Lightning kills it when it finds that another one has ended, before they have met for instance."""
     observer = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
     caplog.set_level(logging.INFO, observer.name)
-    with lost.watch_processes(Mock(world_size=2, is_global_zero=True, default_root_dir="runs/a")):
+    with lost.watch_processes(Mock(world_size=2, local_rank=0, global_rank=0, default_root_dir="runs/a")):
         observer.info("Child process with PID 7 terminated with code -9. 100%")
     assert "code -9. 100%\nruns/a: process 0 of 2 stops, too. Resume with: mambaseq fit --resume runs/a" in caplog.text
     assert not observer.filters
