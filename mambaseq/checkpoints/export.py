@@ -252,7 +252,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     else:
         checkpoints = folder.parent / "checkpoints"
         source = checkpoints / ("best.ckpt" if (checkpoints / "best.ckpt").is_file() else "last.ckpt")
-        checkpoint = read_checkpoint(source)
+        checkpoint = read_checkpoint(source, tensors="weights")
         tensors, card = task_weights(checkpoint), dataclasses.replace(card, step=checkpoint["global_step"])
     model = _model(folder / "model.json", card, tensors, source)
     load_weights(model, tensors, source)

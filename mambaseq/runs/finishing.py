@@ -79,7 +79,7 @@ class Training:
             return False
         results, exported = folder.read_results(), step
         if self.checkpoints.score is not None:
-            exported = read_checkpoint(folder.best)["global_step"]
+            exported = read_checkpoint(folder.best, tensors="none")["global_step"]
         try:
             described = read_json(folder.model / "model.json").get("step")
         except UserError:
@@ -108,7 +108,7 @@ class Training:
         They are read from the file: where a strategy shards a model, no process has all of it.
         """
         folder, exported = self.folder, self._exported()
-        checkpoint = read_checkpoint(exported)
+        checkpoint = read_checkpoint(exported, tensors="weights")
         model = build_model(self.card.spec)
         tensors, adapter = task_weights(checkpoint), None
         if self.lora.rank and self.lora.export == "kept":

@@ -14,6 +14,7 @@ from mambaseq.atomic import atomic_file, json_text, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from, load_source
 from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.parts import remove_parts
 from mambaseq.data.module import SequenceData, classes_told, named_sets
 from mambaseq.data.purpose import task_of
 from mambaseq.errors import ConfigError, UserError, shown, under_key
@@ -40,7 +41,7 @@ from mambaseq.runs.resuming import (
 from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.specs import NOT_IN_WEIGHTS
 from mambaseq.tasks.averaging import WeightAverage
-from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput
+from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput, finish_saving
 from mambaseq.tasks.contexts import check_processes
 from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
@@ -231,7 +232,7 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
     Raises UserError when its checkpoint is of another model, or given settings would have no effect.
     """
     folder = run.folder
-    checkpoint = read_checkpoint(folder.last)
+    checkpoint = read_checkpoint(folder.last, tensors="weights")
     load_weights(run.task.model, raw_weights(checkpoint), folder.last)
     changed, step = changed_settings(folder, settings), checkpoint["global_step"]
     ended = not changed and checkpoint.get(KEY, {}).get("ended")  # by a callback, or because its time was up
@@ -265,6 +266,7 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
         where = "there is no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
         return interrupted(folder.path, f"Stopped at once; {where}.")
     except Diverged as error:
+        finish_saving(trainer)
         return diverged(folder.path, error, checkpoints.saved_step)
     except UserError:
         raise
@@ -323,6 +325,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} has to be replaced, but cannot be removed: {error.strerror}. Move it away.") from error
+    if path.suffix == ".ckpt":
+        remove_parts(path)
 
 
 def _go_on(settings: RunConfig, run: Training, record: DataRecord) -> None:

@@ -90,7 +90,8 @@ class RunCheckpoints(Checkpoint):
         self.results: dict[str, float] = {}
         self.forgotten = ""
         self.validated_step: int | None = None
-        self.saved_step: int | None = None
+        self._saved_step: int | None = None
+        self._beside = False  # whether `last` is written beside training, so may be of an earlier step
         self.began = self.ended = self._flush = False
         self._due = self._stopping = self._asked = False
         self._previous: dict[int, Any] = {}
@@ -103,6 +104,14 @@ class RunCheckpoints(Checkpoint):
     def stopping(self) -> bool:
         """Whether the user has asked the run to stop."""
         return self._asked or self._stopping
+
+    @property
+    def saved_step(self) -> int | None:
+        if not self._beside:
+            return self._saved_step
+        with contextlib.suppress(UserError):
+            return read_checkpoint(self.last, tensors="none")["global_step"]
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "results": self.results}
@@ -125,7 +134,7 @@ class RunCheckpoints(Checkpoint):
         """Read score and results of `best`, if they belong to this metric and these data."""
         found: tuple[Any, str] = None, ""
         if trainer.is_global_zero and self.monitor and self.best.is_file():
-            checkpoint = read_checkpoint(self.best)
+            checkpoint = read_checkpoint(self.best, tensors="none")
             try:
                 state = checkpoint["callbacks"].get(self.state_key)
                 former = DataRecord.read(checkpoint.get(KEY, {}).get("data"))
@@ -157,7 +166,8 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began, self._tokens = True, self.often.throughput.tokens
-        self.saved_step = trainer.global_step if self.last.is_file() else None
+        self._beside = getattr(trainer.strategy, "asynchronous", False)
+        self._saved_step = trainer.global_step if self.last.is_file() else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._ask)
@@ -169,6 +179,7 @@ class RunCheckpoints(Checkpoint):
             self._save_logs(trainer)
             self._flush = False
         if self._stopping:
+            finish_saving(trainer)
             raise Interrupted(trainer.global_step, self.last)
 
     def on_train_batch_end(
@@ -227,7 +238,7 @@ class RunCheckpoints(Checkpoint):
                     step = trainer.fit_loop.epoch_loop._batches_that_stepped
                     ahead({"epoch": trainer.current_epoch, **metrics}, step)
         trainer.save_checkpoint(self.last)
-        self.saved_step = trainer.global_step
+        self._saved_step = trainer.global_step
         self._due, self._stopping, self._flush = False, asked, True
 
     def _save_logs(self, trainer: lightning.Trainer) -> None:
@@ -247,6 +258,12 @@ class RunCheckpoints(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._restore()
+
+
+def finish_saving(trainer: lightning.Trainer) -> None:
+    """Wait for a checkpoint that is written beside training (`sharding.FullySharded`)."""
+    if callable(finish := getattr(trainer.strategy, "finish_saving", None)):
+        finish()
 
 
 def _is_last(trainer: lightning.Trainer) -> bool:

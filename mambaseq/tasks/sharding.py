@@ -3,35 +3,184 @@ it leaves to a task."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mambaseq.errors import ConfigError
+from mambaseq.atomic import write_failed
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.parts import PARTS, as_error, commit, new_folder, reader_of, take_apart
+from mambaseq.errors import ConfigError, shown
 from mambaseq.models import SequenceModel
 from mambaseq.ops.cpu.flat import let_storages_be_freed
+from mambaseq.tasks.record import KEY
 
 
 class FullySharded(ModelParallelStrategy):
     """`trainer.strategy: fsdp2`. Every process has a part of each weight; a layer's are gathered when it is run.
 
-    Checkpoints hold whole weights, so that a run may go on with another number of processes, or with another strategy,
-    and is exported as ever.
+    checkpoints: `parts`, each process writes what it has (see `checkpoints.parts`), or `whole`, the first process
+        gathers all and writes one file. Either goes on with another number of processes or with another strategy, and
+        is exported as ever.
+    asynchronous: write parts beside training, from a copy in memory. The next checkpoint waits for the one before.
     """
 
-    def __init__(self, process_group_backend: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        checkpoints: Literal["parts", "whole"] = "parts",
+        asynchronous: bool = True,
+        process_group_backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        if checkpoints not in ("parts", "whole"):
+            raise ConfigError(f"trainer.strategy: checkpoints is {shown(checkpoints)}. Use parts or whole.")
         super().__init__(
             tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
+            save_distributed_checkpoint=checkpoints == "parts",
             process_group_backend=process_group_backend,
             **options,
         )
+        self.asynchronous = asynchronous and checkpoints == "parts"
+        self._pending: tuple[Path, Future[Any]] | None = None
+        self._group: Any = None
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Have all processes write a checkpoint. One that the run has ended with is on disk when this returns, and one
+        that is written beside training when the next is saved or `finish_saving` returns.
+
+        Raises UserError in all processes if one of them could not write.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        self.finish_saving()
+        path = Path(filepath)
+        path, folder = self.broadcast((path, path.parent / new_folder(path)))
+        rest, tensors = take_apart(checkpoint, folder.name)
+        if self._group is None:  # of its own, on CPUs: messages of a thread are no part of those of training
+            self._group = dist.new_group(timeout=self._timeout, backend="gloo")
+        file = io.BytesIO()
+        if self.global_rank == 0:
+            torch.save(rest, file)  # now: a thread would see what training has made of it
+        writer = FileSystemWriter(folder)
+        done: Future[Any] = Future()
+        self._pending = folder, done
+        if self.asynchronous and not checkpoint.get(KEY, {}).get("ended"):
+            written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
+            written.add_done_callback(lambda _: self._settle(file.getvalue(), path, folder, written, done))
+            return
+        written = Future()
+        try:
+            written.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))  # type: ignore[arg-type]
+        except BaseException as error:
+            written.set_exception(error)
+        self._settle(file.getvalue(), path, folder, written, done)
+        self.finish_saving()
+
+    def _settle(self, file: bytes, path: Path, folder: Path, written: Future[Any], done: Future[Any]) -> None:
+        """Once the parts of all processes are on disk, have the checkpoint's file name them."""
+        try:
+            with as_error():
+                written.result()
+            if self.global_rank == 0:
+                commit(file, path, folder)
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is written beside training. Raises UserError in all processes if one of them
+        could not write; the earlier one then stays."""
+        if self._pending is None:
+            return
+        (folder, done), self._pending = self._pending, None
+        try:
+            done.result()
+        except BaseException as error:
+            if self.global_rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            if (told := write_failed(folder, error)) is not None:
+                raise told from error
+            raise
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint into the parts of weights and optimizers that this process has; returns the rest of it."""
+        path = Path(self.broadcast(checkpoint_path))
+        contents, model = read_checkpoint(path, tensors="none"), self.model
+        assert model is not None
+        saved, reader = contents.pop("optimizer_states"), None
+        if PARTS in contents:
+            reader = reader_of(contents, path)
+            weights = states.get_model_state_dict(model)
+            wanted: dict[str, Any] = {f"weights/{name}": weight for name, weight in weights.items()}
+            kinds: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        else:
+            states.set_model_state_dict(
+                model, contents["state_dict"], options=states.StateDictOptions(full_state_dict=True)
+            )
+        found = []
+        for number, (optimizer, former) in enumerate(zip(self.optimizers, saved, strict=True)):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            named = [name for group in former["param_groups"] for name in group["params"]]
+            state, groups = {}, []
+            for at, (parameter, name) in enumerate(zip(own, named, strict=True)):
+                values = dict(former["state"].get(name, {}))
+                if reader is None:
+                    values = {key: _as(parameter, value) for key, value in values.items()}
+                else:
+                    start = f"optimizer/{number}/{name}/"
+                    for key in kinds:
+                        if key.startswith(start):
+                            values[key[len(start) :]] = wanted[key] = _like(parameter, kinds[key])
+                if values:
+                    state[at] = values
+            for group in former["param_groups"]:
+                first = sum(len(one["params"]) for one in groups)
+                groups.append({**group, "params": list(range(first, first + len(group["params"])))})
+            found.append({"state": state, "param_groups": groups})
+        if reader is not None:
+            with as_error():
+                dcp.load(wanted, storage_reader=reader)
+            model.load_state_dict(weights)
+        for optimizer, read in zip(self.optimizers, found, strict=True):
+            optimizer.load_state_dict(read)
+        return {key: value for key, value in contents.items() if key not in (PARTS, "state_dict")}
+
+
+def _as(parameter: Any, value: Any) -> Any:
+    """A whole value of an optimizer as this process has it: its part of one that has the parameter's shape."""
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def _like(parameter: Any, kind: Any) -> torch.Tensor:
+    """A place for a value of an optimizer, of a size and a dtype: a part where it has the parameter's shape."""
+    dtype = kind.properties.dtype
+    return (
+        torch.empty_like(parameter, dtype=dtype)
+        if kind.size == parameter.shape
+        else torch.empty(kind.size, dtype=dtype)
+    )
 
 
 def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:

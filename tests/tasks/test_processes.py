@@ -104,17 +104,20 @@ def full_disk() -> None:
 
 
 def test_what_happens_to_one_process_stops_both_with_a_reason(tmp_path: Path) -> None:
-    for fault, codes, told in (
-        (infinite_loss, [1, 0], ["is not finite after step 5", "of step 3. Resume"]),
-        (full_disk, [2, 2], ["because another one has ended", "There is no checkpoint yet"]),
+    whole, sharded = [patient(WITHIN)], ["--trainer.strategy=fsdp2", "--ema.decay=0", "--finetune.unfreeze={}"]
+    for name, fault, rank, how, codes, told in (
+        ("infinite_loss", infinite_loss, 1, whole, [1, 0], ["is not finite after step 5", "of step 3. Resume"]),
+        ("full", full_disk, 0, whole, [2, 2], ["because another one has ended", "There is no checkpoint yet"]),
+        ("parts", full_disk, 1, sharded, [2, 2], ["The disk is full"]),  # each writes, beside training, its part
     ):
-        folder, rank = tmp_path / fault.__name__, 1 if fault is infinite_loss else 0
-        ranks = launching.start(fit(folder, *TWO, patient(WITHIN)), folder, before={rank: fault})
+        folder = tmp_path / name
+        ranks = launching.start(fit(folder, *TWO, *how), folder, before={rank: fault})
         assert ranks.wait(WITHIN + 100) == codes, ranks.told(0) + ranks.told(1)
         for words in told:
             assert words in ranks.told(1 - rank)
+        assert "The disk is full" in ranks.told(rank) or fault is infinite_loss
         assert not list(folder.rglob("*.tmp"))
-    assert "The disk is full" in ranks.told(0)
+    assert not list((folder / "run").glob("checkpoints/*"))
     page = RunFolder(tmp_path / "infinite_loss" / "run").report.read_text()
     assert 'bad">diverged' in page
     assert read_checkpoint(RunFolder(tmp_path / "infinite_loss" / "run").last)["global_step"] == 3

@@ -76,20 +76,33 @@ def same_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
-    """FSDP2, with sequences split over the processes, whose states are gathered, and layers that are run again."""
+def test_a_sharded_run_goes_from_one_process_to_four_to_two_to_one(tmp_path: Path) -> None:
+    """FSDP2, with sequences split over two processes, whose states are gathered, and layers that are run again. All
+    have the batches of one process, in its order; each process writes its part of a checkpoint, beside training."""
     fit = [*config(tmp_path), "--model.backbone.chunk_length=null", "--optimizer.schedule=constant"]
+    fit += ["--checkpoint.every_n_steps=1"]
     assert main([*fit, "--out", str(tmp_path / "one")]) == 0
-    split = ["--model.backbone.context_parallel=2", "--model.backbone.context_states=gathered"]
-    sharded = ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.backbone.checkpoint=true"]
     out = str(tmp_path / "two")
-    ranks = launching.start([*fit, "--out", out, *split, *sharded, "--trainer.max_steps=3"], tmp_path)
-    assert ranks.wait(250) == [0, 0], ranks.told(0) + ranks.told(1)
+    assert main([*fit, "--out", out, "--trainer.max_steps=1"]) == 0
+    resume = ["fit", "--allow-import=tiny", "--resume", out]
+    split = ["--model.backbone.context_parallel=2", "--model.backbone.context_states=gathered"]
+    sharded = [*split, "--trainer.strategy=fsdp2", "--model.backbone.checkpoint=true"]
+    for size, batch, steps in ((4, 1, 3), (2, 2, 4)):
+        more = [f"--trainer.devices={size}", f"--loader.batch_size={batch}", f"--trainer.max_steps={steps}"]
+        ranks = launching.start([*resume, *sharded, *more], tmp_path, size=size)
+        assert ranks.wait(250) == [0] * size, ranks.told(0) + ranks.told(1)
+        (parts,) = (tmp_path / "two" / "checkpoints").glob("last.ckpt.*.parts")
+        assert len(list(parts.glob("*.distcp"))) == size
+        assert load_model(tmp_path / "two" / "model").card.step == steps
     rest = ["--trainer.devices=1", "--trainer.strategy=auto", "--model.backbone.context_parallel=1"]
-    assert main(["fit", "--allow-import=tiny", "--resume", out, *rest, "--trainer.max_steps=5"]) == 0
+    assert main([*resume, *rest, "--trainer.max_steps=5"]) == 0
     same_weights(tmp_path)
+    losses = [dict(RunFolder(tmp_path / name).curve("train/loss")) for name in ("one", "two")]
+    for step in (0, 3, 4):  # with four processes it is that of one of two groups
+        assert losses[1][step] == pytest.approx(losses[0][step], rel=1e-4)
     exported = [load_model(tmp_path / name / "model").model.state_dict() for name in ("one", "two")]
     assert exported[0].keys() == exported[1].keys()
+    assert not list((tmp_path / "two" / "checkpoints").glob("*.parts"))  # the last file is whole
 
 
 @pytest.mark.slow
