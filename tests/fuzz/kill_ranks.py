@@ -3,10 +3,11 @@ against runs that nobody disturbed.
 
     python tests/fuzz/kill_ranks.py --kills 30 --seed 0 --out faults.json
 
-Two ranks on CPUs, in turn with sequences of their own (ddp) and with the halves of each sequence (context parallel). A
-run counts when the other rank ended by itself and said why, and the resumed run's last, best and exported weights, the
-optimizer's state, the place in the data, results and every logged loss equal the undisturbed run's bit for bit, with no
-temporary file left. Not collected by pytest: it takes minutes. `tests/tasks/test_lost_processes.py` has one kill.
+Two ranks on CPUs, in turn with sequences of their own (ddp), with the halves of each sequence (context parallel), and
+with parts of the weights, whose checkpoints both write beside training (fsdp2). A run counts when the other rank ended
+by itself and said why, and the resumed run's last, best and exported weights, the optimizer's state, the place in the
+data, results and every logged loss equal the undisturbed run's bit for bit, with no temporary file left. Not collected
+by pytest: it takes minutes. `tests/tasks/test_processes.py` has one kill.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ trainer: {{max_steps: 20, accelerator: cpu, devices: 2, enable_progress_bar: fal
   log_every_n_steps: 2, limit_val_batches: 2, check_val_every_n_epoch: null, accumulate_grad_batches: 2,
   strategy: {{class_path: DDPStrategy, init_args: {{timeout: "0:00:{WAITS}"}}}}}}
 """
-KINDS = {"ddp": [], "context parallel": ["--model.backbone.context_parallel=2"]}
+SHARDED = f'--trainer.strategy={{class_path: fsdp2, init_args: {{timeout: "0:00:{WAITS}"}}}}'
+KINDS = {"ddp": [], "context parallel": ["--model.backbone.context_parallel=2"], "fsdp2": [SHARDED]}
 
 
 def begin(folder: Path, more: list[str]) -> Ranks:
@@ -116,13 +118,15 @@ def disturbed(whole: Path, folder: Path, more: list[str], seconds: float, rng: r
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(".")[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a file for the numbers as JSON")
     arguments = parser.parse_args()
     rng, began, runs = random.Random(arguments.seed), time.monotonic(), []
     with tempfile.TemporaryDirectory() as name:
         place, wholes = Path(name), {}
-        for kind, more in KINDS.items():
+        for kind in arguments.kinds:
+            more = KINDS[kind]
             whole, seconds = place / f"whole-{kind.replace(' ', '-')}", 0.0
             for _ in range(2):  # the first compiles kernels
                 shutil.rmtree(whole, ignore_errors=True)
@@ -136,7 +140,7 @@ def main() -> int:
             wholes[kind] = whole, seconds
             print(f"{kind}: {seconds:.1f} s of processor time a rank", flush=True)
         for number in range(arguments.kills):
-            kind = list(KINDS)[number % len(KINDS)]
+            kind = arguments.kinds[number % len(arguments.kinds)]
             whole, seconds = wholes[kind]
             folder = place / f"run{number}"
             told = {"kind": kind, **disturbed(whole, folder, KINDS[kind], seconds, rng)}
