@@ -105,20 +105,23 @@ def _turned_back(m, bias, dm_to, dbias, row, known, h, r, heads, groups, heads_o
 def turn_backward(
     B, C, B_bias, C_bias, angle, dB_to, dC_to, dB, dC, dB_bias, dC_bias, dangle, rows, heads, groups, heads_of_group,
     N: tl.constexpr, ANGLES: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC as B; gradients of the biases (blocks, heads, RANK, N), one share a block of rows, of the angles (RANK,
-    rows, heads, ANGLES), all float32. A program takes a group's of one rank."""
+    """dB and dC as B, one share a part of HEADS heads of a group; gradients of the biases (blocks, heads, RANK, N), one
+    share a block of rows, of the angles (RANK, rows, heads, ANGLES), all float32. A program takes a part's of one
+    rank."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g = tl.program_id(1) // RANK
     r = tl.program_id(1) % RANK
+    part = tl.program_id(2)
     known = row < rows
     i = tl.arange(0, HALF)
     B_one = tl.zeros([ROWS, HALF], dtype=tl.float32)
     B_other = tl.zeros([ROWS, HALF], dtype=tl.float32)
     C_one = tl.zeros([ROWS, HALF], dtype=tl.float32)
     C_other = tl.zeros([ROWS, HALF], dtype=tl.float32)
-    for h in range(g * heads_of_group, (g + 1) * heads_of_group):
+    first = g * heads_of_group + part * HEADS
+    for h in range(first, tl.minimum(first + HEADS, (g + 1) * heads_of_group)):
         cos, sin = _angle(angle, row, known, h, heads, ANGLES, HALF)
         one, other, of_B = _turned_back(
             B, B_bias, dB_to, dB_bias, row, known, h, r, heads, groups, heads_of_group, cos, sin, N, RANK, HALVES, HALF
@@ -132,6 +135,6 @@ def turn_backward(
         C_other += other
         at = ((r * tl.full([1], 1, tl.int64) * rows + row) * heads + h)[:, None] * ANGLES + i[None, :]
         tl.store(dangle + at, of_B + of_C, mask=known[:, None] & (i < ANGLES)[None, :])
-    at = ((row.to(tl.int64) * RANK + r) * groups + g) * N
+    at = (((part * tl.full([1], 1, tl.int64) * rows + row) * RANK + r) * groups + g) * N
     _store(dB + at, row, known, B_one, B_other, N, HALVES, HALF)
     _store(dC + at, row, known, C_one, C_other, N, HALVES, HALF)

@@ -13,6 +13,7 @@ from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
 _ROWS, _ROWS_BACKWARD = 16, 32  # of a program
+_HEADS_BACKWARD, _WARPS_BACKWARD = 64, 8
 _MOST_STATES = 256
 
 
@@ -114,17 +115,21 @@ def _backward(a: TurnArguments, dB_to: Tensor, dC_to: Tensor) -> tuple[Tensor, .
     blocks, known, counts = _sizes(a, _ROWS_BACKWARD)
     rank, groups, d_state = a.B.shape[-3:]
     device = a.B.device
-    dB, dC = (torch.empty(M.shape, dtype=torch.float32, device=device) for M in (a.B, a.C))
+    parts = -(-counts[2] // _HEADS_BACKWARD)  # of a group's heads
+    dB, dC = (torch.empty(parts, *M.shape, dtype=torch.float32, device=device) for M in (a.B, a.C))
     # each (blocks, heads, rank, d_state)
     shares = torch.empty(2, blocks, a.heads, rank, d_state, dtype=torch.float32, device=device)
     dangle = torch.empty(rank, *a.angle.shape, dtype=torch.float32, device=device)
     with portable.on(a.B):
-        _kernels().turn_backward[(blocks, groups * rank)](
+        _kernels().turn_backward[(blocks, groups * rank, parts)](
             *_contiguous(a), dB_to.contiguous(), dC_to.contiguous(), dB, dC, *shares, dangle,
-            a.angle.shape[:-2].numel(), *counts, **known, num_warps=8,
+            a.angle.shape[:-2].numel(), *counts, **known, HEADS=_HEADS_BACKWARD,
+            num_warps=_WARPS_BACKWARD,
         )  # fmt: skip
     dB_bias, dC_bias = (share.sum(0) for share in shares)
-    return dB, dC, dB_bias.to(a.B_bias.dtype), dC_bias.to(a.C_bias.dtype), dangle.sum(0).double()
+    dB, dC = (M.squeeze(0) if parts == 1 else M.sum(0) for M in (dB, dC))
+    dangle = dangle.squeeze(0) if rank == 1 else dangle.sum(0)
+    return dB, dC, dB_bias.to(a.B_bias.dtype), dC_bias.to(a.C_bias.dtype), dangle.double()
 
 
 def _kernels() -> Any:
