@@ -103,6 +103,7 @@ def sums(values: Tensor) -> Tensor:
     if n <= width:
         return torch.ones(n, n, dtype=values.dtype, device=values.device).tril() @ values
     # so many at a time as if nothing came before, then what does, by the same
-    own = sums(F.pad(values, (0, 0, 0, -n % width)).unflatten(-2, (-1, width)))  # (..., pieces, width, features)
+    values = F.pad(values, (0, 0, 0, -n % width)) if n % width else values  # by nothing would be a copy
+    own = sums(values.unflatten(-2, (-1, width)))  # (..., pieces, width, features)
     before = F.pad(sums(own[..., -1, :]), (0, 0, 1, 0))[..., :-1, :]
     return (own + before[..., None, :]).flatten(-3, -2)[..., :n, :]

@@ -257,7 +257,8 @@ def test_steps_on_a_gpu_are_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_sums_of_many_are_made_of_few() -> None:
     values = Draw("sums").normal(2, 64 * 64 + 5, 3).double()
-    torch.testing.assert_close(sums(values), values.cumsum(1))
+    for n in (64 * 64 + 5, 64 * 64):
+        torch.testing.assert_close(sums(values[:, :n]), values[:, :n].cumsum(1))
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,10 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
         return _segment_decay(_sums(log_decay), v.dtype, sequence) @ v
     # `_WIDTH` at a time as if nothing came before, then what does come before each of those, by the same scan
     padding = -n % _WIDTH
-    log_decay = F.pad(log_decay, (0, padding)).unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
-    v = F.pad(v, (0, 0, 0, padding)).unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
+    if padding:  # by nothing would be a copy
+        log_decay, v = F.pad(log_decay, (0, padding)), F.pad(v, (0, 0, 0, padding))
+    log_decay = log_decay.unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
+    v = v.unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
     if sequence is not None:
         sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))  # (pieces, _WIDTH)
     sums = _sums(log_decay)
