@@ -76,6 +76,8 @@ class Mamba3(Mixer):
         dt_max: largest initial step size.
         dt_init_floor: no initial dt is below it.
         A_floor: no rate of decay is below it.
+        softplus_rate: A = -max(A_floor, softplus(a)) instead, as mamba-ssm's release 2.3.2 has it; weights that were
+            trained so need it.
         out_norm: norm each head before its gate.
         eps: epsilon of the norms.
         chunk_size: positions that are computed as one matrix, over the rank; a matter of speed and memory only.
@@ -95,6 +97,7 @@ class Mamba3(Mixer):
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
         A_floor: float = 1e-4,
+        softplus_rate: bool = False,
         out_norm: bool = False,
         eps: float = 1e-5,
         chunk_size: int = 64,
@@ -132,7 +135,7 @@ class Mamba3(Mixer):
             )
         self.d_model, self.d_state, self.d_inner, self.head_dim = d_model, d_state, d_inner, head_dim
         self.n_heads, self.n_groups, self.n_angles = n_heads, n_groups, n_angles
-        self.A_floor = A_floor
+        self.A_floor, self.softplus_rate = A_floor, softplus_rate
         self.several, self.rank, self.out_norm = rank is not None, 1 if rank is None else rank, out_norm
         self.chunk_size, self.backend = max(1, chunk_size // self.rank), backend
         width = n_groups * self.rank * d_state
@@ -214,7 +217,8 @@ class Mamba3(Mixer):
         ranked = (self.rank, self.n_groups, self.d_state)
         B, C = self.B_norm(B.unflatten(-1, ranked)), self.C_norm(C.unflatten(-1, ranked))
         dt = F.softplus(dt + self.dt_bias.to(wide))
-        A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=self.A_floor)
+        rate = F.softplus(A) if self.softplus_rate else A.clamp(min=0) + 1 / (1 - A.clamp(max=0))
+        A = -rate.clamp(min=self.A_floor)
         turn = math.pi * torch.tanh(angles)[..., None, :] * dt[..., None]
         return z, v, B, C, dt, A, torch.sigmoid(trap), turn.double()
 

@@ -30,7 +30,8 @@ def block(mixer: Mamba3, x: torch.Tensor) -> torch.Tensor:
 
     B, C = pairs(B, "B"), pairs(C, "C")  # (batch, length, heads, rank, n / 2)
     dt, trap = F.softplus(dt + p["dt_bias"]), torch.sigmoid(trap)
-    A = -torch.where(A >= 0, 1 + A, 1 / (1 - A)).clamp(min=1e-4)
+    rate = (1 + A.exp()).log() if mixer.softplus_rate else torch.where(A >= 0, 1 + A, 1 / (1 - A))
+    A = -rate.clamp(min=1e-4)
     turn = F.pad(math.pi * torch.tanh(angles), (0, n // 2 - mixer.n_angles))
     v, z = v.unflatten(-1, (heads, 1, -1)), z.unflatten(-1, (heads, 1, -1))
     if mixer.several:
@@ -59,7 +60,7 @@ def block(mixer: Mamba3, x: torch.Tensor) -> torch.Tensor:
     "options",
     [
         {"rope_fraction": 1.0, "n_groups": 2},
-        {"out_norm": True},
+        {"out_norm": True, "softplus_rate": True},
         {"rank": 2, "n_groups": 2},
         {"rank": 3, "rope_fraction": 1.0, "out_norm": True},
     ],
