@@ -1,0 +1,198 @@
+"""Sequences split along time: the scan, the block and the whole step, see `context_parallel.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from parallel_measures import FORMS, Echo, Measure, check_one, data, dtype_of, model_of, step_of
+from torch import Tensor
+
+from mambaseq.backbones.base import ContextStates
+from mambaseq.backbones.residual import ResidualStack
+from mambaseq.domain import catalog
+from mambaseq.mixers.base import Mixer, State
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.parallel import Part
+from mambaseq.parallel.recurrences import selective_scan
+
+
+@dataclasses.dataclass
+class ScanState(State):
+    ssm: Tensor
+
+
+class Scan(Mixer):
+    """The selective scan alone, of given steps and matrices."""
+
+    sums_up = True
+
+    def __init__(self, d_inner: int, length: int, device: torch.device) -> None:
+        super().__init__()
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype_of(device))
+
+        self.d_model = d_inner
+        self.dt, self.B, self.C = normal(1, length, d_inner) - 4, normal(1, length, 16), normal(1, length, 16)
+        A = -torch.arange(1, 17, device=device, dtype=torch.float32).repeat(d_inner, 1)
+        self.A = torch.nn.Parameter(A)
+
+    def forward(self, x: Tensor, state: Any = None, cu_seqlens: Any = None, return_state: bool = False) -> Any:
+        n = x.shape[1]
+        y, final = selective_scan(
+            x,
+            self.dt[:, :n],
+            self.A,
+            self.B[:, :n],
+            self.C[:, :n],
+            z=x,
+            dt_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=return_state,
+        )
+        return (y, ScanState(final)) if return_state else y
+
+    def scale_residual_(self, factor: float) -> None:
+        pass
+
+    def init_state(self, batch_size: int, max_length: Any = None, dtype: Any = None, device: Any = None) -> Any:
+        return ScanState(torch.zeros(batch_size, self.d_model, 16, device=device or self.A.device))
+
+
+def layers_of(measure: Measure, length: int, width: int, layers: int) -> None:
+    """The scan and the block, in stacks of layers: forward and backward over random inputs."""
+    device, context = measure.device, measure.context
+    part = context.split(length, 1)
+
+    def both(stack: ResidualStack, x: Tensor, part: Part | None, form: ContextStates = "auto") -> Callable[[], None]:
+        def run() -> None:
+            stack.context_states = form
+            stack.zero_grad()
+            device_type = x.device.type
+            with part or contextlib.nullcontext(), torch.autocast(device_type, torch.bfloat16, device_type == "cuda"):
+                y = stack(x)
+            y.backward(torch.ones_like(y))
+            context.finish()
+
+        return run
+
+    for name, channels, counts in (("scan", 2 * width, (1, layers)), ("block", width, (1, layers // 2, layers))):
+        x = torch.randn(1, length, channels, device=device, dtype=dtype_of(device), requires_grad=True)
+        mine = part.take(x.detach()).clone().requires_grad_()
+        for count in counts:
+
+            def made(layer: int, name: str = name, channels: int = channels) -> Mixer:
+                return Scan(channels, length, device) if name == "scan" else catalog()["mixers"].get("mamba")(channels)
+
+            torch.manual_seed(0)
+            shared = made(0)  # one for all layers: its tensors are large
+            mixers = [shared] * count if name == "scan" else [shared, *map(made, range(1, count))]
+            stack = ResidualStack(mixers.__getitem__, count)
+            stack = stack.to(device)
+            split = {form: both(stack, mine, part, form) for form in FORMS}
+            measure.compare(f"{name} x {count}", length, both(stack, x, None), split)
+            del stack, shared, mixers
+    halves = [row for row in measure.rows if row["name"] in (f"block x {layers // 2}", f"block x {layers}")]
+    row: dict[str, Any] = {"name": "block, of a stack", "length": length, "ranks": context.size}
+    for key in ("one", *FORMS):
+        if all(half.get(f"{key}_s") for half in halves):
+            row[f"{key}_s"] = (halves[1][f"{key}_s"] - halves[0][f"{key}_s"]) / (layers - layers // 2)
+            if key != "one" and row.get("one_s"):
+                row[f"{key}_efficiency"] = row["one_s"] / (context.size * row[f"{key}_s"])
+    measure.keep(row)
+
+
+def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: int | None, repeats: int) -> None:
+    """A whole step, as `step_of`; the losses of one and of all are kept beside it."""
+    device, context = measure.device, measure.context
+    model = model_of(device, size, chunk_length=chunk_length)
+    tokens, labels = data(length, size["vocab_size"], device)
+    part = context.split(length, 1, chunk_length=chunk_length)
+    losses: dict[str, float] = {}
+    forms: tuple[ContextStates, ...] = FORMS if chunk_length is None else ("relayed",)
+
+    def noted(key: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            model.backbone.context_states = "auto" if key == "one" else key
+            losses[key] = float(step())
+
+        return run
+
+    name = "step" if chunk_length is None else f"step, chunk_length {chunk_length}"
+    warm_up = 1 if repeats > 1 else 0
+    measure.compare(
+        name,
+        length,
+        noted("one", step_of(model, tokens, labels, None)),
+        {form: noted(form, step_of(model, tokens, labels, part)) for form in forms},
+        repeats,
+        warm_up,
+    )
+    if not context.rank:
+        print(f"  loss: {losses}", flush=True)
+    measure.rows[-1] |= {f"{key}_loss": loss for key, loss in losses.items()}
+
+
+def both_ways(measure: Measure) -> None:
+    """Both strands of DNA, each read both ways (as Caduceus does): correct, then a step."""
+    device, context = measure.device, measure.context
+
+    def made(width: int, layers: int) -> SequenceModel:
+        torch.manual_seed(0)
+        pairs = {"vocab_size": 16, "complement": [3, 2, 1, 0, *range(4, 16)]}
+        return build_model(
+            {
+                "d_model": width,
+                "encoder": {"name": "rc_tokens", **pairs},
+                "backbone": {"name": "reverse_complement", "n_layers": layers, "cuda_graph": False},
+                "mixer": {"name": "mamba"},
+                "head": {"name": "rc_lm", **pairs},
+            }
+        ).to(device)
+
+    small = 96 if measure.tiny else 8192
+    check_one(measure, "both strands, both ways", made(32, 4), data(small, 16, device, 2), {})
+    length = 128 if measure.tiny else 2**16
+    model = made(32, 2) if measure.tiny else made(256, 16)
+    tokens, labels = data(length, 16, device)
+    measure.compare(
+        "step, both strands, both ways",
+        length,
+        step_of(model, tokens, labels, None),
+        {"relayed": step_of(model, tokens, labels, context.split(length, 1))},
+    )
+
+
+def alone(measure: Measure, length: int, size: dict[str, int], counts: Sequence[int]) -> None:
+    """A rank of several by itself, states gathered: a step, and what a layer adds to a stack."""
+    device = measure.device
+    model = model_of(device, size)
+    model.backbone.context_states = "gathered"  # type: ignore[assignment]
+    tokens, labels = data(length, size["vocab_size"], device)
+    whole = step_of(model, tokens, labels, None)
+    for count in counts:
+        part = Echo(count // 2, count).split(length, 1)
+        measure.compare("step, alone", length, whole, {"gathered": step_of(model, tokens, labels, part)}, ranks=count)
+    del model, whole
+    x = torch.randn(1, length, 2 * size["d_model"], device=device, dtype=dtype_of(device), requires_grad=True)
+    scan = Scan(2 * size["d_model"], length, device)
+    stack = ResidualStack([scan].__getitem__, 1).to(device)
+    stack.context_states = "gathered"
+    for count in counts:
+        part = Echo(count // 2, count).split(length, 1)
+        mine = part.take(x.detach()).clone().requires_grad_()
+
+        def run(x: Tensor, part: Part | None) -> None:
+            stack.zero_grad()
+            with part or contextlib.nullcontext(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                y = stack(x)
+            y.backward(torch.ones_like(y))
+
+        split = {"gathered": functools.partial(run, mine, part)}
+        measure.compare("scan x 1, alone", length, functools.partial(run, x, None), split, ranks=count)

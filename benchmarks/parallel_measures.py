@@ -1,0 +1,232 @@
+"""What `context_parallel.py` measures with: ranks that begin together, rows that are kept as they come, models and
+data, and the comparison of a sequence that is split with one that is whole."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambaseq.atomic import json_text
+from mambaseq.backbones.base import ContextStates
+from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.parallel import Context, Part
+
+FORMS: tuple[ContextStates, ...] = ("relayed", "gathered")
+
+
+class Echo(Context):
+    """One GPU as a rank of several: all that it hears is what it says."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self._sent = rank, size, []
+
+    def begin_gather(self, tensors: Sequence[Tensor]) -> Any:
+        return Heard([list(tensors)] * self.size)
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+        return tensor.detach().clone()
+
+
+class ThroughCpu(Context):
+    """All ranks on one GPU: NCCL refuses that, and gloo sends what is in memory."""
+
+    def send(self, tensors: Sequence[Tensor], to: int, back: bool = False) -> None:
+        super().send([tensor.cpu() for tensor in tensors], to, back)
+
+    def receive(self, kinds: Any, source: int, device: torch.device, back: bool = False) -> list[Tensor]:
+        found = super().receive(kinds, source, torch.device("cpu"), back)
+        return [tensor.to(device) for tensor in found]
+
+    def begin_gather(self, tensors: Sequence[Tensor]) -> Any:
+        device = tensors[0].device
+        everyone = super().begin_gather([tensor.cpu() for tensor in tensors]).wait()
+        return Heard([[tensor.to(device) for tensor in one] for one in everyone])
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+        return super()._reduced(tensor.cpu(), how).to(tensor.device)
+
+
+class Heard:
+    def __init__(self, everyone: list[list[Tensor]]) -> None:
+        self._everyone = everyone
+
+    def wait(self) -> list[list[Tensor]]:
+        return self._everyone
+
+
+class Measure:
+    """What all measurements share: the ranks, sizes, and the rows found so far."""
+
+    def __init__(self, context: Context, device: torch.device, out: Path | None, tiny: bool) -> None:
+        self.context, self.device, self.out, self.tiny = context, device, out, tiny
+        self.rows: list[dict[str, Any]] = []
+        self.began = time.perf_counter()
+
+    def worst(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return max(float(v) for v in self.context.gather(torch.tensor([value], device=self.device)))
+
+    def timed(self, function: Callable[[], Any], repeats: int, warm_up: int) -> tuple[float, float]:
+        """Median seconds of a call that all ranks begin together, the slowest's, and its peak of memory in GiB."""
+        for _ in range(warm_up):
+            function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(repeats):
+            self.worst(0.0)  # all have come here
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(self.worst(time.perf_counter() - start))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        return statistics.median(seconds), self.worst(peak)
+
+    def compare(
+        self,
+        name: str,
+        length: int,
+        one: Callable[[], Any],
+        split: dict[str, Callable[[], Any]],
+        repeats: int = 3,
+        warm_up: int = 1,
+        ranks: int = 0,
+    ) -> None:
+        """A row: the whole sequence on one GPU (each rank does so by itself), and split over all in some ways."""
+        ranks = ranks or self.context.size
+        row: dict[str, Any] = {"name": name, "length": length, "ranks": ranks}
+        for key, function in {"one": one, **split}.items():
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                row[f"{key}_s"], row[f"{key}_gib"] = self.timed(function, repeats, warm_up)
+            except torch.OutOfMemoryError:  # on every rank alike
+                row[f"{key}_s"] = None
+                continue
+            if key != "one" and row["one_s"]:
+                row[f"{key}_efficiency"] = row["one_s"] / (ranks * row[f"{key}_s"])
+                row[f"{key}_memory"] = row[f"{key}_gib"] / row["one_gib"] if row["one_gib"] else None
+        self.keep(row)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        row["at_s"] = round(time.perf_counter() - self.began, 1)
+        self.rows.append(row)
+        if self.context.rank:
+            return
+        print(json_text(row), flush=True)
+        if self.out is not None:
+            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
+            found = {"bench": "context_parallel", "gpu": gpu, "torch": torch.__version__, "rows": self.rows}
+            self.out.write_text(json_text(found, indent=2) + "\n")
+
+
+def step_of(model: SequenceModel, tokens: Tensor, labels: Tensor, part: Part | None) -> Callable[[], Tensor]:
+    """Forward and backward of a step, and the sum of gradients over the ranks; gives the loss."""
+
+    def step() -> Tensor:
+        model.zero_grad()
+        device = tokens.device.type
+        if part is None:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = model(tokens, labels).loss
+            loss.backward()
+        else:
+            with part, torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = model(part.take(tokens), part.take(labels)).loss
+            loss.backward()
+            part.context.sum_gradients(model.parameters())
+        return loss.detach()
+
+    return step
+
+
+def data(length: int, vocabulary: int, device: torch.device, batch: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, vocabulary, (batch, length + 1), generator=generator).to(device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def model_of(device: torch.device, size: dict[str, int], **options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    return causal_lm(**size, cuda_graph=False, **options).to(device)
+
+
+def check(measure: Measure) -> None:
+    """The loss and all gradients of a small model in fp32, whole and split, plain, packed by chunks, and of a hybrid.
+
+    Raises SystemExit where they differ by more than rounding."""
+    device = measure.device
+    size = {"vocab_size": 64, "d_model": 32 if measure.tiny else 128, "n_layers": 4}
+    length = 96 if measure.tiny else 8192
+    forms: list[tuple[str, ContextStates, dict[str, Any], dict[str, Any]]] = [
+        (
+            f"{mixer}, {form}{', checkpoints' if checkpoint else ''}",
+            form,
+            {"mixer": mixer, "checkpoint": checkpoint},
+            {},
+        )
+        for mixer in ("mamba", "mamba2")
+        for form in ("relayed", "gathered")
+        for checkpoint in ((False, True) if mixer == "mamba" and form == "gathered" else (False,))
+    ]
+    cases: list[tuple[str, ContextStates, dict[str, Any], dict[str, Any]]] = [
+        *forms,
+        ("mamba, in chunks", "auto", {"chunk_length": length // 8}, {"chunk_length": length // 8}),
+        ("mamba, mamba2 and s4d", "auto", {"pattern": ["mamba", "mamba2", "s4d"]}, {}),
+    ]
+    for name, form, options, how in cases:
+        model = model_of(device, size, **options)
+        model.backbone.context_states = form  # type: ignore[assignment]
+        check_one(measure, name, model, data(length, 64, device, 2), how)
+
+
+def check_one(
+    measure: Measure, name: str, model: SequenceModel, of: tuple[Tensor, Tensor], how: dict[str, Any]
+) -> None:
+    """Compare loss and gradients of one model, see `check`."""
+    context, (tokens, labels) = measure.context, of
+    length = tokens.shape[1]
+    found = []
+    for part in (None, context.split(length, 2, **how)):
+        model.zero_grad()
+        if part is None:
+            loss = model(tokens, labels).loss
+            loss.backward()
+        else:
+            with part:
+                loss = model(part.take(tokens), part.take(labels)).loss
+            loss.backward()
+            context.sum_gradients(model.parameters())
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (loss, gradients), (split_loss, split_gradients) = found
+    errors = [
+        float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(split_gradients, gradients, strict=True)
+    ]
+    row = {
+        "name": f"correct: {name}",
+        "length": length,
+        "ranks": context.size,
+        "loss": float(loss),
+        "loss_error": measure.worst(abs(float(split_loss - loss))),
+        "gradient_error": measure.worst(max(errors)),
+        "gradient_error_median": measure.worst(statistics.median(errors)),
+    }
+    measure.keep(row)
+    if not (row["loss_error"] < 1e-4 and row["gradient_error"] < 1e-2 and row["gradient_error_median"] < 1e-3):
+        raise SystemExit(f"{name}: the split sequence's numbers are others: {row}")
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

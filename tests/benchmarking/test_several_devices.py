@@ -1,0 +1,48 @@
+"""Rows of several counts of GPUs become one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(gpus: int, relayed: float) -> dict:
+    """Of a split sequence: one GPU takes eight seconds for all of it."""
+    row = {"name": "step", "length": 131072, "ranks": gpus, "one_s": 8.0, "one_gib": 40.0, "relayed_s": relayed}
+    return {**row, "relayed_efficiency": 8.0 / (gpus * relayed), "relayed_memory": 0.55}
+
+
+def run(way: str, gpus: int, rate: float) -> dict:
+    return {"name": way, "length": 2048, "ranks": gpus, "parameters": 130_000_000, "tokens_per_s": rate}
+
+
+def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import parallel_report
+
+    first = [run("fit, ddp", 1, 100.0), step(2, 9.0), run("fit, ddp", 2, 190.0), run("fit, fsdp2", 8, 500.0)]
+    second = [step(2, 5.0), step(4, 2.5), run("fit, ddp x context parallel", 4, 300.0)]
+    second += [{"name": "fit, fsdp2", "length": 2048, "ranks": 2, "failed": "it ended"}]
+    rows = parallel_report.merged(first, second)
+    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 8]
+    told = parallel_report.tables(json.loads(json.dumps(rows)))
+    assert "| step | 131,072 | 2 | 8.0000 | 5.0000 | 80 % |  |  | 55 % |" in told  # not the earlier 9.0
+    assert "| step | 131,072 | 4 | 8.0000 | 2.5000 | 80 % |" in told
+    assert "| fit, ddp | 130,000,000 | 2 | 190 | 95 % |" in told
+    assert "| fit, ddp x context parallel | 130,000,000 | 4 | 300 | 75 % |" in told  # of one GPU by ddp
+    assert "fit, fsdp2 on 2: it ended" in told
+    pictures = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for path in pictures:
+        parallel_report.picture(rows, path)
+    drawn = pictures[0].read_text(encoding="utf-8")
+    assert drawn == pictures[1].read_text(encoding="utf-8")
+    for words in ("step, 131,072 positions, relayed", "fit, ddp x context parallel", "GPUs of one host"):
+        assert words in drawn
+    parallel_report.picture([], tmp_path / "empty.png")
+    assert "torch" not in vars(parallel_report)
+    sys.modules.pop("parallel_report")
