@@ -142,7 +142,7 @@ def put_together(contents: dict[str, Any], path: Path, which: Tensors) -> dict[s
     }
     with as_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")  # it reads without others
-        dcp.load(found, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
+        dcp.load(found, storage_reader=reader, no_dist=True)
     whole = {key: value for key, value in contents.items() if key != PARTS}
     whole["state_dict"] = {key[8:]: tensor for key, tensor in found.items() if key.startswith("weights/")}
     whole["optimizer_states"] = []
@@ -188,6 +188,15 @@ def remove_parts(path: Path, kept: Collection[str] = ()) -> None:
     for folder in path.parent.glob(f"{path.name}.*.parts"):
         if _FOLDER.fullmatch(folder.name) and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unnamed(path: Path) -> None:
+    """Remove what killed processes have left of the checkpoint at `path`: folders of parts that its file does not name.
+    Nothing is removed where it cannot be read."""
+    if any(path.parent.glob(f"{path.name}.*.parts")):
+        with contextlib.suppress(Exception):
+            named = torch.load(path, map_location="cpu", weights_only=True).get(PARTS) if path.is_file() else None
+            remove_parts(path, {named["folder"]} if named else ())
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from mambaseq.atomic import atomic_file, json_text, remove_leftovers
 from mambaseq.checkpoints.beginning import begin_from, load_source
 from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.checkpoints.parts import remove_parts
+from mambaseq.checkpoints.parts import remove_parts, remove_unnamed
 from mambaseq.data.module import SequenceData, classes_told, named_sets
 from mambaseq.data.purpose import task_of
 from mambaseq.errors import ConfigError, UserError, shown, under_key
@@ -128,6 +128,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     lightning.seed_everything(seed, workers=False, verbose=False)
     if rank() == 0:
         remove_leftovers(folder.path, deep=True)
+        for path in (folder.last, folder.best):
+            remove_unnamed(path)
         remove_leftovers(cache_dir(settings.settings["data"].get("cache")) / "stores")
     data = settings.make_data(setup=True, left_out=folder.left_out)
     record = record_of(settings, data)

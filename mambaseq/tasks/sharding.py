@@ -83,12 +83,12 @@ class FullySharded(ModelParallelStrategy):
         done: Future[Any] = Future()
         self._pending = folder, done
         if self.asynchronous and not checkpoint.get(KEY, {}).get("ended"):
-            written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
+            written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
             written.add_done_callback(lambda _: self._settle(file.getvalue(), path, folder, written, done))
             return
         written = Future()
         try:
-            written.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))  # type: ignore[arg-type]
+            written.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))
         except BaseException as error:
             written.set_exception(error)
         self._settle(file.getvalue(), path, folder, written, done)
@@ -139,7 +139,8 @@ class FullySharded(ModelParallelStrategy):
         for number, (optimizer, former) in enumerate(zip(self.optimizers, saved, strict=True)):
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             named = [name for group in former["param_groups"] for name in group["params"]]
-            state, groups = {}, []
+            state: dict[int, dict[str, Any]] = {}
+            groups: list[dict[str, Any]] = []
             for at, (parameter, name) in enumerate(zip(own, named, strict=True)):
                 values = dict(former["state"].get(name, {}))
                 if reader is None:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
-from mambaseq.checkpoints.parts import PARTS, commit, new_folder, take_apart
+from mambaseq.checkpoints.parts import PARTS, commit, new_folder, remove_unnamed, take_apart
 from mambaseq.errors import UserError
+from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks.sharding import FullySharded
 
 
@@ -71,6 +72,10 @@ def test_what_is_not_whole_replaces_nothing(tmp_path: Path) -> None:
     unnamed = write(path, 2, whole=False)  # killed before all had written, or before the file was replaced
     assert read_checkpoint(path)["global_step"] == 1
     assert torch.equal(read_checkpoint(path)["state_dict"]["model.a"], torch.full((3, 4), 1.0))
+    remove_unnamed(path)  # as a run does that is resumed
+    assert not unnamed.exists()
+    assert read_checkpoint(path)["global_step"] == 1
+    unnamed = write(path, 2, whole=False)
     write(path, 3)
     assert not unnamed.exists()
     assert read_checkpoint(path)["global_step"] == 3
@@ -113,7 +118,14 @@ def test_damaged_or_foreign_parts_are_refused(tmp_path: Path, capsys) -> None:
     assert "run" not in capsys.readouterr().out
 
 
-def test_a_way_of_saving_that_there_is_not_is_refused() -> None:
+def test_how_parts_are_saved_is_set_in_a_configuration() -> None:
+    def made(**given: Any) -> Any:
+        return make_classes("strategy", {"class_path": "fsdp2", "init_args": given})
+
+    assert made().asynchronous
+    assert not made(asynchronous=False).asynchronous
+    assert not made(checkpoints="whole").asynchronous
+    with pytest.raises(UserError, match="checkpoints cannot be"):
+        made(checkpoints="some")
     with pytest.raises(UserError, match="Use parts or whole"):
         FullySharded(checkpoints="some")  # type: ignore[arg-type]
-    assert not FullySharded(checkpoints="whole").asynchronous
