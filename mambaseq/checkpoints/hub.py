@@ -27,6 +27,7 @@ from mambaseq.limits import HUB_FILES
 from mambaseq.models import SequenceModel, build_model
 
 _DESCRIPTION, _WEIGHTS, _README = "model.json", "model.safetensors", "README.md"
+_PATIENCE = 5.0  # seconds until the Hub must have answered
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -95,6 +96,7 @@ def download(repository: str, **options: Any) -> Path:
             f"{shown(repository)} is neither a folder here nor the name of a repository on the Hugging Face Hub "
             "(user/name)."
         )
+    options = _reachable(repository, options)
     try:
         description = _fetch(repository, _DESCRIPTION, options)
     except UserError as error:
@@ -150,6 +152,7 @@ def download_tokenizer(repository: str, **options: Any) -> Path | None:
 def download_tokenizer_files(repository: str, **options: Any) -> Path:
     """The tokenizer.json of a repository, with those beside it that say more of it. Raises UserError if it cannot be
     downloaded."""
+    options = _reachable(repository, options)
     path = _fetch(repository, TOKENIZER_FILES[0], options)
     for name in TOKENIZER_FILES[1:]:
         _fetch_if_there(repository, name, options)
@@ -212,16 +215,40 @@ def _hub() -> Any:
         ) from error
 
 
+_UNREACHABLE = {"ConnectionError", "NetworkError", "ProxyError", "TimeoutException", "TimeoutError", "Timeout"}
+
+
+def _reachable(repository: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of a reader of the cache alone where the Hub cannot be reached. It is asked once and
+    shortly: the library itself tries again for a minute, for each file."""
+    hub = _hub()
+    if options.get("local_files_only") or importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
+        return options
+    try:
+        address = hub.hf_hub_url(repository, _DESCRIPTION, revision=options.get("revision"))
+        hub.get_hf_file_metadata(address, token=options.get("token"), timeout=_PATIENCE)
+    except Exception as error:  # the errors of two libraries of requests; what is no matter of the network, a file
+        if _UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:  # that is missing, say, is told by `_fetch`
+            return {**options, "local_files_only": True, "force_download": False}
+    return options
+
+
 def _fetch(repository: str, name: str, options: dict[str, Any]) -> Path:
     hub = _hub()
     try:
         return Path(hub.hf_hub_download(repository, name, **options))
     except Exception as error:  # errors of the Hub, the network and the disk have many types
         reason = " ".join(str(error).split())[:300]
+        remedy = "Check the name, the revision, the token and the connection"
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            remedy = (
+                "The cache here has no such file, and the Hub cannot be reached or may not be asked (HF_HUB_OFFLINE). "
+                "Check the name, the connection and the proxy, or fetch it elsewhere (hf download NAME --local-dir "
+                "FOLDER) and give that folder"
+            )
         raise UserError(
             f"{name} of {shown(repository)} cannot be downloaded from the Hugging Face Hub ({type(error).__name__}: "
-            f"{reason}). Check the name, the revision, the token and the connection; there is no local folder of that "
-            "name."
+            f"{reason}). {remedy}; there is no local folder of that name."
         ) from error
 
 

@@ -159,3 +159,19 @@ def test_without_the_package_folders_work_and_the_hub_is_named(tmp_path: Path, m
     for call in (lambda: SequenceModel.from_pretrained("me/tiny"), lambda: small().push_to_hub("tiny")):
         with pytest.raises(UserError, match=r"need the package huggingface_hub .*pip install huggingface_hub"):
             call()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*hf download NAME"):
+        SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
+    assert not waited
