@@ -25,7 +25,7 @@ from mambaseq.ops.blocks.lti import LtiBlockArguments, lti_block
 from mambaseq.ops.blocks.lti import why_not as why_not_whole_lti
 from mambaseq.ops.blocks.mamba import BlockArguments, mamba_block
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
-from mambaseq.ops.decoding import block, layer, rows
+from mambaseq.ops.decoding import block, layer, layer_rows, rows
 from mambaseq.ops.decoding.block import BlockWeights, block_positions, block_step_, can_run_positions, can_step
 from mambaseq.ops.decoding.step import causal_conv_update_, selective_state_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -377,15 +377,15 @@ class Mamba(Mixer):
         """See `Mixer.can_step_layer`."""
         if self._has_own_step() or type(state) is not MambaState or not self._is_plain():
             return False
-        return layer.can_step(
-            residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()
-        )
+        given = residual, layer.LayerNorm(norm.weight, norm.eps or 0.0), state.conv, state.ssm, self._weights()
+        return layer.can_step(*given) or layer_rows.can_step(*given)
 
     def layer_step_(self, residual: Tensor, norm: RMSNorm, state: MambaState) -> Tensor:
         """See `Mixer.layer_step_`."""
         self._check(state, residual)
         given = layer.LayerNorm(norm.weight, norm.eps or 0.0)
-        return layer.mamba_step_(residual, given, state.conv, state.ssm, self._weights())
+        step = layer.mamba_step_ if len(residual) == 1 else layer_rows.step_
+        return step(residual, given, state.conv, state.ssm, self._weights())
 
     def cpu_layer(self, stream: Tensor, norm: RMSNorm, state: MambaState) -> block.Layer | None:
         """See `Mixer.cpu_layer`."""

@@ -77,9 +77,9 @@ def test_only_the_sequences_of_a_block_depend_on_their_number(channels: int, d_s
 def test_the_kernel_compiles() -> None:
     if (reason := nvrtc.why_not()) is not None:
         pytest.skip(reason)
-    for dtype, rank, d_state, half in ((torch.bfloat16, 48, 16, False), (torch.float16, 3, 5, True)):
-        macros = rows.macros_of(rows.Plan(4, 2), dtype, rank, d_state, half)
-        assert len(nvrtc.compile_to_cubin(rows.FILE.read_text(), macros, "90")) > 1000
+    for dtype, rank, d_state, half, parts in ((torch.bfloat16, 48, 16, False, 8), (torch.float16, 3, 5, True, 0)):
+        macros = rows.macros_of(rows.Plan(4, 2), dtype, rank, d_state, half, parts)
+        assert len(nvrtc.compile_to_cubin("".join(file.read_text() for file in rows.FILES), macros, "90")) > 1000
 
 
 def test_cpu_tensors_are_left_to_the_cpu() -> None:

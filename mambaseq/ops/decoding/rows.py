@@ -21,8 +21,8 @@ from mambaseq.ops.decoding.gpu import can_run, causal_conv_update_
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import nvrtc, portable
 
-FILE = Path(__file__).parent / "step_rows.cu"
-_CODES = {torch.bfloat16: 1, torch.float16: 2}
+FILES = (Path(__file__).parent / "rows_common.cu", Path(__file__).parent / "step_rows.cu")
+CODES = {torch.bfloat16: 1, torch.float16: 2}
 _STATES = (torch.float32, torch.bfloat16)
 _CHANNELS = 64  # of a block
 _MOST_SEQUENCES = 8  # of a block
@@ -37,12 +37,14 @@ _TRIED: set[tuple[int, int, torch.dtype, torch.dtype]] = set()
 @dataclasses.dataclass
 class Tuning:
     """on: whether the kernel is used. untried: for every shape that it takes. held: numbers of states that a thread has
-    at most, which decide how many sequences a block has. blocks: that a multiprocessor has room for."""
+    at most, which decide how many sequences a block has. blocks: that a multiprocessor has room for. early: whether it
+    begins before the kernel in front of it has ended."""
 
     on: bool = True
     untried: bool = False
     held: int = 16
     blocks: int = 3
+    early: bool = False
 
 
 tuning = Tuning()
@@ -68,7 +70,7 @@ def can_step_rows(inner: Tensor, conv_state: Tensor, ssm_state: Tensor, weights:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not len(inner):
         return False
-    if conv_state.dtype != torch.float32 or ssm_state.dtype not in _STATES or inner.dtype not in _CODES:
+    if conv_state.dtype != torch.float32 or ssm_state.dtype not in _STATES or inner.dtype not in CODES:
         return False
     if d_state > _MOST_STATES or rank > _MOST_RANKS or not can_run(conv_state, *given):
         return False
@@ -94,16 +96,20 @@ def step_rows_(inner: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Bl
     return scan_rows_(u, F.linear(u, w.x_proj), inner[:, channels:], ssm_state, w)
 
 
-def scan_rows_(u: Tensor, products: Tensor, gate: Tensor, ssm_state: Tensor, weights: BlockWeights) -> Tensor:
+def scan_rows_(
+    u: Tensor, products: Tensor, gate: Tensor, ssm_state: Tensor, weights: BlockWeights, early: bool | None = None
+) -> Tensor:
     """What the convolution made, `(rows, d_inner)`, to what out_proj takes. products `(rows, rank + 2 d_state)`: of u
-    with x_proj. A row's numbers are the same however many there are."""
+    with x_proj; or fp32 summands of them, `(parts, rows, rank + 2 d_state)`. A row's numbers are the same however many
+    there are. early: as the tuning has it, unless given."""
     w, (rows, channels, d_state) = weights, ssm_state.shape
     device: int = u.device.index
     plan = planned(rows, channels, d_state, torch.cuda.get_device_properties(device).multi_processor_count)
-    macros = macros_of(plan, u.dtype, w.dt_proj.shape[1], d_state, ssm_state.dtype == torch.bfloat16)
+    parts = len(products) if products.dim() == 3 else 0
+    macros = macros_of(plan, u.dtype, w.dt_proj.shape[1], d_state, ssm_state.dtype == torch.bfloat16, parts)
     y = u.new_empty(rows, channels)
     with portable.on(u):
-        _kernel(tuple(macros.items()), device)(
+        _kernel(tuple(macros.items()), device, tuning.early if early is None else early)(
             -(-rows // plan.rows) * -(-channels // _CHANNELS),
             u,
             products,
@@ -134,10 +140,10 @@ def planned(rows: int, channels: int, d_state: int, processors: int) -> Plan:
     return Plan(threads, at_once)
 
 
-def macros_of(plan: Plan, dtype: torch.dtype, rank: int, d_state: int, half: bool) -> dict[str, int]:
+def macros_of(plan: Plan, dtype: torch.dtype, rank: int, d_state: int, half: bool, parts: int) -> dict[str, int]:
     """What step_rows.cu is compiled with."""
     return {
-        "IN": _CODES[dtype],
+        "IN": CODES[dtype],
         "HALF": int(half),
         "CHANNELS": _CHANNELS,
         "ROWS": plan.rows,
@@ -145,10 +151,11 @@ def macros_of(plan: Plan, dtype: torch.dtype, rank: int, d_state: int, half: boo
         "BLOCKS": tuning.blocks,
         "RANK": rank,
         "D_STATE": d_state,
+        "PARTS": parts,
     }
 
 
 @functools.cache
-def _kernel(settings: tuple[tuple[str, int], ...], device: int) -> nvrtc.Kernel:
+def _kernel(settings: tuple[tuple[str, int], ...], device: int, early: bool) -> nvrtc.Kernel:
     macros = dict(settings)
-    return nvrtc.kernel((FILE,), "step_rows", macros, macros["CHANNELS"] * macros["SUBS"], 0, device)
+    return nvrtc.kernel(FILES, "step_rows", macros, macros["CHANNELS"] * macros["SUBS"], 0, device, early=early)

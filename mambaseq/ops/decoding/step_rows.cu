@@ -1,18 +1,12 @@
 // dt_proj, scan and gate of one decode step of a Mamba-1 block of several sequences. A block has CHANNELS channels of ROWS
 // sequences. States are asked for at the beginning and used at the end. No number depends on how many sequences there are.
-// Compiled with, as macros:
-//   IN        1: bfloat16, 2: float16 - the type of parameters, inputs and outputs     HALF   whether states are bfloat16
+// Compiled behind rows_common.cu with, as macros:
+//   HALF      whether states are bfloat16
 //   CHANNELS  of a block     ROWS  sequences     SUBS  threads of a channel, which share its states
 //   BLOCKS    that a multiprocessor should have room for
 //   RANK, D_STATE     of dt_proj, of the states
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef u16 in_t;
-
+//   PARTS     summands that each product with x_proj comes in, fp32; 0: they are whole, of the type of inputs
 #define THREADS (CHANNELS * SUBS)
-#define FULL ~0u
-#define LOG2E 1.4426950408889634f
 #define N_OUT (RANK + 2 * D_STATE)
 #define OWN ((D_STATE + SUBS - 1) / SUBS)            // states of a thread
 #define QUADS (D_STATE % (4 * SUBS) == 0)            // whether it has them by fours
@@ -23,15 +17,6 @@ typedef u16 in_t;
 #define SUMS (RANKS + 2 * STATES)                    // sums of a row: for dt_proj, B, C, each begun at a multiple of four
 #define AHEAD (PER % AT_A_TIME == 0 && PER <= 32)    // whether a thread holds its columns of dt_proj from the beginning
 
-__device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-__device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-#if IN == 1
-__device__ __forceinline__ float widen(in_t v) { return __uint_as_float((u32)v << 16); }
-__device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
-#else
-__device__ __forceinline__ float widen(in_t v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v)); return r; }
-__device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
-#endif
 #if HALF
 typedef u16 state_t;
 __device__ __forceinline__ float held(state_t v) { return __uint_as_float((u32)v << 16); }
@@ -47,7 +32,6 @@ struct __align__(4 * sizeof(state_t)) Four { state_t v[4]; };
 struct __align__(AT_A_TIME * sizeof(in_t)) Some { in_t v[AT_A_TIME]; };
 struct __align__(4 * sizeof(in_t)) Rates { in_t v[4]; };
 
-__device__ __forceinline__ float sigmoid(float v) { return rcp(1.f + ex2(-v * LOG2E)); }
 // log(1 + e^v), its relative error small where it is small: log1p by the series of 2 artanh(e / (2 + e))
 __device__ __forceinline__ float softplus(float v) {
     const float e = ex2(-fabsf(v) * LOG2E), s = __fdividef(e, 2.f + e), q = s * s;
@@ -66,10 +50,16 @@ __device__ __forceinline__ int place_of(int o) {
     return o < RANK ? o : o < RANK + D_STATE ? o - RANK + RANKS : o - RANK - D_STATE + RANKS + STATES;
 }
 
+#if PARTS
+typedef float product_t;
+#else
+typedef in_t product_t;
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    step_rows(const in_t *u, const in_t *products, const in_t *gates, i64 gate_stride, state_t *state, const in_t *dt_proj,
-              const in_t *dt_bias, const in_t *A_log, const in_t *D, in_t *y, int rows, int channels) {
-    // u, y: `(rows, channels)`; products: what x_proj made of u, `(rows, N_OUT)`
+    step_rows(const in_t *u, const product_t *products, const in_t *gates, i64 gate_stride, state_t *state,
+              const in_t *dt_proj, const in_t *dt_bias, const in_t *A_log, const in_t *D, in_t *y, int rows, int channels) {
+    // u, y: `(rows, channels)`; products: what x_proj made of u, `(rows, N_OUT)`, or `(PARTS, rows, N_OUT)`
     __shared__ __align__(16) float sums[ROWS][SUMS];
     const int thread = threadIdx.x, sub = thread % SUBS, blocks = (channels + CHANNELS - 1) / CHANNELS;
     const int c = blockIdx.x % blocks * CHANNELS + thread / SUBS, row0 = blockIdx.x / blocks * ROWS;
@@ -117,6 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     const in_t raw_bias = is_channel ? dt_bias[c] : (in_t)0, raw_skip = is_channel ? D[c] : (in_t)0;
 
+    wait_for_previous();
+    let_next_begin();
     float gate[(ROWS + SUBS - 1) / SUBS], x[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -125,8 +117,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         x[r] = there ? widen(u[(i64)(row0 + r) * channels + c]) : 0.f;
     }
     for (int at = thread; at < ROWS * N_OUT; at += THREADS) {
-        const int row = row0 + at / N_OUT;
-        sums[at / N_OUT][place_of(at % N_OUT)] = row < rows ? widen(products[(i64)row0 * N_OUT + at]) : 0.f;
+        const bool there = row0 + at / N_OUT < rows;
+#if PARTS
+        float sum = 0.f;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) sum += there ? products[((i64)p * rows + row0) * N_OUT + at] : 0.f;
+#else
+        const float sum = there ? widen(products[(i64)row0 * N_OUT + at]) : 0.f;
+#endif
+        sums[at / N_OUT][place_of(at % N_OUT)] = sum;
     }
     __syncthreads();
 

@@ -104,11 +104,19 @@ class Kernel:
     """A kernel on one device; call it with a grid and its arguments.
 
     Tensors go as the addresses of their first elements, None as a null pointer, numbers as 64 bits (of which a kernel
-    may read the lower half as an int). A cooperative one has all of its blocks at work at once, or is refused.
+    may read the lower half as an int). A cooperative one has all of its blocks at work at once, or is refused. An early
+    one may begin before what is in front of it in the stream has ended, and waits for it by `griddepcontrol.wait`.
     """
 
     def __init__(
-        self, code: bytes, name: str, threads: int, shared: int, device: int, cooperative: bool = False
+        self,
+        code: bytes,
+        name: str,
+        threads: int,
+        shared: int,
+        device: int,
+        cooperative: bool = False,
+        early: bool = False,
     ) -> None:
         core: Any = importlib.import_module("cuda.core")
         driver: Any = importlib.import_module("cuda.bindings.driver")
@@ -116,10 +124,11 @@ class Kernel:
         core.Device(device).set_current()
         self._module = core.ObjectCode.from_cubin(code)
         self._kernel = self._module.get_kernel(name)
+        options = {"is_cooperative": cooperative} | ({"programmatic_stream_serialization": True} if early else {})
         # Made once: a launch should cost microseconds.
         self._stream = functools.lru_cache(maxsize=64)(core.Stream.from_handle)
         self._config = functools.lru_cache(maxsize=64)(
-            lambda grid: core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, is_cooperative=cooperative)
+            lambda grid: core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, **options)
         )
         if shared > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -145,8 +154,9 @@ def kernel(
     shared: int,
     device: int,
     cooperative: bool = False,
+    early: bool = False,
 ) -> Kernel:
     """The kernel `name` of some files, one after the other, compiled for a device."""
     text = "".join(path.read_text(encoding="utf-8") for path in source)
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(_cubin(text, macros, f"{major}{minor}"), name, threads, shared, device, cooperative)
+    return Kernel(_cubin(text, macros, f"{major}{minor}"), name, threads, shared, device, cooperative, early)
