@@ -9,7 +9,7 @@ import torch
 from agreement import Draw
 from torch import Tensor
 
-from mambaseq.ops.blocks.parts import why_not_cuda, why_not_sizes
+from mambaseq.ops.blocks.parts import vector, vectors, why_not_cuda, why_not_sizes
 from mambaseq.ops.operators import Operator, register
 
 
@@ -123,3 +123,13 @@ def test_what_no_block_runs() -> None:
     assert "wider than 8" in (why_not_sizes(fits._replace(conv=torch.ones(4, 1, 9))) or "")
     assert "D is torch.float64" in (why_not_sizes(fits._replace(D=torch.ones(4).double())) or "")
     assert "on cpu" in (why_not_cuda(fits.x) or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_vectors_are_widened_as_each_alone(dtype: torch.dtype) -> None:
+    draw = Draw("vectors")
+    given = [draw.normal(3, 4).to(dtype).t(), torch.nn.Parameter(draw.normal(5).to(dtype)), draw.normal(5)[::2]]
+    for one, wide in zip(given, vectors(*given), strict=True):
+        assert torch.equal(wide, vector(one))
+        assert wide.dtype == torch.float32
+        assert wide.is_contiguous()

@@ -17,6 +17,7 @@ from mambaseq.ops.blocks.parts import (
     convolution,
     linear,
     vector,
+    vectors,
     weight_gradient,
     why_not_cuda,
     why_not_sizes,
@@ -89,6 +90,11 @@ def _A(a: BlockArguments) -> Tensor:
     return torch.complex(-torch.exp(a.A_log.detach().float()), a.A_imag.detach().float())
 
 
+def _parameters(a: BlockArguments) -> list[Tensor]:
+    """What `_A` gives, D and dt's bias."""
+    return vectors(a.A_log, a.D, a.dt_bias) if a.A_imag is None else [_A(a), *vectors(a.D, a.dt_bias)]
+
+
 def _state(state: Tensor | None, is_complex: bool) -> Tensor | None:
     if state is None or not is_complex:
         return None if state is None else vector(state)
@@ -98,6 +104,7 @@ def _state(state: Tensor | None, is_complex: bool) -> Tensor | None:
 def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products: Tensor) -> scan.Inputs:
     batch, length, d_inner = a.sizes
     _, B, C = _split(a, products)
+    A, D, bias = _parameters(a)
     width = products.shape[1]
     return scan.Inputs(
         scan.Rows(u, d_inner),
@@ -105,10 +112,10 @@ def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products:
         scan.Rows(xz[:, d_inner:], 2 * d_inner),
         scan.Rows(B, width),
         scan.Rows(C, width),
-        _A(a),
+        A,
         a.A_imag is None,
-        vector(a.D),
-        vector(a.dt_bias),
+        D,
+        bias,
         True,
         _state(a.ssm_state, a.A_imag is not None),
         a.cu_seqlens,
