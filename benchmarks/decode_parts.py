@@ -4,9 +4,9 @@
 its own, is held against the plain operations first, and is stopped if it hangs. Parts:
 
     step     a whole greedy step from its graph, by model and batch: `plain` (single operations), `layers` (one
-             sequence: a layer is four kernels, each started before the one in front has ended), `rows` (several:
-             dt_proj, scan and gate are one kernel), and these with other tile sizes or without early starts. With
-             the floor of reading weights and states, and kernels a step.
+             sequence: a layer is four kernels, each started before the one in front has ended; several: five),
+             `rows` (several: dt_proj, scan and gate are one kernel), and these with other tile sizes or without
+             early starts. With the floor of reading weights and states, and kernels a step.
     gemv     each linear map of the 1.4B and 130M models for one row: GB/s of cuBLAS and of tile sizes of ours.
     profile  the kernels of one step, by model, batch and name: count and microseconds.
     prefill  2,048 tokens at batch 1: plain, and replayed from a graph.
@@ -34,7 +34,8 @@ MODELS = {
     "mamba2": {"d_model": 2048, "n_layers": 48, "mixer": "mamba2"},
 }
 VOCABULARY = 50280
-# settings of the tuning of `ops.decoding.layer` (one row) and of `ops.decoding.rows` (several)
+# settings of the tuning of `ops.decoding.layer` (one row), and of `ops.decoding.rows` and under "layers" of
+# `ops.decoding.layer_rows` (several)
 Settings = dict[str, Any]
 ONE_ROW: dict[str, Settings] = {
     "plain": {"on": False},
@@ -44,12 +45,15 @@ ONE_ROW: dict[str, Settings] = {
     "layers, 8192 held by 8 warps": {"held": 8192, "held_warps": 8},
     "layers, 16384 held by 8 warps": {"held": 16384, "held_warps": 8},
 }
+LAYERS: Settings = {"untried": True}
 ROWS: dict[str, Settings] = {
     "plain": {"on": False},
     "rows": {"untried": True},
-    "rows, room for 2 blocks": {"untried": True, "blocks": 2},
-    "rows, half as many states a thread": {"untried": True, "held": 8},
-    "rows, twice as many states a thread": {"untried": True, "held": 32},
+    "layers": {"untried": True, "layers": LAYERS},
+    "layers, waiting": {"untried": True, "layers": LAYERS | {"early": False}},
+    "layers, in_proj by cuBLAS": {"untried": True, "layers": LAYERS | {"in_tile": None}},
+    "layers, out_proj by cuBLAS": {"untried": True, "layers": LAYERS | {"out_tile": None}},
+    "layers, half as many states a thread": {"untried": True, "held": 8, "layers": LAYERS},
 }
 STEPS = [("1.4B", n) for n in (1, 2, 4, 16, 64, 128)] + [("130M", n) for n in (1, 2, 4, 8, 64, 256)]
 STEPS += [("mamba2", 1), ("mamba2", 128)]
@@ -117,12 +121,14 @@ def variants_of(batch: int) -> dict[str, Settings]:
 
 
 def tune(batch: int, settings: Settings) -> None:
-    from mambaseq.ops.decoding import layer, rows
+    from mambaseq.ops.decoding import layer, layer_rows, rows
 
     if batch == 1:
         layer.tuning = layer.Tuning(**settings)
     else:
-        rows.tuning = rows.Tuning(**settings)
+        whole = settings.get("layers", {"on": False})
+        layer_rows.tuning = layer_rows.Tuning(**whole)
+        rows.tuning = rows.Tuning(**{key: value for key, value in settings.items() if key != "layers"})
 
 
 def run_steps(model: str, batch: int, only_compile: int | None = None) -> None:

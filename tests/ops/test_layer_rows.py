@@ -101,3 +101,12 @@ def test_the_kernels_compile() -> None:
     ]
     for macros in parts:
         assert len(nvrtc.compile_to_cubin(source, macros, "90")) > 1000
+
+
+@pytest.mark.gpu
+def test_only_what_was_tried_is_on(cuda: torch.device) -> None:
+    norm, mixer = RMSNorm(768).to(cuda, torch.bfloat16), Mamba(768).to(cuda, torch.bfloat16).eval()
+    wide = Mamba(768, d_state=32).to(cuda, torch.bfloat16).eval()
+    with torch.no_grad():
+        for one, n, expected in ((mixer, 2, True), (mixer, 128, True), (mixer, 129, False), (wide, 2, False)):
+            assert one.can_step_layer(torch.zeros(n, 768, device=cuda), norm, one.init_state(n)) is expected

@@ -1,7 +1,7 @@
 """One decode step of one sequence through a whole residual layer on a GPU: its norm, its Mamba or Mamba-2 block and the
 residual sum by four or three kernels (`layer_kernels.py`), where single operations would take eight to ten. The time
-between kernels counts as much as the reading of the weights then. Several sequences go by single operations, until the
-kernel of `rows.py` is on.
+between kernels counts as much as the reading of the weights then. Several sequences have the kernels of `layer_rows.py`
+and `rows.py`, or go by single operations.
 
 Under Triton's interpreter, CPU tensors work here too.
 """

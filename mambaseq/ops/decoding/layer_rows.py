@@ -2,7 +2,8 @@
 convolution with x_proj, what `rows.py` has, and out_proj with the sum (`layer_rows.cu`). Each begins while the one in
 front of it runs, and has its weights and states by the time that one ends.
 
-Off until it has run on a GPU (`_TRIED`): tests and `benchmarks/decode_parts.py` run it by `tuning.untried`.
+Used for what a GPU has computed right and faster by them (`_TRIED`); tests and `benchmarks/decode_parts.py` run them
+for all that they take by `tuning.untried`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ _REGISTERS, _OTHER_REGISTERS = 65536, 45  # of a multiprocessor; of a thread, be
 _MOST_PRODUCTS, _MOST_PARTS, _WIDEST_CONV = 160, 16, 8
 _ALIGNED = 16  # bytes that are read at once
 # d_model, d_inner, states a channel, ranks of dt_proj, types of parameters and states, and the most sequences, of what
-# a GPU has stepped right and faster than by single operations
-_TRIED: dict[tuple[int, int, int, int, torch.dtype, torch.dtype], int] = {}
+# a GPU has stepped right and faster than by single operations: the published 130M, whose step of 2, 8, 16, 32, 64, 128
+# sequences took 258, 312, 363, 406, 473, 784 where these took 638, 645, 646, 687, 765, 905 us on an H200; of 256 1,306
+# for 1,138.
+_TRIED = {(768, 1536, 16, 48, torch.bfloat16, torch.float32): 128}
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
 """One decode step of Mamba-1 blocks of several sequences on an NVIDIA GPU: dt_proj, the scan and the gate by one kernel
 (`step_rows.cu`), where single operations take two. The other products are cuBLAS's, and the convolution has its kernel.
 
-Off until this form of the kernel has run on a GPU (`_TRIED`): tests and `benchmarks/decode_parts.py` run it by
-`tuning.untried`.
+Used for what a GPU has computed right and faster by it (`_TRIED`); tests and `benchmarks/decode_parts.py` run it for
+all by `tuning.untried`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _CHANNELS = 64  # of a block
 _MOST_SEQUENCES = 8  # of a block
 _MOST_STATES, _MOST_RANKS = 64, 512
 _ALIGNED = 16  # bytes that are read at once
-# States a channel, ranks of dt_proj and types of parameters and states that a GPU has computed right and faster than
-# single operations (`benchmarks/decode_parts.py`). None yet: an earlier form was right and took 647 where these took
-# 706 us for 64 rows of the published 130M (16, 48, bfloat16, float32) on an H200; this one has run on no GPU.
-_TRIED: set[tuple[int, int, torch.dtype, torch.dtype]] = set()
+# States a channel, ranks of dt_proj, types of parameters and states, and the most sequences, of what a GPU has computed
+# right and faster than single operations (`benchmarks/decode_parts.py`): the published 130M, whose step of 2, 8, 64,
+# 128 sequences took 570, 588, 697, 844 where these took 634, 646, 762, 900 us on an H200; of 256 as long. Not the 1.4B
+# (16, 128): 2,374 for 2,170 us of 16, 3,840 for 2,671 of 64.
+_TRIED = {(16, 48, torch.bfloat16, torch.float32): 128}
 
 
 @dataclasses.dataclass
@@ -66,7 +67,8 @@ def can_step_rows(inner: Tensor, conv_state: Tensor, ssm_state: Tensor, weights:
     if device.type != "cuda" or not tuning.on or not is_eager(*given, conv_state, ssm_state) or not _runs_on(device):
         return False
     d_state, rank = ssm_state.shape[2], w.dt_proj.shape[1]
-    if not tuning.untried and (d_state, rank, inner.dtype, ssm_state.dtype) not in _TRIED:
+    most = _TRIED.get((d_state, rank, inner.dtype, ssm_state.dtype), 0)
+    if not tuning.untried and len(ssm_state) > most:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not len(inner):
         return False
