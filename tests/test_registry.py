@@ -139,14 +139,15 @@ def test_domain_fields_are_the_kinds() -> None:
     assert set(KINDS) == set(Domain("x", "y").__dict__) - {"name", "summary"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "mixers"]])
-def test_help_and_list_import_nothing_heavy(arguments: list[str]) -> None:
+def test_help_and_list_and_wrong_names_import_nothing_heavy() -> None:
+    commands = [["--help"], ["list"], ["list", "mixers"], ["fit", "--config", "dna/dmo"]]
     code = (
         "import sys; from mambaseq.cli.main import main; "
-        f"main({arguments!r}); "
+        f"codes = [main(words) for words in {commands}]; "
         "heavy = {'torch', 'lightning', 'numba', 'datasets', 'matplotlib'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "sys.exit(f'imported {heavy}, {codes}' if heavy or codes != [0, 0, 0, 2] else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "mamba" in done.stdout
+    assert done.stdout.count("mamba2") > 1
+    assert "Did you mean 'dna/demo'" in done.stderr

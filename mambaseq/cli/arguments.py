@@ -6,6 +6,7 @@ import argparse
 
 from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
+from mambaseq.runs.naming import check_names
 
 
 def refuse_words(argv: list[str], left: list[str], option: str, program: str) -> None:
@@ -14,6 +15,14 @@ def refuse_words(argv: list[str], left: list[str], option: str, program: str) ->
         raise ConfigError(
             f"{shown(argv[0])} is given without an option. Is it {option}? {program} {option} {argv[0][:80]}"
         )
+
+
+def check_overrides(parser: argparse.ArgumentParser, overrides: list[str], config: str) -> None:
+    """Raise ConfigError for words that name nothing, before anything slow is imported. config: as `--OPTION NAME`, by
+    which the command's help lists the keys."""
+    check_names(
+        overrides, f"{parser.prog} {config}", [name for name in parser._option_string_actions if name[:2] == "--"]
+    )
 
 
 def asks_for_help(left: list[str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mambaseq.arguments import Arguments
-from mambaseq.cli.arguments import asks_for_help, print_keys, refuse_words
+from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, cut
 from mambaseq.importing import uncollected
@@ -44,6 +44,7 @@ def run(argv: list[str], command: str) -> int:
             )
     if command == "test" and _asks_for_tasks(arguments, overrides):
         return _run_tasks(arguments)
+    check_overrides(parser, overrides, f"--checkpoint {arguments.checkpoint}")
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 from mambaseq.arguments import Arguments
-from mambaseq.cli.arguments import asks_for_help, print_keys, refuse_words
+from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
+from mambaseq.runs.naming import resolve_config
 
 
 def run(argv: list[str], command: str) -> int:
@@ -52,6 +53,8 @@ def run(argv: list[str], command: str) -> int:
         folder, config = RunFolder(arguments.out or default_folder(arguments.config)), arguments.config
     if arguments.init_from is not None:
         overrides = [*overrides, f"--finetune.init_from={arguments.init_from}"]
+    resolve_config(config)
+    check_overrides(parser, overrides, f"--config {config}")
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit

@@ -17,7 +17,7 @@ from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.registry import Registry
-from mambaseq.runs.settings import PARTS
+from mambaseq.runs.naming import PARTS
 from mambaseq.specs import arguments_of
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig

@@ -30,7 +30,8 @@ from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig
 from mambaseq.runs.help import OF_CLASSES, keys_text
-from mambaseq.runs.settings import PARTS, check_overrides, read_settings, resolve_config
+from mambaseq.runs.naming import PARTS, resolve_config
+from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values, whole_first
 from mambaseq.specs import arguments_of

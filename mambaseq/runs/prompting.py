@@ -73,7 +73,8 @@ def _prompt_records(
     for path in sources:
         columns = columns_given(reader, read, conditions.fields(path))
         columns |= _column_of_prompts(read, path, options)
-        for number, record in enumerate(records_of(read, path, loaded.tokenizer, {**options, **columns})):
+        records = _told_as_prompts(records_of(read, path, loaded.tokenizer, {**options, **columns}))
+        for number, record in enumerate(records):
             count += 1
             if only is not None and number != only:
                 continue
@@ -96,6 +97,20 @@ def _prompt_records(
         raise ConfigError(
             f"The prompt {cut_list(map(str, sources), 3)} holds no record. Give another one, or the prompt itself."
         )
+
+
+def _told_as_prompts(records: Iterator[Record]) -> Iterator[Record]:
+    """The records. A reader tells a bad row in the words of training data, whose settings a prompt's file has not."""
+    try:
+        yield from records
+    except DataError as error:
+        reason, line = (getattr(error, name, None) for name in ("reason", "line"))
+        if reason is None or line is None:
+            raise
+        raise DataError(
+            f"The prompt file {getattr(error, 'file', '')}, line or row {line}, {reason}. Correct or remove it, or "
+            "name the column with the prompts, of .jsonl: --prompts FILE --prompts-key NAME."
+        ) from error
 
 
 def _column_of_prompts(read: Callable[..., Any], path: Path, options: Mapping[str, Any]) -> dict[str, Any]:

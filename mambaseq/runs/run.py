@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,9 @@ from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean,
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, generate_to
+from mambaseq.runs.naming import GROUPS, PARTS, TOP
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
-from mambaseq.runs.settings import GROUPS, PARTS, TOP
 from mambaseq.runs.training import fit as train
 
 if TYPE_CHECKING:
@@ -112,6 +113,10 @@ class Run:
         """
         if not inputs:
             raise ConfigError("predict needs at least one file: run.predict('records.fa').")
+        known = [name for name in inspect.signature(predict).parameters if name not in ("checkpoint", "inputs", "out")]
+        if wrong := [name for name in options if name not in known]:
+            near = did_you_mean(wrong[0][:80], known)
+            raise ConfigError(f"predict has no option {shown(wrong[0])}.{near} It has: {', '.join(known)}.")
         found = predict(self.path, [Path(path) for path in inputs], None if out is None else Path(out), **options)
         return found.table
 

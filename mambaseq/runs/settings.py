@@ -10,34 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
 from mambaseq.plain import read_yaml
-from mambaseq.registry import Registry
-from mambaseq.resources import find
+from mambaseq.runs.naming import GROUPS, PARTS, TOP
 from mambaseq.runs.trainer_classes import KEYS, names_class
-
-PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
-GROUPS = (
-    *("data", "model", "loader", "optimizer", "finetune", "lora", "ema"),
-    *("length_warmup", "checkpoint", "generation", "trainer"),
-)
-TOP = ("seed", "metrics", *GROUPS)
-
-
-def resolve_config(name: str) -> Path:
-    """The file of a registered configuration, or the path itself. Raises ConfigError when there is neither."""
-    configs: Registry[Any] = catalog()["configs"]
-    if name in configs:
-        return find(configs.entry(name).target)
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = [entry.name for entry in configs]
-    raise ConfigError(
-        f"No configuration is named {shown(name, 200)} and no file is there.{did_you_mean(name, known)} "
-        f"`mambaseq list configs` shows what there is."
-    )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from mambaseq.plain import flatten, read_json
 from mambaseq.reporting.comparison import NUMBERS, Runs, compare
 from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig
+from mambaseq.runs.naming import resolve_config
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.run import as_overrides
-from mambaseq.runs.settings import read_settings, resolve_config
+from mambaseq.runs.settings import read_settings
 from mambaseq.runs.training import fit
 from mambaseq.runs.trials import Mode, Plan, check_optuna, propose, read_plan, told
 from mambaseq.specs import fits

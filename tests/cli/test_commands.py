@@ -189,3 +189,20 @@ def test_every_command_in_a_hint_is_one(capsys) -> None:
     assert len(kinds) > 5
     for kind in kinds:
         assert main(["list", kind]) == 0, kind
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--config", "dna/dmo"], "Did you mean 'dna/demo'"),
+        (["fit", "--config", "dna/demo", "--alow-import", "x"], "Did you mean '--allow-import'"),
+        (["fit", "--config", "dna/demo", "--data.name", "dna/genom"], "Did you mean 'dna/genome'"),
+        (["test", "--checkpoint", "r", "--baseline"], "Did you mean '--baselines'"),
+        (["validate", "--checkpoint", "r", "--lodaer.batch_size=3"], "Did you mean '--loader'"),
+    ],
+)
+def test_wrong_names_are_told_before_anything_slow(words: list[str], told: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    for module in ("training", "evaluation", "parsing", "trainer_classes"):
+        monkeypatch.setitem(sys.modules, f"mambaseq.runs.{module}", None)  # its import fails
+    assert main(words) == 2
+    assert told in capsys.readouterr().err

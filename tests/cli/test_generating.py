@@ -294,6 +294,10 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     rows.write_text('{"q": "To be"}')
     with pytest.raises(DataError, match=r"no field 'text', nor 'prompt'. It has: 'q'.*--prompts FILE --prompts-key"):
         run.generate(str(rows), device="cpu")
+    rows.write_text('{"prompt": "To be"}\n{"q": "or"}')  # a later row, of which the columns of the file say nothing
+    with pytest.raises(DataError, match=r"line or row 2, has no field 'prompt'.*--prompts-key") as caught:
+        run.generate(str(rows), device="cpu")
+    assert "data.field" not in str(caught.value)
     assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
     for wrong, meant in (("max_tokens", "max_new_tokens"), ("temprature", "temperature")):
         for out in (None, tmp_path / "f.txt"):

@@ -85,7 +85,8 @@ def names_of_configs() -> list[str]:
 @functools.lru_cache
 def small(config: str) -> dict[str, Any]:
     """What the file of a configuration holds, made small enough for a step to take no time."""
-    from mambaseq.runs.settings import read_settings, resolve_config
+    from mambaseq.runs.naming import resolve_config
+    from mambaseq.runs.settings import read_settings
 
     raw = read_settings(resolve_config(config))
     for key, value in {**SMALL, **LENGTHS.get(raw["data"]["name"], {"data.length": 96})}.items():
@@ -136,8 +137,8 @@ BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", 
 @functools.lru_cache
 def actions(config: str) -> dict[str, Any]:
     """The parser's knowledge of each key that is no section: its type and its default."""
+    from mambaseq.runs.naming import PARTS
     from mambaseq.runs.parsing import make_parser, parse_config
-    from mambaseq.runs.settings import PARTS
 
     settings = parse_config(config, []).settings
     names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in PARTS}}

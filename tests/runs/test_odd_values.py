@@ -10,8 +10,9 @@ from keys import flat, written
 
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import dump_yaml
+from mambaseq.runs.naming import resolve_config
 from mambaseq.runs.parsing import parse_config
-from mambaseq.runs.settings import read_settings, resolve_config
+from mambaseq.runs.settings import read_settings
 
 # a configuration of each domain
 CONFIGS = ("dna/demo", "audio/demo", "text/demo", "synthetic/selective_copying")

@@ -252,3 +252,9 @@ def test_what_goes_with_what(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             ms.load(model).predict(source, **options)
+
+
+def test_an_option_that_predict_has_not_is_named(model: Path) -> None:
+    for apply in (ms.load(model).predict, ms.load(model).embed):
+        with pytest.raises(ConfigError, match=r"predict has no option 'bach_size'\. Did you mean 'batch_size'"):
+            apply("x.txt", bach_size=1)

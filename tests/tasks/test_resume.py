@@ -3,15 +3,15 @@ of one seed are equal."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import launching
 import lightning
 import pytest
 import torch
@@ -208,19 +208,18 @@ def test_ctrl_c_drops_nothing(config: Path, tmp_path: Path, finished, step: int)
     assert_same_end(finished(*options), out, curves=True)
 
 
-def start(config: Path, out: Path, *more: str) -> subprocess.Popen:
+def start(config: Path, out: Path, *more: str) -> launching.Ranks:
+    """`fit` in a process of its own, which is forked: its imports would take most of the test's time."""
+    command = ["fit", "--allow-import", "tiny", "--config", str(config), "--out", str(out), *more]
     # as many threads as here: sums are cut into as many parts, and rounded accordingly
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "mambaseq", "fit", "--allow-import", "tiny"]
-    command += ["--config", str(config), "--out", str(out), *more]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    threads = functools.partial(torch.set_num_threads, torch.get_num_threads())
+    return launching.start(command, out.parent / "process", size=1, before={0: threads})
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, ranks: launching.Ranks) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert ranks.processes[0].is_alive(), ranks.told(0)
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -233,13 +232,12 @@ MANY = ("--trainer.max_steps", "100", "--checkpoint.every_n_steps", "10")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_signals_leave_a_resumable_run(config: Path, tmp_path: Path, finished, number: signal.Signals) -> None:
     out = tmp_path / "signalled"
-    process = start(config, out, *MANY)
-    wait_for(out / "checkpoints" / "last.ckpt", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    ranks = start(config, out, *MANY)
+    wait_for(out / "checkpoints" / "last.ckpt", ranks)
+    os.kill(ranks.processes[0].pid, number)
+    assert ranks.wait(60) == [130 if number == signal.SIGINT else -signal.SIGKILL], ranks.told(0)
     if number == signal.SIGINT:
-        assert process.returncode == 130, errors
-        assert f"mambaseq fit --resume {out}" in errors
+        assert f"mambaseq fit --resume {out}" in ranks.told(0)
     assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 100
     assert main(["fit", "--resume", str(out)]) == 0
     assert_equal(weights(finished(*MANY)), weights(out))

@@ -22,9 +22,9 @@ from mambaseq.errors import shown
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.naming import PARTS
 from mambaseq.runs.parsing import make_parser
 from mambaseq.runs.resuming import moved
-from mambaseq.runs.settings import PARTS
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
 
 CONFIG = """

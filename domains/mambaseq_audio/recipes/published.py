@@ -22,7 +22,8 @@ from mambaseq.plain import parse_yaml
 from mambaseq.reproduction import Column, Context, train
 from mambaseq.reproduction.batches import numbers
 from mambaseq.reproduction.training import BatchOf
-from mambaseq.runs.settings import read_settings, resolve_config
+from mambaseq.runs.naming import resolve_config
+from mambaseq.runs.settings import read_settings
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_audio.io import read_signal
 from mambaseq_audio.mulaw import MuLaw
