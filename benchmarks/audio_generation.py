@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of some weights for moments: whether it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODELS", help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, metavar="MODELS", help=f"only those of {', '.join(MODELS)}"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="that a measurement is to last, about")
     parser.add_argument("--hour", type=float, metavar="MINUTES", help="measure the memory of a long prompt")
     parser.add_argument("--json", type=Path)
@@ -158,7 +160,7 @@ def main() -> None:
         for name, spec in models.items() if device.type == "cuda" or options.tiny or options.models else ():
             model = made(spec, device)[1]
             rows += [row(name, model, batch, options.seconds, few) for batch in options.batches]
-        if not options.tiny:
+        if not options.tiny and not options.models:
             model = made(DEMO, torch.device("cpu"))[1]
             rows += [row("the demo's", model, batch, options.seconds, 200) for batch in options.batches]
     about = {
