@@ -35,11 +35,7 @@ domain = Domain(
         ),
         "books": (
             "mambaseq_text.recipes.books:recipe",
-            "novels in bytes and word pieces: Mamba, Mamba-2, a hybrid and a Transformer, by tokens and by time",
-        ),
-        "books_mixers": (
-            "mambaseq_text.recipes.books_mixers:recipe",
-            "the same novels in bytes: Mamba-1 to -3, delta rules, hybrids and a Transformer, three seeds each",
+            "novels in bytes and word pieces: Mamba-1 to -3, delta rules, hybrids, a Transformer, by tokens and time",
         ),
     },
     configs={

@@ -121,6 +121,11 @@ class Context:
         tqdm.write(f"{name}: {told}")
         return found
 
+    def finished(self, name: str) -> dict[str, float] | None:
+        """The result of a trial that an earlier run has finished; None if there is none, and nothing is run."""
+        stem = re.sub(r"[^\w.=-]+", "_", name)
+        return self.trial(name, _unfinished) if (self.folder / "trials" / f"{stem}.json").exists() else None
+
     def _begun(self, stem: str) -> Path:
         """Hardware on which an interrupted trial has run."""
         return self.folder / "trials" / f"{stem}.begun"
@@ -151,6 +156,10 @@ class Context:
         return {
             key: [one[key] for one in found if key in one] for key in dict.fromkeys(k for one in found for k in one)
         }
+
+
+def _unfinished(checkpoint: Path) -> dict[str, float]:
+    raise UserError(f"{checkpoint.with_suffix('.json')} was there a moment ago. Start this again.")
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -185,7 +194,8 @@ class Recipe:
     """What `mambaseq reproduce` runs: a function from a context to tables, and how many seeds it takes if not told.
 
     brings: whether it needs files that users bring (`Context.brought`). by_clock: whether it trains by the clock
-        (`Context.minutes`). by_steps: whether users may say for how many steps it trains (`Context.steps`).
+        (`Context.minutes`). by_steps: whether users may say for how many steps it trains (`Context.steps`). settings:
+        the modules whose source finished trials belong to; () for the recipe's own and those that it takes from.
     """
 
     run: Callable[[Context], list[Table]]
@@ -193,3 +203,4 @@ class Recipe:
     brings: bool = False
     by_clock: bool = False
     by_steps: bool = False
+    settings: tuple[str, ...] = ()

@@ -34,11 +34,13 @@ def _hardware(device: torch.device) -> str:
 
 
 def _source(recipe: Recipe) -> str:
-    """A digest of a recipe's module, and of neighbouring modules that it takes functions or classes from: its trials
-    belong to these settings."""
-    module = sys.modules[recipe.run.__module__]
-    beside = {getattr(value, "__module__", None) or "" for value in vars(module).values()}
-    names = sorted({module.__name__, *(name for name in beside if name.startswith(f"{module.__package__}."))})
+    """A digest of a recipe's module, or of those that it names, and of neighbouring modules that they take functions or
+    classes from: its trials belong to these settings."""
+    own = recipe.run.__module__
+    modules = [sys.modules[name] for name in recipe.settings or (own,)]
+    beside = {getattr(value, "__module__", None) or "" for module in modules for value in vars(module).values()}
+    near = (name for name in beside if name.startswith(f"{sys.modules[own].__package__}."))
+    names = sorted({*(module.__name__ for module in modules), *near})
     try:
         text = "".join(inspect.getsource(sys.modules[name]) for name in names)
     except (OSError, TypeError):  # without source code

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from mambaseq_text.baselines import interpolated
-from mambaseq_text.recipes import books, books_mixers, shelf
-from mambaseq_text.recipes.books import CONTENDERS, ENTRIES, PIECES, TODAY, Shelf, tables
+from mambaseq_text.recipes import books, books_training, shelf
+from mambaseq_text.recipes.books import tables
+from mambaseq_text.recipes.books_training import CONTENDERS, ENTRIES, PIECES, RATES, TODAY, Shelf
 from mambaseq_text.recipes.shelf import Split, Texts, Tokens
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
 
+from mambaseq.errors import UserError
 from mambaseq.models import causal_lm
 from mambaseq.reproduction import Context, training
 from mambaseq.resources import find
@@ -47,7 +49,8 @@ def context(folder: Path, *only: str, seeds: tuple[int, ...] = (0,)) -> Context:
 
 def test_all_of_it_and_once_only(texts: Texts, tmp_path: Path, tokenizer_json: Path) -> None:
     made = context(tmp_path)
-    (table,) = tables(made, texts, lambda: HFTokenizer(str(tokenizer_json)))
+    table, mixers = tables(made, texts, lambda: HFTokenizer(str(tokenizer_json)))
+    assert {line.name for line in mixers.lines} >= {*CONTENDERS, *TODAY}
     named = {line.name: line for line in table.lines}
     first, second = sorted(CONTENDERS, key=lambda name: named[name].values["validation"][0])[:2]
     assert set(named) >= {*CONTENDERS, f"{first}, {PIECES}", f"{second}, {PIECES}", f"{first} is ahead of {second} by"}
@@ -75,7 +78,7 @@ def test_all_of_it_and_once_only(texts: Texts, tmp_path: Path, tokenizer_json: P
 
 def test_the_mixers_of_today_beside_the_published_order(texts: Texts, tmp_path: Path) -> None:
     made = context(tmp_path, "Mamba-2", "Mamba-3, rank 4", "KDA")
-    (table,) = books_mixers.tables(made, texts)
+    _, table = tables(made, texts, ByteTokenizer)
     lines = {line.name: line for line in table.lines}
     assert lines["KDA"].paper == "52.28"
     first, second = (lines[name].values["bits"][0] for name in ("Mamba-3, rank 4", "KDA"))
@@ -85,6 +88,38 @@ def test_the_mixers_of_today_beside_the_published_order(texts: Texts, tmp_path: 
     drawn = " ".join(xml.etree.ElementTree.parse(tmp_path / "books_mixers.svg").getroot().itertext())
     assert "KDA" in drawn
     assert "rank 4" not in drawn  # which is in the other picture
+
+
+def test_pieces_of_several_calls_are_collected_and_what_is_missing_is_told(
+    texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables(context(tmp_path, "Mamba-2", "speed"), texts, ByteTokenizer)
+    (again,) = tables(context(tmp_path, "Mamba-2", seeds=(0, 2)), texts, ByteTokenizer)
+    assert again.lines[0].note == ""
+    monkeypatch.setattr(books_training, "train", lambda *_args, **_more: pytest.fail("something is trained"))
+    (table,) = tables(context(tmp_path, "finished", seeds=(0, 1, 2)), texts, ByteTokenizer)
+    notes = {line.name: line.note for line in table.lines}
+    assert notes.pop("Mamba-2") == "missing: seed 1"
+    assert notes == {name: "missing: seeds 0, 1, 2; speed not measured" for name in notes}
+    assert set(notes) == {*CONTENDERS, *TODAY} - {"Mamba-2"}
+    (mamba2,) = (line for line in table.lines if line.name == "Mamba-2")
+    assert len(mamba2.values["bits"]) == 2
+    assert mamba2.values["minutes"]
+
+
+@pytest.mark.parametrize(("best", "asked"), [(1e-3, 3), (2e-3, 3), (8e-3, 4), (2.5e-4, 4)])
+def test_the_rate_is_looked_for_on_the_better_side(
+    best: float, asked: int, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, tried = Shelf(context(tmp_path), texts, ByteTokenizer), []
+    of.context.scale = "small"
+    monkeypatch.setattr(of, "tried", lambda name, rate: tried.append(rate) or abs(math.log(rate / best)))
+    assert of.rate("Mamba") == best
+    assert len(tried) == asked
+    monkeypatch.setattr(of, "tried", lambda name, rate: math.nan)
+    with pytest.raises(UserError, match="diverged at every rate"):
+        of.rate("Mamba")
+    assert best in RATES
 
 
 def test_a_killed_training_goes_on_with_its_curve_and_its_best_weights(
@@ -115,7 +150,7 @@ def test_models_are_of_one_size() -> None:
     sizes = {}
     with torch.device("meta"):
         for name, of in {**CONTENDERS, **TODAY}.items():
-            sizes[name] = causal_lm(256, books.D_MODEL, of.n_layers, of.mixer, **of.more).n_parameters()
+            sizes[name] = causal_lm(256, books_training.D_MODEL, of.n_layers, of.mixer, **of.more).n_parameters()
     assert max(sizes.values()) < 1.05 * min(sizes.values()), sizes
     assert set(ENTRIES) > {*CONTENDERS, *TODAY}
 

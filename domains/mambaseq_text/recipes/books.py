@@ -1,252 +1,37 @@
-"""Novels, byte by byte and in word pieces: Mamba, Mamba-2, Mamba-2 with some attention, and a Transformer, of one size,
-over the same text in the same order; bits a byte against what was read and against time."""
+"""Novels, byte by byte and in word pieces: Mamba-1 to -3, delta rules, hybrids and a Transformer, of one size, over the
+same text in the same order; bits a byte against what was read and against time, and beside the published order."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from mambaseq.atomic import atomic_file
-from mambaseq.benchmarking.timing import release
-from mambaseq.errors import UserError
-from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.reporting.charts import DARK, LIGHT, STYLE, WIDTH, Curve, frame, lines, text
-from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
-from mambaseq.reproduction.batches import of_text
-from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table
 from mambaseq_text.recipes import shelf
-from mambaseq_text.recipes.shakespeare import PRECISION, precision
-from mambaseq_text.recipes.shelf import Split, Texts, Tokens, floors
-from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer, TextTokenizer
+from mambaseq_text.recipes.books_training import CONTENDERS, ENTRIES, PIECES, RATES, TODAY, TRIED, VARIANTS, Shelf
+from mambaseq_text.recipes.shakespeare import PRECISION
+from mambaseq_text.recipes.shelf import Texts, floors
+from mambaseq_text.tokenization import HFTokenizer, TextTokenizer
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-"""Learning rates that each contender is tried with."""
-TRIED = 9  # one part in so many of a training
-DROPOUT = 0.1  # of the variants
-LEADING = 2  # contenders that are trained with all seeds, and in word pieces
-FLOORS, SPEED, PIECES = "floors", "speed", "GPT-NeoX"
-
-
-class Contender(NamedTuple):
-    """A model at full scale: layers, mixer, and what else `causal_lm` takes."""
-
-    n_layers: int
-    mixer: str
-    more: dict[str, Any] = {}  # noqa: RUF012 - never changed
-
-
-_PATTERN = ["mamba2", "mamba2", "attention", "mamba2", "mamba2"]
-CONTENDERS = {
-    "Mamba": Contender(18, "mamba"),
-    "Mamba-2": Contender(18, "mamba2"),
-    "hybrid": Contender(20, "mamba2", {"pattern": _PATTERN, "mlp": False}),
-    "Transformer++": Contender(9, "attention", {"mixers": {"mlp": {"expand": 3}}}),
+LEADING = 2  # of the contenders, that are trained in word pieces
+FLOORS, SPEED, FINISHED = "floors", "speed", "finished"
+USUAL, NAMES = tuple(CONTENDERS), (*CONTENDERS, *TODAY)
+PUBLISHED = {"Mamba-3, rank 4": 52.39, "KDA": 52.28, "gated delta": 52.07, "Mamba-2": 51.82}
+"""Average accuracy of downstream tasks, in percent, of models of 1.3 B parameters."""
+# as many curves as can be told apart
+PICTURES = {
+    "books_mixers.svg": ("Mamba", "Mamba-2", "Mamba-3", "gated delta", "KDA", "Transformer++"),
+    "books_hybrids.svg": ("Mamba-2", "hybrid", "Mamba-3", "Mamba-3, rank 4", "gated delta", "gated delta hybrid"),
 }
-_DELTA = ["gated_delta", "gated_delta", "gated_delta", "attention"]
-TODAY = {
-    "Mamba-3": Contender(18, "mamba3"),
-    "Mamba-3, rank 4": Contender(14, "mamba3", {"rank": 4}),
-    "gated delta": Contender(20, "gated_delta"),
-    "KDA": Contender(23, "kda"),
-    "gated delta hybrid": Contender(16, "gated_delta", {"pattern": _DELTA}),
-}
-"""Mixers of today, which the recipe `books_mixers` trains beside the others."""
-D_MODEL = 512
-
-
-class Entry(NamedTuple):
-    """What is trained: a contender, in bytes or in word pieces."""
-
-    contender: str
-    pieces: bool = False
-    dropout: float = 0.0
-
-
-_USUAL = {name: Entry(name) for name in CONTENDERS}
-_PIECES = {f"{name}, {PIECES}": Entry(name, True) for name in CONTENDERS}
-VARIANTS = {
-    f"{name}, dropout {DROPOUT:g}": entry._replace(dropout=DROPOUT) for name, entry in {**_USUAL, **_PIECES}.items()
-}
-"""Trained only when they are named: they say whether the others overfit."""
-_TODAY = {name: Entry(name) for name in TODAY}
-ENTRIES = {**_USUAL, **_PIECES, **VARIANTS, **_TODAY}
-
-
-class Sizes(NamedTuple):
-    """length, pieces: of windows in bytes, and in word pieces, which are about as long a text. looks: at the validation
-    book during a training. positions: bytes that are tested at once; word pieces, a quarter of it."""
-
-    length: int
-    pieces: int
-    batch_size: int
-    steps: int
-    looks: int
-    positions: int
-
-    @property
-    def every(self) -> int:
-        """Steps from one look to the next."""
-        return max(self.steps // self.looks, 1)
-
-
-class Shelf:
-    """The books on the device, in the tokens that are asked for, and what is trained on them."""
-
-    def __init__(self, context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer]) -> None:
-        self.context, self.texts, self.tokenizer = context, texts, tokenizer
-        usual = context.at(
-            full=Sizes(2048, 512, 16, 1800, 24, 2**16),
-            small=Sizes(256, 64, 8, 300, 6, 2**13),
-            tiny=Sizes(32, 16, 2, 4, 2, 2**10),
-        )
-        self.sizes = usual if context.steps is None else usual._replace(steps=context.steps)
-
-    @functools.cached_property
-    def bytes(self) -> Tokens:
-        return Tokens.of(self.texts, ByteTokenizer(), self.context.device)
-
-    @functools.cached_property
-    def pieces(self) -> Tokens:
-        return Tokens.of(self.texts, self.tokenizer(), self.context.device)
-
-    def of(self, entry: Entry) -> tuple[Tokens, int]:
-        """The tokens of an entry, and how many are in a window."""
-        return (self.pieces, self.sizes.pieces) if entry.pieces else (self.bytes, self.sizes.length)
-
-    def bits(self, entry: Entry, split: Split, model: SequenceModel) -> float:
-        positions = self.sizes.positions // (4 if entry.pieces else 1)  # the logits of a large vocabulary are, too
-        return split.bits(model, self.of(entry)[1], positions)
-
-    def make(self, entry: Entry, seed: int) -> SequenceModel:
-        of = (CONTENDERS | TODAY)[entry.contender]
-        at_least = len(of.more.get("pattern", [0]))
-        n_layers = self.context.at(
-            full=of.n_layers, small=max(of.n_layers // 4, at_least), tiny=max(of.n_layers // 9, at_least)
-        )
-        d_model = self.context.at(full=D_MODEL, small=64, tiny=16)
-        torch.manual_seed(seed)
-        vocab_size = self.of(entry)[0].vocab_size
-        model = causal_lm(vocab_size, d_model, n_layers, of.mixer, dropout=entry.dropout, **of.more)
-        return model.to(self.context.device)
-
-    def optimizer(self, rate: float, steps: int) -> OptimizerConfig:
-        """One for all but its rate."""
-        return OptimizerConfig(lr=rate, weight_decay=0.1, warmup_steps=min(100, steps // 4))
-
-    def tried(self, name: str, rate: float) -> float:
-        """Bits a byte of the validation book after a short training at this rate."""
-        entry, steps = ENTRIES[name], max(self.sizes.steps // TRIED, 1)
-        tokens, length = self.of(entry)
-
-        def trial(checkpoint: Path) -> dict[str, float]:
-            model = self.make(entry, seed=0)
-            batches = of_text(tokens.train, length, self.sizes.batch_size, seed=0)
-            config, dtype = self.optimizer(rate, steps), precision(self.context.device)
-            label = f"{name}, rate {rate:g}"
-            train(model, batches, steps, config, autocast=dtype, checkpoint=checkpoint, label=label)
-            return {"validation": self.bits(entry, tokens.validation, model)}
-
-        found = self.context.trial(f"{name} steps={steps} rate={rate:g}", trial)["validation"]
-        release()
-        return found
-
-    def rate(self, name: str) -> float:
-        """The rate with which the short training is best; that of a variant is the one of what it varies.
-
-        Raises UserError if all diverged.
-        """
-        usual = name.removesuffix(f", dropout {DROPOUT:g}")
-        found = {rate: self.tried(usual, rate) for rate in self.context.at(full=RATES, small=RATES, tiny=RATES[:1])}
-        finite = {rate: bits for rate, bits in found.items() if math.isfinite(bits)}
-        if not finite:
-            raise UserError(f"{usual} diverged at every rate ({', '.join(f'{rate:g}' for rate in found)}).")
-        return min(finite, key=finite.__getitem__)
-
-    def learned(self, name: str, rate: float, seed: int) -> dict[str, float]:
-        """Train, keep the weights that are best on the validation book, and test these once."""
-
-        def trial(checkpoint: Path) -> dict[str, float]:
-            return self._learn(name, rate, seed, checkpoint)
-
-        found = self.context.trial(f"{name} steps={self.sizes.steps} rate={rate:g} seed={seed}", trial)
-        release()
-        return found
-
-    def _learn(self, name: str, rate: float, seed: int, checkpoint: Path) -> dict[str, float]:
-        entry, of = ENTRIES[name], self.sizes
-        tokens, length = self.of(entry)
-        model = self.make(entry, seed)
-        curve_file, best_file = (checkpoint.with_suffix(f".{part}.pt") for part in ("curve", "best"))
-        curve: dict[int, float] = torch.load(curve_file, weights_only=True) if curve_file.exists() else {}
-
-        def look(step: int) -> None:
-            now = self.bits(entry, tokens.validation, model)
-            if now < min((bits for at, bits in curve.items() if at != step), default=math.inf):
-                with atomic_file(best_file) as file:
-                    torch.save(model.state_dict(), file)
-            curve[step] = now
-            with atomic_file(curve_file) as file:
-                torch.save(curve, file)
-
-        run = train(
-            model,
-            of_text(tokens.train, length, of.batch_size, seed),
-            of.steps,
-            self.optimizer(rate, of.steps),
-            autocast=precision(self.context.device),
-            checkpoint=checkpoint,
-            watch=look,
-            check_every=of.every,
-            label=f"{name}, seed {seed}",
-        )
-        if of.steps not in curve:
-            look(of.steps)
-        known = {step: bits for step, bits in curve.items() if math.isfinite(bits)}
-        best = min(known, key=known.__getitem__) if known else of.steps
-        if known:
-            model.load_state_dict(torch.load(best_file, map_location=self.context.device, weights_only=True))
-        read = of.steps * of.batch_size * length
-        return {
-            "bits": self.bits(entry, tokens.test, model),
-            "carried": tokens.test.carried(model),
-            "validation": known.get(best, math.nan),
-            "train_bits": run.loss / math.log(2) / tokens.bytes_per_token,
-            "best_at": best / of.steps,
-            "passes": read / len(tokens.train),
-            "rate": rate,
-            "captured": float(run.captured),
-            "as_run": run.seconds / 60,
-            "parameters": model.n_parameters(),
-            "inner": model.n_parameters() - tokens.vocab_size * model.backbone.d_model,
-            **{f"at {step}": bits for step, bits in sorted(curve.items())},
-        }
-
-    def speed(self, name: str) -> float:
-        """Bytes a second of training steps."""
-        entry = ENTRIES[name]
-        tokens, length = self.of(entry)
-        steps = self.context.at(full=100, small=10, tiny=2)
-
-        def trial(_: Path) -> dict[str, float]:
-            batches = of_text(tokens.train, length, self.sizes.batch_size, seed=0)
-            config, dtype = self.optimizer(1e-3, steps), precision(self.context.device)
-            run = train(self.make(entry, seed=0), batches, steps, config, autocast=dtype, label=f"speed of {name}")
-            read = self.sizes.batch_size * length * tokens.bytes_per_token
-            return {"bytes_per_s": run.steps_per_second * read}
-
-        found = self.context.trial(f"{name} speed", trial)["bytes_per_s"]
-        release()
-        return found
-
-    def bytes_read(self, name: str, steps: int) -> float:
-        tokens, length = self.of(ENTRIES[name])
-        return steps * self.sizes.batch_size * length * tokens.bytes_per_token
+Found = dict[str, dict[int, dict[str, float]]]
+"""What was learned, by name and seed."""
 
 
 def run(context: Context) -> list[Table]:
@@ -258,38 +43,126 @@ def run(context: Context) -> list[Table]:
 
 
 def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer]) -> list[Table]:
-    """The recipe on any books. tokenizer: makes that of the word pieces, when it is needed."""
-    context.wanted([*ENTRIES, FLOORS, SPEED])
-    of = Shelf(context, texts, tokenizer)
-    found: dict[str, dict[str, list[float]]] = {}
+    """The recipe on any books: whole, or the named pieces of it, or what is finished of all pieces and what is not.
 
-    def trained(names: Sequence[str], seeds: Sequence[int]) -> None:
-        for name in names:
-            rate = of.rate(name)
-            for seed in seeds:
-                for key, value in of.learned(name, rate, seed).items():
-                    found.setdefault(name, {}).setdefault(key, []).append(value)
-
-    if context.only:
-        trained([name for name in ENTRIES if name in context.only], context.seeds)
-    else:
-        trained(list(_USUAL), context.seeds[:1])
-        leading = sorted(_USUAL, key=lambda name: found[name]["validation"][0])[:LEADING]
-        trained(leading, context.seeds[1:])
-        trained([f"{name}, {PIECES}" for name in leading], context.seeds)
-    timed = list(found) or list(_USUAL)
-    speeds = {name: of.speed(name) for name in timed} if not context.only or SPEED in context.only else {}
-    made = [line_of(name, found.get(name, {}), of, speeds.get(name)) for name in dict.fromkeys([*found, *speeds])]
-    if not context.only or FLOORS in context.only:
+    tokenizer: makes that of the word pieces, when it is needed.
+    """
+    context.wanted([*ENTRIES, FLOORS, SPEED, FINISHED])
+    of, only = Shelf(context, texts, tokenizer), context.only
+    found = _finished(of) if FINISHED in only else _trained(of)
+    leading = _leading(found)
+    speeds = _speeds(of, found)
+    asked = [name for name in only if name in ENTRIES]
+    names = list(dict.fromkeys([*found, *speeds]))
+    if not only or (FINISHED in only and not asked):
+        pieces = [f"{name}, {PIECES}" for name in leading]
+        names = list(dict.fromkeys([*NAMES, *pieces, *names]))
+    elif FINISHED in only:
+        names = list(dict.fromkeys([*asked, *names]))
+    made = [line_of(name, found.get(name, {}), of, speeds.get(name)) for name in names]
+    rows = {line.name: line for line in made}
+    if not only or FLOORS in only:
         counted = context.trial(FLOORS, lambda _: floors(texts))
+    else:
+        counted = (context.finished(FLOORS) if FINISHED in only else None) or {}
+    if counted:
         bound = Bound("bits", "<=", counted["Markov bits"])
         for line in made:
             line.wanted = (bound,)
         made += _floor_lines(counted)
-    if not context.only:
+    if len(leading) == LEADING and not asked:
         made.append(_lead(leading[0], leading[1], found))
-    draw(context, "books.svg", of, found, speeds)
-    return [Table("Novels: bits a byte of books that training does not see", _about(of, made), COLUMNS, made)]
+    draw(context, "books.svg", of, {name: found[name] for name in found if name not in TODAY}, speeds)
+    said = [Table("Novels: bits a byte of books that training does not see", _about(of, made), COLUMNS, made)]
+    if any(name in TODAY for name in found):
+        said.append(_mixers(of, found, speeds, rows))
+    return said
+
+
+def _trained(of: Shelf) -> Found:
+    """Train what is asked for: all rates first, then seed after seed, so that what is there can be compared early."""
+    only, seeds = of.context.only, of.context.seeds
+    found: Found = {}
+
+    def train(names: Sequence[str]) -> None:
+        rates = {name: of.rate(name) for name in names}
+        for seed, name in itertools.product(seeds, names):
+            found.setdefault(name, {})[seed] = of.learned(name, rates[name], seed)
+
+    train([name for name in ENTRIES if name in only] if only else NAMES)
+    if not only:
+        train([f"{name}, {PIECES}" for name in _leading(found)])
+    return found
+
+
+def _finished(of: Shelf) -> Found:
+    """What earlier calls have trained, of what is named or of all."""
+    found: Found = {}
+    names = [name for name in ENTRIES if name in of.context.only] or ENTRIES
+    for name, seed in itertools.product(names, of.context.seeds):
+        if (one := of.finished(name, seed)) is not None:
+            found.setdefault(name, {})[seed] = one
+    return found
+
+
+def _leading(found: Found) -> list[str]:
+    """The contenders that lead on the validation book with the first seed, the best first; none until all have it."""
+    firsts = {name: next(iter(found[name].values()))["validation"] for name in USUAL if found.get(name)}
+    if len(firsts) < len(USUAL):
+        return []
+    order = sorted(firsts, key=lambda name: firsts[name] if math.isfinite(firsts[name]) else math.inf)
+    return order[:LEADING]
+
+
+def _speeds(of: Shelf, found: Found) -> dict[str, float]:
+    only = of.context.only
+    names = list(found) or list(USUAL)
+    if not only or SPEED in only:
+        return {name: of.speed(name) for name in names}
+    if FINISHED not in only:
+        return {}
+    known = {name: of.known_speed(name) for name in found}
+    return {name: speed for name, speed in known.items() if speed is not None}
+
+
+def _mixers(of: Shelf, found: Found, speeds: dict[str, float], rows: dict[str, Line]) -> Table:
+    """The mixers of today beside the published order."""
+    for name in PUBLISHED:
+        if name in rows:
+            rows[name].paper = f"{PUBLISHED[name]}"
+    made = [rows[name] for name in NAMES if name in rows]
+    made += _orders(found)
+    for file_name, some in PICTURES.items():
+        draw(of.context, file_name, of, {name: found[name] for name in some if name in found}, speeds)
+    about = about_training(of) + (
+        "Layers are as many as come to about the same number of parameters at one width. The hybrid of Mamba-2 has "
+        "attention without MLP in every fifth layer, that of the gated delta rule with one in every fourth. The "
+        "paper's figures are the average accuracy of downstream tasks at 1.3 B parameters, more being better. Pictures "
+        f"are in {' and '.join(PICTURES)}."
+    )
+    return Table("Novels: the mixers of today at one size", about, [*COLUMNS, _AHEAD], made)
+
+
+_AHEAD = Column("ahead", "seeds in which it is so", 0)
+
+
+def _orders(found: Found) -> list[Line]:
+    """Of neighbours in the published order: by how much the first is ahead, and in how many seeds."""
+    ranked = [name for name in sorted(PUBLISHED, key=lambda name: -PUBLISHED[name]) if found.get(name)]
+    made = []
+    for first, second in itertools.pairwise(ranked):
+        gains = _ahead(first, second, found, "bits")
+        if gains:
+            told = "as published" if statistics.mean(gains) > 0 else "the other way round than published"
+            values = {"bits": gains, "ahead": [float(sum(gain > 0 for gain in gains))]}
+            made.append(Line(f"{first} is ahead of {second} by", values, note=told))
+    return made
+
+
+def _ahead(first: str, second: str, found: Found, key: str) -> list[float]:
+    """By how much the first is ahead, in each seed that both have."""
+    both = [seed for seed in found[first] if seed in found[second]]
+    return [found[second][seed][key] - found[first][seed][key] for seed in both]
 
 
 COLUMNS = [
@@ -306,14 +179,25 @@ COLUMNS = [
 ]
 
 
-def line_of(name: str, values: dict[str, list[float]], of: Shelf, speed: float | None) -> Line:
+def line_of(name: str, seeds: dict[int, dict[str, float]], of: Shelf, speed: float | None) -> Line:
+    """Its values, and which of the seeds that are asked for are missing."""
+    values: dict[str, list[float]] = {}
+    for one in seeds.values():
+        for key, value in one.items():
+            values.setdefault(key, []).append(value)
     if "carried" in values:
         values["carried"] = [value for value in values["carried"] if math.isfinite(value)]
     if speed is not None:
-        values = {**values, "mb_per_s": [speed / 1e6]}
+        values["mb_per_s"] = [speed / 1e6]
         values["minutes"] = [of.bytes_read(name, of.sizes.steps) / speed / 60]
     eager = of.context.device.type == "cuda" and 0.0 in values.get("captured", ())
-    return Line(name, values, note="steps were not captured" if eager else "")
+    notes = ["steps were not captured"] if eager else []
+    missing = [seed for seed in of.context.seeds if seed not in seeds]
+    if missing and (FINISHED in of.context.only or seeds):
+        notes.append(f"missing: seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}")
+    if FINISHED in of.context.only and speed is None:
+        notes.append("speed not measured")
+    return Line(name, values, note="; ".join(notes))
 
 
 def _floor_lines(found: dict[str, float]) -> list[Line]:
@@ -329,27 +213,22 @@ def _floor_lines(found: dict[str, float]) -> list[Line]:
     ]
 
 
-def _lead(first: str, second: str, found: dict[str, dict[str, list[float]]]) -> Line:
+def _lead(first: str, second: str, found: Found) -> Line:
     """By how much the first of the two is ahead, seed by seed."""
-    ahead = {
-        key: [b - a for a, b in zip(found[first][key], found[second][key], strict=True)]
-        for key in ("bits", "validation")
-    }
+    ahead = {key: _ahead(first, second, found, key) for key in ("bits", "validation")}
     signs = {gain > 0 for gain in ahead["bits"]}
     said = "in some of the seeds" if len(signs) > 1 else "in every seed" if True in signs else "in no seed"
     return Line(f"{first} is ahead of {second} by", ahead, note=f"on the test books: {said}")
 
 
-def draw(
-    context: Context, file_name: str, of: Shelf, found: dict[str, dict[str, list[float]]], speeds: dict[str, float]
-) -> None:
+def draw(context: Context, file_name: str, of: Shelf, found: Found, speeds: dict[str, float]) -> None:
     """Write a picture into the recipe's folder: the validation book's bits, the mean of the seeds, against what was
     read and, where speeds are known, against time. A training's first look is left out: it would set the scale."""
     read, time, named = [], [], []
     for number, name in enumerate(name for name in found if name not in VARIANTS):
-        values = found[name]
-        steps = sorted(int(key.removeprefix("at ")) for key in values if key.startswith("at "))[1:]
-        ys = [float(np.mean(values[f"at {step}"])) for step in steps]
+        seeds = list(found[name].values())
+        steps = sorted(int(key.removeprefix("at ")) for key in seeds[0] if key.startswith("at "))[1:]
+        ys = [float(np.mean([one[f"at {step}"] for one in seeds])) for step in steps]
         megabytes = [of.bytes_read(name, step) / 1e6 for step in steps]
         kind, colour = "dots" if number % 2 else "curve", number // 2 % 3
         read.append(Curve("", megabytes, ys, kind, colour))
@@ -392,8 +271,9 @@ def about_training(of: Shelf) -> str:
         f"two sets. {sizes.steps:,} steps of {sizes.batch_size} windows of {sizes.length:,} bytes "
         f"({of.bytes_read('Mamba', sizes.steps) / len(of.bytes.train):.1f} passes), the same windows in the same order "
         f"for all with one seed. Attention is rotary, with a SwiGLU MLP behind it in the Transformer. AdamW, warm-up "
-        f"and cosine, {PRECISION}. The peak rate of each is the best of {', '.join(f'{rate:g}' for rate in RATES)} on "
-        f"the validation book after one {TRIED}th of the steps. The validation book is read "
+        f"and cosine, {PRECISION}. The peak rate of each is the best on the validation book after one {TRIED}th of the "
+        f"steps, of {', '.join(f'{rate:g}' for rate in RATES)}: from the middle on to the better side. The "
+        "validation book is read "
         f"{len(range(sizes.every, sizes.steps + 1, sizes.every))} times, at fixed steps; the weights that are best "
         "there are tested once, in pieces of a window that know only themselves, and, where the state does not grow, "
         "over whole books by the state passed on. "
@@ -410,10 +290,16 @@ def _about(of: Shelf, made: Sequence[Line]) -> str:
         said += "Minutes are those of all steps at the speed of a hundred steps with the GPU for themselves. "
     if not of.context.only:
         said += (
-            f"One seed for all, {seeds} for the {LEADING} that lead on validation, in bytes and in word pieces; the "
-            "verdict is whether a model is better than the best count model. A picture is in books.svg."
+            f"{seeds} seeds for all; the {LEADING} of {', '.join(USUAL)} that lead on validation in word pieces too; "
+            "the verdict is whether a model is better than the best count model. A picture is in books.svg."
         )
     return said.rstrip()
 
 
-recipe = Recipe(run, seeds=3, brings=True, by_steps=True)
+recipe = Recipe(
+    run,
+    seeds=3,
+    brings=True,
+    by_steps=True,
+    settings=("mambaseq_text.recipes.books_training", "mambaseq_text.recipes.shelf"),
+)
