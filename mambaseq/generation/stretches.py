@@ -139,7 +139,7 @@ class Stretches:
     def __init__(self, model: SequenceModel, state: list[Any], condition: Tensor | None, batch_size: int = 1) -> None:
         head: Any = model.head
         weight = head.linear.weight
-        self._windows: list[tuple[Any, Tensor]] = []  # a pool's state and its window of positions
+        self._windows: list[tuple[Any, Tensor, Tensor]] = []  # a pool's state, its window of positions, what it holds
         self._phases: list[Phase] = []
         self._pools: list[int] = []
         self._device, self._d_model, self._batch = weight.device, weight.shape[1], batch_size
@@ -148,14 +148,15 @@ class Stretches:
         if isinstance(backbone, UNet):
             stream = self._add_tier(backbone.top, state, stream, 0, None)
         else:
-            self._add_layers(backbone.layers, state, stream, 0, {})
+            stream = self._add_layers(backbone.layers, state, stream, 0, {})
         norm: RMSNorm = backbone.norm_f
-        logits = self._vector(-(-len(weight) // 4) * 4)
+        logits = self._vector(2 * -(-len(weight) // 4) * 4)
         self._phases[0] = self._phases[0]._replace(flags=self._phases[0].flags | stretch.EMBEDS)
         self._phases.append(self._linear(stretch.LINEAR, 0, weight, None, logits, source=stream, norm=norm))
-        counts = [int(pool_state.count[0]) for pool_state, _ in self._windows]
-        for pool_state, window in self._windows:
-            window[:, : pool_state.begun[0].numel()] = pool_state.begun.flatten(1)
+        counts = [int(pool_state.count[0]) for pool_state, *_ in self._windows]
+        for pool_state, window, held in self._windows:
+            stretch.values(window)[:, : pool_state.begun[0].numel()] = pool_state.begun.flatten(1)
+            stretch.values(held).copy_(pool_state.held)
         encoder: Any = model.encoder
         embedding = encoder.embedding.weight.detach()
         embedded = None if condition is None else encoder.condition(condition).detach().contiguous()
@@ -175,34 +176,34 @@ class Stretches:
         """See `Stretch.run`. Afterwards the state is that before the last returned token."""
         filters = {"top_k": top_k, "top_p": top_p} if self._device.type == "cpu" else {}
         tokens, failed = self._stretch.run(token, n, temperature, uniforms, **filters)
-        for number, (state, window) in enumerate(self._windows):
+        for number, (state, window, held) in enumerate(self._windows):
             state.count.fill_(self._stretch.counts[number])
-            begun = window[:, : state.begun[0].numel()].view_as(state.begun)
+            state.held.copy_(stretch.values(held))
+            begun = stretch.values(window)[:, : state.begun[0].numel()].reshape(state.begun.shape)
             is_begun = torch.arange(begun.shape[1], device=self._device) < state.count[:, None]
             state.begun.copy_(torch.where(is_begun[..., None], begun, 0.0))
         return tokens, failed
 
     def _vector(self, size: int) -> Tensor:
-        return torch.zeros(self._batch, size, device=self._device)
+        return stretch.vector(self._batch, size, self._device)
 
     def _add_tier(self, tier: Tier, state: list[Any], stream: Tensor, level: int, copy: Tensor | None) -> Tensor:
         """A tier's phases. Returns the stream after it, which its last phase also writes to `copy`."""
         if tier.pool is None or tier.inner is None:
-            self._add_layers(tier.down, state, stream, level, {"copy": copy})
-            return stream
+            return self._add_layers(tier.down, state, stream, level, {"copy": copy})
         down, pooled, inner, up = tier.states(state)
         pool, number = tier.pool, len(self._pools)
         self._pools.append(pool.pool)
-        window, behind = self._vector(pool.pool * pool.d_model), self._vector(pool.d_model)
-        self._windows.append((pooled, window))
-        held = pooled.held
+        window, held = self._vector(pool.pool * pool.d_model), self._vector(pool.d_coarse)
+        self._windows.append((pooled, window, held))
         more = {"window": window, "up": pool.up.weight.detach(), "held": held, "held_cols": pool.d_coarse}
-        self._add_layers(tier.down, down, stream, level, {**more, "pool": number, "out": behind})
+        behind = self._add_layers(tier.down, down, stream, level, {**more, "pool": number})
         coarse = self._vector(pool.d_coarse)
-        self._phases.append(self._linear(stretch.LINEAR, level + 1, pool.down.weight, None, coarse, source=window))
+        self._phases.append(
+            self._linear(stretch.LINEAR, level + 1, pool.down.weight, None, coarse, source=window, pool=number)
+        )
         self._add_tier(tier.inner, inner, coarse, level + 1, held)
-        self._add_layers(tier.up, up, behind, level, {"copy": copy})
-        return behind
+        return self._add_layers(tier.up, up, behind, level, {"copy": copy})
 
     def _linear(
         self,
@@ -231,8 +232,9 @@ class Stretches:
             **more,
         )
 
-    def _add_layers(self, layers: Any, states: list[Any], stream: Tensor, level: int, last: dict[str, Any]) -> None:
-        """Phases of residual layers over a stream, which is changed in place; `last`: fields of the last phase."""
+    def _add_layers(self, layers: Any, states: list[Any], stream: Tensor, level: int, last: dict[str, Any]) -> Tensor:
+        """Phases of residual layers; `last`: fields of the last phase. Returns the stream after them: each layer has
+        its own, so that none is written before all have read it."""
         for number, (layer, state) in enumerate(zip(layers, states, strict=True)):
             mixer: Any = layer.mixer
             more = {"source": stream, "residual": stream, "norm": layer.norm}
@@ -277,6 +279,7 @@ class Stretches:
                 self._phases.append(
                     self._linear(stretch.GATED, level, weight, bias, made, halves, flags=kind_of, **more)
                 )
+            residual, stream = stream, self._vector(mixer.d_model)
             self._phases.append(
                 self._linear(
                     stretch.OUT,
@@ -286,12 +289,13 @@ class Stretches:
                     stream,
                     2 if flags else 1,
                     source=made,
-                    residual=stream,
+                    residual=residual,
                     flags=flags,
                 )
             )
             if number + 1 == len(layers):
                 self._phases[-1] = self._phases[-1]._replace(**last)
+        return stream
 
     def _add_selective(self, mixer: Mamba, state: Any, level: int, more: dict[str, Any]) -> Tensor:
         """All phases of a selective block but the last. Returns what the last one reads."""

@@ -1,7 +1,8 @@
 """Many positions of some sequences by one kernel on a GPU (stretch.cu). What a model computes at a position, and the
-drawing of the next token, is a list of phases with a barrier between them over the blocks that have a sequence: the
-whole GPU for one, a part of it each for several. For a small model, launching a kernel for each phase, even from a
-graph, takes longer than the phases themselves.
+drawing of the next token, is a list of phases, whose rows are shared by the blocks that have some sequences: the whole
+GPU for one, a part of it each for several. For a small model, launching a kernel for each phase, even from a graph,
+takes longer than the phases themselves; and so does a barrier, so that each number is passed on with the number of its
+step, for which others wait.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ MOST_PHASES = 200  # that fit into a block's memory
 MOST_POOLS = 4
 MOST_READ = 2**27  # weights that a position of several sequences reads on average, from a GPU's second cache
 CACHED = 2**21  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
-_THREADS, _MANY_THREADS = 256, 1024
-"""Of a block whose warps have a row of a phase each, which they hold, and of one whose warps have more."""
+_THREADS, _MANY_THREADS = 256, 512
+"""Of a block whose warps have a row of a phase each, and of one whose warps have more."""
+_MOST_AT_ONCE = 8  # sequences of which a warp has a row
+_FEWEST_BLOCKS = 12  # that have some sequences: more sequences at once rather than fewer blocks
+_MOST_HELD = 128  # states of a row that a warp holds for all of its sequences
 OWN = ("source", "out", "state", "conv_state", "residual", "window", "copy", "held")
 """Tensors of a phase of which each sequence has its own: the first dimension."""
 _LINE = 32  # numbers between the counters of barriers, so that no two share a cache line
 
 
 class Phase(NamedTuple):
-    """`rows` of a linear map, each by a warp, and what is done with them. Tensors are float32 and contiguous.
+    """`rows` of a linear map, each by a warp, and what is done with them. Tensors are float32 and contiguous. On a GPU
+    vectors (see `vector`) are in pairs of a number and the step that it is of, and written once a step.
 
-    LINEAR  out = weight in + bias.
+    LINEAR  out = weight in + bias. With a pool, `in` is its window.
     OUT     the same, gated by its other half (GLU) and added to `residual`. The sum goes to `out`, with
             what row `count * rows + row` of `up` makes of `held`, and to `copy`; without that to `window`, at the
             place of the pool's count.
@@ -104,13 +109,25 @@ class Phase(NamedTuple):
         return [v.stride(0) * v.element_size() if name in OWN and v is not None else 0 for name, v in values]
 
 
+def vector(batch: int, size: int, device: torch.device) -> Tensor:
+    """What a phase writes, or, of pools, is read first: `(batch, size)` float32, and on a GPU `(batch, size, 2)`, where
+    the first of two is the number (see `values`)."""
+    return torch.zeros((batch, size, 2) if device.type == "cuda" else (batch, size), device=device)
+
+
+def values(vector: Tensor) -> Tensor:
+    """The numbers of a vector, `(batch, size)`, as a view."""
+    return vector[..., 0] if vector.ndim == 3 else vector
+
+
 class Stretch:
     """Steps of a model as phases.
 
     Args:
         phases: in their order; the last makes the logits. Tensors of `OWN` have the sequence first.
         embedding: `(vocabulary, d_model)` float32. condition: `(batch, d_model)` float32, added to it, or None.
-        logits: `(batch, room)` float32, where the last phase leaves them; room for a multiple of 4 of them.
+        logits: where the last phase leaves them, a vector of twice a multiple of 4 of them: odd steps take its second
+            half.
         counts: how far each pool's window is, in all sequences. pools: positions that each makes one of.
     """
 
@@ -128,10 +145,9 @@ class Stretch:
         self._program = torch.tensor([phase.words() for phase in phases], dtype=torch.int64, device=device)
         self._strides = torch.tensor([phase.strides() for phase in phases], dtype=torch.int64, device=device)
         self._embedding, self._condition, self._logits = embedding, condition, logits
-        self.counts, self._pools = counts, pools
-        self._groups = min(len(logits), processors(device.index))
-        self._blocks = processors(device.index) // self._groups  # that have a sequence
-        settings = macros(phases, len(embedding), self._blocks)
+        self.counts, self._pools, self._steps = counts, pools, 0  # steps: taken before
+        self._shares = Shares.of(phases, len(logits), processors(device.index))
+        settings = macros(phases, len(embedding), self._shares)
         self._kernel = _kernel(tuple(settings.items()), device.index, len(phases))
 
     def run(self, token: Tensor, n_steps: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -140,25 +156,26 @@ class Stretch:
 
         Returns the tokens `(batch, n_steps)` int64, and whether some logits were no finite numbers `(1,)` int32.
         """
-        device, batch = token.device, len(self._logits)
+        device, batch, logits = token.device, len(self._logits), self._logits
         tokens = torch.empty(batch, n_steps, dtype=torch.int64, device=device)
-        # what has failed; from the second line on, what has come to each barrier
-        shared = torch.zeros((self._groups + 1) * _LINE, dtype=torch.int32, device=device)
+        failed = torch.zeros(1, dtype=torch.int32, device=device)
         uniforms = None if uniforms is None else uniforms.contiguous()
         with torch.cuda.device(device):
             self._kernel(
-                self._groups * self._blocks,
+                self._shares.groups * self._shares.blocks,
                 self._program,
                 self._strides,
                 len(self._program),
                 n_steps,
                 batch,
-                self._groups,
+                self._shares.groups,
+                self._steps % 2**32,
                 self._embedding,
                 self._condition,
                 self._embedding.shape[1],
-                self._logits,
-                self._logits.stride(0),
+                logits,
+                logits.stride(0) * logits.element_size(),
+                logits.shape[1] // 2,
                 len(self._embedding),
                 torch.tensor([temperature], dtype=torch.float64, device=device),
                 uniforms,
@@ -167,11 +184,41 @@ class Stretch:
                 torch.tensor([*self.counts, 0], dtype=torch.int64, device=device),
                 torch.tensor([*self._pools, 1], dtype=torch.int64, device=device),
                 len(self._pools),
-                shared[_LINE:],
-                shared,
+                failed,
             )
         self.counts = moved(self.counts, self._pools, n_steps)
-        return tokens, shared[:1]
+        self._steps += n_steps
+        return tokens, failed
+
+
+class Shares(NamedTuple):
+    """How a GPU is shared: groups of blocks, each of so many sequences at once."""
+
+    groups: int
+    blocks: int  # of a group
+    sequences: int
+    threads: int  # of a block
+
+    @classmethod
+    def of(cls, phases: list[Phase], batch: int, processors: int) -> Shares:
+        """For a batch on a GPU of so many multiprocessors: as few sequences at once as leave a group enough blocks.
+
+        >>> Shares.of([Phase(LINEAR, 0, 256, 88)], 64, 132)
+        Shares(groups=8, blocks=16, sequences=8, threads=512)
+        """
+        n_states = max(phase.n_states for phase in phases)
+        held = -(-n_states // 32) * min(32, _power_of_two(n_states))
+        sequences = 1
+        while (
+            processors // -(-batch // sequences) < _FEWEST_BLOCKS
+            and sequences < min(_MOST_AT_ONCE, batch)
+            and 2 * sequences * held <= _MOST_HELD
+        ):
+            sequences *= 2
+        groups = min(-(-batch // sequences), processors)
+        blocks = min(processors // groups, phases[-1].rows)  # each with rows of the last phase
+        fits = sequences == 1 and max(phase.rows for phase in phases) <= blocks * _THREADS // 32
+        return cls(groups, blocks, sequences, _THREADS if fits else _MANY_THREADS)
 
 
 def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
@@ -187,28 +234,42 @@ def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
     return found
 
 
-def macros(phases: list[Phase], vocabulary: int, blocks: int) -> dict[str, int]:
+def macros(phases: list[Phase], vocabulary: int, shares: Shares) -> dict[str, int]:
     """What stretch.cu is compiled with: no more than these phases need, since a phase is as fast as one warp is."""
-    longest = max(max(phase.cols, phase.held_cols) for phase in phases)
+    lengths = {phase.cols for phase in phases} | {phase.held_cols for phase in phases if phase.up is not None}
+    rooms = [phase.held_cols if phase.kind == SCAN else phase.cols + phase.held_cols for phase in phases]
     states = max(phase.n_states for phase in phases)
-    single = max(phase.rows for phase in phases) <= blocks * _THREADS // 32
     alike = {bool(phase.flags & COMPLEX) for phase in phases if phase.n_states}
     return {
-        "THREADS": _THREADS if single else _MANY_THREADS,
-        "PIECES": -(-longest // 128),
+        "THREADS": shares.threads,
+        "SEQUENCES": shares.sequences,
+        "ROOM": max(*rooms, -(-vocabulary // 4) * 4),
+        "PIECES": -(-max(lengths) // 128),
+        "USED": functools.reduce(operator.or_, (1 << -(-length // 128) for length in lengths)),
         "HELD": -(-max(1, states) // 32),
+        "STATES": min(32, _power_of_two(states)),
+        "TAPS": min(32, _power_of_two(max(phase.width for phase in phases) - 1)),
         "CHOICES": -(-vocabulary // 32),
         "KINDS": functools.reduce(operator.or_, (1 << phase.kind for phase in phases)),
         "FLAGS": functools.reduce(operator.or_, (phase.flags for phase in phases)),
         "COMPLEX_STATES": 2 if len(alike) > 1 else int(True in alike),
         "BIASED": int(any(phase.bias is not None for phase in phases)),
         "POOLED": int(any(phase.pool >= 0 for phase in phases)),
-        "SINGLE": int(single),
     }
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n, at least 1."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.cache
 def _kernel(settings: tuple[tuple[str, int], ...], device: int, phases: int) -> nvrtc.Kernel:
-    shared = phases * len(Phase._fields) * 8
     macros = dict(settings)
+    shared = shared_bytes(macros, phases)
     return nvrtc.kernel((FILE,), "stretch", macros, macros["THREADS"], shared, device, cooperative=True)
+
+
+def shared_bytes(macros: dict[str, int], phases: int) -> int:
+    """Of a block: two vectors of each sequence, 8 tokens, and the phases with their strides."""
+    return 8 * macros["SEQUENCES"] * macros["ROOM"] + 32 + 2 * phases * len(Phase._fields) * 8
