@@ -107,6 +107,29 @@ def test_stretches_equal_steps(kind: str, begun: int, batch: int, device: str) -
             assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-6), name
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["lti, real", "selective", "selective, complex", "s4d", "unet"])
+def test_a_sequence_among_many_is_what_it_is_alone(kind: str) -> None:
+    """To the last bit, tokens and states, however many sequences a warp has a row of."""
+    model = model_of(*MODELS[kind]).cuda()
+    batch = 70
+    token = torch.arange(batch, device="cuda") % 50
+    uniforms = torch.rand(batch, 30, dtype=torch.float64, device="cuda")
+    together = model.init_state(batch, device="cuda")
+    stretches = Stretches(model, together, None, batch)
+    parts = [stretches.run(token, 20, 0.9, uniforms[:, :20])[0]]
+    parts.append(stretches.run(parts[0][:, -1], 10, 0.9, uniforms[:, 20:])[0])
+    found = torch.cat(parts, 1)
+    for row in (0, 7, 33, 69):
+        state = model.init_state(1, device="cuda")
+        alone, _ = Stretches(model, state, None, 1).run(token[row : row + 1], 30, 0.9, uniforms[row : row + 1])
+        assert torch.equal(alone[0], found[row])
+        for one, other in zip(state, together, strict=True):
+            for name, value in one.tensors().items():
+                assert torch.equal(value[0], other.tensors()[name][row]), name
+
+
 FILTERS: list[dict[str, Any]] = [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8}]
 
 
