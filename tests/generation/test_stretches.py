@@ -116,13 +116,13 @@ def test_a_sequence_among_many_is_what_it_is_alone(kind: str) -> None:
     batch = 70
     token = torch.arange(batch, device="cuda") % 50
     uniforms = torch.rand(batch, 30, dtype=torch.float64, device="cuda")
-    together = model.init_state(batch, device="cuda")
+    together = model.init_state(batch)
     stretches = Stretches(model, together, None, batch)
     parts = [stretches.run(token, 20, 0.9, uniforms[:, :20])[0]]
     parts.append(stretches.run(parts[0][:, -1], 10, 0.9, uniforms[:, 20:])[0])
     found = torch.cat(parts, 1)
     for row in (0, 7, 33, 69):
-        state = model.init_state(1, device="cuda")
+        state = model.init_state(1)
         alone, _ = Stretches(model, state, None, 1).run(token[row : row + 1], 30, 0.9, uniforms[row : row + 1])
         assert torch.equal(alone[0], found[row])
         for one, other in zip(state, together, strict=True):
