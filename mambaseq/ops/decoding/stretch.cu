@@ -89,6 +89,9 @@ __device__ __forceinline__ void stage(float *to, const float *from, i64 apart, i
     from = of(from, apart, own), to += sequence * ROOM;
     for (int first = threadIdx.x % TEAM * 2; first < n; first += TEAM * 8) {
         u64 u[4], v[4];
+        u32 wanted[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) wanted[i] = first + i * TEAM * 2 < n ? step_of(first + i * TEAM * 2) : 0;
         bool early;
         do {
             early = false;
@@ -96,12 +99,8 @@ __device__ __forceinline__ void stage(float *to, const float *from, i64 apart, i
             for (int i = 0; i < 4; i++)
                 if (first + i * TEAM * 2 < n) load_pairs(from + 2 * (i64)(first + i * TEAM * 2), u[i], v[i]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = first + i * TEAM * 2;
-                if (at >= n) continue;
-                const u32 wanted = step_of(at);
-                early |= wanted && ((u32)(u[i] >> 32) != wanted || (u32)(v[i] >> 32) != wanted);
-            }
+            for (int i = 0; i < 4; i++)
+                early |= wanted[i] && ((u32)(u[i] >> 32) != wanted[i] || (u32)(v[i] >> 32) != wanted[i]);
         } while (early);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
