@@ -29,8 +29,11 @@ MOST_PHASES = 200  # that fit into a block's memory
 MOST_POOLS = 4
 MOST_READ = 2**27  # weights that a position of several sequences reads on average, from a GPU's second cache
 CACHED = 2**21  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
-_THREADS, _MANY_THREADS = 256, 512
-"""Of a block whose warps have a row of a phase each, and of one whose warps have more."""
+_THREADS, _MANY_THREADS = 256, 384
+"""Of a block whose warps have a row of a phase each, and of one whose warps have more. Samples a second of U-Nets of
+6 M weights (H200), 64 sequences, with 256, 384 and 512 threads: time-invariant 671,000, 618,000 and 411,000; selective
+403,000, 456,000 and 311,000. Registers decide: a thread has 255, 168 or 128, and a row of 8 sequences takes more than
+168 where states are complex."""
 _MOST_AT_ONCE = 8  # sequences of which a warp has a row
 _FEWEST_BLOCKS = 12  # that have some sequences: more sequences at once rather than fewer blocks
 _MOST_HELD = 128  # states of a row that a warp holds for all of its sequences
@@ -204,7 +207,7 @@ class Shares(NamedTuple):
         """For a batch on a GPU of so many multiprocessors: as few sequences at once as leave a group enough blocks.
 
         >>> Shares.of([Phase(LINEAR, 0, 256, 88)], 64, 132)
-        Shares(groups=8, blocks=16, sequences=8, threads=512)
+        Shares(groups=8, blocks=16, sequences=8, threads=384)
         """
         n_states = max(phase.n_states for phase in phases)
         held = -(-n_states // 32) * min(32, _power_of_two(n_states))
@@ -217,8 +220,9 @@ class Shares(NamedTuple):
             sequences *= 2
         groups = min(-(-batch // sequences), processors)
         blocks = min(processors // groups, phases[-1].rows)  # each with rows of the last phase
-        fits = sequences == 1 and max(phase.rows for phase in phases) <= blocks * _THREADS // 32
-        return cls(groups, blocks, sequences, _THREADS if fits else _MANY_THREADS)
+        alone = sequences == 1 and max(phase.rows for phase in phases) <= blocks * _THREADS // 32
+        large = sequences == _MOST_AT_ONCE and any(phase.flags & COMPLEX for phase in phases)
+        return cls(groups, blocks, sequences, _THREADS if alone or large else _MANY_THREADS)
 
 
 def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
