@@ -321,7 +321,7 @@ class Stretches:
                 dt_proj.bias,
                 made,
                 source=products,
-                held_cols=products.shape[1],
+                held_cols=len(x_proj),
                 residual=inputs,
                 copy=gates,
                 a=A.contiguous(),

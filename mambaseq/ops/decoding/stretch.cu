@@ -81,7 +81,8 @@ __device__ __forceinline__ void tell(float *vector, int at, float v, u32 step) {
 // What this warp told of itself.
 __device__ __forceinline__ float told(const float *vector, int at) { return __ldcg(vector + 2 * (i64)at); }
 // n numbers of each sequence, which others tell, for all threads of this block: those of the step that `step_of` a place
-// says, or, where it says 0, whatever there is.
+// says, or, where it says 0, whatever there is. All n must be told: a number that nobody tells is waited for without end. Of an
+// odd n the last has a neighbour, which is not waited for.
 template <class Steps>
 __device__ __forceinline__ void stage(float *to, const float *from, i64 apart, int last, int n, Steps step_of) {
     const int sequence = threadIdx.x / TEAM, own = min(sequence, last);
@@ -100,7 +101,8 @@ __device__ __forceinline__ void stage(float *to, const float *from, i64 apart, i
                 if (first + i * TEAM * 2 < n) load_pairs(from + 2 * (i64)(first + i * TEAM * 2), u[i], v[i]);
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                early |= wanted[i] && ((u32)(u[i] >> 32) != wanted[i] || (u32)(v[i] >> 32) != wanted[i]);
+                early |= wanted[i] && ((u32)(u[i] >> 32) != wanted[i] ||
+                                       (first + i * TEAM * 2 + 1 < n && (u32)(v[i] >> 32) != wanted[i]));
         } while (early);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -523,7 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float *const staged = vectors + turn * SEQUENCES * ROOM;
             turn ^= 1;
             stage(staged, of(logits, logits_stride, begin) + (current & 1) * (i64)logits_turn * 2, logits_stride, last,
-                  logits_turn, [&](int at) { return at < vocabulary ? current : 0; });
+                  vocabulary, [&](int) { return current; });
             __syncthreads();
             if (warp < SEQUENCES) {
                 const int own = begin + min(warp, last);

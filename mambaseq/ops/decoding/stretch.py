@@ -247,7 +247,7 @@ def macros(phases: list[Phase], vocabulary: int, shares: Shares) -> dict[str, in
     return {
         "THREADS": shares.threads,
         "SEQUENCES": shares.sequences,
-        "ROOM": max(*rooms, -(-vocabulary // 4) * 4),
+        "ROOM": -(-max(*rooms, vocabulary) // 4) * 4,
         "PIECES": -(-max(lengths) // 128),
         "USED": functools.reduce(operator.or_, (1 << -(-length // 128) for length in lengths)),
         "HELD": -(-max(1, states) // 32),
