@@ -129,9 +129,7 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert len(soundfile.read(ogg)[0]) > 2 * spoken.RATE // 8
     from mambaseq.runs.run import load
 
-    made = load(tmp_path / "models" / "LTI_U-Net-0.05min-seed0").generate(
-        condition="digit=1 speaker=bob", max_new_tokens=4
-    )
+    made = load(tmp_path / "models" / "LTI_U-Net-0.05min-seed0").generate(condition="1 bob", max_new_tokens=4)
     assert len(made.sequences[0]) == 4
     again = spoken_digits.tables(context(tmp_path, *only), recordings)  # from the finished trials
     assert again[1].lines[0].values == of
@@ -158,10 +156,9 @@ def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monk
     digits = spoken_digits.Digits(context(tmp_path), recordings)
     of = spoken_training.CONTENDERS[spoken_digits.LTI]
     with pytest.raises(UserError, match="LTI U-Net diverged"):
-        spoken_training.learn(digits, spoken_digits.LTI, of, 0, 1e-3, 0.01, tmp_path / "trial")
+        spoken_training.learn(digits, spoken_digits.LTI, of, 0, 0.01, tmp_path / "trial")
     for _ in range(2):  # run, and read from its file
         assert math.isnan(spoken_training.tried(digits, spoken_digits.LTI, 1e-3)["validation"])
-    assert spoken_training.best_rate({1e-3: math.nan, 2e-3: 4.0, 3e-3: 4.1}) == 2e-3
 
 
 def test_clips_are_the_samples_of_their_levels(tmp_path: Path) -> None:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mambaseq.atomic import atomic_folder
 from mambaseq.batch import Batch
-from mambaseq.conditions import Condition
-from mambaseq.conditions import row as condition_row
 from mambaseq.data.archives import unpack
 from mambaseq.data.cache import locate
 from mambaseq.data.drawing import below, words
@@ -78,32 +76,10 @@ class Recordings(NamedTuple):
         codec = MuLaw()
         return [codec.encode(self.signals[i] / _FULL_SCALE) for i in chosen]
 
-    def conditions(self, train: np.ndarray, with_speaker: bool = True) -> tuple[list[Condition], np.ndarray]:
-        """What recordings are conditioned on, and a row of it for each, `(recordings, conditions)` int64 (see
-        `mambaseq.conditions.row`): the digit, the speaker and how long the recording lasts.
-
-        train: indices of the training recordings.
-        """
-        seconds = np.array([len(signal) for signal in self.signals]) / RATE
-        heard = seconds[train]
-        described = [
-            Condition("digit", tuple(str(digit) for digit in range(int(self.digits.max()) + 1)), missing=True),
-            Condition("speaker", tuple(self.names), missing=True),
-            Condition(
-                "seconds",
-                low=float(heard.min()),
-                high=float(heard.max()),
-                mean=float(heard.mean()),
-                std=float(heard.std()),
-                missing=True,
-            ),
-        ]
-        ids = zip(self.digits.tolist(), self.speakers.tolist(), strict=True)
-        rows = [
-            condition_row([digit, speaker] if with_speaker else [digit], [length])
-            for (digit, speaker), length in zip(ids, seconds.tolist(), strict=True)
-        ]
-        return described if with_speaker else [described[0], described[2]], np.array(rows, dtype=np.int64)
+    def conditions(self, with_speaker: bool = True) -> np.ndarray:
+        """`(recordings,)` int64: the digit and the speaker as one name, or the digit. Told apart, and with the length
+        as a third, models of equal size and time are heard less often as what they were asked for."""
+        return self.digits * len(self.names) + self.speakers if with_speaker else self.digits
 
 
 SAMPLED = {"tiny": (0, 1, 5, 6, 47), "small": tuple(range(50))}
@@ -182,7 +158,7 @@ class Rows:
     """Rows of `length` samples on the device, drawn so that every sample of every recording is about as frequent: short
     recordings whole and padded, long ones from any place.
 
-    signals: `(length,)` int16 each. conditions: `(recordings, conditions)` int64.
+    signals: `(length,)` int16 each. conditions: `(recordings,)` int64.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,10 +37,8 @@ from mambaseq_audio.recipes.spoken_training import (
     RATES,
     VARIANTS,
     Contender,
-    best_rate,
     export,
     learn,
-    rates_of,
     tried,
 )
 from mambaseq_audio.scores import scores
@@ -65,7 +62,10 @@ class Digits:
         self.context, self.folder, self.held = context, folder, held
         self.recordings: Recordings = spoken.load(folder)
         self.split = self.recordings.split(held)
-        self.described, self.conditions = self.recordings.conditions(self.split["train"], with_speaker=not held)
+        self.conditions = self.recordings.conditions(with_speaker=not held)
+        speakers = [""] if held else self.recordings.names
+        n_digits = int(self.recordings.digits.max()) + 1
+        self.names = [f"{digit} {speaker}".strip() for digit in range(n_digits) for speaker in speakers]
 
     @property
     def minutes(self) -> float:
@@ -145,9 +145,9 @@ class Digits:
         return {**found, "accuracy": float((heard == digits).mean())}
 
 
-def _trial(digits: Digits, name: str, of: Contender, seed: int, rate: float, checkpoint: Path) -> dict[str, float]:
+def _trial(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path) -> dict[str, float]:
     """Train, export the model; bits a sample."""
-    found = learn(digits, name, of, seed, rate, digits.minutes, checkpoint)
+    found = learn(digits, name, of, seed, digits.minutes, checkpoint)
     model, run = found.model, found.run
     export(digits, model, digits.context.folder / "models" / _stem(name, digits.minutes, seed), run.steps)
     return {
@@ -155,7 +155,7 @@ def _trial(digits: Digits, name: str, of: Contender, seed: int, rate: float, che
         "validation": found.best,
         "train_bits": digits.bits(model, "train", len(digits.split["test"])),
         "last": run.loss / math.log(2),
-        "rate": rate,
+        "rate": of.rate,
         "seconds": run.clock,
         "steps": run.steps,
         "passes": found.passes,
@@ -178,14 +178,14 @@ def _speak(digits: Digits, name: str, guidance: float, seed: int) -> dict[str, f
     model = load_model(folder, context.device).model
     longest = context.at(full=LONGEST, small=LONGEST, tiny=32)
     recordings, chosen = digits.recordings, digits.split["train"]
-    takes = max(len(digits.split["test"]) // len(digits.described[0].names) // len(recordings.names), 1)
+    takes = max(len(digits.split["test"]) // len(digits.names), 1)
     rng = np.random.default_rng(seed)
     names, like = [], []  # a training recording for each clip, of the same digit, speaker and length
-    for digit, (speaker, of) in itertools.product(digits.described[0].names, enumerate(recordings.names)):
-        some = chosen[(recordings.digits[chosen] == int(digit)) & (recordings.speakers[chosen] == speaker)]
+    for condition, said in enumerate(digits.names):
+        some = chosen[digits.conditions[chosen] == condition]
         if len(some):
             like += rng.choice(some, takes).tolist()
-            names += [f"{digit}_{of}_{take}" for take in range(takes)]
+            names += [f"{said.replace(' ', '_')}_{take}" for take in range(takes)]
     lengths = [min(len(recordings.signals[i]), longest) for i in like]
     condition = torch.from_numpy(digits.conditions[like]).to(context.device)
     prompt = torch.full((len(like), 1), MuLaw.start_id, device=context.device)
@@ -234,34 +234,29 @@ def tables(context: Context, folder: Path) -> list[Table]:
     found: list[Table] = []
     digits = Digits(context, folder)
     other = functools.cache(lambda: Digits(context, folder, spoken.HELD_OUT))
-    rate = functools.cache(lambda name: best_rate(rates_of(digits, name)))
     if classifiers := [name for name in CLASSIFIERS if name in wanted]:
         found.append(_classifier_table(classifiers, digits, other))
     names = {name: of for name, of in {**CONTENDERS, **VARIANTS}.items() if name in wanted}
     if names:
-        rates = {name: rate(of.rates_of or name) for name, of in names.items()}
-        found += _main_tables(context, digits, names, rates)
+        found += _main_tables(context, digits, names)
     if held := [name for name in HELD_OUT if name in wanted]:
         lines = []
         for name, like in ((name, HELD_OUT[name]) for name in held):
-            values = _trials(other(), name, CONTENDERS[like], context.seeds[:1], rate(like))
+            values = _trials(other(), name, CONTENDERS[like], context.seeds[:1])
             lines.append(Line(name, values, note=_note(other())))
         found.append(Table("Spoken digits by speakers that training does not hear", _HELD, _HELD_COLUMNS, lines))
-    rated = [RATED[name] for name in wanted if name in RATED]
-    if context.scale == "full":
-        rated += [(name, one) for name in wanted if name in CONTENDERS for one in RATES]
-    if rated:
+    if rated := [RATED[name] for name in wanted if name in RATED]:
         found.append(_rates_table(digits, rated))
     return found
 
 
 def _rates_table(digits: Digits, rated: Sequence[tuple[str, float]]) -> Table:
     values: dict[str, dict[str, list[float]]] = {}
-    for name, one in dict.fromkeys(rated):
+    for name, one in rated:
         values.setdefault(name, {})[f"{one:g}"] = [tried(digits, name, one)["validation"]]
     about = (
         f"Bits a sample on the validation recordings after {digits.minutes / 5:g} minutes of steps at each peak "
-        "learning rate, under a schedule of that length. Each contender has its best one above."
+        "learning rate, under a schedule of that length."
     )
     columns = [Column(f"{one:g}", f"{one:g}", 3) for one in RATES]
     return Table("Learning rates", about, columns, [Line(name, of) for name, of in values.items()])
@@ -283,12 +278,12 @@ def _classifier_table(names: Sequence[str], digits: Digits, other: Callable[[], 
     )
 
 
-def _trials(digits: Digits, name: str, of: Contender, seeds: Sequence[int], rate: float) -> dict[str, list[float]]:
+def _trials(digits: Digits, name: str, of: Contender, seeds: Sequence[int]) -> dict[str, list[float]]:
     return _over(
         digits,
         f"{name} minutes={digits.minutes:g}",
         seeds,
-        lambda seed, checkpoint: _trial(digits, name, of, seed, rate, checkpoint),
+        lambda seed, checkpoint: _trial(digits, name, of, seed, checkpoint),
     )
 
 
@@ -303,15 +298,15 @@ def _over(
     return found
 
 
-def _main_tables(context: Context, digits: Digits, names: dict[str, Contender], rates: dict[str, float]) -> list[Table]:
+def _main_tables(context: Context, digits: Digits, names: dict[str, Contender]) -> list[Table]:
     trained = {
-        name: _trials(digits, name, of, context.seeds[: len(context.seeds) if context.only else 1], rates[name])
+        name: _trials(digits, name, of, context.seeds[: len(context.seeds) if context.only else 1])
         for name, of in names.items()
     }
     seeds = {name: list(context.seeds[: len(of["bits"])]) for name, of in trained.items()}
     if not context.only:  # a second seed for the two that lead, on the validation recordings
         for name in sorted(names, key=lambda name: trained[name]["validation"][0])[:2]:
-            trained[name] = _trials(digits, name, names[name], context.seeds, rates[name])
+            trained[name] = _trials(digits, name, names[name], context.seeds)
             seeds[name] = list(context.seeds)
     found = []
     for guidance in GUIDANCE:
@@ -422,7 +417,7 @@ def _about(digits: Digits) -> str:
         "The Free Spoken Digit Dataset, six speakers, official split: takes 0 to 4 of each digit and speaker are the "
         f"test ({len(digits.split['test']):,} recordings), takes 47 to 49 choose the weights, the others ("
         f"{len(digits.split['train']):,}) are trained on. 8-bit mu-law at fixed full scale, sample by sample, given "
-        "digit, speaker and how long the recording lasts. U-Nets have three resolutions, windows of 4 joined twice, "
+        "digit and speaker. U-Nets have three resolutions, windows of 4 joined twice, "
         "and 4 layers each way; S4 is the diagonal one, with an MLP behind each layer; stacks have 8 layers. All are "
         f"of about 6 M parameters and trained for {digits.minutes:g} minutes of steps (compiling and looking at the "
         "validation recordings do not count), in rows of 4,096 samples, 16 a step; AdamW, a tenth of the time as "
@@ -432,19 +427,19 @@ def _about(digits: Digits) -> str:
         "bounds them: 'training recordings' has the same weights' bits on recordings that they were trained on, and "
         "'background noise alone' what a model that knows everything but the noise would still pay, if speech and "
         "stationary Gaussian noise as in a recording's quietest frames add up. Clips: at temperature 1, as many as "
-        "there are test recordings, each given the length of a training recording of its digit and speaker, and as "
-        "long; FID against all recordings that may be trained on. A second seed for the two that lead on the "
+        "there are test recordings, each as long as a training recording of its digit and speaker; "
+        "FID against all recordings that may be trained on. A second seed for the two that lead on the "
         "validation recordings."
     )
 
 
 _GUIDED = (
-    "The same weights: logits without digit, speaker and length, plus so many times what these change (Ho and "
-    "Salimans, arXiv:2207.12598); a tenth of the rows in training were told none of them, and of each another tenth. "
+    "The same weights: logits without digit and speaker, plus so many times what these change (Ho and "
+    "Salimans, arXiv:2207.12598); a tenth of the rows in training were not told them. "
     "'Published code' is what SaShiMi's code computes under these names (see `mambaseq audio/score --help`)."
 )
 _HELD = (
-    "Trained on four speakers, given digit and length alone, at the rates of those above, tested on all recordings of "
+    "Trained on four speakers, given the digit alone, tested on all recordings of "
     f"the two others ({' and '.join(spoken.HELD_OUT)}); all else as above."
 )
 

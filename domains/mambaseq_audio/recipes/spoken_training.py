@@ -1,5 +1,4 @@
-"""Models of spoken digits and how they are trained: by the clock, at a learning rate that a short training of each has
-chosen."""
+"""Models of spoken digits and how they are trained: by the clock."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import torch
 
 from mambaseq.atomic import atomic_file
 from mambaseq.checkpoints import ModelCard, save_model
-from mambaseq.conditions import encoder_options
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.reproduction import train
@@ -26,14 +24,13 @@ if TYPE_CHECKING:
 
 LONGEST = 8192  # of a generated clip; 0.6 % of the recordings are longer
 RATES = (5e-4, 1.5e-3, 4e-3)
-"""Peak learning rates, of which each contender has the one that is best on the validation recordings in a short
-training."""
+"""Peak learning rates that short trainings try."""
 
 
 class Contender(NamedTuple):
     """A model: its parts at full scale, and how it is trained.
 
-    rates_of: the contender whose learning rate it takes; "" for its own.
+    rate: the peak learning rate, as short trainings at `RATES` and whole ones have shown.
     """
 
     d_model: int
@@ -42,7 +39,7 @@ class Contender(NamedTuple):
     more: dict[str, Any] = {}  # noqa: RUF012 - never changed
     dropout: float = 0.2
     condition_dropout: float = 0.1
-    rates_of: str = ""
+    rate: float = 2e-3
     variation: Variation = Variation(gain=6.0, shift=256)
 
 
@@ -51,7 +48,7 @@ _STACK = {"name": "residual", "n_layers": 8}
 _LTI = {"name": "mamba", "lti": True}
 MAMBA, LTI = "Mamba U-Net", "LTI U-Net"
 CONTENDERS = {
-    MAMBA: Contender(88, _UNET, {"name": "mamba"}),
+    MAMBA: Contender(88, _UNET, {"name": "mamba"}, rate=1.5e-3),
     LTI: Contender(88, _UNET, _LTI),
     "isotropic Mamba": Contender(336, _STACK, {"name": "mamba"}),
     "isotropic LTI": Contender(336, _STACK, _LTI),
@@ -60,15 +57,16 @@ CONTENDERS = {
         {**_UNET, "mlp": True},
         {"name": "s4d", "d_state": 32},
         {"mixers": {"mlp": {"activation": "gelu"}}},
+        rate=4e-3,
     ),
 }
 UNCHANGED = f"{LTI}, recordings unchanged"
 DROPOUTS = {f"{LTI}, dropout {rate}": rate for rate in (0.0, 0.1, 0.3)}
 SMALL = f"small {LTI}"
 VARIANTS = {
-    SMALL: Contender(40, _UNET, _LTI, dropout=0.1, rates_of=LTI),
-    UNCHANGED: CONTENDERS[LTI]._replace(variation=Variation(), rates_of=LTI),
-    **{name: CONTENDERS[LTI]._replace(dropout=rate, rates_of=LTI) for name, rate in DROPOUTS.items()},
+    SMALL: Contender(40, _UNET, _LTI, dropout=0.1),
+    UNCHANGED: CONTENDERS[LTI]._replace(variation=Variation()),
+    **{name: CONTENDERS[LTI]._replace(dropout=rate) for name, rate in DROPOUTS.items()},
 }
 """What is trained only when it is named: a model that is small enough to ship, and what of the training does which
 part."""
@@ -83,9 +81,7 @@ def build(digits: Digits, of: Contender) -> SequenceModel:
     spec = {
         "d_model": context.at(full=of.d_model, small=32, tiny=8),
         "encoder": {
-            **{"name": "tokens", "vocab_size": LEVELS},
-            "n_conditions": sum(len(one.names) for one in digits.described),
-            **encoder_options(digits.described),
+            **{"name": "tokens", "vocab_size": LEVELS, "n_conditions": len(digits.names)},
             "condition_dropout": of.condition_dropout,
         },
         "backbone": {**of.backbone, "n_layers": layers, "dropout": of.dropout},
@@ -106,12 +102,10 @@ class Learned(NamedTuple):
     passes: float
 
 
-def learn(
-    digits: Digits, name: str, of: Contender, seed: int, rate: float, minutes: float, checkpoint: Path
-) -> Learned:
+def learn(digits: Digits, name: str, of: Contender, seed: int, minutes: float, checkpoint: Path) -> Learned:
     """Train by the clock and keep the weights that are best on the validation recordings.
 
-    rate: the peak learning rate. Raises UserError for a training that diverges.
+    Raises UserError for a training that diverges.
     """
     context = digits.context
     torch.manual_seed(seed)
@@ -138,7 +132,7 @@ def learn(
         model,
         rows.batches(together, seed, of.variation),
         steps,
-        OptimizerConfig(lr=rate, weight_decay=0.1, warmup_steps=steps // 10, min_lr_ratio=0.02),
+        OptimizerConfig(lr=of.rate, weight_decay=0.1, warmup_steps=steps // 10, min_lr_ratio=0.02),
         autocast=torch.bfloat16 if context.device.type == "cuda" else None,
         checkpoint=checkpoint,
         finished=look,
@@ -164,7 +158,7 @@ def tried(digits: Digits, name: str, rate: float) -> dict[str, float]:
 
     def trial(checkpoint: Path) -> dict[str, float]:
         try:
-            found = learn(digits, name, CONTENDERS[name], 0, rate, minutes, checkpoint)
+            found = learn(digits, name, CONTENDERS[name]._replace(rate=rate), 0, minutes, checkpoint)
         except UserError:
             return {"validation": math.nan}
         return {"validation": found.best, "seconds": found.run.clock, "steps": found.run.steps}
@@ -173,25 +167,13 @@ def tried(digits: Digits, name: str, rate: float) -> dict[str, float]:
     return {key: math.nan if value is None else value for key, value in found.items()}  # as a file has it
 
 
-def rates_of(digits: Digits, name: str) -> dict[float, float]:
-    """Bits on the validation recordings by learning rate; at smaller scales nothing is tried."""
-    if digits.context.scale != "full":
-        return {RATES[1]: 0.0}
-    return {rate: tried(digits, name, rate)["validation"] for rate in RATES}
-
-
-def best_rate(found: dict[float, float]) -> float:
-    """Of `rates_of`."""
-    return min(found, key=lambda rate: math.inf if math.isnan(found[rate]) else found[rate])
-
-
 def export(digits: Digits, model: SequenceModel, folder: Path, step: int) -> None:
     """A model that `mambaseq generate` reads."""
     assert model.spec is not None
     card = ModelCard(
         spec=model.spec,
         tokenizer={"name": "audio/mulaw", "options": {}},
-        conditions=[one.plain() for one in digits.described],
+        condition_names=digits.names,
         length=LONGEST,
         start_ids=[MuLaw.start_id],
         reader="audio/audio",
