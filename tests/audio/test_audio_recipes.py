@@ -11,8 +11,8 @@ import soundfile
 import torch
 from mambaseq_audio.io import in_sixteen_bits
 from mambaseq_audio.mulaw import MuLaw
-from mambaseq_audio.recipes import audio_context, spoken, spoken_digits, spoken_training
-from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_pieces, noise_bits
+from mambaseq_audio.recipes import audio_context, spoken, spoken_clips, spoken_digits, spoken_training
+from mambaseq_audio.recipes.spoken import Rows, Variation, bits, bits_of_each, bits_of_pieces, noise_bits
 
 from mambaseq.cli.main import main
 from mambaseq.errors import DataError, UserError
@@ -73,25 +73,26 @@ def test_bits_are_those_of_each_clip_alone() -> None:
     torch.manual_seed(0)
     model = causal_lm(256, 8, 1, "s4d").eval()
     clips = [np.random.default_rng(n).integers(0, 256, n).astype(np.uint8) for n in (3, 300, 40)]
-    total = 0.0
+    each = []
     for clip in clips:
         ids = torch.from_numpy(clip.astype(np.int64))
         with torch.no_grad():
             logits = model(torch.cat([torch.tensor([128]), ids[:-1]])[None]).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits, ids, reduction="sum"))
-    expected = total / 343 / math.log(2)
+        each.append(float(torch.nn.functional.cross_entropy(logits, ids)) / math.log(2))
+    expected = (3 * each[0] + 300 * each[1] + 40 * each[2]) / 343
 
     class WithoutCondition(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, ids: torch.Tensor, labels: torch.Tensor, condition: torch.Tensor) -> object:
-            return self.inner(ids, labels)
+        def forward(self, ids: torch.Tensor, condition: torch.Tensor) -> object:
+            return self.inner(ids)
 
     for together in (1, 2**17):
-        found = bits(WithoutCondition(), clips, np.zeros(3, np.int64), together)  # type: ignore[arg-type]
-        assert found == pytest.approx(expected, rel=1e-5)
+        given = (WithoutCondition(), clips, np.zeros(3, np.int64), together)
+        assert bits(*given) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+        np.testing.assert_allclose(bits_of_each(*given), each, rtol=1e-5)  # type: ignore[arg-type]
 
 
 def test_what_noise_costs() -> None:
@@ -110,7 +111,7 @@ def test_what_noise_costs() -> None:
 
 def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> None:
     only = ["classifier", spoken_digits.LTI, f"{spoken_digits.LTI}, held-out speakers"]
-    heard, main, guided, held = spoken_digits.tables(context(tmp_path, *only), recordings)
+    heard, main, chosen, guided, held = spoken_digits.tables(context(tmp_path, *only), recordings)
     assert [line.values["clips"] for line in heard.lines] == [[12.0]]
     lines = {line.name: line.values for line in main.lines}
     assert list(lines)[:3] == [spoken_digits.LTI, "training recordings", "test recordings"]
@@ -120,7 +121,8 @@ def test_spoken_digits_on_made_recordings(recordings: Path, tmp_path: Path) -> N
     assert {"fid", "accuracy", "seconds", "parameters"} <= set(of)
     assert lines["counting samples"]["bits"][0] < 8
     assert 0 < lines["background noise alone"]["bits"][0] < lines["counting pairs of samples"]["bits"][0]
-    assert [line.name for line in guided.lines] == list(lines)[:3]
+    assert [line.name for line in guided.lines] == [line.name for line in chosen.lines] == list(lines)[:3]
+    assert chosen.lines[0].values["clips"] == of["clips"]
     assert held.lines[0].note == "10 recordings of theo"
     (ogg,) = (tmp_path / "clips").glob("LTI_U-Net-0.05min-seed0.ogg")
     clips = sorted(path.name for path in ogg.with_suffix("").glob("*.wav"))
@@ -161,9 +163,16 @@ def test_a_training_that_diverges_is_told(recordings: Path, tmp_path: Path, monk
         assert math.isnan(spoken_training.tried(digits, spoken_digits.LTI, 1e-3)["validation"])
 
 
+def test_rejection_keeps_the_published_band_of_each_condition() -> None:
+    assert [spoken_clips.pool(n) for n in (1, 2, 5)] == [2, 4, 9]
+    cost = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 11, 10, 13, 18, 15, 16, 17, 14])  # the second speaker's cost more
+    assert spoken_clips.kept_within(cost, 9).tolist() == [1, 2, 3, 4, 5, 9, 10, 12, 14, 17]
+    assert spoken_clips.kept_within(cost[:4], 2).tolist() == [1, 3]
+
+
 def test_clips_are_the_samples_of_their_levels(tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint8)
-    spoken_digits._write(tmp_path / "clips", ["0_ann_0"], [levels])
+    spoken_clips.write(tmp_path / "clips", ["0_ann_0"], [levels])
     found, rate = soundfile.read(tmp_path / "clips" / "0_ann_0.wav", dtype="int16")
     assert rate == spoken.RATE
     np.testing.assert_array_equal(found, in_sixteen_bits(MuLaw().decode(levels)))

@@ -208,14 +208,16 @@ class Rows:
 
 
 @torch.no_grad()
-def bits(model: SequenceModel, clips: Sequence[np.ndarray], conditions: np.ndarray, together: int = 2**17) -> float:
-    """Mean bits of all samples of whole clips, each predicted from those before it.
+def bits_of_each(
+    model: SequenceModel, clips: Sequence[np.ndarray], conditions: np.ndarray, together: int = 2**17
+) -> np.ndarray:
+    """`(clips,)` float64: bits a sample of whole clips, each predicted from those before it.
 
     clips: `(length,)` levels each. together: samples that are read at once, with the padding.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    found = np.empty(len(clips))
     while order:
         longest = -(-len(clips[order[-1]]) // 256) * 256  # few shapes
         some, order = order[-max(together // longest, 1) :], order[: -max(together // longest, 1)]
@@ -225,10 +227,15 @@ def bits(model: SequenceModel, clips: Sequence[np.ndarray], conditions: np.ndarr
         inputs = np.where(targets < 0, MuLaw.start_id, targets)
         inputs = np.concatenate([np.full((len(some), 1), MuLaw.start_id), inputs[:, :-1]], 1)
         ids, labels, of = (torch.from_numpy(M).to(device) for M in (inputs, targets, conditions[some]))
-        loss = model(ids, labels, condition=of).loss
-        assert loss is not None
-        total += loss.double() * int((targets >= 0).sum())
-    return float(total) / sum(map(len, clips)) / math.log(2)
+        logits = model(ids, condition=of).logits.float().transpose(1, 2)
+        nats = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().sum(1)  # 0 for padding
+        found[some] = nats.cpu().numpy() / [len(clips[i]) for i in some] / math.log(2)
+    return found
+
+
+def bits(model: SequenceModel, clips: Sequence[np.ndarray], conditions: np.ndarray, together: int = 2**17) -> float:
+    """Mean bits of all samples of whole clips: see `bits_of_each`."""
+    return float(np.average(bits_of_each(model, clips, conditions, together), weights=[len(clip) for clip in clips]))
 
 
 @torch.no_grad()

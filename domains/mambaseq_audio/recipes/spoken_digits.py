@@ -3,7 +3,6 @@ trained for one time; bits a sample, scores of what they say, and which digit a 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -12,26 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import torch
 
-from mambaseq.atomic import atomic_file, atomic_folder, atomic_path
+from mambaseq.atomic import atomic_file
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.errors import UserError
-from mambaseq.generation.decode import generate
 from mambaseq.models import SequenceModel
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table
 from mambaseq.runs import run as runs
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import DIGITS_NAMES
-from mambaseq_audio.io import write_wav
-from mambaseq_audio.mulaw import MuLaw
 from mambaseq_audio.recipes import spoken
 from mambaseq_audio.recipes.spoken import Recordings
+from mambaseq_audio.recipes.spoken_clips import pool, speak, speak_and_choose, stem, takes, write
 from mambaseq_audio.recipes.spoken_training import (
     CONTENDERS,
     HELD_OUT,
-    LONGEST,
     LTI,
     RATED,
     RATES,
@@ -41,7 +35,7 @@ from mambaseq_audio.recipes.spoken_training import (
     learn,
     tried,
 )
-from mambaseq_audio.scores import scores
+from mambaseq_audio.scores import PUBLISHED_BAND, scores
 from mambaseq_audio.scoring import Recognised, recognise_levels
 
 MINUTES = 8.0
@@ -149,7 +143,7 @@ def _trial(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path
     """Train, export the model; bits a sample."""
     found = learn(digits, name, of, seed, digits.minutes, checkpoint)
     model, run = found.model, found.run
-    export(digits, model, digits.context.folder / "models" / _stem(name, digits.minutes, seed), run.steps)
+    export(digits, model, digits.context.folder / "models" / stem(name, digits.minutes, seed), run.steps)
     return {
         "bits": digits.bits(model, "test"),
         "validation": found.best,
@@ -162,57 +156,6 @@ def _trial(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path
         "captured": float(run.captured),
         "parameters": model.n_parameters(),
     }
-
-
-def _stem(name: str, minutes: float, seed: int) -> str:
-    return f"{name.replace(', ', '-').replace(' ', '_')}-{minutes:g}min-seed{seed}"
-
-
-def _speak(digits: Digits, name: str, guidance: float, seed: int) -> dict[str, float]:
-    """Clips of every digit by every speaker, as many as there are test recordings, as long as training recordings of
-    the same digit and speaker; written, and scored."""
-    context = digits.context
-    folder = context.folder / "models" / _stem(name, digits.minutes, seed)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing. Remove the trials of {name} from {context.folder} to train it again.")
-    model = load_model(folder, context.device).model
-    longest = context.at(full=LONGEST, small=LONGEST, tiny=32)
-    recordings, chosen = digits.recordings, digits.split["train"]
-    takes = max(len(digits.split["test"]) // len(digits.names), 1)
-    rng = np.random.default_rng(seed)
-    names, like = [], []  # a training recording for each clip, of the same digit, speaker and length
-    for condition, said in enumerate(digits.names):
-        some = chosen[digits.conditions[chosen] == condition]
-        if len(some):
-            like += rng.choice(some, takes).tolist()
-            names += [f"{said.replace(' ', '_')}_{take}" for take in range(takes)]
-    lengths = [min(len(recordings.signals[i]), longest) for i in like]
-    condition = torch.from_numpy(digits.conditions[like]).to(context.device)
-    prompt = torch.full((len(like), 1), MuLaw.start_id, device=context.device)
-    ids = generate(model, prompt, max(lengths), guidance=guidance, seed=seed, condition=condition)[:, 1:]
-    clips = [row[:length] for row, length in zip(ids.cpu().numpy().astype(np.uint8), lengths, strict=True)]
-    stem = _stem(name, digits.minutes, seed) + ("" if guidance == 1 else f"-guidance{guidance:g}")
-    _write(context.folder / "clips" / stem, names, clips)
-    return digits.scored(recognise_levels(digits.loaded, names, clips), recordings.digits[like])
-
-
-def _write(place: Path, names: Sequence[str], clips: Sequence[np.ndarray], replace: bool = True) -> None:
-    """A folder of wav files for `mambaseq audio/score`, and a small ogg file beside it: all digits in turn, the
-    speakers in turn. replace: write over those of another process."""
-    codec = MuLaw()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), atomic_folder(place, replace=replace) as folder:
-        for name, clip in zip(names, clips, strict=True):
-            write_wav(folder / f"{name}.wav", [clip], codec, sample_rate=spoken.RATE)
-    by_digit: dict[str, dict[str, int]] = {}
-    for i, name in enumerate(names):
-        digit, _, speaker = name.rpartition("_")[0].partition("_")
-        by_digit.setdefault(digit, {}).setdefault(speaker, i)
-    parts = []
-    for number, of in enumerate(by_digit.values()):
-        parts += [codec.decode(clips[list(of.values())[number % len(of)]]), np.zeros(spoken.RATE // 8, np.float32)]
-    with atomic_path(place.parent / f"{place.name}.ogg") as path:
-        soundfile.write(path, np.concatenate(parts), spoken.RATE, format="OGG", subtype="VORBIS")
 
 
 def run(context: Context) -> list[Table]:
@@ -308,6 +251,7 @@ def _main_tables(context: Context, digits: Digits, names: dict[str, Contender]) 
         for name in sorted(names, key=lambda name: trained[name]["validation"][0])[:2]:
             trained[name] = _trials(digits, name, names[name], context.seeds)
             seeds[name] = list(context.seeds)
+    wanted = {name: [Bound("accuracy", ">=", WANTED_ACCURACY)] if name in CONTENDERS else [] for name in names}
     found = []
     for guidance in GUIDANCE:
         lines = []
@@ -318,21 +262,44 @@ def _main_tables(context: Context, digits: Digits, names: dict[str, Contender]) 
                 digits,
                 f"{name} minutes={digits.minutes:g} guidance={guidance:g}",
                 seeds[name],
-                lambda seed, _, name=name, by=guidance: _speak(digits, name, by, seed),  # type: ignore[misc]
+                lambda seed, _, name=name, by=guidance: speak(digits, name, by, seed),  # type: ignore[misc]
             )
-            bounds = [Bound("accuracy", ">=", WANTED_ACCURACY)] if name in CONTENDERS else []
+            bounds = wanted[name]
             if guidance == 1:
                 if name in CONTENDERS:
-                    bounds.append(Bound("bits", "<=", WANTED_BITS))
+                    bounds = [*bounds, Bound("bits", "<=", WANTED_BITS)]
                 said = {**said, **trained[name]}
             lines.append(Line(name, said, wanted=tuple(bounds)))
         lines += _recorded(digits)
         if guidance == 1:
             lines += _counted(digits)
             found.append(Table("Spoken digits at 8 kHz", _about(digits), [*_BITS, *_SCORES, *_COSTS], lines))
+            found.append(_rejection_table(digits, seeds, wanted))
         else:
             found.append(Table(f"What they say under guidance {guidance:g}", _GUIDED, [*_SCORES, *_PUBLISHED], lines))
     return found
+
+
+def _rejection_table(digits: Digits, seeds: dict[str, list[int]], wanted: dict[str, list[Bound]]) -> Table:
+    lines = []
+    for name, some in seeds.items():
+        said = _over(
+            digits,
+            f"{name} minutes={digits.minutes:g} rejection",
+            some,
+            lambda seed, _, name=name: speak_and_choose(digits, name, seed),  # type: ignore[misc]
+        )
+        lines.append(Line(name, said, wanted=tuple(wanted[name])))
+    lower, upper = PUBLISHED_BAND
+    of = takes(digits)
+    about = (
+        "The same weights, and rejection sampling as published (arXiv:2202.09729), by the likelihood that the model "
+        "itself gives its clips; no classifier has a say. It is done within each digit and speaker, as likelihoods "
+        f"given different conditions are no ranking, and by bits a sample, as clips differ in length: {pool(of)} clips "
+        f"of each are ranked from the most bits to the fewest, and those between {lower:.0%} and {upper:.0%} of the "
+        f"ranking kept, which are {of}: as many as in the table above."
+    )
+    return Table("What is kept of what they say", about, [*_LIKELY, *_SCORES, *_PUBLISHED], lines + _recorded(digits))
 
 
 def _recorded(digits: Digits) -> list[Line]:
@@ -355,7 +322,7 @@ def _recorded(digits: Digits) -> list[Line]:
         parts = (digits.recordings.digits, digits.recordings.speakers, digits.recordings.takes)
         digit, speaker, take = (of[chosen] for of in parts)
         names = [f"{a}_{digits.recordings.names[b]}_{c}" for a, b, c in zip(digit, speaker, take, strict=True)]
-        _write(place, names, digits.recordings.levels(chosen), replace=False)
+        write(place, names, digits.recordings.levels(chosen), replace=False)
     return lines
 
 
@@ -395,6 +362,10 @@ _SCORES = [
 _PUBLISHED = [
     Column("published_inception_score", "IS, published code", 2),
     Column("published_modified_inception_score", "mIS, published code", 1),
+]
+_LIKELY = [
+    Column("all_bits", "bits a sample, all clips", 3),
+    Column("kept_bits", "bits a sample, kept", 3),
 ]
 _COSTS = [
     Column("seconds", "seconds trained", 0),

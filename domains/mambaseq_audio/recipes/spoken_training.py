@@ -37,7 +37,7 @@ class Contender(NamedTuple):
     backbone: dict[str, Any]
     mixer: dict[str, Any]
     more: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    dropout: float = 0.2
+    dropout: float = 0.1
     condition_dropout: float = 0.1
     rate: float = 2e-3
     variation: Variation = Variation(gain=6.0, shift=256)
@@ -61,10 +61,10 @@ CONTENDERS = {
     ),
 }
 UNCHANGED = f"{LTI}, recordings unchanged"
-DROPOUTS = {f"{LTI}, dropout {rate}": rate for rate in (0.0, 0.1, 0.3)}
+DROPOUTS = {f"{LTI}, dropout {rate}": rate for rate in (0.0, 0.2, 0.3)}
 SMALL = f"small {LTI}"
 VARIANTS = {
-    SMALL: Contender(40, _UNET, _LTI, dropout=0.1),
+    SMALL: Contender(40, _UNET, _LTI),
     UNCHANGED: CONTENDERS[LTI]._replace(variation=Variation()),
     **{name: CONTENDERS[LTI]._replace(dropout=rate) for name, rate in DROPOUTS.items()},
 }
