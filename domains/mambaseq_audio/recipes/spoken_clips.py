@@ -95,8 +95,8 @@ def say(digits: Digits, model: SequenceModel, of_each: int, guidance: float, see
     chosen = digits.split["train"]
     rng = np.random.default_rng(seed)
     names, like = [], []
-    for condition, said in enumerate(digits.names):
-        some = chosen[digits.conditions[chosen] == condition]
+    for number, said in enumerate(digits.names):
+        some = chosen[digits.conditions[chosen] == number]
         if len(some):
             like += rng.choice(some, of_each).tolist()
             names += [f"{said.replace(' ', '_')}_{take}" for take in range(of_each)]
