@@ -48,9 +48,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def keep(path: Path, rows: list[dict[str, Any]], found: Path) -> None:
-    """Write rows, with what the file `found` says of the machine."""
+    """Write rows, with what the file `found` says of the machine, or else what `path` said of it."""
     told = {"bench": "context_parallel", "gpu": None, "torch": torch.__version__}
-    told |= json.loads(found.read_text()) if found.is_file() else {}
+    for file in (path, found):
+        if file.is_file():
+            told |= {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
     told["rows"] = rows
     path.write_text(json_text(told, indent=2) + "\n")
 

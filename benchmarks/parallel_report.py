@@ -11,8 +11,12 @@ Row = dict[str, Any]
 
 
 def merged(former: Iterable[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows of an earlier measurement with those of another one, which replace theirs, by count of GPUs and name."""
-    found = {_key(row): row for row in [*former, *new]}
+    """Rows of an earlier measurement with those of another one, which replace theirs, by count of GPUs and name. One
+    that failed replaces none that did not."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in [*former, *new]:
+        if not row.get("failed") or found.get(_key(row), row).get("failed"):
+            found[_key(row)] = row
     return sorted(found.values(), key=lambda row: row["ranks"])
 
 

@@ -103,22 +103,26 @@ def _check_groups(key: str, groups: Any) -> None:
             _check_kind(key, number, (int, float, torch.Tensor))
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu", tensors: Tensors = "all") -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, map_location: Any = "cpu", tensors: Tensors = "all", mapped: bool = False
+) -> dict[str, Any]:
     """The contents of a training checkpoint: tensors and plain values only.
 
     tensors: of one in parts, which are read (and then are on the CPU); of another one always all.
+    mapped: tensors of the file itself stay on disk until they are used; copy what outlives the reading. For processes
+        that each need a part of them.
     Raises UserError if it does not exist, is damaged (all that is read is compared with its checksums), holds anything
     else, or lacks what every checkpoint has.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}. Give the folder of a run (it holds checkpoints/last.ckpt).")
     try:
-        contents = _contents(path, map_location)
+        contents = _contents(path, map_location, mapped)
         if isinstance(contents, dict) and PARTS in contents:
             try:
                 contents = put_together(contents, path, tensors)
             except FileNotFoundError:  # where the run has just saved again, the file names other parts now
-                contents = put_together(_contents(path, map_location), path, tensors)
+                contents = put_together(_contents(path, map_location, mapped), path, tensors)
         _check_contents(contents)
         return contents
     except Exception as error:
@@ -129,7 +133,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", tensors: Tensors = "a
         ) from error
 
 
-def _contents(path: Path, map_location: Any) -> Any:
+def _contents(path: Path, map_location: Any, mapped: bool) -> Any:
     with path.open("rb") as file:
         check_sums(file)
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)

@@ -41,7 +41,15 @@ from mambaseq.runs.resuming import (
 from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.specs import NOT_IN_WEIGHTS
 from mambaseq.tasks.averaging import WeightAverage
-from mambaseq.tasks.callbacks import Interrupted, Often, RunCheckpoints, StoppedAtOnce, Throughput, finish_saving
+from mambaseq.tasks.callbacks import (
+    Interrupted,
+    Often,
+    RunCheckpoints,
+    StoppedAtOnce,
+    Throughput,
+    abandons_saving,
+    finish_saving,
+)
 from mambaseq.tasks.contexts import check_processes
 from mambaseq.tasks.finetuning import Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
@@ -256,7 +264,7 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
 def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> Outcome:
     folder, checkpoints = run.folder, run.checkpoints
     try:
-        with told_if_lost(trainer, folder.path, checkpoints):
+        with told_if_lost(trainer, folder.path, checkpoints), abandons_saving(trainer):
             trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
             checkpoints.ended = True
             checkpoints.guard.check(trainer, run.task)  # in all processes alike, before some wait for the others
@@ -268,7 +276,8 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
         where = "there is no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
         return interrupted(folder.path, f"Stopped at once; {where}.")
     except Diverged as error:
-        finish_saving(trainer)
+        with abandons_saving(trainer):
+            finish_saving(trainer)
         return diverged(folder.path, error, checkpoints.saved_step)
     except UserError:
         raise

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import nn
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.errors import UserError
-from mambaseq.tasks.finite import FiniteGuard
+from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.record import KEY, DataRecord
 
 
@@ -264,6 +265,20 @@ def finish_saving(trainer: lightning.Trainer) -> None:
     """Wait for a checkpoint that is written beside training (`sharding.FullySharded`)."""
     if callable(finish := getattr(trainer.strategy, "finish_saving", None)):
         finish()
+
+
+@contextlib.contextmanager
+def abandons_saving(trainer: lightning.Trainer) -> Iterator[None]:
+    """Around training: whatever ends it, no checkpoint is written beside it any more. `Diverged` is told with the last
+    one, so its handler waits for that. After another error it gets ten seconds, when stopped at once none."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except BaseException as error:
+        if callable(abandon := getattr(trainer.strategy, "abandon_saving", None)):
+            abandon(10.0 if isinstance(error, Exception) else 0.0)
+        raise
 
 
 def _is_last(trainer: lightning.Trainer) -> bool:

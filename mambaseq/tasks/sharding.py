@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import io
 import shutil
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +24,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mambaseq.atomic import write_failed
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.checkpoints.parts import PARTS, as_error, commit, new_folder, reader_of, take_apart
+from mambaseq.checkpoints.parts import PARTS, as_error, commit, new_folder, reader_of, remove_unnamed, take_apart
 from mambaseq.errors import ConfigError, shown
 from mambaseq.models import SequenceModel
 from mambaseq.ops.cpu.flat import let_storages_be_freed
 from mambaseq.tasks.record import KEY
+
+
+class _Saving:
+    """A checkpoint that is being written. Whoever holds `lock` decides whether its file will name its parts."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder = path, folder
+        self.done: Future[None] = Future()
+        self.lock, self.abandoned = threading.Lock(), False
 
 
 class FullySharded(ModelParallelStrategy):
@@ -54,7 +65,7 @@ class FullySharded(ModelParallelStrategy):
             **options,
         )
         self.asynchronous = asynchronous and checkpoints == "parts"
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._pending: _Saving | None = None
         self._group: Any = None
 
     def setup_environment(self) -> None:
@@ -80,50 +91,66 @@ class FullySharded(ModelParallelStrategy):
         if self.global_rank == 0:
             torch.save(rest, file)  # now: a thread would see what training has made of it
         writer = FileSystemWriter(folder)
-        done: Future[Any] = Future()
-        self._pending = folder, done
+        saving = self._pending = _Saving(path, folder)
         if self.asynchronous and not checkpoint.get(KEY, {}).get("ended"):
             written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
-            written.add_done_callback(lambda _: self._settle(file.getvalue(), path, folder, written, done))
+            written.add_done_callback(lambda _: self._settle(file.getvalue(), written, saving))
             return
         written = Future()
         try:
             written.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))
         except BaseException as error:
             written.set_exception(error)
-        self._settle(file.getvalue(), path, folder, written, done)
+        self._settle(file.getvalue(), written, saving)
         self.finish_saving()
 
-    def _settle(self, file: bytes, path: Path, folder: Path, written: Future[Any], done: Future[Any]) -> None:
-        """Once the parts of all processes are on disk, have the checkpoint's file name them."""
+    def _settle(self, file: bytes, written: Future[Any], saving: _Saving) -> None:
+        """Once the parts of all processes are on disk, have the checkpoint's file name them, unless it is abandoned."""
         try:
             with as_error():
                 written.result()
             if self.global_rank == 0:
-                commit(file, path, folder)
-            done.set_result(None)
+                with saving.lock:
+                    if saving.abandoned:
+                        shutil.rmtree(saving.folder, ignore_errors=True)
+                    else:
+                        commit(file, saving.path, saving.folder)
+            saving.done.set_result(None)
         except BaseException as error:
-            done.set_exception(error)
+            saving.done.set_exception(error)
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is written beside training. Raises UserError in all processes if one of them
         could not write; the earlier one then stays."""
         if self._pending is None:
             return
-        (folder, done), self._pending = self._pending, None
-        try:
-            done.result()
-        except BaseException as error:
-            if self.global_rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            if (told := write_failed(folder, error)) is not None:
-                raise told from error
-            raise
+        saving = self._pending
+        error = saving.done.exception()  # where a signal ends the wait, it is still pending
+        self._pending = None
+        if error is None:
+            return
+        if self.global_rank == 0:
+            remove_unnamed(saving.path)  # a signal may have come once the file named the new ones
+        if (told := write_failed(saving.folder, error)) is not None:
+            raise told from error
+        raise error
+
+    def abandon_saving(self, seconds: float = 0.0) -> None:
+        """Give up the checkpoint that is written beside training, if it is not done in so many seconds: from here on
+        no thread of this process changes the checkpoint's file. What it has written so far is removed, by the thread
+        or when the run is resumed."""
+        if self._pending is None:
+            return
+        saving = self._pending
+        wait([saving.done], timeout=seconds)
+        with saving.lock:  # a file that is being replaced is waited for
+            saving.abandoned = True
+        self._pending = None
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint into the parts of weights and optimizers that this process has; returns the rest of it."""
         path = Path(self.broadcast(checkpoint_path))
-        contents, model = read_checkpoint(path, tensors="none"), self.model
+        contents, model = read_checkpoint(path, tensors="none", mapped=True), self.model
         assert model is not None
         saved, reader = contents.pop("optimizer_states"), None
         if PARTS in contents:
@@ -162,16 +189,19 @@ class FullySharded(ModelParallelStrategy):
             model.load_state_dict(weights)
         for optimizer, read in zip(self.optimizers, found, strict=True):
             optimizer.load_state_dict(read)
-        return {key: value for key, value in contents.items() if key not in (PARTS, "state_dict")}
+        rest = {key: value for key, value in contents.items() if key not in (PARTS, "state_dict")}
+        return apply_to_collection(rest, torch.Tensor, torch.clone)  # no part of a file that the run will replace
 
 
 def _as(parameter: Any, value: Any) -> Any:
-    """A whole value of an optimizer as this process has it: its part of one that has the parameter's shape."""
-    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not isinstance(parameter, DTensor):
+    """A whole value of an optimizer as this process has it: its part of one that has the parameter's shape. A copy."""
+    if not isinstance(value, torch.Tensor):
         return value
+    if value.shape != parameter.shape or not isinstance(parameter, DTensor):
+        return value.clone()
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    ).clone()
 
 
 def _like(parameter: Any, kind: Any) -> torch.Tensor:

@@ -30,6 +30,8 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     second += [{"name": "fit, fsdp2", "length": 2048, "ranks": 2, "failed": "it ended"}]
     rows = parallel_report.merged(first, second)
     assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 8]
+    failed = {"name": "fit, ddp", "length": 2048, "ranks": 2, "failed": "not done"}
+    assert parallel_report.merged(rows, [failed]) == rows  # what was measured stays
     told = parallel_report.tables(json.loads(json.dumps(rows)))
     assert "| step | 131,072 | 2 | 8.0000 | 5.0000 | 80 % |  |  | 55 % |" in told  # not the earlier 9.0
     assert "| step | 131,072 | 4 | 8.0000 | 2.5000 | 80 % |" in told
@@ -46,3 +48,22 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     parallel_report.picture([], tmp_path / "empty.png")
     assert "torch" not in vars(parallel_report)
     sys.modules.pop("parallel_report")
+
+
+def test_what_a_file_says_of_the_gpu_stays_where_nothing_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import context_parallel
+
+    path, found = tmp_path / "all.json", tmp_path / "8.json"
+    path.write_text(json.dumps({"gpu": "H200", "rows": []}))
+    for told in (None, {"gpu": None, "rows": []}):
+        if told is not None:
+            found.write_text(json.dumps(told))
+        context_parallel.keep(path, [run("fit, ddp", 1, 100.0)], found)
+        kept = json.loads(path.read_text())
+        assert kept["gpu"] == "H200"
+        assert len(kept["rows"]) == 1
+    for name in [name for name in sys.modules if name == "context_parallel" or name.startswith("parallel_")]:
+        sys.modules.pop(name)

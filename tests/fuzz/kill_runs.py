@@ -153,6 +153,13 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def unnamed_parts(run: RunFolder) -> list[Path]:
+    """Folders of parts that neither checkpoint's file names."""
+    files = [torch.load(path, weights_only=True) for path in (run.last, run.best) if path.is_file()]
+    named = {file["parts"]["folder"] for file in files if "parts" in file}
+    return [path for path in run.last.parent.glob("*.parts") if path.name not in named]
+
+
 def faults(whole: Path, out: Path, cache: Path) -> list[str]:
     """What a finished run lacks beside one that was not disturbed."""
     one, other = RunFolder(whole), RunFolder(out)
@@ -183,6 +190,7 @@ def faults(whole: Path, out: Path, cache: Path) -> list[str]:
             found.append(f"the curve of {name} lacks {sorted(missing)[:3]}")
     left = [path for place in (out, cache) for path in place.rglob(".*") if path.name.endswith((".tmp", ".old"))]
     left += [path for place in (out, cache) for path in place.rglob(".*.tmp.*")]
+    left += unnamed_parts(other)
     return found + [f"{path} is left" for path in left] + ([".holder is left"] if (out / ".holder").exists() else [])
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks.averaging import WeightAverage
+from mambaseq.tasks.callbacks import StoppedAtOnce, abandons_saving
 from mambaseq.tasks.contexts import gather_states
 from mambaseq.tasks.sharding import FullySharded
 from mambaseq.tasks.task import Task
@@ -71,3 +75,45 @@ def test_weights_that_no_process_has_whole_are_not_averaged() -> None:
     page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
     (refused,) = (item for item in page.partition("## What is refused")[2].split("\n- ") if "`fsdp2` with" in item)
     assert "`ema.decay`" in refused
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_checkpoint_that_is_being_written_when_a_run_is_stopped_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Whether training or the wait for it was interrupted. After another error a writer has time to end."""
+    strategy = make_classes("strategy", "fsdp2")
+    monkeypatch.setattr(FullySharded, "global_rank", 0)
+    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: None)
+    last, goes_on, trainer = tmp_path / "last.ckpt", threading.Event(), SimpleNamespace(strategy=strategy)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StoppedAtOnce
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def write(tensors: Any, storage_writer: Any, process_group: Any) -> Future[Any]:
+            def slowly() -> None:
+                Path(storage_writer.path).mkdir()
+                assert goes_on.wait(20)
+
+            return pool.submit(slowly)
+
+        monkeypatch.setattr(dcp, "async_save", write)
+        strategy.save_checkpoint({"state_dict": {}, "global_step": 1}, last)
+        if waits:
+            monkeypatch.setattr(strategy._pending.done, "exception", stop)
+        with pytest.raises(StoppedAtOnce), abandons_saving(trainer):  # type: ignore[arg-type]
+            (strategy.finish_saving if waits else stop)()
+        goes_on.set()
+    assert not list(tmp_path.iterdir())
+    with ThreadPoolExecutor(1) as pool:
+        goes_on.clear()
+        strategy.save_checkpoint({"state_dict": {}, "global_step": 2}, last)
+        threading.Timer(0.05, goes_on.set).start()
+        with pytest.raises(OSError, match="another"), abandons_saving(trainer):  # type: ignore[arg-type]
+            raise OSError("another")
+        assert last.is_file()
+    (folder,) = tmp_path.glob("last.ckpt.*.parts")
+    assert torch.load(last, weights_only=True)["parts"] == {"folder": folder.name}
