@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from mambaseq.atomic import write_failed
 from mambaseq.checkpoints.lightning_io import read_checkpoint
@@ -190,7 +190,7 @@ class FullySharded(ModelParallelStrategy):
         for optimizer, read in zip(self.optimizers, found, strict=True):
             optimizer.load_state_dict(read)
         rest = {key: value for key, value in contents.items() if key not in (PARTS, "state_dict")}
-        return apply_to_collection(rest, torch.Tensor, torch.clone)  # no part of a file that the run will replace
+        return tree_map_only(torch.Tensor, torch.clone, rest)  # no part of a file that the run will replace
 
 
 def _as(parameter: Any, value: Any) -> Any:
