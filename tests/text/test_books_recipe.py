@@ -51,6 +51,8 @@ def test_all_of_it_and_once_only(texts: Texts, tmp_path: Path, tokenizer_json: P
     made = context(tmp_path)
     table, mixers = tables(made, texts, lambda: HFTokenizer(str(tokenizer_json)))
     assert {line.name for line in mixers.lines} >= {*CONTENDERS, *TODAY}
+    assert {line.name for line in mixers.lines if line.paper} == set(books.PUBLISHED)
+    assert not [line.name for line in table.lines if line.paper or line.name in TODAY]
     named = {line.name: line for line in table.lines}
     first, second = sorted(CONTENDERS, key=lambda name: named[name].values["validation"][0])[:2]
     assert set(named) >= {*CONTENDERS, f"{first}, {PIECES}", f"{second}, {PIECES}", f"{first} is ahead of {second} by"}
@@ -78,7 +80,8 @@ def test_all_of_it_and_once_only(texts: Texts, tmp_path: Path, tokenizer_json: P
 
 def test_the_mixers_of_today_beside_the_published_order(texts: Texts, tmp_path: Path) -> None:
     made = context(tmp_path, "Mamba-2", "Mamba-3, rank 4", "KDA")
-    _, table = tables(made, texts, ByteTokenizer)
+    first, table = tables(made, texts, ByteTokenizer)
+    assert [(line.name, line.paper) for line in first.lines] == [("Mamba-2", "")]
     lines = {line.name: line for line in table.lines}
     assert lines["KDA"].paper == "52.28"
     first, second = (lines[name].values["bits"][0] for name in ("Mamba-3, rank 4", "KDA"))
@@ -97,14 +100,22 @@ def test_pieces_of_several_calls_are_collected_and_what_is_missing_is_told(
     (again,) = tables(context(tmp_path, "Mamba-2", seeds=(0, 2)), texts, ByteTokenizer)
     assert again.lines[0].note == ""
     monkeypatch.setattr(books_training, "train", lambda *_args, **_more: pytest.fail("something is trained"))
-    (table,) = tables(context(tmp_path, "finished", seeds=(0, 1, 2)), texts, ByteTokenizer)
-    notes = {line.name: line.note for line in table.lines}
+    table, mixers = tables(context(tmp_path, "finished", seeds=(0, 1, 2)), texts, ByteTokenizer)
+    assert {line.name for line in table.lines} == set(CONTENDERS)
+    notes = {line.name: line.note for line in (*table.lines, *mixers.lines)}
     assert notes.pop("Mamba-2") == "missing: seed 1"
     assert notes == {name: "missing: seeds 0, 1, 2; speed not measured" for name in notes}
     assert set(notes) == {*CONTENDERS, *TODAY} - {"Mamba-2"}
     (mamba2,) = (line for line in table.lines if line.name == "Mamba-2")
     assert len(mamba2.values["bits"]) == 2
     assert mamba2.values["minutes"]
+
+
+def test_those_that_lead_do_so_with_the_first_seed_of_each() -> None:
+    found = {name: {0: {"validation": 2.0 + at}, 1: {"validation": 1.0}} for at, name in enumerate(CONTENDERS)}
+    assert books._leading(found, 0) == list(CONTENDERS)[:2]
+    del found["Transformer++"][0]  # which another call may have left for later
+    assert books._leading(found, 0) == []
 
 
 @pytest.mark.parametrize(("best", "asked"), [(1e-3, 3), (2e-3, 3), (8e-3, 4), (2.5e-4, 4)])

@@ -3,6 +3,7 @@ same text in the same order; bits a byte against what was read and against time,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -50,7 +51,7 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
     context.wanted([*ENTRIES, FLOORS, SPEED, FINISHED])
     of, only = Shelf(context, texts, tokenizer), context.only
     found = _finished(of) if FINISHED in only else _trained(of)
-    leading = _leading(found)
+    leading = _leading(found, context.seeds[0])
     speeds = _speeds(of, found)
     asked = [name for name in only if name in ENTRIES]
     names = list(dict.fromkeys([*found, *speeds]))
@@ -59,22 +60,24 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
         names = list(dict.fromkeys([*NAMES, *pieces, *names]))
     elif FINISHED in only:
         names = list(dict.fromkeys([*asked, *names]))
-    made = [line_of(name, found.get(name, {}), of, speeds.get(name)) for name in names]
-    rows = {line.name: line for line in made}
+    rows = {name: line_of(name, found.get(name, {}), of, speeds.get(name)) for name in names}
+    made = [line for name, line in rows.items() if name not in TODAY]
     if not only or FLOORS in only:
         counted = context.trial(FLOORS, lambda _: floors(texts))
     else:
         counted = (context.finished(FLOORS) if FINISHED in only else None) or {}
     if counted:
         bound = Bound("bits", "<=", counted["Markov bits"])
-        for line in made:
+        for line in rows.values():
             line.wanted = (bound,)
         made += _floor_lines(counted)
     if len(leading) == LEADING and not asked:
         made.append(_lead(leading[0], leading[1], found))
     draw(context, "books.svg", of, {name: found[name] for name in found if name not in TODAY}, speeds)
-    said = [Table("Novels: bits a byte of books that training does not see", _about(of, made), COLUMNS, made)]
-    if any(name in TODAY for name in found):
+    said = []
+    if made:
+        said.append(Table("Novels: bits a byte of books that training does not see", _about(of, made), COLUMNS, made))
+    if any(name in TODAY for name in rows):
         said.append(_mixers(of, found, speeds, rows))
     return said
 
@@ -91,7 +94,7 @@ def _trained(of: Shelf) -> Found:
 
     train([name for name in ENTRIES if name in only] if only else NAMES)
     if not only:
-        train([f"{name}, {PIECES}" for name in _leading(found)])
+        train([f"{name}, {PIECES}" for name in _leading(found, seeds[0])])
     return found
 
 
@@ -105,9 +108,9 @@ def _finished(of: Shelf) -> Found:
     return found
 
 
-def _leading(found: Found) -> list[str]:
+def _leading(found: Found, seed: int) -> list[str]:
     """The contenders that lead on the validation book with the first seed, the best first; none until all have it."""
-    firsts = {name: next(iter(found[name].values()))["validation"] for name in USUAL if found.get(name)}
+    firsts = {name: found[name][seed]["validation"] for name in USUAL if seed in found.get(name, {})}
     if len(firsts) < len(USUAL):
         return []
     order = sorted(firsts, key=lambda name: firsts[name] if math.isfinite(firsts[name]) else math.inf)
@@ -126,11 +129,12 @@ def _speeds(of: Shelf, found: Found) -> dict[str, float]:
 
 
 def _mixers(of: Shelf, found: Found, speeds: dict[str, float], rows: dict[str, Line]) -> Table:
-    """The mixers of today beside the published order."""
-    for name in PUBLISHED:
-        if name in rows:
-            rows[name].paper = f"{PUBLISHED[name]}"
-    made = [rows[name] for name in NAMES if name in rows]
+    """The mixers of today beside the published order, which only these lines show."""
+    made = [
+        dataclasses.replace(rows[name], paper=f"{PUBLISHED[name]}" if name in PUBLISHED else "")
+        for name in NAMES
+        if name in rows
+    ]
     made += _orders(found)
     for file_name, some in PICTURES.items():
         draw(of.context, file_name, of, {name: found[name] for name in some if name in found}, speeds)

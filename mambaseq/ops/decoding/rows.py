@@ -38,14 +38,12 @@ _TRIED = {(16, 48, torch.bfloat16, torch.float32): 128}
 @dataclasses.dataclass
 class Tuning:
     """on: whether the kernel is used. untried: for every shape that it takes. held: numbers of states that a thread has
-    at most, which decide how many sequences a block has. blocks: that a multiprocessor has room for. early: whether it
-    begins before the kernel in front of it has ended."""
+    at most, which decide how many sequences a block has. blocks: that a multiprocessor has room for."""
 
     on: bool = True
     untried: bool = False
     held: int = 16
     blocks: int = 3
-    early: bool = False
 
 
 tuning = Tuning()
@@ -99,11 +97,11 @@ def step_rows_(inner: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Bl
 
 
 def scan_rows_(
-    u: Tensor, products: Tensor, gate: Tensor, ssm_state: Tensor, weights: BlockWeights, early: bool | None = None
+    u: Tensor, products: Tensor, gate: Tensor, ssm_state: Tensor, weights: BlockWeights, early: bool = False
 ) -> Tensor:
     """What the convolution made, `(rows, d_inner)`, to what out_proj takes. products `(rows, rank + 2 d_state)`: of u
     with x_proj; or fp32 summands of them, `(parts, rows, rank + 2 d_state)`. A row's numbers are the same however many
-    there are. early: as the tuning has it, unless given."""
+    there are. early: whether it begins before the kernel in front of it has ended."""
     w, (rows, channels, d_state) = weights, ssm_state.shape
     device: int = u.device.index
     plan = planned(rows, channels, d_state, torch.cuda.get_device_properties(device).multi_processor_count)
@@ -111,7 +109,7 @@ def scan_rows_(
     macros = macros_of(plan, u.dtype, w.dt_proj.shape[1], d_state, ssm_state.dtype == torch.bfloat16, parts)
     y = u.new_empty(rows, channels)
     with portable.on(u):
-        _kernel(tuple(macros.items()), device, tuning.early if early is None else early)(
+        _kernel(tuple(macros.items()), device, early)(
             -(-rows // plan.rows) * -(-channels // _CHANNELS),
             u,
             products,
