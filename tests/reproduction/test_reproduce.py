@@ -12,6 +12,7 @@ import pytest
 from mambaseq.cli.main import main
 from mambaseq.domain import catalog
 from mambaseq.reproduction import Recipe
+from mambaseq.reproduction.reproduce import _source
 from mambaseq.reproduction.tables import Report
 
 NAMES = [entry.name for entry in catalog()["recipes"]]
@@ -173,3 +174,16 @@ def test_a_damaged_pool_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
         pool.write_bytes(pool.read_bytes()[:-200])
     assert reproduce("lra", out, "--only", "s4d", "digits") == 2
     assert ".npz is damaged" in capsys.readouterr().err
+
+
+def test_trials_belong_to_the_modules_that_a_recipe_names_as_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = catalog()["recipes"].get("text/books")
+    assert recipe.settings
+    assert recipe.run.__module__ not in recipe.settings
+    before, source, edited = _source(recipe), inspect.getsource, ""
+    monkeypatch.setattr(inspect, "getsource", lambda of: source(of) + "# edited" * (of.__name__ == edited))
+    for edited in recipe.settings:
+        assert _source(recipe) != before, edited
+    for edited in (recipe.run.__module__, "mambaseq.reproduction.tables"):
+        assert _source(recipe) == before, edited
+        assert _source(Recipe(recipe.run)) != _source(recipe)
