@@ -77,9 +77,9 @@ def folded(text: str) -> str:
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], least: float = 0.6) -> str:
     """``" Did you mean 'x'?"`` for the nearest of the known names, else ``""``. Case and accents do not count. Of
-    several names with commas, the first with a near match counts.
+    several names with commas, the first with a near match counts. least: from 0 to 1, how alike they must be.
 
     >>> did_you_mean("mambda", ["mamba", "s4d"])
     " Did you mean 'mamba'?"
@@ -87,7 +87,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = {folded(one): one for one in known}
     given = folded(name[:_COMPARED])
     for part in (given, *(given.split(",") if "," in given else ())):
-        if near := difflib.get_close_matches(part.strip(), list(names), n=1, cutoff=0.6):
+        if near := difflib.get_close_matches(part.strip(), list(names), n=1, cutoff=least):
             return f" Did you mean {shown(names[near[0]])}?"
     return ""
 

@@ -220,16 +220,27 @@ _UNREACHABLE = {"ConnectionError", "NetworkError", "ProxyError", "TimeoutExcepti
 
 def _reachable(repository: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with those of a reader of the cache alone where the Hub cannot be reached. It is asked once and
-    shortly: the library itself tries again for a minute, for each file."""
+    shortly: the library itself tries again for a minute, for each file.
+
+    Raises UserError where it cannot be reached and the cache is not to be read (force_download).
+    """
     hub = _hub()
     if options.get("local_files_only") or importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
         return options
     try:
-        address = hub.hf_hub_url(repository, _DESCRIPTION, revision=options.get("revision"))
-        hub.get_hf_file_metadata(address, token=options.get("token"), timeout=_PATIENCE)
+        of = {name: options.get(name) for name in ("revision", "endpoint")}
+        hub.get_hf_file_metadata(
+            hub.hf_hub_url(repository, _DESCRIPTION, **of), token=options.get("token"), timeout=_PATIENCE
+        )
     except Exception as error:  # the errors of two libraries of requests; what is no matter of the network, a file
         if _UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:  # that is missing, say, is told by `_fetch`
-            return {**options, "local_files_only": True, "force_download": False}
+            if options.get("force_download"):
+                raise UserError(
+                    f"{shown(repository)} cannot be downloaded anew: the Hugging Face Hub cannot be reached "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the connection and the "
+                    "proxy, or leave out force_download: then the copy in the cache is read."
+                ) from error
+            return {**options, "local_files_only": True}
     return options
 
 

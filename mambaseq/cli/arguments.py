@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 
 from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
@@ -17,12 +18,16 @@ def refuse_words(argv: list[str], left: list[str], option: str, program: str) ->
         )
 
 
-def check_overrides(parser: argparse.ArgumentParser, overrides: list[str], config: str) -> None:
-    """Raise ConfigError for words that name nothing, before anything slow is imported. config: as `--OPTION NAME`, by
-    which the command's help lists the keys."""
-    check_names(
-        overrides, f"{parser.prog} {config}", [name for name in parser._option_string_actions if name[:2] == "--"]
-    )
+def check_overrides(
+    parser: argparse.ArgumentParser, overrides: list[str], config: str, unused: Container[str] = ()
+) -> None:
+    """Raise ConfigError for words that name nothing, before anything slow is imported.
+
+    config: as `--OPTION NAME`, by which the command's help lists the keys. unused: the command's options, as attributes
+    of what it parses, that go with no overrides and so are not what a wrong word means.
+    """
+    known = [name for name, action in parser._option_string_actions.items() if action.dest not in unused]
+    check_names(overrides, f"{parser.prog} {config}", [name for name in known if name[:2] == "--"])
 
 
 def asks_for_help(left: list[str]) -> bool:

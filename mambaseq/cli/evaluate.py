@@ -44,7 +44,7 @@ def run(argv: list[str], command: str) -> int:
             )
     if command == "test" and _asks_for_tasks(arguments, overrides):
         return _run_tasks(arguments)
-    check_overrides(parser, overrides, f"--checkpoint {arguments.checkpoint}")
+    check_overrides(parser, overrides, f"--checkpoint {arguments.checkpoint}", unused=_TASK_OPTIONS)
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 

@@ -17,7 +17,7 @@ from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.registry import Registry
-from mambaseq.runs.naming import PARTS
+from mambaseq.runs.naming import MODEL_PARTS
 from mambaseq.specs import arguments_of
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
@@ -192,7 +192,7 @@ class RunConfig:
             )
         model = self.settings["model"]
         spec: dict[str, Any] = {"d_model": model["d_model"], "tie_embeddings": model["tie_embeddings"]}
-        for part in PARTS:
+        for part in MODEL_PARTS:
             spec[part] = dict(model[part])
             for argument in PROVIDED & known.keys() & arguments_of(self.classes[part]).keys():
                 if known[argument] is None:

@@ -11,7 +11,7 @@ from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.registry import Registry
 from mambaseq.resources import find
 
-PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
+MODEL_PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 GROUPS = (
     *("data", "model", "loader", "optimizer", "finetune", "lora", "ema"),
     *("length_warmup", "checkpoint", "generation", "trainer"),
@@ -35,19 +35,20 @@ def resolve_config(name: str) -> Path:
 
 
 def check_names(overrides: list[str], source: str, options: list[str]) -> None:
-    """Raise ConfigError for an override that nearly is an option or under a key of a
-    configuration, and for a registered name that there is
-    not. What only the named classes tell is for the parser of the configuration.
+    """Raise ConfigError for a word that nearly is one of the command's options, for a key whose section nearly is one,
+    and for a registered name that there is not. All others are for the parser of the configuration: it knows what the
+    named classes take, and of which keys a word alone may be the end (`--devices`).
 
-    source: the command, for the message. options: those of the command itself, which may have been meant.
+    source: the command, for the message. options: those of the command itself, with their dashes.
     """
     for index, word in enumerate(overrides):
         key, given, text = word[2:].partition("=")
-        if not word.startswith("--") or not key:
+        if not word.startswith("--") or not key or key in _OF_THE_PARSER:
             continue
-        if (top := key.partition(".")[0].rstrip("+")) not in TOP:
-            near = did_you_mean(f"--{top[:80]}", [*options, *(f"--{name}" for name in TOP)])
-            if near:  # otherwise the last word of a longer key may be meant, which the parser of all keys knows
+        top, dot, _ = key.partition(".")
+        if (top := top.rstrip("+")) not in TOP:
+            known = [f"--{name}" for name in TOP] if dot else options
+            if near := did_you_mean(f"--{top[:80]}", known, least=0.8):
                 told = shown(word.partition("=")[0], 200)
                 raise ConfigError(f"there is no key or option {told}.{near} `{source} --help` lists the keys.")
         kind = _NAMED.get(key)
@@ -56,4 +57,5 @@ def check_names(overrides: list[str], source: str, options: list[str]) -> None:
             catalog()[kind].entry(name, key)
 
 
-_NAMED = {"data.name": "datasets", **{f"model.{part}.name": f"{part}s" for part in PARTS}}
+_OF_THE_PARSER = ("help", "config", "print_config")
+_NAMED = {"data.name": "datasets", **{f"model.{part}.name": f"{part}s" for part in MODEL_PARTS}}

@@ -30,7 +30,7 @@ from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig
 from mambaseq.runs.help import OF_CLASSES, keys_text
-from mambaseq.runs.naming import PARTS, resolve_config
+from mambaseq.runs.naming import MODEL_PARTS, resolve_config
 from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes, plain_type
 from mambaseq.runs.values import PATHS, check_values, whole_first
@@ -47,7 +47,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 # the kind of thing that a key names, as `mambaseq list` calls it
-KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in PARTS}}
+KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in MODEL_PARTS}}
 
 
 def _override(argv: list[str], key: str) -> str | None:
@@ -184,17 +184,17 @@ def make_parser(
     """
     registries = catalog()
     classes = {"data": registries["datasets"].get(names["data"], "data.name")}
-    classes |= {part: registries[f"{part}s"].get(names[part], f"model.{part}.name") for part in PARTS}
+    classes |= {part: registries[f"{part}s"].get(names[part], f"model.{part}.name") for part in MODEL_PARTS}
     further = tuple((name, of, registries["mixers"].get(of)) for name, of in (mixers or {}).items())
     make = _new_parser if own else _kept_parser
-    return make(tuple((names[key], classes[key]) for key in ("data", *PARTS)), further, seed), classes
+    return make(tuple((names[key], classes[key]) for key in ("data", *MODEL_PARTS)), further, seed), classes
 
 
 def _new_parser(
     named: tuple[tuple[str, Any], ...], mixers: tuple[tuple[str, str, Any], ...], seed: int | None
 ) -> jsonargparse.ArgumentParser:
-    """named: the name and the class of the data and of each of the model's parts, in the order of `PARTS`. mixers: the
-    name, the registered name and the class of each further one."""
+    """named: the name and the class of the data and of each of the model's parts, in the order of `MODEL_PARTS`.
+    mixers: the name, the registered name and the class of each further one."""
     import lightning
 
     (data, data_class), *parts = named
@@ -206,7 +206,7 @@ def _new_parser(
     _add_plain(parser, data_class, "data", set())
     parser.add_argument("--model.d_model", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--model.tie_embeddings", type=bool, default=False, help="share embedding and output weights")
-    for part, (name, kind) in zip(PARTS, parts, strict=True):
+    for part, (name, kind) in zip(MODEL_PARTS, parts, strict=True):
         told = f"the {part} (`mambaseq list {part}s`)"
         parser.add_argument(f"--model.{part}.name", type=str, default=name, help=told)
         skip = (PROVIDED | OFFERED.keys()) & arguments_of(kind).keys()
@@ -259,14 +259,14 @@ def _without_former_parts(
     model = raw.get("model")
     options = _written(raw, "model.mixers")
     if isinstance(options, dict):
-        former = {part: _name(raw, [], f"model.{part}", default) for part, default in PARTS.items()}
+        former = {part: _name(raw, [], f"model.{part}", default) for part, default in MODEL_PARTS.items()}
         for name in options.keys() & set(_mixers(raw, [], former)) - {former["mixer"], *mixers}:
             del options[name]
         check_mixer_options(options, names["mixer"], [names["mixer"], *mixers])
         for name, own in options.items():
             if isinstance(own, dict) and own.get("name", name) != mixers.get(name, name):
                 options[name] = {"name": mixers[name]}
-    for part, default in {"data": None, **PARTS}.items():
+    for part, default in {"data": None, **MODEL_PARTS}.items():
         holder = raw if part == "data" else model
         settings = holder.get(part) if isinstance(holder, dict) else None
         if isinstance(settings, dict) and (former_name := settings.get("name", default)) != names[part]:
@@ -364,7 +364,7 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
 def _defaults(parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
     """What each key of a configuration has when nobody sets it; the data has no name then."""
     values = {action.dest: _plain(action.default) for action in parser._actions}
-    names = {"data.name": None, **{f"model.{part}.name": name for part, name in PARTS.items()}}
+    names = {"data.name": None, **{f"model.{part}.name": name for part, name in MODEL_PARTS.items()}}
     return {whole: leaf for key, value in (values | names).items() for whole, leaf in flatten(value, key).items()}
 
 
@@ -377,7 +377,7 @@ def _names(config: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str,
     raw = read_settings(resolve_config(config))
     check_overrides(overrides)
     names = {"data": _name(raw, overrides, "data", None)}
-    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in PARTS.items()}
+    names |= {part: _name(raw, overrides, f"model.{part}", default) for part, default in MODEL_PARTS.items()}
     return raw, names, _mixers(raw, overrides, names)
 
 
@@ -401,7 +401,10 @@ def explained(config: str, overrides: list[str]) -> str:
     _, names, mixers = _names(config, overrides)
     others = _without(mixers, names["mixer"])
     parser, _ = make_parser(names, others, own=True)
-    found = {"data": ("datasets", names["data"]), **{f"model.{part}": (f"{part}s", names[part]) for part in PARTS}}
+    found = {
+        "data": ("datasets", names["data"]),
+        **{f"model.{part}": (f"{part}s", names[part]) for part in MODEL_PARTS},
+    }
     found |= {f"model.mixers.{name}": ("mixers", registered) for name, registered in others.items()}
     titles = {}
     for key, (kind, name) in found.items():
@@ -440,7 +443,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         overrides,
         {
             "data": classes["data"],
-            **{f"model.{part}": classes[part] for part in PARTS},
+            **{f"model.{part}": classes[part] for part in MODEL_PARTS},
             **{f"model.mixers.{name}": catalog()["mixers"].get(registered) for name, registered in mixers.items()},
         },
     )

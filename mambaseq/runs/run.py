@@ -15,7 +15,7 @@ from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean,
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, generate_to
-from mambaseq.runs.naming import GROUPS, PARTS, TOP
+from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
 from mambaseq.runs.training import fit as train
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-_SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(PARTS)}|mixers(\.[^.]+)?)")
+_SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(MODEL_PARTS)}|mixers(\.[^.]+)?)")
 
 
 class NotFinished(UserError):

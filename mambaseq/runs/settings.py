@@ -12,7 +12,7 @@ from typing import Any
 
 from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
 from mambaseq.plain import read_yaml
-from mambaseq.runs.naming import GROUPS, PARTS, TOP
+from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP
 from mambaseq.runs.trainer_classes import KEYS, names_class
 
 
@@ -30,7 +30,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             )
         if key in GROUPS:
             _require_settings(value, key, path)
-    for part in (*PARTS, "mixers"):
+    for part in (*MODEL_PARTS, "mixers"):
         if part in raw.get("model", {}):
             _require_settings(raw["model"][part], f"model.{part}", path)
     for name, options in raw.get("model", {}).get("mixers", {}).items():
@@ -65,7 +65,7 @@ def check_overrides(overrides: list[str]) -> None:
             text = overrides[index + 1] if index + 1 < len(overrides) else ""
         if key == "config":
             raise ConfigError("--config cannot be given here: the run has its own configuration. Override single keys.")
-        if key in (*GROUPS, "model.mixers", *(f"model.{part}" for part in PARTS)) or re.fullmatch(
+        if key in (*GROUPS, "model.mixers", *(f"model.{part}" for part in MODEL_PARTS)) or re.fullmatch(
             r"model\.mixers\.[^.]+", key
         ):
             raise ConfigError(f"--{key} holds several settings. Give them one by one: --{key}.KEY VALUE.")

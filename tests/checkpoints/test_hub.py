@@ -175,3 +175,24 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*hf download NAME"):
         SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
     assert not waited
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_copy_in_the_cache_is_no_new_one(force: bool, hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    small().push_to_hub("tiny")
+    asked: list[str] = []
+
+    def unreachable(address: str, **_) -> None:
+        asked.append(address)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    options = {"force_download": force, "endpoint": "https://hub.example"}
+    if force:
+        with pytest.raises(UserError, match=r"'me/tiny' cannot be downloaded anew.*nobody there.*force_download"):
+            download("me/tiny", **options)
+        assert not hub.asked
+    else:
+        assert (download("me/tiny", **options) / "model.safetensors").is_file()
+    assert asked == ["https://hub.example/me/tiny/resolve/main/model.json"]

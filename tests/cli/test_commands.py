@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ import torch
 from mambaseq.benchmarking import backends, diagnosis, timing
 from mambaseq.cli.main import COMMANDS, main
 from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError
 from mambaseq.ops import OPS
+from mambaseq.runs.naming import check_names
 from mambaseq.runs.parsing import KINDS_OF
+from mambaseq.runs.settings import check_overrides
 
 DNA = [
     "--data.length=64", "--data.n_validation=4", "--data.n_test=6", "--data.samples_per_epoch=64",
@@ -199,6 +203,7 @@ def test_every_command_in_a_hint_is_one(capsys) -> None:
         (["fit", "--config", "dna/demo", "--data.name", "dna/genom"], "Did you mean 'dna/genome'"),
         (["test", "--checkpoint", "r", "--baseline"], "Did you mean '--baselines'"),
         (["validate", "--checkpoint", "r", "--lodaer.batch_size=3"], "Did you mean '--loader'"),
+        (["validate", "--checkpoint=r", "--ckeckpoint", "x", "--baselnes"], "Did you mean '--checkpoint'"),
     ],
 )
 def test_wrong_names_are_told_before_anything_slow(words: list[str], told: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -206,3 +211,25 @@ def test_wrong_names_are_told_before_anything_slow(words: list[str], told: str, 
         monkeypatch.setitem(sys.modules, f"mambaseq.runs.{module}", None)  # its import fails
     assert main(words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_words_that_may_end_a_longer_key_are_for_the_parser(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    for word in ("--length", "--devices", "--d_model", "--lr", "--n_layers", "--encoder.k", "--layout", "--init"):
+        for options in (["--config", "--out", "--resume", "--init-from"], ["--checkpoint", "--baselines", "--tasks"]):
+            check_names([word, "3"], "mambaseq fit", options)
+    for key in ("data.length", "trainer.devices"):
+        words = ["--out", str(tmp_path / "run"), f"--{key.rpartition('.')[2]}", "3"]
+        assert main(["fit", "--config", "dna/demo", *words]) == 2
+        assert f"Did you mean '{key}'" in capsys.readouterr().err
+
+
+def test_words_of_a_run_that_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    seen: list[list[str]] = []
+    told = types.SimpleNamespace(evaluate=lambda run, split, words, **_: seen.append(words) or {})
+    monkeypatch.setitem(sys.modules, "mambaseq.runs.evaluation", told)
+    for words in (["--config", "x"], ["--devices", "1"], ["--batch_size=3"]):  # --device and --batch-size: of --tasks
+        for command in ("validate", "test"):
+            assert main([command, "--checkpoint", str(tmp_path), *words]) == 0, capsys.readouterr().err
+            assert seen.pop() == words
+    with pytest.raises(ConfigError, match="the run has its own configuration"):
+        check_overrides(["--config", "x"])

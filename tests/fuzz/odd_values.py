@@ -137,11 +137,11 @@ BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", 
 @functools.lru_cache
 def actions(config: str) -> dict[str, Any]:
     """The parser's knowledge of each key that is no section: its type and its default."""
-    from mambaseq.runs.naming import PARTS
+    from mambaseq.runs.naming import MODEL_PARTS
     from mambaseq.runs.parsing import make_parser, parse_config
 
     settings = parse_config(config, []).settings
-    names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in PARTS}}
+    names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in MODEL_PARTS}}
     return {action.dest: action for action in make_parser(names, {})[0]._actions if hasattr(action, "_typehint")}
 
 

@@ -22,7 +22,7 @@ from mambaseq.errors import shown
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.runs.naming import PARTS
+from mambaseq.runs.naming import MODEL_PARTS
 from mambaseq.runs.parsing import make_parser
 from mambaseq.runs.resuming import moved
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
@@ -141,7 +141,7 @@ def options(changed: dict[str, Any]) -> list[str]:
 
 
 def test_every_key_of_a_configuration_is_decided_here() -> None:
-    parser, _ = make_parser({"data": "tasks.test_resume_settings:Numbered", **PARTS})
+    parser, _ = make_parser({"data": "tasks.test_resume_settings:Numbered", **MODEL_PARTS})
     keys = {key for key in vars(parser.get_defaults().as_flat()) if not key.startswith(("data", "model", "trainer"))}
     assert keys - {"config"} == CHANGED.keys() | REFUSED.keys()
 
