@@ -25,6 +25,7 @@ from mambaseq.ops.decoding.stretch_cpu import StretchOnCPU
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.linear import is_plain
+from mambaseq.ops.selective_scan.launches import processors
 
 
 def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> str | None:
@@ -42,7 +43,7 @@ def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> 
         if (reason := _missing_on(device)) is not None:
             return reason
         if batch_size > 1 and batch_size * weights_read(model) > stretch.MOST_READ:
-            return "there are so many sequences that reading the weights for each takes longer than launching kernels"
+            return "with so many sequences, reading weights once for every few takes longer than launching kernels"
         if 0 < top_k < vocabulary or top_p < 1:
             return "top_k or top_p is set"
         if torch.cuda.is_current_stream_capturing():
@@ -61,13 +62,51 @@ def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> 
     if isinstance(backbone, UNet) and len(backbone._tiers()) > stretch.MOST_POOLS + 1:
         return f"there are more than {stretch.MOST_POOLS} poolings"
     reasons = [_why_not_mixer(mixer) for mixer in backbone.mixers()]
-    if (reason := next((reason for reason in reasons if reason), None)) is not None or device.type == "cuda":
+    if (reason := next((reason for reason in reasons if reason), None)) is not None:
         return reason
+    if device.type == "cuda":
+        return stretch.why_not(outline(model), batch_size, processors(device.index), stretch.memory_of_block(device))
     if any(type(mixer) is Mamba and mixer.complex for mixer in backbone.mixers()):
         return "the kernel on a CPU does not know complex selective systems"
     if weights_read(model) > stretch.CACHED:
         return f"a position reads more than {stretch.CACHED:,} weights"
     return None
+
+
+def _inner(mixer: Any) -> int:
+    """How many numbers the last phase of a mixer reads."""
+    return int(mixer.hidden if type(mixer) is MLP else mixer.d_inner if type(mixer) is Mamba else mixer.d_model)
+
+
+def outline(model: SequenceModel) -> list[Phase]:
+    """The sizes of a model's phases, in any order but for the last, without tensors: what a GPU's room is compared with
+    before anything is made."""
+    backbone: Any = model.backbone
+    head: Any = model.head
+    found = []
+    for mixer in backbone.mixers():
+        width, wide = mixer.d_model, _inner(mixer)
+        n_states = (
+            0 if type(mixer) is MLP else mixer.d_state if type(mixer) is Mamba and not mixer.lti else mixer.ssm.d_state
+        )
+        found.append(Phase(stretch.OUT, 0, width, wide))
+        if isinstance(mixer, Mamba) and not mixer.lti:
+            rank = -(-mixer.dt_rank // 4) * 4
+            products = rank + len(mixer.x_proj.weight) - mixer.dt_rank
+            found.append(Phase(stretch.CONV, 0, wide, width, width=mixer.d_conv))
+            found.append(Phase(stretch.LINEAR, 0, products, wide))
+            found.append(Phase(stretch.SCAN, 0, wide, rank, held_cols=products, n_states=n_states))
+        else:
+            kind = stretch.MAMBA if isinstance(mixer, Mamba) else stretch.GATED if n_states == 0 else stretch.LTI
+            found.append(Phase(kind, 0, wide, width, n_states=n_states))
+    tier = backbone.top if isinstance(backbone, UNet) else None
+    while tier is not None and tier.pool is not None:
+        found.append(Phase(stretch.LINEAR, 0, *tier.pool.down.weight.shape))
+        last = tier.down[-1].mixer
+        at = found.index(Phase(stretch.OUT, 0, last.d_model, _inner(last)))
+        found[at] = found[at]._replace(held_cols=tier.pool.d_coarse)
+        tier = tier.inner
+    return [*found, Phase(stretch.LINEAR, 0, *head.linear.weight.shape)]
 
 
 def weights_read(model: SequenceModel) -> int:
@@ -119,6 +158,8 @@ def _why_not_mixer(mixer: Any) -> str | None:
         return f"widths must be multiples of 4 up to {stretch.WIDEST}"
     if mixer.d_model % 4 or mixer.d_model > stretch.WIDEST:
         return f"widths must be multiples of 4 up to {stretch.WIDEST}"
+    if type(mixer) is Mamba and mixer.d_conv - 1 > stretch.MOST_TAPS:
+        return f"a convolution is longer than {stretch.MOST_TAPS + 1}"
     if ssm is not None and ssm.d_state > stretch.MOST_STATES:
         return f"there are more than {stretch.MOST_STATES} states a channel"
     if ssm is not None and ssm.real and ssm.discretization == "bilinear":

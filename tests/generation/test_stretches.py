@@ -12,8 +12,9 @@ from mambaseq.conditions import row as row_of
 from mambaseq.generation import decode, generate
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws
-from mambaseq.generation.stretches import Stretches, weights_read, why_not
+from mambaseq.generation.stretches import Stretches, outline, weights_read, why_not
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.ops.decoding import stretch
 from mambaseq.ops.eager import only_reference
 
 CUDA = torch.cuda.is_available()
@@ -189,6 +190,8 @@ def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(
 def test_what_the_kernel_does_not_run_is_told() -> None:
     plain = model_of(RESIDUAL, {"name": "mamba", "selective_B": False})
     assert "does not know Mamba without selection" in str(why_not(plain, 1, 0, 1.0))
+    long = [model_of(RESIDUAL, {"name": "mamba", "lti": True, "d_state": 2, "d_conv": n}) for n in (33, 34)]
+    assert [why_not(model, 1, 0, 1.0) for model in long] == [None, "a convolution is longer than 33"]
     with only_reference():
         assert "only PyTorch's operators" in str(why_not(model_of(*MODELS["lti"]), 1, 0, 1.0))
     if CUDA:
@@ -196,6 +199,39 @@ def test_what_the_kernel_does_not_run_is_told() -> None:
         assert why_not(lti, 64, 0, 1.0) is None
         assert "so many sequences" in str(why_not(lti, 10**6, 0, 1.0))
         assert "top_k" in str(why_not(lti, 1, 5, 1.0))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "selective, complex"])
+def test_the_outline_has_the_sizes_of_the_phases(kind: str) -> None:
+    model = model_of(*MODELS[kind])
+    made = Stretches(model, model.init_state(1), None)._phases
+    sizes = [sorted((p.kind, p.rows, p.cols, p.held_cols, p.n_states) for p in ps) for ps in (outline(model), made)]
+    assert sizes[0] == sizes[1]
+    assert outline(model)[-1][:4] == made[-1][:4]
+
+
+def test_a_block_has_as_many_sequences_as_fit_into_its_memory() -> None:
+    """Of 32 numbers, 100 selective layers: 196,064 bytes for 8 sequences; of 64 numbers, 64 layers: 117,216 for one."""
+    layer = [stretch.Phase(stretch.CONV, 0, 64, 32), stretch.Phase(stretch.SCAN, 0, 64, 4, held_cols=36, n_states=8)]
+    layer += [stretch.Phase(stretch.LINEAR, 0, 36, 64), stretch.Phase(stretch.OUT, 0, 32, 64)]
+    last = stretch.Phase(stretch.LINEAR, 0, 256, 32)
+    for n_layers, memory, sequences in ((100, 232_448, 8), (20, 101_376, 8), (100, 190_000, 4), (100, 185_000, 2)):
+        phases = layer * n_layers + [last]
+        assert stretch.Shares.of(phases, 64, 132, memory).sequences == sequences
+        assert stretch.why_not(phases, 64, 132, memory) is None
+    refused = stretch.why_not(layer * 100 + [last], 64, 132, 101_376)
+    assert refused is not None
+    assert "shared memory, and this GPU's have 101,376" in refused
+
+
+def test_a_small_vocabulary_leaves_no_gpu_idle() -> None:
+    """Each block has a row of the logits: 16 of 132 multiprocessors would have all of a sequence."""
+    wide = stretch.Phase(stretch.LINEAR, 0, 512, 256)
+    said = lambda vocabulary, batch: stretch.why_not(  # noqa: E731
+        [wide, stretch.Phase(stretch.LINEAR, 0, vocabulary, 256)], batch, 132, 232_448
+    )
+    assert said(16, 1) == said(16, 4) == "a vocabulary of 16 leaves most of the GPU idle"
+    assert said(256, 1) is said(50, 1) is said(16, 8) is said(16, 64) is None
 
 
 def test_weights_read_a_position() -> None:

@@ -25,7 +25,7 @@ EMBEDS, GLU, COMPLEX, SWIGLU = 1, 2, 4, 8  # flags
 WIDEST = 1024  # numbers of a vector, a multiple of 4
 MOST_STATES = 128  # of a channel
 MOST_TOKENS = 1024  # of a vocabulary
-MOST_PHASES = 200  # that fit into a block's memory
+MOST_TAPS = 32  # past inputs of a convolution
 MOST_POOLS = 4
 MOST_READ = 2**27  # weights that a position of several sequences reads on average, from a GPU's second cache
 CACHED = 2**21  # weights that a position reads on average: on a CPU, more are faster read once for all sequences
@@ -36,10 +36,12 @@ _THREADS, _MANY_THREADS = 256, 384
 168 where states are complex."""
 _MOST_AT_ONCE = 8  # sequences of which a warp has a row
 _FEWEST_BLOCKS = 12  # that have some sequences: more sequences at once rather than fewer blocks
+_FEW_BLOCKS = 48
+"""Each block of a group has a row of the logits, so that a vocabulary bounds how many there are. Where it leaves one
+fewer than this, and the GPU and the other phases have more, nobody has measured whether the kernel pays."""
 _MOST_HELD = 128  # states of a row that a warp holds for all of its sequences
 OWN = ("source", "out", "state", "conv_state", "residual", "window", "copy", "held")
 """Tensors of a phase of which each sequence has its own: the first dimension."""
-_LINE = 32  # numbers between the counters of barriers, so that no two share a cache line
 
 
 class Phase(NamedTuple):
@@ -149,7 +151,7 @@ class Stretch:
         self._strides = torch.tensor([phase.strides() for phase in phases], dtype=torch.int64, device=device)
         self._embedding, self._condition, self._logits = embedding, condition, logits
         self.counts, self._pools, self._steps = counts, pools, 0  # steps: taken before
-        self._shares = Shares.of(phases, len(logits), processors(device.index))
+        self._shares = Shares.of(phases, len(logits), processors(device.index), memory_of_block(device))
         settings = macros(phases, len(embedding), self._shares)
         self._kernel = _kernel(tuple(settings.items()), device.index, len(phases))
 
@@ -203,10 +205,11 @@ class Shares(NamedTuple):
     threads: int  # of a block
 
     @classmethod
-    def of(cls, phases: list[Phase], batch: int, processors: int) -> Shares:
-        """For a batch on a GPU of so many multiprocessors: as few sequences at once as leave a group enough blocks.
+    def of(cls, phases: list[Phase], batch: int, processors: int, memory: int) -> Shares:
+        """For a batch on a GPU of so many multiprocessors, whose blocks have so many bytes of shared memory: as few
+        sequences at once as leave a group enough blocks, and no more than fit.
 
-        >>> Shares.of([Phase(LINEAR, 0, 256, 88)], 64, 132)
+        >>> Shares.of([Phase(LINEAR, 0, 256, 88)], 64, 132, 101_376)
         Shares(groups=8, blocks=16, sequences=8, threads=384)
         """
         n_states = max(phase.n_states for phase in phases)
@@ -216,6 +219,7 @@ class Shares(NamedTuple):
             processors // -(-batch // sequences) < _FEWEST_BLOCKS
             and sequences < min(_MOST_AT_ONCE, batch)
             and 2 * sequences * held <= _MOST_HELD
+            and shared_bytes(2 * sequences, _room(phases, phases[-1].rows), len(phases)) <= memory
         ):
             sequences *= 2
         groups = min(-(-batch // sequences), processors)
@@ -223,6 +227,28 @@ class Shares(NamedTuple):
         alone = sequences == 1 and max(phase.rows for phase in phases) <= blocks * _THREADS // 32
         large = sequences == _MOST_AT_ONCE and any(phase.flags & COMPLEX for phase in phases)
         return cls(groups, blocks, sequences, _THREADS if alone or large else _MANY_THREADS)
+
+
+def why_not(phases: list[Phase], batch: int, processors: int, memory: int) -> str | None:
+    """Why a GPU of so many multiprocessors, whose blocks have so many bytes of shared memory, should not run these
+    phases; None if it should. Only their sizes are read.
+
+    >>> why_not([Phase(LINEAR, 0, 512, 256), Phase(LINEAR, 0, 16, 256)], 1, 132, 101_376)
+    'a vocabulary of 16 leaves most of the GPU idle'
+    """
+    needed = shared_bytes(1, _room(phases, phases[-1].rows), len(phases))
+    if needed > memory:
+        return f"a block needs {needed:,} bytes of shared memory, and this GPU's have {memory:,}"
+    shares = Shares.of(phases, batch, processors, memory)
+    usable = min(processors // shares.groups, max(phase.rows for phase in phases))
+    if shares.blocks < min(usable, _FEW_BLOCKS):
+        return f"a vocabulary of {phases[-1].rows} leaves most of the GPU idle"
+    return None
+
+
+def memory_of_block(device: torch.device) -> int:
+    """The most bytes of shared memory that a block of a GPU can have."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
@@ -241,18 +267,17 @@ def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
 def macros(phases: list[Phase], vocabulary: int, shares: Shares) -> dict[str, int]:
     """What stretch.cu is compiled with: no more than these phases need, since a phase is as fast as one warp is."""
     lengths = {phase.cols for phase in phases} | {phase.held_cols for phase in phases if phase.up is not None}
-    rooms = [phase.held_cols if phase.kind == SCAN else phase.cols + phase.held_cols for phase in phases]
     states = max(phase.n_states for phase in phases)
     alike = {bool(phase.flags & COMPLEX) for phase in phases if phase.n_states}
     return {
         "THREADS": shares.threads,
         "SEQUENCES": shares.sequences,
-        "ROOM": -(-max(*rooms, vocabulary) // 4) * 4,
+        "ROOM": _room(phases, vocabulary),
         "PIECES": -(-max(lengths) // 128),
         "USED": functools.reduce(operator.or_, (1 << -(-length // 128) for length in lengths)),
         "HELD": -(-max(1, states) // 32),
         "STATES": min(32, _power_of_two(states)),
-        "TAPS": min(32, _power_of_two(max(phase.width for phase in phases) - 1)),
+        "TAPS": min(MOST_TAPS, _power_of_two(max(phase.width for phase in phases) - 1)),
         "CHOICES": -(-vocabulary // 32),
         "KINDS": functools.reduce(operator.or_, (1 << phase.kind for phase in phases)),
         "FLAGS": functools.reduce(operator.or_, (phase.flags for phase in phases)),
@@ -270,10 +295,16 @@ def _power_of_two(n: int) -> int:
 @functools.cache
 def _kernel(settings: tuple[tuple[str, int], ...], device: int, phases: int) -> nvrtc.Kernel:
     macros = dict(settings)
-    shared = shared_bytes(macros, phases)
+    shared = shared_bytes(macros["SEQUENCES"], macros["ROOM"], phases)
     return nvrtc.kernel((FILE,), "stretch", macros, macros["THREADS"], shared, device, cooperative=True)
 
 
-def shared_bytes(macros: dict[str, int], phases: int) -> int:
+def _room(phases: list[Phase], vocabulary: int) -> int:
+    """Numbers of a sequence that a phase reads, or the drawing of a token, at most: a multiple of 4."""
+    rooms = [phase.held_cols if phase.kind == SCAN else phase.cols + phase.held_cols for phase in phases]
+    return -(-max(*rooms, vocabulary) // 4) * 4
+
+
+def shared_bytes(sequences: int, room: int, phases: int) -> int:
     """Of a block: two vectors of each sequence, 8 tokens, and the phases with their strides."""
-    return 8 * macros["SEQUENCES"] * macros["ROOM"] + 32 + 2 * phases * len(Phase._fields) * 8
+    return 8 * sequences * room + 32 + 2 * phases * len(Phase._fields) * 8
