@@ -25,7 +25,7 @@ from mambaseq.ops.decoding.stretch_cpu import StretchOnCPU
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.linear import is_plain
-from mambaseq.ops.selective_scan.launches import processors
+from mambaseq.ops.selective_scan.launches import processors, room
 
 
 def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> str | None:
@@ -65,7 +65,7 @@ def why_not(model: SequenceModel, batch_size: int, top_k: int, top_p: float) -> 
     if (reason := next((reason for reason in reasons if reason), None)) is not None:
         return reason
     if device.type == "cuda":
-        return stretch.why_not(outline(model), batch_size, processors(device.index), stretch.memory_of_block(device))
+        return stretch.why_not(outline(model), batch_size, processors(device.index), room(device.index))
     if any(type(mixer) is Mamba and mixer.complex for mixer in backbone.mixers()):
         return "the kernel on a CPU does not know complex selective systems"
     if weights_read(model) > stretch.CACHED:
@@ -102,7 +102,7 @@ def outline(model: SequenceModel) -> list[Phase]:
     tier = backbone.top if isinstance(backbone, UNet) else None
     while tier is not None and tier.pool is not None:
         found.append(Phase(stretch.LINEAR, 0, *tier.pool.down.weight.shape))
-        last = tier.down[-1].mixer
+        last: Any = tier.down[-1].mixer
         at = found.index(Phase(stretch.OUT, 0, last.d_model, _inner(last)))
         found[at] = found[at]._replace(held_cols=tier.pool.d_coarse)
         tier = tier.inner

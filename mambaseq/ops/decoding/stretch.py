@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops.gpu import nvrtc
-from mambaseq.ops.selective_scan.launches import processors
+from mambaseq.ops.selective_scan.launches import processors, room
 
 FILE = Path(__file__).parent / "stretch.cu"
 LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN = range(7)  # kinds of phases
@@ -151,7 +151,7 @@ class Stretch:
         self._strides = torch.tensor([phase.strides() for phase in phases], dtype=torch.int64, device=device)
         self._embedding, self._condition, self._logits = embedding, condition, logits
         self.counts, self._pools, self._steps = counts, pools, 0  # steps: taken before
-        self._shares = Shares.of(phases, len(logits), processors(device.index), memory_of_block(device))
+        self._shares = Shares.of(phases, len(logits), processors(device.index), room(device.index))
         settings = macros(phases, len(embedding), self._shares)
         self._kernel = _kernel(tuple(settings.items()), device.index, len(phases))
 
@@ -244,11 +244,6 @@ def why_not(phases: list[Phase], batch: int, processors: int, memory: int) -> st
     if shares.blocks < min(usable, _FEW_BLOCKS):
         return f"a vocabulary of {phases[-1].rows} leaves most of the GPU idle"
     return None
-
-
-def memory_of_block(device: torch.device) -> int:
-    """The most bytes of shared memory that a block of a GPU can have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def moved(counts: list[int], pools: list[int], n_steps: int) -> list[int]:
