@@ -136,7 +136,7 @@ def learn(digits: Digits, name: str, of: Contender, seed: int, minutes: float, c
         autocast=torch.bfloat16 if context.device.type == "cuda" else None,
         checkpoint=checkpoint,
         finished=look,
-        check_every=context.at(full=400, small=100, tiny=2),
+        check_every=context.at(full=1000, small=100, tiny=2),
         label=name,
         clock=60 * minutes,
         average=context.at(full=0.999, small=0.99, tiny=0.9),
