@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.forms import no_form, one_for_all
+from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, shown
 from mambaseq.mixers.attention import Attention
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.mlp import MLP
 from mambaseq.mixers.norm import RMSNorm
-from mambaseq.models import SequenceModel, TokenEncoder
+from mambaseq.models import SequenceModel
 
 WHOLE = (
     *("intermediate_size", "num_attention_heads", "num_key_value_heads", "mamba_n_heads", "mamba_d_head"),

@@ -18,7 +18,8 @@ from mambaseq.checkpoints.stored import weights_in
 from mambaseq.checkpoints.upstream import load_upstream
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
-from mambaseq.models import SequenceModel, further_names
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import further_names
 from mambaseq.resources import located
 from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
 

@@ -20,7 +20,8 @@ from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
-from mambaseq.models import SequenceModel, build_model, count_parameters, further_names
+from mambaseq.models import SequenceModel, build_model, count_parameters
+from mambaseq.models.modules import further_names
 from mambaseq.plain import read_json
 from mambaseq.resources import located
 from mambaseq.specs import fits

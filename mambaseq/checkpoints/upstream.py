@@ -19,6 +19,7 @@ from mambaseq.checkpoints.export import assign_weights, weights
 from mambaseq.checkpoints.forms import no_form, one_for_all
 from mambaseq.checkpoints.stored import REMEDY, StoredWeights
 from mambaseq.domain import catalog
+from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, cut_list, shown
 from mambaseq.heads.lm import LMHead
 from mambaseq.limits import LAYERS, YAML_BYTES
@@ -26,7 +27,7 @@ from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.mixers.mamba2 import GatedRMSNorm, Mamba2
 from mambaseq.mixers.norm import RMSNorm
-from mambaseq.models import SequenceModel, TokenEncoder, causal_lm
+from mambaseq.models import SequenceModel, causal_lm
 
 _FIXED = {
     "encoder.embedding.weight": "backbone.embedding.weight",

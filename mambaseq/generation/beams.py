@@ -15,7 +15,8 @@ from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_one_pi
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
-from mambaseq.models import SequenceModel, evaluating
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import evaluating
 
 MOST_BEAMS = 1024
 

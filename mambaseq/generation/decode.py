@@ -24,7 +24,8 @@ from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
 from mambaseq.heads.base import Head
 from mambaseq.mixers.base import State
-from mambaseq.models import SequenceModel, evaluating
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import evaluating
 
 if TYPE_CHECKING:
     from mambaseq.generation.speculation import Speculation

@@ -15,7 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from mambaseq.backbones.unet import UNet
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.mixers.growing import GrowingState
-from mambaseq.models import SequenceModel, modules_of
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import modules_of
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mambaseq.generation.decoder import can_capture, tensors_of
-from mambaseq.models import SequenceModel, modules_of
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import modules_of
 from mambaseq.ops.gpu import capture
 
 _MOST = 4  # graphs of a model: the latest used

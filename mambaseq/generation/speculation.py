@@ -28,7 +28,8 @@ from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, Penalties, sample
 from mambaseq.generation.stopping import Watch
-from mambaseq.models import SequenceModel, evaluating
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import evaluating
 
 NGRAM: Literal["ngram"] = "ngram"
 # Tokens that are added without a look at them, where nothing is guessed.

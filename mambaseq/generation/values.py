@@ -15,7 +15,8 @@ from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, check_settings
 from mambaseq.heads.distributions import Distribution, Point
-from mambaseq.models import SequenceModel, evaluating
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import evaluating
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from mambaseq.backbones.patterns import mixer_names
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
-from mambaseq.models import check_mixer_options
+from mambaseq.models.building import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig

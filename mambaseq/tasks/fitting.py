@@ -17,7 +17,8 @@ from mambaseq.encoders import TokenEncoder, output_bounds
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.heads.positions import PositionHead
 from mambaseq.metrics.base import Metric
-from mambaseq.models import SequenceModel, evaluating
+from mambaseq.models import SequenceModel
+from mambaseq.models.modules import evaluating
 
 _GIVEN = {"labels": "label", "multilabels": "set of yes-or-no labels", "values": "value"}
 _FITTING: dict[tuple[str, bool], tuple[str, ...]] = {  # kind and whether it is of positions, to heads

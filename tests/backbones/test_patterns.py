@@ -14,7 +14,8 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate
 from mambaseq.mixers.mamba import Mamba
-from mambaseq.models import SequenceModel, build_model, causal_lm, further_names
+from mambaseq.models import SequenceModel, build_model, causal_lm
+from mambaseq.models.modules import further_names
 from mambaseq.registry import Entry
 from mambaseq.runs.parsing import parse_config
 

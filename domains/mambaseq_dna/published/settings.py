@@ -13,7 +13,8 @@ from torch import Tensor
 from mambaseq.checkpoints.export import load_weights
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.limits import LAYERS
-from mambaseq.models import SequenceModel, build_model, further_names
+from mambaseq.models import SequenceModel, build_model
+from mambaseq.models.modules import further_names
 
 REMEDY = "Download the whole folder again, from one place."
 

@@ -1,12 +1,8 @@
-"""Models: an encoder, a backbone and a head."""
+"""SequenceModel: an encoder, a backbone and a head."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
-import itertools
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,73 +12,17 @@ from torch import Tensor, nn
 
 from mambaseq import parallel
 from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.graphed import CudaGraph
-from mambaseq.backbones.patterns import mixer_names
 from mambaseq.batch import Batch
-from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder, output_bounds
-from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
-from mambaseq.heads.distributions import Distribution
+from mambaseq.errors import ConfigError
 from mambaseq.heads.lm import LMHead
-from mambaseq.mixers.base import Mixer
-from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting, registered
-from mambaseq.trees import register_tree
+from mambaseq.models.modules import further_names, shared_names
+from mambaseq.models.output import ModelOutput
 
-
-@dataclasses.dataclass
-class ModelOutput:
-    """loss: scalar, if labels were given. logits: None if only the loss was needed. state: one for each layer.
-    distribution: of the next values, by the logits of a head such as `forecast`.
-
-    Names and numbers index it, as in outputs of transformers. What is None is left out, so `output[0]` is the loss, or
-    the logits if no labels were given. Iterating gives the names. `values` is not a method here.
-
-    >>> output = ModelOutput(logits=torch.zeros(1, 2, 3))
-    >>> list(output), output["logits"].shape, len(output[1:])
-    (['logits'], torch.Size([1, 2, 3]), 0)
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: list[Any] | None = None
-    distribution: Distribution | None = None
-
-    def keys(self) -> list[str]:
-        """The names of what is not None."""
-        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names and values of what is not None."""
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None."""
-        return tuple(value for _, value in self.items())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        """Raises KeyError or IndexError for a name or number of what is missing."""
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self:
-            raise KeyError(key)
-        return getattr(self, key)
-
-    @property
-    def values(self) -> Tensor | None:
-        """The predicted values of a head that learns values, one for each target, in the targets' shape."""
-        return self.logits if self.distribution is None else self.distribution.point()
-
-
-register_tree(ModelOutput)
+_PADDING = (
+    "The mask must be one of right padding: True up to each row's end, then False. Pad sequences at their ends "
+    "(transformers tokenizers: padding_side='right')."
+)
 
 
 class SequenceModel(nn.Module):
@@ -142,7 +82,7 @@ class SequenceModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # submodules look for their tensors later, in the same dict, and would report missing names
-        for names in _shared(self):
+        for names in shared_names(self):
             given = [prefix + name for name in names if prefix + name in state_dict]
             for name in names if given else ():
                 state_dict.setdefault(prefix + name, state_dict[given[0]])
@@ -344,38 +284,6 @@ class SequenceModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once, in any order: a few times faster than `modules`, which makes names."""
-    found: dict[int, nn.Module] = {}
-    left: list[nn.Module | None] = [model]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            left.extend(module._modules.values())
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs the block with the model in eval mode, and restores each module's own. A model that is in it already is only
-    asked: setting that in every module takes as long as half a prompt."""
-    trained = [module for module in modules_of(model) if module.training]
-    if trained:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
-
-
-_PADDING = (
-    "The mask must be one of right padding: True up to each row's end, then False. Pad sequences at their ends "
-    "(transformers tokenizers: padding_side='right')."
-)
-
-
 def _check_right_padding(mask: Tensor) -> None:
     right = ~(mask[:, 1:] & ~mask[:, :-1]).any()
     if torch.compiler.is_compiling():
@@ -384,192 +292,6 @@ def _check_right_padding(mask: Tensor) -> None:
         raise ValueError(_PADDING)
 
 
-def _shared(model: nn.Module) -> list[list[str]]:
-    """The names of each tensor with several names, in the model's order."""
-    names: dict[int, list[str]] = {}
-    tensors = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    for name, tensor in tensors:
-        names.setdefault(id(tensor), []).append(name)
-    return [some for some in names.values() if len(some) > 1]
-
-
-def further_names(model: nn.Module) -> dict[str, str]:
-    """Further names of tensors (a tied head's, those of a shared mixer), each with the tensor's first name."""
-    return {name: names[0] for names in _shared(model) for name in names[1:]}
-
-
 def _hub() -> Any:
     # an upward import: files of models are a layer above, loaded only when used
     return importlib.import_module("mambaseq.checkpoints.hub")
-
-
-def causal_lm(
-    vocab_size: int,
-    d_model: int,
-    n_layers: int,
-    mixer: str = "mamba",
-    *,
-    n_conditions: int = 0,
-    tie_embeddings: bool = True,
-    norm_eps: float = 1e-5,
-    dropout: float = 0.0,
-    checkpoint: bool = False,
-    chunk_length: int | None = None,
-    cuda_graph: CudaGraph = "auto",
-    pattern: list[str] | None = None,
-    mlp: bool | None = None,
-    mixers: dict[str, dict[str, Any]] | None = None,
-    **mixer_options: Any,
-) -> SequenceModel:
-    """The usual language model over tokens: embedding, residual stack (see `ResidualStack`), tied head.
-
-    mixer_options: options of `mixer`. mixers: options of the other mixers in the pattern, and of the MLP.
-
-    >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2)
-    >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
-    torch.Size([1, 8, 256])
-    """
-    return build_model(
-        {
-            "d_model": d_model,
-            "tie_embeddings": tie_embeddings,
-            "encoder": {"name": "tokens", "vocab_size": vocab_size, "n_conditions": n_conditions},
-            "backbone": {
-                "name": "residual",
-                "n_layers": n_layers,
-                "norm_eps": norm_eps,
-                "dropout": dropout,
-                "checkpoint": checkpoint,
-                "chunk_length": chunk_length,
-                "cuda_graph": cuda_graph,
-                "pattern": pattern,
-                "mlp": mlp,
-            },
-            "mixer": {"name": mixer, **mixer_options},
-            "mixers": mixers or {},
-            "head": {"name": "lm", "vocab_size": vocab_size},
-        }
-    )
-
-
-def build_model(spec: dict[str, Any]) -> SequenceModel:
-    """The model for a plain description: `d_model`, `tie_embeddings`, and `encoder`, `backbone`, `mixer`, `head`, each
-    `{"name": ..., **options}` with names that `Registry.get` takes; if the backbone has several mixers, also `mixers`,
-    `{name: options}` of the others. A `name` among these options is that of the registered mixer, where the backbone's
-    pattern calls it something else.
-
-    It is first made on the meta device, without memory, so that one that is too large is refused before it takes any.
-    Raises ConfigError for an incomplete description, a name that does not exist, options that a part does not take or
-    of the wrong type, and options of mixers that the backbone does not have; UserError for more layers or parameters
-    than `mambaseq.limits` allows.
-    """
-    check_spec(spec)
-    _check_mixers(spec)
-    if torch.get_default_device().type != "meta":  # where tensors take no memory
-        check_size(*_sized(spec), _largest(spec))
-    model = _build(spec)
-    model.spec = spec
-    return model
-
-
-def count_parameters(spec: dict[str, Any]) -> int:
-    """The number of parameters of a description's model, without making it; a tied weight counts once.
-
-    Raises what `build_model` raises for a model that cannot be made, or with more layers than `mambaseq.limits` allows.
-    """
-    check_spec(spec)
-    _check_mixers(spec)
-    return _sized(spec)[0]
-
-
-def _sized(spec: dict[str, Any]) -> tuple[int, int]:
-    """The parameters of a description's model, and the bytes of all its tensors. Equal mixers are made once."""
-    made: dict[tuple[str, int], list[Mixer]] = {}
-    try:
-        with torch.device("meta"):
-            parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
-    except ConfigError as error:
-        if isinstance(error.__cause__, RuntimeError | OverflowError | TypeError) and "overflow" in str(error).lower():
-            raise ConfigError(
-                f"The model ({_largest(spec)}) has more numbers than 64 bits can count. {error}"
-            ) from error
-        raise
-    sizes: dict[int, tuple[int, int]] = {}
-    for part in parts:
-        if id(part) not in sizes:
-            bytes_ = {id(tensor): tensor.nbytes for tensor in (*part.parameters(), *part.buffers())}
-            sizes[id(part)] = sum(tensor.numel() for tensor in part.parameters()), sum(bytes_.values())
-    found = [sizes[id(part)] for part in parts]
-    return sum(count for count, _ in found), sum(size for _, size in found)
-
-
-def _largest(spec: dict[str, Any]) -> str:
-    return largest_setting(spec, lambda kind, name: catalog()[f"{kind}s"].get(name))
-
-
-def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:
-    """made: mixers by name and width; one that exists is used again."""
-    own: str = spec["mixer"]["name"]
-    count = 0
-
-    def make_mixer(layer: int, name: str | None = None, d_model: int = spec["d_model"]) -> Mixer:
-        nonlocal count
-        count += 1
-        check_layers(count)
-        name = own if name is None else name
-        options = spec["mixer"] if name == own else (spec.get("mixers") or {}).get(name, {})
-        alike = [] if made is None else made.setdefault((name, d_model), [])
-        alike.append(alike[0] if alike else _make("mixer", {"name": name, **options}, d_model))
-        return alike[-1]
-
-    backbone = _make("backbone", spec["backbone"], make_mixer)
-    encoder, head = (_make(kind, spec[kind], spec["d_model"]) for kind in ("encoder", "head"))
-    return SequenceModel(encoder, backbone, head, tie_embeddings=spec.get("tie_embeddings", False))
-
-
-def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
-    """A part of a model: settings are its name and options."""
-    options, name = {key: value for key, value in settings.items() if key != "name"}, settings["name"]
-    part = catalog()[f"{kind}s"].get(name, f"model.{kind}.name")
-    check_options(kind, name, part, options, len(args))
-    try:
-        return part(*args, **options)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # including too deep and too large models
-        reason = " ".join(str(error).split()).partition(" Exception raised from")[0][:300]
-        width = {"d_model": args[0]} if args and isinstance(args[0], int) else {}
-        raise ConfigError(
-            f"The {kind} {shown(name)} cannot be made from {shown(width | options)}: {reason}."
-        ) from error
-
-
-def _check_mixers(spec: dict[str, Any]) -> None:
-    """Raise ConfigError for options of mixers that the backbone does not have, and for options of the model's own mixer
-    in the wrong place."""
-    given, backbone = spec.get("mixers") or {}, spec["backbone"]
-    mlp, tiers = backbone.get("mlp"), backbone.get("tiers")
-    names = mixer_names(
-        backbone.get("pattern"),
-        spec["mixer"]["name"],
-        mlp if isinstance(mlp, bool) else None,
-        lambda name: catalog()["mixers"].get(registered(name, given)),
-        tiers if isinstance(tiers, list) else None,  # another's may mean something else
-    )
-    check_mixer_options(given, spec["mixer"]["name"], names)
-
-
-def check_mixer_options(given: Iterable[str], mixer: str, names: list[str]) -> None:
-    """Raise ConfigError for names in `model.mixers` that are not those of the backbone's mixers (`names`), or that are
-    the model's own mixer (`mixer`)."""
-    for name in given:
-        if name == mixer:
-            raise ConfigError(
-                f"The options of {shown(name)} are under model.mixer and model.mixers. Keep model.mixer's."
-            )
-        if name not in names:
-            raise ConfigError(
-                f"model.mixers has options for {shown(name)}, which is not a mixer of this "
-                f"backbone.{did_you_mean(name[:80], names)} Its mixers: {cut_list(names)}; model.backbone.pattern "
-                "(or a unet's tiers) names others."
-            )
