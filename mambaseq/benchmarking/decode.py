@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
     contenders: tuple[str, ...]
 
 
-_ALL = (OURS, *PEERS, "Transformer")
+_ALL = (OURS, "Transformer", *PEERS)  # the slowest last: time may be up before
 SIZES = {
     "full": (
         Sizes("130M", "mamba", 768, 24, 50280, (12, 12, 4, 2592), 2048, 128, (1, 8, 64, 256), _ALL),
@@ -102,9 +102,9 @@ Generate = Callable[[Tensor, int], Tensor]
 
 @dataclasses.dataclass
 class Options:
-    """only: parts of names of sizes and contenders that are run ("1.4B", "mamba-ssm"); none is all. kv_heads: of the
-    Transformer; None for that of its size. seconds: after which no further row is begun. path: where rows are written
-    as they come."""
+    """only: parts of names of sizes, and contenders that are run ("1.4B", "mamba-ssm"), in all their precisions; none
+    is all. kv_heads: of the Transformer; None for that of its size. seconds: after which no further row is begun. path:
+    where rows are written as they come."""
 
     only: Sequence[str] = ()
     kv_heads: int | None = None
@@ -157,17 +157,23 @@ def _plan(scale: str, options: Options) -> list[tuple[Sizes, list[str]]]:
                 f"--kv-heads must divide the Transformer's {heads} heads ({sizes.name}), not {options.kv_heads}."
             )
         names = [one for one in options.only if one.lower() in sizes.name.lower()]
-        people = {one for one in options.only if any(one == contender for contender in sizes.contenders)}
+        people = {one for one in options.only if one in map(_family, sizes.contenders)}
         used |= {*names, *people}
         sizes_named = any(one.lower() in other.name.lower() for one in options.only for other in SIZES[scale])
-        people_named = any(one in other.contenders for one in options.only for other in SIZES[scale])
-        contenders = [one for one in sizes.contenders if one in people or not people_named]
+        people_named = any(one in map(_family, other.contenders) for one in options.only for other in SIZES[scale])
+        contenders = [one for one in sizes.contenders if _family(one) in people or not people_named]
         if (names or not sizes_named) and contenders:
             found.append((sizes, contenders))
     if unknown := [one for one in options.only if one not in used]:
-        known = [*(s.name for s in SIZES[scale]), *dict.fromkeys(c for s in SIZES[scale] for c in s.contenders)]
+        known = [sizes.name for sizes in SIZES[scale]]
+        known += dict.fromkeys(_family(contender) for s in SIZES[scale] for contender in s.contenders)
         raise ConfigError(f"--only: nothing is called {shown(unknown[0])}. Known: {', '.join(known)}.")
     return found
+
+
+def _family(contender: str) -> str:
+    """A contender, whatever its precision: names on the command line hold no comma."""
+    return contender.partition(",")[0]
 
 
 def _contend(contender: str, sizes: Sizes, report: Report, repeats: int, until: float | None) -> None:
@@ -295,7 +301,7 @@ def _make(contender: str, sizes: Sizes, device: torch.device) -> Contestant:
         return _transformer(sizes, device)
     if contender.startswith(OURS):
         return _mamba(sizes, device, dtype, torch.bfloat16 if contender == HALF_STATES else None)
-    return _peer(contender.partition(",")[0], sizes, device, dtype)
+    return _peer(_family(contender), sizes, device, dtype)
 
 
 def _model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> SequenceModel:

@@ -342,6 +342,20 @@ def test_a_part_of_the_table_with_its_floors(tmp_path: Path, capsys) -> None:
     assert {row["status"] for row in found["rows"]} == {"skipped", "absent"}
 
 
+def test_contenders_are_named_without_their_precision_and_the_slowest_come_last() -> None:
+    plan = decode._plan("full", decode.Options(only=["mambaseq", "mamba-ssm", "Transformer"]))
+    usual = ["mambaseq", "Transformer", "mamba-ssm"]
+    assert [(sizes.name, some) for sizes, some in plan] == [
+        ("130M", usual),
+        ("1.4B", usual),
+        ("Mamba-2 1.3B", ["mambaseq", "mambaseq, bf16 states"]),
+    ]
+    whole = decode._plan("full", decode.Options(only=["1.4B"]))
+    assert [(sizes.name, some) for sizes, some in whole] == [("1.4B", [*usual, "transformers"])]
+    (small,) = decode._plan("small", decode.Options(only=["transformers"]))
+    assert small[1] == ["transformers", "transformers, bf16"]
+
+
 @pytest.mark.parametrize("command", ["bench", "doctor"])
 def test_the_gpu_that_was_named_is_the_current_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events are recorded on the current device's stream: on another GPU's they would time nothing."""
