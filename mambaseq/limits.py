@@ -70,6 +70,15 @@ def check_setting(key: str, value: float, least: float, most: float) -> None:
         raise ConfigError(f"{key} must be {least:,} to {most:,}; it is {value}.")
 
 
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise ConfigError unless the value is a whole number of at least `least` and at most `most`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        bound = f" and at most {most}" if most is not None else ""
+        kind = "" if whole else "a whole number of "
+        raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {str(value)[:40]}.")
+
+
 def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
     """Raise ConfigError unless the value is one of the choices."""
     if value not in choices:

@@ -16,8 +16,8 @@ from mambaseq.arguments import Arguments, add_condition, parse_inputs
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError, cut_list, paragraph, shown
-from mambaseq.generation.decode import check_whole, continues
-from mambaseq.limits import check_setting
+from mambaseq.generation.checks import continues
+from mambaseq.limits import check_setting, check_whole
 from mambaseq.outputs import output_target
 from mambaseq.reporting import Section, table
 from mambaseq.reporting.page import write_page

@@ -10,7 +10,7 @@ import torch
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import continues
+from mambaseq.generation.checks import continues
 from mambaseq.runs.devices import memory_told
 from mambaseq_audio.io import read_audio
 from mambaseq_audio.mulaw import Codec

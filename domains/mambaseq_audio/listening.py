@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import ConfigError, UserError, paragraph
 from mambaseq.generation import generate
-from mambaseq.generation.decode import continues
+from mambaseq.generation.checks import continues
 from mambaseq.limits import SEEDS, check_setting
 from mambaseq.models import SequenceModel
 from mambaseq.plain import read_yaml

@@ -11,10 +11,11 @@ from torch import Tensor
 from mambaseq import limits
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError, shown
-from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_one_pick, check_whole, continues
-from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.checks import check_finite, check_one_pick, continues
+from mambaseq.generation.decoder import WORTH_A_GRAPH, Decoder
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
+from mambaseq.limits import check_whole
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import evaluating
 

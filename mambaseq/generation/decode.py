@@ -1,11 +1,10 @@
-"""The decode loop: the prompt is read in parts, then one step a token in constant memory; tokens are given on as they
+"""Continuing prompts: they are read in parts, then one step a token in constant memory; tokens are given on as they
 come."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,38 +12,28 @@ from tqdm import tqdm
 
 from mambaseq import limits
 from mambaseq.encoders import settled
-from mambaseq.errors import ConfigError, UserError, shown
-from mambaseq.generation.decoder import Decoder
+from mambaseq.errors import ConfigError
+from mambaseq.generation.checks import PENALTIES, check_finite, check_one_pick, check_state_dtype, continues, draws_once
+from mambaseq.generation.decoder import WORTH_A_GRAPH, Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
+from mambaseq.generation.loops import by_steps, by_stretches
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import best_even, prefill
 from mambaseq.generation.sampling import Draws, Penalties, check_settings, sample
-from mambaseq.generation.stopping import StopStrings, Watch
+from mambaseq.generation.speculation import Speculation, speculate
+from mambaseq.generation.stopping import StopStrings
 from mambaseq.generation.stretches import Stretches
 from mambaseq.generation.stretches import why_not as why_not_stretches
-from mambaseq.heads.base import Head
+from mambaseq.limits import check_whole
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import evaluating
 
-if TYPE_CHECKING:
-    from mambaseq.generation.speculation import Speculation
-
-# Fewest new tokens for which a CUDA graph is worth its capture.
-WORTH_A_GRAPH = 16
-# Positions that one kernel takes, if it can, before their tokens are read.
-_STRETCH = 256
-# Fewest new tokens for which that kernel is used on a CPU, where it is compiled for seconds at the first use.
+# Fewest new tokens for which one kernel for many positions is used on a CPU, where it is compiled for seconds at the
+# first use.
 _WORTH_A_KERNEL = 1024
-PENALTIES = "repetition_penalty and presence_penalty are"
 # Seconds after which tokens are given on.
 _PATIENCE = 0.25
-# Tokens between checks whether all sequences have ended: on a GPU a check waits.
-_TOKENS_A_LOOK = {"cuda": 8}
-
-
-class NotFinite(UserError):
-    """A model whose logits are not finite numbers."""
 
 
 @torch.no_grad()
@@ -235,7 +224,7 @@ def stream(
     if guidance != 1 and condition is None:
         raise ConfigError("guidance makes a condition count more, and none is given. Give one, or leave guidance out.")
     if state_dtype is not None:
-        _check_state_dtype(model, state_dtype, guidance)
+        check_state_dtype(model, state_dtype, guidance)
     speculation = _speculation(draft, draft_tokens)
     if speculation is not None:
         others = {"guidance": guidance != 1, "given": given is not None, "state_dtype": state_dtype is not None}
@@ -287,7 +276,7 @@ def stream(
                 Decoder(model, more, cuda_graph=captured),
             )
             logits = torch.stack([logits, untold], 1)[every]
-            yield from _by_steps(pair, logits, max_new_tokens, next_token, stop_ids, watch, patience)
+            yield from by_steps(pair, logits, max_new_tokens, next_token, stop_ids, watch, patience)
             return
         if samples > 1 or read is not None:
             state, logits = [layer.select(every) for layer in state], logits[every]
@@ -306,11 +295,9 @@ def stream(
             choices = temperature, top_k, top_p
             if speculation is not None:
                 speculation.why_not = "this model's tokens are made by one kernel, which takes less time"
-            yield from _by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
+            yield from by_stretches(stretches, token, max_new_tokens, choices, draws, stop_ids, watch)
             return
         if speculation is not None:
-            from mambaseq.generation.speculation import speculate
-
             n = logits.shape[-1]
             yield from speculate(
                 model,
@@ -333,7 +320,7 @@ def stream(
         greedy = temperature == 0 and not penalised and given is None and draws_once(model)
         worth = cuda_graph and max_new_tokens >= WORTH_A_GRAPH
         decoder = Decoder(model, state, condition, cuda_graph=worth, greedy=greedy)
-        yield from _by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
+        yield from by_steps(decoder, logits, max_new_tokens, next_token, stop_ids, watch, patience)
 
 
 def _speculation(draft: Speculation | SequenceModel | str | None, tokens: int | None) -> Speculation | None:
@@ -342,182 +329,9 @@ def _speculation(draft: Speculation | SequenceModel | str | None, tokens: int | 
         if tokens is not None:
             raise ConfigError("draft_tokens is of draft. Give it, or leave draft_tokens out.")
         return None
-    from mambaseq.generation.speculation import Speculation  # which uses the checks below
-
     return Speculation.of(draft, tokens)
 
 
 def _picked(told: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
     """The `draw` of a head that has none."""
     return pick(told)
-
-
-def _by_steps(
-    decoder: Decoder | Guided,
-    logits: Tensor,
-    max_new_tokens: int,
-    next_token: Callable[[Tensor, int], Tensor],
-    stop_ids: Collection[int],
-    watch: Watch | None,
-    patience: float,
-) -> Iterator[Tensor]:
-    """One token of each sequence at a time, up to where all have ended; see `stream`."""
-    device = logits.device
-    out: list[Tensor] = []
-    last: Tensor | None = None
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=device)
-    all_ended: list[Tensor] = []  # after each token since the last check
-    unread: list[Tensor] = []  # these tokens
-    may_end = bool(stop_ids) or watch is not None
-    tokens_a_look = _TOKENS_A_LOOK.get(device.type, 1)
-    peak = logits.amax(-1)  # NaN and infinity stay in it
-    chosen: Tensor | None = None  # by the decoder
-    given_on = time.monotonic()
-    try:
-        for i in range(max_new_tokens):
-            token = next_token(logits, i) if chosen is None else chosen
-            if may_end and last is not None:
-                token = torch.where(ended, last, token)
-            out.append(token[:, None] if chosen is None else token[:, None].clone())  # which the decoder overwrites
-            last = out[-1][:, 0]
-            if may_end:
-                for stop in stop_ids:
-                    ended |= token == stop
-                all_ended.append(ended.all())
-                unread.append(last)
-                if len(all_ended) == tokens_a_look or i + 1 == max_new_tokens:
-                    if watch is not None:
-                        ended |= torch.from_numpy(watch(torch.stack(unread, 1).cpu().numpy())).to(device)
-                        all_ended[-1] = ended.all()
-                    unread.clear()
-                    flags = torch.stack(all_ended).tolist()
-                    if True in flags:
-                        del out[len(out) - len(flags) + flags.index(True) + 1 :]
-                        break
-                    all_ended.clear()
-            if i + 1 < max_new_tokens:
-                if isinstance(decoder, Decoder) and decoder.greedy:
-                    chosen, highest = decoder.step(token)
-                else:
-                    logits = decoder.step(token)
-                    highest = logits.amax(-1)
-                peak = torch.maximum(peak, highest)
-            if i % 64 == 63:
-                check_finite(peak)
-            # what may still be cut off at a stop is held back
-            if not all_ended and time.monotonic() - given_on > patience:
-                check_finite(peak)
-                piece, out = torch.cat(out, dim=1), []
-                yield piece
-                given_on = time.monotonic()
-        check_finite(peak)
-    except KeyboardInterrupt:
-        if out and peak.isfinite().all():
-            yield torch.cat(out, dim=1)
-        raise
-    if out:
-        yield torch.cat(out, dim=1)
-
-
-def _by_stretches(
-    stretches: Stretches,
-    token: Tensor,
-    max_new_tokens: int,
-    settings: tuple[float, int, float],
-    draws: Draws | None,
-    stop_ids: Collection[int],
-    watch: Watch | None,
-) -> Iterator[Tensor]:
-    """The tokens from the first one on, up to where all sequences have ended; settings: temperature, top_k, top_p."""
-    stops = torch.tensor(sorted(stop_ids), device=token.device)
-    tokens, left = token[:, None], max_new_tokens
-    ended = torch.full_like(token, -1)  # the stop with which each sequence has ended
-    while True:
-        if stop_ids:
-            tokens = _filled(tokens, ended, stops)
-            ended = torch.where(torch.isin(tokens[:, -1], stops), tokens[:, -1], ended)
-            if bool((ended >= 0).all()):
-                begun = torch.isin(tokens, stops).int().argmax(1)
-                yield tokens[:, : int(begun.max()) + 1]
-                return
-        yield tokens
-        if watch is not None and bool(
-            (torch.from_numpy(watch(tokens.cpu().numpy())).to(ended.device) | (ended >= 0)).all()
-        ):
-            return
-        left -= tokens.shape[1]
-        if not left:
-            return
-        n = min(left, _STRETCH)
-        uniforms = None if draws is None else draws.many(n).t().contiguous()
-        tokens, failed = stretches.run(tokens[:, -1], n, settings[0], uniforms, *settings[1:])
-        if failed.item():
-            raise not_finite()
-
-
-def _filled(tokens: Tensor, ended: Tensor, stops: Tensor) -> Tensor:
-    """tokens `(batch, n)` with all after a sequence's first stop replaced by it; ended `(batch,)`: an earlier one, or
-    negative."""
-    is_stop = torch.isin(tokens, stops)
-    first = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1])  # (batch,)
-    stop = tokens.gather(1, first.clamp(max=tokens.shape[1] - 1)[:, None])  # (batch, 1)
-    after = torch.arange(tokens.shape[1], device=tokens.device) > first[:, None]  # (batch, n)
-    tokens = torch.where(after, stop, tokens)
-    return torch.where(ended[:, None] >= 0, ended[:, None], tokens)
-
-
-def continues(model: SequenceModel, what: Literal["tokens", "values"]) -> bool:
-    """Whether a model's outputs can continue sequences of tokens, or of values."""
-    head = model.head
-    says = getattr(head, "continues", None)
-    if says is None:  # a plugin's
-        says = "values" if getattr(head, "learns", None) == "values" else "tokens"
-    return bool(model.backbone.causal and head.per_token and says == what)
-
-
-def _check_state_dtype(model: SequenceModel, dtype: torch.dtype, guidance: float) -> None:
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"state_dtype must be torch.float32 or torch.bfloat16, not {shown(dtype)}.")
-    layers = [layer for layer in model.init_state(1) if isinstance(layer, State)]
-    if not any(getattr(layer, name).dtype == torch.float32 for layer in layers for name in layer.accumulated):
-        raise ConfigError(
-            "state_dtype is for models with real states of mamba, mamba2, mamba3, gated_delta, kda or gla; this one "
-            "has none. Leave it out."
-        )
-    if guidance != 1:
-        raise ConfigError("state_dtype does not go with guidance. Leave one of them out.")
-
-
-def draws_once(model: SequenceModel) -> bool:
-    """Whether its head picks one token for a position, by all logits."""
-    return getattr(type(model.head), "draw", Head.draw) is Head.draw
-
-
-def check_one_pick(model: SequenceModel, what: str) -> None:
-    """Raise ConfigError for a model whose head picks several times for a position. what: what cannot be had then."""
-    if not draws_once(model):
-        raise ConfigError(
-            f"{what} for heads that pick one token a position, and {type(model.head).__name__} picks parts of it. "
-            "Leave it out."
-        )
-
-
-def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise ConfigError unless the value is a whole number of at least `least` and at most `most`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        bound = f" and at most {most}" if most is not None else ""
-        kind = "" if whole else "a whole number of "
-        raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {str(value)[:40]}.")
-
-
-def check_finite(peak: Tensor) -> None:
-    if not peak.isfinite().all():
-        raise not_finite()
-
-
-def not_finite() -> NotFinite:
-    return NotFinite(
-        "The model's prediction is not a finite number: its training diverged, its weights are damaged or its "
-        "computation overflows. Use an earlier checkpoint, or train again with a lower learning rate."
-    )

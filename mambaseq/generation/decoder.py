@@ -20,6 +20,9 @@ from mambaseq.models.modules import modules_of
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
 
+# Fewest new tokens for which a CUDA graph is worth its capture.
+WORTH_A_GRAPH = 16
+
 
 class Decoder:
     """Decodes one position after the other: takes a token of each sequence, gives its logits.

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import check_finite, continues
+from mambaseq.generation.checks import check_finite, continues
 from mambaseq.heads.base import Head
 from mambaseq.models import SequenceModel
 

@@ -20,14 +20,15 @@ from torch import Tensor
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError, shown
 from mambaseq.generation.blocks import MOST_GUESSES, Blocks
-from mambaseq.generation.decode import WORTH_A_GRAPH, check_one_pick, check_whole, continues, not_finite
-from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.checks import check_one_pick, continues, not_finite
+from mambaseq.generation.decoder import WORTH_A_GRAPH, Decoder
 from mambaseq.generation.drafts import Drafter, NGrams, SmallerModel
 from mambaseq.generation.pace import Pace
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, Penalties, sample
 from mambaseq.generation.stopping import Watch
+from mambaseq.limits import check_whole
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import evaluating
 

@@ -9,12 +9,13 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import WORTH_A_GRAPH, check_finite, check_whole, continues
-from mambaseq.generation.decoder import Decoder
+from mambaseq.generation.checks import check_finite, continues
+from mambaseq.generation.decoder import WORTH_A_GRAPH, Decoder
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.sampling import Draws, check_settings
 from mambaseq.heads.distributions import Distribution, Point
+from mambaseq.limits import check_whole
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import evaluating
 

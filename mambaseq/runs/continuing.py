@@ -14,7 +14,8 @@ from tqdm import tqdm
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError
 from mambaseq.generation.beams import beam_search
-from mambaseq.generation.decode import NotFinite, stream
+from mambaseq.generation.checks import NotFinite
+from mambaseq.generation.decode import stream
 from mambaseq.generation.prompts import Prompts, Row, parts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.states import Begun

@@ -11,7 +11,8 @@ import numpy as np
 
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import NotFinite, stream
+from mambaseq.generation.checks import NotFinite
+from mambaseq.generation.decode import stream
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.states import Begun, save_state
 from mambaseq.generation.stopping import Search, StopStrings

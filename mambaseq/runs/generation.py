@@ -19,7 +19,7 @@ from mambaseq.data.records import columns_of
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean, shown
 from mambaseq.generation.beams import check_beams
-from mambaseq.generation.decode import PENALTIES, NotFinite, check_one_pick, check_whole, continues
+from mambaseq.generation.checks import PENALTIES, NotFinite, check_one_pick, continues
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.reading import best_even
 from mambaseq.generation.sampling import check_settings
@@ -27,6 +27,7 @@ from mambaseq.generation.speculation import Speculation
 from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.generation.values import continue_values
+from mambaseq.limits import check_whole
 from mambaseq.outputs import check_taken, check_written, output_target
 from mambaseq.runs.conditions import Asked, Conditions, Known
 from mambaseq.runs.continuing import Job, Progress, Prompt, Under, batches, conditions_of, ended, numbers_of, pieces

@@ -18,7 +18,8 @@ from torch import Tensor
 from mambaseq import limits
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, UserError, cut
-from mambaseq.generation.decode import PENALTIES, check_one_pick, check_whole, continues, not_finite
+from mambaseq.generation.checks import PENALTIES, check_one_pick, continues, not_finite
+from mambaseq.limits import check_whole
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 from mambaseq.serving.picking import Picker

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.generation.decode import check_whole
+from mambaseq.limits import check_whole
 from mambaseq.mixers.base import State
 
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mambaseq.errors import ConfigError
-from mambaseq.generation.decode import check_whole
 from mambaseq.generation.sampling import check_settings
+from mambaseq.limits import check_whole
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambaseq.errors import ConfigError, did_you_mean, shown
-from mambaseq.generation.decode import check_whole
 from mambaseq.generation.stopping import check_stop
+from mambaseq.limits import check_whole
 from mambaseq.serving import Request, Ticket
 from mambaseq.web.service import Service
 

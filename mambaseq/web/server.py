@@ -11,7 +11,7 @@ from typing import Any
 
 from mambaseq.checkpoints import load_model
 from mambaseq.errors import ConfigError, paragraph
-from mambaseq.generation.decode import check_whole
+from mambaseq.limits import check_whole
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.serving import Engine, PrefixCache
 from mambaseq.web.service import Service, check_serves

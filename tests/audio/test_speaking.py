@@ -21,7 +21,7 @@ from runs.test_prediction import saved
 
 from mambaseq.cli.main import main
 from mambaseq.data import spooled
-from mambaseq.generation import decode
+from mambaseq.generation import Decoder, decode
 from mambaseq.runs import continuing
 from mambaseq.runs.generation import generate_to
 
@@ -181,14 +181,14 @@ def test_a_failure_leaves_no_earlier_settings(
 ) -> None:
     model, out = speaker(tmp_path / "m"), tmp_path / "a.wav"
     first = made(model, out, "-n", "30", "--seed", "1")
-    sound, left, step = out.read_bytes(), [0], decode.Decoder.step
+    sound, left, step = out.read_bytes(), [0], Decoder.step
 
     def fails(decoder: Any, token: Any) -> Any:
         left[0] -= 1
         return step(decoder, token) * (float("nan") if left[0] < 0 else 1.0)
 
     monkeypatch.setattr(decode, "_PATIENCE", 0.0)
-    monkeypatch.setattr(decode.Decoder, "step", fails)
+    monkeypatch.setattr(Decoder, "step", fails)
     arguments = ["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "30", "--out", str(out)]
     assert main([*arguments, "--seed", "2"]) == 2  # before anything could be written
     assert out.read_bytes() == sound

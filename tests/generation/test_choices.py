@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from mambaseq.errors import ConfigError
-from mambaseq.generation import decode, generate
+from mambaseq.generation import decode, generate, loops
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Penalties, filter_logits, sample
 from mambaseq.generation.stopping import StopStrings, Text
@@ -165,7 +165,7 @@ def test_generation_ends_with_the_last_stop(monkeypatch: pytest.MonkeyPatch) -> 
     for by_stretches in (False, True):
         if by_stretches:
             monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 100)
-            monkeypatch.setattr(decode, "_STRETCH", 64)
+            monkeypatch.setattr(loops, "_STRETCH", 64)
         ids = generate(model, prompt, 300, seed=3, stop=stop)
         assert ids.shape[1] < 301
         for text, row in zip(texts, ids.numpy(), strict=True):

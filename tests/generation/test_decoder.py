@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambaseq.domain import catalog
-from mambaseq.generation import Decoder, decode, generate, read_graphs
+from mambaseq.generation import Decoder, generate, loops, read_graphs
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.models import SequenceModel, causal_lm
@@ -91,7 +91,7 @@ def test_looking_rarely_whether_all_have_ended_changes_nothing(
     model, prompt = make(), torch.zeros(3, 1, dtype=torch.long)
     results = []
     for tokens_a_look in (1, 8):
-        monkeypatch.setitem(decode._TOKENS_A_LOOK, "cpu", tokens_a_look)
+        monkeypatch.setitem(loops._TOKENS_A_LOOK, "cpu", tokens_a_look)
         results.append([generate(model, prompt, max_new_tokens, seed=s, stop_ids={2, 5}) for s in range(2)])
     for every, rare in zip(*results, strict=True):
         assert torch.equal(every, rare)

@@ -9,7 +9,7 @@ import torch
 
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation import generate, reading
-from mambaseq.generation.decode import NotFinite
+from mambaseq.generation.checks import NotFinite
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, filter_logits, sample
 from mambaseq.models import SequenceModel, build_model, causal_lm

@@ -11,7 +11,7 @@ import torch
 
 from mambaseq.errors import ConfigError
 from mambaseq.generation import scoring
-from mambaseq.generation.decode import NotFinite
+from mambaseq.generation.checks import NotFinite
 from mambaseq.generation.scoring import Asked, Scorer, perplexity
 from mambaseq.models import SequenceModel, build_model, causal_lm
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mambaseq.conditions import row as row_of
-from mambaseq.generation import decode, generate
+from mambaseq.generation import decode, generate, loops
+from mambaseq.generation.checks import NotFinite
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws
 from mambaseq.generation.stretches import Stretches, outline, weights_read, why_not
@@ -152,7 +153,7 @@ def test_drawn_tokens_are_those_of_steps(device: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["unet", "lti"])
 def test_a_clip_does_not_depend_on_how_many_there_are(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
-    monkeypatch.setattr(decode, "_STRETCH", 16)
+    monkeypatch.setattr(loops, "_STRETCH", 16)
     model = model_of(*MODELS[kind], conditions=True).to(device)
     prompt, condition = torch.randint(0, 50, (3, 6), device=device), torch.tensor(GIVEN, device=device)
     together = generate(model, prompt, 50, seed=3, condition=condition, samples=2).view(3, 2, -1)
@@ -166,7 +167,7 @@ def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "_WORTH_A_KERNEL", 1)
-    monkeypatch.setattr(decode, "_STRETCH", 8)
+    monkeypatch.setattr(loops, "_STRETCH", 8)
     model = model_of(*MODELS["s4d"]).to(device)
     prompt = torch.randint(0, 50, (1, 5), device=device)
     whole = generate(model, prompt, 60, seed=3)
@@ -183,7 +184,7 @@ def test_stretches_end_with_a_stop_token_and_tell_of_numbers_that_are_none(
     assert several.shape[1] < 65 or (several[:, -1] != stop).any()
     with torch.no_grad():
         model.backbone.norm_f.weight[3] = float("nan")  # type: ignore[index, operator, union-attr]
-    with pytest.raises(decode.NotFinite):
+    with pytest.raises(NotFinite):
         generate(model, prompt, 60, seed=3)
 
 

@@ -13,7 +13,8 @@ from mambaseq.checkpoints import ModelCard, load_model, save_model
 from mambaseq.cli.main import main
 from mambaseq.data.signals import read_csv, write_csv
 from mambaseq.errors import ConfigError, DataError, UserError
-from mambaseq.generation.decode import NotFinite, generate
+from mambaseq.generation.checks import NotFinite
+from mambaseq.generation.decode import generate
 from mambaseq.generation.values import continue_values
 from mambaseq.models import SequenceModel, build_model
 
