@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# what is compiled when first imported is kept for the dozens of processes that follow
+unexport PYTHONDONTWRITEBYTECODE
 EXAMPLES := examples/ecg:examples/forecast:examples/protein
 
 .PHONY: demo test lint bench docs test-matrix clean

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # OpenMP's threads sleep soon: on a machine that is busy, those that wait and spin keep the others from working
@@ -17,17 +18,40 @@ os.environ.setdefault(
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import pytest
-import torch
 
-from mambaseq.registry import allow_imports
-from mambaseq.reporting import pictures
+if TYPE_CHECKING:
+    import torch
 
-if not torch.cuda.is_available():  # Triton decides when a kernel is defined whether to interpret it
+
+def _has_gpu() -> bool:
+    """PyTorch is not asked where `make test` has hidden them: the process that only hands out tests never imports it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():  # Triton decides when a kernel is defined whether to interpret it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """The garbage collector stands still while everything is imported, and leaves that alone from then on, as in
+    `mambaseq.importing`: to look through it takes a second each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
+    import torch
+
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -45,26 +69,28 @@ def _unsynced() -> Iterator[None]:
         yield
 
 
-_png = pictures.png
-
-
 @pytest.fixture(autouse=True, scope="session")
-def _undrawn() -> Iterator[None]:
+def _undrawn() -> Iterator[Any]:
     """Runs of tests make the figures of their curves, but a PNG of them, which takes as long as such a run's training,
-    only where `drawn` is asked for."""
+    only where `drawn` is asked for. What draws it."""
+    from mambaseq.reporting import pictures
+
+    png = pictures.png
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "png", lambda figure: b"\x89PNG\r\n\x1a\n")
-        yield
+        yield png
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(_undrawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn, as for users."""
-    monkeypatch.setattr(pictures, "png", _png)
+    monkeypatch.setattr("mambaseq.reporting.pictures.png", _undrawn)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     if torch.cuda.is_initialized():
         torch.manual_seed(0)
     else:  # which notes for each GPU to come, with a stack trace, that it is to be seeded: a millisecond a test
@@ -73,6 +99,8 @@ def _seed() -> None:
 
 @pytest.fixture
 def cuda() -> torch.device:
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and there is none here")
     return torch.device("cuda")
@@ -81,6 +109,8 @@ def cuda() -> torch.device:
 @pytest.fixture
 def full_precision() -> Iterator[None]:
     """Matrix products in fp32 on a GPU. Set by hand: an undone monkeypatch would delete what these modules make up."""
+    import torch
+
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -93,5 +123,7 @@ def full_precision() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _own_modules(request: pytest.FixtureRequest) -> Iterator[None]:
     """Configurations of the tests may name classes of the tests by import paths."""
+    from mambaseq.registry import allow_imports
+
     with allow_imports("tiny", "runs", "tasks", request.node.module.__name__):
         yield

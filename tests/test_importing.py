@@ -39,6 +39,7 @@ def test_the_collector_stands_still_and_goes_on(monkeypatch: pytest.MonkeyPatch)
         assert gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
+        gc.freeze()  # as it is between tests
 
 
 def test_commands_import_what_is_slow_without_it() -> None:
