@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _has_gpu() -> bool:
-    """PyTorch is not asked where `make test` has hidden them: the process that only hands out tests never imports it."""
+    """PyTorch is not asked where `make test` hides them: the process that hands out tests never imports it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return False
     import torch
