@@ -113,7 +113,7 @@ def test_brca1_on_made_variants(tmp_path: Path) -> None:
     context = Context(torch.device("cpu"), "tiny", [0], tmp_path, only=lines)
     tokens = torch.randint(0, 4, (500,), dtype=torch.uint8)
     source = Stretches(tokens, [np.array([[0, 500]])], 32)
-    scores, models = brca1.tables(context, variants, lambda context, length: (source, source))
+    scores, models = brca1.tables(context, lambda: variants, lambda context, length: (source, source))
     values = {line.name: line.values for line in scores.lines}
     assert list(values)[:-1] == sorted(lines, key=list(values).index)
     assert values["CADD"]["auroc"] == [1.0]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from mambaseq.domain import catalog
 from mambaseq.reproduction import Recipe
 from mambaseq.reproduction.reproduce import _source
 from mambaseq.reproduction.tables import Report
+from mambaseq.resources import share
 
 NAMES = [entry.name for entry in catalog()["recipes"]]
 
@@ -66,6 +71,31 @@ def test_a_recipe_runs_and_is_reported(name: str, tmp_path: Path, capsys: pytest
                 continue
             assert all(key.startswith(MAY_MISS) for key in missing), (line.name, missing)
             assert not line.note or line.note.startswith("the state grows by"), line.note
+
+
+opened: list[str] | None = None  # what is read, while a test wants to know
+
+
+@functools.cache
+def watched() -> None:
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if opened is not None and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(note)  # it stays for good, and notes nothing between tests
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_name_is_told_before_data_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog()["recipes"].get(name)
+    watched()
+    monkeypatch.setattr(f"{__name__}.opened", read := [])
+    assert reproduce(name, tmp_path / "out", "--only", "no such line") == 2
+    assert "--only names 'no such line'" in capsys.readouterr().err
+    assert not [path for path in read if path.startswith(str(share() / "data"))]
+    assert any(path.endswith("run.json") for path in read)  # what is opened is noted
 
 
 def test_minutes_are_for_recipes_by_the_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +202,12 @@ def test_a_damaged_pool_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shutil.rmtree(out / "trials")
     for pool in (out / "pools").iterdir():
         pool.write_bytes(pool.read_bytes()[:-200])
-    assert reproduce("lra", out, "--only", "s4d", "digits") == 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        assert reproduce("lra", out, "--only", "s4d", "digits") == 2
+        gc.collect()
     assert ".npz is damaged" in capsys.readouterr().err
+    assert not [one for one in caught if ".npz" in str(one.message)]  # no file is left open
 
 
 def test_trials_belong_to_the_modules_that_a_recipe_names_as_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:

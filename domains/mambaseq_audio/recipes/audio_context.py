@@ -91,6 +91,7 @@ class Sound(NamedTuple):
 
 
 def run(context: Context) -> list[Table]:
+    context.wanted(MIXERS)
     paths = [context.brought(name, sha256, SOURCE) for name, sha256 in FILES.items()]
     return tables(context, [MuLaw().encode(read_signal(path, RATE)) for path in paths])
 

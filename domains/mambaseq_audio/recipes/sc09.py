@@ -121,14 +121,14 @@ def _keep(folder: Path, model: SequenceModel) -> None:
 
 
 def run(context: Context) -> list[Table]:
+    variants = {one.name: one for one in (*TABLE_4, *TABLE_5)}
+    wanted = context.wanted(variants)
     folder = context.brought("sc09", None, SOURCE)
     sizes = context.at(
         full=Sizes(16_000, 16, 200_000, 2e-3, COUNTS["test"], 0.1),
         small=Sizes(2_000, 4, 100, 2e-3, 50, 0.1),
         tiny=Sizes(64, 2, 2, 2e-3, 4, 0.1),
     )
-    variants = {one.name: one for one in (*TABLE_4, *TABLE_5)}
-    wanted = context.wanted(variants)
     splits = clips(folder, context.scale == "full")
     train_on, test_on = (
         Sounds.read(files, context.device, label)

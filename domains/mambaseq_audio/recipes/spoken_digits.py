@@ -159,6 +159,7 @@ def _trial(digits: Digits, name: str, of: Contender, seed: int, checkpoint: Path
 
 
 def run(context: Context) -> list[Table]:
+    context.wanted([*CLASSIFIERS, *CONTENDERS, *HELD_OUT, *VARIANTS, *RATED])
     if not spoken.is_sample(context):
         return tables(context, spoken.unpacked(context))
     found = tables(context, spoken.sampled(context))
@@ -172,7 +173,6 @@ def run(context: Context) -> list[Table]:
 def tables(context: Context, folder: Path) -> list[Table]:
     """The recipe on a folder of recordings."""
     usual = [*CLASSIFIERS, *CONTENDERS, *HELD_OUT]
-    context.wanted([*usual, *VARIANTS, *RATED])
     wanted = [name for name in (*usual, *VARIANTS, *RATED) if name in (context.only or usual)]
     found: list[Table] = []
     digits = Digits(context, folder)

@@ -74,13 +74,6 @@ def _check_hours(folder: Path, *parts: Sounds) -> None:
 
 
 def run(context: Context) -> list[Table]:
-    folder = context.brought("youtubemix", None, SOURCE)
-    train_files, _, test_files = splits(folder)
-    train_on, test_on = (
-        Sounds.read(files, context.device, label) for label, files in (("training", train_files), ("test", test_files))
-    )
-    if context.scale == "full":
-        _check_hours(folder, train_on, test_on)
     sevenths = context.at(full=TABLE_14, small=TABLE_14[:2], tiny=TINY)
     tenths = context.at(full=LENGTHS_10, small=LENGTHS_10[:2], tiny=TINY)
     groups = (
@@ -91,6 +84,13 @@ def run(context: Context) -> list[Table]:
     names = [variant.name for _, group, *_ in groups for variant in group]
     lengths = list(dict.fromkeys(str(rung.length) for rung in (*sevenths, *tenths)))
     wanted, asked = context.wanted(names, lengths), context.wanted(lengths, names)
+    folder = context.brought("youtubemix", None, SOURCE)
+    train_files, _, test_files = splits(folder)
+    train_on, test_on = (
+        Sounds.read(files, context.device, label) for label, files in (("training", train_files), ("test", test_files))
+    )
+    if context.scale == "full":
+        _check_hours(folder, train_on, test_on)
     tables: list[Table] = []
     for title, group, rungs, steps, lr in groups:
         steps = context.at(full=steps, small=50, tiny=2)

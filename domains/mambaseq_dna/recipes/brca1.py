@@ -313,8 +313,8 @@ _COLUMNS = [
 ]
 
 
-def tables(context: Context, variants: Variants, data: Data = pretraining_data) -> list[Table]:
-    """All lines that are asked for."""
+def tables(context: Context, read: Callable[[], Variants], data: Data = pretraining_data) -> list[Table]:
+    """All lines that are asked for. read: makes the variants, once the names of the lines are known to be right."""
     windows = context.at(full=(512, 2048, 8192, 16384), small=(128, 512), tiny=(16, 32))
     tokens = context.at(full=2**20, small=2**15, tiny=2**12)
     span = context.at(full=_CLASSIFIED, small=128, tiny=16)
@@ -350,7 +350,7 @@ def tables(context: Context, variants: Variants, data: Data = pretraining_data) 
         ours[f"{name}, embeddings, exon left out"] = partial(odds, name)
         ours[f"{name}, embeddings and consequence class, exon left out"] = partial(with_class, name)
         ours[f"untrained {name}, embeddings, exon left out"] = partial(control, name)
-    wanted = context.wanted([*ours, *BASELINES])
+    wanted, variants = context.wanted([*ours, *BASELINES]), read()
     for name in WAYS:
         for seed in context.seeds if any(line.startswith(f"{name},") for line in wanted) else ():
             model(name, seed)
@@ -413,7 +413,7 @@ def _about(context: Context, variants: Variants) -> str:
 
 
 def run(context: Context) -> list[Table]:
-    return tables(context, load(context))
+    return tables(context, partial(load, context))
 
 
 recipe = Recipe(run, seeds=1, brings=True)

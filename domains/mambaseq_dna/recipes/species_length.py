@@ -29,10 +29,11 @@ def rungs(context: Context) -> list[Rung]:
 
 
 def run(context: Context) -> list[Table]:
+    wanted = context.wanted([*CONTENDERS, *BASELINES])
     genomes, steps = mammals(context), rungs(context)
     lengths = [rung.length for rung in steps]
     lines: list[Line] = []
-    for name in context.wanted([*CONTENDERS, *BASELINES]):
+    for name in wanted:
         if name in BASELINES:
             one = context.trial(name, lambda _, name=name: ladder.baselines(context, genomes, lengths, name))  # type: ignore[misc]
             values = {key: [value] for key, value in one.items()}

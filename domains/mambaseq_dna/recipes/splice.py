@@ -172,6 +172,7 @@ def held_out(windows: Windows, seed: int, by_gene: bool) -> np.ndarray:
 
 
 def run(context: Context) -> list[Table]:
+    wanted = context.wanted((LOGISTIC, CNN, MAMBA))
     paths = {name: context.brought(name, *told) for name, told in BROUGHT.items()}
     windows = read_windows(paths["splice.arff"])
     assembly = Assembly(paths["dm6_2Mb.fa.xz"])
@@ -195,7 +196,7 @@ def run(context: Context) -> list[Table]:
 
     lines = [
         Line(name, context.over_seeds(name, lambda seed, _, name=name: trial(name, seed)))  # type: ignore[misc]
-        for name in context.wanted((LOGISTIC, CNN, MAMBA))
+        for name in wanted
     ]
     columns = [
         Column("random", "accuracy, windows held out", 3),

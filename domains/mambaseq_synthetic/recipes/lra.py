@@ -180,7 +180,8 @@ def _read(path: Path, items: ItemDataset, n: int, device: torch.device) -> Examp
                 lengths=np.array([len(tokens) for tokens, _ in drawn]),
             )
     try:
-        with np.load(path, allow_pickle=False) as found:
+        # opened here: numpy leaves a damaged archive open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             inputs, targets, lengths = (torch.from_numpy(found[key]) for key in ("inputs", "targets", "lengths"))
         if not len(inputs) == len(targets) == len(lengths) == n or int(lengths.max()) != inputs.shape[1]:
             raise ValueError("its arrays are not of one size")

@@ -145,6 +145,7 @@ def _surely(differences: list[float]) -> float:
 
 
 def run(context: Context) -> list[Table]:
+    wanted = context.wanted(dict.fromkeys(entry.name for group in GROUPS for entry in group.entries))
     text = Text.load(context.device)
     sizes = Sizes(
         length=context.at(full=1024, small=128, tiny=16),
@@ -154,7 +155,6 @@ def run(context: Context) -> list[Table]:
     )
     d_model = context.at(full=128, small=48, tiny=16)
     n_layers = context.at(full=4, small=2, tiny=2)
-    wanted = context.wanted(dict.fromkeys(entry.name for group in GROUPS for entry in group.entries))
     about = (
         f"In all tables, the baseline: {n_layers} Mamba layers, d_model {d_model}, 16 states a channel, dt of rank 8. "
         f"Tinyshakespeare byte by byte, the last tenth held out; {sizes.steps:,} steps of {sizes.batch_size} windows "

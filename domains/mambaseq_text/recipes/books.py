@@ -36,6 +36,7 @@ Found = dict[str, dict[int, dict[str, float]]]
 
 
 def run(context: Context) -> list[Table]:
+    context.wanted([*ENTRIES, FLOORS, SPEED, FINISHED])
     texts = Texts.read(shelf.unpacked(context))
     brought = functools.partial(context.brought, shelf.TOKENIZER, shelf.TOKENIZER_SHA256, shelf.TOKENIZER_SOURCE)
     if not context.only or any(ENTRIES[name].pieces for name in context.only if name in ENTRIES):
@@ -48,7 +49,6 @@ def tables(context: Context, texts: Texts, tokenizer: Callable[[], TextTokenizer
 
     tokenizer: makes that of the word pieces, when it is needed.
     """
-    context.wanted([*ENTRIES, FLOORS, SPEED, FINISHED])
     of, only = Shelf(context, texts, tokenizer), context.only
     found = _finished(of) if FINISHED in only else _trained(of)
     leading = _leading(found, context.seeds[0])

@@ -64,6 +64,7 @@ class Contender(NamedTuple):
 
 
 def run(context: Context) -> list[Table]:
+    names = context.wanted(MIXERS)
     text = Text.load(context.device)
     parameters = context.at(full=PARAMETERS, small=50_000, tiny=20_000)
     n_layers = context.at(full=N_LAYERS, small=2, tiny=1)
@@ -74,7 +75,7 @@ def run(context: Context) -> list[Table]:
         tested=context.at(full=len(text.test), small=16_384, tiny=256),
     )
     lengths = context.at(full=(2048, 16384), small=(256, 1024), tiny=(16, 32))
-    contenders = [Contender.of(name, n_layers, parameters) for name in context.wanted(MIXERS)]
+    contenders = [Contender.of(name, n_layers, parameters) for name in names]
     losses = [_losses(context, contender, text, sizes) for contender in contenders]
     costs = [_costs(context, contender, text, lengths) for contender in contenders]
     same = f"{n_layers} layers and about {parameters:,} parameters each, by the choice of d_model; {PRECISION}"
