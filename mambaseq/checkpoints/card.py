@@ -14,7 +14,7 @@ from mambaseq.atomic import json_text
 from mambaseq.conditions import Condition
 from mambaseq.data.purpose import TASKS
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
-from mambaseq.generation.sampling import check_settings
+from mambaseq.generation.sampling import NEUTRAL, check_settings
 from mambaseq.plain import read_json
 from mambaseq.specs import check_spec, fits
 
@@ -126,8 +126,7 @@ def _check(card: ModelCard) -> None:
 
 def check_generation(settings: dict[str, Any]) -> None:
     """Raise ConfigError for defaults of `mambaseq generate` that do not exist or are out of range."""
-    known = {"max_new_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    known |= {"repetition_penalty": 1.0, "presence_penalty": 0.0}
+    known = {"max_new_tokens": 0, "temperature": 1.0, **NEUTRAL}
     if unknown := settings.keys() - known.keys():
         raise ConfigError(f"generation has no {cut_list(sorted(unknown))}; it has {cut_list(known)}.")
     given = {**known, **settings}

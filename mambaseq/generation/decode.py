@@ -19,7 +19,7 @@ from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.loops import by_steps, by_stretches
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import best_even, prefill
-from mambaseq.generation.sampling import Draws, Penalties, check_settings, sample
+from mambaseq.generation.sampling import NEUTRAL, Draws, Penalties, check_settings, sample
 from mambaseq.generation.speculation import Speculation, speculate
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.generation.stretches import Stretches
@@ -162,8 +162,7 @@ def _added(
             "causal backbone, such as residual or unet."
         )
     model.check_stateful()
-    choices = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-    check_settings(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | {k: options[k] for k in choices if k in options})
+    check_settings(options.get("temperature", 1.0), **{name: options.get(name, NEUTRAL[name]) for name in NEUTRAL})
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_whole("samples", samples := options.get("samples", 1), 1)
     limits.SEQUENCES.check(len(shapes) * samples, "Generation")

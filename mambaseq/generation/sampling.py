@@ -17,6 +17,9 @@ from mambaseq.generation.prompts import Prompts, Row, parts
 
 _LARGEST = 100  # penalty: logits stay finite
 
+# Settings beside the temperature that leave what is drawn as the model says.
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+
 
 def check_settings(
     temperature: Any,

@@ -19,6 +19,8 @@ from mambaseq.generation.decode import stream
 from mambaseq.generation.prompts import Prompts, Row, parts
 from mambaseq.generation.reading import prefill
 from mambaseq.generation.states import Begun
+from mambaseq.generation.stopping import StopStrings
+from mambaseq.generation.values import continue_values
 
 AT_ONCE = 256  # sequences that are generated together: their states are in memory
 
@@ -127,6 +129,11 @@ def batches(
             yield jobs[start : start + at_once]
 
 
+def n_sequences(jobs: Sequence[Sequence[Job]]) -> int:
+    """How many sequences the batches of jobs make."""
+    return sum(job.stop - job.first for batch in jobs for job in batch)
+
+
 def _key(values: Row) -> bytes:
     found = hashlib.blake2b(digest_size=16)
     for part in parts(values):
@@ -223,3 +230,66 @@ def ended(row: np.ndarray, begin: int, stop_ids: Sequence[int]) -> np.ndarray:
         return row
     stops = np.flatnonzero(np.isin(row[begin:], list(stop_ids)))
     return row[: begin + int(stops[0]) + 1] if len(stops) else row
+
+
+def sequences_of(
+    loaded: LoadedModel,
+    jobs: list[list[Job]],
+    count: int,
+    place: torch.device,
+    settings: dict[str, Any],
+    shown: bool,
+) -> list[np.ndarray]:
+    """A sequence for each prompt, condition and sample: `(length,)` int64, or `(length, channels)` float32. Prompts of
+    one length are read together, so nothing is padded."""
+    if loaded.tokenizer is None:
+        return _continued_signals(loaded, jobs, count, place, settings, shown)
+    held: dict[tuple[int, int], list[np.ndarray]] = {}
+    progress = Progress(count * n_sequences(jobs), None, "token", shown)
+    try:
+        for number, made in pieces(loaded, jobs, count, place, settings, progress):
+            for job, rows in zip(jobs[number], made, strict=True):
+                for sample, row in enumerate(rows, start=job.first):
+                    held.setdefault((job.place, sample), []).append(row)
+    finally:
+        progress.close()
+    found = []
+    prompts = {job.place: job.prompt.values[:] for batch in jobs for job in batch}
+    for key in sorted(held):
+        begin = prompts[key[0]].astype(np.int64)
+        row = ended(np.concatenate([begin, *held.pop(key)]), len(begin), settings.get("stop_ids", ()))
+        stop: StopStrings | None = settings.get("stop")
+        found.append(row if stop is None else np.concatenate([begin, stop.cut(begin, row[len(begin) :])]))
+    return found
+
+
+def _continued_signals(
+    loaded: LoadedModel,
+    jobs: list[list[Job]],
+    count: int,
+    place: torch.device,
+    settings: dict[str, Any],
+    shown: bool,
+) -> list[np.ndarray]:
+    found: dict[tuple[int, int], np.ndarray] = {}
+    with tqdm(total=len(jobs), unit="batch", disable=not shown or len(jobs) == 1) as bar:
+        for batch in jobs:
+            width = batch[0].stop - batch[0].first
+            try:
+                made = continue_values(
+                    loaded.model,
+                    torch.from_numpy(np.stack([job.prompt.values[:] for job in batch])).to(place),
+                    count,
+                    condition=conditions_of(batch, place),
+                    samples=width,
+                    numbers=numbers_of(batch),
+                    progress=shown and len(jobs) == 1,
+                    **settings,
+                ).cpu()
+            except NotFinite as error:
+                raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
+            for job, rows in zip(batch, made.unflatten(0, (len(batch), width)).numpy(), strict=True):
+                for number, row in enumerate(rows, start=job.first):
+                    found[job.place, number] = row
+            bar.update()
+    return [found[key] for key in sorted(found)]

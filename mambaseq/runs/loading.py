@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,30 @@ def fitting_options(
             f"model's model.json do not have. Use its own {kind}."
         )
     return options
+
+
+def writer_of(loaded: LoadedModel, writer: str | None) -> tuple[str, Any, dict[str, Any]] | None:
+    """The name, function and options of a model's writer, or of the named one; None where there is none."""
+    card = loaded.card
+    if (name := writer or card.writer) is None:
+        return None
+    write = catalog()["writers"].get(name)
+    return name, write, fitting_options("writer", name, write, card.writer_options, own=name == card.writer)
+
+
+@contextlib.contextmanager
+def own_or_told(loaded: LoadedModel, name: str) -> Iterator[None]:
+    """Raise ConfigError where a writer that is not the model's own fails on what the model generates."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if name == loaded.card.writer:
+            raise
+        raise ConfigError(
+            f"The writer {shown(name)} cannot write what this model generates "
+            f"({' '.join(str(error).split()).rstrip('.')})."
+            f"{f' Use its own writer ({shown(loaded.card.writer)}).' if loaded.card.writer else ''}"
+        ) from error
 
 
 def records_of(

@@ -8,22 +8,21 @@ import hashlib
 import sys
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from mambaseq import __version__
 from mambaseq.atomic import atomic_file, json_text
-from mambaseq.checkpoints import LoadedModel
 from mambaseq.conditions import told
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import cut_list
 from mambaseq.generation.prompts import parts
 from mambaseq.resources import is_resource
 from mambaseq.runs.conditions import Known
-from mambaseq.runs.continuing import Job, Progress, ended, pieces
+from mambaseq.runs.continuing import Job, Progress, ended, n_sequences, pieces
 from mambaseq.runs.devices import memory_told
+from mambaseq.runs.planning import Plan
 from mambaseq.runs.repeating import FORMAT, LATER
 from mambaseq.runs.replacing import check_beside, remove_beside
 
@@ -64,25 +63,6 @@ class StreamingWriter(Protocol):
 
     def picture(self, file: Path, prompt: int, **options: Any) -> bytes | None:
         """A PNG of a file that was written, whose first `prompt` ids were given."""
-
-
-class Plan(NamedTuple):
-    """What is to be generated.
-
-    checkpoint, prompt: as they were given. new: tokens of each result. hidden: positions at the beginning that are no
-    part of the result. writer: its name.
-    """
-
-    checkpoint: Path
-    loaded: LoadedModel
-    jobs: list[list[Job]]
-    new: int
-    place: torch.device
-    settings: dict[str, Any]
-    progress: bool
-    prompt: str | None
-    hidden: int
-    writer: str | None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -161,7 +141,7 @@ class _Result:
 def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, Any], pictures: int) -> list[Path]:
     """Generate and write; see `generate_to`."""
     jobs = plan.jobs
-    count = sum(job.stop - job.first for batch in jobs for job in batch)
+    count = n_sequences(jobs)
     files = writer.files(out, count)
     check_beside(files)
     beginnings = _beginnings(jobs)

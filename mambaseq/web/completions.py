@@ -10,19 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambaseq.errors import ConfigError, did_you_mean, shown
+from mambaseq.generation.sampling import NEUTRAL
 from mambaseq.generation.stopping import check_stop
 from mambaseq.limits import check_whole
 from mambaseq.serving import Request, Ticket
 from mambaseq.web.service import Service
 
-_SETTINGS = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-}
+_SETTINGS = {"temperature": 1.0, **NEUTRAL}
 _COMMON = (*_SETTINGS, "model", "n", "seed", "stop", "stream", "stream_options", "user")
 _OPTIONS = ("include_usage", "continuous_usage_stats")
 
