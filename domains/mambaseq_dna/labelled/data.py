@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from mambaseq.data.audited import Audited, AuditedSequence
+from mambaseq.data.audited import Audited
 from mambaseq.data.baselines import Baseline
 from mambaseq.data.module import SequenceData
 from mambaseq.data.orders import Balanced, Shuffled
-from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError, DataError, cut_list, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_choice, check_setting
 from mambaseq_dna.auditing import audited_dna
@@ -27,18 +25,17 @@ from mambaseq_dna.labelled.headers import header_keys
 from mambaseq_dna.labelled.items import Align, LabelledItems, Sequences, fitted
 from mambaseq_dna.labelled.layouts import Format, Part, parts_of
 from mambaseq_dna.labelled.overlaps import overlapping
-from mambaseq_dna.labelled.sources import Reading, Source, is_row, read_source
+from mambaseq_dna.labelled.records import AuditedRecords, Records, SplitRecords, class_counts
+from mambaseq_dna.labelled.sources import Reading, is_row, read_source
 from mambaseq_dna.labelled.splitting import (
     COPIES,
     GROUPS,
     OVERLAPS,
     TEST,
     TRAIN,
-    UNKNOWN,
     VALIDATION,
     SplitPlan,
     crossing,
-    split_numbers,
     without_copies,
 )
 from mambaseq_dna.labelled.targets import Learned, class_targets, label_columns, multilabel_targets, value_targets
@@ -56,35 +53,6 @@ _NO_GROUP = (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Records:
-    """All records of all sources, in order. first: the number of each source's first record."""
-
-    sources: list[Source]
-    sequences: Sequences
-    first: np.ndarray
-
-    def where(self, number: int) -> str:
-        """File and place of a record, for messages."""
-        source, inside = self.of(number)
-        return source.where(inside)
-
-    def of(self, number: int) -> tuple[Source, int]:
-        """The source of a record, and its number there."""
-        which = int(np.searchsorted(self.first, number, side="right")) - 1
-        return self.sources[which], number - int(self.first[which])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Records with what is known of them. numbers: of the records that are left. splits, targets: of those."""
-
-    numbers: np.ndarray
-    splits: np.ndarray
-    targets: np.ndarray
-    class_names: list[str]
 
 
 class LabelledData(SequenceData):
@@ -220,7 +188,7 @@ class LabelledData(SequenceData):
         self.length = length or 0
         if task == "values":
             self.n_outputs = 1 if label is None or isinstance(label, str) else len(label)
-        self._found: _Split | None = None
+        self._found: SplitRecords | None = None
         self._split_places: dict[Path, str | None] = {}
         self._chosen_by = ""
 
@@ -272,7 +240,7 @@ class LabelledData(SequenceData):
             self.length = int(lengths.max())
             WINDOW.check(self.length, "The longest sequence")
         self.class_names = found.class_names
-        self.class_counts = _counts(found.targets[found.splits == TRAIN]) if found.class_names else None
+        self.class_counts = class_counts(found.targets[found.splits == TRAIN]) if found.class_names else None
         self._found = found
 
     def extremes(self) -> list[tuple[int, str]]:
@@ -321,7 +289,7 @@ class LabelledData(SequenceData):
         return self.task  # type: ignore[return-value]
 
     @functools.cached_property
-    def _records(self) -> _Records:
+    def _records(self) -> Records:
         """All records. The label of a folder a class is its name."""
         reading = Reading(
             self.sequence, self.columns, self.names, self._bases, self.width, self.stranded, tuple(self.features or ())
@@ -336,22 +304,7 @@ class LabelledData(SequenceData):
                 )
             places = [*self._labels_of(part.kind), *more] if part.kind != "folder" else []
             sources.append(read_source(part, reading, places, self.cache))
-        stores: list[TokenStore] = []
-        numbers: dict[str, int] = {}
-        tables = []
-        for source in sources:
-            of = []
-            for store in source.stores:
-                key = str(store.folder)
-                if key not in numbers:
-                    numbers[key] = len(stores)
-                    stores.append(store)
-                of.append(numbers[key])
-            table = source.places.copy()
-            table[:, 0] = np.array(of)[table[:, 0]]
-            tables.append(table)
-        first = np.cumsum([0, *(len(source) for source in sources)])[:-1]
-        return _Records(sources, Sequences(stores, np.concatenate(tables)), first)
+        return Records.of_sources(sources)
 
     def _split_of(self, part: Part) -> str | None:
         """Where the split of a part's records is: where `data.split` says, or what is called `split`."""
@@ -394,31 +347,16 @@ class LabelledData(SequenceData):
             return sequences
         return Sequences(sequences.stores, fitted(sequences.places, self.given_length, self.align, self.pad))
 
-    def _split(self, refuse_copies: bool) -> _Split:
+    def _split(self, refuse_copies: bool) -> SplitRecords:
         """Splits and targets. refuse_copies: False leaves copies that are refused where they are."""
         records = self._records
-        where, count = records.where, len(records.sequences)
-        splits = np.concatenate(
-            [
-                np.full(len(source), SPLITS.index(source.part.split) if source.part.split else UNKNOWN)
-                for source in records.sources
-            ]
-        )
+        where, count, intervals = records.where, len(records.sequences), records.intervals()
         places = [self._split_of(source.part) for source in records.sources]
-        if any(places):
-            told = [
-                list(source.fields[place]) if place else ["train"] * len(source)
-                for source, place in zip(records.sources, places, strict=True)
-            ]
-            has = np.concatenate(
-                [np.full(len(source), place is not None) for source, place in zip(records.sources, places, strict=True)]
-            )
-            named = split_numbers([text for texts in told for text in texts], where)
-            splits = np.where((splits == UNKNOWN) & has, named, splits)
+        splits = records.splits(places)
         self._chosen_by = self._how(places, splits)
         labels = self._texts(0, of_labels=True) if self._task == "classes" else []
         strata = numbered(labels)[1] if labels else np.zeros(count, dtype=np.int64)
-        content = equal_contents(records.sequences, self._intervals(), self.given_length, self.align)
+        content = equal_contents(records.sequences, intervals, self.given_length, self.align)
         self.plan.assign(splits, self._groups, content, strata)
         keep = content >= 0
         if not keep.all():
@@ -426,7 +364,7 @@ class LabelledData(SequenceData):
         if refuse_copies or self.duplicates == "drop":
             others = {
                 COPIES: crossing(content, splits),
-                OVERLAPS: overlapping(self._fitted.places, splits, self._intervals()),
+                OVERLAPS: overlapping(self._fitted.places, splits, intervals),
             }
             if self.group is not None:
                 others[GROUPS] = crossing(numbered(self._groups or ())[1], splits)
@@ -442,7 +380,7 @@ class LabelledData(SequenceData):
             numbers, targets = numbers[~unknown], targets[~unknown]
             if not (splits[numbers] == TRAIN).any():
                 raise DataError("No training record has a value. Check data.label, and the file.")
-        return _Split(numbers, splits[numbers], targets, names)
+        return SplitRecords(numbers, splits[numbers], targets, names)
 
     def _how(self, places: Sequence[str | None], splits: np.ndarray) -> str:
         """How sequences come into their splits, for people. splits: those that are given, before any are drawn."""
@@ -461,10 +399,6 @@ class LabelledData(SequenceData):
         counts = np.bincount(self._found.splits, minlength=len(SPLITS))
         told = ", ".join(f"{name} {int(count):,}" for name, count in zip(SPLITS, counts, strict=True))
         return f"sequences: {told}; chosen by {self._chosen_by}"
-
-    def _intervals(self) -> np.ndarray:
-        """`(records,)` bool: which are intervals of an assembly."""
-        return np.concatenate([np.full(len(source), source.groups is not None) for source in self._records.sources])
 
     def _targets(self, numbers: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Targets of these records, and the names of classes. train: `(numbers,)` bool, which are for training."""
@@ -524,36 +458,5 @@ class LabelledData(SequenceData):
         for number, name in enumerate(SPLITS):
             mine = np.flatnonzero(found.splits == number)
             if len(mine):
-                splits[name] = _AuditedRecords(self._records, self._fitted, found, mine)
+                splits[name] = AuditedRecords(self._records, self._fitted, found, mine)
         return audited_dna(splits)
-
-
-class _AuditedRecords(Sequence[AuditedSequence]):
-    """Records of one split, each made when it is asked for."""
-
-    def __init__(self, records: _Records, fitted: Sequences, found: _Split, mine: np.ndarray) -> None:
-        self._records, self._fitted, self._found, self._mine = records, fitted, found, mine
-
-    def __len__(self) -> int:
-        return len(self._mine)
-
-    def __iter__(self) -> Iterator[AuditedSequence]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        mine = self._mine[index]
-        number, target = int(self._found.numbers[mine]), self._found.targets[mine]
-        label = self._found.class_names[int(target)] if target.ndim == 0 else None
-        source, inside = self._records.of(number)
-        start = max(int(self._fitted.places[number, 2]), 0)
-        return AuditedSequence(self._fitted.read(number), label, str(source.part.path), source.place(inside), start)
-
-
-def _counts(targets: np.ndarray) -> list[tuple[int, int]]:
-    """Of each class or label, how many training targets are of it, and how many are not."""
-    if targets.ndim == 1:
-        of = np.bincount(targets)
-        return [(int(one), int(len(targets) - one)) for one in of]
-    return [(int((column == 1).sum()), int((column == 0).sum())) for column in targets.T]
