@@ -1,15 +1,16 @@
 """The server of `mambaseq serve` on loopback: speed and latency under load, the prefix cache, minutes of mixed load.
 
-    python benchmarks/serving.py --checkpoint RUN [--device cuda] [--json FILE] [--picture FILE.svg]
-    python benchmarks/serving.py --checkpoint RUN --prefix          8 requests that share a prompt, or none
-    python benchmarks/serving.py --checkpoint RUN --minutes 10      mixed load, with the memory told each 10 s
+    python benchmarks/serving.py --checkpoint RUN [--device cuda] [--dtype bfloat16] [--json FILE] [--picture FILE.svg]
+    python benchmarks/serving.py --checkpoint RUN --parts check prefix      8 requests that share a prompt, or none
+    python benchmarks/serving.py --checkpoint RUN --parts mixed --minutes 10      with the memory told each 10 s
 
 A server is started for it, unless `--url` names one of the same run, started with as many `--slots` as the highest
-concurrency. First, answers to requests of all kinds at once are held against those of `generate`, each alone. Then
+concurrency. check: answers to requests of all kinds at once are held against those of `generate`, each alone. load:
 `--concurrency` clients ask again and again for `--new` tokens after prompts of `--prompt` tokens, and read the stream:
 tokens a second of all together, seconds until the first token and until the last. `generate` with a batch of that size
-stands beside it, measured before the server starts. Requests that are not answered as they should be are lost, and
-told. SIGTERM comes while requests are answered; all of them must be. Exits with 1 where something is lost or differs.
+stands beside it, measured while the server has nothing to do. Requests that are not answered as they should be are
+lost, and told. drain: SIGTERM comes while requests are answered; all of them must be. Exits with 1 where something is
+lost or differs; in 16 bits answers may, since a batch of another size rounds otherwise, and are counted only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import re
@@ -27,16 +27,18 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.parse
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from serving_client import Got, Site
 
 from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
+from mambaseq.checkpoints.published import DTYPES
+from mambaseq.checkpoints.upstream import cast_
 from mambaseq.generation import generate, generate_all
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.reporting.charts import DARK, LIGHT, STYLE, WIDTH, Curve, frame, lines, text
@@ -45,87 +47,9 @@ from mambaseq.serving.text import Answer
 
 EVERY = 10.0  # seconds between two looks at the memory
 GROWTH = 0.03  # of the memory, which is none: pages of the allocators
+JUDGED = 3.0  # minutes of mixed load from which on memory that grows counts: it is level only when the caches are full
+PARTS = ("check", "load", "prefix", "mixed", "drain")
 CORPUS = "mambaseq:data/text/tinyshakespeare.txt"
-
-
-class Got(NamedTuple):
-    """An answer: its status, text, the numbers of tokens of prompt, known and new, and the seconds until the first
-    piece and the end."""
-
-    status: int
-    text: str
-    prompt: int
-    known: int
-    new: int
-    first: float
-    last: float
-
-
-class Site:
-    """A server, asked as a client would: a connection for each request."""
-
-    def __init__(self, url: str, key: str | None) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-        self._key = f"Authorization: Bearer {key}\r\n" if key else ""
-
-    async def _open(self, path: str, body: bytes | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=1 << 24)
-        head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n{self._key}"
-        sent = b"" if body is None else body
-        head += f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
-        writer.write(head.encode() + sent)
-        await writer.drain()
-        found = await reader.readuntil(b"\r\n\r\n")
-        return reader, writer, int(found.split(b" ", 2)[1])
-
-    async def get(self, path: str) -> str:
-        reader, writer, _ = await self._open(path, None)
-        told = (await reader.read()).decode()
-        writer.close()
-        return told
-
-    async def metrics(self) -> dict[str, float]:
-        told = await self.get("/metrics")
-        return {name: float(value) for name, value in re.findall(r"^mambaseq_(\w+) (\S+)$", told, re.MULTILINE)}
-
-    async def ask(self, body: dict[str, Any] | bytes, leave_after: int | None = None) -> Got:
-        """Ask for a completion. leave_after: pieces of a stream after which the connection is closed."""
-        begun = time.perf_counter()
-        stream = isinstance(body, dict) and body.setdefault("stream", True)
-        if stream and isinstance(body, dict):
-            body["stream_options"] = {"include_usage": True}
-        sent = body if isinstance(body, bytes) else json_text(body).encode()
-        reader, writer, status = await self._open("/v1/completions", sent)
-        first, pieces, words, usage = 0.0, 0, "", {}
-        try:
-            if status != 200 or not stream:
-                told = json.loads(await reader.read())
-                if status == 200:
-                    words, usage = "".join(one["text"] for one in told["choices"]), told["usage"]
-                first = time.perf_counter() - begun
-            while status == 200 and stream:
-                line = await reader.readline()
-                if not line:
-                    raise ConnectionError("the stream ended early")
-                if not line.startswith(b"data: "):  # sizes of chunks, and empty lines
-                    continue
-                if line.startswith(b"data: [DONE]"):
-                    break
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise ConnectionError(event["error"]["message"])
-                first = first or time.perf_counter() - begun
-                usage = event.get("usage") or usage
-                words += "".join(one["text"] for one in event["choices"])
-                pieces += 1
-                if leave_after is not None and pieces >= leave_after:
-                    break
-        finally:
-            writer.close()
-        known = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-        numbers = usage.get("prompt_tokens", 0), known, usage.get("completion_tokens", 0)
-        return Got(status, words, *numbers, first, time.perf_counter() - begun)
 
 
 class Prompts:
@@ -144,32 +68,33 @@ class Prompts:
         return found
 
 
-@contextlib.contextmanager
-def started(arguments: argparse.Namespace, slots: int) -> Any:
-    """A server of the run in a process of its own: its address and the process."""
+def started(arguments: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
+    """A server of the run in a process of its own, which starts meanwhile: its address and the process."""
+    slots = max(arguments.concurrency) if "load" in arguments.parts else 16
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--checkpoint", str(arguments.checkpoint), "--port", str(port), "--slots", str(slots)]
-    cache = min(arguments.cache_mb, 32) if arguments.minutes else arguments.cache_mb  # is to be full soon
+    soon = "mixed" in arguments.parts and "prefix" not in arguments.parts
+    cache = min(arguments.cache_mb, 32) if soon else arguments.cache_mb  # is to be full soon
     options += ["--cache-mb", str(cache), "--cache-every", str(arguments.cache_every)]
     options += ["--queue", str(max(64, slots)), "--name", "served", *arguments.option]
     options += ["--device", arguments.device] if arguments.device else []
+    options += ["--dtype", arguments.dtype] if arguments.dtype else []
     command = [sys.executable, "-m", "mambaseq.cli.main", "serve", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL if not arguments.told else None)
-    try:
-        end = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit("The server did not start; --told shows what it says.")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
+    return f"http://127.0.0.1:{port}", process
+
+
+def wait(site: Site, process: subprocess.Popen[bytes]) -> None:
+    """Until the server answers."""
+    end = time.monotonic() + 300
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((site.host, site.port), 1):
+            return
+        if process.poll() is not None or time.monotonic() > end:
+            raise SystemExit("The server did not start; --told shows what it says.")
+        time.sleep(0.1)
 
 
 KINDS: list[dict[str, Any]] = [
@@ -194,7 +119,9 @@ async def check(site: Site, prompts: Prompts, loaded: LoadedModel, new: int) -> 
         }
         for number in range(24)
     ]
+    begun = time.perf_counter()
     got = await asyncio.gather(*(site.ask(dict(body)) for body in asked))
+    took = time.perf_counter() - begun
     equal, end = 0, getattr(loaded.tokenizer, "eos_id", None)
     for body, one in zip(asked, got, strict=True):
         settings = {key: value for key, value in body.items() if key not in ("prompt", "max_tokens", "stop")}
@@ -208,7 +135,11 @@ async def check(site: Site, prompts: Prompts, loaded: LoadedModel, new: int) -> 
             if token in ends or answer.add(token):
                 break
         equal += answer.take(last=True) == one.text
-    print(f"answers of 24 requests at once that equal those of generate, each alone: {equal}", flush=True)
+    print(
+        f"answers of 24 requests at once, {took:.1f} s, that equal those of generate, each alone "
+        f"({time.perf_counter() - begun - took:.1f} s): {equal}",
+        flush=True,
+    )
     return {"asked": len(asked), "equal": equal}
 
 
@@ -363,9 +294,10 @@ async def mixed(site: Site, prompts: Prompts, minutes: float, clients: int, long
         await asyncio.sleep(0.05)
     left = told["requests_active"] + told["requests_waiting"]
     found = {"rows": rows, "outcomes": dict(sorted(outcomes.items())), "lost": len(lost), "why": lost[:5]}
-    found |= {"left": left, "failed": told["requests_failed_total"], "grows": grows(rows)}
+    found |= {"left": left, "failed": told["requests_failed_total"]}
+    found["grows"] = grows(rows) if minutes >= JUDGED else ""
     print(f"{found['outcomes']}\nlost {len(lost)} {lost[:3]}, left behind {left:.0f}, failed {found['failed']:.0f}")
-    print(f"memory: {found['grows'] or 'does not grow'}", flush=True)
+    print(f"memory: {found['grows'] or ('does not grow' if minutes >= JUDGED else 'not judged')}", flush=True)
     return found
 
 
@@ -374,8 +306,6 @@ def grows(rows: list[dict[str, float]]) -> str:
     CPU are in the process and have a bound of their own, so they do not count."""
     on_gpu = any(row["gpu"] for row in rows)
     third, found = len(rows) // 3, []
-    if not third:
-        return "too short to tell"
     for name in ("resident", "gpu"):
         sizes = [row[name] - (0 if on_gpu else row["cache"]) for row in rows]
         before, after = statistics.median(sizes[third : 2 * third]), statistics.median(sizes[2 * third :])
@@ -420,38 +350,55 @@ def picture(rows: list[dict[str, Any]], title: str) -> str:
 
 
 async def measured(
-    arguments: argparse.Namespace, loaded: LoadedModel, url: str, process: Any, told: dict[str, Any]
+    arguments: argparse.Namespace, loaded: LoadedModel, site: Site, process: Any, told: dict[str, Any], end: float
 ) -> None:
-    site, prompts = Site(url, arguments.key), Prompts(loaded)
+    """What is asked for, one after the other until `end`; written as it comes."""
+    prompts = Prompts(loaded)
     length, new = arguments.prompt, arguments.new
-    told["check"] = await check(site, prompts, loaded, min(new, 60))
-    if arguments.minutes:
-        told["mixed"] = await mixed(site, prompts, arguments.minutes, arguments.clients, 65_536)
-    elif arguments.prefix:
-        told["prefix"] = await prefix(site, prompts, arguments.prefix_tokens, arguments.cache_every)
-    else:
+
+    def wanted(part: str) -> bool:
+        if arguments.json:
+            arguments.json.write_text(json_text(told, indent=2) + "\n", encoding="utf-8")
+        if part not in arguments.parts:
+            return False
+        if time.monotonic() > end:
+            print(f"{part}: the time is up", flush=True)
+        return time.monotonic() <= end
+
+    if wanted("load"):
         print(
             f"{'clients':>7} {'tokens/s':>9} {'generate':>9} {'first p50':>9} {'p95 ms':>8} {'whole p50':>9} "
             f"{'p95 ms':>8} lost"
         )
-        for row in told["load"]:
-            row |= await load(site, prompts, row["concurrency"], length, new, arguments.rounds)
+        for clients in arguments.concurrency:
+            if not wanted("load"):
+                break
+            row = await load(site, prompts, clients, length, new, arguments.rounds)
+            row["generate_tokens_per_s"] = beside(loaded, prompts, clients, length, new)
+            told.setdefault("load", []).append(row)
             print(
                 f"{row['concurrency']:>7} {row['tokens_per_s']:>9,.0f} {row['generate_tokens_per_s']:>9,.0f} "
                 f"{row['first_p50_ms']:>9,.0f} {row['first_p95_ms']:>8,.0f} {row['latency_p50_ms']:>9,.0f} "
                 f"{row['latency_p95_ms']:>8,.0f} {row['lost']:>4}",
                 flush=True,
             )
-    if process is not None:
+    if wanted("prefix"):
+        told["prefix"] = await prefix(site, prompts, arguments.prefix_tokens, arguments.cache_every)
+    if wanted("check"):
+        told["check"] = await check(site, prompts, loaded, min(new, 60))
+    if wanted("mixed"):
+        minutes = min(arguments.minutes, (end - time.monotonic()) / 60)
+        told["mixed"] = await mixed(site, prompts, minutes, arguments.clients, 65_536)
+    if process is not None and "drain" in arguments.parts:  # it is to end anyway
         told["drained"] = await drained(site, process, prompts)
 
 
-def fine(told: dict[str, Any]) -> bool:
-    """Whether nothing is lost, differs, grows or is left."""
-    lost = sum(row.get("lost", 0) for row in told.get("load", ())) + told.get("mixed", {}).get("lost", 0)
+def fine(told: dict[str, Any], exact: bool) -> bool:
+    """Whether nothing is lost, differs, grows or is left. exact: whether answers must be those of `generate`."""
+    lost = sum(row["lost"] for row in told.get("load", ())) + told.get("mixed", {}).get("lost", 0)
     kept = "mixed" not in told or not (told["mixed"]["left"] or told["mixed"]["failed"] or told["mixed"]["grows"])
     hits = "prefix" not in told or told["prefix"]["at_most_again"] < told["prefix"]["k"]
-    same = told["check"]["equal"] == told["check"]["asked"]
+    same = not exact or "check" not in told or told["check"]["equal"] == told["check"]["asked"]
     return bool(not lost and kept and hits and same and told.get("drained", True))
 
 
@@ -461,13 +408,17 @@ def main() -> None:
     parser.add_argument("--url", help="a server of it that runs already, such as http://127.0.0.1:8000")
     parser.add_argument("--key", default=os.environ.get("MAMBASEQ_API_KEY"), help="of that server")
     parser.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (float32)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["check", "load", "drain"], help="what is measured"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing further after so long")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (128)")
     parser.add_argument("--new", type=int, default=128, help="new tokens (128)")
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client (4)")
-    parser.add_argument("--prefix", action="store_true", help="measure the prefix cache")
-    parser.add_argument("--prefix-tokens", type=int, default=8000, help="of its prompts (8000)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="of mixed load")
+    parser.add_argument("--prefix-tokens", type=int, default=8000, help="of the prompts of prefix (8000)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of mixed load (10)")
     parser.add_argument("--clients", type=int, default=24, help="of mixed load (24)")
     parser.add_argument("--cache-every", type=int, default=256, metavar="K", help="of the server (256)")
     parser.add_argument("--cache-mb", type=int, default=256, help="of the server (256; at most 32 for mixed load)")
@@ -475,33 +426,36 @@ def main() -> None:
         "--option", action="append", default=[], help="a further option of the server, as --option=--part=64"
     )
     parser.add_argument("--told", action="store_true", help="show what the server says")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="write the figures here too, as they come")
     parser.add_argument("--picture", type=Path, help="write a picture of speed and latency here (SVG)")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_model(arguments.checkpoint, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    size = f"{loaded.model.n_parameters() / 1e6:.2f} million parameters"
-    shape = f"prompts of {arguments.prompt} tokens, {arguments.new} new ones"
-    print(f"{name}, torch {torch.__version__}, {size}, {shape}\n")
-    told: dict[str, Any] = {"device": name, "torch": torch.__version__, "model": size, "shape": shape}
-    if not arguments.prefix and not arguments.minutes:
-        prompts = Prompts(loaded)
-        told["load"] = [
-            {"concurrency": n, "generate_tokens_per_s": beside(loaded, prompts, n, arguments.prompt, arguments.new)}
-            for n in arguments.concurrency
-        ]
-    if arguments.url:
-        asyncio.run(measured(arguments, loaded, arguments.url, None, told))
-    else:
-        slots = max(arguments.concurrency) if "load" in told else 16
-        with started(arguments, slots) as (url, process):
-            asyncio.run(measured(arguments, loaded, url, process, told))
+    clock = time.monotonic()
+    url, process = (arguments.url, None) if arguments.url else started(arguments)
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = load_model(arguments.checkpoint, device)
+        if arguments.dtype:
+            cast_(loaded.model, {name: DTYPES[arguments.dtype] for name, _ in loaded.model.named_parameters()})
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        size = f"{loaded.model.n_parameters() / 1e6:.2f} million parameters, {arguments.dtype or 'float32'}"
+        shape = f"prompts of {arguments.prompt} tokens, {arguments.new} new ones"
+        print(f"{name}, torch {torch.__version__}, {size}, {shape}", flush=True)
+        site = Site(url, arguments.key)
+        told: dict[str, Any] = {"device": name, "torch": torch.__version__, "model": size, "shape": shape}
+        if process is not None:
+            wait(site, process)
+            told["start_s"] = time.monotonic() - clock
+            print(f"the server answers {told['start_s']:.1f} s after its start\n", flush=True)
+        asyncio.run(measured(arguments, loaded, site, process, told, clock + arguments.seconds))
+    finally:
+        if process is not None and process.poll() is None:
+            process.terminate()
+            process.wait(60)
     if arguments.json:
         arguments.json.write_text(json_text(told, indent=2) + "\n", encoding="utf-8")
     if arguments.picture and "load" in told:
         arguments.picture.write_text(picture(told["load"], f"{name}, {size}, {shape}"), encoding="utf-8")
-    if not fine(told):
+    if not fine(told, DTYPES.get(arguments.dtype, torch.float32) == torch.float32):
         raise SystemExit("Something is lost, differs or grows; see above.")
 
 

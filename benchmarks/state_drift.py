@@ -1,16 +1,18 @@
 """What states kept in bf16 between steps do to predictions: logits and KL against fp32 states, over a long sequence.
 
-`python benchmarks/state_drift.py [--checkpoint RUN] [--mixer mamba2] [--d-model N] [--layers N] [--positions N]
-[--json FILE]`: one sequence is read token by token by two copies of the state, one rounded after every step. Without a
-checkpoint weights and tokens are random: drift is then that of the arithmetic alone, with decays as they are at the
-beginning of training. Told at powers of two and at the end, each over the positions since the last: the logits'
-relative RMS error, KL(fp32 || bf16) in nats a token, and how often the likeliest token differs.
+`python benchmarks/state_drift.py [--checkpoint RUN] [--mixer mamba mamba2] [--d-model N] [--layers N] [--positions N]
+[--seconds N] [--json FILE]`: one sequence is read token by token by two copies of the state, one rounded after every
+step. Without a checkpoint weights and tokens are random, a model for each mixer: drift is then that of the arithmetic
+alone, with decays as they are at the beginning of training. Told at powers of two and at the end, each over the
+positions since the last: the logits' relative RMS error, KL(fp32 || bf16) in nats a token, and how often the likeliest
+token differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from mambaseq.atomic import json_text
 from mambaseq.checkpoints.export import load_model
 from mambaseq.generation import Decoder
 from mambaseq.models import SequenceModel, causal_lm
+
+MIXERS = ("mamba", "mamba2", "mamba3", "gated_delta", "kda", "gla")
 
 
 @dataclasses.dataclass
@@ -59,41 +63,55 @@ def drift(model: SequenceModel, tokens: Tensor, first: int = 256) -> Iterator[Dr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a run or an exported model")
-    parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2", "mamba3", "gated_delta", "kda", "gla"))
+    parser.add_argument("--mixer", nargs="+", default=["mamba2"], choices=MIXERS)
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--text", type=Path, help="read by the checkpoint's tokenizer; else random tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="go on for no longer")
+    parser.add_argument("--json", type=Path, help="write the figures here too, as they come")
     arguments = parser.parse_args()
-    tokens = None
-    if arguments.checkpoint is None:
-        torch.manual_seed(0)
-        model = causal_lm(arguments.vocabulary, arguments.d_model, arguments.layers, mixer=arguments.mixer)
-    else:
-        loaded: Any = load_model(arguments.checkpoint)
-        model = loaded.model
-        if arguments.text is not None:
-            ids = loaded.tokenizer.encode(arguments.text.read_text(encoding="utf-8"))
-            tokens = torch.as_tensor(ids)[: arguments.positions]
-    model = model.to(arguments.device).eval()
-    if arguments.device == "cuda":
-        model = model.bfloat16()
-    if tokens is None:
-        vocabulary = model.get_parameter("encoder.embedding.weight").shape[0]
-        tokens = torch.randint(vocabulary, (arguments.positions,), generator=torch.Generator().manual_seed(1))
-    rows = []
-    for found in drift(model, tokens.to(arguments.device)):
-        rows.append(dataclasses.asdict(found))
-        print(
-            f"to {found.position:>7,}: logits {found.logits:.2e}, KL {found.kl:.2e} nats, "
-            f"another token {found.other_token:.2%}",
-            flush=True,
-        )
-    if arguments.json:
-        arguments.json.write_text(json_text({"device": arguments.device, "rows": rows}, indent=2) + "\n")
+    end, rows = time.monotonic() + arguments.seconds, list[dict[str, Any]]()
+    for mixer in ["checkpoint"] if arguments.checkpoint else arguments.mixer:
+        if time.monotonic() > end:
+            print(f"{mixer}: the time is up")
+            continue
+        model, tokens = _loaded(arguments) if arguments.checkpoint else (_random(arguments, mixer), None)
+        model = model.to(arguments.device).eval()
+        if torch.device(arguments.device).type == "cuda":
+            model = model.bfloat16()
+        if tokens is None:
+            vocabulary = model.get_parameter("encoder.embedding.weight").shape[0]
+            tokens = torch.randint(vocabulary, (arguments.positions,), generator=torch.Generator().manual_seed(1))
+        size = f"{model.n_parameters() / 1e6:.1f} M parameters, {next(model.parameters()).dtype}"
+        print(f"{mixer}, {size}, {arguments.device}", flush=True)
+        for found in drift(model, tokens.to(arguments.device)):
+            rows.append({"model": mixer, "size": size, **dataclasses.asdict(found)})
+            print(
+                f"to {found.position:>7,}: logits {found.logits:.2e}, KL {found.kl:.2e} nats, "
+                f"another token {found.other_token:.2%}",
+                flush=True,
+            )
+            if arguments.json:
+                arguments.json.write_text(json_text({"device": arguments.device, "rows": rows}, indent=2) + "\n")
+            if time.monotonic() > end:
+                break
+
+
+def _random(arguments: argparse.Namespace, mixer: str) -> SequenceModel:
+    torch.manual_seed(0)
+    return causal_lm(arguments.vocabulary, arguments.d_model, arguments.layers, mixer=mixer)
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[SequenceModel, Tensor | None]:
+    """A checkpoint's model, and the tokens of the text, if one is given."""
+    loaded: Any = load_model(arguments.checkpoint)
+    if arguments.text is None:
+        return loaded.model, None
+    ids = loaded.tokenizer.encode(arguments.text.read_text(encoding="utf-8"))
+    return loaded.model, torch.as_tensor(ids)[: arguments.positions]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--cache-mb", type=int, default=1024, help="MiB of states of prompts that are kept (1024)")
     parser.add_argument("--drain", type=int, default=30, metavar="SECONDS", help="for answers after SIGTERM (30)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
     with uncollected(for_good=True):

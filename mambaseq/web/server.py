@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints import load_model
+from mambaseq.checkpoints.published import DTYPES
+from mambaseq.checkpoints.upstream import cast_
 from mambaseq.errors import ConfigError, paragraph
 from mambaseq.limits import check_whole
 from mambaseq.runs.devices import choose_device, memory_told
@@ -37,13 +39,15 @@ def serve(
     drain: int = 30,
     allow_host: Sequence[str] = (),
     device: str | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds.
 
     slots, queue, longest, part: see `mambaseq.serving.Engine`. cache_every, cache_mb: tokens between two kept states of
     prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
     takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one. allow_host: names by which the
-    server may be called, beside localhost (see `mambaseq.web.doors.names`).
+    server may be called, beside localhost (see `mambaseq.web.doors.names`). dtype: of the weights: float32, bfloat16 or
+    float16; None is float32. States stay in float32.
 
     Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, no request can bring the key, the
     model cannot be served, or the address cannot be listened at.
@@ -70,6 +74,8 @@ def serve(
     with memory_told("--slots"):
         loaded = load_model(checkpoint, choose_device(device))
         check_serves(loaded)
+        if dtype is not None:
+            cast_(loaded.model, {parameter: DTYPES[dtype] for parameter, _ in loaded.model.named_parameters()})
         engine = Engine(loaded.model, slots=slots, queue=queue, part=part, longest=longest, cache=cache)
     service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
     if service.damaged:

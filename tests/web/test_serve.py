@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mambaseq.cli.main import main
+from mambaseq.errors import ConfigError
 from mambaseq.runs.generation import generate_from
 
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
@@ -307,6 +309,22 @@ def test_sigterm_answers_what_was_asked_and_ends(run: Path, monkeypatch: pytest.
     until(lambda: len(answers) == 3)
     assert [one["usage"]["completion_tokens"] for one in answers] == [600] * 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("options", "dtype"), [((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)])
+def test_weights_in_16_bits_are_asked_for(
+    run: Path, options: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.dtype] = []
+
+    def engine(model: torch.nn.Module, **_: Any) -> None:
+        found.extend(parameter.dtype for parameter in model.parameters())
+        raise ConfigError("That will do.")
+
+    monkeypatch.setattr("mambaseq.web.server.Engine", engine)
+    assert main(["serve", "--checkpoint", str(run), *options]) == 2
+    assert found
+    assert {*found} == {dtype}
 
 
 def test_what_is_missing_or_wrong_is_told(
