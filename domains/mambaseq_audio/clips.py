@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mambaseq.batch import Batch
 from mambaseq.conditions import composed, of_names, of_numbers, rows, single
-from mambaseq.data.cache import locate
 from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import Interval
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.limits import SEEDS, WINDOW, check_setting
+from mambaseq_audio.clip_splits import SPLITS, check_selection, check_words, drawn_clips, listed_clips, selector
 from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
-from mambaseq_audio.mulaw import Codec, MuLaw
+from mambaseq_audio.mulaw import Codec
+from mambaseq_audio.random_clips import RandomClips
 from mambaseq_audio.recordings import Recording, is_manifest, overlap, recordings
 from mambaseq_audio.stores import SoundStore, sound_store
-from mambaseq_audio.tiles import MakeItem, Tiles, next_sample
+from mambaseq_audio.tiles import Tiles
 
 DIGITS = "mambaseq:data/fsdd/recordings/*.flac"
 DIGITS_NAMES = r"^(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)$"
-
-SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
-"""What a manifest's column `split` says for each set."""
-
-
-def selection_parts(selection: str | Sequence[str]) -> list[str]:
-    """The values in a selection: the items of a list, or the parts of a string between commas."""
-    parts = [part.strip() for part in selection.split(",")] if isinstance(selection, str) else selection
-    return [composed(part) for part in parts if part]
-
-
-def selector(selection: str | Sequence[str]) -> Callable[[str], bool]:
-    """A function that tells which values a selection takes: `"theo,lucas"`, `"0-4,9"` or `["Smith, Ann", "0-4"]`, with
-    names, numbers and ranges of numbers; `""` takes none.
-
-    >>> [take for take in ("0", "03", "7", "9") if selector("0-4,9")(take)]
-    ['0', '03', '9']
-    """
-    names, ranges = set(), []
-    for part in selection_parts(selection):
-        names.add(part)
-        if bounds := re.fullmatch(r"(\d{1,300})(?:-(\d{1,300}))?", part):
-            ranges.append((int(bounds[1]), int(bounds[2] or bounds[1])))
-    return lambda value: (
-        composed(value) in names or (value.isdecimal() and any(a <= int(value) <= b for a, b in ranges))
-    )
-
-
-class RandomClips:
-    """Endless training set: item i depends only on (seed, i). Each clip comes once in `len(clips)` items, in a new
-    random order each time; a clip longer than `length` is cropped at a random place."""
-
-    endless = True
-
-    def __init__(
-        self,
-        clips: Sequence[Interval],
-        conditions: Sequence[int] | Sequence[tuple[int, ...]] | None,
-        length: int,
-        seed: int,
-        step: int = 1,
-        first: int = MuLaw.start_id,
-        make: MakeItem | None = None,
-    ) -> None:
-        """conditions: of each clip, ids or rows (see `mambaseq.conditions`). step: crops begin at multiples of it.
-        first: what precedes a clip. make: makes items of something else than samples."""
-        self.first, self.make = first, make
-        self.clips, self.conditions, self.length, self.seed, self.step = clips, conditions, length, seed, step
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - the set lives as long as the run
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.clips))
-
-    def __getitem__(self, index: int) -> Batch:
-        epoch, position = divmod(index, len(self.clips))
-        which = int(self._order(epoch)[position])
-        clip = self.clips[which]
-        length = min(self.length, len(clip))
-        places = (len(clip) - length) // self.step + 1
-        start = self.step * int(np.random.default_rng((self.seed, index, 1)).integers(places))
-        condition = None if self.conditions is None else self.conditions[which]
-        if self.make is not None:
-            return self.make(clip, start, length, condition)
-        previous = int(clip.read(start - 1, 1)[0]) if start else self.first
-        return next_sample(previous, clip.read(start, length), condition)
 
 
 class ClipData(SequenceData):
@@ -260,36 +188,6 @@ class ClipData(SequenceData):
         """Whether values of the group `data.split` give a set."""
         return self.lists[split] is None and bool(self.selections[split])
 
-    def _drawn(
-        self, found: Sequence[Recording], groups: Sequence[dict[str, str]], taken: set[int]
-    ) -> dict[str, set[int]]:
-        """Clips of sets that are drawn by the seed: whole files, spread over the conditions, each of which keeps one
-        for training. taken: clips of other sets."""
-        wanted = {name: fraction for name, fraction in self._draw.items() if fraction}
-        if not wanted:
-            return {}
-        files: dict[str, list[int]] = {}
-        for i, one in enumerate(found):
-            files.setdefault(os.path.realpath(one.path), []).append(i)
-        free = [members for members in files.values() if not taken.intersection(members)]
-        kinds: dict[tuple[str, ...], list[list[int]]] = {}
-        for members in free:
-            kinds.setdefault(tuple(groups[members[0]].get(name, "") for name in self.condition), []).append(members)
-        rng = np.random.default_rng(self.seed)
-        line = []
-        for kind in sorted(kinds):
-            line += [kinds[kind][i] for i in rng.permutation(len(kinds[kind])).tolist()[1:]]
-        names = [name for name, fraction in wanted.items() for _ in range(max(1, round(fraction * len(free))))]
-        if len(names) > len(line):
-            raise DataError(
-                f"{self.files} has too few files ({len(free):,}) to draw {' and '.join(wanted)} from: each condition "
-                "keeps one for training. Add some, or set data.validation_fraction and data.test_fraction to 0."
-            )
-        chosen: dict[str, set[int]] = {name: set() for name in wanted}
-        for number, which in enumerate(rng.permutation(len(names)).tolist()):
-            chosen[names[which]].update(line[(2 * number + 1) * len(line) // (2 * len(names))])
-        return chosen
-
     def splits_told(self) -> str:
         self.setup()
         assert self._splits is not None
@@ -375,16 +273,18 @@ class ClipData(SequenceData):
             if name is None:
                 values = [group.get(self.split, "") for group in groups]
                 if self._by_words:
-                    self._check_words(found, values)
+                    check_words(found, values)
                 elif self.selections[split] is not SPLITS[split]:  # nobody asked for the default
-                    self._check_selection(split, set(values))
+                    check_selection(split, self.selections[split], set(values), self.split)
                 takes = selector(self.selections[split])
                 chosen[split] = {i for i, value in enumerate(values) if takes(value)}
             else:
-                chosen[split] = self._listed([one.path for one in found], name)
+                chosen[split] = listed_clips([one.path for one in found], name, self.files)
         if both := chosen["validation"] & chosen["test"]:
             raise ConfigError(f"{found[min(both)]} is chosen for both validation and test. Choose it for only one.")
-        chosen |= self._drawn(found, groups, set().union(*chosen.values()))
+        kinds = [tuple(group.get(name, "") for name in self.condition) for group in groups]
+        taken = set().union(*chosen.values())
+        chosen |= drawn_clips(found, kinds, self._draw, taken, self.seed, self.files)
         for i in range(len(found)):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)
@@ -394,54 +294,6 @@ class ClipData(SequenceData):
             one, other = (found[i] for i in pair)
             raise DataError(f"{one} and {other} are in different splits and hold the same time. Put them into one.")
         return splits
-
-    def _check_words(self, found: Sequence[Recording], values: Sequence[str]) -> None:
-        known = [word for words in SPLITS.values() for word in words]
-        for one, value in zip(found, values, strict=True):
-            if value not in known:
-                raise DataError(
-                    f"{one}: the split is {shown(value)}.{did_you_mean(value, known)} Write train, validation or test."
-                )
-
-    def _check_selection(self, split: str, values: set[str]) -> None:
-        """Raise ConfigError for selected values that no clip has."""
-        for part in selection_parts(self.selections[split]):
-            if not any(map(selector([part]), values)):
-                known = sorted(values)
-                raise ConfigError(
-                    f"data.{split} asks for {shown(part)}, but no clip has this "
-                    f"{self.split}.{did_you_mean(part, known)} There are: "
-                    f"{', '.join(known[:8])[:300]}{', ...' if len(known) > 8 else ''}. Correct it; data.{split}: '' "
-                    "chooses none, and names with commas go into a list."
-                )
-
-    def _listed(self, paths: Sequence[Path], name: str) -> set[int]:
-        names = [tuple(map(composed, path.parts)) for path in paths]
-        by_name = defaultdict(list)
-        for i, parts in enumerate(names):
-            by_name[parts[-1]].append(i)
-        members: set[int] = set()
-        for file in locate(name):
-            try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines()
-            except (UnicodeDecodeError, OSError) as error:
-                raise DataError(
-                    f"{file} cannot be read as a list of clips: {error}. Write one name a line, in UTF-8."
-                ) from error
-            for number, line in enumerate(lines, start=1):
-                if not (wanted := composed(line.strip())):
-                    continue
-                parts = Path(wanted).parts or (wanted,)
-                hits = [i for i in by_name.get(parts[-1], ()) if names[i][-len(parts) :] == parts]
-                if not hits:
-                    raise DataError(
-                        f"Line {number} of {file} names {shown(wanted, 200)}, which is not among the clips of "
-                        f"{self.files}. Correct the line, or add the clip."
-                    )
-                members.update(hits)
-        if not members:
-            raise DataError(f"{name} names no clip. Write one name a line, or leave the list out.")
-        return members
 
     def _label(
         self, found: Sequence[Recording], groups: Sequence[dict[str, str]], splits: dict[str, list[int]]

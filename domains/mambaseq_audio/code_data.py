@@ -15,10 +15,11 @@ from mambaseq.data.store import smallest_dtype
 from mambaseq.data.windows import Interval
 from mambaseq.errors import UserError
 from mambaseq.limits import SAMPLES, WINDOW, check_choice, check_setting
-from mambaseq_audio.clips import ClipData, RandomClips
+from mambaseq_audio.clips import ClipData
 from mambaseq_audio.code_files import LAYOUTS, Layout, code_recordings, read_frames
 from mambaseq_audio.codes import MOST_BOOKS, MOST_CODES, CodeFrames
 from mambaseq_audio.notices import Notices
+from mambaseq_audio.random_clips import RandomClips
 from mambaseq_audio.recordings import Recording, is_manifest
 from mambaseq_audio.stores import Levels, SoundStore, identities_of, kept_store
 from mambaseq_audio.tiles import Tiles

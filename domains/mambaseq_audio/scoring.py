@@ -16,13 +16,12 @@ from torch import Tensor
 from mambaseq.arguments import Arguments
 from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.conditions import parts_of
+from mambaseq.conditions import composed, parts_of
 from mambaseq.data.module import pad_collate
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.outputs import check_json, output_file
 from mambaseq.runs.devices import choose_device, memory_told
-from mambaseq_audio.clips import composed
 from mambaseq_audio.io import read_audio
 from mambaseq_audio.labelled import item, middle
 from mambaseq_audio.likelihoods import log_likelihoods

@@ -9,7 +9,7 @@ from mambaseq.data.module import SequenceData
 from mambaseq.data.windows import Group, Interval, RandomWindows, next_token
 from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
-from mambaseq_audio.clips import SPLITS
+from mambaseq_audio.clip_splits import SPLITS
 from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
 from mambaseq_audio.recordings import Recording, overlap, recordings

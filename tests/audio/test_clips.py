@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import torch
 from mambaseq_audio.baselines import unigram_bigram
-from mambaseq_audio.clips import ClipData, selector
+from mambaseq_audio.clip_splits import selector
+from mambaseq_audio.clips import ClipData
 from mambaseq_audio.mulaw import MuLaw
 
 from mambaseq.data.module import SequenceDataModule
