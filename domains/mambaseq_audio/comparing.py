@@ -23,8 +23,8 @@ from mambaseq.reporting import Section, table
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import located
-from mambaseq.runs.conditions import Known, condition_ids, in_words
 from mambaseq.runs.generation import generate_from
+from mambaseq.runs.known import Known, condition_ids, in_words
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.players import Clip, clip, grid, scales
 from mambaseq_audio.references import Reference, references, signal_of, sound_of, title

@@ -23,8 +23,8 @@ from mambaseq.reporting.charts import Bar, bars
 from mambaseq.reporting.curves import loss_charts
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import share
-from mambaseq.runs.conditions import Known
 from mambaseq.runs.generation import generate_to
+from mambaseq.runs.known import Known
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clips import ClipData

@@ -12,7 +12,7 @@ from mambaseq.checkpoints.export import has_model
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.generation.speculation import MOST_GUESSES, NGRAM, Speculation
-from mambaseq.runs.conditions import Known
+from mambaseq.runs.known import Known
 
 
 def check_draft_tokens(draft: object, tokens: int | None) -> None:

@@ -18,10 +18,10 @@ from mambaseq.generation.states import Begun
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.limits import check_whole
 from mambaseq.outputs import check_written, output_target
-from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import n_sequences, sequences_of
 from mambaseq.runs.conversation import Conversation, check_text, converse, keep
 from mambaseq.runs.devices import memory_told
+from mambaseq.runs.known import Known
 from mambaseq.runs.loading import own_or_told, writer_of
 from mambaseq.runs.planning import Plan, checked_options, planned
 from mambaseq.runs.prompting import is_file

@@ -24,11 +24,12 @@ from mambaseq.generation.states import Begun, load_state
 from mambaseq.generation.stopping import StopStrings, check_stop
 from mambaseq.limits import check_whole
 from mambaseq.outputs import check_taken
-from mambaseq.runs.conditions import Asked, Conditions, Known
+from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.continuing import Job, Prompt, Under, batches
 from mambaseq.runs.conversation import check_text, digest_of, keep, unmarked
 from mambaseq.runs.devices import choose_device
 from mambaseq.runs.drafting import check_draft_tokens, drafted
+from mambaseq.runs.known import Asked, Known
 from mambaseq.runs.loading import check_reads_text, own_or_told, writer_of
 from mambaseq.runs.prompting import NoSuchRecord, ids_of, ids_of_texts, signals, sources_of, texts_of
 from mambaseq.runs.repeating import Written

@@ -22,9 +22,10 @@ from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
 from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
 from mambaseq.runs.columns import Frame
-from mambaseq.runs.conditions import Asked, Conditions
+from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.runs.embeddings import Embeddings, Pool
+from mambaseq.runs.known import Asked
 from mambaseq.runs.loading import check_reads_text, columns_given, fitting_options, records_of, regions_given
 from mambaseq.runs.meaning import answer_of
 from mambaseq.runs.overlaps import Merge, Merger

@@ -18,8 +18,8 @@ from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
 from mambaseq.generation.guidance import check_guidance
 from mambaseq.generation.sampling import check_settings
 from mambaseq.plain import read_json
-from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import Under
+from mambaseq.runs.known import Known
 
 FORMAT = 1
 LATER = ("min_p", "repetition_penalty", "presence_penalty")

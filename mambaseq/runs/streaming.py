@@ -19,9 +19,9 @@ from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import cut_list
 from mambaseq.generation.prompts import parts
 from mambaseq.resources import is_resource
-from mambaseq.runs.conditions import Known
 from mambaseq.runs.continuing import Job, Progress, ended, n_sequences, pieces
 from mambaseq.runs.devices import memory_told
+from mambaseq.runs.known import Known
 from mambaseq.runs.planning import Plan
 from mambaseq.runs.repeating import FORMAT, LATER
 from mambaseq.runs.replacing import check_beside, remove_beside

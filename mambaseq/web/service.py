@@ -17,7 +17,7 @@ import numpy as np
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.generation.stopping import StopStrings, Text
-from mambaseq.runs.conditions import Known
+from mambaseq.runs.known import Known
 from mambaseq.serving import Closed, Engine, Full, Request, Ticket
 from mambaseq.serving.text import Answer
 from mambaseq.serving.worker import Worker

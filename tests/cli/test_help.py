@@ -15,7 +15,7 @@ from mambaseq.cli.main import COMMANDS, main
 from mambaseq.domain import catalog
 from mambaseq.registry import import_target
 from mambaseq.runs.config import PROVIDED, SECTIONS
-from mambaseq.runs.parsing import _add_plain, make_parser
+from mambaseq.runs.parser import add_plain, make_parser
 from mambaseq.specs import arguments_of
 
 PARTS = ("datasets", "encoders", "mixers", "backbones", "heads", "tokenizers")
@@ -29,7 +29,7 @@ def silent(actions: list[Any]) -> list[str]:
 
 def keys_without_words(kind: Any, skip: set[str]) -> list[str]:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    _add_plain(parser, kind, "key", skip)
+    add_plain(parser, kind, "key", skip)
     return [f"{kind.__name__}.{name.removeprefix('key.')}" for name in silent(parser._actions)]
 
 

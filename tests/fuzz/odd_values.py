@@ -138,7 +138,8 @@ BELOW_1 = ("dropout", "label_smoothing", "fraction", "beta1", "beta2", "top_p", 
 def actions(config: str) -> dict[str, Any]:
     """The parser's knowledge of each key that is no section: its type and its default."""
     from mambaseq.runs.naming import MODEL_PARTS
-    from mambaseq.runs.parsing import make_parser, parse_config
+    from mambaseq.runs.parser import make_parser
+    from mambaseq.runs.parsing import parse_config
 
     settings = parse_config(config, []).settings
     names = {"data": settings["data"]["name"], **{part: settings["model"][part]["name"] for part in MODEL_PARTS}}
@@ -167,32 +168,12 @@ def senseless(pair: Pair) -> str:
     return ""
 
 
-def keep_parsers() -> None:
-    """Let this process build the parser of the same classes once: that is most of the time of a refusal. A parser keeps
-    nothing of what it read but the default of data.seed, which is put back."""
-    from mambaseq.runs import parsing
-
-    make, kept = parsing.make_parser, {}
-
-    def make_parser(names: dict[str, str], mixers: dict[str, str] | None = None) -> Any:
-        key = (tuple(names.values()), tuple((mixers or {}).items()))
-        if key not in kept:
-            kept[key] = make(names, mixers)
-        parser, classes = kept[key]
-        if "data.seed" in parser.get_defaults():
-            parser.set_defaults({"data.seed": 0})
-        return parser, dict(classes)
-
-    parsing.make_parser = make_parser
-
-
 def step_all() -> None:
     """A step with each configuration as it is, so that its kernels are compiled and the stores of its data made."""
     from world import call
 
     from mambaseq.plain import dump_yaml
 
-    keep_parsers()
     for config in {pair.config: None for pair in all_pairs()}:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"

@@ -21,7 +21,7 @@ from mambaseq.errors import ConfigError, DataError
 from mambaseq.metrics.likelihood import TokenAccuracy
 from mambaseq.mixers.s4d import S4D
 from mambaseq.models import build_model
-from mambaseq.runs import parsing
+from mambaseq.runs import parser, parsing
 from mambaseq.runs.parsing import parse_config
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
@@ -301,7 +301,7 @@ def test_a_number_of_batches_stays_whole(config: Path, monkeypatch, annotation: 
     """1 batch is never all of them, whichever type comes first in the annotation."""
     init = inspect.unwrap(lightning.Trainer.__init__)
     monkeypatch.setitem(init.__annotations__, "limit_val_batches", annotation)
-    monkeypatch.setattr(parsing, "_kept_parser", parsing._new_parser)
+    monkeypatch.setattr(parser, "_kept_parser", parser._new_parser)
     run = parse_config(str(config), ["--trainer.limit_val_batches", given])
     again = yaml.safe_load(run.yaml)["trainer"]["limit_val_batches"]
     for value in (run.trainer["limit_val_batches"], again):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mambaseq.errors import ConfigError
-from mambaseq.runs.conditions import condition_ids
+from mambaseq.runs.known import condition_ids
 from mambaseq.runs.parsing import parse_config
 
 NAMES = ["7, Nicolas", "7, Théo", "8, Théo", "rock, pop", "rock", "Ålesund", "a b"]

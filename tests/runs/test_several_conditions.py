@@ -31,7 +31,8 @@ from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.generation import generate
 from mambaseq.models import build_model
-from mambaseq.runs.conditions import Conditions, Known, condition_ids
+from mambaseq.runs.conditions import Conditions
+from mambaseq.runs.known import Known, condition_ids
 
 CONDITIONS = (
     Condition("digit", ("3", "7")),

@@ -354,10 +354,10 @@ def test_arguments_of_a_part_are_no_code(
 
 def test_shipped_parts_take_no_code() -> None:
     from mambaseq.runs.config import PROVIDED
-    from mambaseq.runs.parsing import _code_arguments
+    from mambaseq.runs.parser import code_arguments
 
     for kind in ("datasets", "encoders", "backbones", "mixers", "heads"):
         for entry in catalog()[kind]:
             part = entry.load()
             skip = PROVIDED & set(inspect.signature(part).parameters)
-            assert not _code_arguments(part, "part", frozenset(skip)), entry.name
+            assert not code_arguments(part, "part", frozenset(skip)), entry.name

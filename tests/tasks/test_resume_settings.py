@@ -23,7 +23,7 @@ from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.naming import MODEL_PARTS
-from mambaseq.runs.parsing import make_parser
+from mambaseq.runs.parser import make_parser
 from mambaseq.runs.resuming import moved
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
 
