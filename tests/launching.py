@@ -60,16 +60,17 @@ class Ranks:
 
 
 def start(
-    command: Sequence[str],
+    command: Sequence[str] | Callable[[], Any],
     folder: Path,
     *,
     size: int = 2,
     before: Mapping[int, Callable[[], None]] | None = None,
     cache: Path | None = None,
 ) -> Ranks:
-    """Begin `mambaseq COMMAND` on ranks of this machine. folder: where they stand, and where their output goes.
+    """Begin `mambaseq COMMAND` on ranks of this machine, or a function of a module that can be imported. folder: where
+    they stand, and where their output goes.
 
-    before: what a rank calls first; functions of modules that can be imported.
+    before: what a rank calls first; such functions too.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -86,7 +87,8 @@ def start(
         output.unlink(missing_ok=True)
         own = {key: str(value) for key, value in environment.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         first = (before or {}).get(rank)
-        process = context.Process(target=_rank, args=(list(command), str(folder), str(output), own, first))  # type: ignore[attr-defined]
+        what = command if callable(command) else list(command)
+        process = context.Process(target=_rank, args=(what, str(folder), str(output), own, first))  # type: ignore[attr-defined]
         process.start()
         processes.append(process)
         outputs.append(output)
@@ -94,7 +96,11 @@ def start(
 
 
 def _rank(
-    command: list[str], folder: str, output: str, environment: dict[str, str], first: Callable[[], None] | None
+    command: list[str] | Callable[[], Any],
+    folder: str,
+    output: str,
+    environment: dict[str, str],
+    first: Callable[[], None] | None,
 ) -> None:
     import torch
 
@@ -111,7 +117,11 @@ def _rank(
     try:
         if first is not None:
             first()
-        code = main(command)
+        if callable(command):
+            command()
+            code = 0
+        else:
+            code = main(command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -1,9 +1,8 @@
-"""Sequences of different lengths and what is learned of them, for tests of how batches weigh. Run as a program: a
-step on two processes."""
+"""Sequences of different lengths and what is learned of them, for tests of how batches weigh."""
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -131,7 +130,8 @@ def train(
     return task, trainer
 
 
-if __name__ == "__main__":
+def step_on_two_processes(out: Path) -> None:
+    """What one of them calls; the first writes to `out` what both have found."""
     lightning.pytorch.utilities.disable_possible_user_warnings()
     task, trainer = train(
         Ragged("lm", [5, 40, 3, 17], [2, 30, 9, 1, 14]),
@@ -143,4 +143,4 @@ if __name__ == "__main__":
     )
     if trainer.is_global_zero:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save({"gradients": task.seen, "logged": logged}, sys.argv[1])
+        torch.save({"gradients": task.seen, "logged": logged}, out)

@@ -3,18 +3,17 @@ it was cut into, and a loss over a set is a mean over its targets."""
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from tasks.ragged import HEADS, Ragged, expected, model_of, train
+from tasks.ragged import HEADS, Ragged, expected, model_of, step_on_two_processes, train
 
 from mambaseq.batch import Batch
 from mambaseq.data.module import pack_collate, pad_collate
@@ -151,15 +150,10 @@ def test_the_loss_of_a_set_is_a_mean_over_its_targets(head: str, pack: bool) -> 
         assert logged["val/loss"] == pytest.approx(logged["val/bits_per_token"] * math.log(2), rel=1e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_are_one_big_batch(tmp_path: Path) -> None:
     out = tmp_path / "found.pt"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tasks.ragged", str(out)]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = launching.start(functools.partial(step_on_two_processes, out), tmp_path)
+    assert ranks.wait(200) == [0, 0], ranks.told(0) + ranks.told(1)
     found = torch.load(out)
     data = Ragged("lm", LENGTHS, [2, 30, 9, 1, 14])
     close(found["gradients"][0], expected(model_of("lm"), pad_collate(data.train())))
