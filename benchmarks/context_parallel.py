@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 4 benchmarks/context_parallel.py --one-gpu         # numbers alone, all ranks on one GPU
     python benchmarks/context_parallel.py --table benchmarks/several_devices.json --picture several_devices.svg
 
-Rows of each count of GPUs replace those that the file has of it, so counts can be measured one after the other, each in
-at most `--seconds`. First that the numbers are those of one GPU, then the time and memory of the scan, the block and
-the whole step, against one GPU with the whole sequence. Efficiency is the time on one GPU / (ranks x the time on all).
+Each row is written when it is found, and replaces the one that the file has of its name and count of GPUs. So counts
+and parts can be measured one after the other (each count in at most `--seconds`), and what is cut short loses nothing
+else. First that the numbers are those of one GPU, then the time and memory of the whole step, the scan and the block,
+against one GPU with the whole sequence. Efficiency is the time on one GPU / (ranks x the time on all).
 A step is forward, backward and the sum of the gradients over the ranks. States are relayed (a rank is one layer behind
 the one before it, which bounds the efficiency of L layers on N ranks by L / (L + N - 1)) or gathered (all ranks run a
 layer at once). "scan x 24" is as many scans, each of the output of the last. "block" is what a layer adds to a stack:
@@ -20,41 +21,27 @@ parallel, sharded, and data parallel over pairs of GPUs that share sequences.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from parallel_layers import alone, both_ways, layers_of, steps_of
 from parallel_measures import Measure, ThroughCpu, check
-from parallel_report import merged, picture, tables
+from parallel_report import keep, picture, rows_of, tables
 from parallel_training import WAYS, fitted, trained
 
 from mambaseq.atomic import json_text
 from mambaseq.parallel import Context
 
 LAYERS = 24
-PARTS = ("alone", "layers", "step", "chunks", "ways", "ddp", "fsdp2", "large", "fit")
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def keep(path: Path, rows: list[dict[str, Any]], found: Path) -> None:
-    """Write rows, with what the file `found` says of the machine, or else what `path` said of it."""
-    told = {"bench": "context_parallel", "gpu": None, "torch": torch.__version__}
-    for file in (path, found):
-        if file.is_file():
-            told |= {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
-    told["rows"] = rows
-    path.write_text(json_text(told, indent=2) + "\n")
+PARTS = ("step", "chunks", "layers", "fsdp2", "large", "ddp", "longest", "ways", "alone", "fit")
 
 
 def launch(options: argparse.Namespace, folder: Path) -> int:
@@ -62,10 +49,10 @@ def launch(options: argparse.Namespace, folder: Path) -> int:
     out = options.out or folder / "all.json"
     failed = 0
     for count in options.gpus:
-        began, found = time.monotonic(), folder / f"{count}.json"
+        began = time.monotonic()
         parts = [part for part in options.only if part != "fit"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command += [__file__, "--out", str(found), "--longest", str(options.longest), "--only", *parts]
+        command += [__file__, "--out", str(out), "--only", *parts]
         command += [f"--{name}" for name in ("tiny", "unchecked") if getattr(options, name)]
         if parts or not options.unchecked:
             process = subprocess.Popen(command)
@@ -76,27 +63,69 @@ def launch(options: argparse.Namespace, folder: Path) -> int:
                 process.terminate()  # torchrun ends its processes
                 process.wait()
                 failed += 1
-        keep(out, merged(rows_of(out), rows_of(found)), found)
         for way, (_, shared) in WAYS.items() if "fit" in options.only else ():
             left = options.seconds - (time.monotonic() - began)
-            if count % shared or left < 5:
+            if count % shared or left < 5 or way not in options.ways:
                 continue
             row = fitted(way, count, folder, options.tiny, left)
             print(json_text(row), flush=True)
             failed += "failed" in row
-            keep(out, merged(rows_of(out), [row]), found)
+            keep(out, row)
     print(tables(rows_of(out)))
     if options.picture:
         picture(rows_of(out), options.picture)
     return min(failed, 1)
 
 
+def measured(measure: Measure, parts: Collection[str]) -> None:
+    """The parts that need the processes of this count of GPUs, the most telling first. One that fails leaves the
+    others."""
+    if measure.tiny:
+        length, chunk_length, width = 128, 32, 16
+        size = {"vocab_size": 32, "d_model": 16, "n_layers": 4}
+        long, longest = 256, 512
+        models = {"130 M": (size, 2, 64)}
+    else:
+        length, chunk_length, width = 2**17, 2**16, 768
+        size = {"vocab_size": 50280, "d_model": width, "n_layers": LAYERS}
+        long, longest = 2**20, 2**22
+        # 9 B in fp32 with AdamW's moments and gradients are 134 GiB
+        models = {
+            "130 M": (size, 8, 2048),
+            "1.4 B": (size | {"d_model": 2048, "n_layers": 48}, 8, 2048),
+            "9 B": (size | {"d_model": 4096, "n_layers": 86}, 2, 2048),
+        }
+    several = measure.context.size > 1
+    found: dict[str, tuple[bool, Callable[[], None]]] = {
+        "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
+        "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=2)),
+        "layers": (several, lambda: layers_of(measure, length, width, size["n_layers"])),
+        "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),
+        "large": (several and "9 B" in models, lambda: trained(measure, "9 B", "fsdp2", *models["9 B"])),
+        "ddp": (True, lambda: trained(measure, "130 M", "ddp", *models["130 M"])),
+        "longest": (several, lambda: steps_of(measure, longest, size, chunk_length, repeats=1)),
+        "ways": (several, lambda: both_ways(measure)),
+        "alone": (not several, lambda: alone(measure, length, size, (2, 4, 8))),
+    }
+    for name, (possible, part) in found.items():
+        if not possible or name not in parts:
+            continue
+        try:
+            part()
+        except RuntimeError as error:  # on all ranks alike, or the others wait until this one has ended
+            failed = " ".join(str(error).split())[:300]
+            measure.keep({"name": name, "ranks": measure.context.size, "failed": f"{type(error).__name__}: {failed}"})
+            if not isinstance(error, torch.OutOfMemoryError):
+                traceback.print_exc()
+        measure.tidy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a JSON file, written after each measurement")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU, by gloo")
-    parser.add_argument("--longest", type=int, default=22, help="log2 of the longest sequence in chunks (from 20)")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="with none, numbers are checked alone")
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS), help="those of fit")
     parser.add_argument("--gpus", nargs="+", type=int, help="start the processes of each of these counts")
     parser.add_argument("--seconds", type=float, default=560, help="the most that one count may take")
     parser.add_argument("--unchecked", action="store_true", help="do not check the numbers first")
@@ -117,48 +146,20 @@ def main() -> None:
     if not options.tiny:
         device = torch.device("cuda", 0 if options.one_gpu else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if options.tiny or options.one_gpu else "nccl")
+    if options.tiny or options.one_gpu:
+        dist.init_process_group("gloo")
+    else:
+        # bound to a device, as Lightning does it: communicators are made at once, not when they are first used
+        dist.init_process_group("nccl", device_id=device)
     context = (ThroughCpu if options.one_gpu else Context)(dist.group.WORLD)
     measure = Measure(context, device, options.out, options.tiny)
     if not options.unchecked:
         check(measure)
-    if options.tiny:
-        length, chunk_length, width = 128, 32, 16
-        size = {"vocab_size": 32, "d_model": 16, "n_layers": 4}
-        lengths = [256]
-        models = {"130 M": (size, 2, 64)}
-    else:
-        length, chunk_length, width = 2**17, 2**16, 768
-        size = {"vocab_size": 50280, "d_model": width, "n_layers": LAYERS}
-        lengths = [2**n for n in range(20, options.longest + 1, 2)]
-        # 9 B in fp32 with AdamW's moments and gradients are 134 GiB
-        models = {
-            "130 M": (size, 8, 2048),
-            "1.4 B": (size | {"d_model": 2048, "n_layers": 48}, 4, 2048),
-            "9 B": (size | {"d_model": 4096, "n_layers": 86}, 2, 2048),
-        }
-    if "alone" in options.only and not context.rank and context.size == 1:
-        alone(measure, length, size, (2, 4, 8))
-    if "layers" in options.only and context.size > 1:
-        layers_of(measure, length, width, size["n_layers"])
-    if "step" in options.only and context.size > 1:
-        steps_of(measure, length, size, None, repeats=3)
-    if "ddp" in options.only:
-        trained(measure, "130 M", "ddp", *models["130 M"])
-    if "fsdp2" in options.only:
-        for name in ("130 M", "1.4 B"):
-            if name in models:
-                trained(measure, name, "fsdp2", *models[name])
-    if "large" in options.only and "9 B" in models and context.size > 1:
-        trained(measure, "9 B", "fsdp2", *models["9 B"])
-    if "chunks" in options.only and context.size > 1:
-        for long in lengths:
-            steps_of(measure, long, size, chunk_length, repeats=2 if long == lengths[0] else 1)
-    if "ways" in options.only and context.size > 1:
-        both_ways(measure)
+    measured(measure, options.only)
     context.finish()
     dist.barrier()
     dist.destroy_process_group()
+    sys.exit(any(row.get("failed") or row.get("wrong") for row in measure.rows))
 
 
 if __name__ == "__main__":

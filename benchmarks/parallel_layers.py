@@ -109,34 +109,36 @@ def layers_of(measure: Measure, length: int, width: int, layers: int) -> None:
 
 
 def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: int | None, repeats: int) -> None:
-    """A whole step, as `step_of`; the losses of one and of all are kept beside it."""
+    """A whole step, as `step_of`; the losses of one and of all are kept beside it. All ranks together have
+    chunk_length positions at a time, as one GPU does."""
     device, context = measure.device, measure.context
     model = model_of(device, size, chunk_length=chunk_length)
     tokens, labels = data(length, size["vocab_size"], device)
-    part = context.split(length, 1, chunk_length=chunk_length)
+    share = None if chunk_length is None else chunk_length // context.size
+    part = context.split(length, 1, chunk_length=share)
     losses: dict[str, float] = {}
     forms: tuple[ContextStates, ...] = FORMS if chunk_length is None else ("relayed",)
 
     def noted(key: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
             model.backbone.context_states = "auto" if key == "one" else key
-            losses[key] = float(step())
+            losses[f"{key}_loss"] = float(step())
 
         return run
 
-    name = "step" if chunk_length is None else f"step, chunk_length {chunk_length}"
-    warm_up = 1 if repeats > 1 else 0
+    if repeats == 1 and chunk_length is not None:  # kernels are compiled by a shorter one
+        few = 2 * chunk_length
+        for of in (None, context.split(few, 1, chunk_length=share)):
+            step_of(model, tokens[:, :few], labels[:, :few], of)()
     measure.compare(
-        name,
+        "step" if chunk_length is None else f"step, chunk_length {chunk_length}",
         length,
         noted("one", step_of(model, tokens, labels, None)),
         {form: noted(form, step_of(model, tokens, labels, part)) for form in forms},
         repeats,
-        warm_up,
+        warm_up=1 if repeats > 1 else 0,
+        also=losses,
     )
-    if not context.rank:
-        print(f"  loss: {losses}", flush=True)
-    measure.rows[-1] |= {f"{key}_loss": loss for key, loss in losses.items()}
 
 
 def both_ways(measure: Measure) -> None:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mambaseq.atomic import json_text
+
 FORMS = ("relayed", "gathered")
 Row = dict[str, Any]
+
+
+def rows_of(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return rows
+
+
+def keep(path: Path, row: Row, **machine: str | None) -> None:
+    """Add a row to a file. machine: what is known of it; the file keeps what is not."""
+    told: dict[str, Any] = {"bench": "context_parallel", "gpu": None, "torch": None}
+    told |= json.loads(path.read_text()) if path.is_file() else {}
+    told |= {key: value for key, value in machine.items() if value is not None}
+    told["rows"] = merged(rows_of(path), [row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_text(told, indent=2) + "\n")
 
 
 def merged(former: Iterable[Row], new: Sequence[Row]) -> list[Row]:

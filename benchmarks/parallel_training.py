@@ -62,14 +62,14 @@ def trained(measure: Measure, name: str, how: str, size: dict[str, int], batch: 
         "batch": batch,
         "length": length,
     }
-    try:
-        row["step_s"], row["gib"] = measure.timed(step, repeats=5 if count < 5e8 else 2, warm_up=2)
+    found = measure.timed(step, repeats=5 if count < 5e8 else 3, warm_up=2)
+    row["step_s"] = None
+    if found:
+        row["step_s"], row["gib"] = found
         row["tokens_per_s"] = ranks * batch * length / row["step_s"]
         row["losses"] = [float(loss) for loss in losses[:: max(1, len(losses) - 1)]]
         if device.type == "cuda" and (peak := get_available_flops(device, torch.bfloat16)):
             row["mfu"] = 6 * count * row["tokens_per_s"] / (peak * ranks)
-    except torch.OutOfMemoryError:  # on every rank alike
-        row["step_s"] = None
     measure.keep(row)
 
 
@@ -80,13 +80,14 @@ WAYS = {"ddp": ["ddp", 1], "fsdp2": ["fsdp2", 1], "ddp x context parallel": ["dd
 def fitted(way: str, gpus: int, folder: Path, tiny: bool, seconds: float) -> dict[str, Any]:
     """A row: training by `mambaseq fit`, as many tokens a GPU whatever the way: 8 x 2,048 of 130 M parameters.
 
-    Tokens are random; a run's own count of tokens a second leaves out its first batch. Of one that fails, the row has
-    the end of what it said."""
+    Tokens are random. Steps are captured where each process has whole weights and sequences. The rate is that of the
+    second half of the steps. Of one that fails, the row has the end of what it said."""
     strategy, shared = WAYS[way]
     length, vocabulary = (16, 32) if tiny else (2048, 50280)
     model: dict[str, Any] = {"d_model": 16 if tiny else 768, "mixer": {"name": "mamba"}}
     model["backbone"] = {"name": "residual", "n_layers": 2 if tiny else 24, "context_parallel": shared}
-    steps = 6 if tiny else 60
+    model["backbone"]["cuda_graph"] = way == "ddp"
+    steps = 8 if tiny else 200
     config = {
         "data": {"name": "parallel_data:RandomTokens", "vocab_size": vocabulary, "length": length * shared},
         "model": model,
@@ -95,6 +96,7 @@ def fitted(way: str, gpus: int, folder: Path, tiny: bool, seconds: float) -> dic
         "trainer": {
             **{"accelerator": "cpu" if tiny else "gpu", "devices": gpus, "strategy": strategy, "max_steps": steps},
             **{"precision": "32-true" if tiny else "bf16-mixed", "enable_progress_bar": False, "limit_val_batches": 0},
+            "log_every_n_steps": 2 if tiny else 10,
         },
     }
     (folder / "c.yaml").write_text(json_text(config))  # which is YAML
@@ -108,15 +110,27 @@ def fitted(way: str, gpus: int, folder: Path, tiny: bool, seconds: float) -> dic
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
         failed = " ".join(done.stderr.split())[-300:] if done.returncode else ""
+        if failed:
+            print(done.stderr[-6000:], flush=True)
     except subprocess.TimeoutExpired:
         failed = f"not done after {seconds:.0f} s"
     if failed:
         return {**row, "failed": failed}
     results = json.loads((out / "results.json").read_text())
-    row |= {"parameters": results["parameters"], "tokens_per_s": results["tokens_per_second"]}
     lines = next((out / "logs").glob("*/metrics.csv")).read_text().splitlines()
     names = lines[0].split(",")
+
+    def told(name: str) -> list[tuple[int, float]]:
+        """What is logged, with the steps before it."""
+        at = {key: names.index(key) for key in ("step", name) if key in names}
+        cells = [line.split(",") for line in lines[1:]]
+        return [(int(c[at["step"]]), float(c[at[name]])) for c in cells if name in at and c[at[name]]]
+
+    rates = [(step, rate) for step, rate in told("train/tokens_per_second") if step]
+    (half, early), (last, late) = rates[len(rates) // 2 - 1], rates[-1]
+    # rates are of all steps but the first, so that their times are steps / rate
+    row |= {"parameters": results["parameters"], "tokens_per_s": (last - half) / (last / late - half / early)}
     for key, name in (("gib", "train/memory_gib"), ("mfu", "train/mfu")):
-        if name in names and (found := [v for line in lines[1:] if (v := line.split(",")[names.index(name)])]):
-            row[key] = float(found[-1])
+        if found := told(name):
+            row[key] = found[-1][1] * (row["tokens_per_s"] / late if key == "mfu" else 1)
     return row

@@ -40,8 +40,7 @@ class ResidualStack(Backbone):
             packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes
             no number and is faster (see `backbones/automatic.py`).
         context_parallel: how many processes share every training sequence, each with a part of its positions (see
-            `mambaseq.parallel`); trainer.devices is a multiple of it. With chunk_length, chunks are dealt to them in
-            turn.
+            `mambaseq.parallel`); trainer.devices is a multiple of it. With chunk_length, they share each chunk.
         context_states: how they get the states between their parts. relayed: each layer's go from one to the next; a
             process is one layer behind the one before it. gathered: all run a layer at once, after each has told all
             what its part does to a state; for mixers whose states are decayed sums (mamba, mamba2, gla, s4d), without

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class Context:
 
     Messages go round a ring, states from each rank to the next and their gradients back. With NCCL the two directions,
     and neighbouring links of the ring, have communicators of their own, so that messages that wait for each other never
-    stand in one queue. All ranks of the group must make their Context together.
+    stand in one queue, and what all gather has another one. All ranks of the group must make their Context together.
     """
 
     def __init__(self, group: Any, timeout: datetime.timedelta | None = None) -> None:
@@ -71,11 +72,23 @@ class Context:
             for device in self.group._device_types:
                 self.group._get_backend(device)._set_default_timeout(timeout)
         self._makes_links = "nccl" in (dist.get_backend(self.group) if registered else self.group.name())
+        self._gathers = self.group
         if self._makes_links and self.size > 1:
-            ranks = dist.get_process_group_ranks(self.group)
             for back in (False, True):
                 for colour in range(2 + self.size % 2):
-                    self._links[back, colour] = dist.new_group(ranks, timeout, use_local_synchronization=True)
+                    self._links[back, colour] = self._new_group(timeout)
+            self._gathers = self._new_group(timeout)
+
+    def _new_group(self, timeout: datetime.timedelta | None) -> Any:
+        """Another communicator of the same ranks. Its kernels come first where others fill the GPU, for a state is
+        waited for, and they stand in no queue with sums of gradients, which may wait for another rank meanwhile."""
+        # each communicator has messages of one kind, so that it does not matter that they keep their order
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if timeout is not None:
+            options._timeout = timeout
+        ranks = dist.get_process_group_ranks(self.group)
+        return dist.new_group(ranks, timeout, pg_options=options, use_local_synchronization=True)
 
     def split(
         self,
@@ -200,7 +213,7 @@ class Context:
         """Send every rank these tensors, of the same shapes and dtypes on all; without gradients. Does not wait."""
         message = _joined(tensors)
         found = message.new_empty(self.size, message.numel())
-        work = self.group.allgather([list(found.unbind())], [message])
+        work = self._gathers._allgather_base(found.view(-1), message)
         return Gathering(work, message, found, [Like.of(tensor) for tensor in tensors])
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:

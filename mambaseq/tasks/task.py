@@ -219,6 +219,8 @@ class Task(lightning.LightningModule):
         if self._context is None:
             return self.run_model(batch, return_logits), batch
         chunk_length = getattr(self.model.backbone, "chunk_length", None)
+        if chunk_length is not None:  # the positions of a chunk are those of all processes, so that each holds a share
+            chunk_length = -(-chunk_length // self._context.size)
         part = self._context.split(
             batch.inputs.shape[1], batch.inputs.shape[0], batch.cu_seqlens, chunk_length=chunk_length
         )

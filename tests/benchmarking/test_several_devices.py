@@ -50,20 +50,16 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     sys.modules.pop("parallel_report")
 
 
-def test_what_a_file_says_of_the_gpu_stays_where_nothing_was_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_added_one_by_one_to_what_a_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import context_parallel
+    import parallel_report
 
-    path, found = tmp_path / "all.json", tmp_path / "8.json"
-    path.write_text(json.dumps({"gpu": "H200", "rows": []}))
-    for told in (None, {"gpu": None, "rows": []}):
-        if told is not None:
-            found.write_text(json.dumps(told))
-        context_parallel.keep(path, [run("fit, ddp", 1, 100.0)], found)
-        kept = json.loads(path.read_text())
-        assert kept["gpu"] == "H200"
-        assert len(kept["rows"]) == 1
-    for name in [name for name in sys.modules if name == "context_parallel" or name.startswith("parallel_")]:
-        sys.modules.pop(name)
+    path = tmp_path / "new" / "all.json"
+    assert parallel_report.rows_of(path) == []
+    parallel_report.keep(path, step(2, 9.0), gpu="H200", torch="2.11")
+    parallel_report.keep(path, run("fit, ddp", 1, 100.0))
+    parallel_report.keep(path, step(2, 5.0), gpu=None)
+    kept = json.loads(path.read_text())
+    assert (kept["gpu"], kept["torch"]) == ("H200", "2.11")
+    assert [(row["name"], row.get("relayed_s")) for row in kept["rows"]] == [("fit, ddp", None), ("step", 5.0)]
+    sys.modules.pop("parallel_report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import subprocess
@@ -195,3 +196,25 @@ def test_validation_is_shared_where_metrics_are_sums_over_positions(monkeypatch:
     again, shared = measured(None, {"bits_per_token": Whole()})
     assert shared == 1
     assert again["loss.nll"] == pytest.approx(whole["loss.nll"])
+
+
+def test_processes_share_a_chunk() -> None:
+    """So that each holds the activations of its share of it."""
+    tokens, targets = torch.randint(0, 7, (2, 1, 22), generator=torch.Generator().manual_seed(0))
+    first = causal_lm(7, 8, 2, "mamba", d_state=3, chunk_length=5)
+    with torch.no_grad():
+        whole = float(first(tokens, targets).loss)
+
+    def on_rank(rank: int) -> float:
+        model = copy.deepcopy(first)
+        ran, run = [], model.backbone._run
+        model.backbone._run = lambda x, *rest: (ran.append(x.shape[1]), run(x, *rest))[1]  # type: ignore[method-assign]
+        task = Task(model)
+        task._context = contexts(2)[rank]
+        with torch.no_grad():
+            loss = float(task._run_shared(Batch(tokens, targets))[0].loss)
+        assert len(ran) == 4
+        assert max(ran) == 3
+        return loss
+
+    assert on_ranks(2, on_rank) == pytest.approx([whole, whole], rel=1e-5)
