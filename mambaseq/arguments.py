@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,11 @@ class Arguments(argparse.ArgumentParser):
             self._refuse(left)
         return parsed
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Like argparse's."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def _refuse(self, left: list[str]) -> NoReturn:
         options = [text.partition("=")[0] for text in left if text.startswith("-") and text.strip("-")]
         if options:
@@ -32,6 +38,11 @@ class Arguments(argparse.ArgumentParser):
         raise ConfigError(f"{told} `{self.prog} --help` lists the options.")
 
     def error(self, message: str) -> NoReturn:
+        if "required: " in message:  # what is missing may be there under a misspelt name
+            missing = message.partition("required: ")[2].split(", ")
+            for word in (text.partition("=")[0] for text in self._given if text.startswith("--")):
+                if word not in self._option_string_actions and (near := did_you_mean(word[:80], missing)):
+                    message = f"there is no option {cut(word)}.{near}"
         raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
 
 

@@ -1,4 +1,5 @@
-"""Files that ship with a package, in a checkout or an installed wheel; the cache folder; and the cores."""
+"""Files that ship with a package, in a checkout or an installed wheel; the folder of a model; the cache folder; and the
+cores."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import stat
 import sys
 from pathlib import Path
 
-from mambaseq.errors import ConfigError, shown
+from mambaseq.atomic import settle
+from mambaseq.errors import ConfigError, UserError, did_you_mean, shown
 
 _PACKAGE = Path(__file__).parent
 _LINKS = 40
@@ -29,6 +31,32 @@ def is_resource(name: str | Path) -> bool:
 def located(name: str | Path) -> Path:
     """The path that a user gives for a file or folder, as such or as a resource. Raises ConfigError as `find` does."""
     return find(str(name)) if is_resource(name) else Path(name)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds a model's description (model.json): a run's folder `model`, or the folder itself. Nothing
+    slow is imported, so that commands ask for it first.
+
+    path: of a run, of an exported model, or of one that ships with a package (`mambaseq:data/models/NAME`).
+    Raises UserError if there is no model.
+    """
+    folder = settle(located(path))  # a run may be replacing it just now
+    for place in (folder, settle(folder / "model")):
+        if os.path.isfile(place / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
+            return place
+    raise UserError(
+        f"There is no model at {str(path)[:300]}: no model.json and no model/model.json.{near_folder(folder)} Give the "
+        "folder of a run."
+    )
+
+
+def near_folder(path: Path) -> str:
+    """`did_you_mean` among the folders beside one that is not there; "" for one that is."""
+    try:
+        beside = [] if path.exists() else [one.name for one in path.parent.iterdir() if one.is_dir()]
+    except (OSError, ValueError):
+        beside = []
+    return did_you_mean(path.name, beside, least=0.7)
 
 
 def find(resource: str) -> Path:

@@ -14,7 +14,7 @@ import mambaseq.cli
 from mambaseq.importing import uncollected
 
 SLOW = ("mambaseq.runs", "mambaseq.benchmarking", "mambaseq.checking", "mambaseq.reproduction")
-QUICK = ("mambaseq.runs.naming",)  # takes names from the catalogue alone
+QUICK = ("mambaseq.runs.naming", "mambaseq.runs.trials")  # take names from the catalogue and sources alone
 
 
 def test_the_collector_stands_still_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

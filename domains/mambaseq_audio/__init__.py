@@ -58,15 +58,15 @@ domain = Domain(
     },
     commands={
         "compare": (
-            "mambaseq_audio.comparing:run",
+            "mambaseq_audio.commands:compare",
             "a page on which runs are compared by ear: RUN [RUN ...] --out PAGE.html [--blind]",
         ),
         "score": (
-            "mambaseq_audio.scoring:run",
+            "mambaseq_audio.commands:score",
             "FID, inception scores and AM of generated clips: --generated DIR --real DIR --classifier RUN",
         ),
         "frechet": (
-            "mambaseq_audio.frechet:run",
+            "mambaseq_audio.commands:frechet",
             "Fréchet audio distance of embeddings that you bring: --generated FILE.npy --real FILE.npy",
         ),
     },

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambaseq.arguments import Arguments, add_condition, parse_inputs
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, UserError, cut_list, paragraph, shown
@@ -24,7 +23,7 @@ from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import located
 from mambaseq.runs.generation import generate_from
-from mambaseq.runs.known import Known, condition_ids, in_words
+from mambaseq.runs.known import Known, condition_ids
 from mambaseq.runs.parsing import parse_config
 from mambaseq_audio.players import Clip, clip, grid, scales
 from mambaseq_audio.references import Reference, references, signal_of, sound_of, title
@@ -275,39 +274,3 @@ def _write(
     body = f"{figures}<p>Fewer bits a sample are better; what one hears is another matter. {said}</p>"
     body += grid(rows, list(columns), blind=blind, name="runs side by side")
     write_page(out, "Compared by ear", lead, [Section("Side by side", "", body)])
-
-
-def run(argv: list[str]) -> int:
-    """The command. Prints the page's name."""
-    parser = Arguments(
-        prog="mambaseq audio/compare",
-        description="Write a page on which runs are compared by ear: a row for each condition, a column for each run, "
-        "real recordings beside them; the same conditions and one seed for all.",
-        epilog="The page needs no network. One clip plays at a time; keys are listed on it. With the names hidden the "
-        "order of each row is drawn by lot, and the page counts which are chosen as the best.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or models that were exported")
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
-    add_condition(parser, "only this condition, in place of those of recordings, spread over the test set")
-    parser.add_argument("--rows", type=int, default=10, help="at most so many clips of each run (default: 10)")
-    parser.add_argument("--seconds", type=float, help="of each clip (default: what each run says)")
-    parser.add_argument("--seed", type=int, default=0, help="of all clips (default: 0)")
-    parser.add_argument("--temperature", type=float, help="of all runs (default: what each run says)")
-    parser.add_argument("--blind", action="store_true", help="begin with the names hidden")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
-    given = parse_inputs(parser, argv)
-    notes = compare(
-        given.runs,
-        given.out,
-        conditions=[in_words(words) for words in given.condition or []],
-        rows=given.rows,
-        seconds=given.seconds,
-        seed=given.seed,
-        temperature=given.temperature,
-        blind=given.blind,
-        device=given.device,
-    )
-    for line in [*notes, str(given.out)]:
-        print(line)
-    return 0

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambaseq.arguments import Arguments
-from mambaseq.atomic import json_text
 from mambaseq.errors import DataError, cut_list, shown
-from mambaseq.outputs import check_json, output_file
 from mambaseq_audio.code_files import DAMAGED
 from mambaseq_audio.scores import fid
 
@@ -66,30 +63,3 @@ def frechet(generated: Sequence[str | Path], real: str | Path) -> dict[str, floa
             )
         found[str(name)] = fid(truth, made)
     return found
-
-
-def run(argv: list[str]) -> int:
-    """The command. Prints a line for each set."""
-    parser = Arguments(
-        prog="mambaseq audio/frechet",
-        description="The Fréchet audio distance between sets of embeddings, made by whatever model you name beside the "
-        "figure (VGGish, CLAP, EnCodec): nothing is downloaded and no model is run here. Lower is better. Distances by "
-        "different models, or of sets of different sizes, do not compare.",
-        epilog="By our classifier's features, `mambaseq audio/score` gives the same distance as FID.",
-        allow_abbrev=False,
-    )
-    what = "a .npy file of floats, (frames, features), or a folder of them"
-    parser.add_argument(
-        "--generated", required=True, action="append", metavar="FILE", help=f"{what}; may be given several times"
-    )
-    parser.add_argument("--real", required=True, metavar="FILE", help=what)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the distances as JSON")
-    given = parser.parse_args(argv)
-    check_json(given.out)
-    found = frechet(given.generated, given.real)
-    if given.out is not None:
-        with output_file(given.out) as file:
-            file.write((json_text(found, indent=1) + "\n").encode())
-    for name, distance in found.items():
-        print(f"{name}: Fréchet audio distance {distance:,.4g}")
-    return 0

@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaseq.arguments import Arguments
-from mambaseq.atomic import json_text
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.conditions import composed, parts_of
 from mambaseq.data.module import pad_collate
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.heads.classification import ClassificationHead
-from mambaseq.outputs import check_json, output_file
 from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq_audio.io import read_audio
 from mambaseq_audio.labelled import item, middle
@@ -222,74 +219,3 @@ def rejected(clips: Recognised, maker: LoadedModel, name: str | Path, band: Band
     first, second = every[::2], every[1::2]
     best = best_band(found.log_p[first], clips.log_p[first])
     return second[kept(found.log_p[second], best.lower, best.upper)], {"band": [best.lower, best.upper], **told}
-
-
-_TOLD = {
-    "clips": "clips",
-    "fid": "FID",
-    "inception_score": "IS",
-    "modified_inception_score": "mIS",
-    "am_score": "AM",
-    "accuracy": "accuracy",
-    "published_inception_score": "IS as published",
-    "published_modified_inception_score": "mIS as published",
-}
-
-
-def run(argv: list[str]) -> int:
-    """The command. Prints a row for each folder."""
-    parser = Arguments(
-        prog="mambaseq audio/score",
-        description="FID, inception score (IS), modified inception score (mIS) and AM score of generated clips against "
-        "real ones, by a classifier's features and answers.",
-        epilog="Higher is better for IS and mIS, lower for FID and AM. 'as published' is what SaShiMi's code computes; "
-        "its IS sums over the wrong axis and can exceed the number of classes. For the scores of test recordings, name "
-        "them as --generated.",
-        allow_abbrev=False,
-    )
-    clips = "a folder of sound files, or a pattern"
-    parser.add_argument(
-        "--generated", required=True, action="append", metavar="DIR", help=f"{clips}; may be given several times"
-    )
-    parser.add_argument("--real", required=True, metavar="DIR", help=f"{clips}: of training, as published")
-    parser.add_argument("--classifier", required=True, metavar="RUN", help="a run of audio/digit_classifier")
-    parser.add_argument(
-        "--pattern",
-        metavar="REGEX",
-        help="also the share recognised as the class in clips' names: the first named group, as in '^(?P<digit>\\d)_'",
-    )
-    parser.add_argument(
-        "--likelihoods",
-        metavar="RUN",
-        help="the unconditional run that made the clips: score those, too, that rejection sampling keeps",
-    )
-    parser.add_argument(
-        "--band",
-        choices=("published", "best"),
-        default="published",
-        help="with --likelihoods: the share of the ranking that SaShiMi's code keeps (0.40 to 0.95), or the band with "
-        "the best IS on every second clip, scored on the others",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
-    given = parser.parse_args(argv)
-    check_json(given.out)
-    found = score(
-        given.generated,
-        given.real,
-        given.classifier,
-        pattern=given.pattern,
-        device=given.device,
-        likelihoods=given.likelihoods,
-        band=given.band,
-    )
-    if given.out is not None:
-        with output_file(given.out) as file:
-            file.write((json_text(found, indent=1) + "\n").encode())
-    for name, values in found.items():
-        told = [f"{told} {values[key]:,.4g}" for key, told in _TOLD.items() if key in values]
-        if "band" in values:
-            told.append(f"band {values['band'][0]:g} to {values['band'][1]:g}")
-        notes = [values[key] for key in ("note", "ranked") if key in values]
-        print(f"{name}: {', '.join(told)}" + (f" ({'; '.join(notes)})" if notes else ""))
-    return 0

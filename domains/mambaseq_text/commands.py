@@ -12,6 +12,7 @@ from mambaseq.arguments import Arguments
 from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
 from mambaseq.outputs import check_json, output_file, output_target
+from mambaseq.resources import model_folder
 
 
 def _parser(name: str, description: str, what: str) -> argparse.ArgumentParser:
@@ -33,6 +34,7 @@ def lambada(argv: list[str]) -> int:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N passages")
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     check_json(given.out)
     if given.limit is not None and given.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {given.limit}.")
@@ -65,6 +67,7 @@ def perplexity(argv: list[str]) -> int:
     )
     parser.add_argument("--each", action="store_true", help="print a line for each document, too")
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     check_json(given.out)
     with uncollected(for_good=True):
         from mambaseq_text.evaluating import Reader, Surprise, surprise, total
@@ -107,6 +110,7 @@ def recall(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="write recall.json, recall.txt and recall.png to it")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     lengths = None if given.lengths is None else _lengths(given.lengths)
     if given.seed < 0:
         raise ConfigError(f"--seed must be at least 0, not {given.seed}.")

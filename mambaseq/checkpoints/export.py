@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mambaseq.atomic import atomic_folder, settle
+from mambaseq.atomic import atomic_folder
 from mambaseq.checkpoints.adapters import FOLDER, add_adapter, merged, save_adapter
 from mambaseq.checkpoints.card import ModelCard, read_card
 from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
@@ -23,7 +22,7 @@ from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_model, count_parameters
 from mambaseq.models.modules import further_names
 from mambaseq.plain import read_json
-from mambaseq.resources import located
+from mambaseq.resources import located, model_folder
 from mambaseq.specs import fits
 
 
@@ -222,9 +221,12 @@ def cannot_be_read(path: Path, error: Exception) -> UserError:
 
 def has_model(path: str | Path) -> bool:
     """Whether a folder is a run or an exported model."""
-    folder = settle(located(path))  # a run may be replacing it just now
-    names = (folder / "model.json", settle(folder / "model") / "model.json")
-    return any(os.path.isfile(name) for name in names)  # noqa: PTH113 - False too for what cannot be a file's name
+    folder = located(path)
+    try:
+        model_folder(folder)
+    except UserError:
+        return False
+    return True
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
@@ -236,13 +238,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     an older version has none and is loaded as it is.
     Raises UserError if there is no model, it is damaged or its weights do not fit.
     """
-    folder = settle(located(path))  # a run may be replacing it just now
-    if not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
-        folder = settle(folder / "model")
-    if not os.path.isfile(folder / "model.json"):  # noqa: PTH113
-        raise UserError(
-            f"There is no model at {str(path)[:300]}: no model.json and no model/model.json. Give the folder of a run."
-        )
+    folder = model_folder(path)
     card = read_card(folder / "model.json")
     _check_files(folder, card)
     source = folder / "model.safetensors"

@@ -19,15 +19,16 @@ def refuse_words(argv: list[str], left: list[str], option: str, program: str) ->
 
 
 def check_overrides(
-    parser: argparse.ArgumentParser, overrides: list[str], config: str, unused: Container[str] = ()
+    parser: argparse.ArgumentParser, overrides: list[str], named: str, config: str | None, unused: Container[str] = ()
 ) -> None:
     """Raise ConfigError for words that name nothing, before anything slow is imported.
 
-    config: as `--OPTION NAME`, by which the command's help lists the keys. unused: the command's options, as attributes
-    of what it parses, that go with no overrides and so are not what a wrong word means.
+    named: the words by which the command's help lists the keys (`--config NAME`). config: the configuration's name or
+    file; None while there is none. unused: the command's options, as attributes of what it parses, that go with no
+    overrides and so are not what a wrong word means.
     """
     known = [name for name, action in parser._option_string_actions.items() if action.dest not in unused]
-    check_names(overrides, f"{parser.prog} {config}", [name for name in known if name[:2] == "--"])
+    check_names(overrides, f"{parser.prog} {named}", [name for name in known if name[:2] == "--"], config)
 
 
 def asks_for_help(left: list[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
+from mambaseq.resources import model_folder
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -72,6 +73,7 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; otherwise that of the run's")
     add_allow_import(parser)
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.published import export_checkpoint
 

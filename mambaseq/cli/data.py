@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from mambaseq.arguments import Arguments
-from mambaseq.cli.arguments import asks_for_help, print_keys
+from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
+from mambaseq.runs.naming import config_of, resolve_config
 
 
 def run(argv: list[str], command: str) -> int:
@@ -82,11 +83,14 @@ def _audit(argv: list[str]) -> int:
     )
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
+    config = config_of(arguments.config)
+    resolve_config(config)
+    if asks_for_help(overrides):
+        return print_keys(parser, config, overrides)
+    check_overrides(parser, overrides, arguments.config, config)
     with uncollected(for_good=True):
         from mambaseq.auditing.text import lines
-        from mambaseq.runs.audit import audit, config_of
-    if asks_for_help(overrides):
-        return print_keys(parser, config_of(arguments.config), overrides)
+        from mambaseq.runs.audit import audit
 
     found = audit(arguments.config, overrides, out=arguments.out, tolerance=arguments.tolerance)
     for line in lines(found):

@@ -13,6 +13,7 @@ from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, cut
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.resources import model_folder
 
 
 def run(argv: list[str], command: str) -> int:
@@ -43,12 +44,15 @@ def run(argv: list[str], command: str) -> int:
                 "condition, from the data. Leave it out; `mambaseq predict` takes other files under any condition."
             )
     if command == "test" and _asks_for_tasks(arguments, overrides):
+        model_folder(arguments.checkpoint)
         return _run_tasks(arguments)
-    check_overrides(parser, overrides, f"--checkpoint {arguments.checkpoint}", unused=_TASK_OPTIONS)
+    folder = RunFolder(arguments.checkpoint)
+    check_overrides(parser, overrides, f"--checkpoint {folder.path}", str(folder.config), unused=_TASK_OPTIONS)
+    folder.require()  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 
-    results = evaluate(RunFolder(arguments.checkpoint), command, overrides, baselines=arguments.baselines)
+    results = evaluate(folder, command, overrides, baselines=arguments.baselines)
     print(told(results))
     return 0
 

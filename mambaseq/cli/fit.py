@@ -7,10 +7,18 @@ import sys
 from mambaseq.arguments import Arguments
 from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, under_key
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
+from mambaseq.resources import located, model_folder
 from mambaseq.runs.naming import resolve_config
+
+
+def check_init_from(source: str) -> None:
+    """Raise UserError for a folder with neither a model of ours nor a published one."""
+    if not (located(source) / "config.json").is_file():
+        with under_key("finetune.init_from", {}):
+            model_folder(source)
 
 
 def run(argv: list[str], command: str) -> int:
@@ -39,6 +47,7 @@ def run(argv: list[str], command: str) -> int:
     if asks_for_help(overrides):
         return print_keys(parser, arguments.config or str(RunFolder(arguments.resume).require().config), overrides)
     if (arguments.config is None) == (arguments.resume is None):
+        check_overrides(parser, overrides, "--config NAME", None)
         raise ConfigError("Give either --config NAME_OR_FILE to start a run or --resume RUN to continue one.")
     if arguments.resume is not None:
         if arguments.out is not None:
@@ -52,9 +61,10 @@ def run(argv: list[str], command: str) -> int:
             raise ConfigError("--allow-changed-data is for --resume; a new run takes its data as they are.")
         folder, config = RunFolder(arguments.out or default_folder(arguments.config)), arguments.config
     if arguments.init_from is not None:
+        check_init_from(arguments.init_from)
         overrides = [*overrides, f"--finetune.init_from={arguments.init_from}"]
     resolve_config(config)
-    check_overrides(parser, overrides, f"--config {config}")
+    check_overrides(parser, overrides, f"--config {config}", config)
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit

@@ -10,6 +10,7 @@ from typing import Any
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
+from mambaseq.resources import model_folder
 
 
 def run(argv: list[str], command: str) -> int:
@@ -131,6 +132,8 @@ def run(argv: list[str], command: str) -> int:
     repeat = given.pop("repeat")
     if given["checkpoint"] is None and repeat is None:
         parser.error("one of --checkpoint and --repeat is needed")
+    if given["checkpoint"] is not None:
+        model_folder(given["checkpoint"])  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.generation import generate_text, generate_to
         from mambaseq.runs.repeating import check_alone, repeated

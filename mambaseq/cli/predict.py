@@ -7,6 +7,7 @@ from pathlib import Path
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns, parse_inputs
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
+from mambaseq.resources import model_folder
 
 
 def run(argv: list[str], command: str) -> int:
@@ -90,6 +91,7 @@ def run(argv: list[str], command: str) -> int:
     )
     add_allow_import(parser)
     arguments = parse_inputs(parser, argv)
+    model_folder(arguments.checkpoint)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.prediction import predict, report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
+from mambaseq.resources import model_folder
 
 
 def run(argv: list[str], command: str) -> int:
@@ -41,6 +42,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
+    model_folder(given["checkpoint"])  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.web import serve
 

@@ -6,6 +6,7 @@ from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.cli.runs import print_table
 from mambaseq.importing import uncollected
+from mambaseq.runs.trials import read_plan
 
 
 def run(argv: list[str], command: str) -> int:
@@ -21,6 +22,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="folder of the runs; runs/NAME of the file when left out")
     add_allow_import(parser)
     arguments = parser.parse_args(argv)
+    read_plan(arguments.plan)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq.runs.sweep import sweep
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from mambaseq.atomic import atomic_file, json_text, write_failed
 from mambaseq.errors import UserError, shown
 from mambaseq.plain import read_json
+from mambaseq.resources import near_folder
 
 _OURS = (
     "config.yaml",
@@ -193,7 +194,8 @@ class RunFolder:
         """Raise UserError unless there is a run here."""
         if "\0" in str(self.path) or not os.path.isfile(self.config):  # noqa: PTH113 - Path's raises for some names
             raise UserError(
-                f"There is no run at {self.path}: config.yaml is missing. Give the folder that `mambaseq fit` made."
+                f"There is no run at {self.path}: config.yaml is missing.{near_folder(self.path)} Give the folder that "
+                "`mambaseq fit` made."
             )
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mambaseq.auditing.findings import audit as audit_data
 from mambaseq.auditing.page import write_audit
 from mambaseq.errors import ConfigError, shown, under_key
 from mambaseq.outputs import output_file, output_target
-from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.naming import config_of
 from mambaseq.runs.parsing import parse_config
 
 ENDINGS = (".json", ".html")
@@ -42,12 +41,6 @@ def audit(
             with output_file(path, "w", encoding="utf-8") as file:
                 file.write(json_text(found.record(), indent=1) + "\n")
     return found
-
-
-def config_of(config: str) -> str:
-    """A run's configuration where a folder is named; otherwise what is named. Raises UserError for another folder."""
-    folder = os.path.isdir(config)  # noqa: PTH112 - Path's raises for some names
-    return str(RunFolder(config).require().config) if folder else config
 
 
 def check(out: Sequence[str | Path], tolerance: float) -> None:

@@ -17,28 +17,13 @@ from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
 from mambaseq.registry import Registry
-from mambaseq.runs.naming import MODEL_PARTS
+from mambaseq.runs.naming import MODEL_PARTS, PROVIDED
 from mambaseq.specs import arguments_of
 from mambaseq.tasks.averaging import EmaConfig
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.lora import LoraConfig
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import LengthWarmup
-
-# arguments that a part gets from the model or the data, never from the configuration
-PROVIDED = {
-    "d_model",
-    "make_mixer",
-    "vocab_size",
-    "n_codes",
-    "n_channels",
-    "n_conditions",
-    "n_classes",
-    "complement",
-    "condition_sizes",
-    "condition_means",
-    "condition_stds",
-}
 
 # arguments that the data give where the configuration leaves them out: type and help
 OFFERED: dict[str, tuple[Any, str]] = {

@@ -1,15 +1,22 @@
-"""What a configuration can name, as far as the catalogue tells it: nothing heavy is imported, so that a wrong name is
-told at once."""
+"""What a configuration can name, as far as the catalogue and sources tell it: nothing heavy is imported, so that a
+wrong name is told at once."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, did_you_mean, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
+from mambaseq.plain import read_yaml
 from mambaseq.registry import Registry
+from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import find
+from mambaseq.runs.signatures import SECTIONS, arguments_in
 
 MODEL_PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
 GROUPS = (
@@ -17,6 +24,23 @@ GROUPS = (
     *("length_warmup", "checkpoint", "generation", "trainer"),
 )
 TOP = ("seed", "metrics", *GROUPS)
+PROVIDED = {
+    "d_model",
+    "make_mixer",
+    "vocab_size",
+    "n_codes",
+    "n_channels",
+    "n_conditions",
+    "n_classes",
+    "complement",
+    "condition_sizes",
+    "condition_means",
+    "condition_stds",
+}
+"""Arguments that a part gets from the model or the data, never from the configuration."""
+
+
+_SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(MODEL_PARTS)}|mixers(\.[^.]+)?)")
 
 
 def resolve_config(name: str) -> Path:
@@ -34,23 +58,35 @@ def resolve_config(name: str) -> Path:
     )
 
 
-def check_names(overrides: list[str], source: str, options: list[str]) -> None:
-    """Raise ConfigError for a word that nearly is one of the command's options, for a key whose section nearly is one,
-    and for a registered name that there is not. All others are for the parser of the configuration: it knows what the
-    named classes take, and of which keys a word alone may be the end (`--devices`).
+def config_of(config: str) -> str:
+    """A run's configuration where a folder is named; otherwise what is named. Raises UserError for another folder."""
+    folder = os.path.isdir(config)  # noqa: PTH112 - Path's raises for some names
+    return str(RunFolder(config).require().config) if folder else config
 
-    source: the command, for the message. options: those of the command itself, with their dashes.
+
+def check_names(overrides: list[str], source: str, options: list[str], config: str | None = None) -> None:
+    """Raise ConfigError for a word that nearly is one of the command's options or keys, and for a registered name that
+    there is not. What is like none is for the parser of the configuration, which knows all that the named classes take.
+
+    source: the command, for the message. options: those of the command itself, with their dashes. config: a registered
+        configuration or its file, whose names say which keys there are.
     """
+    keys = _keys(config, overrides) if config is not None and any(word.startswith("--") for word in overrides) else None
     for index, word in enumerate(overrides):
         key, given, text = word[2:].partition("=")
         if not word.startswith("--") or not key or key in _OF_THE_PARSER:
             continue
         top, dot, _ = key.partition(".")
         if (top := top.rstrip("+")) not in TOP:
-            known = [f"--{name}" for name in TOP] if dot else options
-            if near := did_you_mean(f"--{top[:80]}", known, least=0.8):
-                told = shown(word.partition("=")[0], 200)
-                raise ConfigError(f"there is no key or option {told}.{near} `{source} --help` lists the keys.")
+            near = did_you_mean(f"--{top[:80]}", [f"--{name}" for name in TOP] if dot else options, least=0.8)
+            ends = [] if dot or keys is None else sorted(one for one in keys.known if one.endswith(f".{top}"))
+            if not near and ends:
+                near = f" Did you mean {cut_list([shown(f'--{one}') for one in ends])}?"
+        else:
+            near = "" if keys is None else keys.near(key.rstrip("+"))
+        if near:
+            told = shown(word.partition("=")[0], 200)
+            raise ConfigError(f"there is no key or option {told}.{near} `{source} --help` lists the keys.")
         kind = _NAMED.get(key)
         name = text if given else overrides[index + 1] if index + 1 < len(overrides) else ""
         if kind is not None and name and ":" not in name:
@@ -59,3 +95,70 @@ def check_names(overrides: list[str], source: str, options: list[str]) -> None:
 
 _OF_THE_PARSER = ("help", "config", "print_config")
 _NAMED = {"data.name": "datasets", **{f"model.{part}.name": f"{part}s" for part in MODEL_PARTS}}
+
+
+def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings, nested as in YAML or not, by whole keys; a mapping that is a setting's value stays one.
+
+    Raises ConfigError for a key under none of a configuration's own, such as an option of the command line.
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        whole = f"{prefix}{key}"
+        if (top := whole.partition(".")[0].rstrip("+")) not in TOP:
+            raise ConfigError(f"there is no key {shown(whole)}.{did_you_mean(top[:80], TOP)} Known: {', '.join(TOP)}.")
+        if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
+            found |= whole_keys(value, f"{whole}.")
+        else:
+            found[whole] = value
+    return found
+
+
+class _Keys(NamedTuple):
+    """Keys of a configuration. known: those that sources tell. whole: the parts (`model.head`) of which they tell
+    all."""
+
+    known: set[str]
+    whole: set[str]
+
+    def near(self, key: str) -> str:
+        """`did_you_mean` for a key that there is not; "" for one that there may be."""
+        top, *steps = key.split(".")
+        if top == "model" and steps and steps[0] not in _OF_THE_MODEL:
+            known = [".".join([f"--model.{one}", *steps[1:]]) for one in _OF_THE_MODEL]
+            known += [f"--{one}" for one in self.known if one.startswith("model.") and one.endswith(f".{steps[-1]}")]
+            return did_you_mean(f"--{key}", known) or f" Under model there is {cut_list(_OF_THE_MODEL)}."
+        for part in (one for one in self.whole if key.startswith(f"{one}.")):
+            option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
+            if option not in self.known:
+                return did_you_mean(f"--{option}", [f"--{one}" for one in self.known if one.startswith(f"{part}.")])
+        return ""
+
+
+_OF_THE_MODEL = (*MODEL_PARTS, "mixers", "d_model", "tie_embeddings")
+
+
+def _keys(config: str, overrides: list[str]) -> _Keys:
+    """The keys of a configuration, as far as sources tell them."""
+    try:
+        raw = read_yaml(resolve_config(config), "")
+    except UserError:
+        raw = {}  # what reads it all will tell
+    keys = _Keys(set(), set())
+    words = {key: text for key, _, text in (word[2:].partition("=") for word in overrides)}
+    words |= {word[2:]: after for word, after in itertools.pairwise(overrides) if word.startswith("--")}
+    targets: dict[str, str | None] = dict(SECTIONS)
+    for key, kind in _NAMED.items():
+        part = key.removesuffix(".name")
+        holder: Any = raw
+        for step in part.split("."):
+            holder = holder.get(step) if isinstance(holder, dict) else None
+        written = holder.get("name") if isinstance(holder, dict) else None
+        name = words.get(key) or written or MODEL_PARTS.get(part.rpartition(".")[2])
+        targets[part] = catalog()[kind].entry(name).target if name in catalog()[kind] else None
+    for part, target in targets.items():
+        if (found := None if target is None else arguments_in(target)) is not None:
+            keys.known.update(f"{part}.{name}" for name in (found if part == "data" else found - PROVIDED))
+            keys.whole.add(part)
+            keys.known.update([f"{part}.name"] if f"{part}.name" in _NAMED else [])
+    return keys

@@ -13,9 +13,9 @@ import jsonargparse
 
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
-from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS
+from mambaseq.runs.config import OFFERED, SECTIONS
 from mambaseq.runs.help import OF_CLASSES
-from mambaseq.runs.naming import MODEL_PARTS
+from mambaseq.runs.naming import MODEL_PARTS, PROVIDED
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, plain_type
 from mambaseq.runs.values import whole_first
 from mambaseq.specs import arguments_of

@@ -23,9 +23,9 @@ from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, sho
 from mambaseq.models.building import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
-from mambaseq.runs.config import OFFERED, PROVIDED, SECTIONS, RunConfig
+from mambaseq.runs.config import OFFERED, SECTIONS, RunConfig
 from mambaseq.runs.help import keys_text
-from mambaseq.runs.naming import MODEL_PARTS, resolve_config
+from mambaseq.runs.naming import MODEL_PARTS, PROVIDED, resolve_config
 from mambaseq.runs.parser import code_arguments, make_parser
 from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes

@@ -14,7 +14,7 @@ from mambaseq.checkpoints.to_transformers import save_transformers
 from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.limits import WINDOW
 from mambaseq.plain import dump_yaml
-from mambaseq.runs.config import PROVIDED
+from mambaseq.runs.naming import PROVIDED
 
 FORMATS = ("transformers",)
 

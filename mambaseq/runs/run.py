@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,16 +14,13 @@ from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean,
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, generate_to
-from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP
+from mambaseq.runs.naming import whole_keys
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
 from mambaseq.runs.training import fit as train
 
 if TYPE_CHECKING:
     import pandas
-
-
-_SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(MODEL_PARTS)}|mixers(\.[^.]+)?)")
 
 
 class NotFinished(UserError):
@@ -198,23 +194,6 @@ def as_overrides(config: str, settings: Mapping[str, Any] | None, keys: Mapping[
 
 def _last(keys: Iterable[str]) -> list[str]:
     return sorted({key.rpartition(".")[2] for key in keys})
-
-
-def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings, nested as in YAML or not, by whole keys; a mapping that is a setting's value stays one.
-
-    Raises ConfigError for a key under none of a configuration's own, such as an option of the command line.
-    """
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        whole = f"{prefix}{key}"
-        if (top := whole.partition(".")[0].rstrip("+")) not in TOP:
-            raise ConfigError(f"there is no key {shown(whole)}.{did_you_mean(top[:80], TOP)} Known: {', '.join(TOP)}.")
-        if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
-            found |= whole_keys(value, f"{whole}.")
-        else:
-            found[whole] = value
-    return found
 
 
 def _override(key: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.limits import TRIALS
 from mambaseq.plain import read_yaml
-from mambaseq.runs.run import whole_keys
+from mambaseq.runs.naming import whole_keys
 from mambaseq.specs import fits
 
 Mode = Literal["min", "max"]

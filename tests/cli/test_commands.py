@@ -220,16 +220,19 @@ def test_words_that_may_end_a_longer_key_are_for_the_parser(tmp_path: Path, caps
     for key in ("data.length", "trainer.devices"):
         words = ["--out", str(tmp_path / "run"), f"--{key.rpartition('.')[2]}", "3"]
         assert main(["fit", "--config", "dna/demo", *words]) == 2
-        assert f"Did you mean '{key}'" in capsys.readouterr().err
+        assert f"Did you mean '--{key}'" in capsys.readouterr().err
 
 
 def test_words_of_a_run_that_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     seen: list[list[str]] = []
     told = types.SimpleNamespace(evaluate=lambda run, split, words, **_: seen.append(words) or {})
+    (tmp_path / "config.yaml").write_text("data: {name: dna/species}\n")
     monkeypatch.setitem(sys.modules, "mambaseq.runs.evaluation", told)
-    for words in (["--config", "x"], ["--devices", "1"], ["--batch_size=3"]):  # --device and --batch-size: of --tasks
-        for command in ("validate", "test"):
-            assert main([command, "--checkpoint", str(tmp_path), *words]) == 0, capsys.readouterr().err
-            assert seen.pop() == words
+    for command in ("validate", "test"):
+        assert main([command, "--checkpoint", str(tmp_path), "--config", "x"]) == 0, capsys.readouterr().err
+        assert seen.pop() == ["--config", "x"]
+        for words, key in ((["--devices", "1"], "trainer.devices"), (["--batch_size=3"], "loader.batch_size")):
+            assert main([command, "--checkpoint", str(tmp_path), *words]) == 2  # --device and --batch-size: of --tasks
+            assert f"Did you mean '--{key}'?" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="the run has its own configuration"):
         check_overrides(["--config", "x"])

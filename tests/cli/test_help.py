@@ -14,7 +14,8 @@ from mambaseq.arguments import Arguments
 from mambaseq.cli.main import COMMANDS, main
 from mambaseq.domain import catalog
 from mambaseq.registry import import_target
-from mambaseq.runs.config import PROVIDED, SECTIONS
+from mambaseq.runs.config import SECTIONS
+from mambaseq.runs.naming import PROVIDED
 from mambaseq.runs.parser import add_plain, make_parser
 from mambaseq.specs import arguments_of
 

@@ -353,7 +353,7 @@ def test_arguments_of_a_part_are_no_code(
 
 
 def test_shipped_parts_take_no_code() -> None:
-    from mambaseq.runs.config import PROVIDED
+    from mambaseq.runs.naming import PROVIDED
     from mambaseq.runs.parser import code_arguments
 
     for kind in ("datasets", "encoders", "backbones", "mixers", "heads"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from mambaseq.arguments import Arguments
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
+from mambaseq.resources import model_folder
 from mambaseq_dna.variants.reasons import OTHER_REF, reasons_told
 
 
@@ -65,6 +66,7 @@ def variants(argv: list[str]) -> int:
         help="FILE.tsv, .csv, .parquet or .vcf; the default is standard output",
     )
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq_dna.variants.scoring import score_variants
 
@@ -113,6 +115,7 @@ def mutagenesis(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="FILE.tsv, .csv or .parquet")
     parser.add_argument("--picture", metavar="FILE", help="FILE.png or .svg: effects as colours below a logo")
     given = parser.parse_args(argv)
+    model_folder(given.checkpoint)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq_dna.variants.mutagenesis import mutagenesis as run
 

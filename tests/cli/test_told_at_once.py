@@ -1,0 +1,141 @@
+"""Wrong names, of options, keys and folders, are told before PyTorch is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mambaseq.domain import catalog
+from mambaseq.runs.config import SECTIONS as CLASSES
+from mambaseq.runs.signatures import SECTIONS, arguments_in
+from mambaseq.specs import arguments_of
+
+WORDS = [
+    # folders
+    ("generate --checkpoint runs/dna-dmo", "There is no model at runs/dna-dmo", "Did you mean 'dna-demo'?"),
+    ("predict --checkpoint nowhere x.txt --out o.csv", "There is no model at nowhere"),
+    ("serve --checkpoint nowhere", "There is no model at nowhere"),
+    ("export --checkpoint nowhere --out o", "There is no model at nowhere"),
+    ("test --checkpoint nowhere", "There is no run at nowhere"),
+    ("test --checkpoint runs/dna-dem", "There is no run at runs/dna-dem", "Did you mean 'dna-demo'?"),
+    ("test --checkpoint nowhere --tasks hellaswag", "There is no model at nowhere"),
+    ("validate --checkpoint nowhere", "There is no run at nowhere"),
+    ("fit --resume nowhere", "There is no run at nowhere"),
+    ("fit --config dna/demo --init-from nowhere", "finetune.init_from: There is no model at nowhere"),
+    ("data audit nowhere", "No configuration is named 'nowhere'"),
+    ("data audit runs", "There is no run at runs"),
+    ("sweep nowhere.yaml", "nowhere.yaml does not exist"),
+    ("text/perplexity --checkpoint nowhere x.txt", "There is no model at nowhere"),
+    ("text/lambada --checkpoint nowhere x.txt", "There is no model at nowhere"),
+    ("text/recall --checkpoint nowhere", "There is no model at nowhere"),
+    ("dna/variants --checkpoint nowhere --reference a.fa b.vcf", "There is no model at nowhere"),
+    ("dna/mutagenesis --checkpoint nowhere --reference a.fa --region a:1-2 --out o.csv", "no model at nowhere"),
+    ("audio/score --generated a --real b --classifier nowhere", "There is no model at nowhere"),
+    ("audio/compare nowhere --out page.html", "There is no model at nowhere"),
+    # options
+    ("fit --confg dna/demo", "there is no key or option '--confg'", "Did you mean '--config'?"),
+    ("generate --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
+    ("test --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
+    ("predict --chekpoint=x in.txt --out o.csv", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
+    ("serve --checkpont x", "there is no option --checkpont", "Did you mean '--checkpoint'?"),
+    ("import --chekpoint x --out y", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
+    ("export --checkpoint x --uot y", "there is no option --uot", "Did you mean '--out'?"),
+    ("data audit dna/demo --strct", "there is no key or option '--strct'", "Did you mean '--strict'?"),
+    ("audio/score --generatd a --real b --classifier c", "no option --generatd", "Did you mean '--generated'?"),
+    ("text/perplexity --chekpoint x y", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
+    # keys
+    ("fit --config dna/demo --model.backbon.n_layers 3", "Did you mean '--model.backbone.n_layers'?"),
+    ("fit --config dna/demo --model.backbone.n_layer=3", "Did you mean '--model.backbone.n_layers'?"),
+    ("fit --config dna/demo --model.n_layers 3", "Did you mean '--model.backbone.n_layers'?"),
+    ("fit --config dna/demo --model.mixer.name mamba2 --model.mixer.headim 3", "Did you mean '--model.mixer.head"),
+    ("fit --config dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
+    ("fit --config dna/demo --trainer.max_step 3", "Did you mean '--trainer.max_steps'?"),
+    ("fit --config dna/demo --optimizer.lrr 3", "Did you mean '--optimizer.lr'?"),
+    ("fit --config dna/demo --max_steps 3", "Did you mean '--trainer.max_steps'?"),
+    ("data audit dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
+    ("test --checkpoint runs/dna-demo --data.lenght 3", "Did you mean '--data.length'?"),
+]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """Exit code and messages of each, in one process that cannot import PyTorch."""
+    folder = tmp_path_factory.mktemp("told")
+    run = folder / "runs" / "dna-demo"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("data: {name: dna/species}\n")
+    code = f"""
+import contextlib, io, json, sys
+for name in ("torch", "pandas", "transformers", "scipy"):
+    sys.modules[name] = None  # its import fails
+from mambaseq.cli.main import main
+found = []
+for words in {[one[0].split() for one in WORDS]!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        found.append((main(words), error.getvalue()))
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    found: list[tuple[int, str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(WORDS)), ids=[one[0] for one in WORDS])
+def test_what_is_misspelt_is_told_at_once(number: int, told: list[tuple[int, str]]) -> None:
+    code, error = told[number]
+    for message in WORDS[number][1:]:
+        assert message in error
+    assert code == 2
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["datasets", "encoders", "backbones", "mixers", "heads"])
+def test_arguments_in_sources_are_those_of_the_classes(kind: str) -> None:
+    entries = [entry for entry in catalog()[kind] if not entry.target.startswith("tiny")]
+    read = {entry.name: arguments_in(entry.target) for entry in entries}
+    assert sum(names is not None for names in read.values()) > 0.8 * len(read)
+    for entry in entries:
+        if (names := read[entry.name]) is not None:
+            assert names == set(arguments_of(entry.load())), entry.name
+
+
+def test_sections_are_those_of_the_configuration() -> None:
+    import lightning
+
+    assert {name: kind.__name__ for name, kind in {**CLASSES, "trainer": lightning.Trainer}.items()} == {
+        name: target.partition(":")[2] for name, target in SECTIONS.items()
+    }
+    for name, kind in {**CLASSES, "trainer": lightning.Trainer}.items():
+        assert arguments_in(SECTIONS[name]) == set(arguments_of(kind)), name
+
+
+def test_sources_that_do_not_say_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "told_of_sources"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "parts.py").write_text(
+        "from elsewhere import Other\n"
+        "class Base:\n    def __init__(self, a, *, b=1): ...\n"
+        "class Inherits(Base): ...\n"
+        "class HandsOn(Base):\n    def __init__(self, c, **options): ...\n"
+        "class OfOthers(Other):\n    def __init__(self, c, **options): ...\n"
+        "class Anything:\n    def __init__(self, **options): ...\n"
+    )
+    (package / "broken.py").write_text("class Base(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, names in {
+        "parts:Base": {"a", "b"},
+        "parts:Inherits": {"a", "b"},
+        "parts:HandsOn": {"a", "b", "c"},
+        "parts:OfOthers": None,
+        "parts:Anything": None,
+        "parts:Nothing": None,
+        "broken:Base": None,
+        "missing:Base": None,
+    }.items():
+        assert arguments_in(f"told_of_sources.{name}") == names, name
+    assert arguments_in("no_such_package.parts:Base") is None
