@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambaseq.ops import dispatch
 from mambaseq.ops.delta_rule import arguments as _arguments
-from mambaseq.ops.delta_rule import chunked, fla, reference, step
+from mambaseq.ops.delta_rule import chunked, fla, gpu, reference, step
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
 
 __all__ = ["OP", "DeltaArguments", "delta_rule", "delta_rule_update_"]
@@ -18,6 +18,7 @@ OP = dispatch.Op(
     backends=(
         dispatch.Backend("torch", chunked.run, dispatch.never),
         # behind one that always runs: by name only
+        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("fla", fla.run, fla.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
@@ -52,7 +53,8 @@ def delta_rule(
     Args:
         q: `(batch, length, key heads, d_key)`, float64, float32, bfloat16 or float16.
         k: the same. Each head of keys serves `heads / key heads` neighbouring heads.
-        v: `(batch, length, heads, d_value)`. Float64 is computed in float64, all others in float32, under autocast too.
+        v: `(batch, length, heads, d_value)`. Float64 is computed in float64, all others in float32, under autocast too;
+            but the kernels of GPUs round what they multiply to the dtype of v, and keep sums and states in float32.
         g: log-decays, as a rule negative, -inf to forget all: `(batch, length, heads)`, or `(batch, length, heads,
             d_key)` for one a channel of the keys. None for no decay.
         beta: `(batch, length, heads)`. None for no correction.

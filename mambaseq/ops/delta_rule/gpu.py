@@ -1,0 +1,268 @@
+"""The delta rule on GPUs: launching the Triton kernels.
+
+Three kernels forward: pairs of a chunk's positions, the states before each chunk and what is written, outputs. Nothing
+is kept for the backward pass but the arguments: it makes pairs and states again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambaseq.ops import sequences
+from mambaseq.ops.delta_rule.arguments import DeltaArguments
+from mambaseq.ops.gpu import portable
+from mambaseq.ops.operators import Operator, register
+from mambaseq.ops.ssd import gpu as dual
+
+_HALF = (torch.bfloat16, torch.float16)
+_MOST = 256  # channels of a key
+_SIZE = 64  # positions of a chunk
+_LONGEST = 2**30  # row: positions are counted in 32 bits
+
+
+class Given(NamedTuple):
+    """`DeltaArguments`, those first whose gradients and shapes the outputs have."""
+
+    v: Tensor
+    q: Tensor
+    k: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    reverse: bool
+    wants_final_state: bool
+
+
+class Shape(NamedTuple):
+    """How a kernel cuts its work. rows: of d_value. columns: of d_key."""
+
+    warps: int
+    stages: int
+    rows: int
+    columns: int = _MOST
+
+
+class Plan(NamedTuple):
+    """How each kernel cuts its work."""
+
+    pairs: Shape
+    walk: Shape
+    output: Shape
+    walk_back: Shape
+    gradients: Shape
+
+
+def plan(d_key: int, dtype: torch.dtype) -> Plan:
+    """What suits these sizes; in full precision and float16 twice as much is kept."""
+    wide = 1 if dtype == torch.bfloat16 else 2
+    warps = 4 if d_key <= 128 else 8
+    return Plan(
+        pairs=Shape(4, 1, 0, 128 // wide),
+        walk=Shape(warps, 2, 64 // wide),
+        output=Shape(4, 1, 128 // wide, 128),
+        walk_back=Shape(warps, 2 // wide, 64 // wide),
+        gradients=Shape(8, 1, 64 // wide, 128 // wide),
+    )
+
+
+def why_not(arguments: DeltaArguments) -> str | None:
+    """The reason why the kernels cannot run these arguments, or None."""
+    v = arguments.v
+    if (reason := portable.why_not(v.device.type)) is not None:
+        return reason
+    if v.dtype not in _HALF and not (v.dtype == torch.float32 and v.is_cuda):
+        return f"v is {v.dtype}, the kernels take bfloat16, float16 and, on a GPU, float32"
+    return why_not_these(arguments)
+
+
+def why_not_these(arguments: DeltaArguments) -> str | None:
+    """The same of shapes and of what is not v."""
+    v, k, g = arguments.v, arguments.k, arguments.g
+    for name in ("q", "k", "g", "beta", "initial_state"):
+        value = getattr(arguments, name)
+        if value is not None and value.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    if g is not None and g.ndim == 4:
+        return "g has a decay a channel, the kernels take one a head"
+    if v.numel() == 0 or k.numel() == 0:
+        return "k or v is empty"
+    if k.shape[3] > _MOST:
+        return f"keys have {k.shape[3]} channels, the kernels take {_MOST}"
+    if v.shape[1] >= _LONGEST:
+        return "a row is longer than 2^30"
+    return None
+
+
+class _Call:
+    """Arguments as the kernels take them, pairs, and room for what is kept between kernels."""
+
+    def __init__(self, a: Given) -> None:
+        self.kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_kernels")
+        self.given, self.plan = a, plan(a.k.shape[3], a.v.dtype)
+        self.batch, self.length, self.heads, self.d_value = a.v.shape
+        self.d_key = a.k.shape[3]
+        self.heads_of_key = self.heads // a.k.shape[2]
+        self.q, self.k, self.v = (dual._rows(value) for value in (a.q, a.k, a.v))
+        self.kept_dtype = torch.bfloat16 if a.v.dtype == torch.bfloat16 else torch.float32
+        self.n_sequences = sequences.count(a.v, a.cu_seqlens)
+        self.table = self.bounds = None
+        self.chunks_of_row = -(-self.length // _SIZE)
+        if a.cu_seqlens is not None:
+            self.table = sequences.shared(dual._table, a.cu_seqlens, self.length, _SIZE, a.reverse)
+            self.bounds = sequences.shared(_bounds, a.cu_seqlens, self.length)
+            self.chunks_of_row = self.table.shape[1]
+        self.chunks = self.batch * self.chunks_of_row
+        self.place = (self.chunks, self.chunks_of_row, self.length)
+        self.sizes = {"P": self.d_value, "N": self.d_key, "SIZE": _SIZE, "REVERSE": a.reverse}
+        self.total = self.empty(_SIZE, dtype=torch.float64)
+        self.scores = self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
+        self.inverse = None if a.beta is None else self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
+        tl: Any = importlib.import_module("triton.language")
+        shape = self.plan.pairs
+        self.kernels.pairs[(self.chunks, self.heads)](
+            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], *_strided(a.g), *_strided(a.beta),
+            self.table, *self.place, self.total, self.scores, self.inverse, self.heads, self.heads_of_key,
+            N=self.d_key, BLOCK_N=min(dual._block(self.d_key), shape.columns), SIZE=_SIZE, REVERSE=a.reverse,
+            OPERAND=getattr(tl, str(a.v.dtype).removeprefix("torch.")), num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Of each head of each chunk."""
+        return torch.empty(self.chunks, self.heads, *shape, dtype=dtype, device=self.v.device)
+
+    def blocks(self, shape: Shape) -> dict[str, int]:
+        rows, columns = min(dual._block(self.d_value), shape.rows), min(dual._block(self.d_key), shape.columns)
+        return {**self.sizes, "BLOCK_P": rows, "BLOCK_N": columns,
+                "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
+
+    def ends(self) -> Tensor:
+        """Room for the states at the ends."""
+        shape = (self.n_sequences, self.heads, self.d_value, self.d_key)
+        return torch.empty(shape, dtype=torch.float32, device=self.v.device)
+
+    def walk(self, end: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states before each chunk, and what is written."""
+        states = self.empty(self.d_value, self.d_key, dtype=self.kept_dtype)
+        written = self.empty(self.d_value, _SIZE, dtype=self.kept_dtype)
+        initial, blocks = self.given.initial_state, self.blocks(self.plan.walk)
+        self.kernels.walk[(self.n_sequences * self.heads * -(-self.d_value // blocks["BLOCK_P"]),)](
+            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], *_strided(self.given.beta),
+            self.total, self.inverse, self.table, self.bounds, self.n_sequences, *self.place,
+            None if initial is None else initial.contiguous(), end, states, written, self.heads, self.heads_of_key,
+            **blocks,
+        )  # fmt: skip
+        return states, written
+
+
+def _strided(value: Tensor | None) -> tuple[Any, ...]:
+    """g or beta, and its strides."""
+    return (None, 0, 0, 0) if value is None else (value, *value.stride())
+
+
+def _bounds(cu_seqlens: Tensor, length: int) -> Tensor:
+    """(2, sequences) int32: the first chunk of each packed sequence, and how many it has."""
+    cut = sequences.in_chunks(cu_seqlens, length, _SIZE)
+    return torch.stack([cut.begin, cut.counts]).int()
+
+
+def forward_into(a: Given) -> tuple[Tensor, Tensor | None]:
+    """y and the final state (None if it is not wanted), without autograd; of what `why_not` is None for."""
+    with portable.on(a.v):
+        call = _Call(a)
+        final = call.ends() if a.wants_final_state else None
+        states, written = call.walk(final)
+        y = torch.empty(a.v.shape, dtype=a.v.dtype, device=a.v.device)
+        blocks = call.blocks(call.plan.output)
+        call.kernels.output[(call.chunks, call.heads, -(-call.d_value // blocks["BLOCK_P"]))](
+            call.q, *call.q.stride()[:3], call.total, call.scores, states, written, call.table, *call.place, y,
+            call.heads, call.heads_of_key, **blocks,
+        )  # fmt: skip
+        return y, final
+
+
+def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of v, q, k, g, beta and initial_state, without autograd; None for what is None.
+
+    Nothing of the forward is needed. The same inputs give the same bits.
+    """
+    kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_backward")
+    with portable.on(a.v):
+        call = _Call(a)
+        states, written = call.walk(None)
+        dy = dual._rows(dy.to(a.v.dtype))
+        left, errors = torch.empty_like(states), torch.empty_like(written)
+        dinitial = None if a.initial_state is None else call.ends()
+        blocks = call.blocks(call.plan.walk_back)
+        of_pairs = (call.q, *call.q.stride()[:3], call.k, *call.k.stride()[:3])
+        kernels.walk_back[(call.n_sequences * call.heads * -(-call.d_value // blocks["BLOCK_P"]),)](
+            *of_pairs, dy, *dy.stride()[:3], *_strided(a.beta), call.total, call.scores, call.inverse,
+            call.table, call.bounds, call.n_sequences, *call.place, None if dfinal is None else dfinal.contiguous(),
+            dinitial, left, errors, call.heads, call.heads_of_key, **blocks,
+        )  # fmt: skip
+
+        blocks = call.blocks(call.plan.gradients)
+        n = -(-call.d_key // blocks["BLOCK_N"])
+        dv = torch.empty(a.v.shape, dtype=a.v.dtype, device=a.v.device)
+        # of each head of values (batch, length, heads, d_key)
+        shape = (*a.v.shape[:3], call.d_key)
+        dq, dk = (
+            torch.empty(shape, dtype=torch.float32 if call.heads_of_key > 1 else value.dtype, device=dv.device)
+            for value in (a.q, a.k)
+        )
+        # of each block of d_key (blocks, batch, length, heads)
+        dg, dbeta = (
+            None
+            if value is None
+            else torch.empty(n, *value.shape, dtype=value.dtype if n == 1 else torch.float32, device=dv.device)
+            for value in (a.g, a.beta)
+        )
+        kernels.gradients[(call.chunks, call.heads, n)](
+            *of_pairs, call.v, *call.v.stride()[:3], dy, *dy.stride()[:3], *_strided(a.beta), call.total, states, left,
+            written, errors, call.table, *call.place, dq, dk, dv, dg, dbeta, call.batch * call.length * call.heads,
+            call.heads, call.heads_of_key, **blocks,
+        )  # fmt: skip
+    if call.heads_of_key > 1:  # those that a head of keys serves are side by side
+        dq, dk = (
+            found.unflatten(2, (-1, call.heads_of_key)).sum(3).to(value.dtype)
+            for found, value in ((dq, a.q), (dk, a.k))
+        )
+    dg, dbeta = (
+        None if value is None or found is None else found.squeeze(0) if n == 1 else found.sum(0).to(value.dtype)
+        for found, value in ((dg, a.g), (dbeta, a.beta))
+    )
+    if dinitial is not None and a.initial_state is not None:
+        dinitial = dinitial.to(a.initial_state.dtype)
+    return dv, dq, dk, dg, dbeta, dinitial
+
+
+def _fake(a: Given) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(a.v, memory_format=torch.contiguous_format)
+    n = a.v.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+    shape = (n, *a.v.shape[2:], a.k.shape[3])
+    return y, a.v.new_empty(shape, dtype=torch.float32) if a.wants_final_state else None
+
+
+_run = register(
+    Operator(
+        "delta_rule_triton",
+        Given,
+        "Tensor v, Tensor q, Tensor k, Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, "
+        "bool reverse, bool wants_final_state",
+        ("v", "q", "k", "g", "beta", "initial_state"),
+        forward_into,
+        backward_into,
+        _fake,
+    )
+)
+
+
+def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
+    """y in the dtype of v, and the final state, an empty tensor where it is not wanted."""
+    a = arguments
+    y, final = _run(Given(a.v, a.q, a.k, a.g, a.beta, a.initial_state, a.cu_seqlens, a.reverse, a.wants_final_state))
+    return y, final

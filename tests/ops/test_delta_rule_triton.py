@@ -1,0 +1,167 @@
+"""The Triton kernels of the delta rule equal the chunked form in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import TOLERANCE, Draw, device_or_skip, moved, names_of, poisoned_memory
+from test_delta_rule import CASES, OP, TORCH, drawn, forgetful, packed
+from torch import Tensor
+
+from mambaseq.ops import delta_rule
+from mambaseq.ops.delta_rule import DeltaArguments, gpu
+from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
+
+TRITON = next(backend for backend in OP.backends if backend.name == "triton")
+PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not
+HALF = [torch.bfloat16, torch.float16]
+# by case, how much more than twice an output's rounding is let pass: without a decay it goes on from position to
+# position; where all decays but a few are 0, what is left of the gradient of g is the rounding of its terms
+SLACK = {"no decay, no state": 3, "strong decay": 4}
+
+
+def as_dtype(made: DeltaArguments, dtype: torch.dtype) -> DeltaArguments:
+    return made._replace(**{name: getattr(made, name).to(dtype) for name in ("q", "k", "v")})
+
+
+def sized(
+    label: str, batch: int, length: int, heads: int, d_key: int, d_value: int, *bounds: int, key_heads: int = 0
+) -> DeltaArguments:
+    """As models have them: queries and keys of length 1, slow and fast decays."""
+    draw = Draw(label)
+    key_heads = key_heads or heads
+    q, k = (F.normalize(draw.normal(batch, length, key_heads, d_key), dim=-1) for _ in range(2))
+    made = DeltaArguments(
+        q=q,
+        k=k,
+        v=draw.normal(batch, length, heads, d_value),
+        g=-draw.uniform(0, 0.2, batch, length, heads),
+        beta=draw.uniform(0, 1, batch, length, heads),
+        initial_state=draw.normal(len(bounds) - 1 if bounds else batch, heads, d_value, d_key),
+    )
+    return made._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32)) if bounds else made
+
+
+def assert_near(made: DeltaArguments, dtype: torch.dtype, device: torch.device, slack: float = 1) -> None:
+    """Run past `why_not`, which refuses float32 on a CPU."""
+    made = moved(as_dtype(made, dtype), device)
+    expected = outputs_and_gradients(TORCH, made, double=True)
+    with poisoned_memory():
+        actual = outputs_and_gradients(TRITON, made)
+    most = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2 * slack)
+    for label, a, e in zip(names_of(made), actual, expected, strict=True):
+        error = relative_rms_error(a, e)
+        assert error < most, f"{label}: relative RMS error {error:.1e}"
+
+
+def test_kernels() -> None:
+    """By the interpreter, which takes its time: short ones; on a GPU all."""
+    made = packed(drawn("short", 1, 40, key_heads=1), 0, 3, 3, 40)
+    assert_near(made._replace(reverse=True), torch.float16, PLACE)
+
+
+def test_kernels_hand_states_from_chunk_to_chunk() -> None:
+    made = sized("two", 1, 70, 1, 40, 24)
+    assert_near(made._replace(initial_state=None, wants_final_state=False), torch.bfloat16, PLACE)
+
+
+def test_kernels_in_full_precision() -> None:
+    """Differences of sums of decays to float32's last digits; no correction."""
+    made = forgetful(drawn("full", 1, 50, rate=30.0))
+    assert_near(made, torch.float32, PLACE)
+    assert_near(made._replace(beta=None), torch.float32, PLACE)
+
+
+def test_kernels_compile_in_one_graph() -> None:
+    made = moved(as_dtype(sized("compiled", 1, 5, 1, 5, 3), torch.bfloat16), PLACE)
+
+    def run(v: Tensor) -> Tensor:
+        y, final = delta_rule(made.q, made.k, v, made.g, made.beta, backend="triton")
+        return y.float().sum() + final.sum()
+
+    torch._dynamo.reset()
+    v = made.v.clone().requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(v), v)[0], torch.autograd.grad(run(v), v)[0])
+
+
+def test_kernels_keep_nothing_but_their_arguments() -> None:
+    made = leaves(moved(as_dtype(drawn("kept", 1, 5), torch.bfloat16), PLACE))
+    given = {value.data_ptr() for value in made if isinstance(value, Tensor)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        TRITON.run(made)
+    assert set(kept) == given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, "v is torch.float64"),
+        ({"v": torch.zeros(1, 4, 2, 3)}, "float16 and, on a GPU, float32"),
+        ({"beta": torch.zeros(1, 4, 2, dtype=torch.float64)}, "beta is float64"),
+        ({"k": torch.zeros(1, 4, 2, 300)}, "keys have 300 channels"),
+        ({"v": torch.zeros(1, 4, 2, 0).half()}, "empty"),
+    ],
+)
+def test_what_the_kernels_refuse(change: dict[str, Tensor], message: str) -> None:
+    k = torch.zeros(1, 4, 2, 5)
+    reason = gpu.why_not(DeltaArguments(k, k, torch.zeros(1, 4, 2, 3).half())._replace(**change))
+    assert reason is not None
+    assert message in reason
+
+
+SIZED: dict[str, Callable[[], DeltaArguments]] = {
+    "128 x 128": lambda: sized("a", 2, 1000, 4, 128, 128),
+    "128 x 128, packed, reverse": lambda: sized("b", 1, 700, 2, 128, 128, 0, 0, 1, 65, 300, 300, 700)._replace(
+        reverse=True
+    ),
+    "64 x 128, keys shared": lambda: sized("c", 1, 500, 4, 64, 128, key_heads=2),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("case", SIZED)
+def test_kernels_at_the_sizes_of_models(case: str, dtype: torch.dtype) -> None:
+    assert_near(SIZED[case](), dtype, device_or_skip("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 4096])
+def test_kernels_of_every_length(length: int) -> None:
+    assert_near(sized("length", 1, length, 2, 128, 128), torch.bfloat16, device_or_skip("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(16, 16), (16, 64), (32, 32), (64, 64), (80, 48), (128, 256), (192, 96), (256, 64)])
+def test_kernels_of_every_size(size: tuple[int, int]) -> None:
+    assert_near(sized("size", 2, 200, 2, *size), torch.bfloat16, device_or_skip("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [name for name, build in CASES.items() if gpu.why_not_these(build()) is None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_on_a_gpu(case: str, dtype: torch.dtype) -> None:
+    assert_near(CASES[case](), dtype, device_or_skip("cuda"), SLACK.get(case, 1))
+
+
+@pytest.mark.gpu
+def test_kernels_take_queries_and_keys_in_full_precision() -> None:
+    """As the mixers hand them over; they are rounded to the dtype of v."""
+    made = sized("mixed", 1, 300, 2, 128, 128)
+    made = moved(made._replace(v=made.v.bfloat16()), device_or_skip("cuda"))
+    expected = outputs_and_gradients(TORCH, made, double=True)
+    for a, e in zip(outputs_and_gradients(TRITON, made), expected, strict=True):
+        assert relative_rms_error(a, e) < 4 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SIZED)
+def test_kernels_give_the_same_bits_twice(case: str) -> None:
+    made = moved(as_dtype(SIZED[case](), torch.bfloat16), device_or_skip("cuda"))
+    first, second = (outputs_and_gradients(TRITON, made) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
