@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone
@@ -17,6 +16,7 @@ from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.ops import sequences
+from mambaseq.ops.chunks import padded
 
 
 class CodonStack(Backbone):
@@ -102,7 +102,7 @@ class CodonStack(Backbone):
         batch, length, d_model = x.shape
         if cu_seqlens is None:
             real = x if mask is None else x * mask[..., None]
-            groups = F.pad(real, (0, 0, 0, -length % self.group)).reshape(batch, -1, self.group * d_model)
+            groups = padded(real, 1, length + -length % self.group).reshape(batch, -1, self.group * d_model)
             padding = {} if mask is None else {"mask": mask[:, :: self.group]}
             y = self.part(self.stack(self.join(groups), **padding))
             y = y.reshape(batch, -1, d_model)[:, :length]

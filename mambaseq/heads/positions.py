@@ -12,6 +12,7 @@ from mambaseq.errors import ConfigError, check_positive
 from mambaseq.heads.base import Head, Kind, check_targets
 from mambaseq.heads.losses import BinaryLoss, LabelLoss, Weights, squared_loss
 from mambaseq.limits import WINDOW, check_setting
+from mambaseq.ops.chunks import padded
 
 
 class PositionHead(Head):
@@ -44,10 +45,10 @@ def bin_means(hidden: Tensor, stride: int, mask: Tensor | None, cu_seqlens: Tens
     real position is 0. For packed sequences the host waits for the number of bins."""
     length = hidden.shape[1]
     if cu_seqlens is None:
-        rest = -length % stride
+        whole = length + -length % stride
         real = hidden.new_ones(1, length, dtype=torch.bool) if mask is None else mask
-        x = F.pad(hidden.float() * real[..., None], (0, 0, 0, rest)).unflatten(1, (-1, stride))
-        counts = F.pad(real, (0, rest)).unflatten(1, (-1, stride)).sum(2)
+        x = padded(hidden.float() * real[..., None], 1, whole).unflatten(1, (-1, stride))
+        counts = padded(real, 1, whole).unflatten(1, (-1, stride)).sum(2)
         return x.sum(2) / counts.clamp(min=1)[..., None]
     begins, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     bins = (ends - begins + stride - 1) // stride

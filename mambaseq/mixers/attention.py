@@ -19,6 +19,7 @@ from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.mixers.norm import RMSNorm
 from mambaseq.ops import sequences
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 
@@ -192,12 +193,10 @@ class Attention(Mixer):
         assert self.window is not None
         window, (batch, length, heads, _) = self.window, q.shape
         n = -(-length // window)
-        # (batch, n, window, heads, head_dim)
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, n * window - length)).unflatten(1, (n, window)) for t in (q, k, v))
-        # (batch, n, 2 window, heads, head_dim)
-        k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], t], dim=2) for t in (k, v))
-        # (n, window or 2 window, batch * heads, head_dim)
-        q, k, v = (t.permute(1, 2, 0, 3, 4).flatten(2, 3) for t in (q, k, v))
+        q, k, v = (t.transpose(0, 1).flatten(1, 2) for t in (q, k, v))  # (length, batch * heads, head_dim)
+        q = padded(q, 0, n * window).unflatten(0, (n, window))  # (n, window, batch * heads, head_dim)
+        k, v = (F.pad(t, (0, 0, 0, 0, window, n * window - length)).unflatten(0, (n + 1, window)) for t in (k, v))
+        k, v = (torch.cat([t[:-1], t[1:]], dim=1) for t in (k, v))  # (n, 2 window, batch * heads, head_dim)
         at = torch.arange(2 * window, device=q.device)
         age = at[window:, None] - at  # of each key, seen from each query
         real = (at >= window) | (torch.arange(n, device=q.device)[:, None, None, None] > 0)  # (n, 1, 1, 2 window)

@@ -19,6 +19,7 @@ from mambaseq.errors import ConfigError, check_positive, shown
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.decoding.step import causal_conv_update_
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 from mambaseq.ops.linear import apply_linear
@@ -97,7 +98,7 @@ class ImplicitFilter(nn.Module):
             for layer in self.layers:
                 h = torch.sin(self.frequency.to(dtype) * layer(h))
             h = self.last(h) * (torch.exp(-time * self._decay(device, dtype)) + self.shift)
-            return F.pad(h, (0, 0, 0, length - known))
+            return padded(h, 0, length)
 
     def _features(self, length: int) -> Tensor:
         """`(length, emb_dim)` float64, since lags of a million are far into the bands' periods."""

@@ -20,6 +20,16 @@ FORGOTTEN = -1000.0
 numbers where a log-decay is -inf, and keep their digits."""
 
 
+def padded(value: Tensor, axis: int, size: int) -> Tensor:
+    """The tensor with zeros behind it along an axis, `size` long there; itself where nothing is missing, of which
+    `F.pad` would make a copy."""
+    missing = size - value.shape[axis]
+    if not missing:
+        return value
+    behind = -axis - 1 if axis < 0 else value.ndim - 1 - axis
+    return F.pad(value, (*(0, 0) * behind, 0, missing))
+
+
 class Chunks(NamedTuple):
     """Where everything is: `n` chunks a row, of `size` positions, a power of two."""
 
@@ -47,12 +57,10 @@ class Chunks(NamedTuple):
 
     def cut(self, value: Tensor) -> Tensor:
         """`(batch, length, ...)` to `(batch, chunks, size, ...)`, zeros where nothing is."""
-        padded = self.n * self.size
+        size = self.n * self.size
         if self.place is not None:
-            value = value.new_zeros(value.shape[0], padded, *value.shape[2:]).index_copy(1, self.place, value)
-        elif padded != self.length:
-            value = F.pad(value, (0, 0) * (value.ndim - 2) + (0, padded - self.length))
-        return value.unflatten(1, (self.n, self.size))
+            value = value.new_zeros(value.shape[0], size, *value.shape[2:]).index_copy(1, self.place, value)
+        return padded(value, 1, size).unflatten(1, (self.n, self.size))
 
     def join(self, value: Tensor) -> Tensor:
         """`(batch, chunks, size, ...)` to `(batch, length, ...)`."""
@@ -103,7 +111,6 @@ def sums(values: Tensor) -> Tensor:
     if n <= width:
         return torch.ones(n, n, dtype=values.dtype, device=values.device).tril() @ values
     # so many at a time as if nothing came before, then what does, by the same
-    values = F.pad(values, (0, 0, 0, -n % width)) if n % width else values  # by nothing would be a copy
-    own = sums(values.unflatten(-2, (-1, width)))  # (..., pieces, width, features)
+    own = sums(padded(values, -2, n + -n % width).unflatten(-2, (-1, width)))  # (..., pieces, width, features)
     before = F.pad(sums(own[..., -1, :]), (0, 0, 1, 0))[..., :-1, :]
     return (own + before[..., None, :]).flatten(-3, -2)[..., :n, :]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 
 # positions that the table is for
@@ -42,17 +43,17 @@ def _powers(log_decay: Tensor, steps: Tensor) -> Tensor:
 
 def _summed(values: Tensor, log_decay: Tensor) -> Tensor:
     """The sum over positions t of `values[:, t]` times the decay of t steps."""
-    batch, length, channels = values.shape
+    length = values.shape[1]
     wide = working_dtype(values, log_decay)
     steps = min(_STEPS, length)
     blocks = -(-length // steps)
-    padded = F.pad(values.to(working_dtype(values)), (0, 0, 0, blocks * steps - length))
+    in_blocks = padded(values.to(working_dtype(values)), 1, blocks * steps).unflatten(1, (blocks, steps))
     numbers = torch.arange(max(steps, blocks), device=values.device)
     table = _powers(log_decay, numbers[:steps]).to(wide)
     if table.is_complex():
         table = torch.view_as_real(table).flatten(2)  # (steps, channels, numbers)
     with without_autocast(values.device.type):
-        inner = torch.einsum("bktc,tcn->bkcn", padded.view(batch, blocks, steps, channels), table)
+        inner = torch.einsum("bktc,tcn->bkcn", in_blocks, table)
     if wide.is_complex:
         inner = torch.view_as_complex(inner.unflatten(-1, (-1, 2)).contiguous())
     return (inner * _powers(log_decay, steps * numbers[:blocks]).to(wide)).sum(1)

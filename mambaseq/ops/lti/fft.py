@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast
 from mambaseq.ops.lti.arguments import LtiArguments
 
@@ -74,7 +74,7 @@ def _convolve(arguments: LtiArguments) -> tuple[Tensor, Tensor]:
 
     # sum_t Abar^(length - 1 - t) x_t, with time running backwards so that powers grow.
     # (batch, channels, n_steps, T)
-    ages = F.pad(signal.flip(-1), (0, step * n_steps - length)).unflatten(-1, (n_steps, step))
+    ages = padded(signal.flip(-1), -1, step * n_steps).unflatten(-1, (n_steps, step))
     if fine.is_complex():
         inner = torch.complex(ages @ fine.real, ages @ fine.imag)
     else:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 from mambaseq.ops.ssd.arguments import SsdArguments
 
@@ -61,12 +62,9 @@ def _run(given: SsdArguments) -> tuple[Tensor, Tensor]:
 
     def in_chunks(value: Tensor) -> Tensor:
         """`(batch, length, ...)` to `(batch, chunks, size, ...)`, zeros where nothing is."""
-        padded = n_chunks * size
         if layout.place is not None:
-            value = value.new_zeros(batch, padded, *value.shape[2:]).index_copy(1, layout.place, value)
-        elif padded != length:
-            value = F.pad(value, (0, 0) * (value.ndim - 2) + (0, padded - length))
-        return value.unflatten(1, (n_chunks, size))
+            value = value.new_zeros(batch, n_chunks * size, *value.shape[2:]).index_copy(1, layout.place, value)
+        return padded(value, 1, n_chunks * size).unflatten(1, (n_chunks, size))
 
     # axes: b(atch), c(hunk), g(roup), r (head of the group), q, k (positions of a chunk), n (d_state), p (head_dim)
     u = in_chunks(dt[..., None] * x.to(wide)).unflatten(3, (groups, -1))  # b c q g r p
@@ -137,10 +135,8 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
         return _segment_decay(_sums(log_decay), v.dtype, sequence) @ v
     # `_WIDTH` at a time as if nothing came before, then what does come before each of those, by the same scan
     padding = -n % _WIDTH
-    if padding:  # by nothing would be a copy
-        log_decay, v = F.pad(log_decay, (0, padding)), F.pad(v, (0, 0, 0, padding))
-    log_decay = log_decay.unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
-    v = v.unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
+    log_decay = padded(log_decay, -1, n + padding).unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
+    v = padded(v, -2, n + padding).unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
     if sequence is not None:
         sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))  # (pieces, _WIDTH)
     sums = _sums(log_decay)

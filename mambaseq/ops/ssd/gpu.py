@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 from mambaseq.ops.ssd.arguments import SsdArguments
@@ -365,12 +365,10 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     pieces = -(-head_dim // MOST_HEAD_DIM)
     if pieces == 1:
         return _run(arguments)
-    padding = -head_dim % pieces
 
     def cut(value: Tensor, axis: int) -> Tensor:
         """head_dim, which is at `axis`, into pieces, each of which is a head with zeros where it is not full."""
-        if padding:
-            value = F.pad(value, (*(0, 0) * (value.ndim - 1 - axis), 0, padding))
+        value = padded(value, axis, head_dim + -head_dim % pieces)
         # (..., heads * pieces, piece of head_dim, ...)
         return value.unflatten(axis, (pieces, -1)).flatten(axis - 1, axis)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops import sequences
+from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
@@ -143,10 +144,10 @@ def _layout(arguments: StateSpaceArguments) -> _Layout:
 
 def _split(x: Tensor, layout: _Layout) -> Tensor:
     """`(batch, length, channels)` → `(blocks, steps, channels)`, zeros after each sequence."""
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     shape = (layout.blocks, layout.steps, channels)
     if layout.place is None:
-        return F.pad(x, (0, 0, 0, layout.blocks * layout.steps // batch - length)).reshape(shape)
+        return padded(x, 1, layout.blocks * layout.steps // batch).reshape(shape)
     room = x.new_zeros(layout.blocks * layout.steps, channels)
     return room.index_copy(0, layout.place, x[0]).view(shape)
 
