@@ -77,7 +77,7 @@ def config(folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
             "encoder": {"name": "tokens"},
             "backbone": backbone,
             "mixer": {"name": "mamba", "d_state": 16},
-            "head": {"name": "classification", "pooling": "mean", "scale": (length / 4) ** 0.5},
+            "head": {"name": "classification", "pooling": "mean", "scale": 32.0},
         },
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "warmup_steps": 100, "schedule": "constant"},
         "checkpoint": {"every_n_steps": 50},
@@ -90,13 +90,15 @@ def config(folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
 
 
 def fit(run: Path, start: list[str], options: list[str], seconds: float) -> None:
-    """`mambaseq fit`, begun or gone on with; ended by SIGTERM, with its step saved, after so many seconds."""
+    """`mambaseq fit`, begun or gone on with; ended by SIGTERM, with its step saved, after so many seconds. Raises
+    SystemExit where it fails."""
     begin = ["--resume", str(run)] if (run / "config.yaml").is_file() else [*start, "--out", str(run)]
     command = [sys.executable, "-m", "mambaseq", "fit", *begin, *options]
     print(" ".join(command), flush=True)
     process = subprocess.Popen(command)
     try:
-        process.wait(seconds)
+        if process.wait(seconds):
+            sys.exit(process.returncode)
     except subprocess.TimeoutExpired:
         process.terminate()
         try:
