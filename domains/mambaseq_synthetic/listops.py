@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError, DataError
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from mambaseq.batch import Batch
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.data.module import SequenceData
 from mambaseq.errors import ConfigError
 from mambaseq.limits import check_setting
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq_synthetic.drawing import TEST, VALIDATION, check_sets
 
 BACKGROUND, DASH, DOT = 0, 1, 2

@@ -1,5 +1,5 @@
-"""Byte-pair encoding of long texts, several times faster than by the library alone and with the same ids: most words of
-a text have been met before.
+"""Byte-pair encoding of long texts, many times faster than by the library alone and with the same ids: most words of a
+text have been met before.
 
 Byte counts are those of the library too, but for what it drops at the end of a piece, such as an accent that it joins
 with its letter: that belongs to the token before it, not to the next."""
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -65,15 +66,20 @@ class Words:
     """
 
     def __init__(self, encode: Callable[[str], tuple[np.ndarray, np.ndarray]], dtype: str) -> None:
-        self._encode, self._dtype = encode, dtype
+        from mambaseq_text import word_kernels  # Numba takes longer to import than a tokenizer to read
+
+        self._encode, self._dtype, self._kernels = encode, dtype, word_kernels
         self._lock = threading.Lock()  # a server's requests come on threads of their own
+        self._seed = np.uint64(int.from_bytes(os.urandom(8)))  # nobody can write pieces that all collide
         self._forget()
 
     def _forget(self) -> None:
-        self._places: dict[str, int] = {}
-        self._ids, self._counts = np.zeros(1 << 12, self._dtype), np.zeros(1 << 12, np.uint32)
-        self._starts = np.zeros(1 << 10, np.int64)  # of piece n its ids, and behind the last one the end of all
         self._n = 0
+        self._table, self._hashes = np.full(1 << 11, -1, np.int32), np.zeros(1 << 10, np.uint64)
+        # of piece n its code points and ids, and behind the last one the end of all
+        self._begins, self._starts = np.zeros(1 << 10, np.int64), np.zeros(1 << 10, np.int64)
+        self._points = np.zeros(1 << 12, np.uint32)
+        self._ids, self._counts = np.zeros(1 << 12, np.uint32), np.zeros(1 << 12, np.uint32)
 
     def __call__(self, text: str) -> Encoded:
         """Ids `(length,)` and counts `(length,)` uint32 of a text of any length."""
@@ -82,37 +88,51 @@ class Words:
         while start < len(text):
             end = _border(text, start, start + _BLOCK)
             with self._lock:
-                found.append(self._block(text[start:end]))
+                try:
+                    found.append(self._block(text[start:end]))
+                except BaseException:  # pieces that are known, but not what they are made of
+                    self._forget()
+                    raise
             start = end
         if len(found) == 2:
             return found[1]
         return np.concatenate([ids for ids, _ in found]), np.concatenate([counts for _, counts in found])
 
     def _block(self, text: str) -> Encoded:
-        pieces = _PIECE.findall(text)
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         if self._n > _KEPT:
             self._forget()
-        places = list(map(self._places.get, pieces))
-        kept = self._n
-        if None in places:
-            new = list(dict.fromkeys(piece for piece, place in zip(pieces, places, strict=True) if place is None))
-            new.sort(key=lambda piece: len(piece) > _LONG)
-            kept += sum(len(piece) <= _LONG for piece in new)
-            self._learn(new)
-            places = list(map(self._places.__getitem__, pieces))
-        which = np.array(places, dtype=np.int64)
-        starts = self._starts[which]
-        sizes = self._starts[which + 1] - starts
-        ends = np.cumsum(sizes)
-        among = np.repeat(starts - ends + sizes, sizes) + np.arange(int(ends[-1]))
-        if kept < self._n:
-            for piece in new[kept - self._n :]:
-                del self._places[piece]
-            self._n = kept
-        return self._ids[among], self._counts[among]
+        most = len(points) // 2 + 2  # pieces: all but the first and the last have something white and something else
+        self._make_room(self._n + most, int(self._begins[self._n]) + len(points))
+        numbers, long = np.empty(most, np.int64), np.empty((len(points) // (_LONG + 1) + 1, 2), np.int64)
+        known, count, n_long = self._kernels.cut(
+            *(points, _WHITE, self._seed, _LONG, self._n),
+            *(self._table, self._hashes, self._begins, self._points, numbers, long),
+        )
+        numbers = numbers[:count]
+        if known > self._n or n_long:
+            first = int(self._begins[self._n])
+            pieces = [self._points[first : self._begins[known]], *(points[begin:end] for begin, end in long[:n_long])]
+            lengths = [np.diff(self._begins[self._n : known + 1]), long[:n_long, 1] - long[:n_long, 0]]
+            self._learn(np.concatenate(pieces), np.concatenate(lengths))
+            numbers = np.where(numbers < 0, known - 1 - numbers, numbers)  # what is long, behind what is kept
+        self._n = known
+        size = self._kernels.size_of(numbers, self._starts)
+        ids, counts = np.empty(size, np.uint32), np.empty(size, np.uint32)
+        self._kernels.gather(numbers, self._starts, self._ids, self._counts, ids, counts)
+        return ids.astype(self._dtype, copy=False), counts
 
-    def _learn(self, pieces: list[str]) -> None:
-        ids, counts, sizes = self._encoded(pieces)
+    def _make_room(self, pieces: int, points: int) -> None:
+        """For so many pieces, whose table is at most half full, and so many code points of them."""
+        self._hashes, self._begins = _longer(self._hashes, pieces), _longer(self._begins, pieces + 1)
+        self._points = _longer(self._points, points)
+        if 2 * pieces > len(self._table):
+            self._table = np.full(1 << (2 * pieces - 1).bit_length(), -1, np.int32)
+            self._kernels.place_again(self._table, self._hashes, self._n)
+
+    def _learn(self, points: np.ndarray, lengths: np.ndarray) -> None:
+        """Keep the ids of pieces, which lie end to end, behind those of the first `_n`."""
+        ids, counts, sizes = self._encoded(points, lengths)
         start = int(self._starts[self._n])
         ends = start + np.cumsum(sizes)
         stop = start + len(ids)
@@ -120,30 +140,31 @@ class Words:
         self._starts = _longer(self._starts, self._n + len(sizes) + 1)
         self._ids[start:stop], self._counts[start:stop] = ids, counts
         self._starts[self._n + 1 : self._n + 1 + len(sizes)] = ends
-        self._places.update(zip(pieces, range(self._n, self._n + len(sizes)), strict=True))
-        self._n += len(sizes)
 
-    def _encoded(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encoded(self, points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and counts of pieces end to end, and how many each has. Encoded as one text where what is joined is cut
         again: the library takes longer for many texts than for a long one."""
-        alone = [number for number, one in enumerate(pieces) if not _is_white(one[0]) or _is_white(one[-1])]
-        if alone:
-            kept = set(alone)
-            joined = [number for number in range(len(pieces)) if number not in kept]
-            parts = [self._joined([pieces[number]]) for number in alone]
-            parts += [self._joined([pieces[number] for number in joined])] if joined else []
-            sizes = np.concatenate([size for _, _, size in parts])
-            starts = np.cumsum(sizes) - sizes
-            order = np.argsort(np.array([*alone, *joined]))
-            among = np.concatenate([np.arange(starts[at], starts[at] + sizes[at]) for at in order])
-            ids, counts = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
-            return ids[among], counts[among], sizes[order]
-        return self._joined(pieces)
+        stops = np.cumsum(lengths)
+        alone = ~_white(points[stops - lengths]) | _white(points[stops - 1])
+        if not alone.any():
+            return self._joined(points, lengths)
+        of_alone, of_joined = np.flatnonzero(alone), np.flatnonzero(~alone)
+        parts = [self._joined(points[stops[at] - lengths[at] : stops[at]], lengths[at : at + 1]) for at in of_alone]
+        if len(of_joined):
+            parts.append(self._joined(points[np.repeat(~alone, lengths)], lengths[of_joined]))
+        sizes = np.concatenate([size for _, _, size in parts])
+        order = np.argsort(np.concatenate([of_alone, of_joined]))
+        starts = (np.cumsum(sizes) - sizes)[order]
+        sizes = sizes[order]
+        ends = np.cumsum(sizes)
+        among = np.repeat(starts - ends + sizes, sizes) + np.arange(int(ends[-1]))
+        ids, counts = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
+        return ids[among], counts[among], sizes
 
-    def _joined(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        text, stops = "".join(pieces), np.cumsum([len(one) for one in pieces])
+    def _joined(self, points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        text, stops = points.tobytes().decode("utf-32-le"), np.cumsum(lengths)
         ids, ends = self._encode(text)
-        sizes = np.bincount(np.searchsorted(stops, ends), minlength=len(pieces))
+        sizes = np.bincount(np.searchsorted(stops, ends), minlength=len(stops))
         ends[np.cumsum(sizes) - 1] = stops
         return ids, byte_counts(text, ends), sizes
 
@@ -159,6 +180,14 @@ def _longer(values: np.ndarray, size: int) -> np.ndarray:
 
 def _is_white(letter: str) -> bool:
     return letter.isspace() and letter not in "\x1c\x1d\x1e\x1f"
+
+
+_WHITE = np.array([_is_white(chr(point)) for point in range(0x3001)])  # no letter behind these is white
+
+
+def _white(points: np.ndarray) -> np.ndarray:
+    """Which code points are white."""
+    return _WHITE[np.minimum(points, len(_WHITE) - 2)] & (points < len(_WHITE))
 
 
 def _border(text: str, start: int, near: int) -> int:

@@ -16,9 +16,9 @@ import torch
 from mambaseq import __version__
 from mambaseq.benchmarking.backends import WholeBlock, speeds
 from mambaseq.benchmarking.timing import Attempt, attempt, on
+from mambaseq.compiled import folder_of_numba
 from mambaseq.domain import catalog
 from mambaseq.ops import OPS
-from mambaseq.ops.cpu.kept import folder_of_numba
 from mambaseq.ops.dispatch import PACKAGES, Backend, Op, check, explain
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.resources import cache_dir, why_unsafe

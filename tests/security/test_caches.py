@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from numba.core import caching
 
+from mambaseq import compiled as kept
 from mambaseq import resources
 from mambaseq.benchmarking import diagnosis
 from mambaseq.cli.main import main
 from mambaseq.data import cache
 from mambaseq.data.store import TokenStore
 from mambaseq.errors import ConfigError
-from mambaseq.ops.cpu import kept
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.resources import make_private, why_unsafe
 

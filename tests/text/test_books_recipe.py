@@ -96,6 +96,8 @@ def test_the_mixers_of_today_beside_the_published_order(texts: Texts, tmp_path: 
 def test_pieces_of_several_calls_are_collected_and_what_is_missing_is_told(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (first,) = tables(context(tmp_path, "Mamba-2"), texts, ByteTokenizer)
+    assert first.lines[0].values["minutes"][0] > 0  # of the training itself
     tables(context(tmp_path, "Mamba-2", "speed"), texts, ByteTokenizer)
     (again,) = tables(context(tmp_path, "Mamba-2", seeds=(0, 2)), texts, ByteTokenizer)
     assert again.lines[0].note == ""
@@ -104,7 +106,7 @@ def test_pieces_of_several_calls_are_collected_and_what_is_missing_is_told(
     assert {line.name for line in table.lines} == set(CONTENDERS)
     notes = {line.name: line.note for line in (*table.lines, *mixers.lines)}
     assert notes.pop("Mamba-2") == "missing: seed 1"
-    assert notes == {name: "missing: seeds 0, 1, 2; speed not measured" for name in notes}
+    assert notes == {name: "missing: seeds 0, 1, 2" for name in notes}
     assert set(notes) == {*CONTENDERS, *TODAY} - {"Mamba-2"}
     (mamba2,) = (line for line in table.lines if line.name == "Mamba-2")
     assert len(mamba2.values["bits"]) == 2
@@ -185,6 +187,13 @@ def test_all_bytes_of_a_book_count_once_whatever_the_tokens(texts: Texts, tokeni
         assert tokens.test.carried(model) == pytest.approx(whole, rel=1e-5)
         assert tokens.test.bits(model, 3, 9) != pytest.approx(whole, rel=1e-5)  # in pieces that know only themselves
     assert math.isnan(tokens.test.carried(causal_lm(tokens.vocab_size, 8, 1, "attention")))
+
+
+def test_beginnings_of_books_end_with_a_character() -> None:
+    books = [np.frombuffer(text.encode(), np.uint8) for text in ("aéb", "ab")]
+    cut = Texts(books, books, books).beginnings(2, 3)
+    assert [book.tobytes().decode() for book in cut.train] == ["a", "ab"]
+    assert [book.tobytes().decode() for book in (*cut.validation, *cut.test)] == ["aé", "ab"] * 2
 
 
 def test_a_count_model_by_hand() -> None:

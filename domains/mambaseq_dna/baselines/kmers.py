@@ -7,8 +7,8 @@ import functools
 import numpy as np
 from scipy import sparse
 
+from mambaseq.compiled import kept_njit
 from mambaseq.errors import ConfigError
-from mambaseq.ops.cpu.kept import kept_njit
 from mambaseq_dna.baselines.examples import Examples
 
 LONGEST = 12

@@ -244,6 +244,7 @@ class Shelf:
             "rate": rate,
             "captured": float(run.captured),
             "as_run": run.seconds / 60,
+            "bytes_per_s": run.steps_per_second * of.batch_size * length * tokens.bytes_per_token,
             "parameters": model.n_parameters(),
             "inner": model.n_parameters() - tokens.vocab_size * model.backbone.d_model,
             **{f"at {step}": bits for step, bits in sorted(curve.items())},

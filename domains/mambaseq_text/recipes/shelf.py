@@ -64,6 +64,17 @@ class Texts(NamedTuple):
             found.append([np.frombuffer(b"\n" + file.read_bytes(), dtype=np.uint8) for file in files])
         return cls(*found)
 
+    def beginnings(self, trained: int, held_out: int) -> Texts:
+        """At most so many bytes of each training book, and of each held-out one, up to the end of a character."""
+
+        def cut(book: np.ndarray, most: int) -> np.ndarray:
+            if len(book) <= most:
+                return book
+            return book[: most - int(np.argmax((book[most::-1] & 0xC0) != 0x80))]
+
+        most = trained, held_out, held_out
+        return Texts(*([cut(book, size) for book in books] for books, size in zip(self, most, strict=True)))
+
 
 def unpacked(context: Context) -> Path:
     """The folder of the books that the user has brought."""

@@ -1,1 +1,1 @@
-"""What the CPU kernels share: Numba's code cache, elementary functions, cutting the work, threads."""
+"""What the CPU kernels share: elementary functions, cutting the work, threads."""

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.intrinsics import load, yield_core
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 
 # Between the counters of a kernel, so that no two share a cache line.
 STRIDE = 16

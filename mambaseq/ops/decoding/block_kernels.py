@@ -12,8 +12,8 @@ import math
 import numpy as np
 from numba import carray
 
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.intrinsics import fetch_add, pointer
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.team import STRIDE, wait
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, exp2, sigmoid, softplus
 from mambaseq.ops.decoding.kernels import arrange, conv_channel, multiply, update_channel, widen

@@ -11,8 +11,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.intrinsics import fetch_add, load_pair, prefetch_line
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.team import STRIDE, wait
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, decayed, sigmoid, softplus
 

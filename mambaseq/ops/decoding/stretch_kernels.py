@@ -12,8 +12,8 @@ import math
 import numpy as np
 from numba import carray
 
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.intrinsics import pointer
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, LOG2_E, exp2, sigmoid, softplus
 from mambaseq.ops.decoding.stretch import COMPLEX, CONV, EMBEDS, GATED, GLU, LTI, MAMBA, OUT, SCAN, SWIGLU
 

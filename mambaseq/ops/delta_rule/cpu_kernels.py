@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH
 
 _ZERO = np.float32(0)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.intrinsics import prefetch
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH, LN_2, LOG2_E, copy, decayed, exp2m1, sigmoid, softplus
 
 WIDTH = 64

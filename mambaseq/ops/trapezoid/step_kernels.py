@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from mambaseq.ops.cpu.kept import inner_njit, kept_njit
+from mambaseq.compiled import inner_njit, kept_njit
 from mambaseq.ops.cpu.vector_math import FASTMATH
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
