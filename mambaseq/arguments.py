@@ -55,6 +55,17 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of a model's weights, as options and functions name them."""
+
+
+def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The option --dtype of commands that apply a model."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (float32); 16 bits halve their memory and round answers"
+    )
+
+
 def add_condition(parser: argparse.ArgumentParser, told: str) -> None:
     """The option --condition, in the one form that all commands have; `mambaseq.runs.conditions` reads what it gives, a
     list of words for each time. told: what it is for, for the help."""

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from mambaseq.atomic import atomic_folder
 from mambaseq.checkpoints.adapters import FOLDER, add_adapter, merged, save_adapter
 from mambaseq.checkpoints.card import ModelCard, read_card
+from mambaseq.checkpoints.dtypes import cast_, dtype_of
 from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
@@ -229,15 +230,19 @@ def has_model(path: str | Path) -> bool:
     return True
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: str | None = None) -> LoadedModel:
     """Load a model from a run's folder, from the `model` folder that a run or `save_model` wrote, or from one that
     ships with a package (`mambaseq:data/models/NAME`).
+
+    dtype: of the weights, "float32", "bfloat16" or "float16"; None is float32. States accumulate in float32 in any; so
+    are the weights of systems that do not change with time (S4D, S4, S5, LSSL, H3, Hyena's filters).
 
     If a run has not exported its final weights (it was interrupted, or is still training), its checkpoints are read:
     the best one if there is one, otherwise the last. Files are compared with their checksums in model.json; a model of
     an older version has none and is loaded as it is.
-    Raises UserError if there is no model, it is damaged or its weights do not fit.
+    Raises UserError if there is no model, it is damaged or its weights do not fit; ConfigError for another dtype.
     """
+    asked = dtype_of(dtype)
     folder = model_folder(path)
     card = read_card(folder / "model.json")
     _check_files(folder, card)
@@ -253,6 +258,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         tensors, card = task_weights(checkpoint), dataclasses.replace(card, step=checkpoint["global_step"])
     model = _model(folder / "model.json", card, tensors, source)
     load_weights(model, tensors, source)
+    if asked is not None:
+        cast_(model, asked)
     tokenizer = None
     if card.tokenizer is not None:
         tokenizer = _tokenizer(folder, card.tokenizer)

@@ -8,20 +8,19 @@ from typing import Any
 import torch
 
 from mambaseq.checkpoints.card import ModelCard, check_generation
+from mambaseq.checkpoints.dtypes import dtype_of
 from mambaseq.checkpoints.export import LoadedModel
 from mambaseq.checkpoints.stored import weights_in
 from mambaseq.checkpoints.upstream import load_upstream
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.plain import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files of a published model's tokenizer; the first one is needed."""
 GENERATION = "generation_config.json"
 """The published model's defaults of generation."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOKENIZER, _TEXT = "text/hf", "text/text"
 _LENGTH, _NEW_TOKENS = 2048, 256
@@ -45,9 +44,8 @@ def load_published(
     cannot be read, or does not fit the model's vocabulary.
     """
     folder = Path(folder)
-    if dtype not in (None, "keep", *DTYPES):
-        raise ConfigError(f"dtype must be keep, {', '.join(DTYPES)}, not {shown(dtype)}.")
-    model = load_upstream(folder, keep_dtype=dtype == "keep", dtype=DTYPES.get(dtype or "", torch.float32))
+    asked = dtype_of(dtype, others=("keep",))
+    model = load_upstream(folder, keep_dtype=dtype == "keep", dtype=asked or torch.float32)
     assert model.spec is not None
     rows = model.spec["encoder"]["vocab_size"]
     found = _tokenizer(folder if tokenizer is None else Path(tokenizer), rows, asked=tokenizer is not None)

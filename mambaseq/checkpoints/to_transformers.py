@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mambaseq.atomic import atomic_folder, json_text
+from mambaseq.checkpoints.dtypes import cast_, dtype_of
 from mambaseq.checkpoints.export import LoadedModel
 from mambaseq.checkpoints.forms import no_form
-from mambaseq.checkpoints.published import DTYPES, GENERATION
-from mambaseq.checkpoints.upstream import cast_, described, to_upstream
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.checkpoints.published import GENERATION
+from mambaseq.checkpoints.upstream import described, to_upstream
+from mambaseq.errors import UserError, shown
 
 _SHARD = 5 * 10**9  # bytes of a file of weights, as transformers cuts them
 
@@ -33,15 +34,13 @@ def save_transformers(
     and for a folder that is there and not empty.
     """
     out = Path(out)
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(dtype)}.")
+    asked = dtype_of(dtype)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already, and would be overwritten. Give another --out, or remove it.")
     model = loaded.model
     if loaded.card.task not in (None, "next_token"):
         raise no_form(f"it was trained for {shown(loaded.card.task)}, not to predict the next token")
-    stored = _stored(loaded.source) if dtype is None else {}
-    cast_(model, {name: DTYPES[dtype] if dtype else stored.get(name) for name, _ in model.named_parameters()})  # type: ignore[misc]
+    cast_(model, asked or _stored(loaded.source))
     config, tensors = described(model), to_upstream(model, transformers=True)
     if model.tie_embeddings:
         tensors.pop("lm_head.weight", None)

@@ -352,14 +352,6 @@ def _check_floating(tensors: Mapping[str, Tensor], source: Path) -> None:
             )
 
 
-def cast_(model: SequenceModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Turn parameters into the dtypes under their names, in place; float64 becomes float32, and what has no name here
-    stays. Tied ones stay tied."""
-    for name, parameter in model.named_parameters():
-        if (dtype := dtypes.get(name)) is not None and parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if dtype == torch.float64 else dtype)
-
-
 def config_in(folder: Path) -> Path:
     """The configuration of a published model. Raises UserError if there is none."""
     if not (folder / "config.json").is_file():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import DTYPES, Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.resources import model_folder
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(argv: list[str], command: str) -> int:
@@ -36,7 +34,7 @@ def _import(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--dtype",
-        choices=("keep", *_DTYPES),
+        choices=("keep", *DTYPES),
         default="keep",
         help="of the weights in the run; they are kept as they are by default",
     )
@@ -70,7 +68,7 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, not there yet")
     parser.add_argument("--format", choices=("transformers",), default="transformers", help="whose form")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; otherwise that of the run's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; otherwise that of the run's")
     add_allow_import(parser)
     given = parser.parse_args(argv)
     model_folder(given.checkpoint)  # before anything slow is imported

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import Arguments, add_dtype
 from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, cut
@@ -30,6 +30,7 @@ def run(argv: list[str], command: str) -> int:
         action="store_true",
         help="fit the dataset's baselines to the run's training set as well, and measure them on the same records",
     )
+    add_dtype(parser)
     if command == "test":
         _add_tasks(parser)
     add_allow_import(parser)
@@ -52,7 +53,7 @@ def run(argv: list[str], command: str) -> int:
     with uncollected(for_good=True):
         from mambaseq.runs.evaluation import evaluate
 
-    results = evaluate(folder, command, overrides, baselines=arguments.baselines)
+    results = evaluate(folder, command, overrides, baselines=arguments.baselines, dtype=arguments.dtype)
     print(told(results))
     return 0
 
@@ -100,6 +101,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         folder=arguments.task_folder,
         device=arguments.device,
+        dtype=arguments.dtype,
         batch_size=arguments.batch_size,
     )
     wide = max(map(len, results), default=0)

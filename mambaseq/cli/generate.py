@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mambaseq.arguments import Arguments, add_condition, add_condition_columns
+from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.resources import model_folder
@@ -123,10 +123,11 @@ def run(argv: list[str], command: str) -> int:
         "--repeat",
         metavar="FILE.json",
         help="make the sound again beside which these settings were written; instead of all but --checkpoint, "
-        "--device, --out and --pictures",
+        "--device, --dtype, --out and --pictures",
     )
     parser.add_argument("--writer", help="another writer (`mambaseq list writers`)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    add_dtype(parser)
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
     repeat = given.pop("repeat")
@@ -158,9 +159,9 @@ def run(argv: list[str], command: str) -> int:
     settings = {key: value for key, value in given.items() if value is not None}
     if repeat is not None:
         own = {"samples": 1, "seed": 0}  # what they are if nobody says it
-        stated = {key: value for key, value in settings.items() if key != "device" and own.get(key) != value}
-        check_alone(stated, Path(repeat))
-        settings = {**repeated(Path(repeat), checkpoint), **({"device": given["device"]} if given["device"] else {})}
+        place = {key: settings.pop(key) for key in ("device", "dtype") if key in settings}
+        check_alone({key: value for key, value in settings.items() if own.get(key) != value}, Path(repeat))
+        settings = {**repeated(Path(repeat), checkpoint), **place}
         checkpoint = settings.pop("checkpoint")
     try:
         generated = generate_to(checkpoint, out, progress=True, pictures=pictures, **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mambaseq.arguments import Arguments, add_condition, add_condition_columns, parse_inputs
+from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype, parse_inputs
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.resources import model_folder
@@ -86,6 +86,7 @@ def run(argv: list[str], command: str) -> int:
         help="windows that are read together; more if they are short, fewer if long on a CPU (default 16)",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    add_dtype(parser)
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out files and records that cannot be used, and say which"
     )
@@ -115,6 +116,7 @@ def run(argv: list[str], command: str) -> int:
         columns=arguments.column,
         batch_size=arguments.batch_size,
         device=arguments.device,
+        dtype=arguments.dtype,
         skip_bad=arguments.skip_bad,
     )
     report(found, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.arguments import Arguments
+from mambaseq.arguments import Arguments, add_dtype
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.resources import model_folder
@@ -39,7 +39,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--cache-mb", type=int, default=1024, help="MiB of states of prompts that are kept (1024)")
     parser.add_argument("--drain", type=int, default=30, metavar="SECONDS", help="for answers after SIGTERM (30)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
+    add_dtype(parser)
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))
     model_folder(given["checkpoint"])  # before anything slow is imported

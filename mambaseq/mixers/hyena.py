@@ -61,6 +61,7 @@ class ImplicitFilter(nn.Module):
         begins at these values. There are none for further lags, where the filters are 0.
     """
 
+    stays_float32 = True
     has_weight_decay = False  # of the features
 
     def __init__(

@@ -24,6 +24,8 @@ class FullSSM(nn.Module):
     Abar = (1 - alpha dt A)^-1 (1 + (1 - alpha) dt A)      Bbar = (1 - alpha dt A)^-1 dt B          (eq. 3)
     """
 
+    stays_float32 = True
+
     def __init__(
         self,
         channels: int,

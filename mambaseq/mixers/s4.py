@@ -63,6 +63,8 @@ class DPLRSSM(nn.Module):
     """A bank of single-input single-output systems, one a channel, `n_ssm` of them with a diagonal, P and B of their
     own; see `S4`."""
 
+    stays_float32 = True
+
     def __init__(self, channels: int, d_state: int, n_ssm: int, dt_min: float, dt_max: float, mode: Mode) -> None:
         super().__init__()
         self.channels, self.d_state, self.n_ssm, self.mode = channels, d_state, n_ssm, mode

@@ -58,6 +58,8 @@ class DiagonalSSM(nn.Module):
     The real part of A is -exp(A_log_real), so the systems stay stable.
     """
 
+    stays_float32 = True
+
     def __init__(
         self,
         channels: int,

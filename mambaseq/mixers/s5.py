@@ -19,6 +19,8 @@ from mambaseq.ops.dtypes import without_autocast, working_dtype
 class DiagonalMIMO(nn.Module):
     """h' = diag(A) h + B x, y = 2 Re(C h) + D x by zero-order hold, each state with its own step size; see `S5`."""
 
+    stays_float32 = True
+
     def __init__(self, channels: int, d_state: int, blocks: int, dt_min: float, dt_max: float) -> None:
         super().__init__()
         self.channels, self.d_state = channels, d_state

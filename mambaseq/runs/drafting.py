@@ -28,11 +28,17 @@ def check_draft_tokens(draft: object, tokens: int | None) -> None:
 
 
 def drafted(
-    loaded: LoadedModel, draft: str | Path, tokens: int | None, conditioned: bool, place: torch.device
+    loaded: LoadedModel,
+    draft: str | Path,
+    tokens: int | None,
+    conditioned: bool,
+    place: torch.device,
+    dtype: str | None = None,
 ) -> Speculation:
     """How tokens are guessed for a model.
 
     draft: "ngram", or the folder of a run or of an exported model. conditioned: whether there is a condition.
+    place, dtype: of its weights.
     Raises UserError for a draft that cannot be loaded, has another tokenizer, or does not know the condition.
     """
     if str(draft) == NGRAM:
@@ -42,7 +48,7 @@ def drafted(
             f"--draft {shown(str(draft), 300)} is no model: there is no model.json and no model/model.json."
             f"{did_you_mean(str(draft), [NGRAM])} Give {NGRAM}, or the folder of a run."
         )
-    other = load_model(draft, place)
+    other = load_model(draft, place, dtype)
     if loaded.tokenizer is None or other.tokenizer is None or not _equal(loaded.tokenizer, other.tokenizer):
         raise ConfigError(
             f"The draft at {draft} has another tokenizer than the model at {loaded.source.parent}, so its tokens mean "

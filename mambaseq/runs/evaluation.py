@@ -27,13 +27,20 @@ _STAGES = {"validate": "val", "test": "test"}
 
 
 def evaluate(
-    folder: RunFolder, command: str, overrides: list[str], *, progress: bool = True, baselines: bool = False
+    folder: RunFolder,
+    command: str,
+    overrides: list[str],
+    *,
+    progress: bool = True,
+    baselines: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of the run's exported weights on its "validate" or "test" set; merged into results.json.
 
     Models that label or value get intervals as well: `test/intervals` has the middle 95% of each metric over draws of
     the set's sequences. baselines: fit the dataset's baselines to the training set and measure them on the same
-    records; `test/baselines` has a row for each, and a verdict.
+    records; `test/baselines` has a row for each, and a verdict. dtype: of the weights (see `load_model`); one that is
+    given is noted beside the results, as `test/dtype`.
     Raises UserError when there is no such set, run or model, when the overrides ask for another model, or when there is
     nothing to compare baselines by.
     """
@@ -45,7 +52,7 @@ def evaluate(
             "or train another model with `mambaseq fit`."
         )
     with quiet():
-        return _evaluate(settings, folder, command, progress, baselines)
+        return _evaluate(settings, folder, command, progress, baselines, dtype)
 
 
 def _check_vocabulary(data: SequenceData, loaded: LoadedModel) -> None:
@@ -68,11 +75,13 @@ def _check_vocabulary(data: SequenceData, loaded: LoadedModel) -> None:
             )
 
 
-def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bool, baselines: bool) -> dict[str, Any]:
+def _evaluate(
+    settings: RunConfig, folder: RunFolder, command: str, progress: bool, baselines: bool, dtype: str | None
+) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder.check_place(begins=False)
     before = _identities(folder)  # of every file that may be loaded, before one is
-    loaded = load_model(folder.path)
+    loaded = load_model(folder.path, dtype=dtype)
     data = settings.make_data(setup=True)
     _check_vocabulary(data, loaded)
     sets = named_sets(data.validation() if command == "validate" else data.test())
@@ -80,7 +89,7 @@ def _evaluate(settings: RunConfig, folder: RunFolder, command: str, progress: bo
         raise UserError(
             f"The dataset {shown(settings.settings['data']['name'])} has no {command} set; nothing was evaluated."
         )
-    notes = _notes(settings, folder, data, command)
+    notes = _notes(settings, folder, data, command) | {f"{_STAGES[command]}/dtype": dtype}
     metrics, keeps = settings.make_metrics(data), keeps_answers(loaded.model)
     main = main_metric(settings, metrics)
     if baselines and not (keeps and main):

@@ -114,12 +114,13 @@ def generate_from(checkpoint: str | Path, *, prompt: str | Sequence[str] | None 
         `mambaseq.runs.conditions.Conditions`), samples, max_new_tokens, temperature, top_k, top_p, min_p,
         repetition_penalty, presence_penalty, stop (texts: each result ends before the first that is generated), beams
         and length_penalty (see `mambaseq.generation.beams`; the best are kept, nothing is drawn),
-        seed, guidance, writer (by which they are to be written; checked first), device, progress; record
-        (the number of the only record of the prompt's file that is continued, from 0) and first_sample (the number of
-        the first sample); save_state (a file for the state after the prompt), from_state (such a file, which the prompt
-        goes on from; the results hold what was read before, too); draft ("ngram", or the folder of a run with a smaller
-        model and the same tokenizer: tokens are guessed and checked several at once, one sequence after the other, and
-        are what they would be without) and draft_tokens (guesses at once, at most).
+        seed, guidance, writer (by which they are to be written; checked first), device, dtype (of the weights: see
+        `mambaseq.checkpoints.load_model`), progress; record (the number of the only record of the prompt's file that is
+        continued, from 0) and first_sample (the number of the first sample); save_state (a file for the state after the
+        prompt), from_state (such a file, which the prompt goes on from; the results hold what was read before, too);
+        draft ("ngram", or the folder of a run with a smaller model and the same tokenizer: tokens are guessed and
+        checked several at once, one sequence after the other, and are what they would be without) and draft_tokens
+        (guesses at once, at most).
     Raises UserError when the run cannot generate, or a setting, the prompt or the condition cannot be used.
     """
     return _collected(planned(checkpoint, prompt=prompt, **checked_options(options)))

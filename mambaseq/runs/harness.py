@@ -33,7 +33,7 @@ class Harness(TemplateLM):
     log-likelihoods give every token all that precedes it, where others cut windows.
 
     checkpoint: the folder of a run, or of an exported model. device: the GPU if there is one, when left out.
-    batch_size: prompts that are continued together; scores are batched by their lengths.
+    batch_size: prompts that are continued together; scores are batched by their lengths. dtype: see `load_model`.
     Raises ConfigError for a model without a tokenizer of text, or that is no causal language model.
     """
 
@@ -43,9 +43,10 @@ class Harness(TemplateLM):
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
-        self.loaded = load_model(checkpoint, choose_device(device))
+        self.loaded = load_model(checkpoint, choose_device(device), dtype)
         self._device = next(self.loaded.model.parameters()).device
         tokenizer = self.loaded.tokenizer
         if tokenizer is None or not isinstance(tokenizer.decode(np.zeros(0, dtype=np.int64)), str):

@@ -20,6 +20,7 @@ def evaluate_tasks(
     folder: str | Path | None = None,
     device: str | None = None,
     batch_size: int | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on tasks of lm-eval.
 
@@ -61,7 +62,7 @@ def evaluate_tasks(
             f"lm-eval has no task {cut_list(map(shown, missing))}.{near} `lm-eval ls tasks` lists them; tasks of your "
             "own are found in the folder --task-folder."
         )
-    model = Harness(checkpoint, device, batch_size)
+    model = Harness(checkpoint, device, batch_size, dtype=dtype)
     try:
         found = simple_evaluate(
             model,

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     """What is to be generated.
 
     checkpoint, prompt: as they were given. new: tokens of each result. hidden: positions at the beginning that are no
-    part of the result. writer: its name.
+    part of the result. writer: its name. dtype: of the weights.
     """
 
     checkpoint: Path
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     prompt: str | None
     hidden: int
     writer: str | None
+    dtype: str
 
 
 def planned(
@@ -84,6 +85,7 @@ def planned(
     writer: str | None = None,
     writes: bool = False,
     device: str | None = None,
+    dtype: str | None = None,
     progress: bool = False,
     record: int | None = None,
     first_sample: int = 0,
@@ -121,7 +123,7 @@ def planned(
     _check_search(beams, length_penalty, drawn, first_sample + samples)
     several, prompt = _texts_given(prompt, prompt_text, prompts, prompts_key)
     place = choose_device(device)
-    loaded = load_model(checkpoint, place)
+    loaded = load_model(checkpoint, place, dtype)
     if again is not None:
         again.check_model(loaded)
     card = loaded.card
@@ -203,7 +205,7 @@ def planned(
             check_one_pick(loaded.model, PENALTIES)
         if draft is not None:
             conditioned = any(under is not None for one in found for under in one.conditions)
-            speculation = drafted(loaded, draft, draft_tokens, conditioned, place)
+            speculation = drafted(loaded, draft, draft_tokens, conditioned, place, dtype)
             given_too = any(one.given is not None for one in found)
             speculation.check(loaded.model, 1, conditioned, given=given_too)
             settings["draft"] = speculation
@@ -219,6 +221,7 @@ def planned(
         prompt,
         hidden,
         writer or card.writer,
+        dtype or "float32",
     )
 
 

@@ -75,6 +75,7 @@ def predict(
     columns: Sequence[str] = (),
     batch_size: int = 16,
     device: str | None = None,
+    dtype: str | None = None,
     skip_bad: bool = False,
 ) -> Predictions:
     """Write predictions for every record of the inputs.
@@ -96,6 +97,7 @@ def predict(
     columns: those to write, by name; () for all.
     batch_size: windows read together; of shorter windows, as many as make the same number of tokens;
         on a CPU no more than 2^15 tokens.
+    dtype: of the weights: see `mambaseq.checkpoints.load_model`.
     skip_bad: continue after a file that cannot be read and after a record whose prediction is not finite.
 
     Raises UserError for a run, setting, file or record that cannot be used. Rows finished before are kept at
@@ -112,7 +114,7 @@ def predict(
     if what != "embeddings" and (pool != "mean" or layer is not None):
         raise ConfigError("--pool and --layer are for --what embeddings.")
     place = choose_device(device)
-    loaded = load_model(checkpoint, place)
+    loaded = load_model(checkpoint, place, dtype)
     own = reader or loaded.card.reader
     there = {} if own is None else {str(file): columns_of(catalog()["readers"].get(own), file) for file in files}
     conditions = Conditions(loaded, condition, condition_column, condition_table, there)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from mambaseq.arguments import DTYPES
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.conditions import told
 from mambaseq.domain import catalog
@@ -93,6 +94,7 @@ def repeated(path: Path, checkpoint: str | Path | None) -> dict[str, Any]:
         "exactly": [ids],
         "first_sample": found["sample"],
         **{key: found[key] for key in ("seed", "guidance", "max_new_tokens", "writer")},
+        "dtype": found.get("dtype"),
         **drawn,
     }
     if prompt is not None and "text" in prompt:
@@ -123,6 +125,10 @@ def _whole(least: int, most: int) -> Callable[[Any], str]:
         return "" if whole else f"it is a whole number from {least:,} to {most:,}"
 
     return wrong
+
+
+def _one_of(known: Sequence[str]) -> Callable[[Any], str]:
+    return lambda value: "" if value in known else f"it is {', '.join(known)}"
 
 
 def _number(value: Any) -> str:
@@ -180,6 +186,7 @@ _KINDS: dict[str, Callable[[Any], str]] = {
     "writer": _or_null(_text),
     "writer_options": _object,
     "device": _text,
+    "dtype": _one_of(DTYPES),
     "real_time": _or_null(_number),
 }
 _TEXT: dict[str, Callable[[Any], str]] = {"text": _text}
@@ -191,7 +198,7 @@ _FILE: dict[str, Callable[[Any], str]] = {
     "source": _text,
     "source_sha256": _digest,
 }
-_NOT_ALWAYS = (*LATER, "name", "source")
+_NOT_ALWAYS = (*LATER, "name", "source", "dtype")
 
 
 def _check_kinds(path: Path, under: str, found: dict[str, Any], kinds: Mapping[str, Callable[[Any], str]]) -> None:

@@ -38,7 +38,7 @@ class Run:
         self.folder = RunFolder(path)
         if not (self.path / "model.json").is_file():
             self.folder.require()
-        self._loaded: dict[str | None, tuple[tuple[int, int], LoadedModel]] = {}
+        self._loaded: dict[tuple[str | None, str | None], tuple[tuple[int, int], LoadedModel]] = {}
 
     @property
     def path(self) -> Path:
@@ -76,6 +76,7 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
         baselines: bool = False,
+        dtype: str | None = None,
         **keys: Any,
     ) -> dict[str, Any]:
         """Metrics of the exported weights, which are also merged into `results`. See `mambaseq.runs.evaluation` for
@@ -87,18 +88,20 @@ class Run:
             raise ConfigError(f"split must be 'validation' or 'test', not {shown(split)}.")
         overrides = as_overrides(str(self.folder.require().config), settings, keys)
         command = "validate" if split == "validation" else "test"
-        return evaluate(self.folder, command, overrides, progress=progress, baselines=baselines)
+        return evaluate(self.folder, command, overrides, progress=progress, baselines=baselines, dtype=dtype)
 
-    def model(self, device: str | None = None) -> LoadedModel:
-        """The exported model, its description and its tokenizer; kept until the run exports another one."""
+    def model(self, device: str | None = None, dtype: str | None = None) -> LoadedModel:
+        """The exported model, its description and its tokenizer; kept until the run exports another one. dtype: of the
+        weights, see `load_model`."""
         from mambaseq.runs.devices import choose_device
 
         own = self.path / "model.json"
         status = (own if own.is_file() else self.folder.model / "model.json").stat()
         stamp = (status.st_mtime_ns, status.st_ino)
-        if device not in self._loaded or self._loaded[device][0] != stamp:
-            self._loaded[device] = stamp, load_model(self.path, choose_device(device))
-        return self._loaded[device][1]
+        key = device, dtype
+        if key not in self._loaded or self._loaded[key][0] != stamp:
+            self._loaded[key] = stamp, load_model(self.path, choose_device(device), dtype)
+        return self._loaded[key][1]
 
     def predict(self, *inputs: str | Path, out: str | Path | None = None, **options: Any) -> pandas.DataFrame | None:
         """Predictions for every record of files that the run's reader understands.

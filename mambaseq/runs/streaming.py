@@ -285,5 +285,6 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
         "writer": plan.writer,
         "writer_options": result.options,
         "device": plan.place.type,
+        "dtype": plan.dtype,
         "real_time": round(progress.real_time, 3) or None,  # not known of a single piece
     }

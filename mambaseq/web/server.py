@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.checkpoints import load_model
-from mambaseq.checkpoints.published import DTYPES
-from mambaseq.checkpoints.upstream import cast_
 from mambaseq.errors import ConfigError, paragraph
 from mambaseq.limits import check_whole
 from mambaseq.runs.devices import choose_device, memory_told
@@ -72,10 +70,8 @@ def serve(
         )
     cache = PrefixCache(cache_every, cache_mb * 2**20) if cache_mb else None
     with memory_told("--slots"):
-        loaded = load_model(checkpoint, choose_device(device))
+        loaded = load_model(checkpoint, choose_device(device), dtype)
         check_serves(loaded)
-        if dtype is not None:
-            cast_(loaded.model, {parameter: DTYPES[dtype] for parameter, _ in loaded.model.named_parameters()})
         engine = Engine(loaded.model, slots=slots, queue=queue, part=part, longest=longest, cache=cache)
     service = Service(name or Path(checkpoint).resolve().name, loaded, engine)
     if service.damaged:
