@@ -20,7 +20,7 @@ PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Tr
 HALF = [torch.bfloat16, torch.float16]
 # by case, how much more than twice an output's rounding is let pass: without a decay it goes on from position to
 # position; where all decays but a few are 0, what is left of the gradient of g is the rounding of its terms
-SLACK = {"no decay, no state": 3, "strong decay": 4}
+SLACK = {"no decay, no state": 3, "strong decay": 4, "channels, strong and none at all": 4}
 
 
 def as_dtype(made: DeltaArguments, dtype: torch.dtype) -> DeltaArguments:
@@ -28,7 +28,15 @@ def as_dtype(made: DeltaArguments, dtype: torch.dtype) -> DeltaArguments:
 
 
 def sized(
-    label: str, batch: int, length: int, heads: int, d_key: int, d_value: int, *bounds: int, key_heads: int = 0
+    label: str,
+    batch: int,
+    length: int,
+    heads: int,
+    d_key: int,
+    d_value: int,
+    *bounds: int,
+    key_heads: int = 0,
+    channels: bool = False,
 ) -> DeltaArguments:
     """As models have them: queries and keys of length 1, slow and fast decays."""
     draw = Draw(label)
@@ -38,7 +46,7 @@ def sized(
         q=q,
         k=k,
         v=draw.normal(batch, length, heads, d_value),
-        g=-draw.uniform(0, 0.2, batch, length, heads),
+        g=-draw.uniform(0, 0.2, batch, length, heads, *([d_key] if channels else [])),
         beta=draw.uniform(0, 1, batch, length, heads),
         initial_state=draw.normal(len(bounds) - 1 if bounds else batch, heads, d_value, d_key),
     )
@@ -73,6 +81,13 @@ def test_kernels_in_full_precision() -> None:
     made = forgetful(drawn("full", 1, 50, rate=30.0))
     assert_near(made, torch.float32, PLACE)
     assert_near(made._replace(beta=None), torch.float32, PLACE)
+
+
+def test_kernels_with_a_decay_a_channel() -> None:
+    """Forgetting all and nothing; padding of a chunk, and a second one."""
+    made = forgetful(drawn("channels", 1, 66, channels=True, key_heads=1))
+    one_head = made._replace(**{name: getattr(made, name)[:, :, :1] for name in ("v", "g", "beta")})
+    assert_near(one_head._replace(initial_state=None, reverse=True), torch.bfloat16, PLACE)
 
 
 def test_kernels_compile_in_one_graph() -> None:
@@ -119,6 +134,7 @@ SIZED: dict[str, Callable[[], DeltaArguments]] = {
     "128 x 128, packed, reverse": lambda: sized("b", 1, 700, 2, 128, 128, 0, 0, 1, 65, 300, 300, 700)._replace(
         reverse=True
     ),
+    "128 x 128, channels": lambda: sized("d", 2, 300, 2, 128, 128, channels=True),
     "64 x 128, keys shared": lambda: sized("c", 1, 500, 4, 64, 128, key_heads=2),
 }
 
@@ -138,8 +154,9 @@ def test_kernels_of_every_length(length: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(16, 16), (16, 64), (32, 32), (64, 64), (80, 48), (128, 256), (192, 96), (256, 64)])
-def test_kernels_of_every_size(size: tuple[int, int]) -> None:
-    assert_near(sized("size", 2, 200, 2, *size), torch.bfloat16, device_or_skip("cuda"))
+@pytest.mark.parametrize("channels", [False, True])
+def test_kernels_of_every_size(channels: bool, size: tuple[int, int]) -> None:
+    assert_near(sized("size", 2, 200, 2, *size, channels=channels), torch.bfloat16, device_or_skip("cuda"))
 
 
 @pytest.mark.gpu

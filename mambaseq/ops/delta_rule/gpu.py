@@ -55,18 +55,24 @@ class Plan(NamedTuple):
     output: Shape
     walk_back: Shape
     gradients: Shape
+    of_channels: Shape
 
 
-def plan(d_key: int, dtype: torch.dtype) -> Plan:
+def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
     """What suits these sizes; in full precision and float16 twice as much is kept."""
     wide = 1 if dtype == torch.bfloat16 else 2
-    warps = 4 if d_key <= 128 else 8
+    whole = d_key <= 128 and d_value > 64 and wide == 1  # all rows of a state, one program a processor
+    walk = Shape(4 if d_key <= 128 else 8, 3 if d_key <= 128 and wide == 1 else 2, 64 // wide)
+    walk_back = Shape(8, 2 if channels else 3, 128) if whole else walk._replace(stages=2 // wide)
+    if channels:
+        walk = Shape(8, 3, 128) if whole else walk._replace(stages=2)
     return Plan(
-        pairs=Shape(4, 1, 0, 128 // wide),
-        walk=Shape(warps, 2, 64 // wide),
+        pairs=Shape(8, 1, 0, 64) if channels else Shape(4, 1, 0, 128 // wide),
+        walk=walk,
         output=Shape(4, 1, 128 // wide, 128),
-        walk_back=Shape(warps, 2 // wide, 64 // wide),
+        walk_back=walk_back,
         gradients=Shape(8, 1, 64 // wide, 128 // wide),
+        of_channels=Shape(8, 1, 64 // wide, 64 // wide),
     )
 
 
@@ -82,13 +88,11 @@ def why_not(arguments: DeltaArguments) -> str | None:
 
 def why_not_these(arguments: DeltaArguments) -> str | None:
     """The same of shapes and of what is not v."""
-    v, k, g = arguments.v, arguments.k, arguments.g
+    v, k = arguments.v, arguments.k
     for name in ("q", "k", "g", "beta", "initial_state"):
         value = getattr(arguments, name)
         if value is not None and value.dtype == torch.float64:
             return f"{name} is float64, the kernels compute in float32"
-    if g is not None and g.ndim == 4:
-        return "g has a decay a channel, the kernels take one a head"
     if v.numel() == 0 or k.numel() == 0:
         return "k or v is empty"
     if k.shape[3] > _MOST:
@@ -103,7 +107,8 @@ class _Call:
 
     def __init__(self, a: Given) -> None:
         self.kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_kernels")
-        self.given, self.plan = a, plan(a.k.shape[3], a.v.dtype)
+        self.channels = a.g is not None and a.g.ndim == 4
+        self.given, self.plan = a, plan(a.k.shape[3], a.v.shape[3], a.v.dtype, self.channels)
         self.batch, self.length, self.heads, self.d_value = a.v.shape
         self.d_key = a.k.shape[3]
         self.heads_of_key = self.heads // a.k.shape[2]
@@ -119,16 +124,35 @@ class _Call:
         self.chunks = self.batch * self.chunks_of_row
         self.place = (self.chunks, self.chunks_of_row, self.length)
         self.sizes = {"P": self.d_value, "N": self.d_key, "SIZE": _SIZE, "REVERSE": a.reverse}
-        self.total = self.empty(_SIZE, dtype=torch.float64)
         self.scores = self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
         self.inverse = None if a.beta is None else self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
+        self.of_pairs = (self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3])
+        g = None if a.g is None else dual._rows(a.g) if self.channels else a.g
+        self.rates = (*_strided(g), *_strided(a.beta))
         tl: Any = importlib.import_module("triton.language")
-        shape = self.plan.pairs
-        self.kernels.pairs[(self.chunks, self.heads)](
-            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], *_strided(a.g), *_strided(a.beta),
-            self.table, *self.place, self.total, self.scores, self.inverse, self.heads, self.heads_of_key,
-            N=self.d_key, BLOCK_N=min(dual._block(self.d_key), shape.columns), SIZE=_SIZE, REVERSE=a.reverse,
-            OPERAND=getattr(tl, str(a.v.dtype).removeprefix("torch.")), num_warps=shape.warps, num_stages=shape.stages,
+        shape, dtype = self.plan.pairs, a.v.dtype
+        common = {"N": self.d_key, "BLOCK_N": min(dual._block(self.d_key), shape.columns), "SIZE": _SIZE,
+                  "REVERSE": a.reverse, "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
+                  "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
+                  "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
+        # what the walks read: as it was given, or as it is at the ends of a chunk
+        self.up = None
+        self.down_q, self.down_k = self.of_pairs[:4], self.of_pairs[4:]
+        grid = (self.chunks, self.heads)
+        if not self.channels:
+            self.total = self.empty(_SIZE, dtype=torch.float64)
+            self.kernels.pairs[grid](
+                *self.of_pairs, *self.rates, self.table, *self.place, self.total, self.scores, self.inverse,
+                self.heads, self.heads_of_key, **common,
+            )  # fmt: skip
+            return
+        self.total = self.empty(self.d_key, dtype=torch.float32)
+        q_down, k_down, self.up = (self.empty(_SIZE, self.d_key, dtype=dtype) for _ in range(3))
+        self.down_q, self.down_k = (q_down, 0, 0, 0), (k_down, 0, 0, 0)
+        kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_channels")
+        kernels.pairs_of_channels[grid](
+            *self.of_pairs, *self.rates, self.table, *self.place, self.total, self.scores, self.inverse,
+            q_down, k_down, self.up, self.heads, self.heads_of_key, **common,
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -151,7 +175,7 @@ class _Call:
         written = self.empty(self.d_value, _SIZE, dtype=self.kept_dtype)
         initial, blocks = self.given.initial_state, self.blocks(self.plan.walk)
         self.kernels.walk[(self.n_sequences * self.heads * -(-self.d_value // blocks["BLOCK_P"]),)](
-            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], *_strided(self.given.beta),
+            *self.down_k, self.up, self.v, *self.v.stride()[:3], *self.rates[4:],
             self.total, self.inverse, self.table, self.bounds, self.n_sequences, *self.place,
             None if initial is None else initial.contiguous(), end, states, written, self.heads, self.heads_of_key,
             **blocks,
@@ -161,7 +185,7 @@ class _Call:
 
 def _strided(value: Tensor | None) -> tuple[Any, ...]:
     """g or beta, and its strides."""
-    return (None, 0, 0, 0) if value is None else (value, *value.stride())
+    return (None, 0, 0, 0) if value is None else (value, *value.stride()[:3])
 
 
 def _bounds(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -179,8 +203,8 @@ def forward_into(a: Given) -> tuple[Tensor, Tensor | None]:
         y = torch.empty(a.v.shape, dtype=a.v.dtype, device=a.v.device)
         blocks = call.blocks(call.plan.output)
         call.kernels.output[(call.chunks, call.heads, -(-call.d_value // blocks["BLOCK_P"]))](
-            call.q, *call.q.stride()[:3], call.total, call.scores, states, written, call.table, *call.place, y,
-            call.heads, call.heads_of_key, **blocks,
+            *call.down_q, call.total, call.scores, states, written, call.table, *call.place, y,
+            call.heads, call.heads_of_key, CHANNELS=call.channels, **blocks,
         )  # fmt: skip
         return y, final
 
@@ -198,14 +222,14 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
         left, errors = torch.empty_like(states), torch.empty_like(written)
         dinitial = None if a.initial_state is None else call.ends()
         blocks = call.blocks(call.plan.walk_back)
-        of_pairs = (call.q, *call.q.stride()[:3], call.k, *call.k.stride()[:3])
         kernels.walk_back[(call.n_sequences * call.heads * -(-call.d_value // blocks["BLOCK_P"]),)](
-            *of_pairs, dy, *dy.stride()[:3], *_strided(a.beta), call.total, call.scores, call.inverse,
+            *call.down_q, *call.down_k, call.up, dy, *dy.stride()[:3], *call.rates[4:],
+            call.total, call.scores, call.inverse,
             call.table, call.bounds, call.n_sequences, *call.place, None if dfinal is None else dfinal.contiguous(),
             dinitial, left, errors, call.heads, call.heads_of_key, **blocks,
         )  # fmt: skip
 
-        blocks = call.blocks(call.plan.gradients)
+        blocks = call.blocks(call.plan.of_channels if call.channels else call.plan.gradients)
         n = -(-call.d_key // blocks["BLOCK_N"])
         dv = torch.empty(a.v.shape, dtype=a.v.dtype, device=a.v.device)
         # of each head of values (batch, length, heads, d_key)
@@ -214,30 +238,43 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
             torch.empty(shape, dtype=torch.float32 if call.heads_of_key > 1 else value.dtype, device=dv.device)
             for value in (a.q, a.k)
         )
-        # of each block of d_key (blocks, batch, length, heads)
-        dg, dbeta = (
-            None
-            if value is None
-            else torch.empty(n, *value.shape, dtype=value.dtype if n == 1 else torch.float32, device=dv.device)
-            for value in (a.g, a.beta)
-        )
-        kernels.gradients[(call.chunks, call.heads, n)](
-            *of_pairs, call.v, *call.v.stride()[:3], dy, *dy.stride()[:3], *_strided(a.beta), call.total, states, left,
-            written, errors, call.table, *call.place, dq, dk, dv, dg, dbeta, call.batch * call.length * call.heads,
-            call.heads, call.heads_of_key, **blocks,
-        )  # fmt: skip
+
+        def of_blocks(value: Tensor | None) -> Tensor | None:
+            """Room for the gradients of g or beta, of each block of d_key (blocks, batch, length, heads)."""
+            if value is None:
+                return None
+            dtype = value.dtype if n == 1 else torch.float32
+            return torch.empty(n, *value.shape, dtype=dtype, device=dv.device)
+
+        dbeta = of_blocks(a.beta)
+        tensors = (*call.of_pairs, call.v, *call.v.stride()[:3], dy, *dy.stride()[:3])
+        after = (dbeta, call.batch * call.length * call.heads, call.heads, call.heads_of_key)
+        kept = (call.total, states, left, written, errors, call.table, *call.place, dq, dk, dv)
+        grid = (call.chunks, call.heads, n)
+        if call.channels:
+            assert a.g is not None
+            kernels = importlib.import_module("mambaseq.ops.delta_rule.triton_channels")
+            dg: Tensor | None = torch.empty(a.g.shape, dtype=a.g.dtype, device=dv.device)
+            kernels.gradients_of_channels[grid](*tensors, *call.rates, *kept, dg, *after, **blocks)
+        else:
+            dg = of_blocks(a.g)
+            kernels.gradients[grid](*tensors, *call.rates[4:], *kept, dg, *after, **blocks)
+            dg = _over_blocks(dg, a.g)
     if call.heads_of_key > 1:  # those that a head of keys serves are side by side
         dq, dk = (
             found.unflatten(2, (-1, call.heads_of_key)).sum(3).to(value.dtype)
             for found, value in ((dq, a.q), (dk, a.k))
         )
-    dg, dbeta = (
-        None if value is None or found is None else found.squeeze(0) if n == 1 else found.sum(0).to(value.dtype)
-        for found, value in ((dg, a.g), (dbeta, a.beta))
-    )
     if dinitial is not None and a.initial_state is not None:
         dinitial = dinitial.to(a.initial_state.dtype)
-    return dv, dq, dk, dg, dbeta, dinitial
+    return dv, dq, dk, dg, _over_blocks(dbeta, a.beta), dinitial
+
+
+def _over_blocks(found: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """The sum of a gradient's parts (blocks, batch, length, heads), in the dtype of the value."""
+    if found is None or value is None:
+        return None
+    return found.squeeze(0) if found.shape[0] == 1 else found.sum(0).to(value.dtype)
 
 
 def _fake(a: Given) -> tuple[Tensor, Tensor | None]:

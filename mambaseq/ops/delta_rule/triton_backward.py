@@ -14,20 +14,31 @@ not reach over it is added and taken away again.
 import triton
 import triton.language as tl
 
-from mambaseq.ops.delta_rule.triton_kernels import _CHANGING, _added, _as, _columns, _decay, _dot, _kept, _rows, _span
+from mambaseq.ops.delta_rule.triton_kernels import (
+    _CHANGING,
+    _added,
+    _as,
+    _columns,
+    _decay,
+    _dot,
+    _kept,
+    _made,
+    _rows,
+    _span,
+)
 from mambaseq.ops.ssd.triton_kernels import _chunk, _narrow, _row
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def walk_back(
-    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, dy, dy_batch, dy_row, dy_head,
+    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, up, dy, dy_batch, dy_row, dy_head,
     beta, b_batch, b_row, b_head, total, scores, inverse, table, bounds, sequences, chunks, chunks_of_row, length,
     start, end, left, errors, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """dS' of each chunk (`left`), and Z as (chunks, heads, d_value, SIZE) (`errors`); see `walk`. `start` and `end` are
-    the gradients of the final and of the initial states."""
+    the gradients of the final and of the initial states. With a decay a channel q is Q↓ there."""
     OPERAND: tl.constexpr = dy.dtype.element_ty
     tile = tl.program_id(0)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -51,31 +62,45 @@ def walk_back(
         batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
         here = i < count
         which = c.to(tl.int64) * heads + h
-        qs = _rows(_row(q, q_batch, q_row, batch, first) + group * q_head, row, q_row, n, here, N, OPERAND)
-        ks = _rows(_row(k, k_batch, k_row, batch, first) + group * k_head, row, k_row, n, here, N, OPERAND)
+        if up is None:
+            qs = _rows(_row(q, q_batch, q_row, batch, first) + group * q_head, row, q_row, n, here, N, OPERAND)
+            ups = _rows(_row(k, k_batch, k_row, batch, first) + group * k_head, row, k_row, n, here, N, OPERAND)
+            ks = ups
+            sums = tl.load(total + which * SIZE + i)
+            whole = tl.load(total + which * SIZE + SIZE - 1)
+            decay = _decay(sums)[None, :]
+        else:
+            qs = _made(q, which, i, n, N, SIZE)
+            ups = _made(up, which, i, n, N, SIZE)
+            whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
         dys = _columns(_row(dy, dy_batch, dy_row, batch, first) + h * dy_head, row, dy_row, p, here, P, OPERAND)
         pair = tl.load(scores + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
-        sums = tl.load(total + which * SIZE + i)
-        whole = tl.load(total + which * SIZE + SIZE - 1)
         tl.store(left + which * STATE + at, _as(state, left.dtype.element_ty), mask=inside)
-        pair, power = _kept(pair, ks)
+        pair, power = _kept(pair, ups)
         z = _dot(dys, pair) * power
-        narrow, power = _narrow(state, ks)
-        z += _dot(narrow, tl.trans(ks)) * (_decay(whole - sums) * power)[None, :]
+        narrow, power = _narrow(state, ups)
+        by_state = _dot(narrow, tl.trans(ups)) * power
+        z += by_state * _decay(whole - sums)[None, :] if up is None else by_state
         state *= _decay(whole)
-        decay = _decay(sums)[None, :]
         if beta is not None:
             T = tl.load(inverse + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
             rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
-            narrow, power = _narrow(z, ks)
-            T, more = _kept(T, ks)
+            narrow, power = _narrow(z, ups)
+            T, more = _kept(T, ups)
             z = _dot(narrow, T) * (power * more)
-            state = _added(state, z * decay * -rate.to(tl.float32)[None, :], ks)
+            erased = z * -rate.to(tl.float32)[None, :]
+            if up is None:
+                state = _added(state, erased * decay, ks)
+            else:
+                state = _added(state, erased, _made(k, which, i, n, N, SIZE))
         tl.store(
             errors + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(z, errors.dtype.element_ty),
             mask=(p < P)[:, None] & (i < SIZE)[None, :],
         )  # fmt: skip
-        state = _added(state, dys.to(tl.float32) * decay, qs)
+        if up is None:
+            state = _added(state, dys.to(tl.float32) * decay, qs)
+        else:
+            state += _dot(dys, qs)
     if end is not None:
         tl.store(end + line.to(tl.int64) * STATE + at, state, mask=inside)
 

@@ -86,6 +86,13 @@ def _columns(pointer, row, s_row, column, here, width, dtype: tl.constexpr):
 
 
 @triton.jit
+def _made(pointer, which, i, n, N, SIZE: tl.constexpr):
+    """(SIZE, d_key) of a head of a chunk."""
+    known = (n < N)[None, :] & (i < SIZE)[:, None]
+    return tl.load(pointer + which * (SIZE * N) + i[:, None] * N + n[None, :], mask=known, other=0.0)
+
+
+@triton.jit
 def _decay(exponent):
     return tl.exp2(exponent.to(tl.float32))
 
@@ -133,6 +140,7 @@ def pairs(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
     table, chunks, chunks_of_row, length, total, scores, inverse, heads, heads_of_key,
     N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total, P (`scores`) and, with beta, T (`inverse`); a program takes a head of a chunk."""
     c = tl.program_id(0)
@@ -165,18 +173,20 @@ def pairs(
     if beta is not None:
         rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
         below = tl.where(i[:, None] > i[None, :], overlaps * decays * rate.to(tl.float32)[:, None], 0.0)
-        PRECISION: tl.constexpr = "ieee" if INTERPRETED else "tf32" if tl.bfloat16 == OPERAND else "tf32x3"
         tl.store(inverse + at, _as(_inverse(below, SIZE, PRECISION), inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def walk(
-    k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, beta, b_batch, b_row, b_head, total, inverse,
+    k, k_batch, k_row, k_head, up, v, v_batch, v_row, v_head, beta, b_batch, b_row, b_head, total, inverse,
     table, bounds, sequences, chunks, chunks_of_row, length, start, end, states, written, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The states before each chunk, and U; a program takes BLOCK_P rows of a head's state through a sequence."""
+    """The states before each chunk, and U; a program takes BLOCK_P rows of a head's state through a sequence.
+
+    With a decay a channel there is `up`, K↑, and k is K↓; see `triton_channels`.
+    """
     OPERAND: tl.constexpr = v.dtype.element_ty
     tile = tl.program_id(0)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -199,24 +209,34 @@ def walk(
         batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
         here = i < count
         which = c.to(tl.int64) * heads + h
-        ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N, OPERAND)
+        if up is None:
+            pointer = _row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head
+            ks = _rows(pointer, row, k_row, n, here, N, OPERAND)
+            sums = tl.load(total + which * SIZE + i)
+            whole = tl.load(total + which * SIZE + SIZE - 1)
+            ups = ks
+        else:
+            ups = _made(up, which, i, n, N, SIZE)
+            whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
         u = _columns(_row(v, v_batch, v_row, batch, first) + h * v_head, row, v_row, p, here, P, OPERAND).to(tl.float32)
-        sums = tl.load(total + which * SIZE + i)
-        whole = tl.load(total + which * SIZE + SIZE - 1)
         tl.store(states + which * STATE + at, _as(state, states.dtype.element_ty), mask=inside)
         if beta is not None:
             T = tl.load(inverse + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
             rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
-            narrow, power = _narrow(state, ks)
-            u -= _dot(narrow, tl.trans(ks)) * (_decay(sums) * power)[None, :]
-            T, power = _kept(T, ks)
-            narrow, more = _narrow(u * rate.to(tl.float32)[None, :], ks)
+            narrow, power = _narrow(state, ups)
+            if up is None:
+                u -= _dot(narrow, tl.trans(ks)) * (_decay(sums) * power)[None, :]
+            else:
+                u -= _dot(narrow, tl.trans(_made(k, which, i, n, N, SIZE))) * power
+            T, power = _kept(T, ups)
+            narrow, more = _narrow(u * rate.to(tl.float32)[None, :], ups)
             u = _dot(narrow, tl.trans(T)) * (power * more)
         tl.store(
             written + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(u, written.dtype.element_ty),
             mask=(p < P)[:, None] & (i < SIZE)[None, :],
         )  # fmt: skip
-        state = _added(state * _decay(whole), u * _decay(whole - sums)[None, :], ks)
+        weighted = u * _decay(whole - sums)[None, :] if up is None else u
+        state = _added(state * _decay(whole), weighted, ups)
     if end is not None:
         tl.store(end + line.to(tl.int64) * STATE + at, state, mask=inside)
 
@@ -225,9 +245,10 @@ def walk(
 def output(
     q, q_batch, q_row, q_head, total, scores, states, written, table, chunks, chunks_of_row, length, y, heads,
     heads_of_key, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y (batch, length, heads, d_value), contiguous; a program takes BLOCK_P columns of a head of a chunk."""
+    """y (batch, length, heads, d_value), contiguous; a program takes BLOCK_P columns of a head of a chunk. With a decay
+    a channel q is Q↓."""
     OPERAND: tl.constexpr = y.dtype.element_ty
     c = tl.program_id(0)
     h = tl.program_id(1)
@@ -237,11 +258,12 @@ def output(
     row = -i if REVERSE else i
     here = i < count
     which = c.to(tl.int64) * heads + h
-    q = _row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head
+    if not CHANNELS:
+        q = _row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head
     result = tl.zeros([SIZE, BLOCK_P], dtype=tl.float32)
     for start in tl.static_range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        qs = _rows(q, row, q_row, n, here, N, OPERAND)
+        qs = _made(q, which, i, n, N, SIZE) if CHANNELS else _rows(q, row, q_row, n, here, N, OPERAND)
         entered = tl.load(
             states + which * (P * N) + p[:, None] * N + n[None, :],
             mask=(p < P)[:, None] & (n < N)[None, :],
@@ -249,7 +271,8 @@ def output(
         )
         entered, power = _kept(entered, qs)
         result += _dot(qs, tl.trans(entered)) * power
-    result *= _decay(tl.load(total + which * SIZE + i))[:, None]
+    if not CHANNELS:
+        result *= _decay(tl.load(total + which * SIZE + i))[:, None]
     pair = tl.load(scores + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
     u = tl.load(
         written + which * (P * SIZE) + p[:, None] * SIZE + i[None, :],

@@ -1,0 +1,231 @@
+# mypy: allow-untyped-defs
+"""Triton kernels of the delta rule with a decay a channel of the keys: what they do not share with a decay a head.
+
+Products of rows i and j < i, decayed in each channel by what lies between, are made in levels: on each, blocks of two
+positions, four and so on are cut in their middle, where the two factors meet. The factors' decays are at most 1, and
+each exponent is a sum over its own span, a product of g with a matrix of zeros and ones, not a difference of sums.
+
+For `walk`, `output` and `walk_back` there are Q↓, K↓ and K↑ (chunks, heads, SIZE, d_key), and `total` (chunks, heads,
+d_key), the log-decay of a whole chunk in units of log 2.
+"""
+
+import triton
+import triton.language as tl
+
+from mambaseq.ops.delta_rule.triton_kernels import (
+    _CHANGING,
+    _FORGOTTEN,
+    _LOG2_E,
+    _as,
+    _decay,
+    _dot,
+    _inverse,
+    _kept,
+    _rows,
+)
+from mambaseq.ops.ssd.triton_kernels import _chunk, _narrow, _rounded, _row
+
+_LEVELS = tl.constexpr(6)  # until blocks of SIZE are single positions
+
+
+@triton.jit
+def _between(i, r, level):
+    """Whether position r lies between i and the middle of i's block: of what comes after the earlier of both."""
+    middle = (i >> level | 1) << level  # the first position of the later half
+    return tl.where((i >> level) % 2 == 1, (r >= middle) & (r <= i), (r > i) & (r < middle))
+
+
+@triton.jit
+def _meet(i, j, level):
+    """Whether i and an earlier j are in the two halves of one block."""
+    return (i >> level == (j >> level) + 1) & ((i >> level) % 2 == 1)
+
+
+@triton.jit
+def _summed(chosen, values):
+    """The sums of those rows of `values` that are chosen, to float32's digits: parts of 8 bits each are exact."""
+    ones = tl.where(chosen, 1.0, 0.0).to(tl.bfloat16)
+    high = _rounded(values, tl.bfloat16)
+    rest = values - high.to(tl.float32)
+    low = _rounded(rest, tl.bfloat16)
+    total = _dot(ones, high) + _dot(ones, low)
+    return total + _dot(ones, _rounded(rest - low.to(tl.float32), tl.bfloat16))
+
+
+@triton.jit
+def _log_decays(g, row, g_row, n, here, N):
+    """(rows, channels) in units of log 2."""
+    mask = here[:, None] & (n < N)[None, :]
+    log = tl.load(g + row[:, None] * g_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(log < _FORGOTTEN, _FORGOTTEN, log) * _LOG2_E  # NaN stays
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def pairs_of_channels(
+    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
+    table, chunks, chunks_of_row, length, total, scores, inverse, q_down, k_down, k_up, heads, heads_of_key,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See `pairs`; and Q↓, K↓ and K↑, those of keys only with beta for K↓."""
+    c = tl.program_id(0)
+    h = tl.program_id(1)
+    i = tl.arange(0, SIZE)
+    batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
+    row = -i if REVERSE else i
+    here = i < count
+    which = c.to(tl.int64) * heads + h
+    q = _row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head
+    k = _row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head
+    g = _row(g, g_batch, g_row, batch, first) + h * g_head
+    later, earlier = i[:, None], i[None, :]
+    products = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        ks = _rows(k, row, k_row, n, here, N, OPERAND).to(tl.float32)
+        qs = _rows(q, row, q_row, n, here, N, OPERAND).to(tl.float32)
+        log = _log_decays(g, row, g_row, n, here, N)
+        into = which * (SIZE * N) + i[:, None] * N + n[None, :]
+        known = (i < SIZE)[:, None] & (n < N)[None, :]
+        tl.store(total + which * N + n, tl.sum(log, axis=0), mask=n < N)
+        since = tl.exp2(_summed(earlier <= later, log))
+        tl.store(q_down + into, _as(qs * since, OPERAND), mask=known)
+        if beta is not None:
+            tl.store(k_down + into, _as(ks * since, OPERAND), mask=known)
+        tl.store(k_up + into, _as(ks * tl.exp2(_summed(earlier > later, log)), OPERAND), mask=known)
+        products += tl.where(later == earlier, tl.sum(qs * ks, axis=1)[:, None], 0.0)
+        for level in range(0, _LEVELS):
+            decay = tl.exp2(_summed(_between(later, earlier, level), log))
+            meeting = _meet(later, earlier, level)
+            right = _as(ks * decay, OPERAND)
+            products += tl.where(meeting, _dot(_as(qs * decay, OPERAND), tl.trans(right)), 0.0)
+            if beta is not None:
+                overlaps += tl.where(meeting, _dot(right, tl.trans(right)), 0.0)
+    at = which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :]
+    tl.store(scores + at, _as(products, scores.dtype.element_ty))
+    if beta is not None:
+        rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
+        below = overlaps * rate.to(tl.float32)[:, None]
+        tl.store(inverse + at, _as(_inverse(below, SIZE, PRECISION), inverse.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def gradients_of_channels(
+    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, dy, dy_batch, dy_row, dy_head,
+    g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head, total, states, left, written, errors,
+    table, chunks, chunks_of_row, length, dq, dk, dv, dg, dbeta, apart, heads, heads_of_key,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """See `gradients`; dg (batch, length, heads, d_key)."""
+    OPERAND: tl.constexpr = v.dtype.element_ty
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    c = tl.program_id(0)
+    h = tl.program_id(1)
+    block = tl.program_id(2) if BLOCKS > 1 else 0
+    i = tl.arange(0, SIZE)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
+    row = -i if REVERSE else i
+    here = i < count
+    which = c.to(tl.int64) * heads + h
+    v = _row(v, v_batch, v_row, batch, first) + h * v_head
+    dy = _row(dy, dy_batch, dy_row, batch, first) + h * dy_head
+    dv += (batch * length + first) * (heads * P) + h * P
+    at = (batch * length + first) * (heads * N) + h * N + row[:, None] * (heads * N) + n[None, :]
+    inside = here[:, None] & (n < N)[None, :]
+    rate = tl.zeros([SIZE], dtype=tl.float32)
+    if beta is not None:
+        rate += tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
+
+    # by the states, and what pairs say of each other; in the second of each two rows are the earlier positions
+    of_q = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
+    of_k = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
+    of_read = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
+    of_rate = tl.zeros([SIZE], dtype=tl.float32)
+    flow = tl.zeros([BLOCK_N], dtype=tl.float32)
+    of_pairs = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    of_pairs_back = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    of_keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    of_keys_back = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    for p0 in range(0, P, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        of_state = which * (P * N) + p[:, None] * N + n[None, :]
+        mask = (p < P)[:, None] & (n < N)[None, :]
+        entered = tl.load(states + of_state, mask=mask, other=0.0)
+        dleft = tl.load(left + of_state, mask=mask, other=0.0)
+        of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
+        mask = (p < P)[:, None] & here[None, :]
+        u = tl.load(written + of_u, mask=mask, other=0.0)
+        z = tl.load(errors + of_u, mask=mask, other=0.0)
+        flow += tl.sum(entered.to(tl.float32) * dleft.to(tl.float32), axis=0)
+        if block == 0:
+            wide = tl.trans(z).to(tl.float32)
+            if beta is not None:
+                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P, OPERAND).to(tl.float32), axis=1)
+                wide *= rate[:, None]
+            tl.store(
+                dv + row[:, None] * (heads * P) + p[None, :], _as(wide, OPERAND), mask=here[:, None] & (p < P)[None, :]
+            )
+        entered, of_entered = _kept(entered, dys)
+        dleft, of_left = _kept(dleft, dys)
+        u, of_written = _kept(u, dys)
+        of_q += _dot(dys, entered) * of_entered
+        of_k += _dot(tl.trans(u), dleft) * (of_written * of_left)
+        of_pairs += _dot(dys, u) * of_written
+        of_pairs_back += _dot(tl.trans(u), tl.trans(dys)) * of_written
+        if beta is not None:
+            z, of_error = _kept(z, dys)
+            of_read -= _dot(tl.trans(z), entered) * (of_error * of_entered)
+            of_keys -= _dot(tl.trans(z), u) * (of_error * of_written)
+            of_keys_back -= _dot(tl.trans(u), z) * (of_error * of_written)
+
+    later, earlier = i[:, None], i[None, :]
+    ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N, OPERAND)
+    qs = _rows(_row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head, row, q_row, n, here, N, OPERAND)
+    log = _log_decays(_row(g, g_batch, g_row, batch, first) + h * g_head, row, g_row, n, here, N)
+    decay = tl.exp2(_summed(earlier <= later, log))
+    of_q *= decay
+    since = of_q * qs.to(tl.float32)
+    if beta is not None:
+        of_read *= decay
+        of_rate += tl.sum(of_read * ks.to(tl.float32), axis=1)
+        of_read *= rate[:, None]
+        since += of_read * ks.to(tl.float32)
+    of_k *= tl.exp2(_summed(earlier > later, log))
+    of_decay = _summed(later <= earlier, since) + _summed(later > earlier, of_k * ks.to(tl.float32))
+    of_decay += (_decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow)[None, :]
+    of_k += of_read
+    itself = tl.sum(tl.where(later == earlier, of_pairs, 0.0), axis=1)[:, None]
+    of_q += itself * ks.to(tl.float32)
+    of_k += itself * qs.to(tl.float32)
+    none = tl.zeros([SIZE, SIZE], dtype=OPERAND)
+    pairs, scale = _narrow(of_pairs, ks)
+    back, scale_back = _narrow(of_pairs_back, ks)
+    keys, scale_keys = _narrow(of_keys, ks)
+    keys_back, scale_keys_back = _narrow(of_keys_back * rate[None, :], ks)
+    for level in range(0, _LEVELS):
+        decay = tl.exp2(_summed(_between(later, earlier, level), log))
+        meeting = _meet(later, earlier, level)
+        meeting_back = _meet(earlier, later, level)
+        right = _as(ks.to(tl.float32) * decay, OPERAND)
+        narrow = _as(qs.to(tl.float32) * decay, OPERAND)
+        by_q = _dot(tl.where(meeting, pairs, none), right) * scale
+        by_k = _dot(tl.where(meeting_back, back, none), narrow) * scale_back
+        if beta is not None:
+            by_read = _dot(tl.where(meeting, keys, none), right) * scale_keys
+            of_rate += tl.sum(by_read * right.to(tl.float32), axis=1)
+            by_k += by_read * rate[:, None]
+            by_k += _dot(tl.where(meeting_back, keys_back, none), right) * scale_keys_back
+        said = by_q * narrow.to(tl.float32) + by_k * right.to(tl.float32)
+        of_decay += _summed(_between(earlier, later, level), said)
+        of_q += by_q * decay
+        of_k += by_k * decay
+    tl.store(dq + at, _as(of_q, dq.dtype.element_ty), mask=inside)
+    tl.store(dk + at, _as(of_k, dk.dtype.element_ty), mask=inside)
+    tl.store(dg + at, _as(of_decay, dg.dtype.element_ty), mask=inside)
+    if dbeta is not None:
+        into = block * apart + (batch * length + first) * heads + h + row * heads
+        tl.store(dbeta + into, _as(of_rate, dbeta.dtype.element_ty), mask=here)
