@@ -48,6 +48,12 @@ class Encoder(nn.Module, abc.ABC):
         int32, packs sequences into batch 1; no position sees an input of another sequence."""
 
 
+def refuse_condition(encoder: str, condition: Tensor | None, remedy: str = "") -> None:
+    """Raise ConfigError for a condition, which an encoder of this name does not take. remedy: ends the message."""
+    if condition is not None:
+        raise ConfigError(f"The encoder {encoder} takes no condition, but the data have some.{remedy and f' {remedy}'}")
+
+
 def output_bounds(cu_seqlens: Tensor, stride: int) -> Tensor:
     """The `cu_seqlens` of packed sequences in the output of an encoder with this stride."""
     if stride == 1:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from mambaseq.data import baselines
 from mambaseq_audio.mulaw import LEVELS, MuLaw
 
 
@@ -20,26 +21,8 @@ def unigram_bigram(
 
     train, test: clips, `(length,)` integer levels. first: the level before a clip's first sample, which is predicted
         too. smoothing: added to the count of every level, above 0.
+
+    Raises ValueError for a test set without samples.
     """
-    counts = _pair_counts(train, first) + 0.0
-    pairs = _pair_counts(test, first)
-    n = pairs.sum()
-    if n == 0:
-        raise ValueError("The test set has no samples.")
-    frequency = counts.sum(axis=0) + smoothing
-    unigram = np.log2(frequency / frequency.sum())
-    smoothed = counts + smoothing
-    bigram = np.log2(smoothed / smoothed.sum(axis=1, keepdims=True))
-    return {
-        "unigram": float(-(pairs.sum(axis=0) * unigram).sum() / n),
-        "bigram": float(-(pairs * bigram).sum() / n),
-    }
-
-
-def _pair_counts(clips: Iterable[np.ndarray], first: int) -> np.ndarray:
-    """`(previous, next)` counts, `(256, 256)`."""
-    counts = np.zeros(LEVELS * LEVELS, dtype=np.int64)
-    for clip in clips:
-        levels = np.concatenate([[first], clip.astype(np.int64)])
-        counts += np.bincount(levels[:-1] * LEVELS + levels[1:], minlength=LEVELS * LEVELS)
-    return counts.reshape(LEVELS, LEVELS)
+    train, test = ((np.concatenate([[first], clip]) for clip in clips) for clips in (train, test))
+    return baselines.unigram_bigram(train, test, LEVELS, smoothing)

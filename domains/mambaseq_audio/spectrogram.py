@@ -6,7 +6,6 @@ import base64
 import io
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -15,7 +14,6 @@ import torchaudio.transforms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambaseq.atomic import atomic_file
 from mambaseq.reporting.charts import frame, text, ticks
 
 WINDOW_SECONDS = 0.032
@@ -101,10 +99,3 @@ def sketch(signal: np.ndarray, sample_rate: int, seconds: float, peak: float, to
         parts.append(text(place, tall - 5, words, "middle"))
     parts.append(text(left + width, tall - 5, "s", "end"))
     return frame(wide, tall, told, "".join(parts))
-
-
-def write_picture(path: str | Path, signals: Mapping[str, np.ndarray], sample_rate: int) -> None:
-    """Write the picture of `draw` atomically. Raises UserError when the disk is full or not writable."""
-    png = draw(signals, sample_rate)
-    with atomic_file(path) as file:
-        file.write(png)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.bidirectional import BidirectionalStack, refuse_states
+from mambaseq.backbones.bidirectional import BidirectionalStack
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer
+from mambaseq.backbones.stateless import StatelessBackbone
 from mambaseq.encoders import output_bounds
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
@@ -19,7 +19,7 @@ from mambaseq.ops import sequences
 from mambaseq.ops.chunks import padded
 
 
-class CodonStack(Backbone):
+class CodonStack(StatelessBackbone):
     """Layers that read both ways over groups of bases, three by default: `(batch, length, d_model)` to the same.
 
     The vectors of a group are joined by a linear map into one, the layers run over the groups, and another linear map
@@ -41,6 +41,7 @@ class CodonStack(Backbone):
         cuda_graph: replay training steps as CUDA graphs, except packed and padded batches (see `ResidualStack`).
     """
 
+    called: ClassVar[str] = "dna/codons"
     takes_mask: ClassVar[bool] = True
 
     def __init__(
@@ -80,10 +81,6 @@ class CodonStack(Backbone):
         """The mixers of the layers over groups."""
         return self.stack.mixers()
 
-    @property
-    def causal(self) -> bool:
-        return False
-
     def forward(
         self,
         x: Tensor,
@@ -97,8 +94,7 @@ class CodonStack(Backbone):
 
         Raises ConfigError if a state is given or wanted.
         """
-        if state is not None or return_state:
-            refuse_states("dna/codons")
+        self.refuse_states(state, return_state)
         batch, length, d_model = x.shape
         if cu_seqlens is None:
             real = x if mask is None else x * mask[..., None]
@@ -122,9 +118,3 @@ class CodonStack(Backbone):
         shift = bounds[:-1].long() * self.group - cu_seqlens[:-1].long()
         positions = torch.arange(length, device=cu_seqlens.device)
         return positions + shift[sequences.of_positions(cu_seqlens, length)], bounds
-
-    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
-        refuse_states("dna/codons")
-
-    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
-        refuse_states("dna/codons")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.encoders import Encoder, output_bounds
+from mambaseq.encoders import Encoder, output_bounds, refuse_condition
 from mambaseq.errors import ConfigError
 from mambaseq.ops import sequences
 from mambaseq.ops.embedding import Embedding
@@ -71,10 +71,7 @@ class KmerEncoder(Encoder):
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if condition is not None:
-            raise ConfigError(
-                "The encoder dna/kmer takes no condition, but the data have some. Use the encoder tokens."
-            )
+        refuse_condition("dna/kmer", condition, "Use the encoder tokens.")
         return self.embedding(self.words(inputs, cu_seqlens, mask))
 
 
@@ -116,10 +113,7 @@ class ConvEncoder(Encoder):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Raises ConfigError for a condition, and for sequences of more than `positions`."""
-        if condition is not None:
-            raise ConfigError(
-                "The encoder dna/conv takes no condition, but the data have some. Use the encoder tokens."
-            )
+        refuse_condition("dna/conv", condition, "Use the encoder tokens.")
         length, reach = inputs.shape[1], self.width // 2
         if self.positions and length > self.positions and cu_seqlens is None:
             raise ConfigError(

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.encoders import Encoder
-from mambaseq.errors import ConfigError
+from mambaseq.encoders import Encoder, refuse_condition
 from mambaseq.ops import sequences
 from mambaseq_dna.encoders import KmerEncoder
 from mambaseq_dna.tokenizer import N
@@ -130,7 +129,6 @@ class FrameEncoder(Encoder):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Raises ConfigError for a condition."""
-        if condition is not None:
-            raise ConfigError("The encoder dna/frames takes no condition, but the data have some.")
+        refuse_condition("dna/frames", condition)
         features = frame_features(inputs, cu_seqlens, mask).to(self.frames.weight.dtype)
         return self.words(inputs, None, cu_seqlens, mask) + self.frames(features)

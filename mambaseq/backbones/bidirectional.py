@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mambaseq import parallel
 from mambaseq.backbones import relay
-from mambaseq.backbones.base import Backbone
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer, make_mixers
+from mambaseq.backbones.stateless import StatelessBackbone
 from mambaseq.errors import ConfigError, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
@@ -118,7 +118,7 @@ def reverse(x: Tensor, order: Tensor | None) -> Tensor:
     return x.flip(1) if order is None else x.flatten(0, 1).index_select(0, order).view_as(x)  # (batch, length, d_model)
 
 
-class BidirectionalStack(Backbone):
+class BidirectionalStack(StatelessBackbone):
     """Pre-norm residual layers that run their mixer over the sequence and over the sequence reversed, and add the two
     (as BiMamba, arXiv:2403.03234, section 3.1, and Vision Mamba, arXiv:2401.09417, do).
 
@@ -145,6 +145,7 @@ class BidirectionalStack(Backbone):
             ahead while the others read back: two work as fast as each can, more wait for each other.
     """
 
+    called: ClassVar[str] = "bidirectional"
     takes_mask: ClassVar[bool] = True
     splits_time: ClassVar[bool] = True
 
@@ -191,10 +192,6 @@ class BidirectionalStack(Backbone):
         pairs = [(layer.ahead, layer.back) for layer in self.layers]
         return [mixer for pair in pairs for mixer in pair if mixer is not None]  # type: ignore[misc]
 
-    @property
-    def causal(self) -> bool:
-        return False
-
     def forward(
         self,
         x: Tensor,
@@ -208,8 +205,7 @@ class BidirectionalStack(Backbone):
 
         Raises ConfigError if a state is given or wanted.
         """
-        if state is not None or return_state:
-            refuse_states("bidirectional")
+        self.refuse_states(state, return_state)
         if (part := parallel.current()) is not None and part.context.size > 1:
             self.check_part(part, x, cu_seqlens)
             refuse_padding(mask)
@@ -245,12 +241,6 @@ class BidirectionalStack(Backbone):
         y, _ = self.norm_f(branch, residual)
         return y
 
-    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
-        refuse_states("bidirectional")
-
-    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
-        refuse_states("bidirectional")
-
 
 def refuse_padding(mask: Tensor | None) -> None:
     """Raise ConfigError for padded sequences that are split over ranks: a reversed one begins at its end, on whichever
@@ -260,11 +250,3 @@ def refuse_padding(mask: Tensor | None) -> None:
             "Padded sequences cannot be read backwards where they are split over ranks (context parallel). Pack them "
             "(loader.pack: true), or let all have one length."
         )
-
-
-def refuse_states(backbone: str) -> NoReturn:
-    """Raise ConfigError: a backbone that sees the future has no state."""
-    raise ConfigError(
-        f"A {backbone} backbone sees whole sequences and keeps no state: it can neither generate nor read a sequence "
-        "in parts. Use a causal backbone (residual) for that."
-    )

@@ -9,24 +9,25 @@ strand is then its output for this one, reversed. Encoder and head must take par
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mambaseq import parallel
 from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.bidirectional import BidirectionalStack, Combine, refuse_padding, refuse_states, reverse
+from mambaseq.backbones.bidirectional import BidirectionalStack, Combine, refuse_padding, reverse
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import MakeMixer
 from mambaseq.backbones.residual import ResidualStack
+from mambaseq.backbones.stateless import StatelessBackbone
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName
 from mambaseq.ops import sequences
 
 
-class ReverseComplementStack(Backbone):
+class ReverseComplementStack(StatelessBackbone):
     """One stack over both strands, `(batch, length, 2 * d_model)` to the same.
 
     The first d_model channels of a position belong to its base, the others to the paired base. The second strand is
@@ -52,6 +53,7 @@ class ReverseComplementStack(Backbone):
         context_parallel: how many processes share every training sequence (see `BidirectionalStack`).
     """
 
+    called: ClassVar[str] = "reverse_complement"
     takes_mask: ClassVar[bool] = True
     splits_time: ClassVar[bool] = True
     strands: ClassVar[int] = 2
@@ -101,10 +103,6 @@ class ReverseComplementStack(Backbone):
         """The mixers of the one stack."""
         return self.stack.mixers()
 
-    @property
-    def causal(self) -> bool:
-        return False
-
     def check_splits_time(self) -> None:
         """See `Backbone.check_splits_time`."""
         super().check_splits_time()
@@ -126,8 +124,7 @@ class ReverseComplementStack(Backbone):
 
         Raises ConfigError if a state is given or wanted.
         """
-        if state is not None or return_state:
-            refuse_states("reverse_complement")
+        self.refuse_states(state, return_state)
         this, other = x.chunk(2, dim=-1)
         if (part := parallel.current()) is not None and part.context.size > 1:
             self.check_part(part, x, cu_seqlens)
@@ -147,9 +144,3 @@ class ReverseComplementStack(Backbone):
         options = {"mask": torch.cat([mask, mask])} if mask is not None and self.stack.takes_mask else {}
         this, other = self.stack(both, cu_seqlens=cu_seqlens, **options).chunk(2, dim)
         return torch.cat([this, reverse(other, order)], dim=-1)  # (batch, length, 2 d_model)
-
-    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
-        refuse_states("reverse_complement")
-
-    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
-        refuse_states("reverse_complement")

@@ -9,8 +9,6 @@ import time
 
 import torch
 
-_UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12}
-
 
 @dataclasses.dataclass(frozen=True)
 class Peak:

@@ -196,7 +196,6 @@ _WHOLE = (
     *bamba.WHOLE,
 )
 _BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias", *bamba.BOOLEAN)
-_EPSILONS = ("layer_norm_epsilon", "mixer_rms_eps", "rms_norm_eps")
 _LARGEST = 2**31 - 1
 _LOADED = ("mamba", "mamba2", "falcon_mamba", "bamba")
 _HYBRIDS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,3 +90,38 @@ def _rows(item: Batch) -> torch.Tensor:
     assert targets is not None
     rows = targets.flatten(0, 1) if item.per_token else targets
     return rows[:, None] if item.kind == "values" and rows.dim() == 1 else rows
+
+
+def pair_counts(rows: Iterable[np.ndarray], n_tokens: int) -> np.ndarray:
+    """How often each token follows each other one, `(n_tokens, n_tokens)` int64: the one before is the row.
+
+    rows: sequences of tokens, `(length,)` whole numbers below n_tokens.
+    """
+    counts = np.zeros(n_tokens * n_tokens, dtype=np.int64)
+    for row in rows:
+        tokens = row.astype(np.int64)
+        counts += np.bincount(tokens[:-1] * n_tokens + tokens[1:], minlength=n_tokens * n_tokens)
+    return counts.reshape(n_tokens, n_tokens)
+
+
+def unigram_bigram(
+    train: Iterable[np.ndarray], test: Iterable[np.ndarray], n_tokens: int, smoothing: float
+) -> dict[str, float]:
+    """Bits a token on `test` of the unigram and the bigram model of `train`, which count all tokens but the first of
+    each sequence.
+
+    train, test: as for `pair_counts`. smoothing: added to every count, above 0.
+
+    Raises ValueError for a test set without a pair of tokens.
+    """
+    counts, pairs = pair_counts(train, n_tokens), pair_counts(test, n_tokens)
+    if not (n := pairs.sum()):
+        raise ValueError("The test set has no pair of tokens.")
+    frequency = counts.sum(axis=0) + smoothing
+    unigram = np.log2(frequency / frequency.sum())
+    smoothed = counts + smoothing
+    bigram = np.log2(smoothed / smoothed.sum(axis=1, keepdims=True))
+    return {
+        "unigram": float(-(pairs.sum(axis=0) * unigram).sum() / n),
+        "bigram": float(-(pairs * bigram).sum() / n),
+    }

@@ -214,16 +214,7 @@ class Mamba2(Mixer):
         device = x.device.type
         return Mamba2BlockArguments(
             x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x,
-            self.in_proj.weight,
-            self.in_proj.bias,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm.weight,
-            self.out_proj.weight,
-            self.out_proj.bias,
+            *self._weights(),
             None if state is None else state.conv,
             None if state is None else state.ssm,
             cu_seqlens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def pieces(
             read = begun.state, begun.told
         if again and read is None:
             read = prefill(loaded.model, prompts, condition)
-        try:
+        with _source_told(loaded):
             for piece in stream(
                 loaded.model,
                 prompts,
@@ -194,8 +195,15 @@ def pieces(
                 made = piece.cpu()
                 progress.add(made.shape[0] * made.shape[1])
                 yield number, made.unflatten(0, (len(batch), width)).numpy()
-        except NotFinite as error:
-            raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
+
+
+@contextlib.contextmanager
+def _source_told(loaded: LoadedModel) -> Iterator[None]:
+    """Adds to a NotFinite which model it is."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
 
 
 def _searched(
@@ -208,12 +216,10 @@ def _searched(
 ) -> np.ndarray:
     """The best that a beam search finds for each prompt, `(jobs, samples, n)` int64."""
     beams, ends, penalty = (settings[name] for name in ("beams", "stop_ids", "length_penalty"))
-    try:
+    with _source_told(loaded):
         found = beam_search(
             loaded.model, prompts, count, beams, condition=condition, stop_ids=ends, length_penalty=penalty
         )
-    except NotFinite as error:
-        raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
     if not found.scores[:, batch[0].stop - 1].isfinite().all():
         raise ConfigError(f"There are fewer than --samples {batch[0].stop} sequences of so few tokens. Ask for fewer.")
     return found.tokens[:, batch[0].first : batch[0].stop].cpu().numpy()
@@ -275,7 +281,7 @@ def _continued_signals(
     with tqdm(total=len(jobs), unit="batch", disable=not shown or len(jobs) == 1) as bar:
         for batch in jobs:
             width = batch[0].stop - batch[0].first
-            try:
+            with _source_told(loaded):
                 made = continue_values(
                     loaded.model,
                     torch.from_numpy(np.stack([job.prompt.values[:] for job in batch])).to(place),
@@ -286,8 +292,6 @@ def _continued_signals(
                     progress=shown and len(jobs) == 1,
                     **settings,
                 ).cpu()
-            except NotFinite as error:
-                raise NotFinite(f"The model of {loaded.source} cannot generate from this prompt. {error}") from error
             for job, rows in zip(batch, made.unflatten(0, (len(batch), width)).numpy(), strict=True):
                 for number, row in enumerate(rows, start=job.first):
                     found[job.place, number] = row

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from mambaseq_audio.spectrogram import FLOOR_DB, draw, log_spectrogram, write_picture
+from mambaseq_audio.spectrogram import FLOOR_DB, draw, log_spectrogram
 
 
 def test_a_tone_peaks_at_its_frequency() -> None:
@@ -20,8 +18,3 @@ def test_a_tone_peaks_at_its_frequency() -> None:
 def test_any_length_is_drawn(length: int) -> None:
     png = draw({"one": np.zeros(length, np.float32), "other": np.ones(length, np.float32)}, 8000)
     assert png.startswith(b"\x89PNG")
-
-
-def test_write_picture(tmp_path: Path, tone: np.ndarray) -> None:
-    write_picture(tmp_path / "a.png", {"tone": tone}, 8000)
-    assert (tmp_path / "a.png").read_bytes() == draw({"tone": tone}, 8000)

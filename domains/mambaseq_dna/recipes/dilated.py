@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.backbones.base import Backbone
-from mambaseq.backbones.bidirectional import refuse_states
+from mambaseq.backbones.stateless import StatelessBackbone
 from mambaseq.heads.positions import TokenClassificationHead
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel
@@ -33,9 +32,11 @@ class _Block(nn.Module):
         return x + self.dropout(self.out(F.gelu(self.dilated(self.norm(x)))))
 
 
-class DilatedStack(Backbone):
+class DilatedStack(StatelessBackbone):
     """`(batch, length, d_model)` to the same, for rows of one length. A position sees the sum of all dilations, times
     two, to either side."""
+
+    called: ClassVar[str] = "convolutional"
 
     def __init__(self, d_model: int, dilations: Sequence[int], dropout: float = 0.1) -> None:
         super().__init__(cuda_graph=False)
@@ -46,22 +47,11 @@ class DilatedStack(Backbone):
     def mixers(self) -> list[Mixer]:
         return []
 
-    @property
-    def causal(self) -> bool:
-        return False
-
     def forward(
         self, x: Tensor, state: list[Any] | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
     ) -> Tensor:
-        if state is not None or return_state or cu_seqlens is not None:
-            refuse_states("convolutional")
+        self.refuse_states(state, return_state or cu_seqlens is not None)
         return self.norm(self.blocks(x.transpose(1, 2))).transpose(1, 2)
-
-    def init_state(self, *arguments: Any, **options: Any) -> NoReturn:
-        refuse_states("convolutional")
-
-    def step_(self, x: Tensor, state: list[Any]) -> NoReturn:
-        refuse_states("convolutional")
 
 
 def dilated_cnn(encoder: nn.Module, n_classes: int, d_model: int, dilations: Sequence[int]) -> SequenceModel:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mambaseq.arguments import Arguments
 from mambaseq.importing import uncollected
@@ -47,6 +48,12 @@ def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
 
 
+def _shared_options(given: argparse.Namespace) -> dict[str, Any]:
+    """What was given for the options of `_shared` that are not files."""
+    names = ("what", "window", "both_strands", "pool", "layer", "batch_tokens", "device")
+    return {name: getattr(given, name) for name in names}
+
+
 def variants(argv: list[str]) -> int:
     """`mambaseq dna/variants`."""
     parser = Arguments(
@@ -75,14 +82,8 @@ def variants(argv: list[str]) -> int:
         given.reference,
         given.variants,
         given.out,
-        what=given.what,
-        window=given.window,
-        both_strands=given.both_strands,
-        pool=given.pool,
-        layer=given.layer,
-        batch_tokens=given.batch_tokens,
-        device=given.device,
         table=False,
+        **_shared_options(given),
     )
     if found.without:
         print(f"mambaseq dna/variants: {_told(found.without, found.rows)}", file=sys.stderr)
@@ -126,13 +127,7 @@ def mutagenesis(argv: list[str]) -> int:
         given.out,
         picture=given.picture,
         answer=given.answer,
-        what=given.what,
-        window=given.window,
-        both_strands=given.both_strands,
-        pool=given.pool,
-        layer=given.layer,
-        batch_tokens=given.batch_tokens,
-        device=given.device,
+        **_shared_options(given),
     )
     drawn = "" if given.picture is None else f", and a picture in {given.picture}"
     print(f"{len(table):,} rows in {given.out}{drawn}", file=sys.stderr if is_stream(Path(given.out)) else sys.stdout)
