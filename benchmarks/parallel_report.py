@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mambaseq.atomic import json_text
+from mambaseq.atomic import atomic_file, json_text
 
 FORMS = ("relayed", "gathered")
 Row = dict[str, Any]
@@ -24,8 +24,8 @@ def keep(path: Path, row: Row, **machine: str | None) -> None:
     told |= json.loads(path.read_text()) if path.is_file() else {}
     told |= {key: value for key, value in machine.items() if value is not None}
     told["rows"] = merged(rows_of(path), [row])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_text(told, indent=2) + "\n")
+    with atomic_file(path, "w") as file:
+        file.write(json_text(told, indent=2) + "\n")
 
 
 def merged(former: Iterable[Row], new: Sequence[Row]) -> list[Row]:

@@ -157,16 +157,20 @@ def _pool_of_parts(part: parallel.Part, hidden: Tensor, how: Pool, mask: Tensor 
         starts = torch.tensor(bounds, device=device)
         owner = torch.searchsorted(starts[1:], here, right=True)[None]
     real = torch.ones_like(owner, dtype=torch.bool) if mask is None else mask
-    counts = part.context.sum(real.new_zeros(n, dtype=torch.int64).index_add(0, owner.flatten(), real.flatten().long()))
+
+    def summed(x: Tensor) -> Tensor:
+        """Over the positions of each sequence; a GPU adds to few places one after the other, so only where packed."""
+        return x.sum(1) if bounds is None else x.new_zeros(n, *x.shape[2:]).index_add(0, owner[0], x[0])
+
+    counts = part.context.sum(summed(real.long()))
     wide = hidden.float()
     if how == "mean":
-        wide = wide * real[..., None]
-        total = wide.new_zeros(n, hidden.shape[-1]).index_add(0, owner.flatten(), wide.flatten(0, 1))
-        return part.context.add(total) / counts.clamp(min=1)[:, None]
+        return part.context.add(summed(wide * real[..., None])) / counts.clamp(min=1)[:, None]
     if how == "max":
-        wide = wide.masked_fill(~real[..., None], -torch.inf).flatten(0, 1)
-        of = owner.flatten()[:, None].expand_as(wide)
-        own = wide.new_full((n, hidden.shape[-1]), -torch.inf).scatter_reduce(0, of, wide, "amax")
+        wide = wide.masked_fill(~real[..., None], -torch.inf)
+        least = wide.new_full((n, hidden.shape[-1]), -torch.inf)
+        of = owner.flatten()[:, None].expand(-1, hidden.shape[-1])
+        own = wide.amax(1) if bounds is None else least.scatter_reduce(0, of, wide[0], "amax")
         holds = (own == part.context.largest(own)) & (counts > 0)[:, None]
         return part.context.add(torch.where(holds, own, 0.0)) / part.context.sum(holds.float()).clamp(min=1)
     begin = counts.new_zeros(n) if bounds is None else starts[:-1]
