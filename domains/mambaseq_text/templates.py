@@ -13,7 +13,8 @@ import jinja2
 from mambaseq.errors import DataError, UserError, cut, did_you_mean, shown
 from mambaseq.limits import CHAT_CHARACTERS, YAML_BYTES
 from mambaseq.plain import read_json
-from mambaseq_text.sandbox import Refused, Sandbox, Work, working
+from mambaseq_text.sandbox import Sandbox
+from mambaseq_text.sandbox_work import Refused, Work, working
 
 FILE, CONFIG, MAP = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 _REMEDY = "Mend the template, or leave it out and write the prompts yourself."
