@@ -14,7 +14,8 @@ from torch import Tensor
 from mambaseq.atomic import json_text
 from mambaseq.batch import Batch
 from mambaseq.checking.laws import LawBroken
-from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import SequenceData, named_sets
 
 _LOOKED_AT = 6
 

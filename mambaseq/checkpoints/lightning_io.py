@@ -1,4 +1,4 @@
-"""Training checkpoints that are either complete or absent, and are read without unpickling code."""
+"""Training checkpoints, as Lightning lays them out, are read without unpickling code, and without Lightning."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mambaseq.atomic import atomic_file
-from mambaseq.checkpoints.parts import PARTS, Tensors, check_sums, put_together, remove_parts
+from mambaseq.checkpoints.parts import PARTS, Tensors, check_sums, put_together
 from mambaseq.errors import UserError, shown
 
 AVERAGE = "average"
@@ -20,18 +18,6 @@ LORA = "lora"
 
 # the counters of Lightning's loops
 _COUNTED = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through a temporary file, so after a full disk or a kill the old checkpoint is unchanged."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_file(Path(path)) as file:
-            torch.save(checkpoint, file)
-        remove_parts(Path(path))  # of one that several processes wrote before
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return read_checkpoint(Path(path), map_location)
 
 
 def _check_contents(contents: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer, check_state
@@ -173,6 +172,8 @@ class Attention(Mixer):
         batch, length = q.shape[:2]
         windowed = self.window is not None and self.window < length
         if (cu_seqlens is not None or windowed) and _can_run_flash(q):
+            from torch.nn.attention.varlen import varlen_attn  # which imports the compiler
+
             if cu_seqlens is None:
                 cu_seqlens = length * torch.arange(batch + 1, device=q.device, dtype=torch.int32)
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (batch * length, heads, head_dim)

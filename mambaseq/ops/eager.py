@@ -14,6 +14,13 @@ from torch.nn import Parameter
 _only_reference = False
 
 
+def constant_to_compilers(function: Any) -> Any:
+    """What the function gives is a constant to `torch.compile`, which does not trace it. All that
+    `torch.compiler.assume_constant_result` does, without the compiler, whose import takes as long as PyTorch's own."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @contextlib.contextmanager
 def only_reference() -> Iterator[None]:
     """Every op, step and block is computed as it is defined (the backend "reference"), whatever a model asks for: in

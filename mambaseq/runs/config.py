@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from mambaseq.checkpoints.card import check_generation
 from mambaseq.conditions import encoder_options, listed
-from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import SequenceData
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown, under_key
 from mambaseq.heads.losses import balanced_weights

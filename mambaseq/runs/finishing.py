@@ -14,7 +14,8 @@ import torch
 from mambaseq.checkpoints.adapters import split
 from mambaseq.checkpoints.export import ModelCard, load_weights, raw_weights, save_model, task_weights
 from mambaseq.checkpoints.lightning_io import read_checkpoint
-from mambaseq.data.module import SequenceData, SequenceDataModule, named_sets
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import SequenceData, named_sets
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.plain import read_json

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO
+from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.errors import ConfigError, cut_list
 from mambaseq.limits import DEVICES
 from mambaseq.reporting.runs import RunFolder

@@ -12,7 +12,7 @@ from mambaseq_audio.clip_splits import selector
 from mambaseq_audio.clips import ClipData
 from mambaseq_audio.mulaw import MuLaw
 
-from mambaseq.data.module import SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.runs.parsing import parse_config
 

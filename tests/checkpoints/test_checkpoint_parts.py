@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.checkpoints.parts import PARTS, commit, new_folder, remove_unnamed, take_apart
 from mambaseq.errors import UserError
 from mambaseq.runs.trainer_classes import make_classes

@@ -16,7 +16,8 @@ import torch
 from mambaseq_text.tokenization import ByteTokenizer
 
 from mambaseq.checkpoints import ModelCard, load_model, save_model
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model, causal_lm
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mambaseq.checkpoints.lightning_io import AtomicCheckpointIO, read_checkpoint
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.errors import UserError
 
 

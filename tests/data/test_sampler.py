@@ -9,7 +9,8 @@ import torch
 from tiny import TinyTokens
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceDataModule, pack_collate, pad_collate
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import pack_collate, pad_collate
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.errors import DataError
 

@@ -19,7 +19,7 @@ from mambaseq_dna.species import SpeciesData
 from mambaseq_dna.splits import stretches_without_n
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
-from mambaseq.data.module import SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.data.windows import GridWindows, Interval
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError

@@ -24,7 +24,7 @@ from mambaseq_dna.labelled.reader import read_labelled
 
 from mambaseq.checking.datasets import check_items, check_order, check_sources
 from mambaseq.cli.main import main
-from mambaseq.data.module import SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.models import build_model
 from mambaseq.runs.parsing import parse_config

@@ -22,7 +22,8 @@ from mambaseq_synthetic.selective_copying import SelectiveCopyingData
 from mambaseq_synthetic.state_tracking import StateTrackingData, machine
 
 from mambaseq.data.drawing import below, distinct, splitmix64, words
-from mambaseq.data.module import SequenceDataModule, pad_collate
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import pad_collate
 from mambaseq.errors import ConfigError
 
 ENDLESS = (

@@ -9,7 +9,8 @@ import lightning
 import torch
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import SequenceData
 from mambaseq.metrics.likelihood import BitsPerToken
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.tasks.optimizer import OptimizerConfig

@@ -13,7 +13,8 @@ from tiny import TinySeries, TinyTokens
 from torch import Tensor, nn
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceData, SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import SequenceData
 from mambaseq.encoders import Encoder, TokenEncoder
 from mambaseq.errors import ConfigError, DataError
 from mambaseq.heads.classification import ClassificationHead, MultilabelHead

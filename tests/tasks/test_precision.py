@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from tasks.ragged import HEADS, Ragged, expected, model_of, train
 from tiny import TinyTokens
 
-from mambaseq.data.module import SequenceDataModule, pad_collate
+from mambaseq.data.loaders import SequenceDataModule
+from mambaseq.data.module import pad_collate
 from mambaseq.metrics.likelihood import BitsPerToken
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import Task

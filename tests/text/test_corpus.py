@@ -14,7 +14,7 @@ import torch
 from mambaseq_text.baselines import unigram_bigram
 from mambaseq_text.corpus import CorpusData, TextTiles
 
-from mambaseq.data.module import SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 
 

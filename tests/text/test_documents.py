@@ -14,7 +14,7 @@ from mambaseq_text.documents import DocumentData, PackedDocuments
 from mambaseq_text.splits import split_of_text
 
 from mambaseq.batch import Batch
-from mambaseq.data.module import SequenceDataModule
+from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
 
 LENGTH = 32

@@ -26,7 +26,7 @@ from mambaseq_text.rows import BadRow
 from mambaseq_text.tokenising import tokenised
 from mambaseq_text.tokenization import ByteTokenizer, HFTokenizer
 from mambaseq_text.words import Words, byte_counts
-from tokenising_parts import NONE, Numbers, same
+from tokenising_parts import NONE, Ends, Numbers, Refuses, same
 
 from mambaseq.errors import ConfigError, DataError, UserError
 
@@ -108,11 +108,6 @@ def test_processes_give_the_same_store(tokenizer_json: Path) -> None:
     tokenizer = HFTokenizer(str(tokenizer_json), eos="<|endoftext|>")
     one = tokenised("one", Numbers(), tokenizer, {}, workers=0)
     assert same(tokenised("two", Numbers(), tokenizer, {}, workers=1), one)
-
-
-class Ends(HFTokenizer):
-    def __reduce__(self) -> Any:
-        return (exit, ())
 
 
 def test_a_process_that_ends_is_told(tokenizer_json: Path) -> None:
@@ -378,16 +373,6 @@ def test_tokenizers_that_see_over_words_are_left_to_the_library(tokenizer_json: 
     path = tokenizer_json.with_name(f"{change}.json")
     path.write_text(json.dumps(told))
     assert HFTokenizer(str(path))._words is None
-
-
-class Strange(Exception):
-    def __init__(self, one: str, other: str) -> None:
-        super().__init__(f"{one} and {other}")
-
-
-class Refuses(HFTokenizer):
-    def part(self, *given: Any) -> Any:
-        raise BadRow("Row 3 of a.jsonl is bad.", "a.jsonl", 3, "bad") if self.eos else Strange("this", "that")
 
 
 def test_errors_of_processes_are_told(tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch) -> None:

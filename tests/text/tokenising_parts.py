@@ -1,4 +1,4 @@
-"""What the tests of tokenising share."""
+"""What the tests of tokenising share, also with the processes, which are to import little for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from mambaseq_text.rows import BadRow
 from mambaseq_text.tokenising import Piece, Reading
+from mambaseq_text.tokenization import HFTokenizer
 
 from mambaseq.data.store import TokenStore
 
@@ -29,3 +31,18 @@ class Numbers(Reading):
 
 def same(one: TokenStore, other: TokenStore) -> bool:
     return one.names == other.names and np.array_equal(one.tokens, other.tokens) and one.found == other.found
+
+
+class Ends(HFTokenizer):
+    def __reduce__(self) -> Any:
+        return (exit, ())
+
+
+class Strange(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+class Refuses(HFTokenizer):
+    def part(self, *given: Any) -> Any:
+        raise BadRow("Row 3 of a.jsonl is bad.", "a.jsonl", 3, "bad") if self.eos else Strange("this", "that")

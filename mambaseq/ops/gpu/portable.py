@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambaseq.ops.eager import constant_to_compilers
+
 
 @functools.cache
 def _missing() -> str | None:
     return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def why_not(device_type: str) -> str | None:
     """The reason why Triton kernels cannot run on tensors of this kind of device, or None.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.ops.eager import constant_to_compilers
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan import segments
 from mambaseq.ops.selective_scan.launches import CODES, Rows, alignment, processors
@@ -178,7 +179,7 @@ def steps_of(n_sequences: int, length: int, blocks: int, places: int, packed: bo
     return max(segments.EVERY, -(-steps // segments.EVERY) * segments.EVERY)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _steps(
     n_sequences: int, length: int, channels: int, d_state: int, complex_: bool, packed: bool, device: int
 ) -> int:

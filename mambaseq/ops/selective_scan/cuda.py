@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambaseq.ops.eager import constant_to_compilers
 from mambaseq.ops.gpu import nvrtc, portable
 from mambaseq.ops.selective_scan import launches
 from mambaseq.ops.selective_scan.arguments import ScanArguments
@@ -48,7 +49,7 @@ def _missing_on(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def too_large_for(
     device: torch.device, dtype: torch.dtype, d_state: int, has_z: bool, is_complex: bool = False
 ) -> str | None:
@@ -58,7 +59,7 @@ def too_large_for(
     return None if needed <= room else f"a block needs {needed} bytes of shared memory, the GPU gives it {room}"
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def why_not_on(device: torch.device) -> str | None:
     """The same for `torch.compile`, as a constant: it should not trace the search for packages, and sees no cache."""
     return _missing_on(device)
