@@ -99,7 +99,7 @@ class Words:
         return np.concatenate([ids for ids, _ in found]), np.concatenate([counts for _, counts in found])
 
     def _block(self, text: str) -> Encoded:
-        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         if self._n > _KEPT:
             self._forget()
         most = len(points) // 2 + 2  # pieces: all but the first and the last have something white and something else
@@ -162,7 +162,7 @@ class Words:
         return ids[among], counts[among], sizes
 
     def _joined(self, points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        text, stops = points.tobytes().decode("utf-32-le"), np.cumsum(lengths)
+        text, stops = points.tobytes().decode("utf-32-le", "surrogatepass"), np.cumsum(lengths)
         ids, ends = self._encode(text)
         sizes = np.bincount(np.searchsorted(stops, ends), minlength=len(stops))
         ends[np.cumsum(sizes) - 1] = stops

@@ -326,6 +326,15 @@ def test_long_texts_are_cut_between_words(tokenizer_json: Path, monkeypatch: pyt
         assert tokenizer.encode_counted(sample * 3)[0].tolist() == wanted
 
 
+def test_what_the_library_cannot_take_is_told_and_nothing_of_it_is_kept(tokenizer_json: Path) -> None:
+    tokenizer, words = HFTokenizer(str(tokenizer_json)), "some words that are new"
+    wanted = tokenizer._encoded(words)[0].tolist()
+    for _ in range(2):
+        with pytest.raises(DataError, match="cannot take the text"):
+            tokenizer.encode_counted(f"{words} \ud800 {words}")
+        assert tokenizer.encode_counted(words)[0].tolist() == wanted
+
+
 def test_threads_that_share_words_get_the_ids_of_the_library(
     tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,9 +269,10 @@ def about_training(of: Shelf) -> str:
     """What all contenders have in common."""
     sizes, texts = of.sizes, of.texts
     n = {name: f"{sum(map(len, books)):,}" for name, books in texts._asdict().items()}
+    whole = "whole books" if of.context.scale == "full" else "beginnings of books"
     return (
         f"{len(texts.train)} novels to train on ({n['train']} bytes), {len(texts.validation)} for validation "
-        f"({n['validation']}), {len(texts.test)} to test ({n['test']}), of other authors: whole books, no edition in "
+        f"({n['validation']}), {len(texts.test)} to test ({n['test']}), of other authors: {whole}, no edition in "
         f"two sets. {sizes.steps:,} steps of {sizes.batch_size} windows of {sizes.length:,} bytes "
         f"({of.bytes_read('Mamba', sizes.steps) / len(of.bytes.train):.1f} passes), the same windows in the same order "
         f"for all with one seed. Attention is rotary, with a SwiGLU MLP behind it in the Transformer. AdamW, warm-up "
