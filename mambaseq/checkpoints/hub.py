@@ -14,7 +14,7 @@ import importlib
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,14 +96,14 @@ def download(repository: str, **options: Any) -> Path:
             f"{shown(repository)} is neither a folder here nor the name of a repository on the Hugging Face Hub "
             "(user/name)."
         )
-    options = _reachable(repository, options)
+    hub = _Hub.of(repository, options)
     try:
-        description = _fetch(repository, _DESCRIPTION, options)
+        description = hub.fetch(_DESCRIPTION)
     except UserError as error:
         if not _is_absent(error.__cause__):
             raise
         try:
-            return _published(repository, options)
+            return _published(hub)
         except UserError as other:
             raise error if _is_absent(other.__cause__) else other from None
     card = read_card(description)
@@ -114,7 +114,7 @@ def download(repository: str, **options: Any) -> Path:
             "Export it again and push it (push_to_hub)."
         )
     for name in card.sha256:
-        if _fetch(repository, name, options) != description.parent / name:
+        if hub.fetch(name) != description.parent / name:
             raise UserError(f"{repository} was changed while it was downloaded. Download it again.")
     return description.parent
 
@@ -122,22 +122,22 @@ def download(repository: str, **options: Any) -> Path:
 _NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of state-spaces' models, which have none in their repositories
 
 
-def _published(repository: str, options: dict[str, Any]) -> Path:
+def _published(hub: _Hub) -> Path:
     """The folder of a published model: config.json, weights in the first form that is there, and the tokenizer.
 
     Raises UserError, for a missing config.json with the Hub's error as cause.
     """
-    folder = _fetch(repository, "config.json", options).parent
-    weights = next((path for name in WEIGHTS if (path := _fetch_if_there(repository, name, options))), None)
+    folder = hub.fetch("config.json").parent
+    weights = next((path for name in WEIGHTS if (path := hub.fetch_if_there(name))), None)
     if weights is None:
-        raise UserError(f"{repository} has none of {cut_list(WEIGHTS)}. Name another repository.")
+        raise UserError(f"{hub.repository} has none of {cut_list(WEIGHTS)}. Name another repository.")
     if weights.suffix == ".json":
         names = parts_in(weights)
-        HUB_FILES.check(len(names), f"{weights.name} of {repository}")
+        HUB_FILES.check(len(names), f"{weights.name} of {hub.repository}")
         for name in names:
-            _fetch(repository, name, options)
+            hub.fetch(name)
     for name in (*TOKENIZER_FILES, GENERATION):
-        _fetch_if_there(repository, name, options)
+        hub.fetch_if_there(name)
     return folder
 
 
@@ -152,25 +152,17 @@ def download_tokenizer(repository: str, **options: Any) -> Path | None:
 def download_tokenizer_files(repository: str, **options: Any) -> Path:
     """The tokenizer.json of a repository, with those beside it that say more of it. Raises UserError if it cannot be
     downloaded."""
-    options = _reachable(repository, options)
-    path = _fetch(repository, TOKENIZER_FILES[0], options)
+    hub = _Hub.of(repository, options)
+    path = hub.fetch(TOKENIZER_FILES[0])
     for name in TOKENIZER_FILES[1:]:
-        _fetch_if_there(repository, name, options)
+        hub.fetch_if_there(name)
     return path
-
-
-def _fetch_if_there(repository: str, name: str, options: dict[str, Any]) -> Path | None:
-    try:
-        return _fetch(repository, name, options)
-    except UserError as error:
-        if _is_absent(error.__cause__):
-            return None
-        raise
 
 
 def _is_absent(error: BaseException | None) -> bool:
     """Whether the Hub, or the cache where nothing else may be asked, says that a file is not there."""
-    return any(kind.__name__.endswith("EntryNotFoundError") for kind in type(error).__mro__)
+    absent = any(kind.__name__.endswith("EntryNotFoundError") for kind in type(error).__mro__)
+    return absent and not _failing(None if error is None else error.__cause__)
 
 
 def push_to_hub(
@@ -218,49 +210,79 @@ def _hub() -> Any:
 _UNREACHABLE = {"ConnectionError", "NetworkError", "ProxyError", "TimeoutException", "TimeoutError", "Timeout"}
 
 
-def _reachable(repository: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with those of a reader of the cache alone where the Hub cannot be reached. It is asked once and
-    shortly: the library itself tries again for a minute, for each file.
+class _Hub(NamedTuple):
+    """A repository, and how its files are had. why: the cache alone is read; otherwise ""."""
 
-    Raises UserError where it cannot be reached and the cache is not to be read (force_download).
-    """
-    hub = _hub()
-    if options.get("local_files_only") or importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
-        return options
-    try:
-        of = {name: options.get(name) for name in ("revision", "endpoint")}
-        hub.get_hf_file_metadata(
-            hub.hf_hub_url(repository, _DESCRIPTION, **of), token=options.get("token"), timeout=_PATIENCE
-        )
-    except Exception as error:  # the errors of two libraries of requests; what is no matter of the network, a file
-        if _UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:  # that is missing, say, is told by `_fetch`
+    repository: str
+    options: dict[str, Any]
+    why: str = ""
+
+    @classmethod
+    def of(cls, repository: str, options: dict[str, Any]) -> _Hub:
+        """Where the Hub cannot be reached, or fails itself (5xx, 429), the cache alone is read. It is asked once and
+        shortly: the library itself tries again for a minute, for each file.
+
+        Raises UserError where the cache is not to be read (force_download).
+        """
+        hub = _hub()
+        if options.get("local_files_only"):
+            return cls(repository, options, "nothing else may be read (local_files_only)")
+        if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
+            return cls(repository, options, "the Hugging Face Hub may not be asked (HF_HUB_OFFLINE)")
+        try:
+            of = {name: options.get(name) for name in ("revision", "endpoint")}
+            hub.get_hf_file_metadata(
+                hub.hf_hub_url(repository, _DESCRIPTION, **of), token=options.get("token"), timeout=_PATIENCE
+            )
+        except Exception as error:  # the errors of two libraries of requests; what is no matter of the Hub or the
+            if not (why := _failing(error)):  # network, a file that is missing, say, is told by `fetch`
+                return cls(repository, options)
             if options.get("force_download"):
                 raise UserError(
-                    f"{shown(repository)} cannot be downloaded anew: the Hugging Face Hub cannot be reached "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the connection and the "
-                    "proxy, or leave out force_download: then the copy in the cache is read."
+                    f"{shown(repository)} cannot be downloaded anew: {why}. Check the connection and the proxy, or "
+                    "leave out force_download: then the copy in the cache is read."
                 ) from error
-            return {**options, "local_files_only": True}
-    return options
+            return cls(repository, {**options, "local_files_only": True}, why)
+        return cls(repository, options)
+
+    def fetch(self, name: str) -> Path:
+        """A file. Raises UserError if it cannot be had, with the library's error as cause."""
+        try:
+            return Path(_hub().hf_hub_download(self.repository, name, **self.options))
+        except Exception as error:  # errors of the Hub, the network and the disk have many types
+            elsewhere = "fetch it elsewhere (hf download NAME --local-dir FOLDER) and give that folder"
+            if self.why and type(error).__name__ == "LocalEntryNotFoundError":
+                reason = f"{self.why}, and the cache here has no such file"
+                remedy = f"Check the name, the connection and the proxy, try again later, or {elsewhere}"
+            elif reason := _failing(error) or _failing(error.__cause__):
+                remedy = f"Try again later, or {elsewhere}"
+            else:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                remedy = "Check the name, the revision, the token and the connection"
+            raise UserError(
+                f"{name} of {shown(self.repository)} cannot be downloaded from the Hugging Face Hub ({reason}). "
+                f"{remedy}; there is no local folder of that name."
+            ) from error
+
+    def fetch_if_there(self, name: str) -> Path | None:
+        """A file; None if the repository has none of that name."""
+        try:
+            return self.fetch(name)
+        except UserError as error:
+            if _is_absent(error.__cause__):
+                return None
+            raise
 
 
-def _fetch(repository: str, name: str, options: dict[str, Any]) -> Path:
-    hub = _hub()
-    try:
-        return Path(hub.hf_hub_download(repository, name, **options))
-    except Exception as error:  # errors of the Hub, the network and the disk have many types
-        reason = " ".join(str(error).split())[:300]
-        remedy = "Check the name, the revision, the token and the connection"
-        if type(error).__name__ == "LocalEntryNotFoundError":
-            remedy = (
-                "The cache here has no such file, and the Hub cannot be reached or may not be asked (HF_HUB_OFFLINE). "
-                "Check the name, the connection and the proxy, or fetch it elsewhere (hf download NAME --local-dir "
-                "FOLDER) and give that folder"
-            )
-        raise UserError(
-            f"{name} of {shown(repository)} cannot be downloaded from the Hugging Face Hub ({type(error).__name__}: "
-            f"{reason}). {remedy}; there is no local folder of that name."
-        ) from error
+def _failing(error: BaseException | None) -> str:
+    """Why the Hub cannot be asked: it is not reached, or fails itself; "" for another error, and for None."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int) and (status >= 500 or status == 429):
+        return f"the Hugging Face Hub answers {status}, so it is down or asked too often"
+    if _UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"the Hugging Face Hub cannot be reached ({told})"
+    return ""
 
 
 def _check_description(model: SequenceModel) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +21,7 @@ from torch import nn
 import mambaseq as ms
 from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
 from mambaseq.checkpoints.hub import download, from_pretrained, push_to_hub
+from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, causal_lm
 
@@ -112,7 +117,7 @@ def test_what_is_on_the_hub_may_be_anybodys(hub: SimpleNamespace) -> None:
             from_pretrained("me/tiny")
         assert not [name for name in hub.asked if ".." in name]
         assert len(hub.asked) <= 3
-    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*LocalEntryNotFoundError"):
+    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*the cache here has no such file"):
         from_pretrained("me/none")
     hub.asked.clear()
     for name in ("a/b/c", "../up", "/etc", "x\n", "", "a" * 300):
@@ -196,3 +201,77 @@ def test_a_copy_in_the_cache_is_no_new_one(force: bool, hub: SimpleNamespace, mo
     else:
         assert (download("me/tiny", **options) / "model.safetensors").is_file()
     assert asked == ["https://hub.example/me/tiny/resolve/main/model.json"]
+
+
+@pytest.fixture
+def down(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A Hub that answers what `answers` says for each file's name, else 503; `asked` lists the names."""
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+    answers: dict[str, tuple[int, bytes]] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            name = self.path.rpartition("/")[2]
+            asked.append(name)
+            status, body = answers.get(name, (503, b""))
+            self.send_response(status)
+            if status == 200:
+                self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "1" * 40)
+            if status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_address[1]}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, here)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    yield SimpleNamespace(asked=asked, answers=answers)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_a_hub_that_is_down_is_asked_once_and_named(
+    status: int, down: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    down.answers["model.json"] = (status, b"")
+    with pytest.raises(UserError, match=rf"model\.json of 'me/none' cannot be .* answers {status}, .*try again later"):
+        SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
+    with pytest.raises(UserError, match=rf"'me/none' cannot be downloaded anew: .* answers {status}"):
+        SequenceModel.from_pretrained("me/none", cache_dir=tmp_path, force_download=True)
+    assert down.asked == ["model.json"] * 2
+    assert not waited
+
+
+def test_a_hub_that_fails_after_the_first_file(
+    down: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    down.answers |= {"model.json": (404, b""), "config.json": (200, b"{}")}
+    assert main(["import", "--checkpoint", "state-spaces/none", "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "of 'state-spaces/none' cannot be downloaded from the Hugging Face Hub" in told
+    assert "answers 503" in told
+    assert "Try again later" in told
+    assert sum(waited) < 60
