@@ -125,8 +125,14 @@ class RunCheckpoints(Checkpoint):
             "data": None if self.data is None else self.data.plain(),
             "batch_size": getattr(datamodule, "batch_size", None),
             "world_size": trainer.world_size // getattr(datamodule, "sharing", 1),
+            "validating": self._validating(trainer),
             "ended": self.ended,
         }
+
+    @staticmethod
+    def _validating(trainer: lightning.Trainer) -> int:
+        """How many processes share the validation set."""
+        return trainer.world_size // getattr(trainer.datamodule, "sharing_validation", 1)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.recall(trainer)
@@ -138,7 +144,9 @@ class RunCheckpoints(Checkpoint):
             checkpoint = read_checkpoint(self.best, tensors="none")
             try:
                 state = checkpoint["callbacks"].get(self.state_key)
-                former = DataRecord.read(checkpoint.get(KEY, {}).get("data"))
+                ours = checkpoint.get(KEY, {})
+                former = DataRecord.read(ours.get("data"))
+                processes = int(ours.get("validating") or ours.get("world_size") or 1), self._validating(trainer)
                 score = None if state is None or state["score"] is None else float(state["score"])
                 if state is not None:
                     state = {"score": score, "results": {**state["results"]}}
@@ -149,8 +157,9 @@ class RunCheckpoints(Checkpoint):
                 ) from error
             if state is None:
                 found = None, "it was measured by another metric"
-            elif former is not None and self.data is not None and not former.same(self.data):
-                found = None, f"{score:.4g} at step {checkpoint['global_step']} was measured on other data"
+            elif former is not None and self.data is not None and not former.same(self.data, processes):
+                what = former.other(self.data, processes)
+                found = None, f"{score:.4g} at step {checkpoint['global_step']} was measured on {what}"
             elif score is not None and math.isfinite(score):
                 found = state, ""
         found = trainer.strategy.broadcast(found)  # all processes must decide alike, even if their disks differ

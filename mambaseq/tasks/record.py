@@ -12,6 +12,7 @@ from mambaseq.errors import cut_path
 
 KEY = "mambaseq"  # name of our part of a checkpoint
 _NEUTRAL = {"data.cache"}  # only says where derived files are kept
+_BATCH = "loader.batch_size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DataRecord:
         part = settings.get("trainer.limit_val_batches")
         if part not in (None, 1.0) or isinstance(part, int):
             chosen["trainer.limit_val_batches"] = part
-            chosen["loader.batch_size"] = settings.get("loader.batch_size")
+            chosen[_BATCH] = settings.get(_BATCH)
         return cls(chosen, dict(sources))
 
     @classmethod
@@ -70,9 +71,29 @@ class DataRecord:
         former, new = (DataRecord(_only_data(record.settings), record.sources) for record in (self, now))
         return former.same(new)
 
-    def same(self, now: DataRecord) -> bool:
-        """Whether the validation sets are the same, as far as is known."""
-        return not self.changed_settings(now) and not self.changed_files(now)
+    def same(self, now: DataRecord, processes: tuple[int, int] = (1, 1)) -> bool:
+        """Whether the validation sets are the same, as far as is known. processes: that shared one then and now: of a
+        part of the set they take so many batches each, together its first sequences."""
+        former, new = (one._together(n) for one, n in zip((self, now), processes, strict=True))
+        return not former.changed_settings(new) and not former.changed_files(new)
+
+    def other(self, now: DataRecord, processes: tuple[int, int] = (1, 1)) -> str:
+        """On what a score was measured that is not `same`, in words."""
+        former, new = (one._together(n) for one, n in zip((self, now), processes, strict=True))
+        if former.changed_settings(new) == [_BATCH] and not former.changed_files(new):
+            sizes = (f"{one.settings.get(_BATCH):,}" for one in (former, new))
+            return (
+                f"{next(sizes)} validation sequences a batch of all processes, which are {next(sizes)} now, and "
+                "trainer.limit_val_batches counts batches: other sequences"
+            )
+        return "other data"
+
+    def _together(self, processes: int) -> DataRecord:
+        """With the batch of all processes."""
+        batch = self.settings.get(_BATCH)
+        if not isinstance(batch, int):
+            return self
+        return DataRecord(self.settings | {_BATCH: batch * processes}, self.sources)
 
 
 def _only_data(settings: Mapping[str, Any]) -> dict[str, Any]:

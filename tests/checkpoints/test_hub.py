@@ -117,7 +117,9 @@ def test_what_is_on_the_hub_may_be_anybodys(hub: SimpleNamespace) -> None:
             from_pretrained("me/tiny")
         assert not [name for name in hub.asked if ".." in name]
         assert len(hub.asked) <= 3
-    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*the cache here has no such file"):
+    with pytest.raises(
+        UserError, match=r"model\.json of 'me/none' cannot be downloaded .*the cache here has no such file"
+    ):
         from_pretrained("me/none")
     hub.asked.clear()
     for name in ("a/b/c", "../up", "/etc", "x\n", "", "a" * 300):

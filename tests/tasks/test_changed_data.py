@@ -14,7 +14,7 @@ from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.cli.main import main
 from mambaseq.errors import cut_list
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.tasks.record import DataRecord
+from mambaseq.tasks.record import KEY, DataRecord
 
 CONFIG = """
 seed: 1
@@ -174,6 +174,31 @@ def test_what_counts_as_the_same_data() -> None:
     other = settings | {"trainer.limit_val_batches": 2, "loader.batch_size": 2}
     assert not part.same(DataRecord.of(other, one.sources))  # two batches hold other sequences
     assert part.same_training(DataRecord.of(other, one.sources))
+    assert part.other(DataRecord.of(other, one.sources)).startswith(
+        "4 validation sequences a batch of all processes, w"
+    )
+    assert part.other(DataRecord.of(other | {"data.file": "b"}, one.sources)) == "other data"
+    assert part.same(DataRecord.of(other, one.sources), (1, 2))  # processes take every second sequence each
+    assert not part.same(part, (2, 1))
+
+
+@pytest.mark.parametrize(("batch", "told"), [(4, ""), (2, "measured on 4 validation sequences a batch of all")])
+def test_a_score_counts_for_any_number_of_processes(batch: int, told: str, tmp_path: Path, capsys) -> None:
+    """The best score of two processes goes on in one that validates on the same sequences."""
+    (tmp_path / "numbers").write_text("50")
+    (tmp_path / "run.yaml").write_text(CONFIG.format(file=tmp_path / "numbers"))
+    out = tmp_path / "run"
+    part = ["--trainer.limit_val_batches=1", "--loader.batch_size=2"]
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(out), *part]) == 0
+    for path in (RunFolder(out).best, RunFolder(out).last):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint[KEY] |= {"world_size": 2, "validating": 2}  # as if two had trained it
+        torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(out), "--trainer.max_steps=5", f"--loader.batch_size={batch}"]) == 0
+    error = capsys.readouterr().err
+    assert ("no longer counts" in error) == bool(told)
+    assert told in error
 
 
 def test_a_long_path_leaves_room_for_what_became_of_it() -> None:
